@@ -1,0 +1,176 @@
+"""The schema of a recipe: what is removed, what stands in for it, on which tokens it is trained.
+
+A recipe is a frozen pydantic model. It comes from a YAML file in ``baselines/``, from a user's own
+file, or from ``--model_args``; unknown keys are errors that suggest the nearest known one.
+:meth:`Recipe.content_hash` names it in the cache, together with the hashes of weights and tokens.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from streamline_bench.errors import RecipeError
+
+__all__ = [
+    "CalibrationSpec",
+    "PublishedResult",
+    "Recipe",
+    "ReplacementSpec",
+    "TrainingSpec",
+    "suggest",
+]
+
+ReplacementKind = Literal["none", "layer", "ffn", "swiglu", "ffn_res", "swiglu_res", "linear"]
+"""``none`` drops the block; ``layer`` puts k copies of its first layers in its place; the others
+are feed-forward networks: ``ffn``/``swiglu`` as in the paper (bare: no norm, no residual),
+``*_res`` pre-norm with residual and zero-initialised output, ``linear`` one affine map."""
+
+TRAINABLE_QUIRKS = ("bidirectional_layer", "schedule_per_accumulation", "postnorm_last_state")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CalibrationSpec(_Frozen):
+    """Which tokens a model is looked at, or trained, with.
+
+    ``source`` is a preset (``slimpajama``), a file (``.txt``, ``.jsonl``, ``.parquet``), a folder
+    saved with ``datasets.save_to_disk``, a hub id, or ``auto``: the file ``calibration.jsonl`` in
+    the model's own folder if there is one, else ``slimpajama``.
+    """
+
+    source: str = "auto"
+    split: str = "train"
+    subset: str | None = None
+    text_field: str = "text"
+    form: Literal["packed", "documents"] = "packed"
+    sequence_length: int = Field(2048, ge=2)
+    samples: int | None = Field(None, ge=1, description="at most this many sequences")
+    tokens: int | None = Field(None, ge=2, description="exactly this many tokens")
+    seed: int = 0
+
+
+class ReplacementSpec(_Frozen):
+    """The lightweight network that stands in for the removed block."""
+
+    kind: ReplacementKind = "none"
+    layers: int = Field(1, ge=1, description="layers put in, for kind 'layer'")
+    intermediate_size: int | None = Field(None, ge=1, description="None: the paper's size")
+
+
+class TrainingSpec(_Frozen):
+    """How a replacement is trained (METHODS: LLM-Streamline, sections 2.3 and 2.4).
+
+    Presets ``paper_mse`` and ``paper_lm`` are the paper's; ``default`` scales to the data at hand.
+    ``lr='auto'`` is 2e-4 x sqrt(4096 / hidden_size), at most 2e-3: the paper's rate at its width.
+    """
+
+    objective: Literal["none", "mse", "lm"] = "none"
+    data: CalibrationSpec = CalibrationSpec()
+    epochs: int = Field(1, ge=1)
+    min_steps: int = Field(0, ge=0, description="epochs are added until there are as many steps")
+    batch_size: int = Field(8, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    lr: float | Literal["auto"] = "auto"
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(1e-3, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(5.0, gt=0)
+    autocast: Literal["none", "bf16"] = "none"
+    validation_share: float = Field(0.05, gt=0, lt=1)
+    validations: int = Field(10, ge=1, description="how often the validation loss is taken")
+    cache_gb: float = Field(16.0, ge=0, description="budget of the activation cache")
+    checkpoint_every: int = Field(200, ge=1, description="optimizer steps between checkpoints")
+
+
+class PublishedResult(_Frozen):
+    """A number from the literature that a report shows beside ours."""
+
+    model: str
+    metric: str
+    value: float
+    sparsity: float | None = None
+    source: str
+
+
+class Recipe(_Frozen):
+    """One row of a leaderboard: a method with everything that decides its result."""
+
+    name: str
+    title: str = ""
+    paper: str | None = None
+    link: str | None = None
+    reproduces: str | None = None
+    method: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    sparsity: float | None = Field(None, gt=0, lt=1, description="share of parameters removed")
+    n_layers: int | None = Field(None, ge=1, description="net number of layers removed")
+    replacement: ReplacementSpec = ReplacementSpec()
+    calibration: CalibrationSpec = CalibrationSpec()
+    training: TrainingSpec = TrainingSpec()
+    recovery: dict[str, Any] | None = None
+    seed: int = 0
+    reference_quirks: tuple[str, ...] = ()
+    cost: Literal["no training", "calibrated", "recovered"] = "calibrated"
+    published: tuple[PublishedResult, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Recipe:
+        if self.sparsity is not None and self.n_layers is not None:
+            raise ValueError("give sparsity or n_layers, not both")
+        return self
+
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of everything that decides the result; titles and citations do not."""
+        shown_only = {"name", "title", "paper", "link", "reproduces", "published", "cost"}
+        payload = self.model_dump(mode="json", exclude=shown_only)
+        return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+
+def suggest(name: str, known: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def parse_recipe(payload: Mapping[str, Any], origin: str) -> Recipe:
+    """Validate a mapping as a recipe.
+
+    Args:
+        payload: what the YAML file or the model arguments hold.
+        origin: file or option named in the error message.
+
+    Raises:
+        RecipeError: one sentence naming the first wrong key or value.
+    """
+    try:
+        return Recipe.model_validate(payload)
+    except ValidationError as error:
+        raise RecipeError(_first_problem(error, origin)) from None
+
+
+def _first_problem(error: ValidationError, origin: str) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(problem["loc"][:-1])
+        return f"{origin}: unknown key '{where}'{suggest(str(problem['loc'][-1]), known)}"
+    return f"{origin}: '{where}' is {problem.get('input')!r}: {problem['msg']}."
+
+
+def _fields_at(path: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
