@@ -1,0 +1,97 @@
+"""Fixtures shared by all tests: offline hubs, tiny models, the optional folder of real data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    """No test reads or writes the user's own compression cache."""
+    monkeypatch.setenv("STREAMLINE_BENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_folder() -> Path:
+    """Real data and trained models, where present; else the test is skipped with the reason."""
+    named = os.environ.get("STREAMLINE_BENCH_DATA")
+    folder = Path(named) if named else REPOSITORY.parent / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip(f"real data is not there: no folder {folder}/data (set STREAMLINE_BENCH_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> Any:
+    """A word-level tokenizer over ``w0 .. w95`` with <pad>, <s>, </s>, <unk> (vocabulary 100)."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(96))]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model(
+    tmp_path_factory: pytest.TempPathFactory, word_tokenizer: Any
+) -> Callable[..., Path]:
+    """Return a function that saves a tiny random causal LM and gives its folder.
+
+    ``make_tiny_model("llama", num_hidden_layers=6, seed=1)``; other keywords go to the config.
+    """
+
+    def make(model_type: str = "llama", *, seed: int = 0, **changes: Any) -> Path:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        sizes: dict[str, Any] = {
+            "vocab_size": 100,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        config = AutoConfig.for_model(model_type, **{**sizes, **changes})
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        folder = tmp_path_factory.mktemp(f"tiny-{model_type}")
+        model.save_pretrained(folder)
+        word_tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(make_tiny_model: Callable[..., Path]) -> Path:
+    """A six-layer random Llama (hidden 32, vocabulary 100) with its tokenizer. Do not modify."""
+    return make_tiny_model("llama")
