@@ -7,7 +7,6 @@ file, or from ``--model_args``; unknown keys are errors that suggest the nearest
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from streamline_bench.core.suggestions import suggest
 from streamline_bench.errors import RecipeError
 
 __all__ = [
@@ -23,15 +23,13 @@ __all__ = [
     "Recipe",
     "ReplacementSpec",
     "TrainingSpec",
-    "suggest",
+    "parse_recipe",
 ]
 
 ReplacementKind = Literal["none", "layer", "ffn", "swiglu", "ffn_res", "swiglu_res", "linear"]
 """``none`` drops the block; ``layer`` puts k copies of its first layers in its place; the others
 are feed-forward networks: ``ffn``/``swiglu`` as in the paper (bare: no norm, no residual),
 ``*_res`` pre-norm with residual and zero-initialised output, ``linear`` one affine map."""
-
-TRAINABLE_QUIRKS = ("bidirectional_layer", "schedule_per_accumulation", "postnorm_last_state")
 
 
 class _Frozen(BaseModel):
@@ -133,12 +131,6 @@ class Recipe(_Frozen):
         shown_only = {"name", "title", "paper", "link", "reproduces", "published", "cost"}
         payload = self.model_dump(mode="json", exclude=shown_only)
         return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
-
-
-def suggest(name: str, known: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the nearest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def parse_recipe(payload: Mapping[str, Any], origin: str) -> Recipe:

@@ -1,0 +1,88 @@
+"""The ``streamline-bench`` command: a lazy group, and the one place that turns errors into exits.
+
+A subcommand's module is imported only when that subcommand is called, so ``--help`` stays fast.
+Exit codes: 0 success, 1 a gate that failed, 2 a user's error (one sentence on stderr).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from streamline_bench import __version__
+from streamline_bench.errors import StreamlineBenchError
+
+__all__ = ["cli", "main"]
+
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "compress": ("compress", "Remove layers from a model and write the result as a checkpoint."),
+    "demo": ("demo", "Run the whole pipeline on the bundled model, ending in a report."),
+    "lm-eval": ("lm_eval", "Call the lm-eval harness with our models and tasks registered."),
+    "recipes": ("recipes", "List the recipes, or show one."),
+    "report": ("report", "Render the report of a run folder again."),
+    "scan": ("scan", "Show how little each block of layers changes the hidden states."),
+    "stability": ("stability", "Compare the answers of two evaluated models."),
+    "tasks": ("tasks", "List the evaluation tasks that come with the package."),
+}
+"""Subcommand -> (module in ``streamline_bench.cli``, one-line help)."""
+
+
+class LazyGroup(click.Group):
+    """A group whose subcommands live in modules of their own, imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"streamline_bench.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        from streamline_bench.core.suggestions import suggest
+
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"No such command '{args[0]}'{suggest(args[0], list(COMMANDS))}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="streamline-bench")
+def cli() -> None:
+    """Measure what large language models lose and gain when layers are removed.
+
+    A first look, offline, in a few minutes: streamline-bench demo
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a :class:`StreamlineBenchError` becomes one sentence and exit code 2."""
+    try:
+        cli.main(args=arguments, prog_name="streamline-bench")
+    except StreamlineBenchError as error:
+        if os.environ.get("STREAMLINE_BENCH_TRACEBACK"):
+            raise
+        click.echo(f"streamline-bench: {printable(str(error))}", err=True)
+        sys.exit(2)
+
+
+def printable(text: Any) -> str:
+    """Replace control characters (a model's or a file's name may hold terminal escapes)."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(text))
+
+
+if __name__ == "__main__":
+    main()

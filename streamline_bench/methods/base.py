@@ -1,0 +1,125 @@
+"""What a compression method is given, and what it hands back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from streamline_bench.core.calibration import CalibrationTokens, load_calibration
+from streamline_bench.core.checkpoint import CheckpointReader
+from streamline_bench.core.recipe import CalibrationSpec, Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Compressed", "Compression", "Method", "NoParameters"]
+
+
+class NoParameters(BaseModel):
+    """The ``parameters`` of a method that has none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Compression:
+    """One compression at work: the source model, the recipe, and a folder that survives a kill.
+
+    Attributes:
+        folder: local folder of the source checkpoint.
+        recipe: what to do.
+        work: scratch folder kept between attempts, so that training resumes.
+        device: torch device string for scanning and training.
+        dtype: dtype of the loaded source model, ``None`` for float32.
+    """
+
+    folder: Path
+    recipe: Recipe
+    work: Path
+    device: str = "cpu"
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    progress: bool = True
+
+    @cached_property
+    def reader(self) -> CheckpointReader:
+        """The source's tensors, lazily read."""
+        return CheckpointReader(self.folder)
+
+    @cached_property
+    def config(self) -> Any:
+        """The source's transformers config."""
+        from streamline_bench.methods.loading import load_config
+
+        return load_config(self.folder, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The source's tokenizer."""
+        from streamline_bench.methods.loading import load_tokenizer
+
+        return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def model(self) -> Any:
+        """The source model, loaded on first use, in evaluation mode."""
+        from streamline_bench.methods.loading import load_model
+
+        return load_model(
+            self.folder,
+            device=self.device,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def tokens(self, spec: CalibrationSpec) -> CalibrationTokens:
+        """Load calibration or training tokens for this model."""
+        return load_calibration(
+            spec,
+            self.tokenizer,
+            model_folder=self.folder,
+            max_length=getattr(self.config, "max_position_embeddings", None),
+            progress=self.progress,
+        )
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a method hands back: enough to write the checkpoint, and what its manifest tells.
+
+    Attributes:
+        config: the new ``config.json`` as a mapping.
+        names: new tensor name -> name in the source; these bytes are copied, never loaded.
+        tensors: new or changed tensors.
+        layers_after: decoder layers of the result.
+        chosen: what the method decided (block, similarity, sizes reached).
+        calibration: facts about the tokens looked at.
+        training: facts about the training, if there was any.
+        artefacts: file name -> text, laid beside the weights (similarity, training curve).
+    """
+
+    config: Mapping[str, Any]
+    names: Mapping[str, str]
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    layers_after: int = 0
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] | None = None
+    artefacts: Mapping[str, str] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """A compression method: one file, one line in the registry, one recipe, one test."""
+
+    name: ClassVar[str]
+    parameters: ClassVar[type[BaseModel]] = NoParameters
+
+    @abstractmethod
+    def compress(self, work: Compression) -> Compressed:
+        """Compress the source model as the recipe says."""

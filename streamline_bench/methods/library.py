@@ -1,0 +1,115 @@
+"""Finds recipes: those of ``baselines/`` by name, a user's own by path, with overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from streamline_bench.core.recipe import Recipe, parse_recipe
+from streamline_bench.core.suggestions import suggest
+from streamline_bench.errors import RecipeError
+from streamline_bench.methods.registry import check_parameters
+from streamline_bench.resources import resource
+
+__all__ = ["list_recipes", "load_recipe"]
+
+SHORT_KEYS: Mapping[str, tuple[str, ...]] = {
+    "replacement": ("replacement.kind",),
+    "replacement_layers": ("replacement.layers",),
+    "calibration": ("calibration.source", "training.data.source"),
+    "calibration_samples": ("calibration.samples",),
+    "calibration_tokens": ("calibration.tokens",),
+    "training_samples": ("training.data.samples",),
+    "training_tokens": ("training.data.tokens",),
+    "sequence_length": ("calibration.sequence_length", "training.data.sequence_length"),
+    "objective": ("training.objective",),
+    "epochs": ("training.epochs",),
+    "lr": ("training.lr",),
+}
+"""Short spellings for ``--model_args`` and the command line -> dotted keys of the schema."""
+
+OWN_KEYS = ("sparsity", "n_layers", "seed", "reference_quirks")
+
+
+def list_recipes() -> dict[str, Path]:
+    """Return the recipes of ``baselines/``: name -> file, sorted by name."""
+    return {path.stem: path for path in sorted(resource("baselines").glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Return a recipe, with overrides applied, validated.
+
+    Args:
+        name_or_path: a name from ``baselines/`` or the path of a YAML file.
+        overrides: short keys (``sparsity``, ``n_layers``, ``replacement``, ``calibration``, …) or
+            dotted ones (``training.lr``); ``None`` values are ignored.
+
+    Raises:
+        RecipeError: unknown name, unreadable file, unknown key or wrong value.
+    """
+    path = _recipe_path(str(name_or_path))
+    payload = _read_yaml(path)
+    payload.setdefault("name", path.stem)
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            _override(payload, key, value)
+    recipe = parse_recipe(payload, origin=f"Recipe '{payload['name']}'")
+    check_parameters(recipe)
+    return recipe
+
+
+def _recipe_path(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise RecipeError(f"The recipe file {path} does not exist.")
+        return path
+    known = list_recipes()
+    if name not in known:
+        raise RecipeError(
+            f"Unknown recipe '{name}'{suggest(name, known) or ';'} "
+            f"known recipes: {', '.join(known)} (or give the path of a .yaml file)."
+        )
+    return known[name]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        payload = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}).") from None
+    if not isinstance(payload, dict):
+        raise RecipeError(f"{path} is not a recipe: it must hold a mapping with the key 'method'.")
+    return payload
+
+
+def _override(payload: dict[str, Any], key: str, value: Any) -> None:
+    if key not in SHORT_KEYS and key not in OWN_KEYS and "." not in key:
+        known = [*OWN_KEYS, *SHORT_KEYS]
+        raise RecipeError(f"Unknown recipe key '{key}'{suggest(key, known)}")
+    if key in ("sparsity", "n_layers"):
+        # The two are alternatives: what the caller says replaces what the recipe said.
+        payload.pop("sparsity", None)
+        payload.pop("n_layers", None)
+    for dotted in SHORT_KEYS.get(key, (key,)):
+        *parents, leaf = dotted.split(".")
+        target = payload
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise RecipeError(f"Recipe key '{dotted}' cannot be set: '{parent}' is no mapping.")
+        target[leaf] = _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """Read ``"1e-3"`` as a number: YAML and the harness leave such strings as they are."""
+    if isinstance(value, str):
+        for kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    return value

@@ -1,0 +1,58 @@
+"""Method names and where their classes live; imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+
+from pydantic import ValidationError
+
+from streamline_bench.core.recipe import Recipe
+from streamline_bench.core.suggestions import suggest
+from streamline_bench.errors import RecipeError
+from streamline_bench.methods.base import Method
+
+__all__ = ["METHODS", "check_parameters", "get_method"]
+
+METHODS: Mapping[str, str] = {
+    "streamline": "streamline_bench.methods.streamline:Streamline",
+}
+"""Method name -> ``"module:Class"``."""
+
+
+def get_method(name: str) -> Method:
+    """Return an instance of the named method.
+
+    Raises:
+        RecipeError: no such method.
+    """
+    if name not in METHODS:
+        known = ", ".join(sorted(METHODS))
+        raise RecipeError(
+            f"Unknown method '{name}'{suggest(name, METHODS) or ';'} known methods: {known}."
+        )
+    module, _, attribute = METHODS[name].partition(":")
+    method_class: type[Method] = getattr(importlib.import_module(module), attribute)
+    return method_class()
+
+
+def check_parameters(recipe: Recipe) -> None:
+    """Validate ``recipe.parameters`` against the method's own schema.
+
+    Raises:
+        RecipeError: unknown method, unknown parameter (with a suggestion) or wrong value.
+    """
+    schema = get_method(recipe.method).parameters
+    try:
+        schema.model_validate(recipe.parameters)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = str(problem["loc"][-1])
+        if problem["type"] == "extra_forbidden":
+            hint = suggest(key, schema.model_fields)
+            raise RecipeError(
+                f"Recipe '{recipe.name}': method '{recipe.method}' has no parameter '{key}'{hint}"
+            ) from None
+        raise RecipeError(
+            f"Recipe '{recipe.name}': parameter '{key}' is {problem['input']!r}: {problem['msg']}."
+        ) from None
