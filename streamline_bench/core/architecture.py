@@ -8,39 +8,62 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from streamline_bench.errors import ArchitectureError
 
-__all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "decoder_layers", "get_submodule"]
+if TYPE_CHECKING:  # shards are copied in processes that never load torch
+    from torch import nn
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "architecture_of",
+    "config_entry",
+    "decoder_layers",
+    "get_submodule",
+]
 
 
 @dataclass(frozen=True)
 class Architecture:
     """One model family. All paths are dotted; those of a layer are relative to the layer.
 
+    An empty path means that the family has no such module (or, for ``mlp``, that the projections
+    lie in the layer itself).
+
     Attributes:
         model_type: ``config.model_type`` of transformers.
-        base: attribute of the causal LM that holds the decoder stack's owner.
+        base: attribute of the causal LM that holds the model without its head; checkpoints saved
+            from the bare model lack it in their tensor names.
         layers: path of the ``ModuleList`` of decoder layers, from the causal LM.
-        embeddings: paths of all modules run before the first layer that hold weights.
-        final_norm: path of the norm between the last layer and the LM head, if any.
+        embeddings: paths of all modules run before the first layer that hold weights; some may be
+            absent in a particular model (OPT's ``project_in``).
+        final_norm: path of the norm between the last layer and the LM head.
         lm_head: path of the LM head.
         depth_key: name of the config entry that counts the layers.
         attention, query, key, value, output: attention module and its projections; where they
             are fused, ``fused_qkv`` names the one projection and the three others are empty.
         mlp, gate, up, down: MLP module and its projections; ``gate`` is empty for a plain MLP,
             ``fused_gate_up`` names a fused one.
+        experts, router: inside ``mlp``, the module of routed experts and the one choosing them.
+            Layers of a mixture may still be dense: they then have ``gate``, ``up`` and ``down``.
         input_norm: norm before attention; mlp_norm: norm before the MLP (empty if shared).
+        attention_output_norm, mlp_output_norm: norms between a sub-layer's output and the
+            residual stream.
         layer_lists: config entries with one item per layer (sliced when layers are removed).
         index_lists: config entries that list layer indices (renumbered when layers are removed).
         prefix_counts: config entries that count leading layers of a kind
             (e.g. ``first_k_dense_replace``).
+        periods: config entry with a period -> index list that expresses the same for arbitrary
+            layers: layer i is regular if ``(i + 1) % period == 0`` and i is not listed.
+        extra_layers: config entry that counts layers beyond the decoder (multi-token prediction);
+            they depend on the last layers and are left out of pruned checkpoints.
+        refused: config entry -> why layers cannot be removed while it is set.
+        buffers: endings of tensor names that are not parameters.
         parallel_residual: attention and MLP read the same input.
-        output_norms: norms sit between a sub-layer's output and the residual stream.
-        experts: the MLP is (or may be) a mixture of experts.
+        transposed: projections store their weight as ``[in, out]`` (GPT-2's ``Conv1D``).
+        notes: remarks for whoever extends this row.
     """
 
     model_type: str
@@ -61,41 +84,209 @@ class Architecture:
     up: str = "up_proj"
     down: str = "down_proj"
     fused_gate_up: str = ""
+    experts: str = ""
+    router: str = ""
     input_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
+    attention_output_norm: str = ""
+    mlp_output_norm: str = ""
     layer_lists: tuple[str, ...] = ("layer_types",)
     index_lists: tuple[str, ...] = ()
     prefix_counts: tuple[str, ...] = ()
+    periods: Mapping[str, str] = field(default_factory=dict)
+    extra_layers: str = ""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
     parallel_residual: bool = False
-    output_norms: bool = False
-    experts: bool = False
+    transposed: bool = False
     notes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def output_norms(self) -> bool:
+        """Whether norms sit between a sub-layer's output and the residual stream."""
+        return bool(self.attention_output_norm or self.mlp_output_norm)
+
+    @property
+    def stack(self) -> str:
+        """Path of the module that owns the list of layers (``model.decoder`` for OPT)."""
+        return self.layers.rpartition(".")[0]
+
+
+def _gemma(model_type: str) -> Architecture:
+    return Architecture(
+        model_type,
+        attention_output_norm="post_attention_layernorm",
+        mlp_norm="pre_feedforward_layernorm",
+        mlp_output_norm="post_feedforward_layernorm",
+    )
 
 
 _ROWS = (
     Architecture("llama"),
     Architecture("mistral"),
-    Architecture("qwen2"),
-    Architecture("qwen3"),
+    Architecture("qwen2", prefix_counts=("max_window_layers",)),
+    Architecture("qwen3", prefix_counts=("max_window_layers",)),
+    _gemma("gemma2"),
+    _gemma("gemma3_text"),
+    Architecture(
+        "phi",
+        final_norm="model.final_layernorm",
+        output="dense",
+        gate="",
+        up="fc1",
+        down="fc2",
+        mlp_norm="",
+        parallel_residual=True,
+    ),
+    Architecture(
+        "phi3",
+        query="",
+        key="",
+        value="",
+        fused_qkv="qkv_proj",
+        gate="",
+        up="",
+        fused_gate_up="gate_up_proj",
+    ),
+    Architecture(
+        "opt",
+        layers="model.decoder.layers",
+        embeddings=(
+            "model.decoder.embed_tokens",
+            "model.decoder.embed_positions",
+            "model.decoder.project_in",
+        ),
+        final_norm="model.decoder.final_layer_norm",
+        output="out_proj",
+        mlp="",
+        gate="",
+        up="fc1",
+        down="fc2",
+        input_norm="self_attn_layer_norm",
+        mlp_norm="final_layer_norm",
+        notes={"do_layer_norm_before": "OPT-350m has post-norm layers and no final norm"},
+    ),
+    Architecture(
+        "gpt2",
+        base="transformer",
+        layers="transformer.h",
+        embeddings=("transformer.wte", "transformer.wpe"),
+        final_norm="transformer.ln_f",
+        depth_key="n_layer",
+        attention="attn",
+        query="",
+        key="",
+        value="",
+        output="c_proj",
+        fused_qkv="c_attn",
+        gate="",
+        up="c_fc",
+        down="c_proj",
+        input_norm="ln_1",
+        mlp_norm="ln_2",
+        refused={
+            "scale_attn_by_inverse_layer_idx": "attention is scaled by the layer's index, which "
+            "changes when layers before it are removed",
+        },
+        buffers=(".attn.bias", ".attn.masked_bias"),
+        transposed=True,
+    ),
+    Architecture(
+        "gpt_neox",
+        base="gpt_neox",
+        layers="gpt_neox.layers",
+        embeddings=("gpt_neox.embed_in",),
+        final_norm="gpt_neox.final_layer_norm",
+        attention="attention",
+        query="",
+        key="",
+        value="",
+        output="dense",
+        fused_qkv="query_key_value",
+        gate="",
+        up="dense_h_to_4h",
+        down="dense_4h_to_h",
+        buffers=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
+        parallel_residual=True,
+        notes={"use_parallel_residual": "False in a few models: the layer is then sequential"},
+    ),
+    Architecture(
+        "olmo2",
+        input_norm="",
+        attention_output_norm="post_attention_layernorm",
+        mlp_norm="",
+        mlp_output_norm="post_feedforward_layernorm",
+    ),
+    Architecture("smollm3", layer_lists=("layer_types", "no_rope_layers")),
+    Architecture("granite"),
+    Architecture("mixtral", gate="", up="", down="", experts="experts", router="gate"),
+    Architecture(
+        "qwen3_moe",
+        experts="experts",
+        router="gate",
+        index_lists=("mlp_only_layers",),
+        prefix_counts=("max_window_layers",),
+        periods={"decoder_sparse_step": "mlp_only_layers"},
+    ),
+    Architecture(
+        "deepseek_v3",
+        query="",
+        key="",
+        value="",
+        experts="experts",
+        router="gate",
+        layer_lists=("layer_types", "mlp_layer_types"),
+        prefix_counts=("first_k_dense_replace",),
+        extra_layers="num_nextn_predict_layers",
+        buffers=(".rotary_emb.inv_freq", ".e_score_correction_bias"),
+        notes={"attention": "multi-head latent attention: low-rank q_a/q_b and kv_a/kv_b"},
+    ),
+    Architecture("gpt_oss", gate="", up="", down="", experts="experts", router="router"),
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in _ROWS}
 
+_REFUSED_EVERYWHERE = {
+    "num_kv_shared_layers": "its last layers reuse keys and values computed by earlier ones, so "
+    "that no layer can be removed alone",
+}
+
+
+def config_entry(config: Any, key: str, default: Any = None) -> Any:
+    """Return one entry of a transformers config or of the dict read from ``config.json``."""
+    if isinstance(config, Mapping):
+        return config.get(key, default)
+    return getattr(config, key, default)
+
 
 def architecture_of(config: Any) -> Architecture:
-    """Return the table row of a transformers config.
+    """Return the table row of a transformers config, or of a parsed ``config.json``.
 
     Raises:
-        ArchitectureError: the family is not in the table.
+        ArchitectureError: the family is not in the table, or a feature in use forbids removing
+            layers.
     """
-    model_type = getattr(config, "host_model_type", None) or config.model_type
-    try:
-        return ARCHITECTURES[model_type]
-    except KeyError:
+    model_type = config_entry(config, "host_model_type") or config_entry(config, "model_type")
+    _refuse(model_type, config, _REFUSED_EVERYWHERE)
+    if model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise ArchitectureError(
             f"Model type '{model_type}' is not supported; supported are: {known}."
-        ) from None
+        )
+    row = ARCHITECTURES[model_type]
+    _refuse(model_type, config, row.refused)
+    return row
+
+
+def _refuse(model_type: str, config: Any, reasons: Mapping[str, str]) -> None:
+    for part in (config, config_entry(config, "text_config")):
+        for key, reason in reasons.items():
+            value = config_entry(part, key)
+            if value:
+                raise ArchitectureError(
+                    f"Model type '{model_type}' with {key}={value} is not supported: {reason}; "
+                    "use a model without it."
+                )
 
 
 def get_submodule(module: nn.Module, path: str) -> nn.Module:
@@ -104,7 +295,21 @@ def get_submodule(module: nn.Module, path: str) -> nn.Module:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the list of decoder layers of a causal LM (shared, not a copy)."""
-    layers = get_submodule(model, architecture_of(model.config).layers)
-    assert isinstance(layers, nn.ModuleList)
+    """Return the list of decoder layers of a causal LM (shared, not a copy).
+
+    Raises:
+        ArchitectureError: the family is not in the table or its layers are not where they should.
+    """
+    from torch import nn
+
+    row = architecture_of(model.config)
+    try:
+        layers = get_submodule(model, row.layers)
+    except AttributeError:
+        layers = None
+    if not isinstance(layers, nn.ModuleList):
+        raise ArchitectureError(
+            f"{type(model).__name__} has no list of layers at '{row.layers}'; load it with "
+            "AutoModelForCausalLM."
+        )
     return layers
