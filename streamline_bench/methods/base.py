@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from streamline_bench.core.calibration import CalibrationTokens, load_calibration
-from streamline_bench.core.checkpoint import CheckpointReader
 from streamline_bench.core.recipe import CalibrationSpec, Recipe
 
 if TYPE_CHECKING:
     import torch
+
+    from streamline_bench.core.calibration import CalibrationTokens
+    from streamline_bench.core.checkpoint import CheckpointReader
 
 __all__ = ["Compressed", "Compression", "Method", "NoParameters"]
 
@@ -50,6 +51,8 @@ class Compression:
     @cached_property
     def reader(self) -> CheckpointReader:
         """The source's tensors, lazily read."""
+        from streamline_bench.core.checkpoint import CheckpointReader
+
         return CheckpointReader(self.folder)
 
     @cached_property
@@ -80,6 +83,8 @@ class Compression:
 
     def tokens(self, spec: CalibrationSpec) -> CalibrationTokens:
         """Load calibration or training tokens for this model."""
+        from streamline_bench.core.calibration import load_calibration
+
         return load_calibration(
             spec,
             self.tokenizer,

@@ -53,6 +53,8 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     path = _recipe_path(str(name_or_path))
     payload = _read_yaml(path)
     payload.setdefault("name", path.stem)
+    if overrides and None not in (overrides.get("sparsity"), overrides.get("n_layers")):
+        raise RecipeError("Give sparsity or n_layers, not both.")
     for key, value in (overrides or {}).items():
         if value is not None:
             _override(payload, key, value)

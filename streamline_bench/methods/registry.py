@@ -15,6 +15,7 @@ from streamline_bench.methods.base import Method
 __all__ = ["METHODS", "check_parameters", "get_method"]
 
 METHODS: Mapping[str, str] = {
+    "dense": "streamline_bench.methods.dense:Dense",
     "streamline": "streamline_bench.methods.streamline:Streamline",
 }
 """Method name -> ``"module:Class"``."""

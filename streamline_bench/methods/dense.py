@@ -1,0 +1,24 @@
+"""The dense model as a row of its own: nothing is removed."""
+
+from __future__ import annotations
+
+import json
+
+from streamline_bench.methods.base import Compressed, Compression, Method
+
+__all__ = ["Dense"]
+
+
+class Dense(Method):
+    """Copy the checkpoint as it is, so that dense and compressed rows go one way."""
+
+    name = "dense"
+
+    def compress(self, work: Compression) -> Compressed:
+        """Copy every tensor under its own name."""
+        config = json.loads((work.folder / "config.json").read_text(encoding="utf-8"))
+        return Compressed(
+            config=config,
+            names={name: name for name in work.reader.names},
+            layers_after=work.config.num_hidden_layers,
+        )

@@ -1,0 +1,255 @@
+"""LLM-Streamline (arXiv 2403.19135): drop the block that changes the hidden states least,
+and train one lightweight network to stand in for it.
+
+The number of layers fewer in the result is what ``n_layers`` (or the sparsity solver) says. A
+replacement of kind ``layer`` takes k slots of its own, so that a block of n + k layers goes; the
+feed-forward kinds are no decoder layers, so that a block of n goes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.importance import Block, Similarity, scan
+from streamline_bench.core.replacement import network_parameters
+from streamline_bench.core.shards import layer_names
+from streamline_bench.core.sparsity import SizePlan, layers_for_sparsity
+from streamline_bench.core.surgery import block_keep, pruned_config
+from streamline_bench.errors import NumericsError, SparsityError
+from streamline_bench.methods.base import Compressed, Compression, Method
+
+if TYPE_CHECKING:
+    import torch
+
+    from streamline_bench.core.calibration import CalibrationTokens
+    from streamline_bench.core.distill import TrainingResult
+
+__all__ = ["Streamline", "StreamlineParameters"]
+
+log = logging.getLogger(__name__)
+
+
+class StreamlineParameters(BaseModel):
+    """Parameters of the method ``streamline``.
+
+    Attributes:
+        metric: how blocks are ranked: mean cosine of all tokens (the paper), or the angular
+            distance of the last token.
+        last_state: the state after the last layer, ``raw`` or after the final norm (the
+            reference's reading of ``output_hidden_states``).
+        start: take the block that starts at this layer instead of searching for it.
+        allow_first_layer: let the block contain layer 0. The paper's rule does not forbid it and
+            on large models it never happens; on small ones it ruins the model.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metric: Literal["cosine", "angular"] = "cosine"
+    last_state: Literal["raw", "postnorm"] = "raw"
+    start: int | None = Field(None, ge=0)
+    allow_first_layer: bool = False
+
+
+class Streamline(Method):
+    """Contiguous block removal with an optional trained replacement."""
+
+    name = "streamline"
+    parameters: ClassVar[type[BaseModel]] = StreamlineParameters
+
+    def compress(self, work: Compression) -> Compressed:
+        """Scan, choose the block, train the replacement if there is one."""
+        options = StreamlineParameters.model_validate(work.recipe.parameters)
+        plan = _size_plan(work)
+        block_size = plan.n_layers + _slots(work)
+        tokens = work.tokens(work.recipe.calibration)
+        similarity = _scan_once(work, tokens, options)
+        block = _choose(similarity, block_size, options)
+        log.info("block: layers %d to %d", block.start, block.start + block.n - 1)
+        result = _train(work, block)
+        config, names, tensors, layers_after = _assemble(work, block, result)
+        return Compressed(
+            config=config,
+            names=names,
+            tensors=tensors,
+            layers_after=layers_after,
+            chosen=_chosen(similarity, block, options, plan),
+            calibration=_tokens_facts(tokens),
+            training=dict(result.summary) if result else None,
+            artefacts=_artefacts(work, result),
+        )
+
+
+def _slots(work: Compression) -> int:
+    """Decoder layers that the replacement itself puts in."""
+    replacement = work.recipe.replacement
+    return replacement.layers if replacement.kind == "layer" else 0
+
+
+def _size_plan(work: Compression) -> SizePlan:
+    replacement = work.recipe.replacement
+    added = 0
+    if replacement.kind not in ("none", "layer"):
+        added = network_parameters(replacement, work.config)
+    plan = layers_for_sparsity(
+        work.reader,
+        sparsity=work.recipe.sparsity,
+        n_layers=work.recipe.n_layers,
+        added_parameters=added,
+    )
+    total = work.config.num_hidden_layers
+    if plan.n_layers + _slots(work) > total:
+        raise SparsityError(
+            f"Removing {plan.n_layers} layers and replacing {_slots(work)} more needs "
+            f"{plan.n_layers + _slots(work)} layers, and the model has {total}; remove fewer."
+        )
+    return plan
+
+
+def _scan_once(
+    work: Compression, tokens: CalibrationTokens, options: StreamlineParameters
+) -> Similarity:
+    """Scan, or take up the scan that an interrupted attempt left behind."""
+    path = work.work / "similarity.json"
+    if path.exists():
+        return Similarity.load(path)
+    similarity = scan(
+        work.model, tokens, last_state=options.last_state, progress=work.progress
+    )
+    similarity.save(path)
+    return similarity
+
+
+def _choose(similarity: Similarity, n: int, options: StreamlineParameters) -> Block:
+    if options.start is None:
+        return similarity.best_block(
+            n, metric=options.metric, allow_first_layer=options.allow_first_layer
+        )
+    boundaries = similarity.cosine.shape[0]
+    if options.start + n >= boundaries:
+        raise SparsityError(
+            f"A block of {n} layers cannot start at layer {options.start} of {boundaries - 1}; "
+            "choose a smaller start or remove fewer layers."
+        )
+    matrix = similarity.cosine if options.metric == "cosine" else similarity.angular
+    score = float(matrix[options.start, options.start + n])
+    return Block(start=options.start, n=n, score=score)
+
+
+def _train(work: Compression, block: Block) -> TrainingResult | None:
+    recipe = work.recipe
+    if recipe.replacement.kind == "none":
+        return None
+    from streamline_bench.core.distill import train_replacement
+
+    data = recipe.training.data
+    if data.source == "auto":
+        data = data.model_copy(update={"source": recipe.calibration.source})
+    result = train_replacement(
+        work.model,
+        start=block.start,
+        n=block.n,
+        spec=recipe.replacement,
+        training=recipe.training,
+        tokens=work.tokens(data),
+        work=work.work / "training",
+        seed=recipe.seed,
+        device=work.device,
+        progress=work.progress,
+        quirks=recipe.reference_quirks,
+    )
+    for name, tensor in result.state.items():
+        if not bool(tensor.isfinite().all()):
+            raise NumericsError(f"The trained replacement's '{name}' is not finite; lower the lr.")
+    return result
+
+
+def _assemble(
+    work: Compression, block: Block, result: TrainingResult | None
+) -> tuple[dict[str, Any], dict[str, str], dict[str, torch.Tensor], int]:
+    """Return (config, copied names, new tensors, layers after)."""
+    slots = _slots(work)
+    depth = work.config.num_hidden_layers
+    keep = block_keep(depth, block.start + slots, block.n - slots)
+    names = dict(layer_names(work.reader, architecture_of(work.config), keep))
+    host = pruned_config(work.config, keep)
+    if result is None:
+        return _as_json(host), names, {}, len(keep)
+    if slots:
+        tensors = _layer_tensors(work, block.start, result.state)
+        for name in tensors:
+            names.pop(name, None)
+        return _as_json(host), names, tensors, len(keep)
+    from streamline_bench.modeling import attachment_tensors, streamline_config
+
+    attachment = {"after_layer": block.start - 1, **result.attachment}
+    config = streamline_config(host, [attachment])
+    tensors = attachment_tensors(config, 0, result.state)
+    return _as_json(config), names, _stored(work, block.start, tensors), len(keep)
+
+
+def _layer_tensors(
+    work: Compression, start: int, state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    prefix = architecture_of(work.config).layers
+    named = {}
+    for key, tensor in state.items():
+        index, _, rest = key.partition(".")
+        named[f"{prefix}.{start + int(index)}.{rest}"] = tensor
+    return _stored(work, start, named)
+
+
+def _stored(
+    work: Compression, start: int, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Cast trained weights to the dtype in which the source stores that layer."""
+    import torch
+
+    prefix = f"{architecture_of(work.config).layers}.{start}."
+    stored = [work.reader.entry(name) for name in work.reader.names if prefix in f"{name}"]
+    is_bf16 = any(entry.dtype == "BF16" for entry in stored)
+    is_fp16 = any(entry.dtype == "F16" for entry in stored)
+    dtype = torch.bfloat16 if is_bf16 else torch.float16 if is_fp16 else torch.float32
+    return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+
+
+def _as_json(config: Any) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    return parsed
+
+
+def _chosen(
+    similarity: Similarity, block: Block, options: StreamlineParameters, plan: SizePlan
+) -> dict[str, Any]:
+    unguarded = similarity.best_block(block.n, metric=options.metric, allow_first_layer=True)
+    return {
+        "start": block.start,
+        "removed_layers": list(range(block.start, block.start + block.n)),
+        "score": block.score,
+        "metric": options.metric,
+        "last_state": options.last_state,
+        "best_block_of_all": unguarded.start,
+        "size": asdict(plan),
+    }
+
+
+def _tokens_facts(tokens: CalibrationTokens) -> dict[str, Any]:
+    return {
+        "source": tokens.source,
+        "tokens": tokens.num_tokens,
+        "sequences": len(tokens),
+        "sha256": tokens.sha256,
+    }
+
+
+def _artefacts(work: Compression, result: TrainingResult | None) -> dict[str, str]:
+    texts = {"similarity.json": (work.work / "similarity.json").read_text(encoding="utf-8")}
+    if result is not None:
+        texts["training_curve.jsonl"] = "".join(json.dumps(row) + "\n" for row in result.curve)
+    return texts
