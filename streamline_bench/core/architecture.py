@@ -22,6 +22,7 @@ __all__ = [
     "config_entry",
     "decoder_layers",
     "get_submodule",
+    "require_removable_layers",
 ]
 
 
@@ -263,8 +264,7 @@ def architecture_of(config: Any) -> Architecture:
     """Return the table row of a transformers config, or of a parsed ``config.json``.
 
     Raises:
-        ArchitectureError: the family is not in the table, or a feature in use forbids removing
-            layers.
+        ArchitectureError: the family is not in the table, or its layers share keys and values.
     """
     model_type = config_entry(config, "host_model_type") or config_entry(config, "model_type")
     _refuse(model_type, config, _REFUSED_EVERYWHERE)
@@ -273,8 +273,17 @@ def architecture_of(config: Any) -> Architecture:
         raise ArchitectureError(
             f"Model type '{model_type}' is not supported; supported are: {known}."
         )
-    row = ARCHITECTURES[model_type]
-    _refuse(model_type, config, row.refused)
+    return ARCHITECTURES[model_type]
+
+
+def require_removable_layers(config: Any) -> Architecture:
+    """Return the table row of a config whose layers can be removed one by one.
+
+    Raises:
+        ArchitectureError: a feature in use forbids that; the message gives the reason.
+    """
+    row = architecture_of(config)
+    _refuse(row.model_type, config, row.refused)
     return row
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.fingerprint import fingerprint, user_cache
 from streamline_bench.core.manifest import Manifest, read_manifest, write_manifest
 from streamline_bench.core.staging import atomic_write_bytes, atomic_write_text, staged_output
 from streamline_bench.core.tensor_file import TensorEntry, read_header
@@ -30,6 +31,7 @@ __all__ = [
     "read_manifest",
     "resolve_pretrained",
     "staged_output",
+    "user_cache",
     "write_manifest",
 ]
 
@@ -134,8 +136,6 @@ class CheckpointReader:
         Digests of tensors are kept in the user's cache, keyed by path, size and time of change of
         their shard, so that a second call reads no weights.
         """
-        from streamline_bench.core.fingerprint import fingerprint
-
         return fingerprint(self, progress=progress)
 
     def check_finite(self, progress: bool = True) -> None:

@@ -25,13 +25,13 @@ from streamline_bench.errors import OutputError
 if TYPE_CHECKING:
     from streamline_bench.core.checkpoint import CheckpointReader
 
-__all__ = ["cache_folder", "config_digest", "fingerprint"]
+__all__ = ["config_digest", "fingerprint", "user_cache"]
 
 _NOTES = {"_name_or_path", "transformers_version", "use_cache", "_commit_hash"}
 _CHUNK = 1 << 22
 
 
-def cache_folder() -> Path:
+def user_cache() -> Path:
     """Return the user's cache of streamline-bench (not created)."""
     named = os.environ.get("STREAMLINE_BENCH_CACHE")
     return Path(named) if named else Path.home() / ".cache" / "streamline-bench"
@@ -72,7 +72,7 @@ def _shard_digests(
 ) -> dict[str, str]:
     before = _identity(path)
     key = hashlib.sha256(json.dumps(before).encode()).hexdigest()
-    record = cache_folder() / "digests" / f"{key}.json"
+    record = user_cache() / "digests" / f"{key}.json"
     known = _read_record(record, before, entries)
     if known is not None:
         bar.update(sum(entry.nbytes for entry in entries))
