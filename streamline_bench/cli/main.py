@@ -69,7 +69,7 @@ def cli() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; a :class:`StreamlineBenchError` becomes one sentence and exit code 2."""
+    """Run the command line; our own errors become one sentence and exit code 2."""
     try:
         cli.main(args=arguments, prog_name="streamline-bench")
     except StreamlineBenchError as error:

@@ -111,9 +111,7 @@ def compress(
         key = content_key(folder, recipe)
         work = cache_root(cache) / "work" / key
         work.mkdir(parents=True, exist_ok=True)
-        job = Compression(
-            folder, recipe, work, device, dtype, trust_remote_code, progress
-        )
+        job = Compression(folder, recipe, work, device, dtype, trust_remote_code, progress)
         job.reader.check_finite()
         started = time.time()
         result = get_method(recipe.method).compress(job)
@@ -224,9 +222,7 @@ def _manifest(
         versions=_versions(),
         seconds={"compress": round(seconds, 3)},
         files={
-            path.name: _digest_files([path])
-            for path in sorted(staging.iterdir())
-            if path.is_file()
+            path.name: _digest_files([path]) for path in sorted(staging.iterdir()) if path.is_file()
         },
     )
 

@@ -82,7 +82,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         payload = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}).") from None
+        raise RecipeError(
+            f"{path} cannot be read as YAML ({' '.join(str(error).split())})."
+        ) from None
     if not isinstance(payload, dict):
         raise RecipeError(f"{path} is not a recipe: it must hold a mapping with the key 'method'.")
     return payload

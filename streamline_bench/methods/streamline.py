@@ -119,9 +119,7 @@ def _scan_once(
     path = work.work / "similarity.json"
     if path.exists():
         return Similarity.load(path)
-    similarity = scan(
-        work.model, tokens, last_state=options.last_state, progress=work.progress
-    )
+    similarity = scan(work.model, tokens, last_state=options.last_state, progress=work.progress)
     similarity.save(path)
     return similarity
 

@@ -1,0 +1,73 @@
+"""``streamline-bench compress``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from streamline_bench.cli.options import parse_assignments, setup_logging
+
+__all__ = ["command"]
+
+
+@click.command("compress")
+@click.argument("model")
+@click.option("--recipe", default="streamline", show_default=True, help="Name, or path of a YAML.")
+@click.option("--sparsity", type=float, help="Share of the parameters to remove, between 0 and 1.")
+@click.option("--n-layers", type=int, help="Net number of layers to remove, instead of --sparsity.")
+@click.option("--replacement", help="none, layer, ffn, swiglu, ffn_res, swiglu_res or linear.")
+@click.option("--calibration", help="Text, jsonl, parquet, saved dataset, hub id or preset.")
+@click.option("--seed", type=int, help="Seed of data order and initial weights.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any recipe key.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+@click.option("--revision", help="Revision of a hub model.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--dtype", help="Dtype of the source model in memory; float32 unless given.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no log.")
+def command(
+    model: str,
+    recipe: str,
+    assignments: tuple[str, ...],
+    output: Path,
+    overwrite: bool,
+    revision: str | None,
+    device: str,
+    dtype: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+    quiet: bool,
+    **overrides: Any,
+) -> None:
+    """Remove layers from MODEL (a folder or a hub id) and write the result to --output."""
+    setup_logging(quiet=quiet or as_json)
+    from streamline_bench.core.checkpoint import read_manifest
+    from streamline_bench.methods import compress, load_recipe
+
+    plan = load_recipe(recipe, {**overrides, **parse_assignments(assignments)})
+    compress(
+        model,
+        plan,
+        output,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        progress=not (quiet or as_json),
+    )
+    manifest = read_manifest(output)
+    if manifest is None:  # pragma: no cover - compress writes it last
+        raise click.ClickException(f"{output} has no manifest")
+    if as_json:
+        click.echo(manifest.model_dump_json(indent=2))
+    elif not quiet:
+        click.echo(
+            f"{output}: {manifest.layers_before} -> {manifest.layers_after} layers, "
+            f"{manifest.parameters_before:,} -> {manifest.parameters_after:,} parameters "
+            f"({manifest.sparsity_reached:.1%} removed)"
+        )

@@ -1,0 +1,50 @@
+"""``streamline-bench demo``."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+
+from streamline_bench.cli.options import setup_logging
+
+__all__ = ["command"]
+
+
+@click.command("demo")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("streamline-demo"),
+    show_default=True, help="Run folder; an interrupted demo is continued in it.",
+)  # fmt: skip
+@click.option("--sparsity", type=float, default=0.25, show_default=True)
+@click.option(
+    "--rows", help="Comma-separated recipes; the first is what the rest is compared with."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Documents per task.")
+@click.option("--until", type=click.Choice(["compress", "evaluate", "report"]), default="report")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--overwrite", is_flag=True, help="Start afresh if the run folder holds a demo.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no log.")
+def command(
+    output: Path,
+    sparsity: float,
+    rows: str | None,
+    limit: int | None,
+    until: str,
+    batch_size: int,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Prune, replace, evaluate and compare the bundled model, offline, in a few minutes."""
+    setup_logging(quiet=quiet)
+    from streamline_bench.demo.pipeline import DEMO_ROWS, DemoOptions, run_demo
+
+    # Only a folder that a demo made is removed.
+    if overwrite and (output / "demo.json").is_file():
+        shutil.rmtree(output)
+    names = tuple(name.strip() for name in rows.split(",")) if rows else DEMO_ROWS
+    result = run_demo(
+        DemoOptions(output, names, sparsity, limit, until, batch_size, progress=not quiet)
+    )
+    click.echo(f"Open {result}")

@@ -1,0 +1,37 @@
+"""What the commands share: logging, ``KEY=VALUE`` options, safe output."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+import click
+
+__all__ = ["parse_assignments", "setup_logging"]
+
+
+def setup_logging(*, quiet: bool) -> None:
+    """Show our own log on stderr; keep the libraries' to warnings, and their progress quiet."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    logging.getLogger("streamline_bench").setLevel(logging.ERROR if quiet else logging.INFO)
+    if quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def parse_assignments(assignments: tuple[str, ...]) -> dict[str, str]:
+    """Read ``--set key=value`` options.
+
+    Raises:
+        click.BadParameter: an option without ``=``.
+    """
+    parsed = {}
+    for assignment in assignments:
+        key, separator, value = assignment.partition("=")
+        if not separator or not key:
+            raise click.BadParameter(f"'{assignment}' is not KEY=VALUE", param_hint="--set")
+        parsed[key.strip()] = value
+    return parsed

@@ -1,0 +1,41 @@
+"""``streamline-bench recipes``."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+__all__ = ["command"]
+
+
+@click.command("recipes")
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def command(name: str | None, as_json: bool) -> None:
+    """List the recipes, or show the recipe NAME (a name or the path of a YAML file)."""
+    from streamline_bench.methods import list_recipes, load_recipe
+
+    if name is not None:
+        _show(load_recipe(name).model_dump(mode="json"), as_json)
+        return
+    recipes = [load_recipe(known) for known in list_recipes()]
+    if as_json:
+        click.echo(json.dumps([recipe.model_dump(mode="json") for recipe in recipes], indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("recipe", "cost", "method", "what", box=None, header_style="bold")
+    for recipe in recipes:
+        table.add_row(recipe.name, recipe.cost, recipe.method, recipe.title)
+    Console(width=None if click.get_text_stream("stdout").isatty() else 110).print(table)
+
+
+def _show(payload: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(payload, indent=2))
+        return
+    import yaml
+
+    click.echo(yaml.safe_dump(payload, sort_keys=False, allow_unicode=True), nl=False)

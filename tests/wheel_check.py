@@ -1,0 +1,65 @@
+"""Install the built wheel into a clean environment outside the checkout, and use it there.
+
+Usage: python tests/wheel_check.py DIST_FOLDER WORK_FOLDER
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Run a command, show it, and return what it printed; stop at the first failure."""
+    print("$", *command, flush=True)
+    # The checkout must not be found by accident.
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE
+    )
+    print(done.stdout[-3000:], flush=True)
+    if done.returncode:
+        sys.exit(f"{command[0]} ended with {done.returncode}")
+    return done.stdout
+
+
+def main(dist: Path, work: Path) -> None:
+    """Check the one wheel in ``dist`` from inside ``work``."""
+    wheels = list(dist.glob("streamline_bench-*.whl"))
+    if len(wheels) != 1:
+        sys.exit(f"{dist} holds {len(wheels)} wheels, expected one; remove the old ones")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    venv.create(work / "env", with_pip=True)
+    binaries = work / "env" / "bin"
+    run(binaries / "pip", "install", "-q", wheels[0], cwd=work)
+    command = binaries / "streamline-bench"
+    if "demo" not in run(command, "--help", cwd=work):
+        sys.exit("--help does not name the demo")
+    if "streamline_ffn_res" not in run(command, "recipes", cwd=work):
+        sys.exit("the recipes are not in the wheel")
+    if "streamline_demo" not in run(command, "tasks", cwd=work):
+        sys.exit("the tasks are not in the wheel")
+    tasks = Path(run(command, "tasks", "--path", cwd=work).strip())
+    model = run(
+        binaries / "python",
+        "-c",
+        "from streamline_bench.demo import model; print(model())",
+        cwd=work,
+    ).strip()
+    run(
+        binaries / "lm_eval", "--model", "streamline", "--model_args", f"pretrained={model}",
+        "--include_path", tasks, "--tasks", "streamline_demo", "--limit", "4", cwd=work,
+    )  # fmt: skip
+    run(
+        command, "demo", "--output", work / "run", "--until", "evaluate",
+        "--rows", "dense,streamline_none", "--limit", "8", cwd=work,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve())
