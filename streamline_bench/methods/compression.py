@@ -8,11 +8,9 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from streamline_bench import __version__
 from streamline_bench.core.checkpoint import (
@@ -22,8 +20,10 @@ from streamline_bench.core.checkpoint import (
     read_manifest,
     resolve_pretrained,
     staged_output,
+    user_cache,
     write_manifest,
 )
+from streamline_bench.core.manifest import Source, hash_files
 from streamline_bench.core.recipe import CalibrationSpec, Recipe
 from streamline_bench.errors import CacheError, CheckpointError, RecipeError
 from streamline_bench.methods.base import Compressed, Compression
@@ -56,8 +56,6 @@ class CachedCheckpoint:
 
 def cache_root(cache: Path | None = None) -> Path:
     """Return the cache folder: the argument, ``$STREAMLINE_BENCH_CACHE`` or the user's cache."""
-    from streamline_bench.core.checkpoint import user_cache
-
     return Path(cache).expanduser() if cache else user_cache()
 
 
@@ -116,7 +114,9 @@ def compress(
         started = time.time()
         result = get_method(recipe.method).compress(job)
         _write(staging, job, result)
-        source = {"name": str(pretrained), "revision": revision}
+        source = Source(
+            name=str(pretrained), revision=revision, weights_sha256=job.reader.fingerprint()
+        )
         manifest = _manifest(staging, job, result, source, time.time() - started)
         write_manifest(staging, manifest)
     shutil.rmtree(work, ignore_errors=True)
@@ -200,14 +200,14 @@ def _write(staging: Path, job: Compression, result: Compressed) -> None:
 
 
 def _manifest(
-    staging: Path, job: Compression, result: Compressed, source: Mapping[str, Any], seconds: float
+    staging: Path, job: Compression, result: Compressed, source: Source, seconds: float
 ) -> Manifest:
     before = job.reader.num_parameters
     after = CheckpointReader(staging).num_parameters
     if after >= before and job.recipe.method != "dense":
         log.warning("the result is not smaller than the source: %d >= %d", after, before)
     return Manifest(
-        source={**source, "weights_sha256": job.reader.fingerprint()},
+        source=source,
         recipe=job.recipe.model_dump(mode="json"),
         chosen=dict(result.chosen),
         parameters_before=before,

@@ -80,7 +80,7 @@ class Streamline(Method):
             tensors=tensors,
             layers_after=layers_after,
             chosen=_chosen(similarity, block, options, plan),
-            calibration=_tokens_facts(tokens),
+            calibration=tokens.summary(),
             training=dict(result.summary) if result else None,
             artefacts=_artefacts(work, result),
         )
@@ -234,15 +234,6 @@ def _chosen(
         "last_state": options.last_state,
         "best_block_of_all": unguarded.start,
         "size": asdict(plan),
-    }
-
-
-def _tokens_facts(tokens: CalibrationTokens) -> dict[str, Any]:
-    return {
-        "source": tokens.source,
-        "tokens": tokens.num_tokens,
-        "sequences": len(tokens),
-        "sha256": tokens.sha256,
     }
 
 
