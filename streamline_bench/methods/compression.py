@@ -110,7 +110,7 @@ def compress(
         work = cache_root(cache) / "work" / key
         work.mkdir(parents=True, exist_ok=True)
         job = Compression(folder, recipe, work, device, dtype, trust_remote_code, progress)
-        job.reader.check_finite()
+        job.reader.check_finite(progress=progress)
         started = time.time()
         result = get_method(recipe.method).compress(job)
         _write(staging, job, result)
@@ -221,9 +221,7 @@ def _manifest(
         seed=job.recipe.seed,
         versions=_versions(),
         seconds={"compress": round(seconds, 3)},
-        files={
-            path.name: _digest_files([path]) for path in sorted(staging.iterdir()) if path.is_file()
-        },
+        files=hash_files(staging),
     )
 
 
