@@ -1,0 +1,41 @@
+"""Where our errors meet the harness: a sentence and exit code 2 from its command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from streamline_bench.errors import StreamlineBenchError
+
+__all__ = ["user_errors"]
+
+_COMMAND = "lm_eval._cli"
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn our errors into one sentence and exit code 2 under the ``lm_eval`` command.
+
+    A program that uses the harness as a library gets the exception, as does anyone who sets
+    ``STREAMLINE_BENCH_TRACEBACK``.
+    """
+    try:
+        yield
+    except StreamlineBenchError as error:
+        if os.environ.get("STREAMLINE_BENCH_TRACEBACK") or not _under_command():
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            text = "".join(c if c.isprintable() else "\ufffd" for c in str(error))
+            sys.stderr.write(f"streamline-bench: {text}\n")
+        raise SystemExit(2) from None
+
+
+def _under_command() -> bool:
+    frame = sys._getframe()
+    while frame is not None:
+        if str(frame.f_globals.get("__name__", "")).startswith(_COMMAND):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

@@ -1,0 +1,98 @@
+"""Makes ``lm_eval --model streamline`` known to harness versions without plug-in discovery.
+
+lm-eval 0.4.13 reads a fixed table of models; later versions read the entry-point group
+``lm_eval.models``, which this package declares as well. A ``.pth`` line of the wheel calls
+:func:`install` at every interpreter start, so nothing here may import anything that is not
+imported by then: a finder is put in front of the others, waits for ``lm_eval.models`` and, once
+that has run, adds one lazy ``"module:Class"`` string to its registry.
+"""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["MODEL_NAME", "TARGET", "install", "register"]
+
+MODEL_NAME = "streamline"
+TARGET = "streamline_bench.harness.lm:StreamlineLM"
+_WATCHED = "lm_eval.models"
+
+
+class _Loader:
+    """Runs the module's own loader, then registers."""
+
+    def __init__(self, inner: object) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+    def create_module(self, spec: object) -> object:
+        return self._inner.create_module(spec)  # type: ignore[attr-defined]
+
+    def exec_module(self, module: object) -> None:
+        self._inner.exec_module(module)  # type: ignore[attr-defined]
+        _after(module)
+
+
+class _Finder:
+    """Finds ``lm_eval.models`` as the finders behind it do, and wraps its loader."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+        if name != _WATCHED:
+            return None
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
+        for finder in list(sys.meta_path):
+            find = getattr(finder, "find_spec", None)
+            spec = find(name, path, target) if find is not None else None
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _Loader(spec.loader)
+                return spec
+        return None
+
+
+def install() -> None:
+    """Watch for the import of ``lm_eval.models``; register at once if it is imported already."""
+    module = sys.modules.get(_WATCHED)
+    if module is not None:
+        _after(module)
+    elif not any(type(finder).__name__ == _Finder.__name__ for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+
+
+def register() -> None:
+    """Import the harness's models and add ours, whatever the harness discovers by itself."""
+    import lm_eval.models
+
+    _add(lm_eval.models)
+
+
+def _after(module: object) -> None:
+    # A harness must start whatever became of us: it then says that it does not know the model.
+    try:
+        if not _discovers_plugins():
+            _add(module)
+    except Exception as error:
+        sys.stderr.write(f"streamline-bench could not register its lm-eval model: {error}\n")
+
+
+def _add(module: object) -> None:
+    from lm_eval.api.registry import model_registry
+
+    if MODEL_NAME in model_registry:
+        return
+    mapping = getattr(module, "MODEL_MAPPING", None)
+    if isinstance(mapping, dict):
+        mapping.setdefault(MODEL_NAME, TARGET)
+    model_registry.register(MODEL_NAME, target=TARGET)
+
+
+def _discovers_plugins() -> bool:
+    """Whether this harness reads the entry-point group itself (then it needs no help)."""
+    import inspect
+
+    from lm_eval.api import registry
+
+    sources = [registry, sys.modules[_WATCHED]]
+    return any("entry_points(" in inspect.getsource(module) for module in sources)

@@ -1,0 +1,163 @@
+"""Lays requests out so that no token is computed twice: rows of prefix trees, batches of rows.
+
+Requests that begin with the same tokens (the choices of one question, the examples shown before
+every question) share these tokens as the trunk of a tree. A row is such a tree laid flat: each
+node is one token with its depth as position and its ancestors as the only tokens it may look at.
+A request without relatives gives a row that is a plain chain, which needs no mask.
+
+Nothing here knows a model; only lists of token ids go in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["PackedRow", "Query", "build_rows", "make_batches"]
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Query:
+    """One request, cut to the model's length.
+
+    Attributes:
+        index: where its answer goes.
+        inputs: token ids the model reads, ``[length]``.
+        targets: token ids to score; the last ``len(targets)`` input positions predict them.
+    """
+
+    index: int
+    inputs: Sequence[int]
+    targets: Sequence[int]
+
+
+@dataclass
+class PackedRow:
+    """A tree of token sequences laid flat.
+
+    Attributes:
+        tokens: ``[size]`` token ids, parents before children.
+        positions: ``[size]`` depth of each node: its ``position_ids``.
+        branches: ``(first node, parent node or -1)`` of every run of consecutive nodes.
+        scored: for each query, the nodes whose logits predict its targets.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    branches: list[tuple[int, int]] = field(default_factory=list)
+    scored: list[tuple[Query, IntArray]] = field(default_factory=list)
+    _path: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def is_chain(self) -> bool:
+        """No branch: the usual causal mask and positions are right."""
+        return len(self.branches) == 1
+
+    def add(self, query: Query, shared: int) -> None:
+        """Hang a query below the first ``shared`` tokens of the query added before it."""
+        start = len(self.tokens)
+        new = len(query.inputs) - shared
+        if new:
+            parent = int(self._path[shared - 1]) if shared else -1
+            self.tokens.extend(query.inputs[shared:])
+            self.positions.extend(range(shared, len(query.inputs)))
+            if start == 0 or parent != start - 1:
+                self.branches.append((start, parent))
+        self._path = np.concatenate([self._path[:shared], np.arange(start, start + new)])
+        self.scored.append((query, self._path[len(query.inputs) - len(query.targets) :]))
+
+    def visible(self) -> npt.NDArray[np.bool_]:
+        """Return ``[size, size]``: whether the row's node may look at the column's."""
+        size = len(self)
+        seen = np.zeros((size, size), dtype=np.bool_)
+        ends = [start for start, _ in self.branches[1:]] + [size]
+        for (start, parent), end in zip(self.branches, ends, strict=True):
+            if parent >= 0:
+                seen[start:end] = seen[parent]
+            seen[start:end, start:end] = np.tri(end - start, dtype=np.bool_)
+        return seen
+
+
+def build_rows(
+    queries: Sequence[Query], *, share_up_to: int, row_tokens: int, pair_cost: float
+) -> list[PackedRow]:
+    """Group queries into rows.
+
+    A query joins the row of its nearest relative where the shared tokens it saves cost more than
+    the attention it adds: every token of a row is compared with every other one, related or not.
+
+    Args:
+        share_up_to: inputs longer than this share a row with equal inputs only (0: all do).
+        row_tokens: no branching row grows beyond this many tokens.
+        pair_cost: cost of comparing two tokens, relative to computing one token.
+    """
+    keys = [np.asarray(query.inputs, dtype=">u4") for query in queries]
+    order = sorted(range(len(queries)), key=lambda i: (keys[i].tobytes(), i))
+    rows: list[PackedRow] = []
+    before = -1
+    for current in order:
+        length = len(keys[current])
+        shared = _common_prefix(keys[before], keys[current]) if rows else 0
+        new = length - shared
+        joins = bool(rows) and (
+            (new == 0 and len(keys[before]) == length)
+            or (
+                max(length, len(keys[before])) <= share_up_to
+                and _worth_joining(len(rows[-1]), shared, new, row_tokens, pair_cost)
+            )
+        )
+        if not joins:
+            rows.append(PackedRow())
+            shared = 0
+        rows[-1].add(queries[current], shared)
+        before = current
+    return rows
+
+
+def _worth_joining(size: int, shared: int, new: int, row_tokens: int, pair_cost: float) -> bool:
+    if shared == 0 or size + new > row_tokens:
+        return False
+    joined = new + ((size + new) ** 2 - size**2) * pair_cost
+    apart = shared + new + (shared + new) ** 2 * pair_cost
+    return joined < apart
+
+
+def _common_prefix(first: npt.NDArray[np.generic], second: npt.NDArray[np.generic]) -> int:
+    size = min(len(first), len(second))
+    differs = first[:size] != second[:size]
+    return int(differs.argmax()) if differs.any() else size
+
+
+def make_batches(
+    rows: Sequence[PackedRow], *, batch_tokens: int, batch_positions: int
+) -> Iterator[list[PackedRow]]:
+    """Yield batches of like rows, longest first, each within both budgets (at least one row).
+
+    Args:
+        batch_tokens: padded tokens per batch, ``rows x longest row``.
+        batch_positions: positions per batch that the LM head is computed on.
+    """
+    for chain in (False, True):
+        alike = sorted((r for r in rows if r.is_chain == chain), key=len, reverse=True)
+        batch: list[PackedRow] = []
+        scored = 0
+        for row in alike:
+            here = sum(len(nodes) for _, nodes in row.scored)
+            full = batch and (
+                (len(batch) + 1) * len(batch[0]) > batch_tokens or scored + here > batch_positions
+            )
+            if full:
+                yield batch
+                batch, scored = [], 0
+            batch.append(row)
+            scored += here
+        if batch:
+            yield batch
