@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from streamline_bench.core.architecture import architecture_of
-from streamline_bench.core.importance import Block, Similarity, scan
+from streamline_bench.core.importance import scan
 from streamline_bench.core.replacement import network_parameters
 from streamline_bench.core.shards import layer_names
+from streamline_bench.core.similarity import Block, Similarity
 from streamline_bench.core.sparsity import SizePlan, layers_for_sparsity
 from streamline_bench.core.surgery import block_keep, pruned_config
 from streamline_bench.errors import NumericsError, SparsityError
@@ -129,15 +130,9 @@ def _choose(similarity: Similarity, n: int, options: StreamlineParameters) -> Bl
         return similarity.best_block(
             n, metric=options.metric, allow_first_layer=options.allow_first_layer
         )
-    boundaries = similarity.cosine.shape[0]
-    if options.start + n >= boundaries:
-        raise SparsityError(
-            f"A block of {n} layers cannot start at layer {options.start} of {boundaries - 1}; "
-            "choose a smaller start or remove fewer layers."
-        )
-    matrix = similarity.cosine if options.metric == "cosine" else similarity.angular
-    score = float(matrix[options.start, options.start + n])
-    return Block(start=options.start, n=n, score=score)
+    block_keep(similarity.num_layers, options.start, n)  # refuses a block that leaves the model
+    score = float(similarity.scores(n, options.metric)[options.start])
+    return Block(options.start, n, score, options.metric)
 
 
 def _train(work: Compression, block: Block) -> TrainingResult | None:
@@ -184,11 +179,12 @@ def _assemble(
         for name in tensors:
             names.pop(name, None)
         return _as_json(host), names, tensors, len(keep)
-    from streamline_bench.modeling import attachment_tensors, streamline_config
+    from streamline_bench.modeling import Attachment, streamline_config
 
-    attachment = {"after_layer": block.start - 1, **result.attachment}
+    attachment = Attachment.of(work.recipe.replacement, work.config, block.start - 1)
+    prefix = attachment.tensor_prefix(host)
+    tensors = {prefix + name: tensor for name, tensor in result.state.items()}
     config = streamline_config(host, [attachment])
-    tensors = attachment_tensors(config, 0, result.state)
     return _as_json(config), names, _stored(work, block.start, tensors), len(keep)
 
 
@@ -210,10 +206,10 @@ def _stored(
     import torch
 
     prefix = f"{architecture_of(work.config).layers}.{start}."
-    stored = [work.reader.entry(name) for name in work.reader.names if prefix in f"{name}"]
-    is_bf16 = any(entry.dtype == "BF16" for entry in stored)
-    is_fp16 = any(entry.dtype == "F16" for entry in stored)
-    dtype = torch.bfloat16 if is_bf16 else torch.float16 if is_fp16 else torch.float32
+    dtypes = {work.reader.entry(name).dtype for name in work.reader.names if prefix in name}
+    dtype = torch.float32
+    if dtypes & {"BF16", "F16"}:
+        dtype = torch.bfloat16 if "BF16" in dtypes else torch.float16
     return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
 
 
@@ -225,14 +221,15 @@ def _as_json(config: Any) -> dict[str, Any]:
 def _chosen(
     similarity: Similarity, block: Block, options: StreamlineParameters, plan: SizePlan
 ) -> dict[str, Any]:
-    unguarded = similarity.best_block(block.n, metric=options.metric, allow_first_layer=True)
+    scores = similarity.scores(block.n, options.metric)
+    unguarded = int(scores.argmax() if options.metric == "cosine" else scores.argmin())
     return {
         "start": block.start,
         "removed_layers": list(range(block.start, block.start + block.n)),
         "score": block.score,
         "metric": options.metric,
         "last_state": options.last_state,
-        "best_block_of_all": unguarded.start,
+        "best_start_without_guard": unguarded,
         "size": asdict(plan),
     }
 

@@ -1,0 +1,187 @@
+"""Bad input: one clear sentence, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def model(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+@pytest.fixture
+def refused(
+    call: Callable[..., Any], model: Path, tmp_path: Path, text_file: str
+) -> Callable[..., str]:
+    """Return a function: compress with these options, expect a refusal, return its sentence."""
+
+    def run(*options: object, output: Path | None = None, calibration: str = text_file) -> str:
+        target = output or tmp_path / "out"
+        before = sorted(tmp_path.rglob("*"))
+        ended = call(
+            "compress", model, "-o", target, "--recipe", "streamline_none", "-q",
+            "--calibration", calibration, "--set", "sequence_length=32", *options,
+        )  # fmt: skip
+        assert ended.code == 2, ended
+        lines = [line for line in ended.err.splitlines() if line.strip()]
+        assert len(lines) == 1, ended.err
+        assert lines[0].startswith("streamline-bench: ")
+        assert "Traceback" not in ended.err
+        assert sorted(tmp_path.rglob("*")) == before
+        return lines[0]
+
+    return run
+
+
+def test_the_same_call_with_good_input_succeeds(
+    call: Callable[..., Any], model: Path, tmp_path: Path, text_file: str
+) -> None:
+    ended = call(
+        "compress", model, "-o", tmp_path / "out", "--recipe", "streamline_none", "--n-layers", 2,
+        "--calibration", text_file, "--set", "sequence_length=32",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "out" / "streamline.json").exists()
+    assert "6 -> 4 layers" in ended.out
+
+
+@pytest.mark.parametrize("n_layers", [0, -1, 6, 7])
+def test_number_of_layers_out_of_range(refused: Callable[..., str], n_layers: int) -> None:
+    assert str(n_layers) in refused("--n-layers", n_layers)
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 0, 1, 1.5, "nan"])
+def test_sparsity_out_of_range(refused: Callable[..., str], sparsity: object) -> None:
+    assert "sparsity" in refused("--sparsity", sparsity)
+
+
+def test_sparsity_and_layers_together(refused: Callable[..., str]) -> None:
+    assert "not both" in refused("--sparsity", 0.25, "--n-layers", 2)
+
+
+def test_unknown_recipe_name_suggests_one(refused: Callable[..., str]) -> None:
+    assert "did you mean 'streamline'?" in refused("--recipe", "streamlin")
+
+
+def test_unknown_recipe_key_suggests_one(refused: Callable[..., str]) -> None:
+    assert "did you mean 'seed'?" in refused("--set", "calibration.sed=1")
+    assert "did you mean 'sparsity'?" in refused("--set", "sparsty=0.2")
+
+
+def test_unknown_key_in_a_recipe_file(refused: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: streamline\nsparsty: 0.25\n", encoding="utf-8")
+    assert "did you mean 'sparsity'?" in refused("--recipe", path)
+
+
+def test_unknown_method_and_parameter(refused: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: steamline\n", encoding="utf-8")
+    assert "did you mean 'streamline'?" in refused("--recipe", path)
+    path.write_text("method: streamline\nparameters: {metrik: cosine}\n", encoding="utf-8")
+    assert "did you mean 'metric'?" in refused("--recipe", path)
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_empty_calibration(refused: Callable[..., str], tmp_path: Path, text: str) -> None:
+    path = tmp_path / "empty.txt"
+    path.write_text(text, encoding="utf-8")
+    assert "empty.txt" in refused("--n-layers", 2, calibration=str(path))
+
+
+def test_missing_calibration_file(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "gone.jsonl" in refused("--n-layers", 2, calibration=str(tmp_path / "gone.jsonl"))
+
+
+def test_pickle_only_weights(refused: Callable[..., str], model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    assert "safetensors" in refused("--n-layers", 2)
+
+
+def test_truncated_shard(refused: Callable[..., str], model: Path) -> None:
+    shard = model / "model.safetensors"
+    os.truncate(shard, shard.stat().st_size // 2)
+    assert "model.safetensors" in refused("--n-layers", 2)
+
+
+def test_index_pointing_outside_the_folder(refused: Callable[..., str], model: Path) -> None:
+    outside = model.parent / "outside.safetensors"
+    (model / "model.safetensors").rename(outside)
+    with outside.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        names = [n for n in json.loads(stream.read(length)) if n != "__metadata__"]
+    weight_map = dict.fromkeys(names, "../outside.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    assert "outside" in refused("--n-layers", 2)
+
+
+def test_output_exists(refused: Callable[..., str], tmp_path: Path) -> None:
+    target = tmp_path / "there"
+    target.mkdir()
+    (target / "keep.txt").write_text("mine", encoding="utf-8")
+    assert "exists" in refused("--n-layers", 2, output=target)
+    assert (target / "keep.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_output_unwritable(refused: Callable[..., str], tmp_path: Path) -> None:
+    # A file where a folder is needed cannot be written into, not even by root.
+    blocker = tmp_path / "blocker"
+    blocker.write_text("", encoding="utf-8")
+    assert "cannot be written" in refused("--n-layers", 2, output=blocker / "out")
+
+
+def test_tokenizer_missing(refused: Callable[..., str], model: Path) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    assert "tokenizer" in refused("--n-layers", 2)
+
+
+def test_nan_in_weights_names_the_tensor(refused: Callable[..., str], model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    name = "model.layers.3.mlp.up_proj.weight"
+    weights[name][0, 0] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert name in refused("--n-layers", 2)
+
+
+def test_no_such_model(call: Callable[..., Any], tmp_path: Path) -> None:
+    ended = call("compress", tmp_path / "none", "-o", tmp_path / "out")
+    assert ended.code == 2
+    assert "none" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_compressed_already(
+    call: Callable[..., Any], model: Path, tmp_path: Path, text_file: str
+) -> None:
+    options = ("--recipe", "streamline_none", "--n-layers", 1, "--calibration", text_file, "-q")
+    assert call("compress", model, "-o", tmp_path / "one", *options).code == 0
+    ended = call("compress", tmp_path / "one", "-o", tmp_path / "two", *options)
+    assert ended.code == 2
+    assert "compressed already" in ended.err
+    assert not (tmp_path / "two").exists()
+
+
+def test_unknown_command_suggests_one(call: Callable[..., Any]) -> None:
+    ended = call("compres")
+    assert ended.code == 2
+    assert "did you mean 'compress'?" in ended.err
+
+
+def test_terminal_escapes_in_a_name_are_not_printed(call: Callable[..., Any]) -> None:
+    ended = call("compress", "evil\x1b[31mname", "-o", "nowhere")
+    assert ended.code == 2
+    assert "\x1b" not in ended.err
