@@ -225,19 +225,21 @@ def _read_entries(folder: Path) -> dict[str, TensorEntry]:
 def _check_shard(folder: Path, path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {INDEX_NAME} lists it; download it again.")
-    if path.is_symlink() and not _confined(folder, path):
+    if not is_confined(folder, path):
         raise CheckpointError(
             f"{path} is a link to {path.resolve()}, outside the model's folder; "
             "copy the file itself into the folder."
         )
 
 
-def _confined(folder: Path, path: Path) -> bool:
-    """Whether a link stays in the folder, or in its repository of the hub's cache.
+def is_confined(folder: Path, path: Path) -> bool:
+    """Whether a file is no link, or one that stays in the folder or its place in the hub's cache.
 
     The hub's cache holds ``models--x--y/snapshots/<commit>/<file>`` as links to ``blobs`` beside
     ``snapshots``.
     """
+    if not path.is_symlink():
+        return True
     target, home = path.resolve(), folder.resolve()
     in_cache = home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--")
     return target.is_relative_to(home) or (

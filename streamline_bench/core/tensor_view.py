@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from streamline_bench.core.tensor_file import DTYPE_BITS, TensorEntry
 from streamline_bench.errors import CheckpointError, NumericsError
 
-__all__ = ["TORCH_DTYPES", "check_finite", "view"]
+__all__ = ["TORCH_DTYPES", "check_finite", "described", "raw_bytes", "view"]
 
 _NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16",
@@ -40,6 +41,27 @@ def view(entry: TensorEntry, buffer: mmap.mmap) -> torch.Tensor:
         return torch.frombuffer(copied, dtype=dtype).reshape(entry.shape)
     flat = torch.frombuffer(buffer, dtype=dtype, count=entry.numel, offset=entry.begin)
     return flat.reshape(entry.shape)
+
+
+def described(name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...], int]:
+    """Return (dtype as safetensors spells it, shape, size in bytes).
+
+    Raises:
+        CheckpointError: safetensors has no such dtype.
+    """
+    for spelled, dtype in TORCH_DTYPES.items():
+        if dtype == tensor.dtype:
+            return spelled, tuple(tensor.shape), tensor.numel() * tensor.element_size()
+    raise CheckpointError(
+        f"Tensor '{name}' has dtype {tensor.dtype}, which safetensors cannot hold; convert it."
+    )
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a tensor's elements, row-major, as bytes (a view if it is contiguous on the CPU)."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    elements: Any = flat.view(torch.uint8).numpy()
+    return memoryview(elements)
 
 
 def check_finite(entries: Collection[TensorEntry], progress: bool = True) -> None:
