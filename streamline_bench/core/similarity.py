@@ -150,7 +150,7 @@ class Similarity:
         import pandas as pd
 
         frames = []
-        for size in range(1, self.num_layers) if n is None else [n]:
+        for size in range(1, max(self.num_layers, 2)) if n is None else [n]:
             cosine, angular = self.scores(size, "cosine"), self.scores(size, "angular")
             start = np.arange(len(cosine))
             columns = {
@@ -164,7 +164,8 @@ class Similarity:
                 "contains_first_layer": start == 0,
             }
             frames.append(pd.DataFrame(columns))
-        return pd.concat(frames, ignore_index=True)
+        table: pd.DataFrame = pd.concat(frames, ignore_index=True)
+        return table
 
     def save(self, path: Path | str) -> None:
         """Write JSON; :meth:`load` gives exactly the same numbers back.
