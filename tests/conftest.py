@@ -95,3 +95,24 @@ def make_tiny_model(
 def tiny_llama(make_tiny_model: Callable[..., Path]) -> Path:
     """A six-layer random Llama (hidden 32, vocabulary 100) with its tokenizer. Do not modify."""
     return make_tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def lm_eval_outputs(
+    make_tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder with ``dense/`` and ``pruned/``: two real outputs of the stock ``lm_eval``.
+
+    Made by tests/stability/evaluate_toy.py (about 20 s, once per session). Do not modify.
+    """
+    import subprocess
+    import sys
+
+    model = make_tiny_model("llama", num_hidden_layers=2)
+    work = tmp_path_factory.mktemp("lm-eval") / "out"
+    script = REPOSITORY / "tests" / "stability" / "evaluate_toy.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(model), str(work)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return work

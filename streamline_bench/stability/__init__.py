@@ -1,1 +1,1 @@
-
+"""Aligned answers of two runs: stability, flips, paired intervals and tests."""

@@ -1,0 +1,181 @@
+"""Stability: which answers survive compression, weighted by how sure the dense model was.
+
+LLM-Streamline (arXiv:2403.19135), equations 5 and 6. For question i with k choices, PPL_ij is the
+perplexity that the *dense* model gives to choice j, std_i its standard deviation over the choices::
+
+    Stability = sum_i e^{std_i} [both right or both wrong] / sum_i e^{std_i}
+
+Agreement is of verdicts, not of choices: a wrong answer that becomes another wrong answer agrees.
+A question on which the dense model separates the choices clearly weighs more than a close call.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from streamline_bench.errors import NumericsError, SamplesError
+
+__all__ = [
+    "Mode",
+    "Quantity",
+    "choice_spread",
+    "effective_sample_size",
+    "stability",
+    "stability_weights",
+]
+
+Mode = Literal["paper", "reference_script"]
+"""``paper``: equation 6. ``reference_script``: the arithmetic of the script that the authors
+published, which differs from the equation: population standard deviation (ddof 0), a softmax
+without shift, and, of m agreements, the sum of the *first m* weights instead of the weights of the
+agreeing questions. Its value depends on the order of the questions; it is here only to compare with
+numbers that were made that way."""
+
+Quantity = Literal[
+    "nll_per_byte", "nll_per_char", "nll", "ppl_per_byte", "ppl_per_char", "mean_token_nll"
+]
+"""What stands for PPL_ij.
+
+The paper writes perplexity; its script reads OpenCompass' ``PPL``, which is the mean token
+*negative log-likelihood*, not exponentiated, over prompt and choice. lm-eval's samples hold the
+choice's summed log-likelihood and its text, but not its number of tokens. So:
+
+- ``nll_per_byte`` (default): -loglikelihood / UTF-8 bytes of the choice. Nearest to a mean token
+  NLL that the samples allow: length-normalised, not exponentiated, and the same for every tokenizer
+  and script (a byte, unlike a character, carries about the same information in English and
+  Chinese). It covers the choice only, not the prompt, so spreads are larger than OpenCompass'.
+- ``nll_per_char``: per character, lm-eval's own normalisation (acc_norm).
+- ``nll``: not normalised; long choices then decide the weights.
+- ``ppl_per_byte``, ``ppl_per_char``: the same, exponentiated.
+- ``mean_token_nll``: what the engine itself reports (OpenCompass); absent from lm-eval's samples.
+"""
+
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+def choice_spread(
+    frame: pd.DataFrame, *, quantity: Quantity = "nll_per_byte", ddof: int = 1
+) -> FloatArray:
+    """Return std_i of equation 5 for each row of a samples table.
+
+    Args:
+        frame: rows of the dense model (columns ``loglikelihoods``, ``lengths``, ``byte_lengths``,
+            ``mean_nll``).
+        quantity: see :data:`Quantity`.
+        ddof: 1 divides by k - 1 as the paper does, 0 by k as its script does.
+
+    Returns:
+        float64 [rows]. 0 for a question with one choice, NaN for one without (generation).
+
+    Raises:
+        SamplesError: the engine did not record what ``quantity`` needs.
+        NumericsError: a value is not finite; task and document are named.
+    """
+    if quantity not in get_args(Quantity):
+        raise SamplesError(f"Unknown quantity '{quantity}'; choose from {get_args(Quantity)}.")
+    counts = np.array([_size(value) for value in frame["choices"]], dtype=np.int64)
+    spread = np.full(len(frame), np.nan)
+    spread[counts == 1] = 0.0
+    for k in np.unique(counts[counts > 1]):
+        rows = np.flatnonzero(counts == k)
+        values = _quantity(frame, rows, int(k), quantity)
+        with np.errstate(invalid="ignore"):  # reported below, with the document
+            spread[rows] = np.std(values, axis=1, ddof=ddof)
+        if not np.isfinite(spread[rows]).all():
+            bad = frame.iloc[rows[int(np.flatnonzero(~np.isfinite(spread[rows]))[0])]]
+            raise NumericsError(
+                f"Task '{bad['task']}', document {bad['doc_id']}: the spread of {quantity} over "
+                "the choices is not finite; check the log-likelihoods of the dense model."
+            )
+    return spread
+
+
+def _size(value: object) -> int:
+    return len(value) if isinstance(value, list) else 0
+
+
+def _quantity(frame: pd.DataFrame, rows: npt.NDArray[np.intp], k: int, name: str) -> FloatArray:
+    if name == "mean_token_nll":
+        return _matrix(frame, "mean_nll", rows, k)
+    nll = -_matrix(frame, "loglikelihoods", rows, k)
+    if name == "nll":
+        return nll
+    column = "byte_lengths" if name.endswith("_byte") else "lengths"
+    # An empty choice is scored too (its delimiter is): it counts as one character.
+    mean: FloatArray = nll / np.maximum(_matrix(frame, column, rows, k), 1.0)
+    if not name.startswith("ppl"):
+        return mean
+    with np.errstate(over="ignore"):
+        perplexity: FloatArray = np.exp(mean)
+    return perplexity
+
+
+def _matrix(frame: pd.DataFrame, column: str, rows: npt.NDArray[np.intp], k: int) -> FloatArray:
+    listed = frame[column].to_numpy()[rows].tolist()
+    for value, row in zip(listed, rows, strict=True):
+        if _size(value) != k:
+            bad = frame.iloc[int(row)]
+            raise SamplesError(
+                f"Task '{bad['task']}', document {bad['doc_id']} has no '{column}' for each of its "
+                f"{k} choices; choose another quantity."
+            )
+    return np.array(listed, dtype=np.float64)
+
+
+def stability_weights(std: FloatArray) -> FloatArray:
+    """Weights e^{std_i} / sum e^{std}, shifted by the maximum so that nothing overflows. [n]"""
+    shifted: FloatArray = np.exp(std - std.max())
+    weights: FloatArray = shifted / shifted.sum()
+    return weights
+
+
+def stability(std: FloatArray, agree: BoolArray, *, mode: Mode = "paper") -> float:
+    """Stability of equation 6, in [0, 1].
+
+    Args:
+        std: float64 [n], spread of the dense model's choices per question (:func:`choice_spread`;
+            for ``reference_script`` with ``ddof=0``).
+        agree: bool [n], whether both models are right or both are wrong.
+        mode: see :data:`Mode`.
+
+    Raises:
+        SamplesError: there is no question, or the lengths differ.
+        NumericsError: a spread is not finite, or ``reference_script`` overflows as the original.
+    """
+    std, agree = np.asarray(std, dtype=np.float64), np.asarray(agree, dtype=np.bool_)
+    if std.size == 0 or std.shape != agree.shape:
+        raise SamplesError(
+            f"Stability needs one spread per verdict and at least one question; got {std.shape} "
+            f"spreads and {agree.shape} verdicts."
+        )
+    if not np.isfinite(std).all():
+        index = int(np.flatnonzero(~np.isfinite(std))[0])
+        raise NumericsError(f"The spread of question {index} is {std[index]}; it must be finite.")
+    if mode == "reference_script":
+        return _reference_script(std, int(agree.sum()))
+    if agree.all():
+        return 1.0  # rounding of the weights must not make it 0.9999999999
+    return float(stability_weights(std)[agree].sum())
+
+
+def _reference_script(std: FloatArray, agreements: int) -> float:
+    with np.errstate(over="ignore", invalid="ignore"):
+        weights = np.exp(std)
+        value = float((weights / weights.sum())[:agreements].sum())
+    if not np.isfinite(value):
+        raise NumericsError(
+            f"The reference script's softmax overflows at a spread of {std.max():.4g}; use mode "
+            "'paper', or a length-normalised quantity."
+        )
+    return value
+
+
+def effective_sample_size(std: FloatArray) -> float:
+    """Kish's (sum w)^2 / sum w^2: how many equally weighted questions the weights amount to."""
+    weights = stability_weights(np.asarray(std, dtype=np.float64))
+    return float(1.0 / np.square(weights).sum())

@@ -1,0 +1,168 @@
+"""Statistics of paired verdicts: flips, agreement, kappa, differences with intervals, McNemar.
+
+Everything here needs only the four counts of :class:`Outcomes`; d is the dense model, p the pruned.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+from streamline_bench.errors import SamplesError
+
+__all__ = [
+    "Outcomes",
+    "accuracy_error",
+    "kappa",
+    "mcnemar",
+    "newcombe",
+    "wilson",
+]
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """How often both were right, only the dense one, only the pruned one, neither."""
+
+    both_right: int
+    right_to_wrong: int
+    wrong_to_right: int
+    both_wrong: int
+
+    @classmethod
+    def of(cls, dense: BoolArray, pruned: BoolArray) -> Outcomes:
+        """Count verdicts (bool [n] each, same order).
+
+        Raises:
+            SamplesError: the lengths differ or there is no verdict.
+        """
+        if dense.shape != pruned.shape or dense.size == 0:
+            raise SamplesError(
+                f"Paired statistics need as many verdicts on both sides and at least one; got "
+                f"{dense.size} and {pruned.size}."
+            )
+        code = 2 * (~dense).astype(np.int64) + (~pruned).astype(np.int64)
+        return cls(*(int(count) for count in np.bincount(code, minlength=4)))
+
+    @property
+    def n(self) -> int:
+        """Number of pairs."""
+        return self.both_right + self.right_to_wrong + self.wrong_to_right + self.both_wrong
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """The four counts in the order of the fields."""
+        return (self.both_right, self.right_to_wrong, self.wrong_to_right, self.both_wrong)
+
+    @property
+    def dense_accuracy(self) -> float:
+        """Share the dense model has right."""
+        return (self.both_right + self.right_to_wrong) / self.n
+
+    @property
+    def pruned_accuracy(self) -> float:
+        """Share the pruned model has right."""
+        return (self.both_right + self.wrong_to_right) / self.n
+
+    @property
+    def agreement(self) -> float:
+        """Share with the same verdict: stability with equal weights."""
+        return (self.both_right + self.both_wrong) / self.n
+
+    @property
+    def difference(self) -> float:
+        """Pruned accuracy minus dense accuracy."""
+        return (self.wrong_to_right - self.right_to_wrong) / self.n
+
+    def __add__(self, other: Outcomes) -> Outcomes:
+        return Outcomes(*(a + b for a, b in zip(self.counts, other.counts, strict=True)))
+
+
+def accuracy_error(accuracy: float, n: int) -> float | None:
+    """Standard error of a mean of n verdicts, as lm-eval gives it (sample deviation / sqrt(n)).
+
+    None for one verdict: it says nothing about its own error.
+    """
+    return math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else None
+
+
+def kappa(outcomes: Outcomes) -> float | None:
+    """Cohen's kappa of the verdicts: agreement beyond what the two accuracies give by chance.
+
+    None where chance alone gives full agreement (one verdict only on both sides).
+    """
+    d, p = outcomes.dense_accuracy, outcomes.pruned_accuracy
+    chance = d * p + (1 - d) * (1 - p)
+    return None if chance == 1.0 else (outcomes.agreement - chance) / (1 - chance)
+
+
+def mcnemar(outcomes: Outcomes, *, mid_p: bool = False) -> float:
+    """Exact two-sided McNemar test: were more answers lost than gained than a fair coin explains?
+
+    Args:
+        mid_p: count outcomes as extreme as the one seen by half (Fagerland, Lydersen & Laake 2013):
+            less conservative with few flips.
+
+    Returns:
+        p-value; 1.0 without flips.
+    """
+    from scipy.stats import binom
+
+    b, c = outcomes.right_to_wrong, outcomes.wrong_to_right
+    if b + c == 0:
+        return 1.0
+    tail = float(binom.cdf(min(b, c), b + c, 0.5))
+    here = float(binom.pmf(b, b + c, 0.5))
+    if b == c:
+        return 1.0 - here / 2 if mid_p else 1.0
+    return min(1.0, 2 * tail - (here if mid_p else 0.0))
+
+
+def wilson(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion; n need not be whole (effective sample sizes)."""
+    z2 = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
+    p = successes / n
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    low = 0.0 if successes <= 0 else max(0.0, centre - half)
+    high = 1.0 if successes >= n else min(1.0, centre + half)
+    return low, high
+
+
+def newcombe(outcomes: Outcomes, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of the paired difference (pruned - dense): Newcombe's square-and-add, method 10.
+
+    R. G. Newcombe, Statistics in Medicine 17 (1998) 2635-2650: Wilson intervals of both accuracies,
+    combined with the correlation of the verdicts. Unlike Wald's it stays inside [-1, 1] and does
+    not collapse when there are no flips.
+    """
+    n = outcomes.n
+    p1, p2 = outcomes.pruned_accuracy, outcomes.dense_accuracy
+    low1, high1 = wilson(p1 * n, n, confidence)
+    low2, high2 = wilson(p2 * n, n, confidence)
+    phi = _corrected_phi(outcomes)
+    below = _square_and_add(p1 - low1, high2 - p2, phi)
+    above = _square_and_add(high1 - p1, p2 - low2, phi)
+    return outcomes.difference - below, outcomes.difference + above
+
+
+def _square_and_add(first: float, second: float, phi: float) -> float:
+    return math.sqrt(max(0.0, first**2 - 2 * phi * first * second + second**2))
+
+
+def _corrected_phi(outcomes: Outcomes) -> float:
+    """Correlation of the verdicts; a positive numerator is reduced by n/2 (not below 0)."""
+    a, b, c, d = outcomes.counts
+    margins = (a + b) * (c + d) * (a + c) * (b + d)
+    if margins == 0:
+        return 0.0
+    numerator = float(a * d - b * c)
+    if numerator > 0:
+        numerator = max(0.0, numerator - outcomes.n / 2)
+    return numerator / math.sqrt(margins)
