@@ -1,0 +1,44 @@
+"""The word-level tokenizer of the demonstration language, as a stock ``tokenizers`` folder.
+
+Words and punctuation marks are tokens of their own, so a context and its continuation never
+share one. A document is encoded with a leading BOS; unknown words become ``<unk>``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from streamline_bench.demo.vocabulary import BOS, EOS, PAD, UNK, tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def build_tokenizer(max_length: int = 512) -> PreTrainedTokenizerFast:
+    """The tokenizer, with ids in the order of :func:`vocabulary.tokens`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {token: index for index, token in enumerate(tokens())}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    # only its joining with spaces and its cleaning of " ." to "." are wanted
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, ids[BOS])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNK,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder``."""
+    build_tokenizer().save_pretrained(folder)
