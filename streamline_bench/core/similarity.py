@@ -94,12 +94,12 @@ class Similarity:
         """Return the score of each block of ``n`` layers, float64 ``[L - n + 1]``, by start.
 
         Raises:
-            SparsityError: ``n`` is not between 1 and ``L - 1``.
+            SparsityError: ``n`` is not between 1 and ``L``.
         """
-        if not 1 <= n < self.num_layers:
+        if not 1 <= n <= self.num_layers:
             raise SparsityError(
                 f"A block of {n} layers cannot be removed from {self.num_layers}; give a number "
-                f"from 1 to {self.num_layers - 1}."
+                f"from 1 to {self.num_layers}."
             )
         scores: Matrix = np.diagonal(self._matrix(metric), offset=n).copy()
         return scores
@@ -142,7 +142,7 @@ class Similarity:
         return block
 
     def table(self, n: int | None = None) -> pd.DataFrame:
-        """Return one row per block (of ``n`` layers, or of every size), ranked within its size.
+        """Return one row per block (of ``n`` layers, or of 1 to ``L - 1``), ranked within its size.
 
         Columns: ``n, start, stop, cosine, angular, rank_cosine, rank_angular,
         contains_first_layer``; rank 1 is the block that would be removed first.
