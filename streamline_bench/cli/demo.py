@@ -18,9 +18,7 @@ __all__ = ["command"]
     show_default=True, help="Run folder; an interrupted demo is continued in it.",
 )  # fmt: skip
 @click.option("--sparsity", type=float, default=0.25, show_default=True)
-@click.option(
-    "--rows", help="Comma-separated recipes; the first is what the rest is compared with."
-)
+@click.option("--rows", help="Comma-separated recipes; the first is the reference.")
 @click.option("--limit", type=click.IntRange(min=1), help="Documents per task.")
 @click.option("--until", type=click.Choice(["compress", "evaluate", "report"]), default="report")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+from typing import TYPE_CHECKING
 
 import click
 
-__all__ = ["parse_assignments", "setup_logging"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["parse_assignments", "print_table", "setup_logging"]
 
 
 def setup_logging(*, quiet: bool) -> None:
@@ -35,3 +40,10 @@ def parse_assignments(assignments: tuple[str, ...]) -> dict[str, str]:
             raise click.BadParameter(f"'{assignment}' is not KEY=VALUE", param_hint="--set")
         parsed[key.strip()] = value
     return parsed
+
+
+def print_table(table: Table) -> None:
+    """Print a rich table; into a file or pipe at a width that does not depend on the terminal."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -6,6 +6,8 @@ import json
 
 import click
 
+from streamline_bench.cli.options import print_table
+
 __all__ = ["command"]
 
 
@@ -23,13 +25,12 @@ def command(name: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([recipe.model_dump(mode="json") for recipe in recipes], indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("recipe", "cost", "method", "what", box=None, header_style="bold")
     for recipe in recipes:
         table.add_row(recipe.name, recipe.cost, recipe.method, recipe.title)
-    Console(width=None if click.get_text_stream("stdout").isatty() else 110).print(table)
+    print_table(table)
 
 
 def _show(payload: dict[str, object], as_json: bool) -> None:

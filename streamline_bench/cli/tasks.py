@@ -9,6 +9,8 @@ from typing import Any
 import click
 import yaml
 
+from streamline_bench.cli.options import print_table
+
 __all__ = ["command"]
 
 
@@ -27,13 +29,12 @@ def command(as_json: bool, only_path: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("name", "kind", "set", box=None, header_style="bold")
     for row in rows:
         table.add_row(row["name"], row["kind"], row["set"])
-    Console(width=None if click.get_text_stream("stdout").isatty() else 100).print(table)
+    print_table(table)
     click.echo(f"\nlm_eval --include_path {root} --tasks NAME ...")
 
 

@@ -130,6 +130,9 @@ class Recipe(_Frozen):
         """SHA-256 (hex) of everything that decides the result; titles and citations do not."""
         shown_only = {"name", "title", "paper", "link", "reproduces", "published", "cost"}
         payload = self.model_dump(mode="json", exclude=shown_only)
+        if self.replacement.kind == "none":
+            # Nothing is trained: how it would have been makes no difference.
+            payload["replacement"], payload["training"] = {"kind": "none"}, None
         return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
 

@@ -19,12 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.importance import scan
 from streamline_bench.core.replacement import network_parameters
-from streamline_bench.core.shards import layer_names
+from streamline_bench.core.shards import layer_names, layers_prefix
 from streamline_bench.core.similarity import Block, Similarity
-from streamline_bench.core.sparsity import SizePlan, layers_for_sparsity
+from streamline_bench.core.sparsity import SizePlan
 from streamline_bench.core.surgery import block_keep, pruned_config
 from streamline_bench.errors import NumericsError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.depth import config_json, size_plan
 
 if TYPE_CHECKING:
     import torch
@@ -98,12 +99,7 @@ def _size_plan(work: Compression) -> SizePlan:
     added = 0
     if replacement.kind not in ("none", "layer"):
         added = network_parameters(replacement, work.config)
-    plan = layers_for_sparsity(
-        work.reader,
-        sparsity=work.recipe.sparsity,
-        n_layers=work.recipe.n_layers,
-        added_parameters=added,
-    )
+    plan = size_plan(work, added)
     total = work.config.num_hidden_layers
     if plan.n_layers + _slots(work) > total:
         raise SparsityError(
@@ -173,25 +169,32 @@ def _assemble(
     names = dict(layer_names(work.reader, architecture_of(work.config), keep))
     host = pruned_config(work.config, keep)
     if result is None:
-        return _as_json(host), names, {}, len(keep)
+        return config_json(host), names, {}, len(keep)
     if slots:
         tensors = _layer_tensors(work, block.start, result.state)
         for name in tensors:
             names.pop(name, None)
-        return _as_json(host), names, tensors, len(keep)
+        return config_json(host), names, tensors, len(keep)
     from streamline_bench.modeling import Attachment, streamline_config
 
     attachment = Attachment.of(work.recipe.replacement, work.config, block.start - 1)
-    prefix = attachment.tensor_prefix(host)
+    prefix = attachment.tensor_prefix(host).replace(
+        architecture_of(work.config).layers, _layers_prefix(work), 1
+    )
     tensors = {prefix + name: tensor for name, tensor in result.state.items()}
     config = streamline_config(host, [attachment])
-    return _as_json(config), names, _stored(work, block.start, tensors), len(keep)
+    return config_json(config), names, _stored(work, block.start, tensors), len(keep)
+
+
+def _layers_prefix(work: Compression) -> str:
+    """Return the path of the layers as this checkpoint spells it."""
+    return layers_prefix(work.reader, architecture_of(work.config))
 
 
 def _layer_tensors(
     work: Compression, start: int, state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    prefix = architecture_of(work.config).layers
+    prefix = _layers_prefix(work)
     named = {}
     for key, tensor in state.items():
         index, _, rest = key.partition(".")
@@ -205,17 +208,12 @@ def _stored(
     """Cast trained weights to the dtype in which the source stores that layer."""
     import torch
 
-    prefix = f"{architecture_of(work.config).layers}.{start}."
+    prefix = f"{_layers_prefix(work)}.{start}."
     dtypes = {work.reader.entry(name).dtype for name in work.reader.names if prefix in name}
     dtype = torch.float32
     if dtypes & {"BF16", "F16"}:
         dtype = torch.bfloat16 if "BF16" in dtypes else torch.float16
     return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
-
-
-def _as_json(config: Any) -> dict[str, Any]:
-    parsed: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
-    return parsed
 
 
 def _chosen(

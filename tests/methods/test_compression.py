@@ -1,0 +1,206 @@
+"""compress() and its cache: whole or nothing, reused by content, exact after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from streamline_bench.core.checkpoint import read_manifest
+from streamline_bench.core.manifest import verify_files
+from streamline_bench.core.surgery import keep_layers
+from streamline_bench.errors import RecipeError
+from streamline_bench.methods import compress, compress_cached
+from streamline_bench.modeling import register
+
+IDS = torch.tensor([[1, 5, 9, 40, 22, 7]])
+STREAMLINE_KINDS = ("ffn", "swiglu", "ffn_res", "swiglu_res", "linear")
+
+
+def _logits(folder: Path) -> torch.Tensor:
+    register()
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(IDS).logits
+    return logits
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_none_equals_surgery_in_memory(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    out = compress(tiny_llama, make_recipe("streamline_none"), tmp_path / "out", progress=False)
+    manifest = read_manifest(out)
+    assert manifest is not None
+    removed = manifest.chosen["removed_layers"]
+    assert removed == list(range(removed[0], removed[0] + 2))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    keep_layers(model, [i for i in range(6) if i not in removed])
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, _logits(out))
+
+
+def test_layer_is_a_stock_checkpoint_of_one_trained_layer(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    out = compress(tiny_llama, make_recipe("streamline"), tmp_path / "out", progress=False)
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest.layers_after == 4
+    start, removed = manifest.chosen["start"], manifest.chosen["removed_layers"]
+    assert len(removed) == 3
+    before, after = (load_file(f / "model.safetensors") for f in (tiny_llama, out))
+    for name, tensor in after.items():
+        parts = name.split(".")
+        if parts[1] != "layers":
+            assert torch.equal(tensor, before[name])
+            continue
+        new = int(parts[2])
+        old = new if new <= start else new + 2
+        parts[2] = str(old)
+        same = torch.equal(tensor, before[".".join(parts)])
+        assert same is (new != start), name
+    stock = "import sys, torch; from transformers import AutoModelForCausalLM as M; "
+    stock += f"M.from_pretrained({str(out)!r}); assert 'streamline_bench' not in sys.modules"
+    subprocess.run([sys.executable, "-c", stock], check=True)
+
+
+@pytest.mark.parametrize("kind", STREAMLINE_KINDS)
+def test_feed_forward_kinds_reload_and_are_recorded(
+    kind: str, tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = make_recipe("streamline", replacement=kind)
+    out = compress(tiny_llama, recipe, tmp_path / "out", progress=False)
+    assert _logits(out).isfinite().all()
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest.layers_after == 4
+    assert manifest.parameters_after == sum(
+        tensor.numel() for tensor in load_file(out / "model.safetensors").values()
+    )
+    assert manifest.sparsity_reached == 1 - manifest.parameters_after / manifest.parameters_before
+    verify_files(out, manifest)
+    assert {"similarity.json", "training_curve.jsonl", "tokenizer.json"} <= set(manifest.files)
+
+
+def test_block_at_the_first_layer_needs_leave(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "first.yaml"
+    path.write_text("method: streamline\nparameters: {start: 0}\n", encoding="utf-8")
+    out = compress(
+        tiny_llama,
+        make_recipe(str(path), replacement="linear", objective="mse"),
+        tmp_path / "out",
+        progress=False,
+    )
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest.chosen["start"] == 0
+    assert "model.layers.0.prelude.weight" in str(list(load_file(out / "model.safetensors")))
+    guarded = compress(
+        tiny_llama, make_recipe("streamline_none"), tmp_path / "guarded", progress=False
+    )
+    facts = read_manifest(guarded)
+    assert facts is not None
+    assert facts.chosen["start"] >= 1
+
+
+def test_same_recipe_gives_the_same_bytes(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    first, second = (
+        compress(tiny_llama, make_recipe(), tmp_path / name, progress=False) for name in "ab"
+    )
+    assert _digest(first) == _digest(second)
+    other = compress(tiny_llama, make_recipe(seed=1), tmp_path / "c", progress=False)
+    assert _digest(other) != _digest(first)
+
+
+def test_cache_reuses_by_content(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path, text_file: Path
+) -> None:
+    recipe = make_recipe("streamline_none")
+    first = compress_cached(tiny_llama, recipe, cache=tmp_path, progress=False)
+    again = compress_cached(tiny_llama, recipe, cache=tmp_path, progress=False)
+    assert (first.reused, again.reused) == (False, True)
+    assert first.path == again.path
+    other_size = make_recipe("streamline_none", n_layers=1)
+    assert compress_cached(tiny_llama, other_size, cache=tmp_path, progress=False).key != first.key
+    changed = tmp_path / "changed.txt"
+    changed.write_text(text_file.read_text(encoding="utf-8") + "\n\nw1 w2", encoding="utf-8")
+    other_text = make_recipe("streamline_none", calibration=str(changed))
+    assert compress_cached(tiny_llama, other_text, cache=tmp_path, progress=False).key != first.key
+
+
+def test_cache_key_follows_the_weights(
+    make_tiny_model: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = make_recipe("streamline_none")
+    keys = {
+        compress_cached(make_tiny_model(seed=seed), recipe, cache=tmp_path, progress=False).key
+        for seed in (1, 2)
+    }
+    assert len(keys) == 2
+
+
+def test_a_compressed_model_is_not_compressed_again(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = make_recipe("streamline_none")
+    out = compress(tiny_llama, recipe, tmp_path / "out", progress=False)
+    with pytest.raises(RecipeError, match="compressed already"):
+        compress(out, recipe, tmp_path / "again", progress=False)
+
+
+@pytest.mark.slow
+def test_killed_in_training_then_resumed_gives_the_same_bytes(
+    tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    script = textwrap.dedent(
+        f"""
+        from pathlib import Path
+        from streamline_bench.methods import compress, load_recipe
+        recipe = load_recipe("streamline", {{
+            "calibration": {str(text_file)!r}, "sequence_length": 16, "n_layers": 2,
+            "training.min_steps": 60, "training.batch_size": 2, "training.checkpoint_every": 5,
+        }})
+        import sys
+        compress({str(tiny_llama)!r}, recipe, Path(sys.argv[1]), progress=False)
+        """
+    )
+
+    def start(output: Path, cache: Path) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "STREAMLINE_BENCH_CACHE": str(cache)}
+        return subprocess.Popen([sys.executable, "-c", script, str(output)], env=environment)
+
+    assert start(tmp_path / "whole", tmp_path / "cache-a").wait() == 0
+    victim = start(tmp_path / "killed", tmp_path / "cache-b")
+    deadline = time.time() + 240
+    while victim.poll() is None and time.time() < deadline:
+        if any((tmp_path / "cache-b" / "work").glob("*/training/**/*.safetensors")):
+            victim.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    assert victim.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+    assert start(tmp_path / "killed", tmp_path / "cache-b").wait() == 0
+    assert _digest(tmp_path / "killed") == _digest(tmp_path / "whole")
+    leftovers = [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert leftovers == []

@@ -1,0 +1,72 @@
+"""Recipes: found by name or path, overridden, hashed by what decides the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from streamline_bench.errors import RecipeError
+from streamline_bench.methods import list_recipes, load_recipe
+
+
+def test_every_recipe_loads() -> None:
+    names = list(list_recipes())
+    assert len(names) >= 9
+    for name in names:
+        assert load_recipe(name).name == name
+
+
+def test_overrides_reach_nested_keys() -> None:
+    recipe = load_recipe(
+        "streamline", {"calibration": "x.txt", "training.lr": "1e-3", "replacement": "ffn"}
+    )
+    assert recipe.calibration.source == recipe.training.data.source == "x.txt"
+    assert recipe.training.lr == 1e-3
+    assert recipe.replacement.kind == "ffn"
+
+
+def test_an_override_of_one_size_replaces_the_other() -> None:
+    recipe = load_recipe("streamline", {"n_layers": 3})
+    assert (recipe.n_layers, recipe.sparsity) == (3, None)
+
+
+def test_none_leaves_the_recipe_alone() -> None:
+    assert load_recipe("streamline", {"seed": None}) == load_recipe("streamline")
+
+
+def test_hash_ignores_words_and_sees_numbers() -> None:
+    base = load_recipe("streamline")
+    renamed = base.model_copy(update={"name": "other", "title": "Other"})
+    assert renamed.content_hash() == base.content_hash()
+    assert load_recipe("streamline", {"seed": 1}).content_hash() != base.content_hash()
+    assert load_recipe("streamline", {"lr": 1e-4}).content_hash() != base.content_hash()
+
+
+def test_hash_without_a_replacement_ignores_its_training() -> None:
+    plain = load_recipe("streamline_none")
+    overridden = load_recipe("streamline", {"replacement": "none"})
+    assert plain.content_hash() == overridden.content_hash()
+
+
+def test_a_user_recipe_by_path_takes_its_name_from_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: streamline\nn_layers: 2\n", encoding="utf-8")
+    assert load_recipe(path).name == "mine"
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "method: [", "\x00"])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"mine\.yaml"):
+        load_recipe(path)
+
+
+def test_yaml_cannot_run_code(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    marker = tmp_path / "ran"
+    path.write_text(f"method: !!python/object/apply:os.mkdir ['{marker}']\n", encoding="utf-8")
+    with pytest.raises(RecipeError):
+        load_recipe(path)
+    assert not marker.exists()
