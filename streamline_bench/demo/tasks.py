@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 import sys
+from functools import cache
 from pathlib import Path
 
 from streamline_bench.demo.language import Document, draw
@@ -66,14 +67,15 @@ def record(document: Document) -> dict[str, object]:
     return {"context": context, "choices": list(question.choices), "gold": question.gold}
 
 
-def documents(skill: str) -> list[Document]:
+@cache
+def documents(skill: str) -> tuple[Document, ...]:
     """The evaluated documents of a skill, no story twice."""
     rng = random.Random(f"{TASK_PREFIX}/{skill}/{SEED}")
     chosen: dict[str, Document] = {}
     while len(chosen) < DOCUMENTS_PER_TASK:
         document = draw(BUILDERS[skill], rng, "eval")
         chosen.setdefault(document.story, document)
-    return list(chosen.values())
+    return tuple(chosen.values())
 
 
 def _group(name: str, skills: list[str], metric: str) -> str:

@@ -23,8 +23,10 @@ def build_tokenizer(max_length: int = 512) -> PreTrainedTokenizerFast:
     ids = {token: index for index, token in enumerate(tokens())}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    # only its joining with spaces and its cleaning of " ." to "." are wanted
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    # WordPiece only for its joining with spaces and its cleaning of " ." to ".", not of " :"
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.WordPiece(prefix="##", cleanup=True), decoders.Replace(" :", ":")]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, ids[BOS])]
     )
