@@ -1,1 +1,43 @@
+"""The one model type for checkpoints that no stock class can express.
 
+``import streamline_bench.modeling; streamline_bench.modeling.register()`` makes
+``AutoModelForCausalLM.from_pretrained`` load them. Names are imported on first use, because torch
+and transformers are heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from streamline_bench.modeling.attachments import Attachment, attachment_tensor_names
+    from streamline_bench.modeling.configuration import StreamlineConfig, streamline_config
+    from streamline_bench.modeling.models import StreamlineForCausalLM, StreamlineModel
+    from streamline_bench.modeling.registration import register
+
+__all__ = [
+    "Attachment",
+    "StreamlineConfig",
+    "StreamlineForCausalLM",
+    "StreamlineModel",
+    "attachment_tensor_names",
+    "register",
+    "streamline_config",
+]
+
+_HOMES = {
+    "Attachment": "attachments",
+    "StreamlineConfig": "configuration",
+    "StreamlineForCausalLM": "models",
+    "StreamlineModel": "models",
+    "attachment_tensor_names": "attachments",
+    "register": "registration",
+    "streamline_config": "configuration",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -1,0 +1,117 @@
+"""What hangs behind which decoder layer: the entries of ``config.attachments``.
+
+An attachment is an attention-free network. It is no layer of its own: it runs right after decoder
+layer ``after_layer`` (or right before layer 0 for ``-1``), so that ``num_hidden_layers`` counts
+attention layers only and key-value caches stay one to one with the layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.recipe import ReplacementSpec
+from streamline_bench.core.replacement import (
+    NETWORK_KINDS,
+    ReplacementNetwork,
+    build_network,
+    network_sizes,
+)
+from streamline_bench.core.suggestions import suggest
+from streamline_bench.errors import CheckpointError
+
+__all__ = ["BEFORE_FIRST", "Attachment", "attachment_tensor_names", "parse_attachments"]
+
+BEFORE_FIRST = -1
+"""``after_layer`` of a network that runs before layer 0 (the block began at layer 0)."""
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """One network and its place.
+
+    Attributes:
+        after_layer: index of the layer it runs behind; -1: before layer 0.
+        kind: one of ``ffn``, ``swiglu``, ``ffn_res``, ``swiglu_res``, ``linear``.
+        intermediate_size: inner width (the hidden size for ``linear``).
+    """
+
+    after_layer: int
+    kind: str
+    intermediate_size: int
+
+    @classmethod
+    def of(cls, spec: ReplacementSpec, config: Any, after_layer: int) -> Attachment:
+        """Return the attachment of a recipe's replacement for a model with ``config``."""
+        return cls(after_layer, spec.kind, network_sizes(spec, config)[1])
+
+    def build(self, config: Any) -> ReplacementNetwork:
+        """Build the network with fresh weights, in torch's default dtype and device."""
+        spec = ReplacementSpec.model_validate(
+            {"kind": self.kind, "intermediate_size": self.intermediate_size}
+        )
+        return build_network(spec, config)
+
+    def tensor_prefix(self, config: Any) -> str:
+        """Return the prefix of its tensors' names in a causal LM's checkpoint, with the dot."""
+        layers = architecture_of(config).layers
+        if self.after_layer == BEFORE_FIRST:
+            return f"{layers}.0.prelude."
+        return f"{layers}.{self.after_layer}.attachment."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form that the config holds."""
+        return asdict(self)
+
+
+def attachment_tensor_names(
+    config: Any, after_layer: int, parameters: Iterable[str]
+) -> dict[str, str]:
+    """Map a network's parameter names to the names of its tensors in a checkpoint.
+
+    Args:
+        config: the host's config (any ``model_type`` of the architecture table, or ``streamline``).
+        after_layer: as in :class:`Attachment`.
+        parameters: names such as ``up_proj.weight``.
+    """
+    prefix = Attachment(after_layer, "linear", 1).tensor_prefix(config)
+    return {name: prefix + name for name in parameters}
+
+
+def parse_attachments(entries: Iterable[Any], config: Any) -> tuple[Attachment, ...]:
+    """Validate the entries of a config and order them by place.
+
+    Raises:
+        CheckpointError: an entry has an unknown kind or key, points outside the model, or shares
+            its place with another.
+    """
+    depth = int(config.num_hidden_layers)
+    parsed = sorted((_parse(entry, depth) for entry in entries), key=lambda a: a.after_layer)
+    for left, right in itertools.pairwise(parsed):
+        if left.after_layer == right.after_layer:
+            raise CheckpointError(
+                f"Two attachments share after_layer {left.after_layer}; each place takes one."
+            )
+    return tuple(parsed)
+
+
+def _parse(entry: Any, depth: int) -> Attachment:
+    fields = entry.to_dict() if isinstance(entry, Attachment) else entry
+    expected = {"after_layer", "kind", "intermediate_size"}
+    if not isinstance(fields, Mapping) or set(fields) != expected:
+        raise CheckpointError(
+            f"Attachment {fields!r} is not understood; it needs exactly {sorted(expected)}."
+        )
+    kind, place, width = fields["kind"], fields["after_layer"], fields["intermediate_size"]
+    if kind not in NETWORK_KINDS:
+        raise CheckpointError(f"Attachment kind '{kind}' is unknown{suggest(kind, NETWORK_KINDS)}")
+    if not BEFORE_FIRST <= place < depth:
+        raise CheckpointError(
+            f"Attachment after_layer {place} is outside -1 .. {depth - 1} of this model."
+        )
+    if width < 1:
+        raise CheckpointError(f"Attachment intermediate_size {width} must be at least 1.")
+    return Attachment(int(place), str(kind), int(width))

@@ -1,0 +1,163 @@
+"""Configuration of the ``streamline`` model type: a host family's config plus ``attachments``.
+
+Every instance is of a class made on the fly from the host's config class, so that the host's
+modeling code, plans and generation find all they expect; in JSON all host entries stay at the top
+level. Classes are made once per host and found again by name, which lets instances be pickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from streamline_bench.core.architecture import ARCHITECTURES
+from streamline_bench.errors import ArchitectureError, CheckpointError
+from streamline_bench.modeling.attachments import Attachment, parse_attachments
+
+__all__ = ["MODEL_TYPE", "StreamlineConfig", "config_class_for", "on_new_host", "streamline_config"]
+
+MODEL_TYPE = "streamline"
+_PREFIX = "Streamline"
+_classes: dict[str, type[StreamlineConfig]] = {}
+_listeners: list[Callable[[type[StreamlineConfig]], None]] = []
+
+
+@strict
+class StreamlineConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Config of a host model with networks behind some of its layers.
+
+    ``StreamlineConfig(host_model_type="llama", attachments=[...], hidden_size=...)`` gives an
+    instance of a subclass of both this class and ``LlamaConfig``.
+
+    Raises:
+        CheckpointError: ``host_model_type`` is missing or an attachment is not valid.
+        ArchitectureError: the host family is not in the architecture table.
+    """
+
+    model_type: ClassVar[str] = MODEL_TYPE
+
+    host_model_type: str = ""
+    attachments: list[Any] | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> StreamlineConfig:
+        # Without a host only the bare class remains, which transformers makes to learn defaults.
+        if cls is StreamlineConfig and kwargs.get("host_model_type"):
+            cls = config_class_for(kwargs["host_model_type"])
+        return super().__new__(cls)  # type: ignore[no-any-return]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.host_model_type:
+            self.attachments = [
+                a.to_dict() for a in parse_attachments(self.attachments or [], self)
+            ]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return an instance for ``config_dict["host_model_type"]`` (see PreTrainedConfig)."""
+        if cls is not StreamlineConfig:
+            return super().from_dict(config_dict, **kwargs)
+        host = config_dict.get("host_model_type")
+        if not host:
+            raise CheckpointError(
+                "A config of model type 'streamline' has no 'host_model_type', so the family it "
+                "extends is unknown; write the checkpoint again with streamline-bench compress."
+            )
+        return config_class_for(host).from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all entries; ``architectures`` names the public classes, not the made ones."""
+        output: dict[str, Any] = super().to_dict()
+        if output.get("architectures"):
+            output["architectures"] = [_public_name(name) for name in output["architectures"]]
+        return output
+
+    def parsed_attachments(self) -> tuple[Attachment, ...]:
+        """Return the attachments in order of their places."""
+        return parse_attachments(self.attachments or [], self)
+
+
+def streamline_config(host_config: Any, attachments: Iterable[Any]) -> StreamlineConfig:
+    """Return the config to save for a (pruned) host model with ``attachments``.
+
+    Args:
+        host_config: the pruned model's own config.
+        attachments: :class:`Attachment` objects or mappings of the same form.
+
+    Raises:
+        ArchitectureError: the family is not in the table, or has attachments already.
+    """
+    if isinstance(host_config, StreamlineConfig):
+        raise ArchitectureError(
+            "This model has attached networks already; compress the dense model instead."
+        )
+    entries = host_config.to_dict()
+    entries.pop("model_type", None)
+    entries["host_model_type"] = host_config.model_type
+    entries["architectures"] = ["StreamlineForCausalLM"]
+    entries["attachments"] = [
+        a.to_dict() if isinstance(a, Attachment) else dict(a) for a in attachments
+    ]
+    config: StreamlineConfig = StreamlineConfig.from_dict(entries)
+    return config
+
+
+def config_class_for(host_model_type: str) -> type[StreamlineConfig]:
+    """Return (making it on first use) the config class of a host family.
+
+    Raises:
+        ArchitectureError: the family is not in the architecture table.
+    """
+    if host_model_type not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise ArchitectureError(
+            f"Host model type '{host_model_type}' is not supported; supported are: {known}."
+        )
+    if host_model_type not in _classes:
+        made = _make_class(CONFIG_MAPPING[host_model_type])
+        _classes[host_model_type] = made
+        for listener in _listeners:
+            listener(made)
+    return _classes[host_model_type]
+
+
+def on_new_host(listener: Callable[[type[StreamlineConfig]], None]) -> None:
+    """Call ``listener`` with every config class made so far and from now on."""
+    _listeners.append(listener)
+    for made in _classes.values():
+        listener(made)
+
+
+def _make_class(host_class: type[Any]) -> type[StreamlineConfig]:
+    name = _PREFIX + host_class.__name__
+    namespace = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"{host_class.__name__} with networks attached to its layers.",
+        "__annotations__": {},
+        "model_type": MODEL_TYPE,
+    }
+    # The host comes first: its defaults must win over those of the common base class.
+    made: type[StreamlineConfig] = strict(type(name, (host_class, StreamlineConfig), namespace))
+    return made
+
+
+def _public_name(name: str) -> str:
+    if not name.startswith(_PREFIX):
+        return name
+    is_causal = name.endswith(("ForCausalLM", "LMHeadModel"))
+    return "StreamlineForCausalLM" if is_causal else "StreamlineModel"
+
+
+def __getattr__(name: str) -> Any:
+    """Find a made class by name, so that a pickle can be read in a new process."""
+    host_name = name.removeprefix(_PREFIX)
+    if host_name != name:
+        for model_type in ARCHITECTURES:
+            if CONFIG_MAPPING_NAMES.get(model_type) == host_name:
+                return config_class_for(model_type)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
