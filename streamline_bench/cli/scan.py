@@ -1,0 +1,253 @@
+"""``streamline-bench scan``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamline_bench.cli.options import print_table, setup_logging
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from streamline_bench.core.similarity import Similarity
+
+__all__ = ["command"]
+
+_FILES = ("similarity.json", "similarity.svg")
+_STARTS_SHOWN = 5
+_DTYPES = click.Choice(["float32", "bfloat16", "float16"])
+
+
+def _sizes(ctx: click.Context, option: click.Parameter, value: str | None) -> list[int]:
+    try:
+        return [int(part) for part in value.split(",")] if value else []
+    except ValueError:
+        raise click.BadParameter(f"'{value}' is not a list of numbers such as 1,2,8") from None
+
+
+@click.command("scan")
+@click.argument("model")
+@click.option(
+    "--calibration",
+    default="auto",
+    show_default=True,
+    help="Text, jsonl or parquet file, saved dataset, hub id or preset.",
+)
+@click.option("--text-field", default="text", show_default=True, help="Field that holds the text.")
+@click.option("--samples", type=click.IntRange(1), default=50, show_default=True)
+@click.option("--sequence-length", type=click.IntRange(2), default=2048, show_default=True)
+@click.option(
+    "--documents", is_flag=True, help="One document per sequence instead of packed blocks."
+)
+@click.option("--n", "sizes", callback=_sizes, help="Block sizes to list in full, e.g. 4,8.")
+@click.option(
+    "--metric", type=click.Choice(["cosine", "angular"]), default="cosine", show_default=True
+)
+@click.option(
+    "--last-state",
+    type=click.Choice(["raw", "postnorm"]),
+    default="raw",
+    show_default=True,
+    help="Last layer's own output, or that of the final norm as in the reference.",
+)
+@click.option("--streamed", is_flag=True, help="Hold one layer's weights at a time.")
+@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the data order.")
+@click.option("--revision", help="Revision of a hub model.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--dtype", type=_DTYPES, default="float32", show_default=True)
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder for similarity.json and similarity.svg  [default: scan-NAME]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace these two files if they exist.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; write files only with -o.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no table.")
+def command(
+    model: str,
+    sizes: list[int],
+    metric: Any,
+    output: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Show how alike the hidden states before and after each block of layers of MODEL are.
+
+    One pass over the calibration text compares every two layer boundaries. The block whose ends
+    are most alike is the one that layer-removal methods take out.
+    """
+    setup_logging(quiet=quiet or as_json)
+    name = Path(model).name or Path(model).resolve().name
+    if output is None and not as_json:
+        output = Path(f"scan-{name}")
+    _require_free(output, overwrite)
+    similarity = _scanned(model, progress=not (quiet or as_json), **options)
+    table = _table(similarity, sizes, metric)
+    if output is not None:
+        _write(similarity, sizes, metric, output, name)
+    if as_json:
+        click.echo(json.dumps(_payload(model, similarity, table, output), indent=2))
+    elif not quiet:
+        _show(table, metric, similarity)
+        click.echo(f"\nWritten: {', '.join(str(output / file) for file in _FILES if output)}")
+
+
+def _require_free(output: Path | None, overwrite: bool) -> None:
+    """Before the scan, not after it: nobody wants to wait for a refusal."""
+    from streamline_bench.errors import OutputError
+
+    if output is None:
+        return
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"Output {output} is a file; give the name of a folder with --output.")
+    there = [file for file in _FILES if (output / file).exists()]
+    if there and not overwrite:
+        raise OutputError(
+            f"Output {output / there[0]} exists; give another --output or pass --overwrite."
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"Output {output} cannot be made ({error.strerror}); give another --output."
+        ) from None
+
+
+def _scanned(
+    model: str,
+    *,
+    calibration: str,
+    text_field: str,
+    samples: int,
+    sequence_length: int,
+    documents: bool,
+    last_state: Any,
+    streamed: bool,
+    batch_size: int,
+    seed: int,
+    revision: str | None,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    progress: bool,
+) -> Similarity:
+    import torch
+
+    from streamline_bench.core.calibration import load_calibration
+    from streamline_bench.core.checkpoint import resolve_pretrained
+    from streamline_bench.core.importance import scan
+    from streamline_bench.core.importance_streamed import scan_streamed
+    from streamline_bench.core.recipe import CalibrationSpec
+    from streamline_bench.methods.loading import load_config, load_model, load_tokenizer
+
+    _require_device(device)
+    folder = resolve_pretrained(model, revision)
+    spec = CalibrationSpec(
+        source=calibration,
+        text_field=text_field,
+        samples=samples,
+        sequence_length=sequence_length,
+        form="documents" if documents else "packed",
+        seed=seed,
+    )
+    trust = {"trust_remote_code": trust_remote_code}
+    config = load_config(folder, **trust)
+    tokens = load_calibration(
+        spec,
+        load_tokenizer(folder, **trust),
+        model_folder=folder,
+        max_length=getattr(config, "max_position_embeddings", None),
+        progress=progress,
+    )
+    how: dict[str, Any] = {
+        "last_state": last_state,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
+    if streamed:
+        how.update(trust, device=device, dtype=getattr(torch, dtype))
+        return scan_streamed(folder, tokens, **how)
+    return scan(load_model(folder, device=device, dtype=dtype, **trust), tokens, **how)
+
+
+def _require_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise click.BadParameter(f"'{device}': {reason}", param_hint="--device") from None
+
+
+def _table(similarity: Similarity, sizes: list[int], metric: str) -> pd.DataFrame:
+    """The best block of each size; with ``sizes`` the best few of each of them."""
+    import pandas as pd
+
+    rank = f"rank_{metric}"
+    if not sizes:
+        every = similarity.table()
+        best: pd.DataFrame = every[every[rank] == 1].reset_index(drop=True)
+        return best
+    ranked = pd.concat([similarity.table(n) for n in sizes])
+    ranked = ranked[ranked[rank] <= _STARTS_SHOWN]
+    shown: pd.DataFrame = ranked.sort_values(["n", rank], kind="stable").reset_index(drop=True)
+    return shown
+
+
+def _write(similarity: Similarity, sizes: list[int], metric: Any, output: Path, name: str) -> None:
+    from streamline_bench.core.checkpoint import atomic_write_text
+    from streamline_bench.core.similarity_figure import similarity_svg
+
+    n = sizes[0] if sizes else max(1, round(similarity.num_layers / 4))
+    picture = similarity_svg(similarity, similarity.best_block(n, metric), name)
+    atomic_write_text(output / "similarity.svg", picture)
+    similarity.save(output / "similarity.json")
+
+
+def _payload(
+    model: str, similarity: Similarity, table: pd.DataFrame, output: Path | None
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "num_layers": similarity.num_layers,
+        "num_tokens": similarity.num_tokens,
+        "num_samples": similarity.num_samples,
+        "last_state": similarity.last_state,
+        **similarity.details,
+        "blocks": json.loads(table.to_json(orient="records", double_precision=15)),
+        "files": [str(output / file) for file in _FILES] if output is not None else [],
+    }
+
+
+def _show(table: pd.DataFrame, metric: str, similarity: Similarity) -> None:
+    from rich.table import Table
+
+    shown = Table(box=None, header_style="bold")
+    for heading in ("n", "layers", "mean cosine", "angular distance", f"rank ({metric})"):
+        shown.add_column(heading, justify="right")
+    for row in table.to_dict("records"):
+        last = row["stop"] - 1
+        layers = f"{row['start']}-{last}" if row["n"] > 1 else f"{last}"
+        mark = " *" if row["contains_first_layer"] else ""
+        numbers = (f"{row['cosine']:.4f}", f"{row['angular']:.4f}", str(row[f"rank_{metric}"]))
+        shown.add_row(str(row["n"]), layers + mark, *numbers)
+    tokens = similarity.details["calibration"]
+    cut = tokens["requested_length"]
+    click.echo(
+        f"{similarity.num_layers} layers; {similarity.num_tokens:,} tokens of {tokens['source']} in "
+        f"{similarity.num_samples:,} sequences of {tokens['sequence_length']}"
+        + (f" (the model's limit; {cut} asked for)" if cut else "")
+    )
+    print_table(shown)
+    if bool(table["contains_first_layer"].any()):
+        click.echo("* contains layer 0: removing it often ruins a model whatever the score says")
