@@ -8,14 +8,14 @@ what serving speed follows; label results by it as well (METHODS 1.4).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from streamline_bench.core.architecture import Architecture, architecture_of
 from streamline_bench.core.checkpoint import CheckpointReader
 from streamline_bench.core.shards import layers_prefix
-from streamline_bench.errors import SparsityError
+from streamline_bench.errors import CheckpointError, SparsityError
 
 __all__ = ["ModelSizes", "SizePlan", "layers_for_sparsity", "model_sizes"]
 
@@ -125,7 +125,7 @@ def model_sizes(source: CheckpointReader | Any) -> ModelSizes:
         row = architecture_of(source.config)
         prefix = layers_prefix(source, row)
         counts = [(name, source.entry(name).numel) for name in source.parameter_names]
-        return _sizes(row, prefix, source.config[row.depth_key], counts)
+        return _sizes(row, prefix, _depth(source.config, row), counts)
     row = architecture_of(source)
     return _sizes(row, row.layers, getattr(source, row.depth_key), _meta_counts(source))
 
@@ -148,6 +148,13 @@ def _closest(sizes: ModelSizes, sparsity: float, added: int) -> int:
             f"{span}, in steps of {step:.4f}; choose a share in that range or give n_layers."
         )
     return best
+
+
+def _depth(config: Mapping[str, Any], row: Architecture) -> int:
+    depth = config.get(row.depth_key, config.get("num_hidden_layers"))
+    if not isinstance(depth, int) or depth < 1:
+        raise CheckpointError(f"config.json has {row.depth_key}={depth!r}; give it a whole number.")
+    return depth
 
 
 def _meta_counts(config: Any) -> list[tuple[str, int]]:
