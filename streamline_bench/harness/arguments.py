@@ -89,15 +89,14 @@ def sort_arguments(arguments: Mapping[str, Any], base: type) -> ModelArguments:
 
 
 def _parameters(base: type) -> list[str]:
-    parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
-    named = (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) if (p := inspect.Parameter) else ()
-    return [each.name for each in parameters if each.kind in named and each.name != "self"]
+    parameters = inspect.signature(base).parameters.values()
+    return [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
 
 
 def _recipe_keys() -> list[str]:
     from streamline_bench.methods.library import OWN_KEYS, SHORT_KEYS
 
-    return [*OWN_KEYS, *SHORT_KEYS, "method", "parameters", "training", "recovery"]
+    return [*OWN_KEYS, *SHORT_KEYS, "training"]
 
 
 def _override(key: str, value: Any) -> dict[str, Any]:

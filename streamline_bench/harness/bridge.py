@@ -41,7 +41,7 @@ class _Finder:
     def find_spec(self, name: str, path: object = None, target: object = None) -> object:
         if name != _WATCHED:
             return None
-        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
+        sys.meta_path[:] = [finder for finder in sys.meta_path if id(finder) != id(self)]
         for finder in list(sys.meta_path):
             find = getattr(finder, "find_spec", None)
             spec = find(name, path, target) if find is not None else None

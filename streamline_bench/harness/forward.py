@@ -129,7 +129,7 @@ class Forward:
         return logits[0]  # type: ignore[no-any-return]
 
     def all_logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return ``[rows, length, vocabulary]`` logits of the plain call, as the harness makes it."""
+        """Return ``[rows, length, vocabulary]`` logits of the plain call."""
         with self._context():
             return self._model()(ids.to(self._device)).logits  # type: ignore[no-any-return]
 
@@ -185,7 +185,7 @@ def target_logprobs(
     ends = torch.searchsorted(batch.target_at, starts).tolist()
     at, ids = batch.target_at.to(logits.device), batch.target_ids.to(logits.device)
     scores, greedy = [], []
-    for number, chunk in enumerate(logits.split(step)):
+    for number, chunk in enumerate(torch.split(logits, step)):
         here = slice(ends[number], ends[number + 1])
         logprobs = torch.log_softmax(chunk, dim=-1, dtype=dtype)
         rows = at[here] - number * step

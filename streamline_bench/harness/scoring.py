@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from tqdm import tqdm
@@ -180,7 +181,7 @@ def _split(batch: list[PackedRow]) -> list[list[PackedRow]]:
     return [[row] for row in rows]
 
 
-def _refuse_nan(sums: np.ndarray, queries: list[Query]) -> None:  # type: ignore[type-arg]
+def _refuse_nan(sums: npt.NDArray[np.float64], queries: list[Query]) -> None:
     bad = np.isnan(sums)
     if bad.any():
         query = queries[int(bad.argmax())]

@@ -1,0 +1,268 @@
+"""``--model streamline``: the harness's transformers model, for compressed models, faster.
+
+It takes what ``--model hf`` takes, and a recipe: the model is then compressed on first use and
+found in the cache afterwards. Loglikelihoods are those of the stock class with less computed
+(:mod:`streamline_bench.harness.scoring`); generation is untouched.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from streamline_bench.errors import CheckpointError, StreamlineBenchError
+from streamline_bench.harness.arguments import sort_arguments
+from streamline_bench.harness.boundary import user_errors
+from streamline_bench.harness.budgets import generation_batch, scoring_tokens
+from streamline_bench.harness.checks import attention_window, head_objection
+from streamline_bench.harness.forward import Forward
+from streamline_bench.harness.identity import model_identity, separate_cache, weights_sha256
+from streamline_bench.harness.packing import Query
+from streamline_bench.harness.preparation import prepare
+from streamline_bench.harness.scoring import Answer, TokenScorer
+
+__all__ = ["StreamlineLM"]
+
+logger = logging.getLogger(__name__)
+
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
+"""(strings, context tokens, continuation tokens) as the harness makes them."""
+
+
+class StreamlineLM(HFLM):  # type: ignore[misc]
+    """A causal language model from a folder or the hub, compressed by a recipe if one is given.
+
+    Args:
+        **arguments: those of ``lm_eval.models.huggingface.HFLM`` and of ``from_pretrained``, and
+            ``recipe`` (a name or a YAML file), ``sparsity`` or ``n_layers``, ``replacement``,
+            ``calibration``, ``seed`` and dotted keys of the recipe (``training.lr``), and
+            ``cache`` (folder of compressed models).
+
+    Raises:
+        StreamlineBenchError: unknown arguments, an unusable recipe or model.
+    """
+
+    def __init__(self, pretrained: Any = None, **arguments: Any) -> None:
+        from streamline_bench.modeling import register
+
+        sorted_arguments = sort_arguments({"pretrained": pretrained, **arguments}, HFLM)
+        register()
+        self._prepared = prepare(sorted_arguments)
+        self._scorer: TokenScorer | None = None
+        self._scorer_refused = False
+        self._weights: str | None = None
+        harness = dict(sorted_arguments.harness)
+        if isinstance(pretrained, str):
+            harness["pretrained"] = self._prepared.pretrained
+        if self._prepared.key is not None:
+            harness["revision"] = "main"  # The revision was that of the source.
+        super().__init__(**harness)
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> StreamlineLM:
+        """Create the model from ``key=value,...``; see the class."""
+        with user_errors():
+            return super().create_from_arg_string(arg_string, additional_config)  # type: ignore[no-any-return]
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> StreamlineLM:
+        """Create the model from a mapping; see the class."""
+        with user_errors():
+            return super().create_from_arg_obj(arg_dict, additional_config)  # type: ignore[no-any-return]
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **options: Any) -> None:
+        try:
+            super()._create_tokenizer(pretrained, tokenizer, **options)
+        except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+            first_line = str(error).strip().split("\n")[0]
+            raise CheckpointError(
+                f"No tokenizer can be loaded from {tokenizer or pretrained} ({first_line}); "
+                "pass tokenizer=<folder or hub id>."
+            ) from error
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what the stock class reports, and ``streamline``: recipe, hashes and sizes."""
+        info = {**self._prepared.info(), "weights_sha256": self._weights_sha256()}
+        return {**super().get_model_info(), "streamline": info}
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Accept a response cache, kept apart by model (see :mod:`.identity`)."""
+        with user_errors():
+            separate_cache(cache_hook.dbdict, self._identity())
+        super().set_cache_hook(cache_hook)
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[Answer]:
+        """Return (log-probability, is greedy) of every continuation, as the stock class does."""
+        with user_errors():
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Return the log-probability of every text, as the stock class does.
+
+        All windows of all texts are scored together, so that they are batched by length.
+        """
+        with user_errors():
+            if self._token_scorer() is None:
+                return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
+            windows: list[TokenRequest] = []
+            owners: list[int] = []
+            for number, request in enumerate(requests):
+                for context, continuation in self._windows(request.args[0]):
+                    windows.append((None, context, continuation))
+                    owners.append(number)
+            totals = [0.0] * len(requests)
+            answers = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+            for owner, (score, _) in zip(owners, answers, strict=True):
+                totals[owner] += score
+            for request, total in zip(requests, totals, strict=True):
+                self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+            return totals
+
+    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        windows = get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length,
+            context_len=1,
+        )
+        return [make_disjoint_window(window) for window in windows]
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[TokenRequest],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[Answer]:
+        scorer = self._token_scorer()
+        if scorer is None or not requests:
+            return super()._loglikelihood_tokens(  # type: ignore[no-any-return]
+                requests, disable_tqdm=disable_tqdm, override_bs=override_bs
+            )
+        queries = self._queries(requests)
+        longest = max(len(query.inputs) for query in queries)
+
+        def keep(index: int, answer: Answer) -> None:
+            strings = requests[index][0]
+            if strings is not None:  # Windows of rolling requests are kept as a whole, elsewhere.
+                self.cache_hook.add_partial("loglikelihood", strings, answer)
+
+        return scorer.score(
+            queries,
+            batch_tokens=scoring_tokens(
+                self.batch_size, longest, self.device, self.max_batch_size or 64
+            ),
+            on_answer=keep,
+            progress=not disable_tqdm and self.rank == 0,
+        )
+
+    def _queries(self, requests: Sequence[TokenRequest]) -> list[Query]:
+        """Cut requests to the model's length, from the left, as the stock class does."""
+        limit = self.max_length
+        queries, cut = [], 0
+        for index, (_, context, continuation) in enumerate(requests):
+            if not context or not 0 < len(continuation) <= limit:
+                raise StreamlineBenchError(
+                    f"Request {index} has {len(context)} context and {len(continuation)} "
+                    f"continuation tokens; both are needed, and at most {limit} of the latter "
+                    "(max_length)."
+                )
+            cut += len(context) + len(continuation) > limit + 1
+            inputs = (context + continuation)[-(limit + 1) :][:-1]
+            queries.append(Query(index, inputs, continuation))
+        if cut:
+            logger.warning(
+                "%d requests are longer than the model's %d tokens and were cut from the left.",
+                cut,
+                limit,
+            )
+        return queries
+
+    def _token_scorer(self) -> TokenScorer | None:
+        if self._scorer is None and not self._scorer_refused:
+            self._scorer = self._make_scorer()
+            self._scorer_refused = self._scorer is None
+        return self._scorer
+
+    def _make_scorer(self) -> TokenScorer | None:
+        if self.backend != "causal":
+            logger.info("Scoring as --model hf does: the model is no decoder-only one.")
+            return None
+        forward = Forward(lambda: self.model, self.device, self._call_context)
+        config = self.model.config.get_text_config()
+        objection = head_objection(forward, config.vocab_size)
+        if objection:
+            logger.info("Scoring as --model hf does: on chosen positions only, %s.", objection)
+            return None
+        return TokenScorer(
+            forward,
+            vocabulary=config.vocab_size,
+            hidden_size=config.hidden_size,
+            window=attention_window(config),
+            softmax_dtype=self.softmax_dtype or torch.float32,
+        )
+
+    def _call_context(self) -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(
+            torch.autocast(
+                device_type=self.device.type,
+                dtype=self.mixed_precision_dtype,
+                enabled=self.mixed_precision_dtype is not None,
+            )
+        )
+        return stack
+
+    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
+        """Answer ``batch_size=auto`` for generation by arithmetic, without trial runs."""
+        if self._token_scorer() is None:
+            return super()._detect_batch_size(requests, pos)  # type: ignore[no-any-return]
+        config = self.model.config.get_text_config()
+        return generation_batch(
+            config, self.model.dtype, self.max_length, self.max_batch_size or 64, self.device
+        )
+
+    def _weights_sha256(self) -> str:
+        if self._weights is None:
+            self._weights = weights_sha256(
+                self._prepared.pretrained,
+                self.model,
+                revision=self.revision,
+                patched=bool(self.peft or self.delta),
+            )
+        return self._weights
+
+    def _identity(self) -> str:
+        settings = {
+            name: getattr(self, name)
+            for name in (
+                "add_bos_token",
+                "mixed_precision_dtype",
+                "softmax_dtype",
+                "truncation",
+                "think_end_token",
+                "max_length",
+                "prefix_token_id",
+            )
+        }
+        quantization = getattr(self.config, "quantization_config", None)
+        return model_identity(
+            self._weights_sha256(),
+            {
+                **settings,
+                "dtype": self.model.dtype,
+                "quantization": quantization,
+                "tokenizer": self.tokenizer.name_or_path,
+                "vocabulary": len(self.tokenizer),
+            },
+        )
