@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,12 +115,10 @@ def _require_free(output: Path | None, overwrite: bool) -> None:
         raise OutputError(
             f"Output {output / there[0]} exists; give another --output or pass --overwrite."
         )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"Output {output} cannot be made ({error.strerror}); give another --output."
-        ) from None
+    # Nothing is made yet, so that a scan that fails leaves nothing behind.
+    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise OutputError(f"Output {output} cannot be made in {nearest}; give another --output.")
 
 
 def _scanned(
@@ -207,9 +206,16 @@ def _table(similarity: Similarity, sizes: list[int], metric: str) -> pd.DataFram
 def _write(similarity: Similarity, sizes: list[int], metric: Any, output: Path, name: str) -> None:
     from streamline_bench.core.checkpoint import atomic_write_text
     from streamline_bench.core.similarity_figure import similarity_svg
+    from streamline_bench.errors import OutputError
 
     n = sizes[0] if sizes else max(1, round(similarity.num_layers / 4))
     picture = similarity_svg(similarity, similarity.best_block(n, metric), name)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"Output {output} cannot be made ({error.strerror}); give another --output."
+        ) from None
     atomic_write_text(output / "similarity.svg", picture)
     similarity.save(output / "similarity.json")
 
@@ -244,8 +250,8 @@ def _show(table: pd.DataFrame, metric: str, similarity: Similarity) -> None:
     tokens = similarity.details["calibration"]
     cut = tokens["requested_length"]
     click.echo(
-        f"{similarity.num_layers} layers; {similarity.num_tokens:,} tokens of {tokens['source']} in "
-        f"{similarity.num_samples:,} sequences of {tokens['sequence_length']}"
+        f"{similarity.num_layers} layers; {similarity.num_tokens:,} tokens of {tokens['source']} "
+        f"in {similarity.num_samples:,} sequences of {tokens['sequence_length']}"
         + (f" (the model's limit; {cut} asked for)" if cut else "")
     )
     print_table(shown)
