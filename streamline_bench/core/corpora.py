@@ -158,25 +158,27 @@ def _endings() -> str:
     return ", ".join(FILE_SUFFIXES)
 
 
-def _shuffled(
-    records: Iterable[Mapping[str, Any]], seed: int, window: int = SHUFFLE_DOCUMENTS
-) -> Iterator[Mapping[str, Any]]:
-    """Shuffle within a window of ``window`` records (fewer when they are very long)."""
+def _shuffled(records: Iterable[Mapping[str, Any]], seed: int) -> Iterator[Mapping[str, Any]]:
+    """Shuffle within a window of :data:`SHUFFLE_DOCUMENTS` (fewer when they are very long)."""
     rng = random.Random(seed)
     held: list[Mapping[str, Any]] = []
     size = 0
     for record in records:
-        length = sum(len(value) for value in record.values() if isinstance(value, str))
-        if held and (len(held) >= window or size + length > _SHUFFLE_CHARACTERS):
+        length = _characters(record)
+        if held and (len(held) >= SHUFFLE_DOCUMENTS or size + length > _SHUFFLE_CHARACTERS):
             index = rng.randrange(len(held))
             held[index], held[-1] = held[-1], held[index]
             leaving = held.pop()
-            size -= sum(len(value) for value in leaving.values() if isinstance(value, str))
+            size -= _characters(leaving)
             yield leaving
         held.append(record)
         size += length
     rng.shuffle(held)
     yield from held
+
+
+def _characters(record: Mapping[str, Any]) -> int:
+    return sum(len(value) for value in record.values() if isinstance(value, str))
 
 
 def _mixed(
