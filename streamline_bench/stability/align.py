@@ -1,0 +1,204 @@
+"""Pairs the answers of two runs, and refuses when the runs were not asked the same thing.
+
+Rows are paired by (task, filter, doc_id). Before that, in this order, the runs must agree on: the
+tasks, their versions and number of shots, chat template and system instruction, the filters, the
+documents, and for every document the document itself, its prompt, its target and everything sent to
+the model. The first difference is named with both values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from streamline_bench.errors import ComparisonError
+from streamline_bench.stability.samples import RunInfo, Samples
+
+__all__ = ["AlignedPairs", "align"]
+
+_KEY = ["task", "filter", "doc_id"]
+_HASHES = {
+    "doc_hash": ("the document", "use the same data files in the same order for both runs"),
+    "prompt_hash": ("the prompt", "use the same prompt template and few-shot seed for both runs"),
+    "target_hash": ("the expected answer", "use the same task files for both runs"),
+    "request_hash": (
+        "what was sent to the model (choices, delimiter or generation arguments)",
+        "use the same task files and --gen_kwargs for both runs",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class AlignedPairs:
+    """Two tables with the same rows in the same order, sorted by task, filter and document."""
+
+    dense: pd.DataFrame
+    pruned: pd.DataFrame
+    dense_info: RunInfo
+    pruned_info: RunInfo
+
+    def __len__(self) -> int:
+        return len(self.dense)
+
+
+def align(
+    dense: Samples,
+    pruned: Samples,
+    *,
+    tasks: Sequence[str] | None = None,
+    common_only: bool = False,
+) -> AlignedPairs:
+    """Pair two runs.
+
+    Args:
+        tasks: compare these tasks or groups only; each must be in both runs.
+        common_only: without ``tasks``: compare the tasks that both runs have, instead of refusing
+            when the sets differ.
+
+    Raises:
+        ComparisonError: the runs differ in what they were asked; the first difference is named.
+    """
+    chosen = _tasks(dense, pruned, tasks, common_only)
+    for task in chosen:
+        _same_setting(task, dense.info, pruned.info)
+    _same_run_settings(dense.info, pruned.info)
+    first, second = _sorted(dense, chosen), _sorted(pruned, chosen)
+    for task in chosen:
+        _same_documents(
+            task,
+            first[first["task"] == task],
+            second[second["task"] == task],
+            dense.info,
+            pruned.info,
+        )
+    for column in _HASHES:
+        _same_column(column, first, second, dense.info.run, pruned.info.run)
+    return AlignedPairs(first, second, dense.info, pruned.info)
+
+
+def _tasks(
+    dense: Samples, pruned: Samples, asked: Sequence[str] | None, common_only: bool
+) -> list[str]:
+    have = {dense.info.run: set(dense.tasks), pruned.info.run: set(pruned.tasks)}
+    first, second = set(dense.tasks), set(pruned.tasks)
+    if asked is not None:
+        wanted = sorted({name for group in asked for name in _members(group, dense.info)})
+        for run, names in have.items():
+            missing = [name for name in wanted if name not in names]
+            if missing:
+                raise ComparisonError(
+                    f"Run '{run}' has no task '{missing[0]}'; it has: {', '.join(sorted(names))}."
+                )
+        return wanted
+    if not first & second:
+        raise ComparisonError(
+            f"The runs share no task: '{dense.info.run}' has {', '.join(sorted(first))}; "
+            f"'{pruned.info.run}' has {', '.join(sorted(second))}."
+        )
+    if first != second and not common_only:
+        only = sorted(first ^ second)[0]
+        owner = dense.info.run if only in first else pruned.info.run
+        raise ComparisonError(
+            f"Only run '{owner}' has task '{only}'; evaluate both on the same tasks, name the "
+            "tasks to compare, or ask for the common ones."
+        )
+    return sorted(first & second)
+
+
+def _members(name: str, info: RunInfo) -> list[str]:
+    if name not in info.groups:
+        return [name]
+    return [task for part in info.groups[name] for task in _members(part, info)]
+
+
+def _same_setting(task: str, dense: RunInfo, pruned: RunInfo) -> None:
+    for what, first, second in (
+        ("version", dense.task_versions.get(task), pruned.task_versions.get(task)),
+        ("number of few-shot examples", dense.n_shot.get(task), pruned.n_shot.get(task)),
+    ):
+        if first != second:
+            raise ComparisonError(
+                f"Task '{task}' has {what} {first} in run '{dense.run}' and {second} in run "
+                f"'{pruned.run}'; evaluate both with the same setting."
+            )
+
+
+def _same_run_settings(dense: RunInfo, pruned: RunInfo) -> None:
+    for field, option in (
+        ("engine", "the same engine"),
+        ("chat_template", "the same --apply_chat_template and template"),
+        ("system_instruction", "the same --system_instruction"),
+        ("fewshot_as_multiturn", "the same --fewshot_as_multiturn"),
+    ):
+        first, second = getattr(dense, field), getattr(pruned, field)
+        if first != second:
+            raise ComparisonError(
+                f"The runs differ in {field.replace('_', ' ')}: {_short(first)} in run "
+                f"'{dense.run}' and {_short(second)} in run '{pruned.run}'; evaluate both with "
+                f"{option}."
+            )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _sorted(samples: Samples, tasks: list[str]) -> pd.DataFrame:
+    frame: pd.DataFrame = samples.frame[samples.frame["task"].isin(tasks)]
+    frame = frame.sort_values(_KEY, kind="stable", ignore_index=True)
+    twice = frame.duplicated(_KEY)
+    if twice.any():
+        row = frame[twice].iloc[0]
+        raise ComparisonError(
+            f"Run '{samples.info.run}' answers document {row['doc_id']} of task '{row['task']}' "
+            f"(filter '{row['filter']}') more than once; evaluate again into an empty folder."
+        )
+    return frame
+
+
+def _same_documents(
+    task: str, first: pd.DataFrame, second: pd.DataFrame, dense: RunInfo, pruned: RunInfo
+) -> None:
+    filters = set(first["filter"]), set(second["filter"])
+    if filters[0] != filters[1]:
+        raise ComparisonError(
+            f"Task '{task}' has the filters {sorted(filters[0])} in run '{dense.run}' and "
+            f"{sorted(filters[1])} in run '{pruned.run}'; use the same task files for both runs."
+        )
+    counts = first["doc_id"].nunique(), second["doc_id"].nunique()
+    if counts[0] != counts[1]:
+        raise ComparisonError(
+            f"Task '{task}' has {counts[0]} documents in run '{dense.run}' (limit {dense.limit}) "
+            f"and {counts[1]} in run '{pruned.run}' (limit {pruned.limit}); evaluate both on the "
+            "same documents."
+        )
+    keys = (
+        set(zip(first["filter"], first["doc_id"], strict=True)),
+        set(zip(second["filter"], second["doc_id"], strict=True)),
+    )
+    if keys[0] != keys[1]:
+        name, document = min(keys[0] ^ keys[1])
+        owner = dense.run if (name, document) in keys[0] else pruned.run
+        raise ComparisonError(
+            f"Document {document} of task '{task}' (filter '{name}') is in run '{owner}' only; "
+            "evaluate both on the same documents."
+        )
+
+
+def _same_column(
+    column: str, first: pd.DataFrame, second: pd.DataFrame, dense: str, pruned: str
+) -> None:
+    differs = (first[column] != second[column]).to_numpy()
+    if not differs.any():
+        return
+    row, other = first[differs].iloc[0], second[differs].iloc[0]
+    what, advice = _HASHES[column]
+    raise ComparisonError(
+        f"Task '{row['task']}', document {row['doc_id']}: {what} differs "
+        f"({column} {row[column][:12]} in run '{dense}', {other[column][:12]} in run '{pruned}'; "
+        f"{int(differs.sum())} of {len(first)} rows differ); {advice}."
+    )

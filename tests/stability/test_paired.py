@@ -1,0 +1,136 @@
+"""Paired statistics against scipy, statsmodels, brute force and published examples."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
+from statsmodels.stats.inter_rater import cohens_kappa
+from statsmodels.stats.proportion import proportion_confint
+
+from streamline_bench.errors import SamplesError
+from streamline_bench.stability.paired import (
+    Outcomes,
+    accuracy_error,
+    kappa,
+    mcnemar,
+    newcombe,
+    wilson,
+)
+
+COUNTS = st.tuples(*[st.integers(0, 30)] * 4).filter(lambda counts: sum(counts) > 0)
+
+
+def test_outcomes_are_counted_by_direction() -> None:
+    verdicts = [(1, 1), (1, 0), (1, 0), (0, 1), (0, 0), (0, 0), (0, 0)]
+    dense, pruned = (np.array(side, dtype=bool) for side in zip(*verdicts, strict=True))
+    outcomes = Outcomes.of(dense, pruned)
+    assert outcomes.counts == (1, 2, 1, 3)
+    assert outcomes.dense_accuracy == pytest.approx(3 / 7)
+    assert outcomes.pruned_accuracy == pytest.approx(2 / 7)
+    assert outcomes.agreement == pytest.approx(4 / 7)
+    assert outcomes.difference == pytest.approx(-1 / 7)
+    assert (outcomes + Outcomes(1, 1, 1, 1)).counts == (2, 3, 2, 4)
+
+
+def test_nothing_to_compare_is_an_error() -> None:
+    with pytest.raises(SamplesError, match="at least one"):
+        Outcomes.of(np.array([], dtype=bool), np.array([], dtype=bool))
+    with pytest.raises(SamplesError, match="got 2 and 1"):
+        Outcomes.of(np.array([True, False]), np.array([True]))
+
+
+@given(COUNTS)
+def test_mcnemar_is_the_exact_binomial_test(counts: tuple[int, int, int, int]) -> None:
+    outcomes = Outcomes(*counts)
+    flips = outcomes.right_to_wrong + outcomes.wrong_to_right
+    p = mcnemar(outcomes)
+    if flips:
+        assert p == pytest.approx(binomtest(outcomes.right_to_wrong, flips, 0.5).pvalue)
+        table = np.reshape(outcomes.counts, (2, 2))
+        assert p == pytest.approx(statsmodels_mcnemar(table, exact=True).pvalue)
+    else:
+        assert p == 1.0
+
+
+@given(st.integers(0, 12), st.integers(0, 12))
+def test_mid_p_counts_equally_extreme_outcomes_by_half(b: int, c: int) -> None:
+    flips = b + c
+    distance = abs(b - flips / 2)
+    expected = 0.0
+    for k in range(flips + 1):
+        chance = math.comb(flips, k) / 2**flips
+        if abs(k - flips / 2) > distance:
+            expected += chance
+        elif abs(k - flips / 2) == distance:
+            expected += chance / 2
+    expected = expected if flips else 1.0
+    assert mcnemar(Outcomes(5, b, c, 5), mid_p=True) == pytest.approx(expected)
+
+
+@given(COUNTS)
+def test_kappa_is_statsmodels(counts: tuple[int, int, int, int]) -> None:
+    outcomes = Outcomes(*counts)
+    if kappa(outcomes) is None:
+        assert outcomes.dense_accuracy == outcomes.pruned_accuracy
+        assert outcomes.dense_accuracy in (0.0, 1.0)
+        return
+    expected = cohens_kappa(np.reshape(counts, (2, 2)), return_results=False)
+    assert kappa(outcomes) == pytest.approx(expected, abs=1e-12)
+
+
+@given(st.integers(1, 200), st.data())
+def test_wilson_is_statsmodels(n: int, data: st.DataObject) -> None:
+    successes = data.draw(st.integers(0, n))
+    expected = proportion_confint(successes, n, alpha=0.1, method="wilson")
+    assert wilson(successes, n, 0.9) == pytest.approx(expected, abs=1e-12)
+
+
+def test_newcombe_gives_the_published_example() -> None:
+    """Airway responsiveness, Bentur et al. 2009, as in Fagerland, Lydersen & Laake, chapter 8.
+
+    The table [[1, 1], [7, 12]]: difference -0.2857, 95 % interval -0.507 to -0.026.
+    """
+    low, high = newcombe(Outcomes(1, 7, 1, 12))
+    assert (round(low, 3), round(high, 3)) == (-0.507, -0.026)
+
+
+@given(COUNTS)
+def test_newcombe_contains_the_difference_and_mirrors(counts: tuple[int, int, int, int]) -> None:
+    outcomes = Outcomes(*counts)
+    low, high = newcombe(outcomes)
+    assert -1.0 <= low <= outcomes.difference <= high <= 1.0
+    a, b, c, d = counts
+    assert newcombe(Outcomes(a, c, b, d)) == pytest.approx((-high, -low), abs=1e-12)
+    assert high > low, "no flips seen is not no flips possible"
+
+
+def test_newcombe_covers_the_truth() -> None:
+    """Exact coverage for 12 pairs: the sum over every possible table is near 95 %."""
+    truth, n = (0.5, 0.2, 0.1, 0.2), 12
+    covered = 0.0
+    for b, c, d in itertools.product(range(n + 1), repeat=3):
+        a = n - b - c - d
+        if a < 0:
+            continue
+        ways = math.factorial(n)
+        chance = 1.0
+        for count, share in zip((a, b, c, d), truth, strict=True):
+            ways //= math.factorial(count)
+            chance *= share**count
+        low, high = newcombe(Outcomes(a, b, c, d))
+        covered += ways * chance * (low <= truth[2] - truth[1] <= high)
+    assert 0.93 < covered < 0.99
+
+
+def test_accuracy_error_is_the_sample_deviation_of_the_mean() -> None:
+    verdicts = [1, 1, 0, 1, 0]
+    expected = np.std(verdicts, ddof=1) / math.sqrt(5)
+    assert accuracy_error(0.6, 5) == pytest.approx(expected)
+    assert accuracy_error(1.0, 1) is None
