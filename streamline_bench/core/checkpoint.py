@@ -188,8 +188,7 @@ def _read_index(path: Path) -> dict[str, list[str] | None]:
         raise CheckpointError(f"{path} has no weight_map; download it again.")
     shards: dict[str, list[str] | None] = {}
     for tensor, shard in mapping.items():
-        # A plain name cannot leave the folder: no separators, no "..", no drive letters.
-        if not isinstance(shard, str) or Path(shard).name != shard or set(shard) & set("/\\:\0"):
+        if not isinstance(shard, str) or not _is_plain(shard):
             raise CheckpointError(
                 f"{path} places tensor '{tensor}' in {shard!r}, outside the model's folder; "
                 "do not use this checkpoint."
@@ -198,6 +197,11 @@ def _read_index(path: Path) -> dict[str, list[str] | None]:
         assert expected is not None
         expected.append(tensor)
     return shards
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a file name cannot leave its folder: no separators, no dots only, no drive."""
+    return bool(name.strip(".")) and not set(name) & set("/\\:\0")
 
 
 def _read_entries(folder: Path) -> dict[str, TensorEntry]:

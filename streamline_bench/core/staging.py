@@ -33,8 +33,8 @@ def staged_output(output: Path | str, overwrite: bool = False) -> Iterator[Path]
         OutputError: ``output`` exists (and ``overwrite`` is false) or cannot be written.
     """
     output = Path(output).absolute()
+    _settle_leftovers(output)
     _check_free(output, overwrite)
-    _remove_stale(output)
     staging = _hidden(output, "partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def _exchange(first: Path, second: Path) -> bool:
     return bool(swap(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
 
 
-def _remove_stale(output: Path) -> None:
+def _settle_leftovers(output: Path) -> None:
     pattern = re.compile(re.escape(f".{output.name}.") + r"(partial|replaced)-(\d+)-[0-9a-f]{8}")
     if not output.parent.is_dir():
         return

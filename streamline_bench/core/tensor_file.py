@@ -97,6 +97,7 @@ def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
         numbers = [*shape, begin, end]
         sound = all(type(number) is int and number >= 0 for number in numbers)
+        sound = sound and isinstance(dtype, str)
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:

@@ -7,7 +7,9 @@ a wrong layer would change them by less than any tolerance.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,3 +122,16 @@ def token_ids() -> Any:
     import torch
 
     return torch.randint(3, 100, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def folder(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A tiny Llama that a test may damage, in one file."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+@pytest.fixture
+def sharded(random_model: Callable[..., Any], tmp_path: Path) -> Path:
+    """A tiny Llama in several shards."""
+    random_model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    return tmp_path / "sharded"

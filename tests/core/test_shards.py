@@ -348,7 +348,7 @@ def sparse_checkpoint(folder: Path, layers: int, bytes_per_layer: int) -> None:
 def test_memory_does_not_follow_the_size_of_the_model(
     tmp_path: Path, repository: Path, kernel_copy: bool
 ) -> None:
-    sparse_checkpoint(tmp_path / "source", layers=3, bytes_per_layer=200 * 2**20)
+    sparse_checkpoint(tmp_path / "source", layers=3, bytes_per_layer=100 * 2**20)
     (tmp_path / "out").mkdir()
     script = PRUNE if kernel_copy else "import os\ndel os.copy_file_range\n" + PRUNE
     environment = {**os.environ, "PYTHONPATH": str(repository)}
@@ -360,7 +360,7 @@ def test_memory_does_not_follow_the_size_of_the_model(
         check=True,
     )
     found = json.loads(done.stdout)
-    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 400 * 2**20
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 200 * 2**20
     assert not found["torch"]
     assert found["after"] - found["before"] < 30 * 1024  # KiB
     assert found["after"] < 150 * 1024

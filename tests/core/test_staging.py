@@ -1,0 +1,189 @@
+"""Outputs that appear whole or not at all, also after SIGKILL."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from streamline_bench.core import staging
+from streamline_bench.core.checkpoint import (
+    atomic_write_bytes,
+    atomic_write_text,
+    staged_output,
+)
+from streamline_bench.errors import (
+    OutputError,
+)
+
+
+def test_staged_output_appears_at_the_end(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "out"
+    with staged_output(output) as work:
+        (work / "a").mkdir()
+        (work / "a" / "x").write_text("1")
+        assert work.parent == output.parent
+        assert not output.exists()
+    assert (output / "a" / "x").read_text() == "1"
+    assert [p.name for p in output.parent.iterdir()] == ["out"]
+
+
+def test_nothing_stays_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), staged_output(tmp_path / "out") as work:
+        (work / "x").write_text("1")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    message = r"out exists; give another --output or pass --overwrite"
+    with pytest.raises(OutputError, match=message), staged_output(tmp_path / "out"):
+        pytest.fail("entered")
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_overwrite_keeps_the_old_until_the_new_is_whole(
+    tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").write_text("old")
+    with pytest.raises(RuntimeError), staged_output(output, overwrite=True) as work:
+        (work / "new").write_text("new")
+        raise RuntimeError
+    assert [p.name for p in output.iterdir()] == ["old"]
+    with staged_output(output, overwrite=True) as work:
+        (work / "new").write_text("new")
+        assert (output / "old").exists()
+    assert [p.name for p in output.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_is_never_overwritten_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(OutputError, match="is not a folder"):
+        staged_output(tmp_path / "out", overwrite=True).__enter__()
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_a_folder_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(OutputError, match="cannot be written"), staged_output(output) as work:
+        (work / "new").write_text("new")
+        output.mkdir()
+        (output / "theirs").write_text("theirs")
+    assert [p.name for p in output.iterdir()] == ["theirs"]
+
+
+def test_unwritable_places(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "out", Path("/proc/nowhere/out")):
+        with pytest.raises(OutputError, match=r"cannot be written.*give another --output"):
+            staged_output(place).__enter__()
+
+
+def dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_leftovers_of_dead_processes_only_are_removed(tmp_path: Path) -> None:
+    dead = tmp_path / f".out.partial-{dead_process()}-0123abcd"
+    alive = tmp_path / f".out.partial-{os.getpid()}-0123abcd"
+    foreign = tmp_path / f".other.partial-{dead_process()}-0123abcd"
+    for leftover in (dead, alive, foreign):
+        leftover.mkdir()
+        (leftover / "x").write_text("")
+    with staged_output(tmp_path / "out"):
+        assert not dead.exists()
+    assert alive.exists()
+    assert foreign.exists()
+
+
+def test_a_folder_moved_aside_by_a_killed_overwrite_comes_back(tmp_path: Path) -> None:
+    aside = tmp_path / f".out.replaced-{dead_process()}-0123abcd"
+    aside.mkdir()
+    (aside / "old").write_text("old")
+    with pytest.raises(OutputError, match="exists"):
+        staged_output(tmp_path / "out").__enter__()
+    assert (tmp_path / "out" / "old").read_text() == "old"
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from streamline_bench.core.checkpoint import staged_output
+
+output = Path(sys.argv[1])
+while True:
+    with staged_output(output, overwrite=True) as work:
+        for i in range(20):
+            (work / f"{i}").write_text("x" * 10_000)
+        print("written", flush=True)
+        (work / "last").write_text("whole")
+"""
+
+
+@pytest.mark.parametrize("attempt", range(4))
+def test_kill_leaves_nothing_or_the_whole(tmp_path: Path, repository: Path, attempt: int) -> None:
+    output = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(output)],
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for _ in range(attempt):  # 0: at any moment of the first writing
+        process.stdout.readline()
+    time.sleep(0.003 * attempt)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    if output.exists():
+        assert (output / "last").read_text() == "whole"
+        assert len(list(output.iterdir())) == 21
+    with staged_output(output, overwrite=True) as work:
+        (work / "x").write_text("next")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (output / "x").read_text() == "next"
+
+
+def test_kill_in_the_middle_leaves_no_output(tmp_path: Path, repository: Path) -> None:
+    code = WRITER.replace(
+        'print("written", flush=True)', 'print("written", flush=True); time.sleep(60)'
+    )
+    output = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(output)],
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "written\n"
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert not output.exists()
+    assert [p.name.startswith(f".out.partial-{process.pid}-") for p in tmp_path.iterdir()] == [True]
+
+
+def test_atomic_write_replaces_whole_files(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    atomic_write_text(path, "ä")
+    assert path.read_bytes() == "ä".encode()
+    atomic_write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    with pytest.raises(OutputError, match="cannot be written"):
+        atomic_write_bytes(tmp_path / "absent" / "x", b"")
