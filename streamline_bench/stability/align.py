@@ -176,6 +176,9 @@ def _same_documents(
             f"and {counts[1]} in run '{pruned.run}' (limit {pruned.limit}); evaluate both on the "
             "same documents."
         )
+    same_size = len(first) == len(second)
+    if same_size and (first["doc_id"].to_numpy() == second["doc_id"].to_numpy()).all():
+        return  # both are sorted by filter and document
     keys = (
         set(zip(first["filter"], first["doc_id"], strict=True)),
         set(zip(second["filter"], second["doc_id"], strict=True)),

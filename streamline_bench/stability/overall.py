@@ -116,11 +116,7 @@ def _macro_stability(stable: Sequence[ComparedTask], settings: Settings) -> Esti
         return None
     if settings.mode == "reference_script":
         return Estimate(value=sum(values) / len(values))
-    draws = [
-        stability_draws(item.std, item.agree, settings.draws, _generator(item, settings))
-        for item in stable
-        if item.std is not None
-    ]
+    draws = [item.stability_draws for item in stable if item.stability_draws is not None]
     return _bootstrapped(values, draws, settings)
 
 
@@ -130,7 +126,7 @@ def _micro_stability(stable: Sequence[ComparedTask], settings: Settings) -> Esti
     if not spreads or settings.mode == "reference_script":
         return None
     agree = np.concatenate([item.agree for item in stable])
-    return stability_estimate(np.concatenate(spreads), agree, settings, "all tasks")
+    return stability_estimate(np.concatenate(spreads), agree, settings, "all tasks")[0]
 
 
 def _flips(compared: Sequence[ComparedTask]) -> Flips:

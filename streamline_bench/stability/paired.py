@@ -112,13 +112,14 @@ def mcnemar(outcomes: Outcomes, *, mid_p: bool = False) -> float:
     Returns:
         p-value; 1.0 without flips.
     """
-    from scipy.stats import binom
+    from scipy.special import bdtr, gammaln  # scipy.stats takes a second to import
 
     b, c = outcomes.right_to_wrong, outcomes.wrong_to_right
     if b + c == 0:
         return 1.0
-    tail = float(binom.cdf(min(b, c), b + c, 0.5))
-    here = float(binom.pmf(b, b + c, 0.5))
+    tail = float(bdtr(min(b, c), b + c, 0.5))
+    ways = float(gammaln(b + c + 1) - gammaln(b + 1) - gammaln(c + 1))
+    here = math.exp(ways - (b + c) * math.log(2))
     if b == c:
         return 1.0 - here / 2 if mid_p else 1.0
     return min(1.0, 2 * tail - (here if mid_p else 0.0))

@@ -44,12 +44,14 @@ class ComparedTask:
     Attributes:
         agree: bool [n], same verdict.
         std: float64 [n], spread of the dense model's choices; None for tasks without choices.
+        stability_draws: float64 [draws], resampled stability; None where there is no interval.
     """
 
     result: TaskComparison
     outcomes: Outcomes
     agree: BoolArray
     std: FloatArray | None
+    stability_draws: FloatArray | None
 
 
 def compare_task(dense: pd.DataFrame, pruned: pd.DataFrame, settings: Settings) -> ComparedTask:
@@ -61,13 +63,16 @@ def compare_task(dense: pd.DataFrame, pruned: pd.DataFrame, settings: Settings) 
     std = None
     if any(isinstance(choices, list) and len(choices) > 1 for choices in dense["choices"]):
         std = choice_spread(dense, quantity=settings.quantity, ddof=settings.spread_ddof)
+    stable, draws = None, None
+    if std is not None:
+        names = (str(dense.iloc[0]["task"]), str(dense.iloc[0]["filter"]))
+        stable, draws = stability_estimate(std, agree, settings, *names)
     same = _same_choice(dense, pruned, settings.verdict)
     first = dense.iloc[0]
-    names = (str(first["task"]), str(first["filter"]))
     verdict = first["verdict_metric"] if settings.verdict == "correct" else "acc_norm"
     result = TaskComparison(
-        task=names[0],
-        filter=names[1],
+        task=str(first["task"]),
+        filter=str(first["filter"]),
         output_type=str(first["output_type"]),
         verdict=str(verdict),
         n=outcomes.n,
@@ -77,13 +82,13 @@ def compare_task(dense: pd.DataFrame, pruned: pd.DataFrame, settings: Settings) 
         mcnemar_p=mcnemar(outcomes),
         mcnemar_mid_p=mcnemar(outcomes, mid_p=True),
         agreement=agreement_estimate(outcomes, settings),
-        stability=stability_estimate(std, agree, settings, *names) if std is not None else None,
+        stability=stable,
         effective_n=effective_sample_size(std) if std is not None else None,
         same_choice=None if same is None else float(same.mean()),
         kappa=kappa(outcomes),
         flips=_flips(outcomes, right, right_now, same),
     )
-    return ComparedTask(result, outcomes, agree, std)
+    return ComparedTask(result, outcomes, agree, std, draws)
 
 
 def _same_choice(dense: pd.DataFrame, pruned: pd.DataFrame, verdict: Verdict) -> BoolArray | None:
@@ -128,8 +133,8 @@ def agreement_estimate(outcomes: Outcomes, settings: Settings) -> Estimate:
 
 def stability_estimate(
     std: FloatArray, agree: BoolArray, settings: Settings, *names: str
-) -> Estimate:
-    """Stability with its bootstrap interval, seeded by the settings and ``names``.
+) -> tuple[Estimate, FloatArray | None]:
+    """Stability with its bootstrap interval, and the draws, seeded by the settings and ``names``.
 
     Where all pairs agree, or none, a bootstrap would claim certainty: then Wilson's interval at the
     effective sample size. The reference script's value gets none: it is not a statistic of the
@@ -137,11 +142,12 @@ def stability_estimate(
     """
     value = stability(std, agree, mode=settings.mode)
     if settings.mode == "reference_script":
-        return Estimate(value=value)
+        return Estimate(value=value), None
+    draws = stability_draws(std, agree, settings.draws, task_generator(settings.seed, *names))
     if agree.all() or not agree.any():
         n = effective_sample_size(std)
         low, high = wilson(value * n, n, settings.confidence)
-        return Estimate(value=value, low=low, high=high, method="Wilson at the effective n")
-    draws = stability_draws(std, agree, settings.draws, task_generator(settings.seed, *names))
+        return Estimate(value=value, low=low, high=high, method="Wilson at the effective n"), draws
     low, high = percentile_interval(draws, settings.confidence)
-    return Estimate(value=value, low=low, high=high, method=f"bootstrap, {settings.draws} draws")
+    method = f"bootstrap, {settings.draws} draws"
+    return Estimate(value=value, low=low, high=high, method=method), draws
