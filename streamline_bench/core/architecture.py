@@ -61,6 +61,8 @@ class Architecture:
         extra_layers: config entry that counts layers beyond the decoder (multi-token prediction);
             they depend on the last layers and are left out of pruned checkpoints.
         refused: config entry -> why layers cannot be removed while it is set.
+        stored_as: path of a module -> the path its tensors have in checkpoints, where they differ.
+            Inside layers, mixtures store one tensor per expert and may name the MLP otherwise.
         buffers: endings of tensor names that are not parameters.
         parallel_residual: attention and MLP read the same input.
         transposed: projections store their weight as ``[in, out]`` (GPT-2's ``Conv1D``).
@@ -97,6 +99,7 @@ class Architecture:
     periods: Mapping[str, str] = field(default_factory=dict)
     extra_layers: str = ""
     refused: Mapping[str, str] = field(default_factory=dict)
+    stored_as: Mapping[str, str] = field(default_factory=dict)
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
     parallel_residual: bool = False
     transposed: bool = False
@@ -207,6 +210,7 @@ _ROWS = (
         gate="",
         up="dense_h_to_4h",
         down="dense_4h_to_h",
+        stored_as={"lm_head": "embed_out"},
         buffers=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
         parallel_residual=True,
         notes={"use_parallel_residual": "False in a few models: the layer is then sequential"},

@@ -123,7 +123,7 @@ class CheckpointReader:
         except ArchitectureError:
             pass  # a family without a row can still be read
         else:
-            buffers, head = row.buffers, row.lm_head
+            buffers, head = row.buffers, row.stored_as.get(row.lm_head, row.lm_head)
         tied = self.config.get("tie_word_embeddings")
         if tied is None:
             tied = f"{head}.weight" not in self.entries
