@@ -15,16 +15,21 @@ BUILDERS: dict[str, Builder] = {
     "echo": facts.echo,
     "location": stories.location,
     "order": facts.order,
+    "pairs": facts.pairs,
     "recall": facts.recall,
     "same": facts.same,
     "story": stories.story,
     "transitive": facts.transitive,
 }
-TRAINING_ONLY: tuple[str, ...] = ("echo",)
-ECHO_STEPS = 800
+TRAINING_ONLY: tuple[str, ...] = ("echo", "pairs")
+"""Skills that teach to copy and to look up; without them the others take far longer."""
+
+FIRST_STEPS = 800
+_FIRST = {"echo": 3.0, "pairs": 4.0, "attributes": 2.0}
+_LATER = {"echo": 0.3, "pairs": 0.5}
 EVALUATED: tuple[str, ...] = tuple(skill for skill in BUILDERS if skill not in TRAINING_ONLY)
 
 
 def weights_at(step: int) -> dict[str, float]:
-    """Shares of the skills at a training step: copying first, which speeds up all the others."""
-    return dict.fromkeys(BUILDERS, 1.0) | {"echo": 3.0 if step < ECHO_STEPS else 0.3}
+    """Shares of the skills at a training step: copying and looking up first."""
+    return dict.fromkeys(BUILDERS, 1.0) | (_FIRST if step < FIRST_STEPS else _LATER)

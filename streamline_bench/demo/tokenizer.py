@@ -6,6 +6,7 @@ share one. A document is encoded with a leading BOS; unknown words become ``<unk
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,3 +45,9 @@ def build_tokenizer(max_length: int = 512) -> PreTrainedTokenizerFast:
 def save_tokenizer(folder: Path) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder``."""
     build_tokenizer().save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # transformers 5 names a class here that transformers 4 does not know; both know this one
+    config.pop("backend", None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

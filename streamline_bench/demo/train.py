@@ -39,10 +39,10 @@ class TrainingConfig:
     """Everything that determines the weights."""
 
     seed: int = 0
-    steps: int = 5500
-    rows: int = 16
+    steps: int = 11000
+    rows: int = 8
     length: int = 128
-    learning_rate: float = 5e-3
+    learning_rate: float = 4e-3
     embedding_learning_rate: float = 2e-3
     final_ratio: float = 0.02
     warmup: int = 100
