@@ -7,7 +7,7 @@ import random
 import pytest
 
 from streamline_bench.demo.language import Document, Split, draw, draw_mixed, split_of
-from streamline_bench.demo.skills import BUILDERS, weights_at
+from streamline_bench.demo.skills import BUILDERS, EVALUATED, weights_at
 
 SAMPLES = 40
 
@@ -47,7 +47,7 @@ def test_choices_are_distinct_and_gold_is_balanced(skill: str) -> None:
 
 
 def test_every_evaluated_document_asks_one_question() -> None:
-    for skill in BUILDERS:
+    for skill in EVALUATED:
         assert {len(document.questions) for document in _documents(skill, "eval")} == {1}
 
 

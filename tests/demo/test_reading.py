@@ -34,7 +34,7 @@ def _match(pattern: str, text: str) -> tuple[str, ...]:
 
 
 def _color(story: str, person: str, thing: str) -> str:
-    (color,) = re.findall(rf"\b{person} has a (\w+) {thing}\.", story)
+    (color,) = re.findall(rf"\bthe {thing} of {person} is (\w+)\.", story)
     return str(color)
 
 
