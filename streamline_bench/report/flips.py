@@ -1,0 +1,83 @@
+"""The worst flips: right before, wrong now, those first of which the dense model was surest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from streamline_bench.report.schema import Flip
+from streamline_bench.stability.align import AlignedPairs
+
+__all__ = ["worst_flips"]
+
+_PROMPT_CHARACTERS = 900
+_TEXT_CHARACTERS = 400
+
+
+def worst_flips(pairs: AlignedPairs, verdict: str, limit: int = 8) -> list[Flip]:
+    """Return at most ``limit`` answers that were right in the dense run and are wrong now.
+
+    Choices come first, by how far the share of the right choice fell; then generated answers in
+    the order of the documents, at least two of them where there are any.
+    """
+    right = pairs.dense[verdict].fillna(False).to_numpy(dtype=np.bool_)
+    wrong = (~pairs.pruned[verdict].fillna(True)).to_numpy(dtype=np.bool_)
+    index = np.flatnonzero(right & wrong)
+    flips = [_flip(pairs.dense.iloc[int(row)], pairs.pruned.iloc[int(row)]) for row in index]
+    chosen = sorted(
+        (flip for flip in flips if flip.drop is not None), key=lambda flip: -(flip.drop or 0.0)
+    )
+    others = [flip for flip in flips if flip.drop is None]
+    kept = min(len(others), max(2, limit - len(chosen)))
+    return [*chosen[: limit - kept], *others[:kept]]
+
+
+def _flip(dense: pd.Series[Any], pruned: pd.Series[Any]) -> Flip:
+    gold = _index(dense["gold"])
+    before, after = _shares(dense["loglikelihoods"]), _shares(pruned["loglikelihoods"])
+    drop = None
+    if gold is not None and before is not None and after is not None:
+        drop = round(before[gold] - after[gold], 4)
+    choices = dense["choices"]
+    has_choices = isinstance(choices, list) and len(choices) > 1
+    return Flip(
+        task=dense["task"],
+        doc_id=int(dense["doc_id"]),
+        prompt=_end(dense["prompt"]),
+        choices=[_start(choice) for choice in choices] if has_choices else None,
+        gold=gold,
+        target=_start(dense["target"]),
+        dense_choice=_index(dense["prediction"]),
+        pruned_choice=_index(pruned["prediction"]),
+        dense_shares=before if has_choices else None,
+        pruned_shares=after if has_choices else None,
+        dense_text=_text(dense["text"]),
+        pruned_text=_text(pruned["text"]),
+        drop=drop,
+    )
+
+
+def _index(value: Any) -> int | None:
+    return None if pd.isna(value) else int(value)
+
+
+def _text(value: Any) -> str | None:
+    return _start(value) if isinstance(value, str) else None
+
+
+def _shares(loglikelihoods: Any) -> list[float] | None:
+    if not isinstance(loglikelihoods, list) or len(loglikelihoods) < 2:
+        return None
+    values = np.exp(np.array(loglikelihoods) - max(loglikelihoods))
+    return [round(float(value), 4) for value in values / values.sum()]
+
+
+def _start(text: str) -> str:
+    return text if len(text) <= _TEXT_CHARACTERS else f"{text[:_TEXT_CHARACTERS]} […]"
+
+
+def _end(text: str) -> str:
+    """The end of a prompt is the question; few-shot examples come before it."""
+    return text if len(text) <= _PROMPT_CHARACTERS else f"[…] {text[-_PROMPT_CHARACTERS:]}"

@@ -1,0 +1,181 @@
+"""Evaluated runs -> one validated leaderboard, the source of every view."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamline_bench.errors import SamplesError
+from streamline_bench.report.flips import worst_flips
+from streamline_bench.report.provenance import CheckpointFacts, provenance, read_checkpoint
+from streamline_bench.report.schema import Leaderboard, Method, Row, TaskScore
+from streamline_bench.stability.align import align
+from streamline_bench.stability.compare import compare
+from streamline_bench.stability.comparison import Comparison
+from streamline_bench.stability.samples import Samples, load_samples
+from streamline_bench.stability.settings import Settings
+
+__all__ = ["RowSource", "build_leaderboard"]
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """What is known of a row beyond its evaluation."""
+
+    checkpoint: Path | None = None
+    recipe: dict[str, Any] | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def build_leaderboard(
+    runs: Mapping[str, Path],
+    dense: str,
+    *,
+    sources: Mapping[str, RowSource] | None = None,
+    settings: Settings | None = None,
+    title: str = "streamline-bench report",
+    commands: Sequence[str] = (),
+    versions: Mapping[str, str] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Compare every run with the dense one and return the leaderboard as plain data.
+
+    Args:
+        runs: label -> lm-eval output folder (or samples Parquet), in the order of the rows.
+        dense: label of the run that the others are compared with.
+        sources: label -> checkpoint, recipe and timings, where known.
+
+    Returns:
+        JSON-ready data of :class:`streamline_bench.report.schema.Leaderboard`.
+
+    Raises:
+        SamplesError: a run cannot be read, or ``dense`` is not among them.
+        ComparisonError: runs were not asked the same.
+    """
+    if dense not in runs:
+        raise SamplesError(f"The dense run '{dense}' is not among the runs: {', '.join(runs)}.")
+    settings = settings or Settings()
+    sources = sources or {}
+    loaded = {
+        label: load_samples(path, run=label, progress=progress) for label, path in runs.items()
+    }
+    itself = compare(loaded[dense], loaded[dense], settings=settings)
+    facts = {
+        label: read_checkpoint(sources[label].checkpoint if label in sources else None)
+        for label in runs
+    }
+    rows = []
+    for label, samples in loaded.items():
+        is_dense = label == dense
+        result = itself if is_dense else compare(loaded[dense], samples, settings=settings)
+        row = _row(samples, result, sources.get(label, RowSource()), facts[label], is_dense)
+        if not is_dense:
+            pairs = align(loaded[dense], samples)
+            row = row.model_copy(update={"worst_flips": worst_flips(pairs, settings.verdict)})
+        rows.append(row)
+    board = Leaderboard(
+        title=title,
+        dense=dense,
+        method=_method(settings),
+        rows=_with_original_size(rows),
+        not_compared=itself.not_compared,
+        commands=list(commands),
+        versions={**_versions(), **(versions or {})},
+    )
+    return board.model_dump(mode="json")
+
+
+def _method(settings: Settings) -> Method:
+    return Method(
+        mode=settings.mode,
+        ddof=settings.spread_ddof,
+        quantity=settings.quantity,
+        verdict=settings.verdict,
+        confidence=settings.confidence,
+        draws=settings.draws,
+        seed=settings.seed,
+    )
+
+
+def _versions() -> dict[str, str]:
+    from streamline_bench import __version__
+
+    return {"streamline-bench": __version__}
+
+
+def _row(
+    samples: Samples, result: Comparison, source: RowSource, facts: CheckpointFacts, is_dense: bool
+) -> Row:
+    manifest = facts.manifest
+    recipe = source.recipe or (manifest.recipe if manifest else None) or {}
+    parameters = samples.info.config.get("model_num_parameters")
+    evaluation = {"evaluate": samples.info.seconds} if samples.info.seconds else {}
+    shown = None if is_dense else result
+    return Row(
+        label=samples.info.run,
+        is_dense=is_dense,
+        title=str(recipe.get("title") or ""),
+        method=recipe.get("method"),
+        replacement=(recipe.get("replacement") or {}).get("kind"),
+        cost=None if is_dense else recipe.get("cost"),
+        layers=manifest.layers_after if manifest else None,
+        layers_before=manifest.layers_before if manifest else None,
+        parameters=manifest.parameters_after if manifest else _count(parameters),
+        parameters_before=manifest.parameters_before if manifest else None,
+        sparsity_requested=manifest.sparsity_requested if manifest else None,
+        sparsity_reached=manifest.sparsity_reached if manifest else None,
+        seconds={**evaluation, **(manifest.seconds if manifest else {}), **source.seconds},
+        accuracy_macro=result.macro.pruned,
+        accuracy_micro=result.micro.pruned,
+        macro=shown.macro if shown else None,
+        micro=shown.micro if shown else None,
+        tasks=_tasks(samples, result, is_dense),
+        other_metrics=_other_metrics(samples, result),
+        scan=facts.scan,
+        curve=facts.curve,
+        provenance=provenance(samples.info, manifest, recipe or None),
+    )
+
+
+def _count(value: Any) -> int | None:
+    return int(value) if isinstance(value, int) and value > 0 else None
+
+
+def _tasks(samples: Samples, result: Comparison, is_dense: bool) -> list[TaskScore]:
+    first = dict(samples.frame.drop_duplicates("task")[["task", "filter"]].to_numpy().tolist())
+    return [
+        TaskScore(
+            task=task.task,
+            filter=task.filter,
+            main=first[task.task] == task.filter,
+            output_type=task.output_type,
+            verdict=task.verdict,
+            n=task.n,
+            accuracy=task.pruned,
+            comparison=None if is_dense else task,
+        )
+        for task in result.tasks
+    ]
+
+
+def _other_metrics(samples: Samples, result: Comparison) -> dict[str, dict[str, float]]:
+    """Aggregated numbers of tasks that have no verdicts, as the harness gives them."""
+    return {
+        task: {
+            name.split(",")[0]: float(value)
+            for name, value in samples.info.results.get(task, {}).items()
+            if "," in name and "_stderr" not in name and isinstance(value, int | float)
+        }
+        for task in result.not_compared
+    }
+
+
+def _with_original_size(rows: list[Row]) -> list[Row]:
+    """The dense row has no manifest; the rows that were made from it know its size."""
+    known = next((row for row in rows if row.parameters_before is not None), None)
+    if known is None:
+        return rows
+    size = {"parameters": known.parameters_before, "layers": known.layers_before}
+    return [row.model_copy(update=size) if row.is_dense else row for row in rows]

@@ -1,0 +1,108 @@
+"""What a checkpoint says about itself: manifest, similarity matrix, training curve."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamline_bench.core.manifest import Manifest, read_manifest
+from streamline_bench.errors import SamplesError
+from streamline_bench.report.schema import CurvePoint, Provenance, ScanResult
+from streamline_bench.stability.samples import RunInfo
+
+__all__ = ["CheckpointFacts", "provenance", "read_checkpoint"]
+
+_DECIMALS = 5
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """The artefacts of a checkpoint; all empty for a model that was not made here."""
+
+    manifest: Manifest | None = None
+    scan: ScanResult | None = None
+    curve: list[CurvePoint] = field(default_factory=list)
+
+
+def read_checkpoint(folder: Path | None) -> CheckpointFacts:
+    """Read ``streamline.json``, ``similarity.json`` and ``training_curve.jsonl`` where present.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+        CalibrationError: the similarity file is damaged.
+        SamplesError: the folder is missing, or the training curve is damaged.
+    """
+    if folder is None:
+        return CheckpointFacts()
+    if not folder.is_dir():
+        raise SamplesError(f"The checkpoint '{folder}' is missing; make the run again.")
+    manifest = read_manifest(folder)
+    return CheckpointFacts(manifest, _scan(folder, manifest), _curve(folder))
+
+
+def _scan(folder: Path, manifest: Manifest | None) -> ScanResult | None:
+    path = folder / "similarity.json"
+    if not path.is_file():
+        return None
+    from streamline_bench.core.similarity import Similarity
+
+    similarity = Similarity.load(path)
+    chosen = manifest.chosen if manifest else {}
+    removed = chosen.get("removed_layers")
+    return ScanResult(
+        cosine=[[round(float(value), _DECIMALS) for value in row] for row in similarity.cosine],
+        num_tokens=similarity.num_tokens,
+        start=chosen.get("start"),
+        n=len(removed) if isinstance(removed, list) else None,
+    )
+
+
+def _curve(folder: Path) -> list[CurvePoint]:
+    path = folder / "training_curve.jsonl"
+    if not path.is_file():
+        return []
+    points = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            points.append(
+                CurvePoint(
+                    step=row["step"],
+                    train_loss=row.get("train_loss"),
+                    val_loss=row.get("val_loss"),
+                )
+            )
+        except (ValueError, KeyError, TypeError):
+            raise SamplesError(f"{path}, line {number}: not a row of a training curve.") from None
+    return points
+
+
+def provenance(
+    info: RunInfo, manifest: Manifest | None, recipe: dict[str, Any] | None
+) -> Provenance:
+    """Collect what leads back from a row's numbers to weights, tokens and versions."""
+    ours = info.config.get("streamline") or {}
+    weights = ours.get("weights_sha256")
+    common: dict[str, Any] = {
+        "results_file": Path(info.source).name,
+        "model": info.model,
+        "engine": f"{info.engine} {info.engine_version or ''}".strip(),
+        "model_args": info.config.get("model_args"),
+        "weights_sha256": str(weights) if weights else None,
+        "recipe": recipe,
+    }
+    if manifest is None:
+        return Provenance(**common, versions=info.versions)
+    return Provenance(
+        **common,
+        source=manifest.source.name,
+        source_revision=manifest.source.revision,
+        source_weights_sha256=manifest.source.weights_sha256,
+        chosen=manifest.chosen,
+        calibration=manifest.calibration,
+        training=manifest.training,
+        seed=manifest.seed,
+        versions={**manifest.versions, **info.versions},
+    )

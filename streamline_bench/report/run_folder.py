@@ -1,0 +1,167 @@
+"""A run folder: ``run.json``, and for each row its evaluation and its checkpoint.
+
+::
+
+    <folder>/run.json                    written last: its presence means the run is whole
+    <folder>/<label>/eval/...            what lm_eval wrote (with --log_samples)
+    <folder>/<label>/checkpoint/         streamline.json, similarity.json, training_curve.jsonl
+    <folder>/report.html, report.md, leaderboard.json, leaderboard.csv      made from the above
+
+``write_run_file(folder, RunFile(dense="dense", rows=[RunRow(...)]))``, then
+``build_report(folder)``, which returns the path of ``report.html``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from streamline_bench.errors import SamplesError
+
+__all__ = [
+    "RUN_FILE",
+    "RunFile",
+    "RunRow",
+    "build_report",
+    "read_run_file",
+    "write_run_file",
+]
+
+RUN_FILE = "run.json"
+SCHEMA_VERSION = 1
+
+
+class RunRow(BaseModel):
+    """One row of a comparison.
+
+    Attributes:
+        label: name of the row, unique in the run.
+        eval: folder with lm-eval's output, relative to the run folder and inside it.
+        checkpoint: the checkpoint's folder (relative to the run folder, or absolute), None for a
+            model that was not made here.
+        recipe: the recipe it was made with; None to take the checkpoint's own.
+        seconds: wall-clock seconds by stage, e.g. ``{"compress": 41.0, "evaluate": 12.5}``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    label: str = Field(min_length=1)
+    eval: str
+    checkpoint: str | None = None
+    recipe: dict[str, Any] | None = None
+    seconds: dict[str, float] = Field(default_factory=dict)
+
+
+class RunFile(BaseModel):
+    """``run.json``: which rows a run has and how they were made.
+
+    Attributes:
+        dense: label of the row that the others are compared with.
+        commands: command lines that made the run, for the reader to repeat.
+        versions: package -> version, in addition to what the evaluations record.
+        title: heading of the report.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    dense: str
+    rows: list[RunRow] = Field(min_length=1)
+    commands: list[str] = Field(default_factory=list)
+    versions: dict[str, str] = Field(default_factory=dict)
+    title: str = "streamline-bench report"
+
+    @model_validator(mode="after")
+    def _labels(self) -> RunFile:
+        labels = [row.label for row in self.rows]
+        if len(set(labels)) != len(labels):
+            raise ValueError(f"row labels must be unique, these are not: {labels}")
+        if self.dense not in labels:
+            raise ValueError(f"the dense row '{self.dense}' is not among the rows {labels}")
+        return self
+
+
+def write_run_file(folder: Path, run: RunFile) -> None:
+    """Write ``run.json`` atomically; call it after everything it names is there.
+
+    Raises:
+        OutputError: the folder is not writable.
+    """
+    from streamline_bench.core.staging import atomic_write_text
+
+    atomic_write_text(Path(folder) / RUN_FILE, run.model_dump_json(indent=2) + "\n")
+
+
+def read_run_file(folder: Path) -> RunFile:
+    """Read ``run.json``.
+
+    Raises:
+        SamplesError: it is missing, damaged or of another schema version.
+    """
+    path = Path(folder) / RUN_FILE
+    try:
+        payload = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SamplesError(
+            f"'{folder}' has no {RUN_FILE}; give a run folder that was finished (running the same "
+            "command again continues an unfinished one)."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise SamplesError(f"{path} cannot be read ({error}); make the run again.") from None
+    version = payload.get("schema_version") if isinstance(payload, dict) else None
+    if version != SCHEMA_VERSION:
+        raise SamplesError(
+            f"{path} has schema version {version}, this release reads {SCHEMA_VERSION}."
+        )
+    try:
+        return RunFile.model_validate(payload)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "run"
+        raise SamplesError(f"{path}: '{where}': {first['msg']}.") from None
+
+
+def build_report(folder: Path, *, progress: bool = True) -> Path:
+    """Make the four report files of a run folder, in that folder; return ``report.html``.
+
+    Raises:
+        SamplesError: run.json or an evaluation is missing or damaged.
+        ComparisonError: rows were not asked the same.
+        OutputError: the folder is not writable.
+    """
+    from streamline_bench.report.leaderboard import RowSource, build_leaderboard
+    from streamline_bench.report.write import write_report
+
+    folder = Path(folder)
+    run = read_run_file(folder)
+    sources = {
+        row.label: RowSource(
+            checkpoint=folder / row.checkpoint if row.checkpoint else None,
+            recipe=row.recipe,
+            seconds=row.seconds,
+        )
+        for row in run.rows
+    }
+    leaderboard = build_leaderboard(
+        {row.label: _inside(folder, row.eval) for row in run.rows},
+        run.dense,
+        sources=sources,
+        title=run.title,
+        commands=run.commands,
+        versions=run.versions,
+        progress=progress,
+    )
+    return write_report(leaderboard, folder)
+
+
+def _inside(folder: Path, relative: str) -> Path:
+    path = folder / relative
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise SamplesError(
+            f"{folder / RUN_FILE}: the evaluation '{relative}' lies outside the run folder; move "
+            "it into the folder."
+        )
+    return path
