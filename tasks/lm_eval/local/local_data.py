@@ -1,0 +1,63 @@
+"""Documents of the local-file tasks: jsonl files below the folder ``$STREAMLINE_BENCH_DATA``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from streamline_bench.errors import SamplesError
+from streamline_bench.harness.boundary import user_errors
+
+VARIABLE = "STREAMLINE_BENCH_DATA"
+
+
+def load(file: str, **_: object) -> datasets.DatasetDict:
+    """Return the lines of a file as the split ``test``; lm-eval also passes the task's metadata.
+
+    Args:
+        file: such as ``eval/piqa_val.jsonl``; looked for in the folder that the environment
+            variable names, and in its subfolder ``data``.
+
+    Raises:
+        SamplesError: the variable is not set, or the file is not there.
+    """
+    with user_errors():
+        lines = _path(file).read_text(encoding="utf-8").splitlines()
+    return datasets.DatasetDict({"test": datasets.Dataset.from_list([json.loads(x) for x in lines])})
+
+
+def _path(file: str) -> Path:
+    named = os.environ.get(VARIABLE)
+    if not named:
+        raise SamplesError(
+            f"The local tasks need the environment variable {VARIABLE}: "
+            f"set it to the folder that holds {file}."
+        )
+    for folder in (Path(named).expanduser(), Path(named).expanduser() / "data"):
+        if (folder / file).is_file():
+            return folder / file
+    raise SamplesError(f"{VARIABLE} is {named}, and there is no {file} in it or in its data folder.")
+
+
+def fill_idioms(documents: datasets.Dataset) -> datasets.Dataset:
+    """CHID: split each text at its gap; a choice is an idiom with what follows it."""
+
+    def split(document: dict[str, Any]) -> dict[str, Any]:
+        before, _, after = document["content"].partition("#idiom#")
+        choices = [idiom + after for idiom in document["candidates"]]
+        return {"before": before, "choices": choices, "gold": document["answer"]}
+
+    return documents.map(split)
+
+
+def rouge(document: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """ROUGE-1, -2 and -L (F1, stemmed, in percent) of one summary."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    scores = RougeScorer(kinds, use_stemmer=True).score(document["summary"], results[0].strip())
+    return {kind: 100 * scores[kind].fmeasure for kind in kinds}
