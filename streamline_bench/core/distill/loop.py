@@ -1,0 +1,203 @@
+"""The training loop, the same for every objective: steps, validation, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from streamline_bench.core.calibration import CalibrationTokens
+from streamline_bench.core.distill.objectives import Objective
+from streamline_bench.core.distill.plan import StepPlan
+from streamline_bench.core.distill.processes import Processes
+from streamline_bench.core.distill.schedule import CosineSchedule
+from streamline_bench.core.distill.sources import Batch, StateSource, make_batch
+from streamline_bench.core.distill.state import (
+    TrainingState,
+    load_moments,
+    optimizer_moments,
+    save_state,
+)
+from streamline_bench.core.distill.student import Student
+from streamline_bench.core.recipe import TrainingSpec
+from streamline_bench.errors import NumericsError
+
+__all__ = ["DataSet", "Loop"]
+
+_CURVE_ROWS = 400  # about so many, however long the training
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Sequences and, for ``mse``, where the states around the block come from."""
+
+    tokens: CalibrationTokens
+    source: StateSource | None
+
+
+@dataclass
+class Loop:
+    """Trains a student. All that changes while it runs is in ``state`` and in the student."""
+
+    student: Student
+    objective: Objective
+    training: TrainingSpec
+    plan: StepPlan
+    schedule: CosineSchedule
+    train: DataSet
+    validation: DataSet
+    device: torch.device
+    work: Path
+    key: str
+    state: TrainingState
+    processes: Processes
+    progress: bool = True
+
+    def run(self) -> TrainingState:
+        """Train to the end and return the final state.
+
+        Raises:
+            NumericsError: a loss or gradient is not finite; the message names the step.
+        """
+        self._began = time.monotonic() - self.state.seconds
+        parameters = list(self.student.module.parameters())
+        optimizer = self._optimizer(parameters)
+        if self.state.step:
+            self.student.load(self.state.weights)
+            load_moments(optimizer, self.state.moments)
+        else:
+            self._validate(lr=None)
+        bar = tqdm(
+            total=self.plan.steps,
+            initial=self.state.step,
+            desc=f"distill ({self.training.objective})",
+            unit="step",
+            disable=not (self.progress and self.processes.is_main),
+        )
+        with bar:
+            while self.state.step < self.plan.steps:
+                loss = self._step(optimizer, parameters)
+                bar.set_postfix(loss=f"{loss:.4g}", best=f"{self.state.best_loss:.4g}")
+                bar.update()
+                if self._checkpoint_is_due():
+                    self._checkpoint(optimizer)
+        return self.state
+
+    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            parameters,
+            lr=self.schedule.peak,
+            betas=self.training.betas,
+            weight_decay=self.training.weight_decay,
+        )
+
+    def _step(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> float:
+        state = self.state
+        lr = self.schedule.at(state.step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        total, terms, tokens = self._backward(self.plan.micro_batches_of(state.step))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.training.max_grad_norm)
+        self._require_finite(total / terms, float(norm))
+        optimizer.step()
+        state.step += 1
+        state.tokens += tokens
+        state.pending = (state.pending[0] + total, state.pending[1] + terms)
+        self._record(lr)
+        return total / terms
+
+    def _backward(self, micro_batches: Sequence[Tensor]) -> tuple[float, int, int]:
+        """Accumulate gradients; return (sum of losses, terms, tokens) over all processes."""
+        masks = [self.train.tokens.attention_mask[rows] for rows in micro_batches]
+        terms = max(sum(self.objective.terms(mask) for mask in masks), 1)
+        total = torch.zeros((), device=self.device)
+        mine = self.processes.share(micro_batches)
+        for position, (rows, counted) in enumerate(mine):
+            batch = make_batch(self.train.tokens, rows, self.device)
+            # Gradients are averaged over processes and must be their sum.
+            scale = counted * self.processes.count / terms
+            with self.processes.synchronised(last=position == len(mine) - 1):
+                loss = self._loss(batch, self.train.source)
+                (loss * scale).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach() * counted
+        return float(self.processes.sum(total)), terms, sum(int(mask.sum()) for mask in masks)
+
+    def _loss(self, batch: Batch, source: StateSource | None) -> Tensor:
+        enabled = self.training.autocast == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
+            return self.objective.loss_sum(batch, source)
+
+    def _require_finite(self, loss: float, norm: float) -> None:
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                raise NumericsError(
+                    f"The {name} of the replacement is {value} at step {self.state.step + 1} of "
+                    f"{self.plan.steps}; lower training.lr or use autocast 'none'."
+                )
+
+    def _record(self, lr: float) -> None:
+        step, steps = self.state.step, self.plan.steps
+        wanted = min(self.training.validations, steps)
+        if step * wanted // steps > (step - 1) * wanted // steps:
+            self._validate(lr)
+        elif step % max(steps // _CURVE_ROWS, 1) == 0:
+            self._add_row(lr, None)
+
+    def _validate(self, lr: float | None) -> None:
+        loss = self._validation_loss()
+        if not math.isfinite(loss):
+            raise NumericsError(
+                f"The validation loss of the replacement is {loss} after step {self.state.step}; "
+                "lower training.lr or check the model's weights."
+            )
+        if loss < self.state.best_loss:
+            self.state.best_loss, self.state.best_step = loss, self.state.step
+            self.state.best = self.student.state_on_cpu()
+        self._add_row(lr, loss)
+
+    @torch.no_grad()
+    def _validation_loss(self) -> float:
+        tokens = self.validation.tokens
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        batches = torch.split(torch.arange(len(tokens)), self.training.batch_size)
+        for rows in self.processes.own(batches):
+            batch = make_batch(tokens, rows, self.device)
+            total += self._loss(batch, self.validation.source).double()
+        terms = self.objective.terms(tokens.attention_mask)
+        return float(self.processes.sum(total)) / max(terms, 1)
+
+    def _add_row(self, lr: float | None, validation_loss: float | None) -> None:
+        state = self.state
+        total, terms = state.pending
+        row = {
+            "step": state.step,
+            "lr": lr,
+            "train_loss": total / terms if terms else None,
+            "val_loss": validation_loss,
+            "tokens": state.tokens,
+            "seconds": round(self._elapsed(), 3),
+        }
+        state.curve.append(row)
+        state.pending = (0.0, 0)
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+    def _checkpoint_is_due(self) -> bool:
+        step = self.state.step
+        return step % self.training.checkpoint_every == 0 or step == self.plan.steps
+
+    def _checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
+        self.state.seconds = self._elapsed()
+        self.state.weights = self.student.state_on_cpu()
+        self.state.moments = optimizer_moments(optimizer)
+        if self.processes.is_main:
+            save_state(self.work, self.key, self.state)
+        self.processes.wait()
