@@ -16,7 +16,20 @@ __all__ = ["METHODS", "check_parameters", "get_method"]
 
 METHODS: Mapping[str, str] = {
     "dense": "streamline_bench.methods.dense:Dense",
+    "first_layers": "streamline_bench.methods.first_layers:FirstLayers",
+    "laco": "streamline_bench.methods.laco:LaCo",
+    "last_layers": "streamline_bench.methods.last_layers:LastLayers",
+    "linear_patch": "streamline_bench.methods.linear_patch:LinearPatch",
+    "magnitude": "streamline_bench.methods.magnitude:Magnitude",
+    "random_layers": "streamline_bench.methods.random_layers:RandomLayers",
+    "replaceme": "streamline_bench.methods.replaceme:ReplaceMe",
+    "ridge_map": "streamline_bench.methods.ridge_map:RidgeMap",
+    "shortened_llama_ppl": "streamline_bench.methods.shortened_llama_ppl:ShortenedLlamaPPL",
+    "shortened_llama_taylor": "streamline_bench.methods.shortened_llama_taylor:ShortenedLlamaTaylor",
+    "shortgpt": "streamline_bench.methods.shortgpt:ShortGPT",
+    "sleb": "streamline_bench.methods.sleb:SLEB",
     "streamline": "streamline_bench.methods.streamline:Streamline",
+    "uidl": "streamline_bench.methods.uidl:UIDL",
 }
 """Method name -> ``"module:Class"``."""
 

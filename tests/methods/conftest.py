@@ -39,3 +39,30 @@ def make_recipe(text_file: Path) -> Callable[..., Recipe]:
         return load_recipe(name, {**small, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def same_as_surgery() -> Callable[[Path, Path, list[int]], None]:
+    """Return a check of a depth-pruned folder.
+
+    It loads in plain transformers with nothing missing or left over, and gives the logits of its
+    source with those layers removed in memory.
+    """
+
+    def check(folder: Path, source: Path, removed: list[int]) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from streamline_bench.core.surgery import keep_layers
+
+        written, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys"))
+        assert not report["mismatched_keys"]
+        model = AutoModelForCausalLM.from_pretrained(source).eval()
+        depth = model.config.num_hidden_layers
+        keep_layers(model, [index for index in range(depth) if index not in removed])
+        ids = torch.tensor([[1, 5, 9, 40, 22, 7]])
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, written.eval()(ids).logits)
+
+    return check

@@ -1,0 +1,107 @@
+"""shortened_llama_taylor: scores equal gradients of the mean loss taken in one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from streamline_bench.core.calibration import CalibrationTokens
+from streamline_bench.core.checkpoint import read_manifest
+from streamline_bench.errors import NumericsError, SparsityError
+from streamline_bench.methods import compress
+from streamline_bench.methods.shortened_llama_taylor import taylor_scores
+
+IDS = torch.randint(4, 100, (5, 9), generator=torch.Generator().manual_seed(3))
+MASK = torch.ones_like(IDS).bool()
+MASK[1, 5:] = MASK[4, 2:] = False
+
+
+def _in_one_piece(model: Any) -> list[float]:
+    """All sequences in one padded batch, transformers' loss, pads labelled -100."""
+    labels = IDS.masked_fill(~MASK, -100)
+    model(IDS, attention_mask=MASK.long(), labels=labels).loss.backward()
+    return [
+        sum(
+            (m.weight * m.weight.grad).abs().sum().item()
+            for m in layer.modules()
+            if isinstance(m, nn.Linear)
+        )
+        for layer in model.model.layers
+    ]
+
+
+@pytest.fixture
+def model(make_tiny_model: Callable[..., Path]) -> Any:
+    folder = make_tiny_model("llama", initializer_range=0.2, seed=1)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+
+
+def test_equals_gradients_in_one_piece(model: Any) -> None:
+    scores = taylor_scores(model, CalibrationTokens.from_tensors(IDS, MASK), progress=False)
+    assert scores == pytest.approx(_in_one_piece(model), rel=1e-6)
+    assert len(set(scores)) == 6
+
+
+def test_the_model_is_left_as_it_was(model: Any) -> None:
+    model.train()
+    model.lm_head.requires_grad_(False)
+    asked = [parameter.requires_grad for parameter in model.parameters()]
+    taylor_scores(model, CalibrationTokens.from_tensors(IDS, MASK), progress=False)
+    assert [parameter.requires_grad for parameter in model.parameters()] == asked
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+
+
+def test_only_linear_weights_of_layers_get_gradients(model: Any) -> None:
+    held: set[str] = set()
+    weight = model.model.layers[0].self_attn.q_proj.weight
+
+    def look(gradient: torch.Tensor) -> None:
+        held.update(n for n, p in model.named_parameters() if p.grad is not None)
+
+    weight.register_hook(look)
+    taylor_scores(model, CalibrationTokens.from_tensors(IDS, MASK), progress=False)
+    assert len(held) == 6 * 7
+    assert all(name.endswith("proj.weight") for name in held)
+
+
+def test_nan_gradients_name_the_layer(model: Any) -> None:
+    weight = model.model.layers[4].mlp.up_proj.weight
+    weight.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(NumericsError, match=r"'mlp.up_proj.weight' in layer 4 is NaN"):
+        taylor_scores(model, CalibrationTokens.from_tensors(IDS, MASK), progress=False)
+
+
+def test_the_lowest_go(
+    tiny_llama: Path,
+    make_recipe: Callable[..., Any],
+    tmp_path: Path,
+    same_as_surgery: Callable[..., None],
+) -> None:
+    recipe = make_recipe("shortened_llama_taylor", n_layers=3)
+    out = compress(tiny_llama, recipe, tmp_path / "out", progress=False)
+    manifest = read_manifest(out)
+    assert manifest is not None
+    scores = list(manifest.chosen["scores"].values())
+    assert manifest.chosen["order"] == sorted(range(6), key=scores.__getitem__)[:3]
+    same_as_surgery(out, tiny_llama, manifest.chosen["order"])
+
+
+def test_plus_protects_the_ends(
+    make_tiny_model: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    deep = make_tiny_model("llama", num_hidden_layers=9)
+    recipe = make_recipe("shortened_llama_taylor_plus", n_layers=3)
+    out = compress(deep, recipe, tmp_path / "out", progress=False)
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest.chosen["removed_layers"] == [4, 5, 6]
+    shallow = make_tiny_model("llama", num_hidden_layers=8)
+    with pytest.raises(SparsityError, match="protect_first=4 and protect_last=2 only 2"):
+        compress(shallow, recipe, tmp_path / "none", progress=False)
