@@ -16,6 +16,8 @@ largest difference of loglikelihoods and how many questions got another choice.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import os
@@ -28,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TQDM_DISABLE", "1")
 
 VOCABULARY = 32_000
 SIZES = {
@@ -83,7 +84,8 @@ def build_workload(kind: str, questions: int, seed: int = 0) -> Workload:
     draw = random.Random(seed)
 
     def words(least: int, most: int) -> str:
-        return " ".join(f"w{draw.randrange(VOCABULARY - 4)}" for _ in range(draw.randint(least, most)))
+        count = draw.randint(least, most)
+        return " ".join(f"w{draw.randrange(VOCABULARY - 4)}" for _ in range(count))
 
     def instance(output: str, arguments: tuple[Any, ...]) -> Any:
         return Instance(request_type=output, doc={}, arguments=arguments, idx=0)
@@ -107,9 +109,11 @@ def build_workload(kind: str, questions: int, seed: int = 0) -> Workload:
 
 
 def answer(model: Any, workload: Workload) -> list[Any]:
-    """Ask the model through the harness's own interface."""
+    """Ask the model through the harness's own interface, without its progress bars."""
     method = {"rolling": "loglikelihood_rolling", "generate": "generate_until"}
-    return list(getattr(model, method.get(workload.kind, "loglikelihood"))(workload.requests))
+    ask = getattr(model, method.get(workload.kind, "loglikelihood"))
+    with contextlib.redirect_stderr(io.StringIO()):
+        return list(ask(workload.requests, disable_tqdm=True))
 
 
 def compare(hf: Any, ours: Any, workload: Workload, repeats: int) -> dict[str, Any]:

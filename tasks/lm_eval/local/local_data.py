@@ -25,9 +25,9 @@ def load(file: str, **_: object) -> datasets.DatasetDict:
     Raises:
         SamplesError: the variable is not set, or the file is not there.
     """
-    with user_errors():
-        lines = _path(file).read_text(encoding="utf-8").splitlines()
-    return datasets.DatasetDict({"test": datasets.Dataset.from_list([json.loads(x) for x in lines])})
+    with user_errors(), _path(file).open(encoding="utf-8") as stream:
+        documents = [json.loads(line) for line in stream if line.strip()]
+    return datasets.DatasetDict({"test": datasets.Dataset.from_list(documents)})
 
 
 def _path(file: str) -> Path:
@@ -40,7 +40,7 @@ def _path(file: str) -> Path:
     for folder in (Path(named).expanduser(), Path(named).expanduser() / "data"):
         if (folder / file).is_file():
             return folder / file
-    raise SamplesError(f"{VARIABLE} is {named}, and there is no {file} in it or in its data folder.")
+    raise SamplesError(f"{VARIABLE} is {named}, where there is no {file}, nor data/{file}.")
 
 
 def fill_idioms(documents: datasets.Dataset) -> datasets.Dataset:
