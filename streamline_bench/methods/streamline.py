@@ -152,6 +152,7 @@ def _train(work: Compression, block: Block) -> TrainingResult | None:
         device=work.device,
         progress=work.progress,
         quirks=recipe.reference_quirks,
+        weights_sha256=work.reader.fingerprint(),
     )
     for name, tensor in result.state.items():
         if not bool(tensor.isfinite().all()):
