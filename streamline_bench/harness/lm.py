@@ -238,7 +238,7 @@ class StreamlineLM(HFLM):  # type: ignore[misc]
                 self._prepared.pretrained,
                 self.model,
                 revision=self.revision,
-                patched=bool(self.peft or self.delta),
+                patched=bool(self._prepared.in_memory or self.peft or self.delta),
             )
         return self._weights
 

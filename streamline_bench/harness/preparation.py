@@ -28,11 +28,13 @@ class PreparedModel:
         pretrained: folder or hub id.
         manifest: of a compressed checkpoint; None for any other.
         key: content key in the cache; None unless a recipe was given.
+        in_memory: the caller gave the model itself; ``pretrained`` is only its name.
     """
 
     pretrained: str
     manifest: Manifest | None = None
     key: str | None = None
+    in_memory: bool = False
 
     def info(self) -> dict[str, Any]:
         """Return what belongs into ``results["config"]["streamline"]``."""
@@ -66,7 +68,8 @@ def prepare(arguments: ModelArguments) -> PreparedModel:
     if not isinstance(pretrained, str):
         if arguments.recipe is not None:
             raise RecipeError("A recipe needs a folder or hub id as pretrained, not a model.")
-        return PreparedModel(str(getattr(pretrained, "name_or_path", type(pretrained).__name__)))
+        name = str(getattr(pretrained, "name_or_path", type(pretrained).__name__))
+        return PreparedModel(name, in_memory=True)
     if arguments.recipe is None:
         return _as_it_is(pretrained, arguments.harness)
     return _compressed(pretrained, arguments)

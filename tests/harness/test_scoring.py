@@ -160,8 +160,9 @@ def test_options_that_change_tokens_act_as_in_the_stock_class(
     assert scores == pytest.approx(expected, abs=TOLERANCE)
 
 
-def test_bfloat16_is_summed_in_float32(make_tiny_model: Callable[..., Path]) -> None:
-    """Closer to the float32 softmax of the same logits than the stock bfloat16 softmax is."""
+def test_bfloat16_differs_from_a_float32_softmax_by_its_own_rounding_only(
+    make_tiny_model: Callable[..., Path],
+) -> None:
     folder = make_tiny_model("llama", num_hidden_layers=2)
     precise, ours = pair(folder, dtype="bfloat16", softmax_dtype="float32", batch_size=1)
     requests = choice_requests(2)[:36]
