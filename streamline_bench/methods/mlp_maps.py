@@ -1,0 +1,161 @@
+"""Maps of an MLP's output that make up for the layers removed behind it (ReplaceMe's fits)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from streamline_bench.core.calibration import CalibrationTokens
+from streamline_bench.core.similarity import Block
+from streamline_bench.methods.base import Compression
+from streamline_bench.methods.boundary_activations import BoundaryRows, boundary_rows, mlp_scale
+from streamline_bench.methods.cosine_map import RowStore, fit_cosine
+from streamline_bench.methods.normal_equations import NormalEquations, widened
+
+if TYPE_CHECKING:
+    from streamline_bench.methods.replaceme import ReplaceMeParameters
+
+__all__ = ["Gap", "find_gaps", "fit_maps", "map_errors"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A removed block and where its map goes.
+
+    Attributes:
+        host: layer whose MLP takes the map.
+        follows: the block before is adjacent, so that the map acts on the whole stream.
+        scale: c of ``h_s = Y + c M``.
+    """
+
+    block: Block
+    host: int
+    follows: bool
+    scale: float
+
+
+def find_gaps(work: Compression, blocks: list[Block], tokens: CalibrationTokens) -> list[Gap]:
+    """Return where the map of each block goes; blocks in order of their places.
+
+    Raises:
+        ArchitectureError: a layer before a block does not simply add its MLP's output.
+    """
+    gaps: list[Gap] = []
+    for block in blocks:
+        follows = bool(gaps) and gaps[-1].block.stop == block.start
+        host = gaps[-1].host if follows else block.start - 1
+        scale = 1.0 if follows else mlp_scale(work.model, host, tokens)
+        gaps.append(Gap(block, host, follows, scale))
+        log.info("block: layers %d to %d, map in layer %d", block.start, block.stop - 1, host)
+    return gaps
+
+
+def _parts(gap: Gap, rows: BoundaryRows) -> tuple[Tensor, Tensor]:
+    """Return (M, Y) of a block: what the map acts on and what it leaves alone."""
+    if gap.follows or rows.mlp is None:
+        return rows.stream, torch.zeros_like(rows.stream)
+    return rows.mlp, rows.stream - rows.mlp
+
+
+def _all_rows(
+    work: Compression, gaps: list[Gap], tokens: CalibrationTokens, batch_size: int, what: str
+) -> Iterator[list[BoundaryRows]]:
+    return boundary_rows(
+        work.model,
+        tokens,
+        [gap.block for gap in gaps],
+        scales=[gap.scale for gap in gaps],
+        batch_size=batch_size,
+        progress=work.progress,
+        description=what,
+    )
+
+
+def fit_maps(
+    work: Compression, gaps: list[Gap], tokens: CalibrationTokens, options: ReplaceMeParameters
+) -> tuple[list[Tensor], list[list[float]]]:
+    """Return a map per block, float64 ``[hidden, hidden]``, and the losses of its epochs.
+
+    Raises:
+        CalibrationError: too few tokens to determine a map, or more than the file of activations
+            may hold.
+        NumericsError: the system is singular, or the loss is not finite.
+    """
+    if options.objective == "cosine":
+        return _fit_by_cosine(work, gaps, tokens, options)
+    sums = _sums(work, gaps, tokens, options.batch_size, "fit")
+    solved = [
+        one.solve_diagonal(options.ridge) if options.diagonal else one.solve(options.ridge)
+        for one in sums
+    ]
+    return solved, [[] for _ in gaps]
+
+
+def _fit_by_cosine(
+    work: Compression, gaps: list[Gap], tokens: CalibrationTokens, options: ReplaceMeParameters
+) -> tuple[list[Tensor], list[list[float]]]:
+    hidden = int(work.config.hidden_size)
+    dtype = next(work.model.parameters()).dtype
+    parts = 3 if options.accurate else 2
+    maps, curves = [], []
+    for number, gap in enumerate(gaps):
+        path = work.work / f"rows-{number}.bin"
+        budget = options.cache_gb * 1e9
+        store = RowStore(path, tokens.num_tokens, parts, hidden, dtype, budget)
+        try:
+            for (rows,) in _all_rows(work, [gap], tokens, options.batch_size, "activations"):
+                m, y = _parts(gap, rows)
+                if options.accurate:
+                    store.append(m, rows.target, y)
+                else:
+                    store.append(m, rows.target - y)
+            found, losses = fit_cosine(
+                store,
+                hidden,
+                diagonal=options.diagonal,
+                epochs=options.epochs,
+                lr=options.lr,
+                batch=options.batch_rows,
+                seed=work.recipe.seed,
+                device=work.device,
+                progress=work.progress,
+            )
+        finally:
+            store.close()
+        maps.append(found)
+        curves.append(losses)
+    return maps, curves
+
+
+def _sums(
+    work: Compression, gaps: list[Gap], tokens: CalibrationTokens, batch_size: int, what: str
+) -> list[NormalEquations]:
+    sums = [NormalEquations(int(work.config.hidden_size), work.device) for _ in gaps]
+    for batch in _all_rows(work, gaps, tokens, batch_size, what):
+        for gap, rows, one in zip(gaps, batch, sums, strict=True):
+            m, y = _parts(gap, rows)
+            one.add(m, widened(rows.target) - widened(y))
+    return sums
+
+
+def map_errors(
+    work: Compression,
+    gaps: list[Gap],
+    maps: list[Tensor],
+    tokens: CalibrationTokens,
+    batch_size: int,
+) -> list[dict[str, float]]:
+    """Mean squared error at each boundary on held-out tokens, without and with the map."""
+    sums = _sums(work, gaps, tokens, batch_size, "held out")
+    identity = torch.eye(int(work.config.hidden_size), dtype=torch.float64)
+    return [
+        {"none": one.mean_squared_error(identity), "mapped": one.mean_squared_error(a)}
+        for one, a in zip(sums, maps, strict=True)
+    ]

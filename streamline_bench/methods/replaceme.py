@@ -1,0 +1,171 @@
+"""ReplaceMe (arXiv 2505.02819): a removed block becomes a linear map inside the MLP before it.
+
+Layers ``s .. s + n - 1`` go. With M the MLP output of layer ``s - 1`` and Y the rest of the stream
+there (``h_s = Y + M``), a map A is fitted so that ``M A + Y`` resembles ``h_{s+n}``, and folded
+into that MLP's output projection. The result has no new parameters and is a stock checkpoint.
+
+Differences from the published implementation: pads take no part; the least-squares system is solved
+by Cholesky with a ridge relative to its diagonal; the target behind the last layer is its raw
+output, because the folded model applies the final norm itself; every block of several is fitted on
+the original model, for the cosine objective too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.similarity import LastState
+from streamline_bench.errors import SparsityError
+from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.block_choice import (
+    SIMILARITY_FILE,
+    merge_adjacent,
+    non_overlapping,
+    scan_once,
+)
+from streamline_bench.methods.depth import drop_layers, size_plan
+from streamline_bench.methods.mlp_maps import Gap, find_gaps, fit_maps, map_errors
+from streamline_bench.methods.mlp_output import (
+    fold_into_mlp,
+    mlp_output_tensors,
+    refuse_normed_mlp,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ReplaceMe", "ReplaceMeParameters"]
+
+
+class ReplaceMeParameters(BaseModel):
+    """Parameters of the method ``replaceme``.
+
+    Attributes:
+        objective: ``lstsq`` minimises ``|M A + Y - h|²``; ``cosine`` maximises
+            ``cos(M A, h - Y)`` by Adam.
+        accurate: with ``cosine``, maximise ``cos(M A + Y, h)`` instead.
+        diagonal: A is diagonal.
+        ridge: share of the mean diagonal of ``MᵀM`` added to it (lstsq).
+        blocks: into how many blocks of equal size the removed layers are parted.
+        merge_consecutive: adjacent blocks are fitted as one. Otherwise the later one is fitted on
+            the whole stream and its map follows the earlier one's in the same MLP, as published.
+        last_state: state after the last layer that the selection compares.
+        epochs, lr, batch_rows: Adam's schedule (cosine).
+        cache_gb: budget of the activation file (cosine).
+        validation_share: share of the sequences kept out of the fit to measure it.
+        batch_size: sequences per forward pass.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    objective: Literal["lstsq", "cosine"] = "lstsq"
+    accurate: bool = False
+    diagonal: bool = False
+    ridge: float = Field(1e-6, ge=0)
+    blocks: int = Field(1, ge=1)
+    merge_consecutive: bool = True
+    last_state: LastState = "postnorm"
+    epochs: int = Field(10, ge=1)
+    lr: float = Field(1e-4, gt=0)
+    batch_rows: int = Field(1024, ge=1)
+    cache_gb: float = Field(16.0, ge=0)
+    validation_share: float = Field(0.05, gt=0, lt=1)
+    batch_size: int = Field(1, ge=1)
+
+
+class ReplaceMe(Method):
+    """Contiguous blocks removed, each mended by a linear map folded into the MLP before it."""
+
+    name = "replaceme"
+    parameters: ClassVar[type[BaseModel]] = ReplaceMeParameters
+
+    def compress(self, work: Compression) -> Compressed:
+        """Scan, choose the blocks, fit their maps on one part of the tokens, fold them."""
+        options = ReplaceMeParameters.model_validate(work.recipe.parameters)
+        refuse_normed_mlp(architecture_of(work.config))
+        plan = size_plan(work)
+        size = _block_size(plan.n_layers, options.blocks)
+        tokens = work.tokens(work.recipe.calibration)
+        similarity = scan_once(work, tokens, options.last_state)
+        blocks = non_overlapping(similarity, size, options.blocks, "angular")
+        if options.merge_consecutive:
+            blocks = merge_adjacent(blocks, similarity)
+        gaps = find_gaps(work, blocks, tokens)
+        targets = _host_tensors(work, gaps)
+        fit, held_out = tokens.split(options.validation_share, work.recipe.seed)
+        maps, curves = fit_maps(work, gaps, fit, options)
+        errors = map_errors(work, gaps, maps, held_out, options.batch_size)
+        removed = [layer for block in blocks for layer in range(block.start, block.stop)]
+        result = drop_layers(
+            work,
+            removed,
+            plan,
+            chosen={
+                "objective": options.objective,
+                "blocks": _described(gaps, errors, curves),
+                "tokens_fitted": fit.num_tokens,
+                "tokens_held_out": held_out.num_tokens,
+            },
+            tokens=tokens,
+            artefacts={SIMILARITY_FILE: (work.work / SIMILARITY_FILE).read_text(encoding="utf-8")},
+        )
+        return _folded(work, result, gaps, maps, targets)
+
+
+def _block_size(n_layers: int, blocks: int) -> int:
+    if n_layers % blocks:
+        raise SparsityError(
+            f"{n_layers} layers cannot be parted into {blocks} blocks of equal size; choose "
+            f"n_layers as a multiple of {blocks}, or other blocks."
+        )
+    return n_layers // blocks
+
+
+def _host_tensors(work: Compression, gaps: list[Gap]) -> dict[int, dict[str, int]]:
+    row = architecture_of(work.config)
+    hosts = {gap.host for gap in gaps}
+    return {host: mlp_output_tensors(work.reader, row, work.model, host) for host in hosts}
+
+
+def _described(
+    gaps: list[Gap], errors: list[dict[str, float]], curves: list[list[float]]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "start": gap.block.start,
+            "stop": gap.block.stop,
+            "angular_distance": gap.block.score,
+            "map_in_layer": gap.host,
+            "on_whole_stream": gap.follows,
+            "residual_multiplier": gap.scale,
+            "boundary_mse": error,
+            **({"loss_per_epoch": curve} if curve else {}),
+        }
+        for gap, error, curve in zip(gaps, errors, curves, strict=True)
+    ]
+
+
+def _folded(
+    work: Compression,
+    result: Compressed,
+    gaps: list[Gap],
+    maps: list[Tensor],
+    targets: dict[int, dict[str, int]],
+) -> Compressed:
+    """Return the result with each host's MLP output tensors replaced by folded ones."""
+    composed: dict[int, Tensor] = {}
+    for gap, a in zip(gaps, maps, strict=True):
+        a = a.cpu()
+        composed[gap.host] = composed[gap.host] @ a if gap.host in composed else a
+    new_name = {old: new for new, old in result.names.items()}
+    tensors = {
+        new_name[old]: tensor
+        for host, a in composed.items()
+        for old, tensor in fold_into_mlp(work.reader, targets[host], a).items()
+    }
+    names = {new: old for new, old in result.names.items() if new not in tensors}
+    return dataclasses.replace(result, names=names, tensors=tensors)
