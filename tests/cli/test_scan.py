@@ -1,0 +1,154 @@
+"""``streamline-bench scan``: table, JSON, picture; bad input ends in one sentence and code 2."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from streamline_bench.core.similarity import Similarity
+
+
+@pytest.fixture
+def scanned(call: Callable[..., Any], tiny_llama: Path, text_file: str, tmp_path: Path) -> Any:
+    """Return a function that scans the tiny model into ``tmp_path / "out"``."""
+
+    def run(*options: object, output: Path = tmp_path / "out") -> Any:
+        common = ["--calibration", text_file, "--samples", 4, "--sequence-length", 32]
+        return call("scan", tiny_llama, *common, "-o", output, *options)
+
+    return run
+
+
+def test_table_files_and_picture(scanned: Any, tmp_path: Path) -> None:
+    ended = scanned()
+    assert ended.code == 0, ended.err
+    assert "6 layers; 128 tokens" in ended.out
+    similarity = Similarity.load(tmp_path / "out" / "similarity.json")
+    assert (similarity.num_layers, similarity.num_tokens) == (6, 128)
+    lines = ended.out.splitlines()
+    for n in range(1, 6):
+        block = similarity.best_block(n)
+        layers = f"{block.start}-{block.stop - 1}" if n > 1 else str(block.start)
+        assert any(
+            line.split()[:2] == [str(n), layers] and f"{block.score:.4f}" in line for line in lines
+        ), (n, layers, ended.out)
+    root = ET.fromstring((tmp_path / "out" / "similarity.svg").read_text())
+    assert root.tag.endswith("svg")
+
+
+def test_chosen_sizes_list_their_best_starts_in_order(scanned: Any) -> None:
+    shown = json.loads(scanned("--n", "2,3", "--metric", "angular", "--json").out)
+    blocks = shown["blocks"]
+    assert [block["n"] for block in blocks] == [2] * 5 + [3] * 4
+    for n in (2, 3):
+        rows = [block for block in blocks if block["n"] == n]
+        assert [row["rank_angular"] for row in rows] == list(range(1, len(rows) + 1))
+        assert [row["angular"] for row in rows] == sorted(row["angular"] for row in rows)
+
+
+def test_json_names_tokens_and_files(scanned: Any, tmp_path: Path) -> None:
+    shown = json.loads(scanned("--json").out)
+    assert shown["num_layers"] == 6
+    assert shown["last_state"] == "raw"
+    assert shown["calibration"]["tokens"] == shown["num_tokens"] == 128
+    assert [Path(file).name for file in shown["files"]] == ["similarity.json", "similarity.svg"]
+    assert all(Path(file).is_file() for file in shown["files"])
+
+
+def test_json_without_output_writes_nothing(
+    call: Callable[..., Any],
+    tiny_llama: Path,
+    text_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = call("scan", tiny_llama, "--calibration", text_file, "--samples", 1, "--json")
+    assert json.loads(ended.out)["files"] == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_streamed_gives_the_same_numbers(scanned: Any, tmp_path: Path) -> None:
+    for name, options in {"a": [], "b": ["--streamed", "--batch-size", 2]}.items():
+        assert scanned("--last-state", "postnorm", *options, output=tmp_path / name).code == 0
+    a, b = (Similarity.load(tmp_path / name / "similarity.json") for name in "ab")
+    np.testing.assert_allclose(a.cosine, b.cosine, atol=1e-6)
+    assert a.last_state == b.last_state == "postnorm"
+
+
+def test_the_seed_changes_the_tokens(scanned: Any, tmp_path: Path) -> None:
+    hashes = [
+        json.loads(scanned("--seed", seed, "--json", "--overwrite").out)["calibration"]["sha256"]
+        for seed in (0, 0, 1)
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_quiet_prints_nothing(scanned: Any, tmp_path: Path) -> None:
+    ended = scanned("--quiet")
+    assert (ended.code, ended.out) == (0, "")
+    assert (tmp_path / "out" / "similarity.json").is_file()
+
+
+def test_existing_files_are_kept_unless_told_otherwise(scanned: Any, tmp_path: Path) -> None:
+    other = tmp_path / "out" / "mine.txt"
+    other.parent.mkdir()
+    other.write_text("mine")
+    assert scanned().code == 0
+    before = (tmp_path / "out" / "similarity.json").read_bytes()
+    ended = scanned("--seed", 1)
+    assert ended.code == 2
+    assert "exists; give another --output or pass --overwrite" in ended.err
+    assert (tmp_path / "out" / "similarity.json").read_bytes() == before
+    assert scanned("--seed", 1, "--overwrite").code == 0
+    assert (tmp_path / "out" / "similarity.json").read_bytes() != before
+    assert other.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--calibration", "slimpajam"], "did you mean 'slimpajama'"),
+        (["--calibration", "none.jsonl"], "none.jsonl does not exist"),
+        (["--n", "7"], "A block of 7 layers cannot be removed from 6"),
+        (["--n", "two"], "'two' is not a list of numbers"),
+        (["--device", "no-such-device"], "Invalid value for --device"),
+        (["--samples", "0"], "0 is not in the range"),
+    ],
+)
+def test_bad_options_leave_nothing_behind(
+    scanned: Any, tmp_path: Path, options: list[str], message: str
+) -> None:
+    ended = scanned(*options)
+    assert ended.code == 2
+    assert message in ended.err
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_made(scanned: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ended = scanned(output=tmp_path / "file" / "inside")
+    assert ended.code == 2
+    assert "cannot be made" in ended.err
+    ended = scanned(output=tmp_path / "file")
+    assert ended.code == 2
+    assert "is a file" in ended.err
+
+
+def test_a_model_without_tokenizer(
+    call: Callable[..., Any], make_tiny_model: Callable[..., Path], text_file: str, tmp_path: Path
+) -> None:
+    folder = make_tiny_model("llama", num_hidden_layers=2)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    ended = call("scan", folder, "--calibration", text_file, "-o", tmp_path / "out")
+    assert ended.code == 2
+    assert "no tokenizer" in ended.err
+    assert not (tmp_path / "out").exists()
