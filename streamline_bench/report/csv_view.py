@@ -1,0 +1,67 @@
+"""``leaderboard.csv``: one line per row, numbers unrounded, shares between 0 and 1."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from streamline_bench.report.escaping import csv_cell
+
+__all__ = ["to_csv"]
+
+
+def to_csv(board: Mapping[str, Any]) -> str:
+    """Render the leaderboard as CSV (RFC 4180, header line, UTF-8)."""
+    records = [_record(row) for row in board["rows"]]
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\r\n")
+    writer.writerow([csv_cell(name) for name in columns])
+    for record in records:
+        writer.writerow([csv_cell(record.get(name)) for name in columns])
+    return stream.getvalue()
+
+
+def _record(row: Mapping[str, Any]) -> dict[str, Any]:
+    record = {
+        name: row[name]
+        for name in (
+            *("label", "method", "replacement", "cost", "layers", "parameters"),
+            *("sparsity_requested", "sparsity_reached"),
+        )
+    }
+    record["seconds"] = sum(row["seconds"].values()) or None
+    record["accuracy_macro"] = row["accuracy_macro"]["value"]
+    record["accuracy_macro_se"] = row["accuracy_macro"]["standard_error"]
+    record["accuracy_micro"] = row["accuracy_micro"]["value"]
+    for scope in ("macro", "micro"):
+        record |= _overall(row[scope], scope)
+    for task in row["tasks"]:
+        name = task["task"] if task["main"] else f"{task['task']}/{task['filter']}"
+        record[f"accuracy:{name}"] = task["accuracy"]["value"]
+        found = task["comparison"]
+        if found:
+            record[f"stability:{name}"] = found["stability"] and found["stability"]["value"]
+            record[f"mcnemar_p:{name}"] = found["mcnemar_p"]
+    for task, metrics in row["other_metrics"].items():
+        record |= {f"{metric}:{task}": value for metric, value in metrics.items()}
+    return record
+
+
+def _overall(overall: Mapping[str, Any] | None, scope: str) -> dict[str, Any]:
+    names = ("difference", "agreement", "stability")
+    record: dict[str, Any] = {}
+    for name in names:
+        estimate = (overall or {}).get(name) or {}
+        for part in ("value", "low", "high"):
+            suffix = "" if part == "value" else f"_{part}"
+            record[f"{name}_{scope}{suffix}"] = estimate.get(part)
+    if scope == "micro":
+        flips = (overall or {}).get("flips") or {}
+        for name in ("right_to_wrong", "wrong_to_right", "wrong_to_other_wrong"):
+            record[name] = flips.get(name)
+        record["mcnemar_p"] = (overall or {}).get("mcnemar_p")
+        record["kappa"] = (overall or {}).get("kappa")
+    return record

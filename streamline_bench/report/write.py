@@ -1,0 +1,74 @@
+"""Writes the four files of a report, each atomically, ``report.html`` last."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from streamline_bench.core.staging import atomic_write_text
+from streamline_bench.errors import OutputError, SamplesError
+from streamline_bench.report.csv_view import to_csv
+from streamline_bench.report.markdown import to_markdown
+from streamline_bench.report.page import to_html
+from streamline_bench.report.schema import Leaderboard
+
+__all__ = ["read_leaderboard", "write_report"]
+
+
+def write_report(leaderboard: Mapping[str, Any], output: Path) -> Path:
+    """Write leaderboard.json, leaderboard.csv, report.md and report.html into ``output``.
+
+    Args:
+        leaderboard: what :func:`streamline_bench.report.leaderboard.build_leaderboard` returns.
+        output: folder, made if missing; files of an earlier report are replaced.
+
+    Returns:
+        The path of ``report.html``.
+
+    Raises:
+        SamplesError: the data does not follow the schema.
+        OutputError: the folder cannot be written.
+    """
+    board = _validated(leaderboard, "the leaderboard")
+    output = Path(output)
+    views = {
+        "leaderboard.json": json.dumps(board, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "leaderboard.csv": to_csv(board),
+        "report.md": to_markdown(board),
+        "report.html": to_html(board),
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, text in views.items():
+            atomic_write_text(output / name, text)
+    except OSError as error:
+        raise OutputError(
+            f"The report cannot be written to '{output}' ({error.strerror or error})."
+        ) from None
+    return output / "report.html"
+
+
+def read_leaderboard(path: Path) -> dict[str, Any]:
+    """Read and validate a ``leaderboard.json``.
+
+    Raises:
+        SamplesError: the file is missing, damaged or of another schema version.
+    """
+    try:
+        payload = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SamplesError(f"{path} cannot be read ({error}); make the report again.") from None
+    return _validated(payload, str(path))
+
+
+def _validated(payload: Any, origin: str) -> dict[str, Any]:
+    try:
+        return Leaderboard.model_validate(payload).model_dump(mode="json")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "leaderboard"
+        raise SamplesError(f"{origin}: '{where}': {first['msg']}.") from None

@@ -1,0 +1,169 @@
+"""Fabricated run folders: lm-eval outputs of any size, checkpoints with all their artefacts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+TIME = "2026-01-02T03-04-05.600000"
+Question = Mapping[str, Any]
+"""question, choices, gold, loglikelihoods; or question, answer, text for generation."""
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def sample(index: int, question: Question) -> dict[str, Any]:
+    prompt = str(question["question"])
+    line = {
+        "doc_id": index,
+        "doc": {"question": prompt},
+        "doc_hash": sha(f"{index}{prompt}"),
+        "prompt_hash": sha(prompt),
+        "filter": "none",
+    }
+    if "choices" in question:
+        scores = list(question["loglikelihoods"])
+        best = int(np.argmax(scores))
+        target = str(question["gold"])
+        return line | {
+            "target": target,
+            "target_hash": sha(target),
+            "arguments": {
+                f"gen_args_{j}": {"arg_0": prompt, "arg_1": f" {choice}"}
+                for j, choice in enumerate(question["choices"])
+            },
+            "filtered_resps": [[str(score), "False"] for score in scores],
+            "metrics": ["acc"],
+            "acc": float(best == question["gold"]),
+        }
+    target = str(question["answer"])
+    return line | {
+        "target": target,
+        "target_hash": sha(target),
+        "arguments": {"gen_args_0": {"arg_0": prompt, "arg_1": {"until": ["\n"]}}},
+        "filtered_resps": [question["text"]],
+        "metrics": ["exact_match"],
+        "exact_match": float(question["text"] == target),
+    }
+
+
+def write_evaluation(
+    folder: Path, tasks: Mapping[str, Sequence[Question]], **results_fields: Any
+) -> None:
+    """Write ``folder/model/results_*.json`` and its samples, whole and consistent."""
+    target = folder / "model"
+    target.mkdir(parents=True)
+    results: dict[str, Any] = {
+        "results": {}, "configs": {}, "versions": {}, "n-shot": {}, "n-samples": {},
+        "task_hashes": {}, "group_subtasks": {}, "config": {"model_args": {"pretrained": "m"}},
+        "lm_eval_version": "0.4.13", "model_name": "m", "total_evaluation_time_seconds": "12.5",
+    }  # fmt: skip
+    for name, questions in tasks.items():
+        lines = [sample(index, question) for index, question in enumerate(questions)]
+        kind = "multiple_choice" if "choices" in questions[0] else "generate_until"
+        hashes = "".join(x["doc_hash"] + x["prompt_hash"] + x["target_hash"] for x in lines)
+        results["results"][name] = {"alias": name}
+        results["configs"][name] = {"task": name, "output_type": kind, "target_delimiter": " "}
+        results["versions"][name] = 1.0
+        results["n-shot"][name] = 0
+        results["n-samples"][name] = {"original": len(lines), "effective": len(lines)}
+        results["task_hashes"][name] = sha(hashes)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (target / f"samples_{name}_{TIME}.jsonl").write_text(text, encoding="utf-8")
+    (target / f"results_{TIME}.json").write_text(json.dumps({**results, **results_fields}))
+
+
+def write_checkpoint(folder: Path, **changes: Any) -> None:
+    """Write streamline.json, similarity.json and training_curve.jsonl of a 12-layer model."""
+    from streamline_bench.core.manifest import Manifest, Source, write_manifest
+    from streamline_bench.core.similarity import Similarity
+
+    folder.mkdir(parents=True)
+    source = np.random.default_rng(0)
+    place = np.cumsum(np.r_[0, source.uniform(0.05, 0.3, size=12)])
+    angle = np.abs(place[:, None] - place[None, :]) / 2
+    Similarity(np.cos(angle), angle / np.pi, 4096, 32, "raw", {}).save(folder / "similarity.json")
+    curve = [
+        {"step": step, "lr": 1e-3, "train_loss": 0.9 / (1 + step / 60) + 0.05,
+         "val_loss": 0.8 / (1 + step / 60) + 0.06, "tokens": step * 512, "seconds": step / 9}
+        for step in range(0, 801, 80)
+    ]  # fmt: skip
+    text = "".join(json.dumps(row) + "\n" for row in curve)
+    (folder / "training_curve.jsonl").write_text(text)
+    fields: dict[str, Any] = {
+        "source": Source(name="bundled", weights_sha256="ab" * 32),
+        "recipe": {"title": "LLM-Streamline, one layer", "method": "streamline",
+                   "cost": "recovered", "replacement": {"kind": "layer"}},
+        "chosen": {"start": 6, "removed_layers": [6, 7, 8], "score": 0.97},
+        "parameters_before": 3_120_000, "parameters_after": 2_400_000,
+        "layers_before": 12, "layers_after": 10,
+        "sparsity_requested": 0.25, "sparsity_reached": 0.231,
+        "calibration": {"num_tokens": 65536, "sha256": "cd" * 32},
+        "training": {"best_step": 800}, "versions": {"torch": "2.13.0"},
+        "seconds": {"compress": 71.2},
+    }  # fmt: skip
+    write_manifest(folder, Manifest(**{**fields, **changes}))
+
+
+def questions(size: int, skill: float, seed: int, noise: float) -> list[dict[str, Any]]:
+    """Four-choice questions; every seed is another model answering the same ones."""
+    asked, answers = np.random.default_rng(size), np.random.default_rng(seed)
+    made = []
+    for index in range(size):
+        gold = int(asked.integers(4))
+        scores = asked.normal(-9, 1.5, size=4) + answers.normal(0, noise, size=4)
+        scores[gold] += skill
+        words = [f"the {colour} {thing}" for colour, thing in zip(
+            asked.permutation(["red", "green", "blue", "grey"]),
+            asked.permutation(["hare", "lantern", "boat", "bridge"]), strict=True)]  # fmt: skip
+        made.append(
+            {"question": f"Tom saw something behind the mill. It was number {index}. It was",
+             "choices": words, "gold": gold, "loglikelihoods": scores.round(6).tolist()}
+        )  # fmt: skip
+    return made
+
+
+@pytest.fixture(scope="session")
+def make_run() -> Callable[[Path], Path]:
+    """Return a function that fills a run folder: dense, none, layer (with checkpoints)."""
+    from streamline_bench.report.run_folder import RunFile, RunRow, write_run_file
+
+    def make(folder: Path) -> Path:
+        rows = []
+        for number, (label, skill, noise) in enumerate(
+            (("dense", 4.0, 0.1), ("none", 1.6, 1.6), ("layer", 3.0, 0.8))
+        ):
+            tasks: dict[str, list[dict[str, Any]]] = {
+                name: questions(size, skill + bonus, number, noise)
+                for name, size, bonus in (("colours", 120, 0.0), ("places", 90, 1.0))
+            }
+            tasks["stories"] = [
+                {"question": f"Once {i}", "answer": "upon", "text": "upon" if i % (4 - number) else "a"}
+                for i in range(30)
+            ]  # fmt: skip
+            write_evaluation(folder / label / "eval", tasks)
+            if number:
+                write_checkpoint(folder / label / "checkpoint")
+            rows.append(
+                RunRow(
+                    label=label,
+                    eval=f"{label}/eval",
+                    checkpoint=f"{label}/checkpoint" if number else None,
+                    seconds={"evaluate": 12.5},
+                )
+            )
+        write_run_file(
+            folder,
+            RunFile(dense="dense", rows=rows, commands=["lm_eval --model streamline --tasks demo"]),
+        )
+        return folder
+
+    return make
