@@ -28,6 +28,7 @@ def matrix_svg(scan: Mapping[str, Any]) -> Markup:
     side = _CELL * size + _MARGIN
     parts = [
         f'<svg class="matrix" viewBox="0 0 {side:.0f} {side:.0f}" role="img" '
+        f'style="--text:{side / 440 * 12:.1f}px" '
         f'aria-label="Similarity of layer boundaries, from {low:.3f} to {high:.3f}">'
     ]
     for i in range(size):

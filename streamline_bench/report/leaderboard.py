@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def build_leaderboard(
     loaded = {
         label: load_samples(path, run=label, progress=progress) for label, path in runs.items()
     }
-    itself = compare(loaded[dense], loaded[dense], settings=settings)
+    # Of the dense run against itself only accuracies are shown: no need to draw.
+    itself = compare(loaded[dense], loaded[dense], settings=replace(settings, draws=2))
     facts = {
         label: read_checkpoint(sources[label].checkpoint if label in sources else None)
         for label in runs

@@ -91,6 +91,12 @@ def _line(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _difference(estimate: Mapping[str, Any] | None) -> str:
+    if estimate is None:
+        return MISSING
+    return f"{points(estimate['value'])} {interval(estimate, signed=True)}".strip()
+
+
 def _by_task(rows: Sequence[Mapping[str, Any]], cell: Any, *, skip_dense: bool = False) -> str:
     shown = [row for row in rows if not (skip_dense and row["is_dense"])]
     if not shown:

@@ -26,7 +26,7 @@ __all__ = [
     "task_generator",
 ]
 
-MAX_CELLS = 512
+MAX_CELLS = 128
 _CHUNK = 4_000_000  # counts held at once
 
 FloatArray = npt.NDArray[np.float64]

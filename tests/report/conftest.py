@@ -146,9 +146,13 @@ def make_run() -> Callable[[Path], Path]:
                 for name, size, bonus in (("colours", 120, 0.0), ("places", 90, 1.0))
             }
             tasks["stories"] = [
-                {"question": f"Once {i}", "answer": "upon", "text": "upon" if i % (4 - number) else "a"}
+                {
+                    "question": f"Once {i}",
+                    "answer": "upon",
+                    "text": "upon" if i % (4 - number) else "a",
+                }
                 for i in range(30)
-            ]  # fmt: skip
+            ]
             write_evaluation(folder / label / "eval", tasks)
             if number:
                 write_checkpoint(folder / label / "checkpoint")
