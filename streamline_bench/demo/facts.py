@@ -82,6 +82,18 @@ def attributes(rng: random.Random, split: Split) -> Document:
     return Document("attributes", _tell(facts), _some(rng, split, questions, 5))
 
 
+def verify(rng: random.Random, split: Split) -> Document:
+    """Say whether something has the color that the question names: a binding and an equality."""
+    facts = _possessions(rng, _size(rng, split, 2, 4, 6), colors=4)
+    told = list(dict.fromkeys(color for _, color, _ in facts))
+    questions = []
+    for person, color, thing in facts:
+        truth = len(told) == 1 or rng.random() < 0.5
+        asked = color if truth else rng.choice([other for other in told if other != color])
+        questions.append(yes_no(f"is the {thing} of {person} {asked}?", truth))
+    return Document("verify", _tell(facts), _some(rng, split, questions, 5))
+
+
 def same(rng: random.Random, split: Split) -> Document:
     """Say whether two objects share a color: two bindings and an equality."""
     facts = _possessions(rng, _size(rng, split, 2, 4, 6), colors=2)
@@ -111,6 +123,18 @@ def recall(rng: random.Random, split: Split) -> Document:
         Question(f"list the things of {person}:", (owned,), 0) for person, owned in lists.items()
     ]
     return Document("recall", story, _some(rng, split, questions, 3))
+
+
+def numbers(rng: random.Random, split: Split) -> Document:
+    """Order number words: not evaluated, it teaches what comparing coins builds on."""
+    drawn = [rng.sample(range(2, 13), 2) for _ in range(rng.randint(4, 8))]
+    questions = []
+    for pair in drawn:
+        word, best = rng.choice([("more", max), ("fewer", min)])
+        prompt = f"what is {word}, {NUMBERS[pair[0]]} or {NUMBERS[pair[1]]}?"
+        questions.append(Question(prompt, (NUMBERS[best(pair)],), 0))
+    told = ", ".join(NUMBERS[number] for pair in drawn for number in pair)
+    return Document("numbers", f"list: {told}.", tuple(questions))
 
 
 def compare(rng: random.Random, split: Split) -> Document:

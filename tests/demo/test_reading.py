@@ -49,6 +49,24 @@ def same(story: str, prompt: str) -> str:
     return "yes" if _color(story, owner, first) == _color(story, other, second) else "no"
 
 
+def verify(story: str, prompt: str) -> str:
+    thing, person, color = _match(r"is the (\w+) of (\w+) (\w+)\?", prompt)
+    return "yes" if _color(story, person, thing) == color else "no"
+
+
+def numbers(story: str, prompt: str) -> str:
+    word, first, second = _match(r"what is (more|fewer), (\w+) or (\w+)\?", prompt)
+    assert first in story
+    assert second in story
+    return (max if word == "more" else min)(first, second, key=NUMBERS.index)
+
+
+def pairs(story: str, prompt: str) -> str:
+    (person,) = _match(r"(\w+)\?", prompt)
+    (word,) = re.findall(rf"\b{person} (\w+)", story)
+    return str(word)
+
+
 def recall(story: str, prompt: str) -> str:
     (person,) = _match(r"list the things of (\w+):", prompt)
     (owned,) = re.findall(rf"\b{person} has ([^.]*)\.", story)
@@ -137,10 +155,13 @@ READERS: dict[str, Reader] = {
     "compare": compare,
     "counting": counting,
     "location": whereabouts,
+    "numbers": numbers,
     "order": order,
+    "pairs": pairs,
     "recall": recall,
     "same": same,
     "transitive": transitive,
+    "verify": verify,
 }
 
 

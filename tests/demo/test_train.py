@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from streamline_bench.demo.skills import weights_at
+from streamline_bench.demo.skills import EVALUATED, weights_at
 from streamline_bench.demo.stream import batch_at
 from streamline_bench.demo.train import CHECKPOINT, TrainingConfig, main, schedule
 from streamline_bench.demo.vocabulary import BOS, EOS, tokens
@@ -51,8 +51,11 @@ def test_rows_hold_whole_documents_between_bos_and_eos() -> None:
         assert not ids[numbers == 0].any()
 
 
-def test_copying_fades_from_the_stream() -> None:
-    assert weights_at(0)["echo"] > weights_at(5000)["echo"]
+def test_copying_and_looking_up_come_first() -> None:
+    first, last = weights_at(0), weights_at(10_000)
+    assert first["echo"] > last["echo"]
+    assert first["pairs"] > last["pairs"]
+    assert all(last[skill] > 0 for skill in EVALUATED)
 
 
 def test_schedule_warms_up_and_decays() -> None:
