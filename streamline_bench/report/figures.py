@@ -107,7 +107,7 @@ def curve_svg(curve: Sequence[Mapping[str, Any]]) -> Markup:
 
 def _curve_axes(low: float, high: float, last: int, kind: str) -> list[str]:
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    label = f"step{' (log loss)' if kind else ''}"
+    label = f"step{', loss on a log scale' if kind else ''}"
     return [
         f'<path class="axis" d="M{_LEFT} {_TOP}V{bottom}H{right}"/>',
         f'<text x="{_LEFT - 6}" y="{_TOP + 8}" class="end">{high:.3g}</text>',

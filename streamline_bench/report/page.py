@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from streamline_bench.report import formats
 from streamline_bench.report.escaping import visible_text
@@ -40,6 +41,7 @@ def to_html(board: Mapping[str, Any]) -> str:
         if name.islower():
             environment.filters[name] = getattr(formats, name)
     environment.filters["pretty"] = _pretty
+    environment.filters["breakable"] = _breakable
     script = (templates / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     return environment.get_template("report.html.j2").render(
@@ -65,6 +67,11 @@ def _visible(value: Any) -> Any:
 
 def _pretty(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True, default=str)
+
+
+def _breakable(name: str) -> Markup:
+    """Escaped; a long name may break after an underscore, a slash or a hyphen."""
+    return Markup(re.sub(r"([_/-])", r"\1<wbr>", str(escape(visible_text(name)))))
 
 
 def _forest(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

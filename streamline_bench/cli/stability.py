@@ -1,0 +1,133 @@
+"""``streamline-bench stability``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamline_bench.cli.options import print_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from streamline_bench.stability.comparison import Comparison, Overall, TaskComparison
+
+__all__ = ["command"]
+
+QUANTITIES = ["nll_per_byte", "nll_per_char", "nll", "ppl_per_byte", "ppl_per_char",
+              "mean_token_nll"]  # fmt: skip
+
+
+@click.command("stability")
+@click.argument("dense", type=click.Path(path_type=Path))
+@click.argument("pruned", type=click.Path(path_type=Path))
+@click.option("--task", "tasks", multiple=True, help="Task or group; may be repeated.")
+@click.option("--common", is_flag=True, help="Compare the tasks that both have.")
+@click.option("--mode", type=click.Choice(["paper", "reference_script"]), default="paper",
+              show_default=True, help="The paper's equation, or its script's arithmetic.")  # fmt: skip
+@click.option("--quantity", type=click.Choice(QUANTITIES), default="nll_per_byte",
+              show_default=True, help="What stands for the perplexity of a choice.")  # fmt: skip
+@click.option("--ddof", type=click.IntRange(0, 1), default=1, show_default=True)
+@click.option("--verdict", type=click.Choice(["acc", "acc_norm"]), default="acc",
+              show_default=True, help="acc stands for the task's own: acc or exact_match.")  # fmt: skip
+@click.option("--confidence", type=click.FloatRange(0.5, 0.9999), default=0.95, show_default=True)
+@click.option("--draws", type=click.IntRange(min=100), default=10_000, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write JSON here.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def command(
+    dense: Path,
+    pruned: Path,
+    tasks: tuple[str, ...],
+    common: bool,
+    verdict: str,
+    as_json: bool,
+    output: Path | None,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Compare the answers of DENSE and PRUNED: two folders that lm_eval wrote.
+
+    Both need --log_samples. Runs that were not asked the same are refused, with the first
+    difference.
+    """
+    from streamline_bench.stability.compare import compare
+    from streamline_bench.stability.samples import load_samples
+    from streamline_bench.stability.settings import Settings
+
+    result = compare(
+        load_samples(dense, run="dense", progress=not quiet),
+        load_samples(pruned, run="pruned", progress=not quiet),
+        tasks=tasks or None,
+        common_only=common,
+        settings=Settings(
+            verdict="correct" if verdict == "acc" else "correct_norm",
+            **settings,
+        ),
+    )
+    payload = result.model_dump_json(indent=2)
+    if output is not None:
+        from streamline_bench.core.staging import atomic_write_text
+
+        atomic_write_text(output, payload + "\n")
+    if as_json:
+        click.echo(payload)
+    else:
+        print_table(_table(result))
+        click.echo(_footnote(result))
+
+
+def _table(result: Comparison) -> Table:
+    from rich.table import Table
+
+    table = Table(title="Pruned against dense, in %")
+    table.add_column("task", overflow="fold")
+    for name in ("n", "dense", "pruned", "change", "stability", "agreement", "lost/gained", "p"):
+        table.add_column(name, justify="right")
+    for task in result.tasks:
+        name = task.task if task.filter == "none" else f"{task.task} ({task.filter})"
+        table.add_row(*_cells(name, task))
+    if len(result.tasks) > 1:
+        table.add_section()
+        table.add_row(*_cells("mean over tasks", result.macro))
+        table.add_row(*_cells("all documents", result.micro))
+    return table
+
+
+def _cells(name: str, row: TaskComparison | Overall) -> list[str]:
+    from rich.markup import escape
+
+    from streamline_bench.report.escaping import terminal_text
+    from streamline_bench.report.formats import interval, p_value, percent, points, with_error
+
+    difference, stable = row.difference.model_dump(), row.stability
+    agreement = row.agreement.model_dump()
+    cells = [
+        terminal_text(name),
+        str(row.n),
+        with_error(row.dense.model_dump()),
+        with_error(row.pruned.model_dump()),
+        f"{points(difference['value'])} {interval(difference, signed=True)}",
+        f"{percent(stable.value)} {interval(stable.model_dump())}" if stable else percent(None),
+        percent(agreement["value"]),
+        f"{row.flips.right_to_wrong}/{row.flips.wrong_to_right}",
+        p_value(row.mcnemar_p),
+    ]
+    return [escape(cell.strip()) for cell in cells]
+
+
+def _footnote(result: Comparison) -> str:
+    from streamline_bench.report.escaping import terminal_text
+
+    lines = [
+        f"Stability: {result.mode}, spread of {result.quantity} over the choices "
+        f"(ddof {result.ddof}). {100 * result.confidence:g} % intervals; p: exact McNemar."
+    ]
+    lines += [
+        f"Not compared: {terminal_text(task)} ({reason})."
+        for task, reason in result.not_compared.items()
+    ]
+    return "\n".join(lines)

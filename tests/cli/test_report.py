@@ -1,0 +1,45 @@
+"""``streamline-bench report``: making the report of a run folder again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from streamline_bench.cli.main import main
+from streamline_bench.cli.report import command
+from streamline_bench.report.write import write_report
+
+BOARD = {
+    "title": "Kept", "dense": "d",
+    "method": {"mode": "paper", "ddof": 1, "quantity": "nll_per_byte", "verdict": "correct",
+               "confidence": 0.95, "draws": 10, "seed": 0},
+    "rows": [{"label": "d", "is_dense": True, "accuracy_macro": {"value": 0.5},
+              "accuracy_micro": {"value": 0.5}, "macro": None, "micro": None, "tasks": [],
+              "provenance": {"results_file": "r.json", "model": "m", "engine": "lm-eval"}}],
+    "versions": {"streamline-bench": "0"},
+}  # fmt: skip
+
+
+def test_a_leaderboard_alone_is_rendered_again(tmp_path: Path) -> None:
+    write_report(BOARD, tmp_path)
+    (tmp_path / "report.html").unlink()
+    for path in (tmp_path, tmp_path / "leaderboard.json"):
+        result = CliRunner().invoke(command, [str(path)], catch_exceptions=False)
+        assert result.exit_code == 0 and f"Open {tmp_path / 'report.html'}" in result.output
+        assert "Kept" in (tmp_path / "report.html").read_text()
+
+
+def test_user_errors_end_with_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "has no run.json" in capsys.readouterr().err
+    (tmp_path / "leaderboard.json").write_text('{"title": "x"}')
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "leaderboard.json: 'dense': Field required" in capsys.readouterr().err

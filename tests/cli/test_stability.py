@@ -1,0 +1,70 @@
+"""``streamline-bench stability`` on real outputs of the harness."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from streamline_bench.cli.main import main
+from streamline_bench.cli.stability import QUANTITIES, command
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(
+        command, [str(argument) for argument in arguments], catch_exceptions=False
+    )
+
+
+def test_table(lm_eval_outputs: Path) -> None:
+    result = call(lm_eval_outputs / "dense", lm_eval_outputs / "pruned", "--draws", 200)
+    assert result.exit_code == 0
+    for words in ("toy_mc", "toy_gen (strict)", "mean over tasks", "all documents"):
+        assert words in result.output
+    assert "Not compared: toy_roll" in result.output
+
+
+def test_json_and_output_file(lm_eval_outputs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "comparison.json"
+    result = call(
+        *(lm_eval_outputs / "dense", lm_eval_outputs / "pruned", "--draws", 200),
+        *("--task", "toy_mc", "--json", "--output", file),
+    )
+    printed = json.loads(result.stdout)
+    assert printed == json.loads(file.read_text())
+    assert [task["task"] for task in printed["tasks"]] == ["toy_mc"]
+    assert printed["draws"] == 200
+
+
+def test_reference_script_and_acc_norm(lm_eval_outputs: Path) -> None:
+    result = call(
+        *(lm_eval_outputs / "dense", lm_eval_outputs / "pruned", "--json"),
+        *("--mode", "reference_script", "--verdict", "acc_norm", "--draws", 200),
+    )
+    printed = json.loads(result.stdout)
+    assert printed["mode"] == "reference_script" and printed["ddof"] == 0
+    assert printed["tasks"][0]["verdict"] == "acc_norm"
+
+
+def test_user_errors_end_with_exit_code_2(
+    tmp_path: Path, lm_eval_outputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, words in (
+        ([tmp_path / "none", tmp_path], "There is no file or folder"),
+        ([lm_eval_outputs, lm_eval_outputs / "pruned"], "several models"),
+        ([lm_eval_outputs / "dense", lm_eval_outputs / "pruned", "--task", "x"], "no task 'x'"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["stability", *map(str, arguments)])
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err
+
+
+def test_the_offered_quantities_are_the_known_ones() -> None:
+    from typing import get_args
+
+    from streamline_bench.stability.metrics import Quantity
+
+    assert list(get_args(Quantity)) == QUANTITIES
