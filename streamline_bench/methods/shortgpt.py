@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 from streamline_bench.core.similarity import LastState
 from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.block_choice import SIMILARITY_FILE, scan_once
 from streamline_bench.methods.depth import drop_layers, size_plan
-from streamline_bench.methods.importance_scan import SIMILARITY_FILE, scan_once
 from streamline_bench.methods.layer_scores import ProtectedEnds, record, select_lowest
 
 __all__ = ["ShortGPT", "ShortGPTParameters"]
