@@ -25,13 +25,28 @@ QUANTITIES = ["nll_per_byte", "nll_per_char", "nll", "ppl_per_byte", "ppl_per_ch
 @click.argument("pruned", type=click.Path(path_type=Path))
 @click.option("--task", "tasks", multiple=True, help="Task or group; may be repeated.")
 @click.option("--common", is_flag=True, help="Compare the tasks that both have.")
-@click.option("--mode", type=click.Choice(["paper", "reference_script"]), default="paper",
-              show_default=True, help="The paper's equation, or its script's arithmetic.")  # fmt: skip
-@click.option("--quantity", type=click.Choice(QUANTITIES), default="nll_per_byte",
-              show_default=True, help="What stands for the perplexity of a choice.")  # fmt: skip
+@click.option(
+    "--mode",
+    type=click.Choice(["paper", "reference_script"]),
+    default="paper",
+    show_default=True,
+    help="The paper's equation, or its script's arithmetic.",
+)
+@click.option(
+    "--quantity",
+    type=click.Choice(QUANTITIES),
+    default="nll_per_byte",
+    show_default=True,
+    help="What stands for the perplexity of a choice.",
+)
 @click.option("--ddof", type=click.IntRange(0, 1), default=1, show_default=True)
-@click.option("--verdict", type=click.Choice(["acc", "acc_norm"]), default="acc",
-              show_default=True, help="acc stands for the task's own: acc or exact_match.")  # fmt: skip
+@click.option(
+    "--verdict",
+    type=click.Choice(["acc", "acc_norm"]),
+    default="acc",
+    show_default=True,
+    help="'acc' stands for the task's own verdict, exact_match included.",
+)
 @click.option("--confidence", type=click.FloatRange(0.5, 0.9999), default=0.95, show_default=True)
 @click.option("--draws", type=click.IntRange(min=100), default=10_000, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
@@ -110,8 +125,8 @@ def _cells(name: str, row: TaskComparison | Overall) -> list[str]:
         str(row.n),
         with_error(row.dense.model_dump()),
         with_error(row.pruned.model_dump()),
-        f"{points(difference['value'])} {interval(difference, signed=True)}",
-        f"{percent(stable.value)} {interval(stable.model_dump())}" if stable else percent(None),
+        f"{points(difference['value'])}\n{interval(difference, signed=True)}",
+        f"{percent(stable.value)}\n{interval(stable.model_dump())}" if stable else percent(None),
         percent(agreement["value"]),
         f"{row.flips.right_to_wrong}/{row.flips.wrong_to_right}",
         p_value(row.mcnemar_p),
