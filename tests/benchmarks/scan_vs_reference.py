@@ -5,7 +5,9 @@
 
 The reference answers one block size per run, ours all of them: both ratios are printed. Its
 function is imported from the given checkout and called unchanged; of it nothing is kept here.
-Times are processor time on one thread, in turn. Both must choose the same block.
+Both must choose the same block. Times are taken in turn: processor time on one thread, or with
+``--device cuda`` wall time, the moves of the model to the device and back included in both, as
+the reference makes them itself.
 """
 
 from __future__ import annotations
@@ -53,16 +55,19 @@ def build(options: argparse.Namespace) -> tuple[Any, CalibrationTokens]:
         max_position_embeddings=options.length,
         initializer_range=0.05,
     )
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval().to(getattr(torch, options.dtype))
     ids = torch.randint(0, options.vocabulary, (options.samples, options.length))
     return model, CalibrationTokens.from_tensors(ids)
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.process_time()
+def timed(work: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    start = clock()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         result = work()
-    return time.process_time() - start, result
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return clock() - start, result
 
 
 def main() -> None:
@@ -73,6 +78,8 @@ def main() -> None:
         ("samples", 2), ("n", 2), ("repeats", 5),
     ]:  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
     torch.set_num_threads(1)
     reference = reference_scan(options.reference)
@@ -92,10 +99,12 @@ def main() -> None:
     def theirs(n: int = options.n) -> int:
         # Its draw of sequences follows torch's seed; search one that leaves the extra row out.
         torch.manual_seed(next(s for s in range(10_000) if _draw(s, len(rows), options.samples)))
-        return reference(model, Sequences(), options.samples, "cpu", n, options.layers)
+        return reference(model, Sequences(), options.samples, options.device, n, options.layers)
 
     def ours() -> int:
-        similarity = scan(model, tokens, last_state="postnorm", progress=False)
+        moved = model.to(options.device)
+        similarity = scan(moved, tokens, last_state="postnorm", progress=False)
+        model.cpu()
         return similarity.best_block(options.n).start
 
     def theirs_for_every_n() -> None:
@@ -103,7 +112,10 @@ def main() -> None:
             theirs(n)
 
     chosen = {timed(theirs)[1], timed(ours)[1]}
-    turns = [(timed(theirs)[0], timed(ours)[0]) for _ in range(options.repeats)]
+    turns = [
+        (timed(theirs, options.device)[0], timed(ours, options.device)[0])
+        for _ in range(options.repeats)
+    ]
     ratios = sorted(a / b for a, b in turns)
     middle = [statistics.median(column) for column in zip(*turns, strict=True)]
     print(f"same block: {len(chosen) == 1} (first layer {sorted(chosen)})")
@@ -112,7 +124,7 @@ def main() -> None:
         f"reference / ours, one n: {statistics.median(ratios):.2f} "
         f"(range {ratios[0]:.2f} to {ratios[-1]:.2f}, {len(turns)} turns)"
     )
-    every = timed(theirs_for_every_n)[0] / timed(ours)[0]
+    every = timed(theirs_for_every_n, options.device)[0] / timed(ours, options.device)[0]
     print(f"reference / ours, every n from 1 to {options.layers - 1}: {every:.1f} (one turn)")
 
 

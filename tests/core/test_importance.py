@@ -132,6 +132,20 @@ def test_the_chunk_size_does_not_matter(
     np.testing.assert_allclose(pieces.cosine, whole.cosine, atol=1e-7)
 
 
+def test_the_comparison_itself_is_never_rounded() -> None:
+    states = torch.stack([torch.randn(2, 9, 32) for _ in range(4)])
+    expected = importance._cosine_sums(states, None)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = importance._cosine_sums(states, None)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert torch.equal(found, expected)
+
+
 def test_layers_that_return_tuples_are_read_whole() -> None:
     class Layer(nn.Module):
         def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
