@@ -1,15 +1,17 @@
-"""Copies byte ranges between files inside the kernel where it can, in bounded memory always."""
+"""Copies byte ranges between files as fast as whole files, in bounded memory."""
 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from collections.abc import Callable
 
 __all__ = ["copy_range"]
 
-_STEP = 1 << 26  # bytes per system call: seldom enough to be cheap, often enough for progress
-_BUFFER = 1 << 20  # larger ones fall out of the processor's cache between read and write
+_STEP = 1 << 25  # bytes per round: bounds the memory mapped at a time, and paces the progress bar
+_PIECE = 1 << 20
+_PAGE = 4096
 _UNSUPPORTED = {
     errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF,
     errno.ETXTBSY,
@@ -33,8 +35,11 @@ def copy_range(
     Raises:
         OSError: reading or writing failed.
     """
+    # Where a byte changes its place within a page, the kernel's own copy works on fragments of
+    # pages and takes half as long again; writing from a mapping does not.
+    in_place = (os.lseek(target, 0, os.SEEK_CUR) - begin) % _PAGE == 0
     position = begin
-    for move in (_in_kernel, _through_memory):
+    for move in (_in_kernel, _from_mapping) if in_place else (_from_mapping,):
         while position < end:
             moved = move(source, target, position, min(end - position, _STEP))
             if moved <= 0:
@@ -55,9 +60,18 @@ def _in_kernel(source: int, target: int, position: int, count: int) -> int:
         raise
 
 
-def _through_memory(source: int, target: int, position: int, count: int) -> int:
-    data = os.pread(source, min(count, _BUFFER), position)
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(target, rest) :]
-    return len(data)
+def _from_mapping(source: int, target: int, position: int, count: int) -> int:
+    count = min(count, os.fstat(source).st_size - position)
+    if count <= 0:
+        return 0
+    skipped = position % mmap.ALLOCATIONGRANULARITY
+    length = skipped + count
+    with (
+        mmap.mmap(source, length, access=mmap.ACCESS_READ, offset=position - skipped) as window,
+        memoryview(window) as view,
+    ):
+        done = skipped
+        while done < length:
+            with view[done : min(done + _PIECE, length)] as piece:
+                done += os.write(target, piece)
+    return count

@@ -138,7 +138,8 @@ def test_bytes_are_the_source_bytes_however_sharded(
 ) -> None:
     if not kernel_copy:
         monkeypatch.delattr(os, "copy_file_range", raising=False)
-        monkeypatch.setattr(byte_copy, "_BUFFER", 1000)
+        monkeypatch.setattr(byte_copy, "_PIECE", 1000)
+        monkeypatch.setattr(byte_copy, "_STEP", 4500)
     reader = CheckpointReader(dense)
     names = layer_names(reader, ARCHITECTURES["llama"], [1, 4])
     output = tmp_path / "out"
@@ -362,5 +363,5 @@ def test_memory_does_not_follow_the_size_of_the_model(
     found = json.loads(done.stdout)
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 200 * 2**20
     assert not found["torch"]
-    assert found["after"] - found["before"] < 30 * 1024  # KiB
+    assert found["after"] - found["before"] < 60 * 1024  # KiB
     assert found["after"] < 150 * 1024
