@@ -74,7 +74,7 @@ class LaCo(Method):
         """Search for the merges, then write the merged layers from the stored weights."""
         options = LaCoParameters.model_validate(work.recipe.parameters)
         plan = size_plan(work)
-        stored = stored_linear_weights(work.reader)
+        stored = stored_linear_weights(work.reader, plan.num_layers)
         require_equal_shapes(
             [{n: work.reader.entry(full).shape for n, full in layer.items()} for layer in stored]
         )

@@ -20,14 +20,14 @@ def is_linear_weight(name: str, dimensions: int) -> bool:
     return dimensions >= 2 and not name.endswith("bias")
 
 
-def stored_linear_weights(reader: CheckpointReader) -> list[dict[str, str]]:
-    """Return, for each decoder layer, name within the layer -> name in the checkpoint.
+def stored_linear_weights(reader: CheckpointReader, num_layers: int) -> list[dict[str, str]]:
+    """Return, for each of the decoder's layers, name within the layer -> name in the checkpoint.
 
     Layers beyond the decoder (multi-token prediction) are not listed.
     """
     row = architecture_of(reader.config)
     pattern = re.compile(re.escape(layers_prefix(reader, row)) + r"\.(\d+)\.(.+)")
-    layers: list[dict[str, str]] = [{} for _ in range(reader.config[row.depth_key])]
+    layers: list[dict[str, str]] = [{} for _ in range(num_layers)]
     for name in reader.names:
         match = pattern.fullmatch(name)
         if match is None or int(match[1]) >= len(layers) or name.endswith(row.buffers):

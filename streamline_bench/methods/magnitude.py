@@ -47,20 +47,20 @@ class Magnitude(Method):
         options = MagnitudeParameters.model_validate(work.recipe.parameters)
         plan = size_plan(work)
         candidates = options.candidates(plan.num_layers, plan.n_layers)
-        sums = layer_magnitudes(work.reader, options.norm, progress=work.progress)
+        sums = layer_magnitudes(work.reader, plan.num_layers, options.norm, progress=work.progress)
         removed = select_lowest({layer: sums[layer] for layer in candidates}, plan.n_layers)
         chosen = record(dict(enumerate(sums)), removed, f"{options.norm} magnitude")
         return drop_layers(work, removed, plan, chosen=chosen)
 
 
 def layer_magnitudes(
-    reader: CheckpointReader, norm: Norm = "l1", *, progress: bool = True
+    reader: CheckpointReader, num_layers: int, norm: Norm = "l1", *, progress: bool = True
 ) -> list[float]:
     """Return for each layer the sum of ``|w|`` or ``w²`` over its linear weights, in float64.
 
     Weights are views of the mapped file; one small piece at a time is widened.
     """
-    layers = stored_linear_weights(reader)
+    layers = stored_linear_weights(reader, num_layers)
     total = sum(reader.entry(name).numel for layer in layers for name in layer.values())
     sums = [0.0] * len(layers)
     with tqdm(

@@ -2,7 +2,7 @@
 ranked, not necessarily neighbours.
 
 Block influence is ``BI_l = 1 - E[cos(h_l, h_{l+1})]`` over all tokens. The paper excludes no
-layer; that the last one stays follows from its raw output being compared, not the final norm's.
+layer. For the last one it matters which state is taken as its output: the final norm turns it.
 """
 
 from __future__ import annotations

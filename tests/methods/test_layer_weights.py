@@ -11,7 +11,7 @@ from streamline_bench.methods.layer_weights import is_linear_weight, stored_line
 
 def test_norms_and_biases_are_left_out(make_tiny_model: Callable[..., Path]) -> None:
     reader = CheckpointReader(make_tiny_model("qwen3", num_hidden_layers=2, attention_bias=True))
-    layers = stored_linear_weights(reader)
+    layers = stored_linear_weights(reader, 2)
     names = {f"self_attn.{p}_proj.weight" for p in "qkvo"}
     names |= {f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
     assert [set(layer) for layer in layers] == [names, names]

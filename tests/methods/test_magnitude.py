@@ -39,7 +39,7 @@ def test_equals_the_modules_of_the_model(
     folder = make_tiny_model(family, num_hidden_layers=3, **changes)
     reader = CheckpointReader(folder)
     for power, norm in ((1, "l1"), (2, "l2")):
-        found = layer_magnitudes(reader, norm, progress=False)  # type: ignore[arg-type]
+        found = layer_magnitudes(reader, 3, norm, progress=False)  # type: ignore[arg-type]
         assert found == pytest.approx(_expected(folder, power), rel=1e-12)
 
 
