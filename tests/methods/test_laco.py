@@ -126,3 +126,37 @@ def test_nested_merges_leave_one_mixture_per_layer_that_stays() -> None:
     assert mixtures(merges, "reference") == {3: {7: 1.0}}
     rdsc = mixtures(merges, "rdsc")
     assert rdsc == {3: {3: -1.0, 4: 1.0, 5: -1.0, 6: 1.0, 7: 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("gpt2", {}),
+        ("gemma3_text", {"head_dim": 8, "sliding_window": 4, "tie_word_embeddings": True}),
+        ("mixtral", {"num_local_experts": 4}),
+    ],
+)
+@pytest.mark.parametrize("recipe_name", ["laco", "laco_rdsc"])
+def test_other_families(
+    recipe_name: str,
+    family: str,
+    sizes: dict[str, Any],
+    make_tiny_model: Callable[..., Path],
+    make_recipe: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """Transposed, tied and per-expert weights: names in files are not those in memory."""
+    source = make_tiny_model(family, initializer_range=0.1, **sizes)
+    recipe = make_recipe(recipe_name, n_layers=3, **{"parameters.interval": 1})
+    out = compress(source, recipe, tmp_path / "out", progress=False)
+    chosen = _chosen(out)
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    merger = LayerMerger(model, chosen["merge"])
+    for merge in chosen["merges"]:
+        merger.merge(merge["base"], merge["others"])
+    keep_layers(model, [i for i in range(6) if i not in chosen["removed_layers"]])
+    written, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        expected, found = model(IDS).logits, written.eval()(IDS).logits
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
