@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from streamline_bench.errors import OutputError, SamplesError
+from streamline_bench.core.staging import atomic_write_bytes
+from streamline_bench.errors import SamplesError
 from streamline_bench.stability.samples import COLUMNS, RunInfo, Samples, parse_info
 
 __all__ = ["read_samples", "write_samples"]
@@ -36,7 +36,7 @@ _ARROW: dict[str, pa.DataType] = {
 
 
 def write_samples(samples: Samples, path: Path) -> None:
-    """Write beside the target, fsync, rename.
+    """Write the table; a reader sees the old file or the new one.
 
     Raises:
         OutputError: the folder is missing or not writable.
@@ -46,17 +46,9 @@ def write_samples(samples: Samples, path: Path) -> None:
     table = table.replace_schema_metadata(
         {_METADATA_KEY: samples.info.model_dump_json().encode("utf-8")}
     )
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            pq.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"Cannot write '{path}': {error.strerror or error}.") from None
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    atomic_write_bytes(path, sink.getvalue().to_pybytes())
 
 
 def read_samples(path: Path) -> Samples:

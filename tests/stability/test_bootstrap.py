@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from streamline_bench.stability.bootstrap import (
+    MAX_CELLS,
     difference_draws,
     percentile_interval,
     stability_draws,
@@ -38,7 +39,7 @@ def test_differences_have_the_multinomial_moments() -> None:
     assert drawn.var() == pytest.approx(variance, rel=0.03)
 
 
-@pytest.mark.parametrize("max_cells", [100_000, 256])
+@pytest.mark.parametrize("max_cells", [100_000, MAX_CELLS])
 def test_stability_draws_match_resampling_rows(max_cells: int) -> None:
     std, agree = answers(600)
     ours = stability_draws(std, agree, DRAWS, task_generator(0, "t"), max_cells=max_cells)

@@ -43,7 +43,7 @@ def test_parquet_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 
 def test_unwritable_output_is_one_sentence(dense: Samples, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="Cannot write"):
+    with pytest.raises(OutputError, match="cannot be written"):
         dense.save(tmp_path / "missing" / "samples.parquet")
 
 
