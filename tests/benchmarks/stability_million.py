@@ -68,14 +68,15 @@ def main() -> None:
     parser.add_argument("--as-json", action="store_true")
     options = parser.parse_args()
     dense, pruned = run("dense", options.pairs, 1), run("pruned", options.pairs, 2)
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     result = compare(dense, pruned, settings=Settings(draws=options.draws))
-    ours = time.perf_counter() - begin
+    ours, cpu = time.perf_counter() - begin, time.process_time() - cpu
     peer = peer_seconds_per_draw(options.pairs) * options.draws
     report = {
         "pairs": options.pairs,
         "draws": options.draws,
         "seconds": round(ours, 2),
+        "cpu_seconds": round(cpu, 2),
         "row_resampling_seconds_extrapolated": round(peer, 1),
         "ratio": round(peer / ours, 1),
         "stability": result.micro.stability.model_dump() if result.micro.stability else None,
