@@ -1,0 +1,54 @@
+"""The demo ends in a report, continues where it stopped, and refuses to mix two demos."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from streamline_bench.demo.pipeline import DemoOptions, harness_command, run_demo
+from streamline_bench.errors import OutputError, RecipeError
+
+
+def _options(output: Path, until: str = "report") -> DemoOptions:
+    return DemoOptions(
+        output, rows=("dense", "streamline_none"), limit=4, until=until, progress=False
+    )
+
+
+@pytest.mark.slow
+def test_two_rows_from_compression_to_report(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run_demo(_options(output, until="compress"))
+    checkpoint = output / "streamline_none" / "checkpoint"
+    written = (checkpoint / "streamline.json").stat().st_mtime_ns
+    assert not (output / "dense" / "evaluated.json").exists()
+    report = run_demo(_options(output))
+    assert (checkpoint / "streamline.json").stat().st_mtime_ns == written
+    assert report.is_file()
+    leaderboard = json.loads((output / "leaderboard.json").read_text(encoding="utf-8"))
+    assert {row["label"] for row in leaderboard["rows"]} == {"dense", "streamline_none"}
+    for name in ("report.html", "report.md", "leaderboard.csv"):
+        assert (output / name).stat().st_size > 0
+    with pytest.raises(OutputError, match="other options"):
+        run_demo(DemoOptions(output, rows=("dense",), limit=5, progress=False))
+
+
+def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(OutputError, match="no demo folder"):
+        run_demo(_options(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_unknown_stage_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="known: compress, evaluate, report"):
+        run_demo(_options(tmp_path / "run", until="reprot"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_is_the_stock_harness(tmp_path: Path) -> None:
+    command = harness_command(tmp_path, tmp_path / "out", batch_size=4, limit=None)
+    assert command[1:5] == ["-m", "lm_eval", "--model", "streamline"]
+    assert "--limit" not in command
