@@ -1,0 +1,219 @@
+"""The real ``lm_eval`` command, in a process of its own, with this package installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_bench.cli.lm_eval import harness_arguments
+
+TASK = """
+task: words_choice
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {file}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+num_fewshot: 0
+metric_list:
+  - metric: acc
+metadata:
+  version: 1.0
+"""
+
+
+@pytest.fixture(scope="module")
+def installed() -> None:
+    try:
+        metadata.distribution("streamline-bench")
+    except metadata.PackageNotFoundError:
+        pytest.skip("streamline-bench is not installed in this environment (pip install -e .)")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    draw = random.Random(0)
+
+    def words(count: int) -> str:
+        return " ".join(f"w{draw.randrange(96)}" for _ in range(count))
+
+    documents = [
+        {"query": words(6), "choices": [words(1 + i % 4) for i in range(3)], "gold": 0}
+        for _ in range(8)
+    ]
+    file = folder / "documents.jsonl"
+    file.write_text("\n".join(json.dumps(each) for each in documents))
+    (folder / "words_choice.yaml").write_text(TASK.format(file=file))
+    return folder
+
+
+def lm_eval(program: list[str], arguments: dict[str, str], cwd: Path) -> Any:
+    options = [part for key, value in arguments.items() for part in (f"--{key}", value) if part]
+    environment = {**os.environ, "HF_HOME": str(cwd / "hf"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*program, *options],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        check=False,
+    )
+
+
+def samples(folder: Path) -> list[list[float]]:
+    (file,) = folder.rglob("samples_words_choice_*.jsonl")
+    rows = sorted((json.loads(line) for line in file.open()), key=lambda row: row["doc_id"])
+    return [[float(score) for score, _ in row["filtered_resps"]] for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("installed")
+def test_recipe_from_the_stock_command_with_one_response_cache_for_two_models(
+    tiny_llama: Path, tasks: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{(7 * i) % 96}" for i in range(4000)))
+    dense = f"pretrained={tiny_llama},dtype=float32"
+    recipe = f"recipe=streamline_none,n_layers=2,calibration={text},sequence_length=32"
+    command = [str(Path(sys.executable).with_name("lm_eval"))]
+
+    def run(name: str, model: str, model_args: str, **more: str) -> str:
+        done = lm_eval(
+            command,
+            {
+                "model": model,
+                "model_args": model_args,
+                "tasks": "words_choice",
+                "include_path": str(tasks),
+                "device": "cpu",
+                "output_path": str(tmp_path / name),
+                "log_samples": "",
+                **more,
+            },
+            tmp_path,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return str(done.stderr)
+
+    cache = {"use_cache": str(tmp_path / "answers")}
+    run("dense", "streamline", dense, **cache)
+    said = run("pruned", "streamline", f"{dense},{recipe}", **cache)
+    assert "Compressed with recipe 'streamline_none'" in said
+    again = run("again", "streamline", f"{dense},{recipe}", **cache)
+    assert "Reusing the result of recipe 'streamline_none'" in again
+    assert "Cached requests: 24, Requests remaining: 0" in again
+    (result,) = (tmp_path / "again").rglob("results_*.json")
+    ours = json.loads(result.read_text())["config"]["streamline"]
+    assert ours["layers_after"] == 4
+    # What the stock class says about the two folders, without any cache.
+    run("stock-dense", "hf", dense)
+    run("stock-pruned", "hf", f"pretrained={ours['path']},dtype=float32")
+    for name in ("dense", "pruned"):
+        expected = samples(tmp_path / f"stock-{name}")
+        for row, stock in zip(samples(tmp_path / name), expected, strict=True):
+            assert row == pytest.approx(stock, abs=1e-4)
+    assert samples(tmp_path / "again") == samples(tmp_path / "pruned")
+    assert samples(tmp_path / "pruned") != samples(tmp_path / "dense")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("model_args", "sentence"),
+    [
+        ("pretrained={model},sparisty=0.5", "did you mean 'sparsity'?"),
+        ("pretrained={model},recipe=streamlne", "Unknown recipe 'streamlne'"),
+        ("pretrained={model},recipe=streamline,n_layers=6", "6"),
+        ("pretrained=/no/such/folder", "/no/such/folder does not exist"),
+    ],
+)
+def test_a_users_error_is_one_sentence_and_exit_code_2(
+    model_args: str, sentence: str, tiny_llama: Path, tasks: Path, tmp_path: Path
+) -> None:
+    done = lm_eval(
+        [sys.executable, "-I", "-m", "lm_eval"],
+        {
+            "model": "streamline",
+            "model_args": model_args.format(model=tiny_llama),
+            "tasks": "words_choice",
+            "include_path": str(tasks),
+            "device": "cpu",
+        },
+        tmp_path,
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("streamline-bench: ")]
+    assert sentence in line
+
+
+def test_simple_evaluate_knows_both_classes(tiny_llama: Path, tasks: Path) -> None:
+    import lm_eval as harness
+    from lm_eval.tasks import TaskManager
+
+    from streamline_bench.harness.bridge import register
+
+    register()
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    found = {}
+    for model in ("hf", "streamline"):
+        results = harness.simple_evaluate(
+            model=model,
+            model_args={"pretrained": str(tiny_llama), "dtype": "float32"},
+            tasks=["words_choice"],
+            device="cpu",
+            batch_size="auto",
+            task_manager=manager,
+            bootstrap_iters=0,
+        )
+        assert results is not None
+        found[model] = [
+            [score for ((score, _),) in sample["resps"]]
+            for sample in sorted(results["samples"]["words_choice"], key=lambda s: s["doc_id"])
+        ]
+    for ours, stock in zip(found["streamline"], found["hf"], strict=True):
+        assert ours == pytest.approx(stock, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("--model", "streamline"), ["run", "--model", "streamline", "--include_path", "T"]),
+        (("ls", "tasks"), ["ls", "tasks", "--include_path", "T"]),
+        (("run", "--include_path", "mine"), ["run", "--include_path", "mine"]),
+        (("--help",), ["--help"]),
+        ((), []),
+    ],
+)
+def test_our_own_command_adds_our_tasks(given: tuple[str, ...], expected: list[str]) -> None:
+    assert harness_arguments(given, "T") == expected
+
+
+def test_our_own_command_calls_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+    from lm_eval import __main__ as entry
+    from lm_eval.api.registry import model_registry
+
+    from streamline_bench.cli.lm_eval import command
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr(sys, "argv", ["x"])
+    monkeypatch.setattr(entry, "cli_evaluate", lambda: seen.append(list(sys.argv)))
+    done = CliRunner().invoke(command, ["--model", "streamline", "--tasks", "streamline_demo"])
+    assert done.exit_code == 0, done.output
+    assert "streamline" in model_registry
+    assert seen[0][:4] == ["lm_eval", "run", "--model", "streamline"]
+    assert seen[0][-2] == "--include_path"
+    assert (Path(seen[0][-1]) / "paper").is_dir()
