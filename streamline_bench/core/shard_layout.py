@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from streamline_bench.core.tensor_file import DTYPE_BITS, TensorEntry
@@ -13,8 +12,6 @@ from streamline_bench.core.tensor_file import DTYPE_BITS, TensorEntry
 __all__ = ["ByteRange", "NewTensor", "byte_ranges", "header_bytes", "shard_names", "split_shards"]
 
 _ALIGNMENT = 8
-_PAGE = 4096
-_LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -62,12 +59,8 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
-def header_bytes(tensors: Sequence[NewTensor]) -> bytes:
-    """Return the head of a file that holds ``tensors`` in this order, padded with spaces.
-
-    The padding aligns the data to 8 bytes and, beyond that, lets most bytes keep their place
-    within a page, so that the kernel can copy whole pages.
-    """
+def header_bytes(tensors: Iterable[NewTensor]) -> bytes:
+    """Return the head of a file that holds ``tensors`` in this order, padded to 8 bytes."""
     # transformers refuses files that do not say which framework's layout they have.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -79,20 +72,8 @@ def header_bytes(tensors: Sequence[NewTensor]) -> bytes:
         }
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * ((_phase(tensors) - _LENGTH_BYTES - len(text)) % _PAGE)
+    text += b" " * (-len(text) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
-
-
-def _phase(tensors: Sequence[NewTensor]) -> int:
-    """Return where in a page the data should start."""
-    weight: dict[int, int] = defaultdict(int)
-    offset = 0
-    for tensor in tensors:
-        if tensor.source is not None:
-            weight[(tensor.source.begin - offset) % _PAGE] += tensor.nbytes
-        offset += tensor.nbytes
-    aligned = [phase for phase in weight if phase % _ALIGNMENT == 0]
-    return max(aligned, key=lambda phase: weight[phase], default=0)
 
 
 def byte_ranges(tensors: Iterable[NewTensor]) -> Iterator[ByteRange]:

@@ -8,10 +8,10 @@ are written along.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -30,7 +30,7 @@ from streamline_bench.core.shard_layout import (
     shard_names,
     split_shards,
 )
-from streamline_bench.core.staging import atomic_write_text
+from streamline_bench.core.staging import sync_path
 from streamline_bench.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
@@ -107,7 +107,9 @@ def compose(
     copy_files: bool = True,
     progress: bool = True,
 ) -> None:
-    """Write a checkpoint into an existing folder; everything is flushed to disk.
+    """Write a checkpoint into an existing folder; when it returns, every file is on disk.
+
+    The files appear one by one: build in a folder of :func:`.staging.staged_output`.
 
     Args:
         reader: the source checkpoint.
@@ -132,20 +134,25 @@ def compose(
         disable=not progress,
     )  # fmt: skip
     try:
-        with bar:
+        # One shard reaches the disk while the next one is copied.
+        with bar, ThreadPoolExecutor(1) as flusher:
+            flushed = []
             for file, shard in zip(files, shards, strict=True):
                 _write_shard(output_folder / file, shard, extra, bar)
-        if len(files) > 1:
-            _write_index(output_folder, files, shards, total)
-        if copy_files:
-            _copy(reader.folder, output_folder)
+                flushed.append(flusher.submit(sync_path, output_folder / file))
+            if copy_files:
+                _copy(reader.folder, output_folder)
+            if len(files) > 1:
+                _write_json(output_folder / INDEX_NAME, _index(files, shards, total))
+            _write_json(output_folder / "config.json", dict(config))
+            for future in flushed:
+                future.result()
+        sync_path(output_folder)
     except OSError as error:
         raise OutputError(
             f"Output {output_folder} cannot be written ({error.strerror or error}); free space or "
             "give another --output."
         ) from error
-    text = json.dumps(dict(config), indent=2, sort_keys=True, ensure_ascii=False)
-    atomic_write_text(output_folder / "config.json", text + "\n")
 
 
 def copied_files(folder: Path) -> list[Path]:
@@ -204,8 +211,6 @@ def _write_shard(
                 _write_memory(file, extra[piece.name], bar)
             else:
                 _copy_piece(file, piece, descriptor(piece.source.shard), bar)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _copy_piece(file: BinaryIO, piece: ByteRange, source: int, bar: tqdm[Any]) -> None:
@@ -240,13 +245,19 @@ def _sources() -> Iterator[Any]:
         yield descriptor
 
 
-def _write_index(folder: Path, files: list[str], shards: list[list[NewTensor]], total: int) -> None:
+def _index(files: list[str], shards: list[list[NewTensor]], total: int) -> dict[str, Any]:
     weight_map = {t.name: file for file, shard in zip(files, shards, strict=True) for t in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    atomic_write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+    sync_path(path)
 
 
 def _copy(source: Path, target: Path) -> None:
     for name in copied_files(source):
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)
+        sync_path(target / name)
