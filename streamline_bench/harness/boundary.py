@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 
 from streamline_bench.errors import StreamlineBenchError
 
-__all__ = ["user_errors"]
+__all__ = ["share_log", "user_errors"]
 
 _COMMAND = "lm_eval._cli"
 
@@ -30,6 +31,18 @@ def user_errors() -> Iterator[None]:
             text = "".join(c if c.isprintable() else "\ufffd" for c in str(error))
             sys.stderr.write(f"streamline-bench: {text}\n")
         raise SystemExit(2) from None
+
+
+def share_log() -> None:
+    """Let our log go where the harness's goes, if nobody has said otherwise.
+
+    The harness shows its own logger only; what we compress or reuse would go unsaid.
+    """
+    theirs, ours = logging.getLogger("lm_eval"), logging.getLogger("streamline_bench")
+    if theirs.handlers and not ours.hasHandlers():
+        ours.setLevel(theirs.level)
+        for handler in theirs.handlers:
+            ours.addHandler(handler)
 
 
 def _under_command() -> bool:

@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from streamline_bench.errors import CheckpointError, StreamlineBenchError
 from streamline_bench.harness.arguments import sort_arguments
-from streamline_bench.harness.boundary import user_errors
+from streamline_bench.harness.boundary import share_log, user_errors
 from streamline_bench.harness.budgets import generation_batch, scoring_tokens
 from streamline_bench.harness.checks import attention_window, head_objection
 from streamline_bench.harness.forward import Forward
@@ -69,6 +69,7 @@ class StreamlineLM(HFLM):  # type: ignore[misc]
         cls, arg_string: str, additional_config: dict[str, Any] | None = None
     ) -> StreamlineLM:
         """Create the model from ``key=value,...``; see the class."""
+        share_log()
         with user_errors():
             return super().create_from_arg_string(arg_string, additional_config)  # type: ignore[no-any-return]
 
@@ -77,6 +78,7 @@ class StreamlineLM(HFLM):  # type: ignore[misc]
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> StreamlineLM:
         """Create the model from a mapping; see the class."""
+        share_log()
         with user_errors():
             return super().create_from_arg_obj(arg_dict, additional_config)  # type: ignore[no-any-return]
 

@@ -117,11 +117,8 @@ def test_recipe_from_the_stock_command_with_one_response_cache_for_two_models(
     (result,) = (tmp_path / "again").rglob("results_*.json")
     ours = json.loads(result.read_text())["config"]["streamline"]
     assert ours["layers_after"] == 4
-    # What the stock class says about the two folders, without any cache.
-    run("stock-dense", "hf", dense)
-    run("stock-pruned", "hf", f"pretrained={ours['path']},dtype=float32")
-    for name in ("dense", "pruned"):
-        expected = samples(tmp_path / f"stock-{name}")
+    for name, folder in (("dense", str(tiny_llama)), ("pruned", ours["path"])):
+        expected = in_process("hf", folder, tasks)
         for row, stock in zip(samples(tmp_path / name), expected, strict=True):
             assert row == pytest.approx(stock, abs=1e-4)
     assert samples(tmp_path / "again") == samples(tmp_path / "pruned")
@@ -159,31 +156,31 @@ def test_a_users_error_is_one_sentence_and_exit_code_2(
     assert sentence in line
 
 
-def test_simple_evaluate_knows_both_classes(tiny_llama: Path, tasks: Path) -> None:
+def in_process(model: str, folder: str, tasks: Path) -> list[list[float]]:
+    """The answers of a model without command, cache or recipe."""
     import lm_eval as harness
     from lm_eval.tasks import TaskManager
 
+    results = harness.simple_evaluate(
+        model=model,
+        model_args={"pretrained": folder, "dtype": "float32"},
+        tasks=["words_choice"],
+        device="cpu",
+        batch_size="auto" if model == "streamline" else 4,
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    assert results is not None
+    rows = sorted(results["samples"]["words_choice"], key=lambda row: row["doc_id"])
+    return [[score for ((score, _),) in row["resps"]] for row in rows]
+
+
+def test_simple_evaluate_knows_both_classes(tiny_llama: Path, tasks: Path) -> None:
     from streamline_bench.harness.bridge import register
 
     register()
-    manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    found = {}
-    for model in ("hf", "streamline"):
-        results = harness.simple_evaluate(
-            model=model,
-            model_args={"pretrained": str(tiny_llama), "dtype": "float32"},
-            tasks=["words_choice"],
-            device="cpu",
-            batch_size="auto",
-            task_manager=manager,
-            bootstrap_iters=0,
-        )
-        assert results is not None
-        found[model] = [
-            [score for ((score, _),) in sample["resps"]]
-            for sample in sorted(results["samples"]["words_choice"], key=lambda s: s["doc_id"])
-        ]
-    for ours, stock in zip(found["streamline"], found["hf"], strict=True):
+    expected = in_process("hf", str(tiny_llama), tasks)
+    for ours, stock in zip(in_process("streamline", str(tiny_llama), tasks), expected, strict=True):
         assert ours == pytest.approx(stock, abs=1e-4)
 
 
