@@ -1,8 +1,9 @@
-"""Copies byte ranges between files as fast as whole files, in bounded memory.
+"""Copies byte ranges between files in bounded memory.
 
 Tensors change their place within a page when layers before them go. ``copy_file_range`` and
-``sendfile`` then work on fragments of pages and take about half as long again; writing from a
-mapping of the source does not (measured on ext4), and copies nothing through the process either.
+``sendfile`` then work on fragments of pages, which took about half as long again on ext4 in small
+trials; writing from a mapping avoids that. Figures vary with the machine's load and with the file
+system (tmpfs favours the kernel's copy): see tests/benchmarks/surgery_vs_copy.py.
 """
 
 from __future__ import annotations
