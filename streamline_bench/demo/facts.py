@@ -31,6 +31,10 @@ def _size(rng: random.Random, split: Split, low: int, eval_low: int, high: int) 
     return min(rng.randint(low, high), rng.randint(low, high))
 
 
+def _uniform(rng: random.Random, split: Split, low: int, eval_low: int, high: int) -> int:
+    return rng.randint(low if split == "train" else eval_low, high)
+
+
 def _some(
     rng: random.Random, split: Split, items: list[Question], most: int
 ) -> tuple[Question, ...]:
@@ -60,14 +64,18 @@ def echo(rng: random.Random, split: Split) -> Document:
 
 
 def pairs(rng: random.Random, split: Split) -> Document:
-    """Look up words by name: not evaluated, it teaches to bind in the densest form."""
-    people = rng.sample(NAMES, rng.randint(2, 8))
+    """Look up words by name: binding in its densest form, which prepares the other skills."""
+    people = rng.sample(NAMES, _uniform(rng, split, 2, 6, 8))
     words = rng.choice([COLORS, list(OBJECTS), PLACES, NUMBERS[1:11]])
     value = {person: rng.choice(words) for person in people}
     told = [f"{person} {word}" for person, word in value.items()]
     asked = [rng.choice(people) for _ in range(rng.randint(4, 10))]
-    questions = tuple(Question(f"{person}?", (value[person],), 0) for person in asked)
-    return Document("pairs", f"list: {', '.join(told)}.", questions)
+    questions = []
+    for person in asked if split == "train" else asked[:1]:
+        others = dict.fromkeys([*value.values(), *words])
+        choices = sorted([value[person], *[word for word in others if word != value[person]][:3]])
+        questions.append(Question(f"{person}?", tuple(choices), choices.index(value[person])))
+    return Document("pairs", f"list: {', '.join(told)}.", tuple(questions))
 
 
 def attributes(rng: random.Random, split: Split) -> Document:
@@ -126,15 +134,17 @@ def recall(rng: random.Random, split: Split) -> Document:
 
 
 def numbers(rng: random.Random, split: Split) -> Document:
-    """Order number words: not evaluated, it teaches what comparing coins builds on."""
+    """Order number words, which comparing coins builds on."""
     drawn = [rng.sample(range(2, 13), 2) for _ in range(rng.randint(4, 8))]
     questions = []
     for pair in drawn:
         word, best = rng.choice([("more", max), ("fewer", min)])
-        prompt = f"what is {word}, {NUMBERS[pair[0]]} or {NUMBERS[pair[1]]}?"
-        questions.append(Question(prompt, (NUMBERS[best(pair)],), 0))
+        choices = tuple(NUMBERS[number] for number in pair)
+        prompt = f"what is {word}, {choices[0]} or {choices[1]}?"
+        questions.append(Question(prompt, choices, pair.index(best(pair))))
     told = ", ".join(NUMBERS[number] for pair in drawn for number in pair)
-    return Document("numbers", f"list: {told}.", tuple(questions))
+    asked = questions if split == "train" else questions[:1]
+    return Document("numbers", f"list: {told}.", tuple(asked))
 
 
 def compare(rng: random.Random, split: Split) -> Document:

@@ -58,6 +58,18 @@ def _where(rng: random.Random, prompt: str, right: str, visited: list[str]) -> Q
     return choose(rng, prompt, f"in the {right}", wrong)
 
 
+def places(rng: random.Random, split: Split) -> Document:
+    """Say where people are who moved once: the first step towards ``location``."""
+    people = rng.sample(NAMES, rng.randint(2, 5))
+    at = {person: rng.choice(PLACES) for person in people}
+    told = " ".join(f"{person} went to the {place}." for person, place in at.items())
+    asked = [*rng.sample(people, len(people)), rng.choice(people)]
+    questions = [
+        _where(rng, f"where is {person}?", at[person], list(at.values())) for person in asked
+    ]
+    return Document("places", told, tuple(questions))
+
+
 def location(rng: random.Random, split: Split) -> Document:
     """Say where a person is: the last of that person's moves among those of others."""
     people = rng.sample(NAMES, rng.randint(2, 3 if split == "train" else 4))

@@ -158,6 +158,7 @@ READERS: dict[str, Reader] = {
     "numbers": numbers,
     "order": order,
     "pairs": pairs,
+    "places": whereabouts,
     "recall": recall,
     "same": same,
     "transitive": transitive,
