@@ -74,7 +74,8 @@ def test_help_of_every_command_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom click.testing import CliRunner\n"
         "from streamline_bench.cli.main import COMMANDS, cli\n"
-        "for name in COMMANDS:\n"
+        # lm-eval hands --help on to the harness.
+        "for name in set(COMMANDS) - {'lm-eval'}:\n"
         "    result = CliRunner().invoke(cli, [name, '--help'])\n"
         "    assert result.exit_code == 0, (name, result.output)\n"
         f"print([m for m in {HEAVY!r} if m in sys.modules])"

@@ -15,23 +15,23 @@ from streamline_bench.methods.base import Method
 __all__ = ["METHODS", "check_parameters", "get_method"]
 
 METHODS: Mapping[str, str] = {
-    "dense": "streamline_bench.methods.dense:Dense",
-    "first_layers": "streamline_bench.methods.first_layers:FirstLayers",
-    "laco": "streamline_bench.methods.laco:LaCo",
-    "last_layers": "streamline_bench.methods.last_layers:LastLayers",
-    "linear_patch": "streamline_bench.methods.linear_patch:LinearPatch",
-    "magnitude": "streamline_bench.methods.magnitude:Magnitude",
-    "random_layers": "streamline_bench.methods.random_layers:RandomLayers",
-    "replaceme": "streamline_bench.methods.replaceme:ReplaceMe",
-    "ridge_map": "streamline_bench.methods.ridge_map:RidgeMap",
-    "shortened_llama_ppl": "streamline_bench.methods.shortened_llama_ppl:ShortenedLlamaPPL",
-    "shortened_llama_taylor": "streamline_bench.methods.shortened_llama_taylor:ShortenedLlamaTaylor",
-    "shortgpt": "streamline_bench.methods.shortgpt:ShortGPT",
-    "sleb": "streamline_bench.methods.sleb:SLEB",
-    "streamline": "streamline_bench.methods.streamline:Streamline",
-    "uidl": "streamline_bench.methods.uidl:UIDL",
+    "dense": "dense:Dense",
+    "first_layers": "first_layers:FirstLayers",
+    "laco": "laco:LaCo",
+    "last_layers": "last_layers:LastLayers",
+    "linear_patch": "linear_patch:LinearPatch",
+    "magnitude": "magnitude:Magnitude",
+    "random_layers": "random_layers:RandomLayers",
+    "replaceme": "replaceme:ReplaceMe",
+    "ridge_map": "ridge_map:RidgeMap",
+    "shortened_llama_ppl": "shortened_llama_ppl:ShortenedLlamaPPL",
+    "shortened_llama_taylor": "shortened_llama_taylor:ShortenedLlamaTaylor",
+    "shortgpt": "shortgpt:ShortGPT",
+    "sleb": "sleb:SLEB",
+    "streamline": "streamline:Streamline",
+    "uidl": "uidl:UIDL",
 }
-"""Method name -> ``"module:Class"``."""
+"""Method name -> ``"module:Class"``, the module below ``streamline_bench.methods``."""
 
 
 def get_method(name: str) -> Method:
@@ -46,7 +46,9 @@ def get_method(name: str) -> Method:
             f"Unknown method '{name}'{suggest(name, METHODS) or ';'} known methods: {known}."
         )
     module, _, attribute = METHODS[name].partition(":")
-    method_class: type[Method] = getattr(importlib.import_module(module), attribute)
+    method_class: type[Method] = getattr(
+        importlib.import_module(f"streamline_bench.methods.{module}"), attribute
+    )
     return method_class()
 
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from streamline_bench.core.architecture import architecture_of
-from streamline_bench.core.importance import scan
 from streamline_bench.core.replacement import network_parameters
 from streamline_bench.core.shards import layer_names, layers_prefix
 from streamline_bench.core.similarity import Block, Similarity
@@ -25,12 +24,12 @@ from streamline_bench.core.sparsity import SizePlan
 from streamline_bench.core.surgery import block_keep, pruned_config
 from streamline_bench.errors import NumericsError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.block_choice import SIMILARITY_FILE, block_at, scan_once
 from streamline_bench.methods.depth import config_json, size_plan
 
 if TYPE_CHECKING:
     import torch
 
-    from streamline_bench.core.calibration import CalibrationTokens
     from streamline_bench.core.distill import TrainingResult
 
 __all__ = ["Streamline", "StreamlineParameters"]
@@ -71,7 +70,7 @@ class Streamline(Method):
         plan = _size_plan(work)
         block_size = plan.n_layers + _slots(work)
         tokens = work.tokens(work.recipe.calibration)
-        similarity = _scan_once(work, tokens, options)
+        similarity = scan_once(work, tokens, options.last_state)
         block = _choose(similarity, block_size, options)
         log.info("block: layers %d to %d", block.start, block.start + block.n - 1)
         result = _train(work, block)
@@ -109,26 +108,12 @@ def _size_plan(work: Compression) -> SizePlan:
     return plan
 
 
-def _scan_once(
-    work: Compression, tokens: CalibrationTokens, options: StreamlineParameters
-) -> Similarity:
-    """Scan, or take up the scan that an interrupted attempt left behind."""
-    path = work.work / "similarity.json"
-    if path.exists():
-        return Similarity.load(path)
-    similarity = scan(work.model, tokens, last_state=options.last_state, progress=work.progress)
-    similarity.save(path)
-    return similarity
-
-
 def _choose(similarity: Similarity, n: int, options: StreamlineParameters) -> Block:
     if options.start is None:
         return similarity.best_block(
             n, metric=options.metric, allow_first_layer=options.allow_first_layer
         )
-    block_keep(similarity.num_layers, options.start, n)  # refuses a block that leaves the model
-    score = float(similarity.scores(n, options.metric)[options.start])
-    return Block(options.start, n, score, options.metric)
+    return block_at(similarity, options.start, n, options.metric)
 
 
 def _train(work: Compression, block: Block) -> TrainingResult | None:
@@ -234,7 +219,7 @@ def _chosen(
 
 
 def _artefacts(work: Compression, result: TrainingResult | None) -> dict[str, str]:
-    texts = {"similarity.json": (work.work / "similarity.json").read_text(encoding="utf-8")}
+    texts = {SIMILARITY_FILE: (work.work / SIMILARITY_FILE).read_text(encoding="utf-8")}
     if result is not None:
         texts["training_curve.jsonl"] = "".join(json.dumps(row) + "\n" for row in result.curve)
     return texts
