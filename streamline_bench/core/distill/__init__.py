@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from streamline_bench.core.distill.presets import QUIRKS, TRAINING_PRESETS, training_preset
+from streamline_bench.core.distill.checks import QUIRKS
+from streamline_bench.core.distill.presets import TRAINING_PRESETS, training_preset
 from streamline_bench.core.distill.training import TrainingResult, train_replacement
 
 __all__ = ["QUIRKS", "TRAINING_PRESETS", "TrainingResult", "train_replacement", "training_preset"]

@@ -1,4 +1,4 @@
-"""The paper's ways of training a replacement, as :class:`TrainingSpec` fields, and its deviations.
+"""The paper's ways of training a replacement, as :class:`TrainingSpec` fields.
 
 ``paper_mse``: hidden states, AdamW at 2e-4, 8 x 16 blocks a step, one epoch. ``paper_lm``: the
 language-modelling loss of the pruned model. ``paper_memory_efficient``: the authors' streaming
@@ -8,14 +8,14 @@ example for 8B models. The cosine of ``paper_mse`` and ``paper_lm`` ends at 5e-5
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from streamline_bench.core.recipe import ReplacementSpec, TrainingSpec
+from streamline_bench.core.recipe import TrainingSpec
 from streamline_bench.core.suggestions import suggest
 from streamline_bench.errors import RecipeError
 
-__all__ = ["QUIRKS", "TRAINING_PRESETS", "check_quirks", "learning_rate", "training_preset"]
+__all__ = ["TRAINING_PRESETS", "learning_rate", "training_preset"]
 
 _COMMON = {"epochs": 1, "lr": 2e-4, "weight_decay": 1e-3, "max_grad_norm": 5.0}
 
@@ -51,15 +51,6 @@ TRAINING_PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-QUIRKS: Mapping[str, str] = {
-    "bidirectional_layer": "a layer is trained by MSE without a causal mask",
-    "schedule_per_accumulation": "the schedule spans half the micro-batches and advances once per "
-    "optimizer step (mse: an eighth of it is used) or per micro-batch (lm: it wraps)",
-    "postnorm_target": "the target is taken after the final norm if the block ends at the last "
-    "layer",
-}
-"""Deviations of the reference implementation that ``reference_quirks`` can switch on."""
-
 
 def training_preset(name: str, **changes: Any) -> TrainingSpec:
     """Return a preset, with some of its fields changed.
@@ -77,24 +68,3 @@ def learning_rate(training: TrainingSpec, hidden_size: int) -> float:
     if training.lr != "auto":
         return float(training.lr)
     return min(2e-4 * math.sqrt(4096 / hidden_size), 2e-3)
-
-
-def check_quirks(quirks: Sequence[str], spec: ReplacementSpec, training: TrainingSpec) -> None:
-    """Refuse quirks that do not exist or that would change nothing.
-
-    Raises:
-        RecipeError: a quirk is unknown, or says nothing about this kind or objective.
-    """
-    for quirk in quirks:
-        if quirk not in QUIRKS:
-            known = ", ".join(QUIRKS)
-            raise RecipeError(
-                f"Reference quirk '{quirk}' is unknown{suggest(quirk, QUIRKS)} (known: {known})."
-            )
-    if "bidirectional_layer" in quirks and (spec.kind != "layer" or training.objective != "mse"):
-        raise RecipeError(
-            "Reference quirk 'bidirectional_layer' concerns kind 'layer' trained by 'mse', not "
-            f"'{spec.kind}' by '{training.objective}'; leave it out."
-        )
-    if "postnorm_target" in quirks and training.objective != "mse":
-        raise RecipeError("Reference quirk 'postnorm_target' concerns objective 'mse'.")

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.calibration import CalibrationTokens
+from streamline_bench.core.distill.checks import check_block, check_quirks
 from streamline_bench.core.distill.identity import key_of, weights_digest
 from streamline_bench.core.distill.loop import DataSet, Loop
 from streamline_bench.core.distill.objectives import LmObjective, MseObjective, Objective, pruned
 from streamline_bench.core.distill.plan import StepPlan
-from streamline_bench.core.distill.presets import check_quirks, learning_rate
+from streamline_bench.core.distill.presets import learning_rate
 from streamline_bench.core.distill.processes import AcceleratedProcesses, Processes
 from streamline_bench.core.distill.schedule import CosineSchedule
 from streamline_bench.core.distill.sources import (
@@ -33,7 +33,7 @@ from streamline_bench.core.distill.student import Student
 from streamline_bench.core.distill.teacher import Teacher, frozen
 from streamline_bench.core.recipe import ReplacementSpec, TrainingSpec
 from streamline_bench.core.staging import atomic_write_text
-from streamline_bench.errors import OutputError, RecipeError, SparsityError
+from streamline_bench.errors import OutputError
 
 __all__ = ["TrainingResult", "train_replacement"]
 
@@ -88,7 +88,7 @@ def train_replacement(
         n: layers removed, including those that kind ``layer`` puts back.
         tokens: training data; ``training.validation_share`` of the sequences is held out.
         work: folder for checkpoint, activation cache and ``curve.jsonl``.
-        quirks: names from :data:`~streamline_bench.core.distill.presets.QUIRKS`.
+        quirks: names from :data:`~streamline_bench.core.distill.checks.QUIRKS`.
         weights_sha256: hash of the model's weights if known, to spare computing one.
 
     Raises:
@@ -98,10 +98,11 @@ def train_replacement(
         NumericsError: a loss is NaN or infinite; the message names the step.
         OutputError: ``work`` cannot be written.
     """
-    _check(model, start, n, spec)
+    check_block(model, start, n, spec)
     check_quirks(quirks, spec, training)
     device = torch.device(device)
-    model.to(device)
+    if not getattr(model, "hf_device_map", None):  # spread by accelerate: stays where it is
+        model.to(device)
     student = Student(model, start, spec, seed)
     if training.objective == "none":
         summary = {"objective": "none", "kind": spec.kind, "steps": 0}
@@ -288,18 +289,3 @@ class _Job:
             "quirks": list(self.quirks),
             "seconds": round(state.seconds, 3),
         }
-
-
-def _check(model: nn.Module, start: int, n: int, spec: ReplacementSpec) -> None:
-    depth = len(decoder_layers(model))
-    if n < 1 or start < 0 or start + n > depth:
-        raise SparsityError(
-            f"The block of {n} layers from layer {start} is not inside a model of {depth} layers."
-        )
-    if spec.kind == "none":
-        raise RecipeError("Replacement kind 'none' has nothing to train; name another kind.")
-    if spec.kind == "layer" and spec.layers > n:
-        raise RecipeError(
-            f"replacement.layers is {spec.layers}, more than the {n} layers that are removed; "
-            "lower it."
-        )

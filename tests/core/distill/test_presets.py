@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from streamline_bench.core.distill import QUIRKS, TRAINING_PRESETS, training_preset
-from streamline_bench.core.distill.presets import check_quirks, learning_rate
+from streamline_bench.core.distill.checks import check_quirks
+from streamline_bench.core.distill.presets import learning_rate
 from streamline_bench.core.recipe import ReplacementSpec, TrainingSpec
 from streamline_bench.errors import RecipeError
 
