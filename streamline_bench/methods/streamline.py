@@ -158,8 +158,10 @@ def _assemble(
         return config_json(host), names, {}, len(keep)
     if slots:
         tensors = _layer_tensors(work, block.start, result.state)
-        for name in tensors:
-            names.pop(name, None)
+        # Whole layers, not name by name: a checkpoint may store experts one by one that are fused
+        # in the model.
+        replaced = tuple(f"{_layers_prefix(work)}.{block.start + i}." for i in range(slots))
+        names = {new: old for new, old in names.items() if not new.startswith(replaced)}
         return config_json(host), names, tensors, len(keep)
     from streamline_bench.modeling import Attachment, streamline_config
 

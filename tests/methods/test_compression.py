@@ -77,7 +77,9 @@ def test_layer_is_a_stock_checkpoint_of_one_trained_layer(
         same = torch.equal(tensor, before[".".join(parts)])
         assert same is (new != start), name
     stock = "import sys, torch; from transformers import AutoModelForCausalLM as M; "
-    stock += f"M.from_pretrained({str(out)!r}); assert 'streamline_bench.modeling' not in sys.modules"
+    stock += (
+        f"M.from_pretrained({str(out)!r}); assert 'streamline_bench.modeling' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", stock], check=True)
 
 
@@ -97,6 +99,17 @@ def test_feed_forward_kinds_reload_and_are_recorded(
     assert manifest.sparsity_reached == 1 - manifest.parameters_after / manifest.parameters_before
     verify_files(out, manifest)
     assert {"similarity.json", "training_curve.jsonl", "tokenizer.json"} <= set(manifest.files)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt2", "opt", "gemma3_text"])
+def test_layer_of_other_families_is_a_stock_checkpoint(
+    model_type: str,
+    make_tiny_model: Callable[..., Path],
+    make_recipe: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    out = compress(make_tiny_model(model_type), make_recipe(), tmp_path / "out", progress=False)
+    assert _logits(out).isfinite().all()
 
 
 def test_block_at_the_first_layer_needs_leave(
