@@ -50,6 +50,8 @@ class CalibrationTokens:
         sha256: hex digest of ids and mask.
         requested_length: the sequence length asked for, where the model's own limit cut it
             (``T`` is then smaller), else None.
+        target_mask: bool ``[n, T]``, true for the tokens that a training predicts (the answers of
+            instructions); None: all.
     """
 
     input_ids: Tensor
@@ -58,12 +60,17 @@ class CalibrationTokens:
     num_tokens: int
     sha256: str
     requested_length: int | None = None
+    target_mask: Tensor | None = None
 
     @classmethod
     def from_tensors(
-        cls, input_ids: Tensor, attention_mask: Tensor | None = None, source: str = "tensors"
+        cls,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        source: str = "tensors",
+        target_mask: Tensor | None = None,
     ) -> CalibrationTokens:
-        """Wrap ids ``[n, T]`` (and mask; None: no pads), counting and hashing them.
+        """Wrap ids ``[n, T]`` (and masks; None: no pads, all predicted), counting and hashing.
 
         Raises:
             CalibrationError: a sequence has no token at all.
@@ -76,7 +83,11 @@ class CalibrationTokens:
             raise CalibrationError(
                 f"Sequence {empty[0]} of {source} has no tokens; leave empty sequences out."
             )
-        return cls(ids, mask, source, int(mask.sum()), _digest(ids, mask))
+        if target_mask is None:
+            return cls(ids, mask, source, int(mask.sum()), _digest(ids, mask))
+        targets = target_mask.to("cpu", torch.bool).contiguous() & mask
+        digest = _digest(ids, mask, targets)
+        return cls(ids, mask, source, int(mask.sum()), digest, target_mask=targets)
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
@@ -125,7 +136,10 @@ class CalibrationTokens:
         }
 
     def _rows(self, index: Tensor) -> CalibrationTokens:
-        part = self.from_tensors(self.input_ids[index], self.attention_mask[index], self.source)
+        targets = None if self.target_mask is None else self.target_mask[index]
+        part = self.from_tensors(
+            self.input_ids[index], self.attention_mask[index], self.source, targets
+        )
         return dataclasses.replace(part, requested_length=self.requested_length)
 
 
@@ -148,8 +162,13 @@ def load_calibration(
         max_length: most positions the model has; a longer ``sequence_length`` is cut to it.
 
     Raises:
-        CalibrationError: the corpus is missing, empty, unreadable, or too short for ``tokens``.
+        CalibrationError: the corpus is missing, empty, unreadable, or too short for ``tokens``;
+            or the form is ``instruction``, which only a recovery reads.
     """
+    if spec.form == "instruction":
+        raise CalibrationError(
+            "Form 'instruction' is for the data of a recovery; give form 'packed' or 'documents'."
+        )
     length = min(spec.sequence_length, max_length or spec.sequence_length)
     source = resolve_source(spec.source, model_folder)
     with tqdm(
@@ -248,8 +267,9 @@ def _pad_id(tokenizer: Any) -> int:
     return 0
 
 
-def _digest(ids: Tensor, mask: Tensor) -> str:
+def _digest(ids: Tensor, *masks: Tensor) -> str:
     digest = hashlib.sha256(repr(tuple(ids.shape)).encode())
     digest.update(ids.numpy().astype("<i8", copy=False).tobytes())
-    digest.update(mask.numpy().astype("u1", copy=False).tobytes())
+    for mask in masks:
+        digest.update(mask.numpy().astype("u1", copy=False).tobytes())
     return digest.hexdigest()

@@ -37,7 +37,14 @@ from streamline_bench.core.recipe import CalibrationSpec
 from streamline_bench.core.suggestions import suggest
 from streamline_bench.errors import CalibrationError
 
-__all__ = ["PRESETS", "SHUFFLE_DOCUMENTS", "CorpusPreset", "open_documents", "resolve_source"]
+__all__ = [
+    "PRESETS",
+    "SHUFFLE_DOCUMENTS",
+    "CorpusPreset",
+    "open_documents",
+    "open_records",
+    "resolve_source",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +115,7 @@ def open_documents(spec: CalibrationSpec, model_folder: Path | None = None) -> I
         records = _mixed(records, preset, spec.seed) if preset.domains else records
         field, source = preset.text_field, preset.source
     else:
-        records = _records(spec.model_copy(update={"source": source}))
+        records = open_records(spec, model_folder)
         # A text file has no fields: each document is the whole record.
         field = "text" if file_kind(source) == "text" else spec.text_field
     for record in records:
@@ -120,6 +127,17 @@ def open_documents(spec: CalibrationSpec, model_folder: Path | None = None) -> I
             )
         if text.strip():
             yield text
+
+
+def open_records(
+    spec: CalibrationSpec, model_folder: Path | None = None
+) -> Iterator[Mapping[str, Any]]:
+    """Yield the records of a corpus that is no preset, in seeded order, with all their fields.
+
+    Raises:
+        CalibrationError: the source is missing, unknown, damaged or unreachable.
+    """
+    return _records(spec.model_copy(update={"source": resolve_source(spec.source, model_folder)}))
 
 
 def _preset_spec(spec: CalibrationSpec, preset: CorpusPreset) -> CalibrationSpec:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from streamline_bench.core.recovery_presets import with_preset
 from streamline_bench.core.suggestions import suggest
 from streamline_bench.errors import RecipeError
 
@@ -21,6 +22,7 @@ __all__ = [
     "CalibrationSpec",
     "PublishedResult",
     "Recipe",
+    "RecoverySpec",
     "ReplacementSpec",
     "TrainingSpec",
     "parse_recipe",
@@ -41,14 +43,15 @@ class CalibrationSpec(_Frozen):
 
     ``source`` is a preset (``slimpajama``), a file (``.txt``, ``.jsonl``, ``.parquet``), a folder
     saved with ``datasets.save_to_disk``, a hub id, or ``auto``: the file ``calibration.jsonl`` in
-    the model's own folder if there is one, else ``slimpajama``.
+    the model's own folder if there is one, else ``slimpajama``. The form ``instruction`` is for a
+    recovery: records with ``instruction``, ``input`` (may be empty) and ``output``.
     """
 
     source: str = "auto"
     split: str = "train"
     subset: str | None = None
     text_field: str = "text"
-    form: Literal["packed", "documents"] = "packed"
+    form: Literal["packed", "documents", "instruction"] = "packed"
     sequence_length: int = Field(2048, ge=2)
     samples: int | None = Field(None, ge=1, description="at most this many sequences")
     tokens: int | None = Field(None, ge=2, description="exactly this many tokens")
@@ -79,6 +82,8 @@ class TrainingSpec(_Frozen):
     lr: float | Literal["auto"] = "auto"
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    warmup_steps: int | None = Field(None, ge=0, description="in place of warmup_ratio")
+    decay: Literal["cosine", "linear"] = "cosine"
     weight_decay: float = Field(1e-3, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(5.0, gt=0)
@@ -87,6 +92,54 @@ class TrainingSpec(_Frozen):
     validations: int = Field(10, ge=1, description="how often the validation loss is taken")
     cache_gb: float = Field(16.0, ge=0, description="budget of the activation cache")
     checkpoint_every: int = Field(200, ge=1, description="optimizer steps between checkpoints")
+
+
+ProjectionRole = Literal["q", "k", "v", "o", "gate", "up", "down"]
+"""A projection of a decoder layer, whatever a family calls it; fused ones count for each part."""
+
+
+class RecoverySpec(_Frozen):
+    """A training of the compressed model, after any method, with the loss of the next token.
+
+    ``lora`` trains low-rank updates of projections and merges them into the weights; ``partial``
+    the LM head (untied from the embeddings), the final norm and the last layers; ``full`` all
+    weights. ``preset`` names values from the literature
+    (:mod:`~streamline_bench.core.recovery_presets`); what is given beside it wins.
+
+    Attributes:
+        rank, alpha, dropout, targets: of ``lora``; updates are scaled by ``alpha / rank``.
+        last_layers: of ``partial``: how many of the last layers are trained too.
+        train_on_inputs: with form ``instruction``, put the loss on the prompt as well.
+        training: steps and rates; ``training.data`` is what is trained on, its source ``auto``
+            being the recipe's calibration source.
+    """
+
+    kind: Literal["lora", "partial", "full"]
+    preset: str | None = None
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    targets: tuple[ProjectionRole, ...] = Field(get_args(ProjectionRole), min_length=1)
+    last_layers: int = Field(3, ge=0)
+    train_on_inputs: bool = False
+    training: TrainingSpec = TrainingSpec(objective="lm")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, payload: Any) -> Any:
+        if not isinstance(payload, Mapping):
+            return payload
+        filled = with_preset(payload)
+        training = filled.get("training", {})
+        if isinstance(training, Mapping):
+            filled["training"] = {"objective": "lm", **training}
+        return filled
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RecoverySpec:
+        if self.training.objective != "lm":
+            raise ValueError("a recovery is trained with objective 'lm'")
+        return self
 
 
 class PublishedResult(_Frozen):
@@ -114,7 +167,7 @@ class Recipe(_Frozen):
     replacement: ReplacementSpec = ReplacementSpec()
     calibration: CalibrationSpec = CalibrationSpec()
     training: TrainingSpec = TrainingSpec()
-    recovery: dict[str, Any] | None = None
+    recovery: RecoverySpec | None = None
     seed: int = 0
     reference_quirks: tuple[str, ...] = ()
     cost: Literal["no training", "calibrated", "recovered"] = "calibrated"
@@ -165,7 +218,13 @@ def _fields_at(path: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = Recipe
     for part in path:
         annotation = model.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        # An optional part is a union of its schema and None.
+        schemas = [
+            choice
+            for choice in (annotation, *get_args(annotation))
+            if isinstance(choice, type) and issubclass(choice, BaseModel)
+        ]
+        if not schemas:
             return []
-        model = annotation
+        model = schemas[0]
     return list(model.model_fields)

@@ -1,6 +1,7 @@
 """Training of the replacement networks.
 
-``training`` is the entrance; ``teacher`` and ``student`` say how hidden states are made and used,
+``training`` is the entrance; ``teacher`` and ``student`` say how hidden states are made and used
+(``trainee``: what else the same loop can train),
 ``objectives`` what is minimised, ``plan`` and ``schedule`` in which order and at which rate,
 ``loop`` does the steps, ``state`` makes it resumable, ``sources`` caches activations.
 """

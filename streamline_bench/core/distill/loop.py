@@ -24,7 +24,7 @@ from streamline_bench.core.distill.state import (
     optimizer_moments,
     save_state,
 )
-from streamline_bench.core.distill.student import Student
+from streamline_bench.core.distill.trainee import Trainee
 from streamline_bench.core.recipe import TrainingSpec
 from streamline_bench.errors import NumericsError
 
@@ -40,12 +40,18 @@ class DataSet:
     tokens: CalibrationTokens
     source: StateSource | None
 
+    def terms(self, objective: Objective, rows: Tensor | slice = slice(None)) -> int:
+        """Return the number of terms that an objective has for some rows (default: all)."""
+        targets = self.tokens.target_mask
+        mask = self.tokens.attention_mask[rows]
+        return objective.terms(mask, None if targets is None else targets[rows])
+
 
 @dataclass
 class Loop:
     """Trains a student. All that changes while it runs is in ``state`` and in the student."""
 
-    student: Student
+    student: Trainee
     objective: Objective
     training: TrainingSpec
     plan: StepPlan
@@ -66,7 +72,7 @@ class Loop:
             NumericsError: a loss or gradient is not finite; the message names the step.
         """
         self._began = time.monotonic() - self.state.seconds
-        parameters = list(self.student.module.parameters())
+        parameters = self.student.parameters()
         optimizer = self._optimizer(parameters)
         if self.state.step:
             self.student.load(self.state.weights)
@@ -76,7 +82,7 @@ class Loop:
         bar = tqdm(
             total=self.plan.steps,
             initial=self.state.step,
-            desc=f"distill ({self.training.objective})",
+            desc=f"{self.student.task} ({self.training.objective})",
             unit="step",
             disable=not (self.progress and self.processes.is_main),
         )
@@ -103,6 +109,7 @@ class Loop:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
+        self.student.begin(state.step)
         total, terms, tokens = self._backward(self.plan.micro_batches_of(state.step))
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.training.max_grad_norm)
         self._require_finite(total / terms, float(norm))
@@ -116,7 +123,7 @@ class Loop:
     def _backward(self, micro_batches: Sequence[Tensor]) -> tuple[float, int, int]:
         """Accumulate gradients; return (sum of losses, terms, tokens) over all processes."""
         masks = [self.train.tokens.attention_mask[rows] for rows in micro_batches]
-        terms = max(sum(self.objective.terms(mask) for mask in masks), 1)
+        terms = max(sum(self.train.terms(self.objective, rows) for rows in micro_batches), 1)
         total = torch.zeros((), device=self.device)
         mine = self.processes.share(micro_batches)
         for position, (rows, counted) in enumerate(mine):
@@ -138,7 +145,7 @@ class Loop:
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 raise NumericsError(
-                    f"The {name} of the replacement is {value} at step {self.state.step + 1} of "
+                    f"The {name} of the {self.student.label} is {value} at step {self.state.step + 1} of "
                     f"{self.plan.steps}; lower training.lr or use autocast 'none'."
                 )
 
@@ -154,7 +161,8 @@ class Loop:
         loss = self._validation_loss()
         if not math.isfinite(loss):
             raise NumericsError(
-                f"The validation loss of the replacement is {loss} after step {self.state.step}; "
+                f"The validation loss of the {self.student.label} is {loss} after step "
+                f"{self.state.step}; "
                 "lower training.lr or check the model's weights."
             )
         if loss < self.state.best_loss:
@@ -165,12 +173,13 @@ class Loop:
     @torch.no_grad()
     def _validation_loss(self) -> float:
         tokens = self.validation.tokens
+        self.student.begin(None)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         batches = torch.split(torch.arange(len(tokens)), self.training.batch_size)
         for rows in self.processes.own(batches):
             batch = make_batch(tokens, rows, self.device)
             total += self._loss(batch, self.validation.source).double()
-        terms = self.objective.terms(tokens.attention_mask)
+        terms = self.validation.terms(self.objective)
         return float(self.processes.sum(total)) / max(terms, 1)
 
     def _add_row(self, lr: float | None, validation_loss: float | None) -> None:

@@ -6,7 +6,7 @@ steps of several micro-batches of unequal length weigh every token alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -28,8 +28,8 @@ class Objective(Protocol):
         """Return the sum of the losses of all terms of a batch, a float32 scalar."""
         ...
 
-    def terms(self, mask: Tensor) -> int:
-        """Return the number of terms of a batch with this mask ``[batch, seq]``."""
+    def terms(self, mask: Tensor, targets: Tensor | None = None) -> int:
+        """Return the number of terms of a batch with these masks ``[batch, seq]``."""
         ...
 
 
@@ -56,15 +56,16 @@ class MseObjective:
         # Not multiplied by the mask: what stands in padding may be infinite.
         return errors[batch.mask].sum()
 
-    def terms(self, mask: Tensor) -> int:
+    def terms(self, mask: Tensor, targets: Tensor | None = None) -> int:
         return int(mask.sum())
 
 
 class LmObjective:
-    """Next-token cross entropy of the pruned model; ``model`` must be inside :func:`pruned`.
+    """Next-token cross entropy of a model; a replacement's must be inside :func:`pruned`.
 
-    One term per token that has a predecessor. Frozen layers before the replacement record nothing
-    for the backward pass, because nothing before them asks for gradients.
+    One term per token that has a predecessor (and is a target, where the batch names targets).
+    Frozen layers before the replacement record nothing for the backward pass, because nothing
+    before them asks for gradients.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -72,13 +73,13 @@ class LmObjective:
 
     def loss_sum(self, batch: Batch, source: StateSource | None) -> Tensor:
         output = self._model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
-        counted = _predicted(batch.mask)
+        counted = _predicted(batch.mask, batch.targets)
         logits = output.logits[:, :-1][counted].float()
         labels = batch.ids[:, 1:][counted]
         return nn.functional.cross_entropy(logits, labels, reduction="sum")
 
-    def terms(self, mask: Tensor) -> int:
-        return int(_predicted(mask).sum())
+    def terms(self, mask: Tensor, targets: Tensor | None = None) -> int:
+        return int(_predicted(mask, targets).sum())
 
 
 @contextmanager
@@ -102,13 +103,9 @@ def pruned(model: nn.Module, start: int, n: int, student: Student) -> Iterator[N
         slot.as_tuple = False
 
 
-def total_terms(objective: Objective, masks: Sequence[Tensor]) -> int:
-    """Return the number of terms of several batches."""
-    return sum(objective.terms(mask) for mask in masks)
-
-
-def _predicted(mask: Tensor) -> Tensor:
-    return mask[:, 1:] & mask[:, :-1]
+def _predicted(mask: Tensor, targets: Tensor | None) -> Tensor:
+    predicted = mask[:, 1:] & mask[:, :-1]
+    return predicted if targets is None else predicted & targets[:, 1:]
 
 
 def _without_mask(call: LayerCall, mask: Tensor) -> LayerCall:

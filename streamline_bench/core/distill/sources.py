@@ -39,11 +39,13 @@ class Batch:
     Attributes:
         ids: int64 ``[batch, seq]``; mask: bool ``[batch, seq]``, true where there is a token.
         rows: which sequences of their set they are.
+        targets: bool ``[batch, seq]``, true for the tokens to predict; None: all.
     """
 
     ids: Tensor
     mask: Tensor
     rows: Rows
+    targets: Tensor | None = None
 
 
 def make_batch(tokens: CalibrationTokens, rows: Rows, device: torch.device) -> Batch:
@@ -51,7 +53,8 @@ def make_batch(tokens: CalibrationTokens, rows: Rows, device: torch.device) -> B
     mask = tokens.attention_mask[rows]
     used = int(mask.any(dim=0).nonzero().max()) + 1
     ids = tokens.input_ids[rows, :used]
-    return Batch(ids.to(device), mask[:, :used].to(device), rows)
+    targets = None if tokens.target_mask is None else tokens.target_mask[rows, :used].to(device)
+    return Batch(ids.to(device), mask[:, :used].to(device), rows, targets)
 
 
 class StateSource(Protocol):

@@ -48,6 +48,8 @@ class Student:
             first layers; else the network. Its ``state_dict`` is the training's result.
     """
 
+    label, task = "replacement", "distill"
+
     def __init__(self, model: nn.Module, start: int, spec: ReplacementSpec, seed: int) -> None:
         layers = decoder_layers(model)
         device = next(layers[start].parameters()).device
@@ -64,6 +66,13 @@ class Student:
         self.module.to(device=device, dtype=torch.float32).eval().requires_grad_(True)
         self._parts = parts
         self.slots = [StudentSlot(part) for part in parts]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return all weights of the replacement."""
+        return list(self.module.parameters())
+
+    def begin(self, step: int | None) -> None:
+        """Nothing to prepare: a replacement is trained without dropout."""
 
     @property
     def num_calls(self) -> int:

@@ -172,7 +172,12 @@ class _Job:
         spec = self.training
         if "schedule_per_accumulation" not in self.quirks:
             return CosineSchedule.over(
-                plan.steps, peak=peak, min_ratio=spec.min_lr_ratio, warmup_ratio=spec.warmup_ratio
+                plan.steps,
+                peak=peak,
+                min_ratio=spec.min_lr_ratio,
+                warmup_ratio=spec.warmup_ratio,
+                warmup_steps=spec.warmup_steps,
+                decay=spec.decay,
             )
         horizon = 0.5 * plan.micro_batches
         stride = spec.gradient_accumulation if spec.objective == "lm" else 1
