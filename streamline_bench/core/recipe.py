@@ -69,7 +69,8 @@ class ReplacementSpec(_Frozen):
 class TrainingSpec(_Frozen):
     """How a replacement is trained (LLM-Streamline, arXiv 2403.19135, equation 4 and its release).
 
-    Presets ``paper_mse`` and ``paper_lm`` are the paper's; ``default`` scales to the data at hand.
+    In a recipe file ``preset: paper_mse``, ``paper_lm`` or ``paper_memory_efficient`` stands for
+    the paper's values; the defaults here scale to the data at hand.
     ``lr='auto'`` is 2e-4 x sqrt(4096 / hidden_size), at most 2e-3: the paper's rate at its width.
     """
 

@@ -26,6 +26,7 @@ SHORT_KEYS: Mapping[str, tuple[str, ...]] = {
     "training_tokens": ("training.data.tokens",),
     "sequence_length": ("calibration.sequence_length", "training.data.sequence_length"),
     "objective": ("training.objective",),
+    "preset": ("training.preset",),
     "epochs": ("training.epochs",),
     "lr": ("training.lr",),
 }
@@ -58,9 +59,27 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     for key, value in (overrides or {}).items():
         if value is not None:
             _override(payload, key, value)
+    _expand_preset(payload)
     recipe = parse_recipe(payload, origin=f"Recipe '{payload['name']}'")
     check_parameters(recipe)
     return recipe
+
+
+def _expand_preset(payload: dict[str, Any]) -> None:
+    """Put the values of ``training.preset`` in place; keys written beside it win."""
+    training = payload.get("training")
+    if not isinstance(training, dict) or "preset" not in training:
+        return
+    from streamline_bench.core.distill.presets import TRAINING_PRESETS
+
+    given = dict(training)
+    name = str(given.pop("preset"))
+    if name not in TRAINING_PRESETS:
+        raise RecipeError(
+            f"Unknown training preset '{name}'{suggest(name, TRAINING_PRESETS) or ';'} "
+            f"known presets: {', '.join(TRAINING_PRESETS)}."
+        )
+    payload["training"] = {**TRAINING_PRESETS[name], **given}
 
 
 def _recipe_path(name: str) -> Path:

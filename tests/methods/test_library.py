@@ -26,6 +26,16 @@ def test_overrides_reach_nested_keys() -> None:
     assert recipe.replacement.kind == "ffn"
 
 
+def test_a_training_preset_stands_for_the_papers_values() -> None:
+    training = load_recipe("streamline_paper").training
+    assert (training.batch_size * training.gradient_accumulation, training.epochs) == (128, 1)
+    assert (training.lr, training.min_lr_ratio * 2e-4) == (2e-4, pytest.approx(5e-5))
+    changed = load_recipe("streamline", {"preset": "paper_lm", "lr": 1e-4}).training
+    assert (changed.objective, changed.lr, changed.betas) == ("lm", 1e-4, (0.9, 0.95))
+    with pytest.raises(RecipeError, match="did you mean 'paper_lm'"):
+        load_recipe("streamline", {"preset": "paper_ml"})
+
+
 def test_an_override_of_one_size_replaces_the_other() -> None:
     recipe = load_recipe("streamline", {"n_layers": 3})
     assert (recipe.n_layers, recipe.sparsity) == (3, None)
