@@ -32,6 +32,8 @@ SHORT_KEYS: Mapping[str, tuple[str, ...]] = {
 }
 """Short spellings for ``--model_args`` and the command line -> dotted keys of the schema."""
 
+_PRESET_KEYS = ("preset", "training.preset")
+
 OWN_KEYS = ("sparsity", "n_layers", "seed", "reference_quirks")
 
 
@@ -56,9 +58,14 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     payload.setdefault("name", path.stem)
     if overrides and None not in (overrides.get("sparsity"), overrides.get("n_layers")):
         raise RecipeError("Give sparsity or n_layers, not both.")
-    for key, value in (overrides or {}).items():
-        if value is not None:
-            _override(payload, key, value)
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    # A preset stands for a whole way of training: it replaces the recipe's own, and the caller's
+    # other keys are laid over it.
+    for key in sorted(given, key=lambda key: key not in _PRESET_KEYS):
+        if key in _PRESET_KEYS:
+            training = payload.get("training") or {}
+            payload["training"] = {k: v for k, v in training.items() if k == "data"}
+        _override(payload, key, given[key])
     _expand_preset(payload)
     recipe = parse_recipe(payload, origin=f"Recipe '{payload['name']}'")
     check_parameters(recipe)
