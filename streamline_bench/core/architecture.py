@@ -66,6 +66,11 @@ class Architecture:
         buffers: endings of tensor names that are not parameters.
         parallel_residual: attention and MLP read the same input.
         transposed: projections store their weight as ``[in, out]`` (GPT-2's ``Conv1D``).
+        intermediate_key: name of the config entry that holds the MLP's inner width.
+        fixed_widths: why heads and channels cannot be removed; empty if they can. (Those of
+            mixtures cannot, whatever this says.)
+        any_heads: model type of a stock family with the same modules that takes any number of
+            heads, where this one insists that it divides the hidden size.
         notes: remarks for whoever extends this row.
     """
 
@@ -103,6 +108,9 @@ class Architecture:
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
     parallel_residual: bool = False
     transposed: bool = False
+    intermediate_key: str = "intermediate_size"
+    fixed_widths: str = ""
+    any_heads: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -126,7 +134,7 @@ def _gemma(model_type: str) -> Architecture:
 
 
 _ROWS = (
-    Architecture("llama"),
+    Architecture("llama", any_heads="mistral"),
     Architecture("mistral"),
     Architecture("qwen2", prefix_counts=("max_window_layers",)),
     Architecture("qwen3", prefix_counts=("max_window_layers",)),
@@ -168,6 +176,7 @@ _ROWS = (
         down="fc2",
         input_norm="self_attn_layer_norm",
         mlp_norm="final_layer_norm",
+        intermediate_key="ffn_dim",
         notes={"do_layer_norm_before": "OPT-350m has post-norm layers and no final norm"},
     ),
     Architecture(
@@ -194,6 +203,9 @@ _ROWS = (
         },
         buffers=(".attn.bias", ".attn.masked_bias"),
         transposed=True,
+        intermediate_key="n_inner",
+        fixed_widths="its attention splits queries, keys and values at multiples of the hidden "
+        "size",
     ),
     Architecture(
         "gpt_neox",
@@ -211,6 +223,7 @@ _ROWS = (
         up="dense_h_to_4h",
         down="dense_4h_to_h",
         stored_as={"lm_head": "embed_out"},
+        fixed_widths="its fused projection interleaves the heads' queries, keys and values",
         buffers=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
         parallel_residual=True,
         notes={"use_parallel_residual": "False in a few models: the layer is then sequential"},
@@ -221,6 +234,8 @@ _ROWS = (
         attention_output_norm="post_attention_layernorm",
         mlp_norm="",
         mlp_output_norm="post_feedforward_layernorm",
+        fixed_widths="its query and key norms run over all heads at once, so that removing one "
+        "changes the others",
     ),
     Architecture("smollm3", layer_lists=("layer_types", "no_rope_layers")),
     Architecture("granite"),
@@ -243,6 +258,7 @@ _ROWS = (
         layer_lists=("layer_types", "mlp_layer_types"),
         prefix_counts=("first_k_dense_replace",),
         extra_layers="num_nextn_predict_layers",
+        fixed_widths="its latent attention shares low-rank projections between the heads",
         buffers=(".rotary_emb.inv_freq", ".e_score_correction_bias"),
         notes={"attention": "multi-head latent attention: low-rank q_a/q_b and kv_a/kv_b"},
     ),
