@@ -27,8 +27,8 @@ BUILDERS: dict[str, Builder] = {
 TRAINING_ONLY: tuple[str, ...] = ("carry", "echo", "location", "places", "same", "transitive")
 """Skills without a task.
 
-``echo`` teaches to copy; without it and ``pairs`` the others take far longer. The rest stay near
-chance in a training this short, so a task on them would measure nothing.
+``echo`` teaches to copy; without it and ``pairs`` the others take far longer. The rest are not
+learned in a training this short (FIGURES.md has the numbers).
 """
 EVALUATED: tuple[str, ...] = tuple(skill for skill in BUILDERS if skill not in TRAINING_ONLY)
 
