@@ -74,7 +74,9 @@ def lm_eval(program: list[str], arguments: dict[str, str], cwd: Path) -> Any:
 
 def samples(folder: Path) -> list[list[float]]:
     (file,) = folder.rglob("samples_words_choice_*.jsonl")
-    rows = sorted((json.loads(line) for line in file.open()), key=lambda row: row["doc_id"])
+    rows = sorted(
+        (json.loads(line) for line in file.read_text().splitlines()), key=lambda row: row["doc_id"]
+    )
     return [[float(score) for score, _ in row["filtered_resps"]] for row in rows]
 
 
