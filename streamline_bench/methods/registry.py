@@ -28,6 +28,7 @@ METHODS: Mapping[str, str] = {
     "shortened_llama_taylor": "shortened_llama_taylor:ShortenedLlamaTaylor",
     "shortgpt": "shortgpt:ShortGPT",
     "sleb": "sleb:SLEB",
+    "slicegpt": "slicegpt:SliceGPT",
     "streamline": "streamline:Streamline",
     "uidl": "uidl:UIDL",
 }

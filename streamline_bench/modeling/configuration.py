@@ -1,4 +1,5 @@
-"""Configuration of the ``streamline`` model type: a host family's config plus ``attachments``.
+"""Configuration of the ``streamline`` model type: a host family's config plus ``attachments``
+and ``layer_widths``.
 
 Every instance is of a class made on the fly from the host's config class, so that the host's
 modeling code, plans and generation find all they expect; in JSON all host entries stay at the top
@@ -14,9 +15,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from streamline_bench.core.architecture import ARCHITECTURES
+from streamline_bench.core.architecture import ARCHITECTURES, architecture_of
 from streamline_bench.errors import ArchitectureError, CheckpointError
 from streamline_bench.modeling.attachments import Attachment, parse_attachments
+from streamline_bench.modeling.rotations import Rotations
+from streamline_bench.modeling.widths import LayerWidths, parse_layer_widths, require_narrowable
 
 __all__ = ["MODEL_TYPE", "StreamlineConfig", "config_class_for", "on_new_host", "streamline_config"]
 
@@ -28,13 +31,16 @@ _listeners: list[Callable[[type[StreamlineConfig]], None]] = []
 
 @strict
 class StreamlineConfig(PreTrainedConfig):  # type: ignore[misc]
-    """Config of a host model with networks behind some of its layers.
+    """Config of a host model with networks behind some layers, or widths of each layer's own.
+
+    Where ``layer_widths`` is given, the host's own entries for heads and channels are those of its
+    widest layers: the head size and the host's validation go by them.
 
     ``StreamlineConfig(host_model_type="llama", attachments=[...], hidden_size=...)`` gives an
     instance of a subclass of both this class and ``LlamaConfig``.
 
     Raises:
-        CheckpointError: ``host_model_type`` is missing or an attachment is not valid.
+        CheckpointError: ``host_model_type`` is missing, or an attachment or width is not valid.
         ArchitectureError: the host family is not in the architecture table.
     """
 
@@ -42,6 +48,8 @@ class StreamlineConfig(PreTrainedConfig):  # type: ignore[misc]
 
     host_model_type: str = ""
     attachments: list[Any] | None = None
+    layer_widths: list[Any] | None = None
+    rotations: dict[str, Any] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> StreamlineConfig:
         # Without a host only the bare class remains, which transformers makes to learn defaults.
@@ -55,6 +63,13 @@ class StreamlineConfig(PreTrainedConfig):  # type: ignore[misc]
             self.attachments = [
                 a.to_dict() for a in parse_attachments(self.attachments or [], self)
             ]
+            rotations = self.parsed_rotations()
+            self.rotations = rotations and rotations.to_dict()
+            if self.layer_widths is not None:
+                require_narrowable(architecture_of(self))
+                self.layer_widths = [
+                    w.to_dict() for w in parse_layer_widths(self.layer_widths, self)
+                ]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -80,16 +95,42 @@ class StreamlineConfig(PreTrainedConfig):  # type: ignore[misc]
         """Return the attachments in order of their places."""
         return parse_attachments(self.attachments or [], self)
 
+    def parsed_layer_widths(self) -> tuple[LayerWidths, ...]:
+        """Return the widths of each layer; nothing if all have those of the host's entries."""
+        if self.layer_widths is None:
+            return ()
+        return parse_layer_widths(self.layer_widths, self)
 
-def streamline_config(host_config: Any, attachments: Iterable[Any]) -> StreamlineConfig:
+    def parsed_rotations(self) -> Rotations | None:
+        """Return the widths of a rotated residual stream, None if it is the host's own."""
+        if self.rotations is None:
+            return None
+        if self.attachments or self.layer_widths:
+            raise CheckpointError(
+                "A config has rotations beside attachments or layer_widths, which do not go "
+                "together; write the checkpoint again."
+            )
+        return Rotations.parse(self.rotations, self)
+
+
+def streamline_config(
+    host_config: Any,
+    attachments: Iterable[Any] = (),
+    *,
+    layer_widths: Iterable[LayerWidths] | None = None,
+    rotations: Rotations | None = None,
+) -> StreamlineConfig:
     """Return the config to save for a (pruned) host model with ``attachments``.
 
     Args:
         host_config: the pruned model's own config.
         attachments: :class:`Attachment` objects or mappings of the same form.
+        layer_widths: heads and channels of each layer, where they are not the host's.
+        rotations: widths of a residual stream that was rotated and sliced.
 
     Raises:
-        ArchitectureError: the family is not in the table, or has attachments already.
+        ArchitectureError: the family is not in the table, its widths are fixed, or the model has
+            attachments or widths of its own already.
     """
     if isinstance(host_config, StreamlineConfig):
         raise ArchitectureError(
@@ -102,6 +143,10 @@ def streamline_config(host_config: Any, attachments: Iterable[Any]) -> Streamlin
     entries["attachments"] = [
         a.to_dict() if isinstance(a, Attachment) else dict(a) for a in attachments
     ]
+    if layer_widths is not None:
+        entries["layer_widths"] = [widths.to_dict() for widths in layer_widths]
+    if rotations is not None:
+        entries["rotations"] = rotations.to_dict()
     config: StreamlineConfig = StreamlineConfig.from_dict(entries)
     return config
 

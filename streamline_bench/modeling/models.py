@@ -1,9 +1,11 @@
-"""``StreamlineForCausalLM`` and ``StreamlineModel``: any host family with networks attached.
+"""``StreamlineForCausalLM`` and ``StreamlineModel``: any host family with networks attached, or
+with widths of each layer's own.
 
 Both are entrances: they look at the config and hand over to a class made on the fly from the
-host's own class (``LlamaForCausalLM``, ...), whose only change is that layers with an entry in
-``config.attachments`` run their network. Attention goes through the host's code, hence through
-transformers' attention interface, which is what lets other engines host the model.
+host's own class (``LlamaForCausalLM``, ...), whose only changes are that layers with an entry in
+``config.attachments`` run their network and that ``config.layer_widths`` resizes them. Attention
+goes through the host's code, hence through transformers' attention interface, which is what lets
+other engines host the model.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from streamline_bench.core.replacement import ReplacementNetwork
 from streamline_bench.modeling.attachments import BEFORE_FIRST
 from streamline_bench.modeling.configuration import StreamlineConfig, config_class_for
 from streamline_bench.modeling.layers import attach_network
+from streamline_bench.modeling.rotated_layers import rotate_modules
+from streamline_bench.modeling.widths import resize_layer
 
 __all__ = ["StreamlineForCausalLM", "StreamlineModel", "model_class_for"]
 
@@ -45,11 +49,17 @@ class _StreamlineHost(PreTrainedModel):  # type: ignore[misc]
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         layers = _layers_of(self)
+        for layer, widths in zip(layers, config.parsed_layer_widths(), strict=False):
+            resize_layer(layer, architecture_of(config), config, widths)
         for attachment in config.parsed_attachments():
             before = attachment.after_layer == BEFORE_FIRST
             layer = layers[0 if before else attachment.after_layer]
             attach_network(layer, attachment.build(config), before=before)
             self._no_split_modules.add(type(layer).__name__)
+        rotations = config.parsed_rotations()
+        if rotations is not None:
+            rotate_modules(self, rotations)
+            self._no_split_modules.add(type(layers[0]).__name__)
         # The host's own constructor has initialised all else; this reaches the new modules only.
         self.init_weights()
 
