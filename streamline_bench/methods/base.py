@@ -81,6 +81,10 @@ class Compression:
             trust_remote_code=self.trust_remote_code,
         )
 
+    def release_model(self) -> None:
+        """Let go of the source model; a later use would load it again."""
+        self.__dict__.pop("model", None)
+
     def tokens(self, spec: CalibrationSpec) -> CalibrationTokens:
         """Load calibration or training tokens for this model."""
         from streamline_bench.core.calibration import load_calibration

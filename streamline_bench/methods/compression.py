@@ -16,7 +16,6 @@ from streamline_bench import __version__
 from streamline_bench.core.checkpoint import (
     CheckpointReader,
     Manifest,
-    atomic_write_text,
     read_manifest,
     resolve_pretrained,
     staged_output,
@@ -27,6 +26,8 @@ from streamline_bench.core.manifest import Source, hash_files
 from streamline_bench.core.recipe import CalibrationSpec, Recipe
 from streamline_bench.errors import CacheError, CheckpointError, RecipeError
 from streamline_bench.methods.base import Compressed, Compression
+from streamline_bench.methods.composition import write_compressed
+from streamline_bench.methods.recovery import compress_and_recover, recovery_data
 from streamline_bench.methods.registry import check_parameters, get_method
 
 __all__ = ["CachedCheckpoint", "cache_root", "compress", "compress_cached", "content_key"]
@@ -69,6 +70,9 @@ def content_key(folder: Path, recipe: Recipe) -> str:
         "calibration": _data_identity(recipe.calibration, folder),
         "training": _data_identity(recipe.training.data, folder),
     }
+    recovery = recovery_data(recipe)
+    if recovery is not None:
+        payload["recovery"] = _data_identity(recovery, folder)
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
 
@@ -112,8 +116,12 @@ def compress(
         job = Compression(folder, recipe, work, device, dtype, trust_remote_code, progress)
         job.reader.check_finite(progress=progress)
         started = time.time()
-        result = get_method(recipe.method).compress(job)
-        _write(staging, job, result)
+        method = get_method(recipe.method)
+        if recipe.recovery is None:
+            reader, result = job.reader, method.compress(job)
+        else:
+            reader, result = compress_and_recover(job, method, recipe.recovery)
+        write_compressed(staging, reader, result)
         source = Source(
             name=str(pretrained), revision=revision, weights_sha256=job.reader.fingerprint()
         )
@@ -183,20 +191,6 @@ def _refuse_compressed(folder: Path) -> None:
             f"{folder} is compressed already (recipe '{name}'); give the original model, "
             "or leave the recipe out."
         )
-
-
-def _write(staging: Path, job: Compression, result: Compressed) -> None:
-    from streamline_bench.core.shards import compose
-
-    compose(
-        job.reader,
-        staging,
-        config=dict(result.config),
-        names=result.names,
-        extra=result.tensors,
-    )
-    for name, text in result.artefacts.items():
-        atomic_write_text(staging / name, text)
 
 
 def _manifest(

@@ -29,6 +29,7 @@ SHORT_KEYS: Mapping[str, tuple[str, ...]] = {
     "preset": ("training.preset",),
     "epochs": ("training.epochs",),
     "lr": ("training.lr",),
+    "recovery": ("recovery.preset",),
 }
 """Short spellings for ``--model_args`` and the command line -> dotted keys of the schema."""
 
@@ -61,7 +62,7 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     # A preset stands for a whole way of training: it replaces the recipe's own, and the caller's
     # other keys are laid over it.
-    for key in sorted(given, key=lambda key: key not in _PRESET_KEYS):
+    for key in sorted(given, key=lambda key: key not in (*_PRESET_KEYS, "recovery")):
         if key in _PRESET_KEYS:
             training = payload.get("training") or {}
             payload["training"] = {k: v for k, v in training.items() if k == "data"}
@@ -120,6 +121,10 @@ def _override(payload: dict[str, Any], key: str, value: Any) -> None:
     if key not in SHORT_KEYS and key not in OWN_KEYS and "." not in key:
         known = [*OWN_KEYS, *SHORT_KEYS]
         raise RecipeError(f"Unknown recipe key '{key}'{suggest(key, known)}")
+    if key == "recovery":
+        # A preset stands for a whole recovery; none leaves the result as the method made it.
+        payload["recovery"] = None if value == "none" else {"preset": value}
+        return
     if key in ("sparsity", "n_layers"):
         # The two are alternatives: what the caller says replaces what the recipe said.
         payload.pop("sparsity", None)

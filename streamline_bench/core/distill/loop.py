@@ -145,8 +145,9 @@ class Loop:
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 raise NumericsError(
-                    f"The {name} of the {self.student.label} is {value} at step {self.state.step + 1} of "
-                    f"{self.plan.steps}; lower training.lr or use autocast 'none'."
+                    f"The {name} of the {self.student.label} is {value} at step "
+                    f"{self.state.step + 1} of {self.plan.steps}; lower training.lr or use "
+                    "autocast 'none'."
                 )
 
     def _record(self, lr: float) -> None:
