@@ -20,6 +20,7 @@ METHODS: Mapping[str, str] = {
     "laco": "laco:LaCo",
     "last_layers": "last_layers:LastLayers",
     "linear_patch": "linear_patch:LinearPatch",
+    "llm_pruner": "llm_pruner:LLMPruner",
     "magnitude": "magnitude:Magnitude",
     "random_layers": "random_layers:RandomLayers",
     "replaceme": "replaceme:ReplaceMe",
@@ -64,6 +65,9 @@ def check_parameters(recipe: Recipe) -> None:
         schema.model_validate(recipe.parameters)
     except ValidationError as error:
         problem = error.errors()[0]
+        if not problem["loc"]:  # values that do not go together
+            reason = problem["msg"].removeprefix("Value error, ")
+            raise RecipeError(f"Recipe '{recipe.name}': {reason}.") from None
         key = str(problem["loc"][-1])
         if problem["type"] == "extra_forbidden":
             hint = suggest(key, schema.model_fields)

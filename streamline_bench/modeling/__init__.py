@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from streamline_bench.modeling.configuration import StreamlineConfig, streamline_config
     from streamline_bench.modeling.models import StreamlineForCausalLM, StreamlineModel
     from streamline_bench.modeling.registration import register
+    from streamline_bench.modeling.widths import LayerWidths
 
 __all__ = [
     "Attachment",
+    "LayerWidths",
     "StreamlineConfig",
     "StreamlineForCausalLM",
     "StreamlineModel",
@@ -28,6 +30,7 @@ __all__ = [
 
 _HOMES = {
     "Attachment": "attachments",
+    "LayerWidths": "widths",
     "StreamlineConfig": "configuration",
     "StreamlineForCausalLM": "models",
     "StreamlineModel": "models",

@@ -86,7 +86,8 @@ class Part:
 
 def head_size(config: Any) -> int:
     """Return the width of one head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    explicit = getattr(config, "head_dim", None)
+    return int(explicit or config.hidden_size // config.num_attention_heads)
 
 
 def projection_parts(row: Architecture, widths: LayerWidths, head_dim: int) -> tuple[Part, ...]:
@@ -184,7 +185,7 @@ def resize_layer(layer: nn.Module, row: Architecture, config: Any, widths: Layer
             if isinstance(module.__dict__.get(name), int):
                 setattr(module, name, value)
         if isinstance(module.__dict__.get("config"), PreTrainedConfig):
-            module.config = view
+            module.__dict__["config"] = view
 
 
 class LayerConfig:
