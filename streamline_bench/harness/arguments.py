@@ -102,6 +102,6 @@ def _recipe_keys() -> list[str]:
 def _override(key: str, value: Any) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return {f"{key}.{inner}": each for inner, each in value.items()}
-    if key == "replacement" and value is None:
+    if key in ("replacement", "recovery") and value is None:
         return {key: "none"}  # The harness reads the word none as Python's None.
     return {key: value}

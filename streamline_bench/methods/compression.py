@@ -89,7 +89,7 @@ def compress(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Compress a model into ``output``.
+    """Compress a model into ``output``, and train the result if the recipe has a recovery.
 
     Args:
         pretrained: local folder or hub id of the source.

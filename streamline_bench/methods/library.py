@@ -68,6 +68,8 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
             payload["training"] = {k: v for k, v in training.items() if k == "data"}
         _override(payload, key, given[key])
     _expand_preset(payload)
+    if payload.get("recovery"):
+        payload["cost"] = "recovered"
     recipe = parse_recipe(payload, origin=f"Recipe '{payload['name']}'")
     check_parameters(recipe)
     return recipe

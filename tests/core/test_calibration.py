@@ -461,3 +461,17 @@ def test_a_sequence_without_tokens_is_refused() -> None:
     mask = torch.tensor([[True, True], [False, False]])
     with pytest.raises(CalibrationError, match="Sequence 1 of tensors has no tokens"):
         CalibrationTokens.from_tensors(torch.ones(2, 2), mask)
+
+
+def test_instructions_are_no_calibration(load: Any) -> None:
+    with pytest.raises(CalibrationError, match="give form 'packed' or 'documents'"):
+        load(form="instruction")
+
+
+def test_targets_are_part_of_the_content_and_never_padding() -> None:
+    ids, mask = torch.ones(2, 3), torch.tensor([[True, True, True], [True, True, False]])
+    targets = torch.tensor([[False, True, True], [False, False, True]])
+    tokens = CalibrationTokens.from_tensors(ids, mask, target_mask=targets)
+    assert tokens.target_mask is not None
+    assert tokens.target_mask.tolist() == [[False, True, True], [False, False, False]]
+    assert tokens.sha256 != CalibrationTokens.from_tensors(ids, mask).sha256

@@ -193,6 +193,20 @@ def test_a_checkpoint_of_the_bare_model_gets_full_names(
     assert torch.equal(_load(folder).lm_head.weight, after["lm_head.weight"])
 
 
+def test_a_sliced_model_is_recovered_too(
+    tiny_llama: Path, make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Its projections have other widths than the config's, and its layers shortcuts."""
+    options = {**FAST, "recovery.kind": "lora", "recovery.training.data.sequence_length": 12}
+    recipe = make_recipe("slicegpt", sparsity=0.1, **options)
+    out = compress(tiny_llama, recipe, tmp_path / "out", progress=False)
+    facts = _facts(out)
+    assert facts["best_loss"] < facts["initial_loss"]
+    assert facts["data"]["sequence_length"] == 12
+    assert facts["changed_tensors"] == 6 * 7
+    _load(out)
+
+
 def test_a_streamline_result_stays_one(
     tiny_llama: Path, make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
@@ -218,6 +232,21 @@ def test_half_precision_weights_stay_so(
     _, after, before = recovered(source, kind="partial", last_layers=0)
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     assert _changed(after, before) == {"lm_head.weight", "model.norm.weight"}
+
+
+def test_lora_of_a_half_precision_model_is_trained_in_full_precision(
+    make_tiny_model: Callable[..., Path],
+) -> None:
+    folder = make_tiny_model("llama", num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    trainable = choose_parameters(model, RecoverySpec(kind="lora"), seed=0)
+    assert {parameter.dtype for parameter in trainable.parameters()} == {torch.float32}
+    trainable.begin(0)
+    model(IDS, labels=IDS).loss.backward()
+    trained = {id(parameter) for parameter in trainable.parameters()}
+    for parameter in model.parameters():
+        assert (parameter.grad is not None) is (id(parameter) in trained)
+    assert {weight.dtype for weight in trainable.merged().values()} == {torch.float32}
 
 
 def test_nan_stops_with_the_step_named(
@@ -306,8 +335,10 @@ def test_presets_hold_the_papers_values() -> None:
     assert (partial.kind, partial.last_layers) == ("partial", 3)
     assert (slices.rank, slices.alpha, slices.training.lr) == (32, 10, 2e-4)
     assert (slices.training.epochs, slices.training.batch_size) == (1, 3)
-    own = load_recipe("sleb", {"recovery.training.lr": 1e-3, "recovery": "llm_pruner"}).recovery
+    changed = load_recipe("sleb", {"recovery.training.lr": 1e-3, "recovery": "llm_pruner"})
+    own = changed.recovery
     assert own is not None
+    assert (changed.cost, load_recipe("sleb").cost) == ("recovered", "calibrated")
     assert (own.training.lr, own.training.warmup_steps) == (1e-3, 100)
 
 

@@ -47,3 +47,17 @@ def test_reference_wraps_when_stepped_per_micro_batch() -> None:
     assert schedule.at(32) == pytest.approx(5e-5)
     assert schedule.at(63) > 1.9e-4
     assert math.isclose(schedule.at(0), 2e-4)
+
+
+def test_a_straight_line_with_a_warm_up_counted_in_steps() -> None:
+    settings = {"peak": 1.0, "min_ratio": 0.0, "warmup_ratio": 0.5, "warmup_steps": 4}
+    schedule = CosineSchedule.over(13, **settings, decay="linear")  # type: ignore[arg-type]
+    lrs = [schedule.at(step) for step in range(13)]
+    assert lrs[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert lrs[4:] == pytest.approx([1 - i / 8 for i in range(9)])
+
+
+def test_a_warm_up_longer_than_the_training_never_reaches_the_peak() -> None:
+    settings = {"peak": 1.0, "min_ratio": 0.0, "warmup_ratio": 0.0, "warmup_steps": 10}
+    schedule = CosineSchedule.over(5, **settings)  # type: ignore[arg-type]
+    assert [schedule.at(step) for step in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
