@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from streamline_bench.core.calibration import CalibrationTokens
 from streamline_bench.core.checkpoint import read_manifest
 from streamline_bench.core.manifest import verify_files
-from streamline_bench.core.recipe import Recipe, RecoverySpec
+from streamline_bench.core.recipe import Recipe, RecoverySpec, TrainingSpec
 from streamline_bench.core.recovery_presets import RECOVERY_PRESETS
 from streamline_bench.errors import (
     ArchitectureError,
@@ -31,7 +32,7 @@ from streamline_bench.errors import (
 )
 from streamline_bench.methods import compress, load_recipe
 from streamline_bench.methods.compression import content_key
-from streamline_bench.methods.recovery_training import choose_parameters
+from streamline_bench.methods.recovery_training import choose_parameters, train_recovery
 from streamline_bench.modeling import register
 
 IDS = torch.tensor([[1, 5, 9, 40, 22, 7]])
@@ -131,6 +132,38 @@ def test_lora_is_the_published_rank_one_formula() -> None:
     (name,) = trainable.merged()
     assert name == "model.layers.0.mlp.down_proj.weight"
     torch.testing.assert_close(trainable.merged()[name], expected)
+
+
+@pytest.mark.parametrize(("batch_size", "gradient_accumulation"), [(8, 1), (2, 4)])
+def test_a_step_equals_one_written_out(
+    tiny_llama: Path, tmp_path: Path, batch_size: int, gradient_accumulation: int
+) -> None:
+    """AdamW on the stock model's loss with masked labels; answers of unequal length."""
+    generator = torch.Generator().manual_seed(2)
+    # The same text in each row, so that the row held out improves with the others.
+    ids = torch.randint(3, 100, (1, 12), generator=generator).repeat(9, 1)
+    targets = torch.arange(12) >= torch.randint(1, 11, (9, 1), generator=generator)
+    tokens = CalibrationTokens.from_tensors(ids, target_mask=targets)
+    steps = {"batch_size": batch_size, "gradient_accumulation": gradient_accumulation}
+    training = TrainingSpec(objective="lm", lr=1e-3, validation_share=0.1, **steps)
+    spec = RecoverySpec(kind="partial", last_layers=1, training=training)
+    model, stock = (AutoModelForCausalLM.from_pretrained(tiny_llama).eval() for _ in range(2))
+    trainable = choose_parameters(model, spec, seed=4)
+    result = train_recovery(
+        model, trainable, spec, tokens, tmp_path, seed=4, weights_sha256="", progress=False
+    )
+    assert result.summary["steps"] == result.summary["best_step"] == 1
+
+    rows = tokens.split(0.1, 4)[0]
+    assert rows.target_mask is not None
+    labels = rows.input_ids.where(rows.target_mask, -100)
+    chosen = {n: p for n, p in stock.named_parameters() if n in result.weights}
+    stock(rows.input_ids, labels=labels).loss.backward()
+    torch.nn.utils.clip_grad_norm_(chosen.values(), training.max_grad_norm)
+    torch.optim.AdamW(chosen.values(), lr=1e-3, weight_decay=training.weight_decay).step()
+    for name, parameter in chosen.items():
+        # The first step of AdamW has about the sign of the gradient, which rounding may turn.
+        torch.testing.assert_close(result.weights[name], parameter.data, rtol=1e-4, atol=2e-5)
 
 
 def test_lora_changes_its_targets_alone(tiny_llama: Path, recovered: Callable[..., Any]) -> None:
