@@ -21,6 +21,7 @@ __all__ = ["alpaca_prompt", "load_instructions"]
 
 log = logging.getLogger(__name__)
 
+_REQUIRED = ("instruction", "output")
 _INTRODUCTION = "Below is an instruction that describes a task"
 _WITH_INPUT = ", paired with an input that provides further context"
 _REQUEST = "Write a response that appropriately completes the request."
@@ -111,9 +112,6 @@ def _texts(records: Iterable[Mapping[str, Any]], source: str) -> Iterator[tuple[
                 "output; mend it."
             )
         yield alpaca_prompt(instruction, given), output
-
-
-_REQUIRED = ("instruction", "output")
 
 
 def _tokenised(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int]:
