@@ -6,8 +6,8 @@ from pathlib import Path
 
 __all__ = ["TASKS", "model"]
 
-TASKS = "streamline_demo"
-"""The lm-eval group of the bundled tasks."""
+TASKS = "streamline_demo,streamline_demo_generation"
+"""The lm-eval groups of the bundled tasks: multiple choice, and generation."""
 
 
 def model() -> Path:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from streamline_bench.core.checkpoint import atomic_write_text, read_manifest
+from streamline_bench.core.versions import package_versions
 from streamline_bench.demo import TASKS, model
 from streamline_bench.errors import OutputError, RecipeError, StreamlineBenchError
 from streamline_bench.resources import resource
@@ -201,5 +202,11 @@ def _write_run_file(options: DemoOptions) -> None:
                 seconds=seconds,
             )
         )
-    run = RunFile(dense=options.rows[0], rows=rows, commands=commands)
+    run = RunFile(
+        title="The bundled model",
+        dense=options.rows[0],
+        rows=rows,
+        commands=commands,
+        versions=package_versions(),
+    )
     write_run_file(options.output, run)

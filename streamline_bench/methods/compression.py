@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import platform
 import shutil
 import time
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
-from streamline_bench import __version__
 from streamline_bench.core.checkpoint import (
     CheckpointReader,
     Manifest,
@@ -24,6 +21,7 @@ from streamline_bench.core.checkpoint import (
 )
 from streamline_bench.core.manifest import Source, hash_files
 from streamline_bench.core.recipe import CalibrationSpec, Recipe
+from streamline_bench.core.versions import package_versions
 from streamline_bench.errors import CacheError, CheckpointError, RecipeError
 from streamline_bench.methods.base import Compressed, Compression
 from streamline_bench.methods.composition import write_compressed
@@ -213,16 +211,10 @@ def _manifest(
         calibration=dict(result.calibration),
         training=dict(result.training) if result.training else None,
         seed=job.recipe.seed,
-        versions=_versions(),
+        versions=package_versions(),
         seconds={"compress": round(seconds, 3)},
         files=hash_files(staging),
     )
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
-    found = {name: metadata.version(name) for name in names}
-    return {"streamline-bench": __version__, "python": platform.python_version(), **found}
 
 
 def _data_identity(spec: CalibrationSpec, folder: Path) -> str:
