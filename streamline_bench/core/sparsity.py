@@ -2,7 +2,7 @@
 
 Layers are whole, so that a requested share is seldom hit: the number of layers whose share comes
 closest is taken (the smaller one on a tie), and both shares are reported. The number of layers is
-what serving speed follows; label results by it as well (METHODS 1.4).
+what serving speed follows; label results by it as well.
 """
 
 from __future__ import annotations

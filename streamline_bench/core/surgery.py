@@ -62,7 +62,7 @@ def check_keep(num_layers: int, keep: Sequence[int]) -> list[int]:
 
 
 def pruned_config(config: Any, keep: Sequence[int]) -> Any:
-    """Return a new transformers config with only the layers in ``keep`` (METHODS 1.2, 2 and 4-8).
+    """Return a new transformers config with only the layers in ``keep``.
 
     Lists with one item per layer are sliced, lists of layer indices renumbered, counts of leading
     layers recounted, and periodic rules turned into lists. The new config is validated.
@@ -85,7 +85,7 @@ def pruned_config(config: Any, keep: Sequence[int]) -> Any:
 
 
 def keep_layers(model: nn.Module, keep: Sequence[int]) -> None:
-    """Remove all layers but ``keep`` from a causal LM, in place (METHODS 1.2, steps 1-9).
+    """Remove all layers but ``keep`` from a causal LM, in place.
 
     Weights are neither copied nor changed. The model gets a new config object.
 

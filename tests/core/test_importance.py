@@ -249,7 +249,7 @@ def test_the_sample_of_a_later_batch_is_counted_from_the_start(random_model: Any
 def test_postnorm_picks_the_block_of_the_papers_formula(
     random_model: Any, tokens: CalibrationTokens, variant_name: str
 ) -> None:
-    # METHODS 2.1: the largest mean over samples and tokens of 0.5 + 0.5 cos(hs[l], hs[l + m]).
+    # LLM-Streamline: the largest mean over samples and tokens of 0.5 + 0.5 cos(hs[l], hs[l + m]).
     model = random_model(variant_name)
     ids = tokens.input_ids[:, :3][tokens.attention_mask[:, :3].all(dim=1)]
     even = CalibrationTokens.from_tensors(ids)

@@ -60,7 +60,7 @@ def config(name: str) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "layer", "total", "shares"),
-    [  # METHODS 1.4: millions, billions, percent at 8, 9, ... layers
+    [  # published sizes: millions, billions, percent at 8, 9, ... layers
         ("Llama-2-7B", 202.4, 6.738, [24.03, 27.03, 30.03, 33.0]),
         ("Llama-2-13B", 317.2, 13.016, [19.5, 21.9, 24.37, 26.8]),
         ("Llama-3-8B", 218.1, 8.030, [21.73, 24.45, 27.16, 29.9]),

@@ -1,4 +1,4 @@
-"""Removing layers in memory: METHODS 1.2 (11), for every family and special feature."""
+"""Removing layers in memory: the acceptance tests, for every family and special feature."""
 
 from __future__ import annotations
 
