@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from streamline_bench.core.calibration import CalibrationTokens
 from streamline_bench.errors import NumericsError
 from streamline_bench.methods.likelihood import count_targets, next_token_loss
 
-__all__ = ["GradientSums", "sum_gradients"]
+__all__ = ["GradientSums", "gradients_only_for", "sum_gradients"]
 
 Place = tuple[int, str]
 """(layer, path of a projection in it)."""
@@ -56,7 +56,7 @@ def sum_gradients(
     device = model.get_input_embeddings().weight.device
     sums = {place: _zeros(weight, squares) for place, weight in weights.items()}
     share = 1.0
-    with _gradients_only_for(model, weights.values()):
+    with gradients_only_for(model, weights.values()):
 
         def collect(place: Place) -> Any:
             def hook(weight: nn.Parameter) -> None:
@@ -113,8 +113,11 @@ def _require_finite(place: Place, sums: GradientSums) -> None:
 
 
 @contextmanager
-def _gradients_only_for(model: nn.Module, weights: Any) -> Iterator[None]:
-    """Let gradients reach the given weights only, in evaluation mode; afterwards all is as was."""
+def gradients_only_for(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let gradients reach the given weights only, in evaluation mode; afterwards all is as was.
+
+    Gradients the model had are discarded, those it gets in between as well.
+    """
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -7,8 +7,6 @@ alone: their scores are low, and removing them ruins the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +19,7 @@ from streamline_bench.core.calibration import CalibrationTokens
 from streamline_bench.errors import NumericsError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.depth import drop_layers, size_plan
+from streamline_bench.methods.gradient_sums import gradients_only_for
 from streamline_bench.methods.layer_scores import ProtectedEnds, record, select_lowest
 from streamline_bench.methods.layer_weights import is_linear_weight
 from streamline_bench.methods.likelihood import count_targets, next_token_loss
@@ -58,7 +57,8 @@ def taylor_scores(model: Any, tokens: CalibrationTokens, *, progress: bool = Tru
     """
     targets = count_targets(tokens)
     device = model.get_input_embeddings().weight.device
-    with _only_linear_weights(model) as weights:
+    weights = _linear_weights(model)
+    with gradients_only_for(model, (w for layer in weights for w in layer.values())):
         for ids, mask in tqdm(
             tokens.batches(1, trim=True),
             total=len(tokens), unit="seq", desc="gradients", delay=2, disable=not progress,
@@ -84,27 +84,9 @@ def _score(index: int, weights: dict[str, nn.Parameter]) -> float:
     return total
 
 
-@contextmanager
-def _only_linear_weights(model: nn.Module) -> Iterator[list[dict[str, nn.Parameter]]]:
-    """Let gradients reach the layers' linear weights only; all is as before afterwards."""
-    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    model.requires_grad_(False)
-    model.zero_grad(set_to_none=True)
-    weights = [
+def _linear_weights(model: nn.Module) -> list[dict[str, nn.Parameter]]:
+    """Return, per layer, name -> weight of its projections."""
+    return [
         {name: p for name, p in layer.named_parameters() if is_linear_weight(name, p.dim())}
         for layer in decoder_layers(model)
     ]
-    for layer in weights:
-        for weight in layer.values():
-            weight.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            yield weights
-    finally:
-        model.zero_grad(set_to_none=True)
-        for parameter, wanted in asked.items():
-            parameter.requires_grad_(wanted)
-        for module in training:
-            module.training = True
