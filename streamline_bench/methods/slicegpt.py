@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.calibration import CalibrationTokens
 from streamline_bench.core.shards import layers_prefix
-from streamline_bench.core.tensor_view import TORCH_DTYPES
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.depth import config_json
@@ -31,6 +31,7 @@ __all__ = ["SliceGPT", "SliceGPTParameters"]
 
 log = logging.getLogger(__name__)
 
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 _GIB = 2**30
 _FAST_STEP = 8
 _LEAST_STEPS = 50
@@ -152,7 +153,8 @@ def _rotate(
 def _stored(work: Compression, model: Any) -> dict[str, Tensor]:
     """Return the tensors to write, in the dtype that the source's layers are stored in."""
     prefix = layers_prefix(work.reader, architecture_of(work.config))
-    first = next(name for name in work.reader.names if name.startswith(f"{prefix}.0."))
-    dtype = TORCH_DTYPES[work.reader.entry(first).dtype]
+    layer = [work.reader.entry(n) for n in work.reader.names if n.startswith(f"{prefix}.0.")]
+    # The largest tensor is a matrix; norms are kept in float32 by some.
+    dtype = _DTYPES.get(max(layer, key=lambda entry: entry.numel).dtype, torch.float32)
     state = model.state_dict()
     return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in state.items()}

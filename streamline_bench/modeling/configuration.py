@@ -1,5 +1,5 @@
-"""Configuration of the ``streamline`` model type: a host family's config plus ``attachments``
-and ``layer_widths``.
+"""Configuration of the ``streamline`` model type: a host family's config plus ``attachments``,
+``layer_widths`` or ``rotations``.
 
 Every instance is of a class made on the fly from the host's config class, so that the host's
 modeling code, plans and generation find all they expect; in JSON all host entries stay at the top
@@ -34,7 +34,8 @@ class StreamlineConfig(PreTrainedConfig):  # type: ignore[misc]
     """Config of a host model with networks behind some layers, or widths of each layer's own.
 
     Where ``layer_widths`` is given, the host's own entries for heads and channels are those of its
-    widest layers: the head size and the host's validation go by them.
+    widest layers: the head size and the host's validation go by them. Where ``rotations`` is given,
+    ``hidden_size`` stays the width before slicing.
 
     ``StreamlineConfig(host_model_type="llama", attachments=[...], hidden_size=...)`` gives an
     instance of a subclass of both this class and ``LlamaConfig``.

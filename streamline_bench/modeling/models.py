@@ -1,11 +1,11 @@
 """``StreamlineForCausalLM`` and ``StreamlineModel``: any host family with networks attached, or
-with widths of each layer's own.
+with widths of each layer's own, or on a sliced residual stream.
 
 Both are entrances: they look at the config and hand over to a class made on the fly from the
 host's own class (``LlamaForCausalLM``, ...), whose only changes are that layers with an entry in
-``config.attachments`` run their network and that ``config.layer_widths`` resizes them. Attention
-goes through the host's code, hence through transformers' attention interface, which is what lets
-other engines host the model.
+``config.attachments`` run their network, that ``config.layer_widths`` resizes them and that
+``config.rotations`` gives them shortcut matrices. Attention goes through the host's code, hence
+through transformers' attention interface, which is what lets other engines host the model.
 """
 
 from __future__ import annotations
