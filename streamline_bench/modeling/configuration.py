@@ -65,7 +65,7 @@ class StreamlineConfig(PreTrainedConfig):  # type: ignore[misc]
                 a.to_dict() for a in parse_attachments(self.attachments or [], self)
             ]
             rotations = self.parsed_rotations()
-            self.rotations = rotations and rotations.to_dict()
+            self.rotations = None if rotations is None else rotations.to_dict()
             if self.layer_widths is not None:
                 require_narrowable(architecture_of(self))
                 self.layer_widths = [
