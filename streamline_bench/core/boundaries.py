@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamline_bench.core.architecture import architecture_of, decoder_layers
+from streamline_bench.core.architecture import architecture_of, config_entry, decoder_layers
 from streamline_bench.core.similarity import LastState
+from streamline_bench.errors import ArchitectureError
 
 __all__ = ["BoundaryRecorder"]
 
@@ -23,9 +24,17 @@ class BoundaryRecorder:
 
     ``states`` is ``[L + 1, batch, seq, hidden]`` in the dtype of the hidden states, on the first
     layer's device; it is valid until the next pass.
+
+    Raises:
+        ArchitectureError: the states of this model cannot be compared with each other.
     """
 
     def __init__(self, model: nn.Module, last_state: LastState = "raw") -> None:
+        if config_entry(model.config, "rotations"):
+            raise ArchitectureError(
+                "The hidden states of a sliced model (SliceGPT) have another basis and width at "
+                "every boundary and cannot be compared; give the original model."
+            )
         self._layers = decoder_layers(model)
         path = architecture_of(model.config).final_norm
         # OPT-350m has no final norm: the attribute is there and None.

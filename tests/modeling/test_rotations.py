@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from streamline_bench.core.architecture import ARCHITECTURES, decoder_layers
+from streamline_bench.core.boundaries import BoundaryRecorder
 from streamline_bench.errors import ArchitectureError, CheckpointError
 from streamline_bench.modeling import StreamlineForCausalLM, register, streamline_config
 from streamline_bench.modeling.attachments import Attachment
@@ -219,6 +220,11 @@ def test_attention_goes_through_the_interface_of_transformers(ids: torch.Tensor)
     model.set_attn_implementation("streamline_test_rotated")
     model(ids)
     assert calls == list(range(DEPTH))
+
+
+def test_states_of_different_bases_are_not_compared() -> None:
+    with pytest.raises(ArchitectureError, match="another basis and width at every boundary"):
+        BoundaryRecorder(build("llama"))
 
 
 REASONS = {
