@@ -48,7 +48,7 @@ RECOVERY_PRESETS: Mapping[str, Mapping[str, Any]] = {
         "rank": 32,
         "alpha": 10,
         "dropout": 0.05,
-        "targets": ("q", "k", "v", "o", "gate", "up"),
+        "targets": ("q", "k", "v", "o", "gate", "up", "down"),
         "training": {
             "objective": "lm",
             "data": {"source": "tatsu-lab/alpaca", "sequence_length": 1024, "samples": 8_128},

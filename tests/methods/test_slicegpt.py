@@ -174,3 +174,27 @@ def test_sizes_that_make_no_sense_are_refused(
         compress(tiny_llama, make_recipe("slicegpt", sparsity=0.999), out, progress=False)
     with pytest.raises(RecipeError, match="did you mean 'slicing'"):
         recipe(slicin=0.2)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_lora_recovers_a_sliced_model(
+    family: str,
+    make_tiny_model: Callable[..., Path],
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+) -> None:
+    """The shortcut matrices stay as the axes gave them; what the loader sees is the same model."""
+    extra = {"word_embed_proj_dim": 32, "ffn_dim": 48} if family == "opt" else {}
+    source = make_tiny_model(family, num_hidden_layers=2, **extra)
+    plain = compress(
+        source, make_recipe("slicegpt", sparsity=0.2), tmp_path / "plain", progress=False
+    )
+    steps = {"recovery.training.min_steps": 4, "recovery.training.epochs": 1}
+    data = {"recovery.training.data.samples": 16, "recovery.training.data.sequence_length": 16}
+    recipe = make_recipe("slicegpt_lora", sparsity=0.2, **steps, **data)
+    tuned = compress(source, recipe, tmp_path / "tuned", progress=False)
+    before, after = (_load(folder).state_dict() for folder in (plain, tuned))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not [name for name in changed if "shortcut" in name or "embed" in name]
