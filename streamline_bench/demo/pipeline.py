@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 DEMO_ROWS: tuple[str, ...] = ("dense", "streamline_none", "streamline", "streamline_ffn_res")
 STAGES: tuple[str, ...] = ("compress", "evaluate", "report")
 
+THREADS = "1"
+"""The model is too small for several threads to pay; on a busy machine they cost dearly."""
+
 DEMO_OVERRIDES: Mapping[str, Any] = {"sequence_length": 128}
 """The bundled model was trained on blocks of this length."""
 
@@ -113,8 +116,11 @@ def _checkpoint(options: DemoOptions, label: str) -> Path:
 
 
 def _compress_row(options: DemoOptions, label: str) -> None:
+    import torch
+
     from streamline_bench.methods import compress, load_recipe
 
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", THREADS)))
     recipe = load_recipe(
         label, {} if label == "dense" else {**DEMO_OVERRIDES, "sparsity": options.sparsity}
     )
@@ -174,6 +180,7 @@ def _call(command: Sequence[str], log_file: Path, *, show_progress: bool) -> Non
     """Run the harness; its log goes to a file, its progress bars to the terminal."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment.setdefault("LMEVAL_LOG_LEVEL", "WARNING")
+    environment.setdefault("OMP_NUM_THREADS", THREADS)
     with log_file.open("w", encoding="utf-8") as stream:
         stderr = None if show_progress else subprocess.STDOUT
         code = subprocess.run(command, stdout=stream, stderr=stderr, env=environment).returncode
