@@ -242,6 +242,23 @@ def test_every_criterion_prunes(criterion: str, source: Source, prune: Callable[
     assert load(pruned)(IDS).logits.isfinite().all()
 
 
+def test_layers_of_different_widths_recover_by_lora(
+    source: Source, prune: Callable[..., Path], text_file: Path
+) -> None:
+    pytest.importorskip("peft", reason="LoRA needs peft (pip install peft)")
+    training = {"data.source": str(text_file), "data.sequence_length": 16, "data.samples": 8,
+                "epochs": 1, "min_steps": 2}  # fmt: skip
+    changes = {f"recovery.training.{key}": value for key, value in training.items()}
+    pruned = prune(source("llama"), "llm_pruner_lora", **changes)
+    model = load(pruned)
+    heads = [layer.self_attn.q_proj.out_features // 4 for layer in decoder_layers(model)]
+    assert heads == [8, 6, 6, 6, 6, 8]
+    manifest = read_manifest(pruned)
+    assert manifest is not None
+    assert manifest.training is not None
+    assert manifest.training["recovery"]["kind"] == "lora"
+
+
 def test_random_units_follow_the_seed(source: Source, make_recipe: Any, tmp_path: Path) -> None:
     def units(seed: int, name: str) -> str:
         changes = {"sparsity": 0.2, "seed": seed, "parameters.criterion": "random"}
