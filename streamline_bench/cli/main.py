@@ -10,11 +10,11 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
 from streamline_bench import __version__
+from streamline_bench.core.terminal import printable
 from streamline_bench.errors import StreamlineBenchError
 
 __all__ = ["cli", "main"]
@@ -75,13 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
     except StreamlineBenchError as error:
         if os.environ.get("STREAMLINE_BENCH_TRACEBACK"):
             raise
-        click.echo(f"streamline-bench: {printable(str(error))}", err=True)
+        sentence = printable(error, keep="\n")
+        click.echo(f"streamline-bench: {sentence}", err=True)
         sys.exit(2)
-
-
-def printable(text: Any) -> str:
-    """Replace control characters (a model's or a file's name may hold terminal escapes)."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(text))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ __all__ = [
     "Source",
     "hash_files",
     "read_manifest",
+    "update_digest",
     "verify_files",
     "write_manifest",
 ]
@@ -130,9 +131,14 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def update_digest(digest: hashlib._Hash, path: Path) -> None:
+    """Feed a file to a digest, a few megabytes at a time."""
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    update_digest(digest, path)
     return digest.hexdigest()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from streamline_bench.core.terminal import printable
 from streamline_bench.errors import StreamlineBenchError
 
 __all__ = ["share_log", "user_errors"]
@@ -28,7 +29,7 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("STREAMLINE_BENCH_TRACEBACK") or not _under_command():
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            text = "".join(c if c.isprintable() else "\ufffd" for c in str(error))
+            text = printable(error)
             sys.stderr.write(f"streamline-bench: {text}\n")
         raise SystemExit(2) from None
 

@@ -19,7 +19,7 @@ from streamline_bench.core.checkpoint import (
     user_cache,
     write_manifest,
 )
-from streamline_bench.core.manifest import Source, hash_files
+from streamline_bench.core.manifest import Source, hash_files, update_digest
 from streamline_bench.core.recipe import CalibrationSpec, Recipe
 from streamline_bench.core.versions import package_versions
 from streamline_bench.errors import CacheError, CheckpointError, RecipeError
@@ -233,9 +233,7 @@ def _digest_files(paths: list[Path]) -> str:
     for path in paths:
         digest.update(path.name.encode())
         try:
-            with path.open("rb") as stream:
-                while chunk := stream.read(1 << 22):
-                    digest.update(chunk)
+            update_digest(digest, path)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from None
     return digest.hexdigest()

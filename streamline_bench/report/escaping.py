@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from streamline_bench.core.terminal import printable
+
 __all__ = ["csv_cell", "markdown_text", "terminal_text", "visible_text"]
 
 # Overrides of the reading direction can make a text show something else than it says.
@@ -28,8 +30,7 @@ def visible_text(value: object, *, keep: str = "\n\t") -> str:
 
 def terminal_text(value: object) -> str:
     """One printable line: no escape sequences, no line breaks."""
-    line = " ".join(str(value).split("\n"))
-    return "".join(character if character.isprintable() else "\ufffd" for character in line)
+    return printable(" ".join(str(value).split("\n")))
 
 
 def markdown_text(value: object) -> str:
