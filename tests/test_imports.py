@@ -16,10 +16,15 @@ LEVELS = {
     "modeling": 2,
     "methods": 3,
     "stability": 3,
+    "throughput": 3,
     "harness": 4,
+    "opencompass": 4,
     "report": 4,
-    "demo": 5,
-    "cli": 6,
+    "runs": 5,
+    "gate": 5,
+    "demo": 6,
+    "pytest_plugin": 6,
+    "cli": 7,
 }
 """A package may import from its own level only itself, and from lower levels anything."""
 
