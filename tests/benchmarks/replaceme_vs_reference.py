@@ -30,27 +30,12 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from torch.overrides import TorchFunctionMode
+from on_cpu import OnCPU
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamline_bench.core.calibration import CalibrationTokens, load_calibration
 from streamline_bench.core.checkpoint import CheckpointReader, read_manifest
 from streamline_bench.methods import compress, load_recipe
-
-
-class OnCPU(TorchFunctionMode):
-    """Reads every request for a CUDA device as one for the CPU."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-        placed = [self._placed(value) for value in args]
-        named = {key: self._placed(value) for key, value in (kwargs or {}).items()}
-        return function(*placed, **named)
-
-    @staticmethod
-    def _placed(value: Any) -> Any:
-        is_cuda = value == "cuda" if isinstance(value, str) else False
-        is_cuda |= isinstance(value, torch.device) and value.type == "cuda"
-        return "cpu" if is_cuda else value
 
 
 class TokenRows:
