@@ -12,6 +12,7 @@
     ├── OutputError              an output that exists already or cannot be written
     ├── SamplesError             samples that cannot be read
     │   └── ComparisonError      two runs that must not be compared
+    ├── ThroughputError          a speed measurement that cannot be made or read
     ├── CacheError               a cache entry or lock that cannot be used
     └── MissingDependencyError   an optional package that is not installed
 
@@ -34,6 +35,7 @@ __all__ = [
     "SamplesError",
     "SparsityError",
     "StreamlineBenchError",
+    "ThroughputError",
 ]
 
 
@@ -75,6 +77,10 @@ class SamplesError(StreamlineBenchError):
 
 class ComparisonError(SamplesError):
     """Two runs differ in what they were asked, so that they must not be compared."""
+
+
+class ThroughputError(StreamlineBenchError):
+    """A measurement of speed cannot be made as asked, or its record cannot be read."""
 
 
 class CacheError(StreamlineBenchError):

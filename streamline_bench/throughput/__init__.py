@@ -1,0 +1,18 @@
+"""Speed of models: tokens per second, latency and memory, each model in a process of its own."""
+
+from __future__ import annotations
+
+from streamline_bench.throughput.figures import ThroughputFigures, figures_of, read_figures
+from streamline_bench.throughput.record import ThroughputRecord, read_record, write_record
+from streamline_bench.throughput.workload import ServingLoad, Workload
+
+__all__ = [
+    "ServingLoad",
+    "ThroughputFigures",
+    "ThroughputRecord",
+    "Workload",
+    "figures_of",
+    "read_figures",
+    "read_record",
+    "write_record",
+]

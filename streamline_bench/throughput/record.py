@@ -1,0 +1,284 @@
+"""``throughput.json``: everything that was measured, and on what.
+
+Times are seconds unless a name ends in ``_ms``; sizes are bytes. A value that could not be had is
+null, and the field beside it says why where that is not plain.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from streamline_bench.core.staging import atomic_write_text
+from streamline_bench.errors import ThroughputError
+from streamline_bench.throughput.workload import Clock, ServingLoad, Workload
+
+__all__ = [
+    "RECORD_NAME",
+    "SCHEMA_VERSION",
+    "Environment",
+    "Ideal",
+    "Latency",
+    "ModelResult",
+    "PaperFigure",
+    "Point",
+    "Rate",
+    "Ratio",
+    "Round",
+    "ServingPoint",
+    "Status",
+    "ThroughputRecord",
+    "read_record",
+    "write_record",
+]
+
+RECORD_NAME = "throughput.json"
+SCHEMA_VERSION = 1
+
+Status = Literal["ok", "failed"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Round(_Frozen):
+    """One measured round of one model.
+
+    Attributes:
+        index: number of the round; rounds of equal number, of different models, lie side by side.
+        seconds: wall time of the whole batch.
+        cpu_seconds: processor time of the model's process and its children.
+        requests, prompt_tokens, output_tokens: what the engine returned, counted.
+        energy_joules: what the device drew, idle draw included; None where it cannot be read.
+    """
+
+    index: int
+    seconds: float
+    cpu_seconds: float
+    requests: int
+    prompt_tokens: int
+    output_tokens: int
+    energy_joules: float | None = None
+
+
+class Rate(_Frozen):
+    """Median over rounds, smallest and largest."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Ratio(_Frozen):
+    """Median over paired rounds of model / dense, with a bootstrap interval over the rounds."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+class Point(_Frozen):
+    """One model at one batch size.
+
+    ``output_tokens_per_second`` counts by the record's clock; the two beside it by each clock.
+    ``batch_size`` is smaller than ``batch_requested`` where memory ran out (see ``notes``).
+    """
+
+    batch_requested: int
+    batch_size: int
+    status: Status
+    reason: str | None = None
+    notes: tuple[str, ...] = ()
+    rounds: tuple[Round, ...] = ()
+    output_tokens_per_second: Rate | None = None
+    output_tokens_per_wall_second: float | None = None
+    output_tokens_per_cpu_second: float | None = None
+    total_tokens_per_second: float | None = None
+    requests_per_second: float | None = None
+    ratio: Ratio | None = None
+    peak_memory_bytes: int | None = None
+    energy_joules_per_token: float | None = None
+
+
+class Latency(_Frozen):
+    """Milliseconds over all requests of one rate."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+
+class ServingPoint(_Frozen):
+    """One model served at one request rate.
+
+    ``ttft``: time to first token; ``tpot``: time per output token after it; ``itl``: between
+    tokens as they arrive; ``e2el``: from request to last token.
+    """
+
+    request_rate: float
+    status: Status
+    reason: str | None = None
+    completed: int = 0
+    seconds: float | None = None
+    requests_per_second: float | None = None
+    output_tokens_per_second: float | None = None
+    total_tokens_per_second: float | None = None
+    ttft: Latency | None = None
+    tpot: Latency | None = None
+    itl: Latency | None = None
+    e2el: Latency | None = None
+
+
+class Ideal(_Frozen):
+    """By how much the model would be faster if only its size counted.
+
+    Attributes:
+        layers: dense decoder layers / this model's.
+        flops: dense floating-point operations per generated token / this model's.
+        weights: dense bytes of weights / this model's.
+        ratio: the one to be measured against, which ``kind`` names: layers where whole layers are
+            gone and nothing else differs, else FLOPs.
+    """
+
+    kind: Literal["layers", "flops"]
+    ratio: float
+    layers: float
+    flops: float
+    weights: float
+
+
+class ModelResult(_Frozen):
+    """One model.
+
+    Attributes:
+        model: folder or hub name as it was given.
+        status: ``ok`` if at least one point was measured; ``reason`` is the first failure.
+        kv_bytes_per_token: keys and values of one token over all layers.
+        kv_cache_tokens: tokens that the engine's cache holds; None for engines without a fixed one.
+        start_seconds: from starting the process to the loaded model.
+    """
+
+    label: str
+    model: str
+    status: Status
+    reason: str | None = None
+    notes: tuple[str, ...] = ()
+    parameters: int | None = None
+    layers: int | None = None
+    weights_bytes: int | None = None
+    kv_bytes_per_token: int | None = None
+    kv_cache_tokens: int | None = None
+    ideal: Ideal | None = None
+    start_seconds: float | None = None
+    points: tuple[Point, ...] = ()
+    serving: tuple[ServingPoint, ...] = ()
+
+
+class Environment(_Frozen):
+    """Where it was measured.
+
+    Attributes:
+        machine_id: equal on equal machines (processor, cores, accelerators, host), not reversible.
+        device_name: model of the processor or accelerator that ran the models.
+        load_average: of one minute, before and after; None where the system has none.
+        memory: how ``peak_memory_bytes`` was read.
+        energy: how energy was read, or why it was not.
+    """
+
+    machine_id: str
+    device: str
+    device_name: str
+    driver: str | None
+    cpu_count: int
+    threads: int
+    engine_version: str | None
+    versions: dict[str, str]
+    load_average: tuple[float | None, float | None] = (None, None)
+    memory: str
+    energy: str
+
+
+class PaperFigure(_Frozen):
+    """One row of the paper's table, for reading beside ours."""
+
+    name: str
+    tokens_per_second: float
+    ratio: float
+
+
+class ThroughputRecord(_Frozen):
+    """A whole measurement.
+
+    Attributes:
+        dense: label of the reference model; None if none was named.
+        dtype: of weights and activations.
+        clock: what ``output_tokens_per_second`` and the ratios count against.
+        interleaved: the models took turns round by round; else one after the other.
+        flags: the engine's settings.
+        paper: the paper's figures, in paper mode only.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    created: str
+    engine: str
+    mode: Literal["offline", "paper", "serving"]
+    dense: str | None
+    dtype: str
+    clock: Clock
+    confidence: float
+    interleaved: bool
+    workload: Workload
+    serving_load: ServingLoad | None = None
+    flags: dict[str, Any] = Field(default_factory=dict)
+    environment: Environment
+    models: tuple[ModelResult, ...]
+    paper: tuple[PaperFigure, ...] = ()
+
+    def model(self, label: str) -> ModelResult | None:
+        """Return one model's result, None if it is not in the record."""
+        return next((result for result in self.models if result.label == label), None)
+
+
+def write_record(record: ThroughputRecord, folder: Path) -> Path:
+    """Write ``throughput.json`` into ``folder`` in one step and return its path.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    path = Path(folder) / RECORD_NAME
+    atomic_write_text(path, record.model_dump_json(indent=2) + "\n")
+    return path
+
+
+def read_record(path: Path) -> ThroughputRecord:
+    """Read a ``throughput.json``, or the one in a folder.
+
+    Raises:
+        ThroughputError: it is missing, damaged, or of a newer schema.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / RECORD_NAME
+    try:
+        payload = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ThroughputError(
+            f"Throughput record {path} cannot be read ({error}); measure again."
+        ) from error
+    version = payload.get("schema_version") if isinstance(payload, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise ThroughputError(
+            f"{path} has schema version {version}, newer than {SCHEMA_VERSION}; "
+            "upgrade streamline-bench."
+        )
+    try:
+        return ThroughputRecord.model_validate(payload)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ThroughputError(f"{path}: '{where}': {first['msg']}; measure again.") from None

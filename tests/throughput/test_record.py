@@ -1,0 +1,59 @@
+"""Records survive the way through a file; what is not one is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_bench.errors import ThroughputError
+from streamline_bench.throughput.record import (
+    RECORD_NAME,
+    ServingPoint,
+    ThroughputRecord,
+    read_record,
+    write_record,
+)
+
+Make = Callable[..., ThroughputRecord]
+
+
+def test_round_trip(make_record: Make, point: Any, tmp_path: Path) -> None:
+    record = make_record(dense=[point(1, 10.0)], small=[point(1, None)])
+    path = write_record(record, tmp_path)
+    assert path == tmp_path / RECORD_NAME
+    assert read_record(path) == read_record(tmp_path) == record
+
+
+def test_an_infinite_rate_survives_as_valid_json(
+    make_record: Make, point: Any, tmp_path: Path
+) -> None:
+    record = make_record(dense=[point(1, 10.0)])
+    served = ServingPoint(request_rate=float("inf"), status="ok")
+    model = record.models[0].model_copy(update={"serving": (served,)})
+    path = write_record(record.model_copy(update={"models": (model,)}), tmp_path)
+    json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert read_record(path).models[0].serving[0].request_rate == float("inf")
+
+
+def test_newer_schema_asks_for_an_upgrade(make_record: Make, point: Any, tmp_path: Path) -> None:
+    path = write_record(make_record(dense=[]), tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
+    with pytest.raises(ThroughputError, match=r"schema version 99, newer.*upgrade"):
+        read_record(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"schema_version": 1}'])
+def test_damage_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / RECORD_NAME
+    path.write_text(text)
+    with pytest.raises(ThroughputError, match="measure again"):
+        read_record(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ThroughputError, match="cannot be read"):
+        read_record(tmp_path / "nowhere.json")
