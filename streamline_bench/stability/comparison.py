@@ -1,12 +1,46 @@
-"""The result of comparing two runs: one frozen model per task, and macro and micro summaries."""
+"""The result of comparing two runs: frozen models per task, per group, and over all tasks.
+
+What is not defined for a task (calibration of generated text, the chance of a task without choices)
+is None, never a stand-in number.
+"""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from streamline_bench.stability.metrics import Mode, Quantity
 
-__all__ = ["Comparison", "Estimate", "Flips", "Overall", "TaskComparison"]
+__all__ = [
+    "Calibration",
+    "ChoiceShift",
+    "Clusters",
+    "Comparison",
+    "Decision",
+    "Estimate",
+    "Flips",
+    "GenerationComparison",
+    "GroupComparison",
+    "NoiseFloor",
+    "NoiseTask",
+    "Overall",
+    "PerplexityComparison",
+    "TaskComparison",
+]
+
+Decision = Literal["better", "no worse than margin", "worse", "cannot tell"]
+"""What the paired difference d (pruned - dense, with its interval) allows to say, in this order:
+
+- ``better``: d > 0 and significant;
+- ``no worse than margin``: the interval's lower end is above -margin (non-inferior; the drop may
+  still be significant, then it is real and smaller than the margin);
+- ``worse``: d < 0 and significant, and the interval does not exclude a drop of the margin or more;
+- ``cannot tell``: none of these; more documents are needed (see ``detectable``).
+
+Significant for a task or group: Holm's adjusted p is below 1 - confidence. For micro (one test):
+the p itself. For macro, which has no p: the interval excludes 0.
+"""
 
 
 class _Frozen(BaseModel):
@@ -34,21 +68,116 @@ class Flips(_Frozen):
     wrong_to_other_wrong: int | None
 
 
-class TaskComparison(_Frozen):
+class Clusters(_Frozen):
+    """Documents that belong together (one passage, one subject) and are resampled together.
+
+    Attributes:
+        kind: what a cluster is, in the plural ("passages").
+        count: clusters; documents that stand alone count as one each.
+        largest: documents of the largest.
+    """
+
+    kind: str
+    count: int
+    largest: int
+
+
+class ChoiceShift(_Frozen):
+    """How the distribution over the choices moved: softmax of their log-likelihoods.
+
+    Attributes:
+        n: documents with at least two choices.
+        kl: mean KL(dense || pruned) per document, in nats.
+        js: mean Jensen-Shannon divergence, in nats (at most ln 2).
+        margin_n: documents of these with exactly one right choice.
+        dense_margin, pruned_margin: mean of right choice minus best other choice, in nats.
+        margin_shift: pruned margin - dense margin, mean per document.
+    """
+
+    n: int
+    kl: Estimate
+    js: Estimate
+    margin_n: int
+    dense_margin: float | None
+    pruned_margin: float | None
+    margin_shift: Estimate | None
+
+
+class Calibration(_Frozen):
+    """Do the shares of the choices (softmax) mean what they say?
+
+    Attributes:
+        n: documents with exactly one right choice.
+        bins: of equal numbers of documents: 15, or as many as leave 20 documents in each.
+        dense_error, pruned_error: expected calibration error: mean over bins, weighted by their
+            documents, of |accuracy - mean share of the chosen|.
+        dense_brier, pruned_brier: mean over documents of the sum over choices of
+            (share - [right])², in [0, 2].
+        brier_shift: pruned - dense, mean per document.
+    """
+
+    n: int
+    bins: int
+    dense_error: float
+    pruned_error: float
+    dense_brier: float
+    pruned_brier: float
+    brier_shift: Estimate
+
+
+class _Decided(_Frozen):
+    """What tasks, groups and the summaries over tasks have in common.
+
+    Attributes:
+        dense_corrected, pruned_corrected: (accuracy - chance) / (1 - chance), chance being the mean
+            of 1 / number of choices; None for tasks without choices.
+        retention: pruned accuracy / dense accuracy; None where the dense model has none right.
+        p_value: the p to read; ``p_method`` names its test: McNemar, exact, mid-p with fewer than
+            25 discordant pairs, over clusters where there are any.
+        p_holm: adjusted over the tasks (for a group: over the groups).
+        margin: how large a drop of accuracy is tolerated.
+        noninferiority_p: one-sided p of "the drop is the margin or more": the level at which the
+            interval of the difference would just touch -margin.
+        detectable: smallest true difference that a test at 1 - confidence finds with 80 % power at
+            this number of documents and discordant pairs; None where no difference can be found.
+        decision: see :data:`Decision`.
+        noise_flips: share of verdicts that flip between dense and dense again.
+        flips_above_noise: share of verdicts that flip, minus ``noise_flips``.
+    """
+
+    dense_corrected: Estimate | None = None
+    pruned_corrected: Estimate | None = None
+    retention: Estimate | None = None
+    p_value: float | None = None
+    p_method: str | None = None
+    p_holm: float | None = None
+    margin: float | None = None
+    noninferiority_p: float | None = None
+    detectable: float | None = None
+    decision: Decision | None = None
+    noise_flips: float | None = None
+    flips_above_noise: Estimate | None = None
+
+
+class TaskComparison(_Decided):
     """Dense against pruned on one (task, filter).
 
     Attributes:
         n: documents.
         verdict: the metric that says right or wrong.
         dense, pruned: accuracy with standard error.
-        difference: pruned - dense, with Newcombe's paired interval.
-        mcnemar_p, mcnemar_mid_p: exact McNemar test, and its mid-p variant.
-        agreement: share of equal verdicts, with Wilson's interval.
+        difference: pruned - dense, with Newcombe's paired interval, or resampled clusters.
+        mcnemar_p, mcnemar_mid_p: exact McNemar test, and its mid-p variant, over documents.
+        agreement: share of equal verdicts, with Wilson's interval, or resampled clusters.
         stability: LLM-Streamline's equation 6; None for tasks without choices.
         effective_n: to how many equally weighted documents the stability weights amount.
         same_choice: share of documents on which both choose (or write) the same; None where the
             engine does not say.
         kappa: Cohen's kappa of the verdicts; None where it is undefined.
+        chance: mean over documents of 1 / number of choices; None without choices.
+        choices: shift of the choice distribution; None without choices.
+        calibration: None without choices or known right choices.
+        clusters: None where every document stands alone.
     """
 
     task: str
@@ -67,12 +196,25 @@ class TaskComparison(_Frozen):
     same_choice: float | None
     kappa: float | None
     flips: Flips
+    chance: float | None = None
+    choices: ChoiceShift | None = None
+    calibration: Calibration | None = None
+    clusters: Clusters | None = None
 
 
-class Overall(_Frozen):
+class Overall(_Decided):
     """Over all tasks: ``macro`` weighs tasks equally, ``micro`` documents.
 
-    Stability is over the tasks that have one (``stability_tasks`` of them).
+    Stability is over the tasks that have one (``stability_tasks`` of them), chance-corrected
+    accuracy over ``corrected_tasks``, shifts of the choice distribution over ``choice_tasks``,
+    calibration over ``calibration_tasks``.
+
+    Attributes:
+        choice_kl, choice_js, margin_shift: as in :class:`ChoiceShift`.
+        dense_calibration_error, pruned_calibration_error: as in :class:`Calibration`; macro only,
+            because bins are not pooled over tasks.
+        brier_shift: as in :class:`Calibration`.
+        clusters: of all tasks together (micro), where any task has them.
     """
 
     tasks: int
@@ -86,10 +228,125 @@ class Overall(_Frozen):
     flips: Flips
     mcnemar_p: float | None = None
     kappa: float | None = None
+    corrected_tasks: int = 0
+    choice_tasks: int = 0
+    choice_kl: Estimate | None = None
+    choice_js: Estimate | None = None
+    margin_shift: Estimate | None = None
+    calibration_tasks: int = 0
+    dense_calibration_error: float | None = None
+    pruned_calibration_error: float | None = None
+    brier_shift: Estimate | None = None
+    clusters: Clusters | None = None
+
+
+class GroupComparison(_Decided):
+    """All documents of a group's tasks; its tasks (MMLU's subjects) are the clusters.
+
+    Attributes:
+        tasks: compared tasks of the group, at least two.
+        dense, pruned: accuracy over documents; the standard error treats tasks as clusters.
+    """
+
+    group: str
+    tasks: tuple[str, ...]
+    n: int
+    dense: Estimate
+    pruned: Estimate
+    difference: Estimate
+    agreement: Estimate
+    flips: Flips
+    clusters: Clusters
+
+
+class PerplexityComparison(_Frozen):
+    """Perplexity of texts (or of answers), dense against pruned, on the same documents.
+
+    Attributes:
+        unit: what a perplexity is per: "word", "byte" or "answer" (summed log-likelihood of the
+            expected answer, lm-eval's ``perplexity``).
+        dense, pruned: exp(-sum of log-likelihoods / units).
+        ratio: pruned / dense, with a paired interval over documents.
+        nats_per_unit: its logarithm: what the pruned model needs more per unit, in nats.
+    """
+
+    task: str
+    filter: str
+    unit: Literal["word", "byte", "answer"]
+    n: int
+    units: float
+    dense: float
+    pruned: float
+    ratio: Estimate
+    nats_per_unit: Estimate
+
+
+class GenerationComparison(_Frozen):
+    """Generated texts, dense against pruned.
+
+    A word is what whitespace separates. Indices count what is shared before the first difference; a
+    text that is a beginning of the other differs where the shorter one ends.
+
+    Attributes:
+        identical: share of equal texts.
+        first_word, first_character: median index of the first difference over the ``n`` -
+            identical differing texts; None where all are identical.
+        shared: mean share of the longer text's words before the first difference (identical: 1).
+        dense_words, pruned_words: mean length.
+        exact_match: pruned - dense, where the task has that verdict.
+    """
+
+    task: str
+    filter: str
+    n: int
+    identical: Estimate
+    first_word: float | None
+    first_character: float | None
+    shared: float
+    dense_words: float
+    pruned_words: float
+    exact_match: Estimate | None
+
+
+class NoiseTask(_Frozen):
+    """Dense against dense again on one (task, filter), mean over the repetitions."""
+
+    task: str
+    filter: str
+    n: int
+    flips: Estimate
+    agreement: Estimate
+    same_choice: float | None
+    choice_kl: float | None
+
+
+class NoiseFloor(_Frozen):
+    """What changes when nothing was removed (batch size, dtype or engine changed only).
+
+    Attributes:
+        repeats: labels of the repetitions.
+        flips, agreement: over all documents of all tasks.
+        macro_flips: mean over tasks.
+        choice_kl: mean over tasks that have choices.
+    """
+
+    dense_run: str
+    repeats: tuple[str, ...]
+    tasks: tuple[NoiseTask, ...]
+    n: int
+    flips: Estimate
+    agreement: Estimate
+    macro_flips: float
+    choice_kl: float | None
 
 
 class Comparison(_Frozen):
-    """Everything :func:`streamline_bench.stability.compare.compare` finds, and how."""
+    """Everything :func:`streamline_bench.stability.compare.compare` finds, and how.
+
+    Attributes:
+        not_compared: tasks without verdicts, with the reason; such a task may be among
+            ``perplexities`` or ``generations``.
+    """
 
     dense_run: str
     pruned_run: str
@@ -99,7 +356,11 @@ class Comparison(_Frozen):
     confidence: float
     draws: int
     seed: int
+    margin: float | None = None
     tasks: tuple[TaskComparison, ...]
     macro: Overall
     micro: Overall
     not_compared: dict[str, str]
+    groups: tuple[GroupComparison, ...] = ()
+    perplexities: tuple[PerplexityComparison, ...] = ()
+    generations: tuple[GenerationComparison, ...] = ()
