@@ -1,8 +1,9 @@
-"""Run folder -> leaderboard -> report.html, report.md, leaderboard.csv and leaderboard.json."""
+"""Run folder -> ``leaderboard.json``; CSV, Markdown, HTML and model cards are views of it."""
 
 from __future__ import annotations
 
 from streamline_bench.report.run_folder import (
+    NoiseRun,
     RunFile,
     RunRow,
     build_report,
@@ -10,4 +11,4 @@ from streamline_bench.report.run_folder import (
     write_run_file,
 )
 
-__all__ = ["RunFile", "RunRow", "build_report", "read_run_file", "write_run_file"]
+__all__ = ["NoiseRun", "RunFile", "RunRow", "build_report", "read_run_file", "write_run_file"]

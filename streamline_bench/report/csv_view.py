@@ -29,15 +29,18 @@ def _record(row: Mapping[str, Any]) -> dict[str, Any]:
         name: row[name]
         for name in (
             *("label", "method", "replacement", "cost", "layers", "parameters"),
-            *("sparsity_requested", "sparsity_reached"),
+            *("sparsity_requested", "sparsity_reached", "failed"),
         )
     }
     record["seconds"] = sum(row["seconds"].values()) or None
-    record["accuracy_macro"] = row["accuracy_macro"]["value"]
-    record["accuracy_macro_se"] = row["accuracy_macro"]["standard_error"]
-    record["accuracy_micro"] = row["accuracy_micro"]["value"]
+    for scope in ("macro", "micro"):
+        accuracy = row[f"accuracy_{scope}"] or {}
+        record[f"accuracy_{scope}"] = accuracy.get("value")
+        record[f"accuracy_{scope}_se"] = accuracy.get("standard_error")
     for scope in ("macro", "micro"):
         record |= _overall(row[scope], scope)
+    for name, value in (row["throughput"] or {}).items():
+        record[f"throughput_{name}"] = value
     for task in row["tasks"]:
         name = task["task"] if task["main"] else f"{task['task']}/{task['filter']}"
         record[f"accuracy:{name}"] = task["accuracy"]["value"]

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from streamline_bench.errors import SamplesError
+from streamline_bench.report.failed_row import failed_row
 from streamline_bench.report.flips import worst_flips
-from streamline_bench.report.provenance import CheckpointFacts, provenance, read_checkpoint
-from streamline_bench.report.schema import Leaderboard, Method, Row, TaskScore
+from streamline_bench.report.provenance import provenance, read_checkpoint
+from streamline_bench.report.published import published_numbers
+from streamline_bench.report.schema import Leaderboard, Method, Noise, Row, TaskScore
+from streamline_bench.report.speed import read_throughput
 from streamline_bench.stability.align import align
 from streamline_bench.stability.compare import compare
 from streamline_bench.stability.comparison import Comparison
@@ -22,18 +25,21 @@ __all__ = ["RowSource", "build_leaderboard"]
 
 @dataclass(frozen=True)
 class RowSource:
-    """What is known of a row beyond its evaluation."""
+    """What is known of a row beyond its evaluation; ``failed`` says why it has no result."""
 
     checkpoint: Path | None = None
     recipe: dict[str, Any] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    failed: str | None = None
 
 
 def build_leaderboard(
-    runs: Mapping[str, Path],
+    runs: Mapping[str, Path | None],
     dense: str,
     *,
     sources: Mapping[str, RowSource] | None = None,
+    throughput: Path | None = None,
+    noise: Mapping[str, Path] | None = None,
     settings: Settings | None = None,
     title: str = "streamline-bench report",
     commands: Sequence[str] = (),
@@ -43,49 +49,79 @@ def build_leaderboard(
     """Compare every run with the dense one and return the leaderboard as plain data.
 
     Args:
-        runs: label -> lm-eval output folder (or samples Parquet), in the order of the rows.
+        runs: label -> evaluation (lm-eval output folder or samples Parquet), in the order of the
+            rows; None for a row that failed, whose reason its source tells.
         dense: label of the run that the others are compared with.
         sources: label -> checkpoint, recipe and timings, where known.
+        throughput: a ``throughput.json``; its figures go to the rows of the same labels.
+        noise: label -> evaluation of the dense model, made again.
 
     Returns:
         JSON-ready data of :class:`streamline_bench.report.schema.Leaderboard`.
 
     Raises:
-        SamplesError: a run cannot be read, or ``dense`` is not among them.
+        SamplesError: a run cannot be read, or ``dense`` is not among them or failed.
         ComparisonError: runs were not asked the same.
     """
-    if dense not in runs:
-        raise SamplesError(f"The dense run '{dense}' is not among the runs: {', '.join(runs)}.")
-    settings = settings or Settings()
     sources = sources or {}
-    loaded = {
-        label: load_samples(path, run=label, progress=progress) for label, path in runs.items()
-    }
+    settings = settings or Settings()
+    reference = _load_dense(runs, dense, sources, progress)
     # Of the dense run against itself only accuracies are shown: no need to draw.
-    itself = compare(loaded[dense], loaded[dense], settings=replace(settings, draws=2))
-    facts = {
-        label: read_checkpoint(sources[label].checkpoint if label in sources else None)
-        for label in runs
-    }
+    itself = compare(reference, reference, settings=replace(settings, draws=2))
+    speed = read_throughput(throughput)
     rows = []
-    for label, samples in loaded.items():
-        is_dense = label == dense
-        result = itself if is_dense else compare(loaded[dense], samples, settings=settings)
-        row = _row(samples, result, sources.get(label, RowSource()), facts[label], is_dense)
-        if not is_dense:
-            pairs = align(loaded[dense], samples)
-            row = row.model_copy(update={"worst_flips": worst_flips(pairs, settings.verdict)})
-        rows.append(row)
+    for label, path in runs.items():
+        source = sources.get(label, RowSource())
+        if path is None:
+            row = failed_row(label, source.failed, source.recipe, source.checkpoint, source.seconds)
+        elif label == dense:
+            row = _row(reference, itself, source, is_dense=True)
+        else:
+            samples = load_samples(path, run=label, progress=progress)
+            row = _compared_row(reference, samples, source, settings)
+        rows.append(row.model_copy(update={"throughput": speed.get(label)}))
     board = Leaderboard(
         title=title,
         dense=dense,
         method=_method(settings),
         rows=_with_original_size(rows),
+        noise=[
+            _noise(reference, load_samples(path, run=label, progress=progress), settings)
+            for label, path in (noise or {}).items()
+        ],
         not_compared=itself.not_compared,
         commands=list(commands),
         versions={**_versions(), **(versions or {})},
     )
     return board.model_dump(mode="json")
+
+
+def _load_dense(
+    runs: Mapping[str, Path | None], dense: str, sources: Mapping[str, RowSource], progress: bool
+) -> Samples:
+    if dense not in runs:
+        raise SamplesError(f"The dense run '{dense}' is not among the runs: {', '.join(runs)}.")
+    path = runs[dense]
+    if path is None:
+        reason = sources[dense].failed if dense in sources else None
+        raise SamplesError(
+            f"The dense row '{dense}' has no result ({reason or 'no evaluation'}), so there is "
+            "nothing to compare with; mend that and make the run again."
+        )
+    return load_samples(path, run=dense, progress=progress)
+
+
+def _compared_row(reference: Samples, samples: Samples, source: RowSource, how: Settings) -> Row:
+    row = _row(samples, compare(reference, samples, settings=how), source, is_dense=False)
+    flips = worst_flips(align(reference, samples), how.verdict)
+    return row.model_copy(update={"worst_flips": flips})
+
+
+def _noise(reference: Samples, again: Samples, settings: Settings) -> Noise:
+    result = compare(reference, again, settings=settings)
+    return Noise(
+        label=again.info.run, macro=result.macro, micro=result.micro, tasks=list(result.tasks)
+    )
 
 
 def _method(settings: Settings) -> Method:
@@ -106,9 +142,8 @@ def _versions() -> dict[str, str]:
     return {"streamline-bench": __version__}
 
 
-def _row(
-    samples: Samples, result: Comparison, source: RowSource, facts: CheckpointFacts, is_dense: bool
-) -> Row:
+def _row(samples: Samples, result: Comparison, source: RowSource, *, is_dense: bool) -> Row:
+    facts = read_checkpoint(source.checkpoint)
     manifest = facts.manifest
     recipe = source.recipe or (manifest.recipe if manifest else None) or {}
     parameters = samples.info.config.get("model_num_parameters")
@@ -136,6 +171,7 @@ def _row(
         other_metrics=_other_metrics(samples, result),
         scan=facts.scan,
         curve=facts.curve,
+        published=published_numbers(recipe, [task.task for task in result.tasks]),
         provenance=provenance(samples.info, manifest, recipe or None),
     )
 

@@ -1,4 +1,4 @@
-"""``report.md``: the leaderboard as GitHub Markdown tables."""
+"""``leaderboard.md``: the leaderboard as GitHub Markdown tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["to_markdown"]
 
 def to_markdown(board: Mapping[str, Any]) -> str:
     """Render the leaderboard as Markdown; every string of a run is escaped."""
-    rows = board["rows"]
+    rows = [row for row in board["rows"] if not row["failed"]]
     level = f"{100 * board['method']['confidence']:g} %"
     parts = [
         f"# {markdown_text(board['title'])}",
@@ -33,6 +33,7 @@ def to_markdown(board: Mapping[str, Any]) -> str:
         f"Accuracy: mean over tasks ± standard error, in %. Difference to {_label(board)} in "
         f"points, with {level} interval. Stability: LLM-Streamline, equation 6. Flips: right to "
         "wrong / wrong to right. p: exact McNemar over all documents.",
+        *_failures(board),
         "## Accuracy by task",
         _by_task(rows, lambda task: with_error(task["accuracy"])),
         "## Stability by task",
@@ -91,10 +92,11 @@ def _line(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _difference(estimate: Mapping[str, Any] | None) -> str:
-    if estimate is None:
-        return MISSING
-    return f"{points(estimate['value'])} {interval(estimate, signed=True)}".strip()
+def _failures(board: Mapping[str, Any]) -> list[str]:
+    failed = [row for row in board["rows"] if row["failed"]]
+    return [
+        f"Failed: {markdown_text(row['label'])}: {markdown_text(row['failed'])}" for row in failed
+    ]
 
 
 def _by_task(rows: Sequence[Mapping[str, Any]], cell: Any, *, skip_dense: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""``report.html``: one offline file from ``reports/templates``; autoescape does the escaping.
+"""``leaderboard.html``: one offline file from ``reports/templates``; autoescape does the escaping.
 
 Style and script are inlined; a content security policy allows that one script by its hash, and no
 request to anywhere.
@@ -42,12 +42,15 @@ def to_html(board: Mapping[str, Any]) -> str:
             environment.filters[name] = getattr(formats, name)
     environment.filters["pretty"] = _pretty
     environment.filters["breakable"] = _breakable
-    script = (templates / "report.js").read_text(encoding="utf-8")
+    script = (templates / "leaderboard.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
-    return environment.get_template("report.html.j2").render(
+    failed = [row for row in board["rows"] if row["failed"]]
+    board = {**board, "rows": [row for row in board["rows"] if not row["failed"]]}
+    return environment.get_template("leaderboard.html.j2").render(
         board=board,
-        headline=headline(board),
-        style=Markup((templates / "report.css").read_text(encoding="utf-8")),
+        failed=failed,
+        headline=headline({**board, "rows": [*board["rows"], *failed]}),
+        style=Markup((templates / "leaderboard.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=digest,
         forest=_forest(board["rows"]),

@@ -2,27 +2,32 @@
 
 ::
 
-    <folder>/run.json                    written last: its presence means the run is whole
-    <folder>/<label>/eval/...            what lm_eval wrote (with --log_samples)
-    <folder>/<label>/checkpoint/         streamline.json, similarity.json, training_curve.jsonl
-    <folder>/report.html, report.md, leaderboard.json, leaderboard.csv      made from the above
+    <folder>/run.json                        written last: its presence means the run is whole
+    <folder>/<label>/eval/...                what lm_eval wrote (with --log_samples)
+    <folder>/<label>/checkpoint/             streamline.json, similarity.json, training_curve.jsonl
+    <folder>/throughput.json                 tokens per second, where they were measured
+    <folder>/leaderboard.{json,csv,md,html}  made from the above
 
 ``write_run_file(folder, RunFile(dense="dense", rows=[RunRow(...)]))``, then
-``build_report(folder)``, which returns the path of ``report.html``.
+``build_report(folder)``, which returns the path of ``leaderboard.html``.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from streamline_bench.errors import SamplesError
 
+if TYPE_CHECKING:
+    from streamline_bench.stability.settings import Settings
+
 __all__ = [
     "RUN_FILE",
+    "NoiseRun",
     "RunFile",
     "RunRow",
     "build_report",
@@ -34,28 +39,51 @@ RUN_FILE = "run.json"
 SCHEMA_VERSION = 1
 
 
-class RunRow(BaseModel):
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunRow(_Frozen):
     """One row of a comparison.
 
     Attributes:
         label: name of the row, unique in the run.
-        eval: folder with lm-eval's output, relative to the run folder and inside it.
+        eval: folder with the evaluation's output, relative to the run folder and inside it; None
+            where there is none.
         checkpoint: the checkpoint's folder (relative to the run folder, or absolute), None for a
             model that was not made here.
         recipe: the recipe it was made with; None to take the checkpoint's own.
         seconds: wall-clock seconds by stage, e.g. ``{"compress": 41.0, "evaluate": 12.5}``.
+        failed: why the row has no result, in a sentence; it is shown with that reason.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     label: str = Field(min_length=1)
-    eval: str
+    eval: str | None = None
     checkpoint: str | None = None
     recipe: dict[str, Any] | None = None
     seconds: dict[str, float] = Field(default_factory=dict)
+    failed: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _result_or_reason(self) -> RunRow:
+        if self.eval is None and self.failed is None:
+            raise ValueError(f"the row '{self.label}' has neither 'eval' nor 'failed'")
+        return self
 
 
-class RunFile(BaseModel):
+class NoiseRun(_Frozen):
+    """The dense model evaluated once more, at another batch size, dtype or engine.
+
+    Attributes:
+        label: what was different, e.g. ``batch size 1``.
+        eval: folder with that evaluation's output, relative to the run folder and inside it.
+    """
+
+    label: str = Field(min_length=1)
+    eval: str
+
+
+class RunFile(_Frozen):
     """``run.json``: which rows a run has and how they were made.
 
     Attributes:
@@ -63,9 +91,9 @@ class RunFile(BaseModel):
         commands: command lines that made the run, for the reader to repeat.
         versions: package -> version, in addition to what the evaluations record.
         title: heading of the report.
+        throughput: the run's ``throughput.json``, relative to the run folder and inside it.
+        noise: the dense model's repeated evaluations, from which the noise floor is read.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = SCHEMA_VERSION
     dense: str
@@ -73,6 +101,8 @@ class RunFile(BaseModel):
     commands: list[str] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=dict)
     title: str = "streamline-bench report"
+    throughput: str | None = None
+    noise: list[NoiseRun] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _labels(self) -> RunFile:
@@ -81,6 +111,9 @@ class RunFile(BaseModel):
             raise ValueError(f"row labels must be unique, these are not: {labels}")
         if self.dense not in labels:
             raise ValueError(f"the dense row '{self.dense}' is not among the rows {labels}")
+        again = [run.label for run in self.noise]
+        if len(set(again)) != len(again):
+            raise ValueError(f"noise labels must be unique, these are not: {again}")
         return self
 
 
@@ -124,11 +157,15 @@ def read_run_file(folder: Path) -> RunFile:
         raise SamplesError(f"{path}: '{where}': {first['msg']}.") from None
 
 
-def build_report(folder: Path, *, progress: bool = True) -> Path:
-    """Make the four report files of a run folder, in that folder; return ``report.html``.
+def build_report(folder: Path, *, settings: Settings | None = None, progress: bool = True) -> Path:
+    """Make the report files of a run folder, in that folder; return ``leaderboard.html``.
+
+    Args:
+        settings: how rows are compared; by default as ``streamline-bench stability`` does.
 
     Raises:
-        SamplesError: run.json or an evaluation is missing or damaged.
+        SamplesError: run.json, an evaluation or the throughput is missing or damaged, or the dense
+            row failed.
         ComparisonError: rows were not asked the same.
         OutputError: the folder is not writable.
     """
@@ -137,18 +174,21 @@ def build_report(folder: Path, *, progress: bool = True) -> Path:
 
     folder = Path(folder)
     run = read_run_file(folder)
-    sources = {
-        row.label: RowSource(
-            checkpoint=folder / row.checkpoint if row.checkpoint else None,
-            recipe=row.recipe,
-            seconds=row.seconds,
-        )
-        for row in run.rows
-    }
     leaderboard = build_leaderboard(
-        {row.label: _inside(folder, row.eval) for row in run.rows},
+        {row.label: _row_evaluation(folder, row) for row in run.rows},
         run.dense,
-        sources=sources,
+        sources={
+            row.label: RowSource(
+                checkpoint=folder / row.checkpoint if row.checkpoint else None,
+                recipe=row.recipe,
+                seconds=row.seconds,
+                failed=row.failed,
+            )
+            for row in run.rows
+        },
+        throughput=_inside(folder, run.throughput) if run.throughput else None,
+        noise={again.label: _inside(folder, again.eval) for again in run.noise},
+        settings=settings,
         title=run.title,
         commands=run.commands,
         versions=run.versions,
@@ -157,11 +197,15 @@ def build_report(folder: Path, *, progress: bool = True) -> Path:
     return write_report(leaderboard, folder)
 
 
+def _row_evaluation(folder: Path, row: RunRow) -> Path | None:
+    return None if row.failed or row.eval is None else _inside(folder, row.eval)
+
+
 def _inside(folder: Path, relative: str) -> Path:
     path = folder / relative
     if not path.resolve().is_relative_to(folder.resolve()):
         raise SamplesError(
-            f"{folder / RUN_FILE}: the evaluation '{relative}' lies outside the run folder; move "
-            "it into the folder."
+            f"{folder / RUN_FILE}: '{relative}' lies outside the run folder; move it into the "
+            "folder."
         )
     return path

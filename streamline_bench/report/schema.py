@@ -1,10 +1,13 @@
-"""The schema of ``leaderboard.json``, the source of every view of a report."""
+"""The schema of ``leaderboard.json``, the source of every view of a report.
+
+:func:`json_schema` gives it as JSON Schema; ``reports/leaderboard.schema.json`` holds the result.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from streamline_bench.stability.comparison import Estimate, Overall, TaskComparison
 
@@ -13,10 +16,14 @@ __all__ = [
     "Flip",
     "Leaderboard",
     "Method",
+    "Noise",
     "Provenance",
+    "Published",
     "Row",
     "ScanResult",
     "TaskScore",
+    "Throughput",
+    "json_schema",
 ]
 
 
@@ -91,12 +98,63 @@ class CurvePoint(_Frozen):
     val_loss: float | None
 
 
-class Provenance(_Frozen):
-    """Where the numbers of a row come from."""
+class Throughput(_Frozen):
+    """What one model was measured to generate, per second (see ``streamline-bench throughput``).
 
-    results_file: str
-    model: str | None
+    ``low`` and ``high`` are the extremes of the tokens per second by ``clock``; ``ratio`` is to the
+    dense model's in the same measurement, ``ideal_ratio`` what it would be if only size counted.
+    """
+
+    status: Literal["ok", "failed"]
+    reason: str | None = None
     engine: str
+    device: str
+    dtype: str
+    clock: str | None = None
+    batch_size: int
+    output_tokens_per_second: float | None = None
+    low: float | None = None
+    high: float | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    ideal_ratio: float | None = None
+    weights_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    kv_cache_tokens: int | None = None
+    ttft_ms: float | None = None
+    start_seconds: float | None = None
+
+
+class Noise(_Frozen):
+    """The dense model against itself, evaluated again: what changes without any compression."""
+
+    label: str
+    macro: Overall
+    micro: Overall
+    tasks: list[TaskComparison]
+
+
+class Published(_Frozen):
+    """A number of the literature, in percent, for the row's method on another model.
+
+    ``task`` is the task of this report that the metric names, None where there is none.
+    """
+
+    model: str
+    metric: str
+    value: float
+    sparsity: float | None = None
+    source: str
+    task: str | None = None
+
+
+class Provenance(_Frozen):
+    """Where the numbers of a row come from; without an evaluation the first three are None."""
+
+    results_file: str | None
+    model: str | None
+    engine: str | None
     model_args: Any = None
     source: str | None = None
     source_revision: str | None = None
@@ -114,16 +172,20 @@ class Row(_Frozen):
     """One model of the leaderboard.
 
     Attributes:
+        failed: why there is no result; then accuracies are None and ``tasks`` is empty.
         cost: "no training", "calibrated" or "recovered"; None for the dense model.
         parameters: of the evaluated model; ``sparsity_reached`` is the share removed.
         accuracy_macro, accuracy_micro: over tasks with verdicts.
         macro, micro: against the dense row; None for the dense row itself.
         other_metrics: task -> metric -> value, for metrics without verdicts (perplexities).
+        throughput: where it was measured.
         worst_flips: right before, wrong now; surest first.
+        published: numbers of the literature for this method.
     """
 
     label: str
     is_dense: bool
+    failed: str | None = None
     title: str = ""
     method: str | None = None
     replacement: str | None = None
@@ -135,27 +197,51 @@ class Row(_Frozen):
     sparsity_requested: float | None = None
     sparsity_reached: float | None = None
     seconds: dict[str, float] = Field(default_factory=dict)
-    accuracy_macro: Estimate
-    accuracy_micro: Estimate
+    accuracy_macro: Estimate | None
+    accuracy_micro: Estimate | None
     macro: Overall | None
     micro: Overall | None
     tasks: list[TaskScore]
     other_metrics: dict[str, dict[str, float]] = Field(default_factory=dict)
+    throughput: Throughput | None = None
     worst_flips: list[Flip] = Field(default_factory=list)
     scan: ScanResult | None = None
     curve: list[CurvePoint] = Field(default_factory=list)
+    published: list[Published] = Field(default_factory=list)
     provenance: Provenance
 
 
 class Leaderboard(_Frozen):
-    """Everything a report shows."""
+    """Everything a report shows.
+
+    The dense row has a result. Version 2 added failed rows, throughput, noise and published
+    numbers; version 1 is still read (:func:`streamline_bench.report.write.read_leaderboard`).
+    """
 
     kind: Literal["streamline-bench leaderboard"] = "streamline-bench leaderboard"
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     title: str
     dense: str
     method: Method
-    rows: list[Row]
+    rows: list[Row] = Field(min_length=1)
+    noise: list[Noise] = Field(default_factory=list)
     not_compared: dict[str, str] = Field(default_factory=dict)
     commands: list[str] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _dense_row(self) -> Leaderboard:
+        found = [row for row in self.rows if row.is_dense]
+        if [row.label for row in found] != [self.dense]:
+            raise ValueError(f"exactly the row '{self.dense}' must be marked as dense")
+        if found[0].accuracy_macro is None:
+            raise ValueError(f"the dense row '{self.dense}' has no result")
+        return self
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of ``leaderboard.json``."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Leaderboard.model_json_schema(mode="serialization"),
+    }

@@ -13,10 +13,12 @@ __all__ = ["headline"]
 def headline(board: Mapping[str, Any]) -> str:
     """One or two plain sentences on the best row against the dense model. Not escaped."""
     dense = next(row for row in board["rows"] if row["is_dense"])
-    others = [row for row in board["rows"] if not row["is_dense"]]
+    others = [row for row in board["rows"] if row["macro"]]
+    failed = sum(row["failed"] is not None for row in board["rows"])
+    lost = f" {failed} more failed." if failed else ""
     before = percent(dense["accuracy_macro"]["value"])
     if not others:
-        return f"{dense['label']} answers {before} % right, averaged over tasks."
+        return f"{dense['label']} answers {before} % right, averaged over tasks.{lost}"
     best = max(others, key=lambda row: row["accuracy_macro"]["value"])
     difference = best["macro"]["difference"]
     removed = ""
@@ -29,5 +31,6 @@ def headline(board: Mapping[str, Any]) -> str:
         f"{best['label']} keeps most: {percent(best['accuracy_macro']['value'])} % right"
         f"{removed}, where {dense['label']} has {before} % "
         f"({points(difference['value'])} points, {level} interval {points(difference['low'])} to "
-        f"{points(difference['high'])}). {percent(agreement)} % of its verdicts are unchanged."
+        f"{points(difference['high'])}). {percent(agreement)} % of its verdicts are "
+        f"unchanged.{lost}"
     )

@@ -1,4 +1,4 @@
-"""Writes the four files of a report, each atomically, ``report.html`` last."""
+"""Writes the four files of a report, each atomically, ``leaderboard.html`` last."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["read_leaderboard", "write_report"]
 
 
 def write_report(leaderboard: Mapping[str, Any], output: Path) -> Path:
-    """Write leaderboard.json, leaderboard.csv, report.md and report.html into ``output``.
+    """Write leaderboard.json, leaderboard.csv, leaderboard.md and leaderboard.html into ``output``.
 
     Args:
         leaderboard: what :func:`streamline_bench.report.leaderboard.build_leaderboard` returns.
         output: folder, made if missing; files of an earlier report are replaced.
 
     Returns:
-        The path of ``report.html``.
+        The path of ``leaderboard.html``.
 
     Raises:
         SamplesError: the data does not follow the schema.
@@ -38,8 +38,8 @@ def write_report(leaderboard: Mapping[str, Any], output: Path) -> Path:
     views = {
         "leaderboard.json": json.dumps(board, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "leaderboard.csv": to_csv(board),
-        "report.md": to_markdown(board),
-        "report.html": to_html(board),
+        "leaderboard.md": to_markdown(board),
+        "leaderboard.html": to_html(board),
     }
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def write_report(leaderboard: Mapping[str, Any], output: Path) -> Path:
         raise OutputError(
             f"The report cannot be written to '{output}' ({error.strerror or error})."
         ) from None
-    return output / "report.html"
+    return output / "leaderboard.html"
 
 
 def read_leaderboard(path: Path) -> dict[str, Any]:
@@ -62,6 +62,13 @@ def read_leaderboard(path: Path) -> dict[str, Any]:
         payload = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SamplesError(f"{path} cannot be read ({error}); make the report again.") from None
+    version = payload.get("schema_version") if isinstance(payload, dict) else None
+    if version == 1:  # every field added since has a default
+        payload = {**payload, "schema_version": 2}
+    elif isinstance(version, int) and version > 2:
+        raise SamplesError(
+            f"{path} has schema version {version}, newer than 2; upgrade streamline-bench."
+        )
     return _validated(payload, str(path))
 
 

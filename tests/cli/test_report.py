@@ -24,11 +24,11 @@ BOARD = {
 
 def test_a_leaderboard_alone_is_rendered_again(tmp_path: Path) -> None:
     write_report(BOARD, tmp_path)
-    (tmp_path / "report.html").unlink()
+    (tmp_path / "leaderboard.html").unlink()
     for path in (tmp_path, tmp_path / "leaderboard.json"):
         result = CliRunner().invoke(command, [str(path)], catch_exceptions=False)
-        assert result.exit_code == 0 and f"Open {tmp_path / 'report.html'}" in result.output
-        assert "Kept" in (tmp_path / "report.html").read_text()
+        assert result.exit_code == 0 and f"Open {tmp_path / 'leaderboard.html'}" in result.output
+        assert "Kept" in (tmp_path / "leaderboard.html").read_text()
 
 
 def test_user_errors_end_with_exit_code_2(

@@ -29,7 +29,7 @@ def test_two_rows_from_compression_to_report(tmp_path: Path) -> None:
     assert report.is_file()
     leaderboard = json.loads((output / "leaderboard.json").read_text(encoding="utf-8"))
     assert {row["label"] for row in leaderboard["rows"]} == {"dense", "streamline_none"}
-    for name in ("report.html", "report.md", "leaderboard.csv"):
+    for name in ("leaderboard.html", "leaderboard.md", "leaderboard.csv"):
         assert (output / name).stat().st_size > 0
     with pytest.raises(OutputError, match="other options"):
         run_demo(DemoOptions(output, rows=("dense",), limit=5, progress=False))

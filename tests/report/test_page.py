@@ -1,4 +1,4 @@
-"""report.html: one file, no request, every string shown as text."""
+"""leaderboard.html: one file, no request, every string shown as text."""
 
 from __future__ import annotations
 

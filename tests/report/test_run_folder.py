@@ -11,7 +11,14 @@ import pytest
 from pydantic import ValidationError
 
 from streamline_bench.errors import OutputError, SamplesError
-from streamline_bench.report import RunFile, RunRow, build_report, read_run_file, write_run_file
+from streamline_bench.report import (
+    NoiseRun,
+    RunFile,
+    RunRow,
+    build_report,
+    read_run_file,
+    write_run_file,
+)
 from streamline_bench.report.write import read_leaderboard
 
 
@@ -40,6 +47,11 @@ def test_rows_must_make_sense() -> None:
         RunFile(dense="a", rows=[row, row])
     with pytest.raises(ValidationError, match="'b' is not among the rows"):
         RunFile(dense="b", rows=[row])
+    with pytest.raises(ValidationError, match="neither 'eval' nor 'failed'"):
+        RunRow(label="a")
+    again = NoiseRun(label="batch 1", eval="b")
+    with pytest.raises(ValidationError, match="noise labels must be unique"):
+        RunFile(dense="a", rows=[row], noise=[again, again])
 
 
 @pytest.mark.parametrize(
@@ -63,7 +75,7 @@ def test_missing_run_file(tmp_path: Path) -> None:
 
 
 def test_the_four_files(built: Path) -> None:
-    for name in ("report.html", "report.md", "leaderboard.json", "leaderboard.csv"):
+    for name in ("leaderboard.json", "leaderboard.csv", "leaderboard.md", "leaderboard.html"):
         assert (built / name).stat().st_size > 500
     board = read_leaderboard(built / "leaderboard.json")
     assert [row["label"] for row in board["rows"]] == ["dense", "none", "layer"]
@@ -72,9 +84,9 @@ def test_the_four_files(built: Path) -> None:
 
 def test_making_it_again_gives_the_same_bytes(built: Path, tmp_path: Path) -> None:
     again = shutil.copytree(built, tmp_path / "again")
-    (again / "report.html").unlink()
+    (again / "leaderboard.html").unlink()
     build_report(again, progress=False)
-    for name in ("report.html", "report.md", "leaderboard.json", "leaderboard.csv"):
+    for name in ("leaderboard.json", "leaderboard.csv", "leaderboard.md", "leaderboard.html"):
         assert (again / name).read_bytes() == (built / name).read_bytes()
 
 
@@ -113,6 +125,91 @@ def test_damaged_training_curve(built: Path, tmp_path: Path) -> None:
     file.write_text('{"step": 1}\n{"loss": 2}\n')
     with pytest.raises(SamplesError, match=r"training_curve\.jsonl, line 2"):
         build_report(broken, progress=False)
+
+
+def changed(built: Path, target: Path, **changes: object) -> Path:
+    """A copy of a run folder with other fields in its run.json."""
+    copy = shutil.copytree(built, target)
+    run = read_run_file(copy)
+    write_run_file(copy, run.model_copy(update=changes))
+    return copy
+
+
+def test_a_failed_row_is_shown_with_its_reason(built: Path, tmp_path: Path) -> None:
+    rows = read_run_file(built).rows
+    lost = RunRow(
+        label="lost",
+        failed="The threshold reaches no size.",
+        checkpoint="lost/checkpoint",
+        recipe={"title": "LaCo", "method": "laco", "cost": "calibrated", "sparsity": 0.25},
+    )
+    run = changed(built, tmp_path / "run", rows=[*rows[:2], lost, rows[2]])
+    build_report(run, progress=False)
+    board = read_leaderboard(run / "leaderboard.json")
+    row = board["rows"][2]
+    assert [row["label"] for row in board["rows"]] == ["dense", "none", "lost", "layer"]
+    assert row["failed"] == "The threshold reaches no size." and row["method"] == "laco"
+    assert row["accuracy_macro"] is None and row["tasks"] == [] and row["macro"] is None
+    for name in ("leaderboard.csv", "leaderboard.md", "leaderboard.html"):
+        assert "The threshold reaches no size." in (run / name).read_text()
+    before = read_leaderboard(built / "leaderboard.json")
+    assert before["rows"] == [other for other in board["rows"] if not other["failed"]]
+
+
+def test_a_failed_dense_row_leaves_nothing_to_compare_with(built: Path, tmp_path: Path) -> None:
+    rows = read_run_file(built).rows
+    dense = RunRow(label="dense", failed="Out of memory.")
+    run = changed(built, tmp_path / "run", rows=[dense, *rows[1:]])
+    with pytest.raises(SamplesError, match=r"'dense' has no result \(Out of memory\.\)"):
+        build_report(run, progress=False)
+
+
+def test_noise_is_the_dense_model_against_itself(built: Path, tmp_path: Path) -> None:
+    noise = [NoiseRun(label="same", eval="dense/eval"), NoiseRun(label="other", eval="none/eval")]
+    run = changed(built, tmp_path / "run", noise=noise)
+    build_report(run, progress=False)
+    board = read_leaderboard(run / "leaderboard.json")
+    same, other = board["noise"]
+    assert (same["label"], other["label"]) == ("same", "other")
+    assert same["macro"]["agreement"]["value"] == 1.0
+    assert other["micro"]["flips"] == board["rows"][1]["micro"]["flips"]
+
+
+def test_throughput_reaches_the_rows_of_the_same_label(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streamline_bench.throughput import figures
+
+    common = {"engine": "vllm 0.29", "device": "cpu", "dtype": "float32", "batch_size": 8}
+    measured = {
+        "dense": figures.ThroughputFigures(
+            label="dense", status="ok", output_tokens_per_second=100.0, clock="wall", **common
+        ),
+        "layer": figures.ThroughputFigures(
+            label="layer", status="failed", reason="no kernel", clock="wall", **common
+        ),
+    }
+    monkeypatch.setattr(figures, "read_figures", lambda path: measured)
+    run = changed(built, tmp_path / "run", throughput="throughput.json")
+    build_report(run, progress=False)
+    dense, none, layer = read_leaderboard(run / "leaderboard.json")["rows"]
+    assert dense["throughput"]["output_tokens_per_second"] == 100.0
+    assert none["throughput"] is None
+    assert (layer["throughput"]["status"], layer["throughput"]["reason"]) == ("failed", "no kernel")
+
+
+def test_a_leaderboard_of_version_1_is_read(built: Path, tmp_path: Path) -> None:
+    board = json.loads((built / "leaderboard.json").read_text())
+    del board["noise"]
+    for row in board["rows"]:
+        for name in ("failed", "throughput", "published"):
+            del row[name]
+    path = tmp_path / "leaderboard.json"
+    path.write_text(json.dumps({**board, "schema_version": 1}))
+    assert read_leaderboard(path)["rows"][0]["label"] == "dense"
+    path.write_text(json.dumps({**board, "schema_version": 3}))
+    with pytest.raises(SamplesError, match="schema version 3, newer than 2"):
+        read_leaderboard(path)
 
 
 def test_unwritable_folder(built: Path, tmp_path: Path) -> None:
