@@ -1,0 +1,154 @@
+"""What is asked of a shared walk, and what came of it; both travel as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from streamline_bench.core.staging import atomic_write_text
+from streamline_bench.errors import RecipeError
+
+__all__ = ["LabelOutcome", "TrunkOutcome", "TrunkRequest"]
+
+SCHEMA_VERSION = 1
+
+MODEL_ARGUMENTS = frozenset(
+    "add_bos_token attn_implementation chat_template_args enable_thinking max_length "
+    "mixed_precision_dtype prefix_token_id softmax_dtype think_end_token truncation "
+    "trust_remote_code use_fast_tokenizer".split()
+)
+"""Arguments of the model that may go with the checkpoint: all that keep it whole on one device."""
+
+
+class TrunkRequest(BaseModel):
+    """Checkpoints to evaluate on the same tasks; every field has the harness's own meaning.
+
+    Attributes:
+        checkpoints: label -> model folder; the first one is the dense model.
+        outputs: label -> folder that will hold ``results_*.json`` and ``samples_*.jsonl`` as
+            ``--output_path`` would. It appears whole or not at all; one that is there already,
+            made by the same request, is kept and its label not evaluated again.
+        outcome: file for the :class:`TrunkOutcome`, written last.
+        model_args: further arguments of the model, those of ``--model_args`` that the tuple
+            ``MODEL_ARGUMENTS`` names.
+        seed: of random, numpy, torch and the choice of few-shot examples.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    checkpoints: dict[str, Path] = Field(min_length=1)
+    outputs: dict[str, Path]
+    tasks: tuple[str, ...] = Field(min_length=1)
+    include_path: Path | None = None
+    limit: float | None = None
+    num_fewshot: int | None = None
+    batch_size: int | str = 1
+    max_batch_size: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    seed: tuple[int | None, int | None, int | None, int | None] = (0, 1234, 1234, 1234)
+    gen_kwargs: dict[str, Any] = Field(default_factory=dict)
+    apply_chat_template: bool | str = False
+    fewshot_as_multiturn: bool | None = None
+    system_instruction: str | None = None
+    outcome: Path | None = None
+
+    @field_validator("model_args")
+    @classmethod
+    def _shareable(cls, value: dict[str, Any]) -> dict[str, Any]:
+        unknown = sorted(set(value) - MODEL_ARGUMENTS)
+        if unknown:
+            raise ValueError(
+                f"'{unknown[0]}' cannot be used in a shared walk; possible are: "
+                f"{', '.join(sorted(MODEL_ARGUMENTS))}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _one_output_each(self) -> TrunkRequest:
+        if set(self.outputs) != set(self.checkpoints):
+            odd = sorted(set(self.outputs) ^ set(self.checkpoints))
+            raise ValueError(f"'{odd[0]}' needs both a checkpoint and an output")
+        places = [path.absolute() for path in self.outputs.values()]
+        if len(set(places)) != len(places):
+            raise ValueError("two labels have the same output folder")
+        return self
+
+    @property
+    def dense(self) -> str:
+        """Label of the dense model."""
+        return next(iter(self.checkpoints))
+
+    @classmethod
+    def read(cls, path: Path) -> TrunkRequest:
+        """Read a request from a JSON file.
+
+        Raises:
+            RecipeError: it is missing, no JSON or not a valid request; the field is named.
+        """
+        try:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise RecipeError(f"{path} cannot be read as a request ({error}).") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "request"
+            raise RecipeError(f"{path}: '{where}': {first['msg']}.") from None
+
+    def write(self, path: Path) -> None:
+        """Write the request as JSON.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        atomic_write_text(path, self.model_dump_json(indent=2) + "\n")
+
+
+class LabelOutcome(BaseModel):
+    """What became of one label.
+
+    Attributes:
+        status: ``failed`` leaves no output folder; ``reason`` says why.
+        together: scored in a walk with others.
+        shared_layers: decoder layers that were not run for this label, because another one had.
+        layers: its decoder layers.
+        reason: why it failed, or why it was scored by itself; None if neither.
+        reused: its output was there already.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    status: Literal["ok", "failed"]
+    together: bool = False
+    shared_layers: int = 0
+    layers: int = 0
+    reason: str | None = None
+    reused: bool = False
+
+
+class TrunkOutcome(BaseModel):
+    """What came of a request.
+
+    Attributes:
+        labels: by label, in the order of the request.
+        walks: labels that were scored together, one tuple per walk, each in the order of the walk.
+        per_model: kinds of requests that every model answered by itself (``generate_until``).
+        seconds: wall time by stage.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    labels: dict[str, LabelOutcome]
+    walks: tuple[tuple[str, ...], ...] = ()
+    per_model: tuple[str, ...] = ()
+    seconds: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Label -> reason of those that failed."""
+        return {k: v.reason or "" for k, v in self.labels.items() if v.status == "failed"}
