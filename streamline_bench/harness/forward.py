@@ -11,9 +11,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from streamline_bench.harness.packing import PackedRow
+from streamline_bench.harness.packing import PackedRow, Query
 
-__all__ = ["BatchTensors", "Forward", "HeadError", "target_logprobs", "tensors_of"]
+__all__ = [
+    "BatchTensors",
+    "Forward",
+    "HeadError",
+    "queries_of",
+    "target_logprobs",
+    "tensors_of",
+]
 
 CHUNK_ELEMENTS_CPU = 2**19
 """Logits per softmax call on a CPU: what stays in its cache."""
@@ -47,8 +54,13 @@ class BatchTensors:
     owner: torch.Tensor
 
 
+def queries_of(batch: Sequence[PackedRow]) -> list[Query]:
+    """Return the queries of a batch, row by row, as ``row.scored`` lists them."""
+    return [query for row in batch for query, _ in row.scored]
+
+
 def tensors_of(batch: Sequence[PackedRow]) -> BatchTensors:
-    """Stack rows on the CPU; queries are numbered row by row, as ``row.scored`` lists them."""
+    """Stack rows on the CPU; queries are numbered as :func:`queries_of` lists them."""
     longest = max(len(row) for row in batch)
     chains = all(row.is_chain for row in batch)
     ids = np.zeros((len(batch), longest), dtype=np.int64)

@@ -27,7 +27,7 @@ from streamline_bench.harness.packing import Query
 from streamline_bench.harness.preparation import prepare
 from streamline_bench.harness.scoring import Answer, TokenScorer
 
-__all__ = ["StreamlineLM"]
+__all__ = ["StreamlineLM", "TokenRequest", "window_sums"]
 
 logger = logging.getLogger(__name__)
 
@@ -116,19 +116,22 @@ class StreamlineLM(HFLM):  # type: ignore[misc]
         with user_errors():
             if self._token_scorer() is None:
                 return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
-            windows: list[TokenRequest] = []
-            owners: list[int] = []
-            for number, request in enumerate(requests):
-                for context, continuation in self._windows(request.args[0]):
-                    windows.append((None, context, continuation))
-                    owners.append(number)
-            totals = [0.0] * len(requests)
+            windows, owners = self._rolling_windows(requests)
             answers = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
-            for owner, (score, _) in zip(owners, answers, strict=True):
-                totals[owner] += score
+            totals = window_sums(answers, owners, len(requests))
             for request, total in zip(requests, totals, strict=True):
                 self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
             return totals
+
+    def _rolling_windows(self, requests: Any) -> tuple[list[TokenRequest], list[int]]:
+        """Return the windows of all texts, and the number of the request each belongs to."""
+        windows: list[TokenRequest] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            for context, continuation in self._windows(request.args[0]):
+                windows.append((None, context, continuation))
+                owners.append(number)
+        return windows, owners
 
     def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
         windows = get_rolling_token_windows(
@@ -151,7 +154,6 @@ class StreamlineLM(HFLM):  # type: ignore[misc]
                 requests, disable_tqdm=disable_tqdm, override_bs=override_bs
             )
         queries = self._queries(requests)
-        longest = max(len(query.inputs) for query in queries)
 
         def keep(index: int, answer: Answer) -> None:
             strings = requests[index][0]
@@ -160,12 +162,14 @@ class StreamlineLM(HFLM):  # type: ignore[misc]
 
         return scorer.score(
             queries,
-            batch_tokens=scoring_tokens(
-                self.batch_size, longest, self.device, self.max_batch_size or 64
-            ),
+            batch_tokens=self._batch_tokens(queries),
             on_answer=keep,
             progress=not disable_tqdm and self.rank == 0,
         )
+
+    def _batch_tokens(self, queries: Sequence[Query]) -> int:
+        longest = max(len(query.inputs) for query in queries)
+        return scoring_tokens(self.batch_size, longest, self.device, self.max_batch_size or 64)
 
     def _queries(self, requests: Sequence[TokenRequest]) -> list[Query]:
         """Cut requests to the model's length, from the left, as the stock class does."""
@@ -268,3 +272,11 @@ class StreamlineLM(HFLM):  # type: ignore[misc]
                 "vocabulary": len(self.tokenizer),
             },
         )
+
+
+def window_sums(answers: Sequence[Answer], owners: Sequence[int], count: int) -> list[float]:
+    """Add up the log-probabilities of windows, by the number of the text they belong to."""
+    totals = [0.0] * count
+    for owner, (score, _) in zip(owners, answers, strict=True):
+        totals[owner] += score
+    return totals

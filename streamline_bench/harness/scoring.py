@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +19,24 @@ from tqdm import tqdm
 
 from streamline_bench.errors import NumericsError
 from streamline_bench.harness.checks import packing_objection, synthetic_row
-from streamline_bench.harness.forward import Forward, target_logprobs, tensors_of
-from streamline_bench.harness.packing import PackedRow, Query, build_rows, make_batches
+from streamline_bench.harness.forward import (
+    BatchTensors,
+    Forward,
+    queries_of,
+    target_logprobs,
+    tensors_of,
+)
+from streamline_bench.harness.layout import Layout, Layouts
+from streamline_bench.harness.packing import PackedRow, Query, build_rows
 
-__all__ = ["Answer", "TokenScorer"]
+__all__ = ["Answer", "HalvingBatches", "TokenScorer"]
 
 logger = logging.getLogger(__name__)
 
 Answer = tuple[float, bool]
 """Summed log-probability of a continuation; whether greedy decoding would produce it."""
+
+Result = TypeVar("Result")
 
 LOGITS_PER_BATCH = 2**26
 """At most this many logits at once (256 MB in float32), or those of one row."""
@@ -58,7 +68,7 @@ class TokenScorer:
         # One pair costs 4 d operations in attention, one token 24 d^2 in the matrices of a layer;
         # masked attention runs at about a third of the matrices' speed.
         self._pair_cost = 1 / (2 * hidden_size)
-        self._row_limit: int | None = None
+        self._memory = HalvingBatches()
         self._share_up_to = self._initial_share(window)
         self._verified = 0
 
@@ -92,66 +102,58 @@ class TokenScorer:
             NumericsError: a loglikelihood is NaN.
         """
         answers: list[Answer | None] = [None] * len(queries)
+        layouts = Layouts(queries, batch_tokens=batch_tokens)
         with tqdm(
             total=len(queries), disable=not progress, desc="Running loglikelihood requests"
         ) as bar:
-            for batch in self._batches(queries, batch_tokens):
-                for index, answer in self._run(batch):
+            for batch in layouts.batches(self.settle(layouts)):
+                for index, answer in self._memory.run(batch, self._answers):
                     answers[index] = answer
                     on_answer(index, answer)
                     bar.update(1)
         return [answer for answer in answers if answer is not None]
 
-    def _batches(self, queries: Sequence[Query], batch_tokens: int) -> list[list[PackedRow]]:
-        rows = self._rows(queries, batch_tokens)
-        branching = [row for row in rows if not row.is_chain]
-        if branching and not self._verify(max(branching, key=_depth)):
-            rows = self._rows(queries, batch_tokens)
+    def settle(self, layouts: Layouts) -> Layout:
+        """Return the layout that this model gives its own logits with, checking it if need be."""
+        branching = [row for row in layouts.rows(self._layout) if not row.is_chain]
+        if branching:
+            self._verify(max(branching, key=_depth))
+        return self._layout
+
+    @property
+    def _layout(self) -> Layout:
         positions = max(1, LOGITS_PER_BATCH // self._vocabulary)
-        return list(make_batches(rows, batch_tokens=batch_tokens, batch_positions=positions))
+        return Layout(self._share_up_to, self._pair_cost, positions)
 
-    def _rows(self, queries: Sequence[Query], batch_tokens: int) -> list[PackedRow]:
-        return build_rows(
-            queries,
-            share_up_to=self._share_up_to,
-            row_tokens=batch_tokens,
-            pair_cost=self._pair_cost,
-        )
-
-    def _verify(self, row: PackedRow) -> bool:
+    def _verify(self, row: PackedRow) -> None:
         depth = _depth(row)
         if depth <= self._verified:
-            return True
+            return
         objection = packing_objection(self._forward, row)
         if objection is None:
             self._verified = depth
-            return True
+            return
         logger.info(
             "Choices of more than %d tokens are scored one by one: packed behind one context, %s.",
             self._verified,
             objection,
         )
         self._share_up_to = self._verified
-        return False
-
-    def _run(self, batch: list[PackedRow]) -> list[tuple[int, Answer]]:
-        size = len(batch) * max(len(row) for row in batch)
-        if self._row_limit is not None and size > self._row_limit and _can_split(batch):
-            return [pair for half in _split(batch) for pair in self._run(half)]
-        try:
-            return self._answers(batch)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error) or not _can_split(batch):
-                raise
-            self._row_limit = size // 2
-            logger.info("Out of memory at %d tokens; going on with half of that.", size)
-        return [pair for half in _split(batch) for pair in self._run(half)]
 
     def _answers(self, batch: list[PackedRow]) -> list[tuple[int, Answer]]:
-        tensors = tensors_of(batch)
+        return self.answers(tensors_of(batch), queries_of(batch))
+
+    def answers(self, tensors: BatchTensors, queries: Sequence[Query]) -> list[tuple[int, Answer]]:
+        """Return ``(query.index, answer)`` of one batch, in the order of ``queries``.
+
+        Args:
+            queries: those of the batch, as :func:`.forward.queries_of` lists them.
+
+        Raises:
+            NumericsError: a loglikelihood is NaN.
+        """
         logits = self._forward.wanted_logits(tensors)
         scores, greedy = target_logprobs(logits, tensors, self._softmax_dtype)
-        queries = [query for row in batch for query, _ in row.scored]
         owner = tensors.owner.numpy()
         sums = np.zeros(len(queries))
         np.add.at(sums, owner, scores.double().numpy())
@@ -162,6 +164,29 @@ class TokenScorer:
             (query.index, (float(total), bool(best)))
             for query, total, best in zip(queries, sums, all_greedy, strict=True)
         ]
+
+
+class HalvingBatches:
+    """Answers batches, in halves where memory runs out, and no larger ones from then on."""
+
+    def __init__(self) -> None:
+        self._limit: int | None = None
+
+    def run(
+        self, batch: list[PackedRow], answer: Callable[[list[PackedRow]], list[Result]]
+    ) -> list[Result]:
+        """Return the results of ``answer(batch)``, or those of its halves together."""
+        size = len(batch) * max(len(row) for row in batch)
+        if self._limit is not None and size > self._limit and _can_split(batch):
+            return [each for half in _split(batch) for each in self.run(half, answer)]
+        try:
+            return answer(batch)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error) or not _can_split(batch):
+                raise
+            self._limit = size // 2
+            logger.info("Out of memory at %d tokens; going on with half of that.", size)
+        return [each for half in _split(batch) for each in self.run(half, answer)]
 
 
 def _depth(row: PackedRow) -> int:
@@ -181,7 +206,7 @@ def _split(batch: list[PackedRow]) -> list[list[PackedRow]]:
     return [[row] for row in rows]
 
 
-def _refuse_nan(sums: npt.NDArray[np.float64], queries: list[Query]) -> None:
+def _refuse_nan(sums: npt.NDArray[np.float64], queries: Sequence[Query]) -> None:
     bad = np.isnan(sums)
     if bad.any():
         query = queries[int(bad.argmax())]
