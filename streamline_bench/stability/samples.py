@@ -1,7 +1,7 @@
 """The samples table: every answer of one evaluation, in the same columns whatever the engine.
 
-A reader (lm-eval now, OpenCompass later) fills :data:`COLUMNS`; everything downstream (alignment,
-stability, report) sees this table and :class:`RunInfo` only. One row is one (task, filter,
+A reader (lm-eval, OpenCompass) fills :data:`COLUMNS`; everything downstream (alignment, stability,
+report) sees this table and :class:`RunInfo` only. One row is one (task, filter,
 document).
 
 ===================  =====================  ======================================================
@@ -92,6 +92,8 @@ class RunInfo(BaseModel):
             extra keys that ``--model streamline`` adds: recipe, hashes, sizes).
         results: aggregated metrics per task, as the engine printed them.
         seconds: wall-clock time of the evaluation, where the engine tells.
+        files: task -> the file that its answers were read from, for messages.
+        missing: task -> why it has no answers although the run was to have them.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -116,6 +118,8 @@ class RunInfo(BaseModel):
     higher_is_better: dict[str, dict[str, bool | None]] = {}
     seconds: float | None = None
     versions: dict[str, str] = {}
+    files: dict[str, str] = {}
+    missing: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -177,26 +181,34 @@ def load_samples(
     timestamp: str | None = None,
     progress: bool = True,
 ) -> Samples:
-    """Read a run: a ``.parquet`` file of ours, or a folder (at any level) written by lm-eval.
+    """Read a run: a ``.parquet`` file of ours, or a folder (at any level) of lm-eval or OpenCompass.
 
     Args:
-        path: the file or folder.
+        path: the file or folder. Of OpenCompass: a work folder, a run in it, its ``predictions``, a
+            model in these, or one prediction file.
         run: label of the run; by default the name of the folder that holds the results.
         timestamp: which evaluation of the folder; by default the newest.
         progress: show a progress bar with ETA when reading takes more than two seconds.
 
     Raises:
         SamplesError: nothing readable is there, or a file is damaged (file and line are named).
-        NumericsError: a log-likelihood is NaN or infinite (the document is named).
+        NumericsError: a score is NaN or infinite (the document is named).
     """
     path = Path(path)
     if not path.exists():
-        raise SamplesError(f"There is no file or folder '{path}'; give an lm-eval output folder.")
+        raise SamplesError(
+            f"There is no file or folder '{path}'; give the output folder of lm-eval or OpenCompass."
+        )
     if path.suffix == ".parquet":
         samples = Samples.load(path)
         return samples if run is None else _relabel(samples, run)
     from streamline_bench.stability.lm_eval_reader import read_lm_eval
+    from streamline_bench.stability.opencompass_folder import find_predictions
+    from streamline_bench.stability.opencompass_reader import read_opencompass
 
+    predictions = find_predictions(path, timestamp)
+    if predictions is not None:
+        return read_opencompass(predictions, run=run, progress=progress)
     return read_lm_eval(path, run=run, timestamp=timestamp, progress=progress)
 
 
