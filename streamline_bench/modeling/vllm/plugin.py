@@ -1,0 +1,27 @@
+"""The entry point that vLLM calls in its front end, its engine process and its workers."""
+
+from __future__ import annotations
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Make config, model classes and per-layer sizes of our checkpoints known; idempotent.
+
+    Model classes are named, not imported: vLLM imports the one that it needs, in the process that
+    runs it, after it has chosen a device.
+    """
+    from vllm import ModelRegistry
+    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
+
+    from streamline_bench.modeling.configuration import MODEL_TYPE
+    from streamline_bench.modeling.registration import register as register_with_transformers
+    from streamline_bench.modeling.vllm.convertor import StreamlineConvertor
+    from streamline_bench.modeling.vllm.routes import HOSTED, NATIVE
+
+    register_with_transformers()
+    MODEL_ARCH_CONFIG_CONVERTORS[MODEL_TYPE] = StreamlineConvertor
+    package = __name__.rpartition(".")[0]
+    ModelRegistry.register_model(HOSTED, f"{package}.hosted:{HOSTED}")
+    for architecture in NATIVE.values():
+        ModelRegistry.register_model(architecture, f"{package}.native:{architecture}")
