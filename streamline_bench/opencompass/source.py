@@ -1,0 +1,89 @@
+"""From the keys of an OpenCompass model entry to the checkpoint that is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streamline_bench.harness.arguments import sort_arguments
+from streamline_bench.harness.preparation import PreparedModel, prepare
+
+__all__ = ["ModelSource", "find_source"]
+
+
+class _Loading:
+    """Names the keys that say where a model comes from, for :func:`sort_arguments`."""
+
+    def __init__(
+        self, pretrained: str, device: str, dtype: str, revision: str, trust_remote_code: bool
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A checkpoint and how to load it.
+
+    Attributes:
+        prepared: folder or hub id, and its manifest if it is a compressed one.
+        device: torch device, None for the best there is.
+        dtype: name of a torch dtype, or ``auto`` for the checkpoint's own.
+        revision: of a hub model.
+        trust_remote_code: run code that the model brings along.
+        options: everything else that goes to ``from_pretrained``.
+    """
+
+    prepared: PreparedModel
+    device: str | None
+    dtype: str
+    revision: str | None
+    trust_remote_code: bool
+    options: Mapping[str, Any]
+
+
+def find_source(
+    path: str, options: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None
+) -> ModelSource:
+    """Compress on first use if a recipe is given, and find the result in the cache afterwards.
+
+    Args:
+        path: folder or hub id.
+        options: ``recipe``, ``sparsity`` and other keys of recipes, ``cache``, ``device``,
+            ``dtype``, and arguments of ``from_pretrained``.
+        overrides: dotted keys of the recipe, which keyword arguments cannot spell.
+
+    Raises:
+        StreamlineBenchError: an unknown key, or a recipe or model that cannot be used.
+    """
+    given = {**_plain(options), **_plain(overrides or {})}
+    given = {key: value for key, value in given.items() if value is not None}
+    arguments = sort_arguments({"pretrained": str(path), **given}, _Loading)
+    prepared = prepare(arguments)
+    rest = dict(arguments.harness)
+    rest.pop("pretrained")
+    # "dtype" is what transformers calls "torch_dtype" since version 4.56.
+    named = rest.pop("torch_dtype", "auto")
+    dtype = str(rest.pop("dtype", named)).removeprefix("torch.")
+    revision = rest.pop("revision", None)
+    return ModelSource(
+        prepared=prepared,
+        device=rest.pop("device", None),
+        dtype=dtype,
+        # The revision was that of the source; a compressed checkpoint is a folder.
+        revision=None if prepared.key is not None else revision,
+        trust_remote_code=bool(rest.pop("trust_remote_code", False)),
+        options=rest,
+    )
+
+
+def _plain(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo the mapping and list classes of mmengine's configs."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(each) for key, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(each) for each in value]
+        return value
+
+    return {str(key): plain(value) for key, value in mapping.items()}

@@ -1,0 +1,189 @@
+"""Runs a transformers model: scores right-padded batches, generates from left-padded ones.
+
+Scoring is that of the harness class (:mod:`streamline_bench.harness.scoring`): texts that begin
+alike share what they share, positions are selected before the LM head, the softmax is float32.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from streamline_bench.errors import CheckpointError
+from streamline_bench.harness.budgets import scoring_tokens
+from streamline_bench.harness.checks import attention_window, head_objection
+from streamline_bench.harness.forward import Forward, tensors_of
+from streamline_bench.harness.packing import Query, build_rows, make_batches
+from streamline_bench.harness.scoring import TokenScorer
+from streamline_bench.opencompass.engine import GenerationSettings
+from streamline_bench.opencompass.perplexity import ScoredText
+from streamline_bench.opencompass.plain_scoring import plain_logprob
+from streamline_bench.opencompass.source import ModelSource
+from streamline_bench.opencompass.stopping import StopWords, cut_at
+
+__all__ = ["TransformersEngine", "load_causal_model"]
+
+logger = logging.getLogger(__name__)
+
+
+def load_causal_model(source: ModelSource) -> Any:
+    """Return the causal LM of a source, in evaluation mode, greedy unless told otherwise.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or weights are missing for it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from streamline_bench.modeling import register
+
+    register()
+    name = source.prepared.pretrained
+    options = {"use_safetensors": True, **source.options}
+    if source.revision is not None:
+        options["revision"] = source.revision
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=source.dtype if source.dtype == "auto" else getattr(torch, source.dtype),
+            trust_remote_code=source.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        brief = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{name}: the model cannot be loaded ({brief}).") from error
+    if report["missing_keys"]:
+        some = ", ".join(sorted(report["missing_keys"])[:3])
+        raise CheckpointError(f"{name}: the checkpoint lacks weights the model needs: {some}.")
+    if "device_map" not in options:
+        device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = model.to(device)
+    for setting in ("temperature", "top_p", "top_k"):
+        setattr(model.generation_config, setting, None)  # Sampling is asked for per task.
+    model.generation_config.do_sample = False
+    return model.eval()
+
+
+class TransformersEngine:
+    """One loaded model.
+
+    Args:
+        model: a causal LM of transformers.
+        tokenizer: its tokenizer, with a padding token.
+        max_length: tokens a text may have.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self._forward = Forward(lambda: self.model, model.device, torch.no_grad)
+        self._config = model.config.get_text_config()
+        self._scorer = self._make_scorer()
+
+    def _make_scorer(self) -> TokenScorer | None:
+        objection = head_objection(self._forward, self._config.vocab_size)
+        if objection:
+            logger.info("Every text is scored by itself: on chosen positions only, %s.", objection)
+            return None
+        return TokenScorer(
+            self._forward,
+            vocabulary=self._config.vocab_size,
+            hidden_size=self._config.hidden_size,
+            window=attention_window(self._config),
+        )
+
+    def logprob_sums(self, texts: Sequence[ScoredText]) -> list[float]:
+        """Return the summed log-probability (nats) of the spans of every text."""
+        if self._scorer is None:
+            return [plain_logprob(self._forward, text) for text in texts]
+        owners, queries = [], []
+        for number, text in enumerate(texts):
+            for start, end in text.spans:
+                queries.append(
+                    Query(len(queries), list(text.ids[: end - 1]), list(text.ids[start:end]))
+                )
+                owners.append(number)
+        sums = [0.0] * len(texts)
+        if not queries:
+            return sums
+        answers = self._scorer.score(
+            queries, batch_tokens=self._batch_tokens(queries), progress=False
+        )
+        for owner, (logprob, _) in zip(owners, answers, strict=True):
+            sums[owner] += logprob
+        return sums
+
+    def _batch_tokens(self, queries: Sequence[Query]) -> int:
+        longest = max(len(query.inputs) for query in queries)
+        device = self.model.device
+        size = "auto" if device.type == "cpu" else len(queries)
+        return scoring_tokens(size, longest, device, len(queries))
+
+    def last_logits(self, prompts: Sequence[list[int]]) -> torch.Tensor:
+        """Return ``[prompts, 1, vocabulary]`` float32 logits behind the last token of each."""
+        if self._scorer is None:
+            rows = [self._forward.all_logits(torch.tensor([ids]))[0, -1] for ids in prompts]
+            return torch.stack(rows).float().unsqueeze(1)
+        queries = [Query(number, ids, [0]) for number, ids in enumerate(prompts)]
+        layout = build_rows(queries, share_up_to=0, row_tokens=0, pair_cost=0.0)
+        found: dict[int, torch.Tensor] = {}
+        positions = max(1, 2**26 // self._config.vocab_size)
+        budget = self._batch_tokens(queries)
+        for batch in make_batches(layout, batch_tokens=budget, batch_positions=positions):
+            tensors = tensors_of(batch)
+            logits = self._forward.wanted_logits(tensors).float()
+            order = [query.index for row in batch for query, _ in row.scored]
+            for at, owner in zip(tensors.target_at.tolist(), tensors.owner.tolist(), strict=True):
+                found[order[owner]] = logits[at]
+        return torch.stack([found[number] for number in range(len(prompts))]).unsqueeze(1)
+
+    def generate(self, prompts: Sequence[list[int]], settings: GenerationSettings) -> list[str]:
+        """Return the answers, ``num_return_sequences`` for every prompt, in their order.
+
+        The batch is halved where memory runs out.
+        """
+        try:
+            return self._generate(prompts, settings)
+        except RuntimeError as error:
+            if len(prompts) < 2 or not should_reduce_batch_size(error):
+                raise
+        logger.info("Out of memory at %d prompts; going on with half of that.", len(prompts))
+        middle = len(prompts) // 2
+        return [
+            *self.generate(prompts[:middle], settings),
+            *self.generate(prompts[middle:], settings),
+        ]
+
+    def _generate(self, prompts: Sequence[list[int]], settings: GenerationSettings) -> list[str]:
+        from transformers import StoppingCriteriaList
+
+        ids, mask = self._left_padded(prompts)
+        options = dict(settings.options)
+        if settings.least is not None:
+            options["min_new_tokens"] = settings.least
+        if settings.stop_words:
+            stop = StopWords(settings.stop_words, self.tokenizer, ids.shape[1])
+            options["stopping_criteria"] = StoppingCriteriaList([stop])
+        with torch.no_grad():
+            outputs = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=settings.most,
+                pad_token_id=self.tokenizer.pad_token_id,
+                **options,
+            )
+        texts = self.tokenizer.batch_decode(outputs[:, ids.shape[1] :], skip_special_tokens=True)
+        return [cut_at(text, settings.stop_words) for text in texts]
+
+    def _left_padded(self, prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        longest = max(len(ids) for ids in prompts)
+        padding = self.tokenizer.pad_token_id
+        rows = [[padding] * (longest - len(ids)) + ids for ids in prompts]
+        mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+        device = self.model.device
+        return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
