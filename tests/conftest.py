@@ -108,6 +108,46 @@ def tiny_llama(make_tiny_model: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def recipe_source(make_tiny_model: Callable[..., Path]) -> Path:
+    """An eight-layer random Llama with calibration text in its folder. Do not modify."""
+    import json
+
+    folder = make_tiny_model("llama", hidden_size=64, num_hidden_layers=8, intermediate_size=96)
+    lines = [" ".join(f"w{(i * 7 + j * 13) % 96}" for j in range(40)) for i in range(100)]
+    text = "".join(json.dumps({"text": line}) + "\n" for line in lines)
+    (folder / "calibration.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe_checkpoint(
+    recipe_source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Return a function: name in ``baselines/`` -> what it makes of ``recipe_source``.
+
+    Trainings are cut to a few steps. Each is made once per session. Do not modify.
+    """
+    made: dict[str, Path] = {"dense": recipe_source}
+
+    def make(name: str) -> Path:
+        from streamline_bench.methods import compress, load_recipe
+
+        if name not in made:
+            recipe = load_recipe(name)
+            small: dict[str, Any] = {"calibration": "auto", "sequence_length": 16}
+            for part in ("training", "recovery.training"):
+                if part == "training" or recipe.recovery:
+                    small |= {f"{part}.min_steps": 2, f"{part}.epochs": 1}
+                    small |= {f"{part}.data.samples": 16, f"{part}.data.sequence_length": 16}
+                    small |= {f"{part}.batch_size": 8, f"{part}.warmup_steps": 0}
+            output = tmp_path_factory.mktemp("recipes") / name
+            made[name] = compress(recipe_source, load_recipe(name, small), output, progress=False)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def lm_eval_outputs(
     make_tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
