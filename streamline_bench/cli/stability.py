@@ -35,9 +35,8 @@ QUANTITIES = ["nll_per_byte", "nll_per_char", "nll", "ppl_per_byte", "ppl_per_ch
 @click.option(
     "--quantity",
     type=click.Choice(QUANTITIES),
-    default="nll_per_byte",
-    show_default=True,
-    help="What stands for the perplexity of a choice.",
+    help="What stands for the perplexity of a choice; by default what the engine records: "
+    "mean_token_nll with OpenCompass, nll_per_byte with lm-eval.",
 )
 @click.option("--ddof", type=click.IntRange(0, 1), default=1, show_default=True)
 @click.option(
@@ -64,10 +63,10 @@ def command(
     quiet: bool,
     **settings: Any,
 ) -> None:
-    """Compare the answers of DENSE and PRUNED: two folders that lm_eval wrote.
+    """Compare the answers of DENSE and PRUNED: two folders that lm_eval or OpenCompass wrote.
 
-    Both need --log_samples. Runs that were not asked the same are refused, with the first
-    difference.
+    lm_eval needs --log_samples. Of OpenCompass give a run, or predictions/<model> in it. Runs that
+    were not asked the same are refused, with the first difference.
     """
     from streamline_bench.stability.compare import compare
     from streamline_bench.stability.samples import load_samples

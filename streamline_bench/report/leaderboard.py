@@ -68,6 +68,7 @@ def build_leaderboard(
     reference = _load_dense(runs, dense, sources, progress)
     # Of the dense run against itself only accuracies are shown: no need to draw.
     itself = compare(reference, reference, settings=replace(settings, draws=2))
+    settings = replace(settings, quantity=itself.quantity)
     speed = read_throughput(throughput)
     rows = []
     for label, path in runs.items():
@@ -128,7 +129,7 @@ def _method(settings: Settings) -> Method:
     return Method(
         mode=settings.mode,
         ddof=settings.spread_ddof,
-        quantity=settings.quantity,
+        quantity=settings.spread_quantity,
         verdict=settings.verdict,
         confidence=settings.confidence,
         draws=settings.draws,

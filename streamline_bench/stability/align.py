@@ -1,13 +1,14 @@
 """Pairs the answers of two runs, and refuses when the runs were not asked the same thing.
 
 Rows are paired by (task, filter, doc_id). Before that, in this order, the runs must agree on: the
-tasks, their versions and number of shots, chat template and system instruction, the filters, the
-documents, and for every document the document itself, its prompt, its target and everything sent to
-the model. The first difference is named with both values.
+engine, the tasks, their versions and number of shots, chat template and system instruction, the
+filters, the documents, and for every document the document itself, its prompt, its target and
+everything sent to the model. The first difference is named with both values and both files.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from streamline_bench.stability.samples import RunInfo, Samples
 __all__ = ["AlignedPairs", "align"]
 
 _KEY = ["task", "filter", "doc_id"]
+_BEFORE = 20  # characters shown before a difference
 _HASHES = {
     "doc_hash": ("the document", "use the same data files in the same order for both runs"),
     "prompt_hash": ("the prompt", "use the same prompt template and few-shot seed for both runs"),
@@ -61,6 +63,7 @@ def align(
     Raises:
         ComparisonError: the runs differ in what they were asked; the first difference is named.
     """
+    _same_engine(dense.info, pruned.info)
     chosen = _tasks(dense, pruned, tasks, common_only)
     for task in chosen:
         _same_setting(task, dense.info, pruned.info)
@@ -75,8 +78,16 @@ def align(
             pruned.info,
         )
     for column in _HASHES:
-        _same_column(column, first, second, dense.info.run, pruned.info.run)
+        _same_column(column, first, second, dense.info, pruned.info)
     return AlignedPairs(first, second, dense.info, pruned.info)
+
+
+def _same_engine(dense: RunInfo, pruned: RunInfo) -> None:
+    if dense.engine != pruned.engine:
+        raise ComparisonError(
+            f"The runs differ in engine: '{dense.source}' is of {dense.engine}, '{pruned.source}' "
+            f"of {pruned.engine}, which ask and score differently; evaluate both with one."
+        )
 
 
 def _tasks(
@@ -100,9 +111,11 @@ def _tasks(
         )
     if first != second and not common_only:
         only = sorted(first ^ second)[0]
-        owner = dense.info.run if only in first else pruned.info.run
+        owner, other = (dense, pruned) if only in first else (pruned, dense)
+        reason = other.info.missing.get(only)
+        because = f" ({reason})" if reason else ""
         raise ComparisonError(
-            f"Only run '{owner}' has task '{only}'; evaluate both on the same tasks, name the "
+            f"Only run '{owner.info.run}' has task '{only}'{because}; evaluate both on the same tasks, name the "
             "tasks to compare, or ask for the common ones."
         )
     return sorted(first & second)
@@ -128,7 +141,6 @@ def _same_setting(task: str, dense: RunInfo, pruned: RunInfo) -> None:
 
 def _same_run_settings(dense: RunInfo, pruned: RunInfo) -> None:
     for field, option in (
-        ("engine", "the same engine"),
         ("chat_template", "the same --apply_chat_template and template"),
         ("system_instruction", "the same --system_instruction"),
         ("fewshot_as_multiturn", "the same --fewshot_as_multiturn"),
@@ -173,7 +185,8 @@ def _same_documents(
     if counts[0] != counts[1]:
         raise ComparisonError(
             f"Task '{task}' has {counts[0]} documents in run '{dense.run}' (limit {dense.limit}) "
-            f"and {counts[1]} in run '{pruned.run}' (limit {pruned.limit}); evaluate both on the "
+            f"and {counts[1]} in run '{pruned.run}' (limit {pruned.limit}); "
+            f"{_first_different(first, second)}{_files(task, dense, pruned)}; evaluate both on the "
             "same documents."
         )
     same_size = len(first) == len(second)
@@ -192,16 +205,48 @@ def _same_documents(
         )
 
 
+def _first_different(first: pd.DataFrame, second: pd.DataFrame) -> str:
+    pairs = zip(first["doc_hash"], second["doc_hash"], strict=False)
+    for index, (one, other) in enumerate(pairs):
+        if one != other:
+            return f"the first difference is document {first['doc_id'].iloc[index]}"
+    return f"the first {min(len(first), len(second))} are the same"
+
+
 def _same_column(
-    column: str, first: pd.DataFrame, second: pd.DataFrame, dense: str, pruned: str
+    column: str, first: pd.DataFrame, second: pd.DataFrame, dense: RunInfo, pruned: RunInfo
 ) -> None:
     differs = (first[column] != second[column]).to_numpy()
     if not differs.any():
         return
     row, other = first[differs].iloc[0], second[differs].iloc[0]
+    task = str(row["task"])
     what, advice = _HASHES[column]
+    if column == "doc_hash":
+        here, there = first["task"] == task, second["task"] == task
+        if sorted(first.loc[here, column]) == sorted(second.loc[there, column]):
+            what, advice = "the order of the documents", "use the same order for both runs"
     raise ComparisonError(
-        f"Task '{row['task']}', document {row['doc_id']}: {what} differs "
-        f"({column} {row[column][:12]} in run '{dense}', {other[column][:12]} in run '{pruned}'; "
-        f"{int(differs.sum())} of {len(first)} rows differ); {advice}."
+        f"Task '{task}', document {row['doc_id']}: {what} differs "
+        f"({column} {row[column][:12]} in run '{dense.run}', {other[column][:12]} in run "
+        f"'{pruned.run}'{_difference(row['prompt'], other['prompt'])}; {int(differs.sum())} of "
+        f"{len(first)} rows differ{_files(task, dense, pruned)}); {advice}."
     )
+
+
+def _difference(first: str, second: str) -> str:
+    """Where two prompts begin to differ; empty if they do not."""
+    if first == second:
+        return ""
+    same = len(os.path.commonprefix([first, second]))
+    begin = max(0, same - _BEFORE)
+    return (
+        f"; from character {same} of the prompt: {_short(first[begin:])} and "
+        f"{_short(second[begin:])}"
+    )
+
+
+def _files(task: str, dense: RunInfo, pruned: RunInfo) -> str:
+    if task not in dense.files or task not in pruned.files:
+        return ""
+    return f"; files {dense.files[task]} and {pruned.files[task]}"

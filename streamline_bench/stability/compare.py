@@ -11,6 +11,8 @@ from streamline_bench.errors import SamplesError
 from streamline_bench.stability.align import AlignedPairs, align
 from streamline_bench.stability.comparison import Comparison
 from streamline_bench.stability.overall import macro, micro
+from streamline_bench.stability.recorded_quantity import with_recorded_quantity
+from streamline_bench.stability.reference_script import with_script_verdicts
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.task_comparison import ComparedTask, compare_task
@@ -38,8 +40,10 @@ def compare(
     """
     settings = settings or Settings()
     pairs = align(dense, pruned, tasks=tasks, common_only=common_only)
+    settings = with_recorded_quantity(settings, pairs.dense)
+    pairs = with_script_verdicts(pairs, settings)
     compared: list[ComparedTask] = []
-    skipped: dict[str, str] = {}
+    skipped: dict[str, str] = {**dense.info.missing, **pruned.info.missing}
     keys = pairs.dense[["task", "filter"]].drop_duplicates().itertuples(index=False, name=None)
     first_filter = dict(dense.frame.drop_duplicates("task")[["task", "filter"]].to_numpy().tolist())
     for task, filter_name in keys:
@@ -60,7 +64,7 @@ def compare(
         pruned_run=pruned.info.run,
         mode=settings.mode,
         ddof=settings.spread_ddof,
-        quantity=settings.quantity,
+        quantity=settings.spread_quantity,
         confidence=settings.confidence,
         draws=settings.draws,
         seed=settings.seed,

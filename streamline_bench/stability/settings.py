@@ -20,12 +20,13 @@ class Settings:
     Attributes:
         mode: paper's stability, or the arithmetic of its script (which has no interval and ignores
             ``ddof``: it is always 0).
+        quantity: None takes what the samples of the dense run record (``recorded_quantity``).
         draws: bootstrap draws for the intervals of stability and of macro averages.
     """
 
     mode: Mode = "paper"
     ddof: int = 1
-    quantity: Quantity = "nll_per_byte"
+    quantity: Quantity | None = None
     verdict: Verdict = "correct"
     confidence: float = 0.95
     draws: int = 10_000
@@ -35,3 +36,8 @@ class Settings:
     def spread_ddof(self) -> int:
         """The degrees of freedom really used."""
         return 0 if self.mode == "reference_script" else self.ddof
+
+    @property
+    def spread_quantity(self) -> Quantity:
+        """The quantity really used; lm-eval's where none was chosen and no samples were seen."""
+        return self.quantity or "nll_per_byte"

@@ -62,7 +62,7 @@ def compare_task(dense: pd.DataFrame, pruned: pd.DataFrame, settings: Settings) 
     agree: BoolArray = right == right_now
     std = None
     if any(isinstance(choices, list) and len(choices) > 1 for choices in dense["choices"]):
-        std = choice_spread(dense, quantity=settings.quantity, ddof=settings.spread_ddof)
+        std = choice_spread(dense, quantity=settings.spread_quantity, ddof=settings.spread_ddof)
     stable, draws = None, None
     if std is not None:
         names = (str(dense.iloc[0]["task"]), str(dense.iloc[0]["filter"]))
