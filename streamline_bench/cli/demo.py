@@ -18,7 +18,7 @@ __all__ = ["command"]
     show_default=True, help="Run folder; an interrupted demo is continued in it.",
 )  # fmt: skip
 @click.option("--sparsity", type=float, default=0.25, show_default=True)
-@click.option("--rows", help="Comma-separated recipes; the first is the reference.")
+@click.option("--rows", help="Comma-separated recipes; dense is added if missing.")
 @click.option("--limit", type=click.IntRange(min=1), help="Documents per task.")
 @click.option("--until", type=click.Choice(["compress", "evaluate", "report"]), default="report")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
@@ -36,13 +36,16 @@ def command(
 ) -> None:
     """Prune, replace, evaluate and compare the bundled model, offline, in a few minutes."""
     setup_logging(quiet=quiet)
+    from streamline_bench.cli.compare import finish, stops_with_a_word
     from streamline_bench.demo.pipeline import DEMO_ROWS, DemoOptions, run_demo
+    from streamline_bench.runs.plan import PLAN_FILE
 
-    # Only a folder that a demo made is removed.
-    if overwrite and (output / "demo.json").is_file():
+    # Only a folder that a run made is removed.
+    if overwrite and (output / PLAN_FILE).is_file():
         shutil.rmtree(output)
     names = tuple(name.strip() for name in rows.split(",")) if rows else DEMO_ROWS
-    result = run_demo(
-        DemoOptions(output, names, sparsity, limit, until, batch_size, progress=not quiet)
-    )
-    click.echo(f"Open {result}")
+    with stops_with_a_word():
+        result = run_demo(
+            DemoOptions(output, names, sparsity, limit, until, batch_size, progress=not quiet)
+        )
+    finish(result)

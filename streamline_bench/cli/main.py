@@ -20,6 +20,7 @@ from streamline_bench.errors import StreamlineBenchError
 __all__ = ["cli", "main"]
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
+    "compare": ("compare", "Compare recipes on a model: compress, score, leaderboard."),
     "compress": ("compress", "Remove layers from a model and write the result as a checkpoint."),
     "demo": ("demo", "Run the whole pipeline on the bundled model, ending in a report."),
     "lm-eval": ("lm_eval", "Call the lm-eval harness with our models and tasks registered."),

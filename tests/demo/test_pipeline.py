@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from streamline_bench.demo.pipeline import DemoOptions, harness_command, run_demo
+from streamline_bench.demo.pipeline import DemoOptions, run_demo
 from streamline_bench.errors import OutputError, RecipeError
 
 
@@ -23,10 +23,12 @@ def test_two_rows_from_compression_to_report(tmp_path: Path) -> None:
     run_demo(_options(output, until="compress"))
     checkpoint = output / "streamline_none" / "checkpoint"
     written = (checkpoint / "streamline.json").stat().st_mtime_ns
-    assert not (output / "dense" / "evaluated.json").exists()
-    report = run_demo(_options(output))
+    assert not (output / "dense" / "eval").exists()
+    result = run_demo(_options(output))
+    assert result.exit_code == 0
+    report = result.report
     assert (checkpoint / "streamline.json").stat().st_mtime_ns == written
-    assert report.is_file()
+    assert report is not None and report.is_file()
     leaderboard = json.loads((output / "leaderboard.json").read_text(encoding="utf-8"))
     assert {row["label"] for row in leaderboard["rows"]} == {"dense", "streamline_none"}
     for name in ("leaderboard.html", "leaderboard.md", "leaderboard.csv"):
@@ -37,7 +39,7 @@ def test_two_rows_from_compression_to_report(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(OutputError, match="no demo folder"):
+    with pytest.raises(OutputError, match="no run folder"):
         run_demo(_options(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -46,9 +48,3 @@ def test_unknown_stage_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="known: compress, evaluate, report"):
         run_demo(_options(tmp_path / "run", until="reprot"))
     assert not (tmp_path / "run").exists()
-
-
-def test_the_command_is_the_stock_harness(tmp_path: Path) -> None:
-    command = harness_command(tmp_path, tmp_path / "out", batch_size=4, limit=None)
-    assert command[1:5] == ["-m", "lm_eval", "--model", "streamline"]
-    assert "--limit" not in command

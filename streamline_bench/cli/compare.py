@@ -1,0 +1,111 @@
+"""``streamline-bench compare``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from streamline_bench.cli.options import setup_logging
+
+if TYPE_CHECKING:
+    from streamline_bench.runs import CompareResult
+
+__all__ = ["command", "finish", "stops_with_a_word"]
+
+
+@click.command("compare")
+@click.argument("model", required=False)
+@click.option("--plan", help="YAML file with any of the options below, or a plan that comes along.")
+@click.option(
+    "--recipes", help="Comma-separated names, YAML files or groups (all, no-training, …)."
+)
+@click.option("--row", "rows", multiple=True, metavar="LABEL=RECIPE:KEY=VALUE,…", help="One more.")
+@click.option("--tasks", help="Comma-separated lm-eval tasks or groups.")
+@click.option("--include-path", help="Folder with your own task files.")
+@click.option("--sparsity", type=float, help="Share of the parameters to remove, in every row.")
+@click.option("--n-layers", type=int, help="Net number of layers to remove, instead of --sparsity.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any recipe key.")
+@click.option("--limit", type=float, help="Documents per task, or a share of them below 1.")
+@click.option("--num-fewshot", type=int)
+@click.option("--apply-chat-template", is_flag=True, default=None)
+@click.option("--batch-size", help="Of the harness; 16 unless given.")
+@click.option("--dtype", help="Of the models in memory.")
+@click.option("--device", help="Torch device; cuda where there is one.")
+@click.option("--revision", help="Revision of a hub model.")
+@click.option("--trust-remote-code", is_flag=True, default=None)
+@click.option("--title", help="Heading of the report.")
+@click.option(
+    "--noise-floor", is_flag=True, default=None, help="Score dense twice, see what flips."
+)
+@click.option("--noise-batch-size", help="Batch size of the second scoring.")
+@click.option("--noise-dtype", help="Dtype of the second scoring.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a job.")
+@click.option("--until", type=click.Choice(["compress", "evaluate", "report"]), default="report")
+@click.option("--workers", type=click.IntRange(min=1), help="Jobs at a time on this machine.")
+@click.option("--gpus", help="Comma-separated ids of the GPUs that jobs share out.")
+@click.option("--gpus-per-job", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--retries", type=click.IntRange(min=0), default=2, show_default=True,
+              help="New attempts after a job's process was lost.")  # fmt: skip
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds per job.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Run folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no log.")
+def command(
+    model: str | None,
+    plan: str | None,
+    output: Path,
+    until: str,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Compare recipes on MODEL: a folder, a hub id, or 'bundled' for the model that comes along.
+
+    An interrupted run is continued by the same command. A recipe that fails marks its row; the
+    others go on. Exit code 0: every row has a result; 1: some have not; 2: nothing could be run.
+    """
+    setup_logging(quiet=quiet or as_json)
+    from streamline_bench.cli.compare_options import read_execution, read_options
+    from streamline_bench.runs.comparison import compare_request
+
+    request = read_options(model, plan, options)
+    with stops_with_a_word():
+        result = compare_request(
+            request, output, execution=read_execution(options), until=until,
+            progress=not (quiet or as_json),
+        )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(result.summary(), indent=2))
+        sys.exit(result.exit_code)
+    finish(result)
+
+
+@contextmanager
+def stops_with_a_word() -> Iterator[None]:
+    """Exit with 130 after Ctrl-C and 143 after SIGTERM, saying how to go on."""
+    from streamline_bench.runs.comparison import Terminated
+
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as stopped:
+        click.echo("Interrupted; the same command continues the run.", err=True)
+        sys.exit(130 if isinstance(stopped, KeyboardInterrupt) else 143)
+
+
+def finish(result: CompareResult) -> NoReturn:
+    """Say what failed and which page to open, and exit: 0 when every row has a result, else 1."""
+    from streamline_bench.core.terminal import printable
+
+    for label, reason in result.failures.items():
+        click.echo(f"{label} failed: {printable(reason)}", err=True)
+    if result.report is not None:
+        click.echo(f"Open {result.report}")
+    else:
+        click.echo(f"{result.run} has no report yet.", err=True)
+    sys.exit(result.exit_code)

@@ -1,0 +1,76 @@
+"""From the options of ``streamline-bench compare`` to a request and an execution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from streamline_bench.cli.options import parse_assignments
+from streamline_bench.demo.preset import BUNDLED, bundled_request
+from streamline_bench.errors import RecipeError
+from streamline_bench.runs.execution import Execution
+from streamline_bench.runs.request import Request, make_request, read_request
+from streamline_bench.runs.rows import parse_row
+
+__all__ = ["read_execution", "read_options"]
+
+_PLAIN = (
+    "include_path limit num_fewshot apply_chat_template batch_size dtype device revision title "
+    "trust_remote_code throughput noise_floor noise_batch_size noise_dtype threads"
+).split()
+"""Options that are keys of a plan file too."""
+
+
+def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]) -> Request:
+    """Lay the options over the plan file, and both over what the bundled model presets.
+
+    Raises:
+        RecipeError: something is missing or wrong.
+    """
+    payload = read_request(plan) if plan else {}
+    payload |= {key: options[key] for key in _PLAIN if options.get(key) is not None}
+    if model is not None:
+        payload["model"] = model
+    for key in ("recipes", "tasks"):
+        if options.get(key):
+            payload[key] = [part.strip() for part in options[key].split(",") if part.strip()]
+    if options["rows"]:
+        payload["recipes"] = [*payload.get("recipes", []), *map(parse_row, options["rows"])]
+    payload["set"] = _laid_over(payload.get("set") or {}, _overrides(options))
+    if payload.get("model") == BUNDLED:
+        payload = bundled_request(payload)
+    for key, what in (("model", "MODEL"), ("recipes", "--recipes"), ("tasks", "--tasks")):
+        if not payload.get(key):
+            raise RecipeError(f"Nothing to compare: give {what}, or a --plan that has '{key}'.")
+    return make_request(payload, f"Plan {plan}" if plan else "The comparison")
+
+
+def read_execution(options: Mapping[str, Any]) -> Execution:
+    """Return how to run it.
+
+    Raises:
+        RecipeError: values that cannot be.
+    """
+    gpus = tuple(part.strip() for part in (options["gpus"] or "").split(",") if part.strip())
+    return Execution(
+        workers=options["workers"],
+        gpus=gpus,
+        gpus_per_job=options["gpus_per_job"],
+        retries=options["retries"],
+        timeout=options["timeout"],
+    )
+
+
+def _overrides(options: Mapping[str, Any]) -> dict[str, Any]:
+    given: dict[str, Any] = dict(parse_assignments(options["assignments"]))
+    for key in ("sparsity", "n_layers"):
+        if options[key] is not None:
+            given[key] = options[key]
+    return given
+
+
+def _laid_over(plan: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The two sizes are alternatives: one that is given replaces the plan's, whichever it was."""
+    sizes = {"sparsity", "n_layers"}
+    kept = {k: v for k, v in plan.items() if not (k in sizes and sizes & given.keys())}
+    return {**kept, **given}

@@ -1,0 +1,32 @@
+"""What ``bundled`` stands for where a model is named: the model with its tasks and block length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from streamline_bench.demo import TASKS, model
+
+__all__ = ["BUNDLED", "bundled_request"]
+
+BUNDLED = "bundled"
+
+_OVERRIDES: Mapping[str, Any] = {"sequence_length": 128}
+"""The bundled model was trained on blocks of this length."""
+
+_DEFAULTS: Mapping[str, Any] = {
+    "title": "The bundled model",
+    "tasks": TASKS.split(","),
+    "batch_size": "32",
+    # The model is too small for several threads to pay; on a busy machine they cost dearly.
+    "threads": 1,
+    # Everything it needs comes along.
+    "environment": {"HF_HUB_OFFLINE": "1"},
+}
+
+
+def bundled_request(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a request for the bundled model, with what it presets filled in."""
+    own = {key: value for key, value in payload.items() if value}
+    overrides = {**_OVERRIDES, **own.get("set", {})}
+    return {**_DEFAULTS, **own, "set": overrides, "model": str(model())}

@@ -1,0 +1,163 @@
+"""``compare``: one model, many recipes, some tasks, one leaderboard."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from streamline_bench.errors import RecipeError
+from streamline_bench.runs.execution import Execution
+from streamline_bench.runs.executor import Executor
+from streamline_bench.runs.finish import describe_run, row_failures, write_report_once
+from streamline_bench.runs.folder import claim, locked
+from streamline_bench.runs.jobs import plan_jobs
+from streamline_bench.runs.plan import Plan
+from streamline_bench.runs.progress import watching
+from streamline_bench.runs.request import Request, RowRequest, make_request
+from streamline_bench.runs.resolve import resolve_plan
+from streamline_bench.runs.scheduler import JobState, run_jobs
+
+__all__ = ["STAGES", "CompareResult", "Terminated", "compare", "compare_request"]
+
+STAGES: tuple[str, ...] = ("compress", "evaluate", "report")
+
+
+class Terminated(BaseException):
+    """The process was asked to end (SIGTERM); no ``except Exception`` may hold it up."""
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """How a comparison ended.
+
+    Attributes:
+        run: the run folder.
+        report: the page to open; None where no report was asked for, or the dense row failed.
+        failures: label -> reason, of the rows that have no result.
+        jobs: job -> ``done``, ``kept`` (from an earlier run), ``failed`` or ``skipped``.
+    """
+
+    run: Path
+    report: Path | None
+    failures: Mapping[str, str] = field(default_factory=dict)
+    jobs: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """0 when everything that was asked for is there, else 1."""
+        failed = any(status in ("failed", "skipped") for status in self.jobs.values())
+        return int(bool(self.failures) or failed)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the same as JSON-ready values."""
+        return {
+            "run": str(self.run),
+            "report": str(self.report) if self.report else None,
+            "failures": dict(self.failures),
+            "jobs": dict(self.jobs),
+        }
+
+
+def compare(
+    model: str | Path,
+    recipes: Sequence[str | RowRequest],
+    tasks: Sequence[str],
+    output: Path | str,
+    *,
+    execution: Execution | None = None,
+    until: str = "report",
+    progress: bool = True,
+    **options: Any,
+) -> CompareResult:
+    """Compress a model by every recipe, score all of them, and write a leaderboard.
+
+    Running again with the same arguments continues an interrupted run: what is done is kept, what
+    failed is tried again.
+
+    Args:
+        recipes: names, paths, groups or :class:`RowRequest`; ``dense`` is added if missing.
+        output: the run folder.
+        until: last stage to run: ``compress``, ``evaluate`` or ``report``.
+        options: other keys of :class:`Request`, such as ``limit=100``.
+
+    Raises:
+        StreamlineBenchError: nothing could be run. A row that fails is no error: see
+            :attr:`CompareResult.failures`.
+    """
+    payload = {"model": str(model), "recipes": list(recipes), "tasks": list(tasks), **options}
+    return compare_request(
+        make_request(payload), Path(output), execution=execution, until=until, progress=progress
+    )
+
+
+def compare_request(
+    request: Request,
+    output: Path,
+    *,
+    execution: Execution | None = None,
+    until: str = "report",
+    progress: bool = True,
+) -> CompareResult:
+    """Do what :func:`compare` does, for a request."""
+    if until not in STAGES:
+        raise RecipeError(f"Unknown stage '{until}'; known: {', '.join(STAGES)}.")
+    execution = execution or Execution()
+    output = output.expanduser().absolute()
+    with _sigterm_raises(), locked(output):
+        plan = resolve_plan(request, device="cuda" if execution.gpus else None)
+        claim(output, plan)
+        return _run(output, plan, execution, until, progress)
+
+
+def _run(
+    output: Path, plan: Plan, execution: Execution, until: str, progress: bool
+) -> CompareResult:
+    jobs = plan_jobs(plan, until=until)
+    with watching(quiet=not progress, title=plan.title) as watch:
+        states = run_jobs(
+            output, jobs, _executor(execution), retries=execution.retries, watch=watch
+        )
+    report = None
+    if until == "report" and states[f"score-{plan.reference}"].succeeded:
+        description = describe_run(output, plan, states)
+        report = write_report_once(output, description, progress=progress)
+    return _result(output, plan, states, report)
+
+
+def _result(
+    output: Path, plan: Plan, states: Mapping[str, JobState], report: Path | None
+) -> CompareResult:
+    return CompareResult(
+        run=output,
+        report=report,
+        failures=row_failures(plan, states),
+        jobs={name: state.status for name, state in states.items()},
+    )
+
+
+def _executor(execution: Execution) -> Executor:
+    from streamline_bench.runs.local import LocalExecutor
+
+    return LocalExecutor(execution)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that jobs are ended on the way out."""
+
+    def stop(*_: object) -> NoReturn:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

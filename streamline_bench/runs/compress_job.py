@@ -1,0 +1,82 @@
+"""Compresses the model of a run by one recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streamline_bench.errors import CheckpointError
+from streamline_bench.runs.work import Product
+
+__all__ = ["compress_row"]
+
+
+def compress_row(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
+    """Write the row's checkpoint, or take the whole one that an earlier attempt published.
+
+    Interrupted training is kept in the run folder, so the next attempt resumes it.
+
+    Raises:
+        StreamlineBenchError: what compressing raises; CheckpointError: the model is another one
+            than that of the plan.
+    """
+    import torch
+
+    from streamline_bench.core.checkpoint import CheckpointReader, resolve_pretrained
+    from streamline_bench.core.recipe import parse_recipe
+    from streamline_bench.methods.compression import compress
+
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    recipe = parse_recipe(payload["recipe"], "The row's recipe")
+    folder = resolve_pretrained(payload["pretrained"], payload["revision"])
+    found = CheckpointReader(folder).fingerprint(progress=False)
+    if found != payload["weights_sha256"]:
+        raise CheckpointError(
+            f"{payload['pretrained']} is not the model this run was started with (its weights "
+            "differ); give another --output."
+        )
+    output = run / payload["output"]
+    if not _is_published(output, recipe.model_dump(mode="json"), found):
+        compress(
+            payload["pretrained"],
+            recipe,
+            output,
+            revision=payload["revision"],
+            cache=run / "jobs" / ".compressing",
+            device=payload["device"],
+            dtype=payload["dtype"],
+            trust_remote_code=payload["trust_remote_code"],
+            overwrite=True,
+            progress=False,
+        )
+    return Product([payload["output"]], facts=_facts(output))
+
+
+def _is_published(output: Path, recipe: Mapping[str, Any], weights: str) -> bool:
+    """Whether an attempt was stopped between publishing the checkpoint and saying so."""
+    from streamline_bench.core.manifest import read_manifest, verify_files
+
+    try:
+        manifest = read_manifest(output)
+        if manifest is None:
+            return False
+        verify_files(output, manifest)
+    except CheckpointError:
+        return False
+    return manifest.recipe == recipe and manifest.source.weights_sha256 == weights
+
+
+def _facts(output: Path) -> dict[str, Any]:
+    from streamline_bench.core.manifest import read_manifest
+
+    manifest = read_manifest(output)
+    if manifest is None:  # pragma: no cover - compress writes it last
+        raise CheckpointError(f"{output} has no manifest.")
+    return {
+        "layers_before": manifest.layers_before,
+        "layers_after": manifest.layers_after,
+        "sparsity_reached": manifest.sparsity_reached,
+    }

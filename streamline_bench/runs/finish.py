@@ -1,0 +1,104 @@
+"""From finished jobs to ``run.json`` and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streamline_bench.core.manifest import read_manifest
+from streamline_bench.core.staging import atomic_write_text
+from streamline_bench.errors import CheckpointError
+from streamline_bench.report.run_folder import NoiseRun, RunFile, RunRow, write_run_file
+from streamline_bench.runs.plan import Plan, PlanRow, digest
+from streamline_bench.runs.scheduler import JobState
+
+__all__ = ["describe_run", "row_failures", "write_report_once"]
+
+
+def row_failures(plan: Plan, states: Mapping[str, JobState]) -> dict[str, str]:
+    """Return label -> reason, for the rows that have no result."""
+    failures: dict[str, str] = {}
+    for row in plan.rows:
+        for state in states.values():
+            if row.label in state.job.labels and state.status in ("failed", "skipped"):
+                failures.setdefault(row.label, state.reason or "It failed.")
+    return failures
+
+
+def describe_run(run: Path, plan: Plan, states: Mapping[str, JobState]) -> RunFile:
+    """Return what ``run.json`` will hold."""
+    failures = row_failures(plan, states)
+    noise = states.get("noise")
+    commands = [state.done.command for state in states.values() if state.done]
+    return RunFile(
+        title=plan.title,
+        dense=plan.reference,
+        rows=[_row(run, row, states, failures.get(row.label)) for row in plan.rows],
+        commands=[command for command in commands if command],
+        versions=plan.versions,
+        noise=[NoiseRun(label=plan.noise.label, eval="noise/eval")]
+        if plan.noise and noise and noise.succeeded
+        else [],
+    )
+
+
+def write_report_once(run: Path, description: RunFile, *, progress: bool) -> Path:
+    """Write ``run.json`` and the report, unless those there were made from the same results.
+
+    Raises:
+        StreamlineBenchError: what building a report raises.
+    """
+    from streamline_bench.report.run_folder import build_report, read_run_file
+    from streamline_bench.runs.marker import read_done, write_done
+
+    folder = run / "jobs" / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    key = digest(description.model_dump(mode="json"))
+    done = read_done(run, "report", key)
+    if done is not None and (run / done.facts["page"]).is_file():
+        return run / str(done.facts["page"])
+    write_run_file(run, description)
+    read_run_file(run)
+    page = build_report(run, progress=progress)
+    names = sorted(path.name for path in run.glob("leaderboard.*") if path.is_file())
+    write_done(
+        run, "report", key=key, seconds=0, products=["run.json", *names],
+        facts={"page": page.relative_to(run).as_posix()},
+    )  # fmt: skip
+    return page
+
+
+def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
+    """Keep what ``--json`` prints beside the run."""
+    import json
+
+    atomic_write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def _row(run: Path, row: PlanRow, states: Mapping[str, JobState], failure: str | None) -> RunRow:
+    checkpoint = None if row.dense else f"{row.label}/checkpoint"
+    seconds: dict[str, float] = {}
+    recipe: dict[str, Any] | None = None if row.dense else row.recipe
+    made = states.get(f"compress-{row.label}")
+    if checkpoint and made and made.succeeded:
+        try:
+            manifest = read_manifest(run / checkpoint)
+        except CheckpointError:
+            manifest = None
+        if manifest is not None:
+            seconds |= manifest.seconds
+            recipe = manifest.recipe
+    else:
+        checkpoint = None
+    scored = states.get(f"score-{row.label}")
+    if scored and scored.done:
+        seconds["evaluate"] = scored.done.seconds
+    return RunRow(
+        label=row.label,
+        eval=f"{row.label}/eval" if scored and scored.succeeded else None,
+        checkpoint=checkpoint,
+        recipe=recipe,
+        seconds=seconds,
+        failed=failure,
+    )

@@ -1,0 +1,50 @@
+"""The stock harness's command line for one model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streamline_bench.resources import resource
+from streamline_bench.runs.plan import Evaluation
+
+__all__ = ["harness_command", "model_arguments"]
+
+
+def harness_command(
+    model: Mapping[str, Any], output: Path, evaluation: Evaluation, *, device: str
+) -> list[str]:
+    """Return the command line, as a reader can type it too.
+
+    Args:
+        model: ``pretrained`` and what else goes into ``--model_args``.
+    """
+    command = [
+        sys.executable, "-m", "lm_eval",
+        "--model", "streamline",
+        "--model_args", model_arguments(model),
+        "--include_path", evaluation.include_path or str(resource("tasks") / "lm_eval"),
+        "--tasks", ",".join(evaluation.tasks),
+        "--batch_size", evaluation.batch_size,
+        "--device", device,
+        "--output_path", str(output),
+        "--log_samples",
+    ]  # fmt: skip
+    if evaluation.limit is not None:
+        command += ["--limit", f"{evaluation.limit:g}"]
+    if evaluation.num_fewshot is not None:
+        command += ["--num_fewshot", str(evaluation.num_fewshot)]
+    if evaluation.apply_chat_template:
+        command.append("--apply_chat_template")
+    return command
+
+
+def model_arguments(model: Mapping[str, Any]) -> str:
+    """``key=value,key=value``, or JSON where a value holds a character that would split it."""
+    given = {key: value for key, value in model.items() if value is not None}
+    if any(sign in str(value) for value in given.values() for sign in ",= "):
+        return json.dumps(given)
+    return ",".join(f"{key}={value}" for key, value in given.items())

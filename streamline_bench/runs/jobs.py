@@ -1,0 +1,124 @@
+"""A plan as jobs: what each makes, what it needs first, and the key that names its result.
+
+A key covers everything that decides the result of a job, through the keys of the jobs before it;
+where and with how many workers it ran does not enter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from streamline_bench.runs.plan import Evaluation, Plan, PlanRow, digest
+
+__all__ = ["Job", "JobKind", "plan_jobs"]
+
+JobKind = Literal["compress", "score", "measure"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit of work, done by a process of its own.
+
+    Attributes:
+        name: unique in the run, and the name of its folder.
+        labels: rows it works for; a failure is theirs.
+        key: content key of its result.
+        payload: what its process needs to know (JSON).
+        needs: jobs that must have succeeded.
+        after: jobs that must have ended, in whatever way.
+        environment: variables of its process.
+    """
+
+    name: str
+    kind: JobKind
+    labels: tuple[str, ...]
+    key: str
+    payload: Mapping[str, Any]
+    needs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def plan_jobs(plan: Plan, *, until: str = "report") -> list[Job]:
+    """Return the jobs of a plan, each after those it needs.
+
+    Args:
+        until: ``compress`` leaves the scoring out.
+    """
+    jobs = [_compress(plan, row) for row in plan.rows if not row.dense]
+    if until == "compress":
+        return jobs
+    compressing = {job.labels[0]: job.name for job in jobs}
+    by_label = {row.label: row for row in plan.rows}
+    jobs += [_score(plan, row, compressing) for row in plan.rows]
+    if plan.noise is not None:
+        jobs.append(_noise(plan, by_label[plan.reference]))
+    return jobs
+
+
+def _compress(plan: Plan, row: PlanRow) -> Job:
+    payload = {
+        "pretrained": plan.model,
+        "revision": plan.revision,
+        "weights_sha256": plan.weights_sha256,
+        "recipe": row.recipe,
+        "output": f"{row.label}/checkpoint",
+        "device": plan.device,
+        "dtype": plan.dtype,
+        "trust_remote_code": plan.trust_remote_code,
+    }
+    key = digest(["compress", row.key, plan.versions])
+    name = f"compress-{row.label}"
+    return Job(name, "compress", (row.label,), key, payload, environment=_environment(plan))
+
+
+def _score(plan: Plan, row: PlanRow, compressing: Mapping[str, str]) -> Job:
+    return Job(
+        name=f"score-{row.label}",
+        kind="score",
+        labels=(row.label,),
+        key=_score_key(plan, row, plan.evaluation),
+        payload=_score_payload(plan, row, plan.evaluation, f"{row.label}/eval"),
+        needs=tuple(compressing[label] for label in (row.label,) if label in compressing),
+        environment=_environment(plan),
+    )
+
+
+def _noise(plan: Plan, row: PlanRow) -> Job:
+    assert plan.noise is not None
+    changes = {"batch_size": plan.noise.batch_size, "dtype": plan.noise.dtype}
+    evaluation = plan.evaluation.model_copy(update=changes)
+    return Job(
+        name="noise",
+        kind="score",
+        labels=(),
+        key=_score_key(plan, row, evaluation),
+        payload=_score_payload(plan, row, evaluation, "noise/eval"),
+        environment=_environment(plan),
+    )
+
+
+def _score_key(plan: Plan, row: PlanRow, evaluation: Evaluation) -> str:
+    # Where the task folder lies changes nothing; its files' hash is part of the evaluation.
+    asked = evaluation.model_dump(mode="json", exclude={"include_path"})
+    model = [plan.weights_sha256] if row.dense else [row.key]
+    return digest(["score", model, asked, plan.device.split(":")[0], plan.versions])
+
+
+def _score_payload(plan: Plan, row: PlanRow, evaluation: Evaluation, output: str) -> dict[str, Any]:
+    return {
+        "pretrained": plan.model if row.dense else None,
+        "checkpoint": None if row.dense else f"{row.label}/checkpoint",
+        "revision": plan.revision if row.dense else None,
+        "evaluation": evaluation.model_dump(mode="json"),
+        "device": plan.device,
+        "trust_remote_code": plan.trust_remote_code,
+        "output": output,
+    }
+
+
+def _environment(plan: Plan) -> dict[str, str]:
+    threads = {} if plan.threads is None else {"OMP_NUM_THREADS": str(plan.threads)}
+    return {**threads, **plan.environment}

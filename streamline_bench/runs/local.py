@@ -1,0 +1,86 @@
+"""Jobs as processes of this machine, each with GPUs of its own."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamline_bench.runs.execution import Execution
+from streamline_bench.runs.executor import Ended
+from streamline_bench.runs.jobs import Job
+from streamline_bench.runs.process import JobProcess
+
+__all__ = ["LocalExecutor"]
+
+_POLL = 0.05
+"""Seconds between two looks at the processes."""
+
+
+@dataclass(frozen=True)
+class _Running:
+    process: JobProcess
+    gpus: tuple[str, ...]
+
+
+class LocalExecutor:
+    """A pool of job processes.
+
+    Attributes:
+        execution: number of workers, GPUs, time limit.
+    """
+
+    def __init__(self, execution: Execution) -> None:
+        self.execution = execution
+        size = execution.gpus_per_job
+        whole = len(execution.gpus) // size * size
+        self._free = [execution.gpus[i : i + size] for i in range(0, whole, size)]
+        self._running: dict[str, _Running] = {}
+
+    def has_room(self) -> bool:
+        """Whether a worker, and its GPUs, are free."""
+        return len(self._running) < self.execution.job_slots
+
+    def submit(self, run: Path, job: Job) -> None:
+        """Start the job's process.
+
+        Raises:
+            OutputError: its log cannot be written.
+        """
+        gpus = self._free.pop(0) if self._free else ()
+        environment = {"OMP_NUM_THREADS": str(self.execution.threads_per_job)}
+        environment |= {k: v for k, v in os.environ.items() if k == "OMP_NUM_THREADS"}
+        environment |= dict(job.environment)
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        self._running[job.name] = _Running(JobProcess(run, job.name, environment), gpus)
+
+    def ended(self, timeout: float) -> list[Ended]:
+        """See :class:`~streamline_bench.runs.executor.Executor`."""
+        until = time.monotonic() + timeout
+        while True:
+            found = [ended for name in list(self._running) if (ended := self._look(name))]
+            if found or not self._running or time.monotonic() >= until:
+                return found
+            time.sleep(_POLL)
+
+    def stop(self) -> None:
+        """End every job and what it started."""
+        for name in list(self._running):
+            self._running.pop(name).process.end()
+
+    def _look(self, name: str) -> Ended | None:
+        running = self._running[name]
+        code = running.process.poll()
+        limit = self.execution.timeout
+        reason = None
+        if code is None:
+            if limit is None or running.process.seconds < limit:
+                return None
+            running.process.end()
+            code, reason = 1, f"It ran longer than {limit:g} s (--timeout)."
+        del self._running[name]
+        if running.gpus:
+            self._free.append(running.gpus)
+        return Ended(name, code, reason)

@@ -1,0 +1,112 @@
+"""From a request to a plan: every name looked up, every default filled in, every content hashed."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from streamline_bench.core.manifest import update_digest
+from streamline_bench.core.versions import package_versions
+from streamline_bench.errors import RecipeError
+from streamline_bench.resources import resource
+from streamline_bench.runs.plan import Evaluation, NoisePlan, Plan, PlanRow, digest
+from streamline_bench.runs.request import Request
+from streamline_bench.runs.rows import Row, resolve_rows
+
+__all__ = ["resolve_plan"]
+
+_TASK_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl")
+
+
+def resolve_plan(request: Request, *, device: str | None = None) -> Plan:
+    """Return the plan of a request.
+
+    Args:
+        device: used where the request leaves the device open.
+
+    Raises:
+        StreamlineBenchError: the model, a recipe or the task folder cannot be used.
+    """
+    from streamline_bench.core.checkpoint import CheckpointReader, resolve_pretrained
+    from streamline_bench.methods.compression import content_key
+
+    rows = resolve_rows(request)
+    folder = resolve_pretrained(request.model, request.revision)
+    local = Path(request.model).expanduser().is_dir()
+    device = request.device or device or _device()
+
+    def planned(row: Row) -> PlanRow:
+        key = digest([content_key(folder, row.recipe), device.split(":")[0], request.dtype])
+        recipe = row.recipe.model_dump(mode="json")
+        return PlanRow(label=row.label, dense=row.is_dense, recipe=recipe, key=key)
+
+    return Plan(
+        title=request.title or f"{Path(request.model).name} without some of its layers",
+        model=str(folder.resolve()) if local else request.model,
+        revision=request.revision,
+        weights_sha256=CheckpointReader(folder).fingerprint(),
+        reference=next(row.label for row in rows if row.is_dense),
+        rows=tuple(planned(row) for row in rows),
+        evaluation=_evaluation(request),
+        device=device,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+        threads=request.threads,
+        throughput=request.throughput,
+        noise=_noise(request),
+        environment=request.environment,
+        versions=package_versions(),
+    )
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _evaluation(request: Request) -> Evaluation:
+    own = Path(request.include_path).expanduser().resolve() if request.include_path else None
+    if own is not None and not own.is_dir():
+        raise RecipeError(f"The task folder {own} does not exist; mend --include-path.")
+    return Evaluation(
+        tasks=request.tasks,
+        include_path=str(own) if own else None,
+        tasks_sha256=_task_files(own or resource("tasks") / "lm_eval"),
+        limit=request.limit,
+        num_fewshot=request.num_fewshot,
+        apply_chat_template=request.apply_chat_template,
+        batch_size=request.batch_size,
+        dtype=request.dtype,
+    )
+
+
+def _task_files(folder: Path) -> str:
+    """SHA-256 (hex) of the task files below a folder, by relative name."""
+    sums = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in _TASK_FILES and path.is_file():
+            sums.update(path.relative_to(folder).as_posix().encode() + b"\0")
+            update_digest(sums, path)
+    return sums.hexdigest()
+
+
+def _noise(request: Request) -> NoisePlan | None:
+    if not request.noise_floor:
+        return None
+    size = request.noise_batch_size or _other_batch_size(request.batch_size)
+    if size == request.batch_size and request.noise_dtype in (None, request.dtype):
+        raise RecipeError(
+            f"The noise floor needs another batch size than {size}, or another dtype; give "
+            "--noise-batch-size or --noise-dtype."
+        )
+    label = f"batch size {size}"
+    if request.noise_dtype:
+        label += f", {request.noise_dtype}"
+    return NoisePlan(label=label, batch_size=size, dtype=request.noise_dtype or request.dtype)
+
+
+def _other_batch_size(size: str) -> str:
+    if not size.isdigit():
+        return "8"
+    return "4" if size == "1" else str(max(1, int(size) // 4))
