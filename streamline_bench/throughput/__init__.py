@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from streamline_bench.throughput.figures import ThroughputFigures, figures_of, read_figures
+from streamline_bench.throughput.measurement import measure
 from streamline_bench.throughput.record import ThroughputRecord, read_record, write_record
+from streamline_bench.throughput.setup import Setup
 from streamline_bench.throughput.workload import ServingLoad, Workload
 
 __all__ = [
     "ServingLoad",
+    "Setup",
     "ThroughputFigures",
     "ThroughputRecord",
     "Workload",
     "figures_of",
+    "measure",
     "read_figures",
     "read_record",
     "write_record",

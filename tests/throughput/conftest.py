@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,3 +82,60 @@ def make_record() -> Callable[..., ThroughputRecord]:
         )
 
     return make
+
+
+@pytest.fixture
+def fake_model(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function name, layers=4, **behaviour -> a folder for :mod:`fake_engine`."""
+    import json
+
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    def make(name: str, layers: int = 4, **behaviour: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        tensors = {"model.embed_tokens.weight": np.zeros((50, 8), np.float32)}
+        for index in range(layers):
+            for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                tensors[f"model.layers.{index}.self_attn.{part}.weight"] = np.zeros((8, 8), "f4")
+        save_file(tensors, folder / "model.safetensors")
+        config = {"model_type": "llama", "num_hidden_layers": layers, "tie_word_embeddings": True}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "behaviour.json").write_text(json.dumps(behaviour))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def fake_engine(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an engine that does as a model's folder says, for ``measure(engine=...)``."""
+    folder = str(Path(__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", folder)  # of the models' processes
+    monkeypatch.syspath_prepend(folder)
+    return "fake_engine:FakeEngine"
+
+
+@pytest.fixture
+def gone() -> Callable[[Path], bool]:
+    """Return a function that waits until all processes noted in a model's folder are gone."""
+    import json
+    import time
+
+    import psutil
+
+    def alive(pid: int) -> bool:
+        try:
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+    def wait(folder: Path, seconds: float = 20) -> bool:
+        pids = json.loads((folder / "pids.json").read_text())
+        deadline = time.monotonic() + seconds
+        while any(map(alive, pids)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return not any(map(alive, pids))
+
+    return wait

@@ -1,0 +1,167 @@
+"""One model among those that are measured together: its process, and why it failed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamline_bench.throughput.engines import Engine, EngineSettings, Loaded
+from streamline_bench.throughput.footprint import Footprint
+from streamline_bench.throughput.nvml import Device, visible_device
+from streamline_bench.throughput.offline import JOB
+from streamline_bench.throughput.peak_memory import PeakMemory
+from streamline_bench.throughput.process import ModelProcess, WorkerError
+from streamline_bench.throughput.record import Round
+from streamline_bench.throughput.workload import Workload
+
+__all__ = ["Contender", "RunningModel", "process_environment"]
+
+
+@dataclass
+class Contender:
+    """A model in (or before) its process.
+
+    Attributes:
+        label, model: what the user calls it, and the folder or hub name given for it.
+        folder: where it lies; None if it was not found.
+        footprint: its sizes; None if the checkpoint could not be read.
+        failure: why it can no longer be measured; None while it can.
+        loaded: what the engine said when it was first loaded, ``start_seconds`` after its start.
+    """
+
+    label: str
+    model: str
+    folder: Path | None
+    footprint: Footprint | None
+    failure: str | None = None
+    notes: list[str] = field(default_factory=list)
+    loaded: Loaded | None = None
+    start_seconds: float | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still be measured."""
+        return self.failure is None
+
+    def fail(self, reason: str) -> None:
+        """Give this model up; what it has given stays."""
+        self.failure = reason
+
+
+@dataclass
+class RunningModel:
+    """A contender's engine process, started when it is first needed and again after a failure.
+
+    Attributes:
+        capacity: the largest batch that the engine is started for.
+    """
+
+    contender: Contender
+    engine_name: str
+    engine: type[Engine]
+    settings: EngineSettings
+    timeout: float
+    start_timeout: float
+    log: Path
+    device: Device | None = None
+    _process: ModelProcess | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Largest batch it takes; for engines that size their memory when they are loaded."""
+        return self.settings.max_batch
+
+    def start(self) -> None:
+        """Load the model; where its memory runs out, again for half the batch, down to one.
+
+        A failure ends up in the contender.
+        """
+        while self._process is None and self.contender.alive:
+            try:
+                self._load()
+            except WorkerError as failure:
+                if not self._can_shrink(failure):
+                    self.contender.fail(failure.reason)
+
+    def round(self, batch: int, workload: Workload, index: int) -> tuple[Round, int | None]:
+        """Run one round; return it and the peak of memory in bytes.
+
+        Raises:
+            WorkerError: the process failed; it is gone.
+        """
+        self.start()
+        process = self._process
+        if process is None:
+            raise WorkerError(self.contender.failure or "the model could not be started")
+        try:
+            with PeakMemory(process.pid, self.device) as peak:
+                answer: dict[str, Any] = process.ask(
+                    "round",
+                    f"generating {batch} x {workload.output_tokens} tokens",
+                    self.timeout,
+                    batch=batch,
+                    prompt_tokens=workload.prompt_tokens,
+                    output_tokens=workload.output_tokens,
+                    seed=workload.seed,
+                )
+        except WorkerError:
+            self._process = None
+            raise
+        on_device = answer.pop("device_peak_bytes")
+        return Round(index=index, **answer), on_device or peak.bytes
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    def _load(self) -> None:
+        started = time.perf_counter()
+        environment = process_environment(self.engine, self.settings)
+        process = ModelProcess(JOB, environment, self.log)
+        answer = process.ask(
+            "load",
+            "loading the model",
+            self.start_timeout,
+            engine=self.engine_name,
+            settings=self.settings.model_dump(),
+        )
+        self._process = process
+        if self.contender.loaded is None:
+            self.contender.start_seconds = time.perf_counter() - started
+        self.contender.loaded = Loaded.model_validate(answer)
+
+    def _can_shrink(self, failure: WorkerError) -> bool:
+        if not (failure.out_of_memory and self.engine.sized_at_load and self.capacity > 1):
+            return False
+        half = self.capacity // 2
+        self.contender.notes.append(
+            f"out of memory when started for a batch of {self.capacity}; started for {half}"
+        )
+        self.settings = self.settings.model_copy(
+            update={
+                "max_batch": half,
+                "kv_cache_bytes": _half(self.settings.kv_cache_bytes),
+            }
+        )
+        return True
+
+
+def process_environment(engine: type[Engine], settings: EngineSettings) -> Mapping[str, str]:
+    """Return the variables that a model's process needs beside this process's own."""
+    environment = {
+        "OMP_NUM_THREADS": str(settings.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        **engine.environment(settings),
+    }
+    if not settings.on_cpu:
+        environment["CUDA_VISIBLE_DEVICES"] = visible_device(settings.device)
+    return environment
+
+
+def _half(size: int | None) -> int | None:
+    return None if size is None else max(1, size // 2)

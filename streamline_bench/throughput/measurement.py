@@ -1,0 +1,229 @@
+"""Measures models beside one another and writes the record."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal
+
+from streamline_bench.core.checkpoint import resolve_pretrained
+from streamline_bench.errors import CheckpointError, OutputError, ThroughputError
+from streamline_bench.throughput.contender import Contender, RunningModel
+from streamline_bench.throughput.engines import EngineSettings, engine_class
+from streamline_bench.throughput.environment import Surroundings
+from streamline_bench.throughput.footprint import Footprint, footprint
+from streamline_bench.throughput.paper import ATTENTION, PAPER_FIGURES, paper_workload
+from streamline_bench.throughput.record import ModelResult, ThroughputRecord, write_record
+from streamline_bench.throughput.results import model_result, points_of
+from streamline_bench.throughput.setup import Setup, cache_bytes, resolved_dtype
+from streamline_bench.throughput.sweep import Measured, sweep
+from streamline_bench.throughput.workload import Workload
+
+__all__ = ["contenders_of", "measure"]
+
+
+def measure(
+    models: Mapping[str, Path | str],
+    *,
+    dense: str | None = None,
+    engine: str = "hf",
+    workload: Workload | None = None,
+    setup: Setup | None = None,
+    mode: Literal["offline", "paper"] = "offline",
+    confidence: float = 0.95,
+    output: Path | None = None,
+    progress: bool = True,
+) -> ThroughputRecord:
+    """Measure the models, each in a process of its own, taking turns round by round.
+
+    A model that is missing, crashes, hangs or runs out of memory becomes a failed row with the
+    reason; the others are measured all the same.
+
+    Args:
+        models: label -> folder or hub name.
+        dense: label of the reference for ratios.
+        engine: ``hf``, ``vllm``, or ``module:Class`` of an :class:`~.engines.Engine`.
+        mode: ``paper``: one sequence at a time, transformers' eager attention, and the paper's
+            figures in the record; needs ``engine="hf"``.
+        output: folder for ``throughput.json`` and each process's log; None: nothing is kept.
+
+    Raises:
+        ThroughputError: an unknown engine or label, or no model at all.
+        MissingDependencyError: the engine is not installed.
+        OutputError: the record cannot be written.
+    """
+    workload, setup = workload or Workload(), setup or Setup()
+    if mode == "paper":
+        if engine != "hf":
+            raise ThroughputError(f"Paper mode runs engine 'hf', not '{engine}'; leave it out.")
+        workload = paper_workload(workload)
+        setup = setup.model_copy(update={"attention": setup.attention or ATTENTION})
+    kind = engine_class(engine)
+    kind.require()
+    contenders = contenders_of(models, dense, workload)
+    dtype = resolved_dtype(setup.dtype, [c.footprint.dtype for c in contenders if c.footprint])
+    surroundings = Surroundings(setup)
+    with _log_folder(output) as logs:
+        running = _running(contenders, engine, workload, setup, dtype, logs, surroundings)
+        measured = _swept(running, workload, setup.one_at_a_time, progress)
+    reference = next((c.footprint for c in contenders if c.label == dense), None)
+    results = _results(
+        contenders, measured, workload, setup, dtype, dense, reference, confidence=confidence
+    )
+    record = ThroughputRecord(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        engine=engine,
+        mode=mode,
+        dense=dense,
+        dtype=dtype,
+        clock=setup.resolved_clock,
+        confidence=confidence,
+        interleaved=not setup.one_at_a_time,
+        workload=workload,
+        flags=next((c.loaded.flags for c in contenders if c.loaded is not None), {}),
+        environment=surroundings.described(contenders),
+        models=results,
+        paper=PAPER_FIGURES if mode == "paper" else (),
+    )
+    if output is not None:
+        write_record(record, output)
+    return record
+
+
+def contenders_of(
+    models: Mapping[str, Path | str], dense: str | None, workload: Workload
+) -> list[Contender]:
+    """Read the sizes of every model; one that cannot be read has failed already.
+
+    Raises:
+        ThroughputError: no model, or ``dense`` is not among them.
+    """
+    if not models:
+        raise ThroughputError("No model was given; name at least one folder.")
+    if dense is not None and dense not in models:
+        raise ThroughputError(
+            f"The dense model '{dense}' is not among the models: {', '.join(models)}."
+        )
+    return [_contender(label, str(model), workload) for label, model in models.items()]
+
+
+def _contender(label: str, model: str, workload: Workload) -> Contender:
+    context = workload.prompt_tokens + workload.output_tokens // 2
+    try:
+        folder = resolve_pretrained(model)
+        sizes = footprint(folder, context)
+    except CheckpointError as error:
+        return Contender(label, model, None, None, failure=str(error))
+    contender = Contender(label, model, folder, sizes)
+    if sizes.max_tokens is not None and sizes.max_tokens < workload.sequence_tokens:
+        contender.fail(
+            f"the model takes {sizes.max_tokens} tokens, prompt and output have "
+            f"{workload.sequence_tokens}; ask for fewer"
+        )
+    return contender
+
+
+@contextmanager
+def _log_folder(output: Path | None) -> Iterator[Path]:
+    if output is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    logs = output / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        for old in logs.glob("*.log"):
+            old.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"Output {output} cannot be written ({error.strerror}); give another --output."
+        ) from None
+    yield logs
+
+
+def _running(
+    contenders: list[Contender],
+    engine: str,
+    workload: Workload,
+    setup: Setup,
+    dtype: str,
+    logs: Path,
+    surroundings: Surroundings,
+) -> list[RunningModel]:
+    kind = engine_class(engine)
+    largest = max(workload.batch_sizes)
+    sizes = [c.footprint for c in contenders if c.footprint is not None]
+    cache = setup.kv_cache_bytes or cache_bytes(sizes, largest, workload.sequence_tokens, dtype)
+    return [
+        RunningModel(
+            contender,
+            engine,
+            kind,
+            EngineSettings(
+                model=str(contender.folder),
+                device=setup.device,
+                dtype=dtype,
+                threads=setup.resolved_threads,
+                max_batch=largest,
+                sequence_tokens=workload.sequence_tokens,
+                seed=workload.seed,
+                prefix_caching=workload.prefix_caching,
+                kv_cache_bytes=cache,
+                eager=setup.eager,
+                attention=setup.attention,
+            ),
+            setup.timeout,
+            setup.start_timeout,
+            logs / f"{index:02d}.log",
+            surroundings.nvml,
+        )
+        for index, contender in enumerate(contenders)
+    ]
+
+
+def _swept(
+    running: list[RunningModel], workload: Workload, one_at_a_time: bool, progress: bool
+) -> dict[str, list[Measured]]:
+    from tqdm import tqdm
+
+    rounds = len(workload.batch_sizes) * (workload.rounds + workload.warmup_rounds)
+    groups = [[model] for model in running] if one_at_a_time else [running]
+    measured: dict[str, list[Measured]] = {}
+    total = rounds * len(running)
+    with tqdm(total=total, desc="measuring", unit="round", disable=not progress) as bar:
+        for group in groups:
+            measured.update(sweep(group, workload, bar.update))
+    return measured
+
+
+def _results(
+    contenders: list[Contender],
+    measured: Mapping[str, list[Measured]],
+    workload: Workload,
+    setup: Setup,
+    dtype: str,
+    dense: str | None,
+    reference: Footprint | None,
+    *,
+    confidence: float,
+) -> tuple[ModelResult, ...]:
+    peer = measured[dense] if dense is not None else None
+    return tuple(
+        model_result(
+            contender,
+            dtype=dtype,
+            dense=reference,
+            points=points_of(
+                measured[contender.label],
+                peer,
+                setup.resolved_clock,
+                paired=not setup.one_at_a_time,
+                confidence=confidence,
+                seed=workload.seed,
+            ),
+        )
+        for contender in contenders
+    )

@@ -1,0 +1,169 @@
+"""The measuring side's handle of a model's process: ask, wait no longer than allowed, end it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from streamline_bench.core.terminal import printable
+from streamline_bench.throughput.out_of_memory import is_out_of_memory, kernel_kills
+
+__all__ = ["ModelProcess", "WorkerError"]
+
+_GRACE_SECONDS = 5.0
+_LOG_TAIL = 1 << 16
+
+
+class WorkerError(Exception):
+    """A model's process failed: it becomes a row of the record, not the end of the run."""
+
+    def __init__(self, reason: str, *, out_of_memory: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.out_of_memory = out_of_memory
+
+
+class ModelProcess:
+    """A worker in a process group of its own (see :mod:`.worker`).
+
+    Args:
+        job: ``module:Class`` of what the worker does.
+        environment: variables set on top of this process's.
+        log: file that receives all its output.
+    """
+
+    def __init__(self, job: str, environment: Mapping[str, str], log: Path) -> None:
+        self._log = log
+        self._kills = kernel_kills()
+        command = [sys.executable, "-m", "streamline_bench.throughput.worker", job]
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [*command, str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
+        self._buffer = b""
+
+    @property
+    def pid(self) -> int:
+        """Process id; also the id of its group."""
+        return self._process.pid
+
+    def ask(self, call: str, doing: str, timeout: float, **arguments: Any) -> Any:
+        """Have the worker do something and return its answer.
+
+        Args:
+            call: method of the worker's job.
+            doing: for the reason of a failure: "loading".
+            timeout: seconds.
+
+        Raises:
+            WorkerError: it raised, ended, or did not answer in time. The process is gone then.
+        """
+        try:
+            reply = self._exchange({"call": call, "arguments": arguments}, timeout)
+        except TimeoutError:
+            self.close(at_once=True)
+            raise WorkerError(
+                f"no answer within {timeout:g} s while {doing}; the process was ended"
+            ) from None
+        except BaseException:  # such as Ctrl-C
+            self.close(at_once=True)
+            raise
+        if reply is None:
+            raise self._ended(doing)
+        if "error" in reply:
+            self.close()
+            ran_out = reply["out_of_memory"] or is_out_of_memory(self._log_tail())
+            raise WorkerError(f"{reply['error']} (while {doing})", out_of_memory=ran_out)
+        return reply["answer"]
+
+    def close(self, *, at_once: bool = False) -> None:
+        """End the process and everything it started; it may be gone already."""
+        children = _children(self.pid)
+        with contextlib.suppress(OSError):
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        if not at_once:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_GRACE_SECONDS)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        for child in children:  # those that left the group
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def _exchange(self, request: dict[str, Any], timeout: float) -> dict[str, Any] | None:
+        """Send one line, return the answer to it; None if the process ended."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        try:
+            stdin.write(json.dumps(request).encode() + b"\n")
+            stdin.flush()
+        except OSError:
+            return None
+        deadline = time.monotonic() + timeout
+        with selectors.DefaultSelector() as selector:
+            selector.register(stdout, selectors.EVENT_READ)
+            while b"\n" not in self._buffer:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError
+                received = os.read(stdout.fileno(), 1 << 16)
+                if not received:
+                    return None
+                self._buffer += received
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def _ended(self, doing: str) -> WorkerError:
+        self.close()
+        code = self._process.returncode
+        if code >= 0:
+            said = _last_line(self._log_tail())
+            ran_out = is_out_of_memory(self._log_tail())
+            return WorkerError(
+                f"the process ended with exit code {code} while {doing}"
+                + (f": {said}" if said else ""),
+                out_of_memory=ran_out,
+            )
+        for_memory = code == -signal.SIGKILL and kernel_kills() != self._kills
+        return WorkerError(
+            f"the process was killed by signal {-code} ({signal.Signals(-code).name}) while {doing}"
+            + (", because the system's memory ran out" if for_memory else ""),
+            out_of_memory=for_memory,
+        )
+
+    def _log_tail(self) -> str:
+        with self._log.open("rb") as file:
+            file.seek(max(0, self._log.stat().st_size - _LOG_TAIL))
+            return file.read().decode("utf-8", "replace")
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return printable(lines[-1])[:300] if lines else ""
