@@ -5,6 +5,9 @@ as fast for a million pairs as for ten. Weighted stability needs the weights too
 weight and verdict form a cell, and a resample is a multinomial draw over the cells. With more than
 :data:`MAX_CELLS` distinct cells, pairs of neighbouring spread (equal steps of std) share a cell and
 its mean weight; that leaves out only the variance of weights inside a cell.
+
+Clusters (documents of one passage, of one subject) are resampled whole. Those with the same sums
+are interchangeable, so this too is a multinomial draw, over the distinct sums.
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ from streamline_bench.stability.paired import Outcomes
 __all__ = [
     "MAX_CELLS",
     "Interval",
-    "difference_draws",
+    "cluster_draws",
+    "outcome_draws",
     "percentile_interval",
+    "ratio_draws",
     "stability_draws",
     "task_generator",
 ]
@@ -52,12 +57,59 @@ def percentile_interval(draws: FloatArray, confidence: float = 0.95) -> Interval
     return Interval(float(low), float(high))
 
 
-def difference_draws(outcomes: Outcomes, draws: int, generator: np.random.Generator) -> FloatArray:
-    """Resampled paired differences of accuracy (pruned - dense), float64 [draws]; exact."""
+def outcome_draws(outcomes: Outcomes, draws: int, generator: np.random.Generator) -> FloatArray:
+    """Resampled shares of the four outcomes, float64 [draws, 4]; exact."""
     probabilities = np.array(outcomes.counts) / outcomes.n
-    counts = generator.multinomial(outcomes.n, probabilities, size=draws)
-    difference: FloatArray = (counts[:, 2] - counts[:, 1]) / outcomes.n
-    return difference
+    shares: FloatArray = generator.multinomial(outcomes.n, probabilities, size=draws) / outcomes.n
+    return shares
+
+
+def cluster_draws(
+    sums: npt.NDArray[np.int64], draws: int, generator: np.random.Generator
+) -> FloatArray:
+    """Totals of ``sums`` (int64 [clusters, k]) over resampled clusters, float64 [draws, k]; exact.
+
+    Memory and time go with the number of distinct rows.
+    """
+    distinct, sizes = np.unique(sums, axis=0, return_counts=True)
+    totals = np.empty((draws, sums.shape[1]))
+    step = max(1, _CHUNK // len(sizes))
+    for begin in range(0, draws, step):
+        count = min(step, draws - begin)
+        drawn = generator.multinomial(len(sums), sizes / len(sums), size=count)
+        totals[begin : begin + count] = drawn @ distinct
+    return totals
+
+
+def ratio_draws(
+    numerators: FloatArray,
+    denominators: FloatArray,
+    draws: int,
+    generator: np.random.Generator,
+    *,
+    max_cells: int = 4 * MAX_CELLS,
+) -> FloatArray:
+    """Resampled sum(numerators) / sum(denominators) over units [units], float64 [draws].
+
+    With more units than ``max_cells``, units of neighbouring influence on the ratio (numerator -
+    ratio x denominator, the linear part of its variance) share a cell and its means.
+    """
+    units = len(numerators)
+    sizes = np.ones(units, dtype=np.int64)
+    if units > max_cells:
+        influence = numerators - numerators.sum() / denominators.sum() * denominators
+        edges = (np.arange(max_cells) * units) // max_cells
+        order = np.argsort(influence, kind="stable")
+        sizes = np.diff(np.append(edges, units))
+        numerators = np.add.reduceat(numerators[order], edges) / sizes
+        denominators = np.add.reduceat(denominators[order], edges) / sizes
+    values = np.empty(draws)
+    step = max(1, _CHUNK // len(sizes))
+    for begin in range(0, draws, step):
+        count = min(step, draws - begin)
+        drawn = generator.multinomial(units, sizes / units, size=count)
+        values[begin : begin + count] = (drawn @ numerators) / (drawn @ denominators)
+    return values
 
 
 def stability_draws(

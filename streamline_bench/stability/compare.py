@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
+import pandas as pd
 
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.align import AlignedPairs, align
-from streamline_bench.stability.comparison import Comparison
+from streamline_bench.stability.comparison import (
+    Comparison,
+    GenerationComparison,
+    GroupComparison,
+    PerplexityComparison,
+    TaskComparison,
+)
+from streamline_bench.stability.decision import decide, holm
+from streamline_bench.stability.generation import compare_generations
+from streamline_bench.stability.groups import compare_groups
 from streamline_bench.stability.overall import macro, micro
+from streamline_bench.stability.perplexity import compare_perplexities
 from streamline_bench.stability.recorded_quantity import with_recorded_quantity
 from streamline_bench.stability.reference_script import with_script_verdicts
 from streamline_bench.stability.samples import Samples
@@ -18,6 +30,8 @@ from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.task_comparison import ComparedTask, compare_task
 
 __all__ = ["compare"]
+
+_Result = TypeVar("_Result", TaskComparison, GroupComparison)
 
 
 def compare(
@@ -30,35 +44,42 @@ def compare(
 ) -> Comparison:
     """Compare the pruned run with the dense one, per task and over tasks.
 
-    Tasks without verdicts (perplexities) are listed in ``not_compared`` with the reason. A task
-    with several filters has a result for each; the summaries over tasks use its first.
+    Tasks without verdicts are listed in ``not_compared`` with the reason; their perplexities and
+    texts are compared all the same. A task with several filters has a result for each; the
+    summaries over tasks, Holm's adjustment and decisions use its first.
 
     Raises:
         ComparisonError: the runs were not asked the same (see :func:`align`).
         SamplesError: no task has verdicts, or only some documents of a task have one.
-        NumericsError: a spread is not finite.
+        NumericsError: a log-likelihood or a spread is not finite; the document is named.
     """
     settings = settings or Settings()
     pairs = align(dense, pruned, tasks=tasks, common_only=common_only)
     settings = with_recorded_quantity(settings, pairs.dense)
     pairs = with_script_verdicts(pairs, settings)
     compared: list[ComparedTask] = []
-    skipped: dict[str, str] = {**dense.info.missing, **pruned.info.missing}
-    keys = pairs.dense[["task", "filter"]].drop_duplicates().itertuples(index=False, name=None)
+    skipped: dict[str, str] = {}
+    perplexities: list[PerplexityComparison] = []
+    generations: list[GenerationComparison] = []
     first_filter = dict(dense.frame.drop_duplicates("task")[["task", "filter"]].to_numpy().tolist())
-    for task, filter_name in keys:
-        rows = ((pairs.dense["task"] == task) & (pairs.dense["filter"] == filter_name)).to_numpy()
-        reason = _no_verdict(pairs, rows, str(task), settings.verdict)
+    for task, first, second in _tasks(pairs):
+        perplexities += compare_perplexities(first, second, settings.confidence)
+        reason = _no_verdict(pairs, first, second, task, settings.verdict)
         if reason:
-            skipped[str(task)] = reason
+            skipped[task] = reason
         else:
-            compared.append(compare_task(pairs.dense[rows], pairs.pruned[rows], settings))
+            compared.append(compare_task(first, second, settings))
+        exact_match = None if reason else compared[-1].result.difference
+        generated = compare_generations(first, second, settings.confidence, exact_match)
+        generations += [] if generated is None else [generated]
     if not compared:
         raise SamplesError(
             f"No task of '{dense.info.run}' has right or wrong answers by '{settings.verdict}'; "
             "add a task with acc or exact_match."
         )
     main = [item for item in compared if item.result.filter == first_filter[item.result.task]]
+    results = _decided([item.result for item in main], settings)
+    decided = {(task.task, task.filter): task for task in results}
     return Comparison(
         dense_run=dense.info.run,
         pruned_run=pruned.info.run,
@@ -68,22 +89,53 @@ def compare(
         confidence=settings.confidence,
         draws=settings.draws,
         seed=settings.seed,
-        tasks=tuple(item.result for item in compared),
+        margin=settings.margin,
+        tasks=tuple(
+            decided.get((item.result.task, item.result.filter), item.result) for item in compared
+        ),
         macro=macro(main, settings),
         micro=micro(main, settings),
         not_compared=skipped,
+        groups=tuple(_decided(compare_groups(main, dense.info.groups, settings), settings)),
+        perplexities=tuple(perplexities),
+        generations=tuple(generations),
     )
 
 
+def _tasks(pairs: AlignedPairs) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
+    """Aligned rows of each (task, filter); the tables are sorted by both."""
+    keys = pairs.dense[["task", "filter"]]
+    changes = (keys != keys.shift()).any(axis=1).to_numpy()
+    edges = [*np.flatnonzero(changes).tolist(), len(keys)]
+    for begin, end in pairwise(edges):
+        first, second = pairs.dense.iloc[begin:end], pairs.pruned.iloc[begin:end]
+        yield str(first.iloc[0]["task"]), first, second
+
+
+def _decided(found: Sequence[_Result], settings: Settings) -> list[_Result]:
+    """Adjust the p-values of one family by Holm, and decide."""
+    adjusted = holm([item.p_value for item in found if item.p_value is not None])
+    alpha = 1 - settings.confidence
+    return [
+        item.model_copy(
+            update={
+                "p_holm": p,
+                "decision": decide(item.difference, settings.margin, significant=p < alpha),
+            }
+        )
+        for item, p in zip(found, adjusted, strict=True)
+    ]
+
+
 def _no_verdict(
-    pairs: AlignedPairs, rows: npt.NDArray[np.bool_], task: str, verdict: str
+    pairs: AlignedPairs, dense: pd.DataFrame, pruned: pd.DataFrame, task: str, verdict: str
 ) -> str | None:
-    for frame, info in ((pairs.dense, pairs.dense_info), (pairs.pruned, pairs.pruned_info)):
-        missing = frame.loc[rows, verdict].isna()
+    for frame, info in ((dense, pairs.dense_info), (pruned, pairs.pruned_info)):
+        missing = frame[verdict].isna()
         if missing.all():
             return f"no right or wrong answers by '{verdict}'"
         if missing.any():
-            document = frame.loc[rows].loc[missing, "doc_id"].iloc[0]
+            document = frame.loc[missing, "doc_id"].iloc[0]
             raise SamplesError(
                 f"Run '{info.run}' has no verdict on document {document} of task '{task}', but on "
                 "others; evaluate again."

@@ -134,7 +134,8 @@ class _Decided(_Frozen):
         retention: pruned accuracy / dense accuracy; None where the dense model has none right.
         p_value: the p to read; ``p_method`` names its test: McNemar, exact, mid-p with fewer than
             25 discordant pairs, over clusters where there are any.
-        p_holm: adjusted over the tasks (for a group: over the groups).
+        p_holm: adjusted over the tasks (for a group: over the groups); None for filters of a task
+            that the summaries leave out, which have no ``decision`` either.
         margin: how large a drop of accuracy is tolerated.
         noninferiority_p: one-sided p of "the drop is the margin or more": the level at which the
             interval of the difference would just touch -margin.
@@ -265,8 +266,8 @@ class PerplexityComparison(_Frozen):
     Attributes:
         unit: what a perplexity is per: "word", "byte" or "answer" (summed log-likelihood of the
             expected answer, lm-eval's ``perplexity``).
-        dense, pruned: exp(-sum of log-likelihoods / units).
-        ratio: pruned / dense, with a paired interval over documents.
+        dense, pruned: exp(-sum of log-likelihoods / units); None where float64 does not hold it.
+        ratio: pruned / dense, with a paired interval over documents; None likewise.
         nats_per_unit: its logarithm: what the pruned model needs more per unit, in nats.
     """
 
@@ -275,9 +276,9 @@ class PerplexityComparison(_Frozen):
     unit: Literal["word", "byte", "answer"]
     n: int
     units: float
-    dense: float
-    pruned: float
-    ratio: Estimate
+    dense: float | None
+    pruned: float | None
+    ratio: Estimate | None
     nats_per_unit: Estimate
 
 

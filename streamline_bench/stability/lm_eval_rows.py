@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from streamline_bench.errors import NumericsError, SamplesError
+from streamline_bench.stability.clusters import cluster_of
 
 __all__ = ["VERDICT_METRICS", "TaskFacts", "parse_row", "task_facts"]
 
@@ -113,6 +114,7 @@ def _identity(
         "request_hash": hashlib.sha256(sent.encode("utf-8")).hexdigest(),
         "prompt": str(requests[0][0]),
         "target": str(line["target"]),
+        "cluster": cluster_of(facts.name, line.get("doc")),
     }
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from streamline_bench.errors import NumericsError, SamplesError
+from streamline_bench.stability.choice_matrix import choice_counts, choice_matrix, rows_by_count
 
 __all__ = [
     "Mode",
@@ -78,12 +79,11 @@ def choice_spread(
     """
     if quantity not in get_args(Quantity):
         raise SamplesError(f"Unknown quantity '{quantity}'; choose from {get_args(Quantity)}.")
-    counts = np.array([_size(value) for value in frame["choices"]], dtype=np.int64)
+    counts = choice_counts(frame)
     spread = np.full(len(frame), np.nan)
     spread[counts == 1] = 0.0
-    for k in np.unique(counts[counts > 1]):
-        rows = np.flatnonzero(counts == k)
-        values = _quantity(frame, rows, int(k), quantity)
+    for k, rows in rows_by_count(counts):
+        values = _quantity(frame, rows, k, quantity)
         with np.errstate(invalid="ignore"):  # reported below, with the document
             spread[rows] = np.std(values, axis=1, ddof=ddof)
         if not np.isfinite(spread[rows]).all():
@@ -95,36 +95,20 @@ def choice_spread(
     return spread
 
 
-def _size(value: object) -> int:
-    return len(value) if isinstance(value, list) else 0
-
-
 def _quantity(frame: pd.DataFrame, rows: npt.NDArray[np.intp], k: int, name: str) -> FloatArray:
     if name == "mean_token_nll":
-        return _matrix(frame, "mean_nll", rows, k)
-    nll = -_matrix(frame, "loglikelihoods", rows, k)
+        return choice_matrix(frame, "mean_nll", rows, k)
+    nll = -choice_matrix(frame, "loglikelihoods", rows, k)
     if name == "nll":
         return nll
     column = "byte_lengths" if name.endswith("_byte") else "lengths"
     # An empty choice is scored too (its delimiter is): it counts as one character.
-    mean: FloatArray = nll / np.maximum(_matrix(frame, column, rows, k), 1.0)
+    mean: FloatArray = nll / np.maximum(choice_matrix(frame, column, rows, k), 1.0)
     if not name.startswith("ppl"):
         return mean
     with np.errstate(over="ignore"):
         perplexity: FloatArray = np.exp(mean)
     return perplexity
-
-
-def _matrix(frame: pd.DataFrame, column: str, rows: npt.NDArray[np.intp], k: int) -> FloatArray:
-    listed = frame[column].to_numpy()[rows].tolist()
-    for value, row in zip(listed, rows, strict=True):
-        if _size(value) != k:
-            bad = frame.iloc[int(row)]
-            raise SamplesError(
-                f"Task '{bad['task']}', document {bad['doc_id']} has no '{column}' for each of its "
-                f"{k} choices; choose another quantity."
-            )
-    return np.array(listed, dtype=np.float64)
 
 
 def stability_weights(std: FloatArray) -> FloatArray:

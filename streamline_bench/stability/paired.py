@@ -15,15 +15,22 @@ import numpy.typing as npt
 from streamline_bench.errors import SamplesError
 
 __all__ = [
+    "MID_P_BELOW",
     "Outcomes",
     "accuracy_error",
     "kappa",
     "mcnemar",
+    "mcnemar_test",
     "newcombe",
+    "newcombe_at",
+    "retention",
     "wilson",
 ]
 
 BoolArray = npt.NDArray[np.bool_]
+
+MID_P_BELOW = 25
+"""With fewer discordant pairs the exact test is so conservative that its mid-p is read instead."""
 
 
 @dataclass(frozen=True)
@@ -125,32 +132,86 @@ def mcnemar(outcomes: Outcomes, *, mid_p: bool = False) -> float:
     return min(1.0, 2 * tail - (here if mid_p else 0.0))
 
 
+def mcnemar_test(outcomes: Outcomes) -> tuple[float, str]:
+    """The McNemar p to read, and which it is: mid-p below :data:`MID_P_BELOW` discordant pairs."""
+    few = outcomes.right_to_wrong + outcomes.wrong_to_right < MID_P_BELOW
+    return mcnemar(outcomes, mid_p=few), f"McNemar, {'mid-p' if few else 'exact'}"
+
+
 def wilson(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion; n need not be whole (effective sample sizes)."""
-    z2 = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
-    p = successes / n
+    return _wilson(successes / n, n, _quantile(confidence))
+
+
+def _quantile(confidence: float) -> float:
+    return NormalDist().inv_cdf(0.5 + confidence / 2)
+
+
+def _wilson(p: float, n: float, z: float) -> tuple[float, float]:
+    z2 = z * z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    low = 0.0 if successes <= 0 else max(0.0, centre - half)
-    high = 1.0 if successes >= n else min(1.0, centre + half)
+    low = 0.0 if p <= 0 else max(0.0, centre - half)
+    high = 1.0 if p >= 1 else min(1.0, centre + half)
     return low, high
 
 
-def newcombe(outcomes: Outcomes, confidence: float = 0.95) -> tuple[float, float]:
+def newcombe(
+    outcomes: Outcomes, confidence: float = 0.95, *, effective_n: float | None = None
+) -> tuple[float, float]:
     """Interval of the paired difference (pruned - dense): Newcombe's square-and-add, method 10.
 
     R. G. Newcombe, Statistics in Medicine 17 (1998) 2635-2650: Wilson intervals of both accuracies,
     combined with the correlation of the verdicts. Unlike Wald's it stays inside [-1, 1] and does
     not collapse when there are no flips.
+
+    Args:
+        effective_n: how many documents the pairs are worth, if not as many as there are.
     """
-    n = outcomes.n
+    return newcombe_at(outcomes, _quantile(confidence), effective_n=effective_n)
+
+
+def newcombe_at(
+    outcomes: Outcomes, z: float, *, effective_n: float | None = None
+) -> tuple[float, float]:
+    """:func:`newcombe` at ``z`` standard errors."""
+    n = effective_n or outcomes.n
     p1, p2 = outcomes.pruned_accuracy, outcomes.dense_accuracy
-    low1, high1 = wilson(p1 * n, n, confidence)
-    low2, high2 = wilson(p2 * n, n, confidence)
+    low1, high1 = _wilson(p1, n, z)
+    low2, high2 = _wilson(p2, n, z)
     phi = _corrected_phi(outcomes)
     below = _square_and_add(p1 - low1, high2 - p2, phi)
     above = _square_and_add(high1 - p1, p2 - low2, phi)
     return outcomes.difference - below, outcomes.difference + above
+
+
+def retention(
+    outcomes: Outcomes, confidence: float = 0.95, *, effective_n: float | None = None
+) -> tuple[float, float] | None:
+    """Interval of pruned accuracy / dense accuracy; None if the dense model has none right.
+
+    The ratio's square-and-add (A. Donner and G. Y. Zou, Statistical Methods in Medical Research 21
+    (2012) 347-359): those r for which the interval of p1 - r p2, built as in :func:`newcombe` from
+    Wilson's intervals and the correlation, contains 0. It does not collapse without flips and needs
+    no pruned answer right.
+    """
+    if outcomes.dense_accuracy == 0.0:
+        return None
+    n, z = effective_n or outcomes.n, _quantile(confidence)
+    p1, p2 = outcomes.pruned_accuracy, outcomes.dense_accuracy
+    low1, high1 = _wilson(p1, n, z)
+    low2, high2 = _wilson(p2, n, z)
+    phi = _corrected_phi(outcomes)
+    below, above = p1 - low1, high2 - p2
+    b = p1 * p2 - phi * below * above
+    c = low1 * (2 * p1 - low1)
+    root = math.sqrt(max(0.0, b * b - high2 * (2 * p2 - high2) * c))
+    low = c / (b + root) if b + root > 0 else 0.0
+    below, above = p2 - low2, high1 - p1
+    a = low2 * (2 * p2 - low2)
+    b = p1 * p2 - phi * below * above
+    root = math.sqrt(max(0.0, b * b - a * high1 * (2 * p1 - high1)))
+    return low, (b + root) / a
 
 
 def _square_and_add(first: float, second: float, phi: float) -> float:

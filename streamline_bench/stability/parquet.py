@@ -62,6 +62,8 @@ def read_samples(path: Path) -> Samples:
     except (OSError, pa.ArrowException) as error:
         raise SamplesError(f"'{path}' is not a readable Parquet file: {error}") from None
     metadata = table.schema.metadata or {}
+    if set(COLUMNS) - set(table.column_names) == {"cluster"}:  # written before there were clusters
+        table = table.append_column("cluster", pa.nulls(len(table), pa.string()))
     if _METADATA_KEY not in metadata or set(table.column_names) != set(COLUMNS):
         raise SamplesError(f"'{path}' is not a samples table; give a file that Samples.save wrote.")
     info: RunInfo = parse_info(metadata[_METADATA_KEY], str(path))

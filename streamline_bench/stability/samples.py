@@ -33,6 +33,8 @@ text                 str or None            what was generated
 correct              bool or None           verdict by ``verdict_metric``
 correct_norm         bool or None           verdict by acc_norm
 verdict_metric       str or None            the metric behind ``correct``
+cluster              str or None            ``kind:hash`` of what the document belongs to (its
+                                            passage, its subject); None if it stands alone
 metrics              dict[str, float]       every numeric metric of the row
 ===================  =====================  ======================================================
 """
@@ -79,6 +81,7 @@ COLUMNS: Mapping[str, str] = {
     "correct": "boolean",
     "correct_norm": "boolean",
     "verdict_metric": "object",
+    "cluster": "object",
     "metrics": "object",
 }
 """Column name -> pandas dtype."""

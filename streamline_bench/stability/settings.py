@@ -21,7 +21,8 @@ class Settings:
         mode: paper's stability, or the arithmetic of its script (which has no interval and ignores
             ``ddof``: it is always 0).
         quantity: None takes what the samples of the dense run record (``recorded_quantity``).
-        draws: bootstrap draws for the intervals of stability and of macro averages.
+        draws: bootstrap draws for the intervals of stability and of clusters.
+        margin: how large a drop of accuracy is tolerated, as a share (0.02 is two points).
     """
 
     mode: Mode = "paper"
@@ -31,6 +32,7 @@ class Settings:
     confidence: float = 0.95
     draws: int = 10_000
     seed: int = 0
+    margin: float = 0.02
 
     @property
     def spread_ddof(self) -> int:

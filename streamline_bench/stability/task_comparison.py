@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from streamline_bench.stability.bootstrap import (
-    percentile_interval,
-    stability_draws,
-    task_generator,
+from streamline_bench.stability.choice_distribution import (
+    ChoiceMeasures,
+    calibration,
+    choice_shift,
+    measure_choices,
 )
+from streamline_bench.stability.clusters import ClusterLabels, cluster_labels
 from streamline_bench.stability.comparison import Estimate, Flips, TaskComparison
-from streamline_bench.stability.metrics import choice_spread, effective_sample_size, stability
-from streamline_bench.stability.paired import (
-    Outcomes,
-    accuracy_error,
-    kappa,
-    mcnemar,
-    newcombe,
-    wilson,
+from streamline_bench.stability.estimates import (
+    accuracy_estimate,
+    chance_corrected,
+    paired_estimates,
+    stability_estimate,
 )
+from streamline_bench.stability.metrics import choice_spread, effective_sample_size
+from streamline_bench.stability.paired import Outcomes, kappa, mcnemar
+from streamline_bench.stability.resampled import Resampled, resample_clusters
 from streamline_bench.stability.settings import Settings, Verdict
 
-__all__ = [
-    "ComparedTask",
-    "agreement_estimate",
-    "compare_task",
-    "difference_estimate",
-    "stability_estimate",
-]
+__all__ = ["ComparedTask", "compare_task"]
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -43,52 +41,103 @@ class ComparedTask:
 
     Attributes:
         agree: bool [n], same verdict.
+        net: int64 [n], 1 gained, -1 lost, 0 unchanged.
         std: float64 [n], spread of the dense model's choices; None for tasks without choices.
-        stability_draws: float64 [draws], resampled stability; None where there is no interval.
+        measures: of the choices, per document; None likewise.
+        clusters: None where every document stands alone.
+        resampled: draws of the clusters; None likewise.
     """
 
     result: TaskComparison
     outcomes: Outcomes
     agree: BoolArray
+    net: IntArray
     std: FloatArray | None
-    stability_draws: FloatArray | None
+    measures: ChoiceMeasures | None
+    clusters: ClusterLabels | None
+    resampled: Resampled | None
 
 
 def compare_task(dense: pd.DataFrame, pruned: pd.DataFrame, settings: Settings) -> ComparedTask:
-    """Compare aligned rows of one (task, filter); every row has a verdict."""
+    """Compare aligned rows of one (task, filter); every row has a verdict.
+
+    Raises:
+        NumericsError: a log-likelihood or a spread is not finite; the document is named.
+    """
+    first = dense.iloc[0]
+    names = (str(first["task"]), str(first["filter"]))
     right = dense[settings.verdict].to_numpy(dtype=np.bool_)
     right_now = pruned[settings.verdict].to_numpy(dtype=np.bool_)
     outcomes = Outcomes.of(right, right_now)
     agree: BoolArray = right == right_now
+    net = right_now.astype(np.int64) - right.astype(np.int64)
+    measures = measure_choices(dense, pruned)
     std = None
-    if any(isinstance(choices, list) and len(choices) > 1 for choices in dense["choices"]):
+    if measures is not None:
         std = choice_spread(dense, quantity=settings.spread_quantity, ddof=settings.spread_ddof)
-    stable, draws = None, None
-    if std is not None:
-        names = (str(dense.iloc[0]["task"]), str(dense.iloc[0]["filter"]))
-        stable, draws = stability_estimate(std, agree, settings, *names)
+    clusters = cluster_labels(dense["cluster"])
+    resampled = None
+    if clusters is not None:
+        sums = clusters.sums(np.ones(len(agree)), right, right_now, agree)
+        resampled = resample_clusters(sums, clusters.shown.kind, settings, *names)
     same = _same_choice(dense, pruned, settings.verdict)
-    first = dense.iloc[0]
     verdict = first["verdict_metric"] if settings.verdict == "correct" else "acc_norm"
+    net_by_cluster = None if clusters is None else clusters.sums(net)[:, 0]
     result = TaskComparison(
-        task=str(first["task"]),
-        filter=str(first["filter"]),
+        task=names[0],
+        filter=names[1],
         output_type=str(first["output_type"]),
         verdict=str(verdict),
         n=outcomes.n,
-        dense=_accuracy(outcomes.dense_accuracy, outcomes.n),
-        pruned=_accuracy(outcomes.pruned_accuracy, outcomes.n),
-        difference=difference_estimate(outcomes, settings),
+        dense=accuracy_estimate(outcomes.dense_accuracy, outcomes.n),
+        pruned=accuracy_estimate(outcomes.pruned_accuracy, outcomes.n),
         mcnemar_p=mcnemar(outcomes),
         mcnemar_mid_p=mcnemar(outcomes, mid_p=True),
-        agreement=agreement_estimate(outcomes, settings),
-        stability=stable,
+        stability=_stability(std, agree, clusters, settings, names),
         effective_n=effective_sample_size(std) if std is not None else None,
         same_choice=None if same is None else float(same.mean()),
         kappa=kappa(outcomes),
         flips=_flips(outcomes, right, right_now, same),
+        clusters=None if clusters is None else clusters.shown,
+        **paired_estimates(outcomes, settings, resampled, net_by_cluster),
+        **_of_choices(measures, outcomes, clusters, settings),
     )
-    return ComparedTask(result, outcomes, agree, std, draws)
+    return ComparedTask(result, outcomes, agree, net, std, measures, clusters, resampled)
+
+
+def _stability(
+    std: FloatArray | None,
+    agree: BoolArray,
+    clusters: ClusterLabels | None,
+    settings: Settings,
+    names: tuple[str, str],
+) -> Estimate | None:
+    if std is None:
+        return None
+    return stability_estimate(std, agree, settings, *names, clusters=clusters)
+
+
+def _of_choices(
+    measures: ChoiceMeasures | None,
+    outcomes: Outcomes,
+    clusters: ClusterLabels | None,
+    settings: Settings,
+) -> dict[str, Any]:
+    """Fields that need choices; none for generated text."""
+    if measures is None:
+        return {}
+    chance = float(np.nanmean(measures.chance))
+    labels = None if clusters is None else clusters.labels
+    n = outcomes.n
+    return {
+        "chance": chance,
+        "dense_corrected": chance_corrected(accuracy_estimate(outcomes.dense_accuracy, n), chance),
+        "pruned_corrected": chance_corrected(
+            accuracy_estimate(outcomes.pruned_accuracy, n), chance
+        ),
+        "choices": choice_shift(measures, settings.confidence, labels),
+        "calibration": calibration(measures, settings.confidence, labels),
+    }
 
 
 def _same_choice(dense: pd.DataFrame, pruned: pd.DataFrame, verdict: Verdict) -> BoolArray | None:
@@ -110,44 +159,3 @@ def _flips(
         wrong_to_right=outcomes.wrong_to_right,
         wrong_to_other_wrong=moved,
     )
-
-
-def _accuracy(value: float, n: int) -> Estimate:
-    return Estimate(value=value, standard_error=accuracy_error(value, n))
-
-
-def difference_estimate(outcomes: Outcomes, settings: Settings) -> Estimate:
-    """Paired difference of accuracy with Newcombe's interval."""
-    low, high = newcombe(outcomes, settings.confidence)
-    return Estimate(
-        value=outcomes.difference, low=low, high=high, method="Newcombe paired (square-and-add)"
-    )
-
-
-def agreement_estimate(outcomes: Outcomes, settings: Settings) -> Estimate:
-    """Share of equal verdicts with Wilson's interval."""
-    same = outcomes.both_right + outcomes.both_wrong
-    low, high = wilson(same, outcomes.n, settings.confidence)
-    return Estimate(value=outcomes.agreement, low=low, high=high, method="Wilson")
-
-
-def stability_estimate(
-    std: FloatArray, agree: BoolArray, settings: Settings, *names: str
-) -> tuple[Estimate, FloatArray | None]:
-    """Stability with its bootstrap interval, and the draws, seeded by the settings and ``names``.
-
-    Where all pairs agree, or none, a bootstrap would claim certainty: then Wilson's interval at the
-    effective sample size. The reference script's value gets none: it is not a statistic of the
-    answers but of their order.
-    """
-    value = stability(std, agree, mode=settings.mode)
-    if settings.mode == "reference_script":
-        return Estimate(value=value), None
-    draws = stability_draws(std, agree, settings.draws, task_generator(settings.seed, *names))
-    if agree.all() or not agree.any():
-        n = effective_sample_size(std)
-        low, high = wilson(value * n, n, settings.confidence)
-        return Estimate(value=value, low=low, high=high, method="Wilson at the effective n"), draws
-    low, high = percentile_interval(draws, settings.confidence)
-    method = f"bootstrap, {settings.draws} draws"
-    return Estimate(value=value, low=low, high=high, method=method), draws

@@ -38,7 +38,7 @@ def run(name: str, pairs: int, seed: int) -> Samples:
         "byte_lengths": [[10, 20, 30, 40]] * pairs, "mean_nll": None, "prediction": prediction,
         "prediction_norm": None, "gold": gold, "target": "", "text": None,
         "correct": prediction == gold, "correct_norm": None, "verdict_metric": "acc",
-        "metrics": None,
+        "metrics": None, "cluster": None,
     }  # fmt: skip
     index = pd.RangeIndex(pairs)
     frame = pd.DataFrame(

@@ -7,8 +7,10 @@ import pytest
 
 from streamline_bench.stability.bootstrap import (
     MAX_CELLS,
-    difference_draws,
+    cluster_draws,
+    outcome_draws,
     percentile_interval,
+    ratio_draws,
     stability_draws,
     task_generator,
 )
@@ -33,7 +35,9 @@ def by_rows(std: np.ndarray, agree: np.ndarray, draws: int) -> np.ndarray:
 
 def test_differences_have_the_multinomial_moments() -> None:
     outcomes = Outcomes(40, 20, 10, 30)
-    drawn = difference_draws(outcomes, 40_000, task_generator(0, "t"))
+    shares = outcome_draws(outcomes, 40_000, task_generator(0, "t"))
+    assert shares.sum(axis=1) == pytest.approx(1.0)
+    drawn = shares[:, 2] - shares[:, 1]
     variance = (0.3 - outcomes.difference**2) / 100
     assert drawn.mean() == pytest.approx(outcomes.difference, abs=0.002)
     assert drawn.var() == pytest.approx(variance, rel=0.03)
@@ -81,3 +85,28 @@ def test_seeds() -> None:
     assert drawn(0, "a") == drawn(0, "a")
     assert drawn(0, "a") != drawn(1, "a")
     assert drawn(0, "a") != drawn(0, "b")
+
+
+def test_clusters_are_resampled_whole() -> None:
+    source = np.random.default_rng(5)
+    sums = source.integers(0, 4, size=(60, 3))
+    ours = cluster_draws(sums, DRAWS, task_generator(0, "t"))
+    rows = np.random.default_rng(6).integers(60, size=(DRAWS, 60))
+    brute = sums[rows].sum(axis=1)
+    assert ours.shape == (DRAWS, 3)
+    assert ours.mean(axis=0) == pytest.approx(sums.sum(axis=0), rel=0.01)
+    for column in range(3):
+        assert ours[:, column].std() == pytest.approx(brute[:, column].std(), rel=0.05)
+    assert np.corrcoef(ours.T)[0, 1] == pytest.approx(np.corrcoef(brute.T)[0, 1], abs=0.06)
+
+
+@pytest.mark.parametrize("max_cells", [10_000, 64])
+def test_ratios_match_resampling_units(max_cells: int) -> None:
+    source = np.random.default_rng(7)
+    below = source.exponential(size=900) + 0.1
+    above = below * source.beta(6, 3, size=900)
+    ours = ratio_draws(above, below, DRAWS, task_generator(0, "t"), max_cells=max_cells)
+    rows = np.random.default_rng(8).integers(900, size=(DRAWS, 900))
+    brute = above[rows].sum(axis=1) / below[rows].sum(axis=1)
+    assert ours.mean() == pytest.approx(brute.mean(), abs=3e-4)
+    assert ours.std() == pytest.approx(brute.std(), rel=0.05)

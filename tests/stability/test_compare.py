@@ -141,7 +141,10 @@ def test_a_run_against_itself(runs: tuple[Samples, Samples]) -> None:
 def test_seed_decides_and_nothing_else_does(runs: tuple[Samples, Samples]) -> None:
     again = compare(*runs, settings=FAST)
     alone = compare(*runs, tasks=["toy_mc"], settings=FAST)
-    assert task(again, "toy_mc") == task(alone, "toy_mc")
+    of_the_family = {"p_holm": None, "decision": None}
+    assert task(again, "toy_mc").model_copy(update=of_the_family) == task(
+        alone, "toy_mc"
+    ).model_copy(update=of_the_family)
     other = compare(*runs, tasks=["toy_mc"], settings=replace(FAST, seed=1))
     assert task(other, "toy_mc").stability != task(alone, "toy_mc").stability
 

@@ -1,0 +1,181 @@
+"""Estimates with intervals that tasks, groups and summaries over tasks share."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from streamline_bench.stability.bootstrap import (
+    percentile_interval,
+    ratio_draws,
+    stability_draws,
+    task_generator,
+)
+from streamline_bench.stability.clusters import ClusterLabels
+from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.decision import (
+    POWER,
+    detectable_difference,
+    noninferiority,
+    noninferiority_from_draws,
+)
+from streamline_bench.stability.metrics import effective_sample_size, stability, stability_weights
+from streamline_bench.stability.paired import (
+    Outcomes,
+    accuracy_error,
+    mcnemar_test,
+    newcombe,
+    retention,
+    wilson,
+)
+from streamline_bench.stability.resampled import Resampled
+from streamline_bench.stability.settings import Settings
+from streamline_bench.stability.sign_flip import clustered_test
+
+__all__ = [
+    "accuracy_estimate",
+    "chance_corrected",
+    "detectable_at",
+    "paired_estimates",
+    "stability_estimate",
+]
+
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+def accuracy_estimate(value: float, n: int) -> Estimate:
+    """Accuracy with its standard error."""
+    return Estimate(value=value, standard_error=accuracy_error(value, n))
+
+
+def chance_corrected(accuracy: Estimate, chance: float) -> Estimate:
+    """(accuracy - chance) / (1 - chance): 0 is guessing, 1 is all right."""
+    error = accuracy.standard_error
+    return Estimate(
+        value=(accuracy.value - chance) / (1 - chance),
+        standard_error=None if error is None else error / (1 - chance),
+    )
+
+
+def paired_estimates(
+    outcomes: Outcomes,
+    settings: Settings,
+    resampled: Resampled | None,
+    net: FloatArray | None,
+) -> dict[str, Any]:
+    """Difference, agreement, retention, p and what could be found; the decision comes after Holm.
+
+    Args:
+        resampled, net: draws over clusters, and net change per cluster; None without clusters.
+    """
+    if resampled is None or net is None:
+        return _by_documents(outcomes, settings)
+    difference = resampled.difference(outcomes, settings.confidence)
+    p, method = clustered_test(np.rint(net).astype(np.int64), resampled.what)
+    varies = difference.standard_error is not None
+    return {
+        "difference": difference,
+        "agreement": resampled.agreement(outcomes, settings.confidence),
+        "retention": resampled.retention(outcomes, settings.confidence),
+        "p_value": p,
+        "p_method": method,
+        "margin": settings.margin,
+        "noninferiority_p": (
+            noninferiority_from_draws(resampled.differences, settings.margin)
+            if varies
+            else noninferiority(outcomes, settings.margin, effective_n=resampled.units)
+        ),
+        "detectable": (
+            detectable_at(difference, settings.confidence)
+            if varies
+            else detectable_difference(outcomes, settings.confidence, effective_n=resampled.units)
+        ),
+    }
+
+
+def _by_documents(outcomes: Outcomes, settings: Settings) -> dict[str, Any]:
+    confidence = settings.confidence
+    p, method = mcnemar_test(outcomes)
+    return {
+        "difference": _difference(outcomes, confidence),
+        "agreement": _agreement(outcomes, confidence),
+        "retention": _retention(outcomes, confidence),
+        "p_value": p,
+        "p_method": method,
+        "margin": settings.margin,
+        "noninferiority_p": noninferiority(outcomes, settings.margin),
+        "detectable": detectable_difference(outcomes, confidence),
+    }
+
+
+def detectable_at(difference: Estimate, confidence: float) -> float | None:
+    """Smallest true difference found with 80 % power, given the standard error of the difference.
+
+    None without one, or where it is more than a difference of accuracies can be.
+    """
+    if difference.standard_error is None:
+        return None
+    z = NormalDist().inv_cdf(0.5 + confidence / 2) + NormalDist().inv_cdf(POWER)
+    found = z * difference.standard_error
+    return found if found <= 1 else None
+
+
+def _difference(outcomes: Outcomes, confidence: float) -> Estimate:
+    low, high = newcombe(outcomes, confidence)
+    return Estimate(
+        value=outcomes.difference, low=low, high=high, method="Newcombe paired (square-and-add)"
+    )
+
+
+def _agreement(outcomes: Outcomes, confidence: float) -> Estimate:
+    same = outcomes.both_right + outcomes.both_wrong
+    low, high = wilson(same, outcomes.n, confidence)
+    return Estimate(value=outcomes.agreement, low=low, high=high, method="Wilson")
+
+
+def _retention(outcomes: Outcomes, confidence: float) -> Estimate | None:
+    ends = retention(outcomes, confidence)
+    if ends is None:
+        return None
+    value = outcomes.pruned_accuracy / outcomes.dense_accuracy
+    return Estimate(value=value, low=ends[0], high=ends[1], method="paired ratio (square-and-add)")
+
+
+def stability_estimate(
+    std: FloatArray,
+    agree: BoolArray,
+    settings: Settings,
+    *names: str,
+    clusters: ClusterLabels | None = None,
+) -> Estimate:
+    """Stability with its bootstrap interval, seeded by the settings and ``names``.
+
+    Where all pairs agree, or none, a bootstrap would claim certainty: then Wilson's interval at the
+    effective sample size (at most the number of clusters). The reference script's value gets none:
+    it is not a statistic of the answers but of their order.
+    """
+    value = stability(std, agree, mode=settings.mode)
+    if settings.mode == "reference_script":
+        return Estimate(value=value)
+    if agree.all() or not agree.any():
+        n = effective_sample_size(std)
+        if clusters is not None:
+            n = min(n, clusters.shown.count)
+        low, high = wilson(value * n, n, settings.confidence)
+        return Estimate(value=value, low=low, high=high, method="Wilson at the effective n")
+    generator = task_generator(settings.seed, *names)
+    over = ""
+    if clusters is None:
+        draws = stability_draws(std, agree, settings.draws, generator)
+    else:
+        weights = stability_weights(std)
+        sums = clusters.sums(weights * agree, weights)
+        draws = ratio_draws(sums[:, 0], sums[:, 1], settings.draws, generator)
+        over = f" over {clusters.shown.count:,} {clusters.shown.kind}"
+    low, high = percentile_interval(draws, settings.confidence)
+    method = f"bootstrap{over}, {settings.draws} draws"
+    return Estimate(value=value, low=low, high=high, method=method)

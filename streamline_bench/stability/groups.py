@@ -1,0 +1,79 @@
+"""Groups of tasks (MMLU's subjects): all their documents, with the tasks as clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from operator import add
+
+import numpy as np
+
+from streamline_bench.stability.comparison import Clusters, Estimate, GroupComparison
+from streamline_bench.stability.estimates import paired_estimates
+from streamline_bench.stability.overall import total_flips
+from streamline_bench.stability.paired import Outcomes
+from streamline_bench.stability.resampled import Resampled, resample_clusters
+from streamline_bench.stability.settings import Settings
+from streamline_bench.stability.task_comparison import ComparedTask
+
+__all__ = ["compare_groups", "leaf_tasks"]
+
+
+def compare_groups(
+    compared: Sequence[ComparedTask], groups: Mapping[str, Sequence[str]], settings: Settings
+) -> list[GroupComparison]:
+    """Compare every group of which at least two tasks were compared, in the order of ``groups``.
+
+    ``p_holm`` and ``decision`` are left open: they need all groups.
+    """
+    by_task = {item.result.task: item for item in compared}
+    found = []
+    for group in groups:
+        members = [by_task[name] for name in leaf_tasks(group, groups) if name in by_task]
+        if len(members) > 1:
+            found.append(_compare(group, members, settings))
+    return found
+
+
+def leaf_tasks(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """Tasks of a group, of its groups, and so on; each once."""
+    return list(dict.fromkeys(_leaves(name, groups, frozenset())))
+
+
+def _leaves(name: str, groups: Mapping[str, Sequence[str]], above: frozenset[str]) -> Iterator[str]:
+    if not groups.get(name):
+        yield name
+        return
+    for part in groups[name]:
+        if part not in above:
+            yield from _leaves(part, groups, above | {name})
+
+
+def _compare(group: str, members: list[ComparedTask], settings: Settings) -> GroupComparison:
+    outcomes: Outcomes = reduce(add, (item.outcomes for item in members))
+    rows = [item.outcomes for item in members]
+    sums = np.array(
+        [
+            [o.n, o.both_right + o.right_to_wrong, o.both_right + o.wrong_to_right,
+             o.both_right + o.both_wrong]
+            for o in rows
+        ],
+        dtype=np.float64,
+    )  # fmt: skip
+    resampled = resample_clusters(sums, "tasks", settings, group)
+    net = sums[:, 2] - sums[:, 1]
+    return GroupComparison(
+        group=group,
+        tasks=tuple(item.result.task for item in members),
+        n=outcomes.n,
+        dense=_accuracy(outcomes.dense_accuracy, resampled, 1),
+        pruned=_accuracy(outcomes.pruned_accuracy, resampled, 2),
+        flips=total_flips(members),
+        clusters=Clusters(kind="tasks", count=len(rows), largest=max(o.n for o in rows)),
+        **paired_estimates(outcomes, settings, resampled, net),
+    )
+
+
+def _accuracy(value: float, resampled: Resampled, column: int) -> Estimate:
+    drawn = resampled.totals[:, column] / resampled.totals[:, 0]
+    return Estimate(value=value, standard_error=float(drawn.std()), method=resampled.method)

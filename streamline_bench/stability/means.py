@@ -1,0 +1,62 @@
+"""Means per document with Student's interval, over documents or over clusters of them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from streamline_bench.stability.comparison import Estimate
+
+__all__ = ["mean_estimate", "t_quantile"]
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+def t_quantile(confidence: float, freedom: int) -> float:
+    """Two-sided quantile of Student's distribution."""
+    from scipy.special import stdtrit  # scipy.stats takes a second to import
+
+    return float(stdtrit(freedom, 0.5 + confidence / 2))
+
+
+def mean_estimate(
+    values: FloatArray,
+    confidence: float,
+    clusters: IntArray | None = None,
+    *,
+    floor: float = -math.inf,
+) -> Estimate:
+    """Mean of the values that are not NaN, with its interval.
+
+    With clusters the error is the cluster-robust one (sums of deviations per cluster, CR1). One
+    document, or one cluster, says nothing about its error: then there is no interval.
+
+    Args:
+        values: float64 [n]; at least one is not NaN.
+        clusters: int64 [n], 0-based labels; None if every document stands alone.
+        floor: the interval's lower end is not below this.
+    """
+    counted = ~np.isnan(values)
+    if not counted.all():
+        values = values[counted]
+        clusters = None if clusters is None else clusters[counted]
+    mean = float(values.mean())
+    deviations = values - mean
+    if clusters is not None:
+        sums = np.bincount(clusters, weights=deviations).astype(np.float64)
+        deviations = sums[np.bincount(clusters) > 0]
+    units = len(deviations)
+    if units < 2:
+        return Estimate(value=mean)
+    error = math.sqrt(units / (units - 1) * float(np.square(deviations).sum())) / len(values)
+    half = t_quantile(confidence, units - 1) * error
+    return Estimate(
+        value=mean,
+        standard_error=error,
+        low=max(floor, mean - half),
+        high=mean + half,
+        method="Student" if clusters is None else f"Student over {units} clusters",
+    )

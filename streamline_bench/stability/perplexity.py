@@ -1,0 +1,134 @@
+"""Perplexity of the same documents under two models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from streamline_bench.errors import NumericsError, SamplesError
+from streamline_bench.stability.comparison import Estimate, PerplexityComparison
+from streamline_bench.stability.means import t_quantile
+
+__all__ = ["compare_perplexities", "log_ratio"]
+
+FloatArray = npt.NDArray[np.float64]
+Unit = Literal["word", "byte", "answer"]
+
+# lm-eval logs (log-likelihood, number of units) per document under these names.
+_METRICS: dict[Unit, tuple[str, ...]] = {
+    "word": ("word_perplexity",),
+    "byte": ("byte_perplexity", "bits_per_byte"),
+}
+_ANSWER = "perplexity"  # one log-likelihood per document
+
+_LARGEST = 700.0  # e^709 is the largest float64
+
+
+def compare_perplexities(
+    dense: pd.DataFrame, pruned: pd.DataFrame, confidence: float
+) -> list[PerplexityComparison]:
+    """Compare aligned rows of one (task, filter): one result per unit that the engine counted.
+
+    Raises:
+        SamplesError: only some documents have the numbers.
+        NumericsError: a log-likelihood is NaN or infinite; run, task and document are named.
+    """
+    found = []
+    for unit, name in _recorded(dense):
+        first, units = _values(dense, name)
+        second, _ = _values(pruned, name)
+        log = log_ratio(first - second, units, confidence)
+        found.append(
+            PerplexityComparison(
+                task=str(dense.iloc[0]["task"]),
+                filter=str(dense.iloc[0]["filter"]),
+                unit=unit,
+                n=len(dense),
+                units=float(units.sum()),
+                dense=_exp(-float(first.sum() / units.sum())),
+                pruned=_exp(-float(second.sum() / units.sum())),
+                ratio=_exponentiated(log),
+                nats_per_unit=log,
+            )
+        )
+    return found
+
+
+def log_ratio(more: FloatArray, units: FloatArray, confidence: float) -> Estimate:
+    """Logarithm of a ratio of perplexities, with Student's interval over documents.
+
+    Args:
+        more: float64 [n], log-likelihood lost per document, in nats.
+        units: float64 [n], units per document.
+
+    The value is a ratio of sums; its error is of the linear part (``more`` - value x ``units``) per
+    document. One document has no interval.
+    """
+    n = len(more)
+    value = float(more.sum() / units.sum())
+    if n < 2:
+        return Estimate(value=value)
+    deviations = more - value * units
+    error = math.sqrt(n / (n - 1) * float(np.square(deviations).sum())) / float(units.sum())
+    half = t_quantile(confidence, n - 1) * error
+    return Estimate(
+        value=value,
+        standard_error=error,
+        low=value - half,
+        high=value + half,
+        method="Student over documents",
+    )
+
+
+def _exp(value: float) -> float | None:
+    return math.exp(value) if value < _LARGEST else None
+
+
+def _exponentiated(log: Estimate) -> Estimate | None:
+    value = _exp(log.value)
+    if value is None:
+        return None
+    if log.low is None or log.high is None or log.high >= _LARGEST:
+        return Estimate(value=value)
+    low, high = math.exp(log.low), math.exp(log.high)
+    return Estimate(value=value, low=low, high=high, method=f"exp of: {log.method}")
+
+
+def _recorded(frame: pd.DataFrame) -> Iterator[tuple[Unit, str]]:
+    first = frame.iloc[0]["metrics"]
+    names = set(first) if isinstance(first, dict) else set()
+    for unit, metrics in _METRICS.items():
+        known = [name for name in metrics if {f"{name}.0", f"{name}.1"} <= names]
+        if known:
+            yield unit, known[0]
+    if _ANSWER in names:
+        yield "answer", _ANSWER
+
+
+def _values(frame: pd.DataFrame, name: str) -> tuple[FloatArray, FloatArray]:
+    """Log-likelihoods and units, float64 [n] each."""
+    records = frame["metrics"].tolist()
+    keys = [name] if name == _ANSWER else [f"{name}.0", f"{name}.1"]
+    for row, record in enumerate(records):
+        missing = [key for key in keys if not isinstance(record, dict) or key not in record]
+        if missing:
+            bad = frame.iloc[row]
+            raise SamplesError(
+                f"Run '{bad['run']}' has no '{name}' on document {bad['doc_id']} of task "
+                f"'{bad['task']}', but on others; evaluate again."
+            )
+    values = np.array([[record[key] for key in keys] for record in records], dtype=np.float64)
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
+        bad = frame.iloc[row]
+        raise NumericsError(
+            f"Run '{bad['run']}': Task '{bad['task']}', document {bad['doc_id']} has {name} "
+            f"{values[row].tolist()}; check the weights and the dtype of the model."
+        )
+    units = np.ones(len(values)) if name == _ANSWER else values[:, 1]
+    return values[:, 0], units
