@@ -44,8 +44,6 @@ def test_sizes_are_those_of_the_loaded_model(model_type: str, make_tiny_model: M
     changes: dict[str, Any] = {"num_hidden_layers": 2}
     if model_type == "opt":
         changes |= {"ffn_dim": 48, "word_embed_proj_dim": 32}
-    if model_type == "gpt2":
-        changes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 64}
     folder = make_tiny_model(model_type, **changes)
     found = footprint(folder, context=20)
     parameters, multiply_adds, kept = matrices(folder, 20)
