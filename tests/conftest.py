@@ -166,3 +166,17 @@ def lm_eval_outputs(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return work
+
+
+@pytest.fixture(scope="session")
+def opencompass_files() -> Any:
+    """The module tests/opencompass_files.py: writes folders as OpenCompass does."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(
+        "opencompass_files", REPOSITORY / "tests" / "opencompass_files.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -115,8 +115,8 @@ def _tasks(
         reason = other.info.missing.get(only)
         because = f" ({reason})" if reason else ""
         raise ComparisonError(
-            f"Only run '{owner.info.run}' has task '{only}'{because}; evaluate both on the same tasks, name the "
-            "tasks to compare, or ask for the common ones."
+            f"Only run '{owner.info.run}' has task '{only}'{because}; evaluate both on the same "
+            "tasks, name the tasks to compare, or ask for the common ones."
         )
     return sorted(first & second)
 
@@ -238,7 +238,7 @@ def _difference(first: str, second: str) -> str:
     """Where two prompts begin to differ; empty if they do not."""
     if first == second:
         return ""
-    same = len(os.path.commonprefix([first, second]))
+    same = len(os.path.commonprefix([first, second]))  # noqa: RUF071 - characters are meant
     begin = max(0, same - _BEFORE)
     return (
         f"; from character {same} of the prompt: {_short(first[begin:])} and "

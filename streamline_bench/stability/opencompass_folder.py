@@ -121,7 +121,8 @@ def _collect(folder: Path) -> Predictions:
     if not files:
         first = next(iter(missing.values()), "it has no prediction file")
         raise SamplesError(
-            f"'{folder}' holds no predictions ({first}); see the run's logs and run it again with -r."
+            f"'{folder}' holds no predictions ({first}); see the run's logs, then run it again "
+            "with -r."
         )
     results = run / "results" / folder.name if run else folder
     return Predictions(

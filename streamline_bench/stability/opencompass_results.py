@@ -1,4 +1,4 @@
-"""Right or wrong per question, as OpenCompass' evaluation says (``results/<model>/<data set>.json``).
+"""Right or wrong per question, by OpenCompass' evaluation: ``results/<model>/<data set>.json``.
 
 Where the evaluation states a verdict for every question, it counts. Where it does not, choices are
 judged by their gold, and generated answers by the extracted answers, if it has them; that must then
@@ -129,9 +129,7 @@ class Evaluation:
         found = [_listed(detail) for detail in self._details]
         if not found or any(value is None or len(value) != self.repetitions for value in found):
             return None
-        return [
-            value[number] for number in range(self.repetitions) for value in found if value
-        ]
+        return [value[number] for number in range(self.repetitions) for value in found if value]
 
     def _derived(self) -> list[bool] | None:
         """Whether the extracted answers are the references, as accuracy evaluators compare them."""

@@ -154,7 +154,7 @@ def _identity(
 
 
 def _verdict(entry: Mapping[str, Any], prediction: Any, labels: Sequence[str]) -> dict[str, Any]:
-    """Right or wrong as OpenCompass' evaluators say: equal as text; a list holds every right answer.
+    """Right or wrong as OpenCompass says: equal as text; a list holds every right answer.
 
     ``same_value`` compares without conversion, as the script of the paper's authors does.
     """
@@ -188,7 +188,7 @@ def _natural(label: str) -> tuple[int, str]:
 
 
 def _shared_beginning(prompts: Sequence[str]) -> str:
-    shared = os.path.commonprefix(list(prompts))
+    shared = os.path.commonprefix(list(prompts))  # noqa: RUF071 - characters are meant
     word = re.search(r"[A-Za-z0-9]+$", shared)
     return shared[: word.start()] if word else shared  # choices begin with whole words
 

@@ -184,7 +184,7 @@ def load_samples(
     timestamp: str | None = None,
     progress: bool = True,
 ) -> Samples:
-    """Read a run: a ``.parquet`` file of ours, or a folder (at any level) of lm-eval or OpenCompass.
+    """Read a run: a ``.parquet`` file of ours, or a folder of lm-eval or OpenCompass, at any level.
 
     Args:
         path: the file or folder. Of OpenCompass: a work folder, a run in it, its ``predictions``, a
@@ -200,7 +200,7 @@ def load_samples(
     path = Path(path)
     if not path.exists():
         raise SamplesError(
-            f"There is no file or folder '{path}'; give the output folder of lm-eval or OpenCompass."
+            f"There is no file or folder '{path}'; give an output folder of lm-eval or OpenCompass."
         )
     if path.suffix == ".parquet":
         samples = Samples.load(path)
