@@ -25,7 +25,7 @@ from streamline_bench.errors import OutputError
 if TYPE_CHECKING:
     from streamline_bench.core.checkpoint import CheckpointReader
 
-__all__ = ["config_digest", "fingerprint", "user_cache"]
+__all__ = ["config_digest", "fingerprint", "tensor_digests", "user_cache"]
 
 _NOTES = {"_name_or_path", "transformers_version", "use_cache", "_commit_hash"}
 _CHUNK = 1 << 22
@@ -47,6 +47,17 @@ def config_digest(config: Mapping[str, Any]) -> str:
 
 def fingerprint(reader: CheckpointReader, progress: bool = True) -> str:
     """See :meth:`CheckpointReader.fingerprint`."""
+    digests = tensor_digests(reader, progress)
+    rows = [
+        [name, entry.dtype, list(entry.shape), digests[name]]
+        for name, entry in sorted(reader.entries.items())
+    ]
+    payload = json.dumps([config_digest(reader.config), rows])
+    return hashlib.sha256(payload.encode()).hexdigest()
+
+
+def tensor_digests(reader: CheckpointReader, progress: bool = True) -> dict[str, str]:
+    """Return the SHA-256 (hex) of every tensor's bytes, by name; cached per shard."""
     shards: dict[Path, list[TensorEntry]] = defaultdict(list)
     for entry in reader.entries.values():
         shards[entry.shard].append(entry)
@@ -59,12 +70,7 @@ def fingerprint(reader: CheckpointReader, progress: bool = True) -> str:
     with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for path, entries in shards.items():
             digests.update(_shard_digests(path, entries, pool, bar))
-    rows = [
-        [name, entry.dtype, list(entry.shape), digests[name]]
-        for name, entry in sorted(reader.entries.items())
-    ]
-    payload = json.dumps([config_digest(reader.config), rows])
-    return hashlib.sha256(payload.encode()).hexdigest()
+    return digests
 
 
 def _shard_digests(

@@ -1,0 +1,230 @@
+"""Runs the harness on one model in hand and writes what its command line writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from streamline_bench.core.checkpoint import CheckpointReader
+from streamline_bench.core.staging import atomic_write_text, staged_output
+from streamline_bench.errors import OutputError, RecipeError
+from streamline_bench.harness.bridge import MODEL_NAME
+from streamline_bench.harness.trunk.request import TrunkRequest
+
+__all__ = ["MARKER", "Evaluation", "is_done", "model_arguments"]
+
+MARKER = "trunk.json"
+"""File in an output that names the request it answers; written last."""
+
+
+def model_arguments(request: TrunkRequest, label: str) -> dict[str, Any]:
+    """Return what ``--model_args`` of a separate run would say."""
+    arguments: dict[str, Any] = {"pretrained": str(request.checkpoints[label])}
+    if request.dtype is not None:
+        arguments["dtype"] = request.dtype
+    return {**arguments, **request.model_args}
+
+
+def is_done(request: TrunkRequest, label: str) -> bool:
+    """Whether a label's output is there and answers this request.
+
+    Raises:
+        OutputError: it is there and answers another one, or is no output of a walk.
+    """
+    folder = request.outputs[label]
+    if not folder.exists():
+        return False
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        same = marker["request"] == _digest(request, label)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise OutputError(
+            f"Output {folder} exists and was not made by scoring models together; give another "
+            f"output for '{label}' or delete it."
+        ) from None
+    if not same:
+        raise OutputError(
+            f"Output {folder} holds another evaluation of '{label}' (its model, tasks or options "
+            "differ); give another output or delete it."
+        )
+    return True
+
+
+def _digest(request: TrunkRequest, label: str) -> str:
+    """Name everything that decides what a label's output says."""
+    settings = request.model_dump(mode="json", exclude={"checkpoints", "outputs", "outcome"})
+    weights = CheckpointReader(request.checkpoints[label]).fingerprint()
+    payload = json.dumps([settings, model_arguments(request, label), weights], sort_keys=True)
+    return hashlib.sha256(payload.encode()).hexdigest()
+
+
+class Evaluation:
+    """Evaluations of models that are asked the same requests, which are built once.
+
+    All models that one instance is used with must have the same tokenizer.
+    """
+
+    def __init__(self, request: TrunkRequest) -> None:
+        self._request = request
+        self._tasks: _SameTasks | None = None
+
+    def run(self, label: str, model: Any) -> None:
+        """Evaluate a model and publish its output folder.
+
+        Args:
+            model: a :class:`streamline_bench.harness.lm.StreamlineLM`.
+
+        Raises:
+            RecipeError: a task is not known, or options contradict each other.
+            OutputError: the output exists or cannot be written.
+            StreamlineBenchError: the model's own errors.
+        """
+        with staged_output(self._request.outputs[label]) as staging:
+            self._run_into(staging, label, model)
+            marker = {"label": label, "request": _digest(self._request, label)}
+            atomic_write_text(staging / MARKER, json.dumps(marker) + "\n")
+
+    def _run_into(self, folder: Path, label: str, model: Any) -> None:
+        from lm_eval import simple_evaluate
+        from lm_eval.loggers import EvaluationTracker
+
+        config, tasks = self._prepared(label, folder)
+        tracker = EvaluationTracker(output_path=str(folder))
+        seeds = dict(
+            zip(
+                ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"),
+                config.seed,
+                strict=True,
+            )
+        )
+        results = simple_evaluate(
+            model=model,
+            model_args=config.model_args,
+            tasks=config.tasks,
+            num_fewshot=config.num_fewshot,
+            batch_size=config.batch_size,
+            max_batch_size=config.max_batch_size,
+            device=config.device,
+            limit=config.limit,
+            log_samples=True,
+            evaluation_tracker=tracker,
+            system_instruction=config.system_instruction,
+            apply_chat_template=config.apply_chat_template,
+            fewshot_as_multiturn=config.fewshot_as_multiturn,
+            gen_kwargs=config.gen_kwargs,
+            task_manager=tasks,
+            metadata=config.metadata,
+            **seeds,
+        )
+        # The harness names a model in hand by its class; a separate run names the registered one.
+        results["config"]["model"] = MODEL_NAME
+        tracker.general_config_tracker.model_source = MODEL_NAME
+        _save(tracker, results, folder)
+
+    def _prepared(self, label: str, folder: Path) -> tuple[Any, _SameTasks]:
+        config = _config(self._request, label, folder)
+        try:
+            config._configure()
+            if self._tasks is None:
+                self._tasks = _SameTasks(config.process_tasks(config.metadata), config.tasks)
+        except ValueError as error:
+            raise RecipeError(f"The harness refuses the evaluation: {error}.") from error
+        config.tasks = self._tasks.names
+        self._tasks.belong_to(str(self._request.checkpoints[label]))
+        return config, self._tasks
+
+
+def _config(request: TrunkRequest, label: str, folder: Path) -> Any:
+    """The harness's own configuration, as its command line would fill it."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    given = {
+        "num_fewshot": request.num_fewshot,
+        "max_batch_size": request.max_batch_size,
+        "device": request.device,
+        "limit": request.limit,
+        "include_path": None if request.include_path is None else str(request.include_path),
+        "system_instruction": request.system_instruction,
+        "fewshot_as_multiturn": request.fewshot_as_multiturn,
+    }
+    return EvaluatorConfig(
+        model=MODEL_NAME,
+        model_args=model_arguments(request, label),
+        tasks=list(request.tasks),
+        batch_size=str(request.batch_size),
+        log_samples=True,
+        output_path=str(folder),
+        apply_chat_template=request.apply_chat_template,
+        gen_kwargs=dict(request.gen_kwargs),
+        seed=list(request.seed),
+        **{key: value for key, value in given.items() if value is not None},
+    )
+
+
+def _save(tracker: Any, results: dict[str, Any], folder: Path) -> None:
+    samples = results.pop("samples")
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task in results["configs"]:
+        tracker.save_results_samples(task_name=task, samples=samples[task])
+    # The tracker only logs what it could not write.
+    whole = len(list(folder.rglob("results_*.json"))) == 1 and all(
+        _lines(folder, task) == len(samples[task]) for task in results["configs"]
+    )
+    if not whole:
+        raise OutputError(
+            f"The results cannot be written below {folder.parent} (see the harness's log above); "
+            "free some space or give another output."
+        )
+
+
+def _lines(folder: Path, task: str) -> int:
+    stem = f"samples_{task}_"
+    files = [path for path in folder.rglob("samples_*.jsonl") if path.name.startswith(stem)]
+    return sum(file.read_bytes().count(b"\n") for file in files if file.name[len(stem)].isdigit())
+
+
+class _SameTasks:
+    """The harness's task manager, giving the same loaded tasks to every model.
+
+    Requests are built for the first model and asked again of the others.
+    """
+
+    def __init__(self, manager: Any, names: list[Any]) -> None:
+        self.names = names
+        self._manager = manager
+        self._loaded: Any = None
+        self._owner = manager.metadata["pretrained"]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+    def load(self, names: list[Any]) -> Any:
+        """Return the tasks, loading them the first time."""
+        if self._loaded is None:
+            self._loaded = self._manager.load(names)
+        else:
+            for task in self._loaded["tasks"].values():
+                task.build_all_requests = _Again(task)
+        return self._loaded
+
+    def belong_to(self, pretrained: str) -> None:
+        """Note the model in the tasks' metadata, where the harness keeps its arguments."""
+        for task in (self._loaded or {}).get("tasks", {}).values():
+            metadata = task.config.metadata
+            if isinstance(metadata, dict) and metadata.get("pretrained") == self._owner:
+                metadata["pretrained"] = pretrained
+        self._owner = pretrained
+
+
+class _Again:
+    """Stands for a task's ``build_all_requests``: the same requests, without answers."""
+
+    def __init__(self, task: Any) -> None:
+        self._task = task
+
+    def __call__(self, **_: Any) -> None:
+        for instance in self._task.instances:
+            instance.resps = []
+            instance.filtered_resps = {}

@@ -1,0 +1,156 @@
+"""From a request to the outputs of all its labels."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from streamline_bench.core.staging import atomic_write_text
+from streamline_bench.errors import (
+    ArchitectureError,
+    OutputError,
+    RecipeError,
+    StreamlineBenchError,
+)
+from streamline_bench.harness import bridge
+from streamline_bench.harness.boundary import share_log
+from streamline_bench.harness.trunk.assembly import assemble, load_model
+from streamline_bench.harness.trunk.evaluation import Evaluation, is_done
+from streamline_bench.harness.trunk.legs import solo_reason, walks_of
+from streamline_bench.harness.trunk.request import LabelOutcome, TrunkOutcome, TrunkRequest
+from streamline_bench.harness.trunk.stack import Stack, read_stack
+from streamline_bench.modeling import register
+
+__all__ = ["score_together"]
+
+logger = logging.getLogger(__name__)
+
+
+def score_together(request: TrunkRequest, *, progress: bool = True) -> TrunkOutcome:
+    """Evaluate all checkpoints of a request; layers that models have in common run once.
+
+    Models are grouped by content (:mod:`.stack`). Those that share nothing are evaluated one after
+    the other, and the outcome says why. A label that fails leaves the others alone. Labels whose
+    output is there already are not evaluated again, so that an interrupted call can be repeated.
+
+    Raises:
+        RecipeError: a task is not known, or options contradict each other.
+        OutputError: an output exists that is not this request's, or one cannot be written.
+    """
+    share_log()
+    bridge.register()
+    register()
+    outcome = _Scoring(request, progress=progress).run()
+    if request.outcome is not None:
+        atomic_write_text(request.outcome, outcome.model_dump_json(indent=2) + "\n")
+    return outcome
+
+
+class _Scoring:
+    """One call: what is known about each label so far."""
+
+    def __init__(self, request: TrunkRequest, *, progress: bool) -> None:
+        self._request = request
+        self._progress = progress
+        self._labels: dict[str, LabelOutcome] = {}
+        self._alone: dict[str, str] = {}
+        self._stacks: dict[str, Stack] = {}
+        self._walks: list[tuple[str, ...]] = []
+        self._per_model: set[str] = set()
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> TrunkOutcome:
+        """Evaluate what is missing."""
+        with self._timed("read"):
+            for label in self._request.checkpoints:
+                self._look_at(label)
+        for labels in walks_of(self._stacks):
+            if len(labels) > 1:
+                self._walk(labels)
+            else:
+                self._alone[labels[0]] = solo_reason(labels[0], self._request.dense, self._stacks)
+        for label in [each for each in self._request.checkpoints if each in self._alone]:
+            self._evaluate_alone(label)
+        return TrunkOutcome(
+            labels={label: self._labels[label] for label in self._request.checkpoints},
+            walks=tuple(self._walks),
+            per_model=tuple(sorted(self._per_model)),
+            seconds={stage: round(value, 3) for stage, value in self._seconds.items()},
+        )
+
+    def _look_at(self, label: str) -> None:
+        try:
+            if is_done(self._request, label):
+                self._labels[label] = LabelOutcome(status="ok", reused=True)
+                return
+            self._stacks[label] = read_stack(
+                self._request.checkpoints[label],
+                dtype=self._request.dtype,
+                trust_remote_code=bool(self._request.model_args.get("trust_remote_code")),
+                progress=self._progress,
+            )
+        except ArchitectureError as error:
+            self._alone[label] = f"its layers cannot be told apart: {error}"
+        except OutputError:
+            raise
+        except StreamlineBenchError as error:
+            self._fail(label, error)
+
+    def _walk(self, labels: list[str]) -> None:
+        with self._timed("load"):
+            party = assemble(self._request, labels, self._stacks, progress=self._progress)
+        self._alone.update(party.alone)
+        for label, error in party.failed.items():
+            self._fail(label, error)
+        if party.walk is None:
+            return
+        self._walks.append(tuple(party.models))
+        logger.info("Scored together: %s.", ", ".join(party.models))
+        evaluation = Evaluation(self._request)
+        for label in [each for each in self._request.checkpoints if each in party.models]:
+            self._evaluate(
+                evaluation,
+                label,
+                party.models[label],
+                together=True,
+                shared_layers=party.shared_layers[label],
+            )
+        self._per_model.update(party.walk.per_model)
+
+    def _evaluate_alone(self, label: str) -> None:
+        logger.info("'%s' is scored by itself: %s.", label, self._alone[label].rstrip("."))
+        try:
+            with self._timed("load"):
+                model = load_model(self._request, label)
+        except StreamlineBenchError as error:
+            self._fail(label, error)
+            return
+        self._evaluate(Evaluation(self._request), label, model, reason=self._alone[label])
+
+    def _evaluate(self, evaluation: Evaluation, label: str, model: Any, **facts: Any) -> None:
+        try:
+            with self._timed("evaluate"):
+                evaluation.run(label, model)
+        except (OutputError, RecipeError):
+            raise  # of the request, not of this model
+        except StreamlineBenchError as error:
+            self._fail(label, error)
+            return
+        layers = self._stacks[label].layers if label in self._stacks else 0
+        self._labels[label] = LabelOutcome(status="ok", layers=layers, **facts)
+
+    def _fail(self, label: str, error: StreamlineBenchError) -> None:
+        logger.error("'%s' cannot be scored: %s", label, error)
+        self._labels[label] = LabelOutcome(status="failed", reason=str(error))
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - begin
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + spent

@@ -1,0 +1,146 @@
+"""Several models answer the same requests; layers they have in common run once per batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from streamline_bench.errors import ComparisonError, NumericsError
+from streamline_bench.harness.forward import queries_of, tensors_of
+from streamline_bench.harness.layout import Layout, Layouts
+from streamline_bench.harness.packing import PackedRow, Query
+from streamline_bench.harness.scoring import Answer, HalvingBatches, TokenScorer
+from streamline_bench.harness.trunk.legs import legs_of
+from streamline_bench.harness.trunk.partial import States, partial_pass
+from streamline_bench.harness.trunk.stack import Stack
+
+__all__ = ["Walk", "Walker"]
+
+logger = logging.getLogger(__name__)
+
+Found = tuple[str, int, Answer]
+"""Label, number of the query, answer."""
+
+
+@dataclass(frozen=True)
+class Walker:
+    """One model of a walk: a causal LM, what scores with it, and its steps."""
+
+    model: Any
+    scorer: TokenScorer
+    stack: Stack
+
+
+class Walk:
+    """Answers of several models.
+
+    Args:
+        walkers: label -> model, in walking order (see :func:`.legs.walks_of`).
+
+    Attributes:
+        failed: label -> why it has no answers.
+        per_model: kinds of requests that models answered by themselves.
+    """
+
+    def __init__(self, walkers: Mapping[str, Walker], *, progress: bool = True) -> None:
+        self.failed: dict[str, str] = {}
+        self.per_model: list[str] = []
+        self._walkers = dict(walkers)
+        self._progress = progress
+        self._memory = HalvingBatches()
+        self._kept: dict[str, tuple[list[Any], Mapping[str, list[Any]]]] = {}
+
+    def answers(
+        self,
+        label: str,
+        kind: str,
+        requests: Sequence[Any],
+        ask_all: Callable[[Sequence[Any]], Mapping[str, list[Any]]],
+    ) -> list[Any]:
+        """Return one model's answers; the first time, all models are asked.
+
+        Raises:
+            ComparisonError: these are not the requests that all models were asked.
+            NumericsError: the model's answers are NaN.
+        """
+        asked = [request.args for request in requests]
+        if kind not in self._kept:
+            self._kept[kind] = (asked, ask_all(requests))
+        known, answers = self._kept[kind]
+        if known != asked:
+            raise ComparisonError(
+                f"'{label}' was asked other {kind} requests ({len(asked)}) than the models scored "
+                f"together with it ({len(known)}); evaluate it by itself."
+            )
+        if label in self.failed:
+            raise NumericsError(self.failed[label])
+        return answers[label]
+
+    def note_per_model(self, kind: str) -> None:
+        """Remember, and say once, that requests of a kind are not answered together."""
+        if kind not in self.per_model:
+            self.per_model.append(kind)
+            logger.info("%s requests run for every model by itself.", kind)
+
+    def score(self, queries: Sequence[Query], *, batch_tokens: int) -> dict[str, list[Answer]]:
+        """Return every model's answers in the order of ``query.index`` (0 .. n - 1).
+
+        Args:
+            batch_tokens: see :meth:`TokenScorer.score`.
+        """
+        found: dict[str, dict[int, Answer]] = {label: {} for label in self._walkers}
+        layouts = Layouts(queries, batch_tokens=batch_tokens)
+        count = len(self._walkers)
+        with tqdm(
+            total=len(queries) * count,
+            desc=f"Running loglikelihood requests of {count} models",
+            disable=not self._progress,
+        ) as bar:
+            for layout, labels in self._settled(layouts).items():
+                for batch in layouts.batches(layout):
+                    for label, index, answer in self._memory.run(batch, self._leg_by_leg(labels)):
+                        found[label][index] = answer
+                        bar.update(1)
+        return {
+            label: [answers[index] for index in sorted(answers)]
+            for label, answers in found.items()
+            if label not in self.failed
+        }
+
+    def _settled(self, layouts: Layouts) -> dict[Layout, list[str]]:
+        """Part the models by how they want requests laid out; nearly always they agree."""
+        agreeing: dict[Layout, list[str]] = {}
+        for label, walker in self._walkers.items():
+            if label not in self.failed:
+                agreeing.setdefault(walker.scorer.settle(layouts), []).append(label)
+        if len(agreeing) > 1:
+            parts = " | ".join(", ".join(labels) for labels in agreeing.values())
+            logger.info("These models need other batches and share no layers there: %s.", parts)
+        return agreeing
+
+    def _leg_by_leg(self, labels: Sequence[str]) -> Callable[[list[PackedRow]], list[Found]]:
+        def answer(batch: list[PackedRow]) -> list[Found]:
+            tensors, queries = tensors_of(batch), queries_of(batch)
+            stacks = {k: self._walkers[k].stack for k in labels if k not in self.failed}
+            states: States = {}
+            found: list[Found] = []
+            for leg in legs_of(list(stacks), stacks):
+                for boundary in [b for b in states if b > leg.start]:
+                    del states[boundary]
+                walker = self._walkers[leg.label]
+                with partial_pass(
+                    walker.model, walker.stack.steps, start=leg.start, states=states, keep=leg.keep
+                ):
+                    try:
+                        answers = walker.scorer.answers(tensors, queries)
+                    except NumericsError as error:
+                        self.failed[leg.label] = str(error)
+                        continue
+                found += [(leg.label, index, each) for index, each in answers]
+            return found
+
+        return answer
