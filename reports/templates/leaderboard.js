@@ -1,5 +1,5 @@
 "use strict";
-// Sorts tables of class "sortable" by a click on a heading: numbers as numbers, empty cells last.
+// Sorting: numbers as numbers, rows without a value last, failed rows after those.
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
@@ -11,9 +11,11 @@ for (const table of document.querySelectorAll("table.sortable")) {
       heads.forEach((other) => other.setAttribute("aria-sort", "none"));
       head.setAttribute("aria-sort", order);
       const sign = order === "ascending" ? 1 : -1;
-      const key = (row) => row.cells[column].dataset.sort;
+      const failed = (row) => row.classList.contains("failed");
+      const key = (row) => row.cells[column]?.dataset.sort ?? "";
       const rows = [...table.tBodies[0].rows];
       rows.sort((a, b) => {
+        if (failed(a) || failed(b)) return failed(a) - failed(b);
         const [x, y] = [key(a), key(b)];
         if (x === "" || y === "") return (x === "") - (y === "");
         return sign * (numeric ? Number(x) - Number(y) : x.localeCompare(y));
@@ -22,6 +24,54 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
-addEventListener("beforeprint", () => {
-  for (const part of document.querySelectorAll("details")) part.open = true;
+
+// Filtering: what the leaderboard hides is hidden in every figure and table of the page.
+const tools = document.querySelector(".tools");
+const field = document.getElementById("filter");
+const buttons = [...tools.querySelectorAll("[data-group]")];
+const models = [...document.querySelectorAll("table.board tbody tr")];
+const elsewhere = [...document.querySelectorAll("[data-row]")];
+
+function filter() {
+  const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
+  const group = buttons.find((one) => one.getAttribute("aria-pressed") === "true").dataset.group;
+  const hidden = new Set();
+  let matches = 0;
+  for (const row of models) {
+    const text = row.dataset.find.toLowerCase();
+    const match = words.every((word) => text.includes(word))
+      && (group === "" || row.dataset.group === group);
+    const keep = "keep" in row.dataset;
+    matches += match && !keep;
+    if (!match && !keep) hidden.add(row.dataset.row);
+  }
+  for (const one of elsewhere) one.classList.toggle("out", hidden.has(one.dataset.row));
+  const all = models.filter((row) => !("keep" in row.dataset)).length;
+  document.getElementById("shown").textContent = `${matches} of ${all} compressed models`;
+  document.getElementById("nothing").hidden = matches > 0 || all === 0;
+}
+
+function press(button) {
+  for (const one of buttons) one.setAttribute("aria-pressed", String(one === button));
+  filter();
+}
+
+for (const button of buttons) button.addEventListener("click", () => press(button));
+field.addEventListener("input", filter);
+document.getElementById("reset").addEventListener("click", () => {
+  field.value = "";
+  press(buttons[0]);
+  field.focus();
 });
+tools.hidden = false;
+filter();
+
+// A link to a closed part opens it.
+function reveal() {
+  const target = location.hash.length > 1 && document.getElementById(location.hash.slice(1));
+  for (let part = target; part; part = part.parentElement) {
+    if (part.tagName === "DETAILS") part.open = true;
+  }
+}
+addEventListener("hashchange", reveal);
+reveal();

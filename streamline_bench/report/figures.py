@@ -14,6 +14,8 @@ from markupsafe import Markup
 __all__ = ["curve_svg", "matrix_svg"]
 
 _CELL = 14.0
+_POINTS = 120
+"""Of a curve's line: more would not be seen in its width."""
 _MARGIN = 34.0
 _WIDTH, _HEIGHT = 460.0, 220.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 12.0, 12.0, 32.0
@@ -93,16 +95,22 @@ def curve_svg(curve: Sequence[Mapping[str, Any]]) -> Markup:
     ]
     parts += _curve_axes(min(values), max(values), last, "log" if logarithmic else "")
     for name, line in lines.items():
-        finite = [(step, value) for step, value in line if math.isfinite(value)]
+        finite = _thinned([(step, value) for step, value in line if math.isfinite(value)])
         path = " ".join(place(step, value) for step, value in finite)
         parts.append(f'<polyline class="{name}" points="{path}"/>')
-        for step, value in finite:
+        for step, value in finite if name == "val_loss" else ():
             x, y = place(step, value).split(",")
             parts.append(
                 f'<circle class="{name}" cx="{x}" cy="{y}" r="2.5"><title>step {step}: '
                 f"{value:.5g}</title></circle>"
             )
     return Markup("".join([*parts, "</svg>"]))
+
+
+def _thinned(line: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most some hundred points, the first and the last among them."""
+    step = max(1, math.ceil(len(line) / _POINTS))
+    return [point for index, point in enumerate(line) if index % step == 0 or point is line[-1]]
 
 
 def _curve_axes(low: float, high: float, last: int, kind: str) -> list[str]:

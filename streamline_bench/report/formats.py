@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["MISSING", "count", "duration", "interval", "p_value", "percent", "points", "with_error"]
+__all__ = [
+    "MISSING",
+    "count",
+    "decimal",
+    "duration",
+    "interval",
+    "p_value",
+    "percent",
+    "points",
+    "rate",
+    "times",
+    "with_error",
+]
 
 MISSING = "\N{EN DASH}"
 """What stands where there is no number."""
@@ -70,3 +82,25 @@ def duration(seconds: float | None) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def decimal(value: float | None, digits: int = 3, *, signed: bool = False) -> str:
+    """-0.0312 -> ``−0.031``: nats, Brier scores, kappas."""
+    if value is None:
+        return MISSING
+    text = f"{abs(value):.{digits}f}"
+    if float(text) == 0:
+        return text
+    return f"{MINUS if value < 0 else '+' if signed else ''}{text}"
+
+
+def times(value: float | None) -> str:
+    """1.3125 -> ``1.31×``."""
+    return MISSING if value is None else f"{value:.2f}\N{MULTIPLICATION SIGN}"
+
+
+def rate(value: float | None) -> str:
+    """1234.5 -> ``1,234``; 12.34 -> ``12.3`` (tokens per second)."""
+    if value is None:
+        return MISSING
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"

@@ -12,11 +12,12 @@ from streamline_bench.report.failed_row import failed_row
 from streamline_bench.report.flips import worst_flips
 from streamline_bench.report.provenance import provenance, read_checkpoint
 from streamline_bench.report.published import published_numbers
-from streamline_bench.report.schema import Leaderboard, Method, Noise, Row, TaskScore
+from streamline_bench.report.schema import Leaderboard, Method, Row, TaskScore
 from streamline_bench.report.speed import read_throughput
 from streamline_bench.stability.align import align
 from streamline_bench.stability.compare import compare
-from streamline_bench.stability.comparison import Comparison
+from streamline_bench.stability.comparison import Comparison, NoiseFloor
+from streamline_bench.stability.noise import above_noise, noise_floor
 from streamline_bench.stability.samples import Samples, load_samples
 from streamline_bench.stability.settings import Settings
 
@@ -69,6 +70,7 @@ def build_leaderboard(
     # Of the dense run against itself only accuracies are shown: no need to draw.
     itself = compare(reference, reference, settings=replace(settings, draws=2))
     settings = replace(settings, quantity=itself.quantity)
+    floor = _noise_floor(reference, noise or {}, settings, progress)
     speed = read_throughput(throughput)
     rows = []
     for label, path in runs.items():
@@ -79,17 +81,14 @@ def build_leaderboard(
             row = _row(reference, itself, source, is_dense=True)
         else:
             samples = load_samples(path, run=label, progress=progress)
-            row = _compared_row(reference, samples, source, settings)
+            row = _compared_row(reference, samples, source, settings, floor)
         rows.append(row.model_copy(update={"throughput": speed.get(label)}))
     board = Leaderboard(
         title=title,
         dense=dense,
-        method=_method(settings),
+        method=_method(settings, itself),
         rows=_with_original_size(rows),
-        noise=[
-            _noise(reference, load_samples(path, run=label, progress=progress), settings)
-            for label, path in (noise or {}).items()
-        ],
+        noise=floor,
         not_compared=itself.not_compared,
         commands=list(commands),
         versions={**_versions(), **(versions or {})},
@@ -112,20 +111,31 @@ def _load_dense(
     return load_samples(path, run=dense, progress=progress)
 
 
-def _compared_row(reference: Samples, samples: Samples, source: RowSource, how: Settings) -> Row:
-    row = _row(samples, compare(reference, samples, settings=how), source, is_dense=False)
-    flips = worst_flips(align(reference, samples), how.verdict)
+def _compared_row(
+    reference: Samples,
+    samples: Samples,
+    source: RowSource,
+    settings: Settings,
+    floor: NoiseFloor | None,
+) -> Row:
+    result = compare(reference, samples, settings=settings)
+    if floor is not None:
+        result = above_noise(result, floor)
+    flips = worst_flips(align(reference, samples), settings.verdict)
+    row = _row(samples, result, source, is_dense=False)
     return row.model_copy(update={"worst_flips": flips})
 
 
-def _noise(reference: Samples, again: Samples, settings: Settings) -> Noise:
-    result = compare(reference, again, settings=settings)
-    return Noise(
-        label=again.info.run, macro=result.macro, micro=result.micro, tasks=list(result.tasks)
-    )
+def _noise_floor(
+    reference: Samples, noise: Mapping[str, Path], settings: Settings, progress: bool
+) -> NoiseFloor | None:
+    if not noise:
+        return None
+    again = [load_samples(path, run=label, progress=progress) for label, path in noise.items()]
+    return noise_floor(reference, again, settings=settings)
 
 
-def _method(settings: Settings) -> Method:
+def _method(settings: Settings, itself: Comparison) -> Method:
     return Method(
         mode=settings.mode,
         ddof=settings.spread_ddof,
@@ -134,6 +144,7 @@ def _method(settings: Settings) -> Method:
         confidence=settings.confidence,
         draws=settings.draws,
         seed=settings.seed,
+        margin=settings.margin,
     )
 
 
@@ -169,6 +180,9 @@ def _row(samples: Samples, result: Comparison, source: RowSource, *, is_dense: b
         macro=shown.macro if shown else None,
         micro=shown.micro if shown else None,
         tasks=_tasks(samples, result, is_dense),
+        groups=list(shown.groups) if shown else [],
+        perplexities=list(shown.perplexities) if shown else [],
+        generations=list(shown.generations) if shown else [],
         other_metrics=_other_metrics(samples, result),
         scan=facts.scan,
         curve=facts.curve,

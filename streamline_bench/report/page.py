@@ -10,15 +10,22 @@ import base64
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from streamline_bench.report import formats
+from streamline_bench.report.axes import Axis
 from streamline_bench.report.escaping import visible_text
 from streamline_bench.report.figures import curve_svg, matrix_svg
+from streamline_bench.report.forest import forest
+from streamline_bench.report.heat_map import heat_map
+from streamline_bench.report.pareto import pareto
+from streamline_bench.report.ranking import ranked
 from streamline_bench.report.summary import headline
 from streamline_bench.resources import resource
 
@@ -28,6 +35,38 @@ __all__ = ["to_html"]
 def to_html(board: Mapping[str, Any]) -> str:
     """Render the leaderboard as one self-contained page."""
     templates = resource("reports") / "templates"
+    script = (templates / "leaderboard.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+    rows = _rows(board["rows"])
+    scored = [row for row in rows if row["accuracy_macro"]]
+    return (
+        _environment(templates)
+        .get_template("leaderboard.html.j2")
+        .render(
+            board=board,
+            rows=rows,
+            scored=scored,
+            compared=[row for row in rows if row["macro"]],
+            groups=Counter(row["cost"] for row in rows if not row["is_dense"]),
+            has=_has(rows),
+            throughput=next((row["throughput"] for row in rows if row["throughput"]), None),
+            headline=headline(board),
+            pareto=pareto(rows),
+            forest=forest(rows),
+            heat=heat_map(scored),
+            metrics=_metrics(scored),
+            scans=_scans(rows),
+            curves=[(row["label"], curve_svg(row["curve"])) for row in rows if row["curve"]],
+            literature=[row for row in rows if row["published"]],
+            level=f"{100 * board['method']['confidence']:g} %",
+            style=Markup((templates / "leaderboard.css").read_text(encoding="utf-8")),
+            script=Markup(script),
+            script_hash=digest,
+        )
+    )
+
+
+def _environment(templates: Path) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(templates),
         autoescape=True,
@@ -42,22 +81,57 @@ def to_html(board: Mapping[str, Any]) -> str:
             environment.filters[name] = getattr(formats, name)
     environment.filters["pretty"] = _pretty
     environment.filters["breakable"] = _breakable
-    script = (templates / "leaderboard.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
-    failed = [row for row in board["rows"] if row["failed"]]
-    board = {**board, "rows": [row for row in board["rows"] if not row["failed"]]}
-    return environment.get_template("leaderboard.html.j2").render(
-        board=board,
-        failed=failed,
-        headline=headline({**board, "rows": [*board["rows"], *failed]}),
-        style=Markup((templates / "leaderboard.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=digest,
-        forest=_forest(board["rows"]),
-        heat=_heat(board["rows"]),
-        scans=_scans(board["rows"]),
-        curves=[(row["label"], curve_svg(row["curve"])) for row in board["rows"] if row["curve"]],
-        level=f"{100 * board['method']['confidence']:g} %",
+    return environment
+
+
+def _rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as ranked, each with its place, its anchor and its inline error bar."""
+    shown = [
+        {
+            **row,
+            "index": index,
+            "id": f"row-{index}",
+            "by_task": {task["task"]: task for task in row["tasks"] if task["main"]},
+        }
+        for index, row in enumerate(ranked(rows))
+    ]
+    bars = {row["index"]: _bar(row["accuracy_macro"]) for row in shown if row["accuracy_macro"]}
+    axis = Axis.around([end for bar in bars.values() for end in bar], 0.0, 100.0)
+    for row in shown:
+        if row["index"] in bars:
+            low, value, high = (axis.place(end) for end in bars[row["index"]])
+            row["range"] = {"low": low, "at": value, "width": round(high - low, 2)}
+    return shown
+
+
+def _bar(estimate: Mapping[str, Any]) -> tuple[float, float, float]:
+    error = estimate["standard_error"] or 0.0
+    return estimate["value"] - error, estimate["value"], estimate["value"] + error
+
+
+def _has(rows: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+    """Which optional columns have something to show."""
+    macros = [row["macro"] for row in rows if row["macro"]]
+    return {
+        "decision": any(macro["decision"] for macro in macros),
+        "retention": any(macro["retention"] for macro in macros),
+        "choices": any(macro["choice_kl"] for macro in macros),
+        "calibration": any(macro["pruned_calibration_error"] is not None for macro in macros),
+        "throughput": any(row["throughput"] for row in rows),
+        "perplexities": any(row["perplexities"] for row in rows),
+        "generations": any(row["generations"] for row in rows),
+    }
+
+
+def _metrics(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Every (task, metric) without verdicts, in the order in which rows name them."""
+    return list(
+        dict.fromkeys(
+            (task, name)
+            for row in rows
+            for task, metrics in row["other_metrics"].items()
+            for name in metrics
+        )
     )
 
 
@@ -75,67 +149,6 @@ def _pretty(value: Any) -> str:
 def _breakable(name: str) -> Markup:
     """Escaped; a long name may break after an underscore, a slash or a hyphen."""
     return Markup(re.sub(r"([_/-])", r"\1<wbr>", str(escape(visible_text(name)))))
-
-
-def _forest(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Positions (percent of the width) of the differences and their intervals."""
-    found = [(row, row["macro"]["difference"]) for row in rows if row["macro"]]
-    if not found:
-        return None
-    ends = [value for _, d in found for value in (d["low"], d["high"], d["value"], 0.0)]
-    low, high = min(ends), max(ends)
-    pad = max(0.02, 0.06 * (high - low))
-    low, high = low - pad, high + pad
-
-    def place(value: float) -> float:
-        return round(100 * (value - low) / (high - low), 2)
-
-    lines = [
-        {
-            "label": row["label"],
-            "difference": d,
-            "low": place(d["low"]),
-            "width": round(place(d["high"]) - place(d["low"]), 2),
-            "value": place(d["value"]),
-        }
-        for row, d in found
-    ]
-    return {"lines": lines, "zero": place(0.0)}
-
-
-def _heat(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per task, one cell per row: accuracy, change, stability, with the strength of its colour."""
-    lines = []
-    for task in rows[0]["tasks"]:
-        cells = [_heat_cell(row, task) for row in rows]
-        name = task["task"] if task["main"] else f"{task['task']} ({task['filter']})"
-        lines.append({"task": name, "n": task["n"], "verdict": task["verdict"], "cells": cells})
-    return lines
-
-
-def _heat_cell(row: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:
-    key = (task["task"], task["filter"])
-    found = next((t for t in row["tasks"] if (t["task"], t["filter"]) == key), None)
-    if found is None:
-        return {"missing": True, "is_dense": row["is_dense"]}
-    comparison = found["comparison"]
-    change = comparison["difference"]["value"] if comparison else None
-    stability = comparison["stability"] if comparison else None
-    return {
-        "missing": False,
-        "is_dense": row["is_dense"],
-        "accuracy": found["accuracy"],
-        "difference": comparison["difference"] if comparison else None,
-        "stability": stability,
-        "agreement": comparison["agreement"] if comparison else None,
-        # Half a scale lost is full colour: beyond that a model of this task knows nothing.
-        "loss": round(min(1.0, max(0.0, -(change or 0.0)) * 2), 3),
-        "gain": round(min(1.0, max(0.0, change or 0.0) * 2), 3),
-        "unstable": round(min(1.0, 2 * (1 - stability["value"])), 3) if stability else 0.0,
-        "disagree": round(min(1.0, 2 * (1 - comparison["agreement"]["value"])), 3)
-        if comparison
-        else 0.0,
-    }
 
 
 def _scans(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

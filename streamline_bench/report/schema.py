@@ -9,14 +9,21 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from streamline_bench.stability.comparison import Estimate, Overall, TaskComparison
+from streamline_bench.stability.comparison import (
+    Estimate,
+    GenerationComparison,
+    GroupComparison,
+    NoiseFloor,
+    Overall,
+    PerplexityComparison,
+    TaskComparison,
+)
 
 __all__ = [
     "CurvePoint",
     "Flip",
     "Leaderboard",
     "Method",
-    "Noise",
     "Provenance",
     "Published",
     "Row",
@@ -41,6 +48,7 @@ class Method(_Frozen):
     confidence: float
     draws: int
     seed: int
+    margin: float | None = None
 
 
 class TaskScore(_Frozen):
@@ -126,15 +134,6 @@ class Throughput(_Frozen):
     start_seconds: float | None = None
 
 
-class Noise(_Frozen):
-    """The dense model against itself, evaluated again: what changes without any compression."""
-
-    label: str
-    macro: Overall
-    micro: Overall
-    tasks: list[TaskComparison]
-
-
 class Published(_Frozen):
     """A number of the literature, in percent, for the row's method on another model.
 
@@ -177,6 +176,7 @@ class Row(_Frozen):
         parameters: of the evaluated model; ``sparsity_reached`` is the share removed.
         accuracy_macro, accuracy_micro: over tasks with verdicts.
         macro, micro: against the dense row; None for the dense row itself.
+        groups, perplexities, generations: against the dense row, where the run has such tasks.
         other_metrics: task -> metric -> value, for metrics without verdicts (perplexities).
         throughput: where it was measured.
         worst_flips: right before, wrong now; surest first.
@@ -202,6 +202,9 @@ class Row(_Frozen):
     macro: Overall | None
     micro: Overall | None
     tasks: list[TaskScore]
+    groups: list[GroupComparison] = Field(default_factory=list)
+    perplexities: list[PerplexityComparison] = Field(default_factory=list)
+    generations: list[GenerationComparison] = Field(default_factory=list)
     other_metrics: dict[str, dict[str, float]] = Field(default_factory=dict)
     throughput: Throughput | None = None
     worst_flips: list[Flip] = Field(default_factory=list)
@@ -224,7 +227,7 @@ class Leaderboard(_Frozen):
     dense: str
     method: Method
     rows: list[Row] = Field(min_length=1)
-    noise: list[Noise] = Field(default_factory=list)
+    noise: NoiseFloor | None = None
     not_compared: dict[str, str] = Field(default_factory=dict)
     commands: list[str] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=dict)

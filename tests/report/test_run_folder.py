@@ -20,12 +20,15 @@ from streamline_bench.report import (
     write_run_file,
 )
 from streamline_bench.report.write import read_leaderboard
+from streamline_bench.stability.settings import Settings
+
+FEW = Settings(draws=100)
 
 
 @pytest.fixture(scope="module")
 def built(make_run: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_run(tmp_path_factory.mktemp("run"))
-    build_report(folder, progress=False)
+    build_report(folder, settings=FEW, progress=False)
     return folder
 
 
@@ -85,7 +88,7 @@ def test_the_four_files(built: Path) -> None:
 def test_making_it_again_gives_the_same_bytes(built: Path, tmp_path: Path) -> None:
     again = shutil.copytree(built, tmp_path / "again")
     (again / "leaderboard.html").unlink()
-    build_report(again, progress=False)
+    build_report(again, settings=FEW, progress=False)
     for name in ("leaderboard.json", "leaderboard.csv", "leaderboard.md", "leaderboard.html"):
         assert (again / name).read_bytes() == (built / name).read_bytes()
 
@@ -113,10 +116,10 @@ def test_missing_parts_are_named(built: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(built, tmp_path / "broken")
     shutil.rmtree(broken / "layer" / "checkpoint")
     with pytest.raises(SamplesError, match=r"checkpoint .*layer/checkpoint' is missing"):
-        build_report(broken, progress=False)
+        build_report(broken, settings=FEW, progress=False)
     shutil.rmtree(broken / "layer" / "eval")
     with pytest.raises(SamplesError, match="There is no file or folder"):
-        build_report(broken, progress=False)
+        build_report(broken, settings=FEW, progress=False)
 
 
 def test_damaged_training_curve(built: Path, tmp_path: Path) -> None:
@@ -124,7 +127,7 @@ def test_damaged_training_curve(built: Path, tmp_path: Path) -> None:
     file = broken / "layer" / "checkpoint" / "training_curve.jsonl"
     file.write_text('{"step": 1}\n{"loss": 2}\n')
     with pytest.raises(SamplesError, match=r"training_curve\.jsonl, line 2"):
-        build_report(broken, progress=False)
+        build_report(broken, settings=FEW, progress=False)
 
 
 def changed(built: Path, target: Path, **changes: object) -> Path:
@@ -144,7 +147,7 @@ def test_a_failed_row_is_shown_with_its_reason(built: Path, tmp_path: Path) -> N
         recipe={"title": "LaCo", "method": "laco", "cost": "calibrated", "sparsity": 0.25},
     )
     run = changed(built, tmp_path / "run", rows=[*rows[:2], lost, rows[2]])
-    build_report(run, progress=False)
+    build_report(run, settings=FEW, progress=False)
     board = read_leaderboard(run / "leaderboard.json")
     row = board["rows"][2]
     assert [row["label"] for row in board["rows"]] == ["dense", "none", "lost", "layer"]
@@ -161,18 +164,20 @@ def test_a_failed_dense_row_leaves_nothing_to_compare_with(built: Path, tmp_path
     dense = RunRow(label="dense", failed="Out of memory.")
     run = changed(built, tmp_path / "run", rows=[dense, *rows[1:]])
     with pytest.raises(SamplesError, match=r"'dense' has no result \(Out of memory\.\)"):
-        build_report(run, progress=False)
+        build_report(run, settings=FEW, progress=False)
 
 
 def test_noise_is_the_dense_model_against_itself(built: Path, tmp_path: Path) -> None:
     noise = [NoiseRun(label="same", eval="dense/eval"), NoiseRun(label="other", eval="none/eval")]
     run = changed(built, tmp_path / "run", noise=noise)
-    build_report(run, progress=False)
+    build_report(run, settings=FEW, progress=False)
     board = read_leaderboard(run / "leaderboard.json")
-    same, other = board["noise"]
-    assert (same["label"], other["label"]) == ("same", "other")
-    assert same["macro"]["agreement"]["value"] == 1.0
-    assert other["micro"]["flips"] == board["rows"][1]["micro"]["flips"]
+    noise, micro = board["noise"], board["rows"][1]["micro"]
+    assert noise["repeats"] == ["same", "other"]
+    flips = micro["flips"]["right_to_wrong"] + micro["flips"]["wrong_to_right"]
+    floor = flips / micro["n"] / 2  # the mean over no flip at all and those of the first row
+    assert noise["flips"]["value"] == pytest.approx(floor)
+    assert micro["flips_above_noise"]["value"] == pytest.approx(floor)
 
 
 def test_throughput_reaches_the_rows_of_the_same_label(
@@ -191,7 +196,7 @@ def test_throughput_reaches_the_rows_of_the_same_label(
     }
     monkeypatch.setattr(figures, "read_figures", lambda path: measured)
     run = changed(built, tmp_path / "run", throughput="throughput.json")
-    build_report(run, progress=False)
+    build_report(run, settings=FEW, progress=False)
     dense, none, layer = read_leaderboard(run / "leaderboard.json")["rows"]
     assert dense["throughput"]["output_tokens_per_second"] == 100.0
     assert none["throughput"] is None
