@@ -13,6 +13,8 @@
     ├── SamplesError             samples that cannot be read
     │   └── ComparisonError      two runs that must not be compared
     ├── ThroughputError          a speed measurement that cannot be made or read
+    ├── EvaluationError          the harness, or another job of a comparison, failed
+    ├── ClusterError             a Ray cluster that cannot be reached or is too small
     ├── CacheError               a cache entry or lock that cannot be used
     └── MissingDependencyError   an optional package that is not installed
 
@@ -27,7 +29,9 @@ __all__ = [
     "CacheError",
     "CalibrationError",
     "CheckpointError",
+    "ClusterError",
     "ComparisonError",
+    "EvaluationError",
     "MissingDependencyError",
     "NumericsError",
     "OutputError",
@@ -81,6 +85,14 @@ class ComparisonError(SamplesError):
 
 class ThroughputError(StreamlineBenchError):
     """A measurement of speed cannot be made as asked, or its record cannot be read."""
+
+
+class EvaluationError(StreamlineBenchError):
+    """The harness ended with an error, or with output that is not whole."""
+
+
+class ClusterError(StreamlineBenchError):
+    """A Ray cluster cannot be reached, or cannot give what a job asks for."""
 
 
 class CacheError(StreamlineBenchError):

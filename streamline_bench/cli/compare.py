@@ -47,6 +47,10 @@ __all__ = ["command", "finish", "stops_with_a_word"]
 @click.option("--noise-dtype", help="Dtype of the second scoring.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a job.")
 @click.option("--until", type=click.Choice(["compress", "evaluate", "report"]), default="report")
+@click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option("--ray-address", default="auto", show_default=True, help="Of an existing cluster.")
+@click.option("--cpus-per-job", type=click.IntRange(min=1), default=1, show_default=True,
+              help="What a job asks a Ray cluster for.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=1), help="Jobs at a time on this machine.")
 @click.option("--gpus", help="Comma-separated ids of the GPUs that jobs share out.")
 @click.option("--gpus-per-job", type=click.IntRange(min=1), default=1, show_default=True)

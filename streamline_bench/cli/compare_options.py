@@ -53,6 +53,9 @@ def read_execution(options: Mapping[str, Any]) -> Execution:
     """
     gpus = tuple(part.strip() for part in (options["gpus"] or "").split(",") if part.strip())
     return Execution(
+        executor=options["executor"],
+        ray_address=options["ray_address"],
+        cpus_per_job=options["cpus_per_job"],
         workers=options["workers"],
         gpus=gpus,
         gpus_per_job=options["gpus_per_job"],

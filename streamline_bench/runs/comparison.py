@@ -141,6 +141,10 @@ def _result(
 
 
 def _executor(execution: Execution) -> Executor:
+    if execution.executor == "ray":
+        from streamline_bench.runs.ray_executor import RayExecutor
+
+        return RayExecutor(execution)
     from streamline_bench.runs.local import LocalExecutor
 
     return LocalExecutor(execution)

@@ -35,8 +35,13 @@ class JobProcess:
         seconds: monotonic time since it was started.
     """
 
-    def __init__(self, run: Path, name: str, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, run: Path, name: str, environment: Mapping[str, str], folder: Path | None = None
+    ) -> None:
         """Start ``python -m streamline_bench.runs.work``; its output goes to the job's log.
+
+        Args:
+            folder: where it starts; None: where this process is.
 
         Raises:
             OutputError: the log cannot be written.
@@ -52,6 +57,7 @@ class JobProcess:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    cwd=folder,
                     env={**os.environ, **environment, _LEASH: "1"},
                 )
         except OSError as error:

@@ -10,17 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from streamline_bench.core.staging import staged_output
-from streamline_bench.errors import StreamlineBenchError
+from streamline_bench.errors import EvaluationError
 from streamline_bench.runs.folder import job_folder
 from streamline_bench.runs.harness_command import harness_command
 from streamline_bench.runs.plan import Evaluation
 from streamline_bench.runs.work import Product
 
-__all__ = ["EvaluationError", "call_harness", "check_scores", "last_line", "score_row"]
-
-
-class EvaluationError(StreamlineBenchError):
-    """The harness ended with an error, or with output that is not whole."""
+__all__ = ["call_harness", "check_scores", "last_line", "score_row"]
 
 
 def score_row(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
