@@ -12,7 +12,13 @@ from streamline_bench.cli.options import print_table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from streamline_bench.stability.comparison import Comparison, Overall, TaskComparison
+    from streamline_bench.stability.comparison import (
+        Comparison,
+        Estimate,
+        GroupComparison,
+        Overall,
+        TaskComparison,
+    )
 
 __all__ = ["command"]
 
@@ -104,6 +110,11 @@ def _table(result: Comparison) -> Table:
     for task in result.tasks:
         name = task.task if task.filter == "none" else f"{task.task} ({task.filter})"
         table.add_row(*_cells(name, task))
+    if result.groups:
+        table.add_section()
+    for group in result.groups:
+        table.add_row(*_group_mean(group))
+        table.add_row(*_cells(f"{group.group}, documents", group))
     if len(result.tasks) > 1:
         table.add_section()
         table.add_row(*_cells("mean over tasks", result.macro))
@@ -111,13 +122,40 @@ def _table(result: Comparison) -> Table:
     return table
 
 
-def _cells(name: str, row: TaskComparison | Overall) -> list[str]:
+def _group_mean(group: GroupComparison) -> list[str]:
+    """The unweighted mean over the tasks of a group, of which only stability has an interval."""
+    from rich.markup import escape
+
+    from streamline_bench.report.escaping import terminal_text
+    from streamline_bench.report.formats import percent, points
+
+    dense, pruned = group.macro_dense, group.macro_pruned
+    change = None if dense is None or pruned is None else pruned - dense
+    return [
+        escape(terminal_text(f"{group.group}, mean of {len(group.tasks)} tasks")),
+        str(group.n),
+        percent(dense),
+        percent(pruned),
+        points(change),
+        escape(_with_interval(group.macro_stability)),
+    ]
+
+
+def _with_interval(estimate: Estimate | None) -> str:
+    from streamline_bench.report.formats import interval, percent
+
+    if estimate is None:
+        return percent(None)
+    return f"{percent(estimate.value)}\n{interval(estimate.model_dump())}".strip()
+
+
+def _cells(name: str, row: TaskComparison | GroupComparison | Overall) -> list[str]:
     from rich.markup import escape
 
     from streamline_bench.report.escaping import terminal_text
     from streamline_bench.report.formats import interval, p_value, percent, points, with_error
 
-    difference, stable = row.difference.model_dump(), row.stability
+    difference = row.difference.model_dump()
     agreement = row.agreement.model_dump()
     cells = [
         terminal_text(name),
@@ -125,10 +163,10 @@ def _cells(name: str, row: TaskComparison | Overall) -> list[str]:
         with_error(row.dense.model_dump()),
         with_error(row.pruned.model_dump()),
         f"{points(difference['value'])}\n{interval(difference, signed=True)}",
-        f"{percent(stable.value)}\n{interval(stable.model_dump())}" if stable else percent(None),
+        _with_interval(row.stability),
         percent(agreement["value"]),
         f"{row.flips.right_to_wrong}/{row.flips.wrong_to_right}",
-        p_value(row.mcnemar_p),
+        p_value(row.p_value),
     ]
     return [escape(cell.strip()) for cell in cells]
 
@@ -138,7 +176,8 @@ def _footnote(result: Comparison) -> str:
 
     lines = [
         f"Stability: {result.mode}, spread of {result.quantity} over the choices "
-        f"(ddof {result.ddof}). {100 * result.confidence:g} % intervals; p: exact McNemar."
+        f"(ddof {result.ddof}). {100 * result.confidence:g} % intervals; p: McNemar's test, "
+        "exact or (with few flips) mid-p, over clusters where documents belong together."
     ]
     lines += [
         f"Not compared: {terminal_text(task)} ({reason})."

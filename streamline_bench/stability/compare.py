@@ -44,7 +44,8 @@ def compare(
 ) -> Comparison:
     """Compare the pruned run with the dense one, per task and over tasks.
 
-    Tasks without verdicts are listed in ``not_compared`` with the reason; their perplexities and
+    Tasks without verdicts, and those that a run did not finish, are listed in ``not_compared`` with
+    the reason; their perplexities and
     texts are compared all the same. A task with several filters has a result for each; the
     summaries over tasks, Holm's adjustment and decisions use its first.
 
@@ -58,7 +59,7 @@ def compare(
     settings = with_recorded_quantity(settings, pairs.dense)
     pairs = with_script_verdicts(pairs, settings)
     compared: list[ComparedTask] = []
-    skipped: dict[str, str] = {}
+    skipped = {**dense.info.missing, **pruned.info.missing}
     perplexities: list[PerplexityComparison] = []
     generations: list[GenerationComparison] = []
     first_filter = dict(dense.frame.drop_duplicates("task")[["task", "filter"]].to_numpy().tolist())

@@ -247,6 +247,9 @@ class GroupComparison(_Decided):
     Attributes:
         tasks: compared tasks of the group, at least two.
         dense, pruned: accuracy over documents; the standard error treats tasks as clusters.
+        macro_dense, macro_pruned: mean over the tasks of their accuracies.
+        stability: over all documents (None in mode ``reference_script``, which pools no tasks).
+        macro_stability: mean over the tasks of their stabilities, as the paper averages subjects.
     """
 
     group: str
@@ -258,6 +261,10 @@ class GroupComparison(_Decided):
     agreement: Estimate
     flips: Flips
     clusters: Clusters
+    macro_dense: float | None = None
+    macro_pruned: float | None = None
+    stability: Estimate | None = None
+    macro_stability: Estimate | None = None
 
 
 class PerplexityComparison(_Frozen):

@@ -10,7 +10,7 @@ import numpy as np
 
 from streamline_bench.stability.comparison import Clusters, Estimate, GroupComparison
 from streamline_bench.stability.estimates import paired_estimates
-from streamline_bench.stability.overall import total_flips
+from streamline_bench.stability.overall import pooled_stability, square_and_add, total_flips
 from streamline_bench.stability.paired import Outcomes
 from streamline_bench.stability.resampled import Resampled, resample_clusters
 from streamline_bench.stability.settings import Settings
@@ -62,6 +62,8 @@ def _compare(group: str, members: list[ComparedTask], settings: Settings) -> Gro
     )  # fmt: skip
     resampled = resample_clusters(sums, "tasks", settings, group)
     net = sums[:, 2] - sums[:, 1]
+    stable = [item for item in members if item.std is not None]
+    known = [item.result.stability for item in stable if item.result.stability is not None]
     return GroupComparison(
         group=group,
         tasks=tuple(item.result.task for item in members),
@@ -70,6 +72,10 @@ def _compare(group: str, members: list[ComparedTask], settings: Settings) -> Gro
         pruned=_accuracy(outcomes.pruned_accuracy, resampled, 2),
         flips=total_flips(members),
         clusters=Clusters(kind="tasks", count=len(rows), largest=max(o.n for o in rows)),
+        macro_dense=float(np.mean([item.dense_accuracy for item in rows])),
+        macro_pruned=float(np.mean([item.pruned_accuracy for item in rows])),
+        stability=pooled_stability(stable, settings),
+        macro_stability=square_and_add(known) if known else None,
         **paired_estimates(outcomes, settings, resampled, net),
     )
 

@@ -30,7 +30,7 @@ from streamline_bench.stability.resampled import Resampled, resample_documents
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.task_comparison import ComparedTask
 
-__all__ = ["macro", "micro", "square_and_add", "total_flips"]
+__all__ = ["macro", "micro", "pooled_stability", "square_and_add", "total_flips"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -80,7 +80,7 @@ def micro(compared: Sequence[ComparedTask], settings: Settings) -> Overall:
         stability_tasks=len(stable),
         dense=accuracy_estimate(outcomes.dense_accuracy, outcomes.n),
         pruned=accuracy_estimate(outcomes.pruned_accuracy, outcomes.n),
-        stability=_micro_stability(stable, settings),
+        stability=pooled_stability(stable, settings),
         flips=total_flips(compared),
         mcnemar_p=mcnemar(outcomes),
         kappa=kappa(outcomes),
@@ -193,8 +193,11 @@ def _pooled(compared: Sequence[ComparedTask]) -> ClusterLabels | None:
     return pooled_labels([(item.outcomes.n, item.clusters) for item in compared])
 
 
-def _micro_stability(stable: Sequence[ComparedTask], settings: Settings) -> Estimate | None:
-    """None for the reference script, which never pools tasks."""
+def pooled_stability(stable: Sequence[ComparedTask], settings: Settings) -> Estimate | None:
+    """Stability over the documents of all tasks that have one.
+
+    None for the reference script, which never pools tasks.
+    """
     spreads = [item.std for item in stable if item.std is not None]
     if not spreads or settings.mode == "reference_script":
         return None

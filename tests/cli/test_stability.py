@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -68,3 +69,41 @@ def test_the_offered_quantities_are_the_known_ones() -> None:
     from streamline_bench.stability.metrics import Quantity
 
     assert list(get_args(Quantity)) == QUANTITIES
+
+
+@pytest.fixture(scope="module")
+def opencompass_runs(opencompass_files: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder with one run of two models: two subjects and a benchmark."""
+    run = tmp_path_factory.mktemp("outputs") / "20260101_120000"
+    for seed, model in enumerate(("dense", "pruned")):
+        folder = run / "predictions" / model
+        for name in ("cmmlu-art", "cmmlu-law", "piqa"):
+            opencompass_files.write(folder, name, opencompass_files.ppl(40, seed=seed))
+    return run
+
+
+def test_opencompass_folders(opencompass_runs: Path) -> None:
+    models = opencompass_runs / "predictions"
+    result = call(models / "dense", models / "pruned", "--draws", 200)
+    assert result.exit_code == 0
+    for words in ("piqa", "cmmlu, mean of 2", "cmmlu, documents", "spread of mean_token_nll"):
+        assert words in result.output
+    alone = call(models / "dense", models / "pruned", "--task", "cmmlu", "--json", "--draws", 200)
+    printed = json.loads(alone.stdout)
+    assert [task["task"] for task in printed["tasks"]] == ["cmmlu-art", "cmmlu-law"]
+    assert printed["quantity"] == "mean_token_nll"
+
+
+def test_opencompass_errors_end_with_exit_code_2(
+    opencompass_runs: Path, lm_eval_outputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = opencompass_runs / "predictions"
+    for arguments, words in (
+        ([opencompass_runs, models / "pruned"], "several models"),
+        ([models / "dense", lm_eval_outputs / "pruned"], "differ in engine"),
+        ([models / "dense", models / "pruned", "--quantity", "nll"], "choose another quantity"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["stability", *map(str, arguments)])
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err

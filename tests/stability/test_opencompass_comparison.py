@@ -134,6 +134,30 @@ def test_beside_the_published_script_on_answers_of_another_type(
     assert compared(pair).tasks[0].agreement.value < 1.0
 
 
+def test_subjects_are_averaged_macro_and_micro(runs: tuple[Path, Path]) -> None:
+    found = {group.group: group for group in compared(runs, SCRIPT).groups}
+    assert set(found) == {"mmlu", "cmmlu"}
+    for name, average in SCRIPT_AVERAGES.items():
+        assert found[name].macro_stability is not None and found[name].stability is None
+        assert found[name].macro_stability.value == pytest.approx(average, rel=1e-14)
+    result = compared(runs)
+    group = next(group for group in result.groups if group.group == "mmlu")
+    tasks = [task for task in result.tasks if task.task in group.tasks]
+    assert group.macro_pruned == pytest.approx(statistics.mean(t.pruned.value for t in tasks))
+    assert group.macro_stability is not None and group.stability is not None
+    values = [task.stability.value for task in tasks if task.stability]
+    assert group.macro_stability.value == pytest.approx(statistics.mean(values))
+    total = agreeing = 0.0
+    for name in group.tasks:
+        dense, pruned = (json.loads((run / f"{name}.json").read_text()) for run in runs)
+        for key, entry in dense.items():
+            weight = math.exp(statistics.stdev(entry[f"label: {x}"]["PPL"] for x in "ABCD"))
+            right, right_now = (e["prediction"] == e["gold"] for e in (entry, pruned[key]))
+            total, agreeing = total + weight, agreeing + weight * (right == right_now)
+    assert group.stability.value == pytest.approx(agreeing / total, rel=1e-12)
+    assert group.stability.low < group.stability.value < group.stability.high
+
+
 def test_mixed_quantities_are_not_averaged(
     opencompass_files: Any, runs: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -175,7 +199,7 @@ def test_reordered_questions(opencompass_files: Any, pair: Any) -> None:
 
 def test_duplicated_question(opencompass_files: Any, pair: Any) -> None:
     entries = opencompass_files.ppl(10, seed=1)
-    with pytest.raises(ComparisonError, match="document 6: the document differs .*1 of 10 rows"):
+    with pytest.raises(ComparisonError, match=r"document 6: the document differs .*1 of 10 rows"):
         pair(entries, [*entries[:6], entries[5], *entries[7:]])
     with pytest.raises(
         ComparisonError, match=r"10 documents .* and 11 .*first difference is document 6; files"
@@ -192,7 +216,7 @@ def test_truncated_run(opencompass_files: Any, pair: Any) -> None:
 def test_other_shots_and_other_golds(opencompass_files: Any, pair: Any) -> None:
     entries = opencompass_files.ppl(10, seed=1)
     shots = opencompass_files.ppl(10, seed=1, examples="Question: 1 + 1?\nAnswer: 2\n")
-    with pytest.raises(ComparisonError, match="document 0: the prompt differs .*few-shot"):
+    with pytest.raises(ComparisonError, match=r"document 0: the prompt differs .*few-shot"):
         pair(entries, shots)
     golds = [*opencompass_files.gold_labels(10, "ABCD")[:9], "E"]
     with pytest.raises(ComparisonError, match="document 9: the expected answer differs"):

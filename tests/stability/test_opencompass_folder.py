@@ -106,7 +106,7 @@ def test_unfinished_data_sets_are_told(opencompass_files: Any, work: Path) -> No
 def test_nothing_was_predicted(work: Path) -> None:
     model = work / "20260102_120000" / "predictions" / "tiny"
     (model / "arc.json").unlink()
-    with pytest.raises(SamplesError, match="holds no predictions .*no prediction file"):
+    with pytest.raises(SamplesError, match=r"holds no predictions .*no prediction file"):
         load_samples(work)
     model.rmdir()
     with pytest.raises(SamplesError, match="holds no predictions; see the run's logs"):
