@@ -27,7 +27,8 @@ def with_script_verdicts(pairs: AlignedPairs, settings: Settings) -> AlignedPair
 def _strict(frame: pd.DataFrame) -> pd.DataFrame:
     same = [metrics.get("same_value") for metrics in frame["metrics"]]
     known = pd.Series(same, index=frame.index, dtype="Float64").astype("boolean")
-    return frame.assign(
-        correct=known.fillna(frame["correct"]),
-        verdict_metric=frame["verdict_metric"].mask(known.notna().to_numpy(), "same value"),
+    metric = frame["verdict_metric"].mask(known.notna().to_numpy(), "same value")
+    strict: pd.DataFrame = frame.assign(
+        correct=known.fillna(frame["correct"]), verdict_metric=metric
     )
+    return strict
