@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -10,19 +11,40 @@ __all__ = ["command"]
 
 
 @click.command("report")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--model-cards", "cards", is_flag=True,
+    help="Also write a model card for each compressed model, into RUN/model-cards.",
+)  # fmt: skip
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of leaderboard.json instead.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def command(run: Path, quiet: bool) -> None:
+def command(run: Path | None, cards: bool, schema: bool, quiet: bool) -> None:
     """Make the report of the run folder RUN again.
 
-    RUN holds run.json; a leaderboard.json alone (the file or its folder) is rendered as it is.
+    RUN holds run.json; a leaderboard.json alone (the file or its folder) is rendered as it is. A
+    model card holds metadata for the Hugging Face Hub (model-index, .eval_results) and text.
     """
+    if schema:
+        from streamline_bench.report.schema import json_schema
+
+        click.echo(json.dumps(json_schema(), indent=1))
+        return
+    if run is None:
+        raise click.UsageError("Give the run folder, or --schema.")
     from streamline_bench.report.run_folder import RUN_FILE, build_report
     from streamline_bench.report.write import read_leaderboard, write_report
 
+    folder = run.parent if run.is_file() else run
     board = run if run.is_file() else run / "leaderboard.json"
-    if board.is_file() and not (board.parent / RUN_FILE).is_file():
-        page = write_report(read_leaderboard(board), board.parent)
+    if board.is_file() and not (folder / RUN_FILE).is_file():
+        page = write_report(read_leaderboard(board), folder)
     else:
-        page = build_report(run.parent if run.is_file() else run, progress=not quiet)
+        page = build_report(folder, progress=not quiet)
+    if cards:
+        from streamline_bench.report.model_card import write_model_cards
+
+        for card in write_model_cards(
+            read_leaderboard(folder / "leaderboard.json"), folder / "model-cards"
+        ):
+            click.echo(f"Model card: {card / 'README.md'}")
     click.echo(f"Open {page}")

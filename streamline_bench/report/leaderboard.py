@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamline_bench.errors import SamplesError
+from streamline_bench.report.datasets import task_data
 from streamline_bench.report.failed_row import failed_row
 from streamline_bench.report.flips import worst_flips
 from streamline_bench.report.provenance import provenance, read_checkpoint
@@ -197,6 +198,7 @@ def _count(value: Any) -> int | None:
 
 def _tasks(samples: Samples, result: Comparison, is_dense: bool) -> list[TaskScore]:
     first = dict(samples.frame.drop_duplicates("task")[["task", "filter"]].to_numpy().tolist())
+    data = task_data(samples.info)
     return [
         TaskScore(
             task=task.task,
@@ -207,6 +209,7 @@ def _tasks(samples: Samples, result: Comparison, is_dense: bool) -> list[TaskSco
             n=task.n,
             accuracy=task.pruned,
             comparison=None if is_dense else task,
+            data=data.get(task.task),
         )
         for task in result.tasks
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def provenance(
     weights = ours.get("weights_sha256")
     common: dict[str, Any] = {
         "results_file": Path(info.source).name,
+        "date": _iso(info.timestamp),
         "model": info.model,
         "engine": f"{info.engine} {info.engine_version or ''}".strip(),
         "model_args": info.config.get("model_args"),
@@ -106,3 +108,9 @@ def provenance(
         seed=manifest.seed,
         versions={**manifest.versions, **info.versions},
     )
+
+
+def _iso(timestamp: str | None) -> str | None:
+    """``2026-01-02T03-04-05.6`` (a file name's) -> ``2026-01-02T03:04:05``; else None."""
+    found = re.match(r"(\d{4}-\d\d-\d\dT)(\d\d)-(\d\d)-(\d\d)", timestamp or "")
+    return f"{found[1]}{found[2]}:{found[3]}:{found[4]}" if found else None

@@ -28,6 +28,7 @@ __all__ = [
     "Published",
     "Row",
     "ScanResult",
+    "TaskData",
     "TaskScore",
     "Throughput",
     "json_schema",
@@ -51,6 +52,15 @@ class Method(_Frozen):
     margin: float | None = None
 
 
+class TaskData(_Frozen):
+    """Where a task's documents come from; ``dataset`` is an id of the Hugging Face Hub."""
+
+    dataset: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    shots: int | None = None
+
+
 class TaskScore(_Frozen):
     """One task of one row; ``comparison`` is None for the dense row.
 
@@ -65,6 +75,7 @@ class TaskScore(_Frozen):
     n: int
     accuracy: Estimate
     comparison: TaskComparison | None
+    data: TaskData | None = None
 
 
 class Flip(_Frozen):
@@ -149,9 +160,13 @@ class Published(_Frozen):
 
 
 class Provenance(_Frozen):
-    """Where the numbers of a row come from; without an evaluation the first three are None."""
+    """Where the numbers of a row come from; the first ones are None without an evaluation.
+
+    ``date`` is when the evaluation ended (ISO 8601).
+    """
 
     results_file: str | None
+    date: str | None = None
     model: str | None
     engine: str | None
     model_args: Any = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,19 @@ def test_a_leaderboard_alone_is_rendered_again(tmp_path: Path) -> None:
         result = CliRunner().invoke(command, [str(path)], catch_exceptions=False)
         assert result.exit_code == 0 and f"Open {tmp_path / 'leaderboard.html'}" in result.output
         assert "Kept" in (tmp_path / "leaderboard.html").read_text()
+
+
+def test_schema_is_json_and_needs_no_run() -> None:
+    result = CliRunner().invoke(command, ["--schema"], catch_exceptions=False)
+    assert json.loads(result.output)["title"] == "Leaderboard"
+    result = CliRunner().invoke(command, [])
+    assert result.exit_code == 2 and "Give the run folder, or --schema." in result.output
+
+
+def test_model_cards_are_written_beside(tmp_path: Path) -> None:
+    write_report(BOARD, tmp_path)
+    result = CliRunner().invoke(command, [str(tmp_path), "--model-cards"], catch_exceptions=False)
+    assert result.exit_code == 0 and "Model card" not in result.output, "dense alone has none"
 
 
 def test_user_errors_end_with_exit_code_2(
