@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -189,8 +190,7 @@ def _natural(label: str) -> tuple[int, str]:
 
 def _shared_beginning(prompts: Sequence[str]) -> str:
     shared = os.path.commonprefix(list(prompts))  # noqa: RUF071 - characters are meant
-    word = re.search(r"[A-Za-z0-9]+$", shared)
-    return shared[: word.start()] if word else shared  # choices begin with whole words
+    return shared.rstrip(string.ascii_letters + string.digits)  # choices begin with whole words
 
 
 def _text(value: Any) -> str:
