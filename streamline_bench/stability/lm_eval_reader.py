@@ -47,6 +47,11 @@ def read_lm_eval(
     ) as bar:
         for name, file in files.items():
             task_rows = list(_rows(file, task_facts(name, results), info.run, bar))
+            if not task_rows:
+                raise SamplesError(
+                    f"{file} holds no samples: task '{name}' asked nothing; check its data and "
+                    "--limit, or leave the task out."
+                )
             _check_whole(task_rows, file, name, results)
             rows += task_rows
     return Samples.from_rows(rows, info)

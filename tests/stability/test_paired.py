@@ -20,7 +20,9 @@ from streamline_bench.stability.paired import (
     accuracy_error,
     kappa,
     mcnemar,
+    mcnemar_test,
     newcombe,
+    retention,
     wilson,
 )
 
@@ -134,3 +136,60 @@ def test_accuracy_error_is_the_sample_deviation_of_the_mean() -> None:
     expected = np.std(verdicts, ddof=1) / math.sqrt(5)
     assert accuracy_error(0.6, 5) == pytest.approx(expected)
     assert accuracy_error(1.0, 1) is None
+
+
+@given(COUNTS)
+def test_retention_is_the_ratio_whose_difference_may_be_zero(
+    counts: tuple[int, int, int, int],
+) -> None:
+    """Ends solve: the square-and-add interval of p1 - r p2 touches 0."""
+    outcomes = Outcomes(*counts)
+    ends = retention(outcomes)
+    if outcomes.dense_accuracy == 0.0:
+        assert ends is None
+        return
+    assert ends is not None
+    ratio = outcomes.pruned_accuracy / outcomes.dense_accuracy
+    assert 0.0 <= ends[0] <= ratio + 1e-9 and ratio <= ends[1] + 1e-9
+    n = outcomes.n
+    p1, p2 = outcomes.pruned_accuracy, outcomes.dense_accuracy
+    (l1, u1), (l2, u2) = wilson(p1 * n, n), wilson(p2 * n, n)
+    a, b, c, d = counts
+    margins = (a + b) * (c + d) * (a + c) * (b + d)
+    product = a * d - b * c
+    product = max(0.0, product - n / 2) if product > 0 else product
+    phi = product / math.sqrt(margins) if margins else 0.0
+    for r, (one, two) in zip(ends, ((p1 - l1, u2 - p2), (u1 - p1, p2 - l2)), strict=True):
+        square = one**2 - 2 * phi * r * one * two + (r * two) ** 2
+        assert (p1 - r * p2) ** 2 == pytest.approx(square, abs=1e-9, rel=1e-6)
+
+
+def test_retention_is_the_bootstraps_and_log_deltas_when_there_is_data() -> None:
+    outcomes = Outcomes(900, 180, 120, 800)
+    a, b, c, _ = outcomes.counts
+    error = math.sqrt((b + c) / ((a + b) * (a + c)))  # of the logarithm of a paired ratio
+    ratio = outcomes.pruned_accuracy / outcomes.dense_accuracy
+    ends = retention(outcomes)
+    assert ends == pytest.approx((ratio * math.exp(-1.96 * error), ratio * math.exp(1.96 * error)),
+                                 abs=2e-3)  # fmt: skip
+    shares = np.random.default_rng(0).multinomial(2000, np.array(outcomes.counts) / 2000, 20_000)
+    ratios = (shares[:, 0] + shares[:, 2]) / (shares[:, 0] + shares[:, 1])
+    assert ends == pytest.approx(tuple(np.quantile(ratios, [0.025, 0.975])), abs=3e-3)
+
+
+def test_retention_without_flips_and_without_right_answers() -> None:
+    same = retention(Outcomes(30, 0, 0, 10))
+    assert same is not None and same[0] < 1 < same[1], "no flips seen is not no flips possible"
+    none_left = retention(Outcomes(0, 12, 0, 8))
+    assert none_left is not None and none_left[0] == 0.0 and 0 < none_left[1] < 0.5
+    all_right = retention(Outcomes(25, 0, 0, 0))
+    assert all_right is not None and 0.8 < all_right[0] < 1 < all_right[1] < 1.25
+    fewer = retention(Outcomes(30, 0, 0, 10), effective_n=10)
+    assert fewer is not None and fewer[0] < same[0] and fewer[1] > same[1]
+
+
+def test_mid_p_is_read_when_few_pairs_are_discordant() -> None:
+    few, enough = Outcomes(10, 14, 10, 9), Outcomes(10, 14, 11, 9)
+    assert mcnemar_test(few) == (mcnemar(few, mid_p=True), "McNemar, mid-p")
+    assert mcnemar_test(enough) == (mcnemar(enough), "McNemar, exact")
+    assert mcnemar_test(Outcomes(3, 0, 0, 2))[0] == 1.0

@@ -1,0 +1,49 @@
+"""Expected calibration error against a loop over bins."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from streamline_bench.stability.calibration import calibration_bins, calibration_error
+
+
+def by_loop(shares: np.ndarray, right: np.ndarray, bins: int) -> float:
+    pairs = sorted(zip(shares.tolist(), right.tolist(), strict=True), key=lambda pair: pair[0])
+    n, total = len(pairs), 0.0
+    for index in range(bins):
+        part = pairs[index * n // bins : (index + 1) * n // bins]
+        confidence = sum(share for share, _ in part) / len(part)
+        accuracy = sum(hit for _, hit in part) / len(part)
+        total += len(part) / n * abs(accuracy - confidence)
+    return total
+
+
+@pytest.mark.parametrize(("n", "bins"), [(1, 1), (7, 3), (400, 15), (401, 15)])
+def test_error_is_that_of_a_loop(n: int, bins: int) -> None:
+    source = np.random.default_rng(n)
+    shares = source.random(n)
+    right = (source.random(n) < 0.5).astype(float)
+    assert calibration_error(shares, right, bins) == pytest.approx(by_loop(shares, right, bins))
+
+
+def test_a_calibrated_model_has_little_and_a_boaster_much() -> None:
+    source = np.random.default_rng(0)
+    shares = source.uniform(0.25, 1, size=20_000)
+    right = (source.random(20_000) < shares).astype(float)
+    assert calibration_error(shares, right, 15) < 0.02
+    assert calibration_error(np.full(20_000, 0.99), right, 15) == pytest.approx(
+        0.99 - right.mean(), abs=0.01
+    )
+
+
+def test_bins_hold_twenty_documents() -> None:
+    assert [calibration_bins(n) for n in (1, 19, 39, 40, 299, 300, 10**6)] == [
+        1,
+        1,
+        1,
+        2,
+        14,
+        15,
+        15,
+    ]
