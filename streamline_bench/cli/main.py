@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "scan": ("scan", "Show how little each block of layers changes the hidden states."),
     "stability": ("stability", "Compare the answers of two evaluated models."),
     "tasks": ("tasks", "List the evaluation tasks that come with the package."),
+    "throughput": ("throughput", "Measure tokens per second, latency and memory of models."),
 }
 """Subcommand -> (module in ``streamline_bench.cli``, one-line help)."""
 

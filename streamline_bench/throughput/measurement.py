@@ -22,7 +22,7 @@ from streamline_bench.throughput.setup import Setup, cache_bytes, resolved_dtype
 from streamline_bench.throughput.sweep import Measured, sweep
 from streamline_bench.throughput.workload import Workload
 
-__all__ = ["contenders_of", "measure"]
+__all__ = ["contenders_of", "log_folder", "measure"]
 
 
 def measure(
@@ -66,7 +66,7 @@ def measure(
     contenders = contenders_of(models, dense, workload)
     dtype = resolved_dtype(setup.dtype, [c.footprint.dtype for c in contenders if c.footprint])
     surroundings = Surroundings(setup)
-    with _log_folder(output) as logs:
+    with log_folder(output) as logs:
         running = _running(contenders, engine, workload, setup, dtype, logs, surroundings)
         measured = _swept(running, workload, setup.one_at_a_time, progress)
     reference = next((c.footprint for c in contenders if c.label == dense), None)
@@ -127,7 +127,12 @@ def _contender(label: str, model: str, workload: Workload) -> Contender:
 
 
 @contextmanager
-def _log_folder(output: Path | None) -> Iterator[Path]:
+def log_folder(output: Path | None) -> Iterator[Path]:
+    """Yield the folder for the processes' logs, emptied; a passing one without ``output``.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     if output is None:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)

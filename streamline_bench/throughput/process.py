@@ -88,7 +88,7 @@ class ModelProcess:
             raise self._ended(doing)
         if "error" in reply:
             self.close()
-            ran_out = reply["out_of_memory"] or is_out_of_memory(self._log_tail())
+            ran_out = reply["out_of_memory"] or is_out_of_memory(self.log_tail())
             raise WorkerError(f"{reply['error']} (while {doing})", out_of_memory=ran_out)
         return reply["answer"]
 
@@ -137,8 +137,8 @@ class ModelProcess:
         self.close()
         code = self._process.returncode
         if code >= 0:
-            said = _last_line(self._log_tail())
-            ran_out = is_out_of_memory(self._log_tail())
+            said = _last_line(self.log_tail())
+            ran_out = is_out_of_memory(self.log_tail())
             return WorkerError(
                 f"the process ended with exit code {code} while {doing}"
                 + (f": {said}" if said else ""),
@@ -151,7 +151,8 @@ class ModelProcess:
             out_of_memory=for_memory,
         )
 
-    def _log_tail(self) -> str:
+    def log_tail(self) -> str:
+        """Return the end of what the process has printed."""
         with self._log.open("rb") as file:
             file.seek(max(0, self._log.stat().st_size - _LOG_TAIL))
             return file.read().decode("utf-8", "replace")

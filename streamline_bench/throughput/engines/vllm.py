@@ -70,7 +70,6 @@ class VLLMEngine(Engine):
         sampling = SamplingParams(
             temperature=0.0,
             max_tokens=output_tokens,
-            min_tokens=output_tokens,
             ignore_eos=True,
             detokenize=False,
         )

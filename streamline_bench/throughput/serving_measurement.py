@@ -1,0 +1,201 @@
+"""Serves one model after the other and sends requests at rising rates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from streamline_bench.throughput.contender import Contender, process_environment
+from streamline_bench.throughput.engines import EngineSettings, Loaded
+from streamline_bench.throughput.engines.vllm import VLLMEngine, vllm_environment
+from streamline_bench.throughput.environment import Surroundings
+from streamline_bench.throughput.measurement import contenders_of, log_folder
+from streamline_bench.throughput.ports import free_port, is_port_conflict, require_free
+from streamline_bench.throughput.process import ModelProcess, WorkerError
+from streamline_bench.throughput.record import ServingPoint, ThroughputRecord, write_record
+from streamline_bench.throughput.results import model_result
+from streamline_bench.throughput.serving import JOB, point_of
+from streamline_bench.throughput.setup import Setup, cache_bytes, resolved_dtype
+from streamline_bench.throughput.workload import ServingLoad, Workload
+
+__all__ = ["serve"]
+
+_ATTEMPTS = 3
+_MOST_SEQUENCES = 256
+_SPARE_TOKENS = 16  # special tokens that the benchmark's prompts get on top
+
+
+def serve(
+    models: Mapping[str, Path | str],
+    *,
+    dense: str | None = None,
+    workload: Workload | None = None,
+    load: ServingLoad | None = None,
+    setup: Setup | None = None,
+    port: int | None = None,
+    output: Path | None = None,
+    progress: bool = True,
+) -> ThroughputRecord:
+    """Serve each model with vLLM and measure its latencies at every request rate.
+
+    Of the workload, the lengths, the seed and prefix caching count. Servers run one after the
+    other; each model needs its tokenizer, because the benchmark's prompts are text.
+
+    Args:
+        models: label -> folder or hub name.
+        dense: label of the reference.
+        port: of the servers; None: a free one each time, another if it is taken meanwhile.
+        output: folder for ``throughput.json`` and the servers' logs; None: nothing is kept.
+
+    Raises:
+        ThroughputError: no model, an unknown label, or ``port`` is taken.
+        MissingDependencyError: vLLM is not installed.
+        OutputError: the record cannot be written.
+    """
+    from tqdm import tqdm
+
+    workload, load, setup = workload or Workload(), load or ServingLoad(), setup or Setup()
+    VLLMEngine.require()
+    if port is not None:
+        require_free(port)
+    contenders = contenders_of(models, dense, workload)
+    dtype = resolved_dtype(setup.dtype, [c.footprint.dtype for c in contenders if c.footprint])
+    surroundings = Surroundings(setup)
+    served: dict[str, tuple[ServingPoint, ...]] = {}
+    total = len(contenders) * (1 + len(load.request_rates))
+    with (
+        log_folder(output) as logs,
+        tqdm(total=total, desc="serving", unit="step", disable=not progress) as bar,
+    ):
+        for index, contender in enumerate(contenders):
+            settings = _settings(contender, contenders, workload, load, setup, dtype)
+            server = _Server(contender, settings, setup, port, logs / f"{index:02d}.log")
+            served[contender.label] = server.sweep(workload, load, bar.update)
+    reference = next((c.footprint for c in contenders if c.label == dense), None)
+    record = ThroughputRecord(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        engine="vllm",
+        mode="serving",
+        dense=dense,
+        dtype=dtype,
+        clock="wall",
+        confidence=0.95,
+        interleaved=False,
+        workload=workload,
+        serving_load=load,
+        flags=next((c.loaded.flags for c in contenders if c.loaded is not None), {}),
+        environment=surroundings.described(contenders),
+        models=tuple(
+            model_result(c, dtype=dtype, dense=reference, serving=served[c.label])
+            for c in contenders
+        ),
+    )
+    if output is not None:
+        write_record(record, output)
+    return record
+
+
+@dataclass
+class _Server:
+    """One model's server, and the requests sent to it."""
+
+    contender: Contender
+    settings: EngineSettings
+    setup: Setup
+    port: int | None
+    log: Path
+
+    def sweep(
+        self, workload: Workload, load: ServingLoad, advance: Callable[[], object]
+    ) -> tuple[ServingPoint, ...]:
+        """Measure every rate; after a failure the rest fails with its reason."""
+        process = self._started()
+        advance()
+        points = []
+        try:
+            for rate in load.request_rates:
+                points.append(self._at(rate, process, workload, load))
+                advance()
+        finally:
+            if process is not None:
+                process.close()
+        return tuple(points)
+
+    def _at(
+        self, rate: float, process: ModelProcess | None, workload: Workload, load: ServingLoad
+    ) -> ServingPoint:
+        if process is None or not self.contender.alive:
+            return ServingPoint(request_rate=rate, status="failed", reason=self.contender.failure)
+        arguments = {
+            "prompt_tokens": workload.prompt_tokens,
+            "output_tokens": workload.output_tokens,
+            "requests": load.requests,
+            "max_concurrency": load.max_concurrency,
+        }
+        doing = f"serving {rate:g} requests per second"
+        try:
+            found = process.ask("bench", doing, self.setup.timeout, rate=rate, load=arguments)
+        except WorkerError as failure:
+            self.contender.fail(failure.reason)
+            return ServingPoint(request_rate=rate, status="failed", reason=failure.reason)
+        return point_of(rate, found)
+
+    def _started(self) -> ModelProcess | None:
+        """Start the server; where its free port was taken meanwhile, on another one."""
+        attempts = _ATTEMPTS if self.port is None else 1
+        while attempts and self.contender.alive:
+            attempts -= 1
+            started = time.perf_counter()
+            environment = {
+                **process_environment(VLLMEngine, self.settings),
+                **vllm_environment(self.settings, in_process=False),
+            }
+            environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+            process = ModelProcess(JOB, environment, self.log)
+            try:
+                answer = process.ask(
+                    "load",
+                    "starting the server",
+                    self.setup.start_timeout,
+                    settings=self.settings.model_dump(),
+                    port=self.port or free_port(),
+                )
+            except WorkerError as failure:
+                if attempts and is_port_conflict(process.log_tail()):
+                    self.log.unlink()
+                    continue
+                self.contender.fail(failure.reason)
+                return None
+            self.contender.start_seconds = time.perf_counter() - started
+            self.contender.loaded = Loaded(vocab_size=0, **answer)
+            return process
+        return None
+
+
+def _settings(
+    contender: Contender,
+    contenders: list[Contender],
+    workload: Workload,
+    load: ServingLoad,
+    setup: Setup,
+    dtype: str,
+) -> EngineSettings:
+    sequences = min(load.max_concurrency or load.requests, _MOST_SEQUENCES)
+    limits = [c.footprint.max_tokens for c in contenders if c.footprint and c.footprint.max_tokens]
+    longest = min([workload.sequence_tokens + _SPARE_TOKENS, *limits])
+    sizes = [c.footprint for c in contenders if c.footprint is not None]
+    return EngineSettings(
+        model=str(contender.folder),
+        device=setup.device,
+        dtype=dtype,
+        threads=setup.resolved_threads,
+        max_batch=sequences,
+        sequence_tokens=longest,
+        seed=workload.seed,
+        prefix_caching=workload.prefix_caching,
+        kv_cache_bytes=setup.kv_cache_bytes or cache_bytes(sizes, sequences, longest, dtype),
+        eager=setup.eager,
+    )

