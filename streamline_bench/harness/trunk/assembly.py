@@ -54,7 +54,7 @@ def load_model(request: TrunkRequest, label: str) -> TrunkLM:
         "device": request.device,
     }
     try:
-        return TrunkLM.create_from_arg_obj(model_arguments(request, label), options)  # type: ignore[return-value]
+        return TrunkLM.create_from_arg_obj(model_arguments(request, label), options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
             raise
@@ -143,7 +143,11 @@ def _agree(first: object, second: object, stack: Stack, start: int) -> bool:
     for step in stack.steps[:start]:
         ours, theirs = pairs[step.layer]
         if step.attachment:
-            ours, theirs = ours.attachment, theirs.attachment
-        if not same_weights(ours, theirs, skip="" if step.attachment else "attachment"):
+            agree = same_weights(
+                ours.get_submodule("attachment"), theirs.get_submodule("attachment")
+            )
+        else:
+            agree = same_weights(ours, theirs, skip="attachment")
+        if not agree:
             return False
     return True

@@ -9,7 +9,7 @@ from typing import Any
 
 from streamline_bench.core.checkpoint import CheckpointReader
 from streamline_bench.core.staging import atomic_write_text, staged_output
-from streamline_bench.errors import OutputError, RecipeError
+from streamline_bench.errors import EvaluationError, OutputError
 from streamline_bench.harness.bridge import MODEL_NAME
 from streamline_bench.harness.trunk.request import TrunkRequest
 
@@ -77,7 +77,7 @@ class Evaluation:
             model: a :class:`streamline_bench.harness.lm.StreamlineLM`.
 
         Raises:
-            RecipeError: a task is not known, or options contradict each other.
+            EvaluationError: a task is not known, or options contradict each other.
             OutputError: the output exists or cannot be written.
             StreamlineBenchError: the model's own errors.
         """
@@ -130,7 +130,7 @@ class Evaluation:
             if self._tasks is None:
                 self._tasks = _SameTasks(config.process_tasks(config.metadata), config.tasks)
         except ValueError as error:
-            raise RecipeError(f"The harness refuses the evaluation: {error}.") from error
+            raise EvaluationError(f"The harness refuses the evaluation: {error}.") from error
         config.tasks = self._tasks.names
         self._tasks.belong_to(str(self._request.checkpoints[label]))
         return config, self._tasks

@@ -11,8 +11,8 @@ from typing import Any
 from streamline_bench.core.staging import atomic_write_text
 from streamline_bench.errors import (
     ArchitectureError,
+    EvaluationError,
     OutputError,
-    RecipeError,
     StreamlineBenchError,
 )
 from streamline_bench.harness import bridge
@@ -37,7 +37,7 @@ def score_together(request: TrunkRequest, *, progress: bool = True) -> TrunkOutc
     output is there already are not evaluated again, so that an interrupted call can be repeated.
 
     Raises:
-        RecipeError: a task is not known, or options contradict each other.
+        EvaluationError: a task is not known, or options contradict each other.
         OutputError: an output exists that is not this request's, or one cannot be written.
     """
     share_log()
@@ -134,7 +134,7 @@ class _Scoring:
         try:
             with self._timed("evaluate"):
                 evaluation.run(label, model)
-        except (OutputError, RecipeError):
+        except (OutputError, EvaluationError):
             raise  # of the request, not of this model
         except StreamlineBenchError as error:
             self._fail(label, error)
