@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from streamline_bench.stability.comparison import (
         Comparison,
         Estimate,
+        GenerationComparison,
         GroupComparison,
         Overall,
+        PerplexityComparison,
         TaskComparison,
     )
+    from streamline_bench.stability.samples import Samples
 
 __all__ = ["command"]
 
@@ -54,6 +57,21 @@ QUANTITIES = ["nll_per_byte", "nll_per_char", "nll", "ppl_per_byte", "ppl_per_ch
 )
 @click.option("--confidence", type=click.FloatRange(0.5, 0.9999), default=0.95, show_default=True)
 @click.option("--draws", type=click.IntRange(min=100), default=10_000, show_default=True)
+@click.option(
+    "--margin",
+    type=click.FloatRange(0, 1),
+    default=0.02,
+    show_default=True,
+    help="How large a drop of accuracy is tolerated, as a share.",
+)
+@click.option(
+    "--noise",
+    "noise",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="DENSE evaluated again (other batch size, dtype or engine): flips are shown above its. "
+    "May be repeated.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write JSON here.")
@@ -65,6 +83,7 @@ def command(
     common: bool,
     verdict: str,
     as_json: bool,
+    noise: tuple[Path, ...],
     output: Path | None,
     quiet: bool,
     **settings: Any,
@@ -78,16 +97,21 @@ def command(
     from streamline_bench.stability.samples import load_samples
     from streamline_bench.stability.settings import Settings
 
-    result = compare(
-        load_samples(dense, run="dense", progress=not quiet),
-        load_samples(pruned, run="pruned", progress=not quiet),
-        tasks=tasks or None,
-        common_only=common,
-        settings=Settings(
-            verdict="correct" if verdict == "acc" else "correct_norm",
-            **settings,
-        ),
-    )
+    def load(path: Path, run: str) -> Samples:
+        return load_samples(path, run=run, progress=not quiet)
+
+    before = load(dense, "dense")
+    options: dict[str, Any] = {
+        "tasks": tasks or None,
+        "common_only": common,
+        "settings": Settings(verdict="correct" if verdict == "acc" else "correct_norm", **settings),
+    }
+    result = compare(before, load(pruned, "pruned"), **options)
+    if noise:
+        from streamline_bench.stability.noise import above_noise, noise_floor
+
+        again = [load(path, f"noise {number}") for number, path in enumerate(noise, start=1)]
+        result = above_noise(result, noise_floor(before, again, **options))
     payload = result.model_dump_json(indent=2)
     if output is not None:
         from streamline_bench.core.staging import atomic_write_text
@@ -105,7 +129,8 @@ def _table(result: Comparison) -> Table:
 
     table = Table(title="Pruned against dense, in %")
     table.add_column("task", overflow="fold")
-    for name in ("n", "dense", "pruned", "change", "stability", "agreement", "lost/gained", "p"):
+    for name in ("n", "dense", "pruned", "change", "stability", "agreement", "lost/gained",
+                 "p\nHolm's"):  # fmt: skip
         table.add_column(name, justify="right")
     for task in result.tasks:
         name = task.task if task.filter == "none" else f"{task.task} ({task.filter})"
@@ -157,18 +182,48 @@ def _cells(name: str, row: TaskComparison | GroupComparison | Overall) -> list[s
 
     difference = row.difference.model_dump()
     agreement = row.agreement.model_dump()
+    verdict = "no worse" if row.decision == "no worse than margin" else row.decision or ""
     cells = [
         terminal_text(name),
         str(row.n),
         with_error(row.dense.model_dump()),
         with_error(row.pruned.model_dump()),
-        f"{points(difference['value'])}\n{interval(difference, signed=True)}",
+        f"{points(difference['value'])}\n{interval(difference, signed=True)}\n{verdict}",
         _with_interval(row.stability),
         percent(agreement["value"]),
-        f"{row.flips.right_to_wrong}/{row.flips.wrong_to_right}",
-        p_value(row.p_value),
+        f"{row.flips.right_to_wrong}/{row.flips.wrong_to_right}\n{_above_noise(row)}",
+        p_value(row.p_value) + ("" if row.p_holm is None else f"\n{p_value(row.p_holm)}"),
     ]
     return [escape(cell.strip()) for cell in cells]
+
+
+def _above_noise(row: TaskComparison | GroupComparison | Overall) -> str:
+    from streamline_bench.report.formats import interval, points
+
+    excess = row.flips_above_noise
+    if excess is None:
+        return ""
+    return f"{points(excess.value)} % above\n{interval(excess.model_dump(), signed=True)}"
+
+
+def _perplexity(found: PerplexityComparison) -> str:
+    from streamline_bench.report.escaping import terminal_text
+
+    name = f"{terminal_text(found.task)}, perplexity per {found.unit}"
+    ratio = found.ratio
+    if found.dense is None or found.pruned is None or ratio is None:
+        return f"{name}: {found.nats_per_unit.value:+.4g} nats."
+    ends = "" if ratio.low is None else f" [{ratio.low:.4g}, {ratio.high:.4g}]"
+    return f"{name}: {found.dense:.4g}, {found.pruned:.4g}, ratio {ratio.value:.4g}{ends}."
+
+
+def _generation(found: GenerationComparison) -> str:
+    from streamline_bench.report.escaping import terminal_text
+    from streamline_bench.report.formats import percent
+
+    name = f"{terminal_text(found.task)} ({terminal_text(found.filter)})"
+    parted = "" if found.first_word is None else f", the others part at word {found.first_word:g}"
+    return f"{name}: {percent(found.identical.value)} % of the texts are identical{parted}."
 
 
 def _footnote(result: Comparison) -> str:
@@ -177,10 +232,17 @@ def _footnote(result: Comparison) -> str:
     lines = [
         f"Stability: {result.mode}, spread of {result.quantity} over the choices "
         f"(ddof {result.ddof}). {100 * result.confidence:g} % intervals; p: McNemar's test, "
-        "exact or (with few flips) mid-p, over clusters where documents belong together."
+        "exact or (with few flips) mid-p, over clusters where documents belong together; Holm's: "
+        "adjusted over tasks (over groups for groups). 'no worse': a drop of "
+        f"{100 * (result.margin or 0):g} points or more is excluded."
     ]
+    lines += [_perplexity(found) for found in result.perplexities]
+    lines += [_generation(found) for found in result.generations]
+    shown = {found.task for found in result.perplexities}
+    shown |= {found.task for found in result.generations}
     lines += [
         f"Not compared: {terminal_text(task)} ({reason})."
         for task, reason in result.not_compared.items()
+        if task not in shown
     ]
     return "\n".join(lines)

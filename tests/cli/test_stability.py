@@ -24,7 +24,32 @@ def test_table(lm_eval_outputs: Path) -> None:
     assert result.exit_code == 0
     for words in ("toy_mc", "toy_gen (strict)", "mean over tasks", "all documents"):
         assert words in result.output
-    assert "Not compared: toy_roll" in result.output
+    assert "cannot tell" in " ".join(result.output.split())
+    assert "toy_roll, perplexity per word: " in result.output
+    assert "toy_gen (strict): " in result.output
+    assert "Not compared" not in result.output
+
+
+def test_margin_and_noise(lm_eval_outputs: Path) -> None:
+    dense, pruned = lm_eval_outputs / "dense", lm_eval_outputs / "pruned"
+    result = call(dense, pruned, "--draws", 200, "--margin", 0.9, "--noise", dense, "--json")
+    printed = json.loads(result.stdout)
+    assert printed["margin"] == 0.9
+    assert printed["micro"]["decision"] == "no worse than margin"
+    micro = printed["micro"]
+    flips = micro["flips"]["right_to_wrong"] + micro["flips"]["wrong_to_right"]
+    assert micro["noise_flips"] == 0.0
+    assert micro["flips_above_noise"]["value"] == pytest.approx(flips / micro["n"])
+    shown = call(dense, pruned, "--draws", 200, "--noise", dense, "--noise", dense)
+    assert "% above" in shown.output
+
+
+def test_acc_norm_leaves_tasks_out(lm_eval_outputs: Path) -> None:
+    result = call(
+        *(lm_eval_outputs / "dense", lm_eval_outputs / "pruned", "--draws", 200),
+        *("--verdict", "acc_norm"),
+    )
+    assert "Not compared: toy_fill (no right or wrong answers by 'correct_norm')" in result.output
 
 
 def test_json_and_output_file(lm_eval_outputs: Path, tmp_path: Path) -> None:
