@@ -113,6 +113,8 @@ class AffineNetwork(ReplacementNetwork):
         return output
 
     def reset_parameters(self) -> None:
+        if self.proj.weight.is_meta:  # nothing to set yet, and eye_ refuses to
+            return
         nn.init.eye_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 

@@ -1,4 +1,4 @@
-"""How vLLM learns the sizes of a checkpoint: what it asks of every model type, answered for ours."""
+"""How vLLM learns the sizes of a checkpoint: what it asks of every model type, for ours."""
 
 from __future__ import annotations
 

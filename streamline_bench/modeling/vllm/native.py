@@ -18,7 +18,6 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, maybe_prefix
 
-from streamline_bench.modeling.attachments import BEFORE_FIRST
 from streamline_bench.modeling.vllm.networks import Stream, build_served_network, parameter_name
 
 __all__ = [
