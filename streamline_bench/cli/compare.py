@@ -40,6 +40,8 @@ __all__ = ["command", "finish", "stops_with_a_word"]
 @click.option("--revision", help="Revision of a hub model.")
 @click.option("--trust-remote-code", is_flag=True, default=None)
 @click.option("--title", help="Heading of the report.")
+@click.option("--throughput", type=click.Choice(["none", "vllm", "hf"]), help="Measure speed, too.")
+@click.option("--workload", multiple=True, metavar="KEY=VALUE", help="Of the speed measurement.")
 @click.option(
     "--noise-floor", is_flag=True, default=None, help="Score dense twice, see what flips."
 )
@@ -47,6 +49,8 @@ __all__ = ["command", "finish", "stops_with_a_word"]
 @click.option("--noise-dtype", help="Dtype of the second scoring.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a job.")
 @click.option("--until", type=click.Choice(["compress", "evaluate", "report"]), default="report")
+@click.option("--trunk/--no-trunk", default=True, show_default=True,
+              help="Run layers that models share once.")  # fmt: skip
 @click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option("--ray-address", default="auto", show_default=True, help="Of an existing cluster.")
 @click.option("--cpus-per-job", type=click.IntRange(min=1), default=1, show_default=True,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
 from streamline_bench.cli.options import parse_assignments
 from streamline_bench.demo.preset import BUNDLED, bundled_request
 from streamline_bench.errors import RecipeError
@@ -37,6 +39,11 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
     if options["rows"]:
         payload["recipes"] = [*payload.get("recipes", []), *map(parse_row, options["rows"])]
     payload["set"] = _laid_over(payload.get("set") or {}, _overrides(options))
+    if options["workload"]:
+        payload["workload"] = {
+            **(payload.get("workload") or {}),
+            **{k: yaml.safe_load(v) for k, v in parse_assignments(options["workload"]).items()},
+        }
     if payload.get("model") == BUNDLED:
         payload = bundled_request(payload)
     for key, what in (("model", "MODEL"), ("recipes", "--recipes"), ("tasks", "--tasks")):
@@ -61,6 +68,7 @@ def read_execution(options: Mapping[str, Any]) -> Execution:
         gpus_per_job=options["gpus_per_job"],
         retries=options["retries"],
         timeout=options["timeout"],
+        trunk=options["trunk"],
     )
 
 

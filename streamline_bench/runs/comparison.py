@@ -15,12 +15,12 @@ from streamline_bench.runs.execution import Execution
 from streamline_bench.runs.executor import Executor
 from streamline_bench.runs.finish import describe_run, row_failures, write_report_once
 from streamline_bench.runs.folder import claim, locked
-from streamline_bench.runs.jobs import plan_jobs
+from streamline_bench.runs.jobs import measure_job, plan_jobs
 from streamline_bench.runs.plan import Plan
 from streamline_bench.runs.progress import watching
 from streamline_bench.runs.request import Request, RowRequest, make_request
 from streamline_bench.runs.resolve import resolve_plan
-from streamline_bench.runs.scheduler import JobState, run_jobs
+from streamline_bench.runs.scheduler import JobState, Scheduler
 
 __all__ = ["STAGES", "CompareResult", "Terminated", "compare", "compare_request"]
 
@@ -117,16 +117,35 @@ def compare_request(
 def _run(
     output: Path, plan: Plan, execution: Execution, until: str, progress: bool
 ) -> CompareResult:
-    jobs = plan_jobs(plan, until=until)
-    with watching(quiet=not progress, title=plan.title) as watch:
-        states = run_jobs(
-            output, jobs, _executor(execution), retries=execution.retries, watch=watch
-        )
+    executor = _executor(execution)
+    try:
+        with watching(quiet=not progress, title=plan.title) as watch:
+            scheduler = Scheduler(
+                output,
+                executor,
+                retries=execution.retries,
+                one_process=execution.executor == "local" and execution.job_slots == 1,
+                watch=watch,
+            )
+            scheduler.do(plan_jobs(plan, until=until, trunk=execution.trunk))
+            if plan.throughput != "none" and until != "compress":
+                _measure(plan, scheduler)
+    finally:
+        executor.stop()
+    states = scheduler.states
     report = None
     if until == "report" and states[f"score-{plan.reference}"].succeeded:
         description = describe_run(output, plan, states)
         report = write_report_once(output, description, progress=progress)
     return _result(output, plan, states, report)
+
+
+def _measure(plan: Plan, scheduler: Scheduler) -> None:
+    """Measure what could be made, when nothing else runs that would take its time."""
+    failures = row_failures(plan, scheduler.states)
+    labels = [row.label for row in plan.rows if row.label not in failures]
+    if plan.reference in labels:
+        scheduler.do([measure_job(plan, labels)])
 
 
 def _result(

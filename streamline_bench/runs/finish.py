@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from streamline_bench.core.manifest import read_manifest
-from streamline_bench.core.staging import atomic_write_text
 from streamline_bench.errors import CheckpointError
 from streamline_bench.report.run_folder import NoiseRun, RunFile, RunRow, write_run_file
 from streamline_bench.runs.plan import Plan, PlanRow, digest
@@ -29,7 +28,7 @@ def row_failures(plan: Plan, states: Mapping[str, JobState]) -> dict[str, str]:
 def describe_run(run: Path, plan: Plan, states: Mapping[str, JobState]) -> RunFile:
     """Return what ``run.json`` will hold."""
     failures = row_failures(plan, states)
-    noise = states.get("noise")
+    noise, measured = states.get("noise"), states.get("throughput")
     commands = [state.done.command for state in states.values() if state.done]
     return RunFile(
         title=plan.title,
@@ -37,6 +36,7 @@ def describe_run(run: Path, plan: Plan, states: Mapping[str, JobState]) -> RunFi
         rows=[_row(run, row, states, failures.get(row.label)) for row in plan.rows],
         commands=[command for command in commands if command],
         versions=plan.versions,
+        throughput="throughput/throughput.json" if measured and measured.succeeded else None,
         noise=[NoiseRun(label=plan.noise.label, eval="noise/eval")]
         if plan.noise and noise and noise.succeeded
         else [],
@@ -67,13 +67,6 @@ def write_report_once(run: Path, description: RunFile, *, progress: bool) -> Pat
         facts={"page": page.relative_to(run).as_posix()},
     )  # fmt: skip
     return page
-
-
-def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
-    """Keep what ``--json`` prints beside the run."""
-    import json
-
-    atomic_write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def _row(run: Path, row: PlanRow, states: Mapping[str, JobState], failure: str | None) -> RunRow:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from streamline_bench.resources import resource
 from streamline_bench.runs.plan import Evaluation
 
-__all__ = ["harness_command", "model_arguments"]
+__all__ = ["harness_command", "model_arguments", "model_of", "reader_command"]
 
 
 def harness_command(
@@ -48,3 +49,24 @@ def model_arguments(model: Mapping[str, Any]) -> str:
     if any(sign in str(value) for value in given.values() for sign in ",= "):
         return json.dumps(given)
     return ",".join(f"{key}={value}" for key, value in given.items())
+
+
+def model_of(run: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``--model_args`` of a scoring job."""
+    return {
+        "pretrained": payload["pretrained"] or str(run / payload["checkpoint"]),
+        "revision": payload["revision"],
+        "dtype": payload["evaluation"]["dtype"],
+        "trust_remote_code": True if payload["trust_remote_code"] else None,
+    }
+
+
+def reader_command(run: Path, payload: Mapping[str, Any]) -> str:
+    """Return the command that gives a scoring job's answers, for a reader to type."""
+    command = harness_command(
+        model_of(run, payload),
+        run / payload["output"],
+        Evaluation.model_validate(payload["evaluation"]),
+        device=payload["device"],
+    )
+    return shlex.join(["lm_eval", *command[3:]])

@@ -6,13 +6,13 @@ where and with how many workers it ran does not enter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from streamline_bench.runs.plan import Evaluation, Plan, PlanRow, digest
 
-__all__ = ["Job", "JobKind", "plan_jobs"]
+__all__ = ["Job", "JobKind", "measure_job", "plan_jobs"]
 
 JobKind = Literal["compress", "score", "measure"]
 
@@ -27,7 +27,7 @@ class Job:
         key: content key of its result.
         payload: what its process needs to know (JSON).
         needs: jobs that must have succeeded.
-        after: jobs that must have ended, in whatever way.
+        shareable: it may be done in one process with others, layers in common run once.
         environment: variables of its process.
     """
 
@@ -37,25 +37,46 @@ class Job:
     key: str
     payload: Mapping[str, Any]
     needs: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
+    shareable: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def plan_jobs(plan: Plan, *, until: str = "report") -> list[Job]:
-    """Return the jobs of a plan, each after those it needs.
+def plan_jobs(plan: Plan, *, until: str = "report", trunk: bool = True) -> list[Job]:
+    """Return the jobs of a plan, each after those it needs; not yet the one that measures.
 
     Args:
         until: ``compress`` leaves the scoring out.
+        trunk: rows may be scored together.
     """
     jobs = [_compress(plan, row) for row in plan.rows if not row.dense]
     if until == "compress":
         return jobs
     compressing = {job.labels[0]: job.name for job in jobs}
     by_label = {row.label: row for row in plan.rows}
-    jobs += [_score(plan, row, compressing) for row in plan.rows]
+    jobs += [_score(plan, row, compressing, trunk) for row in plan.rows]
     if plan.noise is not None:
         jobs.append(_noise(plan, by_label[plan.reference]))
     return jobs
+
+
+def measure_job(plan: Plan, labels: Collection[str]) -> Job:
+    """Return the job that measures the speed of these rows, side by side in one go."""
+    rows = [row for row in plan.rows if row.label in labels]
+    payload = {
+        "models": {row.label: None if row.dense else f"{row.label}/checkpoint" for row in rows},
+        "pretrained": plan.model,
+        "revision": plan.revision,
+        "dense": plan.reference,
+        "engine": plan.throughput,
+        "workload": plan.workload,
+        "device": plan.device,
+        "dtype": plan.evaluation.dtype,
+        "output": "throughput",
+    }
+    keys = [plan.weights_sha256, [[row.label, row.key] for row in rows]]
+    asked = [plan.throughput, plan.workload, plan.device, plan.evaluation.dtype, plan.versions]
+    key = digest(["measure", keys, asked])
+    return Job("throughput", "measure", (), key, payload, environment=_environment(plan))
 
 
 def _compress(plan: Plan, row: PlanRow) -> Job:
@@ -74,7 +95,7 @@ def _compress(plan: Plan, row: PlanRow) -> Job:
     return Job(name, "compress", (row.label,), key, payload, environment=_environment(plan))
 
 
-def _score(plan: Plan, row: PlanRow, compressing: Mapping[str, str]) -> Job:
+def _score(plan: Plan, row: PlanRow, compressing: Mapping[str, str], trunk: bool) -> Job:
     return Job(
         name=f"score-{row.label}",
         kind="score",
@@ -82,6 +103,7 @@ def _score(plan: Plan, row: PlanRow, compressing: Mapping[str, str]) -> Job:
         key=_score_key(plan, row, plan.evaluation),
         payload=_score_payload(plan, row, plan.evaluation, f"{row.label}/eval"),
         needs=tuple(compressing[label] for label in (row.label,) if label in compressing),
+        shareable=trunk,
         environment=_environment(plan),
     )
 

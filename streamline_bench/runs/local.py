@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamline_bench.runs.execution import Execution
-from streamline_bench.runs.executor import Ended
-from streamline_bench.runs.jobs import Job
+from streamline_bench.runs.executor import Ended, Unit
 from streamline_bench.runs.process import JobProcess
 
 __all__ = ["LocalExecutor"]
@@ -22,6 +21,7 @@ _POLL = 0.05
 class _Running:
     process: JobProcess
     gpus: tuple[str, ...]
+    limit: float | None
 
 
 class LocalExecutor:
@@ -42,8 +42,8 @@ class LocalExecutor:
         """Whether a worker, and its GPUs, are free."""
         return len(self._running) < self.execution.job_slots
 
-    def submit(self, run: Path, job: Job) -> None:
-        """Start the job's process.
+    def submit(self, run: Path, unit: Unit) -> None:
+        """Start the unit's process.
 
         Raises:
             OutputError: its log cannot be written.
@@ -51,10 +51,12 @@ class LocalExecutor:
         gpus = self._free.pop(0) if self._free else ()
         environment = {"OMP_NUM_THREADS": str(self.execution.threads_per_job)}
         environment |= {k: v for k, v in os.environ.items() if k == "OMP_NUM_THREADS"}
-        environment |= dict(job.environment)
+        environment |= unit.environment
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        self._running[job.name] = _Running(JobProcess(run, job.name, environment), gpus)
+        process = JobProcess(run, unit.name, environment)
+        limit = unit.limit(self.execution.timeout)
+        self._running[unit.name] = _Running(process, gpus, limit)
 
     def ended(self, timeout: float) -> list[Ended]:
         """See :class:`~streamline_bench.runs.executor.Executor`."""
@@ -73,7 +75,7 @@ class LocalExecutor:
     def _look(self, name: str) -> Ended | None:
         running = self._running[name]
         code = running.process.poll()
-        limit = self.execution.timeout
+        limit = running.limit
         reason = None
         if code is None:
             if limit is None or running.process.seconds < limit:

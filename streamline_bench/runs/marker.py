@@ -21,6 +21,7 @@ __all__ = [
     "Done",
     "Failed",
     "count_attempt",
+    "forget_failure",
     "read_done",
     "read_failed",
     "write_done",
@@ -138,6 +139,11 @@ def read_failed(run: Path, name: str, key: str) -> Failed | None:
     except (OSError, UnicodeDecodeError, ValidationError):
         return None
     return failed if failed.key == key else None
+
+
+def forget_failure(run: Path, name: str) -> None:
+    """Remove the note of an earlier failure, which a process that says nothing would inherit."""
+    (job_folder(run, name) / "failed.json").unlink(missing_ok=True)
 
 
 def count_attempt(run: Path, name: str) -> int:

@@ -95,6 +95,7 @@ class Plan(_Frozen):
     trust_remote_code: bool = False
     threads: int | None = None
     throughput: ThroughputEngine = "none"
+    workload: dict[str, Any] = Field(default_factory=dict)
     noise: NoisePlan | None = None
     environment: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str]

@@ -121,7 +121,16 @@ def _line(state: JobState, states: Mapping[str, JobState], clock: _Clock) -> str
         return f"{name}: {state.status}: {printable(state.reason)}"
     took = f" in {_span(seconds)}" if seconds is not None and state.status == "done" else ""
     words = {"done": "done", "kept": "kept from before", "waiting": "lost, will be tried again"}
-    return f"{name}: {words[state.status]}{took} ({_counted(states, clock)})"
+    how = _company(state)
+    return f"{name}: {words[state.status]}{took}{how} ({_counted(states, clock)})"
+
+
+def _company(state: JobState) -> str:
+    """How a row was scored: with which others in one walk, or why by itself."""
+    facts = state.done.facts if state.done is not None else {}
+    if facts.get("together"):
+        return f", one walk of {len(facts['together'])} models"
+    return f", by itself: {printable(facts['alone'])}" if facts.get("alone") else ""
 
 
 def _table(states: Mapping[str, JobState], title: str, clock: _Clock) -> Table:

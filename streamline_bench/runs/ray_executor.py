@@ -14,8 +14,7 @@ from typing import Any
 
 from streamline_bench.errors import ClusterError, MissingDependencyError
 from streamline_bench.runs.execution import Execution
-from streamline_bench.runs.executor import Ended
-from streamline_bench.runs.jobs import Job
+from streamline_bench.runs.executor import Ended, Unit
 from streamline_bench.runs.process import JobProcess
 
 __all__ = ["RayExecutor", "run_job_here"]
@@ -53,20 +52,21 @@ class RayExecutor:
         """Ray keeps its own queue."""
         return True
 
-    def submit(self, run: Path, job: Job) -> None:
-        """Queue the job."""
+    def submit(self, run: Path, unit: Unit) -> None:
+        """Queue the unit."""
         execution = self.execution
         remote = self._ray.remote(run_job_here).options(
-            name=job.name,
+            name=unit.name,
             num_cpus=execution.cpus_per_job,
             num_gpus=execution.gpus_per_job if execution.gpus else 0,
             max_retries=0,  # attempts are counted, and limited, by the scheduler
         )
         environment = {"OMP_NUM_THREADS": str(execution.cpus_per_job), **_own_variables()}
-        environment |= job.environment
+        environment |= unit.environment
         here = str(Path.cwd())
-        reference = remote.remote(str(run), job.name, environment, execution.timeout, here)
-        self._names[reference] = job.name
+        limit = unit.limit(execution.timeout)
+        reference = remote.remote(str(run), unit.name, environment, limit, here)
+        self._names[reference] = unit.name
 
     def ended(self, timeout: float) -> list[Ended]:
         """See :class:`~streamline_bench.runs.executor.Executor`."""

@@ -54,6 +54,7 @@ class Request(_Frozen):
         dtype: of the models in memory; None: the checkpoint's for scoring, float32 for compressing.
         device: torch device; None: ``cuda`` where there is one, else ``cpu``.
         throughput: engine to measure tokens per second with.
+        workload: what it is asked, see :class:`streamline_bench.throughput.Workload`.
         noise_floor: score the dense model a second time at another batch size.
         noise_batch_size: that batch size; None: a quarter of ``batch_size``, or four times 1.
         noise_dtype: another dtype for the second scoring.
@@ -76,6 +77,7 @@ class Request(_Frozen):
     device: str | None = None
     trust_remote_code: bool = False
     throughput: ThroughputEngine = "none"
+    workload: dict[str, Any] = Field(default_factory=dict)
     noise_floor: bool = False
     noise_batch_size: str | None = Field(None, pattern=r"^([1-9]\d*|auto(:\d+)?)$")
     noise_dtype: str | None = None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from streamline_bench.core.manifest import update_digest
 from streamline_bench.core.versions import package_versions
@@ -53,6 +56,7 @@ def resolve_plan(request: Request, *, device: str | None = None) -> Plan:
         trust_remote_code=request.trust_remote_code,
         threads=request.threads,
         throughput=request.throughput,
+        workload=_workload(request),
         noise=_noise(request),
         environment=request.environment,
         versions=package_versions(),
@@ -89,6 +93,20 @@ def _task_files(folder: Path) -> str:
             sums.update(path.relative_to(folder).as_posix().encode() + b"\0")
             update_digest(sums, path)
     return sums.hexdigest()
+
+
+def _workload(request: Request) -> dict[str, Any]:
+    """Return the complete workload, so that a later default changes no run."""
+    if request.throughput == "none":
+        return {}
+    from streamline_bench.throughput.workload import Workload
+
+    try:
+        return Workload.model_validate(request.workload).model_dump(mode="json")
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise RecipeError(f"The workload's '{where}': {problem['msg']}.") from None
 
 
 def _noise(request: Request) -> NoisePlan | None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from streamline_bench.runs.executor import Ended, Executor
-from streamline_bench.runs.folder import job_folder
+from streamline_bench.runs.executor import Ended, Executor, Unit
 from streamline_bench.runs.jobs import Job
-from streamline_bench.runs.marker import Done, read_done, read_failed
+from streamline_bench.runs.marker import Done, forget_failure, read_done, read_failed
+from streamline_bench.runs.plan import digest
 from streamline_bench.runs.score_job import last_line
+from streamline_bench.runs.together import groups_of, together_payload, unit_of
 from streamline_bench.runs.work import write_job
 
-__all__ = ["JobState", "Status", "run_jobs"]
+__all__ = ["JobState", "Scheduler", "Status"]
 
 Status = Literal["waiting", "running", "done", "kept", "failed", "skipped"]
 """``kept``: an earlier run did it; ``skipped``: a job it needs failed."""
@@ -50,87 +52,125 @@ class JobState:
         return self.status in ("done", "kept")
 
 
-def run_jobs(
-    run: Path,
-    jobs: Sequence[Job],
-    executor: Executor,
-    *,
-    retries: int,
-    watch: Callable[[Mapping[str, JobState]], None],
-) -> dict[str, JobState]:
-    """Run every job whose result is not there yet.
+class Scheduler:
+    """Runs the jobs of one run folder that have no result yet.
 
-    A job whose process was killed, or whose machine was lost, is started again up to ``retries``
-    times; one that ended with an error is not. However this ends, no job is left running.
+    A process that was killed, or whose machine was lost, is started again up to ``retries`` times;
+    a job that ended with an error is not. Rows whose common process fails as a whole are scored
+    alone.
 
-    Args:
-        watch: called about twice a second, and after every change.
-
-    Raises:
-        OutputError: the run folder cannot be written.
+    Attributes:
+        states: where every job stands.
     """
-    states = {job.name: JobState(job) for job in jobs}
-    for state in states.values():
-        state.done = read_done(run, state.job.name, state.job.key)
-        if state.done is not None:
-            state.status = "kept"
-    try:
-        watch(states)
-        while not all(state.ended for state in states.values()):
-            _start_ready(run, states, executor)
-            watch(states)
-            for ended in executor.ended(0.5):
-                _settle(run, states[ended.name], ended, retries)
-        watch(states)
-    finally:
-        executor.stop()
-    return states
+
+    def __init__(
+        self,
+        run: Path,
+        executor: Executor,
+        *,
+        retries: int,
+        one_process: bool,
+        watch: Callable[[Mapping[str, JobState]], None],
+    ) -> None:
+        self.states: dict[str, JobState] = {}
+        self._run = run
+        self._executor = executor
+        self._retries = retries
+        self._one_process = one_process
+        self._watch = watch
+        self._units: dict[str, Unit] = {}
+        self._tries: Counter[str] = Counter()
+        self._alone: set[str] = set()
+
+    def do(self, jobs: Sequence[Job]) -> None:
+        """Run these jobs; return when all have ended. ``watch`` is called all the while.
+
+        Raises:
+            OutputError: the run folder cannot be written.
+        """
+        for job in jobs:
+            done = read_done(self._run, job.name, job.key)
+            self.states[job.name] = JobState(job, "waiting" if done is None else "kept", done=done)
+        while not all(state.ended for state in self.states.values()):
+            self._skip_hopeless()
+            self._start_ready()
+            self._watch(self.states)
+            for ended in self._executor.ended(0.5):
+                self._settle(self._units.pop(ended.name), ended)
+        self._watch(self.states)
+
+    def _skip_hopeless(self) -> None:
+        for state in self.states.values():
+            needed = (self.states[name] for name in state.job.needs)
+            lost = next((each for each in needed if each.ended and not each.succeeded), None)
+            if state.status == "waiting" and lost is not None:
+                state.status, state.reason = "skipped", lost.reason
+
+    def _start_ready(self) -> None:
+        waiting = [state for state in self.states.values() if state.status == "waiting"]
+        together = [state.job for state in waiting if self._is_shareable(state.job)]
+        for state in waiting:
+            if self._executor.has_room() and state.job not in together and self._ready(state.job):
+                self._start(unit_of([state.job]))
+        if together and self._executor.has_room() and all(map(self._ready, together)):
+            self._start_together(together)
+
+    def _is_shareable(self, job: Job) -> bool:
+        return job.shareable and job.name not in self._alone
+
+    def _ready(self, job: Job) -> bool:
+        return all(self.states[name].succeeded for name in job.needs)
+
+    def _start_together(self, jobs: list[Job]) -> None:
+        groups = groups_of(self._run, jobs, one_process=self._one_process)
+        for group in groups:
+            if len(group) == 1:
+                # Started with the other single jobs as soon as there is room.
+                self._alone.add(group[0].name)
+            elif self._executor.has_room():
+                self._start(unit_of(group))
+
+    def _start(self, unit: Unit) -> None:
+        for job in unit.jobs:
+            write_job(self._run, job.name, job.kind, job.key, job.payload)
+            forget_failure(self._run, job.name)
+            self.states[job.name].status = "running"
+            self.states[job.name].tries += 1
+        if len(unit.jobs) > 1:
+            key = digest(["together", [job.key for job in unit.jobs]])
+            write_job(self._run, unit.name, "together", key, together_payload(unit.jobs))
+        self._executor.submit(self._run, unit)
+        self._units[unit.name] = unit
+        self._tries[unit.name] += 1
+
+    def _settle(self, unit: Unit, ended: Ended) -> None:
+        for job in unit.jobs:
+            state = self.states[job.name]
+            # It may have been killed after its last write; what counts is that the result is whole.
+            state.done = read_done(self._run, job.name, job.key)
+            failed = read_failed(self._run, job.name, job.key)
+            if state.done is not None:
+                state.status = "done"
+            elif failed is not None:
+                state.status, state.reason = "failed", failed.reason
+            elif ended.lost and self._tries[unit.name] <= self._retries:
+                state.status = "waiting"
+            elif len(unit.jobs) > 1:
+                state.status = "waiting"
+                self._alone.add(job.name)
+            else:
+                state.status, state.reason = "failed", _reason(self._run, unit, ended)
 
 
-def _start_ready(run: Path, states: Mapping[str, JobState], executor: Executor) -> None:
-    for state in states.values():
-        if state.status != "waiting":
-            continue
-        needed = [states[name] for name in state.job.needs]
-        lost = next((each for each in needed if each.ended and not each.succeeded), None)
-        if lost is not None:
-            state.status, state.reason = "skipped", lost.reason
-        elif (
-            all(each.succeeded for each in needed)
-            and all(states[name].ended for name in state.job.after)
-            and executor.has_room()
-        ):
-            job = state.job
-            write_job(run, job.name, job.kind, job.key, job.payload)
-            executor.submit(run, job)
-            state.status = "running"
-            state.tries += 1
-
-
-def _settle(run: Path, state: JobState, ended: Ended, retries: int) -> None:
-    job = state.job
-    state.done = read_done(run, job.name, job.key)
-    if state.done is not None:
-        # It may have been killed after its last write; what counts is that the result is whole.
-        state.status = "done"
-    elif ended.lost and state.tries <= retries:
-        state.status = "waiting"
-    else:
-        state.status, state.reason = "failed", _reason(run, job, ended)
-
-
-def _reason(run: Path, job: Job, ended: Ended) -> str:
+def _reason(run: Path, unit: Unit, ended: Ended) -> str:
+    log = f"jobs/{unit.name}/log.txt"
     if ended.reason:
         return ended.reason
     if ended.code is None:
-        return f"Its worker was lost; see jobs/{job.name}/log.txt."
+        return f"Its worker was lost; see {log}."
     if ended.code < 0:
-        return f"It was killed by {_signal_name(-ended.code)}; see jobs/{job.name}/log.txt."
-    failed = read_failed(run, job.name, job.key)
-    if failed is not None:
-        return failed.reason
-    words = last_line(job_folder(run, job.name) / "log.txt")
-    return f"It ended with exit code {ended.code}: {words}"
+        return f"It was killed by {_signal_name(-ended.code)}; see {log}."
+    return f"It ended with exit code {ended.code}: {last_line(run / log)}"
 
 
 def _signal_name(number: int) -> str:

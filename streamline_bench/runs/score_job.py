@@ -12,7 +12,7 @@ from typing import Any
 from streamline_bench.core.staging import staged_output
 from streamline_bench.errors import EvaluationError
 from streamline_bench.runs.folder import job_folder
-from streamline_bench.runs.harness_command import harness_command
+from streamline_bench.runs.harness_command import harness_command, model_of, reader_command
 from streamline_bench.runs.plan import Evaluation
 from streamline_bench.runs.work import Product
 
@@ -28,15 +28,14 @@ def score_row(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
         NumericsError: a log-likelihood is NaN.
     """
     evaluation = Evaluation.model_validate(payload["evaluation"])
-    model = _model(run, payload)
+    model = model_of(run, payload)
     output = run / payload["output"]
     with staged_output(output, overwrite=True) as staging:
         command = harness_command(model, staging, evaluation, device=payload["device"])
         print(shlex.join(command), flush=True)
         call_harness(command, job_folder(run, name) / "log.txt")
         check_scores(staging)
-    shown = harness_command(model, output, evaluation, device=payload["device"])
-    return Product([payload["output"]], command=shlex.join(["lm_eval", *shown[3:]]))
+    return Product([payload["output"]], command=reader_command(run, payload))
 
 
 def check_scores(folder: Path) -> None:
@@ -49,16 +48,6 @@ def check_scores(folder: Path) -> None:
     from streamline_bench.stability.lm_eval_reader import read_lm_eval
 
     read_lm_eval(folder, progress=False)
-
-
-def _model(run: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
-    checkpoint = payload["checkpoint"]
-    return {
-        "pretrained": payload["pretrained"] or str(run / checkpoint),
-        "revision": payload["revision"],
-        "dtype": payload["evaluation"]["dtype"],
-        "trust_remote_code": True if payload["trust_remote_code"] else None,
-    }
 
 
 def call_harness(command: list[str], log: Path) -> None:

@@ -86,6 +86,14 @@ def _worker(kind: str) -> Callable[[Path, str, Mapping[str, Any]], Product]:
         from streamline_bench.runs.compress_job import compress_row
 
         return compress_row
+    if kind == "measure":
+        from streamline_bench.runs.throughput_job import measure_rows
+
+        return measure_rows
+    if kind == "together":
+        from streamline_bench.runs.together import score_rows_together
+
+        return score_rows_together
     from streamline_bench.runs.score_job import score_row
 
     return score_row

@@ -1,0 +1,41 @@
+"""Measures how fast the rows' models generate, all in one job so that they take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streamline_bench.core.staging import staged_output
+from streamline_bench.runs.work import Product
+
+__all__ = ["measure_rows"]
+
+
+def measure_rows(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
+    """Write ``throughput/throughput.json``; a model that cannot be measured is a failed entry.
+
+    Raises:
+        ThroughputError: none can be measured.
+        MissingDependencyError: the engine is not installed.
+    """
+    from streamline_bench.core.checkpoint import resolve_pretrained
+    from streamline_bench.throughput import Setup, Workload, measure
+
+    models = {
+        label: run / folder
+        if folder is not None
+        else resolve_pretrained(payload["pretrained"], payload["revision"])
+        for label, folder in payload["models"].items()
+    }
+    with staged_output(run / payload["output"], overwrite=True) as staging:
+        measure(
+            models,
+            dense=payload["dense"],
+            engine=payload["engine"],
+            workload=Workload.model_validate(payload["workload"]),
+            setup=Setup(device=payload["device"], dtype=payload["dtype"] or "auto"),
+            output=staging,
+            progress=False,
+        )
+    return Product([payload["output"]])

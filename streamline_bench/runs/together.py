@@ -1,0 +1,163 @@
+"""Rows that share lower layers, scored by one process that runs those layers once.
+
+The result of a row is the same as scored alone, and named by the same key: what was finished in
+one way is kept in the other.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from streamline_bench.errors import OutputError, StreamlineBenchError
+from streamline_bench.resources import resource
+from streamline_bench.runs.executor import Unit
+from streamline_bench.runs.folder import job_folder
+from streamline_bench.runs.harness_command import model_of, reader_command
+from streamline_bench.runs.jobs import Job
+from streamline_bench.runs.marker import write_done, write_failed
+from streamline_bench.runs.plan import Evaluation, digest
+from streamline_bench.runs.score_job import check_scores
+from streamline_bench.runs.work import Product
+
+__all__ = ["groups_of", "score_rows_together", "together_payload", "unit_of"]
+
+_WAITING = ".scored"
+"""Below ``jobs``: finished rows of a walk, until it ends, or ends after it was interrupted."""
+
+
+def unit_of(jobs: Sequence[Job]) -> Unit:
+    """Return the process that does these jobs; the same jobs give the same name."""
+    if len(jobs) == 1:
+        return Unit(jobs[0].name, tuple(jobs))
+    name = digest([[job.name, job.key] for job in jobs])[:8]
+    return Unit(f"score-together-{name}", tuple(jobs))
+
+
+def groups_of(run: Path, jobs: Sequence[Job], *, one_process: bool) -> list[list[Job]]:
+    """Return which of these jobs are worth doing in one process.
+
+    Args:
+        one_process: there is only one worker, for which loading the harness once for all is worth
+            it even where nothing is shared.
+    """
+    if one_process or len(jobs) < 2:
+        return [list(jobs)]
+    from streamline_bench.core.checkpoint import resolve_pretrained
+    from streamline_bench.harness.trunk.legs import walks_of
+    from streamline_bench.harness.trunk.stack import read_stack
+
+    stacks = {}
+    for job in jobs:
+        model = model_of(run, job.payload)
+        try:
+            folder = resolve_pretrained(model["pretrained"], model["revision"])
+            stacks[job.name] = read_stack(
+                folder,
+                dtype=model["dtype"],
+                trust_remote_code=job.payload["trust_remote_code"],
+                progress=False,
+            )
+        except StreamlineBenchError:
+            continue  # whoever scores it alone will say what is wrong
+    by_name = {job.name: job for job in jobs}
+    groups = [[by_name[name] for name in names] for names in walks_of(stacks)]
+    return [*groups, *([job] for job in jobs if job.name not in stacks)]
+
+
+def together_payload(jobs: Sequence[Job]) -> dict[str, Any]:
+    """Return what the process needs to know; all rows are asked the same."""
+    return {
+        "rows": [
+            {"name": job.name, "key": job.key, "label": job.labels[0], "payload": job.payload}
+            for job in jobs
+        ]
+    }
+
+
+def score_rows_together(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
+    """Score the rows and mark each as done or failed.
+
+    Raises:
+        StreamlineBenchError: the walk cannot be made at all; rows without a mark are then scored
+            alone.
+    """
+    from streamline_bench.harness.trunk import TrunkRequest, score_together
+
+    rows = {row["label"]: row for row in payload["rows"]}
+    outputs = {
+        # A key in the name: an output of other options is never taken for this one's.
+        label: job_folder(run, _WAITING) / f"{label}-{row['key'][:16]}"
+        for label, row in rows.items()
+    }
+    began = time.monotonic()
+    request = TrunkRequest.model_validate(_request(run, rows, outputs))
+    outcome = score_together(request, progress=False)
+    seconds = (time.monotonic() - began) / len(rows)
+    for label, result in outcome.labels.items():
+        row = rows[label]
+        walk = next((names for names in outcome.walks if label in names), ())
+        facts = {"together": list(walk), "alone": result.reason}
+        if result.status == "failed":
+            reason = result.reason or "It could not be scored."
+            write_failed(run, row["name"], key=row["key"], reason=reason)
+        else:
+            _publish(run, row, outputs[label], seconds, facts)
+    return Product([], facts={"walks": outcome.walks, "seconds": outcome.seconds})
+
+
+def _request(run: Path, rows: Mapping[str, Any], outputs: Mapping[str, Path]) -> dict[str, Any]:
+    from streamline_bench.core.checkpoint import resolve_pretrained
+
+    models = {label: model_of(run, row["payload"]) for label, row in rows.items()}
+    first = next(iter(rows.values()))["payload"]
+    evaluation = Evaluation.model_validate(first["evaluation"])
+    size = evaluation.batch_size
+    return {
+        "checkpoints": {
+            label: resolve_pretrained(model["pretrained"], model["revision"])
+            for label, model in models.items()
+        },
+        "outputs": outputs,
+        "tasks": evaluation.tasks,
+        "include_path": evaluation.include_path or resource("tasks") / "lm_eval",
+        "limit": evaluation.limit,
+        "num_fewshot": evaluation.num_fewshot,
+        "batch_size": int(size) if size.isdigit() else size,
+        "device": first["device"],
+        "dtype": evaluation.dtype,
+        "apply_chat_template": evaluation.apply_chat_template,
+        "model_args": {"trust_remote_code": True} if first["trust_remote_code"] else {},
+    }
+
+
+def _publish(
+    run: Path, row: Mapping[str, Any], made: Path, seconds: float, facts: dict[str, Any]
+) -> None:
+    """Check one row's scores, move them to their place and say that they are there."""
+    payload = row["payload"]
+    target = run / payload["output"]
+    try:
+        check_scores(made)
+    except StreamlineBenchError as error:
+        write_failed(run, row["name"], key=row["key"], reason=" ".join(str(error).split()))
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            shutil.rmtree(target)  # not vouched for by a marker, or this row would not be here
+        made.rename(target)
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written ({error.strerror}).") from None
+    write_done(
+        run,
+        row["name"],
+        key=row["key"],
+        seconds=seconds,
+        products=[payload["output"]],
+        command=reader_command(run, payload),
+        facts=facts,
+    )
