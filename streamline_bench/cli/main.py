@@ -24,6 +24,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "compress": ("compress", "Remove layers from a model and write the result as a checkpoint."),
     "demo": ("demo", "Run the whole pipeline on the bundled model, ending in a report."),
     "lm-eval": ("lm_eval", "Call the lm-eval harness with our models and tasks registered."),
+    "opencompass": ("opencompass", "Evaluate recipes with OpenCompass and make the report."),
     "recipes": ("recipes", "List the recipes, or show one."),
     "report": ("report", "Render the report of a run folder again."),
     "scan": ("scan", "Show how little each block of layers changes the hidden states."),

@@ -1,0 +1,137 @@
+"""``streamline-bench opencompass``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from streamline_bench.cli.options import parse_assignments, setup_logging
+
+__all__ = ["command"]
+
+
+@click.command("opencompass")
+@click.argument("model")
+@click.argument("checkpoints", nargs=-1, metavar="[LABEL=CHECKPOINT]...")
+@click.option(
+    "--recipes",
+    default="dense,streamline",
+    show_default=True,
+    help="Names, separated by commas; the first one is what the others are compared with.",
+)
+@click.option("--sparsity", type=float, help="Share of the parameters to remove, between 0 and 1.")
+@click.option("--n-layers", type=int, help="Net number of layers to remove, instead of --sparsity.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any recipe key.")
+@click.option(
+    "--datasets",
+    default="bundled",
+    show_default=True,
+    help="bundled, paper, classification, generation, a benchmark, or package.module:variable.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Questions per data set.")
+@click.option("--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True)
+@click.option("--chat", is_flag=True, help="Put prompts into the tokenizer's chat template.")
+@click.option("--device", help="Torch device; the first GPU if there is one.")
+@click.option("--dtype", help="Dtype of the weights; the checkpoint's own unless given.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--max-seq-len", type=click.IntRange(min=2), help="Tokens of a prompt.")
+@click.option("--max-out-len", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--in-process", is_flag=True, help="One process for all tasks: starts faster.")
+@click.option(
+    "--python",
+    default=sys.executable,
+    show_default="this one",
+    help="Interpreter of the environment that has OpenCompass.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Run folder.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier run in that folder.")
+@click.option("--config-only", is_flag=True, help="Write the config, print the command, stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print run.json.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no log.")
+def command(
+    model: str,
+    checkpoints: tuple[str, ...],
+    recipes: str,
+    sparsity: float | None,
+    n_layers: int | None,
+    assignments: tuple[str, ...],
+    python: str,
+    output: Path,
+    overwrite: bool,
+    config_only: bool,
+    in_process: bool,
+    as_json: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Evaluate MODEL under several recipes with OpenCompass, and make the report.
+
+    Further compressed checkpoints can be named; they are evaluated as they are. Running the same
+    command again continues an interrupted run. Data is looked for where OpenCompass does:
+    ./data or $COMPASS_DATA_CACHE/data.
+    """
+    setup_logging(quiet=quiet or as_json)
+    progress = not (quiet or as_json)
+    from streamline_bench.opencompass.execution import inspect_environment
+    from streamline_bench.opencompass.run_folder import claim_folder, evaluate, write_config
+
+    environment = inspect_environment(python)
+    overrides = {"sparsity": sparsity, "n_layers": n_layers, **parse_assignments(assignments)}
+    plan = _plan(
+        model,
+        checkpoints,
+        [name.strip() for name in recipes.split(",") if name.strip()],
+        {key: value for key, value in overrides.items() if value is not None},
+        settings,
+        gpus=environment.gpus,
+    )
+    claim_folder(output, plan, overwrite=overwrite)
+    if config_only:
+        config = write_config(output, plan)
+        click.echo(f"opencompass {config} -w {output / 'work'}")
+        return
+    run = evaluate(output, plan, environment, in_process=in_process, progress=progress)
+    from streamline_bench.report import build_report
+
+    report = build_report(output, progress=progress)
+    if as_json:
+        click.echo(json.dumps(run.model_dump(mode="json"), indent=2))
+    elif not quiet:
+        click.echo(report)
+
+
+def _plan(
+    model: str,
+    checkpoints: tuple[str, ...],
+    recipes: list[str],
+    overrides: dict[str, Any],
+    settings: dict[str, Any],
+    *,
+    gpus: int,
+) -> Any:
+    from streamline_bench.opencompass.run_plan import RunPlan, entries
+
+    device = settings.pop("device")
+    options = {
+        "device": device or (None if gpus else "cpu"),
+        "dtype": settings.pop("dtype"),
+        "max_seq_len": settings.pop("max_seq_len"),
+    }
+    datasets = settings.pop("datasets")
+    return RunPlan(
+        models=entries(model, recipes, overrides, [_labelled(each) for each in checkpoints]),
+        datasets=tuple(name.strip() for name in datasets.split(",") if name.strip()),
+        options={key: value for key, value in options.items() if value is not None},
+        gpus=0 if (device or "").startswith("cpu") else min(1, gpus),
+        **settings,
+    )
+
+
+def _labelled(argument: str) -> tuple[str, str]:
+    label, separator, path = argument.partition("=")
+    return (label, path) if separator else (Path(argument).name, argument)

@@ -1,0 +1,244 @@
+"""What an OpenCompass run evaluates, and the config that says so to OpenCompass."""
+
+from __future__ import annotations
+
+import pprint
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamline_bench.core.suggestions import suggest
+from streamline_bench.errors import StreamlineBenchError
+
+__all__ = ["DATASETS", "ModelEntry", "RunPlan", "config_text", "entries"]
+
+_CONFIGS = "streamline_bench.opencompass.configs"
+
+DATASETS: Mapping[str, tuple[str, str]] = {
+    "bundled": (f"{_CONFIGS}.bundled", "bundled_datasets"),
+    "bundled_ppl": (f"{_CONFIGS}.bundled", "bundled_ppl_datasets"),
+    "bundled_gen": (f"{_CONFIGS}.bundled", "bundled_gen_datasets"),
+    "paper": (f"{_CONFIGS}.paper", "paper_datasets"),
+    "classification": (f"{_CONFIGS}.paper", "classification_datasets"),
+    "generation": (f"{_CONFIGS}.paper", "generation_datasets"),
+    "cmnli": (f"{_CONFIGS}.paper", "cmnli_datasets"),
+    "hellaswag": (f"{_CONFIGS}.paper", "hellaswag_datasets"),
+    "piqa": (f"{_CONFIGS}.paper", "piqa_datasets"),
+    "chid": (f"{_CONFIGS}.paper", "chid_datasets"),
+    "wsc": (f"{_CONFIGS}.paper", "WSC_datasets"),
+    "commonsense_qa": (f"{_CONFIGS}.paper", "commonsenseqa_datasets"),
+    "boolq": (f"{_CONFIGS}.paper", "BoolQ_datasets"),
+    "race": (f"{_CONFIGS}.paper", "race_datasets"),
+    "mmlu": (f"{_CONFIGS}.paper", "mmlu_datasets"),
+    "cmmlu": (f"{_CONFIGS}.paper", "cmmlu_datasets"),
+    "c3": (f"{_CONFIGS}.paper", "C3_datasets"),
+    "xsum": (f"{_CONFIGS}.paper", "Xsum_datasets"),
+    "gsm8k": (f"{_CONFIGS}.paper", "gsm8k_datasets"),
+    "strategyqa": (f"{_CONFIGS}.paper", "strategyqa_datasets"),
+}
+"""Name on the command line -> (config module, variable)."""
+
+_CLASSES = {
+    ("hf", False): "StreamlineModel",
+    ("hf", True): "StreamlineChatModel",
+    ("vllm", False): "StreamlineVLLM",
+    ("vllm", True): "StreamlineVLLMChat",
+}
+_LABEL = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
+_REFERENCE = re.compile(r"^[A-Za-z_][\w.]*\.[\w.]+:[A-Za-z_]\w*$")
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model of a run.
+
+    Attributes:
+        label: names its row, and its folder in OpenCompass's output.
+        path: folder or hub id.
+        recipe: name or file; None: as it is.
+        overrides: keys of the recipe.
+    """
+
+    label: str
+    path: str
+    recipe: str | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not _LABEL.match(self.label):
+            raise StreamlineBenchError(
+                f"'{self.label}' cannot name a model: letters, digits and . _ + - only; "
+                "give LABEL=PATH."
+            )
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A whole run.
+
+    Attributes:
+        models: the first one is what the others are compared with.
+        datasets: names of :data:`DATASETS`, or ``package.module:variable`` of any config.
+        options: further keys of every model's entry (``device``, ``dtype``, ``max_seq_len``).
+        engine: ``hf`` or ``vllm``.
+        chat: use the chat template.
+        limit: questions per data set, None for all.
+        workers: tasks at once; data sets are split into as many parts.
+        gpus: accelerators per task.
+        batch_size: prompts handed to the model at once.
+        max_out_len: new tokens per answer where the data set does not say.
+    """
+
+    models: tuple[ModelEntry, ...]
+    datasets: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    engine: str = "hf"
+    chat: bool = False
+    limit: int | None = None
+    workers: int = 1
+    gpus: int = 0
+    batch_size: int = 64
+    max_out_len: int = 256
+
+    def __post_init__(self) -> None:
+        labels = [entry.label for entry in self.models]
+        twice = {label for label in labels if labels.count(label) > 1}
+        if twice:
+            raise StreamlineBenchError(
+                f"Two models are called '{min(twice)}'; name one of them by LABEL=PATH."
+            )
+        for name in self.datasets:
+            _reference(name)
+
+    def as_data(self) -> dict[str, Any]:
+        """Return the plan as JSON-ready data."""
+        return asdict(self)
+
+
+def _reference(name: str) -> tuple[str, str]:
+    if name in DATASETS:
+        return DATASETS[name]
+    if not _REFERENCE.match(name):
+        raise StreamlineBenchError(
+            f"There are no data sets called '{name}'{suggest(name, list(DATASETS))} "
+            f"(known: {', '.join(DATASETS)}; or package.module:variable of a config)."
+        )
+    module, variable = name.split(":")
+    return module, variable
+
+
+def config_text(plan: RunPlan) -> str:
+    """Return the config, as Python source for ``opencompass CONFIG``."""
+    references = [_reference(name) for name in plan.datasets]
+    imports = [
+        f"    from {module} import {variable} as datasets_{number}"
+        for number, (module, variable) in enumerate(references)
+    ]
+    lists = ", ".join(f"*datasets_{number}" for number in range(len(references)))
+    lines = [
+        '"""Written by streamline-bench opencompass."""',
+        "",
+        "from mmengine.config import read_base",
+        "from opencompass.partitioners import NaivePartitioner, NumWorkerPartitioner",
+        "from opencompass.runners import LocalRunner",
+        "from opencompass.tasks import OpenICLEvalTask, OpenICLInferTask",
+        "",
+        "with read_base():",
+        *imports,
+        *_summarizer_import(plan),
+        "",
+        f"datasets = [{lists}]",
+        *_limit(plan.limit),
+        "",
+        "models = "
+        + pprint.pformat([_entry(plan, each) for each in plan.models], sort_dicts=False),
+        "",
+        "infer = dict(",
+        f"    partitioner=dict(type=NumWorkerPartitioner, num_worker={plan.workers}),",
+        f"    runner=dict(type=LocalRunner, max_num_workers={plan.workers}, "
+        "task=dict(type=OpenICLInferTask)),",
+        ")",
+        "eval = dict(",
+        "    partitioner=dict(type=NaivePartitioner, n=1000),",
+        "    runner=dict(type=LocalRunner, max_num_workers=1, task=dict(type=OpenICLEvalTask)),",
+        ")",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _summarizer_import(plan: RunPlan) -> list[str]:
+    for names, variable in (
+        (("bundled",), "bundled_summarizer"),
+        (("paper", "classification", "generation"), "paper_summarizer"),
+    ):
+        if any(name in names for name in plan.datasets):
+            return [f"    from {_CONFIGS}.summarizers import {variable} as summarizer"]
+    return []
+
+
+def _limit(limit: int | None) -> list[str]:
+    if limit is None:
+        return []
+    return [
+        "for each in datasets:",
+        f'    each["reader_cfg"]["test_range"] = "[0:{limit}]"',
+        "del each",
+    ]
+
+
+def _entry(plan: RunPlan, model: ModelEntry) -> dict[str, Any]:
+    dotted = {key: value for key, value in model.overrides.items() if "." in key}
+    plain = {key: value for key, value in model.overrides.items() if "." not in key}
+    entry: dict[str, Any] = {
+        "type": f"streamline_bench.opencompass.{_CLASSES[plan.engine, plan.chat]}",
+        "abbr": model.label,
+        "path": model.path,
+    }
+    if model.recipe is not None:
+        entry.update(recipe=model.recipe, **plain)
+    if dotted:
+        entry["overrides"] = dotted
+    entry.update(plan.options)
+    entry.update(
+        max_out_len=plan.max_out_len,
+        batch_size=plan.batch_size,
+        run_cfg={"num_gpus": plan.gpus},
+    )
+    return entry
+
+
+def entries(
+    model: str,
+    recipes: Sequence[str],
+    overrides: Mapping[str, Any],
+    further: Sequence[tuple[str, str]] = (),
+) -> tuple[ModelEntry, ...]:
+    """Return the entries of one model under several recipes, and of further checkpoints.
+
+    Args:
+        recipes: names; ``dense`` is the model as it is.
+        further: (label, path) of checkpoints evaluated as they are.
+    """
+    model = _absolute(model)
+    made = [
+        ModelEntry("dense", model)
+        if recipe == "dense"
+        else ModelEntry(_recipe_label(recipe), model, _absolute(recipe), overrides)
+        for recipe in recipes
+    ]
+    return (*made, *(ModelEntry(label, _absolute(path)) for label, path in further))
+
+
+def _absolute(name: str) -> str:
+    """Return the absolute path of what exists, and names of recipes and hub ids as they are.
+
+    OpenCompass is started in a folder of its own.
+    """
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
+def _recipe_label(recipe: str) -> str:
+    return recipe.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".yaml")
