@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from streamline_bench.stability.comparison import Estimate
 
-__all__ = ["mean_estimate", "t_quantile"]
+__all__ = ["mean_estimate", "mean_per_unit", "t_quantile"]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -59,4 +59,32 @@ def mean_estimate(
         low=max(floor, mean - half),
         high=mean + half,
         method="Student" if clusters is None else f"Student over {units} clusters",
+    )
+
+
+def mean_per_unit(
+    totals: FloatArray, units: FloatArray, confidence: float, *, what: str = "documents"
+) -> Estimate:
+    """sum(totals) / sum(units), as nats per word of a text, with Student's interval.
+
+    The error of this ratio is that of its linear part, totals - ratio x units, per document. One
+    document has no interval.
+
+    Args:
+        totals, units: float64 [n], per document.
+        what: what the rows are, for the name of the method.
+    """
+    n = len(totals)
+    value = float(totals.sum() / units.sum())
+    if n < 2:
+        return Estimate(value=value)
+    deviations = totals - value * units
+    error = math.sqrt(n / (n - 1) * float(np.square(deviations).sum())) / float(units.sum())
+    half = t_quantile(confidence, n - 1) * error
+    return Estimate(
+        value=value,
+        standard_error=error,
+        low=value - half,
+        high=value + half,
+        method=f"Student over {n:,} {what}",
     )

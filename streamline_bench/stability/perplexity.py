@@ -12,9 +12,9 @@ import pandas as pd
 
 from streamline_bench.errors import NumericsError, SamplesError
 from streamline_bench.stability.comparison import Estimate, PerplexityComparison
-from streamline_bench.stability.means import t_quantile
+from streamline_bench.stability.means import mean_per_unit
 
-__all__ = ["compare_perplexities", "log_ratio"]
+__all__ = ["compare_perplexities"]
 
 FloatArray = npt.NDArray[np.float64]
 Unit = Literal["word", "byte", "answer"]
@@ -42,7 +42,7 @@ def compare_perplexities(
     for unit, name in _recorded(dense):
         first, units = _values(dense, name)
         second, _ = _values(pruned, name)
-        log = log_ratio(first - second, units, confidence)
+        log = mean_per_unit(first - second, units, confidence)
         found.append(
             PerplexityComparison(
                 task=str(dense.iloc[0]["task"]),
@@ -57,32 +57,6 @@ def compare_perplexities(
             )
         )
     return found
-
-
-def log_ratio(more: FloatArray, units: FloatArray, confidence: float) -> Estimate:
-    """Logarithm of a ratio of perplexities, with Student's interval over documents.
-
-    Args:
-        more: float64 [n], log-likelihood lost per document, in nats.
-        units: float64 [n], units per document.
-
-    The value is a ratio of sums; its error is of the linear part (``more`` - value x ``units``) per
-    document. One document has no interval.
-    """
-    n = len(more)
-    value = float(more.sum() / units.sum())
-    if n < 2:
-        return Estimate(value=value)
-    deviations = more - value * units
-    error = math.sqrt(n / (n - 1) * float(np.square(deviations).sum())) / float(units.sum())
-    half = t_quantile(confidence, n - 1) * error
-    return Estimate(
-        value=value,
-        standard_error=error,
-        low=value - half,
-        high=value + half,
-        method="Student over documents",
-    )
 
 
 def _exp(value: float) -> float | None:

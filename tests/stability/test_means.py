@@ -7,7 +7,7 @@ import pytest
 import statsmodels.api as sm
 from scipy import stats
 
-from streamline_bench.stability.means import mean_estimate
+from streamline_bench.stability.means import mean_estimate, mean_per_unit
 
 
 def test_interval_is_students() -> None:
@@ -49,3 +49,23 @@ def test_floor_and_equal_values() -> None:
     assert mean_estimate(np.array([0.0, 0.1]), 0.95, floor=0.0).low == 0.0
     equal = mean_estimate(np.full(5, 2.0), 0.95)
     assert (equal.low, equal.high) == (2.0, 2.0)
+
+
+def test_mean_per_unit_has_the_bootstraps_interval() -> None:
+    source = np.random.default_rng(0)
+    words = source.integers(20, 400, size=300).astype(float)
+    lost = words * source.normal(0.1, 0.05, size=300)
+    found = mean_per_unit(lost, words, 0.95)
+    rows = np.random.default_rng(1).integers(300, size=(5000, 300))
+    ratios = lost[rows].sum(axis=1) / words[rows].sum(axis=1)
+    assert (found.low, found.high) == pytest.approx(
+        tuple(np.quantile(ratios, [0.025, 0.975])), abs=6e-4
+    )
+    assert found.standard_error == pytest.approx(ratios.std(), rel=0.05)
+
+
+def test_mean_per_unit_of_one_document_and_of_nothing_lost() -> None:
+    alone = mean_per_unit(np.array([3.0]), np.array([10.0]), 0.95)
+    assert alone.value == pytest.approx(0.3) and alone.low is None
+    same = mean_per_unit(np.zeros(4), np.full(4, 7.0), 0.95)
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)

@@ -6,13 +6,12 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from streamline_bench.errors import NumericsError, SamplesError
 from streamline_bench.stability.compare import compare
 from streamline_bench.stability.comparison import PerplexityComparison
-from streamline_bench.stability.perplexity import compare_perplexities, log_ratio
+from streamline_bench.stability.perplexity import compare_perplexities
 from streamline_bench.stability.samples import Samples, load_samples
 from streamline_bench.stability.settings import Settings
 
@@ -54,26 +53,6 @@ def test_compare_has_them_beside_the_verdicts(runs: tuple[Samples, Samples]) -> 
         ("toy_ll", "answer"),
         ("toy_roll", "word"),
     ]
-
-
-def test_interval_is_the_bootstraps() -> None:
-    source = np.random.default_rng(0)
-    words = source.integers(20, 400, size=300).astype(float)
-    lost = words * source.normal(0.1, 0.05, size=300)
-    found = log_ratio(lost, words, 0.95)
-    rows = np.random.default_rng(1).integers(300, size=(5000, 300))
-    ratios = lost[rows].sum(axis=1) / words[rows].sum(axis=1)
-    assert (found.low, found.high) == pytest.approx(
-        tuple(np.quantile(ratios, [0.025, 0.975])), abs=6e-4
-    )
-    assert found.standard_error == pytest.approx(ratios.std(), rel=0.05)
-
-
-def test_one_document_and_equal_models() -> None:
-    alone = log_ratio(np.array([3.0]), np.array([10.0]), 0.95)
-    assert alone.value == pytest.approx(0.3) and alone.low is None
-    same = log_ratio(np.zeros(4), np.full(4, 7.0), 0.95)
-    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
 
 
 def test_beyond_float64_is_none(runs: tuple[Samples, Samples]) -> None:
