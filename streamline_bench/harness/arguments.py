@@ -7,7 +7,7 @@ The stock class hands what it does not know to transformers, which may ignore it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ class ModelArguments:
     """The arguments of one model.
 
     Attributes:
-        harness: for HFLM.
+        harness: for the harness's class.
         recipe: name or path of the recipe; None: evaluate the model as it is.
         overrides: for :func:`streamline_bench.methods.load_recipe`.
         cache: folder of compressed models; None: the default one.
@@ -47,23 +47,27 @@ class ModelArguments:
     cache: str | None = None
 
 
-def sort_arguments(arguments: Mapping[str, Any], base: type) -> ModelArguments:
+def sort_arguments(
+    arguments: Mapping[str, Any], base: type, beyond: Iterable[str] = FROM_PRETRAINED
+) -> ModelArguments:
     """Sort keyword arguments.
 
     Args:
         base: the harness class whose ``__init__`` names its own arguments.
+        beyond: what that class hands on to its engine; a recipe's keys go before.
 
     Raises:
         RecipeError: an unknown key, or a recipe's key without ``recipe=``.
     """
-    known = [*_parameters(base), *FROM_PRETRAINED]
+    known = [*_parameters(base), *beyond]
     recipe_keys = _recipe_keys()
+    has_recipe = arguments.get("recipe") is not None
     harness: dict[str, Any] = {}
     overrides: dict[str, Any] = {}
     for key, value in arguments.items():
         if key in OWN:
             continue
-        if key in known:
+        if key in known and not (has_recipe and key in recipe_keys):
             harness[key] = value
         elif key in recipe_keys:
             overrides.update(_override(key, value))

@@ -1,20 +1,25 @@
-"""Makes ``lm_eval --model streamline`` known to harness versions without plug-in discovery.
+"""Makes our ``lm_eval --model`` names known to harness versions without plug-in discovery.
 
 lm-eval 0.4.13 reads a fixed table of models; later versions read the entry-point group
 ``lm_eval.models``, which this package declares as well. A ``.pth`` line of the wheel calls
 :func:`install` at every interpreter start, so nothing here may import anything that is not
 imported by then: a finder is put in front of the others, waits for ``lm_eval.models`` and, once
-that has run, adds one lazy ``"module:Class"`` string to its registry.
+that has run, adds lazy ``"module:Class"`` strings to its registry.
 """
 
 from __future__ import annotations
 
 import sys
 
-__all__ = ["MODEL_NAME", "TARGET", "install", "register"]
+__all__ = ["MODELS", "MODEL_NAME", "install", "register"]
 
 MODEL_NAME = "streamline"
-TARGET = "streamline_bench.harness.lm:StreamlineLM"
+MODELS = {
+    MODEL_NAME: "streamline_bench.harness.lm:StreamlineLM",
+    "streamline-vllm": "streamline_bench.harness.vllm_lm:StreamlineVLLM",
+}
+"""Name in the harness -> where the class is."""
+
 _WATCHED = "lm_eval.models"
 
 
@@ -74,18 +79,19 @@ def _after(module: object) -> None:
         if not _discovers_plugins():
             _add(module)
     except Exception as error:
-        sys.stderr.write(f"streamline-bench could not register its lm-eval model: {error}\n")
+        sys.stderr.write(f"streamline-bench could not register its lm-eval models: {error}\n")
 
 
 def _add(module: object) -> None:
     from lm_eval.api.registry import model_registry
 
-    if MODEL_NAME in model_registry:
-        return
     mapping = getattr(module, "MODEL_MAPPING", None)
-    if isinstance(mapping, dict):
-        mapping.setdefault(MODEL_NAME, TARGET)
-    model_registry.register(MODEL_NAME, target=TARGET)
+    for name, target in MODELS.items():
+        if name in model_registry:
+            continue
+        if isinstance(mapping, dict):
+            mapping.setdefault(name, target)
+        model_registry.register(name, target=target)
 
 
 def _discovers_plugins() -> bool:

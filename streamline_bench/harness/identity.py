@@ -20,7 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from streamline_bench.core.checkpoint import CheckpointReader
 from streamline_bench.errors import CacheError
 
-__all__ = ["model_identity", "separate_cache", "weights_sha256"]
+__all__ = ["files_sha256", "model_identity", "separate_cache", "weights_sha256"]
 
 
 def weights_sha256(
@@ -34,15 +34,21 @@ def weights_sha256(
         revision: of a hub model.
         patched: adapters or deltas were added after loading.
     """
-    folder = None if patched else _folder(pretrained, revision)
-    if folder is not None:
-        return CheckpointReader(folder).fingerprint()
+    of_files = None if patched else files_sha256(pretrained, revision=revision)
+    if of_files is not None:
+        return of_files
     config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
     digest = hashlib.sha256(config.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def files_sha256(pretrained: str, *, revision: str | None = None) -> str | None:
+    """Return the SHA-256 (hex) of a model's files, None if there are no safetensors files here."""
+    folder = _folder(pretrained, revision)
+    return None if folder is None else CheckpointReader(folder).fingerprint()
 
 
 def _folder(pretrained: str, revision: str | None) -> Path | None:

@@ -10,9 +10,11 @@ from streamline_bench.core.architecture import architecture_of
 from streamline_bench.modeling.vllm.routes import architecture_for
 from streamline_bench.modeling.widths import LayerConfig, head_size
 
-__all__ = ["StreamlineConvertor"]
+__all__ = ["Qwen2Convertor", "StreamlineConvertor"]
 
 _SAVED_AS = ["StreamlineForCausalLM"]
+_STOCK_QWEN2 = ["Qwen2ForCausalLM"]
+_BACKEND = "TransformersForCausalLM"
 
 
 class StreamlineConvertor(ModelArchConfigConvertorBase):  # type: ignore[misc]
@@ -44,3 +46,17 @@ class StreamlineConvertor(ModelArchConfigConvertorBase):  # type: ignore[misc]
     def get_head_size(self) -> int:
         """Return the width of one head, which is the same in all layers."""
         return head_size(self.hf_config)
+
+
+class Qwen2Convertor(ModelArchConfigConvertorBase):  # type: ignore[misc]
+    """Stock Qwen 2 with heads removed in all layers alike goes to the transformers backend.
+
+    vLLM's class takes the hidden size by the number of heads for the head size, which only holds
+    while all heads are there.
+    """
+
+    def __init__(self, hf_config: Any, hf_text_config: Any, revision: str | None = None) -> None:
+        super().__init__(hf_config, hf_text_config, revision)
+        derived = hf_config.hidden_size // hf_config.num_attention_heads
+        if hf_config.architectures == _STOCK_QWEN2 and head_size(hf_config) != derived:
+            hf_config.architectures = [_BACKEND]

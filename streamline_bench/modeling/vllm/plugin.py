@@ -16,11 +16,12 @@ def register() -> None:
 
     from streamline_bench.modeling.configuration import MODEL_TYPE
     from streamline_bench.modeling.registration import register as register_with_transformers
-    from streamline_bench.modeling.vllm.convertor import StreamlineConvertor
+    from streamline_bench.modeling.vllm.convertor import Qwen2Convertor, StreamlineConvertor
     from streamline_bench.modeling.vllm.routes import HOSTED, NATIVE
 
     register_with_transformers()
     MODEL_ARCH_CONFIG_CONVERTORS[MODEL_TYPE] = StreamlineConvertor
+    MODEL_ARCH_CONFIG_CONVERTORS.setdefault("qwen2", Qwen2Convertor)
     package = __name__.rpartition(".")[0]
     ModelRegistry.register_model(HOSTED, f"{package}.hosted:{HOSTED}")
     for architecture in NATIVE.values():

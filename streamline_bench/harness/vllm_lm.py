@@ -1,0 +1,131 @@
+"""``--model streamline-vllm``: the harness's vLLM model, for compressed models.
+
+It takes what ``--model streamline`` takes, where vLLM has it, and vLLM's own arguments; a recipe's
+result is found in the same cache. Answers and their numbers are those of the harness's class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from streamline_bench.harness.boundary import share_log, user_errors
+from streamline_bench.modeling.vllm.package import require_vllm
+
+with user_errors():  # the harness's class cannot even be imported without
+    require_vllm("--model streamline-vllm")
+
+from lm_eval.models.vllm_causallms import VLLM
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+from streamline_bench.core.checkpoint import CheckpointReader
+from streamline_bench.errors import CheckpointError
+from streamline_bench.harness.arguments import sort_arguments
+from streamline_bench.harness.identity import files_sha256, model_identity, separate_cache
+from streamline_bench.harness.preparation import prepare
+from streamline_bench.modeling.vllm import register
+
+__all__ = ["StreamlineVLLM"]
+
+_ENGINE_ARGUMENTS = [*(entry.name for entry in dataclasses.fields(EngineArgs)), "device"]
+_SIZES = ("kv_cache_memory_bytes", "gpu_memory_utilization", "max_num_seqs")
+"""Arguments that change how much runs at once, and no answer."""
+
+_CPU_CACHE_SHARE = 4
+_CPU_CACHE_MOST = 8 * 2**30
+
+
+class StreamlineVLLM(VLLM):  # type: ignore[misc]
+    """A causal language model served by vLLM in this process, compressed if a recipe is given.
+
+    Args:
+        **arguments: those of ``lm_eval.models.vllm_causallms.VLLM``, of vLLM's ``EngineArgs``, and
+            ``recipe``, ``sparsity``, … as for :class:`~streamline_bench.harness.lm.StreamlineLM`.
+            With a recipe, ``seed`` is the recipe's.
+
+    Raises:
+        StreamlineBenchError: unknown arguments, an unusable recipe or model, or a model that vLLM
+            cannot serve.
+    """
+
+    def __init__(self, pretrained: Any = None, **arguments: Any) -> None:
+        if pretrained is not None and not isinstance(pretrained, str):
+            raise CheckpointError(
+                f"vLLM loads a model from a folder or the hub, and was given a "
+                f"{type(pretrained).__name__}; save it first."
+            )
+        sorted_arguments = sort_arguments(
+            {"pretrained": pretrained, **arguments}, VLLM, _ENGINE_ARGUMENTS
+        )
+        register()
+        self._prepared = prepare(sorted_arguments)
+        harness = {**sorted_arguments.harness, "pretrained": self._prepared.pretrained}
+        if self._prepared.key is not None:
+            harness["revision"] = None  # The revision was that of the source.
+        self._revision = harness.get("revision")
+        super().__init__(**_with_cache_size(harness))
+        self._weights = files_sha256(self._prepared.pretrained, revision=self._revision)
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> StreamlineVLLM:
+        """Create the model from ``key=value,...``; see the class."""
+        share_log()
+        with user_errors():
+            return super().create_from_arg_string(arg_string, additional_config)  # type: ignore[no-any-return]
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> StreamlineVLLM:
+        """Create the model from a mapping; see the class."""
+        share_log()
+        with user_errors():
+            return super().create_from_arg_obj(arg_dict, additional_config)  # type: ignore[no-any-return]
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what ``--model streamline`` reports: sizes, recipe and hashes."""
+        folder = Path(self._prepared.pretrained)
+        counted = self._weights is not None and folder.is_dir()
+        return {
+            "model_num_parameters": CheckpointReader(folder).num_parameters if counted else None,
+            "model_dtype": self.model_args["dtype"],
+            "model_revision": self._revision or "main",
+            "streamline": {**self._prepared.info(), "weights_sha256": self._weights},
+        }
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Accept a response cache, kept apart by model (see :mod:`.identity`)."""
+        with user_errors():
+            separate_cache(cache_hook.dbdict, self._identity())
+        super().set_cache_hook(cache_hook)
+
+    def _identity(self) -> str:
+        settings = {
+            name: getattr(self, name)
+            for name in (
+                "add_bos_token",
+                "max_length",
+                "prefix_token_id",
+                "think_end_token",
+                "truncation_side",
+            )
+        }
+        engine = {k: v for k, v in self.model_args.items() if v is not None and k not in _SIZES}
+        weights = self._weights or f"{self._prepared.pretrained}@{self._revision}"
+        return model_identity(weights, {"engine": "vllm", **engine, **settings})
+
+
+def _with_cache_size(harness: dict[str, Any]) -> dict[str, Any]:
+    """Give the key-value cache a size on a CPU, where vLLM's share of all memory is too much."""
+    named = any(harness.get(key) for key in ("kv_cache_memory_bytes", "gpu_memory_utilization"))
+    if named or os.environ.get("VLLM_CPU_KVCACHE_SPACE") or not current_platform.is_cpu():
+        return harness
+    free = psutil.virtual_memory().available
+    return {**harness, "kv_cache_memory_bytes": min(free // _CPU_CACHE_SHARE, _CPU_CACHE_MOST)}
