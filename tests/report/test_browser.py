@@ -1,0 +1,337 @@
+"""The page in a real browser: it sorts, filters, opens, and shows hostile strings as text."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_bench.report.leaderboard import RowSource, build_leaderboard
+from streamline_bench.report.page import to_html
+from streamline_bench.report.schema import Leaderboard
+from streamline_bench.stability.settings import Settings
+
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="Playwright is not installed (tox -e report installs it)"
+)
+
+HOSTILE = (
+    "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'> "
+    "=HYPERLINK(1) | a | \x1b[31mred \u202eleft \"' {{ 7*7 }} </style>"
+)
+
+
+def _setup(repository: Path) -> Any:
+    path = repository / "tests" / "report" / "browser_setup.py"
+    spec = importlib.util.spec_from_file_location("browser_setup", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def browser(repository: Path) -> Iterator[Any]:
+    setup = _setup(repository)
+    executable = setup.chromium()
+    if executable is None:
+        pytest.skip("there is no chromium (python tests/report/browser_setup.py installs it)")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=executable, args=list(setup.FLAGS))
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def board(
+    make_run: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Dense, two compressed models of different cost with throughput, and one that failed."""
+    run = make_run(tmp_path_factory.mktemp("run"))
+    recipes = {
+        "none": {"title": "No replacement", "method": "streamline", "cost": "calibrated"},
+        "layer": {
+            "title": "One layer", "method": "streamline", "cost": "recovered",
+            "published": [{"model": "Llama-2-7B", "metric": "colours", "value": 61.0,
+                           "sparsity": 0.24, "source": "a paper"}],
+        },
+    }  # fmt: skip
+    sources = {
+        label: RowSource(checkpoint=run / label / "checkpoint", recipe=recipe)
+        for label, recipe in recipes.items()
+    }
+    sources["lost"] = RowSource(
+        failed="No threshold reaches 25 %.", recipe={"method": "laco", "cost": "no training"}
+    )
+    made = build_leaderboard(
+        {**{label: run / label / "eval" for label in ("dense", "none")}, "lost": None,
+         "layer": run / "layer" / "eval"},
+        "dense",
+        sources=sources,
+        noise={"batch size 1": run / "dense" / "eval"},
+        settings=Settings(draws=100),
+        progress=False,
+    )  # fmt: skip
+    for row, speed in zip(made["rows"], (100.0, 128.5, None, 121.0), strict=True):
+        if speed:
+            row["throughput"] = {
+                "status": "ok", "engine": "vllm 0.29", "device": "a GPU", "dtype": "bfloat16",
+                "batch_size": 16, "output_tokens_per_second": speed, "ratio": speed / 100,
+            }  # fmt: skip
+    return Leaderboard.model_validate(made).model_dump(mode="json")
+
+
+class Visit:
+    """A page that was opened, with everything it asked for and complained about."""
+
+    def __init__(self, page: Any, path: Path) -> None:
+        self.page, self.path = page, path
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("console", lambda message: self.complaints.append(message.text))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (self.complaints.append("dialog"), dialog.dismiss()))
+        page.goto(path.as_uri())
+
+    def labels(self, table: str = "table.board") -> list[str]:
+        return [
+            row.get_attribute("data-label")
+            for row in self.page.locator(f"{table} tbody tr").all()
+            if row.is_visible()
+        ]
+
+    def head(self, title: str) -> Any:
+        return self.page.locator("table.board thead th", has_text=title)
+
+    def opened(self) -> None:
+        self.page.evaluate("document.querySelectorAll('details').forEach((d) => d.open = true)")
+
+
+@pytest.fixture
+def visit(browser: Any, board: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., Visit]]:
+    """Open a leaderboard; at the end the page must have been silent and asked for nothing."""
+    contexts, visits = [], []
+
+    def open_page(shown: dict[str, Any] = board, **options: Any) -> Visit:
+        path = tmp_path / f"leaderboard-{len(visits)}.html"
+        path.write_text(to_html(shown), encoding="utf-8")
+        contexts.append(browser.new_context(reduced_motion="reduce", **options))
+        visits.append(Visit(contexts[-1].new_page(), path))
+        return visits[-1]
+
+    yield open_page
+    for one in visits:
+        assert one.complaints == []
+        assert {url for url in one.requests if not url.startswith("data:")} == {one.path.as_uri()}
+    for context in contexts:
+        context.close()
+
+
+def test_headings_sort_by_mouse_and_keyboard(visit: Callable[..., Visit]) -> None:
+    seen = visit()
+    assert seen.labels() == ["dense", "layer", "none", "lost"], "by accuracy, the failed row last"
+    assert seen.head("Accuracy").get_attribute("aria-sort") == "descending"
+    seen.head("Tokens/s").get_by_role("button").click()
+    assert seen.labels() == ["none", "layer", "dense", "lost"]
+    assert seen.head("Tokens/s").get_attribute("aria-sort") == "descending"
+    assert seen.head("Accuracy").get_attribute("aria-sort") == "none"
+    seen.head("Tokens/s").get_by_role("button").focus()
+    seen.page.keyboard.press("Enter")
+    assert seen.labels() == ["dense", "layer", "none", "lost"]
+    assert seen.head("Tokens/s").get_attribute("aria-sort") == "ascending"
+    seen.head("Model").get_by_role("button").focus()
+    seen.page.keyboard.press("Space")
+    assert seen.labels() == ["dense", "layer", "none", "lost"], "text: A to Z first"
+    seen.head("Stability").get_by_role("button").click()
+    assert seen.labels()[-2:] == ["dense", "lost"], "no value comes last, failed after that"
+
+
+def test_filtering_hides_a_model_everywhere(visit: Callable[..., Visit]) -> None:
+    seen = visit()
+    page = seen.page
+    assert page.locator("#shown").inner_text() == "3 of 3 compressed models"
+    page.get_by_label("Filter models").fill("one LAYER")
+    assert seen.labels() == ["dense", "layer"]
+    assert page.locator("#shown").inner_text() == "1 of 3 compressed models"
+    for part in ("table.forest tbody tr", "table.heat tbody tr", "svg.pareto g", "details.model"):
+        texts = [one.text_content() for one in page.locator(part).all() if one.is_visible()]
+        assert any("layer" in text for text in texts), part
+        assert not any("none" in text.split(":")[0] for text in texts), part
+    page.get_by_label("Filter models").fill("nothing like it")
+    assert seen.labels() == ["dense"] and page.locator("#nothing").is_visible()
+    page.get_by_role("button", name="Show all").click()
+    assert len(seen.labels()) == 4
+    assert page.evaluate("document.activeElement.id") == "filter"
+    for name, left in (("Recovered", "layer"), ("Calibrated", "none"), ("No training", "lost")):
+        page.get_by_role("button", name=name).click()
+        assert seen.labels() == ["dense", left]
+        assert page.get_by_role("button", name=name).get_attribute("aria-pressed") == "true"
+    page.get_by_role("button", name="All", exact=True).click()
+    assert len(seen.labels()) == 4
+
+
+def test_a_flip_opens_by_mouse_and_by_keyboard(
+    visit: Callable[..., Visit], board: dict[str, Any]
+) -> None:
+    page = visit().page
+    flips = page.locator("details.model").first.locator("details.flip")
+    row = next(row for row in board["rows"] if row["label"] == "layer")
+    assert flips.count() == len(row["worst_flips"])
+    first, flip = flips.nth(0), row["worst_flips"][0]
+    assert not first.locator(".prompt").is_visible()
+    first.locator("summary").click()
+    assert first.locator(".prompt").inner_text() == flip["prompt"]
+    lines = first.locator("tbody tr").all_inner_texts()
+    assert len(lines) == len(flip["choices"])
+    for index, line in enumerate(lines):
+        assert flip["choices"][index] in line
+        assert f"{100 * flip['dense_shares'][index]:.1f} %" in line
+        assert f"{100 * flip['pruned_shares'][index]:.1f} %" in line
+        assert ("right" in line) == (index == flip["gold"])
+        chosen = (flip["dense_choice"], flip["pruned_choice"]).count(index)
+        assert line.count("chosen") == chosen
+    second = flips.nth(1)
+    second.locator("summary").focus()
+    page.keyboard.press("Enter")
+    assert second.locator(".prompt").is_visible()
+    page.keyboard.press("Enter")
+    assert not second.locator(".prompt").is_visible()
+
+
+def test_the_tasks_table_changes_by_keyboard(visit: Callable[..., Visit]) -> None:
+    page = visit().page
+    cell = page.locator("table.heat tbody tr").nth(1).locator("td").first
+    shown = [cell.inner_text()]
+    page.get_by_label("Stability", exact=True).focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+        shown.append(cell.inner_text())
+    assert len(set(shown)) == 4 and page.get_by_label("Agreement", exact=True).is_checked()
+
+
+def test_a_models_name_leads_to_how_it_was_made(visit: Callable[..., Visit]) -> None:
+    page = visit().page
+    page.locator("table.board a.name", has_text="layer").click()
+    made = page.locator("details.row", has=page.locator("summary", has_text="One layer"))
+    assert made.get_attribute("open") is not None
+    assert made.locator("dl.facts").is_visible() and "ab" * 32 in made.inner_text()
+
+
+def test_failed_row_noise_and_literature_are_shown(visit: Callable[..., Visit]) -> None:
+    page = visit().page
+    assert "No threshold reaches 25 %." in page.locator("tr.failed").inner_text()
+    assert "batch size 1" in page.locator("#statistics").inner_text()
+    line = page.locator("#literature tbody tr").inner_text()
+    assert "Llama-2-7B" in line and "61.0" in line and "a paper" in line
+    assert "output tokens per second" in page.locator("#tradeoff").inner_text()
+
+
+def test_hostile_strings_are_text(visit: Callable[..., Visit], board: dict[str, Any]) -> None:
+    made = copy.deepcopy(board)
+    made["title"] = made["commands"] = HOSTILE
+    made["commands"] = [HOSTILE]
+    for row in made["rows"]:
+        row["title"] = HOSTILE
+        row["label"] = made["dense"] = f"{row['label']}{HOSTILE}" if row["is_dense"] else HOSTILE
+        for flip in row["worst_flips"]:
+            flip["prompt"] = flip["target"] = HOSTILE
+            if flip["choices"]:
+                flip["choices"] = [HOSTILE for _ in flip["choices"]]
+        for published in row["published"]:
+            published["source"] = HOSTILE
+        for task in row["tasks"]:
+            task["task"] = HOSTILE if task["task"] == "colours" else task["task"]
+        row["failed"] = HOSTILE if row["failed"] else None
+    made["dense"] = next(row["label"] for row in made["rows"] if row["is_dense"])
+    seen = visit(made)
+    seen.opened()
+    assert seen.page.evaluate("window.pwned") is None
+    assert seen.page.locator("script").count() == 1 and seen.page.locator("img").count() == 0
+    shown = seen.page.locator("h1").inner_text()
+    assert "<script>window.pwned = 1</script>" in shown and "{{ 7*7 }}" in shown
+    text = seen.page.locator("body").inner_text()
+    assert "\x1b" not in text and "\u202e" not in text
+    seen.head("Change").get_by_role("button").click()
+    seen.page.get_by_label("Filter models").fill("<script>")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_scrolls_only_inside(visit: Callable[..., Visit], scheme: str) -> None:
+    seen = visit(viewport={"width": 360, "height": 740}, color_scheme=scheme)
+    seen.opened()
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert seen.page.evaluate("document.querySelector('.scroll').scrollWidth") > 360
+    sticky = seen.page.locator("table.board tbody th").first
+    seen.page.evaluate("document.querySelector('.scroll').scrollLeft = 200")
+    assert sticky.bounding_box()["x"] >= 0, "the model's name stays in sight"
+
+
+CONTRAST = """() => {
+  const channels = (text) => text.match(/[\\d.]+/g).map(Number);
+  const luminance = (rgb) => {
+    const [r, g, b] = rgb.slice(0, 3).map((v) => v / 255)
+      .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const paper = channels(getComputedStyle(document.body).backgroundColor);
+  const ratios = {};
+  for (const selector of ["body", ".lede", ".note", ".ci", ".brand", ".tag.recovered",
+                          ".tag.calibrated", ".tag.failed", ".decision", "figcaption", ".drop"]) {
+    const ink = channels(getComputedStyle(document.querySelector(selector)).color);
+    const [a, b] = [luminance(ink), luminance(paper)];
+    ratios[selector] = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  }
+  return { paper: luminance(paper), ratios };
+}"""
+
+
+def test_light_and_dark_have_contrast(visit: Callable[..., Visit]) -> None:
+    found = {
+        scheme: visit(color_scheme=scheme).page.evaluate(CONTRAST) for scheme in ("light", "dark")
+    }
+    assert found["light"]["paper"] > 0.9 and found["dark"]["paper"] < 0.05
+    for scheme, measured in found.items():
+        low = {name: ratio for name, ratio in measured["ratios"].items() if ratio < 4.5}
+        assert low == {}, f"{scheme}: contrast below 4.5"
+
+
+def test_print_fits_the_page_and_leaves_out_the_controls(visit: Callable[..., Visit]) -> None:
+    page = visit(viewport={"width": 1032, "height": 700}).page
+    page.emulate_media(media="print", color_scheme="dark")
+    for part in (".tools", ".switch", "nav"):
+        assert not page.locator(part).is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1032
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")
+
+
+def test_keyboard_and_screen_reader(visit: Callable[..., Visit]) -> None:
+    seen = visit()
+    page = seen.page
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    assert page.locator(".skip").bounding_box()["y"] >= 0, "seen once it has the focus"
+    page.keyboard.press("Enter")
+    assert page.evaluate("location.hash") == "#leaderboard"
+    page.get_by_label("Filter models").focus()
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+    unnamed = page.evaluate(
+        """() => [...document.querySelectorAll("button, input, a, [role=img], [role=region]")]
+          .filter((one) => !(one.textContent.trim() || one.getAttribute("aria-label")
+            || one.getAttribute("aria-labelledby") || one.labels?.length)).length"""
+    )
+    assert unnamed == 0
+    headings = page.evaluate(
+        """() => [...document.querySelectorAll("table")].filter((table) =>
+          [...table.querySelectorAll("thead th:not([aria-hidden]), tbody th")]
+            .some((head) => !head.scope)).length"""
+    )
+    assert headings == 0
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map((one) => one.id)")
+    assert len(ids) == len(set(ids))
+    scrolling = page.locator(".scroll").all()
+    assert all(one.get_attribute("tabindex") == "0" for one in scrolling)
