@@ -1,0 +1,111 @@
+"""``streamline-bench gate``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamline_bench.cli.options import print_table
+
+if TYPE_CHECKING:
+    from streamline_bench.gate.result import GateResult
+
+__all__ = ["command"]
+
+_SHARE = click.FloatRange(0, 1, max_open=True)
+
+
+@click.command("gate")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--against", type=click.Path(path_type=Path), help="Run or reference to compare to.")
+@click.option(
+    "--write-reference",
+    "reference",
+    type=click.Path(path_type=Path),
+    help="Write RUN's figures and verdicts as a reference file, instead of comparing.",
+)
+@click.option("--row", "rows", multiple=True, help="Check this row only; may be repeated.")
+@click.option("--accuracy-margin", "accuracy", type=_SHARE, default=0.02, show_default=True)
+@click.option("--stability-margin", "stability", type=_SHARE, default=0.02, show_default=True)
+@click.option(
+    "--speed-tolerance",
+    "speed",
+    type=_SHARE,
+    default=0.05,
+    show_default=True,
+    help="Relative loss of tokens per second that is tolerated.",
+)
+@click.option("--confidence", type=click.FloatRange(0.5, 0.9999), default=0.95, show_default=True)
+@click.option("--draws", type=click.IntRange(min=100), default=10_000, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--strict", is_flag=True, help="Close the gate also where noise hides the answer.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write JSON here.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def command(
+    run: Path,
+    against: Path | None,
+    reference: Path | None,
+    rows: tuple[str, ...],
+    as_json: bool,
+    output: Path | None,
+    quiet: bool,
+    **thresholds: Any,
+) -> None:
+    """Exit with 1 if RUN lost accuracy, stability or speed against a reference.
+
+    RUN and the reference are run folders or their leaderboard.json; the reference may also be a
+    file of --write-reference. Answers are compared one by one where both sides have them, speed on
+    the same machine only. In GitHub Actions the result also goes to the step summary.
+    """
+    if (against is None) == (reference is None):
+        raise click.UsageError("Give either --against or --write-reference.")
+    if reference is not None:
+        from streamline_bench.gate.evidence import read_evidence
+        from streamline_bench.gate.reference import write_reference
+
+        write_reference(read_evidence(run, progress=not quiet).figures, reference)
+        return
+    from streamline_bench.gate.judge import gate
+    from streamline_bench.gate.thresholds import Thresholds
+
+    result = gate(
+        run, against or run, thresholds=Thresholds(**thresholds), rows=rows, progress=not quiet
+    )
+    payload = result.model_dump_json(indent=2)
+    if output is not None:
+        from streamline_bench.core.staging import atomic_write_text
+
+        atomic_write_text(output, payload + "\n")
+    if as_json:
+        click.echo(payload)
+    else:
+        _show(result)
+    _tell_github(result, to_stderr=as_json)
+    if not result.passed:
+        sys.exit(1)
+
+
+def _show(result: GateResult) -> None:
+    from streamline_bench.core.terminal import printable
+    from streamline_bench.gate.table import to_table, verdict
+
+    print_table(to_table(result))
+    click.echo(verdict(result))
+    if result.new:
+        click.echo(f"Not in the reference: {printable(', '.join(result.new))}.")
+
+
+def _tell_github(result: GateResult, *, to_stderr: bool) -> None:
+    from streamline_bench.gate.github import append_summary, workflow_commands
+
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if summary:
+        append_summary(result, Path(summary))
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for line in workflow_commands(result):
+            click.echo(line, err=to_stderr)

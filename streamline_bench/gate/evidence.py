@@ -1,0 +1,197 @@
+"""Reads what a gate is given: a run folder, its leaderboard, or a reference file.
+
+A leaderboard has estimates only. Where ``run.json`` and the evaluations lie beside it, the answers
+are read too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from streamline_bench.errors import SamplesError
+from streamline_bench.gate.reference import (
+    KIND,
+    Reference,
+    RowReference,
+    SpeedReference,
+    TaskReference,
+    pack,
+    parse_reference,
+)
+from streamline_bench.report.run_folder import RUN_FILE, RunFile, read_run_file
+from streamline_bench.report.schema import Leaderboard, Row, TaskScore
+from streamline_bench.report.write import read_leaderboard
+from streamline_bench.stability.clusters import ClusterLabels, cluster_labels
+from streamline_bench.stability.metrics import choice_spread
+from streamline_bench.stability.samples import Samples, load_samples
+
+__all__ = ["Evidence", "read_evidence"]
+
+LEADERBOARD = "leaderboard.json"
+Key = tuple[str, str]
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A run or a reference, with what its questions are like where its samples are there.
+
+    Attributes:
+        clusters: (task, filter) -> which questions belong together.
+        spreads: (task, filter) -> spread of the dense model's choices, float64 [n].
+    """
+
+    figures: Reference
+    clusters: Mapping[Key, ClusterLabels | None] = field(default_factory=dict)
+    spreads: Mapping[Key, FloatArray] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> dict[str, RowReference]:
+        """Rows by label."""
+        return {row.label: row for row in self.figures.rows}
+
+
+def read_evidence(path: Path, *, progress: bool = True) -> Evidence:
+    """Read a run folder, a ``leaderboard.json`` or a reference file.
+
+    Raises:
+        SamplesError: there is none, or it is damaged.
+    """
+    file = path / LEADERBOARD if path.is_dir() else path
+    if not file.is_file():
+        advice = "make its report with streamline-bench report" if path.is_dir() else "check it"
+        raise SamplesError(f"There is no file '{file}'; {advice}.")
+    if _kind(file) == KIND:
+        return Evidence(parse_reference(json.loads(file.read_text(encoding="utf-8")), str(file)))
+    board = Leaderboard.model_validate(read_leaderboard(file))
+    run = read_run_file(file.parent) if (file.parent / RUN_FILE).is_file() else None
+    samples = _samples(file.parent, run, progress)
+    dense = samples.get(board.dense)
+    return Evidence(
+        Reference(
+            source=str(path),
+            title=board.title,
+            dense=board.dense,
+            method=board.method,
+            rows=tuple(_row(row, samples.get(row.label), board) for row in board.rows),
+            machine=_machine(file.parent, run),
+            versions=board.versions,
+        ),
+        clusters=_clusters(dense),
+        spreads={} if dense is None else _spreads(dense, board),
+    )
+
+
+def _kind(file: Path) -> Any:
+    try:
+        payload = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SamplesError(
+            f"{file} cannot be read ({error}); give a run folder, a {LEADERBOARD} or a reference."
+        ) from None
+    return payload.get("kind") if isinstance(payload, dict) else None
+
+
+def _samples(folder: Path, run: RunFile | None, progress: bool) -> dict[str, Samples]:
+    """Answers of the rows whose evaluations are there; a leaderboard may have been moved alone."""
+    if run is None:
+        return {}
+    return {
+        row.label: load_samples(folder / row.eval, run=row.label, progress=progress)
+        for row in run.rows
+        if row.failed is None and row.eval is not None and (folder / row.eval).exists()
+    }
+
+
+def _row(row: Row, samples: Samples | None, board: Leaderboard) -> RowReference:
+    speed = None
+    if row.throughput is not None:
+        known = row.throughput.model_dump(include=set(SpeedReference.model_fields))
+        speed = SpeedReference(**known)
+    return RowReference(
+        label=row.label,
+        is_dense=row.is_dense,
+        failed=row.failed,
+        tasks=tuple(
+            _task(score, samples, board.method.verdict) for score in row.tasks if score.main
+        ),
+        speed=speed,
+    )
+
+
+def _task(score: TaskScore, samples: Samples | None, verdict: str) -> TaskReference:
+    found: dict[str, Any] = {}
+    if samples is not None:
+        rows = _rows(samples, (score.task, score.filter))
+        if len(rows) != score.n or rows[verdict].isna().any():
+            raise SamplesError(
+                f"Row '{samples.info.run}' has {score.n} verdicts on task '{score.task}' in the "
+                f"leaderboard and {int(rows[verdict].notna().sum())} in '{samples.info.source}'; "
+                "make the report again."
+            )
+        found = {
+            "documents": _digest(rows),
+            "right": pack(rows[verdict].to_numpy(dtype=np.bool_)),
+        }
+    return TaskReference(
+        task=score.task,
+        filter=score.filter,
+        n=score.n,
+        accuracy=score.accuracy,
+        stability=score.comparison.stability if score.comparison else None,
+        **found,
+    )
+
+
+def _rows(samples: Samples, key: Key) -> pd.DataFrame:
+    frame = samples.frame
+    chosen: pd.DataFrame = frame[(frame["task"] == key[0]) & (frame["filter"] == key[1])]
+    ordered: pd.DataFrame = chosen.sort_values("doc_id", kind="stable", ignore_index=True)
+    return ordered
+
+
+def _digest(rows: pd.DataFrame) -> str:
+    columns = ["doc_hash", "prompt_hash", "target_hash", "request_hash"]
+    text = "\n".join(" ".join(values) for values in rows[columns].to_numpy().tolist())
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _keys(samples: Samples) -> list[Key]:
+    keys = samples.frame[["task", "filter"]].drop_duplicates()
+    return [(str(task), str(name)) for task, name in keys.to_numpy().tolist()]
+
+
+def _clusters(dense: Samples | None) -> dict[Key, ClusterLabels | None]:
+    if dense is None:
+        return {}
+    return {key: cluster_labels(_rows(dense, key)["cluster"]) for key in _keys(dense)}
+
+
+def _spreads(dense: Samples, board: Leaderboard) -> dict[Key, FloatArray]:
+    """Of the tasks with choices."""
+    found = {}
+    ddof = board.method.ddof
+    for key in _keys(dense):
+        rows = _rows(dense, key)
+        if all(isinstance(choices, list) and len(choices) > 1 for choices in rows["choices"]):
+            quantity: Any = board.method.quantity
+            found[key] = choice_spread(rows, quantity=quantity, ddof=ddof)
+    return found
+
+
+def _machine(folder: Path, run: RunFile | None) -> str | None:
+    if run is None or run.throughput is None or not (folder / run.throughput).exists():
+        return None
+    from streamline_bench.throughput.record import read_record
+
+    return read_record(folder / run.throughput).environment.machine_id

@@ -1,0 +1,152 @@
+"""What a gate compares with: figures of every row, and its verdicts, in one small file.
+
+A reference keeps one bit per answer, and a hash over the questions, so that later runs are compared
+answer by answer although the reference's evaluations are long gone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from streamline_bench.core.staging import atomic_write_text
+from streamline_bench.errors import SamplesError
+from streamline_bench.report.schema import Method
+from streamline_bench.stability.comparison import Estimate
+
+__all__ = [
+    "KIND",
+    "Reference",
+    "RowReference",
+    "SpeedReference",
+    "TaskReference",
+    "pack",
+    "parse_reference",
+    "unpack",
+    "write_reference",
+]
+
+KIND: Literal["streamline-bench gate reference"] = "streamline-bench gate reference"
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TaskReference(_Frozen):
+    """One task of one row, by the filter that summaries use.
+
+    Attributes:
+        stability: None for the dense row and for tasks without choices.
+        documents: hash over documents, prompts and expected answers in order; None without samples.
+        right: a bit per document (:func:`pack`), None without samples.
+    """
+
+    task: str
+    filter: str
+    n: int = Field(ge=1)
+    accuracy: Estimate
+    stability: Estimate | None = None
+    documents: str | None = None
+    right: str | None = None
+
+    @model_validator(mode="after")
+    def _bits(self) -> TaskReference:
+        if self.right is not None and len(self.right) != 2 * ((self.n + 7) // 8):
+            raise ValueError(f"task '{self.task}' has not one verdict for each of {self.n} answers")
+        return self
+
+
+class SpeedReference(_Frozen):
+    """Tokens per second of one row (fields as in ``ThroughputFigures``)."""
+
+    status: Literal["ok", "failed"]
+    reason: str | None = None
+    engine: str
+    device: str
+    dtype: str
+    clock: str | None = None
+    batch_size: int
+    output_tokens_per_second: float | None = None
+    low: float | None = None
+    high: float | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+
+
+class RowReference(_Frozen):
+    """One model; ``failed`` says why it has no result."""
+
+    label: str
+    is_dense: bool
+    failed: str | None = None
+    tasks: tuple[TaskReference, ...] = ()
+    speed: SpeedReference | None = None
+
+
+class Reference(_Frozen):
+    """A run, as far as a gate needs it.
+
+    Attributes:
+        source: folder or file that it was made from.
+        machine: id of the machine on which the speed was measured; None where nothing was.
+    """
+
+    kind: Literal["streamline-bench gate reference"] = KIND
+    schema_version: Literal[1] = 1
+    source: str
+    title: str
+    dense: str
+    method: Method
+    rows: tuple[RowReference, ...] = Field(min_length=1)
+    machine: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+def pack(right: BoolArray) -> str:
+    """Verdicts [n] as hexadecimal digits, eight to a byte, the first in the highest bit."""
+    return np.packbits(right).tobytes().hex()
+
+
+def unpack(text: str, n: int) -> BoolArray:
+    """The first ``n`` verdicts of :func:`pack`, bool [n]."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8), count=n)
+    right: BoolArray = bits.astype(np.bool_)
+    return right
+
+
+def write_reference(reference: Reference, path: Path) -> None:
+    """Write atomically.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    payload = reference.model_dump(mode="json", exclude_none=True)
+    atomic_write_text(path, json.dumps(payload, indent=1, ensure_ascii=False) + "\n")
+
+
+def parse_reference(payload: Any, origin: str) -> Reference:
+    """Validate what :func:`write_reference` wrote.
+
+    Raises:
+        SamplesError: it is damaged, or of another version.
+    """
+    version = payload.get("schema_version")
+    if isinstance(version, int) and version > 1:
+        raise SamplesError(
+            f"{origin} has schema version {version}, newer than 1; upgrade streamline-bench."
+        )
+    try:
+        return Reference.model_validate(payload)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "reference"
+        raise SamplesError(f"{origin}: '{where}': {first['msg']}.") from None
