@@ -1,0 +1,109 @@
+"""Running OpenCompass: what is missing is noticed although it ends with exit code 0."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from streamline_bench.errors import MissingDependencyError
+from streamline_bench.opencompass.execution import (
+    Environment,
+    OpenCompassError,
+    inspect_environment,
+    run_opencompass,
+)
+
+HERE = Environment(sys.executable, {}, 0)
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on PYTHONPATH with a stand-in for OpenCompass."""
+    folder = tmp_path / "site"
+    for package in ("opencompass", "opencompass/cli", "mmengine"):
+        (folder / package).mkdir(parents=True)
+        (folder / package / "__init__.py").touch()
+    source = Path(__file__).with_name("fake_opencompass.py")
+    shutil.copy(source, folder / "opencompass" / "cli" / "main.py")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return folder
+
+
+def run(tmp_path: Path, **options: bool) -> tuple[Path, list[str]]:
+    config = tmp_path / "config.py"
+    config.touch()
+    return run_opencompass(HERE, config, tmp_path / "run", progress=False, **options)
+
+
+def test_environment_with_and_without(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "streamline-bench" in inspect_environment(sys.executable).versions
+    shutil.rmtree(fake / "mmengine")
+    (fake / "mmengine.py").write_text("")
+    inspect_environment(sys.executable)
+    with pytest.raises(MissingDependencyError, match="cannot be used"):
+        inspect_environment(str(fake / "python"))
+
+
+def test_missing_opencompass_comes_with_the_command(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    answer = json.dumps({"versions": {}, "missing": ["opencompass", "mmengine"], "gpus": 0})
+    python.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    python.chmod(0o755)
+    with pytest.raises(MissingDependencyError, match="pip install --no-deps opencompass==0.5.4"):
+        inspect_environment(str(python))
+    python.write_text(f"#!/bin/sh\necho '{answer.replace('mmengine', 'streamline_bench')}'\n")
+    with pytest.raises(MissingDependencyError, match="lacks streamline-bench"):
+        inspect_environment(str(python))
+
+
+def test_a_run_that_is_whole(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found, command = run(tmp_path, in_process=True)
+    assert found == tmp_path / "run" / "work" / "20300101_000000"
+    assert command[1:3] == ["-m", "opencompass.cli.main"]
+    assert command[-1] == "--debug"
+    log = (tmp_path / "run" / "opencompass.log").read_text()
+    assert "started in scratch debug True" in log
+    assert (tmp_path / "run" / "scratch" / "data").resolve() == tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("no predictions", r"no predictions of model 'pruned' on 'two': ValueError: infer broke"),
+        ("no results", r"no results of model 'pruned' on 'two': ValueError: eval broke"),
+        ("error", r"could not evaluate model 'dense' on 'one' \(no pen\)"),
+        ("start", r"did not start: ModuleNotFoundError: No module named 'zebra'; see .*\.log"),
+    ],
+)
+def test_what_is_missing_is_named(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, sentence: str
+) -> None:
+    monkeypatch.setenv("FAKE", fault)
+    with pytest.raises(OpenCompassError, match=sentence):
+        run(tmp_path)
+
+
+def test_the_same_command_goes_on_and_half_written_files_are_made_again(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, _ = run(tmp_path)
+    half = found / "predictions" / "pruned" / "one.json"
+    half.write_text(half.read_text()[:9])
+    monkeypatch.setenv("ROUND", "2")
+    _, command = run(tmp_path)
+    assert command[-2:] == ["-r", "20300101_000000"]
+
+    def made(kind: str, name: str) -> str:
+        text = (found / kind / "pruned" / f"{name}.json").read_text()
+        return str(json.loads(text)["0"]["made"])
+
+    assert (made("predictions", "one"), made("results", "one")) == ("2", "2")
+    assert (made("predictions", "two"), made("results", "two")) == ("1", "1")

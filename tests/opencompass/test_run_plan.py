@@ -1,0 +1,103 @@
+"""Which models and data sets a run has, and the config written for it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_bench.errors import StreamlineBenchError
+from streamline_bench.methods import list_recipes
+from streamline_bench.opencompass.run_plan import ModelEntry, RunPlan, config_text, entries
+
+
+def plan(**changes: Any) -> RunPlan:
+    values: dict[str, Any] = {
+        "models": entries("hub/model", ["dense", "streamline"], {"sparsity": 0.5, "a.b": 1}),
+        "datasets": ("bundled", "piqa"),
+        "options": {"device": "cpu"},
+    }
+    return RunPlan(**{**values, **changes})
+
+
+def assigned(source: str, name: str) -> Any:
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
+            return ast.literal_eval(node.value)
+    raise AssertionError(name)
+
+
+def test_models_of_the_config() -> None:
+    dense, pruned = assigned(config_text(plan(batch_size=7, gpus=1)), "models")
+    assert dense["type"] == "streamline_bench.opencompass.StreamlineModel"
+    assert (dense["abbr"], dense["path"], dense["device"]) == ("dense", "hub/model", "cpu")
+    assert "recipe" not in dense
+    assert (pruned["recipe"], pruned["sparsity"], pruned["overrides"]) == (
+        "streamline",
+        0.5,
+        {"a.b": 1},
+    )
+    assert (pruned["batch_size"], pruned["run_cfg"]) == (7, {"num_gpus": 1})
+
+
+@pytest.mark.parametrize(
+    ("engine", "chat", "name"),
+    [
+        ("hf", True, "StreamlineChatModel"),
+        ("vllm", False, "StreamlineVLLM"),
+        ("vllm", True, "StreamlineVLLMChat"),
+    ],
+)
+def test_class_of_the_config(engine: str, chat: bool, name: str) -> None:
+    models = assigned(config_text(plan(engine=engine, chat=chat)), "models")
+    assert models[0]["type"].endswith(f".{name}")
+
+
+def test_data_sets_of_the_config() -> None:
+    text = config_text(plan(datasets=("c3", "other.configs.arc:ARC_datasets"), limit=9))
+    assert "from streamline_bench.opencompass.configs.paper import C3_datasets as" in text
+    assert "from other.configs.arc import ARC_datasets as datasets_1" in text
+    assert '"[0:9]"' in text
+    assert "summarizer" not in text
+    assert "import bundled_summarizer as summarizer" in config_text(plan())
+
+
+def test_names_in_the_config_are_quoted() -> None:
+    odd = ModelEntry("a", "x'\"\\\n]", "recipe'")
+    assert assigned(config_text(plan(models=(odd,))), "models")[0]["path"] == "x'\"\\\n]"
+
+
+def test_paths_are_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # OpenCompass runs in a folder of its own
+    (tmp_path / "model").mkdir()
+    (tmp_path / "mine.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    made = entries("model", ["dense", "./mine.yaml"], {}, [("other", "model")])
+    assert [each.path for each in made] == [str(tmp_path / "model")] * 3
+    assert (made[1].label, made[1].recipe) == ("mine", str(tmp_path / "mine.yaml"))
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(StreamlineBenchError, match=r"called 'hellaswg'.*hellaswag"):
+        plan(datasets=("hellaswg",))
+    with pytest.raises(StreamlineBenchError, match="no data sets called"):
+        plan(datasets=("os;import x:y",))
+    with pytest.raises(StreamlineBenchError, match="Two models are called 'dense'"):
+        plan(models=(ModelEntry("dense", "a"), ModelEntry("dense", "b")))
+    with pytest.raises(StreamlineBenchError, match="cannot name a model"):
+        ModelEntry("../dense", "a")
+
+
+def test_every_recipe_has_its_config(repository: Path) -> None:
+    folder = repository / "tasks" / "opencompass" / "models"
+    files = {path.stem.removeprefix("recipe_") for path in folder.glob("recipe_*.py")}
+    assert files == set(list_recipes())
+    source = repository / "streamline_bench" / "opencompass" / "configs" / "recipes.py"
+    text = source.read_text(encoding="utf-8")
+    for name in list_recipes():
+        assert f"\n{name}_models = [" in text
+        used = (folder / f"recipe_{name}.py").read_text(encoding="utf-8")
+        assert f"import {name}_models as models" in used.replace("(\n        ", "")
