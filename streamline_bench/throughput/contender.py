@@ -10,7 +10,7 @@ from typing import Any
 
 from streamline_bench.throughput.engines import Engine, EngineSettings, Loaded
 from streamline_bench.throughput.footprint import Footprint
-from streamline_bench.throughput.nvml import Device, visible_device
+from streamline_bench.throughput.nvml import Device
 from streamline_bench.throughput.offline import JOB
 from streamline_bench.throughput.peak_memory import PeakMemory
 from streamline_bench.throughput.process import ModelProcess, WorkerError
@@ -57,12 +57,14 @@ class RunningModel:
 
     Attributes:
         capacity: the largest batch that the engine is started for.
+        visible: the only accelerator that the process sees; None on a processor.
     """
 
     contender: Contender
     engine_name: str
     engine: type[Engine]
     settings: EngineSettings
+    visible: str | None
     timeout: float
     start_timeout: float
     log: Path
@@ -121,7 +123,9 @@ class RunningModel:
 
     def _load(self) -> None:
         started = time.perf_counter()
-        environment = process_environment(self.engine, self.settings)
+        environment = process_environment(
+            self.engine.environment(self.settings), self.settings, self.visible
+        )
         process = ModelProcess(JOB, environment, self.log)
         answer = process.ask(
             "load",
@@ -151,15 +155,17 @@ class RunningModel:
         return True
 
 
-def process_environment(engine: type[Engine], settings: EngineSettings) -> Mapping[str, str]:
+def process_environment(
+    of_engine: Mapping[str, str], settings: EngineSettings, visible: str | None
+) -> Mapping[str, str]:
     """Return the variables that a model's process needs beside this process's own."""
     environment = {
         "OMP_NUM_THREADS": str(settings.threads),
         "TOKENIZERS_PARALLELISM": "false",
-        **engine.environment(settings),
+        **of_engine,
     }
-    if not settings.on_cpu:
-        environment["CUDA_VISIBLE_DEVICES"] = visible_device(settings.device)
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
     return environment
 
 

@@ -169,7 +169,7 @@ def _running(
             kind,
             EngineSettings(
                 model=str(contender.folder),
-                device=setup.device,
+                device=setup.process_device,
                 dtype=dtype,
                 threads=setup.resolved_threads,
                 max_batch=largest,
@@ -180,6 +180,7 @@ def _running(
                 eager=setup.eager,
                 attention=setup.attention,
             ),
+            setup.visible_device,
             setup.timeout,
             setup.start_timeout,
             logs / f"{index:02d}.log",

@@ -28,7 +28,7 @@ class OfflineJob:
         self._engine = engine_class(engine)()
         loaded = self._engine.load(asked)
         if not asked.on_cpu:
-            self._device, _ = open_device(visible_device(asked.device))
+            self._device, _ = open_device(visible_device("cuda"))
         self._vocab, self._reserved = loaded.vocab_size, frozenset(loaded.reserved)
         return loaded.model_dump()
 

@@ -10,6 +10,7 @@ __all__ = ["is_out_of_memory", "kernel_kills"]
 _SIGNS = re.compile(
     r"out of memory|outofmemory|can't allocate memory|cannot allocate memory|MemoryError"
     r"|std::bad_alloc|no available memory for the cache blocks"
+    r"|available memory on node .* is less than requested"
     r"|larger than the available KV cache memory|less than desired GPU memory utilization",
     re.IGNORECASE,
 )

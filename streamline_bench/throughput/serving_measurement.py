@@ -149,11 +149,11 @@ class _Server:
         while attempts and self.contender.alive:
             attempts -= 1
             started = time.perf_counter()
-            environment = {
-                **process_environment(VLLMEngine, self.settings),
-                **vllm_environment(self.settings, in_process=False),
-            }
-            environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+            environment = process_environment(
+                vllm_environment(self.settings, in_process=False),
+                self.settings,
+                self.setup.visible_device,
+            )
             process = ModelProcess(JOB, environment, self.log)
             try:
                 answer = process.ask(
@@ -189,7 +189,7 @@ def _settings(
     sizes = [c.footprint for c in contenders if c.footprint is not None]
     return EngineSettings(
         model=str(contender.folder),
-        device=setup.device,
+        device=setup.process_device,
         dtype=dtype,
         threads=setup.resolved_threads,
         max_batch=sequences,

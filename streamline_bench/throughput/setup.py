@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from streamline_bench.errors import ThroughputError
 from streamline_bench.throughput.footprint import Footprint
+from streamline_bench.throughput.nvml import visible_device
 from streamline_bench.throughput.workload import Clock
 
 __all__ = ["DTYPES", "Setup", "cache_bytes", "resolved_dtype"]
@@ -57,6 +58,16 @@ class Setup(BaseModel):
     def on_cpu(self) -> bool:
         """Whether a processor runs the models."""
         return self.device == "cpu"
+
+    @property
+    def visible_device(self) -> str | None:
+        """The entry of ``CUDA_VISIBLE_DEVICES`` that the models' processes get."""
+        return None if self.on_cpu else visible_device(self.device)
+
+    @property
+    def process_device(self) -> str:
+        """The device as a model's process names it: it sees one accelerator only."""
+        return "cpu" if self.on_cpu else "cuda"
 
     @property
     def resolved_clock(self) -> Clock:

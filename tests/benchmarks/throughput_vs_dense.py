@@ -1,0 +1,222 @@
+"""Tokens per second of a dense model and of its variants with a quarter less, in one run.
+
+    python tests/benchmarks/throughput_vs_dense.py --engines hf,vllm --output reports/throughput
+
+A random Llama in which layers dominate (24 layers, hidden 512, a small vocabulary) is compressed by
+our own recipes with as little calibration and training as they take: speed depends on shapes, not
+on what was learnt. Each model runs in a process of its own on one thread, and they take turns round
+by round; tokens are counted against processor seconds, which other work on the machine disturbs
+less than wall time. Printed and written: the ratio to dense with its interval over the rounds, the
+ratio that size alone would give (layers, or floating-point operations), and the share reached.
+Target: at least 0.95 of the ideal for models that lost whole layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from streamline_bench.core.staging import atomic_write_text
+from streamline_bench.throughput import Setup, ThroughputRecord, Workload, measure
+
+VARIANTS = {
+    "none": "streamline_none",
+    "layer": "streamline",
+    "ffn": "streamline_ffn",
+    "swiglu_res": "streamline_swiglu_res",
+    "llm_pruner": "llm_pruner_uniform",
+    "slicegpt": "slicegpt",
+}
+"""What it is called in the table -> recipe."""
+
+DEPTH = ("none", "layer")
+TARGET = 0.95
+SIZES = {
+    "vocab_size": 2048,
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def build_dense(folder: Path, sizes: dict[str, Any]) -> None:
+    """Save a random Llama with a tokenizer of its vocabulary."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
+    model.save_pretrained(folder)
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(sizes["vocab_size"] - 4))]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)
+
+
+def build_variants(work: Path, sizes: dict[str, Any], names: list[str]) -> dict[str, Path]:
+    """Return label -> folder of the dense model and the variants asked for, made in ``work``."""
+    from streamline_bench.methods import compress, load_recipe
+
+    dense, text = work / "dense", work / "text.txt"
+    build_dense(dense, sizes)
+    lines = [" ".join(f"w{(i * 7 + j * 13) % 900}" for j in range(80)) for i in range(40)]
+    text.write_text("\n\n".join(lines), encoding="utf-8")
+    small = {"calibration": str(text), "sequence_length": 32, "sparsity": 0.25}
+    folders = {"dense": dense}
+    for name in names:
+        recipe = load_recipe(VARIANTS[name], small)
+        if recipe.training is not None:
+            few = {**small, "training.min_steps": 2, "training.epochs": 1}
+            recipe = load_recipe(VARIANTS[name], few)
+        print(f"compressing: {name}", flush=True)
+        folders[name] = compress(dense, recipe, work / name, progress=False)
+    return folders
+
+
+def rows_of(record: ThroughputRecord) -> list[dict[str, Any]]:
+    """One row per model and batch size; nothing of the machine's folders."""
+    rows = []
+    for model in record.models:
+        for point in model.points:
+            row: dict[str, Any] = {
+                "engine": record.engine,
+                "model": model.label,
+                "batch_size": point.batch_size,
+                "status": point.status,
+                "reason": point.reason,
+                "layers": model.layers,
+                "parameters": model.parameters,
+                "kv_bytes_per_token": model.kv_bytes_per_token,
+                "kv_cache_tokens": model.kv_cache_tokens,
+                "start_seconds": model.start_seconds,
+                "peak_memory_bytes": point.peak_memory_bytes,
+                "tokens_per_cpu_second": point.output_tokens_per_cpu_second,
+                "tokens_per_wall_second": point.output_tokens_per_wall_second,
+                "ideal": model.ideal.model_dump() if model.ideal else None,
+                "ratio": point.ratio.model_dump() if point.ratio else None,
+            }
+            if point.ratio and model.ideal:
+                row["of_ideal"] = point.ratio.value / model.ideal.ratio
+            rows.append(row)
+    return rows
+
+
+def markdown(records: list[ThroughputRecord], sizes: dict[str, Any]) -> str:
+    """The table, and how it was made."""
+    first = records[0]
+    work, where = first.workload, first.environment
+    lines = [
+        "# Throughput of variants with a quarter less",
+        "",
+        f"A random Llama: {sizes['num_hidden_layers']} layers, hidden {sizes['hidden_size']}, "
+        f"vocabulary {sizes['vocab_size']}, {first.dtype}; variants by our own recipes at sparsity "
+        f"0.25. {where.device_name}, {where.threads} thread, "
+        f"{work.prompt_tokens} + {work.output_tokens} tokens, {work.rounds} rounds, models taking "
+        "turns round by round; load averages before and after: "
+        + "; ".join(f"{r.engine} {_load(r)}" for r in records)
+        + ".",
+        "",
+        "Tokens per processor second: median over the rounds. Ratio: median over paired rounds, "
+        "with its 95 % interval. Ideal: layers where whole layers are gone, else floating-point "
+        "operations. Written by `tests/benchmarks/throughput_vs_dense.py`.",
+        "",
+        "| engine | batch | model | tokens / CPU s | tokens / s | ratio to dense | ideal | of "
+        "ideal | KV bytes/token |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for record in records:
+        for batch in record.workload.batch_sizes:
+            lines += [_line(r) for r in rows_of(record) if r["batch_size"] == batch]
+    versions = ", ".join(f"{r.engine}: {r.environment.engine_version}" for r in records)
+    return "\n".join([*lines, "", f"Engines: {versions}.", ""])
+
+
+def _load(record: ThroughputRecord) -> str:
+    return ", ".join("?" if v is None else f"{v:.1f}" for v in record.environment.load_average)
+
+
+def _line(row: dict[str, Any]) -> str:
+    head = f"| {row['engine']} | {row['batch_size']} | {row['model']} |"
+    if row["status"] != "ok":
+        return f"{head} failed: {row['reason']} | | | | | |"
+    ratio, ideal = row["ratio"], row["ideal"]
+    ends = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if row["model"] != "dense" else ""
+    return (
+        f"{head} {row['tokens_per_cpu_second']:.1f} | {row['tokens_per_wall_second']:.1f} | "
+        f"{ratio['value']:.3f}{ends} | {ideal['ratio']:.3f} ({ideal['kind']}) | "
+        f"{row['of_ideal']:.3f} | {row['kv_bytes_per_token']} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--engines", default="hf", help="hf, vllm or both")
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--batch", default="1,16")
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--output-tokens", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=SIZES["num_hidden_layers"])
+    parser.add_argument("--folder", type=Path, help="where the models are made, and kept")
+    parser.add_argument("--output", type=Path, help="folder for throughput.json and throughput.md")
+    options = parser.parse_args()
+    sizes = {**SIZES, "num_hidden_layers": options.layers}
+    workload = Workload(
+        batch_sizes=tuple(int(size) for size in options.batch.split(",")),
+        prompt_tokens=options.prompt_tokens,
+        output_tokens=options.output_tokens,
+        rounds=options.rounds,
+    )
+    with tempfile.TemporaryDirectory() as passing:
+        work = options.folder or Path(passing)
+        made = json.loads((work / "made.json").read_text()) if (work / "made.json").exists() else {}
+        folders = {name: Path(folder) for name, folder in made.items()}
+        if not folders:
+            folders = build_variants(work, sizes, options.variants.split(","))
+            made = {name: str(folder) for name, folder in folders.items()}
+            (work / "made.json").write_text(json.dumps(made))
+        records = [
+            measure(
+                folders, dense="dense", engine=engine, workload=workload, setup=Setup(threads=1)
+            )
+            for engine in options.engines.split(",")
+        ]
+    print(markdown(records, sizes))
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        payload = {
+            "sizes": sizes,
+            "workload": workload.model_dump(mode="json"),
+            "environments": {
+                r.engine: {"clock": r.clock, "dtype": r.dtype, **r.environment.model_dump()}
+                for r in records
+            },
+            "rows": [row for record in records for row in rows_of(record)],
+        }
+        atomic_write_text(options.output / "throughput.json", json.dumps(payload, indent=2) + "\n")
+        atomic_write_text(options.output / "throughput.md", markdown(records, sizes))
+
+
+if __name__ == "__main__":
+    main()

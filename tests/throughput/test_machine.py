@@ -1,0 +1,141 @@
+"""One id for one machine, and readings that a test machine may not have."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import psutil
+import pytest
+
+from streamline_bench.throughput import Setup, machine, nvml
+from streamline_bench.throughput.contender import process_environment
+from streamline_bench.throughput.engines import EngineSettings
+from streamline_bench.throughput.engines.vllm import VLLMEngine
+from streamline_bench.throughput.meters import Stopwatch
+from streamline_bench.throughput.peak_memory import PeakMemory
+
+SMI = "#!/bin/sh\necho 'NVIDIA H200, 570.1'\necho 'NVIDIA H200, 570.1'\n"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_devices() -> None:
+    machine.accelerators.cache_clear()
+
+
+def test_id_is_stable_and_names_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = machine.machine_id()
+    assert first == machine.machine_id()
+    assert len(first) == 16 and int(first, 16) >= 0
+    monkeypatch.setenv(machine.HOST_VARIABLE, "another")
+    assert machine.machine_id() != first
+
+
+def test_accelerators_are_those_of_the_driver(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.accelerators() == ()
+    alone = machine.machine_id()
+    machine.accelerators.cache_clear()
+    (tmp_path / "nvidia-smi").write_text(SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    assert machine.accelerators() == (machine.Accelerator("NVIDIA H200", "570.1"),) * 2
+    assert machine.machine_id() != alone
+
+
+def test_visible_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [nvml.visible_device(name) for name in ("cuda", "cuda:0", "cuda:2")] == ["0", "0", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-abc")
+    assert [nvml.visible_device(name) for name in ("cuda", "cuda:1")] == ["3", "GPU-abc"]
+
+
+def test_a_models_process_sees_its_own_accelerator_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-abc")
+    setup = Setup(device="cuda:1")
+    settings = EngineSettings(model="m", device=setup.process_device, sequence_tokens=1)
+    given = process_environment(VLLMEngine.environment(settings), settings, setup.visible_device)
+    assert given["CUDA_VISIBLE_DEVICES"] == "GPU-abc" and settings.device == "cuda"
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in given
+    on_cpu = EngineSettings(model="m", sequence_tokens=1, threads=3)
+    given = process_environment(VLLMEngine.environment(on_cpu), on_cpu, Setup().visible_device)
+    assert "CUDA_VISIBLE_DEVICES" not in given and given["OMP_NUM_THREADS"] == "3"
+    assert given["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+class FakeNVML(types.ModuleType):
+    """Two processes on the device; energy rises by 1500 mJ a reading."""
+
+    class NVMLError(Exception):
+        pass
+
+    millijoules = 0
+
+    def nvmlInit(self) -> None: ...  # noqa: N802
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:  # noqa: N802
+        if index:
+            raise self.NVMLError("Invalid Argument")
+        return "handle"
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:  # noqa: N802
+        self.millijoules += 1500
+        return self.millijoules
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[object]:  # noqa: N802
+        held = {os.getpid(): 7_000, 1: 90_000}
+        return [types.SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in held.items()]
+
+
+def test_energy_and_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNVML("pynvml"))
+    device, remark = nvml.open_device("0")
+    assert device is not None and remark == "NVML"
+    assert Stopwatch(device).read().energy_joules == 1.5
+    with PeakMemory(os.getpid(), device) as peak:
+        pass
+    assert peak.bytes == 7_000  # that of other processes does not count
+    missing, remark = nvml.open_device("1")
+    assert missing is None and remark == "not read: NVML: Invalid Argument"
+
+
+def test_without_nvml_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    device, remark = nvml.open_device("0")
+    assert device is None and "pip install nvidia-ml-py" in remark
+
+
+def test_a_stopwatch_counts_the_work_of_running_children() -> None:
+    burn = "import time\nend = time.process_time() + 30\nwhile time.process_time() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", burn]) as child:
+        watch = Stopwatch()
+        before = sum(psutil.Process(child.pid).cpu_times()[:2])
+        while sum(psutil.Process(child.pid).cpu_times()[:2]) < before + 0.3:
+            pass
+        reading = watch.read()
+        child.kill()
+    assert reading.cpu_seconds >= 0.25
+    assert reading.energy_joules is None
+
+
+def test_peak_memory_sees_children_and_what_is_given_back() -> None:
+    code = "data = bytearray(60_000_000); print('ready', flush=True); input(); del data; input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None and child.stdin is not None
+        child.stdout.readline()
+        with PeakMemory(os.getpid()) as peak:
+            while peak.bytes is None:
+                pass
+            child.stdin.write(b"\n")
+            child.stdin.flush()
+        held = peak.bytes
+        child.kill()
+    assert held is not None
+    assert held > psutil.Process().memory_info().rss + 50_000_000
