@@ -75,3 +75,70 @@ def make_run(opencompass_files: Any) -> Callable[..., Path]:
 def reference_run(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run to compare with. Do not modify."""
     return make_run(tmp_path_factory.mktemp("reference"))
+
+
+@pytest.fixture(scope="session")
+def make_throughput() -> Callable[..., dict[str, Any]]:
+    """Return a function that makes a ``throughput.json`` of the rows of ``make_run``.
+
+    ``make(dense=100, streamline=130, shortgpt=None)``: tokens per second, None for a failure.
+    """
+
+    def make(
+        *,
+        machine: str = "machine-1",
+        device: str = "a processor",
+        spread: float = 0.01,
+        dtype: str = "float32",
+        **rates: float | None,
+    ) -> dict[str, Any]:
+        rates = {"dense": 100.0, "streamline": 130.0, "shortgpt": 130.0, **rates}
+        return {
+            "created": "2026-01-02T03:04:05+00:00",
+            "engine": "hf",
+            "mode": "offline",
+            "dense": "dense",
+            "dtype": dtype,
+            "clock": "cpu",
+            "confidence": 0.95,
+            "interleaved": True,
+            "workload": {"batch_sizes": [8]},
+            "environment": {
+                "machine_id": machine,
+                "device": "cpu",
+                "device_name": device,
+                "driver": None,
+                "cpu_count": 2,
+                "threads": 1,
+                "engine_version": "5",
+                "versions": {},
+                "memory": "rss",
+                "energy": "not read",
+            },
+            "models": [
+                _model(label, rate, rates["dense"], spread) for label, rate in rates.items()
+            ],
+        }
+
+    return make
+
+
+def _model(label: str, rate: float | None, dense: float | None, spread: float) -> dict[str, Any]:
+    point: dict[str, Any] = {"batch_requested": 8, "batch_size": 8, "status": "failed"}
+    if rate is None:
+        point["reason"] = "killed by signal 9"
+    else:
+        ends = {"low": rate * (1 - spread), "high": rate * (1 + spread)}
+        point |= {"status": "ok", "output_tokens_per_second": {"median": rate, **ends}}
+        if dense is not None:
+            ratio = rate / dense
+            ends = {"low": ratio * (1 - spread), "high": ratio * (1 + spread)}
+            point["ratio"] = {"value": ratio, **ends}
+    reason = None if rate is not None else point["reason"]
+    return {
+        "label": label,
+        "model": label,
+        "status": point["status"],
+        "reason": reason,
+        "points": [point],
+    }

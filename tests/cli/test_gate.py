@@ -1,0 +1,80 @@
+"""``streamline-bench gate``: exit codes, files, and what GitHub Actions is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_bench.report.run_folder import RunFile, RunRow, build_report, write_run_file
+from streamline_bench.stability.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def runs(opencompass_files: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run, and one whose pruned model lost most of its right answers."""
+    made = []
+    for name in ("good", "bad"):
+        folder = tmp_path_factory.mktemp(name)
+        for seed, label in enumerate(("dense", "pruned")):
+            entries = opencompass_files.ppl(200, seed=seed)
+            for number, entry in enumerate(entries):
+                if number % 3:
+                    entry["prediction"] = entry["gold"]
+                if name == "bad" and label == "pruned" and number % 2:
+                    entry["prediction"] = next(x for x in "ABCD" if x != entry["gold"])
+            opencompass_files.write(folder / label, "arc", entries)
+        rows = [RunRow(label=label, eval=label) for label in ("dense", "pruned")]
+        write_run_file(folder, RunFile(dense="dense", rows=rows))
+        build_report(folder, settings=Settings(draws=100), progress=False)
+        made.append(folder)
+    return made[0], made[1]
+
+
+def test_open_and_closed(call: Callable[..., Any], runs: tuple[Path, Path]) -> None:
+    good, bad = runs
+    same = call("gate", good, "--against", good, "--draws", 200)
+    assert same.code == 0 and "Gate open" in same.out
+    lost = call("gate", bad, "--against", good, "--draws", 200)
+    assert lost.code == 1 and "Gate closed" in lost.out and "regressed" in lost.out
+
+
+def test_reference_file_and_json(
+    call: Callable[..., Any], runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    good, bad = runs
+    reference, output = tmp_path / "reference.json", tmp_path / "gate.json"
+    assert call("gate", good, "--write-reference", reference).code == 0
+    arguments = ("--against", reference, "--draws", 200, "--json", "-o", output, "--quiet")
+    ended = call("gate", bad, *arguments)
+    assert ended.code == 1
+    printed = json.loads(ended.out)
+    assert printed == json.loads(output.read_text())
+    assert printed["kind"] == "streamline-bench gate"
+    assert call("gate", bad, *arguments, "--row", "dense").code == 0
+
+
+def test_github(
+    call: Callable[..., Any],
+    runs: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    ended = call("gate", runs[1], "--against", runs[0], "--draws", 200)
+    assert "\n::error title=pruned%2C arc%3A accuracy::" in ended.out
+    assert "**Gate closed" in (tmp_path / "summary.md").read_text()
+    json.loads(call("gate", runs[1], "--against", runs[0], "--draws", 200, "--json").out)
+
+
+def test_user_errors(call: Callable[..., Any], runs: tuple[Path, Path], tmp_path: Path) -> None:
+    assert call("gate", runs[0]).code == 2
+    assert call("gate", runs[0], "--against", runs[0], "--write-reference", tmp_path).code == 2
+    missing = call("gate", tmp_path, "--against", runs[0])
+    assert missing.code == 2 and "leaderboard.json" in missing.err
+    wrong = call("gate", runs[0], "--against", runs[0], "--row", "prunde")
+    assert wrong.code == 2 and "did you mean 'pruned'" in wrong.err

@@ -1,0 +1,88 @@
+"""What GitHub is told; names from models and files cannot break out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from streamline_bench.errors import OutputError
+from streamline_bench.gate.github import append_summary, to_markdown, workflow_commands
+from streamline_bench.gate.result import Check, GateResult
+from streamline_bench.gate.table import cells, ordered, verdict
+from streamline_bench.gate.thresholds import Thresholds
+from streamline_bench.report.formats import MINUS
+
+HOSTILE = "a|b<script>,c:\n::set-output name=x::100%\x1b[31m"
+
+
+def result(*checks: Check, strict: bool = False) -> GateResult:
+    return GateResult(
+        run="run", against="ref", thresholds=Thresholds(strict=strict), checks=tuple(checks)
+    )
+
+
+def check(status: str, row: str = "streamline", **fields: object) -> Check:
+    numbers = {"reference": 0.5, "value": 0.4, "change": -0.1, "low": -0.15, "high": -0.05}
+    return Check.model_validate(
+        {"row": row, "quantity": "accuracy", "task": "arc", "status": status, **numbers, **fields}
+    )
+
+
+def test_an_error_for_what_closes_the_gate_and_a_warning_for_the_unclear() -> None:
+    found = result(check("ok"), check("cannot tell", "b"), check("regressed", "c"))
+    commands = [line.replace(MINUS, "-") for line in workflow_commands(found)]
+    assert commands == [
+        "::error title=c%2C arc%3A accuracy::accuracy regressed: 50.0 before, 40.0 now "
+        "(change -10.0, -15.0 to -5.0)",
+        "::warning title=b%2C arc%3A accuracy::accuracy cannot tell: 50.0 before, 40.0 now "
+        "(change -10.0, -15.0 to -5.0)",
+    ]
+    strict = result(check("cannot tell"), strict=True)
+    assert workflow_commands(strict)[0].startswith("::error")
+    assert not strict.passed
+
+
+def test_not_more_than_github_shows() -> None:
+    commands = workflow_commands(result(*(check("regressed", f"row{i}") for i in range(25))))
+    assert len(commands) == 10
+    assert commands[-1].endswith("::16 more checks fail")
+
+
+def test_hostile_names_stay_in_their_line() -> None:
+    (command,) = workflow_commands(result(check("regressed", HOSTILE, reason=HOSTILE)))
+    assert "\n" not in command and "\x1b" not in command
+    title, _, text = command.removeprefix("::error title=").partition("::")
+    assert ":" not in title and "," not in title
+    assert "100%25" in title and "100%25" in text
+
+
+def test_markdown_escapes_and_folds() -> None:
+    text = to_markdown(result(check("regressed", HOSTILE), check("ok")))
+    assert "<script>" not in text and "\\|b" in text
+    assert "<details><summary>1 more checks</summary>" in text
+    lines = text.splitlines()
+    table = [line for line in lines if line.startswith("| ")]
+    unescaped = {line.replace("\\|", "").count("|") for line in table}
+    assert unescaped == {9}, "eight columns in every line"
+
+
+def test_summary_is_appended(tmp_path: Path) -> None:
+    path = tmp_path / "summary.md"
+    path.write_text("before\n")
+    append_summary(result(check("ok")), path)
+    text = path.read_text()
+    assert text.startswith("before\n### streamline-bench gate") and "Gate open" in text
+    with pytest.raises(OutputError, match="cannot be written"):
+        append_summary(result(check("ok")), tmp_path / "no" / "summary.md")
+
+
+def test_the_worst_comes_first_and_speed_is_relative() -> None:
+    found = result(check("ok"), check("not compared"), check("missing"), check("regressed"))
+    assert [c.status for c in ordered(found)] == ["missing", "regressed", "not compared", "ok"]
+    assert verdict(found) == "Gate closed: 2 of 3 checks fail."
+    speed = check(
+        "ok", quantity="tokens/s", task=None, reference=1234.0, value=1300.0, change=0.0535
+    )
+    assert cells(speed)[1:6] == ["", "tokens/s", "1,234", "1,300", "+5.3 %"]
+    assert cells(check("ok", task=None))[1] == "mean over tasks"
