@@ -198,8 +198,8 @@ def _swept(
     rounds = len(workload.batch_sizes) * (workload.rounds + workload.warmup_rounds)
     groups = [[model] for model in running] if one_at_a_time else [running]
     measured: dict[str, list[Measured]] = {}
-    total = rounds * len(running)
-    with tqdm(total=total, desc="measuring", unit="round", disable=not progress) as bar:
+    total = (1 + rounds) * len(running)
+    with tqdm(total=total, desc="measuring", unit="step", disable=not progress) as bar:
         for group in groups:
             measured.update(sweep(group, workload, bar.update))
     return measured

@@ -20,6 +20,7 @@ from typing import Any
 
 from streamline_bench.errors import ThroughputError
 from streamline_bench.throughput.engines import EngineSettings
+from streamline_bench.throughput.engines.vllm import memory_flags, vllm_version
 from streamline_bench.throughput.record import Latency, ServingPoint
 
 __all__ = ["JOB", "SERVED_NAME", "ServingJob", "bench_command", "point_of", "server_command"]
@@ -47,8 +48,6 @@ class ServingJob:
         Raises:
             ThroughputError: it ended instead; its log says why.
         """
-        from streamline_bench.throughput.engines.vllm import vllm_version
-
         self._settings = EngineSettings.model_validate(settings)
         self._port = port
         command = server_command(self._settings, port)
@@ -103,6 +102,11 @@ class ServingJob:
 def server_command(settings: EngineSettings, port: int) -> list[str]:
     """Return the command line of the server."""
     eager = settings.on_cpu if settings.eager is None else settings.eager
+    memory = [
+        part
+        for name, value in memory_flags(settings).items()
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
     prefix = "--enable-prefix-caching" if settings.prefix_caching else "--no-enable-prefix-caching"
     return [
         *_VLLM, "serve", settings.model,
@@ -112,8 +116,7 @@ def server_command(settings: EngineSettings, port: int) -> list[str]:
         "--seed", str(settings.seed),
         "--max-model-len", str(settings.sequence_tokens),
         "--max-num-seqs", str(settings.max_batch),
-        *(["--kv-cache-memory-bytes", str(settings.kv_cache_bytes)]
-          if settings.kv_cache_bytes else []),
+        *memory,
         *(["--enforce-eager"] if eager else []),
         prefix,
     ]  # fmt: skip

@@ -39,7 +39,7 @@ def sweep(
 
     Args:
         models: those to take turns; they are started and ended here.
-        advance: called after every round of every model.
+        advance: called when a model was started, and after every round of every model.
 
     Returns:
         The points of each model, by label, in the workload's order.
@@ -48,6 +48,7 @@ def sweep(
     try:
         for model in models:
             model.start()
+            advance()
         for batch in workload.batch_sizes:
             for label, measured in _point(models, batch, workload, advance).items():
                 points[label].append(measured)

@@ -10,7 +10,9 @@ from typing import Any
 from streamline_bench.errors import MissingDependencyError
 from streamline_bench.throughput.engines.base import Engine, EngineSettings, Loaded
 
-__all__ = ["VLLMEngine", "require_vllm", "vllm_environment", "vllm_version"]
+__all__ = ["VLLMEngine", "memory_flags", "require_vllm", "vllm_environment", "vllm_version"]
+
+_CHECKED_SHARE = 0.05
 
 
 class VLLMEngine(Engine):
@@ -42,10 +44,10 @@ class VLLMEngine(Engine):
             "seed": settings.seed,
             "max_num_seqs": settings.max_batch,
             "max_model_len": settings.sequence_tokens,
-            "kv_cache_memory_bytes": settings.kv_cache_bytes,
             "enable_prefix_caching": settings.prefix_caching,
             "enforce_eager": settings.on_cpu if settings.eager is None else settings.eager,
             "skip_tokenizer_init": True,
+            **memory_flags(settings),
         }
         self._llm = LLM(model=settings.model, disable_log_stats=True, **flags)
         config = self._llm.llm_engine.vllm_config
@@ -113,6 +115,21 @@ def vllm_environment(settings: EngineSettings, *, in_process: bool) -> Mapping[s
     if in_process:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return environment
+
+
+def memory_flags(settings: EngineSettings) -> dict[str, Any]:
+    """Return how much memory the engine takes.
+
+    The cache's size is given, so vLLM sizes nothing by its share of the device. It checks all the
+    same that this share (nine tenths, unless told) is free when it starts, which fails beside other
+    models: hence a small one.
+    """
+    flags: dict[str, Any] = {}
+    if settings.kv_cache_bytes is not None:
+        flags["kv_cache_memory_bytes"] = settings.kv_cache_bytes
+        if not settings.on_cpu:
+            flags["gpu_memory_utilization"] = _CHECKED_SHARE
+    return flags
 
 
 def _cache_tokens(cache: Any) -> int | None:

@@ -1,0 +1,54 @@
+"""How vLLM is called; needs no vLLM."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from streamline_bench.throughput.engines import EngineSettings
+from streamline_bench.throughput.engines.vllm import memory_flags
+from streamline_bench.throughput.serving import bench_command, server_command
+
+ON_GPU = EngineSettings(
+    model="m", device="cuda", dtype="bfloat16", sequence_tokens=64, kv_cache_bytes=1000
+)
+
+
+def pairs(command: list[str]) -> set[tuple[str, str]]:
+    return set(itertools.pairwise(command))
+
+
+def test_a_given_cache_lifts_the_check_of_the_devices_share() -> None:
+    """Else the second of two models on one device would not start."""
+    assert memory_flags(ON_GPU) == {"kv_cache_memory_bytes": 1000, "gpu_memory_utilization": 0.05}
+    on_cpu = ON_GPU.model_copy(update={"device": "cpu"})
+    assert memory_flags(on_cpu) == {"kv_cache_memory_bytes": 1000}
+    assert memory_flags(ON_GPU.model_copy(update={"kv_cache_bytes": None})) == {}
+
+
+def test_server_command() -> None:
+    command = server_command(ON_GPU, 8123)
+    assert {("serve", "m"), ("--port", "8123"), ("--dtype", "bfloat16")} <= pairs(command)
+    assert ("--gpu-memory-utilization", "0.05") in pairs(command)
+    assert "--no-enable-prefix-caching" in command and "--enforce-eager" not in command
+    asked = ON_GPU.model_copy(update={"prefix_caching": True, "device": "cpu"})
+    command = server_command(asked, 8123)
+    assert "--enable-prefix-caching" in command and "--enforce-eager" in command
+    assert "--no-enforce-eager" not in server_command(ON_GPU.model_copy(update={"eager": False}), 1)
+
+
+def test_client_command() -> None:
+    lengths = {"prompt_tokens": 5, "output_tokens": 6, "requests": 7}
+    command = bench_command(
+        ON_GPU, 8123, float("inf"), Path("/d/r.json"), max_concurrency=3, **lengths
+    )
+    expected = {
+        ("--request-rate", "inf"), ("--num-prompts", "7"), ("--max-concurrency", "3"),
+        ("--random-input-len", "5"), ("--random-output-len", "6"), ("--tokenizer", "m"),
+        ("--result-dir", "/d"), ("--result-filename", "r.json"),
+        ("--percentile-metrics", "ttft,tpot,itl,e2el"), ("--metric-percentiles", "50,90,99"),
+    }  # fmt: skip
+    assert expected <= pairs(command)
+    assert "--ignore-eos" in command and "--save-result" in command
+    command = bench_command(ON_GPU, 1, 2.5, Path("/r"), max_concurrency=None, **lengths)
+    assert ("--request-rate", "2.5") in pairs(command) and "--max-concurrency" not in command
