@@ -7,30 +7,37 @@ weight and verdict form a cell, and a resample is a multinomial draw over the ce
 its mean weight; that leaves out only the variance of weights inside a cell.
 
 Clusters (documents of one passage, of one subject) are resampled whole. Those with the same sums
-are interchangeable, so this too is a multinomial draw, over the distinct sums.
+are interchangeable, so this too is a multinomial draw, over the distinct sums. Percentiles of few
+clusters are too narrow: below :data:`FEW_UNITS` the interval is Student's, with the draws' error.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from streamline_bench.stability.means import t_quantile
 from streamline_bench.stability.paired import Outcomes
 
 __all__ = [
+    "FEW_UNITS",
     "MAX_CELLS",
     "Interval",
+    "bootstrap_interval",
     "cluster_draws",
     "outcome_draws",
     "percentile_interval",
     "ratio_draws",
     "stability_draws",
+    "student_error",
     "task_generator",
 ]
 
+FEW_UNITS = 20
 MAX_CELLS = 128
 _CHUNK = 4_000_000  # counts held at once
 
@@ -55,6 +62,21 @@ def percentile_interval(draws: FloatArray, confidence: float = 0.95) -> Interval
     tail = (1 - confidence) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     return Interval(float(low), float(high))
+
+
+def student_error(draws: FloatArray, units: int) -> float:
+    """Standard error from draws over few units, whose own spread is too small by (units - 1)."""
+    return float(draws.std()) * math.sqrt(units / (units - 1))
+
+
+def bootstrap_interval(
+    value: float, draws: FloatArray, units: int, confidence: float
+) -> tuple[Interval, str]:
+    """Interval of ``value`` from draws over resampled units, and its name."""
+    if not 1 < units < FEW_UNITS:
+        return percentile_interval(draws, confidence), "bootstrap"
+    half = t_quantile(confidence, units - 1) * student_error(draws, units)
+    return Interval(value - half, value + half), "Student with bootstrap error"
 
 
 def outcome_draws(outcomes: Outcomes, draws: int, generator: np.random.Generator) -> FloatArray:

@@ -10,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from streamline_bench.stability.comparison import Decision, Estimate
+from streamline_bench.stability.means import t_quantile
 from streamline_bench.stability.paired import Outcomes, newcombe_at
 
 __all__ = [
     "POWER",
     "decide",
+    "detectable_at",
     "detectable_difference",
     "holm",
     "noninferiority",
@@ -93,6 +95,20 @@ def detectable_difference(
         middle = (low + high) / 2
         low, high = (low, middle) if found(middle) else (middle, high)
     return high
+
+
+def detectable_at(error: float, confidence: float, freedom: int | None = None) -> float | None:
+    """The same from the standard error of a difference; None if it is more than 1.
+
+    Args:
+        freedom: degrees of freedom of the error; None for the normal limit.
+    """
+    if freedom is None:
+        normal = NormalDist()
+        quantiles = normal.inv_cdf(0.5 + confidence / 2) + normal.inv_cdf(POWER)
+    else:
+        quantiles = t_quantile(confidence, freedom) + t_quantile(2 * POWER - 1, freedom)
+    return quantiles * error if quantiles * error <= 1 else None
 
 
 def decide(difference: Estimate, margin: float, *, significant: bool) -> Decision:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from streamline_bench.stability.bootstrap import (
-    percentile_interval,
+    bootstrap_interval,
     ratio_draws,
     stability_draws,
     task_generator,
@@ -17,10 +16,8 @@ from streamline_bench.stability.bootstrap import (
 from streamline_bench.stability.clusters import ClusterLabels
 from streamline_bench.stability.comparison import Estimate
 from streamline_bench.stability.decision import (
-    POWER,
     detectable_difference,
     noninferiority,
-    noninferiority_from_draws,
 )
 from streamline_bench.stability.metrics import effective_sample_size, stability, stability_weights
 from streamline_bench.stability.paired import (
@@ -38,7 +35,6 @@ from streamline_bench.stability.sign_flip import clustered_test
 __all__ = [
     "accuracy_estimate",
     "chance_corrected",
-    "detectable_at",
     "paired_estimates",
     "stability_estimate",
 ]
@@ -74,26 +70,17 @@ def paired_estimates(
     """
     if resampled is None or net is None:
         return _by_documents(outcomes, settings)
-    difference = resampled.difference(outcomes, settings.confidence)
+    confidence = settings.confidence
     p, method = clustered_test(np.rint(net).astype(np.int64), resampled.what)
-    varies = difference.standard_error is not None
     return {
-        "difference": difference,
-        "agreement": resampled.agreement(outcomes, settings.confidence),
-        "retention": resampled.retention(outcomes, settings.confidence),
+        "difference": resampled.difference(outcomes, confidence),
+        "agreement": resampled.agreement(outcomes, confidence),
+        "retention": resampled.retention(outcomes, confidence),
         "p_value": p,
         "p_method": method,
         "margin": settings.margin,
-        "noninferiority_p": (
-            noninferiority_from_draws(resampled.differences, settings.margin)
-            if varies
-            else noninferiority(outcomes, settings.margin, effective_n=resampled.units)
-        ),
-        "detectable": (
-            detectable_at(difference, settings.confidence)
-            if varies
-            else detectable_difference(outcomes, settings.confidence, effective_n=resampled.units)
-        ),
+        "noninferiority_p": resampled.noninferiority(outcomes, settings.margin),
+        "detectable": resampled.detectable(outcomes, confidence),
     }
 
 
@@ -110,18 +97,6 @@ def _by_documents(outcomes: Outcomes, settings: Settings) -> dict[str, Any]:
         "noninferiority_p": noninferiority(outcomes, settings.margin),
         "detectable": detectable_difference(outcomes, confidence),
     }
-
-
-def detectable_at(difference: Estimate, confidence: float) -> float | None:
-    """Smallest true difference found with 80 % power, given the standard error of the difference.
-
-    None without one, or where it is more than a difference of accuracies can be.
-    """
-    if difference.standard_error is None:
-        return None
-    z = NormalDist().inv_cdf(0.5 + confidence / 2) + NormalDist().inv_cdf(POWER)
-    found = z * difference.standard_error
-    return found if found <= 1 else None
 
 
 def _difference(outcomes: Outcomes, confidence: float) -> Estimate:
@@ -168,14 +143,14 @@ def stability_estimate(
         low, high = wilson(value * n, n, settings.confidence)
         return Estimate(value=value, low=low, high=high, method="Wilson at the effective n")
     generator = task_generator(settings.seed, *names)
-    over = ""
+    units, over = len(std), ""
     if clusters is None:
         draws = stability_draws(std, agree, settings.draws, generator)
     else:
         weights = stability_weights(std)
         sums = clusters.sums(weights * agree, weights)
         draws = ratio_draws(sums[:, 0], sums[:, 1], settings.draws, generator)
-        over = f" over {clusters.shown.count:,} {clusters.shown.kind}"
-    low, high = percentile_interval(draws, settings.confidence)
-    method = f"bootstrap{over}, {settings.draws} draws"
-    return Estimate(value=value, low=low, high=high, method=method)
+        units, over = clusters.shown.count, f" over {clusters.shown.count:,} {clusters.shown.kind}"
+    (low, high), method = bootstrap_interval(value, draws, units, settings.confidence)
+    method = f"{method}{over}, {settings.draws} draws"
+    return Estimate(value=value, low=max(0.0, low), high=min(1.0, high), method=method)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from streamline_bench.stability.comparison import Estimate
 
-__all__ = ["mean_estimate", "mean_per_unit", "t_quantile"]
+__all__ = ["mean_estimate", "mean_per_unit", "t_quantile", "t_tail"]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -20,6 +20,13 @@ def t_quantile(confidence: float, freedom: int) -> float:
     from scipy.special import stdtrit  # scipy.stats takes a second to import
 
     return float(stdtrit(freedom, 0.5 + confidence / 2))
+
+
+def t_tail(distance: float, freedom: int) -> float:
+    """Chance of Student's distribution above ``distance``."""
+    from scipy.special import stdtr
+
+    return float(stdtr(freedom, -distance))
 
 
 def mean_estimate(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.compare import compare
@@ -15,6 +16,7 @@ from streamline_bench.stability.comparison import (
     Comparison,
     Estimate,
     Flips,
+    GroupComparison,
     NoiseFloor,
     NoiseTask,
     Overall,
@@ -91,8 +93,10 @@ def above_noise(comparison: Comparison, floor: NoiseFloor) -> Comparison:
         else task
         for task in comparison.tasks
     )
+    groups = tuple(_group(group, tasks, comparison.confidence) for group in comparison.groups)
+    filled: dict[str, Any] = {"tasks": tasks, "groups": groups}
     if not all((task.task, task.filter) in known for task in comparison.tasks):
-        return comparison.model_copy(update={"tasks": tasks})
+        return comparison.model_copy(update=filled)
     micro = comparison.micro
     update = {
         "noise_flips": floor.flips.value,
@@ -101,8 +105,8 @@ def above_noise(comparison: Comparison, floor: NoiseFloor) -> Comparison:
         ),
     }
     return comparison.model_copy(
-        update={
-            "tasks": tasks,
+        update=filled
+        | {
             "micro": micro.model_copy(update=update),
             "macro": _macro(comparison.macro, tasks, floor),
         }
@@ -131,9 +135,27 @@ def _filled(task: TaskComparison, floor: NoiseTask, confidence: float) -> TaskCo
     return task.model_copy(update={"noise_flips": floor.flips.value, "flips_above_noise": excess})
 
 
+def _group(
+    group: GroupComparison, tasks: tuple[TaskComparison, ...], confidence: float
+) -> GroupComparison:
+    """As it is if the floor does not know one of its tasks."""
+    members = [task for task in _counted(tasks) if task.task in group.tasks]
+    if any(task.noise_flips is None for task in members):
+        return group
+    floor = sum(task.n * (task.noise_flips or 0.0) for task in members) / group.n
+    excess = flips_above(_share(group.flips, group.n), floor, group.n, confidence)
+    return group.model_copy(update={"noise_flips": floor, "flips_above_noise": excess})
+
+
+def _counted(tasks: tuple[TaskComparison, ...]) -> list[TaskComparison]:
+    """Those that the summaries are over: without the other filters of a task."""
+    return [task for task in tasks if task.p_holm is not None]
+
+
 def _macro(macro: Overall, tasks: tuple[TaskComparison, ...], floor: NoiseFloor) -> Overall:
-    counted = [task for task in tasks if task.p_holm is not None]  # the summaries' filters
-    excess = [task.flips_above_noise for task in counted if task.flips_above_noise is not None]
+    excess = [
+        task.flips_above_noise for task in _counted(tasks) if task.flips_above_noise is not None
+    ]
     return macro.model_copy(
         update={"noise_flips": floor.macro_flips, "flips_above_noise": square_and_add(excess)}
     )

@@ -16,11 +16,10 @@ from streamline_bench.stability.bootstrap import percentile_interval
 from streamline_bench.stability.choice_distribution import ChoiceMeasures, choice_shift
 from streamline_bench.stability.clusters import ClusterLabels, pooled_labels
 from streamline_bench.stability.comparison import Estimate, Flips, Overall
-from streamline_bench.stability.decision import decide
+from streamline_bench.stability.decision import decide, detectable_at
 from streamline_bench.stability.estimates import (
     accuracy_estimate,
     chance_corrected,
-    detectable_at,
     paired_estimates,
     stability_estimate,
 )
@@ -57,7 +56,7 @@ def macro(compared: Sequence[ComparedTask], settings: Settings) -> Overall:
         flips=total_flips(compared),
         retention=_macro_retention(compared, difference, settings),
         margin=settings.margin,
-        detectable=detectable_at(_with_error(difference, settings), settings.confidence),
+        detectable=_macro_detectable(difference, settings.confidence),
         decision=decide(difference, settings.margin, significant=significant),
         **_macro_choices(compared),
     )
@@ -143,12 +142,12 @@ def _mean(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(value=value, standard_error=error)
 
 
-def _with_error(estimate: Estimate, settings: Settings) -> Estimate:
-    """The standard error that the interval's width amounts to."""
-    if estimate.low is None or estimate.high is None:
-        return estimate
-    z = NormalDist().inv_cdf(0.5 + settings.confidence / 2)
-    return estimate.model_copy(update={"standard_error": (estimate.high - estimate.low) / (2 * z)})
+def _macro_detectable(difference: Estimate, confidence: float) -> float | None:
+    """By the standard error that the interval's width amounts to."""
+    if difference.low is None or difference.high is None:
+        return None
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    return detectable_at((difference.high - difference.low) / (2 * z), confidence)
 
 
 def _macro_retention(

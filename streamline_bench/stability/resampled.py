@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from streamline_bench.stability.bootstrap import (
+    FEW_UNITS,
+    bootstrap_interval,
     cluster_draws,
     outcome_draws,
-    percentile_interval,
+    student_error,
     task_generator,
 )
 from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.decision import (
+    detectable_at,
+    detectable_difference,
+    noninferiority,
+    noninferiority_from_draws,
+)
+from streamline_bench.stability.means import t_tail
 from streamline_bench.stability.paired import Outcomes, newcombe, retention, wilson
 from streamline_bench.stability.settings import Settings
 
@@ -43,30 +53,59 @@ class Resampled:
         return Resampled(self.totals + other.totals, units, f"{units:,} clusters and documents")
 
     @property
-    def method(self) -> str:
-        """Name of the percentile interval."""
-        return f"bootstrap over {self.what}, {len(self.totals)} draws"
-
-    @property
     def differences(self) -> FloatArray:
         """Pruned - dense accuracy [draws]."""
         draws: FloatArray = (self.totals[:, 2] - self.totals[:, 1]) / self.totals[:, 0]
         return draws
 
-    def _percentiles(self, value: float, draws: FloatArray, confidence: float) -> Estimate | None:
-        """None where a bootstrap would claim certainty, or has no end."""
-        draws = draws[~np.isnan(draws)]
-        if len(draws) == 0 or draws.min() == draws.max():
+    def estimate(
+        self,
+        value: float,
+        draws: FloatArray,
+        confidence: float,
+        bounds: tuple[float, float] = (-math.inf, math.inf),
+    ) -> Estimate | None:
+        """``value`` with the interval of its draws; None where they do not vary, or are not finite.
+
+        Where nothing varies a bootstrap would claim certainty.
+        """
+        if not np.isfinite(draws).all() or draws.min() == draws.max():
             return None
-        low, high = percentile_interval(draws, confidence)
-        if not np.isfinite([low, high]).all():
-            return None
-        error = float(draws.std()) if np.isfinite(draws).all() else None
-        return Estimate(value=value, standard_error=error, low=low, high=high, method=self.method)
+        (low, high), method = bootstrap_interval(value, draws, self.units, confidence)
+        return Estimate(
+            value=value,
+            standard_error=self.error(draws),
+            low=max(bounds[0], low),
+            high=min(bounds[1], high),
+            method=f"{method} over {self.what}, {len(draws)} draws",
+        )
+
+    def error(self, draws: FloatArray) -> float:
+        """Standard error of what was drawn."""
+        few = 1 < self.units < FEW_UNITS
+        return student_error(draws, self.units) if few else float(draws.std())
+
+    def noninferiority(self, outcomes: Outcomes, margin: float) -> float:
+        """One-sided p of a drop of ``margin`` or more, by the interval of :meth:`difference`."""
+        draws = self.differences
+        if draws.min() == draws.max():
+            return noninferiority(outcomes, margin, effective_n=self.units)
+        if 1 < self.units < FEW_UNITS:
+            distance = (outcomes.difference + margin) / self.error(draws)
+            return t_tail(distance, self.units - 1)
+        return noninferiority_from_draws(draws, margin)
+
+    def detectable(self, outcomes: Outcomes, confidence: float) -> float | None:
+        """Smallest true difference found with 80 % power."""
+        draws = self.differences
+        if draws.min() == draws.max():
+            return detectable_difference(outcomes, confidence, effective_n=self.units)
+        freedom = self.units - 1 if 1 < self.units < FEW_UNITS else None
+        return detectable_at(self.error(draws), confidence, freedom)
 
     def difference(self, outcomes: Outcomes, confidence: float) -> Estimate:
         """Pruned - dense accuracy; Newcombe's interval at ``units`` where nothing varies."""
-        found = self._percentiles(outcomes.difference, self.differences, confidence)
+        found = self.estimate(outcomes.difference, self.differences, confidence, bounds=(-1, 1))
         if found is not None:
             return found
         low, high = newcombe(outcomes, confidence, effective_n=self.units)
@@ -76,7 +115,7 @@ class Resampled:
     def agreement(self, outcomes: Outcomes, confidence: float) -> Estimate:
         """Share of equal verdicts; Wilson's interval at ``units`` where nothing varies."""
         draws = self.totals[:, 3] / self.totals[:, 0]
-        found = self._percentiles(outcomes.agreement, draws, confidence)
+        found = self.estimate(outcomes.agreement, draws, confidence, bounds=(0, 1))
         if found is not None:
             return found
         low, high = wilson(outcomes.agreement * self.units, self.units, confidence)
@@ -91,7 +130,7 @@ class Resampled:
         value = outcomes.pruned_accuracy / outcomes.dense_accuracy
         with np.errstate(divide="ignore", invalid="ignore"):
             draws = self.totals[:, 2] / self.totals[:, 1]
-        found = self._percentiles(value, draws, confidence)
+        found = self.estimate(value, draws, confidence, bounds=(0, math.inf))
         if found is not None:
             return found
         method = f"ratio, square-and-add at {self.what}"

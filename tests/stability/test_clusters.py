@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t as scipy_t
 
 from streamline_bench.stability.bootstrap import percentile_interval
 from streamline_bench.stability.clusters import cluster_labels, cluster_of, pooled_labels
@@ -14,6 +15,7 @@ from streamline_bench.stability.compare import compare
 from streamline_bench.stability.groups import leaf_tasks
 from streamline_bench.stability.lm_eval_rows import parse_row, task_facts
 from streamline_bench.stability.metrics import choice_spread
+from streamline_bench.stability.resampled import resample_clusters
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 
@@ -148,11 +150,31 @@ def test_a_group_has_its_tasks_as_clusters(pair: Callable[..., tuple[Samples, Sa
     counts = {t.task: (t.n, round(t.n * (t.pruned.value - t.dense.value))) for t in found.tasks}
     rows = np.array([counts[task] for task in group.tasks])
     drawn = rows[np.random.default_rng(0).integers(3, size=(4000, 3))].sum(axis=1)
-    low, high = percentile_interval(drawn[:, 1] / drawn[:, 0])
-    assert (group.difference.low, group.difference.high) == pytest.approx((low, high), abs=0.02)
+    error = (drawn[:, 1] / drawn[:, 0]).std() * np.sqrt(3 / 2)
+    assert group.difference.standard_error == pytest.approx(error, rel=0.05)
+    half = scipy_t.ppf(0.975, 2) * group.difference.standard_error
+    assert group.difference.high == pytest.approx(group.difference.value + half)
+    assert "Student with bootstrap error over 3 tasks" in str(group.difference.method)
+    distance = (group.difference.value + 0.02) / group.difference.standard_error
+    assert group.noninferiority_p == pytest.approx(scipy_t.sf(distance, 2))
     assert group.p_holm is not None and group.p_value is not None
     assert group.p_holm == pytest.approx(min(1.0, 2 * group.p_value), abs=0.3)
     assert group.decision is not None
+
+
+def test_few_clusters_cover_the_truth() -> None:
+    """Percentiles of six clusters would cover some 85 %."""
+    source = np.random.default_rng(4)
+    covered = 0
+    for trial in range(300):
+        shares = source.beta(6, 6, size=6)
+        gained, lost = source.binomial(30, 0.2 * shares), source.binomial(30, 0.2 * (1 - shares))
+        columns = [np.full(6, 30), 10 + lost, 10 + gained, 30 - gained - lost]
+        drawn = resample_clusters(np.stack(columns, axis=1), "tasks", FAST, str(trial))
+        value = float((gained - lost).sum() / 180)
+        found = drawn.estimate(value, drawn.differences, 0.95)
+        covered += found is not None and found.low <= 0 <= found.high
+    assert covered / 300 > 0.92
 
 
 def test_groups_that_contain_themselves_end() -> None:

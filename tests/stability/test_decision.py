@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, norm
+from scipy.stats import t as student
 from statsmodels.stats.multitest import multipletests
 
 from streamline_bench.stability.comparison import Estimate
 from streamline_bench.stability.decision import (
     decide,
+    detectable_at,
     detectable_difference,
     holm,
     noninferiority,
@@ -92,6 +94,13 @@ def test_detectable_difference_without_flips_and_with_few_documents() -> None:
     assert same is not None and 0.05 < same < 0.12, "no flips seen does not mean all is detectable"
     wide = detectable_difference(Outcomes(50, 0, 0, 50), 0.95, effective_n=25)
     assert wide is not None and wide > same
+
+
+def test_detectable_at_an_error() -> None:
+    assert detectable_at(0.01, 0.95) == pytest.approx(0.01 * (norm.ppf(0.975) + norm.ppf(0.8)))
+    few = detectable_at(0.01, 0.95, freedom=3)
+    assert few == pytest.approx(0.01 * (student.ppf(0.975, 3) + student.ppf(0.8, 3)))
+    assert detectable_at(0.5, 0.95) is None
 
 
 @settings(deadline=None)

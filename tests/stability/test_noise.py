@@ -110,6 +110,19 @@ def test_tasks_that_the_floor_does_not_know(pair: Callable[..., tuple[Samples, S
     assert result.micro.flips_above_noise is None and result.macro.noise_flips is None
 
 
+def test_groups_have_the_floor_of_their_tasks(
+    pair: Callable[..., tuple[Samples, Samples]],
+) -> None:
+    dense, pruned = pair(TASKS, noise=3.0, groups={"both": ["easy", "hard"]})
+    floor = noise_floor(dense, [again(dense, "again", 0.3, 1)], settings=FAST)
+    (group,) = above_noise(compare(dense, pruned, settings=FAST), floor).groups
+    assert group.noise_flips == pytest.approx(floor.flips.value)
+    assert group.flips_above_noise is not None
+    assert group.flips_above_noise.value == pytest.approx(
+        flip_share(dense, pruned) - floor.flips.value
+    )
+
+
 def test_no_repetition(pair: Callable[..., tuple[Samples, Samples]]) -> None:
     with pytest.raises(SamplesError, match="'dense' needs at least one repetition"):
         noise_floor(pair(TASKS)[0], [])
