@@ -81,7 +81,17 @@ def _environment(templates: Path) -> Environment:
             environment.filters[name] = getattr(formats, name)
     environment.filters["pretty"] = _pretty
     environment.filters["breakable"] = _breakable
+    environment.filters["ending"] = _ending
     return environment
+
+
+def _ending(text: str, size: int = 120) -> str:
+    """The last words of a prompt, where its question is."""
+    line = " ".join(text.split())
+    if len(line) <= size:
+        return line
+    kept = line[-size:]
+    return f"\N{HORIZONTAL ELLIPSIS} {kept[kept.find(' ') + 1 :]}"
 
 
 def _rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

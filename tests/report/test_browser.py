@@ -34,15 +34,21 @@ def _setup(repository: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def browser(repository: Path) -> Iterator[Any]:
+def driver() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        yield playwright
+
+
+@pytest.fixture
+def browser(driver: Any, repository: Path) -> Iterator[Any]:
+    """A browser of its own for every test: one that dies takes no other test with it."""
     setup = _setup(repository)
     executable = setup.chromium()
     if executable is None:
         pytest.skip("there is no chromium (python tests/report/browser_setup.py installs it)")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=executable, args=list(setup.FLAGS))
-        yield running
-        running.close()
+    running = driver.chromium.launch(executable_path=executable, args=list(setup.FLAGS))
+    yield running
+    running.close()
 
 
 @pytest.fixture(scope="module")
