@@ -58,7 +58,7 @@ class ExactMatchEvaluator(BaseEvaluator):  # type: ignore[misc]
         """Return ``score`` (percent) and, per question, ``pred``, ``answer`` and ``correct``."""
         if len(predictions) != len(references):
             return {"error": "predictions and references have different length"}
-        details = []
+        details: list[dict[str, Any]] = []
         for prediction, reference in zip(predictions, references, strict=True):
             answers = [reference] if isinstance(reference, str) else list(reference)
             right = prediction.strip() in {answer.strip() for answer in answers}

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -174,7 +175,7 @@ def _call(command: Sequence[str], scratch: Path, work: Path, log_file: Path, pro
         subprocess.Popen(
             command, cwd=scratch, stdout=stream, stderr=subprocess.STDOUT, env=environment
         ) as process,
-        tqdm(desc="OpenCompass", unit="file", delay=2, disable=not progress) as bar,
+        _bar(progress) as bar,
     ):
         try:
             while process.poll() is None:
@@ -187,7 +188,11 @@ def _call(command: Sequence[str], scratch: Path, work: Path, log_file: Path, pro
         return process.returncode
 
 
-def _show(bar: tqdm[None], work: Path) -> None:
+def _bar(progress: bool) -> tqdm[Any]:
+    return tqdm(desc="OpenCompass", unit="file", delay=2, disable=not progress)
+
+
+def _show(bar: tqdm[Any], work: Path) -> None:
     run = _newest_run(work)
     if run is None:
         return

@@ -16,7 +16,7 @@ def plain_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """Return the text of a prompt; the parts of a conversation are simply joined."""
     if isinstance(prompt, str):
         return prompt
-    return "".join(str(part["prompt"]) for part in prompt)
+    return "".join(_content(part) for part in prompt)
 
 
 def messages_of(prompt: str | Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -29,18 +29,29 @@ def messages_of(prompt: str | Sequence[Mapping[str, Any]]) -> list[dict[str, str
         return [{"role": "user", "content": prompt}]
     messages: list[dict[str, str]] = []
     for part in prompt:
-        if not part["prompt"]:
+        content = _content(part)
+        if not content:
             continue
-        role = ROLES.get(str(part["role"]))
-        if role is None:
-            raise StreamlineBenchError(
-                f"The prompt has the role '{part['role']}'; chat templates know {', '.join(ROLES)}."
-            )
+        role = _role(str(part["role"]))
         if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += "\n" + str(part["prompt"])
+            messages[-1]["content"] += "\n" + content
         else:
-            messages.append({"role": role, "content": str(part["prompt"])})
+            messages.append({"role": role, "content": content})
     return messages
+
+
+def _content(part: Mapping[str, Any]) -> str:
+    """OpenCompass's own templates say ``prompt``, those written as messages say ``content``."""
+    return str(part["prompt"] if "prompt" in part else part["content"])
+
+
+def _role(name: str) -> str:
+    role = name if name in ROLES.values() else ROLES.get(name)
+    if role is None:
+        raise StreamlineBenchError(
+            f"The prompt has the role '{name}'; chat templates know {', '.join(ROLES)}."
+        )
+    return role
 
 
 def chat_text(

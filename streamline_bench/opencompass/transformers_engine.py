@@ -101,7 +101,8 @@ class TransformersEngine:
         """Return the summed log-probability (nats) of the spans of every text."""
         if self._scorer is None:
             return [plain_logprob(self._forward, text) for text in texts]
-        owners, queries = [], []
+        owners: list[int] = []
+        queries: list[Query] = []
         for number, text in enumerate(texts):
             for start, end in text.spans:
                 queries.append(

@@ -53,16 +53,14 @@ def test_missing_opencompass_comes_with_the_command(tmp_path: Path) -> None:
     answer = json.dumps({"versions": {}, "missing": ["opencompass", "mmengine"], "gpus": 0})
     python.write_text(f"#!/bin/sh\necho '{answer}'\n")
     python.chmod(0o755)
-    with pytest.raises(MissingDependencyError, match="pip install --no-deps opencompass==0.5.4"):
+    with pytest.raises(MissingDependencyError, match="pip install --no-deps opencompass=="):
         inspect_environment(str(python))
     python.write_text(f"#!/bin/sh\necho '{answer.replace('mmengine', 'streamline_bench')}'\n")
     with pytest.raises(MissingDependencyError, match="lacks streamline-bench"):
         inspect_environment(str(python))
 
 
-def test_a_run_that_is_whole(
-    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_is_whole(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
     found, command = run(tmp_path, in_process=True)

@@ -35,6 +35,9 @@ def test_neighbours_of_one_role_are_one_message() -> None:
         {"role": "user", "content": "w1\nw2"},
         {"role": "assistant", "content": "w3"},
     ]
+    messages = [{"role": "system", "content": "w1"}, {"role": "user", "content": "w2"}]
+    assert messages_of(messages) == messages
+    assert plain_text(messages) == "w1w2"
     assert messages_of("w1") == [{"role": "user", "content": "w1"}]
 
 
