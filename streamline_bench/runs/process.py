@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,12 +36,18 @@ class JobProcess:
     """
 
     def __init__(
-        self, run: Path, name: str, environment: Mapping[str, str], folder: Path | None = None
+        self,
+        run: Path,
+        name: str,
+        environment: Mapping[str, str],
+        folder: Path | None = None,
+        command: Sequence[str] = ("-m", "streamline_bench.runs.work"),
     ) -> None:
-        """Start ``python -m streamline_bench.runs.work``; its output goes to the job's log.
+        """Start the process; its output goes to the job's log.
 
         Args:
             folder: where it starts; None: where this process is.
+            command: what Python is to run, with the run folder and the name behind it.
 
         Raises:
             OutputError: the log cannot be written.
@@ -52,7 +58,7 @@ class JobProcess:
         try:
             with log_file.open("ab") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "streamline_bench.runs.work", str(run), name],
+                    [sys.executable, *command, str(run), name],
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,

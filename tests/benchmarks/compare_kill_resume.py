@@ -1,0 +1,134 @@
+"""Is a comparison that was killed three times the same as one that was left alone?
+
+``kill -9`` hits the command's whole process group at random moments; what its jobs' processes do
+then is part of the question. Afterwards the same command is left to finish, and both leaderboards
+are compared value by value; times, dates and the run folder's own path are left out.
+
+    python tests/benchmarks/compare_kill_resume.py                 # every recipe, a few minutes
+    python tests/benchmarks/compare_kill_resume.py --recipes first_layers --tasks TASK --limit 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+LEFT_OUT = {"seconds", "date", "results_file", "created"}
+"""Keys of a leaderboard that say when and how fast, not what."""
+
+
+def command(options: argparse.Namespace, run: Path) -> list[str]:
+    """The command line under test."""
+    made = [sys.executable, "-m", "streamline_bench", "compare", "--plan", "bundled", "-q"]
+    for name in ("recipes", "tasks", "limit", "workers"):
+        if getattr(options, name) is not None:
+            made += [f"--{name}", str(getattr(options, name))]
+    return [*made, *([] if options.trunk else ["--no-trunk"]), "-o", str(run)]
+
+
+def finish(options: argparse.Namespace, run: Path) -> float:
+    """Run the command to its end; return the seconds it took."""
+    began = time.monotonic()
+    done = subprocess.run(command(options, run), capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"exit code {done.returncode}\n{done.stdout}{done.stderr}")
+    return time.monotonic() - began
+
+
+def kill_once(options: argparse.Namespace, run: Path, seconds: float) -> str:
+    """Start the command, kill it after some time, and say how far it was."""
+    process = subprocess.Popen(
+        command(options, run),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        process.wait(seconds)
+        return f"had ended before {seconds:.1f} s"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    until = time.monotonic() + 10
+    while left := list(processes_of(run)):
+        if time.monotonic() > until:
+            sys.exit(f"processes outlive the kill: {left}")
+        time.sleep(0.05)
+    done = len(list(run.glob("jobs/*/done.json")))
+    return f"killed after {seconds:.1f} s, {done} jobs done, none left running"
+
+
+def processes_of(run: Path) -> Iterator[str]:
+    """Command lines that name the run folder."""
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or [])
+        own = process.pid == os.getpid() or process.info["status"] == psutil.STATUS_ZOMBIE
+        if str(run) in line and not own:
+            yield line
+
+
+def facts(run: Path) -> Any:
+    """The leaderboard without times and paths."""
+    return _strip(json.loads((run / "leaderboard.json").read_text(encoding="utf-8")), str(run))
+
+
+def _strip(value: Any, run: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _strip(each, run) for key, each in value.items() if key not in LEFT_OUT}
+    if isinstance(value, list):
+        return [_strip(each, run) for each in value]
+    return value.replace(run, "RUN") if isinstance(value, str) else value
+
+
+def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
+    """Where two values differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted({*one, *other}):
+            yield from differences(one.get(key), other.get(key), f"{path}.{key}")
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for number, (a, b) in enumerate(zip(one, other, strict=True)):
+            yield from differences(a, b, f"{path}[{number}]")
+    elif one != other:
+        yield f"{path}: {str(one)[:200]} / {str(other)[:200]}"
+
+
+def main() -> None:
+    """Compare the two runs; exit code 1 where they differ."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipes")
+    parser.add_argument("--tasks")
+    parser.add_argument("--limit", type=int, default=20)
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--trunk", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    dice = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        alone, killed = Path(folder, "alone"), Path(folder, "killed")
+        seconds = finish(options, alone)
+        print(f"uninterrupted: {seconds:.0f} s", flush=True)
+        for _ in range(options.kills):
+            print(kill_once(options, killed, dice.uniform(0.1, 0.8) * seconds), flush=True)
+        print(f"the rest: {finish(options, killed):.0f} s", flush=True)
+        again = [json.loads(p.read_text()) - 1 for p in killed.glob("jobs/*/attempts.json")]
+        print(f"{sum(again)} jobs were started again after {options.kills} kills")
+        found = list(differences(facts(alone), facts(killed)))
+        print("\n".join(found[:20]) or "the leaderboards are the same")
+        sys.exit(1 if found or sum(again) > options.kills * (options.workers or 1) else 0)
+
+
+if __name__ == "__main__":
+    main()

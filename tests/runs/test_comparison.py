@@ -1,0 +1,297 @@
+"""Whole comparisons of a tiny model: failing rows, damage, full disks, two at once, signals."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from streamline_bench.errors import OutputError
+from streamline_bench.report.run_folder import read_run_file
+from streamline_bench.runs import Execution, RowRequest, compare
+from streamline_bench.runs.comparison import CompareResult, compare_request
+from streamline_bench.runs.folder import locked
+from streamline_bench.runs.request import Request
+
+TASK = """
+task: words
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0}
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """A folder with the task 'words': eight questions with two choices each."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    documents = [
+        {"question": f"w{i} w{i + 1}", "choices": ["w5", "w9 w4"], "gold": i % 2} for i in range(8)
+    ]
+    lines = "".join(json.dumps(document) + "\n" for document in documents)
+    (folder / "words.jsonl").write_text(lines, encoding="utf-8")
+    task = TASK.replace("FILE", str(folder / "words.jsonl"))
+    (folder / "words.yaml").write_text(task, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def compress_only(make: Callable[..., Request]) -> Callable[..., CompareResult]:
+    """Return a function that runs the first stage, which is quick."""
+
+    def run(output: Path, **changes: Any) -> CompareResult:
+        return compare_request(make(**changes), output, until="compress", progress=False)
+
+    return run
+
+
+def _attempts(run: Path) -> dict[str, int]:
+    found = sorted(run.glob("jobs/*/attempts.json"))
+    return {path.parent.name: json.loads(path.read_text()) for path in found}
+
+
+@pytest.mark.slow
+def test_a_failing_recipe_marks_its_row_and_the_others_go_on(
+    tiny_llama: Path, tasks: Path, tmp_path: Path
+) -> None:
+    broken = RowRequest(
+        label="broken", recipe="streamline_none", overrides={"calibration": "no/such-data"}
+    )
+
+    def run() -> CompareResult:
+        return compare(
+            tiny_llama, ["first_layers", broken], ["words"], tmp_path / "run",
+            include_path=str(tasks), set={"n_layers": 2}, device="cpu", noise_floor=True,
+            progress=False,
+        )  # fmt: skip
+
+    result = run()
+    assert result.exit_code == 1
+    assert list(result.failures) == ["broken"]
+    assert "no/such-data" in result.failures["broken"]
+    assert result.jobs["score-broken"] == "skipped"
+    assert result.report is not None
+    board = json.loads((tmp_path / "run" / "leaderboard.json").read_text(encoding="utf-8"))
+    failed = {row["label"]: row["failed"] for row in board["rows"]}
+    assert failed == {
+        "dense": None,
+        "first_layers": None,
+        "broken": result.failures["broken"],
+    }
+    described = read_run_file(tmp_path / "run")
+    assert [noise.label for noise in described.noise] == ["batch size 4"]
+    assert described.commands[0].startswith("lm_eval --model streamline --model_args pretrained=")
+    # Once more: what is done is kept, down to the report, and what failed is tried again.
+    page = result.report.stat().st_mtime_ns
+    again = run()
+    assert set(again.jobs.values()) == {"kept", "failed", "skipped"}
+    assert again.report is not None
+    assert again.report.stat().st_mtime_ns == page
+    assert _attempts(tmp_path / "run")["compress-broken"] == 2
+    assert _attempts(tmp_path / "run")["compress-first_layers"] == 1
+
+
+@pytest.mark.slow
+def test_a_task_without_samples_is_a_failure_with_a_reason(
+    make: Callable[..., Request], tasks: Path, tmp_path: Path
+) -> None:
+    (tasks / "words.jsonl").write_text("", encoding="utf-8")
+    request = make(recipes=["dense"], tasks=["words"], include_path=str(tasks))
+    result = compare_request(
+        request, tmp_path / "run", execution=Execution(retries=0), progress=False
+    )
+    assert result.exit_code == 1
+    assert result.report is None
+    assert list(result.failures) == ["dense"]
+    assert len(result.failures["dense"]) > 20
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_only_damaged_results_are_made_again(
+    compress_only: Callable[..., CompareResult], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert set(compress_only(run).jobs.values()) == {"done"}
+    weights = run / "first_layers" / "checkpoint" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    (run / "first_layers" / "checkpoint" / "foreign.txt").write_text("?", encoding="utf-8")
+    (run / "last_layers" / "foreign.txt").write_text("?", encoding="utf-8")
+    result = compress_only(run)
+    assert result.jobs == {"compress-first_layers": "done", "compress-last_layers": "kept"}
+    assert weights.read_bytes() == whole
+
+
+def test_a_published_checkpoint_without_its_marker_is_not_made_again(
+    compress_only: Callable[..., CompareResult], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    compress_only(run, recipes=["first_layers"])
+    manifest = run / "first_layers" / "checkpoint" / "streamline.json"
+    written = manifest.stat().st_mtime_ns
+    (run / "jobs" / "compress-first_layers" / "done.json").unlink()
+    assert set(compress_only(run, recipes=["first_layers"]).jobs.values()) == {"done"}
+    assert manifest.stat().st_mtime_ns == written
+
+
+def test_a_file_where_a_row_should_be_fails_that_row_only(
+    compress_only: Callable[..., CompareResult], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    compress_only(run, recipes=["first_layers"])
+    shutil.rmtree(run / "first_layers")
+    (run / "first_layers").write_text("in the way", encoding="utf-8")
+    result = compress_only(run, recipes=["first_layers"])
+    assert list(result.failures) == ["first_layers"]
+    assert "cannot be written" in result.failures["first_layers"]
+    assert (run / "first_layers").read_text(encoding="utf-8") == "in the way"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Return a function that mounts, or resizes, a file system of some kilobytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = False
+
+    def size(kilobytes: int) -> Path:
+        nonlocal mounted
+        options = f"size={kilobytes}k" + (",remount" if mounted else "")
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError:
+            pytest.skip("there is no mount command for a small file system")
+        if done.returncode:
+            pytest.skip(f"a small file system may not be mounted here ({done.stderr.strip()})")
+        mounted = True
+        return folder
+
+    yield size
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_fails_rows_and_room_mends_them(
+    small_disk: Callable[[int], Path], compress_only: Callable[..., CompareResult]
+) -> None:
+    run = small_disk(260) / "run"  # enough for one checkpoint of the tiny model
+    result = compress_only(run)
+    assert result.exit_code == 1
+    assert any("No space left on device" in each for each in result.failures.values())
+    small_disk(4000)
+    again = compress_only(run)
+    assert again.exit_code == 0
+    assert set(again.jobs.values()) <= {"done", "kept"}
+
+
+def test_a_disk_that_is_full_from_the_start(
+    make: Callable[..., Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        compare_request(make(), tmp_path / "run", progress=False)
+    monkeypatch.undo()
+    assert (
+        compare_request(make(), tmp_path / "run", until="compress", progress=False).exit_code == 0
+    )
+
+
+def test_an_output_that_cannot_be_made(make: Callable[..., Request], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written"):
+        compare_request(make(), tmp_path / "file" / "run", progress=False)
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere"
+)
+def test_a_folder_without_permission(make: Callable[..., Request], tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(OutputError, match="cannot be written"):
+        compare_request(make(), tmp_path / "closed" / "run", progress=False)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from streamline_bench.runs.folder import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_runs_do_not_share_a_folder_and_a_killed_one_frees_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(OutputError, match=f"process {holder.pid} on"), locked(run):
+        pass
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    with locked(run):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_ends_its_jobs_and_can_be_continued(
+    tiny_llama: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    run = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "streamline_bench", "compare", str(tiny_llama), "--tasks", "words",
+        "--recipes", "first_layers,last_layers,random_layers", "--n-layers", "2", "--device", "cpu",
+        "--until", "compress", "-o", str(run),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    until = time.monotonic() + 120
+    while not _attempts(run) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert "the same command continues the run" in said
+    lines = [" ".join(each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])]
+    assert not [line for line in lines if str(run) in line]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sum(_attempts(run).values()) <= 4
+
+
+@pytest.mark.slow
+def test_killed_three_times_the_leaderboard_is_the_same(repository: Path) -> None:
+    script = repository / "tests" / "benchmarks" / "compare_kill_resume.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--recipes", "first_layers", "--limit", "4",
+         "--tasks", "streamline_demo_pairs", "--seed", "1"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the leaderboards are the same" in done.stdout

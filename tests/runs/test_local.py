@@ -1,0 +1,212 @@
+"""Processes of jobs: their GPUs, their time limit, and that none outlives its starter."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import psutil
+import pytest
+
+from streamline_bench.errors import OutputError, RecipeError
+from streamline_bench.runs.execution import Execution
+from streamline_bench.runs.executor import Ended, Unit
+from streamline_bench.runs.folder import job_folder
+from streamline_bench.runs.jobs import Job
+from streamline_bench.runs.local import LocalExecutor
+from streamline_bench.runs.process import JobProcess
+
+# Stands for a job: it holds the leash, starts a child as the harness would be, and waits.
+SLEEPER = """
+import subprocess, sys, time
+from pathlib import Path
+from streamline_bench.runs.process import hold_leash
+hold_leash()
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+Path(sys.argv[1], "child").write_text(f"{child.pid}.")
+time.sleep(600)
+"""
+
+STARTER = """
+import sys, time
+from pathlib import Path
+from streamline_bench.runs.process import JobProcess
+process = JobProcess(Path(sys.argv[1]), "j", {}, command=("-c", sys.argv[2]))
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with room for the job 'j'."""
+    job_folder(tmp_path, "j").mkdir(parents=True)
+    return tmp_path
+
+
+def _wait_for(condition: Callable[[], bool]) -> bool:
+    until = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _child(run: Path) -> int:
+    told = run / "child"
+    assert _wait_for(lambda: told.exists() and told.read_text().endswith("."))
+    return int(told.read_text()[:-1])
+
+
+def test_a_killed_starter_takes_the_job_and_its_children_along(run: Path) -> None:
+    starter = subprocess.Popen([sys.executable, "-c", STARTER, str(run), SLEEPER])
+    child = _child(run)
+    job = psutil.Process(child).ppid()
+    assert job != starter.pid
+    starter.kill()
+    starter.wait()
+    assert _wait_for(lambda: _is_gone(job) and _is_gone(child))
+
+
+def test_ending_a_job_ends_its_children(run: Path) -> None:
+    process = JobProcess(run, "j", {}, command=("-c", SLEEPER))
+    child = _child(run)
+    assert process.poll() is None
+    process.end()
+    assert process.poll() == -signal.SIGTERM
+    assert _wait_for(lambda: _is_gone(child))
+
+
+def test_a_killed_job_leaves_no_child_behind(run: Path) -> None:
+    process = JobProcess(run, "j", {}, command=("-c", SLEEPER))
+    child = _child(run)
+    os.kill(process.pid, signal.SIGKILL)
+    assert _wait_for(lambda: process.poll() is not None)
+    assert process.poll() == -signal.SIGKILL
+    assert _wait_for(lambda: _is_gone(child))
+
+
+def test_a_job_that_ignores_the_request_to_end_is_killed(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamline_bench.runs.process.GRACE", 0.2)
+    deaf = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SLEEPER
+    process = JobProcess(run, "j", {}, command=("-c", deaf))
+    _child(run)
+    process.end()
+    assert process.poll() == -signal.SIGKILL
+
+
+def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"log\.txt cannot be written"):
+        JobProcess(tmp_path, "no-such-job", {})
+
+
+class Recorded:
+    """Stands for a job's process: ends when told, or never."""
+
+    made: ClassVar[list[Recorded]] = []
+
+    def __init__(self, run: Path, name: str, environment: Mapping[str, str]) -> None:
+        self.name, self.environment = name, dict(environment)
+        self.code: int | None = None
+        self.seconds = 0.0
+        self.was_ended = False
+        self.made.append(self)
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def end(self) -> None:
+        self.was_ended = True
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
+    """Job processes are only recorded; the list of them."""
+    monkeypatch.setattr("streamline_bench.runs.local.JobProcess", Recorded)
+    monkeypatch.setattr(Recorded, "made", [])
+    return Recorded.made
+
+
+def _unit(name: str, count: int = 1, **environment: str) -> Unit:
+    return Unit(name, (Job(name, "compress", (), "k", {}, environment=environment),) * count)
+
+
+def test_gpus_are_shared_out_and_given_back(processes: list[Recorded], tmp_path: Path) -> None:
+    executor = LocalExecutor(Execution(gpus=("0", "1", "2", "3", "4"), gpus_per_job=2))
+    for name in "ab":
+        assert executor.has_room()
+        executor.submit(tmp_path, _unit(name))
+    assert not executor.has_room()
+    visible = [process.environment["CUDA_VISIBLE_DEVICES"] for process in Recorded.made]
+    assert visible == ["0,1", "2,3"]
+    Recorded.made[1].code = 0
+    assert executor.ended(0) == [Ended("b", 0)]
+    executor.submit(tmp_path, _unit("c"))
+    assert Recorded.made[2].environment["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
+def test_without_gpus_the_environment_is_left_as_it_is(
+    processes: list[Recorded], tmp_path: Path
+) -> None:
+    LocalExecutor(Execution()).submit(tmp_path, _unit("a"))
+    assert "CUDA_VISIBLE_DEVICES" not in Recorded.made[0].environment
+
+
+def test_threads_come_from_the_plan_else_the_environment_else_the_cores(
+    processes: list[Recorded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def threads(unit: Unit, workers: int) -> str:
+        LocalExecutor(Execution(workers=workers)).submit(tmp_path, unit)
+        return Recorded.made[-1].environment["OMP_NUM_THREADS"]
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert threads(_unit("a"), 3) == "4"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert threads(_unit("a"), 3) == "5"
+    assert threads(_unit("a", OMP_NUM_THREADS="7"), 3) == "7"
+
+
+def test_a_time_limit_counts_for_each_job_of_a_process(
+    processes: list[Recorded], tmp_path: Path
+) -> None:
+    executor = LocalExecutor(Execution(timeout=10))
+    executor.submit(tmp_path, _unit("a", count=2))
+    Recorded.made[0].seconds = 19.0
+    assert executor.ended(0) == []
+    Recorded.made[0].seconds = 20.0
+    (ended,) = executor.ended(0)
+    assert Recorded.made[0].was_ended
+    assert not ended.lost
+    assert ended.reason == "It ran longer than 20 s (--timeout)."
+
+
+def test_stopping_ends_every_process(processes: list[Recorded], tmp_path: Path) -> None:
+    executor = LocalExecutor(Execution(workers=2))
+    for name in "ab":
+        executor.submit(tmp_path, _unit(name))
+    executor.stop()
+    assert [process.was_ended for process in Recorded.made] == [True, True]
+    assert executor.has_room()
+
+
+def test_executions_that_cannot_be() -> None:
+    with pytest.raises(RecipeError, match="Unknown executor 'slurm'"):
+        Execution(executor="slurm")
+    with pytest.raises(RecipeError, match="asks for 2 GPUs and --gpus names 1"):
+        Execution(gpus=("0",), gpus_per_job=2)
