@@ -1,7 +1,9 @@
 """``--model streamline-vllm``: the harness's vLLM model, for compressed models.
 
 It takes what ``--model streamline`` takes, where vLLM has it, and vLLM's own arguments; a recipe's
-result is found in the same cache. Answers and their numbers are those of the harness's class.
+result is found in the same cache. Scores are those of the harness's vLLM class. Generated text is
+decoded from the new tokens alone, as the harness does for transformers: vLLM decodes it behind its
+prompt, which with some tokenizers puts a space in front of every answer.
 """
 
 from __future__ import annotations
@@ -88,6 +90,15 @@ class StreamlineVLLM(VLLM):  # type: ignore[misc]
         share_log()
         with user_errors():
             return super().create_from_arg_obj(arg_dict, additional_config)  # type: ignore[no-any-return]
+
+    def _model_generate(
+        self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None
+    ) -> list[Any]:
+        outputs: list[Any] = super()._model_generate(requests, generate, sampling_params)
+        for output in outputs if generate else ():
+            new = output.outputs[0]
+            new.text = self.tokenizer.decode(new.token_ids, skip_special_tokens=True)
+        return outputs
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what ``--model streamline`` reports: sizes, recipe and hashes."""

@@ -1,0 +1,203 @@
+"""vLLM answers as transformers does, token by token, whatever a checkpoint is made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+PROMPTS = [[(7 * i + 11 * n) % 97 + 3 for i in range(n)] for n in (1, 2, 7, 19, 33)]
+TOKENS = 16
+
+HOSTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 32},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 128, "num_key_value_heads": 4},
+}
+"""Host families, with features that serving must survive."""
+
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "none": ("streamline_none", {"n_layers": 2}),
+    "layer": ("streamline", {"n_layers": 2}),
+    "ffn": ("streamline_ffn", {"n_layers": 2}),
+    "swiglu_res": ("streamline_swiglu_res", {"n_layers": 2}),
+    "swiglu-before-first": (
+        "streamline_swiglu",
+        {"n_layers": 2, "parameters.start": 0, "parameters.allow_first_layer": True},
+    ),
+    "linear": ("ridge_map", {"n_layers": 2}),
+    "replaceme": ("replaceme_lstsq", {"n_layers": 2}),
+    "laco": ("laco", {"n_layers": 2}),
+    "llm_pruner": ("llm_pruner", {"sparsity": 0.2}),
+    "llm_pruner-uniform": ("llm_pruner_uniform", {"sparsity": 0.3}),
+    "slicegpt": ("slicegpt", {"sparsity": 0.2}),
+}
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def save_dense(host: str, folder: Path) -> Path:
+    """Save a random model whose weights and norms are drawn so wide that every mistake shows."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(host, **{**SIZES, **HOSTS.get(host, {})})
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(centre + 0.15 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    _character_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def compressed(source: Path, key: str, text: Path, folder: Path) -> Path:
+    """Compress a model by one of ``RECIPES``."""
+    from streamline_bench.methods import compress, load_recipe
+
+    name, overrides = RECIPES[key]
+    small = {"calibration": str(text), "sequence_length": 16, **overrides}
+    recipe = load_recipe(name, small)
+    if recipe.training.objective != "none":
+        recipe = load_recipe(name, {**small, "training.min_steps": 4, "training.batch_size": 4})
+    compress(source, recipe, folder, progress=False)
+    return folder
+
+
+def greedy(folder: Path) -> list[list[int]]:
+    """Return what transformers generates, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from streamline_bench.modeling import register
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    answers = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        output = model.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=TOKENS, pad_token_id=0
+        )
+        answers.append(output[0, len(prompt) :].tolist())
+    return answers
+
+
+def _character_tokenizer() -> Any:
+    """A byte-level tokenizer: what every family's own tokenizer class can read."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", "Ġ", *map(chr, range(33, 127))]
+    inner = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+COMPILED = "llama/ffn, compiled"
+HOSTED = "llama/ffn, hosted"
+HOSTED_CLASS = "StreamlineTransformersForCausalLM"
+NATIVE = ("ffn", "swiglu_res", "swiglu-before-first", "linear")
+"""Served by our subclass of the host's own class, where there is one."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """``host/recipe`` -> checkpoint."""
+    pytest.importorskip("vllm", reason="vLLM is not installed (tox -e vllm)")
+    root = tmp_path_factory.mktemp("models")
+    text = root / "text.txt"
+    lines = [" ".join(f"w{(i * 7 + j * 13) % 96}" for j in range(20)) for i in range(100)]
+    text.write_text("\n\n".join(lines))
+    made: dict[str, Path] = {}
+    for host in HOSTS:
+        dense = made[f"{host}/dense"] = save_dense(host, root / host)
+        for key in RECIPES:
+            made[f"{host}/{key}"] = compressed(dense, key, text, root / f"{host}-{key}")
+    return made
+
+
+@pytest.fixture(scope="module")
+def served(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Key -> answer of vLLM; all engines ran in one process."""
+    models: dict[str, dict[str, Any]] = {
+        key: {"model": str(folder)} for key, folder in folders.items()
+    }
+    ffn = {"model": str(folders["llama/ffn"])}
+    models[HOSTED] = {**ffn, "hf_overrides": {"architectures": [HOSTED_CLASS]}}
+    models[COMPILED] = {**ffn, "enforce_eager": False}
+    work = tmp_path_factory.mktemp("served")
+    jobs, answers = work / "jobs.json", work / "answers.json"
+    jobs.write_text(json.dumps({"prompts": PROMPTS, "tokens": TOKENS, "models": models}))
+    script = Path(__file__).with_name("serve_models.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(jobs), str(answers)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return dict(json.loads(answers.read_text()))
+
+
+@pytest.mark.parametrize("recipe", ["dense", *RECIPES])
+@pytest.mark.parametrize("host", HOSTS)
+def test_greedy_tokens_are_those_of_transformers(
+    host: str, recipe: str, folders: dict[str, Path], served: dict[str, Any]
+) -> None:
+    answer = served[f"{host}/{recipe}"]
+    assert "error" not in answer, answer["error"]
+    assert answer["tokens"] == greedy(folders[f"{host}/{recipe}"])
+
+
+@pytest.mark.parametrize("recipe", NATIVE)
+def test_networks_are_served_by_the_hosts_own_class(recipe: str, served: dict[str, Any]) -> None:
+    names = {host: served[f"{host}/{recipe}"]["served_by"] for host in HOSTS}
+    assert names == {
+        "llama": "StreamlineLlamaForCausalLM",
+        "mistral": "StreamlineMistralForCausalLM",
+        "qwen2": "StreamlineQwen2ForCausalLM",
+        "qwen3": "StreamlineQwen3ForCausalLM",
+        "opt": HOSTED_CLASS,
+    }
+
+
+def test_both_ways_to_serve_a_network_agree(served: dict[str, Any]) -> None:
+    assert served[HOSTED]["served_by"] == HOSTED_CLASS
+    assert served[HOSTED]["tokens"] == served["llama/ffn"]["tokens"]
+
+
+def test_compiled_as_the_host_class_is(served: dict[str, Any]) -> None:
+    assert served[COMPILED].get("tokens") == served["llama/ffn"]["tokens"], served[COMPILED]
