@@ -1,4 +1,8 @@
-"""streamline-bench: what a large language model loses and gains when layers are removed."""
+"""streamline-bench: what a large language model loses and gains when layers are removed.
+
+PYTEST_DONT_REWRITE: the line of our .pth file imports this package before pytest starts, which
+would then warn, in everybody's tests, that it cannot rewrite it.
+"""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from streamline_bench.stability.clusters import ClusterLabels, cluster_labels
 from streamline_bench.stability.metrics import choice_spread
 from streamline_bench.stability.samples import Samples, load_samples
 
-__all__ = ["Evidence", "read_evidence"]
+__all__ = ["Evidence", "evidence_of", "read_evidence"]
 
 LEADERBOARD = "leaderboard.json"
 Key = tuple[str, str]
@@ -75,16 +75,41 @@ def read_evidence(path: Path, *, progress: bool = True) -> Evidence:
         return Evidence(parse_reference(json.loads(file.read_text(encoding="utf-8")), str(file)))
     board = Leaderboard.model_validate(read_leaderboard(file))
     run = read_run_file(file.parent) if (file.parent / RUN_FILE).is_file() else None
-    samples = _samples(file.parent, run, progress)
+    speed = file.parent / run.throughput if run is not None and run.throughput else None
+    return evidence_of(
+        board,
+        _samples(file.parent, run, progress),
+        source=str(path),
+        throughput=speed if speed is not None and speed.exists() else None,
+    )
+
+
+def evidence_of(
+    board: Leaderboard,
+    samples: Mapping[str, Samples],
+    *,
+    source: str,
+    throughput: Path | None = None,
+) -> Evidence:
+    """What a leaderboard and the answers that it was made from say.
+
+    Args:
+        samples: label -> answers; rows without have estimates only.
+        throughput: the ``throughput.json`` behind the leaderboard's figures: it knows the machine.
+
+    Raises:
+        SamplesError: the answers are not those that the leaderboard was made from.
+        ThroughputError: the record is damaged.
+    """
     dense = samples.get(board.dense)
     return Evidence(
         Reference(
-            source=str(path),
+            source=source,
             title=board.title,
             dense=board.dense,
             method=board.method,
             rows=tuple(_row(row, samples.get(row.label), board) for row in board.rows),
-            machine=_machine(file.parent, run),
+            machine=None if throughput is None else _machine(throughput),
             versions=board.versions,
         ),
         clusters=_clusters(dense),
@@ -189,9 +214,7 @@ def _spreads(dense: Samples, board: Leaderboard) -> dict[Key, FloatArray]:
     return found
 
 
-def _machine(folder: Path, run: RunFile | None) -> str | None:
-    if run is None or run.throughput is None or not (folder / run.throughput).exists():
-        return None
+def _machine(throughput: Path) -> str:
     from streamline_bench.throughput.record import read_record
 
-    return read_record(folder / run.throughput).environment.machine_id
+    return read_record(throughput).environment.machine_id

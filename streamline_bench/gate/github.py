@@ -12,7 +12,7 @@ from pathlib import Path
 
 from streamline_bench.errors import OutputError
 from streamline_bench.gate.result import Check, GateResult
-from streamline_bench.gate.table import HEADINGS, cells, ordered, verdict
+from streamline_bench.gate.table import HEADINGS, cells, line, ordered, verdict
 from streamline_bench.report.escaping import markdown_text, terminal_text
 
 __all__ = ["append_summary", "to_markdown", "workflow_commands"]
@@ -81,12 +81,9 @@ def workflow_commands(result: GateResult) -> list[str]:
 
 
 def _command(kind: str, check: Check) -> str:
-    row, task, quantity, before, now, change, ends, status = cells(check)
+    row, task, quantity, *_ = cells(check)
     name = f"{row}, {task}" if task else row
-    text = f"{quantity} {status}"
-    if check.value is not None:
-        text += f": {before} before, {now} now (change {change}, {ends})"
-    return f"::{kind} title={_property(f'{name}: {quantity}')}::{_data(text)}"
+    return f"::{kind} title={_property(f'{name}: {quantity}')}::{_data(line(check))}"
 
 
 def _data(text: str) -> str:

@@ -11,7 +11,7 @@ from streamline_bench.report.formats import MISSING, percent, points, rate, time
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["HEADINGS", "cells", "ordered", "to_table", "verdict"]
+__all__ = ["HEADINGS", "cells", "line", "ordered", "to_table", "verdict"]
 
 HEADINGS = ("row", "task", "quantity", "reference", "now", "change", "interval", "status")
 _ORDER = ("missing", "regressed", "cannot tell", "not compared", "ok")
@@ -43,6 +43,15 @@ def cells(check: Check) -> list[str]:
         ends,
         status,
     ]
+
+
+def line(check: Check) -> str:
+    """One check as a line for a terminal: what, where, from which figure to which."""
+    row, task, quantity, before, now, change, ends, status = map(terminal_text, cells(check))
+    where = f"{row}, {task}" if task else row
+    if check.value is None:
+        return f"{where}: {quantity} {status}"
+    return f"{where}: {quantity} {status}: {before} before, {now} now (change {change}, {ends})"
 
 
 def verdict(result: GateResult) -> str:

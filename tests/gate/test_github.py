@@ -33,9 +33,9 @@ def test_an_error_for_what_closes_the_gate_and_a_warning_for_the_unclear() -> No
     found = result(check("ok"), check("cannot tell", "b"), check("regressed", "c"))
     commands = [line.replace(MINUS, "-") for line in workflow_commands(found)]
     assert commands == [
-        "::error title=c%2C arc%3A accuracy::accuracy regressed: 50.0 before, 40.0 now "
+        "::error title=c%2C arc%3A accuracy::c, arc: accuracy regressed: 50.0 before, 40.0 now "
         "(change -10.0, -15.0 to -5.0)",
-        "::warning title=b%2C arc%3A accuracy::accuracy cannot tell: 50.0 before, 40.0 now "
+        "::warning title=b%2C arc%3A accuracy::b, arc: accuracy cannot tell: 50.0 before, 40.0 now "
         "(change -10.0, -15.0 to -5.0)",
     ]
     strict = result(check("cannot tell"), strict=True)

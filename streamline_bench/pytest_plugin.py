@@ -1,0 +1,201 @@
+"""pytest plugin: a test fails if a model lost accuracy, stability or speed against a reference.
+
+::
+
+    def test_the_checkpoint_keeps_what_it_had(streamline_gate):
+        streamline_gate("runs/nightly")                     # a run folder of streamline-bench
+
+    def test_our_own_evaluation(streamline_gate, outputs):  # folders of lm_eval --log_samples
+        streamline_gate.evaluations({"dense": outputs / "dense", "pruned": outputs / "pruned"})
+
+``pytest --streamline-reference reference.json`` turns it on (or ``streamline_reference`` in the ini
+file); without, such tests are skipped and nothing of streamline-bench is imported.
+``--streamline-write-reference`` writes the file instead of comparing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from streamline_bench.gate.evidence import Evidence
+    from streamline_bench.gate.result import GateResult
+    from streamline_bench.gate.thresholds import Thresholds
+
+__all__ = ["StreamlineGate", "streamline_gate"]
+
+_THRESHOLDS = {
+    "accuracy": ("accuracy-margin", "tolerated drop of accuracy, as a share (0.02)"),
+    "stability": ("stability-margin", "tolerated drop of stability, as a share (0.02)"),
+    "speed": ("speed-tolerance", "tolerated relative drop of tokens per second (0.05)"),
+}
+"""Field of ``Thresholds`` -> option (without its prefix) and help."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options and their ini values."""
+    group = parser.getgroup("streamline-bench")
+    text = "file (or run folder) that the fixture streamline_gate compares with"
+    group.addoption("--streamline-reference", metavar="PATH", help=text)
+    parser.addini("streamline_reference", text)
+    group.addoption(
+        "--streamline-write-reference",
+        action="store_true",
+        help="write --streamline-reference from what the tests give, instead of comparing",
+    )
+    group.addoption(
+        "--streamline-strict",
+        action="store_true",
+        help="fail also where noise hides the answer",
+    )
+    for option, text in _THRESHOLDS.values():
+        group.addoption(f"--streamline-{option}", type=float, metavar="SHARE", help=text)
+        parser.addini(f"streamline_{option.replace('-', '_')}", text)
+
+
+@dataclass
+class StreamlineGate:
+    """What the fixture ``streamline_gate`` gives.
+
+    Attributes:
+        reference: file or run folder to compare with.
+        write: write the reference instead of comparing.
+        thresholds: from options and ini file; a call's own keywords count before them.
+        results: of all calls, for the summary.
+    """
+
+    reference: Path
+    write: bool = False
+    thresholds: Mapping[str, Any] = field(default_factory=dict)
+    results: list[GateResult] = field(default_factory=list)
+
+    def __call__(
+        self, run: Path | str, *, rows: Sequence[str] = (), **thresholds: Any
+    ) -> GateResult:
+        """Fail if ``run`` (a run folder or its leaderboard.json) lost against the reference.
+
+        Args:
+            rows: labels to check; by default all of the reference.
+            **thresholds: fields of :class:`streamline_bench.gate.thresholds.Thresholds`.
+
+        Raises:
+            AssertionError: something regressed or is missing; the message lists it.
+            StreamlineBenchError: run or reference cannot be read, or were not asked the same.
+        """
+        from streamline_bench.gate.evidence import read_evidence
+
+        return self._judge(read_evidence(Path(run), progress=False), rows, thresholds)
+
+    def evaluations(
+        self,
+        evaluations: Mapping[str, Path | str],
+        *,
+        dense: str = "dense",
+        throughput: Path | str | None = None,
+        rows: Sequence[str] = (),
+        **thresholds: Any,
+    ) -> GateResult:
+        """The same from outputs of lm-eval or OpenCompass, by label.
+
+        Args:
+            dense: label of the model that the others were made from.
+            throughput: a ``throughput.json`` of ``streamline-bench throughput``, same labels.
+        """
+        from streamline_bench.gate.evaluations import read_evaluations
+
+        evidence = read_evaluations(evaluations, dense, throughput=throughput, progress=False)
+        return self._judge(evidence, rows, thresholds)
+
+    def _judge(
+        self, evidence: Evidence, rows: Sequence[str], thresholds: Mapping[str, Any]
+    ) -> GateResult:
+        __tracebackhide__ = True
+        from streamline_bench.gate.evidence import read_evidence
+        from streamline_bench.gate.judge import judge
+
+        if self.write:
+            from streamline_bench.gate.reference import write_reference
+
+            write_reference(evidence.figures, self.reference)
+            pytest.skip(f"wrote the reference {self.reference}; nothing was compared")
+        against = read_evidence(self.reference, progress=False)
+        result = judge(evidence, against, self._limits(thresholds), rows)
+        self.results.append(result)
+        if not result.passed:
+            raise AssertionError(_message(result))
+        return result
+
+    def _limits(self, own: Mapping[str, Any]) -> Thresholds:
+        from pydantic import ValidationError
+
+        from streamline_bench.errors import ComparisonError
+        from streamline_bench.gate.thresholds import Thresholds
+
+        try:
+            return Thresholds(**{**self.thresholds, **own})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            raise ComparisonError(f"Threshold '{name}': {first['msg']}.") from None
+
+
+def _message(result: GateResult) -> str:
+    from streamline_bench.gate.table import line, verdict
+
+    return "\n".join([verdict(result), *(f"  {line(check)}" for check in result.closing)])
+
+
+@pytest.fixture(scope="session")
+def streamline_gate(request: pytest.FixtureRequest) -> StreamlineGate:
+    """Compare models with the reference of ``--streamline-reference``; skips without one."""
+    config = request.config
+    given = config.getoption("--streamline-reference")
+    configured = config.getini("streamline_reference")
+    if not given and not configured:
+        pytest.skip("no reference was given; run pytest with --streamline-reference PATH")
+    # A path of the ini file is relative to it, one of the command line to the current folder.
+    reference = Path(given) if given else config.rootpath / configured
+    gate = StreamlineGate(
+        reference,
+        write=bool(config.getoption("--streamline-write-reference")),
+        thresholds=_thresholds(config),
+    )
+    config.pluginmanager.register(_Summary(gate), "streamline-bench-summary")
+    return gate
+
+
+def _thresholds(config: pytest.Config) -> dict[str, Any]:
+    found: dict[str, Any] = {"strict": bool(config.getoption("--streamline-strict"))}
+    for name, (option, _) in _THRESHOLDS.items():
+        given = config.getoption(f"--streamline-{option}")
+        value = (
+            given if given is not None else config.getini(f"streamline_{option.replace('-', '_')}")
+        )
+        if value not in (None, ""):
+            found[name] = value
+    return found
+
+
+class _Summary:
+    """Shows, after the tests, what the gates found; there only if the fixture was used."""
+
+    def __init__(self, gate: StreamlineGate) -> None:
+        self._gate = gate
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Print a line per gate and per check that is not plainly fine."""
+        if not self._gate.results:
+            return
+        from streamline_bench.gate.table import line, ordered, verdict
+
+        terminalreporter.section("streamline-bench gate")
+        for result in self._gate.results:
+            terminalreporter.write_line(verdict(result))
+            for check in ordered(result):
+                if check.status != "ok":
+                    terminalreporter.write_line(f"  {line(check)}")
