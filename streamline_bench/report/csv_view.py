@@ -48,19 +48,25 @@ def _record(row: Mapping[str, Any]) -> dict[str, Any]:
         if found:
             record[f"stability:{name}"] = found["stability"] and found["stability"]["value"]
             record[f"mcnemar_p:{name}"] = found["mcnemar_p"]
+            record[f"holm_p:{name}"] = found["p_holm"]
+            record[f"decision:{name}"] = found["decision"]
     for task, metrics in row["other_metrics"].items():
         record |= {f"{metric}:{task}": value for metric, value in metrics.items()}
     return record
 
 
 def _overall(overall: Mapping[str, Any] | None, scope: str) -> dict[str, Any]:
-    names = ("difference", "agreement", "stability")
+    names = ("difference", "agreement", "stability", "retention", "flips_above_noise")
     record: dict[str, Any] = {}
     for name in names:
         estimate = (overall or {}).get(name) or {}
         for part in ("value", "low", "high"):
             suffix = "" if part == "value" else f"_{part}"
             record[f"{name}_{scope}{suffix}"] = estimate.get(part)
+    for name in ("pruned_corrected", "choice_kl", "choice_js", "margin_shift", "brier_shift"):
+        record[f"{name}_{scope}"] = ((overall or {}).get(name) or {}).get("value")
+    for name in ("decision", "detectable", "noninferiority_p", "pruned_calibration_error"):
+        record[f"{name}_{scope}"] = (overall or {}).get(name)
     if scope == "micro":
         flips = (overall or {}).get("flips") or {}
         for name in ("right_to_wrong", "wrong_to_right", "wrong_to_other_wrong"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from streamline_bench.report.escaping import markdown_text, visible_text
@@ -14,8 +14,11 @@ from streamline_bench.report.formats import (
     p_value,
     percent,
     points,
+    rate,
+    times,
     with_error,
 )
+from streamline_bench.report.ranking import ranked
 from streamline_bench.report.summary import headline
 
 __all__ = ["to_markdown"]
@@ -23,7 +26,7 @@ __all__ = ["to_markdown"]
 
 def to_markdown(board: Mapping[str, Any]) -> str:
     """Render the leaderboard as Markdown; every string of a run is escaped."""
-    rows = [row for row in board["rows"] if not row["failed"]]
+    rows = [row for row in ranked(board["rows"]) if not row["failed"]]
     level = f"{100 * board['method']['confidence']:g} %"
     parts = [
         f"# {markdown_text(board['title'])}",
@@ -33,11 +36,13 @@ def to_markdown(board: Mapping[str, Any]) -> str:
         f"Accuracy: mean over tasks ± standard error, in %. Difference to {_label(board)} in "
         f"points, with {level} interval. Stability: LLM-Streamline, equation 6. Flips: right to "
         "wrong / wrong to right. p: exact McNemar over all documents.",
+        _noise(board["noise"]),
         *_failures(board),
         "## Accuracy by task",
         _by_task(rows, lambda task: with_error(task["accuracy"])),
         "## Stability by task",
-        _by_task(rows, _stability, skip_dense=True),
+        _by_task([row for row in rows if row["macro"]], _stability),
+        *_published(rows),
         "## How the numbers were made",
         _settings(board),
         _provenance(rows),
@@ -65,31 +70,67 @@ def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def _leaderboard(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = ["row", "cost", "layers", "parameters", "removed %", "accuracy %", "difference",
-            "stability %", "agreement %", "flips", "p", "time"]  # fmt: skip
-    return _table(head, [_line(row) for row in rows])
+    columns = [(name, cell) for name, cell in _COLUMNS if any(cell(row) for row in rows)]
+    body = [[cell(row) or MISSING for _, cell in columns] for row in rows]
+    return _table([name for name, _ in columns], body)
 
 
-def _line(row: Mapping[str, Any]) -> list[str]:
-    macro, micro = row["macro"] or {}, row["micro"] or {}
-    flips, difference = micro.get("flips"), macro.get("difference")
-    stability = macro.get("stability")
-    return [
-        markdown_text(row["label"]),
-        markdown_text(row["cost"] or MISSING),
-        str(row["layers"] or MISSING),
-        count(row["parameters"]),
-        percent(row["sparsity_reached"]),
-        with_error(row["accuracy_macro"]),
-        f"{points(difference['value'])} {interval(difference, signed=True)}"
-        if difference
-        else MISSING,
-        f"{percent(stability['value'])} {interval(stability)}".strip() if stability else MISSING,
-        percent(macro["agreement"]["value"]) if macro else MISSING,
-        f"{flips['right_to_wrong']} / {flips['wrong_to_right']}" if flips else MISSING,
-        p_value(micro.get("mcnemar_p")),
-        duration(sum(row["seconds"].values()) or None),
-    ]
+def _difference(row: Mapping[str, Any]) -> str:
+    found = (row["macro"] or {}).get("difference")
+    return f"{points(found['value'])} {interval(found, signed=True)}".strip() if found else ""
+
+
+def _estimate(name: str) -> Callable[[Mapping[str, Any]], str]:
+    def cell(row: Mapping[str, Any]) -> str:
+        found = (row["macro"] or {}).get(name)
+        return f"{percent(found['value'])} {interval(found)}".strip() if found else ""
+
+    return cell
+
+
+def _flips(row: Mapping[str, Any]) -> str:
+    flips = (row["micro"] or {}).get("flips")
+    return f"{flips['right_to_wrong']} / {flips['wrong_to_right']}" if flips else ""
+
+
+def _speed(row: Mapping[str, Any]) -> str:
+    found = row["throughput"]
+    if not found:
+        return ""
+    if found["status"] == "failed":
+        return "failed"
+    ratio = f" ({times(found['ratio'])})" if found["ratio"] is not None else ""
+    return f"{rate(found['output_tokens_per_second'])}{ratio}"
+
+
+_COLUMNS: Sequence[tuple[str, Callable[[Mapping[str, Any]], str]]] = (
+    ("row", lambda row: markdown_text(row["label"])),
+    ("cost", lambda row: markdown_text(row["cost"] or "")),
+    ("accuracy %", lambda row: with_error(row["accuracy_macro"])),
+    ("difference", _difference),
+    ("verdict", lambda row: markdown_text((row["macro"] or {}).get("decision") or "")),
+    ("stability %", _estimate("stability")),
+    ("retention %", _estimate("retention")),
+    ("agreement %", _estimate("agreement")),
+    ("flips", _flips),
+    ("p", lambda row: p_value(row["micro"]["mcnemar_p"]) if row["micro"] else ""),
+    ("tokens/s", _speed),
+    ("parameters", lambda row: count(row["parameters"]) if row["parameters"] else ""),
+    ("removed %", lambda row: percent(row["sparsity_reached"]) if row["sparsity_reached"] else ""),
+    ("layers", lambda row: str(row["layers"] or "")),
+    ("time", lambda row: duration(sum(row["seconds"].values())) if row["seconds"] else ""),
+)
+"""Heading and cell; a column in which every cell is empty is left out."""
+
+
+def _noise(noise: Mapping[str, Any] | None) -> str:
+    if noise is None:
+        return ""
+    return (
+        f"Noise floor: {percent(noise['flips']['value'], 2)} % of {noise['n']} verdicts flip when "
+        f"{markdown_text(noise['dense_run'])} is evaluated again "
+        f"({markdown_text(', '.join(noise['repeats']))})."
+    )
 
 
 def _failures(board: Mapping[str, Any]) -> list[str]:
@@ -99,19 +140,39 @@ def _failures(board: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _by_task(rows: Sequence[Mapping[str, Any]], cell: Any, *, skip_dense: bool = False) -> str:
-    shown = [row for row in rows if not (skip_dense and row["is_dense"])]
-    if not shown:
+def _by_task(rows: Sequence[Mapping[str, Any]], cell: Callable[[Mapping[str, Any]], str]) -> str:
+    """One line per row, one column per task of any row."""
+    tasks: dict[tuple[str, str], str] = {}
+    for row in rows:
+        for task in row["tasks"]:
+            name = task["task"] if task["main"] else f"{task['task']} ({task['filter']})"
+            tasks.setdefault((task["task"], task["filter"]), markdown_text(name))
+    if not tasks:
         return ""
-    tasks = [(task["task"], task["filter"], task["main"]) for task in rows[0]["tasks"]]
     body = []
-    for name, filter_name, main in tasks:
-        cells = [markdown_text(name if main else f"{name} ({filter_name})")]
-        for row in shown:
-            found = [t for t in row["tasks"] if (t["task"], t["filter"]) == (name, filter_name)]
-            cells.append(cell(found[0]) if found else MISSING)
-        body.append(cells)
-    return _table(["task", *(markdown_text(row["label"]) for row in shown)], body)
+    for row in rows:
+        found = {(task["task"], task["filter"]): cell(task) for task in row["tasks"]}
+        body.append([markdown_text(row["label"]), *(found.get(key, MISSING) for key in tasks)])
+    return _table(["row", *tasks.values()], body)
+
+
+def _published(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    body = [
+        [
+            markdown_text(row["label"]),
+            markdown_text(item["model"]),
+            markdown_text(item["metric"]),
+            f"{item['value']:.1f}",
+            percent(item["sparsity"]),
+            markdown_text(item["source"]),
+        ]
+        for row in rows
+        for item in row["published"]
+    ]
+    if not body:
+        return []
+    head = ["row", "published on", "metric", "%", "removed %", "source"]
+    return ["## Published numbers", _table(head, body)]
 
 
 def _stability(task: Mapping[str, Any]) -> str:

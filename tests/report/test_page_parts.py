@@ -1,0 +1,150 @@
+"""The parts of the page that compute something: ranking, axes, forest, heat map, frontier."""
+
+from __future__ import annotations
+
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamline_bench.report.axes import Axis, ticks
+from streamline_bench.report.forest import forest
+from streamline_bench.report.heat_map import heat_map
+from streamline_bench.report.pareto import Point, frontier, pareto, points_of
+from streamline_bench.report.published import published_numbers
+from streamline_bench.report.ranking import ranked
+
+
+def row(label: str, accuracy: float | None, **fields: Any) -> dict[str, Any]:
+    estimate = None if accuracy is None else {"value": accuracy, "standard_error": 0.01}
+    return {
+        "label": label, "is_dense": label == "dense", "accuracy_macro": estimate, "macro": None,
+        "tasks": [], "throughput": None, "parameters": None, "cost": None, **fields,
+    }  # fmt: skip
+
+
+def test_ranking_is_by_accuracy_and_keeps_failed_rows_last() -> None:
+    rows = [row("a", 0.2), row("lost", None), row("b", 0.9), row("c", 0.2)]
+    assert [one["label"] for one in ranked(rows)] == ["b", "a", "c", "lost"]
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_are_inside_evenly_spaced_and_round(low: float, span: float) -> None:
+    found = ticks(low, low + span)
+    assert 1 <= len(found) <= 12
+    for value in found:
+        assert low - 1e-6 * span - 1e-9 <= value <= low + span + 1e-6 * span + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-0.31, 0.12, [-0.3, -0.2, -0.1, 0, 0.1]), (5, 5, [5])],
+)
+def test_ticks(low: float, high: float, expected: list[float]) -> None:
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_an_axis_places_its_ends() -> None:
+    axis = Axis(10, 20, 100, 0)
+    assert [axis.place(value) for value in (10, 15, 20)] == [100, 50, 0]
+    around = Axis.around([3.0, 3.0], 0, 10)
+    assert around.low < 3 < around.high and around.place(3.0) == 5.0
+
+
+def compared(value: float, low: float, high: float) -> dict[str, Any]:
+    difference = {"value": value, "low": low, "high": high}
+    return {"difference": difference, "margin": 0.02, "decision": "worse"}
+
+
+def test_forest_places_intervals_on_one_scale() -> None:
+    rows = [
+        row("dense", 0.9),
+        row("bad", 0.5, macro=compared(-0.4, -0.5, -0.3)),
+        row("good", 0.88, macro=compared(-0.02, -0.05, 0.01)),
+    ]
+    found = forest(rows)
+    assert [line["row"]["label"] for line in found["lines"]] == ["good", "bad"]
+    good, bad = found["lines"]
+    per_point = (good["at"] - bad["at"]) / 38
+    assert found["zero"] - found["margin"] == pytest.approx(2 * per_point, abs=0.05)
+    assert bad["width"] == pytest.approx(20 * per_point, abs=0.05)
+    assert 0 < bad["low"] < bad["at"] < found["zero"] < 100
+    assert forest(rows[:1]) is None
+
+
+def test_heat_map_columns_are_those_of_any_row_without_what_all_share() -> None:
+    def task(name: str, change: float | None) -> dict[str, Any]:
+        comparison = change is not None and {
+            "difference": {"value": change}, "agreement": {"value": 0.9}, "stability": None,
+        }  # fmt: skip
+        return {"task": name, "filter": "none", "main": True, "verdict": "acc", "n": 5,
+                "accuracy": {"value": 0.5}, "comparison": comparison or None}  # fmt: skip
+
+    rows = [
+        row("dense", 0.9, tasks=[task("set_piqa", None)]),
+        row("a", 0.5, tasks=[task("set_piqa", -0.25), task("set_pi", 0.8)]),
+    ]
+    found = heat_map(rows)
+    assert found["prefix"] == "set_"
+    assert [column["short"] for column in found["columns"]] == ["piqa", "pi"]
+    dense, line = (one["cells"] for one in found["lines"])
+    assert dense[0]["compared"] is None and dense[1] is None
+    assert (line[0]["shade"]["loss"], line[0]["shade"]["gain"]) == (0.5, 0.0)
+    assert line[1]["shade"]["gain"] == 1.0 and line[0]["shade"]["disagree"] == 0.2
+    assert heat_map([row("dense", 0.9, tasks=[task("one_task", None)])])["prefix"] == ""
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
+def test_the_frontier_is_what_no_point_beats(places: list[tuple[int, int]]) -> None:
+    points = [Point(i, str(i), "g", x, y, 0.0, "") for i, (x, y) in enumerate(places)]
+    for more in (True, False):
+        sign = 1 if more else -1
+        beaten = {
+            point
+            for point in points
+            for other in points
+            if sign * other.x >= sign * point.x and other.y >= point.y
+            and (other.x, other.y) != (point.x, point.y)
+        }  # fmt: skip
+        best = frontier(points, more_is_better=more)
+        assert {(p.x, p.y) for p in best} == {(p.x, p.y) for p in points if p not in beaten}
+        assert len({(p.x, p.y) for p in best}) == len(best), "of equal points one"
+
+
+def speed(value: float | None) -> dict[str, Any]:
+    status = "failed" if value is None else "ok"
+    return {"status": status, "output_tokens_per_second": value}
+
+
+def test_throughput_is_shown_where_two_rows_have_it_else_size() -> None:
+    rows = [
+        row("dense", 0.9, parameters=100, throughput=speed(10.0)),
+        row("a<b>", 0.8, parameters=80, throughput=speed(15.0), cost="no training"),
+        row("b", 0.7, parameters=70, throughput=speed(None), cost="calibrated"),
+        row("lost", None, parameters=60),
+    ]
+    kind, points = points_of(rows)
+    assert kind == "throughput" and [point.x for point in points] == [10.0, 15.0]
+    found = pareto(rows)
+    assert found["frontier"] == ["a<b>", "dense"]
+    root = ElementTree.fromstring(found["svg"])
+    assert {group.get("data-row") for group in root.iter("g")} == {"0", "1"}
+    labels = {text.text for text in root.iter("text")}
+    assert {"a<b>", "dense"} <= labels, "escaped once"
+    kind, points = points_of([rows[0], rows[2]])
+    assert kind == "parameters" and [point.x for point in points] == [100.0, 70.0]
+    assert pareto(rows[:1]) is None
+
+
+def test_published_numbers_find_the_task_of_their_metric() -> None:
+    recipe = {
+        "published": [
+            {"model": "m", "metric": metric, "value": 1.0, "source": "s"}
+            for metric in ("HellaSwag", "ARC-easy", "average of 13")
+        ]
+    }
+    found = published_numbers(recipe, ["hellaswag", "arc_easy"])
+    assert [item.task for item in found] == ["hellaswag", "arc_easy", None]
+    assert published_numbers({}, ["hellaswag"]) == []
