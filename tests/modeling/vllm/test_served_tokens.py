@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+# The first test waits for some sixty engines.
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 PROMPTS = [[(7 * i + 11 * n) % 97 + 3 for i in range(n)] for n in (1, 2, 7, 19, 33)]
 TOKENS = 16
