@@ -130,6 +130,7 @@ def _has(rows: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
         "throughput": any(row["throughput"] for row in rows),
         "perplexities": any(row["perplexities"] for row in rows),
         "generations": any(row["generations"] for row in rows),
+        "ours": any(item["task"] for row in rows for item in row["published"]),
     }
 
 
