@@ -174,6 +174,8 @@ def _sigterm_raises() -> Iterator[None]:
     """Turn SIGTERM into an exception, so that jobs are ended on the way out."""
 
     def stop(*_: object) -> NoReturn:
+        # Once is enough: a second one must not interrupt the ending of jobs.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
     if threading.current_thread() is not threading.main_thread():

@@ -1,0 +1,158 @@
+"""``streamline-bench compare``: options and plan files become one request; errors are sentences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_bench.cli.compare_options import read_execution, read_options
+from streamline_bench.errors import RecipeError
+from streamline_bench.runs.comparison import CompareResult
+from streamline_bench.runs.execution import Execution
+from streamline_bench.runs.request import Request, RowRequest
+
+
+@pytest.fixture
+def asked(
+    call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., Request]:
+    """Return a function: call the command with these options, return the request it makes."""
+
+    def run(*options: object) -> Request:
+        seen: list[Request] = []
+
+        def compare_request(request: Request, output: Path, **_: object) -> CompareResult:
+            seen.append(request)
+            return CompareResult(run=output, report=output / "leaderboard.html")
+
+        monkeypatch.setattr("streamline_bench.runs.comparison.compare_request", compare_request)
+        ended = call("compare", *options, "-o", tmp_path / "run", "-q")
+        assert ended.code == 0, ended.err
+        return seen[0]
+
+    return run
+
+
+def test_options_become_a_request(asked: Callable[..., Request]) -> None:
+    request = asked(
+        "some/model", "--recipes", "dense, shortgpt", "--row", "half=shortgpt:sparsity=0.5",
+        "--tasks", "piqa,hellaswag", "--n-layers", 4, "--set", "calibration=x.txt",
+        "--limit", 10, "--num-fewshot", 5, "--batch-size", "auto:4", "--throughput", "hf",
+        "--workload", "batch_sizes=[1, 2]", "--noise-floor",
+    )  # fmt: skip
+    assert request == Request(
+        model="some/model",
+        recipes=(
+            "dense",
+            "shortgpt",
+            RowRequest(label="half", recipe="shortgpt", overrides={"sparsity": "0.5"}),
+        ),
+        tasks=("piqa", "hellaswag"),
+        overrides={"n_layers": 4, "calibration": "x.txt"},
+        limit=10,
+        num_fewshot=5,
+        batch_size="auto:4",
+        throughput="hf",
+        workload={"batch_sizes": [1, 2]},
+        noise_floor=True,
+    )
+
+
+def test_the_bundled_model_brings_its_tasks_and_block_length(
+    asked: Callable[..., Request],
+) -> None:
+    request = asked("bundled", "--recipes", "shortgpt", "--sparsity", 0.5)
+    assert Path(request.model, "config.json").is_file()
+    assert request.tasks == ("streamline_demo", "streamline_demo_generation")
+    assert request.overrides == {"sequence_length": 128, "sparsity": 0.5}
+    assert request.threads == 1
+    own = asked("bundled", "--recipes", "shortgpt", "--tasks", "piqa", "--threads", 2)
+    assert (own.tasks, own.threads) == (("piqa",), 2)
+
+
+def test_options_win_over_the_plan_file(asked: Callable[..., Request], tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        "model: some/model\ntasks: [piqa]\nrecipes: [shortgpt]\nlimit: 5\n"
+        "set: {sparsity: 0.25, seed: 3}\n",
+        encoding="utf-8",
+    )
+    request = asked("--plan", plan, "--limit", 7, "--n-layers", 2, "--row", "b=sleb")
+    assert (request.model, request.tasks, request.limit) == ("some/model", ("piqa",), 7)
+    assert request.recipes == ("shortgpt", RowRequest(label="b", recipe="sleb"))
+    # The two sizes are alternatives: the option's replaces the plan's.
+    assert request.overrides == {"seed": 3, "n_layers": 2}
+    assert asked("other/model", "--plan", plan).model == "other/model"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "give MODEL"),
+        (["some/model", "--tasks", "piqa"], "give --recipes"),
+        (["some/model", "--recipes", "dense"], "give --tasks"),
+        (["bundled", "--recipes", "shortgtp"], "did you mean 'shortgpt'"),
+        (["bundled", "--recipes", "dense", "--row", "x"], "LABEL=RECIPE"),
+        (["bundled", "--recipes", "dense", "--batch-size", "many"], "batch_size"),
+        (["no/such/model", "--recipes", "dense", "--tasks", "t"], "no/such/model"),
+        (["bundled", "--recipes", "dense", "--gpus", "0", "--gpus-per-job", "2"], "asks for 2"),
+        (["--plan", "no-such-plan"], "Unknown plan"),
+        (["bundled", "--recipes", "dense", "--include-path", "/no/such"], "--include-path"),
+    ],
+)
+def test_what_cannot_be_run_is_one_sentence_and_exit_code_2(
+    call: Callable[..., Any], tmp_path: Path, options: list[str], sentence: str
+) -> None:
+    ended = call("compare", *options, "-o", tmp_path / "run", "-q")
+    assert ended.code == 2
+    assert sentence in ended.err
+    assert ended.err.startswith("streamline-bench: ")
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "run" / "plan.yaml").exists()
+
+
+def test_how_it_is_run_is_no_part_of_the_request() -> None:
+    options = {
+        "executor": "ray", "ray_address": "10.0.0.1:6379", "cpus_per_job": 8, "workers": 3,
+        "gpus": "0, 1", "gpus_per_job": 2, "retries": 5, "timeout": 60.0, "trunk": False,
+    }  # fmt: skip
+    assert read_execution(options) == Execution(
+        executor="ray", ray_address="10.0.0.1:6379", cpus_per_job=8, workers=3, gpus=("0", "1"),
+        gpus_per_job=2, retries=5, timeout=60.0, trunk=False,
+    )  # fmt: skip
+
+
+def test_the_plan_is_named_where_it_is_wrong(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("model: m\ntasks: [t]\nrecipes: [dense]\nlimit: -3\n", encoding="utf-8")
+    options = {"rows": (), "assignments": (), "workload": (), "sparsity": None, "n_layers": None}
+    with pytest.raises(RecipeError, match=r"plan\.yaml: 'limit' is -3"):
+        read_options(None, str(plan), options)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_failed_rows_are_named_and_the_exit_code_is_1(
+    call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, as_json: bool
+) -> None:
+    result = CompareResult(
+        run=tmp_path,
+        report=tmp_path / "leaderboard.html",
+        failures={"laco": "Too \x1b[31mfew layers."},
+        jobs={"compress-laco": "failed"},
+    )
+    monkeypatch.setattr("streamline_bench.runs.comparison.compare_request", lambda *_, **__: result)
+    options = ["--json"] if as_json else []
+    ended = call("compare", "bundled", "--recipes", "laco", "-o", tmp_path / "run", *options)
+    assert ended.code == 1
+    assert "\x1b" not in ended.err + ended.out
+    if as_json:
+        shown = json.loads(ended.out)
+        assert shown["jobs"] == {"compress-laco": "failed"}
+        assert shown["failures"]["laco"].startswith("Too")
+    else:
+        assert "laco failed: Too" in ended.err
+        assert f"Open {result.report}" in ended.out
