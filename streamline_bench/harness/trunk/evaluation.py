@@ -12,6 +12,7 @@ from streamline_bench.core.staging import atomic_write_text, staged_output
 from streamline_bench.errors import EvaluationError, OutputError
 from streamline_bench.harness.bridge import MODEL_NAME
 from streamline_bench.harness.trunk.request import TrunkRequest
+from streamline_bench.harness.trunk.tasks import Catalogue, SameTasks
 
 __all__ = ["MARKER", "Evaluation", "is_done", "model_arguments"]
 
@@ -64,11 +65,14 @@ class Evaluation:
     """Evaluations of models that are asked the same requests, which are built once.
 
     All models that one instance is used with must have the same tokenizer.
+
+    Args:
+        catalogue: may be shared by several instances.
     """
 
-    def __init__(self, request: TrunkRequest) -> None:
+    def __init__(self, request: TrunkRequest, catalogue: Catalogue) -> None:
         self._request = request
-        self._tasks: _SameTasks | None = None
+        self._tasks = SameTasks(catalogue)
 
     def run(self, label: str, model: Any) -> None:
         """Evaluate a model and publish its output folder.
@@ -90,7 +94,12 @@ class Evaluation:
         from lm_eval import simple_evaluate
         from lm_eval.loggers import EvaluationTracker
 
-        config, tasks = self._prepared(label, folder)
+        config = _config(self._request, label, folder)
+        try:
+            config._configure()
+            config.tasks = self._tasks.prepare(config)
+        except ValueError as error:
+            raise EvaluationError(f"The harness refuses the evaluation: {error}.") from error
         tracker = EvaluationTracker(output_path=str(folder))
         seeds = dict(
             zip(
@@ -114,7 +123,7 @@ class Evaluation:
             apply_chat_template=config.apply_chat_template,
             fewshot_as_multiturn=config.fewshot_as_multiturn,
             gen_kwargs=config.gen_kwargs,
-            task_manager=tasks,
+            task_manager=self._tasks,
             metadata=config.metadata,
             **seeds,
         )
@@ -122,18 +131,6 @@ class Evaluation:
         results["config"]["model"] = MODEL_NAME
         tracker.general_config_tracker.model_source = MODEL_NAME
         _save(tracker, results, folder)
-
-    def _prepared(self, label: str, folder: Path) -> tuple[Any, _SameTasks]:
-        config = _config(self._request, label, folder)
-        try:
-            config._configure()
-            if self._tasks is None:
-                self._tasks = _SameTasks(config.process_tasks(config.metadata), config.tasks)
-        except ValueError as error:
-            raise EvaluationError(f"The harness refuses the evaluation: {error}.") from error
-        config.tasks = self._tasks.names
-        self._tasks.belong_to(str(self._request.checkpoints[label]))
-        return config, self._tasks
 
 
 def _config(request: TrunkRequest, label: str, folder: Path) -> Any:
@@ -183,48 +180,3 @@ def _lines(folder: Path, task: str) -> int:
     stem = f"samples_{task}_"
     files = [path for path in folder.rglob("samples_*.jsonl") if path.name.startswith(stem)]
     return sum(file.read_bytes().count(b"\n") for file in files if file.name[len(stem)].isdigit())
-
-
-class _SameTasks:
-    """The harness's task manager, giving the same loaded tasks to every model.
-
-    Requests are built for the first model and asked again of the others.
-    """
-
-    def __init__(self, manager: Any, names: list[Any]) -> None:
-        self.names = names
-        self._manager = manager
-        self._loaded: Any = None
-        self._owner = manager.metadata["pretrained"]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._manager, name)
-
-    def load(self, names: list[Any]) -> Any:
-        """Return the tasks, loading them the first time."""
-        if self._loaded is None:
-            self._loaded = self._manager.load(names)
-        else:
-            for task in self._loaded["tasks"].values():
-                task.build_all_requests = _Again(task)
-        return self._loaded
-
-    def belong_to(self, pretrained: str) -> None:
-        """Note the model in the tasks' metadata, where the harness keeps its arguments."""
-        for task in (self._loaded or {}).get("tasks", {}).values():
-            metadata = task.config.metadata
-            if isinstance(metadata, dict) and metadata.get("pretrained") == self._owner:
-                metadata["pretrained"] = pretrained
-        self._owner = pretrained
-
-
-class _Again:
-    """Stands for a task's ``build_all_requests``: the same requests, without answers."""
-
-    def __init__(self, task: Any) -> None:
-        self._task = task
-
-    def __call__(self, **_: Any) -> None:
-        for instance in self._task.instances:
-            instance.resps = []
-            instance.filtered_resps = {}

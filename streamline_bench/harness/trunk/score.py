@@ -22,6 +22,7 @@ from streamline_bench.harness.trunk.evaluation import Evaluation, is_done
 from streamline_bench.harness.trunk.legs import solo_reason, walks_of
 from streamline_bench.harness.trunk.request import LabelOutcome, TrunkOutcome, TrunkRequest
 from streamline_bench.harness.trunk.stack import Stack, read_stack
+from streamline_bench.harness.trunk.tasks import Catalogue
 from streamline_bench.modeling import register
 
 __all__ = ["score_together"]
@@ -61,6 +62,7 @@ class _Scoring:
         self._walks: list[tuple[str, ...]] = []
         self._per_model: set[str] = set()
         self._seconds: dict[str, float] = {}
+        self._catalogue = Catalogue()
 
     def run(self) -> TrunkOutcome:
         """Evaluate what is missing."""
@@ -109,7 +111,7 @@ class _Scoring:
             return
         self._walks.append(tuple(party.models))
         logger.info("Scored together: %s.", ", ".join(party.models))
-        evaluation = Evaluation(self._request)
+        evaluation = Evaluation(self._request, self._catalogue)
         for label in [each for each in self._request.checkpoints if each in party.models]:
             self._evaluate(
                 evaluation,
@@ -128,7 +130,8 @@ class _Scoring:
         except StreamlineBenchError as error:
             self._fail(label, error)
             return
-        self._evaluate(Evaluation(self._request), label, model, reason=self._alone[label])
+        evaluation = Evaluation(self._request, self._catalogue)
+        self._evaluate(evaluation, label, model, reason=self._alone[label])
 
     def _evaluate(self, evaluation: Evaluation, label: str, model: Any, **facts: Any) -> None:
         try:
