@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from streamline_bench.report.schema import Flip
@@ -25,21 +26,40 @@ def worst_flips(pairs: AlignedPairs, verdict: str, limit: int = 8) -> list[Flip]
     right = pairs.dense[verdict].fillna(False).to_numpy(dtype=np.bool_)
     wrong = (~pairs.pruned[verdict].fillna(True)).to_numpy(dtype=np.bool_)
     index = np.flatnonzero(right & wrong)
-    flips = [_flip(pairs.dense.iloc[int(row)], pairs.pruned.iloc[int(row)]) for row in index]
-    chosen = sorted(
-        (flip for flip in flips if flip.drop is not None), key=lambda flip: -(flip.drop or 0.0)
+    drops = _drops(pairs, index)
+    sure = sorted(
+        (place for place, drop in drops.items() if drop is not None),
+        key=lambda place: -(drops[place] or 0.0),
     )
-    others = [flip for flip in flips if flip.drop is None]
-    kept = min(len(others), max(2, limit - len(chosen)))
-    return [*chosen[: limit - kept], *others[:kept]]
+    others = [place for place, drop in drops.items() if drop is None]
+    kept = min(len(others), max(2, limit - len(sure)))
+    return [
+        _flip(pairs.dense.iloc[place], pairs.pruned.iloc[place], drops[place])
+        for place in [*sure[: limit - kept], *others[:kept]]
+    ]
 
 
-def _flip(dense: pd.Series[Any], pruned: pd.Series[Any]) -> Flip:
-    gold = _index(dense["gold"])
+def _drops(pairs: AlignedPairs, index: npt.NDArray[np.intp]) -> dict[int, float | None]:
+    """Row -> by how much the share of the right choice fell; None where there are no choices."""
+    columns = [
+        frame[name].to_numpy()[index]
+        for frame, name in (
+            (pairs.dense, "gold"),
+            (pairs.dense, "loglikelihoods"),
+            (pairs.pruned, "loglikelihoods"),
+        )
+    ]
+    drops: dict[int, float | None] = {}
+    for place, value, dense, pruned in zip(index.tolist(), *columns, strict=True):
+        gold, before, after = _index(value), _shares(dense), _shares(pruned)
+        drops[place] = None
+        if gold is not None and before is not None and after is not None:
+            drops[place] = round(before[gold] - after[gold], 4)
+    return drops
+
+
+def _flip(dense: pd.Series[Any], pruned: pd.Series[Any], drop: float | None) -> Flip:
     before, after = _shares(dense["loglikelihoods"]), _shares(pruned["loglikelihoods"])
-    drop = None
-    if gold is not None and before is not None and after is not None:
-        drop = round(before[gold] - after[gold], 4)
     choices = dense["choices"]
     has_choices = isinstance(choices, list) and len(choices) > 1
     return Flip(
@@ -47,7 +67,7 @@ def _flip(dense: pd.Series[Any], pruned: pd.Series[Any]) -> Flip:
         doc_id=int(dense["doc_id"]),
         prompt=_end(dense["prompt"]),
         choices=[_start(choice) for choice in choices] if has_choices else None,
-        gold=gold,
+        gold=_index(dense["gold"]),
         target=_start(dense["target"]),
         dense_choice=_index(dense["prediction"]),
         pruned_choice=_index(pruned["prediction"]),
