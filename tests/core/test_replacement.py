@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 
 from streamline_bench.core.recipe import ReplacementSpec
 from streamline_bench.core.replacement import NETWORK_KINDS, build_network, network_parameters
@@ -125,6 +126,13 @@ def test_fresh_weights_can_be_drawn_again(hidden: torch.Tensor) -> None:
 def test_other_kinds_are_no_networks(kind: str) -> None:
     with pytest.raises(RecipeError, match=f"'{kind}' is no network"):
         network(kind)
+
+
+@pytest.mark.parametrize("kind", NETWORK_KINDS)
+def test_can_be_built_without_weights_while_buffers_are_real(kind: str) -> None:
+    with init_empty_weights(include_buffers=False):  # as engines do that load weights themselves
+        built = network(kind)
+    assert all(parameter.is_meta for parameter in built.parameters())
 
 
 def test_nothing_has_no_parameters() -> None:
