@@ -6,11 +6,14 @@ import pytest
 
 from streamline_bench.report.formats import (
     count,
+    decimal,
     duration,
     interval,
     p_value,
     percent,
     points,
+    rate,
+    times,
     with_error,
 )
 
@@ -38,6 +41,15 @@ MINUS = "\N{MINUS SIGN}"
         (duration(3725), "1 h 02 min"),
         (with_error({"value": 0.5, "standard_error": 0.011}), "50.0 ± 1.1"),
         (with_error({"value": 0.5, "standard_error": None}), "50.0"),
+        (decimal(-0.0312), f"{MINUS}0.031"),
+        (decimal(0.5, 2, signed=True), "+0.50"),
+        (decimal(-0.0001), "0.000"),
+        (decimal(None), "\N{EN DASH}"),
+        (times(1.3125), "1.31\N{MULTIPLICATION SIGN}"),
+        (times(None), "\N{EN DASH}"),
+        (rate(1234.5), "1,234"),
+        (rate(12.34), "12.3"),
+        (rate(None), "\N{EN DASH}"),
         (interval({"low": 0.1, "high": 0.25}), "[10.0, 25.0]"),
         (interval({"low": -0.1, "high": 0.02}, signed=True), f"[{MINUS}10.0, +2.0]"),
         (interval({"low": None, "high": None}), ""),
