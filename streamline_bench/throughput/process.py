@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -23,6 +24,8 @@ __all__ = ["ModelProcess", "WorkerError"]
 
 _GRACE_SECONDS = 5.0
 _LOG_TAIL = 1 << 16
+_POINTS_TO_LOG = re.compile(r"engine ?core|ended with exit code", re.IGNORECASE)
+_NAMES_ERROR = re.compile(r"\b[A-Za-z]*(Error|Exception)\b: ")
 
 
 class WorkerError(Exception):
@@ -48,6 +51,7 @@ class ModelProcess:
         self._kills = kernel_kills()
         command = [sys.executable, "-m", "streamline_bench.throughput.worker", job]
         with log.open("ab") as output:
+            self._log_start = output.tell()
             self._process = subprocess.Popen(
                 [*command, str(os.getpid())],
                 stdin=subprocess.PIPE,
@@ -88,8 +92,7 @@ class ModelProcess:
             raise self._ended(doing)
         if "error" in reply:
             self.close()
-            ran_out = reply["out_of_memory"] or is_out_of_memory(self.log_tail())
-            raise WorkerError(f"{reply['error']} (while {doing})", out_of_memory=ran_out)
+            raise self._failed(reply, doing)
         return reply["answer"]
 
     def close(self, *, at_once: bool = False) -> None:
@@ -133,15 +136,23 @@ class ModelProcess:
         reply: dict[str, Any] = json.loads(line)
         return reply
 
+    def _failed(self, reply: dict[str, Any], doing: str) -> WorkerError:
+        """What the worker said; where that only points to a process of its own, the log's word."""
+        reason, ran_out = f"{reply['error']} (while {doing})", bool(reply["out_of_memory"])
+        if _POINTS_TO_LOG.search(reply["error"]):
+            log = self.log_tail()
+            ran_out = ran_out or is_out_of_memory(log)
+            reason += f": {_last_error(log, but=reply['error'])}"
+        return WorkerError(reason, out_of_memory=ran_out)
+
     def _ended(self, doing: str) -> WorkerError:
         self.close()
         code = self._process.returncode
         if code >= 0:
-            said = _last_line(self.log_tail())
-            ran_out = is_out_of_memory(self.log_tail())
+            log = self.log_tail()
+            said, ran_out = _last_error(log), is_out_of_memory(log)
             return WorkerError(
-                f"the process ended with exit code {code} while {doing}"
-                + (f": {said}" if said else ""),
+                f"the process ended with exit code {code} while {doing}: {said}",
                 out_of_memory=ran_out,
             )
         for_memory = code == -signal.SIGKILL and kernel_kills() != self._kills
@@ -152,9 +163,9 @@ class ModelProcess:
         )
 
     def log_tail(self) -> str:
-        """Return the end of what the process has printed."""
+        """Return the end of what this process has printed."""
         with self._log.open("rb") as file:
-            file.seek(max(0, self._log.stat().st_size - _LOG_TAIL))
+            file.seek(max(self._log_start, self._log.stat().st_size - _LOG_TAIL))
             return file.read().decode("utf-8", "replace")
 
 
@@ -165,6 +176,9 @@ def _children(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return printable(lines[-1])[:300] if lines else ""
+def _last_error(log: str, but: str | None = None) -> str:
+    """The last line that names an error (another one than ``but``), else the last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    lines = [line for line in lines if but is None or but not in line]
+    errors = [line for line in lines if _NAMES_ERROR.search(line)]
+    return printable((errors or lines or ["nothing was printed"])[-1])[:300]

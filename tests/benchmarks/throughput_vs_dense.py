@@ -24,7 +24,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from streamline_bench.core.staging import atomic_write_text
-from streamline_bench.throughput import Setup, ThroughputRecord, Workload, measure
+from streamline_bench.report.escaping import markdown_text
+from streamline_bench.throughput import Setup, ThroughputRecord, Workload, measure, read_record
 
 VARIANTS = {
     "none": "streamline_none",
@@ -141,15 +142,31 @@ def markdown(records: list[ThroughputRecord], sizes: dict[str, Any]) -> str:
         "with its 95 % interval. Ideal: layers where whole layers are gone, else floating-point "
         "operations. Written by `tests/benchmarks/throughput_vs_dense.py`.",
         "",
-        "| engine | batch | model | tokens / CPU s | tokens / s | ratio to dense | ideal | of "
-        "ideal | KV bytes/token |",
-        "|---|--:|---|--:|--:|--:|--:|--:|--:|",
+        "| engine | batch | model | layers | parameters | tokens / CPU s | tokens / s | ratio to "
+        "dense | ideal | of ideal | KV bytes/token |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for record in records:
         for batch in record.workload.batch_sizes:
             lines += [_line(r) for r in rows_of(record) if r["batch_size"] == batch]
     versions = ", ".join(f"{r.engine}: {r.environment.engine_version}" for r in records)
-    return "\n".join([*lines, "", f"Engines: {versions}.", ""])
+    return "\n".join([*lines, "", verdict(records), "", f"Engines: {versions}.", ""])
+
+
+def verdict(records: list[ThroughputRecord]) -> str:
+    """One sentence per engine on the models that lost whole layers."""
+    sentences = []
+    for record in records:
+        found = [r for r in rows_of(record) if r["model"] in DEPTH and r.get("of_ideal")]
+        if found:
+            shares = [r["of_ideal"] for r in found]
+            reached = sum(share >= TARGET for share in shares)
+            sentences.append(
+                f"{record.engine}: models that lost whole layers reach {min(shares):.3f} to "
+                f"{max(shares):.3f} of the ideal; {reached} of {len(shares)} figures are at least "
+                f"{TARGET}."
+            )
+    return " ".join(sentences)
 
 
 def _load(record: ThroughputRecord) -> str:
@@ -159,11 +176,12 @@ def _load(record: ThroughputRecord) -> str:
 def _line(row: dict[str, Any]) -> str:
     head = f"| {row['engine']} | {row['batch_size']} | {row['model']} |"
     if row["status"] != "ok":
-        return f"{head} failed: {row['reason']} | | | | | |"
+        return f"{head} | | failed: {markdown_text(row['reason'])} | | | | | |"
     ratio, ideal = row["ratio"], row["ideal"]
     ends = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if row["model"] != "dense" else ""
     return (
-        f"{head} {row['tokens_per_cpu_second']:.1f} | {row['tokens_per_wall_second']:.1f} | "
+        f"{head} {row['layers']} | {row['parameters'] / 1e6:.1f} M | "
+        f"{row['tokens_per_cpu_second']:.1f} | {row['tokens_per_wall_second']:.1f} | "
         f"{ratio['value']:.3f}{ends} | {ideal['ratio']:.3f} ({ideal['kind']}) | "
         f"{row['of_ideal']:.3f} | {row['kv_bytes_per_token']} |"
     )
@@ -180,42 +198,72 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=SIZES["num_hidden_layers"])
     parser.add_argument("--folder", type=Path, help="where the models are made, and kept")
     parser.add_argument("--output", type=Path, help="folder for throughput.json and throughput.md")
+    parser.add_argument(
+        "--records",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="measure nothing: write the table of these records (of `streamline-bench throughput`)",
+    )
     options = parser.parse_args()
     sizes = {**SIZES, "num_hidden_layers": options.layers}
+    if options.records:
+        records = [read_record(folder) for folder in options.records]
+    else:
+        records = measured(options, sizes)
+    print(markdown(records, sizes))
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        payload = json.dumps(summary(records, sizes), indent=2)
+        atomic_write_text(options.output / "throughput.json", payload + "\n")
+        atomic_write_text(options.output / "throughput.md", markdown(records, sizes))
+
+
+def measured(options: argparse.Namespace, sizes: dict[str, Any]) -> list[ThroughputRecord]:
+    """Make the models, or take those of an earlier run, and measure them with every engine."""
     workload = Workload(
         batch_sizes=tuple(int(size) for size in options.batch.split(",")),
         prompt_tokens=options.prompt_tokens,
         output_tokens=options.output_tokens,
         rounds=options.rounds,
     )
+    names = options.variants.split(",")
     with tempfile.TemporaryDirectory() as passing:
         work = options.folder or Path(passing)
-        made = json.loads((work / "made.json").read_text()) if (work / "made.json").exists() else {}
-        folders = {name: Path(folder) for name, folder in made.items()}
-        if not folders:
-            folders = build_variants(work, sizes, options.variants.split(","))
+        work.mkdir(parents=True, exist_ok=True)
+        list_of_made = work / "made.json"
+        if list_of_made.exists():
+            folders = {name: Path(at) for name, at in json.loads(list_of_made.read_text()).items()}
+        else:
+            folders = build_variants(work, sizes, names)
             made = {name: str(folder) for name, folder in folders.items()}
-            (work / "made.json").write_text(json.dumps(made))
-        records = [
+            atomic_write_text(list_of_made, json.dumps(made))
+        return [
             measure(
                 folders, dense="dense", engine=engine, workload=workload, setup=Setup(threads=1)
             )
             for engine in options.engines.split(",")
         ]
-    print(markdown(records, sizes))
-    if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
-        payload = {
-            "sizes": sizes,
-            "workload": workload.model_dump(mode="json"),
-            "environments": {
-                r.engine: {"clock": r.clock, "dtype": r.dtype, **r.environment.model_dump()}
-                for r in records
-            },
-            "rows": [row for record in records for row in rows_of(record)],
-        }
-        atomic_write_text(options.output / "throughput.json", json.dumps(payload, indent=2) + "\n")
-        atomic_write_text(options.output / "throughput.md", markdown(records, sizes))
+
+
+def summary(records: list[ThroughputRecord], sizes: dict[str, Any]) -> dict[str, Any]:
+    """The committed form: every figure, no folder of this machine."""
+    return {
+        "sizes": sizes,
+        "target": {"models": DEPTH, "of_ideal": TARGET},
+        "runs": [
+            {
+                "engine": record.engine,
+                "created": record.created,
+                "clock": record.clock,
+                "dtype": record.dtype,
+                "workload": record.workload.model_dump(mode="json"),
+                "environment": record.environment.model_dump(mode="json"),
+                "rows": rows_of(record),
+            }
+            for record in records
+        ],
+    }
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class FakeEngine(Engine):
         if len(prompts) > self.behaviour.get("out_of_memory_above", len(prompts)):
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         if "exit" in self.behaviour:
-            print("something dreadful happened", file=sys.stderr, flush=True)
+            print("OSError: something dreadful happened\nbye", file=sys.stderr, flush=True)
             os._exit(self.behaviour["exit"])
         if "signal" in self.behaviour:
             os.kill(os.getpid(), self.behaviour["signal"])

@@ -84,7 +84,7 @@ def test_models_take_turns_and_the_record_holds_every_round(
     ("behaviour", "reason"),
     [
         ({"load_error": "model type 'x' is not known"}, r"ValueError: model type 'x'.*loading"),
-        ({"exit": 3}, r"exit code 3 while generating.*: something dreadful happened"),
+        ({"exit": 3}, r"exit code 3 while generating.*: OSError: something dreadful happened"),
         ({"signal": signal.SIGSEGV}, r"signal 11 \(SIGSEGV\)"),
         ({"signal": signal.SIGKILL}, r"signal 9 \(SIGKILL\)"),
         ({"tokens_missing": 1}, r"2 sequences of 5 tokens were asked for.*2 of 4 to 4"),
@@ -162,6 +162,21 @@ def test_a_model_that_cannot_hold_one_sequence_does_not_drag_the_others_down(
     found = measured(models, fake_engine)
     assert found["dense"].points[0].batch_size == 2
     assert "out of memory with a batch of one" in str(found["huge"].reason)
+
+
+def test_memory_that_ran_out_once_does_not_explain_a_later_failure(
+    fake_model: FakeModel, fake_engine: str
+) -> None:
+    """The log of the second process is not read for what the first one said."""
+    bad = fake_model("bad", out_of_memory_above=3, exit=5)
+    found = measured({"bad": bad}, fake_engine, dense=None, workload=SMALL)
+    assert batches(bad) == [1]
+    assert "exit code 5" in str(found["bad"].reason)
+    (bad / "batches.txt").unlink()
+    workload = ONE.model_copy(update={"batch_sizes": (4,)})
+    found = measured({"bad": bad}, fake_engine, dense=None, workload=workload)
+    assert batches(bad) == [4, 2]
+    assert "exit code 5" in str(found["bad"].reason)
 
 
 def test_an_engine_that_takes_memory_at_the_start_is_started_for_half(
