@@ -36,7 +36,9 @@ class TrunkLM(StreamlineLM):
         """Return (log-probability, is greedy) of every continuation."""
         if self._walk is None:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        return self._walk.answers(self._label, "loglikelihood", requests, self._ask_all)
+        return self._walk.answers(
+            self._label, "loglikelihood", requests, lambda asked: self._ask_all(asked, disable_tqdm)
+        )
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of every text."""
@@ -63,10 +65,11 @@ class TrunkLM(StreamlineLM):
         self._encoded = list(requests)
         return []
 
-    def _ask_all(self, requests: Any) -> dict[str, list[Answer]]:
+    def _ask_all(self, requests: Any, disable_tqdm: bool) -> dict[str, list[Answer]]:
         self._encoded = []
         try:
-            super().loglikelihood(requests)  # encodes them, and hands them to the method above
+            # It encodes them, and hands them to the method above.
+            super().loglikelihood(requests, disable_tqdm=disable_tqdm)
             return self._scored(self._encoded)
         finally:
             self._encoded = None
