@@ -34,12 +34,25 @@ __all__ = ["command"]
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Questions per data set.")
 @click.option("--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True)
+@click.option(
+    "--engine-arg",
+    "engine_arguments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="For from_pretrained, or for vllm.LLM (kv_cache_memory_bytes=1073741824).",
+)
 @click.option("--chat", is_flag=True, help="Put prompts into the tokenizer's chat template.")
 @click.option("--device", help="Torch device; the first GPU if there is one.")
 @click.option("--dtype", help="Dtype of the weights; the checkpoint's own unless given.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--max-seq-len", type=click.IntRange(min=2), help="Tokens of a prompt.")
 @click.option("--max-out-len", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option(
+    "--share-prefixes/--stock-inferencer",
+    default=True,
+    show_default=True,
+    help="Score the choices of a question together, or label by label as OpenCompass does.",
+)
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--in-process", is_flag=True, help="One process for all tasks: starts faster.")
 @click.option(
@@ -117,7 +130,11 @@ def _plan(
     from streamline_bench.opencompass.run_plan import RunPlan, entries
 
     device = settings.pop("device")
+    import yaml
+
+    engine = parse_assignments(settings.pop("engine_arguments"))
     options = {
+        "model_kwargs": {key: yaml.safe_load(value) for key, value in engine.items()} or None,
         "device": device or (None if gpus else "cpu"),
         "dtype": settings.pop("dtype"),
         "max_seq_len": settings.pop("max_seq_len"),

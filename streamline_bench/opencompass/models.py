@@ -83,7 +83,7 @@ class StreamlineModel(BaseModel):  # type: ignore[misc]
             meta_template=meta_template,
             generation_kwargs=dict(generation_kwargs or {}),
         )
-        self.source = find_source(path, {**options, **(model_kwargs or {})}, overrides=overrides)
+        self.source = self._find_source(path, options, dict(model_kwargs or {}), overrides)
         name = str(tokenizer_path or self.source.prepared.pretrained)
         self.tokenizer = load_prompt_tokenizer(
             name,
@@ -99,6 +99,15 @@ class StreamlineModel(BaseModel):  # type: ignore[misc]
         if not tokenizer_only:
             self._engine = self._make_engine()
             self.model = getattr(self._engine, "model", None)
+
+    def _find_source(
+        self,
+        path: str,
+        options: Mapping[str, Any],
+        model_kwargs: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None,
+    ) -> ModelSource:
+        return find_source(path, {**options, **model_kwargs}, overrides=overrides)
 
     def _make_engine(self) -> Engine:
         from streamline_bench.opencompass.transformers_engine import (
@@ -298,12 +307,22 @@ class StreamlineChatModel(_Chat):
 class StreamlineVLLM(StreamlineModel):
     """A base model run by vLLM; scores and keys are those of :class:`StreamlineModel`.
 
-    ``model_kwargs`` and unlisted keys go to ``vllm.LLM``. (OpenCompass's own class for vLLM
+    ``model_kwargs`` go to ``vllm.LLM`` as they are; a prompt may have one token less than the model
+    reads, because vLLM always generates one. (OpenCompass's own class for vLLM
     divides by n - 1 where the others divide by n; this one does as the others.)
 
     Raises:
         MissingDependencyError: vLLM is not installed.
     """
+
+    def _find_source(
+        self,
+        path: str,
+        options: Mapping[str, Any],
+        model_kwargs: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None,
+    ) -> ModelSource:
+        return find_source(path, options, overrides=overrides, unchecked=model_kwargs)
 
     def _make_engine(self) -> Engine:
         from streamline_bench.opencompass.vllm_engine import VLLMEngine

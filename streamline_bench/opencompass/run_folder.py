@@ -47,11 +47,12 @@ def claim_folder(folder: Path, plan: RunPlan, *, overwrite: bool = False) -> Non
     if path.exists():
         if json.loads(path.read_text(encoding="utf-8")) == wanted:
             return
-        raise OutputError(
-            f"{folder} holds an OpenCompass run of other models, data sets or options; give "
-            "another --output or pass --overwrite."
-        )
-    if folder.exists() and any(folder.iterdir()):
+        if (folder / "work").exists():
+            raise OutputError(
+                f"{folder} holds an OpenCompass run of other models, data sets or options; give "
+                "another --output or pass --overwrite."
+            )
+    elif folder.exists() and any(folder.iterdir()):
         raise OutputError(f"{folder} exists and is no OpenCompass run; give another --output.")
     try:
         folder.mkdir(parents=True, exist_ok=True)

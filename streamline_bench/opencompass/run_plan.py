@@ -40,6 +40,16 @@ DATASETS: Mapping[str, tuple[str, str]] = {
 }
 """Name on the command line -> (config module, variable)."""
 
+_SHARE_PREFIXES = [
+    "for each in datasets:",
+    '    inferencer = each["infer_cfg"]["inferencer"]',
+    # The class itself, its name or its path: which one, mmengine decides.
+    """    if str(inferencer["type"]).rstrip("'>").split(".")[-1] == "PPLInferencer":""",
+    '        inferencer["type"] = '
+    '"streamline_bench.opencompass.inferencers.SharedPrefixPPLInferencer"',
+    "del each, inferencer",
+]
+
 _CLASSES = {
     ("hf", False): "StreamlineModel",
     ("hf", True): "StreamlineChatModel",
@@ -81,7 +91,7 @@ class RunPlan:
     Attributes:
         models: the first one is what the others are compared with.
         datasets: names of :data:`DATASETS`, or ``package.module:variable`` of any config.
-        options: further keys of every model's entry (``device``, ``dtype``, ``max_seq_len``).
+        options: further keys of every model's entry (``device``, ``dtype``, ``model_kwargs``).
         engine: ``hf`` or ``vllm``.
         chat: use the chat template.
         limit: questions per data set, None for all.
@@ -89,6 +99,7 @@ class RunPlan:
         gpus: accelerators per task.
         batch_size: prompts handed to the model at once.
         max_out_len: new tokens per answer where the data set does not say.
+        share_prefixes: score the choices of a question together (:mod:`.inferencers`).
     """
 
     models: tuple[ModelEntry, ...]
@@ -101,6 +112,7 @@ class RunPlan:
     gpus: int = 0
     batch_size: int = 64
     max_out_len: int = 256
+    share_prefixes: bool = True
 
     def __post_init__(self) -> None:
         labels = [entry.label for entry in self.models]
@@ -151,6 +163,7 @@ def config_text(plan: RunPlan) -> str:
         "",
         f"datasets = [{lists}]",
         *_limit(plan.limit),
+        *(_SHARE_PREFIXES if plan.share_prefixes else []),
         "",
         "models = "
         + pprint.pformat([_entry(plan, each) for each in plan.models], sort_dicts=False),

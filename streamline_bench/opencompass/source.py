@@ -42,7 +42,11 @@ class ModelSource:
 
 
 def find_source(
-    path: str, options: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None
+    path: str,
+    options: Mapping[str, Any],
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    unchecked: Mapping[str, Any] | None = None,
 ) -> ModelSource:
     """Compress on first use if a recipe is given, and find the result in the cache afterwards.
 
@@ -51,6 +55,7 @@ def find_source(
         options: ``recipe``, ``sparsity`` and other keys of recipes, ``cache``, ``device``,
             ``dtype``, and arguments of ``from_pretrained``.
         overrides: dotted keys of the recipe, which keyword arguments cannot spell.
+        unchecked: more options for loading, of an engine that checks them itself.
 
     Raises:
         StreamlineBenchError: an unknown key, or a recipe or model that cannot be used.
@@ -61,6 +66,7 @@ def find_source(
     prepared = prepare(arguments)
     rest = dict(arguments.harness)
     rest.pop("pretrained")
+    rest.update(_plain(unchecked or {}))
     # "dtype" is what transformers calls "torch_dtype" since version 4.56.
     named = rest.pop("torch_dtype", "auto")
     dtype = str(rest.pop("dtype", named)).removeprefix("torch.")

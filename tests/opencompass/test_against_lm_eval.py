@@ -24,8 +24,8 @@ pytestmark = [
     pytest.mark.usefixtures("opencompass"),
 ]
 
-SKILLS = ("story", "agreement", "compare")
-LIMIT = 40
+SKILLS = ("story", "agreement")
+LIMIT = 30
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def by_lm_eval(repository: Path) -> dict[str, list[dict[str, Any]]]:
     results = lm_eval.simple_evaluate(
         StreamlineLM(str(model()), device="cpu", batch_size=16),
         tasks=tasks,
-        task_manager=TaskManager(include_path=str(folder)),
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         limit=LIMIT,
         bootstrap_iters=0,
     )

@@ -61,6 +61,8 @@ def test_data_sets_of_the_config() -> None:
     assert "from other.configs.arc import ARC_datasets as datasets_1" in text
     assert '"[0:9]"' in text
     assert "summarizer" not in text
+    assert "SharedPrefix" in text
+    assert "SharedPrefix" not in config_text(plan(share_prefixes=False))
     assert "import bundled_summarizer as summarizer" in config_text(plan())
 
 
