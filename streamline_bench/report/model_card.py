@@ -39,13 +39,14 @@ def write_model_cards(board: Mapping[str, Any], folder: Path) -> list[Path]:
         if row["is_dense"] or row["failed"]:
             continue
         target = Path(folder) / _file_name(row["label"], {path.name for path in written})
+        entries = evaluation_results(board, row)
         try:
-            (target / ".eval_results").mkdir(parents=True, exist_ok=True)
+            (target / ".eval_results" if entries else target).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(
                 f"The model card cannot be written to '{target}' ({error.strerror})."
             ) from None
-        for task, entry in evaluation_results(board, row).items():
+        for task, entry in entries.items():
             name = f"{_file_name(task, set())}.yaml"
             atomic_write_text(target / ".eval_results" / name, _yaml([entry]))
         atomic_write_text(target / "README.md", model_card(board, row))
