@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,6 @@ class StreamlineVLLM(VLLM):  # type: ignore[misc]
             harness["revision"] = None  # The revision was that of the source.
         self._revision = harness.get("revision")
         super().__init__(**_with_cache_size(harness))
-        self._weights = files_sha256(self._prepared.pretrained, revision=self._revision)
 
     @classmethod
     def create_from_arg_string(
@@ -90,6 +90,10 @@ class StreamlineVLLM(VLLM):  # type: ignore[misc]
         share_log()
         with user_errors():
             return super().create_from_arg_obj(arg_dict, additional_config)  # type: ignore[no-any-return]
+
+    @cached_property
+    def _weights(self) -> str | None:
+        return files_sha256(self._prepared.pretrained, revision=self._revision)
 
     def _model_generate(
         self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None
