@@ -54,6 +54,7 @@ class JobProcess:
         """
         self.name = name
         self._started = time.monotonic()
+        self._let_go = False
         log_file = job_folder(run, name) / "log.txt"
         try:
             with log_file.open("ab") as log:
@@ -84,10 +85,9 @@ class JobProcess:
     def poll(self) -> int | None:
         """Return the exit code, negative for a signal; None while it runs."""
         code = self._process.poll()
-        if code is not None:
+        if code is not None and not self._let_go:
             # A job that was killed may leave the harness behind in its group.
-            self._signal(signal.SIGKILL)
-            self._let_go()
+            self._clear()
         return code
 
     def end(self) -> None:
@@ -95,16 +95,18 @@ class JobProcess:
         self._signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(GRACE)
-        self._signal(signal.SIGKILL)
+        self._clear()
         self._process.wait()
-        self._let_go()
 
     def _signal(self, number: int) -> None:
         # Not found: the whole group is gone.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, number)
 
-    def _let_go(self) -> None:
+    def _clear(self) -> None:
+        """Kill what is left of the group; once, because its id may be another's later."""
+        self._signal(signal.SIGKILL)
+        self._let_go = True
         if self._process.stdin is not None:
             self._process.stdin.close()
 

@@ -209,13 +209,13 @@ def test_a_disk_that_is_full_from_the_start(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match="No space left on device"):
-        compare_request(make(), tmp_path / "run", progress=False)
-    monkeypatch.undo()
-    assert (
-        compare_request(make(), tmp_path / "run", until="compress", progress=False).exit_code == 0
-    )
+    request = make(recipes=["first_layers"])
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        with pytest.raises(OutputError, match="No space left on device"):
+            compare_request(request, tmp_path / "run", progress=False)
+    result = compare_request(request, tmp_path / "run", until="compress", progress=False)
+    assert result.exit_code == 0
 
 
 def test_an_output_that_cannot_be_made(make: Callable[..., Request], tmp_path: Path) -> None:
