@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +23,10 @@ _LETTER = 6.4
 
 @dataclass(frozen=True)
 class Point:
-    """One row of the picture: ``x`` is tokens per second or parameters, ``y`` accuracy."""
+    """One row of the picture: ``x`` is tokens per second or parameters, ``y`` accuracy.
+
+    ``low`` and ``high`` are the extremes of x, where it was measured more than once.
+    """
 
     index: int
     label: str
@@ -32,6 +35,8 @@ class Point:
     y: float
     error: float
     text: str
+    low: float | None = None
+    high: float | None = None
 
 
 def points_of(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[Point]]:
@@ -43,7 +48,11 @@ def points_of(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[Point]]:
     fast = [(index, row, _speed(row)) for index, row in scored]
     if sum(speed is not None for _, _, speed in fast) >= 2:
         return "throughput", [
-            _point(index, row, speed, f"{speed:.4g} tokens/s")
+            replace(
+                _point(index, row, speed, f"{speed:.4g} tokens/s"),
+                low=row["throughput"].get("low"),
+                high=row["throughput"].get("high"),
+            )
             for index, row, speed in fast
             if speed is not None
         ]
@@ -97,7 +106,8 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _svg(kind: str, points: list[Point], best: list[Point]) -> Markup:
-    across = Axis.around([p.x for p in points], _LEFT, _WIDTH - _RIGHT, pad=0.1)
+    wide = [x for p in points for x in (p.low, p.x, p.high) if x is not None]
+    across = Axis.around(wide, _LEFT, _WIDTH - _RIGHT, pad=0.1)
     ends = [p.y + sign * p.error for p in points for sign in (-1, 1)]
     up = Axis.around(ends, _HEIGHT - _BOTTOM, _TOP)
     names = escape(", ".join(point.label for point in best))
@@ -154,15 +164,26 @@ def _mark(point: Point, on: bool, label: Markup | None, across: Axis, up: Axis) 
     return [
         f'<g class="{escape(point.group)}{" best" if on else ""}" data-row="{point.index}">'
         f"<title>{escape(point.label)}: {point.text}</title>",
-        f'<path class="whisker" d="M{x} {top}V{bottom}"/><path class="shape" d="{shape}"/>',
+        f'<path class="whisker" d="M{x} {top}V{bottom}{_extent(point, across, y)}"/>',
+        f'<path class="shape" d="{shape}"/>',
         label or "",
         "</g>",
     ]
 
 
+def _extent(point: Point, across: Axis, y: float) -> str:
+    if point.low is None or point.high is None:
+        return ""
+    return f"M{across.place(point.low)} {y}H{across.place(point.high)}"
+
+
 def _labels(points: list[Point], best: list[Point], across: Axis, up: Axis) -> dict[int, Markup]:
     """A name beside each point where it covers nothing, the frontier's first."""
     taken = [_box(across.place(p.x) - 6, up.place(p.y) - 6, 12.0, 12.0) for p in points]
+    for point in points:
+        if point.low is not None and point.high is not None:
+            left, right = across.place(point.low), across.place(point.high)
+            taken.append(_box(left, up.place(point.y) - 1, right - left, 2.0))
     for one, two in pairwise(best):  # the frontier's own steps
         left, right = sorted((across.place(one.x), across.place(two.x)))
         taken.append(_box(left, up.place(one.y) - 1, right - left, 2.0))

@@ -121,7 +121,13 @@ def speed(value: float | None) -> dict[str, Any]:
 def test_throughput_is_shown_where_two_rows_have_it_else_size() -> None:
     rows = [
         row("dense", 0.9, parameters=100, throughput=speed(10.0)),
-        row("a<b>", 0.8, parameters=80, throughput=speed(15.0), cost="no training"),
+        row(
+            "a<b>",
+            0.8,
+            parameters=80,
+            throughput={**speed(15.0), "low": 14.0, "high": 16.0},
+            cost="no training",
+        ),
         row("b", 0.7, parameters=70, throughput=speed(None), cost="calibrated"),
         row("lost", None, parameters=60),
     ]
@@ -131,6 +137,8 @@ def test_throughput_is_shown_where_two_rows_have_it_else_size() -> None:
     assert found["frontier"] == ["a<b>", "dense"]
     root = ElementTree.fromstring(found["svg"])
     assert {group.get("data-row") for group in root.iter("g")} == {"0", "1"}
+    whiskers = [p.get("d") for p in root.iter("path") if p.get("class") == "whisker"]
+    assert ["H" in whisker for whisker in whiskers] == [False, True], "where rounds are known"
     labels = {text.text for text in root.iter("text")}
     assert {"a<b>", "dense"} <= labels, "escaped once"
     kind, points = points_of([rows[0], rows[2]])
