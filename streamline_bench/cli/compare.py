@@ -25,20 +25,23 @@ __all__ = ["command", "finish", "stops_with_a_word"]
 @click.option(
     "--recipes", help="Comma-separated names, YAML files or groups (all, no-training, …)."
 )
-@click.option("--row", "rows", multiple=True, metavar="LABEL=RECIPE:KEY=VALUE,…", help="One more.")
+@click.option(
+    "--row", "rows", multiple=True, metavar="LABEL=RECIPE:KEY=VALUE,…", help="A row of your own."
+)
 @click.option("--tasks", help="Comma-separated lm-eval tasks or groups.")
 @click.option("--include-path", help="Folder with your own task files.")
 @click.option("--sparsity", type=float, help="Share of the parameters to remove, in every row.")
 @click.option("--n-layers", type=int, help="Net number of layers to remove, instead of --sparsity.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any recipe key.")
 @click.option("--limit", type=float, help="Documents per task, or a share of them below 1.")
-@click.option("--num-fewshot", type=int)
-@click.option("--apply-chat-template", is_flag=True, default=None)
+@click.option("--num-fewshot", type=int, help="Examples before each question.")
+@click.option("--apply-chat-template", is_flag=True, default=None, help="As the harness does.")
 @click.option("--batch-size", help="Of the harness; 16 unless given.")
 @click.option("--dtype", help="Of the models in memory.")
 @click.option("--device", help="Torch device; cuda where there is one.")
 @click.option("--revision", help="Revision of a hub model.")
-@click.option("--trust-remote-code", is_flag=True, default=None)
+@click.option("--trust-remote-code", is_flag=True, default=None,
+              help="Run code that the model brings along.")  # fmt: skip
 @click.option("--title", help="Heading of the report.")
 @click.option("--throughput", type=click.Choice(["none", "vllm", "hf"]), help="Measure speed, too.")
 @click.option("--workload", multiple=True, metavar="KEY=VALUE", help="Of the speed measurement.")
@@ -57,7 +60,7 @@ __all__ = ["command", "finish", "stops_with_a_word"]
               help="What a job asks a Ray cluster for.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=1), help="Jobs at a time on this machine.")
 @click.option("--gpus", help="Comma-separated ids of the GPUs that jobs share out.")
-@click.option("--gpus-per-job", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--gpus-per-job", type=click.IntRange(min=0), help="1 where --gpus is given, else 0.")
 @click.option("--retries", type=click.IntRange(min=0), default=2, show_default=True,
               help="New attempts after a job's process was lost.")  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds per job.")

@@ -109,7 +109,7 @@ def compare_request(
     execution = execution or Execution()
     output = output.expanduser().absolute()
     with _sigterm_raises(), locked(output):
-        plan = resolve_plan(request, device="cuda" if execution.gpus else None)
+        plan = resolve_plan(request, device="cuda" if execution.gpus_of_a_job else None)
         claim(output, plan)
         return _run(output, plan, execution, until, progress)
 

@@ -19,8 +19,8 @@ class Execution:
     Attributes:
         executor: ``local`` (processes of this machine) or ``ray`` (an existing cluster).
         workers: local jobs at a time; None: one per group of GPUs, or one.
-        gpus: ids of the GPUs that local jobs share out; with ray only their presence counts.
-        gpus_per_job: GPUs of one job.
+        gpus: ids of the GPUs that local jobs share out; a Ray cluster shares out its own.
+        gpus_per_job: GPUs of one job; None: one of ``gpus``, or none where there are none.
         cpus_per_job: CPUs that a job asks a ray cluster for.
         ray_address: of the cluster; ``auto`` for the one this machine belongs to.
         retries: how often a job is started again after its process or machine was lost. A job
@@ -32,7 +32,7 @@ class Execution:
     executor: str = "local"
     workers: int | None = None
     gpus: tuple[str, ...] = field(default=())
-    gpus_per_job: int = 1
+    gpus_per_job: int | None = None
     cpus_per_job: int = 1
     ray_address: str = "auto"
     retries: int = 2
@@ -47,15 +47,20 @@ class Execution:
         """
         if self.executor not in EXECUTORS:
             raise RecipeError(f"Unknown executor '{self.executor}'; known: {', '.join(EXECUTORS)}.")
-        if self.executor == "local" and self.gpus and self.gpus_per_job > len(self.gpus):
+        if self.executor == "local" and self.gpus_of_a_job > len(self.gpus):
             raise RecipeError(
-                f"A job asks for {self.gpus_per_job} GPUs and --gpus names {len(self.gpus)}."
+                f"A job asks for {self.gpus_of_a_job} GPUs and --gpus names {len(self.gpus)}."
             )
+
+    @property
+    def gpus_of_a_job(self) -> int:
+        """GPUs of one job, 0 for none."""
+        return int(bool(self.gpus)) if self.gpus_per_job is None else self.gpus_per_job
 
     @property
     def job_slots(self) -> int:
         """Local jobs that run at the same time."""
-        groups = len(self.gpus) // self.gpus_per_job if self.gpus else None
+        groups = len(self.gpus) // self.gpus_of_a_job if self.gpus and self.gpus_of_a_job else None
         return min(self.workers or groups or 1, groups or 10_000)
 
     @property

@@ -33,7 +33,7 @@ class LocalExecutor:
 
     def __init__(self, execution: Execution) -> None:
         self.execution = execution
-        size = execution.gpus_per_job
+        size = execution.gpus_of_a_job or 1
         whole = len(execution.gpus) // size * size
         self._free = [execution.gpus[i : i + size] for i in range(0, whole, size)]
         self._running: dict[str, _Running] = {}

@@ -58,7 +58,7 @@ class RayExecutor:
         remote = self._ray.remote(run_job_here).options(
             name=unit.name,
             num_cpus=execution.cpus_per_job,
-            num_gpus=execution.gpus_per_job if execution.gpus else 0,
+            num_gpus=execution.gpus_of_a_job,
             max_retries=0,  # attempts are counted, and limited, by the scheduler
         )
         environment = {"OMP_NUM_THREADS": str(execution.cpus_per_job), **_own_variables()}
@@ -108,8 +108,8 @@ class RayExecutor:
     def _check_resources(self) -> None:
         """A request that no machine can ever satisfy would wait for ever."""
         wanted = {"CPU": float(self.execution.cpus_per_job)}
-        if self.execution.gpus:
-            wanted["GPU"] = float(self.execution.gpus_per_job)
+        if self.execution.gpus_of_a_job:
+            wanted["GPU"] = float(self.execution.gpus_of_a_job)
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         if any(all(node.get(k, 0) >= v for k, v in wanted.items()) for node in nodes):
             return

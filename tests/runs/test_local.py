@@ -210,3 +210,21 @@ def test_executions_that_cannot_be() -> None:
         Execution(executor="slurm")
     with pytest.raises(RecipeError, match="asks for 2 GPUs and --gpus names 1"):
         Execution(gpus=("0",), gpus_per_job=2)
+    with pytest.raises(RecipeError, match="asks for 1 GPUs and --gpus names 0"):
+        Execution(gpus_per_job=1)
+
+
+@pytest.mark.parametrize(
+    ("execution", "gpus", "slots"),
+    [
+        (Execution(), 0, 1),
+        (Execution(workers=4), 0, 4),
+        (Execution(gpus=("0", "1", "2")), 1, 3),
+        (Execution(gpus=("0", "1", "2"), workers=2), 1, 2),
+        (Execution(gpus=("0", "1", "2"), gpus_per_job=2, workers=4), 2, 1),
+        (Execution(executor="ray"), 0, 1),
+        (Execution(executor="ray", gpus_per_job=2), 2, 1),
+    ],
+)
+def test_slots_and_gpus_of_a_job(execution: Execution, gpus: int, slots: int) -> None:
+    assert (execution.gpus_of_a_job, execution.job_slots) == (gpus, slots)
