@@ -97,7 +97,7 @@ def test_evaluations_without_a_run_folder(pytester: pytest.Pytester, runs: dict[
 
         def test_good(streamline_gate):
             found = streamline_gate.evaluations(folders({str(runs["good"])!r}), draws=200)
-            assert {{check.how for check in found.checks}} == {{"paired, 120 questions"}}
+            assert {{check.how for check in found.checks}} == {{"no answer changed"}}
 
         def test_bad(streamline_gate):
             with pytest.raises(AssertionError, match="Gate closed"):

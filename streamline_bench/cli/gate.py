@@ -43,6 +43,7 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
 @click.option("--draws", type=click.IntRange(min=100), default=10_000, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--strict", is_flag=True, help="Close the gate also where noise hides the answer.")
+@click.option("--all", "every", is_flag=True, help="Show each task that is fine, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write JSON here.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -51,6 +52,7 @@ def command(
     against: Path | None,
     reference: Path | None,
     rows: tuple[str, ...],
+    every: bool,
     as_json: bool,
     output: Path | None,
     quiet: bool,
@@ -84,17 +86,20 @@ def command(
     if as_json:
         click.echo(payload)
     else:
-        _show(result)
+        _show(result, every)
     _tell_github(result, to_stderr=as_json)
     if not result.passed:
         sys.exit(1)
 
 
-def _show(result: GateResult) -> None:
+def _show(result: GateResult, every: bool) -> None:
     from streamline_bench.core.terminal import printable
-    from streamline_bench.gate.table import to_table, verdict
+    from streamline_bench.gate.table import brief, ordered, to_table, verdict
 
-    print_table(to_table(result))
+    shown = ordered(result) if every else brief(result)
+    print_table(to_table(shown))
+    if len(shown) < len(result.checks):
+        click.echo(f"{len(result.checks) - len(shown)} more checks of tasks are ok (--all).")
     click.echo(verdict(result))
     if result.new:
         click.echo(f"Not in the reference: {printable(', '.join(result.new))}.")

@@ -93,10 +93,10 @@ def check_of(
         reference=change.before,
         value=change.now,
         change=change.difference.value,
-        low=change.difference.low,
-        high=change.difference.high,
+        low=None if change.unchanged else change.difference.low,
+        high=None if change.unchanged else change.difference.high,
         p_value=p_value,
-        how=change.how,
+        how="no answer changed" if change.unchanged else change.how,
     )
 
 
@@ -116,8 +116,8 @@ def mean_checks(
             reference=float(np.mean([change.before for change in changes])),
             value=float(np.mean([change.now for change in changes])),
             change=difference.value,
-            low=difference.low,
-            high=difference.high,
-            how=f"mean of {len(changes)} tasks",
+            low=None if unchanged else difference.low,
+            high=None if unchanged else difference.high,
+            how="no answer changed" if unchanged else f"mean of {len(changes)} tasks",
         )
     ]

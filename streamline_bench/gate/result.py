@@ -27,7 +27,7 @@ class Check(BaseModel):
         task: None for the mean over tasks, and where there are no tasks.
         reference, value: accuracies and stabilities as shares; tokens per second; ratios to dense.
         change: value - reference; for speed value / reference - 1.
-        low, high: interval of ``change``.
+        low, high: interval of ``change``; None where no answer changed.
         p_value: of "nothing changed", adjusted over the row's tasks.
         how: what the interval was made from.
         reason: why it is missing or not compared, or why the row failed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from streamline_bench.gate.result import Check, GateResult
@@ -11,7 +12,7 @@ from streamline_bench.report.formats import MISSING, percent, points, rate, time
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["HEADINGS", "cells", "line", "ordered", "to_table", "verdict"]
+__all__ = ["HEADINGS", "brief", "cells", "line", "ordered", "to_table", "verdict"]
 
 HEADINGS = ("row", "task", "quantity", "reference", "now", "change", "interval", "status")
 _ORDER = ("missing", "regressed", "cannot tell", "not compared", "ok")
@@ -21,6 +22,19 @@ _COLOURS = {"missing": "red", "regressed": "red", "cannot tell": "yellow", "ok":
 def ordered(result: GateResult) -> list[Check]:
     """Checks by status, the worst first; within a status as they were made."""
     return sorted(result.checks, key=lambda check: _ORDER.index(check.status))
+
+
+def brief(result: GateResult) -> list[Check]:
+    """The checks worth a look, ordered: all that are not plainly fine, and what sums up the rest.
+
+    A task that is fine is left out where its row has a mean over tasks.
+    """
+    summed = {(check.row, check.quantity) for check in result.checks if check.task is None}
+    return [
+        check
+        for check in ordered(result)
+        if check.status != "ok" or check.task is None or (check.row, check.quantity) not in summed
+    ]
 
 
 def cells(check: Check) -> list[str]:
@@ -65,8 +79,8 @@ def verdict(result: GateResult) -> str:
     return f"Gate open: none of {compared} checks shows a regression{told}."
 
 
-def to_table(result: GateResult) -> Table:
-    """The checks as a rich table."""
+def to_table(checks: Sequence[Check]) -> Table:
+    """Checks as a rich table."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -74,7 +88,7 @@ def to_table(result: GateResult) -> Table:
     for name in HEADINGS:
         numeric = name in ("reference", "now", "change", "interval")
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for check in ordered(result):
+    for check in checks:
         row = [escape(terminal_text(cell)) for cell in cells(check)]
         colour = _COLOURS.get(check.status)
         table.add_row(*row[:-1], f"[{colour}]{row[-1]}[/]" if colour else row[-1])

@@ -38,6 +38,8 @@ def test_open_and_closed(call: Callable[..., Any], runs: tuple[Path, Path]) -> N
     good, bad = runs
     same = call("gate", good, "--against", good, "--draws", 200)
     assert same.code == 0 and "Gate open" in same.out
+    every = call("gate", good, "--against", good, "--draws", 200, "--all")
+    assert every.code == 0 and every.out.count("arc") >= 3
     lost = call("gate", bad, "--against", good, "--draws", 200)
     assert lost.code == 1 and "Gate closed" in lost.out and "regressed" in lost.out
 

@@ -9,7 +9,7 @@ import pytest
 from streamline_bench.errors import OutputError
 from streamline_bench.gate.github import append_summary, to_markdown, workflow_commands
 from streamline_bench.gate.result import Check, GateResult
-from streamline_bench.gate.table import cells, ordered, verdict
+from streamline_bench.gate.table import brief, cells, ordered, verdict
 from streamline_bench.gate.thresholds import Thresholds
 from streamline_bench.report.formats import MINUS
 
@@ -81,6 +81,9 @@ def test_the_worst_comes_first_and_speed_is_relative() -> None:
     found = result(check("ok"), check("not compared"), check("missing"), check("regressed"))
     assert [c.status for c in ordered(found)] == ["missing", "regressed", "not compared", "ok"]
     assert verdict(found) == "Gate closed: 2 of 3 checks fail."
+    assert brief(found) == ordered(found), "no mean over tasks sums them up"
+    mean = check("ok", task=None)
+    assert brief(result(check("ok"), mean)) == [mean]
     speed = check(
         "ok", quantity="tokens/s", task=None, reference=1234.0, value=1300.0, change=0.0535
     )
