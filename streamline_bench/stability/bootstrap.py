@@ -13,7 +13,6 @@ clusters are too narrow: below :data:`FEW_UNITS` the interval is Student's, with
 
 from __future__ import annotations
 
-import math
 import zlib
 from typing import NamedTuple
 
@@ -33,7 +32,6 @@ __all__ = [
     "percentile_interval",
     "ratio_draws",
     "stability_draws",
-    "student_error",
     "task_generator",
 ]
 
@@ -64,18 +62,13 @@ def percentile_interval(draws: FloatArray, confidence: float = 0.95) -> Interval
     return Interval(float(low), float(high))
 
 
-def student_error(draws: FloatArray, units: int) -> float:
-    """Standard error from draws over few units, whose own spread is too small by (units - 1)."""
-    return float(draws.std()) * math.sqrt(units / (units - 1))
-
-
 def bootstrap_interval(
     value: float, draws: FloatArray, units: int, confidence: float
 ) -> tuple[Interval, str]:
     """Interval of ``value`` from draws over resampled units, and its name."""
     if not 1 < units < FEW_UNITS:
         return percentile_interval(draws, confidence), "bootstrap"
-    half = t_quantile(confidence, units - 1) * student_error(draws, units)
+    half = t_quantile(confidence, units - 1) * float(draws.std())
     return Interval(value - half, value + half), "Student with bootstrap error"
 
 

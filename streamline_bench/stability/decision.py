@@ -42,7 +42,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def noninferiority(outcomes: Outcomes, margin: float, *, effective_n: float | None = None) -> float:
+def noninferiority(outcomes: Outcomes, margin: float) -> float:
     """One-sided p of the hypothesis that accuracy fell by ``margin`` or more.
 
     Newcombe's interval inverted: below (1 - confidence) / 2 exactly where the interval's lower end
@@ -51,7 +51,7 @@ def noninferiority(outcomes: Outcomes, margin: float, *, effective_n: float | No
     end = 0 if -margin < outcomes.difference else 1
 
     def beyond(z: float) -> bool:
-        return (newcombe_at(outcomes, z, effective_n=effective_n)[end] + margin) * (1 - 2 * end) > 0
+        return (newcombe_at(outcomes, z)[end] + margin) * (1 - 2 * end) > 0
 
     low, high = 0.0, _MOST_ERRORS
     for _ in range(60):
@@ -66,9 +66,7 @@ def noninferiority_from_draws(draws: FloatArray, margin: float) -> float:
     return float((1 + (draws <= -margin).sum()) / (1 + len(draws)))
 
 
-def detectable_difference(
-    outcomes: Outcomes, confidence: float, *, effective_n: float | None = None
-) -> float | None:
+def detectable_difference(outcomes: Outcomes, confidence: float) -> float | None:
     """Smallest true difference of accuracy that McNemar's test would find with 80 % power.
 
     At n pairs of which a share s is discordant, a difference d is found with that power from
@@ -79,7 +77,7 @@ def detectable_difference(
     Returns:
         In (0, 1]; None where n is too small to find any difference.
     """
-    n = effective_n or outcomes.n
+    n = outcomes.n
     seen = (outcomes.right_to_wrong + outcomes.wrong_to_right + 0.5) / (outcomes.n + 1)
     z_level, z_power = NormalDist().inv_cdf(0.5 + confidence / 2), NormalDist().inv_cdf(POWER)
 

@@ -65,23 +65,42 @@ def paired_estimates(
 ) -> dict[str, Any]:
     """Difference, agreement, retention, p and what could be found; the decision comes after Holm.
 
+    Clusters widen what documents give, and where nothing varies they add nothing.
+
     Args:
         resampled, net: draws over clusters, and net change per cluster; None without clusters.
     """
+    found = _by_documents(outcomes, settings)
     if resampled is None or net is None:
-        return _by_documents(outcomes, settings)
-    confidence = settings.confidence
-    p, method = clustered_test(np.rint(net).astype(np.int64), resampled.what)
-    return {
-        "difference": resampled.difference(outcomes, confidence),
-        "agreement": resampled.agreement(outcomes, confidence),
-        "retention": resampled.retention(outcomes, confidence),
-        "p_value": p,
-        "p_method": method,
-        "margin": settings.margin,
-        "noninferiority_p": resampled.noninferiority(outcomes, settings.margin),
-        "detectable": resampled.detectable(outcomes, confidence),
-    }
+        return found
+    found["p_value"], found["p_method"] = clustered_test(
+        np.rint(net).astype(np.int64), resampled.what
+    )
+    if not resampled.varies:
+        return found
+    for name in ("difference", "agreement", "retention"):
+        by_documents = found[name]
+        if by_documents is not None:
+            by_clusters = getattr(resampled, name)(by_documents.value, settings.confidence)
+            found[name] = _wider(by_documents, by_clusters)
+    p = resampled.noninferiority(outcomes.difference, settings.margin), found["noninferiority_p"]
+    found["noninferiority_p"] = min(p, key=lambda value: abs(value - 0.5))  # of the wider interval
+    detectable = resampled.detectable(settings.confidence), found["detectable"]
+    found["detectable"] = None if None in detectable else max(detectable)
+    return found
+
+
+def _wider(by_documents: Estimate, by_clusters: Estimate | None) -> Estimate:
+    """Clusters can only widen an interval: a bootstrap of few changes is too narrow by itself."""
+    if by_clusters is None:
+        return by_documents
+    ends = (by_documents.low, by_clusters.low), (by_documents.high, by_clusters.high)
+    low = min(end for end in ends[0] if end is not None)
+    high = max(end for end in ends[1] if end is not None)
+    method = by_clusters.method
+    if (low, high) != (by_clusters.low, by_clusters.high):
+        method = f"{method}, or {by_documents.method} where that is wider"
+    return by_clusters.model_copy(update={"low": low, "high": high, "method": method})
 
 
 def _by_documents(outcomes: Outcomes, settings: Settings) -> dict[str, Any]:

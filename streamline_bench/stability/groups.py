@@ -82,4 +82,4 @@ def _compare(group: str, members: list[ComparedTask], settings: Settings) -> Gro
 
 def _accuracy(value: float, resampled: Resampled, column: int) -> Estimate:
     drawn = resampled.totals[:, column] / resampled.totals[:, 0]
-    return Estimate(value=value, standard_error=resampled.error(drawn))
+    return Estimate(value=value, standard_error=float(drawn.std()))

@@ -156,26 +156,19 @@ def _wilson(p: float, n: float, z: float) -> tuple[float, float]:
     return low, high
 
 
-def newcombe(
-    outcomes: Outcomes, confidence: float = 0.95, *, effective_n: float | None = None
-) -> tuple[float, float]:
+def newcombe(outcomes: Outcomes, confidence: float = 0.95) -> tuple[float, float]:
     """Interval of the paired difference (pruned - dense): Newcombe's square-and-add, method 10.
 
     R. G. Newcombe, Statistics in Medicine 17 (1998) 2635-2650: Wilson intervals of both accuracies,
     combined with the correlation of the verdicts. Unlike Wald's it stays inside [-1, 1] and does
     not collapse when there are no flips.
-
-    Args:
-        effective_n: how many documents the pairs are worth, if not as many as there are.
     """
-    return newcombe_at(outcomes, _quantile(confidence), effective_n=effective_n)
+    return newcombe_at(outcomes, _quantile(confidence))
 
 
-def newcombe_at(
-    outcomes: Outcomes, z: float, *, effective_n: float | None = None
-) -> tuple[float, float]:
+def newcombe_at(outcomes: Outcomes, z: float) -> tuple[float, float]:
     """:func:`newcombe` at ``z`` standard errors."""
-    n = effective_n or outcomes.n
+    n = outcomes.n
     p1, p2 = outcomes.pruned_accuracy, outcomes.dense_accuracy
     low1, high1 = _wilson(p1, n, z)
     low2, high2 = _wilson(p2, n, z)
@@ -185,9 +178,7 @@ def newcombe_at(
     return outcomes.difference - below, outcomes.difference + above
 
 
-def retention(
-    outcomes: Outcomes, confidence: float = 0.95, *, effective_n: float | None = None
-) -> tuple[float, float] | None:
+def retention(outcomes: Outcomes, confidence: float = 0.95) -> tuple[float, float] | None:
     """Interval of pruned accuracy / dense accuracy; None if the dense model has none right.
 
     The ratio's square-and-add (A. Donner and G. Y. Zou, Statistical Methods in Medical Research 21
@@ -197,7 +188,7 @@ def retention(
     """
     if outcomes.dense_accuracy == 0.0:
         return None
-    n, z = effective_n or outcomes.n, _quantile(confidence)
+    n, z = outcomes.n, _quantile(confidence)
     p1, p2 = outcomes.pruned_accuracy, outcomes.dense_accuracy
     low1, high1 = _wilson(p1, n, z)
     low2, high2 = _wilson(p2, n, z)

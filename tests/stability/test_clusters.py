@@ -107,7 +107,7 @@ def test_intervals_over_passages_are_those_of_resampling_passages(
         assert estimate is not None
         low, high = percentile_interval(brute)
         assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=0.012)
-        assert estimate.method == "bootstrap over 50 passages, 4000 draws"
+        assert str(estimate.method).startswith("bootstrap over 50 passages, 4000 draws")
     weights = np.exp(choice_spread(dense.frame))
     both = (weights * (right == now)).reshape(50, 8).sum(axis=1)[drawn].sum(axis=1)
     low, high = percentile_interval(both / weights.reshape(50, 8).sum(axis=1)[drawn].sum(axis=1))
@@ -162,6 +162,31 @@ def test_a_group_has_its_tasks_as_clusters(pair: Callable[..., tuple[Samples, Sa
     assert group.decision is not None
 
 
+def test_clusters_never_narrow_an_interval(questions: Callable[..., Samples]) -> None:
+    """Two answers gained in 60 passages: no draw of passages loses any, but that proves nothing."""
+    right, wrong = [-1.0, -2.0], [-2.0, -1.0]
+    clusters = [f"passages:{index // 3}" for index in range(180)]
+    dense = [right, wrong] * 90
+    pruned = [right] * 4 + dense[4:]
+    found, alone = (
+        compare(
+            questions("dense", {"t": (dense, [0] * 180, labels)}),
+            questions("pruned", {"t": (pruned, [0] * 180, labels)}),
+            settings=FAST,
+        ).tasks[0]
+        for labels in (clusters, None)
+    )
+    assert found.difference.low == alone.difference.low < 0
+    assert found.difference.high >= alone.difference.high
+    assert "or Newcombe paired (square-and-add) where that is wider" in found.difference.method
+    assert found.decision == alone.decision
+    assert found.noninferiority_p == alone.noninferiority_p
+    same = [questions(run, {"t": (dense, [0] * 180, clusters)}) for run in ("dense", "again")]
+    unchanged = compare(*same, settings=FAST).tasks[0]
+    assert unchanged.difference.low < 0 < unchanged.difference.high
+    assert unchanged.clusters is not None
+
+
 def test_few_clusters_cover_the_truth() -> None:
     """Percentiles of six clusters would cover some 85 %."""
     source = np.random.default_rng(4)
@@ -172,7 +197,7 @@ def test_few_clusters_cover_the_truth() -> None:
         columns = [np.full(6, 30), 10 + lost, 10 + gained, 30 - gained - lost]
         drawn = resample_clusters(np.stack(columns, axis=1), "tasks", FAST, str(trial))
         value = float((gained - lost).sum() / 180)
-        found = drawn.estimate(value, drawn.differences, 0.95)
+        found = drawn.difference(value, 0.95)
         covered += found is not None and found.low <= 0 <= found.high
     assert covered / 300 > 0.92
 

@@ -184,8 +184,6 @@ def test_retention_without_flips_and_without_right_answers() -> None:
     assert none_left is not None and none_left[0] == 0.0 and 0 < none_left[1] < 0.5
     all_right = retention(Outcomes(25, 0, 0, 0))
     assert all_right is not None and 0.8 < all_right[0] < 1 < all_right[1] < 1.25
-    fewer = retention(Outcomes(30, 0, 0, 10), effective_n=10)
-    assert fewer is not None and fewer[0] < same[0] and fewer[1] > same[1]
 
 
 def test_mid_p_is_read_when_few_pairs_are_discordant() -> None:
