@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,9 +39,16 @@ def score_together(request: TrunkRequest, *, progress: bool = True) -> TrunkOutc
     output is there already are not evaluated again, so that an interrupted call can be repeated.
 
     Raises:
-        EvaluationError: a task is not known, or options contradict each other.
+        EvaluationError: a task is not known, options contradict each other, or several processes
+            were started.
         OutputError: an output exists that is not this request's, or one cannot be written.
     """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise EvaluationError(
+            f"Models are scored together by one process, not by {processes}; start it without "
+            "accelerate launch or torchrun."
+        )
     share_log()
     bridge.register()
     register()

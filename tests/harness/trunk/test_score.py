@@ -284,12 +284,18 @@ def test_outputs_of_another_request_are_not_touched(
 
 
 def test_an_unknown_task_and_contradicting_options_are_the_requests_fault(
-    checkpoints: dict[str, Path], ask: Callable[..., TrunkRequest], tmp_path: Path
+    checkpoints: dict[str, Path],
+    ask: Callable[..., TrunkRequest],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(EvaluationError, match=r"Tasks not found: trunk_nothing"):
         score_together(ask(checkpoints, tasks=("trunk_nothing",)), progress=False)
     with pytest.raises(EvaluationError, match="fewshot_as_multiturn"):
         score_together(ask(checkpoints, fewshot_as_multiturn=True), progress=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EvaluationError, match="by one process, not by 2"):
+        score_together(ask(checkpoints), progress=False)
     assert not list((tmp_path / "out").glob("*"))
 
 

@@ -21,9 +21,7 @@ from streamline_bench.harness.trunk.stack import read_stack
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "granite": {"logits_scaling": 3.0, "residual_multiplier": 0.5},
-    "mistral": {"sliding_window": 16},
     "gemma3_text": {"sliding_window": 16, "head_dim": 8},
-    "gemma2": {"sliding_window": 16, "head_dim": 8, "final_logit_softcapping": 2.0},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "gpt2": {"n_inner": 48},
     "mixtral": {"num_local_experts": 4},
