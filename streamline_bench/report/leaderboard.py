@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from streamline_bench.errors import SamplesError
 from streamline_bench.report.datasets import task_data
 from streamline_bench.report.failed_row import failed_row
@@ -74,7 +76,9 @@ def build_leaderboard(
     floor = _noise_floor(reference, noise or {}, settings, progress)
     speed = read_throughput(throughput)
     rows = []
-    for label, path in runs.items():
+    for label, path in tqdm(
+        runs.items(), desc="Compared rows", unit="row", delay=2, leave=False, disable=not progress
+    ):
         source = sources.get(label, RowSource())
         if path is None:
             row = failed_row(label, source.failed, source.recipe, source.checkpoint, source.seconds)

@@ -2,7 +2,8 @@
 
 ``python tests/report/reference.py RUN`` makes (or continues) the run of the plan ``reference`` in
 the folder RUN. With ``--update`` its report replaces the committed one, with paths of this machine
-taken out, and a picture of it ``reports/demo-report.png``.
+taken out, and a picture of it ``reports/demo-report.png``. ``--publish FOLDER`` runs nothing: it
+puts the report of any finished run into FOLDER in the same way.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python tests/report/reference.py")
     parser.add_argument("run", type=Path)
     parser.add_argument("--update", action="store_true")
+    parser.add_argument("--publish", type=Path, metavar="FOLDER")
     given = parser.parse_args(arguments)
+    if given.publish:
+        _publish(given.run, given.publish)
+        return 0
     command = ["compare", "--plan", "reference", "--workers", "2", "--output", str(given.run)]
     done = subprocess.run([sys.executable, "-m", "streamline_bench", *command], check=False)
     if done.returncode:
@@ -37,11 +42,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _update(run: Path) -> None:
-    from streamline_bench.report.schema import json_schema
+def _publish(run: Path, folder: Path) -> None:
     from streamline_bench.report.write import read_leaderboard, write_report
 
-    write_report(portable(read_leaderboard(run / "leaderboard.json"), run), DEMO)
+    write_report(portable(read_leaderboard(run / "leaderboard.json"), run), folder)
+
+
+def _update(run: Path) -> None:
+    from streamline_bench.report.schema import json_schema
+
+    _publish(run, DEMO)
     (REPOSITORY / "reports" / "leaderboard.schema.json").write_text(
         json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8"
     )

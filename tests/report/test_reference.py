@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,17 @@ def test_no_path_of_a_machine_is_committed(committed: dict[str, Any], repository
         text = path.read_text(encoding="utf-8")
         for folder in ("/home/", "/root/", "/tmp/", "/work/", ".tox"):
             assert folder not in text, f"{path.name} of {path.parent.name} names {folder}"
+
+
+def test_published_paths_are_relative(repository: Path, tmp_path: Path) -> None:
+    path = repository / "tests" / "report" / "reference.py"
+    spec = importlib.util.spec_from_file_location("reference", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    run = tmp_path / "run"
+    data = {"a": [f"lm_eval --out {run}/dense/eval", f"{repository}/tasks"], "b": str(run), "c": 1}
+    wanted = {"a": ["lm_eval --out run/dense/eval", "tasks"], "b": "run", "c": 1}
+    assert module.portable(data, run) == wanted
 
 
 def test_a_fresh_run_has_the_same_rows_and_tasks(
