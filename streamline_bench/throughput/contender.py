@@ -115,6 +115,11 @@ class RunningModel:
         on_device = answer.pop("device_peak_bytes")
         return Round(index=index, **answer), on_device or peak.bytes
 
+    def hang_up(self) -> None:
+        """Tell the process to end, and do not wait for it."""
+        if self._process is not None:
+            self._process.hang_up()
+
     def close(self) -> None:
         """End the process."""
         if self._process is not None:

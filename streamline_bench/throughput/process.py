@@ -61,6 +61,7 @@ class ModelProcess:
                 start_new_session=True,
             )
         self._buffer = b""
+        self._children: list[psutil.Process] = []
 
     @property
     def pid(self) -> int:
@@ -95,18 +96,22 @@ class ModelProcess:
             raise self._failed(reply, doing)
         return reply["answer"]
 
-    def close(self, *, at_once: bool = False) -> None:
-        """End the process and everything it started; it may be gone already."""
-        children = _children(self.pid)
+    def hang_up(self) -> None:
+        """Tell the process to end, and do not wait for it."""
+        self._children += _children(self.pid)  # while it can still be asked for them
         with contextlib.suppress(OSError):
             if self._process.stdin is not None:
                 self._process.stdin.close()
+
+    def close(self, *, at_once: bool = False) -> None:
+        """End the process and everything it started; it may be gone already."""
+        self.hang_up()
         if not at_once:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_GRACE_SECONDS)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
-        for child in children:  # those that left the group
+        for child in self._children:  # those that left the group
             with contextlib.suppress(psutil.Error):
                 child.kill()
         self._process.wait()

@@ -54,6 +54,8 @@ def sweep(
                 points[label].append(measured)
     finally:
         for model in models:
+            model.hang_up()  # all at once: an engine may take seconds to clean up
+        for model in models:
             model.close()
     return points
 
