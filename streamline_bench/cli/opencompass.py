@@ -53,6 +53,9 @@ __all__ = ["command"]
     show_default=True,
     help="Score the choices of a question together, or label by label as OpenCompass does.",
 )
+@click.option(
+    "--gpus", type=click.IntRange(min=0), help="GPUs per task; one, if the environment has any."
+)
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--in-process", is_flag=True, help="One process for all tasks: starts faster.")
 @click.option(
@@ -74,6 +77,7 @@ def command(
     n_layers: int | None,
     assignments: tuple[str, ...],
     python: str,
+    gpus: int | None,
     output: Path,
     overwrite: bool,
     config_only: bool,
@@ -93,7 +97,10 @@ def command(
     from streamline_bench.opencompass.execution import inspect_environment
     from streamline_bench.opencompass.run_folder import claim_folder, evaluate, write_config
 
-    environment = inspect_environment(python)
+    # A config alone, for given GPUs, can be written where OpenCompass is not installed.
+    environment = None if config_only and gpus is not None else inspect_environment(python)
+    if gpus is None and environment is not None:
+        gpus = min(1, environment.gpus)
     overrides = {"sparsity": sparsity, "n_layers": n_layers, **parse_assignments(assignments)}
     plan = _plan(
         model,
@@ -101,10 +108,10 @@ def command(
         [name.strip() for name in recipes.split(",") if name.strip()],
         {key: value for key, value in overrides.items() if value is not None},
         settings,
-        gpus=environment.gpus,
+        gpus=gpus or 0,
     )
     claim_folder(output, plan, overwrite=overwrite)
-    if config_only:
+    if environment is None or config_only:
         config = write_config(output, plan)
         click.echo(f"opencompass {config} -w {output / 'work'}")
         return
@@ -127,11 +134,11 @@ def _plan(
     *,
     gpus: int,
 ) -> Any:
+    import yaml
+
     from streamline_bench.opencompass.run_plan import RunPlan, entries
 
     device = settings.pop("device")
-    import yaml
-
     engine = parse_assignments(settings.pop("engine_arguments"))
     options = {
         "model_kwargs": {key: yaml.safe_load(value) for key, value in engine.items()} or None,
@@ -144,7 +151,7 @@ def _plan(
         models=entries(model, recipes, overrides, [_labelled(each) for each in checkpoints]),
         datasets=tuple(name.strip() for name in datasets.split(",") if name.strip()),
         options={key: value for key, value in options.items() if value is not None},
-        gpus=0 if (device or "").startswith("cpu") else min(1, gpus),
+        gpus=0 if (device or "").startswith("cpu") else gpus,
         **settings,
     )
 

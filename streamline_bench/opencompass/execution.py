@@ -196,7 +196,7 @@ def _show(bar: tqdm[Any], work: Path) -> None:
     run = _newest_run(work)
     if run is None:
         return
-    if bar.total is None:
+    if not bar.total:
         try:
             dumped = read_dumped_config(run)
         except StreamlineBenchError:

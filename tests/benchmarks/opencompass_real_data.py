@@ -105,6 +105,7 @@ def main() -> None:
         parser.add_argument(name, type=lambda value: Path(value).absolute())
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--n-layers", type=int, default=1)
+    parser.add_argument("--max-seq-len", type=int, default=512)
     arguments = parser.parse_args()
     place = arguments.output
     place.mkdir(parents=True)
@@ -119,6 +120,8 @@ def main() -> None:
         "--recipes", "dense,streamline_none", "--n-layers", str(arguments.n_layers),
         "--set", f"calibration={arguments.text}",
         "--datasets", "piqa,hellaswag,boolq,c3,cmmlu_subset.config:subset_datasets",
+        # With it, OpenCompass leaves out examples that do not fit, instead of cutting them.
+        "--max-seq-len", str(arguments.max_seq_len),
         "--limit", str(arguments.limit), "--in-process", "-o", str(place / "run"),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(place / "site")}

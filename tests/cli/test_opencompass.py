@@ -130,6 +130,18 @@ def test_mistakes_end_with_a_sentence(
         assert sentence in capsys.readouterr().err
 
 
+def test_config_for_another_machine(tiny_llama: Path, tmp_path: Path) -> None:
+    """Nothing is asked of OpenCompass, which need not be installed here."""
+    more = ["--config-only", "--gpus", "2", "--python", "/no/such/python", "--engine", "vllm"]
+    more += ["--engine-arg", "enforce_eager=true"]
+    done = CliRunner().invoke(cli, arguments(tiny_llama, tmp_path / "run", *more))
+    assert done.exit_code == 0, done.output
+    source = (tmp_path / "run" / "config.py").read_text()
+    assert "'run_cfg': {'num_gpus': 2}" in source
+    assert "'model_kwargs': {'enforce_eager': True}" in source
+    assert "'device'" not in source
+
+
 def test_environment_without_opencompass(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,11 +1,12 @@
 """The bundled tasks: ten with choices, scored by PPL, and one of generation. No network."""
 
 from opencompass.openicl.icl_evaluator import AccEvaluator
-from opencompass.openicl.icl_inferencer import GenInferencer, PPLInferencer
+from opencompass.openicl.icl_inferencer import GenInferencer
 from opencompass.openicl.icl_prompt_template import PromptTemplate
 from opencompass.openicl.icl_retriever import ZeroRetriever
 
 from streamline_bench.opencompass.datasets import BundledDataset, ExactMatchEvaluator
+from streamline_bench.opencompass.inferencers import SharedPrefixPPLInferencer
 
 _choices = dict(
     agreement=2,
@@ -35,7 +36,7 @@ bundled_ppl_datasets = [
                 template={i: f"{{context}} {{choice{i}}}" for i in range(count)},
             ),
             retriever=dict(type=ZeroRetriever),
-            inferencer=dict(type=PPLInferencer),
+            inferencer=dict(type=SharedPrefixPPLInferencer),
         ),
         eval_cfg=dict(evaluator=dict(type=AccEvaluator)),
     )
