@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from accelerate.utils.memory import should_reduce_batch_size
 
@@ -135,11 +136,11 @@ def _drop_strangers(assembly: Assembly, stacks: Mapping[str, Stack]) -> None:
         kept.append(label)
 
 
-def _agree(first: object, second: object, stack: Stack, start: int) -> bool:
-    embeddings = [model.get_input_embeddings() for model in (first, second)]  # type: ignore[attr-defined]
+def _agree(first: Any, second: Any, stack: Stack, start: int) -> bool:
+    embeddings = [model.get_input_embeddings() for model in (first, second)]
     if not same_weights(*embeddings):
         return False
-    pairs = list(zip(decoder_layers(first), decoder_layers(second), strict=False))  # type: ignore[arg-type]
+    pairs = list(zip(decoder_layers(first), decoder_layers(second), strict=False))
     for step in stack.steps[:start]:
         ours, theirs = pairs[step.layer]
         if step.attachment:

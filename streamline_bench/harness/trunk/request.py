@@ -32,8 +32,8 @@ class TrunkRequest(BaseModel):
             ``--output_path`` would. It appears whole or not at all; one that is there already,
             made by the same request, is kept and its label not evaluated again.
         outcome: file for the :class:`TrunkOutcome`, written last.
-        model_args: further arguments of the model, those of ``--model_args`` that the tuple
-            ``MODEL_ARGUMENTS`` names.
+        model_args: further arguments of the model, as in ``--model_args``; possible are those in
+            ``MODEL_ARGUMENTS``.
         seed: of random, numpy, torch and the choice of few-shot examples.
     """
 
