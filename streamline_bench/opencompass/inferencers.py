@@ -31,6 +31,9 @@ class SharedPrefixPPLInferencer(PPLInferencer):  # type: ignore[misc]
     all of that has been scored, once with a model that answers from these scores.
     """
 
+    model: Any
+    is_main_process: bool
+
     def inference(self, retriever: Any, *arguments: Any, **options: Any) -> list[Any]:
         """Write the predictions, as the stock inferencer does, and return them."""
         if not hasattr(self.model, "engine") or options.get("normalizing_str") is not None:
