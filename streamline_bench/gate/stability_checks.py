@@ -25,11 +25,11 @@ from streamline_bench.gate.evidence import Evidence
 from streamline_bench.gate.reference import RowReference, TaskReference, unpack
 from streamline_bench.gate.result import Check
 from streamline_bench.gate.thresholds import Thresholds
-from streamline_bench.stability.bootstrap import percentile_interval, ratio_draws, task_generator
+from streamline_bench.stability.bootstrap import bootstrap_interval, ratio_draws, task_generator
 from streamline_bench.stability.clusters import ClusterLabels
 from streamline_bench.stability.comparison import Estimate
 from streamline_bench.stability.metrics import effective_sample_size, stability_weights
-from streamline_bench.stability.paired import Outcomes, newcombe
+from streamline_bench.stability.paired import wilson
 
 __all__ = ["stability_checks"]
 
@@ -129,13 +129,13 @@ def _paired(
     if not (before != now).any():  # a bootstrap would claim certainty
         n = effective_sample_size(spread)
         n = n if clusters is None else min(n, clusters.shown.count)
-        low, high = newcombe(Outcomes.of(before, now), allowed.confidence, effective_n=n)
-        return Estimate(value=value, low=low, high=high)
+        most = wilson(0.0, n, allowed.confidence)[1]  # share that may change, of which none did
+        return Estimate(value=value, low=-most, high=most)
     if clusters is not None:
         sums = clusters.sums(moved, weights)
         moved, weights = sums[:, 0], sums[:, 1]
     draws = ratio_draws(moved, weights, allowed.draws, task_generator(allowed.seed, task, "gate"))
-    low, high = percentile_interval(draws, allowed.confidence)
+    (low, high), _ = bootstrap_interval(value, draws, len(weights), allowed.confidence)
     return Estimate(value=value, low=low, high=high)
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from streamline_bench.errors import ComparisonError, SamplesError
-from streamline_bench.gate.judge import gate
+from streamline_bench.gate.evidence import read_evidence
+from streamline_bench.gate.judge import gate, judge
 from streamline_bench.gate.result import Check, GateResult
 from streamline_bench.gate.thresholds import Thresholds
+from streamline_bench.stability.clusters import cluster_labels
 
 FAST = Thresholds(draws=500)
 
@@ -207,3 +211,18 @@ def test_answers_that_left_their_report(
     opencompass_files.write(run / "streamline" / "eval", "arc", entries)
     with pytest.raises(SamplesError, match="300 verdicts on task 'arc' in the leaderboard and 40"):
         gate(run, reference_run, progress=False)
+
+
+def test_questions_that_belong_together_widen_the_interval(
+    reference_run: Path, spoiled: Path
+) -> None:
+    """Thirty passages of ten questions: the forty lost answers lie in few of them."""
+    run, against = (read_evidence(path, progress=False) for path in (spoiled, reference_run))
+    passages = cluster_labels(pd.Series([f"passages:{number // 10}" for number in range(300)]))
+    together = replace(run, clusters={("arc", "none"): passages})
+    alone, clustered = (judge(side, against, FAST) for side in (run, together))
+    for quantity in ("accuracy", "stability"):
+        narrow = check(alone, "streamline", quantity, "arc")
+        wide = check(clustered, "streamline", quantity, "arc")
+        assert narrow.change == wide.change
+        assert narrow.low is not None and wide.low is not None and wide.low < narrow.low
