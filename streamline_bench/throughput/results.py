@@ -78,7 +78,7 @@ def model_result(
         weights_bytes=sizes.weights_bytes if sizes is not None else None,
         kv_bytes_per_token=values * BYTES[dtype] if values is not None else None,
         kv_cache_tokens=loaded.kv_cache_tokens if loaded is not None else None,
-        ideal=ideal(dense, sizes) if dense is not None and sizes is not None else None,
+        ideal=ideal(dense, sizes) if dense and sizes and dense.flops and sizes.flops else None,
         start_seconds=contender.start_seconds,
         points=points,
         serving=serving,
