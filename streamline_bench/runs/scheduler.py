@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from streamline_bench.core.terminal import printable
 from streamline_bench.runs.executor import Ended, Executor, Unit
 from streamline_bench.runs.jobs import Job
 from streamline_bench.runs.marker import Done, forget_failure, read_done, read_failed
@@ -18,6 +20,8 @@ from streamline_bench.runs.together import groups_of, together_payload, unit_of
 from streamline_bench.runs.work import write_job
 
 __all__ = ["JobState", "Scheduler", "Status"]
+
+log = logging.getLogger(__name__)
 
 Status = Literal["waiting", "running", "done", "kept", "failed", "skipped"]
 """``kept``: an earlier run did it; ``skipped``: a job it needs failed."""
@@ -153,24 +157,34 @@ class Scheduler:
                 state.status = "done"
             elif failed is not None:
                 state.status, state.reason = "failed", failed.reason
-            elif ended.lost and self._tries[unit.name] <= self._retries:
+            elif self._is_worth_repeating(unit, ended):
                 state.status = "waiting"
             elif len(unit.jobs) > 1:
                 state.status = "waiting"
                 self._alone.add(job.name)
+                log.warning(
+                    "%s is scored alone, because its common process failed: %s",
+                    job.labels[0],
+                    printable(_reason(self._run, unit, ended)),
+                )
             else:
                 state.status, state.reason = "failed", _reason(self._run, unit, ended)
 
+    def _is_worth_repeating(self, unit: Unit, ended: Ended) -> bool:
+        # What is killed by a signal is most often short of memory, which several models need most.
+        killed_together = len(unit.jobs) > 1 and ended.code is not None
+        return ended.lost and not killed_together and self._tries[unit.name] <= self._retries
+
 
 def _reason(run: Path, unit: Unit, ended: Ended) -> str:
-    log = f"jobs/{unit.name}/log.txt"
+    told = f"jobs/{unit.name}/log.txt"
     if ended.reason:
         return ended.reason
     if ended.code is None:
-        return f"Its worker was lost; see {log}."
+        return f"Its worker was lost; see {told}."
     if ended.code < 0:
-        return f"It was killed by {_signal_name(-ended.code)}; see {log}."
-    return f"It ended with exit code {ended.code}: {last_line(run / log)}"
+        return f"It was killed by {_signal_name(-ended.code)}; see {told}."
+    return f"It ended with exit code {ended.code}: {last_line(run / told)}"
 
 
 def _signal_name(number: int) -> str:

@@ -196,9 +196,12 @@ def test_a_row_that_could_not_be_compressed_is_left_out(tmp_path: Path) -> None:
     assert states["score-a"].status == "skipped"
 
 
-def test_rows_whose_common_process_fails_are_scored_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [2, -9])
+def test_rows_whose_common_process_fails_are_scored_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
     def script(run: Path, unit: Unit, number: int) -> Ended:
-        return Ended(unit.name, 2) if len(unit.jobs) > 1 else succeed(run, unit)
+        return Ended(unit.name, code) if len(unit.jobs) > 1 else succeed(run, unit)
 
     executor = Scripted(script)
     states = _do(tmp_path, _jobs(shareable=True), executor)
@@ -209,6 +212,19 @@ def test_rows_whose_common_process_fails_are_scored_alone(tmp_path: Path) -> Non
         ("score-a",),
         ("score-b",),
     ]
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split()[0] for line in said] == ["dense", "a", "b"]
+    assert "is scored alone" in said[0]
+
+
+def test_a_common_process_whose_machine_is_lost_is_started_again(tmp_path: Path) -> None:
+    def script(run: Path, unit: Unit, number: int) -> Ended:
+        lost = len(unit.jobs) > 1 and number == 1
+        return Ended(unit.name, None) if lost else succeed(run, unit)
+
+    executor = Scripted(script)
+    _do(tmp_path, _jobs(shareable=True), executor)
+    assert executor.started[2:] == [("score-dense", "score-a", "score-b")] * 2
 
 
 def test_a_row_that_fails_in_company_is_not_scored_alone(tmp_path: Path) -> None:
