@@ -10,12 +10,11 @@ from streamline_bench.throughput.contender import Contender
 from streamline_bench.throughput.footprint import Footprint, ideal
 from streamline_bench.throughput.paired import rate, ratio
 from streamline_bench.throughput.record import ModelResult, Point, Round, ServingPoint
+from streamline_bench.throughput.setup import DTYPE_BYTES
 from streamline_bench.throughput.sweep import Measured
 from streamline_bench.throughput.workload import Clock
 
 __all__ = ["model_result", "points_of"]
-
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def points_of(
@@ -76,7 +75,7 @@ def model_result(
         parameters=sizes.parameters if sizes is not None else None,
         layers=(sizes.layers or None) if sizes is not None else None,
         weights_bytes=sizes.weights_bytes if sizes is not None else None,
-        kv_bytes_per_token=values * BYTES[dtype] if values is not None else None,
+        kv_bytes_per_token=values * DTYPE_BYTES[dtype] if values is not None else None,
         kv_cache_tokens=loaded.kv_cache_tokens if loaded is not None else None,
         ideal=ideal(dense, sizes) if dense and sizes and dense.flops and sizes.flops else None,
         start_seconds=contender.start_seconds,

@@ -13,12 +13,12 @@ from streamline_bench.throughput.footprint import Footprint
 from streamline_bench.throughput.nvml import visible_device
 from streamline_bench.throughput.workload import Clock
 
-__all__ = ["DTYPES", "Setup", "cache_bytes", "resolved_dtype"]
+__all__ = ["DTYPE_BYTES", "Setup", "cache_bytes", "resolved_dtype"]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number in each dtype that engines run in."""
 _BLOCK = 128  # tokens: the largest block of vLLM's platforms
 _SMALLEST_CACHE = 1 << 24
 _UNKNOWN_CACHE = 1 << 30
@@ -90,9 +90,9 @@ def resolved_dtype(dtype: str, stored: Iterable[str | None]) -> str:
     if dtype != "auto":
         return dtype
     named = next((name for name in stored if name), "float32").removeprefix("torch.")
-    if named not in _BYTES:
+    if named not in DTYPE_BYTES:
         raise ThroughputError(
-            f"The first model's dtype is '{named}'; give --dtype {', '.join(_BYTES)}."
+            f"The first model's dtype is '{named}'; give --dtype {', '.join(DTYPE_BYTES)}."
         )
     return named
 
@@ -105,5 +105,5 @@ def cache_bytes(
     if not values:
         return _UNKNOWN_CACHE
     blocks = -(-sequence_tokens // _BLOCK) + 1
-    needed = max(values) * _BYTES[dtype] * sequences * blocks * _BLOCK
+    needed = max(values) * DTYPE_BYTES[dtype] * sequences * blocks * _BLOCK
     return max(_SMALLEST_CACHE, needed)
