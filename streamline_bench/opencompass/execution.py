@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -173,7 +174,12 @@ def _call(command: Sequence[str], scratch: Path, work: Path, log_file: Path, pro
     with (
         log_file.open("a", encoding="utf-8") as stream,
         subprocess.Popen(
-            command, cwd=scratch, stdout=stream, stderr=subprocess.STDOUT, env=environment
+            command,
+            cwd=scratch,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         ) as process,
         _bar(progress) as bar,
     ):
@@ -182,7 +188,8 @@ def _call(command: Sequence[str], scratch: Path, work: Path, log_file: Path, pro
                 time.sleep(0.5)
                 _show(bar, work)
         except BaseException:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGTERM)  # It starts its tasks in processes of their own.
+            process.wait()
             raise
         _show(bar, work)
         return process.returncode

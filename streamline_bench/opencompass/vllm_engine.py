@@ -9,6 +9,7 @@ from streamline_bench.opencompass.availability import require_vllm
 from streamline_bench.opencompass.engine import GenerationSettings
 from streamline_bench.opencompass.perplexity import ScoredText
 from streamline_bench.opencompass.source import ModelSource
+from streamline_bench.opencompass.stopping import cut_at
 
 __all__ = ["VLLMEngine"]
 
@@ -72,7 +73,10 @@ class VLLMEngine:
         )
         tokens = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
         outputs = self.model.generate(tokens, parameters, use_tqdm=False)
-        return [answer.text for out in outputs for answer in out.outputs]
+        answers = [list(answer.token_ids) for out in outputs for answer in out.outputs]
+        # Decoded here: vLLM's own text may begin with a space that the tokenizer leaves out.
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [cut_at(text, settings.stop_words) for text in texts]
 
 
 def _sum(text: ScoredText, logprobs: Sequence[Any]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from pathlib import Path
 
 CONFIG = """
@@ -28,6 +29,8 @@ def main() -> None:
     print("started in", Path.cwd().name, "debug", arguments.debug)
     if fault == "start":
         raise ModuleNotFoundError("No module named 'zebra'")
+    if fault == "sleep":
+        time.sleep(60)
     run = Path(arguments.work_dir) / arguments.reuse
     (run / "configs").mkdir(parents=True, exist_ok=True)
     (run / "configs" / "a.py").write_text(CONFIG)

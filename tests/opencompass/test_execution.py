@@ -27,6 +27,9 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for package in ("opencompass", "opencompass/cli", "mmengine"):
         (folder / package).mkdir(parents=True)
         (folder / package / "__init__.py").touch()
+    (folder / "torch.py").write_text(
+        "class cuda:\n    device_count = staticmethod(lambda: 2)\n", encoding="utf-8"
+    )
     source = Path(__file__).with_name("fake_opencompass.py")
     shutil.copy(source, folder / "opencompass" / "cli" / "main.py")
     monkeypatch.setenv("PYTHONPATH", str(folder))
@@ -40,7 +43,9 @@ def run(tmp_path: Path, **options: bool) -> tuple[Path, list[str]]:
 
 
 def test_environment_with_and_without(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "streamline-bench" in inspect_environment(sys.executable).versions
+    environment = inspect_environment(sys.executable)
+    assert "streamline-bench" in environment.versions
+    assert environment.gpus == 2
     shutil.rmtree(fake / "mmengine")
     (fake / "mmengine.py").write_text("")
     inspect_environment(sys.executable)
@@ -105,3 +110,26 @@ def test_the_same_command_goes_on_and_half_written_files_are_made_again(
 
     assert (made("predictions", "one"), made("results", "one")) == ("2", "2")
     assert (made("predictions", "two"), made("results", "two")) == ("1", "1")
+
+
+def test_an_interrupt_ends_opencompass_too(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    import psutil
+
+    from streamline_bench.opencompass import execution
+
+    monkeypatch.setenv("FAKE", "sleep")
+    children: list[psutil.Process] = []
+
+    def interrupt(seconds: float) -> None:
+        children.extend(psutil.Process(os.getpid()).children())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(execution.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    gone, alive = psutil.wait_procs(children, timeout=20)
+    assert gone and not alive

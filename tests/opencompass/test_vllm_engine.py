@@ -68,7 +68,7 @@ def test_answers_are_the_same(engines: tuple[Any, Any]) -> None:
     rows = [served.tokenizer(text)["input_ids"] for text in CONTEXTS]
     settings = GenerationSettings(most=12, stop_words=(".",))
     answers = served.generate(rows, settings)
-    assert [a.strip() for a in answers] == [a.strip() for a in plain.generate(rows, settings)]
+    assert answers == plain.generate(rows, settings)
     assert "pink box" in answers[1]
     several = GenerationSettings(most=3, options={"num_return_sequences": 2, "temperature": 1.0})
     assert len(served.generate(rows, several)) == 4
