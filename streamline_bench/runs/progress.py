@@ -144,11 +144,13 @@ def _table(states: Mapping[str, JobState], title: str, clock: _Clock) -> Table:
     for kind in kinds:
         table.add_column(kind)
     rows: dict[str, dict[str, str]] = {}
-    for state in states.values():
+    # In the order of the scoring, which every row has; only some are compressed.
+    for state in sorted(states.values(), key=lambda state: state.job.kind != "score"):
         for label in state.job.labels or (state.job.name,):
             rows.setdefault(label, {})[state.job.kind] = _cell(state, clock)
     for label, cells in rows.items():
-        table.add_row(*(Text(printable(each)) for each in (label, *map(cells.get, kinds))))
+        shown = (label, *(cells.get(kind, "") for kind in kinds))
+        table.add_row(*(Text(printable(each)) for each in shown))
     return table
 
 

@@ -109,9 +109,14 @@ def test_a_terminal_gets_a_table(
     states["score-a"].status, states["score-a"].done = "done", _done(3.0)
     job = replace(states["score-b"].job, labels=(HOSTILE,))
     states["score-b"] = JobState(job, "failed", reason=HOSTILE)
+    # Comes first in the run and last in the table, where its row has no score.
+    extra = Job("compress-x", "compress", ("x",), "k", {})
+    states = {"compress-x": JobState(extra, "kept", done=_done(1.0)), **states}
     with watching(quiet=False, title=HOSTILE) as watch:
         watch(states)
     shown = stream.getvalue()
+    assert "None" not in shown
+    assert shown.index(" a ") < shown.index(" x ")
     assert "done 3 s" in shown
-    assert "2 of 2 jobs" in shown
+    assert "3 of 3 jobs" in shown
     assert "\x1b[31mbad" not in shown
