@@ -283,15 +283,3 @@ def test_an_interrupted_run_ends_its_jobs_and_can_be_continued(
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sum(_attempts(run).values()) <= 4
-
-
-@pytest.mark.slow
-def test_killed_three_times_the_leaderboard_is_the_same(repository: Path) -> None:
-    script = repository / "tests" / "benchmarks" / "compare_kill_resume.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--recipes", "first_layers", "--limit", "4",
-         "--tasks", "streamline_demo_pairs", "--seed", "1"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "the leaderboards are the same" in done.stdout
