@@ -71,10 +71,9 @@ def find_predictions(path: Path, timestamp: str | None = None) -> Predictions | 
 
 def _predictions_root(path: Path, timestamp: str | None) -> Path | None:
     """The folder named ``predictions`` that the path is, holds, or whose newest run holds it."""
-    if path.name == "predictions":
-        return path
-    if (path / "predictions").is_dir():
-        return path / "predictions"
+    for folder in (path, path / "predictions"):
+        if folder.name == "predictions" and folder.is_dir() and not _of_lm_eval(folder):
+            return folder
     runs = sorted(
         folder
         for folder in path.iterdir()
@@ -89,6 +88,11 @@ def _predictions_root(path: Path, timestamp: str | None) -> Path | None:
             return run / "predictions"
     times = ", ".join(run.name for run in runs)
     raise SamplesError(f"'{path}' has no OpenCompass run of {timestamp}; it has: {times}.")
+
+
+def _of_lm_eval(folder: Path) -> bool:
+    """Whether an output folder of lm-eval happens to be called so."""
+    return any(folder.glob("*/results_*.json")) or any(folder.glob("results_*.json"))
 
 
 def _only_model(folder: Path) -> Path:
@@ -111,7 +115,7 @@ def _collect(folder: Path) -> Predictions:
     run = folder.parent.parent if folder.parent.name == "predictions" else None
     config = read_dumped_config(run) if run else None
     known = set(config.repetitions) if config else set()
-    files = _files(folder, known)
+    files = _files(folder, known, all_json=run is not None)
     interrupted = _interrupted(folder)
     _refuse_interrupted_parts(folder, interrupted, files)
     missing = {
@@ -152,9 +156,16 @@ def _one_file(path: Path) -> Predictions:
     )
 
 
-def _files(folder: Path, known: set[str]) -> dict[str, tuple[Path, ...]]:
-    """Whole files and, where there is none, parts in order (as OpenCompass itself reads them)."""
-    stems = {file.stem: file for file in sorted(folder.glob("*.json"))}
+def _files(folder: Path, known: set[str], *, all_json: bool) -> dict[str, tuple[Path, ...]]:
+    """Whole files and, where there is none, parts in order (as OpenCompass itself reads them).
+
+    In a run's own folder every JSON file is one of predictions; elsewhere others may lie beside.
+    """
+    stems = {
+        file.stem: file
+        for file in sorted(folder.glob("*.json"))
+        if all_json or _looks_like_predictions(file)
+    }
     files: dict[str, tuple[Path, ...]] = {}
     for stem, file in stems.items():
         match = _PART.match(stem)

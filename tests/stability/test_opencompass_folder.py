@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,18 @@ def test_other_folders_are_left_to_other_readers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"a": {}}')
     assert find_predictions(tmp_path) is None
     assert find_predictions(tmp_path / "config.json") is None
+
+
+def test_lm_eval_into_a_folder_called_predictions(lm_eval_outputs: Path, tmp_path: Path) -> None:
+    shutil.copytree(lm_eval_outputs / "dense", tmp_path / "predictions")
+    for path in (tmp_path, tmp_path / "predictions"):
+        assert load_samples(path, progress=False).info.engine == "lm-eval"
+
+
+def test_other_json_beside_loose_predictions(opencompass_files: Any, tmp_path: Path) -> None:
+    opencompass_files.write(tmp_path, "arc", opencompass_files.ppl(5, seed=1))
+    (tmp_path / "notes.json").write_text('{"by": "me"}')
+    assert load_samples(tmp_path).tasks == ("arc",)
 
 
 def test_config_is_read_as_data(opencompass_files: Any, tmp_path: Path) -> None:

@@ -119,6 +119,18 @@ def test_truncated_predictions_are_seen_by_their_evaluation(
         load_samples(run)
 
 
+def test_parts_share_one_evaluation(opencompass_files: Any, run: Path) -> None:
+    entries = opencompass_files.gen(5, seed=2, golds=["A"] * 5)
+    opencompass_files.write(run / "predictions" / "tiny", "gsm", entries, parts=2)
+    details = [{"correct": [number == 4]} for number in range(5)]
+    opencompass_files.write_results(run, "tiny", "gsm", {"accuracy": 20.0, "details": details})
+    assert verdicts(load_samples(run), "gsm") == [False] * 4 + [True]
+    (run / "predictions" / "tiny" / "gsm_1.json").unlink()
+    opencompass_files.write_config(run, "tiny", {"gsm": 1})
+    with pytest.raises(SamplesError, match=r"made from 5 predictions, beside it are 3"):
+        load_samples(run)
+
+
 def test_damaged_results(opencompass_files: Any, run: Path) -> None:
     path = opencompass_files.write_results(run, "tiny", "qa", {"accuracy": 1.0})
     path.write_text('{"accuracy": ')
