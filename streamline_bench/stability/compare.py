@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeVar
 
@@ -34,6 +35,16 @@ __all__ = ["compare"]
 _Result = TypeVar("_Result", TaskComparison, GroupComparison)
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What the tasks gave; ``skipped`` are those without verdicts, with the reason."""
+
+    compared: list[ComparedTask] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    perplexities: list[PerplexityComparison] = field(default_factory=list)
+    generations: list[GenerationComparison] = field(default_factory=list)
+
+
 def compare(
     dense: Samples,
     pruned: Samples,
@@ -45,9 +56,8 @@ def compare(
     """Compare the pruned run with the dense one, per task and over tasks.
 
     Tasks without verdicts, and those that a run did not finish, are listed in ``not_compared`` with
-    the reason; their perplexities and
-    texts are compared all the same. A task with several filters has a result for each; the
-    summaries over tasks, Holm's adjustment and decisions use its first.
+    the reason; their perplexities and texts are compared all the same. A task with several filters
+    has a result for each; the summaries over tasks, Holm's adjustment and decisions use its first.
 
     Raises:
         ComparisonError: the runs were not asked the same (see :func:`align`).
@@ -58,27 +68,14 @@ def compare(
     pairs = align(dense, pruned, tasks=tasks, common_only=common_only)
     settings = with_recorded_quantity(settings, pairs.dense)
     pairs = with_script_verdicts(pairs, settings)
-    compared: list[ComparedTask] = []
-    skipped = {**dense.info.missing, **pruned.info.missing}
-    perplexities: list[PerplexityComparison] = []
-    generations: list[GenerationComparison] = []
     first_filter = dict(dense.frame.drop_duplicates("task")[["task", "filter"]].to_numpy().tolist())
-    for task, first, second in _tasks(pairs):
-        perplexities += compare_perplexities(first, second, settings.confidence)
-        reason = _no_verdict(pairs, first, second, task, settings.verdict)
-        if reason:
-            skipped[task] = reason
-        else:
-            compared.append(compare_task(first, second, settings))
-        exact_match = None if reason else compared[-1].result.difference
-        generated = compare_generations(first, second, settings.confidence, exact_match)
-        generations += [] if generated is None else [generated]
-    if not compared:
+    found = _every_task(pairs, settings)
+    if not found.compared:
         raise SamplesError(
             f"No task of '{dense.info.run}' has right or wrong answers by '{settings.verdict}'; "
             "add a task with acc or exact_match."
         )
-    main = [item for item in compared if item.result.filter == first_filter[item.result.task]]
+    main = [item for item in found.compared if item.result.filter == first_filter[item.result.task]]
     results = _decided([item.result for item in main], settings)
     decided = {(task.task, task.filter): task for task in results}
     return Comparison(
@@ -92,15 +89,32 @@ def compare(
         seed=settings.seed,
         margin=settings.margin,
         tasks=tuple(
-            decided.get((item.result.task, item.result.filter), item.result) for item in compared
+            decided.get((item.result.task, item.result.filter), item.result)
+            for item in found.compared
         ),
         macro=macro(main, settings),
         micro=micro(main, settings),
-        not_compared=skipped,
+        not_compared={**dense.info.missing, **pruned.info.missing, **found.skipped},
         groups=tuple(_decided(compare_groups(main, dense.info.groups, settings), settings)),
-        perplexities=tuple(perplexities),
-        generations=tuple(generations),
+        perplexities=tuple(found.perplexities),
+        generations=tuple(found.generations),
     )
+
+
+def _every_task(pairs: AlignedPairs, settings: Settings) -> _Found:
+    found = _Found()
+    for task, first, second in _tasks(pairs):
+        found.perplexities.extend(compare_perplexities(first, second, settings.confidence))
+        reason = _no_verdict(pairs, first, second, task, settings.verdict)
+        if reason:
+            found.skipped[task] = reason
+        else:
+            found.compared.append(compare_task(first, second, settings))
+        exact_match = None if reason else found.compared[-1].result.difference
+        generated = compare_generations(first, second, settings.confidence, exact_match)
+        if generated is not None:
+            found.generations.append(generated)
+    return found
 
 
 def _tasks(pairs: AlignedPairs) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
