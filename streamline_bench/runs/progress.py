@@ -54,6 +54,10 @@ class PlainLines:
     def __call__(self, states: Mapping[str, JobState]) -> None:
         """Print what changed since the last call."""
         self._clock.look(states)
+        kept = [name for name, state in states.items() if state.status == "kept"]
+        if fresh := [name for name in kept if name not in self._seen]:
+            self._seen.update(dict.fromkeys(fresh, "kept"))
+            self._print(f"{len(fresh)} of {len(states)} jobs are kept from before")
         for name, state in states.items():
             if self._seen.get(name, "waiting") != state.status:
                 self._seen[name] = state.status
@@ -120,7 +124,7 @@ def _line(state: JobState, states: Mapping[str, JobState], clock: _Clock) -> str
     if state.status in ("failed", "skipped"):
         return f"{name}: {state.status}: {printable(state.reason)}"
     took = f" in {_span(seconds)}" if seconds is not None and state.status == "done" else ""
-    words = {"done": "done", "kept": "kept from before", "waiting": "lost, will be tried again"}
+    words = {"done": "done", "waiting": "lost, will be tried again"}
     how = _company(state)
     return f"{name}: {words[state.status]}{took}{how} ({_counted(states, clock)})"
 

@@ -48,6 +48,15 @@ def test_a_line_for_every_change_and_none_between(states: dict[str, JobState]) -
     assert second == "score-b: failed: [red]\ufffd[31mbad[/red]"
 
 
+def test_what_is_kept_is_one_line(states: dict[str, JobState]) -> None:
+    stream = io.StringIO()
+    show = PlainLines(Console(file=stream, width=200))
+    for state in states.values():
+        state.status, state.done = "kept", _done(1.0)
+    assert _lines(show, states, stream) == ["2 of 2 jobs are kept from before"]
+    assert _lines(show, states, stream) == []
+
+
 def test_another_attempt_is_said(states: dict[str, JobState]) -> None:
     stream = io.StringIO()
     show = PlainLines(Console(file=stream, width=200))
