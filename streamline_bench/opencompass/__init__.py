@@ -18,10 +18,10 @@ __all__ = [
 
 _MODULES = {
     "BundledDataset": "datasets",
-    "StreamlineChatModel": "models",
+    "StreamlineChatModel": "chat_models",
     "StreamlineModel": "models",
-    "StreamlineVLLM": "models",
-    "StreamlineVLLMChat": "models",
+    "StreamlineVLLM": "vllm_models",
+    "StreamlineVLLMChat": "vllm_models",
 }
 
 

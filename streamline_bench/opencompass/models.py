@@ -1,6 +1,6 @@
-"""The model classes that OpenCompass configs name.
+"""The model class that OpenCompass configs name; :mod:`.chat_models`, :mod:`.vllm_models` vary it.
 
-They differ from OpenCompass's own in that batches are padded on the right and masked when scored
+It differs from OpenCompass's own in that batches are padded on the right and masked when scored
 (its ``HuggingFaceBaseModel`` pads on the left and scores the token after the padding, so results
 depend on the batch size), that unknown keys are errors, and that a recipe compresses the model on
 first use. PPL is OpenCompass's: :mod:`streamline_bench.opencompass.perplexity`.
@@ -14,21 +14,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from opencompass.models.base import BaseModel
-from opencompass.models.base_api import APITemplateParser
 
-from streamline_bench.errors import CheckpointError, StreamlineBenchError
+from streamline_bench.errors import StreamlineBenchError
 from streamline_bench.opencompass.engine import Engine, GenerationSettings
+from streamline_bench.opencompass.limits import generation_pad, longest_input
 from streamline_bench.opencompass.perplexity import (
     ScoredText,
     continuation_start,
     mean_nll,
     spans_between,
 )
-from streamline_bench.opencompass.prompts import chat_text, plain_text
+from streamline_bench.opencompass.prompts import plain_text
 from streamline_bench.opencompass.source import ModelSource, find_source
 from streamline_bench.opencompass.tokens import PromptEncoder, load_prompt_tokenizer
 
-__all__ = ["StreamlineChatModel", "StreamlineModel", "StreamlineVLLM", "StreamlineVLLMChat"]
+__all__ = ["Prompt", "StreamlineModel"]
 
 Prompt = str | Sequence[Mapping[str, Any]]
 Floats = npt.NDArray[np.float64]
@@ -88,11 +88,11 @@ class StreamlineModel(BaseModel):  # type: ignore[misc]
         self.tokenizer = load_prompt_tokenizer(
             name,
             pad_token_id=pad_token_id,
-            generation_pad=_generation_pad(self.source),
+            generation_pad=generation_pad(self.source),
             trust_remote_code=self.source.trust_remote_code,
             **dict(tokenizer_kwargs or {}),
         )
-        self.max_seq_len = max_seq_len or _longest_input(self.source)
+        self.max_seq_len = max_seq_len or longest_input(self.source)
         self.stop_words = tuple(stop_words)
         self._encoder = PromptEncoder(self.tokenizer)
         self._engine: Engine | None = None
@@ -279,102 +279,3 @@ class StreamlineModel(BaseModel):  # type: ignore[misc]
 
     def _encode(self, texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[int]]:
         return self._encoder.encode(texts, limit=limit, special=self._adds_special)
-
-
-class _Chat(StreamlineModel):
-    """Puts prompts into the tokenizer's chat template."""
-
-    _adds_special = False
-
-    def __init__(self, path: str, *, meta_template: Any = None, **arguments: Any) -> None:
-        super().__init__(path, **arguments)
-        self.template_parser = APITemplateParser(meta_template or _chat_roles())
-
-    def _score_text(self, prompt: Prompt) -> str:
-        return chat_text(self.tokenizer, prompt, answer_follows=False)
-
-    def _generation_text(self, prompt: Prompt) -> str:
-        return chat_text(self.tokenizer, prompt, answer_follows=True)
-
-
-class StreamlineChatModel(_Chat):
-    """A chat model: as :class:`StreamlineModel`, with the tokenizer's chat template.
-
-    Scored prompts (PPL) go through the template as well, as finished conversations.
-    """
-
-
-class StreamlineVLLM(StreamlineModel):
-    """A base model run by vLLM; scores and keys are those of :class:`StreamlineModel`.
-
-    ``model_kwargs`` go to ``vllm.LLM`` as they are; a prompt may have one token less than the model
-    reads, because vLLM always generates one. (OpenCompass's own class for vLLM
-    divides by n - 1 where the others divide by n; this one does as the others.)
-
-    Raises:
-        MissingDependencyError: vLLM is not installed.
-    """
-
-    def _find_source(
-        self,
-        path: str,
-        options: Mapping[str, Any],
-        model_kwargs: Mapping[str, Any],
-        overrides: Mapping[str, Any] | None,
-    ) -> ModelSource:
-        return find_source(path, options, overrides=overrides, unchecked=model_kwargs)
-
-    def _make_engine(self) -> Engine:
-        from streamline_bench.opencompass.vllm_engine import VLLMEngine
-
-        engine = VLLMEngine(self.source, self.tokenizer, self.max_seq_len)
-        self.max_seq_len = engine.max_length
-        return engine
-
-
-class StreamlineVLLMChat(_Chat, StreamlineVLLM):
-    """A chat model run by vLLM: as :class:`StreamlineVLLM`, with the chat template."""
-
-
-def _chat_roles() -> dict[str, Any]:
-    return {
-        "round": [
-            {"role": "HUMAN", "api_role": "HUMAN"},
-            # Few templates take a system message among the examples; OpenCompass maps it so too.
-            {"role": "SYSTEM", "api_role": "HUMAN"},
-            {"role": "BOT", "api_role": "BOT", "generate": True},
-        ]
-    }
-
-
-def _generation_pad(source: ModelSource) -> int | None:
-    from transformers import GenerationConfig
-
-    try:
-        config = GenerationConfig.from_pretrained(
-            source.prepared.pretrained, revision=source.revision or "main"
-        )
-    except (OSError, ValueError):
-        return None
-    return config.pad_token_id  # type: ignore[no-any-return]
-
-
-def _longest_input(source: ModelSource) -> int:
-    from transformers import AutoConfig
-
-    from streamline_bench.modeling import register
-
-    register()
-    config = AutoConfig.from_pretrained(
-        source.prepared.pretrained,
-        revision=source.revision or "main",
-        trust_remote_code=source.trust_remote_code,
-    ).get_text_config()
-    for key in ("max_position_embeddings", "n_positions", "seq_length", "model_max_length"):
-        length = getattr(config, key, None)
-        if isinstance(length, int) and length > 0:
-            return length
-    raise CheckpointError(
-        f"The config of {source.prepared.pretrained} names no input length; set max_seq_len in "
-        "the model's entry."
-    )
