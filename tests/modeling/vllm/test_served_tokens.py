@@ -14,8 +14,8 @@ import pytest
 # The first test waits for some sixty engines.
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
-PROMPTS = [[(7 * i + 11 * n) % 97 + 3 for i in range(n)] for n in (1, 2, 7, 19, 33)]
-TOKENS = 16
+PROMPTS = [[(7 * i + 11 * n) % 97 + 3 for i in range(n)] for n in (1, 7, 19, 33)]
+TOKENS = 10
 
 HOSTS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -80,10 +80,16 @@ def compressed(source: Path, key: str, text: Path, folder: Path) -> Path:
     from streamline_bench.methods import compress, load_recipe
 
     name, overrides = RECIPES[key]
-    small = {"calibration": str(text), "sequence_length": 16, **overrides}
+    small = {
+        "calibration": str(text),
+        "calibration_samples": 16,
+        "sequence_length": 16,
+        **overrides,
+    }
     recipe = load_recipe(name, small)
     if recipe.training.objective != "none":
-        recipe = load_recipe(name, {**small, "training.min_steps": 4, "training.batch_size": 4})
+        brief = {"training_samples": 16, "training.min_steps": 4, "training.batch_size": 4}
+        recipe = load_recipe(name, {**small, **brief})
     compress(source, recipe, folder, progress=False)
     return folder
 
