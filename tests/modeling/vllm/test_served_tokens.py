@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 # The first test waits for some sixty engines.
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 PROMPTS = [[(7 * i + 11 * n) % 97 + 3 for i in range(n)] for n in (1, 7, 19, 33)]
 TOKENS = 10
