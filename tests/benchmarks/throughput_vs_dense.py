@@ -140,7 +140,7 @@ def markdown(records: list[ThroughputRecord], sizes: dict[str, Any]) -> str:
         "",
         "Tokens per processor second: median over the rounds. Ratio: median over paired rounds, "
         "with its 95 % interval. Ideal: layers where whole layers are gone, else floating-point "
-        "operations. `none` and `layer` have the same shapes: by how much they differ is what other "
+        "operations. `none` and `layer` have the same shapes: how much they differ is what other "
         "load and the placing of processes do, which intervals over the rounds of one process do "
         "not hold. Written by `tests/benchmarks/throughput_vs_dense.py`.",
         "",
