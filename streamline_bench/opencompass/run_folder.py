@@ -84,11 +84,11 @@ def evaluate(
     folder = folder.resolve()
     manifests, seconds = _compress_all(plan)
     config = write_config(folder, plan)
-    started = time.time()
+    started = time.monotonic()
     run, command = run_opencompass(
         environment, config, folder, in_process=in_process, progress=progress
     )
-    log.info("OpenCompass finished in %.0f s: %s", time.time() - started, run)
+    log.info("OpenCompass finished in %.0f s: %s", time.monotonic() - started, run)
     rows = [
         _row(entry, run.relative_to(folder), manifests[entry.label], seconds[entry.label])
         for entry in plan.models

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from streamline_bench.opencompass.availability import require_vllm
+from streamline_bench.modeling.vllm.package import require_vllm
 from streamline_bench.opencompass.engine import GenerationSettings
 from streamline_bench.opencompass.perplexity import ScoredText
 from streamline_bench.opencompass.source import ModelSource
@@ -31,7 +31,7 @@ class VLLMEngine:
     """
 
     def __init__(self, source: ModelSource, tokenizer: Any, max_length: int) -> None:
-        require_vllm()
+        require_vllm("StreamlineVLLM")
         from vllm import LLM
 
         self.tokenizer = tokenizer

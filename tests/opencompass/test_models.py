@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,8 +162,11 @@ def test_chat_model(folder: Path) -> None:
 
 
 def test_missing_vllm_comes_with_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from streamline_bench.opencompass import StreamlineVLLM, availability
+    from streamline_bench.opencompass import StreamlineVLLM
 
-    monkeypatch.setattr(availability, "find_spec", lambda name: None)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else found(name)
+    )
     with pytest.raises(MissingDependencyError, match=r"pip install 'streamline-bench\[vllm\]'"):
         StreamlineVLLM(path=str(folder))

