@@ -31,10 +31,11 @@ LEFT_OUT = {"seconds", "date", "results_file", "created"}
 
 def command(options: argparse.Namespace, run: Path) -> list[str]:
     """The command line under test."""
-    made = [sys.executable, "-m", "streamline_bench", "compare", "--plan", "bundled", "-q"]
+    made = [sys.executable, "-m", "streamline_bench", "compare", "--plan", options.plan, "-q"]
     for name in ("recipes", "tasks", "limit", "workers"):
         if getattr(options, name) is not None:
             made += [f"--{name}", str(getattr(options, name))]
+    made += [word for assignment in options.set for word in ("--set", assignment)]
     return [*made, *([] if options.trunk else ["--no-trunk"]), "-o", str(run)]
 
 
@@ -107,6 +108,8 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
 def main() -> None:
     """Compare the two runs; exit code 1 where they differ."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plan", default="bundled")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--recipes")
     parser.add_argument("--tasks")
     parser.add_argument("--limit", type=int, default=20)
