@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "compare": ("compare", "Compare recipes on a model: compress, score, leaderboard."),
     "compress": ("compress", "Remove layers from a model and write the result as a checkpoint."),
     "demo": ("demo", "Run the whole pipeline on the bundled model, ending in a report."),
+    "divergence": ("divergence", "Compare two models' next-token distributions on a text."),
     "gate": ("gate", "Exit with 1 if a run lost accuracy, stability or speed against a reference."),
     "lm-eval": ("lm_eval", "Call the lm-eval harness with our models and tasks registered."),
     "opencompass": ("opencompass", "Evaluate recipes with OpenCompass and make the report."),

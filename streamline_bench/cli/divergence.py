@@ -1,0 +1,133 @@
+"""``streamline-bench divergence``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from streamline_bench.cli.options import print_table, setup_logging
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from streamline_bench.harness.token_divergence import TokenDivergence
+    from streamline_bench.stability.comparison import Estimate
+
+__all__ = ["command"]
+
+
+@click.command("divergence")
+@click.argument("dense")
+@click.argument("pruned")
+@click.argument("text", type=click.Path(path_type=Path))
+@click.option("--text-field", default="text", show_default=True, help="Of a record with fields.")
+@click.option("--documents", type=click.IntRange(min=1), help="At most this many.")
+@click.option(
+    "--window",
+    type=click.IntRange(min=2),
+    default=2048,
+    show_default=True,
+    help="Tokens read at once.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of the weights; distributions are compared in float32.",
+)
+@click.option("--confidence", type=click.FloatRange(0.5, 0.9999), default=0.95, show_default=True)
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the models bring along.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def command(
+    dense: str,
+    pruned: str,
+    text: Path,
+    text_field: str,
+    documents: int | None,
+    window: int,
+    batch_size: int,
+    device: str,
+    dtype: str,
+    confidence: float,
+    trust_remote_code: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:  # fmt: skip
+    """Compare the next-token distributions of DENSE and PRUNED on TEXT.
+
+    TEXT is a .txt, .jsonl or .parquet file. Beside both perplexities it shows KL(dense || pruned)
+    per token, which also sees probability that moves between tokens the text does not contain.
+    """
+    setup_logging(quiet=quiet)
+    from streamline_bench.harness.token_divergence import token_divergence
+
+    result = token_divergence(
+        dense,
+        pruned,
+        itertools.islice(_texts(text, text_field), documents),
+        window=window,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        confidence=confidence,
+        trust_remote_code=trust_remote_code,
+        progress=not quiet,
+    )
+    if as_json:
+        click.echo(result.model_dump_json(indent=2))
+    else:
+        print_table(_table(result))
+
+
+def _texts(path: Path, field: str) -> Iterator[str]:
+    from streamline_bench.core.corpus_files import file_kind, read_file
+    from streamline_bench.errors import CalibrationError
+
+    if not path.is_file() or not file_kind(path):
+        raise CalibrationError(
+            f"'{path}' is no text to read; give an existing .txt, .jsonl or .parquet file."
+        )
+    for record in read_file(path):
+        if not isinstance(record.get(field), str):
+            raise CalibrationError(
+                f"A record of '{path}' has no text in the field '{field}'; name it with "
+                "--text-field."
+            )
+        yield record[field]
+
+
+def _table(result: TokenDivergence) -> Table:
+    from rich.table import Table
+
+    table = Table(
+        title=f"{result.tokens} tokens of {result.documents} documents, windows of {result.window}"
+    )
+    table.add_column("")
+    table.add_column("value", justify="right")
+    table.add_column("interval", justify="right")
+    for name, value in (
+        ("perplexity, dense", result.dense_perplexity),
+        ("perplexity, pruned", result.pruned_perplexity),
+    ):
+        table.add_row(name, "beyond float64" if value is None else f"{value:.4f}", "")
+    for name, estimate in (
+        ("more nats per token", result.nats_per_token),
+        ("KL(dense || pruned), nats per token", result.kl),
+        ("same first token, share", result.same_top),
+    ):
+        table.add_row(name, f"{estimate.value:.4f}", _interval(estimate))
+    return table
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f"[{estimate.low:.4f}, {estimate.high:.4f}]"
