@@ -22,7 +22,6 @@ from streamline_bench.gate.reference import (
     KIND,
     Reference,
     RowReference,
-    SpeedReference,
     TaskReference,
     pack,
     parse_reference,
@@ -139,10 +138,6 @@ def _samples(folder: Path, run: RunFile | None, progress: bool) -> dict[str, Sam
 
 
 def _row(row: Row, samples: Samples | None, board: Leaderboard) -> RowReference:
-    speed = None
-    if row.throughput is not None:
-        known = row.throughput.model_dump(include=set(SpeedReference.model_fields))
-        speed = SpeedReference(**known)
     return RowReference(
         label=row.label,
         is_dense=row.is_dense,
@@ -150,7 +145,7 @@ def _row(row: Row, samples: Samples | None, board: Leaderboard) -> RowReference:
         tasks=tuple(
             _task(score, samples, board.method.verdict) for score in row.tasks if score.main
         ),
-        speed=speed,
+        speed=row.throughput,
     )
 
 

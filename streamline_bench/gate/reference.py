@@ -18,12 +18,12 @@ from streamline_bench.core.staging import atomic_write_text
 from streamline_bench.errors import SamplesError
 from streamline_bench.report.schema import Method
 from streamline_bench.stability.comparison import Estimate
+from streamline_bench.throughput.figures import Speed
 
 __all__ = [
     "KIND",
     "Reference",
     "RowReference",
-    "SpeedReference",
     "TaskReference",
     "pack",
     "parse_reference",
@@ -64,24 +64,6 @@ class TaskReference(_Frozen):
         return self
 
 
-class SpeedReference(_Frozen):
-    """Tokens per second of one row (fields as in ``ThroughputFigures``)."""
-
-    status: Literal["ok", "failed"]
-    reason: str | None = None
-    engine: str
-    device: str
-    dtype: str
-    clock: str | None = None
-    batch_size: int
-    output_tokens_per_second: float | None = None
-    low: float | None = None
-    high: float | None = None
-    ratio: float | None = None
-    ratio_low: float | None = None
-    ratio_high: float | None = None
-
-
 class RowReference(_Frozen):
     """One model; ``failed`` says why it has no result."""
 
@@ -89,7 +71,7 @@ class RowReference(_Frozen):
     is_dense: bool
     failed: str | None = None
     tasks: tuple[TaskReference, ...] = ()
-    speed: SpeedReference | None = None
+    speed: Speed | None = None
 
 
 class Reference(_Frozen):

@@ -8,8 +8,9 @@ extremes of the rounds, or of the ratio's interval, on both sides.
 from __future__ import annotations
 
 from streamline_bench.gate.evidence import Evidence
-from streamline_bench.gate.reference import RowReference, SpeedReference
+from streamline_bench.gate.reference import RowReference
 from streamline_bench.gate.result import Check, Quantity, Status
+from streamline_bench.throughput.figures import Speed
 
 __all__ = ["speed_checks"]
 
@@ -49,8 +50,8 @@ def _tokens(
     run: Evidence,
     against: Evidence,
     row: RowReference,
-    old: SpeedReference,
-    new: SpeedReference,
+    old: Speed,
+    new: Speed,
     tolerated: float,
 ) -> Check:
     machines = against.figures.machine, run.figures.machine
@@ -99,7 +100,7 @@ def _left_out(row: RowReference, quantity: Quantity, reason: str) -> Check:
     return Check(row=row.label, quantity=quantity, status="not compared", reason=reason)
 
 
-def _failed(row: RowReference, old: SpeedReference, new: SpeedReference) -> Check:
+def _failed(row: RowReference, old: Speed, new: Speed) -> Check:
     return Check(
         row=row.label,
         quantity="tokens/s",

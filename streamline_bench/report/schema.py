@@ -18,6 +18,7 @@ from streamline_bench.stability.comparison import (
     PerplexityComparison,
     TaskComparison,
 )
+from streamline_bench.throughput.figures import Speed
 
 __all__ = [
     "CurvePoint",
@@ -117,32 +118,8 @@ class CurvePoint(_Frozen):
     val_loss: float | None
 
 
-class Throughput(_Frozen):
-    """What one model was measured to generate, per second (see ``streamline-bench throughput``).
-
-    ``low`` and ``high`` are the extremes of the tokens per second by ``clock``; ``ratio`` is to the
-    dense model's in the same measurement, ``ideal_ratio`` what it would be if only size counted.
-    """
-
-    status: Literal["ok", "failed"]
-    reason: str | None = None
-    engine: str
-    device: str
-    dtype: str
-    clock: str | None = None
-    batch_size: int
-    output_tokens_per_second: float | None = None
-    low: float | None = None
-    high: float | None = None
-    ratio: float | None = None
-    ratio_low: float | None = None
-    ratio_high: float | None = None
-    ideal_ratio: float | None = None
-    weights_bytes: int | None = None
-    peak_memory_bytes: int | None = None
-    kv_cache_tokens: int | None = None
-    ttft_ms: float | None = None
-    start_seconds: float | None = None
+class Throughput(Speed):
+    """What one model was measured to generate, per second."""
 
 
 class Published(_Frozen):

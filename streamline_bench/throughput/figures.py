@@ -16,29 +16,29 @@ from streamline_bench.throughput.record import (
 )
 from streamline_bench.throughput.workload import Clock
 
-__all__ = ["ThroughputFigures", "figures_of", "read_figures"]
+__all__ = ["Speed", "ThroughputFigures", "figures_of", "read_figures"]
 
 
-class ThroughputFigures(BaseModel):
-    """The speed of one model at one batch size.
+class Speed(BaseModel):
+    """The speed of a model at one batch size (see ``streamline-bench throughput``).
 
     Attributes:
         batch_size: the largest that was measured for the dense model (0: nothing was measured).
         output_tokens_per_second: median by ``clock``; ``low`` and ``high`` are its extremes.
-        ratio: to dense, with the ends of its interval; None for want of a dense figure.
+        ratio: to dense in the same measurement, with the ends of its interval; None for want of a
+            dense figure.
         ideal_ratio: what the ratio would be if only size counted.
         ttft_ms: median time to first token at the lowest request rate, where it was served.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    label: str
     status: Literal["ok", "failed"]
     reason: str | None = None
     engine: str
     device: str
     dtype: str
-    clock: Clock
+    clock: Clock | None = None
     batch_size: int
     output_tokens_per_second: float | None = None
     low: float | None = None
@@ -52,6 +52,12 @@ class ThroughputFigures(BaseModel):
     kv_cache_tokens: int | None = None
     ttft_ms: float | None = None
     start_seconds: float | None = None
+
+
+class ThroughputFigures(Speed):
+    """The speed of the model that the measurement calls ``label``."""
+
+    label: str
 
 
 def read_figures(path: Path | str) -> dict[str, ThroughputFigures]:

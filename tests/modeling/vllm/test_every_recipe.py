@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,27 +17,13 @@ TOKENS = 8
 
 
 @pytest.fixture(scope="module")
-def served(
-    recipe_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    """Recipe -> answer of vLLM; all engines run in one process."""
-    pytest.importorskip("vllm", reason="vLLM is not installed (tox -e vllm)")
+def served(serve: Callable[..., Any], recipe_checkpoint: Callable[[str], Path]) -> dict[str, Any]:
+    """Recipe -> answer of vLLM."""
     models = {
         name: {"model": str(recipe_checkpoint(name)), "skip_tokenizer_init": True}
         for name in list_recipes()
     }
-    work = tmp_path_factory.mktemp("served")
-    jobs, answers = work / "jobs.json", work / "answers.json"
-    jobs.write_text(json.dumps({"prompts": PROMPTS, "tokens": TOKENS, "models": models}))
-    script = Path(__file__).with_name("serve_models.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(jobs), str(answers)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return dict(json.loads(answers.read_text()))
+    return dict(serve(models, PROMPTS, TOKENS))
 
 
 @pytest.mark.parametrize("name", list(list_recipes()))

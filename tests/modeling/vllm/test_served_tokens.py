@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,26 +154,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def served(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Key -> answer of vLLM; all engines ran in one process."""
+def served(serve: Callable[..., Any], folders: dict[str, Path]) -> dict[str, Any]:
+    """Key -> answer of vLLM."""
     models: dict[str, dict[str, Any]] = {
         key: {"model": str(folder)} for key, folder in folders.items()
     }
     ffn = {"model": str(folders["llama/ffn"])}
     models[HOSTED] = {**ffn, "hf_overrides": {"architectures": [HOSTED_CLASS]}}
     models[COMPILED] = {**ffn, "enforce_eager": False}
-    work = tmp_path_factory.mktemp("served")
-    jobs, answers = work / "jobs.json", work / "answers.json"
-    jobs.write_text(json.dumps({"prompts": PROMPTS, "tokens": TOKENS, "models": models}))
-    script = Path(__file__).with_name("serve_models.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(jobs), str(answers)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return dict(json.loads(answers.read_text()))
+    return dict(serve(models, PROMPTS, TOKENS))
 
 
 @pytest.mark.parametrize("recipe", ["dense", *RECIPES])
