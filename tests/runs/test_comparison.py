@@ -270,7 +270,14 @@ def test_an_interrupted_run_ends_its_jobs_and_can_be_continued(
         "--recipes", "first_layers,last_layers,random_layers", "--n-layers", "2", "--device", "cpu",
         "--until", "compress", "-o", str(run),
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell starts what runs in its background with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
     until = time.monotonic() + 120
     while not _attempts(run) and time.monotonic() < until:
         time.sleep(0.02)
