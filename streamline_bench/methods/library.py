@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from streamline_bench.core.recipe import Recipe, parse_recipe
 from streamline_bench.core.suggestions import suggest
+from streamline_bench.core.yaml_file import read_yaml_mapping
 from streamline_bench.errors import RecipeError
 from streamline_bench.methods.registry import check_parameters
 from streamline_bench.resources import resource
@@ -55,7 +54,7 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
         RecipeError: unknown name, unreadable file, unknown key or wrong value.
     """
     path = _recipe_path(str(name_or_path))
-    payload = _read_yaml(path)
+    payload = read_yaml_mapping(path, "a recipe: it must hold a mapping with the key 'method'")
     payload.setdefault("name", path.stem)
     if overrides and None not in (overrides.get("sparsity"), overrides.get("n_layers")):
         raise RecipeError("Give sparsity or n_layers, not both.")
@@ -105,18 +104,6 @@ def _recipe_path(name: str) -> Path:
             f"known recipes: {', '.join(known)} (or give the path of a .yaml file)."
         )
     return known[name]
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        payload = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(
-            f"{path} cannot be read as YAML ({' '.join(str(error).split())})."
-        ) from None
-    if not isinstance(payload, dict):
-        raise RecipeError(f"{path} is not a recipe: it must hold a mapping with the key 'method'.")
-    return payload
 
 
 def _override(payload: dict[str, Any], key: str, value: Any) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from streamline_bench.core.suggestions import suggest
+from streamline_bench.core.yaml_file import read_yaml_mapping
 from streamline_bench.errors import RecipeError
 from streamline_bench.resources import resource
 
@@ -108,14 +108,7 @@ def read_request(path_or_name: str) -> dict[str, Any]:
         RecipeError: no such file, not YAML, or a variable that is not set.
     """
     path = _plan_path(path_or_name)
-    try:
-        payload = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(
-            f"{path} cannot be read as YAML ({' '.join(str(error).split())})."
-        ) from None
-    if not isinstance(payload, dict):
-        raise RecipeError(f"{path} is not a plan: it must hold a mapping such as 'tasks: [piqa]'.")
+    payload = read_yaml_mapping(path, "a plan: it must hold a mapping such as 'tasks: [piqa]'")
     known = {field.alias or name for name, field in Request.model_fields.items()}
     for key in payload:
         if key not in known:
