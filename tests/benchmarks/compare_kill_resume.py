@@ -4,8 +4,11 @@
 then is part of the question. Afterwards the same command is left to finish, and both leaderboards
 are compared value by value; times, dates and the run folder's own path are left out.
 
-    python tests/benchmarks/compare_kill_resume.py                 # every recipe, a few minutes
+    python tests/benchmarks/compare_kill_resume.py                 # the plan's recipes
     python tests/benchmarks/compare_kill_resume.py --recipes first_layers --tasks TASK --limit 4
+
+Both run folders can be kept: ``--alone RUN`` may name a comparison that was finished before by the
+same command, ``--killed RUN`` a new folder.
 """
 
 from __future__ import annotations
@@ -32,11 +35,13 @@ LEFT_OUT = {"seconds", "date", "results_file", "created"}
 def command(options: argparse.Namespace, run: Path) -> list[str]:
     """The command line under test."""
     made = [sys.executable, "-m", "streamline_bench", "compare", "--plan", options.plan, "-q"]
-    for name in ("recipes", "tasks", "limit", "workers"):
+    for name in ("recipes", "tasks", "limit", "workers", "threads"):
         if getattr(options, name) is not None:
             made += [f"--{name}", str(getattr(options, name))]
     made += [word for assignment in options.set for word in ("--set", assignment)]
-    return [*made, *([] if options.trunk else ["--no-trunk"]), "-o", str(run)]
+    flags = ["--noise-floor"] if options.noise_floor else []
+    flags += [] if options.trunk else ["--no-trunk"]
+    return [*made, *flags, "-o", str(run)]
 
 
 def finish(options: argparse.Namespace, run: Path) -> float:
@@ -114,17 +119,26 @@ def main() -> None:
     parser.add_argument("--tasks")
     parser.add_argument("--limit", type=int, default=20)
     parser.add_argument("--workers", type=int)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--noise-floor", action="store_true")
     parser.add_argument("--trunk", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--alone", type=Path, help="folder of the uninterrupted run")
+    parser.add_argument("--killed", type=Path, help="folder of the run that is killed")
+    parser.add_argument(
+        "--seconds", type=float, help="what an uninterrupted run takes; measured if not given"
+    )
     options = parser.parse_args()
     dice = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
-        alone, killed = Path(folder, "alone"), Path(folder, "killed")
+        alone = options.alone or Path(folder, "alone")
+        killed = options.killed or Path(folder, "killed")
         seconds = finish(options, alone)
         print(f"uninterrupted: {seconds:.0f} s", flush=True)
+        longest = (options.seconds or seconds) / options.kills
         for _ in range(options.kills):
-            print(kill_once(options, killed, dice.uniform(0.1, 0.8) * seconds), flush=True)
+            print(kill_once(options, killed, dice.uniform(0.1, 0.9) * longest), flush=True)
         print(f"the rest: {finish(options, killed):.0f} s", flush=True)
         again = [json.loads(p.read_text()) - 1 for p in killed.glob("jobs/*/attempts.json")]
         print(f"{sum(again)} jobs were started again after {options.kills} kills")
