@@ -5,7 +5,7 @@ then is part of the question. Afterwards the same command is left to finish, and
 are compared value by value; times, dates and the run folder's own path are left out.
 
     python tests/benchmarks/compare_kill_resume.py                 # the plan's recipes
-    python tests/benchmarks/compare_kill_resume.py --recipes first_layers --tasks TASK --limit 4
+    python tests/benchmarks/compare_kill_resume.py --limit 20  # faster
 
 Both run folders can be kept: ``--alone RUN`` may name a comparison that was finished before by the
 same command, ``--killed RUN`` a new folder.
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--recipes")
     parser.add_argument("--tasks")
-    parser.add_argument("--limit", type=int, default=20)
+    parser.add_argument("--limit", type=int)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--noise-floor", action="store_true")
