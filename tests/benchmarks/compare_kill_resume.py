@@ -44,13 +44,13 @@ def command(options: argparse.Namespace, run: Path) -> list[str]:
     return [*made, *flags, "-o", str(run)]
 
 
-def finish(options: argparse.Namespace, run: Path) -> float:
-    """Run the command to its end; return the seconds it took."""
+def finish(options: argparse.Namespace, run: Path) -> tuple[float, int]:
+    """Run the command to its end; return the seconds it took, and 1 where rows have failed."""
     began = time.monotonic()
     done = subprocess.run(command(options, run), capture_output=True, text=True)
-    if done.returncode:
+    if done.returncode not in (0, 1) or not (run / "leaderboard.json").is_file():
         sys.exit(f"exit code {done.returncode}\n{done.stdout}{done.stderr}")
-    return time.monotonic() - began
+    return time.monotonic() - began, done.returncode
 
 
 def kill_once(options: argparse.Namespace, run: Path, seconds: float) -> str:
@@ -134,15 +134,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         alone = options.alone or Path(folder, "alone")
         killed = options.killed or Path(folder, "killed")
-        seconds = finish(options, alone)
-        print(f"uninterrupted: {seconds:.0f} s", flush=True)
+        seconds, code = finish(options, alone)
+        print(f"uninterrupted: {seconds:.0f} s, exit code {code}", flush=True)
         longest = (options.seconds or seconds) / options.kills
         for _ in range(options.kills):
             print(kill_once(options, killed, dice.uniform(0.1, 0.9) * longest), flush=True)
-        print(f"the rest: {finish(options, killed):.0f} s", flush=True)
+        rest, code_again = finish(options, killed)
+        print(f"the rest: {rest:.0f} s, exit code {code_again}", flush=True)
         again = [json.loads(p.read_text()) - 1 for p in killed.glob("jobs/*/attempts.json")]
         print(f"{sum(again)} jobs were started again after {options.kills} kills")
-        found = list(differences(facts(alone), facts(killed)))
+        found = list(differences([code, facts(alone)], [code_again, facts(killed)]))
         print("\n".join(found[:20]) or "the leaderboards are the same")
         sys.exit(1 if found or sum(again) > options.kills * (options.workers or 1) else 0)
 
