@@ -50,6 +50,10 @@ __all__ = ["command", "finish", "stops_with_a_word"]
 )
 @click.option("--noise-batch-size", help="Batch size of the second scoring.")
 @click.option("--noise-dtype", help="Dtype of the second scoring.")
+@click.option("--text", help="File on which next-token distributions are compared, too.")
+@click.option("--text-field", help="Of its records, the one that holds the text.")
+@click.option("--text-documents", type=click.IntRange(min=1), help="At most this many of them.")
+@click.option("--text-window", type=click.IntRange(min=2), help="Tokens read at once; 2048.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a job.")
 @click.option("--until", type=click.Choice(["compress", "evaluate", "report"]), default="report")
 @click.option("--trunk/--no-trunk", default=True, show_default=True,

@@ -18,7 +18,8 @@ __all__ = ["read_execution", "read_options"]
 
 _PLAIN = (
     "include_path limit num_fewshot apply_chat_template batch_size dtype device revision title "
-    "trust_remote_code throughput noise_floor noise_batch_size noise_dtype threads"
+    "trust_remote_code throughput noise_floor noise_batch_size noise_dtype text text_field "
+    "text_documents text_window threads"
 ).split()
 """Options that are keys of a plan file too."""
 

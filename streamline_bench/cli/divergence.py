@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +13,7 @@ from streamline_bench.cli.options import print_table, setup_logging
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from streamline_bench.harness.token_divergence import TokenDivergence
-    from streamline_bench.stability.comparison import Estimate
+    from streamline_bench.stability.comparison import Estimate, TokenDivergence
 
 __all__ = ["command"]
 
@@ -67,12 +65,12 @@ def command(
     per token, which also sees probability that moves between tokens the text does not contain.
     """
     setup_logging(quiet=quiet)
-    from streamline_bench.harness.token_divergence import token_divergence
+    from streamline_bench.harness.token_divergence import read_texts, token_divergence
 
     result = token_divergence(
         dense,
         pruned,
-        itertools.islice(_texts(text, text_field), documents),
+        itertools.islice(read_texts(text, text_field), documents),
         window=window,
         batch_size=batch_size,
         device=device,
@@ -85,23 +83,6 @@ def command(
         click.echo(result.model_dump_json(indent=2))
     else:
         print_table(_table(result))
-
-
-def _texts(path: Path, field: str) -> Iterator[str]:
-    from streamline_bench.core.corpus_files import file_kind, read_file
-    from streamline_bench.errors import CalibrationError
-
-    if not path.is_file() or not file_kind(path):
-        raise CalibrationError(
-            f"'{path}' is no text to read; give an existing .txt, .jsonl or .parquet file."
-        )
-    for record in read_file(path):
-        if not isinstance(record.get(field), str):
-            raise CalibrationError(
-                f"A record of '{path}' has no text in the field '{field}'; name it with "
-                "--text-field."
-            )
-        yield record[field]
 
 
 def _table(result: TokenDivergence) -> Table:

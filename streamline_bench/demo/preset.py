@@ -18,6 +18,8 @@ _DEFAULTS: Mapping[str, Any] = {
     "title": "The bundled model",
     "tasks": TASKS.split(","),
     "batch_size": "32",
+    "text": str(model() / "held_out.jsonl"),
+    "text_window": 128,
     # The model is too small for several threads to pay; on a busy machine they cost dearly.
     "threads": 1,
     # Everything it needs comes along.

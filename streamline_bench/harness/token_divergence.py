@@ -17,45 +17,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from tqdm import tqdm
 
 from streamline_bench.core.checkpoint import resolve_pretrained
+from streamline_bench.core.corpus_files import file_kind, read_file
 from streamline_bench.errors import CalibrationError, ComparisonError, NumericsError
 from streamline_bench.methods.loading import load_model, load_tokenizer
-from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.comparison import TokenDivergence
 from streamline_bench.stability.means import mean_per_unit
 
-__all__ = ["TokenDivergence", "token_divergence"]
+__all__ = ["read_texts", "token_divergence"]
 
 _POSITIONS = 256  # whose distributions are in memory at once, in float32
-
-
-class TokenDivergence(BaseModel):
-    """Token distributions of two models on one text.
-
-    Attributes:
-        documents, windows, tokens: compared; a token is one position whose successor is known.
-        window: longest sequence that the models read at once.
-        kl: mean KL(dense || pruned) per token, in nats.
-        same_top: share of tokens at which both models put the same token first.
-        dense_perplexity, pruned_perplexity: of the text, per token; None beyond float64.
-        nats_per_token: what the pruned model needs more per token: the logarithm of the ratio of
-            the perplexities.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    documents: int
-    windows: int
-    tokens: int
-    window: int
-    kl: Estimate
-    same_top: Estimate
-    dense_perplexity: float | None
-    pruned_perplexity: float | None
-    nats_per_token: Estimate
 
 
 class _Window(NamedTuple):
@@ -77,6 +51,29 @@ class _Sums:
             return table[:, 1:], "windows"
         columns = [np.bincount(labels, weights=column) for column in table[:, 1:].T]
         return np.stack(columns, axis=1), "documents"
+
+
+def read_texts(path: Path, field: str = "text") -> Iterator[str]:
+    """Yield the documents of a .txt, .jsonl or .parquet file, in its order.
+
+    Args:
+        field: of a record with fields, the one that holds the text.
+
+    Raises:
+        CalibrationError: no such file, another kind of file, a damaged one, or a record without
+            the field.
+    """
+    if not path.is_file() or not file_kind(path):
+        raise CalibrationError(
+            f"'{path}' is no text to read; give an existing .txt, .jsonl or .parquet file."
+        )
+    for record in read_file(path):
+        if not isinstance(record.get(field), str):
+            raise CalibrationError(
+                f"A record of '{path}' has no text in the field '{field}'; name it with "
+                "--text-field."
+            )
+        yield record[field]
 
 
 def token_divergence(

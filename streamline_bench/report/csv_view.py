@@ -39,6 +39,7 @@ def _record(row: Mapping[str, Any]) -> dict[str, Any]:
         record[f"accuracy_{scope}_se"] = accuracy.get("standard_error")
     for scope in ("macro", "micro"):
         record |= _overall(row[scope], scope)
+    record |= _divergence(row["divergence"])
     for name, value in (row["throughput"] or {}).items():
         record[f"throughput_{name}"] = value
     for task in row["tasks"]:
@@ -52,6 +53,20 @@ def _record(row: Mapping[str, Any]) -> dict[str, Any]:
             record[f"decision:{name}"] = found["decision"]
     for task, metrics in row["other_metrics"].items():
         record |= {f"{metric}:{task}": value for metric, value in metrics.items()}
+    return record
+
+
+def _divergence(found: Mapping[str, Any] | None) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    for name, column in (
+        ("kl", "token_kl"),
+        ("same_top", "same_top_token"),
+        ("nats_per_token", "nats_per_token"),
+    ):
+        for part in ("value", "low", "high"):
+            suffix = "" if part == "value" else f"_{part}"
+            record[f"{column}{suffix}"] = found and found[name][part]
+    record["text_perplexity"] = found and found["pruned_perplexity"]
     return record
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "percent",
     "points",
     "rate",
+    "significant",
     "times",
     "with_error",
 ]
@@ -92,6 +93,11 @@ def decimal(value: float | None, digits: int = 3, *, signed: bool = False) -> st
     if float(text) == 0:
         return text
     return f"{MINUS if value < 0 else '+' if signed else ''}{text}"
+
+
+def significant(value: float | None, digits: int = 4) -> str:
+    """17.3571 -> ``17.36``, 3.2e9 -> ``3.2e+09``."""
+    return MISSING if value is None else f"{value:.{digits}g}"
 
 
 def times(value: float | None) -> str:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from streamline_bench.errors import SamplesError
 from streamline_bench.report.datasets import task_data
+from streamline_bench.report.divergence import read_divergence
 from streamline_bench.report.failed_row import failed_row
 from streamline_bench.report.flips import worst_flips
 from streamline_bench.report.provenance import provenance, read_checkpoint
@@ -33,6 +34,7 @@ class RowSource:
 
     checkpoint: Path | None = None
     recipe: dict[str, Any] | None = None
+    divergence: Path | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     failed: str | None = None
 
@@ -188,6 +190,7 @@ def _row(samples: Samples, result: Comparison, source: RowSource, *, is_dense: b
         groups=list(shown.groups) if shown else [],
         perplexities=list(shown.perplexities) if shown else [],
         generations=list(shown.generations) if shown else [],
+        divergence=read_divergence(source.divergence),
         other_metrics=_other_metrics(samples, result),
         scan=facts.scan,
         curve=facts.curve,

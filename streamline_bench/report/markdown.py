@@ -9,6 +9,7 @@ from streamline_bench.report.escaping import markdown_text, visible_text
 from streamline_bench.report.formats import (
     MISSING,
     count,
+    decimal,
     duration,
     interval,
     p_value,
@@ -35,7 +36,8 @@ def to_markdown(board: Mapping[str, Any]) -> str:
         _leaderboard(rows),
         f"Accuracy: mean over tasks ± standard error, in %. Difference to {_label(board)} in "
         f"points, with {level} interval. Stability: LLM-Streamline, equation 6. Flips: right to "
-        "wrong / wrong to right. p: exact McNemar over all documents.",
+        "wrong / wrong to right. p: exact McNemar over all documents."
+        + _text_note(rows),
         _noise(board["noise"]),
         *_failures(board),
         "## Accuracy by task",
@@ -58,6 +60,12 @@ def to_markdown(board: Mapping[str, Any]) -> str:
             )
         )
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _text_note(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not any(row["divergence"] for row in rows):
+        return ""
+    return " Token KL: KL(dense || row) per token of the run's text, in nats."
 
 
 def _label(board: Mapping[str, Any]) -> str:
@@ -93,6 +101,11 @@ def _flips(row: Mapping[str, Any]) -> str:
     return f"{flips['right_to_wrong']} / {flips['wrong_to_right']}" if flips else ""
 
 
+def _token_kl(row: Mapping[str, Any]) -> str:
+    found = row["divergence"]
+    return decimal(found["kl"]["value"]) if found else ""
+
+
 def _speed(row: Mapping[str, Any]) -> str:
     found = row["throughput"]
     if not found:
@@ -114,6 +127,7 @@ _COLUMNS: Sequence[tuple[str, Callable[[Mapping[str, Any]], str]]] = (
     ("agreement %", _estimate("agreement")),
     ("flips", _flips),
     ("p", lambda row: p_value(row["micro"]["mcnemar_p"]) if row["micro"] else ""),
+    ("token KL", _token_kl),
     ("tokens/s", _speed),
     ("parameters", lambda row: count(row["parameters"]) if row["parameters"] else ""),
     ("removed %", lambda row: percent(row["sparsity_reached"]) if row["sparsity_reached"] else ""),

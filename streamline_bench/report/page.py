@@ -129,6 +129,7 @@ def _has(rows: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
         "calibration": any(macro["pruned_calibration_error"] is not None for macro in macros),
         "throughput": any(row["throughput"] for row in rows),
         "perplexities": any(row["perplexities"] for row in rows),
+        "divergence": any(row["divergence"] for row in rows),
         "generations": any(row["generations"] for row in rows),
         "ours": any(item["task"] for row in rows for item in row["published"]),
     }

@@ -4,6 +4,7 @@
 
     <folder>/run.json                        written last: its presence means the run is whole
     <folder>/<label>/eval/...                what lm_eval wrote (with --log_samples)
+    <folder>/<label>/divergence.json         next-token distributions against the dense model's
     <folder>/<label>/checkpoint/             streamline.json, similarity.json, training_curve.jsonl
     <folder>/throughput.json                 tokens per second, where they were measured
     <folder>/leaderboard.{json,csv,md,html}  made from the above
@@ -53,6 +54,8 @@ class RunRow(_Frozen):
         checkpoint: the checkpoint's folder (relative to the run folder, or absolute), None for a
             model that was not made here.
         recipe: the recipe it was made with; None to take the checkpoint's own.
+        divergence: file with a :class:`~streamline_bench.stability.comparison.TokenDivergence`,
+            relative to the run folder and inside it; None where none was measured.
         seconds: wall-clock seconds by stage, e.g. ``{"compress": 41.0, "evaluate": 12.5}``.
         failed: why the row has no result, in a sentence; it is shown with that reason.
     """
@@ -61,6 +64,7 @@ class RunRow(_Frozen):
     eval: str | None = None
     checkpoint: str | None = None
     recipe: dict[str, Any] | None = None
+    divergence: str | None = None
     seconds: dict[str, float] = Field(default_factory=dict)
     failed: str | None = Field(default=None, min_length=1)
 
@@ -181,6 +185,7 @@ def build_report(folder: Path, *, settings: Settings | None = None, progress: bo
             row.label: RowSource(
                 checkpoint=folder / row.checkpoint if row.checkpoint else None,
                 recipe=row.recipe,
+                divergence=_inside(folder, row.divergence) if row.divergence else None,
                 seconds=row.seconds,
                 failed=row.failed,
             )

@@ -17,6 +17,7 @@ from streamline_bench.stability.comparison import (
     Overall,
     PerplexityComparison,
     TaskComparison,
+    TokenDivergence,
 )
 from streamline_bench.throughput.figures import Speed
 
@@ -169,6 +170,7 @@ class Row(_Frozen):
         accuracy_macro, accuracy_micro: over tasks with verdicts.
         macro, micro: against the dense row; None for the dense row itself.
         groups, perplexities, generations: against the dense row, where the run has such tasks.
+        divergence: of next-token distributions on the run's text, where the run has one.
         other_metrics: task -> metric -> value, for metrics without verdicts (perplexities).
         throughput: where it was measured.
         worst_flips: right before, wrong now; surest first.
@@ -197,6 +199,7 @@ class Row(_Frozen):
     groups: list[GroupComparison] = Field(default_factory=list)
     perplexities: list[PerplexityComparison] = Field(default_factory=list)
     generations: list[GenerationComparison] = Field(default_factory=list)
+    divergence: TokenDivergence | None = None
     other_metrics: dict[str, dict[str, float]] = Field(default_factory=dict)
     throughput: Throughput | None = None
     worst_flips: list[Flip] = Field(default_factory=list)

@@ -16,11 +16,15 @@ __all__ = ["describe_run", "row_failures", "write_report_once"]
 
 
 def row_failures(plan: Plan, states: Mapping[str, JobState]) -> dict[str, str]:
-    """Return label -> reason, for the rows that have no result."""
+    """Return label -> reason, for the rows that have no result.
+
+    A row whose text could not be compared has one: what it answers.
+    """
     failures: dict[str, str] = {}
     for row in plan.rows:
         for state in states.values():
-            if row.label in state.job.labels and state.status in ("failed", "skipped"):
+            theirs = row.label in state.job.labels and state.job.kind != "text"
+            if theirs and state.status in ("failed", "skipped"):
                 failures.setdefault(row.label, state.reason or "It failed.")
     return failures
 
@@ -87,11 +91,13 @@ def _row(run: Path, row: PlanRow, states: Mapping[str, JobState], failure: str |
     scored = states.get(f"score-{row.label}")
     if scored and scored.done:
         seconds["evaluate"] = scored.done.seconds
+    compared = states.get(f"text-{row.label}")
     return RunRow(
         label=row.label,
         eval=f"{row.label}/eval" if scored and scored.succeeded else None,
         checkpoint=checkpoint,
         recipe=recipe,
+        divergence=f"{row.label}/divergence.json" if compared and compared.succeeded else None,
         seconds=seconds,
         failed=failure,
     )

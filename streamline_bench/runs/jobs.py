@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from streamline_bench.runs.plan import Evaluation, Plan, PlanRow, digest
+from streamline_bench.runs.plan import Evaluation, Plan, PlanRow, TextPlan, digest
 
 __all__ = ["Job", "JobKind", "measure_job", "plan_jobs"]
 
-JobKind = Literal["compress", "score", "measure"]
+JobKind = Literal["compress", "score", "text", "measure"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ def plan_jobs(plan: Plan, *, until: str = "report", trunk: bool = True) -> list[
     compressing = {job.labels[0]: job.name for job in jobs}
     by_label = {row.label: row for row in plan.rows}
     jobs += [_score(plan, row, compressing, trunk) for row in plan.rows]
+    if plan.text is not None:
+        jobs += [_text(plan, plan.text, row, compressing) for row in plan.rows if not row.dense]
     if plan.noise is not None:
         jobs.append(_noise(plan, by_label[plan.reference]))
     return jobs
@@ -104,6 +106,30 @@ def _score(plan: Plan, row: PlanRow, compressing: Mapping[str, str], trunk: bool
         payload=_score_payload(plan, row, plan.evaluation, f"{row.label}/eval"),
         needs=tuple(compressing[label] for label in (row.label,) if label in compressing),
         shareable=trunk,
+        environment=_environment(plan),
+    )
+
+
+def _text(plan: Plan, text: TextPlan, row: PlanRow, compressing: Mapping[str, str]) -> Job:
+    payload = {
+        "pretrained": plan.model,
+        "revision": plan.revision,
+        "checkpoint": f"{row.label}/checkpoint",
+        "text": text.model_dump(mode="json"),
+        "device": plan.device,
+        "dtype": plan.evaluation.dtype or "float32",
+        "trust_remote_code": plan.trust_remote_code,
+        "output": f"{row.label}/divergence.json",
+    }
+    asked = [text.model_dump(mode="json", exclude={"file"}), payload["dtype"]]
+    where = [plan.device.split(":")[0], plan.versions]
+    return Job(
+        name=f"text-{row.label}",
+        kind="text",
+        labels=(row.label,),
+        key=digest(["text", plan.weights_sha256, row.key, asked, where]),
+        payload=payload,
+        needs=(compressing[row.label],),
         environment=_environment(plan),
     )
 

@@ -25,6 +25,7 @@ __all__ = [
     "NoisePlan",
     "Plan",
     "PlanRow",
+    "TextPlan",
     "differences",
     "digest",
     "read_plan",
@@ -72,6 +73,16 @@ class NoisePlan(_Frozen):
     dtype: str | None = None
 
 
+class TextPlan(_Frozen):
+    """A text on which next-token distributions are compared; ``sha256`` is the file's."""
+
+    file: str
+    sha256: str
+    field: str
+    documents: int | None = None
+    window: int
+
+
 class Plan(_Frozen):
     """A comparison with nothing left open.
 
@@ -97,6 +108,7 @@ class Plan(_Frozen):
     throughput: ThroughputEngine = "none"
     workload: dict[str, Any] = Field(default_factory=dict)
     noise: NoisePlan | None = None
+    text: TextPlan | None = None
     environment: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str]
 

@@ -58,6 +58,11 @@ class Request(_Frozen):
         noise_floor: score the dense model a second time at another batch size.
         noise_batch_size: that batch size; None: a quarter of ``batch_size``, or four times 1.
         noise_dtype: another dtype for the second scoring.
+        text: file (.txt, .jsonl, .parquet) on which every row's next-token distributions are
+            compared with the dense model's; None: no such comparison.
+        text_field: of a record with fields, the one that holds the text.
+        text_documents: at most this many documents of it.
+        text_window: tokens that are read at once.
         threads: CPU threads of every job; None: the cores divided by the workers.
         environment: variables for the processes of the jobs.
     """
@@ -81,6 +86,10 @@ class Request(_Frozen):
     noise_floor: bool = False
     noise_batch_size: str | None = Field(None, pattern=r"^([1-9]\d*|auto(:\d+)?)$")
     noise_dtype: str | None = None
+    text: str | None = None
+    text_field: str = "text"
+    text_documents: int | None = Field(None, ge=1)
+    text_window: int = Field(2048, ge=2)
     threads: int | None = Field(None, ge=1)
     environment: dict[str, str] = Field(default_factory=dict)
 

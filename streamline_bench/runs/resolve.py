@@ -12,7 +12,7 @@ from streamline_bench.core.manifest import update_digest
 from streamline_bench.core.versions import package_versions
 from streamline_bench.errors import RecipeError
 from streamline_bench.resources import resource
-from streamline_bench.runs.plan import Evaluation, NoisePlan, Plan, PlanRow, digest
+from streamline_bench.runs.plan import Evaluation, NoisePlan, Plan, PlanRow, TextPlan, digest
 from streamline_bench.runs.request import Request
 from streamline_bench.runs.rows import Row, resolve_rows
 
@@ -58,6 +58,7 @@ def resolve_plan(request: Request, *, device: str | None = None) -> Plan:
         throughput=request.throughput,
         workload=_workload(request),
         noise=_noise(request),
+        text=_text(request),
         environment=request.environment,
         versions=package_versions(),
     )
@@ -122,6 +123,24 @@ def _noise(request: Request) -> NoisePlan | None:
     if request.noise_dtype:
         label += f", {request.noise_dtype}"
     return NoisePlan(label=label, batch_size=size, dtype=request.noise_dtype or request.dtype)
+
+
+def _text(request: Request) -> TextPlan | None:
+    if request.text is None:
+        return None
+    from streamline_bench.harness.token_divergence import read_texts
+
+    path = Path(request.text).expanduser().resolve()
+    next(read_texts(path, request.text_field), None)  # a file of another kind is refused now
+    sums = hashlib.sha256()
+    update_digest(sums, path)
+    return TextPlan(
+        file=str(path),
+        sha256=sums.hexdigest(),
+        field=request.text_field,
+        documents=request.text_documents,
+        window=request.text_window,
+    )
 
 
 def _other_batch_size(size: str) -> str:

@@ -86,6 +86,10 @@ def _worker(kind: str) -> Callable[[Path, str, Mapping[str, Any]], Product]:
         from streamline_bench.runs.compress_job import compress_row
 
         return compress_row
+    if kind == "text":
+        from streamline_bench.runs.text_job import compare_text
+
+        return compare_text
     if kind == "measure":
         from streamline_bench.runs.throughput_job import measure_rows
 

@@ -19,6 +19,7 @@ from streamline_bench.stability.comparison_parts import (
     NoiseFloor,
     NoiseTask,
     PerplexityComparison,
+    TokenDivergence,
 )
 from streamline_bench.stability.metrics import Mode, Quantity
 
@@ -37,6 +38,7 @@ __all__ = [
     "Overall",
     "PerplexityComparison",
     "TaskComparison",
+    "TokenDivergence",
 ]
 
 Decision = Literal["better", "no worse than margin", "worse", "cannot tell"]

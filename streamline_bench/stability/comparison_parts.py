@@ -20,6 +20,7 @@ __all__ = [
     "NoiseFloor",
     "NoiseTask",
     "PerplexityComparison",
+    "TokenDivergence",
 ]
 
 
@@ -154,6 +155,30 @@ class GenerationComparison(Frozen):
     dense_words: float
     pruned_words: float
     exact_match: Estimate | None
+
+
+class TokenDivergence(Frozen):
+    """Token distributions of two models on one text.
+
+    Attributes:
+        documents, windows, tokens: compared; a token is one position whose successor is known.
+        window: longest sequence that the models read at once.
+        kl: mean KL(dense || pruned) per token, in nats.
+        same_top: share of tokens at which both models put the same token first.
+        dense_perplexity, pruned_perplexity: of the text, per token; None beyond float64.
+        nats_per_token: what the pruned model needs more per token: the logarithm of the ratio of
+            the perplexities.
+    """
+
+    documents: int
+    windows: int
+    tokens: int
+    window: int
+    kl: Estimate
+    same_top: Estimate
+    dense_perplexity: float | None
+    pruned_perplexity: float | None
+    nats_per_token: Estimate
 
 
 class NoiseTask(Frozen):
