@@ -1,0 +1,23 @@
+"""The plans that come along leave no recipe out by oversight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from streamline_bench.methods.library import list_recipes
+from streamline_bench.runs.request import read_request
+
+NEEDS_HUB_DATA = {"slicegpt_paper", "streamline_paper"}
+"""Their papers' calibration data are part of what they reproduce."""
+
+
+@pytest.mark.parametrize("plan", ["bundled", "stories260k"])
+def test_every_recipe_is_in_the_plan(
+    plan: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("STREAMLINE_BENCH_DATA", str(tmp_path))
+    rows = read_request(plan)["recipes"]
+    assert len(rows) == len(set(rows))
+    assert set(rows) == set(list_recipes()) - NEEDS_HUB_DATA
