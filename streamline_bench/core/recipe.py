@@ -12,8 +12,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.recovery_presets import with_preset
 from streamline_bench.core.suggestions import suggest
 from streamline_bench.errors import RecipeError
@@ -34,11 +35,7 @@ are feed-forward networks: ``ffn``/``swiglu`` as in the paper (bare: no norm, no
 ``*_res`` pre-norm with residual and zero-initialised output, ``linear`` one affine map."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class CalibrationSpec(_Frozen):
+class CalibrationSpec(Frozen):
     """Which tokens a model is looked at, or trained, with.
 
     ``source`` is a preset (``slimpajama``), a file (``.txt``, ``.jsonl``, ``.parquet``), a folder
@@ -58,7 +55,7 @@ class CalibrationSpec(_Frozen):
     seed: int = 0
 
 
-class ReplacementSpec(_Frozen):
+class ReplacementSpec(Frozen):
     """The lightweight network that stands in for the removed block."""
 
     kind: ReplacementKind = "none"
@@ -66,7 +63,7 @@ class ReplacementSpec(_Frozen):
     intermediate_size: int | None = Field(None, ge=1, description="None: the paper's size")
 
 
-class TrainingSpec(_Frozen):
+class TrainingSpec(Frozen):
     """How a replacement is trained (LLM-Streamline, arXiv 2403.19135, equation 4 and its release).
 
     In a recipe file ``preset: paper_mse``, ``paper_lm`` or ``paper_memory_efficient`` stands for
@@ -99,7 +96,7 @@ ProjectionRole = Literal["q", "k", "v", "o", "gate", "up", "down"]
 """A projection of a decoder layer, whatever a family calls it; fused ones count for each part."""
 
 
-class RecoverySpec(_Frozen):
+class RecoverySpec(Frozen):
     """A training of the compressed model, after any method, with the loss of the next token.
 
     ``lora`` trains low-rank updates of projections and merges them into the weights; ``partial``
@@ -143,7 +140,7 @@ class RecoverySpec(_Frozen):
         return self
 
 
-class PublishedResult(_Frozen):
+class PublishedResult(Frozen):
     """A number from the literature that a report shows beside ours."""
 
     model: str
@@ -153,7 +150,7 @@ class PublishedResult(_Frozen):
     source: str
 
 
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """One row of a leaderboard: a method with everything that decides its result."""
 
     name: str

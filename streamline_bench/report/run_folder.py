@@ -6,7 +6,7 @@
     <folder>/<label>/eval/...                what lm_eval wrote (with --log_samples)
     <folder>/<label>/divergence.json         next-token distributions against the dense model's
     <folder>/<label>/checkpoint/             streamline.json, similarity.json, training_curve.jsonl
-    <folder>/throughput.json                 tokens per second, where they were measured
+    <folder>/throughput/throughput.json      tokens per second, where they were measured
     <folder>/leaderboard.{json,csv,md,html}  made from the above
 
 ``write_run_file(folder, RunFile(dense="dense", rows=[RunRow(...)]))``, then
@@ -19,8 +19,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.errors import SamplesError
 
 if TYPE_CHECKING:
@@ -40,11 +41,7 @@ RUN_FILE = "run.json"
 SCHEMA_VERSION = 1
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class RunRow(_Frozen):
+class RunRow(Frozen):
     """One row of a comparison.
 
     Attributes:
@@ -58,6 +55,9 @@ class RunRow(_Frozen):
             relative to the run folder and inside it; None where none was measured.
         seconds: wall-clock seconds by stage, e.g. ``{"compress": 41.0, "evaluate": 12.5}``.
         failed: why the row has no result, in a sentence; it is shown with that reason.
+        scored_with: labels that one process scored in one walk up the layers they share, this one
+            among them; empty for a row that was scored by itself.
+        scored_alone: why it was scored by itself, where others were scored together.
     """
 
     label: str = Field(min_length=1)
@@ -67,6 +67,8 @@ class RunRow(_Frozen):
     divergence: str | None = None
     seconds: dict[str, float] = Field(default_factory=dict)
     failed: str | None = Field(default=None, min_length=1)
+    scored_with: list[str] = Field(default_factory=list)
+    scored_alone: str | None = None
 
     @model_validator(mode="after")
     def _result_or_reason(self) -> RunRow:
@@ -75,7 +77,7 @@ class RunRow(_Frozen):
         return self
 
 
-class NoiseRun(_Frozen):
+class NoiseRun(Frozen):
     """The dense model evaluated once more, at another batch size, dtype or engine.
 
     Attributes:
@@ -87,7 +89,7 @@ class NoiseRun(_Frozen):
     eval: str
 
 
-class RunFile(_Frozen):
+class RunFile(Frozen):
     """``run.json``: which rows a run has and how they were made.
 
     Attributes:
@@ -97,6 +99,7 @@ class RunFile(_Frozen):
         title: heading of the report.
         throughput: the run's ``throughput.json``, relative to the run folder and inside it.
         noise: the dense model's repeated evaluations, from which the noise floor is read.
+        failed_jobs: job -> reason, of what was asked for beside the rows and is missing.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -107,6 +110,7 @@ class RunFile(_Frozen):
     title: str = "streamline-bench report"
     throughput: str | None = None
     noise: list[NoiseRun] = Field(default_factory=list)
+    failed_jobs: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _labels(self) -> RunFile:
@@ -188,6 +192,8 @@ def build_report(folder: Path, *, settings: Settings | None = None, progress: bo
                 divergence=_inside(folder, row.divergence) if row.divergence else None,
                 seconds=row.seconds,
                 failed=row.failed,
+                scored_with=row.scored_with,
+                scored_alone=row.scored_alone,
             )
             for row in run.rows
         },
@@ -197,6 +203,7 @@ def build_report(folder: Path, *, settings: Settings | None = None, progress: bo
         title=run.title,
         commands=run.commands,
         versions=run.versions,
+        failed_jobs=run.failed_jobs,
         progress=progress,
     )
     return write_report(leaderboard, folder)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.stability.comparison import (
     Estimate,
     GenerationComparison,
@@ -32,16 +33,11 @@ __all__ = [
     "ScanResult",
     "TaskData",
     "TaskScore",
-    "Throughput",
     "json_schema",
 ]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Method(_Frozen):
+class Method(Frozen):
     """How the runs were compared (see :class:`streamline_bench.stability.settings.Settings`)."""
 
     mode: str
@@ -54,7 +50,7 @@ class Method(_Frozen):
     margin: float | None = None
 
 
-class TaskData(_Frozen):
+class TaskData(Frozen):
     """Where a task's documents come from; ``dataset`` is an id of the Hugging Face Hub."""
 
     dataset: str | None = None
@@ -63,7 +59,7 @@ class TaskData(_Frozen):
     shots: int | None = None
 
 
-class TaskScore(_Frozen):
+class TaskScore(Frozen):
     """One task of one row; ``comparison`` is None for the dense row.
 
     ``main`` marks the filter of a task that the summaries over tasks use.
@@ -80,7 +76,7 @@ class TaskScore(_Frozen):
     data: TaskData | None = None
 
 
-class Flip(_Frozen):
+class Flip(Frozen):
     """An answer that was right before and is wrong now, for reading.
 
     ``dense_shares`` and ``pruned_shares`` are softmax of the choices' log-likelihoods; ``drop`` is
@@ -102,7 +98,7 @@ class Flip(_Frozen):
     drop: float | None
 
 
-class ScanResult(_Frozen):
+class ScanResult(Frozen):
     """Similarity of layer boundaries (mean cosine, [L+1, L+1]) and the block that was chosen."""
 
     cosine: list[list[float]]
@@ -111,7 +107,7 @@ class ScanResult(_Frozen):
     n: int | None
 
 
-class CurvePoint(_Frozen):
+class CurvePoint(Frozen):
     """One validation of a training."""
 
     step: int
@@ -119,11 +115,7 @@ class CurvePoint(_Frozen):
     val_loss: float | None
 
 
-class Throughput(Speed):
-    """What one model was measured to generate, per second."""
-
-
-class Published(_Frozen):
+class Published(Frozen):
     """A number of the literature, in percent, for the row's method on another model.
 
     ``task`` is the task of this report that the metric names, None where there is none.
@@ -137,7 +129,7 @@ class Published(_Frozen):
     task: str | None = None
 
 
-class Provenance(_Frozen):
+class Provenance(Frozen):
     """Where the numbers of a row come from; the first ones are None without an evaluation.
 
     ``date`` is when the evaluation ended (ISO 8601).
@@ -160,7 +152,7 @@ class Provenance(_Frozen):
     versions: dict[str, str] = Field(default_factory=dict)
 
 
-class Row(_Frozen):
+class Row(Frozen):
     """One model of the leaderboard.
 
     Attributes:
@@ -168,6 +160,8 @@ class Row(_Frozen):
         cost: "no training", "calibrated" or "recovered"; None for the dense model.
         parameters: of the evaluated model; ``sparsity_reached`` is the share removed.
         accuracy_macro, accuracy_micro: over tasks with verdicts.
+        scored_with: rows of the same walk up the layers they share; numbers do not depend on it.
+        scored_alone: why the row was scored by itself, where others were scored together.
         macro, micro: against the dense row; None for the dense row itself.
         groups, perplexities, generations: against the dense row, where the run has such tasks.
         divergence: of next-token distributions on the run's text, where the run has one.
@@ -191,6 +185,8 @@ class Row(_Frozen):
     sparsity_requested: float | None = None
     sparsity_reached: float | None = None
     seconds: dict[str, float] = Field(default_factory=dict)
+    scored_with: list[str] = Field(default_factory=list)
+    scored_alone: str | None = None
     accuracy_macro: Estimate | None
     accuracy_micro: Estimate | None
     macro: Overall | None
@@ -201,7 +197,7 @@ class Row(_Frozen):
     generations: list[GenerationComparison] = Field(default_factory=list)
     divergence: TokenDivergence | None = None
     other_metrics: dict[str, dict[str, float]] = Field(default_factory=dict)
-    throughput: Throughput | None = None
+    throughput: Speed | None = None
     worst_flips: list[Flip] = Field(default_factory=list)
     scan: ScanResult | None = None
     curve: list[CurvePoint] = Field(default_factory=list)
@@ -209,7 +205,7 @@ class Row(_Frozen):
     provenance: Provenance
 
 
-class Leaderboard(_Frozen):
+class Leaderboard(Frozen):
     """Everything a report shows.
 
     The dense row has a result. Version 2 added failed rows, throughput, noise and published
@@ -226,6 +222,7 @@ class Leaderboard(_Frozen):
     not_compared: dict[str, str] = Field(default_factory=dict)
     commands: list[str] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=dict)
+    failed_jobs: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _dense_row(self) -> Leaderboard:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from streamline_bench.report.schema import Throughput
+from streamline_bench.throughput.figures import Speed, read_figures
 
 __all__ = ["read_throughput"]
 
 
-def read_throughput(path: Path | None) -> dict[str, Throughput]:
+def read_throughput(path: Path | None) -> dict[str, Speed]:
     """Return label -> figures of a ``throughput.json``; nothing without one.
 
     Raises:
@@ -17,9 +17,7 @@ def read_throughput(path: Path | None) -> dict[str, Throughput]:
     """
     if path is None:
         return {}
-    from streamline_bench.throughput.figures import read_figures
-
     return {
-        label: Throughput(**{name: getattr(found, name) for name in Throughput.model_fields})
+        label: Speed(**found.model_dump(exclude={"label"}))
         for label, found in read_figures(path).items()
     }

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.stability.comparison_parts import (
     Calibration,
     ChoiceShift,
     Clusters,
     Estimate,
     Flips,
-    Frozen,
     GenerationComparison,
     NoiseFloor,
     NoiseTask,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from streamline_bench.core.frozen import Frozen
 
 __all__ = [
     "Calibration",
@@ -15,19 +15,12 @@ __all__ = [
     "Clusters",
     "Estimate",
     "Flips",
-    "Frozen",
     "GenerationComparison",
     "NoiseFloor",
     "NoiseTask",
     "PerplexityComparison",
     "TokenDivergence",
 ]
-
-
-class Frozen(BaseModel):
-    """Base of the models: immutable, unknown fields are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Estimate(Frozen):

@@ -194,7 +194,7 @@ def test_throughput_reaches_the_rows_of_the_same_label(
             label="layer", status="failed", reason="no kernel", clock="wall", **common
         ),
     }
-    monkeypatch.setattr(figures, "read_figures", lambda path: measured)
+    monkeypatch.setattr("streamline_bench.report.speed.read_figures", lambda path: measured)
     run = changed(built, tmp_path / "run", throughput="throughput.json")
     build_report(run, settings=FEW, progress=False)
     dense, none, layer = read_leaderboard(run / "leaderboard.json")["rows"]
