@@ -68,7 +68,12 @@ def _list_of(kind: Callable[[str], _Number]) -> Callable[..., tuple[_Number, ...
 @click.option("--max-concurrency", type=click.IntRange(1), help="With --serve: in flight at most.")
 @click.option("--port", type=click.IntRange(1, 65535), help="With --serve  [default: a free one]")
 @click.option("--dtype", type=_DTYPES, default="auto", show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="cpu, cuda or cuda:N; auto: cuda where there is one.",
+)
 @click.option(
     "--threads", type=click.IntRange(1), help="Of each model  [default: OMP_NUM_THREADS, or 1]"
 )
@@ -177,11 +182,13 @@ def _measured(
     kv_cache_gib: float | None,
     prefix_caching: bool,
     seed: int,
+    device: str,
     **setup: Any,
 ) -> ThroughputRecord:
     from pydantic import ValidationError
 
     from streamline_bench.throughput import ServingLoad, Setup, Workload, measure, serve
+    from streamline_bench.throughput.setup import chosen_device
 
     workload = Workload(
         batch_sizes=batch,
@@ -194,10 +201,10 @@ def _measured(
     )
     cache = None if kv_cache_gib is None else int(kv_cache_gib * _GIB)
     try:
-        how = Setup(kv_cache_bytes=cache, **setup)
+        how = Setup(kv_cache_bytes=cache, device=chosen_device(device), **setup)
     except ValidationError:
         raise click.BadParameter(
-            f"'{setup['device']}' is none of cpu, cuda, cuda:N", param_hint="--device"
+            f"'{device}' is none of auto, cpu, cuda, cuda:N", param_hint="--device"
         ) from None
     shared: dict[str, Any] = {
         "dense": dense or next(iter(models)),

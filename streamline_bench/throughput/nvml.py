@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import Any
+
+from streamline_bench.errors import ThroughputError
 
 __all__ = ["Device", "open_device", "visible_device"]
 
@@ -58,7 +61,29 @@ def open_device(visible: str) -> tuple[Device | None, str]:
 
 
 def visible_device(device: str) -> str:
-    """Return the entry of ``CUDA_VISIBLE_DEVICES`` that torch's ``cuda`` or ``cuda:N`` means."""
+    """Return the entry of ``CUDA_VISIBLE_DEVICES`` that torch's ``cuda`` or ``cuda:N`` means.
+
+    Where the variable is not set, every device is visible. CUDA reads its list up to the first
+    entry that names none, such as ``-1``; an empty list shows no device at all.
+
+    Raises:
+        ThroughputError: the list is shorter.
+    """
     number = int(device.partition(":")[2] or 0)
-    listed = [entry for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry]
-    return listed[number] if number < len(listed) else str(number)
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return str(number)
+    listed = list(takewhile(_names_device, (entry.strip() for entry in given.split(","))))
+    if number >= len(listed):
+        raise ThroughputError(
+            f"There is no device '{device}' in CUDA_VISIBLE_DEVICES='{given}', which shows "
+            f"{len(listed)}; give a device below that, or another list."
+            if listed
+            else f"CUDA_VISIBLE_DEVICES='{given}' shows no device, and '{device}' was asked for; "
+            "give device 'cpu', or name a device there."
+        )
+    return listed[number]
+
+
+def _names_device(entry: str) -> bool:
+    return bool(entry) and entry != "-1"

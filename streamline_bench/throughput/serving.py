@@ -20,7 +20,7 @@ from typing import Any
 
 from streamline_bench.errors import ThroughputError
 from streamline_bench.throughput.engines import EngineSettings
-from streamline_bench.throughput.engines.vllm import memory_flags, vllm_version
+from streamline_bench.throughput.engines.vllm import memory_flags, require_platform, vllm_version
 from streamline_bench.throughput.record import Latency, ServingPoint
 
 __all__ = ["JOB", "SERVED_NAME", "ServingJob", "bench_command", "point_of", "server_command"]
@@ -46,12 +46,14 @@ class ServingJob:
         """Start the server and return once it answers.
 
         Raises:
-            ThroughputError: it ended instead; its log says why.
+            ThroughputError: it ended instead, its log says why; or it runs on another device than
+                asked for.
         """
         self._settings = EngineSettings.model_validate(settings)
         self._port = port
         command = server_command(self._settings, port)
         self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        require_platform(self._settings)  # while it starts: this process imports vLLM for it
         while not self._answers():
             code = self._server.poll()
             if code is not None:

@@ -13,7 +13,7 @@ from streamline_bench.throughput.footprint import Footprint
 from streamline_bench.throughput.nvml import visible_device
 from streamline_bench.throughput.workload import Clock
 
-__all__ = ["DTYPE_BYTES", "Setup", "cache_bytes", "resolved_dtype"]
+__all__ = ["DTYPE_BYTES", "Setup", "cache_bytes", "chosen_device", "resolved_dtype"]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -79,6 +79,15 @@ class Setup(BaseModel):
         """Threads of each process."""
         given = os.environ.get("OMP_NUM_THREADS", "")
         return self.threads or (int(given) if given.isdigit() and int(given) else 1)
+
+
+def chosen_device(device: str) -> str:
+    """Return what ``auto`` stands for: ``cuda`` where torch sees such a device, else ``cpu``."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def resolved_dtype(dtype: str, stored: Iterable[str | None]) -> str:

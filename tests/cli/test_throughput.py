@@ -13,7 +13,7 @@ import pytest
 from streamline_bench.throughput import read_figures, read_record
 
 Call = Callable[..., Any]
-QUICK = ("--batch", "1,2", "--prompt-tokens", 4, "--output-tokens", 3, "--rounds", 2)
+QUICK = (*"--device cpu --batch 1,2 --prompt-tokens 4 --output-tokens 3 --rounds 2".split(),)
 
 
 def test_table_record_and_exit_code(
@@ -31,6 +31,29 @@ def test_table_record_and_exit_code(
     assert read_figures(tmp_path / "out")["small"].batch_size == 2
     again = call("throughput", *arguments)
     assert again.code == 2 and "throughput.json exists" in again.err
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_device_auto_is_cuda_where_there_is_one(
+    there: bool, call: Call, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 'cpu' by default, vLLM ran on the accelerator and the record said processor."""
+    import torch
+
+    from streamline_bench import throughput
+    from streamline_bench.errors import ThroughputError
+
+    asked = []
+
+    def measure(models: object, *, setup: throughput.Setup, **_: object) -> None:
+        asked.append((setup.device, setup.resolved_clock))
+        raise ThroughputError("stop here")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(throughput, "measure", measure)
+    for arguments in ((), ("--device", "cpu")):
+        assert call("throughput", tiny_llama, *arguments).code == 2
+    assert asked == [("cuda", "wall") if there else ("cpu", "cpu"), ("cpu", "cpu")]
 
 
 def test_json_of_a_model_that_fails_and_exit_code_1(
@@ -61,7 +84,7 @@ def test_paper_mode_shows_the_papers_figures(call: Call, tiny_llama: Path) -> No
     [
         (("--batch", "1,x"), "not a list of numbers"),
         (("--batch", "0"), "not above 0"),
-        (("--device", "tpu"), "none of cpu, cuda, cuda:N"),
+        (("--device", "tpu"), "none of auto, cpu, cuda, cuda:N"),
         (("--serve", "--paper"), "does not go with --paper"),
         (("--serve", "--engine", "hf"), "does not go with --engine hf"),
         (("--paper", "--engine", "vllm"), "does not go with --engine vllm"),

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from streamline_bench.throughput import Setup, machine, nvml
+from streamline_bench.errors import ThroughputError
+from streamline_bench.throughput import Setup, machine, measure, nvml
 from streamline_bench.throughput.contender import process_environment
 from streamline_bench.throughput.engines import EngineSettings
 from streamline_bench.throughput.engines.vllm import VLLMEngine
@@ -53,6 +54,27 @@ def test_visible_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [nvml.visible_device(name) for name in ("cuda", "cuda:0", "cuda:2")] == ["0", "0", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-abc")
     assert [nvml.visible_device(name) for name in ("cuda", "cuda:1")] == ["3", "GPU-abc"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5,-1,6")
+    assert nvml.visible_device("cuda:1") == "5"
+
+
+@pytest.mark.parametrize(
+    ("listed", "device", "message"),
+    [
+        ("0", "cuda:1", "no device 'cuda:1' in CUDA_VISIBLE_DEVICES='0', which shows 1"),
+        ("3,-1,5", "cuda:1", "'cuda:1' in CUDA_VISIBLE_DEVICES='3,-1,5', which shows 1"),
+        ("", "cuda", "CUDA_VISIBLE_DEVICES='' shows no device, and 'cuda' was asked for"),
+        ("-1", "cuda", "CUDA_VISIBLE_DEVICES='-1' shows no device"),
+    ],
+)
+def test_a_device_that_is_not_visible_is_refused(
+    listed: str, device: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    with pytest.raises(ThroughputError, match=message):
+        nvml.visible_device(device)
+    with pytest.raises(ThroughputError, match=message):
+        measure({"dense": "nowhere"}, setup=Setup(device=device), progress=False)
 
 
 def test_a_models_process_sees_its_own_accelerator_only(monkeypatch: pytest.MonkeyPatch) -> None:

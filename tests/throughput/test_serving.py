@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from streamline_bench.errors import ThroughputError
-from streamline_bench.throughput import ServingLoad, Setup, Workload, read_record, serve
+from streamline_bench.throughput import ServingLoad, Setup, Workload, measure, read_record, serve
 from streamline_bench.throughput.ports import free_port, is_port_conflict, require_free
 from streamline_bench.throughput.record import ThroughputRecord
 
@@ -56,6 +57,34 @@ def test_a_port_taken_meanwhile_is_replaced(fake_model: FakeModel) -> None:
     assert record.models[0].status == "ok"
     ports = (folder / "ports.txt").read_text().split()
     assert len(ports) == len(set(ports)) == 3
+
+
+def test_another_device_than_asked_for_is_a_failed_row(
+    fake_model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM takes no device: with an accelerator there, 'cpu' would be a false word on it."""
+    monkeypatch.setenv("FAKE_VLLM_PLATFORM", "cuda")
+    folder = fake_model("dense")
+    (model,) = served({"dense": folder}).models
+    assert model.status == "failed"
+    assert "runs on device 'cuda', and 'cpu' was asked for; give --device cuda" in str(model.reason)
+    serving = [
+        p for p in psutil.process_iter(["cmdline"]) if str(folder) in (p.info["cmdline"] or [])
+    ]
+    assert not serving
+
+
+def test_an_engine_on_another_device_than_asked_for_is_a_failed_row(
+    fake_model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {"dense": fake_model("dense")}
+    reasons = {}
+    for platform in ("cpu", "cuda"):
+        monkeypatch.setenv("FAKE_VLLM_PLATFORM", platform)
+        record = measure(models, engine="vllm", workload=WORKLOAD, progress=False)
+        reasons[platform] = str(record.models[0].reason)
+    assert "the engine was started" in reasons["cpu"]
+    assert "runs on device 'cuda', and 'cpu' was asked for" in reasons["cuda"]
 
 
 def test_a_port_that_is_always_taken_is_a_failed_row(fake_model: FakeModel) -> None:

