@@ -12,7 +12,7 @@ from streamline_bench.stability.comparison import Clusters, Estimate, GroupCompa
 from streamline_bench.stability.estimates import paired_estimates
 from streamline_bench.stability.overall import pooled_stability, square_and_add, total_flips
 from streamline_bench.stability.paired import Outcomes
-from streamline_bench.stability.resampled import Resampled, resample_clusters
+from streamline_bench.stability.resampled import resample_clusters
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.task_comparison import ComparedTask
 
@@ -68,8 +68,12 @@ def _compare(group: str, members: list[ComparedTask], settings: Settings) -> Gro
         group=group,
         tasks=tuple(item.result.task for item in members),
         n=outcomes.n,
-        dense=_accuracy(outcomes.dense_accuracy, resampled, 1),
-        pruned=_accuracy(outcomes.pruned_accuracy, resampled, 2),
+        dense=Estimate(
+            value=outcomes.dense_accuracy, standard_error=resampled.accuracy_error(pruned=False)
+        ),
+        pruned=Estimate(
+            value=outcomes.pruned_accuracy, standard_error=resampled.accuracy_error(pruned=True)
+        ),
         flips=total_flips(members),
         clusters=Clusters(kind="tasks", count=len(rows), largest=max(o.n for o in rows)),
         macro_dense=float(np.mean([item.dense_accuracy for item in rows])),
@@ -78,8 +82,3 @@ def _compare(group: str, members: list[ComparedTask], settings: Settings) -> Gro
         macro_stability=square_and_add(known) if known else None,
         **paired_estimates(outcomes, settings, resampled, net),
     )
-
-
-def _accuracy(value: float, resampled: Resampled, column: int) -> Estimate:
-    drawn = resampled.totals[:, column] / resampled.totals[:, 0]
-    return Estimate(value=value, standard_error=float(drawn.std()))

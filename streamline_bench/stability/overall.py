@@ -10,7 +10,6 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from streamline_bench.stability.bootstrap import percentile_interval
 from streamline_bench.stability.choice_distribution import ChoiceMeasures, choice_shift
@@ -25,13 +24,16 @@ from streamline_bench.stability.estimates import (
 )
 from streamline_bench.stability.means import mean_estimate
 from streamline_bench.stability.paired import Outcomes, kappa, mcnemar
-from streamline_bench.stability.resampled import Resampled, resample_documents
+from streamline_bench.stability.resampled import (
+    Resampled,
+    resample_documents,
+    retention_draws,
+    varies,
+)
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.task_comparison import ComparedTask
 
 __all__ = ["macro", "micro", "pooled_stability", "square_and_add", "total_flips"]
-
-FloatArray = npt.NDArray[np.float64]
 
 
 def macro(compared: Sequence[ComparedTask], settings: Settings) -> Overall:
@@ -158,15 +160,11 @@ def _macro_retention(
     if dense == 0.0:
         return None
     value = sum(item.result.pruned.value for item in compared) / dense
-    drawn = [_resampled(item, settings).totals for item in compared]
-    right = np.mean([t[:, 1] / t[:, 0] for t in drawn], axis=0)
-    right_now = np.mean([t[:, 2] / t[:, 0] for t in drawn], axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios: FloatArray = right_now / right
-    if np.isfinite(ratios).all() and ratios.min() < ratios.max():
+    ratios = retention_draws([_resampled(item, settings) for item in compared], value)
+    if varies(ratios):
         low, high = percentile_interval(ratios, settings.confidence)
         method = f"bootstrap within tasks, {settings.draws} draws"
-        return Estimate(value=value, low=low, high=high, method=method)
+        return Estimate(value=value, low=max(0.0, low), high=high, method=method)
     if difference.low is None or difference.high is None:
         return Estimate(value=value)
     # Without flips a bootstrap would claim certainty; the difference's interval does not.
