@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from streamline_bench.core.calibration import CalibrationTokens
+from streamline_bench.core.gradient_faults import gradient_fault
 from streamline_bench.errors import NumericsError
 from streamline_bench.methods.likelihood import count_targets, next_token_loss
 
-__all__ = ["GradientSums", "gradients_only_for", "sum_gradients"]
+__all__ = ["GradientSums", "Place", "gradients_only_for", "sum_gradients"]
 
 Place = tuple[int, str]
 """(layer, path of a projection in it)."""
@@ -82,8 +83,8 @@ def sum_gradients(
         finally:
             for handle in hooks:
                 handle.remove()
-    for place, summed in sums.items():
-        _require_finite(place, summed)
+    _require_finite(sums)
+    for summed in sums.values():
         if summed.squares is not None:
             summed.squares /= len(tokens)
     return sums
@@ -103,12 +104,14 @@ def _add(sums: GradientSums, gradient: Tensor | None, scale: float) -> None:
         sums.squares.addcmul_(own, own)
 
 
-def _require_finite(place: Place, sums: GradientSums) -> None:
-    for tensor in (sums.mean, sums.squares):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+def _require_finite(sums: Mapping[Place, GradientSums]) -> None:
+    upwards = sorted(sums, key=lambda place: place[0])
+    for each in ("mean", "squares"):
+        fault = gradient_fault({f"{at[0]}.{at[1]}": getattr(sums[at], each) for at in upwards})
+        if fault is not None:
             raise NumericsError(
-                f"The gradient of '{place[1]}' in layer {place[0]} is NaN or infinite; compute in "
-                "float32 or bfloat16, or check the calibration text."
+                f"The gradient of {fault} is NaN or infinite; check the weights there and the "
+                "calibration text, or compute in float32 or bfloat16."
             )
 
 

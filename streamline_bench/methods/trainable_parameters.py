@@ -48,6 +48,10 @@ class TrainableParameters:
         """Return what the optimizer changes."""
         return list(self._chosen.values())
 
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the same by name."""
+        return dict(self._chosen)
+
     def state_on_cpu(self) -> dict[str, Tensor]:
         """Return a copy of the trained parameters on the CPU."""
         return {name: p.detach().to("cpu", copy=True) for name, p in self._chosen.items()}

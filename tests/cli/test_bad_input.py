@@ -21,15 +21,26 @@ def model(tiny_llama: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(
-    call: Callable[..., Any], model: Path, tmp_path: Path, text_file: str
+    call: Callable[..., Any],
+    model: Path,
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., str]:
     """Return a function: compress with these options, expect a refusal, return its sentence."""
+    # A process of its own reads our --quiet when it imports transformers; here that is done.
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)
 
-    def run(*options: object, output: Path | None = None, calibration: str = text_file) -> str:
+    def run(
+        *options: object,
+        output: Path | None = None,
+        calibration: str = text_file,
+        source: Path = model,
+    ) -> str:
         target = output or tmp_path / "out"
         before = sorted(tmp_path.rglob("*"))
         ended = call(
-            "compress", model, "-o", target, "--recipe", "streamline_none", "-q",
+            "compress", source, "-o", target, "--recipe", "streamline_none", "-q",
             "--calibration", calibration, "--set", "sequence_length=32", *options,
         )  # fmt: skip
         assert ended.code == 2, ended
@@ -157,6 +168,97 @@ def test_nan_in_weights_names_the_tensor(refused: Callable[..., str], model: Pat
     weights[name][0, 0] = float("nan")
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     assert name in refused("--n-layers", 2)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "family", "sizes", "words"),
+    [
+        ("slicegpt", "gemma2", {"head_dim": 8}, ["'gemma2'", "norms between"]),
+        ("llm_pruner", "gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 2}, ["'gpt2'"]),
+        ("replaceme_lstsq", "olmo2", {}, ["'olmo2'", "ridge_map"]),
+    ],
+)
+def test_a_family_that_a_method_cannot_take(
+    refused: Callable[..., str],
+    make_tiny_model: Callable[..., Path],
+    recipe: str,
+    family: str,
+    sizes: dict[str, int],
+    words: list[str],
+) -> None:
+    source = make_tiny_model(family, **{"num_hidden_layers": 4, **sizes})
+    sentence = refused("--recipe", recipe, source=source)
+    assert [word for word in words if word not in sentence] == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "size", "samples"),
+    [("slicegpt", ("--sparsity", 0.3), 1), ("ridge_map", ("--n-layers", 2), 2)],
+)
+def test_too_few_tokens_for_as_many_channels(
+    refused: Callable[..., str], recipe: str, size: tuple[object, ...], samples: int
+) -> None:
+    """The ridge map sets one sequence of two aside."""
+    few = ("--set", f"calibration_samples={samples}", "--set", "sequence_length=16")
+    sentence = refused("--recipe", recipe, *size, *few)
+    assert "32 channels" in sentence
+    assert "got 16" in sentence
+    assert "calibration" in sentence
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "words"),
+    [
+        ("sleb", ("--n-layers", 5), ["5 of 6", "only 4 may be", "remove fewer"]),
+        ("shortened_llama_taylor_plus", ("--n-layers", 2), ["protect_first=4", "only 0 may be"]),
+        ("llm_pruner", ("--sparsity", 0.9), ["0.9 is out of reach", "4 of 6 layers"]),
+        (
+            "llm_pruner",
+            ("--sparsity", 0.2, "--set", "parameters.protect_first=6"),
+            ["All 6 layers are protected", "lower protect_first"],
+        ),
+    ],
+)
+def test_protected_layers_leave_too_little(
+    refused: Callable[..., str], recipe: str, options: tuple[object, ...], words: list[str]
+) -> None:
+    sentence = refused("--recipe", recipe, *options)
+    assert [word for word in words if word not in sentence] == []
+
+
+@pytest.fixture
+def overflowing(model: Path) -> Path:
+    """Queries of layer 3 so large that the loss is finite and the gradients are not."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    name = "model.layers.3.self_attn.q_proj.weight"
+    weights[name] *= 1e20
+    assert weights[name].isfinite().all()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("llm_pruner", ("--sparsity", 0.2)),
+        ("shortened_llama_taylor", ("--n-layers", 2)),
+        ("last_layers_lora", ("--n-layers", 1)),
+    ],
+)
+def test_gradients_that_are_no_numbers_name_the_layer(
+    refused: Callable[..., str], overflowing: Path, recipe: str, options: tuple[object, ...]
+) -> None:
+    """NaN flows from layer 3 down to the others; it is layer 3 that is named."""
+    short: tuple[object, ...] = ()
+    if "lora" in recipe:
+        data = "recovery.training.data"
+        short = ("--set", f"{data}.sequence_length=16", "--set", f"{data}.samples=8")
+    sentence = refused("--recipe", recipe, *options, *short)
+    assert "self_attn." in sentence
+    assert "in layer 3" in sentence
+    assert "weights" in sentence
 
 
 def test_no_such_model(call: Callable[..., Any], tmp_path: Path) -> None:

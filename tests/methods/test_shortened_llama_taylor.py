@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from streamline_bench.core.calibration import CalibrationTokens
 from streamline_bench.core.checkpoint import read_manifest
 from streamline_bench.errors import NumericsError, SparsityError
-from streamline_bench.methods import compress
+from streamline_bench.methods import compress, gradient_sums, shortened_llama_taylor
 from streamline_bench.methods.shortened_llama_taylor import taylor_scores
 
 IDS = torch.randint(4, 100, (5, 9), generator=torch.Generator().manual_seed(3))
@@ -58,23 +58,45 @@ def test_the_model_is_left_as_it_was(model: Any) -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_only_linear_weights_of_layers_get_gradients(model: Any) -> None:
+def test_only_linear_weights_of_layers_get_gradients(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held: set[str] = set()
+    chosen: set[str] = set()
     weight = model.model.layers[0].self_attn.q_proj.weight
 
     def look(gradient: torch.Tensor) -> None:
         held.update(n for n, p in model.named_parameters() if p.grad is not None)
 
     weight.register_hook(look)
+    asked = gradient_sums.sum_gradients
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def spied(model: Any, weights: Any, *rest: Any, **options: Any) -> Any:
+        chosen.update(names[id(weight)] for weight in weights.values())
+        return asked(model, weights, *rest, **options)
+
+    monkeypatch.setattr(shortened_llama_taylor, "sum_gradients", spied)
     taylor_scores(model, CalibrationTokens.from_tensors(IDS, MASK), progress=False)
-    assert len(held) == 6 * 7
-    assert all(name.endswith("proj.weight") for name in held)
+    assert len(chosen) == 6 * 7
+    assert all(name.endswith("proj.weight") for name in chosen)
+    # Added up and dropped one by one: by the time of the lowest layer those above are gone.
+    assert not [name for name in held if not name.startswith("model.layers.0.")]
+
+
+def test_bfloat16_gradients_add_up_in_float32(model: Any) -> None:
+    """Many sequences: in bfloat16 the sum would stand still while each one adds a little."""
+    ids = IDS[:1].repeat(600, 1)
+    half = model.to(torch.bfloat16)
+    one = taylor_scores(half, CalibrationTokens.from_tensors(IDS[:1]), progress=False)
+    many = taylor_scores(half, CalibrationTokens.from_tensors(ids), progress=False)
+    assert many == pytest.approx(one, rel=0.01)
 
 
 def test_nan_gradients_name_the_layer(model: Any) -> None:
     weight = model.model.layers[4].mlp.up_proj.weight
     weight.register_hook(lambda gradient: gradient * torch.nan)
-    with pytest.raises(NumericsError, match=r"'mlp.up_proj.weight' in layer 4 is NaN"):
+    with pytest.raises(NumericsError, match=r"'mlp.up_proj' in layer 4 is NaN"):
         taylor_scores(model, CalibrationTokens.from_tensors(IDS, MASK), progress=False)
 
 

@@ -25,6 +25,7 @@ from streamline_bench.core.distill.state import (
     save_state,
 )
 from streamline_bench.core.distill.trainee import Trainee
+from streamline_bench.core.gradient_faults import gradient_fault
 from streamline_bench.core.recipe import TrainingSpec
 from streamline_bench.errors import NumericsError
 
@@ -111,8 +112,14 @@ class Loop:
         optimizer.zero_grad(set_to_none=True)
         self.student.begin(state.step)
         total, terms, tokens = self._backward(self.plan.micro_batches_of(state.step))
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.training.max_grad_norm)
-        self._require_finite(total / terms, float(norm))
+        self._require_finite(total / terms)
+        try:
+            torch.nn.utils.clip_grad_norm_(
+                parameters, self.training.max_grad_norm, error_if_nonfinite=True
+            )
+        except RuntimeError:  # raised before anything is clipped: gradients are as they were
+            self._refuse_gradients()
+            raise
         optimizer.step()
         state.step += 1
         state.tokens += tokens
@@ -141,14 +148,34 @@ class Loop:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             return self.objective.loss_sum(batch, source)
 
-    def _require_finite(self, loss: float, norm: float) -> None:
-        for name, value in (("loss", loss), ("gradient norm", norm)):
-            if not math.isfinite(value):
-                raise NumericsError(
-                    f"The {name} of the {self.student.label} is {value} at step "
-                    f"{self.state.step + 1} of {self.plan.steps}; lower training.lr or use "
-                    "autocast 'none'."
-                )
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise NumericsError(
+                f"The loss of the {self.student.label} is {loss} {self._at_step}; lower "
+                "training.lr or use autocast 'none'."
+            )
+
+    def _refuse_gradients(self) -> None:
+        """Name the gradient at fault, where it is one."""
+        named = self.student.named_parameters()
+        fault = gradient_fault({name: parameter.grad for name, parameter in named.items()})
+        if fault is not None:
+            raise NumericsError(
+                f"The gradient of {fault} of the {self.student.label} is NaN or infinite "
+                f"{self._at_step}; lower training.lr, use autocast 'none', or check the weights "
+                "there."
+            ) from None
+        gradients = [parameter.grad for parameter in named.values() if parameter.grad is not None]
+        norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+        if not math.isfinite(norm):
+            raise NumericsError(
+                f"The gradient norm of the {self.student.label} is {norm} {self._at_step}; lower "
+                "training.lr or use autocast 'none'."
+            ) from None
+
+    @property
+    def _at_step(self) -> str:
+        return f"at step {self.state.step + 1} of {self.plan.steps}"
 
     def _record(self, lr: float) -> None:
         step, steps = self.state.step, self.plan.steps

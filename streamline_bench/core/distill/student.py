@@ -71,6 +71,10 @@ class Student:
         """Return all weights of the replacement."""
         return list(self.module.parameters())
 
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return them by name; kind ``layer``: beginning with the index among the new layers."""
+        return dict(self.module.named_parameters())
+
     def begin(self, step: int | None) -> None:
         """Nothing to prepare: a replacement is trained without dropout."""
 

@@ -25,6 +25,10 @@ class Trainee(Protocol):
         """Return what the optimizer changes, always in the same order."""
         ...
 
+    def named_parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return the same by name, from the bottom of the model to its top."""
+        ...
+
     def state_on_cpu(self) -> dict[str, Tensor]:
         """Return a copy of all weights on the CPU."""
         ...
