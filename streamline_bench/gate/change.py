@@ -66,7 +66,7 @@ def shared_tasks(
 def excludes_zero(difference: Estimate) -> bool:
     """Whether the interval says that something changed."""
     low, high = difference.low, difference.high
-    return low is not None and high is not None and not low <= 0 <= high
+    return low is not None and high is not None and (low > 0 or high < 0)  # NaN is neither
 
 
 def _status(difference: Estimate, margin: float, significant: bool) -> Status:

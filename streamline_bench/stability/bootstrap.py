@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streamline_bench.stability.means import t_quantile
+from streamline_bench.stability.metrics import LEAST_EXPONENT
 from streamline_bench.stability.paired import Outcomes
 
 __all__ = [
@@ -157,8 +158,8 @@ def _cells(
     std: FloatArray, agree: BoolArray, max_cells: int
 ) -> tuple[npt.NDArray[np.int64], FloatArray, BoolArray]:
     """Sizes, mean weights and verdicts of the cells that the pairs fall into, each [cells]."""
-    # Not below -700: a resample of negligible questions only must still have a ratio.
-    shifted = np.maximum(std - std.max(), -700.0)
+    # A resample of negligible questions only must still have a ratio.
+    shifted = np.maximum(std - std.max(), LEAST_EXPONENT)
     _, label = np.unique(shifted, return_inverse=True)
     if 2 * (int(label.max()) + 1) > max_cells:
         bins = max_cells // 2

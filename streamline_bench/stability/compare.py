@@ -29,6 +29,12 @@ from streamline_bench.stability.reference_script import with_script_verdicts
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.task_comparison import ComparedTask, compare_task
+from streamline_bench.stability.verdicts import (
+    GRADED,
+    NORM_METRIC,
+    VERDICT_METRICS,
+    graded_metrics,
+)
 
 __all__ = ["compare"]
 
@@ -145,14 +151,25 @@ def _decided(found: Sequence[_Result], settings: Settings) -> list[_Result]:
 def _no_verdict(
     pairs: AlignedPairs, dense: pd.DataFrame, pruned: pd.DataFrame, task: str, verdict: str
 ) -> str | None:
+    """Why a (task, filter) cannot be compared by its verdicts; None if it can."""
     for frame, info in ((dense, pairs.dense_info), (pruned, pairs.pruned_info)):
         missing = frame[verdict].isna()
         if missing.all():
-            return f"no right or wrong answers by '{verdict}'"
+            return _why_none(frame, verdict)
         if missing.any():
             document = frame.loc[missing, "doc_id"].iloc[0]
             raise SamplesError(
                 f"Run '{info.run}' has no verdict on document {document} of task '{task}', but on "
                 "others; evaluate again."
             )
+    before, after = (sorted(frame["verdict_metric"].dropna().unique()) for frame in (dense, pruned))
+    if verdict == "correct" and before != after:
+        return f"judged by {', '.join(before)} in one run, by {', '.join(after)} in the other"
     return None
+
+
+def _why_none(frame: pd.DataFrame, verdict: str) -> str:
+    names = {NORM_METRIC} if verdict == "correct_norm" else set(VERDICT_METRICS)
+    if names & graded_metrics(frame["metrics"]):
+        return GRADED
+    return f"no right or wrong answers by '{verdict}'"

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.lm_eval_rows import TaskFacts, parse_row, task_facts
 from streamline_bench.stability.samples import RunInfo, Samples
+from streamline_bench.stability.verdicts import with_verdicts
 
 __all__ = ["find_results", "read_lm_eval"]
 
@@ -53,7 +54,7 @@ def read_lm_eval(
                     "--limit, or leave the task out."
                 )
             _check_whole(task_rows, file, name, results)
-            rows += task_rows
+            rows += with_verdicts(task_rows)
     return Samples.from_rows(rows, info)
 
 

@@ -19,11 +19,9 @@ import numpy as np
 
 from streamline_bench.errors import NumericsError, SamplesError
 from streamline_bench.stability.clusters import cluster_of
+from streamline_bench.stability.verdicts import NORM_METRIC, VERDICT_METRICS
 
-__all__ = ["VERDICT_METRICS", "TaskFacts", "parse_row", "task_facts"]
-
-VERDICT_METRICS = ("acc", "exact_match", "em", "acc_mutual_info")
-"""Metrics that say right (1) or wrong (0); the first that a row has decides ``correct``."""
+__all__ = ["TaskFacts", "parse_row", "task_facts"]
 
 _REQUIRED = ("doc_id", "target", "arguments", "filtered_resps", "doc_hash", "prompt_hash",
              "target_hash")  # fmt: skip
@@ -73,6 +71,9 @@ def _delimiter(config: Mapping[str, Any], chat: bool) -> str:
 
 def parse_row(line: Mapping[str, Any], facts: TaskFacts, where: str) -> dict[str, Any]:
     """Turn a parsed line into a row of the samples table.
+
+    Its verdict is preliminary: whether a metric is one, all rows of the task say
+    (:func:`streamline_bench.stability.verdicts.with_verdicts`).
 
     Args:
         where: file and line, for messages.
@@ -137,7 +138,7 @@ def _metrics(line: Mapping[str, Any]) -> dict[str, float]:
 
 def _verdicts(metrics: Mapping[str, float]) -> dict[str, Any]:
     named = [name for name in VERDICT_METRICS if metrics.get(name) in (0.0, 1.0)]
-    norm = metrics.get("acc_norm")
+    norm = metrics.get(NORM_METRIC)
     return {
         "correct": bool(metrics[named[0]]) if named else None,
         "verdict_metric": named[0] if named else None,

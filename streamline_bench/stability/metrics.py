@@ -21,6 +21,7 @@ from streamline_bench.errors import NumericsError, SamplesError
 from streamline_bench.stability.choice_matrix import choice_counts, choice_matrix, rows_by_count
 
 __all__ = [
+    "LEAST_EXPONENT",
     "Mode",
     "Quantity",
     "choice_spread",
@@ -54,6 +55,9 @@ choice's summed log-likelihood and its text, but not its number of tokens. So:
 - ``ppl_per_byte``, ``ppl_per_char``: the same, exponentiated.
 - ``mean_token_nll``: what the engine itself reports (OpenCompass); absent from lm-eval's samples.
 """
+
+LEAST_EXPONENT = -700.0
+"""Weights are at least e^-700 of the largest: e^-745 is 0 in float64."""
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -112,8 +116,11 @@ def _quantity(frame: pd.DataFrame, rows: npt.NDArray[np.intp], k: int, name: str
 
 
 def stability_weights(std: FloatArray) -> FloatArray:
-    """Weights e^{std_i} / sum e^{std}, shifted by the maximum so that nothing overflows. [n]"""
-    shifted: FloatArray = np.exp(std - std.max())
+    """Weights e^{std_i} / sum e^{std}, shifted by the maximum so that nothing overflows. [n]
+
+    None is 0: a resample of negligible questions only must still have a ratio.
+    """
+    shifted: FloatArray = np.exp(np.maximum(std - std.max(), LEAST_EXPONENT))
     weights: FloatArray = shifted / shifted.sum()
     return weights
 

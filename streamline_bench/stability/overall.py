@@ -45,7 +45,7 @@ def macro(compared: Sequence[ComparedTask], settings: Settings) -> Overall:
     results = [item.result for item in compared]
     difference = square_and_add([result.difference for result in results])
     low, high = difference.low, difference.high
-    significant = low is not None and high is not None and not low <= 0 <= high
+    significant = low is not None and high is not None and (low > 0 or high < 0)
     return Overall(
         tasks=len(compared),
         n=sum(result.n for result in results),

@@ -120,3 +120,19 @@ def test_a_task_without_samples(lm_eval_outputs: Path, tmp_path: Path) -> None:
     results.write_text(json.dumps(content))
     with pytest.raises(SamplesError, match="asked nothing"):
         load_samples(tmp_path / "dense", progress=False)
+
+
+def test_weights_of_thousands_of_nats_keep_their_interval(questions: Make) -> None:
+    """One question outweighs all; resamples of the others' clusters must have a ratio, too."""
+    n = 60
+    scores = [[-10.0 - 100 * index, -9.0] for index in range(n)]
+    scores[0] = [-9.0, -6000.0]
+    moved = [pair[::-1] if index % 7 == 0 else pair for index, pair in enumerate(scores)]
+    clusters = [f"passages:{index // 3}" for index in range(n)]
+    runs = [
+        questions(run, {"t": (answers, [0] * n, clusters)})
+        for run, answers in (("dense", scores), ("pruned", moved))
+    ]
+    found = compare(*runs, settings=Settings(draws=2000, quantity="nll")).tasks[0].stability
+    assert all(map(math.isfinite, (found.value, found.low, found.high)))
+    assert found.low <= found.value <= found.high

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_bench.errors import NumericsError, SamplesError
+from streamline_bench.stability.bootstrap import ratio_draws
 from streamline_bench.stability.metrics import (
     choice_spread,
     effective_sample_size,
@@ -163,3 +164,11 @@ def test_weights_and_effective_size() -> None:
     assert stability_weights(np.array([0.0, math.log(3)])) == pytest.approx([0.25, 0.75])
     assert effective_sample_size(np.zeros(7)) == pytest.approx(7)
     assert effective_sample_size(np.array([0.0, math.log(3)])) == pytest.approx(1 / 0.625)
+
+
+def test_no_weight_vanishes() -> None:
+    """Spreads of unnormalised quantities reach thousands; e^-800 is 0, and 0 / 0 no stability."""
+    weights = stability_weights(np.array([0.0, 800.0, 5000.0]))
+    assert (weights > 0).all() and weights[2] == 1.0
+    draws = ratio_draws(weights * [1, 0, 1], weights, 2000, np.random.default_rng(0))
+    assert np.isfinite(draws).all()
