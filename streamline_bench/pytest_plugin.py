@@ -104,7 +104,8 @@ class StreamlineGate:
 
         Args:
             dense: label of the model that the others were made from.
-            throughput: a ``throughput.json`` of ``streamline-bench throughput``, same labels.
+            throughput: a ``throughput.json`` of ``streamline-bench throughput``, same labels;
+                without it, speeds of the reference count as missing.
         """
         from streamline_bench.gate.evaluations import read_evaluations
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from streamline_bench.cli.given import refuse_given
 from streamline_bench.cli.options import print_table
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+_OF_COMPARISON = (
+    *("rows", "accuracy", "stability", "speed", "confidence", "draws", "seed"),
+    *("strict", "every", "as_json", "output"),
+)
 _SHARE = click.FloatRange(0, 1, max_open=True)
 
 
@@ -28,6 +33,7 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
     type=click.Path(path_type=Path),
     help="Write RUN's figures and verdicts as a reference file, instead of comparing.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace a reference that is there.")
 @click.option("--row", "rows", multiple=True, help="Check this row only; may be repeated.")
 @click.option("--accuracy-margin", "accuracy", type=_SHARE, default=0.02, show_default=True)
 @click.option("--stability-margin", "stability", type=_SHARE, default=0.02, show_default=True)
@@ -47,10 +53,13 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write JSON here.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.pass_context
 def command(
+    ctx: click.Context,
     run: Path,
     against: Path | None,
     reference: Path | None,
+    overwrite: bool,
     rows: tuple[str, ...],
     every: bool,
     as_json: bool,
@@ -67,11 +76,10 @@ def command(
     if (against is None) == (reference is None):
         raise click.UsageError("Give either --against or --write-reference.")
     if reference is not None:
-        from streamline_bench.gate.evidence import read_evidence
-        from streamline_bench.gate.reference import write_reference
-
-        write_reference(read_evidence(run, progress=not quiet).figures, reference)
+        refuse_given(ctx, "it compares nothing: leave out --write-reference", *_OF_COMPARISON)
+        _write_reference(run, reference, overwrite, quiet)
         return
+    refuse_given(ctx, "it goes with --write-reference", "overwrite")
     from streamline_bench.gate.judge import gate
     from streamline_bench.gate.thresholds import Thresholds
 
@@ -90,6 +98,29 @@ def command(
     _tell_github(result, to_stderr=as_json)
     if not result.passed:
         sys.exit(1)
+
+
+def _write_reference(run: Path, reference: Path, overwrite: bool, quiet: bool) -> None:
+    from streamline_bench.core.terminal import printable
+    from streamline_bench.errors import OutputError
+    from streamline_bench.gate.evidence import read_evidence
+    from streamline_bench.gate.reference import write_reference
+
+    if reference.exists() and not overwrite:
+        raise OutputError(f"Output {reference} exists; give another path or pass --overwrite.")
+    figures = read_evidence(run, progress=not quiet).figures
+    write_reference(figures, reference)
+    if quiet:
+        return
+    failed = [row.label for row in figures.rows if row.failed is not None]
+    whole = sum(task.right is not None for row in figures.rows for task in row.tasks)
+    click.echo(
+        f"Wrote {printable(str(reference))}: {len(figures.rows)} rows, "
+        f"{sum(len(row.tasks) for row in figures.rows)} results, {whole} of them with each answer, "
+        f"{sum(row.speed is not None for row in figures.rows)} with speed."
+    )
+    if failed:
+        click.echo(f"Rows that failed, and will not be compared: {printable(', '.join(failed))}.")
 
 
 def _show(result: GateResult, every: bool) -> None:

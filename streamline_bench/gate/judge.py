@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from streamline_bench.core.suggestions import suggest
@@ -35,7 +35,8 @@ def gate(
 
     Raises:
         SamplesError: one of them cannot be read.
-        ComparisonError: they were not asked the same, or a row of ``rows`` is not in the reference.
+        ComparisonError: they were not asked the same, a row of ``rows`` is not in the reference, or
+            there is nothing to compare with.
     """
     return judge(
         read_evidence(Path(run), progress=progress),
@@ -56,22 +57,53 @@ def judge(
         )
     known = against.rows
     for label in rows:
-        if label not in known:
-            raise ComparisonError(
-                f"The reference '{against.figures.source}' has no row '{label}'"
-                f"{suggest(label, list(known))}"
-            )
+        _require_result(label, against)
     checks: list[Check] = []
-    for label, before in known.items():
-        if before.failed is None and (not rows or label in rows):
+    chosen = {label: row for label, row in known.items() if not rows or label in rows}
+    for label, before in chosen.items():
+        if before.failed is None:
             checks += _row_checks(run, against, run.rows.get(label), before, thresholds)
+    if not checks:
+        raise ComparisonError(
+            f"The reference '{against.figures.source}' has no result to compare with; "
+            "write a new one."
+        )
     return GateResult(
         run=run.figures.source,
         against=against.figures.source,
         thresholds=thresholds,
         checks=tuple(checks),
-        new=() if rows else tuple(label for label in run.rows if label not in known),
+        new=_new(run, chosen, every=not rows),
     )
+
+
+def _require_result(label: str, against: Evidence) -> None:
+    source, known = against.figures.source, against.rows
+    if label not in known:
+        raise ComparisonError(
+            f"The reference '{source}' has no row '{label}'{suggest(label, list(known))}"
+        )
+    if known[label].failed is not None:
+        raise ComparisonError(
+            f"Row '{label}' failed in the reference '{source}' ({known[label].failed}): there is "
+            "nothing to compare with; leave it out, or write a new reference."
+        )
+
+
+def _new(run: Evidence, chosen: Mapping[str, RowReference], *, every: bool) -> tuple[str, ...]:
+    """Rows, and tasks of the rows of both sides, that only the run has."""
+    rows, tasks = list[str](), dict[str, list[str]]()
+    for label, now in run.rows.items():
+        before = chosen.get(label)
+        if before is None or before.failed is not None:
+            if every and now.failed is None:
+                rows.append(label)
+            continue
+        had = {(task.task, task.filter) for task in before.tasks}
+        for task in now.tasks:
+            if (task.task, task.filter) not in had:
+                tasks.setdefault(task.task, []).append(label)
+    return (*rows, *(f"{task} ({', '.join(labels)})" for task, labels in tasks.items()))
 
 
 def _row_checks(

@@ -53,7 +53,8 @@ class GateResult(BaseModel):
     """The outcome of a gate.
 
     Attributes:
-        new: rows and tasks of the run that the reference does not have.
+        new: what the run has and the reference has not: labels of rows (those that failed there
+            included), then tasks, each with the rows that have it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,7 +1,8 @@
 """Speed of one row against the reference's: only like with like.
 
 Tokens per second are compared on the same machine only, ratios to the dense model of the same run
-wherever device, engine, precision and batch are the same. The interval of a change comes from the
+wherever device, engine, precision, threads and workload are the same. What one side did not note
+(files of earlier versions) is taken to be the same. The interval of a change comes from the
 extremes of the rounds, or of the ratio's interval, on both sides.
 """
 
@@ -14,7 +15,19 @@ from streamline_bench.throughput.figures import Speed
 
 __all__ = ["speed_checks"]
 
-_ALIKE = ("device", "engine", "dtype", "clock", "batch_size")
+_ALIKE = (
+    "device",
+    "engine",
+    "engine_version",
+    "mode",
+    "dtype",
+    "clock",
+    "threads",
+    "batch_size",
+    "prompt_tokens",
+    "output_tokens",
+    "request_load",
+)
 
 
 def speed_checks(
@@ -29,21 +42,28 @@ def speed_checks(
     if old is None or old.status == "failed":
         return []
     if new is None:
-        return [_left_out(now, "tokens/s", "the run has no throughput")]
+        return [_missing(now, "tokens/s", old, "the run has no throughput")]
     if new.status == "failed":
-        return [_failed(now, old, new)]
-    differing = [name for name in _ALIKE if getattr(old, name) != getattr(new, name)]
-    if differing:
-        name = differing[0]
-        reason = (
-            f"{name.replace('_', ' ')} is {getattr(new, name)} here, {getattr(old, name)} there"
-        )
+        return [_missing(now, "tokens/s", old, new.reason or "the measurement failed")]
+    reason = _unlike(new, old)
+    if reason is not None:
         return [_left_out(now, "tokens/s", reason)]
     checks = [_tokens(run, against, now, old, new, tolerated)]
-    if not now.is_dense and old.ratio is not None and new.ratio is not None:
-        ends = (old.ratio_low, old.ratio_high), (new.ratio_low, new.ratio_high)
-        checks.append(_check(now, "speed-up", (old.ratio, new.ratio), ends, tolerated))
-    return checks
+    if now.is_dense or old.ratio is None:
+        return checks
+    if new.ratio is None:
+        return [*checks, _missing(now, "speed-up", old, "the run has no ratio to dense")]
+    ends = (old.ratio_low, old.ratio_high), (new.ratio_low, new.ratio_high)
+    return [*checks, _check(now, "speed-up", (old.ratio, new.ratio), ends, tolerated)]
+
+
+def _unlike(new: Speed, old: Speed) -> str | None:
+    """Why the two speeds must not be compared."""
+    for name in _ALIKE:
+        here, there = getattr(new, name), getattr(old, name)
+        if here is not None and there is not None and here != there:
+            return f"{name.replace('_', ' ')} is {here} here, {there} there"
+    return None
 
 
 def _tokens(
@@ -100,11 +120,11 @@ def _left_out(row: RowReference, quantity: Quantity, reason: str) -> Check:
     return Check(row=row.label, quantity=quantity, status="not compared", reason=reason)
 
 
-def _failed(row: RowReference, old: Speed, new: Speed) -> Check:
+def _missing(row: RowReference, quantity: Quantity, old: Speed, reason: str) -> Check:
     return Check(
         row=row.label,
-        quantity="tokens/s",
+        quantity=quantity,
         status="missing",
-        reference=old.output_tokens_per_second,
-        reason=new.reason or "the measurement failed",
+        reference=old.ratio if quantity == "speed-up" else old.output_tokens_per_second,
+        reason=reason,
     )

@@ -40,17 +40,24 @@ FloatArray = npt.NDArray[np.float64]
 def stability_checks(
     run: Evidence, against: Evidence, now: RowReference, before: RowReference, allowed: Thresholds
 ) -> list[Check]:
-    """Check the stability of every task that has one on both sides, and their mean."""
+    """Check the stability of every task that has one in the reference, and their mean."""
+    shared = shared_tasks(now, before, against, run)
     pairs = [
         _Pair(task, old, task.stability, old.stability)
-        for task, old in shared_tasks(now, before, against, run)
+        for task, old in shared
         if task.stability is not None and old.stability is not None
     ]
+    missing = [
+        _missing(now, old.task, old.stability)
+        for task, old in shared
+        if task.stability is None and old.stability is not None
+    ]
     if not pairs:
-        return []
+        return missing
     reason = _unlike(run, against)
     if reason is not None:
-        return [Check(row=now.label, quantity="stability", status="not compared", reason=reason)]
+        left_out = Check(row=now.label, quantity="stability", status="not compared", reason=reason)
+        return [*missing, left_out]
     level = allowed.model_copy(update={"confidence": 1 - (1 - allowed.confidence) / len(pairs)})
     changes = [_change(run, against, pair, level) for pair in pairs]
     checks = [
@@ -58,7 +65,7 @@ def stability_checks(
         for change in changes
     ]
     mean = [_change(run, against, pair, allowed) for pair in pairs]
-    return checks + mean_checks(now, "stability", mean, allowed.stability)
+    return missing + checks + mean_checks(now, "stability", mean, allowed.stability)
 
 
 class _Pair(NamedTuple):
@@ -68,6 +75,17 @@ class _Pair(NamedTuple):
     old: TaskReference
     stability: Estimate
     old_stability: Estimate
+
+
+def _missing(row: RowReference, task: str, old: Estimate) -> Check:
+    return Check(
+        row=row.label,
+        quantity="stability",
+        task=task,
+        status="missing",
+        reference=old.value,
+        reason="the run has no stability of this task",
+    )
 
 
 def _unlike(run: Evidence, against: Evidence) -> str | None:

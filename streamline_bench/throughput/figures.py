@@ -29,6 +29,9 @@ class Speed(BaseModel):
             dense figure.
         ideal_ratio: what the ratio would be if only size counted.
         ttft_ms: median time to first token at the lowest request rate, where it was served.
+        mode, engine_version, threads, prompt_tokens, output_tokens: how it was measured, and on
+            sequences of what length; with ``request_load``, the rates and numbers of requests where
+            it was served. None in files of versions that did not note them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +55,12 @@ class Speed(BaseModel):
     kv_cache_tokens: int | None = None
     ttft_ms: float | None = None
     start_seconds: float | None = None
+    mode: Literal["offline", "paper", "serving"] | None = None
+    engine_version: str | None = None
+    threads: int | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    request_load: str | None = None
 
 
 class ThroughputFigures(Speed):
@@ -116,6 +125,12 @@ def _figures(record: ThroughputRecord, model: ModelResult, batch: int | None) ->
         kv_cache_tokens=model.kv_cache_tokens,
         ttft_ms=served.ttft.p50 if served is not None and served.ttft is not None else None,
         start_seconds=model.start_seconds,
+        mode=record.mode,
+        engine_version=record.environment.engine_version,
+        threads=record.environment.threads,
+        prompt_tokens=record.workload.prompt_tokens,
+        output_tokens=record.workload.output_tokens,
+        request_load=None if record.serving_load is None else record.serving_load.described,
     )
 
 

@@ -65,6 +65,13 @@ class ServingLoad(BaseModel):
     requests: Positive = 32
     max_concurrency: Positive | None = None
 
+    @property
+    def described(self) -> str:
+        """The load as words, equal for equal loads."""
+        rates = ", ".join(f"{rate:g}" for rate in self.request_rates)
+        most = "" if self.max_concurrency is None else f", at most {self.max_concurrency} in flight"
+        return f"{self.requests} requests at {rates} per second{most}"
+
 
 def prompts(
     count: int, length: int, vocab_size: int, seed: int, reserved: frozenset[int] = frozenset()

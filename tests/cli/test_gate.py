@@ -49,7 +49,17 @@ def test_reference_file_and_json(
 ) -> None:
     good, bad = runs
     reference, output = tmp_path / "reference.json", tmp_path / "gate.json"
-    assert call("gate", good, "--write-reference", reference).code == 0
+    written = call("gate", good, "--write-reference", reference)
+    assert written.code == 0
+    assert written.out.endswith(
+        "reference.json: 2 rows, 2 results, 2 of them with each answer, 0 with speed.\n"
+    )
+    before = reference.read_bytes()
+    again = call("gate", bad, "--write-reference", reference)
+    assert again.code == 2 and "reference.json exists" in again.err and "--overwrite" in again.err
+    assert reference.read_bytes() == before
+    quiet = call("gate", good, "--write-reference", reference, "--overwrite", "--quiet")
+    assert (quiet.code, quiet.out) == (0, "") and reference.read_bytes() == before
     arguments = ("--against", reference, "--draws", 200, "--json", "-o", output, "--quiet")
     ended = call("gate", bad, *arguments)
     assert ended.code == 1
@@ -57,6 +67,18 @@ def test_reference_file_and_json(
     assert printed == json.loads(output.read_text())
     assert printed["kind"] == "streamline-bench gate"
     assert call("gate", bad, *arguments, "--row", "dense").code == 0
+
+
+@pytest.mark.parametrize(
+    "option", [("--row", "dense"), ("-o", "gate.json"), ("--json",), ("--strict",), ("--seed", "0")]
+)
+def test_a_reference_is_not_a_comparison(
+    call: Callable[..., Any], runs: tuple[Path, Path], tmp_path: Path, option: tuple[str, ...]
+) -> None:
+    ended = call("gate", runs[0], "--write-reference", tmp_path / "r.json", *option)
+    assert ended.code == 2
+    assert "has no effect here; it compares nothing: leave out --write-reference" in ended.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_github(
@@ -76,6 +98,8 @@ def test_github(
 def test_user_errors(call: Callable[..., Any], runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert call("gate", runs[0]).code == 2
     assert call("gate", runs[0], "--against", runs[0], "--write-reference", tmp_path).code == 2
+    idle = call("gate", runs[0], "--against", runs[0], "--overwrite")
+    assert idle.code == 2 and "--overwrite has no effect here" in idle.err
     missing = call("gate", tmp_path, "--against", runs[0])
     assert missing.code == 2 and "leaderboard.json" in missing.err
     wrong = call("gate", runs[0], "--against", runs[0], "--row", "prunde")

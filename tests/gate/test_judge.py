@@ -149,8 +149,41 @@ def test_failed_and_missing_rows_and_tasks_close_it(
     assert check(result, "streamline", "accuracy", "piqa").status == "missing"
     assert not result.passed
     again = gate(reference_run, run, thresholds=FAST, progress=False)
-    assert again.passed and again.new == ()
+    assert again.passed and again.new == ("shortgpt", "piqa (dense, streamline)")
     assert not [c for c in again.checks if c.row == "shortgpt"], "nothing to compare with"
+
+
+def test_a_stability_that_is_gone_closes_it(reference_run: Path, tmp_path: Path) -> None:
+    payload = json.loads((reference_run / "leaderboard.json").read_text())
+    (row,) = [row for row in payload["rows"] if row["label"] == "streamline"]
+    (task,) = [task for task in row["tasks"] if task["task"] == "arc"]
+    before = task["comparison"]["stability"]["value"]
+    task["comparison"]["stability"] = None
+    (tmp_path / "leaderboard.json").write_text(json.dumps(payload))
+    result = gate(tmp_path, reference_run, thresholds=FAST, progress=False)
+    gone = check(result, "streamline", "stability", "arc")
+    assert (gone.status, gone.reference, gone.value) == ("missing", before, None)
+    assert result.closing == (gone,)
+    assert check(result, "streamline", "stability", "piqa").value is not None
+    back = gate(reference_run, tmp_path, thresholds=FAST, progress=False)
+    assert back.passed, "what the reference has not, cannot be lost"
+
+
+def test_a_row_without_a_result_to_compare_with_is_refused(
+    reference_run: Path, make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    failed = {"shortgpt": "out of memory"}
+    run = make_run(tmp_path / "run", failed=failed)
+    for rows in (["shortgpt"], ["dense", "shortgpt"]):
+        with pytest.raises(
+            ComparisonError, match=r"'shortgpt' failed in .* \(out of memory\): ther"
+        ):
+            gate(reference_run, run, thresholds=FAST, rows=rows, progress=False)
+    against = read_evidence(run, progress=False)
+    nothing = [row.model_copy(update={"failed": "gone"}) for row in against.figures.rows]
+    figures = against.figures.model_copy(update={"rows": tuple(nothing)})
+    with pytest.raises(ComparisonError, match="has no result to compare with"):
+        judge(against, replace(against, figures=figures), FAST)
 
 
 def test_chosen_rows(reference_run: Path) -> None:

@@ -11,7 +11,10 @@ import pytest
 from streamline_bench.gate.evidence import read_evidence
 from streamline_bench.gate.judge import judge
 from streamline_bench.gate.result import Check
+from streamline_bench.gate.speed_checks import _unlike
 from streamline_bench.gate.thresholds import Thresholds
+from streamline_bench.throughput.figures import Speed
+from streamline_bench.throughput.workload import ServingLoad
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,11 @@ def test_other_device_or_precision_compares_nothing(checks: Any, make_throughput
     for changes, reason in (
         ({"device": "another"}, "device is another here, a processor there"),
         ({"dtype": "bfloat16"}, "dtype is bfloat16 here, float32 there"),
+        ({"workload": {"prompt_tokens": 32}}, "prompt tokens is 32 here, 128 there"),
+        ({"workload": {"output_tokens": 16}}, "output tokens is 16 here, 128 there"),
+        ({"threads": 2}, "threads is 2 here, 1 there"),
+        ({"mode": "paper"}, "mode is paper here, offline there"),
+        ({"engine_version": "6"}, "engine version is 6 here, 5 there"),
     ):
         found = checks(make_throughput(**changes))
         assert ("streamline", "speed-up") not in found
@@ -94,6 +102,26 @@ def test_a_failed_measurement_closes_the_gate(checks: Any, make_throughput: Any)
     assert (failed.status, failed.reason) == ("missing", "killed by signal 9")
 
 
-def test_without_throughput(checks: Any) -> None:
+def test_speed_that_is_gone_closes_the_gate(checks: Any, make_throughput: Any) -> None:
     found = checks(None)
-    assert found["streamline", "tokens/s"].status == "not compared"
+    gone = found["streamline", "tokens/s"]
+    assert (gone.status, gone.reference) == ("missing", 130.0)
+    assert gone.reason == "the run has no throughput"
+    without_ratio = make_throughput()
+    del without_ratio["models"][1]["points"][0]["ratio"]
+    found = checks(without_ratio)
+    assert found["streamline", "tokens/s"].status == "ok"
+    ratio = found["streamline", "speed-up"]
+    assert (ratio.status, ratio.reference) == ("missing", pytest.approx(1.3))
+
+
+def test_files_that_did_not_note_the_workload_are_read() -> None:
+    """Leaderboards and references of earlier versions have none of it."""
+    fields = {"status": "ok", "engine": "hf", "device": "a", "dtype": "float32", "batch_size": 8}
+    old = Speed(**fields, clock="cpu", output_tokens_per_second=100.0)
+    new = old.model_copy(update={"prompt_tokens": 32, "threads": 4, "mode": "offline"})
+    assert _unlike(new, old) is None and _unlike(old, new) is None
+    served = ServingLoad(request_rates=(1.0, float("inf")), requests=8).described
+    assert served == "8 requests at 1, inf per second"
+    loads = [old.model_copy(update={"request_load": load}) for load in (served, "another")]
+    assert _unlike(*loads) == f"request load is {served} here, another there"
