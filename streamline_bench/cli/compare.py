@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -114,13 +114,25 @@ def stops_with_a_word() -> Iterator[None]:
 
 
 def finish(result: CompareResult) -> NoReturn:
-    """Say what failed and which page to open, and exit: 0 when every row has a result, else 1."""
+    """Say what failed and which page to open, and exit: 0 when everything is there, else 1."""
     from streamline_bench.core.terminal import printable
 
+    for reason, labels in _by_reason(result.alone).items():
+        rows = ", ".join(map(printable, labels))
+        click.echo(f"{rows}: scored alone ({printable(reason.rstrip('.'))})", err=True)
     for label, reason in result.failures.items():
-        click.echo(f"{label} failed: {printable(reason)}", err=True)
+        click.echo(f"{printable(label)} failed: {printable(reason)}", err=True)
+    for job, reason in result.reasons.items():
+        click.echo(f"{printable(job)} failed: {printable(reason)}", err=True)
     if result.report is not None:
         click.echo(f"Open {result.report}")
     else:
         click.echo(f"{result.run} has no report yet.", err=True)
     sys.exit(result.exit_code)
+
+
+def _by_reason(alone: Mapping[str, str]) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = {}
+    for label, reason in alone.items():
+        grouped.setdefault(reason, []).append(label)
+    return grouped

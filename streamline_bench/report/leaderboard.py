@@ -37,6 +37,8 @@ class RowSource:
     divergence: Path | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     failed: str | None = None
+    scored_with: Sequence[str] = ()
+    scored_alone: str | None = None
 
 
 def build_leaderboard(
@@ -50,6 +52,7 @@ def build_leaderboard(
     title: str = "streamline-bench report",
     commands: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
+    failed_jobs: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Compare every run with the dense one and return the leaderboard as plain data.
@@ -61,6 +64,7 @@ def build_leaderboard(
         sources: label -> checkpoint, recipe and timings, where known.
         throughput: a ``throughput.json``; its figures go to the rows of the same labels.
         noise: label -> evaluation of the dense model, made again.
+        failed_jobs: job -> why it gave nothing, for jobs without which every row has its result.
 
     Returns:
         JSON-ready data of :class:`streamline_bench.report.schema.Leaderboard`.
@@ -99,6 +103,7 @@ def build_leaderboard(
         not_compared=itself.not_compared,
         commands=list(commands),
         versions={**_versions(), **(versions or {})},
+        failed_jobs=dict(failed_jobs or {}),
     )
     return board.model_dump(mode="json")
 
@@ -182,6 +187,8 @@ def _row(samples: Samples, result: Comparison, source: RowSource, *, is_dense: b
         sparsity_requested=manifest.sparsity_requested if manifest else None,
         sparsity_reached=manifest.sparsity_reached if manifest else None,
         seconds={**evaluation, **(manifest.seconds if manifest else {}), **source.seconds},
+        scored_with=list(source.scored_with),
+        scored_alone=source.scored_alone,
         accuracy_macro=result.macro.pruned,
         accuracy_micro=result.micro.pruned,
         macro=shown.macro if shown else None,

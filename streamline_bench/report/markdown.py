@@ -40,6 +40,7 @@ def to_markdown(board: Mapping[str, Any]) -> str:
         + _text_note(rows),
         _noise(board["noise"]),
         *_failures(board),
+        *_missing(board),
         "## Accuracy by task",
         _by_task(rows, lambda task: with_error(task["accuracy"])),
         "## Stability by task",
@@ -145,6 +146,12 @@ def _noise(noise: Mapping[str, Any] | None) -> str:
         f"{markdown_text(noise['dense_run'])} is evaluated again "
         f"({markdown_text(', '.join(noise['repeats']))})."
     )
+
+
+def _missing(board: Mapping[str, Any]) -> list[str]:
+    missing = board.get("failed_jobs") or {}
+    lines = [f"- {markdown_text(job)}: {markdown_text(why)}" for job, why in missing.items()]
+    return ["## Asked for, and missing", "\n".join(lines)] if lines else []
 
 
 def _failures(board: Mapping[str, Any]) -> list[str]:

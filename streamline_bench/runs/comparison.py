@@ -13,7 +13,13 @@ from typing import Any, NoReturn
 from streamline_bench.errors import RecipeError
 from streamline_bench.runs.execution import Execution
 from streamline_bench.runs.executor import Executor
-from streamline_bench.runs.finish import describe_run, row_failures, write_report_once
+from streamline_bench.runs.finish import (
+    describe_run,
+    row_failures,
+    scored_alone,
+    side_failures,
+    write_report_once,
+)
 from streamline_bench.runs.folder import claim, locked
 from streamline_bench.runs.jobs import measure_job, plan_jobs
 from streamline_bench.runs.plan import Plan
@@ -39,12 +45,16 @@ class CompareResult:
         run: the run folder.
         report: the page to open; None where no report was asked for, or the dense row failed.
         failures: label -> reason, of the rows that have no result.
+        reasons: job -> reason, of what failed beside them: noise floor, text, speed.
+        alone: label -> why it was scored by itself, where others were scored together.
         jobs: job -> ``done``, ``kept`` (from an earlier run), ``failed`` or ``skipped``.
     """
 
     run: Path
     report: Path | None
     failures: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    alone: Mapping[str, str] = field(default_factory=dict)
     jobs: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -59,6 +69,8 @@ class CompareResult:
             "run": str(self.run),
             "report": str(self.report) if self.report else None,
             "failures": dict(self.failures),
+            "reasons": dict(self.reasons),
+            "alone": dict(self.alone),
             "jobs": dict(self.jobs),
         }
 
@@ -155,6 +167,8 @@ def _result(
         run=output,
         report=report,
         failures=row_failures(plan, states),
+        reasons=side_failures(states),
+        alone=scored_alone(plan, states),
         jobs={name: state.status for name, state in states.items()},
     )
 

@@ -12,7 +12,10 @@ from streamline_bench.report.run_folder import NoiseRun, RunFile, RunRow, write_
 from streamline_bench.runs.plan import Plan, PlanRow, digest
 from streamline_bench.runs.scheduler import JobState
 
-__all__ = ["describe_run", "row_failures", "write_report_once"]
+__all__ = ["describe_run", "row_failures", "scored_alone", "side_failures", "write_report_once"]
+
+_OWN = ("compress", "score")
+"""Kinds of jobs without which a row has no result."""
 
 
 def row_failures(plan: Plan, states: Mapping[str, JobState]) -> dict[str, str]:
@@ -23,10 +26,29 @@ def row_failures(plan: Plan, states: Mapping[str, JobState]) -> dict[str, str]:
     failures: dict[str, str] = {}
     for row in plan.rows:
         for state in states.values():
-            theirs = row.label in state.job.labels and state.job.kind != "text"
+            theirs = row.label in state.job.labels and state.job.kind in _OWN
             if theirs and state.status in ("failed", "skipped"):
                 failures.setdefault(row.label, state.reason or "It failed.")
     return failures
+
+
+def side_failures(states: Mapping[str, JobState]) -> dict[str, str]:
+    """Return job -> reason, for failed jobs without which every row still has its result."""
+    return {
+        name: state.reason or "It failed."
+        for name, state in states.items()
+        if state.status == "failed" and not (state.job.labels and state.job.kind in _OWN)
+    }
+
+
+def scored_alone(plan: Plan, states: Mapping[str, JobState]) -> dict[str, str]:
+    """Return label -> why it was scored by itself, where others were scored together."""
+    found: dict[str, str] = {}
+    for row in plan.rows:
+        state = states.get(f"score-{row.label}")
+        if state is not None and state.done is not None and state.done.facts.get("alone"):
+            found[row.label] = str(state.done.facts["alone"])
+    return found
 
 
 def describe_run(run: Path, plan: Plan, states: Mapping[str, JobState]) -> RunFile:
@@ -44,6 +66,7 @@ def describe_run(run: Path, plan: Plan, states: Mapping[str, JobState]) -> RunFi
         noise=[NoiseRun(label=plan.noise.label, eval="noise/eval")]
         if plan.noise and noise and noise.succeeded
         else [],
+        failed_jobs=side_failures(states),
     )
 
 
@@ -91,6 +114,7 @@ def _row(run: Path, row: PlanRow, states: Mapping[str, JobState], failure: str |
     scored = states.get(f"score-{row.label}")
     if scored and scored.done:
         seconds["evaluate"] = scored.done.seconds
+    facts = scored.done.facts if scored and scored.done else {}
     compared = states.get(f"text-{row.label}")
     return RunRow(
         label=row.label,
@@ -100,4 +124,6 @@ def _row(run: Path, row: PlanRow, states: Mapping[str, JobState], failure: str |
         divergence=f"{row.label}/divergence.json" if compared and compared.succeeded else None,
         seconds=seconds,
         failed=failure,
+        scored_with=facts.get("together") or [],
+        scored_alone=facts.get("alone"),
     )

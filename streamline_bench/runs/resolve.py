@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,10 @@ def _text(request: Request) -> TextPlan | None:
     from streamline_bench.harness.token_divergence import read_texts
 
     path = Path(request.text).expanduser().resolve()
-    next(read_texts(path, request.text_field), None)  # a file of another kind is refused now
+    # Read as far as the rows will, so that what is damaged or missing is said before anything runs.
+    texts = itertools.islice(read_texts(path, request.text_field), request.text_documents)
+    if not sum(bool(text.strip()) for text in texts):
+        raise RecipeError(f"The text {path} holds no document; give another --text.")
     sums = hashlib.sha256()
     update_digest(sums, path)
     return TextPlan(

@@ -84,7 +84,7 @@ class Scheduler:
         self._watch = watch
         self._units: dict[str, Unit] = {}
         self._tries: Counter[str] = Counter()
-        self._alone: set[str] = set()
+        self._alone: dict[str, str] = {}
 
     def do(self, jobs: Sequence[Job]) -> None:
         """Run these jobs; return when all have ended. ``watch`` is called all the while.
@@ -126,17 +126,20 @@ class Scheduler:
         return all(self.states[name].succeeded for name in job.needs)
 
     def _start_together(self, jobs: list[Job]) -> None:
-        groups = groups_of(self._run, jobs, one_process=self._one_process)
-        for group in groups:
+        found = groups_of(self._run, jobs, one_process=self._one_process)
+        # Started with the other single jobs as soon as there is room.
+        self._alone.update(found.alone)
+        for group in found.groups:
             if len(group) == 1:
-                # Started with the other single jobs as soon as there is room.
-                self._alone.add(group[0].name)
+                self._alone.setdefault(group[0].name, "no other row was left to score it with")
             elif self._executor.has_room():
                 self._start(unit_of(group))
 
     def _start(self, unit: Unit) -> None:
         for job in unit.jobs:
-            write_job(self._run, job.name, job.kind, job.key, job.payload)
+            why = self._alone.get(job.name)
+            payload = {**job.payload, **({} if why is None else {"alone": why})}
+            write_job(self._run, job.name, job.kind, job.key, payload)
             forget_failure(self._run, job.name)
             self.states[job.name].status = "running"
             self.states[job.name].tries += 1
@@ -161,11 +164,12 @@ class Scheduler:
                 state.status = "waiting"
             elif len(unit.jobs) > 1:
                 state.status = "waiting"
-                self._alone.add(job.name)
+                why = _reason(self._run, unit, ended)
+                self._alone[job.name] = f"its common process failed: {why}"
                 log.warning(
                     "%s is scored alone, because its common process failed: %s",
                     job.labels[0],
-                    printable(_reason(self._run, unit, ended)),
+                    printable(why),
                 )
             else:
                 state.status, state.reason = "failed", _reason(self._run, unit, ended)

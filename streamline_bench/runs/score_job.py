@@ -35,7 +35,8 @@ def score_row(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
         print(shlex.join(command), flush=True)
         call_harness(command, job_folder(run, name) / "log.txt")
         check_scores(staging)
-    return Product([payload["output"]], command=reader_command(run, payload))
+    facts = {"together": [], "alone": payload.get("alone")}
+    return Product([payload["output"]], command=reader_command(run, payload), facts=facts)
 
 
 def check_scores(folder: Path) -> None:

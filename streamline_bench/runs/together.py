@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from streamline_bench.runs.plan import Evaluation, digest
 from streamline_bench.runs.score_job import check_scores
 from streamline_bench.runs.work import Product
 
-__all__ = ["groups_of", "score_rows_together", "together_payload", "unit_of"]
+__all__ = ["Grouping", "groups_of", "score_rows_together", "together_payload", "unit_of"]
 
 _WAITING = ".scored"
 """Below ``jobs``: finished rows of a walk, until it ends, or ends after it was interrupted."""
@@ -37,7 +38,15 @@ def unit_of(jobs: Sequence[Job]) -> Unit:
     return Unit(f"score-together-{name}", tuple(jobs))
 
 
-def groups_of(run: Path, jobs: Sequence[Job], *, one_process: bool) -> list[list[Job]]:
+@dataclass(frozen=True)
+class Grouping:
+    """Which jobs are done in one process, and why the others are done alone (by name)."""
+
+    groups: list[list[Job]]
+    alone: dict[str, str] = field(default_factory=dict)
+
+
+def groups_of(run: Path, jobs: Sequence[Job], *, one_process: bool) -> Grouping:
     """Return which of these jobs are worth doing in one process.
 
     Args:
@@ -45,12 +54,12 @@ def groups_of(run: Path, jobs: Sequence[Job], *, one_process: bool) -> list[list
             it even where nothing is shared.
     """
     if one_process or len(jobs) < 2:
-        return [list(jobs)]
+        return Grouping([list(jobs)])
     from streamline_bench.core.checkpoint import resolve_pretrained
-    from streamline_bench.harness.trunk.legs import walks_of
+    from streamline_bench.harness.trunk.legs import solo_reason, walks_of
     from streamline_bench.harness.trunk.stack import read_stack
 
-    stacks = {}
+    stacks, alone = {}, {}
     for job in jobs:
         model = model_of(run, job.payload)
         try:
@@ -61,11 +70,17 @@ def groups_of(run: Path, jobs: Sequence[Job], *, one_process: bool) -> list[list
                 trust_remote_code=job.payload["trust_remote_code"],
                 progress=False,
             )
-        except StreamlineBenchError:
-            continue  # whoever scores it alone will say what is wrong
+        except StreamlineBenchError as error:
+            alone[job.name] = f"its layers cannot be told apart: {error}"
     by_name = {job.name: job for job in jobs}
     groups = [[by_name[name] for name in names] for names in walks_of(stacks)]
-    return [*groups, *([job] for job in jobs if job.name not in stacks)]
+    for group in groups:
+        if len(group) == 1:
+            name = group[0].name
+            alone[name] = solo_reason(name, jobs[0].name, stacks).replace(
+                f"'{jobs[0].name}'", f"'{jobs[0].labels[0]}'"
+            )
+    return Grouping([*groups, *([job] for job in jobs if job.name not in stacks)], alone)
 
 
 def together_payload(jobs: Sequence[Job]) -> dict[str, Any]:

@@ -115,6 +115,50 @@ def test_what_cannot_be_run_is_one_sentence_and_exit_code_2(
     assert not (tmp_path / "run" / "plan.yaml").exists()
 
 
+def test_options_of_the_text(asked: Callable[..., Request]) -> None:
+    request = asked(
+        "some/model", "--recipes", "dense", "--tasks", "piqa", "--text", "held_out.jsonl",
+        "--text-field", "story", "--text-documents", 50, "--text-window", 256,
+    )  # fmt: skip
+    asked_for = (request.text, request.text_field, request.text_documents, request.text_window)
+    assert asked_for == ("held_out.jsonl", "story", 50, 256)
+    bundled = asked("bundled", "--recipes", "shortgpt")
+    assert bundled.text is not None
+    assert Path(bundled.text).is_file()
+    assert bundled.text_window == 128
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "is no text to read"),
+        ("", "holds no document"),
+        ('{"story": "w1 w2"}\n{"story": ', "Line 2"),
+        ('{"other": "w1 w2"}\n', "no text in the field 'story'"),
+        ('{"story": "w1 w2"}\n{"story": 3}\n', "no text in the field 'story'"),
+    ],
+)
+def test_a_text_that_is_missing_or_damaged_is_refused_before_anything_runs(
+    call: Callable[..., Any],
+    tiny_llama: Path,
+    tmp_path: Path,
+    content: str | None,
+    sentence: str,
+) -> None:
+    story_file = tmp_path / "stories.jsonl"
+    if content is not None:
+        story_file.write_text(content, encoding="utf-8")
+    ended = call(
+        "compare", tiny_llama, "--recipes", "last_layers", "--n-layers", 2, "--tasks", "words",
+        "--text", story_file, "--text-field", "story", "-o", tmp_path / "run", "-q",
+    )  # fmt: skip
+    assert ended.code == 2
+    assert sentence in ended.err
+    assert ended.err.startswith("streamline-bench: ")
+    assert ended.err.count("\n") == 1
+    assert not (tmp_path / "run" / "plan.yaml").exists()
+
+
 def test_how_it_is_run_is_no_part_of_the_request() -> None:
     options = {
         "executor": "ray", "ray_address": "10.0.0.1:6379", "cpus_per_job": 8, "workers": 3,
@@ -142,7 +186,13 @@ def test_failed_rows_are_named_and_the_exit_code_is_1(
         run=tmp_path,
         report=tmp_path / "leaderboard.html",
         failures={"laco": "Too \x1b[31mfew layers."},
-        jobs={"compress-laco": "failed"},
+        reasons={"noise": "It ran \x1b[31mlonger than 5 s (--timeout).", "text-sleb": "No tokens."},
+        alone={
+            "a": "it shares \x1b[31mno layer",
+            "b": "its family",
+            "c": "it shares \x1b[31mno layer",
+        },
+        jobs={"compress-laco": "failed", "noise": "failed", "text-sleb": "failed"},
     )
     monkeypatch.setattr("streamline_bench.runs.comparison.compare_request", lambda *_, **__: result)
     options = ["--json"] if as_json else []
@@ -151,8 +201,14 @@ def test_failed_rows_are_named_and_the_exit_code_is_1(
     assert "\x1b" not in ended.err + ended.out
     if as_json:
         shown = json.loads(ended.out)
-        assert shown["jobs"] == {"compress-laco": "failed"}
+        assert shown["jobs"]["compress-laco"] == "failed"
+        assert list(shown["reasons"]) == ["noise", "text-sleb"]
+        assert shown["alone"]["b"] == "its family"
         assert shown["failures"]["laco"].startswith("Too")
     else:
         assert "laco failed: Too" in ended.err
+        assert "noise failed: It ran" in ended.err
+        assert "text-sleb failed: No tokens." in ended.err
+        assert "a, c: scored alone (it shares" in ended.err
+        assert "b: scored alone (its family)" in ended.err
         assert f"Open {result.report}" in ended.out

@@ -24,34 +24,6 @@ from streamline_bench.runs.comparison import CompareResult, compare_request
 from streamline_bench.runs.folder import locked
 from streamline_bench.runs.request import Request
 
-TASK = """
-task: words
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: choices
-doc_to_target: gold
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-metadata: {version: 1.0}
-"""
-
-
-@pytest.fixture
-def tasks(tmp_path: Path) -> Path:
-    """A folder with the task 'words': eight questions with two choices each."""
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    documents = [
-        {"question": f"w{i} w{i + 1}", "choices": ["w5", "w9 w4"], "gold": i % 2} for i in range(8)
-    ]
-    lines = "".join(json.dumps(document) + "\n" for document in documents)
-    (folder / "words.jsonl").write_text(lines, encoding="utf-8")
-    task = TASK.replace("FILE", str(folder / "words.jsonl"))
-    (folder / "words.yaml").write_text(task, encoding="utf-8")
-    return folder
-
 
 @pytest.fixture
 def compress_only(make: Callable[..., Request]) -> Callable[..., CompareResult]:

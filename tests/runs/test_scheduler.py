@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -215,6 +216,8 @@ def test_rows_whose_common_process_fails_are_scored_alone(
     said = [record.getMessage() for record in caplog.records]
     assert [line.split()[0] for line in said] == ["dense", "a", "b"]
     assert "is scored alone" in said[0]
+    asked = json.loads((job_folder(tmp_path, "score-a") / "job.json").read_text(encoding="utf-8"))
+    assert asked["payload"]["alone"].startswith("its common process failed: It ")
 
 
 def test_a_common_process_whose_machine_is_lost_is_started_again(tmp_path: Path) -> None:

@@ -42,14 +42,21 @@ def test_rows_that_share_their_first_layers_belong_together(
         recipe = load_recipe(row, {"n_layers": 2})
         compress(tiny_llama, recipe, tmp_path / row / "checkpoint", progress=False)
     shutil.rmtree(tmp_path / "random_layers")  # cannot be read: left to whoever scores it alone
-    groups = _names(groups_of(tmp_path, jobs, one_process=False))
+    found = groups_of(tmp_path, jobs, one_process=False)
+    groups = _names(found.groups)
     # first_layers begins with the third layer of the dense model, last_layers with its first.
     assert groups == [
         ["score-dense", "score-last_layers"],
         ["score-first_layers"],
         ["score-random_layers"],
     ]
-    assert len(groups_of(tmp_path, jobs, one_process=True)) == 1
+    assert set(found.alone) == {"score-first_layers", "score-random_layers"}
+    assert (
+        "shares no layer with 'dense': its first layer differs"
+        in (found.alone["score-first_layers"])
+    )
+    assert "random_layers" in found.alone["score-random_layers"]
+    assert len(groups_of(tmp_path, jobs, one_process=True).groups) == 1
 
 
 def test_the_same_rows_are_the_same_unit(plan: Plan) -> None:

@@ -1,0 +1,142 @@
+"""Next-token distributions on a text, from the options of ``compare`` to the leaderboard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_bench.harness.token_divergence import token_divergence
+from streamline_bench.runs.comparison import compare_request
+from streamline_bench.runs.jobs import Job, plan_jobs
+from streamline_bench.runs.plan import Plan, TextPlan
+from streamline_bench.runs.request import Request
+from streamline_bench.runs.resolve import resolve_plan
+
+
+def _stories() -> list[str]:
+    return [" ".join(f"w{(i * 7 + j * 13) % 96}" for j in range(12 + i)) for i in range(6)]
+
+
+@pytest.fixture
+def story_file(tmp_path: Path) -> Path:
+    """Six documents of 12 to 17 known words, under the key ``story``."""
+    path = tmp_path / "stories.jsonl"
+    lines = [json.dumps({"story": story}) + "\n" for story in _stories()]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def asking(make: Callable[..., Request], tasks: Path, story_file: Path) -> Callable[..., Request]:
+    """Return a function that gives the request for one row, a task and that text."""
+
+    def ask(**changes: Any) -> Request:
+        return make(
+            **{
+                "recipes": ["last_layers"],
+                "tasks": ["words"],
+                "include_path": str(tasks),
+                "text": str(story_file),
+                "text_field": "story",
+                "text_documents": 5,
+                "text_window": 8,
+                **changes,
+            }
+        )
+
+    return ask
+
+
+def _text_job(plan: Plan) -> Job:
+    (job,) = [job for job in plan_jobs(plan) if job.kind == "text"]
+    return job
+
+
+def test_the_plan_names_the_text_and_its_content(
+    asking: Callable[..., Request], story_file: Path
+) -> None:
+    plan = resolve_plan(asking())
+    assert plan.text == TextPlan(
+        file=str(story_file),
+        sha256=hashlib.sha256(story_file.read_bytes()).hexdigest(),
+        field="story",
+        documents=5,
+        window=8,
+    )
+    job = _text_job(plan)
+    assert (job.name, job.labels, job.needs) == (
+        "text-last_layers", ("last_layers",), ("compress-last_layers",)
+    )  # fmt: skip
+    assert not job.shareable
+    assert [job for job in plan_jobs(plan, until="compress") if job.kind == "text"] == []
+
+
+def test_only_what_decides_the_result_is_in_the_key(
+    asking: Callable[..., Request], story_file: Path
+) -> None:
+    key = _text_job(resolve_plan(asking())).key
+    moved = story_file.rename(story_file.with_name("moved.jsonl"))
+    assert _text_job(resolve_plan(asking(text=str(moved)))).key == key
+    assert _text_job(resolve_plan(asking(text=str(moved), batch_size="3"))).key == key
+    changed: list[dict[str, Any]] = [
+        {"text_documents": 4}, {"text_window": 9}, {"dtype": "bfloat16"}, {"set": {"n_layers": 1}}
+    ]  # fmt: skip
+    keys = [_text_job(resolve_plan(asking(text=str(moved), **each))).key for each in changed]
+    moved.write_text(moved.read_text(encoding="utf-8").replace("w1", "w2"), encoding="utf-8")
+    keys.append(_text_job(resolve_plan(asking(text=str(moved)))).key)
+    assert len({key, *keys}) == 6
+
+
+@pytest.mark.slow
+def test_every_row_is_compared_on_the_text_once(
+    asking: Callable[..., Request], tiny_llama: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    result = compare_request(asking(), run, progress=False)
+    assert (result.exit_code, dict(result.reasons)) == (0, {})
+    assert result.jobs["text-last_layers"] == "done"
+    described = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    rows = {row["label"]: row["divergence"] for row in described["rows"]}
+    assert rows == {"dense": None, "last_layers": "last_layers/divergence.json"}
+    (command,) = [line for line in described["commands"] if " divergence " in line]
+    assert "--text-field story --documents 5 --window 8" in command
+    expected = token_divergence(
+        tiny_llama, run / "last_layers" / "checkpoint", _stories()[:5], window=8, progress=False
+    )
+    board = json.loads((run / "leaderboard.json").read_text(encoding="utf-8"))
+    shown = {row["label"]: row["divergence"] for row in board["rows"]}
+    assert shown["dense"] is None
+    assert shown["last_layers"]["tokens"] == expected.tokens == sum(12 + i for i in range(5)) - 10
+    assert shown["last_layers"]["kl"]["value"] == pytest.approx(expected.kl.value, rel=1e-4)
+    # A result that was damaged since is made again, and nothing else is.
+    (run / "last_layers" / "divergence.json").write_text("{}", encoding="utf-8")
+    again = compare_request(asking(), run, progress=False)
+    assert {name for name, status in again.jobs.items() if status == "done"} == {"text-last_layers"}
+    assert (
+        json.loads((run / "leaderboard.json").read_text(encoding="utf-8"))["rows"][1]["divergence"]
+        == shown["last_layers"]
+    )
+
+
+@pytest.mark.slow
+def test_a_text_that_cannot_be_compared_leaves_the_row_its_result(
+    asking: Callable[..., Request], story_file: Path, tmp_path: Path
+) -> None:
+    story_file.write_text('{"story": "w1"}\n', encoding="utf-8")  # one token predicts nothing
+    result = compare_request(asking(), tmp_path / "run", progress=False)
+    assert result.exit_code == 1
+    assert result.failures == {}
+    assert list(result.reasons) == ["text-last_layers"]
+    assert "two tokens" in result.reasons["text-last_layers"]
+    board = json.loads((tmp_path / "run" / "leaderboard.json").read_text(encoding="utf-8"))
+    row = board["rows"][1]
+    assert (row["label"], row["failed"], row["divergence"]) == ("last_layers", None, None)
+    assert row["accuracy_macro"] is not None
+    assert board["failed_jobs"] == dict(result.reasons)
+    for name in ("leaderboard.html", "leaderboard.md"):
+        assert "two tokens" in (tmp_path / "run" / name).read_text(encoding="utf-8")
