@@ -120,7 +120,8 @@ def command(
     if as_json:
         click.echo(payload)
     else:
-        print_table(_table(result))
+        if result.tasks:
+            print_table(_table(result))
         click.echo(_footnote(result))
 
 
@@ -140,7 +141,7 @@ def _table(result: Comparison) -> Table:
     for group in result.groups:
         table.add_row(*_group_mean(group))
         table.add_row(*_cells(f"{group.group}, documents", group))
-    if len(result.tasks) > 1:
+    if len(result.tasks) > 1 and result.macro is not None and result.micro is not None:
         table.add_section()
         table.add_row(*_cells("mean over tasks", result.macro))
         table.add_row(*_cells("all documents", result.micro))
@@ -226,23 +227,34 @@ def _generation(found: GenerationComparison) -> str:
     return f"{name}: {percent(found.identical.value)} % of the texts are identical{parted}."
 
 
-def _footnote(result: Comparison) -> str:
-    from streamline_bench.report.escaping import terminal_text
+_WITHOUT_VERDICTS = (
+    "No task has right or wrong answers: no accuracy, flips or stability. Intervals are over "
+    "documents."
+)
 
-    lines = [
+
+def _of_verdicts(result: Comparison) -> str:
+    return (
         f"Stability: {result.mode}, spread of {result.quantity} over the choices "
         f"(ddof {result.ddof}). {100 * result.confidence:g} % intervals; p: McNemar's test, "
         "exact or (with few flips) mid-p, over clusters where documents belong together; Holm's: "
         "adjusted over tasks (over groups for groups). 'no worse': a drop of "
         f"{100 * (result.margin or 0):g} points or more is excluded."
-    ]
+    )
+
+
+def _footnote(result: Comparison) -> str:
+    from streamline_bench.report.escaping import terminal_text
+    from streamline_bench.stability.verdicts import GRADED
+
+    lines = [_of_verdicts(result) if result.tasks else _WITHOUT_VERDICTS]
     lines += [_perplexity(found) for found in result.perplexities]
     lines += [_generation(found) for found in result.generations]
     shown = {found.task for found in result.perplexities}
     shown |= {found.task for found in result.generations}
     lines += [
-        f"Not compared: {terminal_text(task)} ({reason})."
+        f"Not compared: {terminal_text(task)} ({terminal_text(reason)})."
         for task, reason in result.not_compared.items()
-        if task not in shown
+        if task not in shown or reason == GRADED
     ]
     return "\n".join(lines)

@@ -96,8 +96,9 @@ def token_divergence(
     not independent; over windows if there is only one document.
 
     Args:
-        dense, pruned: checkpoint folders (or names in the local hub cache) with the same
-            vocabulary; texts are tokenised as the dense model's tokenizer does it by default.
+        dense, pruned: checkpoint folders, or names on the Hugging Face Hub (downloaded where they
+            are not cached), with the same vocabulary; texts are tokenised as the dense model's
+            tokenizer does it by default.
         texts: documents; those of fewer than two tokens are passed over.
         window: tokens per window; not more than the models' own limits are used.
         dtype: of the models' weights; the distributions are compared in float32 in any case.
@@ -199,8 +200,12 @@ def _result(sums: _Sums, window: int, confidence: float) -> TokenDivergence:
     table, what = sums.by_document()
     tokens, kl, same, dense, pruned = table.T
     estimates = [
-        mean_per_unit(column, tokens, confidence, what=what)
-        for column in (kl, same, dense - pruned)
+        mean_per_unit(column, tokens, confidence, what=what, bounds=bounds)
+        for column, bounds in (
+            (kl, (0.0, math.inf)),
+            (same, (0.0, 1.0)),
+            (dense - pruned, (-math.inf, math.inf)),
+        )
     ]
     count = float(tokens.sum())
     return TokenDivergence(

@@ -64,10 +64,12 @@ def compare(
     Tasks without verdicts, and those that a run did not finish, are listed in ``not_compared`` with
     the reason; their perplexities and texts are compared all the same. A task with several filters
     has a result for each; the summaries over tasks, Holm's adjustment and decisions use its first.
+    Where no task has verdicts, there are no summaries.
 
     Raises:
         ComparisonError: the runs were not asked the same (see :func:`align`).
-        SamplesError: no task has verdicts, or only some documents of a task have one.
+        SamplesError: no task has verdicts, perplexities or texts, or only some documents of a task
+            have them.
         NumericsError: a log-likelihood or a spread is not finite; the document is named.
     """
     settings = settings or Settings()
@@ -76,10 +78,10 @@ def compare(
     pairs = with_script_verdicts(pairs, settings)
     first_filter = dict(dense.frame.drop_duplicates("task")[["task", "filter"]].to_numpy().tolist())
     found = _every_task(pairs, settings)
-    if not found.compared:
+    if not (found.compared or found.perplexities or found.generations):
         raise SamplesError(
-            f"No task of '{dense.info.run}' has right or wrong answers by '{settings.verdict}'; "
-            "add a task with acc or exact_match."
+            f"No task of '{dense.info.run}' has right or wrong answers by '{settings.verdict}', "
+            "perplexities or texts; add a task with acc, exact_match or a perplexity."
         )
     main = [item for item in found.compared if item.result.filter == first_filter[item.result.task]]
     results = _decided([item.result for item in main], settings)
@@ -98,8 +100,8 @@ def compare(
             decided.get((item.result.task, item.result.filter), item.result)
             for item in found.compared
         ),
-        macro=macro(main, settings),
-        micro=micro(main, settings),
+        macro=macro(main, settings) if main else None,
+        micro=micro(main, settings) if main else None,
         not_compared={**dense.info.missing, **pruned.info.missing, **found.skipped},
         groups=tuple(_decided(compare_groups(main, dense.info.groups, settings), settings)),
         perplexities=tuple(found.perplexities),

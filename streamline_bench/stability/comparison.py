@@ -201,6 +201,7 @@ class Comparison(Frozen):
     """Everything :func:`streamline_bench.stability.compare.compare` finds, and how.
 
     Attributes:
+        macro, micro: None where no task has verdicts (perplexities only).
         not_compared: tasks without verdicts, with the reason; such a task may be among
             ``perplexities`` or ``generations``.
     """
@@ -215,8 +216,8 @@ class Comparison(Frozen):
     seed: int
     margin: float | None = None
     tasks: tuple[TaskComparison, ...]
-    macro: Overall
-    micro: Overall
+    macro: Overall | None
+    micro: Overall | None
     not_compared: dict[str, str]
     groups: tuple[GroupComparison, ...] = ()
     perplexities: tuple[PerplexityComparison, ...] = ()

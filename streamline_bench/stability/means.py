@@ -70,7 +70,12 @@ def mean_estimate(
 
 
 def mean_per_unit(
-    totals: FloatArray, units: FloatArray, confidence: float, *, what: str = "documents"
+    totals: FloatArray,
+    units: FloatArray,
+    confidence: float,
+    *,
+    what: str = "documents",
+    bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Estimate:
     """sum(totals) / sum(units), as nats per word of a text, with Student's interval.
 
@@ -80,6 +85,7 @@ def mean_per_unit(
     Args:
         totals, units: float64 [n], per document.
         what: what the rows are, for the name of the method.
+        bounds: between which the ratio must lie; the interval does not leave them.
     """
     n = len(totals)
     value = float(totals.sum() / units.sum())
@@ -91,7 +97,7 @@ def mean_per_unit(
     return Estimate(
         value=value,
         standard_error=error,
-        low=value - half,
-        high=value + half,
+        low=max(bounds[0], value - half),
+        high=min(bounds[1], value + half),
         method=f"Student over {n:,} {what}",
     )

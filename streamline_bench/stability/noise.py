@@ -47,7 +47,7 @@ def noise_floor(
         tasks, common_only, settings: as for :func:`streamline_bench.stability.compare.compare`.
 
     Raises:
-        SamplesError: there is no repetition; otherwise as ``compare``.
+        SamplesError: there is no repetition, or no task has verdicts; otherwise as ``compare``.
     """
     if not repeats:
         raise SamplesError(
@@ -64,10 +64,16 @@ def noise_floor(
         for key in ((task.task, task.filter) for task in found[0].tasks)
     }
     floor = tuple(_task(parts, settings) for parts in by_task.values())
-    share = _mean([_share(result.micro.flips, result.micro.n) for result in found])
-    n = found[0].micro.n
-    macros = [1 - result.macro.agreement.value for result in found]
-    divergences = [r.macro.choice_kl.value for r in found if r.macro.choice_kl is not None]
+    micros = [result.micro for result in found if result.micro is not None]
+    macros = [result.macro for result in found if result.macro is not None]
+    if not micros:
+        raise SamplesError(
+            f"No task of '{dense.info.run}' has right or wrong answers that could flip; leave the "
+            "noise floor out, or add a task with acc or exact_match."
+        )
+    share = _mean([_share(micro.flips, micro.n) for micro in micros])
+    n = micros[0].n
+    divergences = [macro.choice_kl.value for macro in macros if macro.choice_kl is not None]
     return NoiseFloor(
         dense_run=dense.info.run,
         repeats=tuple(again.info.run for again in repeats),
@@ -75,7 +81,7 @@ def noise_floor(
         n=n,
         flips=_estimate(share, n, settings),
         agreement=_estimate(1 - share, n, settings),
-        macro_flips=_mean(macros),
+        macro_flips=_mean([1 - macro.agreement.value for macro in macros]),
         choice_kl=_mean(divergences) if divergences else None,
     )
 
@@ -95,9 +101,10 @@ def above_noise(comparison: Comparison, floor: NoiseFloor) -> Comparison:
     )
     groups = tuple(_group(group, tasks, comparison.confidence) for group in comparison.groups)
     filled: dict[str, Any] = {"tasks": tasks, "groups": groups}
-    if not all((task.task, task.filter) in known for task in comparison.tasks):
+    micro, macro = comparison.micro, comparison.macro
+    all_known = all((task.task, task.filter) in known for task in comparison.tasks)
+    if micro is None or macro is None or not all_known:
         return comparison.model_copy(update=filled)
-    micro = comparison.micro
     update = {
         "noise_flips": floor.flips.value,
         "flips_above_noise": flips_above(
@@ -108,7 +115,7 @@ def above_noise(comparison: Comparison, floor: NoiseFloor) -> Comparison:
         update=filled
         | {
             "micro": micro.model_copy(update=update),
-            "macro": _macro(comparison.macro, tasks, floor),
+            "macro": _macro(macro, tasks, floor),
         }
     )
 

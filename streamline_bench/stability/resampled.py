@@ -85,8 +85,9 @@ class Resampled:
     @property
     def differences(self) -> FloatArray:
         """Pruned - dense accuracy [draws]."""
-        net = [table[..., _PRUNED] - table[..., _DENSE] for table in (self.totals, self.lacking)]
-        return self._ratio(*net, self.seen[_PRUNED] - self.seen[_DENSE], _DOCUMENTS)
+        drawn = self.totals[:, _PRUNED] - self.totals[:, _DENSE]
+        lacking = self.lacking[:, _PRUNED] - self.lacking[:, _DENSE]
+        return self._ratio(drawn, lacking, self.seen[_PRUNED] - self.seen[_DENSE], _DOCUMENTS)
 
     @property
     def varies(self) -> bool:

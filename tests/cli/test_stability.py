@@ -10,7 +10,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from streamline_bench.cli.main import main
-from streamline_bench.cli.stability import QUANTITIES, command
+from streamline_bench.cli.stability import QUANTITIES, _footnote, command
+from streamline_bench.stability.compare import compare
+from streamline_bench.stability.samples import load_samples
+from streamline_bench.stability.settings import Settings
 
 
 def call(*arguments: object) -> Result:
@@ -42,6 +45,23 @@ def test_margin_and_noise(lm_eval_outputs: Path) -> None:
     assert micro["flips_above_noise"]["value"] == pytest.approx(flips / micro["n"])
     shown = call(dense, pruned, "--draws", 200, "--noise", dense, "--noise", dense)
     assert "% above" in shown.output
+
+
+def test_perplexities_alone(lm_eval_outputs: Path) -> None:
+    runs = lm_eval_outputs / "dense", lm_eval_outputs / "pruned"
+    shown = call(*runs, "--task", "toy_roll")
+    assert shown.exit_code == 0
+    assert "No task has right or wrong answers" in shown.output
+    assert "toy_roll, perplexity per word: " in shown.output and "nan" not in shown.output
+    printed = json.loads(call(*runs, "--task", "toy_roll", "--json").stdout)
+    assert printed["macro"] is None and printed["perplexities"][0]["ratio"]["low"] > 0
+
+
+def test_reasons_from_a_run_are_printable(lm_eval_outputs: Path) -> None:
+    samples = load_samples(lm_eval_outputs / "dense", run="dense", progress=False)
+    result = compare(samples, samples, settings=Settings(draws=100))
+    shown = _footnote(result.model_copy(update={"not_compared": {"t\x1b[1m": "why\x1b[31m\nnot"}}))
+    assert shown.splitlines()[-1] == "Not compared: t\ufffd[1m (why\ufffd[31m not)."
 
 
 def test_acc_norm_leaves_tasks_out(lm_eval_outputs: Path) -> None:

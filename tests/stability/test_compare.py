@@ -15,6 +15,7 @@ from streamline_bench.errors import NumericsError, SamplesError
 from streamline_bench.stability.compare import compare
 from streamline_bench.stability.comparison import Comparison, TaskComparison
 from streamline_bench.stability.lm_eval_reader import find_results
+from streamline_bench.stability.noise import noise_floor
 from streamline_bench.stability.samples import Samples, load_samples
 from streamline_bench.stability.settings import Settings
 
@@ -174,9 +175,24 @@ def test_reference_script_mode(runs: tuple[Samples, Samples]) -> None:
     assert result.micro.stability is None
 
 
-def test_no_task_with_verdicts(runs: tuple[Samples, Samples]) -> None:
+def test_perplexities_alone_have_no_summaries(runs: tuple[Samples, Samples]) -> None:
+    alone = compare(*runs, tasks=["toy_roll"])
+    assert alone.tasks == alone.groups == () and alone.macro is None and alone.micro is None
+    assert alone.not_compared == {"toy_roll": "no right or wrong answers by 'correct'"}
+    beside = compare(*runs, settings=FAST).perplexities
+    assert alone.perplexities == tuple(item for item in beside if item.task == "toy_roll")
+    assert Comparison.model_validate_json(alone.model_dump_json()) == alone
+    with pytest.raises(SamplesError, match=r"No task of 'dense' has .* that could flip"):
+        noise_floor(runs[0], [runs[0]], tasks=["toy_roll"])
+
+
+def test_nothing_to_compare(runs: tuple[Samples, Samples]) -> None:
+    silent = [
+        replace(samples, frame=samples.frame.assign(metrics=[{}] * len(samples.frame)))
+        for samples in runs
+    ]
     with pytest.raises(SamplesError, match="No task of 'dense' has right or wrong answers"):
-        compare(*runs, tasks=["toy_roll"])
+        compare(silent[0], silent[1], tasks=["toy_roll"])
 
 
 def test_a_missing_verdict_names_the_document(runs: tuple[Samples, Samples]) -> None:
