@@ -31,6 +31,7 @@ const field = document.getElementById("filter");
 const buttons = [...tools.querySelectorAll("[data-group]")];
 const models = [...document.querySelectorAll("table.board tbody tr")];
 const elsewhere = [...document.querySelectorAll("[data-row]")];
+const shared = [...document.querySelectorAll("[data-rows]")];
 
 function filter() {
   const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -46,6 +47,9 @@ function filter() {
     if (!match && !keep) hidden.add(row.dataset.row);
   }
   for (const one of elsewhere) one.classList.toggle("out", hidden.has(one.dataset.row));
+  for (const one of shared) {
+    one.classList.toggle("out", one.dataset.rows.split(" ").every((row) => hidden.has(row)));
+  }
   const all = models.filter((row) => !("keep" in row.dataset)).length;
   document.getElementById("shown").textContent = `${matches} of ${all} compressed models`;
   document.getElementById("nothing").hidden = matches > 0 || all === 0;
@@ -75,3 +79,14 @@ function reveal() {
 }
 addEventListener("hashchange", reveal);
 reveal();
+
+// On paper nothing opens: all parts are printed open, and afterwards they are as they were.
+let closed = [];
+addEventListener("beforeprint", () => {
+  closed.push(...document.querySelectorAll("details:not([open])"));
+  for (const part of closed) part.open = true;
+});
+addEventListener("afterprint", () => {
+  for (const part of closed) part.open = false;
+  closed = [];
+});

@@ -141,13 +141,25 @@ class RecoverySpec(Frozen):
 
 
 class PublishedResult(Frozen):
-    """A number from the literature that a report shows beside ours."""
+    """A number from the literature that a report shows beside ours.
+
+    ``value`` is in ``unit``: "%" unless the metric is a perplexity, then "perplexity";
+    ``sparsity`` is the share of parameters that ``model`` lost.
+    """
 
     model: str
     metric: str
     value: float
+    unit: str = Field("%", min_length=1)
     sparsity: float | None = None
     source: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_unit(cls, payload: Any) -> Any:
+        if isinstance(payload, Mapping) and "perplexity" in str(payload.get("metric")).lower():
+            return {"unit": "perplexity", **payload}
+        return payload
 
 
 class Recipe(Frozen):

@@ -1,6 +1,7 @@
 """Pictures as inline SVG, coloured by the page's style: similarity matrix and training curve.
 
-Everything in them is a number, except the labels that the page writes beside them.
+Everything in them is a number, except the labels that the page writes beside them. Their text
+alternatives say what a reader looks for in them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
+
+from streamline_bench.report.removed_layers import named_layers
 
 __all__ = ["curve_svg", "matrix_svg"]
 
@@ -22,16 +25,20 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 12.0, 12.0, 32.0
 
 
 def matrix_svg(scan: Mapping[str, Any]) -> Markup:
-    """The mean cosine of every two boundaries i < j; the chosen block (start, start+n) outlined."""
+    """The mean cosine of every two boundaries i < j, with what was removed outlined.
+
+    A block of n layers is the pair (start, start + n), layers that are apart are pairs (i, i + 1).
+    """
     cosine: Sequence[Sequence[float]] = scan["cosine"]
     size = len(cosine)
     upper = [cosine[i][j] for i in range(size) for j in range(i + 1, size)]
     low, high = min(upper, default=0.0), max(upper, default=1.0)
+    outlined = _outlined(scan)
     side = _CELL * size + _MARGIN
     parts = [
         f'<svg class="matrix" viewBox="0 0 {side:.0f} {side:.0f}" role="img" '
         f'style="--text:{side / 440 * 12:.1f}px" '
-        f'aria-label="Similarity of layer boundaries, from {low:.3f} to {high:.3f}">'
+        f'aria-label="{_matrix_words(scan, outlined)}">'
     ]
     for i in range(size):
         for j in range(i + 1, size):
@@ -42,13 +49,40 @@ def matrix_svg(scan: Mapping[str, Any]) -> Markup:
                 f"{cosine[i][j]:.4f}</title></rect>"
             )
     parts += _matrix_axes(size)
-    if scan.get("start") is not None and scan.get("n"):
-        x, y = _MARGIN + (scan["start"] + scan["n"]) * _CELL, scan["start"] * _CELL
+    for i, j in outlined:
+        x, y = _MARGIN + j * _CELL, i * _CELL
         parts.append(
             f'<rect class="chosen" x="{x - 1.5:.1f}" y="{y - 1.5:.1f}" width="16" height="16" '
             'rx="3"/>'
         )
     return Markup("".join([*parts, "</svg>"]))
+
+
+def _outlined(scan: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """The pairs of boundaries that enclose what was removed."""
+    if scan["start"] is not None and scan["n"]:
+        return [(scan["start"], scan["start"] + scan["n"])]
+    return [(layer, layer + 1) for layer in scan["removed"]]
+
+
+def _matrix_words(scan: Mapping[str, Any], outlined: Sequence[tuple[int, int]]) -> str:
+    cosine: Sequence[Sequence[float]] = scan["cosine"]
+    size = len(cosine)
+    words = [f"Mean cosine between the {size} boundaries of {size - 1} layers"]
+    pairs = [(i, j) for i in range(size) for j in range(i + 1, size)]
+    if pairs:
+        i, j = max(pairs, key=lambda pair: cosine[pair[0]][pair[1]])
+        words.append(f"most similar: {i} and {j} ({cosine[i][j]:.3f})")
+        i, j = min(pairs, key=lambda pair: cosine[pair[0]][pair[1]])
+        words.append(f"least: {i} and {j} ({cosine[i][j]:.3f})")
+    if outlined and scan["start"] is not None:
+        i, j = outlined[0]
+        words.append(
+            f"removed: block of {j - i} layers, {named_layers(range(i, j))} ({cosine[i][j]:.3f})"
+        )
+    elif outlined:
+        words.append(f"removed: {len(outlined)} separate layers, {named_layers(scan['removed'])}")
+    return "; ".join(words)
 
 
 def _matrix_axes(size: int) -> list[str]:
@@ -70,7 +104,7 @@ def _matrix_axes(size: int) -> list[str]:
     return parts
 
 
-def curve_svg(curve: Sequence[Mapping[str, Any]]) -> Markup:
+def curve_svg(curve: Sequence[Mapping[str, Any]], training: str = "replacement") -> Markup:
     """Training and validation loss over steps, logarithmic where the losses allow it."""
     lines = {
         name: [(point["step"], point[name]) for point in curve if point[name] is not None]
@@ -91,7 +125,7 @@ def curve_svg(curve: Sequence[Mapping[str, Any]]) -> Markup:
 
     parts = [
         f'<svg class="curve" viewBox="0 0 {_WIDTH:.0f} {_HEIGHT:.0f}" role="img" '
-        f'aria-label="Loss over {last} steps, from {max(values):.4g} to {min(values):.4g}">'
+        f'aria-label="{_curve_words(lines, last, training)}">'
     ]
     parts += _curve_axes(min(values), max(values), last, "log" if logarithmic else "")
     for name, line in lines.items():
@@ -105,6 +139,18 @@ def curve_svg(curve: Sequence[Mapping[str, Any]]) -> Markup:
                 f"{value:.5g}</title></circle>"
             )
     return Markup("".join([*parts, "</svg>"]))
+
+
+def _curve_words(lines: Mapping[str, Sequence[tuple[int, float]]], last: int, training: str) -> str:
+    """First, best and last loss, of the validation where it was taken."""
+    name, kind = ("val_loss", "validation") if lines["val_loss"] else ("train_loss", "training")
+    line = [(step, value) for step, value in lines[name] if math.isfinite(value)]
+    best = min(line, key=lambda point: point[1])
+    told = [
+        f"{which} {value:.4g} at step {step}"
+        for which, (step, value) in (("first", line[0]), ("best", best), ("last", line[-1]))
+    ]
+    return f"Training of the {training}, {last} steps; {kind} loss: {', '.join(told)}"
 
 
 def _thinned(line: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -16,6 +16,7 @@ __all__ = [
     "points",
     "rate",
     "significant",
+    "stored",
     "times",
     "with_error",
 ]
@@ -98,6 +99,11 @@ def decimal(value: float | None, digits: int = 3, *, signed: bool = False) -> st
 def significant(value: float | None, digits: int = 4) -> str:
     """17.3571 -> ``17.36``, 3.2e9 -> ``3.2e+09``."""
     return MISSING if value is None else f"{value:.{digits}g}"
+
+
+def stored(value: float) -> str:
+    """12.86 -> ``12.86``, 72.0 -> ``72``: every digit that a number was given with."""
+    return f"{value:.10g}"
 
 
 def times(value: float | None) -> str:

@@ -20,7 +20,7 @@ from streamline_bench.report.schema import Leaderboard, Method, Row, TaskScore
 from streamline_bench.report.speed import read_throughput
 from streamline_bench.stability.align import align
 from streamline_bench.stability.compare import compare
-from streamline_bench.stability.comparison import Comparison, NoiseFloor
+from streamline_bench.stability.comparison import Comparison, Estimate, NoiseFloor
 from streamline_bench.stability.noise import above_noise, noise_floor
 from streamline_bench.stability.samples import Samples, load_samples
 from streamline_bench.stability.settings import Settings
@@ -201,7 +201,14 @@ def _row(samples: Samples, result: Comparison, source: RowSource, *, is_dense: b
         other_metrics=_other_metrics(samples, result),
         scan=facts.scan,
         curve=facts.curve,
-        published=published_numbers(recipe, [task.task for task in result.tasks]),
+        recovery_curve=facts.recovery_curve,
+        curve_notes=facts.curve_notes,
+        published=published_numbers(
+            recipe,
+            _accuracies(samples, result),
+            stability=result.macro.stability,
+            retention=result.macro.retention,
+        ),
         provenance=provenance(samples.info, manifest, recipe or None),
     )
 
@@ -210,8 +217,21 @@ def _count(value: Any) -> int | None:
     return int(value) if isinstance(value, int) and value > 0 else None
 
 
+def _first_filters(samples: Samples) -> dict[str, str]:
+    return dict(samples.frame.drop_duplicates("task")[["task", "filter"]].to_numpy().tolist())
+
+
+def _accuracies(samples: Samples, result: Comparison) -> dict[str, Estimate]:
+    """Accuracy by task, then by group, as tables of papers name both."""
+    first = _first_filters(samples)
+    tasks = {task.task: task.pruned for task in result.tasks if first[task.task] == task.filter}
+    return tasks | {
+        group.group: group.pruned for group in result.groups if group.group not in tasks
+    }
+
+
 def _tasks(samples: Samples, result: Comparison, is_dense: bool) -> list[TaskScore]:
-    first = dict(samples.frame.drop_duplicates("task")[["task", "filter"]].to_numpy().tolist())
+    first = _first_filters(samples)
     data = task_data(samples.info)
     return [
         TaskScore(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from streamline_bench.report.commands import commands_by_stage
 from streamline_bench.report.escaping import markdown_text, visible_text
 from streamline_bench.report.formats import (
     MISSING,
@@ -16,6 +17,7 @@ from streamline_bench.report.formats import (
     percent,
     points,
     rate,
+    stored,
     times,
     with_error,
 )
@@ -36,8 +38,7 @@ def to_markdown(board: Mapping[str, Any]) -> str:
         _leaderboard(rows),
         f"Accuracy: mean over tasks ± standard error, in %. Difference to {_label(board)} in "
         f"points, with {level} interval. Stability: LLM-Streamline, equation 6. Flips: right to "
-        "wrong / wrong to right. p: exact McNemar over all documents."
-        + _text_note(rows),
+        "wrong / wrong to right. p: exact McNemar over all documents." + _text_note(rows),
         _noise(board["noise"]),
         *_failures(board),
         *_missing(board),
@@ -51,7 +52,9 @@ def to_markdown(board: Mapping[str, Any]) -> str:
         _provenance(rows),
     ]
     if board["commands"]:
-        parts += ["### Commands", _code(board["commands"])]
+        parts.append("### Commands")
+        for stage, lines in commands_by_stage(board["commands"]).items():
+            parts += [f"{stage}:", _code(lines)]
     if board["not_compared"]:
         parts.append(
             "Not compared: "
@@ -183,8 +186,10 @@ def _published(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             markdown_text(row["label"]),
             markdown_text(item["model"]),
             markdown_text(item["metric"]),
-            f"{item['value']:.1f}",
+            markdown_text(f"{stored(item['value'])} {item['unit']}"),
+            _ours(item),
             percent(item["sparsity"]),
+            percent(row["sparsity_reached"]) if item["ours"] else MISSING,
             markdown_text(item["source"]),
         ]
         for row in rows
@@ -192,8 +197,17 @@ def _published(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     if not body:
         return []
-    head = ["row", "published on", "metric", "%", "removed %", "source"]
-    return ["## Published numbers", _table(head, body)]
+    head = ["row", "published on", "metric", "published", "ours %", "removed % there",
+            "removed % here", "source"]  # fmt: skip
+    note = "Ours: this run's model on the benchmark of that name; stability and retention over all "
+    note += "tasks. Another model, other prompts and calibration text: an order, no reproduction."
+    return ["## Published numbers beside ours", _table(head, body), note]
+
+
+def _ours(item: Mapping[str, Any]) -> str:
+    if not item["ours"]:
+        return MISSING
+    return f"{with_error(item['ours'])} ({markdown_text(item['task'] or 'all tasks')})"
 
 
 def _stability(task: Mapping[str, Any]) -> str:

@@ -20,12 +20,14 @@ from markupsafe import Markup, escape
 
 from streamline_bench.report import formats
 from streamline_bench.report.axes import Axis
+from streamline_bench.report.commands import commands_by_stage
 from streamline_bench.report.escaping import visible_text
 from streamline_bench.report.figures import curve_svg, matrix_svg
 from streamline_bench.report.forest import forest
 from streamline_bench.report.heat_map import heat_map
 from streamline_bench.report.pareto import pareto
 from streamline_bench.report.ranking import ranked
+from streamline_bench.report.removed_layers import named_layers
 from streamline_bench.report.summary import headline
 from streamline_bench.resources import resource
 
@@ -56,8 +58,9 @@ def to_html(board: Mapping[str, Any]) -> str:
             heat=heat_map(scored),
             metrics=_metrics(scored),
             scans=_scans(rows),
-            curves=[(row["label"], curve_svg(row["curve"])) for row in rows if row["curve"]],
+            curves=_curves(rows),
             literature=[row for row in rows if row["published"]],
+            commands=commands_by_stage(board["commands"]),
             level=f"{100 * board['method']['confidence']:g} %",
             style=Markup((templates / "leaderboard.css").read_text(encoding="utf-8")),
             script=Markup(script),
@@ -131,7 +134,7 @@ def _has(rows: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
         "perplexities": any(row["perplexities"] for row in rows),
         "divergence": any(row["divergence"] for row in rows),
         "generations": any(row["generations"] for row in rows),
-        "ours": any(item["task"] for row in rows for item in row["published"]),
+        "ours": any(item["ours"] for row in rows for item in row["published"]),
     }
 
 
@@ -170,6 +173,27 @@ def _scans(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if row["scan"] is None:
             continue
         key = json.dumps(row["scan"], sort_keys=True)
-        entry = grouped.setdefault(key, {"scan": row["scan"], "labels": []})
-        entry["labels"].append(row["label"])
-    return [{**entry, "svg": matrix_svg(entry["scan"])} for entry in grouped.values()]
+        grouped.setdefault(key, {"scan": row["scan"], "rows": []})["rows"].append(row)
+    return [
+        {
+            **entry,
+            "svg": matrix_svg(entry["scan"]),
+            "removed": named_layers(entry["scan"]["removed"]),
+        }
+        for entry in grouped.values()
+    ]
+
+
+def _curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every training of every row, with what its curve leaves out."""
+    return [
+        {
+            "row": row,
+            "training": training,
+            "svg": curve_svg(row[name], training),
+            "notes": [note for note in row["curve_notes"] if note.startswith(training)],
+        }
+        for row in rows
+        for training, name in (("replacement", "curve"), ("recovery", "recovery_curve"))
+        if row[name]
+    ]

@@ -1,8 +1,9 @@
-"""What a checkpoint says about itself: manifest, similarity matrix, training curve."""
+"""What a checkpoint says about itself: manifest, similarity matrix, training curves."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from streamline_bench.core.manifest import Manifest, read_manifest
 from streamline_bench.errors import SamplesError
+from streamline_bench.report.removed_layers import block_start
 from streamline_bench.report.schema import CurvePoint, Provenance, ScanResult
 from streamline_bench.stability.samples import RunInfo
 
@@ -25,22 +27,33 @@ class CheckpointFacts:
     manifest: Manifest | None = None
     scan: ScanResult | None = None
     curve: list[CurvePoint] = field(default_factory=list)
+    recovery_curve: list[CurvePoint] = field(default_factory=list)
+    curve_notes: list[str] = field(default_factory=list)
 
 
 def read_checkpoint(folder: Path | None) -> CheckpointFacts:
-    """Read ``streamline.json``, ``similarity.json`` and ``training_curve.jsonl`` where present.
+    """Read ``streamline.json``, ``similarity.json`` and the training curves, where present.
+
+    ``training_curve.jsonl`` is the replacement's training, ``recovery_curve.jsonl`` the recovery's.
 
     Raises:
         CheckpointError: the manifest is damaged.
         CalibrationError: the similarity file is damaged.
-        SamplesError: the folder is missing, or the training curve is damaged.
+        SamplesError: the folder is missing, or a training curve is damaged.
     """
     if folder is None:
         return CheckpointFacts()
     if not folder.is_dir():
         raise SamplesError(f"The checkpoint '{folder}' is missing; make the run again.")
     manifest = read_manifest(folder)
-    return CheckpointFacts(manifest, _scan(folder, manifest), _curve(folder))
+    curve, lost = _curve(folder / "training_curve.jsonl")
+    recovery, lost_again = _curve(folder / "recovery_curve.jsonl")
+    notes = [
+        f"{training}: {len(steps)} losses are no finite numbers, the first at step {steps[0]}"
+        for training, steps in (("replacement", lost), ("recovery", lost_again))
+        if steps
+    ]
+    return CheckpointFacts(manifest, _scan(folder, manifest), curve, recovery, notes)
 
 
 def _scan(folder: Path, manifest: Manifest | None) -> ScanResult | None:
@@ -50,34 +63,34 @@ def _scan(folder: Path, manifest: Manifest | None) -> ScanResult | None:
     from streamline_bench.core.similarity import Similarity
 
     similarity = Similarity.load(path)
-    chosen = manifest.chosen if manifest else {}
-    removed = chosen.get("removed_layers")
+    removed = sorted((manifest.chosen if manifest else {}).get("removed_layers") or ())
     return ScanResult(
         cosine=[[round(float(value), _DECIMALS) for value in row] for row in similarity.cosine],
         num_tokens=similarity.num_tokens,
-        start=chosen.get("start"),
-        n=len(removed) if isinstance(removed, list) else None,
+        start=block_start(removed),
+        n=len(removed) or None,
+        removed=removed,
     )
 
 
-def _curve(folder: Path) -> list[CurvePoint]:
-    path = folder / "training_curve.jsonl"
+def _curve(path: Path) -> tuple[list[CurvePoint], list[int]]:
+    """The losses of a training, and the step of each that is no finite number."""
+    points: list[CurvePoint] = []
+    lost: list[int] = []
     if not path.is_file():
-        return []
-    points = []
+        return points, lost
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
-            points.append(
-                CurvePoint(
-                    step=row["step"],
-                    train_loss=row.get("train_loss"),
-                    val_loss=row.get("val_loss"),
-                )
-            )
+            losses = {name: row.get(name) for name in ("train_loss", "val_loss")}
+            for name, loss in losses.items():
+                if loss is not None and not math.isfinite(loss):
+                    losses[name] = None
+                    lost.append(row["step"])
+            points.append(CurvePoint(step=row["step"], **losses))
         except (ValueError, KeyError, TypeError):
             raise SamplesError(f"{path}, line {number}: not a row of a training curve.") from None
-    return points
+    return points, lost
 
 
 def provenance(

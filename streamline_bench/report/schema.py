@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from streamline_bench.core.frozen import Frozen
+from streamline_bench.core.recipe import PublishedResult
 from streamline_bench.stability.comparison import (
     Estimate,
     GenerationComparison,
@@ -99,34 +100,37 @@ class Flip(Frozen):
 
 
 class ScanResult(Frozen):
-    """Similarity of layer boundaries (mean cosine, [L+1, L+1]) and the block that was chosen."""
+    """Similarity of layer boundaries (mean cosine, [L+1, L+1]) and the layers that were removed.
+
+    ``start`` is the first of ``n`` layers in a row; None where they are apart. ``removed`` names
+    them all; boards before version 3 have none here.
+    """
 
     cosine: list[list[float]]
     num_tokens: int
     start: int | None
     n: int | None
+    removed: list[int] = Field(default_factory=list)
 
 
 class CurvePoint(Frozen):
-    """One validation of a training."""
+    """One step of a training; a loss that was not taken, or is no finite number, is None."""
 
     step: int
     train_loss: float | None
     val_loss: float | None
 
 
-class Published(Frozen):
-    """A number of the literature, in percent, for the row's method on another model.
+class Published(PublishedResult):
+    """A number of the literature for the row's method on another model, and ours beside it.
 
-    ``task`` is the task of this report that the metric names, None where there is none.
+    ``task`` is the task or group of this report that the metric names; None where there is none.
+    ``ours`` is the row's own share for it: accuracy on that task, or stability or retention over
+    the row's tasks.
     """
 
-    model: str
-    metric: str
-    value: float
-    sparsity: float | None = None
-    source: str
     task: str | None = None
+    ours: Estimate | None = None
 
 
 class Provenance(Frozen):
@@ -168,6 +172,8 @@ class Row(Frozen):
         other_metrics: task -> metric -> value, for metrics without verdicts (perplexities).
         throughput: where it was measured.
         worst_flips: right before, wrong now; surest first.
+        curve, recovery_curve: losses of the replacement's training, and of the recovery's.
+        curve_notes: what the curves leave out.
         published: numbers of the literature for this method.
     """
 
@@ -201,6 +207,8 @@ class Row(Frozen):
     worst_flips: list[Flip] = Field(default_factory=list)
     scan: ScanResult | None = None
     curve: list[CurvePoint] = Field(default_factory=list)
+    recovery_curve: list[CurvePoint] = Field(default_factory=list)
+    curve_notes: list[str] = Field(default_factory=list)
     published: list[Published] = Field(default_factory=list)
     provenance: Provenance
 
@@ -209,11 +217,14 @@ class Leaderboard(Frozen):
     """Everything a report shows.
 
     The dense row has a result. Version 2 added failed rows, throughput, noise and published
-    numbers; version 1 is still read (:func:`streamline_bench.report.write.read_leaderboard`).
+    numbers. Version 3 added what token distributions a row has on a text, with whom it was scored,
+    the jobs that gave nothing, curves of recoveries, removed layers that are apart, and beside
+    published numbers their unit and ours. Earlier versions are still read
+    (:func:`streamline_bench.report.write.read_leaderboard`).
     """
 
     kind: Literal["streamline-bench leaderboard"] = "streamline-bench leaderboard"
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     title: str
     dense: str
     method: Method

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from streamline_bench.core.staging import atomic_write_text
 from streamline_bench.errors import OutputError, SamplesError
 from streamline_bench.report.csv_view import to_csv
+from streamline_bench.report.earlier import upgraded
 from streamline_bench.report.markdown import to_markdown
 from streamline_bench.report.page import to_html
 from streamline_bench.report.schema import Leaderboard
@@ -30,13 +32,13 @@ def write_report(leaderboard: Mapping[str, Any], output: Path) -> Path:
         The path of ``leaderboard.html``.
 
     Raises:
-        SamplesError: the data does not follow the schema.
+        SamplesError: the data does not follow the schema, or holds a number that is not finite.
         OutputError: the folder cannot be written.
     """
     board = _validated(leaderboard, "the leaderboard")
     output = Path(output)
     views = {
-        "leaderboard.json": json.dumps(board, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "leaderboard.json": _json(board),
         "leaderboard.csv": to_csv(board),
         "leaderboard.md": to_markdown(board),
         "leaderboard.html": to_html(board),
@@ -63,13 +65,40 @@ def read_leaderboard(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise SamplesError(f"{path} cannot be read ({error}); make the report again.") from None
     version = payload.get("schema_version") if isinstance(payload, dict) else None
-    if version == 1:  # every field added since has a default
-        payload = {**payload, "schema_version": 2}
-    elif isinstance(version, int) and version > 2:
+    if isinstance(version, int) and version > 3:
         raise SamplesError(
-            f"{path} has schema version {version}, newer than 2; upgrade streamline-bench."
+            f"{path} has schema version {version}, newer than 3; upgrade streamline-bench."
         )
+    if version in (1, 2):
+        try:
+            payload = upgraded(payload)
+        except (KeyError, TypeError, ValidationError) as error:
+            raise SamplesError(
+                f"{path} is no leaderboard of version {version} "
+                f"({' '.join(str(error).split())}); make the report again."
+            ) from None
     return _validated(payload, str(path))
+
+
+def _json(board: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(board, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError:
+        raise SamplesError(
+            f"The leaderboard holds a number that is not finite, in {_not_finite(board)}; no "
+            "report is written."
+        ) from None
+
+
+def _not_finite(value: Any, where: str = "") -> str:
+    """Where the first such number stands, e.g. ``rows.2.scan.cosine.0.1``."""
+    if isinstance(value, float):
+        return where if not math.isfinite(value) else ""
+    if not isinstance(value, dict | list):
+        return ""
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    inside = (_not_finite(part, f"{where}.{key}".lstrip(".")) for key, part in parts)
+    return next(filter(None, inside), "")
 
 
 def _validated(payload: Any, origin: str) -> dict[str, Any]:

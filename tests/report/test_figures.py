@@ -9,7 +9,9 @@ from streamline_bench.report.figures import curve_svg, matrix_svg
 
 def test_matrix_has_a_cell_per_pair_and_outlines_the_block() -> None:
     cosine = [[1.0, 0.9, 0.5], [0.9, 1.0, 0.8], [0.5, 0.8, 1.0]]
-    root = ElementTree.fromstring(matrix_svg({"cosine": cosine, "start": 1, "n": 1}))
+    root = ElementTree.fromstring(
+        matrix_svg({"cosine": cosine, "start": 1, "n": 1, "removed": [1]})
+    )
     cells = [rect for rect in root.iter("rect") if rect.get("class") is None]
     assert [rect.get("style") for rect in cells] == ["--v:1.000", "--v:0.000", "--v:0.750"]
     (chosen,) = [rect for rect in root.iter("rect") if rect.get("class") == "chosen"]
@@ -20,9 +22,39 @@ def test_matrix_has_a_cell_per_pair_and_outlines_the_block() -> None:
 
 def test_matrix_without_variation_or_block() -> None:
     root = ElementTree.fromstring(
-        matrix_svg({"cosine": [[1.0, 1.0]] * 2, "start": None, "n": None})
+        matrix_svg({"cosine": [[1.0, 1.0]] * 2, "start": None, "n": None, "removed": []})
     )
     assert len(list(root.iter("rect"))) == 1
+
+
+def test_matrix_says_what_it_shows() -> None:
+    cosine = [[1.0, 0.9, 0.5, 0.4], [0.9, 1.0, 0.8, 0.7], [0.5, 0.8, 1.0, 0.95], [0, 0, 0, 1.0]]
+    scan = {"cosine": cosine, "start": 1, "n": 2, "removed": [1, 2]}
+    root = ElementTree.fromstring(matrix_svg(scan))
+    assert root.get("aria-label") == (
+        "Mean cosine between the 4 boundaries of 3 layers; most similar: 2 and 3 (0.950); "
+        "least: 0 and 3 (0.400); removed: block of 2 layers, layers 1 to 2 (0.700)"
+    )
+    apart = {**scan, "start": None, "removed": [0, 2]}
+    root = ElementTree.fromstring(matrix_svg(apart))
+    assert root.get("aria-label").endswith("removed: 2 separate layers, layers 0, 2")
+    chosen = [rect for rect in root.iter("rect") if rect.get("class") == "chosen"]
+    cells = [rect for rect in root.iter("rect") if rect.get("class") is None]
+    for mark, cell in zip(chosen, (cells[0], cells[-1]), strict=True):  # (0, 1) and (2, 3)
+        assert float(mark.get("x")) + 1.5 == float(cell.get("x"))
+        assert float(mark.get("y")) + 1.5 == float(cell.get("y"))
+
+
+def test_curve_says_first_best_and_last_loss() -> None:
+    curve = [{"step": step, "train_loss": 9.0, "val_loss": loss}
+             for step, loss in ((0, 3.0), (40, 1.5), (80, 1.75))]  # fmt: skip
+    root = ElementTree.fromstring(curve_svg(curve, "recovery"))
+    assert root.get("aria-label") == (
+        "Training of the recovery, 80 steps; validation loss: first 3 at step 0, best 1.5 at "
+        "step 40, last 1.75 at step 80"
+    )
+    unvalidated = [{**point, "val_loss": None} for point in curve]
+    assert "training loss: first 9 at step 0" in curve_svg(unvalidated)
 
 
 def test_curve_places_points_by_step_and_loss() -> None:

@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_bench.report.axes import Axis, ticks
+from streamline_bench.report.commands import commands_by_stage
 from streamline_bench.report.forest import forest
 from streamline_bench.report.heat_map import heat_map
 from streamline_bench.report.pareto import Point, frontier, pareto, points_of
 from streamline_bench.report.published import published_numbers
 from streamline_bench.report.ranking import ranked
+from streamline_bench.stability.comparison import Estimate
 
 
 def row(label: str, accuracy: float | None, **fields: Any) -> dict[str, Any]:
@@ -146,13 +148,49 @@ def test_throughput_is_shown_where_two_rows_have_it_else_size() -> None:
     assert pareto(rows[:1]) is None
 
 
+def number(metric: str, **more: Any) -> dict[str, Any]:
+    return {"model": "m", "metric": metric, "value": 1.0, "source": "s", **more}
+
+
 def test_published_numbers_find_the_task_of_their_metric() -> None:
-    recipe = {
-        "published": [
-            {"model": "m", "metric": metric, "value": 1.0, "source": "s"}
-            for metric in ("HellaSwag", "ARC-easy", "average of 13")
-        ]
-    }
-    found = published_numbers(recipe, ["hellaswag", "arc_easy"])
-    assert [item.task for item in found] == ["hellaswag", "arc_easy", None]
-    assert published_numbers({}, ["hellaswag"]) == []
+    names = {
+        "HellaSwag": "local_hellaswag", "HeSw": "local_hellaswag", "ARC-easy": "local_arc_easy",
+        "ARC-e": "local_arc_easy", "C3": "streamline_c3", "Race-H": "streamline_race_high",
+        "MMLU": "mmlu", "average of 13": None, "CoQA": None, "WSC": None,
+    }  # fmt: skip
+    ours = {name: Estimate(value=0.1) for name in filter(None, names.values())}
+    ours["local_commonsense_qa"] = ours["wsc273"] = Estimate(value=0.2)
+    recipe = {"published": [number(metric) for metric in names]}
+    found = published_numbers(recipe, ours)
+    assert [item.task for item in found] == list(names.values())
+    assert [item.ours is None for item in found] == [task is None for task in names.values()]
+    assert published_numbers({}, ours) == []
+
+
+def test_stability_and_retention_stand_beside_the_rows_own() -> None:
+    stable, kept = Estimate(value=0.7), Estimate(value=0.8)
+    recipe = {"published": [number("stability"), number("retained average"), number("average")]}
+    found = published_numbers(recipe, {"piqa": Estimate(value=0.1)}, stability=stable,
+                              retention=kept)  # fmt: skip
+    assert [item.ours for item in found] == [stable, kept, None]
+    assert [item.ours for item in published_numbers(recipe, {})] == [None] * 3
+
+
+def test_numbers_in_other_units_stand_alone() -> None:
+    recipe = {"published": [number("WikiText-2 perplexity"), number("piqa", unit="perplexity")]}
+    found = published_numbers(recipe, {"piqa": Estimate(value=0.1)})
+    assert [(item.unit, item.task) for item in found] == [("perplexity", None)] * 2
+
+
+def test_commands_are_told_apart_by_what_they_do() -> None:
+    stages = commands_by_stage([
+        "lm_eval --model streamline --tasks x", "streamline-bench compress m -o 'a b'",
+        "OMP_NUM_THREADS=1 HF_HUB_OFFLINE='1' /usr/bin/lm_eval --tasks y",
+        "python -m streamline_bench throughput m", "streamline-bench divergence a b",
+        "echo 'unclosed", "tool lm", "",
+    ])  # fmt: skip
+    assert [(name, len(lines)) for name, lines in stages.items()] == [
+        ("Compress", 1), ("Evaluate", 2), ("Compare on a text", 1), ("Measure speed", 1),
+        ("Other", 3),
+    ]  # fmt: skip
+    assert commands_by_stage([]) == {}

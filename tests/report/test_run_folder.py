@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -19,7 +20,7 @@ from streamline_bench.report import (
     read_run_file,
     write_run_file,
 )
-from streamline_bench.report.write import read_leaderboard
+from streamline_bench.report.write import read_leaderboard, write_report
 from streamline_bench.stability.settings import Settings
 
 FEW = Settings(draws=100)
@@ -203,8 +204,20 @@ def test_throughput_reaches_the_rows_of_the_same_label(
     assert (layer["throughput"]["status"], layer["throughput"]["reason"]) == ("failed", "no kernel")
 
 
-def test_a_leaderboard_of_version_1_is_read(built: Path, tmp_path: Path) -> None:
+def of_version_2(built: Path) -> dict[str, Any]:
+    """The board as a release before version 3 wrote it."""
     board = json.loads((built / "leaderboard.json").read_text())
+    for row in board["rows"]:
+        for name in ("divergence", "recovery_curve", "curve_notes", "scored_with", "scored_alone"):
+            del row[name]
+        if row["scan"]:
+            del row["scan"]["removed"]
+    del board["failed_jobs"]
+    return {**board, "schema_version": 2}
+
+
+def test_a_leaderboard_of_version_1_is_read(built: Path, tmp_path: Path) -> None:
+    board = of_version_2(built)
     del board["noise"]
     for row in board["rows"]:
         for name in ("failed", "throughput", "published"):
@@ -212,14 +225,107 @@ def test_a_leaderboard_of_version_1_is_read(built: Path, tmp_path: Path) -> None
     path = tmp_path / "leaderboard.json"
     path.write_text(json.dumps({**board, "schema_version": 1}))
     assert read_leaderboard(path)["rows"][0]["label"] == "dense"
-    path.write_text(json.dumps({**board, "schema_version": 3}))
-    with pytest.raises(SamplesError, match="schema version 3, newer than 2"):
+    path.write_text(json.dumps({**board, "schema_version": 4}))
+    with pytest.raises(SamplesError, match="schema version 4, newer than 3"):
         read_leaderboard(path)
 
 
-def test_unwritable_folder(built: Path, tmp_path: Path) -> None:
-    from streamline_bench.report.write import write_report
+def test_a_leaderboard_of_version_2_shows_what_it_knows(built: Path, tmp_path: Path) -> None:
+    board = of_version_2(built)
+    row = board["rows"][2]
+    common = {"model": "Llama-2-7B", "source": "a paper", "sparsity": None, "task": None}
+    row["published"] = [
+        {**common, "metric": "WikiText-2 perplexity", "value": 12.86},
+        {**common, "metric": "stability", "value": 73.2},
+        {**common, "metric": "Colours", "value": 61.0},
+    ]
+    row["scan"]["start"] = None
+    path = tmp_path / "leaderboard.json"
+    path.write_text(json.dumps(board))
+    read = read_leaderboard(path)["rows"][2]
+    assert [one["unit"] for one in read["published"]] == ["perplexity", "%", "%"]
+    assert [one["task"] for one in read["published"]] == [None, None, "colours"]
+    assert read["published"][0]["ours"] is None
+    assert read["published"][1]["ours"] == row["macro"]["stability"]
+    assert read["published"][2]["ours"] == row["tasks"][0]["accuracy"]
+    assert (read["scan"]["start"], read["scan"]["removed"]) == (6, [6, 7, 8])
+    del row["tasks"][0]["accuracy"]
+    path.write_text(json.dumps(board))
+    with pytest.raises(SamplesError, match="is no leaderboard of version 2"):
+        read_leaderboard(path)
 
+
+def test_a_number_that_is_not_finite_is_named(built: Path, tmp_path: Path) -> None:
+    board = read_leaderboard(built / "leaderboard.json")
+    board["rows"][1]["seconds"]["evaluate"] = float("inf")
+    with pytest.raises(SamplesError, match=r"not finite, in rows\.1\.seconds\.evaluate;"):
+        write_report(board, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def built_with(built: Path, target: Path, curves: dict[str, str], **manifest: Any) -> Any:
+    """The row 'layer' of a copy with other curves and another manifest in its checkpoint."""
+    copy = shutil.copytree(built, target)
+    checkpoint = copy / "layer" / "checkpoint"
+    for name, text in curves.items():
+        (checkpoint / name).write_text(text)
+    payload = json.loads((checkpoint / "streamline.json").read_text())
+    (checkpoint / "streamline.json").write_text(json.dumps({**payload, **manifest}))
+    build_report(copy, settings=FEW, progress=False)
+    row = read_leaderboard(copy / "leaderboard.json")["rows"][2]
+    return row, (copy / "leaderboard.html").read_text()
+
+
+def test_curves_of_replacement_and_recovery(built: Path, tmp_path: Path) -> None:
+    recovery = [{"step": 0, "train_loss": None, "val_loss": 3.0},
+                {"step": 10, "train_loss": 2.5, "val_loss": 2.25}]  # fmt: skip
+    text = "".join(json.dumps(line) + "\n" for line in recovery)
+    row, page = built_with(built, tmp_path / "both", {"recovery_curve.jsonl": text})
+    assert row["recovery_curve"] == recovery and len(row["curve"]) == 11
+    assert row["curve_notes"] == []
+    assert "<b>layer</b>: replacement" in page and "<b>layer</b>: recovery" in page
+    assert "Training of the recovery, 10 steps; validation loss: first 3 at step 0" in page
+
+
+def test_a_training_that_diverged_is_shown_with_a_note(built: Path, tmp_path: Path) -> None:
+    lines = [{"step": 5, "train_loss": 0.5, "val_loss": 0.6},
+             {"step": 6, "train_loss": float("nan"), "val_loss": float("inf")},
+             {"step": 7, "train_loss": float("nan")}]  # fmt: skip
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    row, page = built_with(built, tmp_path / "nan", {"recovery_curve.jsonl": text})
+    assert row["recovery_curve"][1] == {"step": 6, "train_loss": None, "val_loss": None}
+    note = "recovery: 3 losses are no finite numbers, the first at step 6"
+    assert row["curve_notes"] == [note] and page.count(note) == 1
+    lost = "".join(json.dumps({**line, "train_loss": float("nan"), "val_loss": None}) + "\n"
+                   for line in lines)  # fmt: skip
+    _, page = built_with(built, tmp_path / "all", {"recovery_curve.jsonl": lost})
+    assert "recovery: 3 losses" in page, "the note stands where there is nothing to draw"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "start", "words"),
+    [
+        ({"removed_layers": [4, 5, 6, 7]}, 4, "layers 4 to 7"),  # replaceme: start is in blocks
+        ({"removed_layers": [2, 5, 6]}, None, "layers 2, 5 to 6"),  # shortgpt
+        ({"removed_layers": [3], "start": 3}, 3, "layer 3"),
+        ({}, None, None),  # what removes no layer
+    ],
+)
+def test_removed_layers_are_marked(
+    built: Path, tmp_path: Path, chosen: dict[str, Any], start: int | None, words: str | None
+) -> None:
+    row, page = built_with(built, tmp_path / "run", {}, chosen=chosen)
+    removed = chosen.get("removed_layers", [])
+    assert row["scan"]["removed"] == removed and row["scan"]["start"] == start
+    assert row["scan"]["n"] == (len(removed) or None)
+    figure = next(part for part in page.split("<figure") if 'class="names"' in part
+                  and ">layer<" in part)  # fmt: skip
+    assert figure.count('class="chosen"') == (1 if start is not None else len(removed))
+    if words:
+        assert f"</ul>{words}, 4,096 tokens" in figure
+
+
+def test_unwritable_folder(built: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     board = json.loads((built / "leaderboard.json").read_text())
     with pytest.raises(OutputError):
