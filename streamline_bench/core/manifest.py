@@ -84,7 +84,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = Path(folder) / MANIFEST_NAME
     try:
         payload = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); compress again.") from error

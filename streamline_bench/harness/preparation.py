@@ -14,6 +14,7 @@ from streamline_bench.core.checkpoint import Manifest, read_manifest, resolve_pr
 from streamline_bench.errors import CheckpointError, RecipeError
 from streamline_bench.harness.arguments import ModelArguments
 from streamline_bench.methods import compress_cached, load_recipe
+from streamline_bench.methods.loading import dtype_name
 
 __all__ = ["PreparedModel", "prepare"]
 
@@ -107,6 +108,7 @@ def _compressed(pretrained: str, arguments: ModelArguments) -> PreparedModel:
         revision=None if revision in (None, "main") else str(revision),
         cache=None if arguments.cache is None else Path(arguments.cache),
         device=_device(harness.get("device")),
+        dtype=_computing_dtype(harness),
         trust_remote_code=bool(harness.get("trust_remote_code")),
     )
     manifest = read_manifest(result.path)
@@ -128,3 +130,12 @@ def _device(named: Any) -> str:
     """The device HFLM will choose: it takes ``cuda`` for "whatever there is"."""
     device = str(named or "cuda")
     return "cpu" if device.startswith("cuda") and not torch.cuda.is_available() else device
+
+
+def _computing_dtype(harness: Mapping[str, Any]) -> str:
+    """The dtype that is asked for, as for ``compress --dtype``; float32 where it is left open.
+
+    A checkpoint's own dtype (``auto``, the default of the harness) says how weights are stored, and
+    half precision would lose the small updates and differences that most methods look at.
+    """
+    return dtype_name(harness.get("dtype") or harness.get("torch_dtype"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
+import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,21 +20,19 @@ from streamline_bench.core.checkpoint import (
     user_cache,
     write_manifest,
 )
-from streamline_bench.core.manifest import Source, hash_files, update_digest
-from streamline_bench.core.recipe import CalibrationSpec, Recipe
+from streamline_bench.core.manifest import Source, hash_files
+from streamline_bench.core.recipe import Recipe
 from streamline_bench.core.versions import package_versions
-from streamline_bench.errors import CacheError, CheckpointError, RecipeError
+from streamline_bench.errors import CacheError, RecipeError
 from streamline_bench.methods.base import Compressed, Compression
 from streamline_bench.methods.composition import write_compressed
-from streamline_bench.methods.recovery import compress_and_recover, recovery_data
+from streamline_bench.methods.content_key import content_key
+from streamline_bench.methods.recovery import compress_and_recover
 from streamline_bench.methods.registry import check_parameters, get_method
 
-__all__ = ["CachedCheckpoint", "cache_root", "compress", "compress_cached", "content_key"]
+__all__ = ["CachedCheckpoint", "cache_root", "compress", "compress_cached"]
 
 log = logging.getLogger(__name__)
-
-ALGORITHM_VERSION = 1
-"""Part of every cache key; raised when the same recipe would give other weights."""
 
 LOCK_TIMEOUT = 24 * 3600
 
@@ -56,22 +55,6 @@ class CachedCheckpoint:
 def cache_root(cache: Path | None = None) -> Path:
     """Return the cache folder: the argument, ``$STREAMLINE_BENCH_CACHE`` or the user's cache."""
     return Path(cache).expanduser() if cache else user_cache()
-
-
-def content_key(folder: Path, recipe: Recipe) -> str:
-    """Name a result by what decides it: weights, tokenizer, recipe and data (SHA-256 hex)."""
-    payload = {
-        "algorithm": ALGORITHM_VERSION,
-        "weights": CheckpointReader(folder).fingerprint(),
-        "tokenizer": _digest_files(sorted(folder.glob("tokenizer*"))),
-        "recipe": recipe.content_hash(),
-        "calibration": _data_identity(recipe.calibration, folder),
-        "training": _data_identity(recipe.training.data, folder),
-    }
-    recovery = recovery_data(recipe)
-    if recovery is not None:
-        payload["recovery"] = _data_identity(recovery, folder)
-    return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
 
 def compress(
@@ -102,30 +85,24 @@ def compress(
         ``output``.
 
     Raises:
+        CacheError: the cache cannot be written.
         StreamlineBenchError: one of its kinds, with one sentence for the user.
     """
     check_parameters(recipe)
+    _refuse_several_processes()
     folder = resolve_pretrained(pretrained, revision)
     _refuse_compressed(folder)
-    with staged_output(Path(output), overwrite=overwrite) as staging:
-        key = content_key(folder, recipe)
-        work = cache_root(cache) / "work" / key
-        work.mkdir(parents=True, exist_ok=True)
-        job = Compression(folder, recipe, work, device, dtype, trust_remote_code, progress)
-        job.reader.check_finite(progress=progress)
-        started = time.monotonic()
-        method = get_method(recipe.method)
-        if recipe.recovery is None:
-            reader, result = job.reader, method.compress(job)
-        else:
-            reader, result = compress_and_recover(job, method, recipe.recovery)
-        write_compressed(staging, reader, result)
-        source = Source(
-            name=str(pretrained), revision=revision, weights_sha256=job.reader.fingerprint()
-        )
-        manifest = _manifest(staging, job, result, source, time.monotonic() - started)
-        write_manifest(staging, manifest)
-    shutil.rmtree(work, ignore_errors=True)
+    with ExitStack() as lock:
+        with staged_output(Path(output), overwrite=overwrite) as staging:
+            key = content_key(folder, recipe, device=device, dtype=dtype)
+            root = cache_root(cache)
+            # Two calls that make the same share the folder in which it is resumed; held until the
+            # output is published and that folder is gone.
+            lock.enter_context(_alone(root / "locks" / f"{key}.lock"))
+            work = _made(root / "work" / key)
+            job = Compression(folder, recipe, work, device, dtype, trust_remote_code, progress)
+            _compress(job, staging, str(pretrained), revision)
+        shutil.rmtree(work, ignore_errors=True)
     return Path(output)
 
 
@@ -142,24 +119,24 @@ def compress_cached(
 ) -> CachedCheckpoint:
     """Compress a model on first use and reuse the result afterwards.
 
-    Processes that want the same result wait for the first one (file lock).
+    Processes that want the same result wait for the first one (file lock). A result that is there
+    can be had by any number of processes of one ``accelerate launch``; computing one takes a single
+    process.
 
     Raises:
         CacheError: the cache cannot be written, or its lock is held for a day.
+        StreamlineBenchError: what :func:`compress` raises.
     """
-    from filelock import FileLock, Timeout
-
     check_parameters(recipe)
     folder = resolve_pretrained(pretrained, revision)
-    key = content_key(folder, recipe)
+    key = content_key(folder, recipe, device=device, dtype=dtype)
     target = cache_root(cache) / "compressed" / key
     if read_manifest(target) is not None:
         return CachedCheckpoint(target, True, key)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock", timeout=LOCK_TIMEOUT):
-            if read_manifest(target) is not None:
-                return CachedCheckpoint(target, True, key)
+    _refuse_several_processes()
+    with _alone(target.with_name(f"{key}.lock")):
+        reused = read_manifest(target) is not None
+        if not reused:
             compress(
                 pretrained,
                 recipe,
@@ -171,14 +148,73 @@ def compress_cached(
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             )
+    return CachedCheckpoint(target, reused, key)
+
+
+def _compress(job: Compression, staging: Path, name: str, revision: str | None) -> None:
+    """Do the work, and write its result and manifest into ``staging``."""
+    job.reader.check_finite(progress=job.progress)
+    started = time.monotonic()
+    method = get_method(job.recipe.method)
+    if job.recipe.recovery is None:
+        reader, result = job.reader, method.compress(job)
+    else:
+        reader, result = compress_and_recover(job, method, job.recipe.recovery)
+    write_compressed(staging, reader, result)
+    source = Source(name=name, revision=revision, weights_sha256=job.reader.fingerprint())
+    write_manifest(staging, _manifest(staging, job, result, source, time.monotonic() - started))
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a file lock; whoever wants the same waits.
+
+    Raises:
+        CacheError: it cannot be made, or another process holds it for a day.
+    """
+    from filelock import FileLock, Timeout
+
+    _made(path.parent)
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("waiting for another process that makes the same checkpoint (%s)", path)
+            lock.acquire(timeout=LOCK_TIMEOUT)
     except Timeout:
-        raise CacheError(f"{target}.lock is held by another process; stop it or wait.") from None
+        raise CacheError(f"{path} is held by another process; stop it or wait.") from None
     except OSError as error:
-        raise CacheError(
-            f"The cache {target.parent} cannot be written ({error.strerror}); set "
-            "STREAMLINE_BENCH_CACHE to a writable folder."
-        ) from None
-    return CachedCheckpoint(target, False, key)
+        raise _unwritable(path.parent, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    return folder
+
+
+def _unwritable(folder: Path, error: OSError) -> CacheError:
+    return CacheError(
+        f"The cache {folder} cannot be written ({error.strerror or error}); set "
+        "STREAMLINE_BENCH_CACHE to a writable folder."
+    )
+
+
+def _refuse_several_processes() -> None:
+    """Of several processes one would hold the lock and wait for the others in the training."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise RecipeError(
+            f"A recipe is carried out by one process, not by {processes}; run 'streamline-bench "
+            "compress' without accelerate launch or torchrun, then evaluate the folder it writes."
+        )
 
 
 def _refuse_compressed(folder: Path) -> None:
@@ -215,25 +251,3 @@ def _manifest(
         seconds={"compress": round(seconds, 3)},
         files=hash_files(staging),
     )
-
-
-def _data_identity(spec: CalibrationSpec, folder: Path) -> str:
-    """Content of a local source, name of a remote one; read without tokenising anything."""
-    own = folder / "calibration.jsonl"
-    path = own if spec.source == "auto" and own.exists() else Path(spec.source).expanduser()
-    if path.is_file():
-        return _digest_files([path])
-    if path.is_dir():
-        return _digest_files(sorted(p for p in path.rglob("*") if p.is_file()))
-    return spec.source
-
-
-def _digest_files(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.name.encode())
-        try:
-            update_digest(digest, path)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from None
-    return digest.hexdigest()

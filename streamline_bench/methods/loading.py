@@ -5,9 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.errors import CalibrationError, CheckpointError
+from streamline_bench.errors import CalibrationError, CheckpointError, RecipeError
 
-__all__ = ["load_config", "load_model", "load_tokenizer"]
+__all__ = ["dtype_name", "load_config", "load_model", "load_tokenizer"]
+
+
+def dtype_name(dtype: object) -> str:
+    """Return torch's name of the dtype to compute in; None and ``auto`` stand for float32.
+
+    Raises:
+        RecipeError: there is no such floating-point dtype.
+    """
+    import torch
+
+    if dtype is None or dtype == "auto":
+        return "float32"
+    name = str(dtype).removeprefix("torch.")
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise RecipeError(
+            f"'{name}' is no dtype to compute in; give float32, bfloat16 or float16 as dtype."
+        )
+    return str(found).removeprefix("torch.")  # "half" is float16
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -66,7 +85,7 @@ def load_model(
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=getattr(torch, dtype or "float32"),
+            dtype=getattr(torch, dtype_name(dtype)),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,

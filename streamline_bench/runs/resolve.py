@@ -13,7 +13,7 @@ from streamline_bench.core.manifest import update_digest
 from streamline_bench.core.versions import package_versions
 from streamline_bench.errors import RecipeError
 from streamline_bench.resources import resource
-from streamline_bench.runs.plan import Evaluation, NoisePlan, Plan, PlanRow, TextPlan, digest
+from streamline_bench.runs.plan import Evaluation, NoisePlan, Plan, PlanRow, TextPlan
 from streamline_bench.runs.request import Request
 from streamline_bench.runs.rows import Row, resolve_rows
 
@@ -32,7 +32,7 @@ def resolve_plan(request: Request, *, device: str | None = None) -> Plan:
         StreamlineBenchError: the model, a recipe or the task folder cannot be used.
     """
     from streamline_bench.core.checkpoint import CheckpointReader, resolve_pretrained
-    from streamline_bench.methods.compression import content_key
+    from streamline_bench.methods.content_key import content_key
 
     rows = resolve_rows(request)
     folder = resolve_pretrained(request.model, request.revision)
@@ -40,7 +40,7 @@ def resolve_plan(request: Request, *, device: str | None = None) -> Plan:
     device = request.device or device or _device()
 
     def planned(row: Row) -> PlanRow:
-        key = digest([content_key(folder, row.recipe), device.split(":")[0], request.dtype])
+        key = content_key(folder, row.recipe, device=device, dtype=request.dtype)
         recipe = row.recipe.model_dump(mode="json")
         return PlanRow(label=row.label, dense=row.is_dense, recipe=recipe, key=key)
 

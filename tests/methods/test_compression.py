@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +26,9 @@ from transformers import AutoModelForCausalLM
 from streamline_bench.core.checkpoint import read_manifest
 from streamline_bench.core.manifest import verify_files
 from streamline_bench.core.surgery import keep_layers
-from streamline_bench.errors import RecipeError
-from streamline_bench.methods import compress, compress_cached
+from streamline_bench.errors import CacheError, RecipeError
+from streamline_bench.methods import compress, compress_cached, streamline
+from streamline_bench.methods.content_key import content_key
 from streamline_bench.modeling import register
 
 IDS = torch.tensor([[1, 5, 9, 40, 22, 7]])
@@ -171,6 +177,119 @@ def test_cache_key_follows_the_weights(
         for seed in (1, 2)
     }
     assert len(keys) == 2
+
+
+def test_another_dtype_or_device_is_another_result(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Where the states are bfloat16, so are the similarities that the block is chosen by."""
+    recipe = make_recipe("streamline_none")
+    made = {
+        dtype: compress_cached(tiny_llama, recipe, cache=tmp_path, dtype=dtype, progress=False)
+        for dtype in (None, "bfloat16")
+    }
+    assert not any(found.reused for found in made.values())
+    cosines = [
+        json.loads((found.path / "similarity.json").read_text())["cosine"]
+        for found in made.values()
+    ]
+    assert cosines[0] != cosines[1]
+    for same in ("float32", "auto", "torch.float32"):
+        again = compress_cached(tiny_llama, recipe, cache=tmp_path, dtype=same, progress=False)
+        assert again == dataclasses.replace(made[None], reused=True)
+    keys = [content_key(tiny_llama, recipe, device=name) for name in ("cpu", "cuda", "cuda:1")]
+    assert keys[0] != keys[1] == keys[2]
+    with pytest.raises(RecipeError, match="'bf16' is no dtype to compute in"):
+        compress(tiny_llama, recipe, tmp_path / "out", dtype="bf16", progress=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vocab.json",
+        "merges.txt",
+        "spiece.model",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+        "generation_config.json",
+    ],
+)
+def test_cache_key_follows_every_file_of_the_tokenizer(
+    name: str, tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    recipe, keys = make_recipe("streamline_none"), []
+    for content in ('{"a": 1}', '{"a": 2}'):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(content, encoding="utf-8")
+        keys.append(content_key(model, recipe))
+    assert keys[0] != keys[1]
+    moved = model.rename(tmp_path / "moved")
+    assert content_key(moved, recipe) == keys[1]
+
+
+def test_two_that_make_the_same_take_turns(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The first to end removes the folder that both resume from."""
+    inside: list[Path] = []
+    most: list[int] = []
+    choose = streamline.Streamline.compress
+
+    def watched(self: Any, work: Any) -> Any:
+        inside.append(work.work)
+        most.append(len(inside))
+        time.sleep(0.3)
+        assert work.work.is_dir()
+        result = choose(self, work)
+        assert inside == [work.work]
+        inside.clear()
+        return result
+
+    monkeypatch.setattr(streamline.Streamline, "compress", watched)
+    recipe = make_recipe("streamline_none")
+    with ThreadPoolExecutor(2) as pool:
+        options = {"cache": tmp_path / "cache", "progress": False}
+        outs = pool.map(lambda n: compress(tiny_llama, recipe, tmp_path / n, **options), "ab")
+        digests = {_digest(out) for out in outs}
+    assert (len(digests), most) == (1, [1, 1])
+    assert not list((tmp_path / "cache" / "work").iterdir())
+
+
+def test_errors_of_files_within_a_compression_are_not_blamed_on_the_cache(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    def fails(self: Any, work: Any) -> Any:
+        raise FileNotFoundError(2, "gone", "text.txt")
+
+    monkeypatch.setattr(streamline.Streamline, "compress", fails)
+    with pytest.raises(FileNotFoundError):
+        compress_cached(tiny_llama, make_recipe(), cache=tmp_path / "cache", progress=False)
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    for start in (compress_cached, functools.partial(compress, output=tmp_path / "out")):
+        with pytest.raises(CacheError, match="set STREAMLINE_BENCH_CACHE to a writable folder"):
+            start(tiny_llama, recipe=make_recipe(), cache=blocker / "cache", progress=False)
+
+
+def test_several_processes_may_take_a_result_and_not_make_one(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Each would wait for the others: one in the training, the rest at the lock."""
+    recipe = make_recipe("streamline_none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = "carried out by one process, not by 2; run 'streamline-bench compress'"
+    with pytest.raises(RecipeError, match=message):
+        compress_cached(tiny_llama, recipe, cache=tmp_path, progress=False)
+    with pytest.raises(RecipeError, match=message):
+        compress(tiny_llama, recipe, tmp_path / "out", progress=False)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    made = compress_cached(tiny_llama, recipe, cache=tmp_path, progress=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    again = compress_cached(tiny_llama, recipe, cache=tmp_path, progress=False)
+    assert again == dataclasses.replace(made, reused=True)
 
 
 def test_a_compressed_model_is_not_compressed_again(

@@ -32,7 +32,7 @@ from streamline_bench.errors import (
     RecipeError,
 )
 from streamline_bench.methods import compress, load_recipe
-from streamline_bench.methods.compression import content_key
+from streamline_bench.methods.content_key import content_key
 from streamline_bench.methods.recovery_training import choose_parameters, train_recovery
 from streamline_bench.modeling import register
 

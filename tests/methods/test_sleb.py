@@ -89,7 +89,8 @@ def test_an_interrupted_search_goes_on(
 
 
 def _kept(recipe: Any, folder: Path) -> list[Path]:
-    from streamline_bench.methods.compression import cache_root, content_key
+    from streamline_bench.methods.compression import cache_root
+    from streamline_bench.methods.content_key import content_key
 
     return list((cache_root() / "work" / content_key(folder, recipe)).glob("sleb.json"))
 

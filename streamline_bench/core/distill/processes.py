@@ -1,7 +1,9 @@
 """One process or several: how micro-batches are shared out and sums are formed.
 
-Hidden-state training uses one process. LM training goes through accelerate, so that
-``accelerate launch`` spreads it over the GPUs of a machine.
+Hidden-state training uses one process. LM training goes through accelerate, so that a program that
+calls it directly can be spread over the GPUs of a machine by ``accelerate launch``. Recipes
+(``streamline-bench compress``, ``recipe=`` in the harness) are carried out by one process, because
+all the rest of a compression is; they refuse more.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from typing import Any
 from streamline_bench.core.architecture import Architecture, architecture_of
 from streamline_bench.core.checkpoint import CheckpointReader
 from streamline_bench.core.fingerprint import tensor_digests
+from streamline_bench.core.tokenizer_files import tokenizer_files
 from streamline_bench.methods.loading import load_config
 from streamline_bench.modeling.attachments import BEFORE_FIRST
 
@@ -35,15 +36,6 @@ _NO_PART = {
     "transformers_version",
     "use_cache",
 }
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-)
 
 
 @dataclass(frozen=True)
@@ -179,10 +171,7 @@ def _root_config(
 
 
 def _tokenizer(folder: Path) -> dict[str, str]:
-    found = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
-    return {
-        f"tokenizer file {path.name}": _content(path) for path in sorted(found) if path.is_file()
-    }
+    return {f"tokenizer file {path.name}": _content(path) for path in tokenizer_files(folder)}
 
 
 def _content(path: Path) -> str:
