@@ -14,9 +14,11 @@
     │   └── ComparisonError      two runs that must not be compared
     ├── ThroughputError          a speed measurement that cannot be made or read
     ├── EvaluationError          the harness, or another job of a comparison, failed
+    │   └── OpenCompassError     OpenCompass did not finish what it was asked
     ├── ClusterError             a Ray cluster that cannot be reached or is too small
     ├── CacheError               a cache entry or lock that cannot be used
-    └── MissingDependencyError   an optional package that is not installed
+    ├── MissingDependencyError   an optional package that is not installed
+    └── InstallationError        files of this package that are missing
 
 Each message is one sentence that says what was wrong, with the value, and what to do next.
 The command line prints the message and exits with code 2.
@@ -32,8 +34,10 @@ __all__ = [
     "ClusterError",
     "ComparisonError",
     "EvaluationError",
+    "InstallationError",
     "MissingDependencyError",
     "NumericsError",
+    "OpenCompassError",
     "OutputError",
     "RecipeError",
     "SamplesError",
@@ -91,6 +95,10 @@ class EvaluationError(StreamlineBenchError):
     """The harness ended with an error, or with output that is not whole."""
 
 
+class OpenCompassError(EvaluationError):
+    """OpenCompass did not finish what it was asked."""
+
+
 class ClusterError(StreamlineBenchError):
     """A Ray cluster cannot be reached, or cannot give what a job asks for."""
 
@@ -101,3 +109,7 @@ class CacheError(StreamlineBenchError):
 
 class MissingDependencyError(StreamlineBenchError):
     """An optional package is needed and not installed."""
+
+
+class InstallationError(StreamlineBenchError):
+    """Files that belong to this package are missing."""

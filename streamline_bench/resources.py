@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from streamline_bench.errors import InstallationError
+
 __all__ = ["resource"]
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -16,11 +18,11 @@ def resource(name: str) -> Path:
     package.
 
     Raises:
-        FileNotFoundError: the installation is incomplete.
+        InstallationError: the installation is incomplete.
     """
     for folder in (_PACKAGE / "_data" / name, _PACKAGE.parent / name):
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(
+    raise InstallationError(
         f"The data folder '{name}' of streamline-bench is missing; reinstall the package."
     )

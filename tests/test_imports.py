@@ -11,7 +11,7 @@ import pytest
 
 LEVELS = {
     "errors": 0,
-    "resources": 0,
+    "resources": 1,
     "core": 1,
     "modeling": 2,
     "methods": 3,

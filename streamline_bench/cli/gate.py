@@ -56,6 +56,7 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     run: Path,
     against: Path | None,
     reference: Path | None,

@@ -95,7 +95,7 @@ def command(
     setup_logging(quiet=quiet or as_json)
     progress = not (quiet or as_json)
     from streamline_bench.opencompass.execution import inspect_environment
-    from streamline_bench.opencompass.run_folder import claim_folder, evaluate, write_config
+    from streamline_bench.opencompass.run_folder import claimed_folder, evaluate, write_config
 
     # A config alone, for given GPUs, can be written where OpenCompass is not installed.
     environment = None if config_only and gpus is not None else inspect_environment(python)
@@ -110,15 +110,15 @@ def command(
         settings,
         gpus=gpus or 0,
     )
-    claim_folder(output, plan, overwrite=overwrite)
-    if environment is None or config_only:
-        config = write_config(output, plan)
-        click.echo(f"opencompass {config} -w {output / 'work'}")
-        return
-    run = evaluate(output, plan, environment, in_process=in_process, progress=progress)
-    from streamline_bench.report import build_report
+    with claimed_folder(output, plan, overwrite=overwrite):
+        if environment is None or config_only:
+            config = write_config(output, plan)
+            click.echo(f"opencompass {config} -w {output / 'work'}")
+            return
+        run = evaluate(output, plan, environment, in_process=in_process, progress=progress)
+        from streamline_bench.report import build_report
 
-    report = build_report(output, progress=progress)
+        report = build_report(output, progress=progress)
     if as_json:
         click.echo(json.dumps(run.model_dump(mode="json"), indent=2))
     elif not quiet:

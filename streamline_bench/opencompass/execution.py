@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -19,11 +18,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from streamline_bench.errors import MissingDependencyError, StreamlineBenchError
+from streamline_bench.core.leash import LeashedProcess
+from streamline_bench.errors import MissingDependencyError, OpenCompassError, StreamlineBenchError
 from streamline_bench.opencompass.availability import OPENCOMPASS_INSTALL
 from streamline_bench.stability.opencompass_config import DumpedConfig, read_dumped_config
 
-__all__ = ["Environment", "OpenCompassError", "inspect_environment", "run_opencompass"]
+__all__ = ["Environment", "inspect_environment", "run_opencompass"]
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +46,6 @@ except ImportError:
     gpus = 0
 print(json.dumps({"versions": found, "missing": missing, "gpus": gpus}))
 """
-
-
-class OpenCompassError(StreamlineBenchError):
-    """OpenCompass did not finish what it was asked."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +103,14 @@ def run_opencompass(
 ) -> tuple[Path, list[str]]:
     """Run a config, or what is still missing of an earlier, interrupted run.
 
+    OpenCompass and its tasks end with this process, however that ends.
+
     Args:
         config: the config file.
-        folder: gets ``work/<time>/`` (OpenCompass's own tree) and ``opencompass.log``. OpenCompass
-            is started in ``folder/scratch``, where its ``tmp`` and ``.cache`` stay; a folder
-            ``data`` of the current folder is linked there, as its data sets look for it.
+        folder: held by this process (see :mod:`.run_folder`); gets ``work/<time>/``, OpenCompass's
+            own tree, and ``opencompass.log``. OpenCompass is started in ``folder/scratch``, where
+            its ``tmp`` and ``.cache`` stay; a folder ``data`` of the current folder is linked
+            there, as its data sets look for it.
         in_process: one process for all tasks (OpenCompass's ``--debug``): starts faster, but a
             failing task ends all.
 
@@ -170,29 +169,20 @@ def _drop_damaged(run: Path) -> None:
 
 def _call(command: Sequence[str], scratch: Path, work: Path, log_file: Path, progress: bool) -> int:
     """Run the command with its output in a file, showing how many predictions there are."""
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    with (
-        log_file.open("a", encoding="utf-8") as stream,
-        subprocess.Popen(
-            command,
-            cwd=scratch,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        ) as process,
-        _bar(progress) as bar,
-    ):
+    python, *module = command
+    leashed = [python, "-m", "streamline_bench.core.leash", *module[1:]]
+    environment = {"TOKENIZERS_PARALLELISM": "false"}
+    with log_file.open("ab") as stream, _bar(progress) as bar:
+        process = LeashedProcess(leashed, stream, environment=environment, folder=scratch)
         try:
-            while process.poll() is None:
+            while (code := process.poll()) is None:
                 time.sleep(0.5)
                 _show(bar, work)
         except BaseException:
-            os.killpg(process.pid, signal.SIGTERM)  # It starts its tasks in processes of their own.
-            process.wait()
+            process.end()
             raise
         _show(bar, work)
-        return process.returncode
+        return code
 
 
 def _bar(progress: bool) -> tqdm[Any]:

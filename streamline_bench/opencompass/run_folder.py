@@ -15,50 +15,99 @@ import logging
 import shlex
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.core.checkpoint import Manifest, atomic_write_text
+from streamline_bench.core.checkpoint import Manifest
+from streamline_bench.core.folder_lock import lock_folder
+from streamline_bench.core.staging import atomic_write_text
 from streamline_bench.core.versions import package_versions
 from streamline_bench.errors import OutputError
 from streamline_bench.opencompass.execution import Environment, run_opencompass
 from streamline_bench.opencompass.run_plan import ModelEntry, RunPlan, config_text
 from streamline_bench.opencompass.source import find_source
-from streamline_bench.report.run_folder import RunFile, RunRow, write_run_file
+from streamline_bench.report.run_folder import RUN_FILE, RunFile, RunRow, write_run_file
 
-__all__ = ["claim_folder", "evaluate", "write_config"]
+__all__ = ["claimed_folder", "evaluate", "write_config"]
 
 log = logging.getLogger(__name__)
 
 CLAIM = "opencompass.json"
+_REPORT = ("json", "csv", "md", "html")
+_MADE = (
+    *("work", "scratch", "config.py", "opencompass.log", RUN_FILE),
+    *(f"leaderboard.{kind}" for kind in _REPORT),
+    CLAIM,
+)
 
 
-def claim_folder(folder: Path, plan: RunPlan, *, overwrite: bool = False) -> None:
-    """Note what a folder was started with; refuse to mix two different runs in it.
+@contextmanager
+def claimed_folder(folder: Path, plan: RunPlan, *, overwrite: bool = False) -> Iterator[None]:
+    """Hold a folder for this run alone, and note in it what the run was asked.
+
+    Args:
+        overwrite: remove what an earlier run made there, once the plan has proved good.
 
     Raises:
-        OutputError: it holds something else, or cannot be written.
+        OutputError: another run is at work there, it holds something else, or cannot be written.
+        StreamlineBenchError: the plan has no config.
     """
-    path = folder / CLAIM
-    if overwrite and path.exists():
-        shutil.rmtree(folder)
-    wanted = json.loads(json.dumps(plan.as_data()))
-    if path.exists():
-        if json.loads(path.read_text(encoding="utf-8")) == wanted:
-            return
-        if (folder / "work").exists():
-            raise OutputError(
-                f"{folder} holds an OpenCompass run of other models, data sets or options; give "
-                "another --output or pass --overwrite."
-            )
-    elif folder.exists() and any(folder.iterdir()):
-        raise OutputError(f"{folder} exists and is no OpenCompass run; give another --output.")
+    config_text(plan)
+    _check_usable(folder)
+    with lock_folder(folder):
+        if overwrite:
+            _remove_run(folder)
+        _claim(folder, plan)
+        yield
+
+
+def _check_usable(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is not a folder; give another --output.")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(path, json.dumps(wanted, indent=2) + "\n")
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     except OSError as error:
-        raise OutputError(f"{folder} cannot be written ({error.strerror}).") from None
+        raise OutputError(f"{folder} cannot be read ({error.strerror}).") from None
+    # A run that was killed before its claim was written leaves only hidden files.
+    if CLAIM not in names and any(not name.startswith(".") for name in names):
+        raise OutputError(f"{folder} exists and is no OpenCompass run; give another --output.")
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove what a run makes, and nothing else; the claim last."""
+    try:
+        for name in _MADE:
+            path = folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be cleared ({error.strerror or error}); give another --output."
+        ) from None
+
+
+def _claim(folder: Path, plan: RunPlan) -> None:
+    path = folder / CLAIM
+    wanted = json.loads(json.dumps(plan.as_data()))
+    try:
+        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"{path} is damaged ({error}); pass --overwrite to begin anew, or give another "
+            "--output."
+        ) from None
+    if there == wanted:
+        return
+    if there is not None and (folder / "work").exists():
+        raise OutputError(
+            f"{folder} holds an OpenCompass run of other models, data sets or options; give "
+            "another --output or pass --overwrite."
+        )
+    atomic_write_text(path, json.dumps(wanted, indent=2) + "\n")
 
 
 def write_config(folder: Path, plan: RunPlan) -> Path:

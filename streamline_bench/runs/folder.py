@@ -17,13 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from streamline_bench.core.staging import atomic_write_text
+from streamline_bench.core.folder_lock import lock_folder
 from streamline_bench.errors import OutputError
 from streamline_bench.runs.plan import PLAN_FILE, Plan, differences, read_plan, write_plan
 
-__all__ = ["LOCK_FILE", "claim", "job_folder", "locked"]
-
-LOCK_FILE = ".lock"
+__all__ = ["claim", "job_folder", "locked"]
 
 
 def job_folder(run: Path, name: str) -> Path:
@@ -38,25 +36,9 @@ def locked(run: Path) -> Iterator[None]:
     Raises:
         OutputError: another run holds it, or it cannot be written or holds something else.
     """
-    from filelock import FileLock, Timeout
-
     _check_usable(run)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run / LOCK_FILE, timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise OutputError(
-            f"Another run is at work in {run}{_holder(run)}; wait for it, or give another --output."
-        ) from None
-    except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"{run} cannot be written ({reason}); give another --output.") from None
-    try:
-        _note_holder(run)
+    with lock_folder(run):
         yield
-    finally:
-        lock.release()
 
 
 def claim(run: Path, plan: Plan) -> None:
@@ -90,18 +72,3 @@ def _check_usable(run: Path) -> None:
         raise OutputError(
             f"{run} exists and is no run folder (it has no {PLAN_FILE}); give another --output."
         )
-
-
-def _note_holder(run: Path) -> None:
-    import os
-    import platform
-
-    atomic_write_text(run / f"{LOCK_FILE}.holder", f"process {os.getpid()} on {platform.node()}\n")
-
-
-def _holder(run: Path) -> str:
-    try:
-        text = (run / f"{LOCK_FILE}.holder").read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
-    return f" ({text})"

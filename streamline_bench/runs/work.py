@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from streamline_bench.core.leash import hold_leash
 from streamline_bench.errors import StreamlineBenchError
 from streamline_bench.runs.folder import job_folder
 from streamline_bench.runs.marker import count_attempt, write_done, write_failed
-from streamline_bench.runs.process import hold_leash
 
 __all__ = ["Product", "main", "write_job"]
 

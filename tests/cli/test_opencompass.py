@@ -86,7 +86,8 @@ def test_config_only_writes_nothing_else(
     output = tmp_path / "run"
     done = CliRunner().invoke(cli, arguments(tiny_llama, output, "--config-only"))
     assert done.output.startswith(f"opencompass {output / 'config.py'} -w ")
-    assert sorted(each.name for each in output.iterdir()) == ["config.py", "opencompass.json"]
+    names = sorted(each.name for each in output.iterdir() if not each.name.startswith("."))
+    assert names == ["config.py", "opencompass.json"]
 
 
 def test_another_run_in_the_same_folder_is_refused(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 CONFIG = """
@@ -30,7 +31,7 @@ def main() -> None:
     if fault == "start":
         raise ModuleNotFoundError("No module named 'zebra'")
     if fault == "sleep":
-        time.sleep(60)
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(60)"], check=True)
     run = Path(arguments.work_dir) / arguments.reuse
     (run / "configs").mkdir(parents=True, exist_ok=True)
     (run / "configs" / "a.py").write_text(CONFIG)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from streamline_bench.errors import MissingDependencyError
+from streamline_bench.errors import MissingDependencyError, OpenCompassError
 from streamline_bench.opencompass.execution import (
     Environment,
-    OpenCompassError,
     inspect_environment,
     run_opencompass,
 )
@@ -115,17 +119,13 @@ def test_the_same_command_goes_on_and_half_written_files_are_made_again(
 def test_an_interrupt_ends_opencompass_too(
     fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
-
-    import psutil
-
     from streamline_bench.opencompass import execution
 
     monkeypatch.setenv("FAKE", "sleep")
     children: list[psutil.Process] = []
 
     def interrupt(seconds: float) -> None:
-        children.extend(psutil.Process(os.getpid()).children())
+        children.extend(_with_task(psutil.Process(os.getpid())))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(execution.time, "sleep", interrupt)
@@ -133,3 +133,35 @@ def test_an_interrupt_ends_opencompass_too(
         run(tmp_path)
     gone, alive = psutil.wait_procs(children, timeout=20)
     assert gone and not alive
+
+
+STARTER = """
+import sys
+from pathlib import Path
+from streamline_bench.opencompass.execution import Environment, run_opencompass
+folder = Path(sys.argv[1])
+run_opencompass(Environment(sys.executable, {}, 0), folder / "c.py", folder, progress=False)
+"""
+
+
+def test_opencompass_does_not_outlive_who_started_it(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After kill -9, too: else it would write on into a folder that the next run takes."""
+    monkeypatch.setenv("FAKE", "sleep")
+    starter = subprocess.Popen([sys.executable, "-c", STARTER, str(tmp_path)])
+    children = _with_task(psutil.Process(starter.pid))
+    starter.kill()
+    starter.wait()
+    gone, alive = psutil.wait_procs(children, timeout=20)
+    assert len(gone) == 2 and not alive
+
+
+def _with_task(starter: psutil.Process) -> list[psutil.Process]:
+    """OpenCompass and its task, once both run."""
+    until = time.monotonic() + 60
+    found: list[psutil.Process] = []
+    while len(found) < 2 and time.monotonic() < until:
+        threading.Event().wait(0.05)  # time.sleep may be replaced
+        found = starter.children(recursive=True)
+    return found

@@ -26,7 +26,7 @@ from streamline_bench.runs.process import JobProcess
 SLEEPER = """
 import subprocess, sys, time
 from pathlib import Path
-from streamline_bench.runs.process import hold_leash
+from streamline_bench.core.leash import hold_leash
 hold_leash()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 Path(sys.argv[1], "child").write_text(f"{child.pid}.")
@@ -102,7 +102,7 @@ def test_a_killed_job_leaves_no_child_behind(run: Path) -> None:
 def test_a_job_that_ignores_the_request_to_end_is_killed(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamline_bench.runs.process.GRACE", 0.2)
+    monkeypatch.setattr("streamline_bench.core.leash.GRACE", 0.2)
     deaf = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SLEEPER
     process = JobProcess(run, "j", {}, command=("-c", deaf))
     _child(run)
