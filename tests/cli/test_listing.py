@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 
@@ -24,11 +25,112 @@ def test_recipe_file_name_is_its_name(repository: Path) -> None:
         assert yaml.safe_load(path.read_text(encoding="utf-8"))["name"] == path.stem
 
 
-def test_published_numbers_carry_their_source(call: Callable[..., Any]) -> None:
-    rows = json.loads(call("recipes", "--json").out)
-    published = [number for row in rows for number in row["published"]]
-    assert len(published) >= 8
-    assert all(number["source"] and number["model"] for number in published)
+NO_PAPERS_METHOD = {"dense", "first_layers"}
+
+NOTHING_TO_SET = {
+    "dense", "first_layers", "last_layers", "last_layers_lora", "last_layers_partial",
+    "linear_patch", "shortened_llama_ppl",
+}  # fmt: skip
+"""Recipes of methods without parameters that decide the result."""
+
+NO_PUBLISHED_NUMBERS = {
+    "dense", "first_layers", "laco_rdsc", "last_layers", "llm_pruner_uniform", "magnitude_l1",
+    "magnitude_l2", "random_layers", "ridge_map", "shortened_llama_taylor_plus", "slicegpt_lora",
+    "slicegpt_paper", "streamline_ffn_res", "streamline_linear", "streamline_swiglu",
+    "streamline_swiglu_res", "uidl_simple",
+}  # fmt: skip
+"""Ours, or of a paper whose own numbers were not at hand (their ``reproduces`` says which)."""
+
+
+@pytest.fixture
+def recipes(call: Callable[..., Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in json.loads(call("recipes", "--json").out)}
+
+
+def test_every_recipe_says_what_it_is_and_what_it_reproduces(
+    recipes: dict[str, dict[str, Any]],
+) -> None:
+    for name, row in recipes.items():
+        assert row["title"] and (row["reproduces"] or "").endswith("."), name
+        cited = (row["paper"] is not None, row["link"] is not None)
+        assert cited == ((False, False) if name in NO_PAPERS_METHOD else (True, True)), name
+        if row["link"]:
+            number = row["link"].rsplit("/", 1)[-1]
+            assert row["link"].startswith("https://arxiv.org/abs/") and number in row["paper"], name
+    titles = [row["title"] for row in recipes.values()]
+    assert len(set(titles)) == len(titles)
+
+
+def test_every_recipe_gives_its_parameters(
+    recipes: dict[str, dict[str, Any]], repository: Path
+) -> None:
+    for name, row in recipes.items():
+        written = yaml.safe_load((repository / "baselines" / f"{name}.yaml").read_text())
+        given = bool(written.get("parameters") or written.get("replacement"))
+        assert given == (name not in NOTHING_TO_SET), name
+        assert isinstance(row["parameters"], dict), name
+        size = (written.get("sparsity"), written.get("parameters", {}).get("slicing"))
+        assert any(size) == (name != "dense"), name
+
+
+def test_published_numbers_are_whole_and_carry_their_source(
+    recipes: dict[str, dict[str, Any]],
+) -> None:
+    assert {name for name, row in recipes.items() if not row["published"]} == NO_PUBLISHED_NUMBERS
+    for name, row in recipes.items():
+        for number in row["published"]:
+            told = f"{name}: {number}"
+            assert number["source"] and number["model"] and number["metric"], told
+            perplexity = "perplexity" in number["metric"]
+            assert number["unit"] == ("perplexity" if perplexity else "%"), told
+            assert 0 < number["value"] <= 100 and 0 < (number["sparsity"] or 0.5) < 0.5 + 1e-9, told
+        named = [(n["model"], n["metric"], n["value"], n["source"]) for n in row["published"]]
+        assert len(set(named)) == len(named), name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "metric", "value"),
+    [
+        ("llm_pruner", "Llama-2-7B", "average of 13", 34.78),
+        ("llm_pruner", "Llama-2-13B", "average of 13", 38.97),
+        ("llm_pruner", "Llama-3-8B", "WikiText-2 perplexity at 2048", 34.13),
+        ("shortgpt", "Llama-3.1-8B-Instruct", "average of 8 after fine-tuning", 40.8),
+        ("shortgpt", "Llama-2-7B", "QA average", 56.52),
+        ("uidl", "Llama-2-7B", "retained average", 90.3),
+        ("uidl", "Llama-3-8B-Instruct", "retained average", 89.5),
+        ("laco", "Llama-2-7B", "retained average", 80.28),
+        ("laco", "Llama-2-13B", "retained average", 85.21),
+        ("laco", "Llama-2-13B", "WikiText perplexity", 13.93),
+        ("last_layers_partial", "Llama-3-8B", "average of 8 tasks (acc)", 56.33),
+        ("linear_patch", "Llama-3-8B", "QA average", 70.01),
+        ("streamline", "Qwen3-8B", "average of 7", 50.49),
+        ("streamline_lm", "Llama-2-7B to 4.7B", "ARC-e", 64.6),
+    ],
+)
+def test_numbers_of_papers_and_re_runs(
+    recipes: dict[str, dict[str, Any]], recipe: str, model: str, metric: str, value: float
+) -> None:
+    numbers = [(n["model"], n["metric"], n["value"]) for n in recipes[recipe]["published"]]
+    assert (model, metric, value) in numbers
+
+
+def test_published_numbers_stand_beside_the_tasks_of_a_packaged_plan(
+    recipes: dict[str, dict[str, Any]], repository: Path
+) -> None:
+    from streamline_bench.report.published import published_numbers
+    from streamline_bench.stability.comparison import Estimate
+
+    plan = yaml.safe_load((repository / "reports" / "plans" / "stories260k.yaml").read_text())
+    accuracies = {task: Estimate(value=0.5) for task in plan["tasks"]}
+    found: dict[str, set[str]] = {}
+    for name in plan["recipes"]:
+        for one in published_numbers(recipes[name], accuracies):
+            if one.task:
+                found.setdefault(one.metric, set()).add(one.task)
+    assert found == {
+        "PIQA": {"local_piqa"}, "HellaSwag": {"local_hellaswag"}, "ARC-e": {"local_arc_easy"},
+        "BoolQ": {"local_boolq"}, "C3": {"local_c3"},
+    }  # fmt: skip
 
 
 def test_show_one_recipe_as_yaml_that_loads_again(call: Callable[..., Any], tmp_path: Path) -> None:
