@@ -5,9 +5,9 @@
     <folder>/<label>/README.md                   metadata and text
     <folder>/<label>/.eval_results/<task>.yaml   one for each task on a data set of the Hub
 
-The formats are the Hub's (https://huggingface.co/docs/hub/model-cards and
-https://huggingface.co/docs/hub/eval-results). ``hf upload OWNER/NAME <folder>/<label>`` puts them
-beside the weights.
+or, for the checkpoints of a run, beside their weights. ``hf upload OWNER/NAME FOLDER`` puts either
+on the Hub, whose formats these are (https://huggingface.co/docs/hub/model-cards and
+https://huggingface.co/docs/hub/eval-results).
 """
 
 from __future__ import annotations
@@ -24,8 +24,17 @@ from streamline_bench.errors import OutputError
 from streamline_bench.report.card_text import card_text
 from streamline_bench.report.datasets import is_hub_id
 from streamline_bench.report.escaping import visible_text
+from streamline_bench.report.run_folder import read_run_file
+from streamline_bench.report.write import read_leaderboard
 
-__all__ = ["evaluation_results", "model_card", "model_index", "write_model_cards"]
+__all__ = [
+    "evaluation_results",
+    "model_card",
+    "model_index",
+    "write_checkpoint_cards",
+    "write_model_card",
+    "write_model_cards",
+]
 
 
 def write_model_cards(board: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -39,19 +48,51 @@ def write_model_cards(board: Mapping[str, Any], folder: Path) -> list[Path]:
         if row["is_dense"] or row["failed"]:
             continue
         target = Path(folder) / _file_name(row["label"], {path.name for path in written})
-        entries = evaluation_results(board, row)
-        try:
-            (target / ".eval_results" if entries else target).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"The model card cannot be written to '{target}' ({error.strerror})."
-            ) from None
-        for task, entry in entries.items():
-            name = f"{_file_name(task, set())}.yaml"
-            atomic_write_text(target / ".eval_results" / name, _yaml([entry]))
-        atomic_write_text(target / "README.md", model_card(board, row))
+        write_model_card(board, row, target)
         written.append(target)
     return written
+
+
+def write_checkpoint_cards(run: Path) -> list[Path]:
+    """Write the card of every checkpoint of a run into it; return their README.md.
+
+    The run's ``leaderboard.json`` is there. Checkpoints outside the run folder, and rows without a
+    result, get none. The manifest of a checkpoint does not name its card, so it stays true.
+
+    Raises:
+        SamplesError: run.json or leaderboard.json is missing or damaged.
+        OutputError: a checkpoint cannot be written to.
+    """
+    run = Path(run)
+    board = read_leaderboard(run / "leaderboard.json")
+    folders = {row.label: run / row.checkpoint for row in read_run_file(run).rows if row.checkpoint}
+    return [
+        write_model_card(board, row, folders[row["label"]])
+        for row in board["rows"]
+        if row["macro"]
+        and row["label"] in folders
+        and folders[row["label"]].resolve().is_relative_to(run.resolve())
+    ]
+
+
+def write_model_card(board: Mapping[str, Any], row: Mapping[str, Any], folder: Path) -> Path:
+    """Write the card of one compressed row with a result into ``folder``; return its README.md.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    entries = evaluation_results(board, row)
+    results = folder / ".eval_results"
+    try:
+        (results if entries else folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"The model card cannot be written to '{folder}' ({error.strerror})."
+        ) from None
+    for task, entry in entries.items():
+        atomic_write_text(results / f"{_file_name(task, set())}.yaml", _yaml([entry]))
+    atomic_write_text(folder / "README.md", model_card(board, row))
+    return folder / "README.md"
 
 
 def model_card(board: Mapping[str, Any], row: Mapping[str, Any]) -> str:

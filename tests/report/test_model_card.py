@@ -12,11 +12,19 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from streamline_bench.core.manifest import (
+    hash_files,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
+from streamline_bench.report import build_report, read_run_file, write_run_file
 from streamline_bench.report.leaderboard import RowSource, build_leaderboard
 from streamline_bench.report.model_card import (
     evaluation_results,
     model_card,
     model_index,
+    write_checkpoint_cards,
     write_model_cards,
 )
 from streamline_bench.stability.settings import Settings
@@ -87,6 +95,27 @@ def test_a_card_for_every_compressed_model_that_has_a_result(
     assert all(folder.parent == tmp_path for folder in folders)
     text = (folders[1] / "README.md").read_text()
     assert "12 → 10 layers" in text and "ab" * 32 in text and "| colours | 120 |" in text
+
+
+def test_a_runs_checkpoints_get_their_cards(
+    make_run: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run")
+    given = read_run_file(run)
+    elsewhere = tmp_path / "elsewhere"
+    (run / "none" / "checkpoint").rename(elsewhere)
+    rows = [row.model_copy(update={"checkpoint": str(elsewhere)}) if row.label == "none" else row
+            for row in given.rows]  # fmt: skip
+    write_run_file(run, given.model_copy(update={"rows": rows}))
+    build_report(run, settings=Settings(draws=100), progress=False)
+    checkpoint = run / "layer" / "checkpoint"
+    manifest = read_manifest(checkpoint).model_copy(update={"files": hash_files(checkpoint)})
+    write_manifest(checkpoint, manifest)
+    written = write_checkpoint_cards(run)
+    assert written == [checkpoint / "README.md"]
+    assert not (elsewhere / "README.md").exists(), "a checkpoint outside the run is not ours"
+    assert ModelCard.load(written[0]).data.model_name == "layer"
+    verify_files(checkpoint, manifest)
 
 
 def test_hostile_strings_stay_text(board: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -84,17 +85,44 @@ def test_a_fresh_run_agrees_within_the_intervals(
     """
     checks, outside = 0, []
     for before, now in zip(committed["rows"], fresh["rows"], strict=True):
-        if before["is_dense"]:
-            gap = now["accuracy_macro"]["value"] - before["accuracy_macro"]["value"]
-            assert abs(gap) <= 1.96 * before["accuracy_macro"]["standard_error"]
-            continue
-        assert _outside(before["macro"], now["macro"]) == []
-        assert _outside(before["micro"], now["micro"]) == []
+        assert _far(before["accuracy_macro"], now["accuracy_macro"]) == []
         for one, other in zip(before["tasks"], now["tasks"], strict=True):
-            checks += len(_SCORES)
-            found = _outside(one["comparison"], other["comparison"])
+            found = _far(one["accuracy"], other["accuracy"])
+            checks += 1
+            if not before["is_dense"]:
+                checks += len(_SCORES) + len(_DIRECTIONS)
+                found += _outside(one["comparison"], other["comparison"])
+                found += _other_flips(one["comparison"], other["comparison"])
             outside += [(before["label"], one["task"], name) for name in found]
+        if not before["is_dense"]:
+            for scope in ("macro", "micro"):
+                assert _outside(before[scope], now[scope]) == []
+            assert _other_flips(before["micro"], now["micro"]) == []
     assert len(outside) <= 0.05 * checks, outside
+
+
+_DIRECTIONS = ("right_to_wrong", "wrong_to_right")
+
+
+def _far(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Accuracies further apart than the committed one's error explains."""
+    gap = abs(now["value"] - before["value"])
+    return ["accuracy"] if gap > 1.96 * (before["standard_error"] or 0.0) else []
+
+
+def _other_flips(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Directions in which the number of flips changed by more than counting explains.
+
+    A number of flips is one of n documents, so that its deviation is at most that of a binomial.
+    """
+    found = []
+    for name in _DIRECTIONS:
+        share = before["flips"][name] / before["n"]
+        # One flip of the committed run is the least that a task without any has to allow for.
+        error = math.sqrt(max(share * (1 - share) * before["n"], 1.0))
+        if abs(now["flips"][name] - before["flips"][name]) > 1.96 * error:
+            found.append(name)
+    return found
 
 
 _SCORES = ("difference", "agreement", "stability")
