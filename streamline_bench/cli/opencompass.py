@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from streamline_bench.cli.options import parse_assignments, setup_logging
+from streamline_bench.cli.yaml_values import yaml_assignments
 
 __all__ = ["command"]
 
@@ -134,14 +135,12 @@ def _plan(
     *,
     gpus: int,
 ) -> Any:
-    import yaml
-
     from streamline_bench.opencompass.run_plan import RunPlan, entries
 
     device = settings.pop("device")
-    engine = parse_assignments(settings.pop("engine_arguments"))
+    engine = yaml_assignments("--engine-arg", settings.pop("engine_arguments"))
     options = {
-        "model_kwargs": {key: yaml.safe_load(value) for key, value in engine.items()} or None,
+        "model_kwargs": engine or None,
         "device": device or (None if gpus else "cpu"),
         "dtype": settings.pop("dtype"),
         "max_seq_len": settings.pop("max_seq_len"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from streamline_bench.cli.given import refuse_given
 from streamline_bench.cli.options import print_table, setup_logging
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ __all__ = ["command"]
 
 _DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 _GIB = 1 << 30
+_OF_BATCHES = ("batch", "rounds", "warmup_rounds", "clock", "one_at_a_time")
+_OF_SERVING = ("request_rate", "requests", "max_concurrency", "port")
+_OF_VLLM = ("eager", "prefix_caching", "kv_cache_gib")
 _Number = TypeVar("_Number", int, float)
 
 
@@ -64,7 +68,13 @@ def _list_of(kind: Callable[[str], _Number]) -> Callable[..., tuple[_Number, ...
     show_default=True,
     help="With --serve: requests per second.",
 )
-@click.option("--requests", type=click.IntRange(1), default=32, show_default=True)
+@click.option(
+    "--requests",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="With --serve: at each rate.",
+)
 @click.option("--max-concurrency", type=click.IntRange(1), help="With --serve: in flight at most.")
 @click.option("--port", type=click.IntRange(1, 65535), help="With --serve  [default: a free one]")
 @click.option("--dtype", type=_DTYPES, default="auto", show_default=True)
@@ -82,8 +92,8 @@ def _list_of(kind: Callable[[str], _Number]) -> Callable[..., tuple[_Number, ...
     type=click.Choice(["wall", "cpu"]),
     help="What tokens are counted against  [default: cpu seconds on a CPU, else wall]",
 )
-@click.option("--eager/--no-eager", default=None, help="Without compilation and CUDA graphs.")
-@click.option("--prefix-caching", is_flag=True, help="Let the engine reuse prompts it has seen.")
+@click.option("--eager/--no-eager", default=None, help="vLLM without compilation and CUDA graphs.")
+@click.option("--prefix-caching", is_flag=True, help="Let vLLM reuse prompts it has seen.")
 @click.option("--kv-cache-gib", type=click.FloatRange(0, min_open=True), help="vLLM's cache.")
 @click.option("--one-at-a-time", is_flag=True, help="For models that do not fit beside each other.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True)
@@ -100,7 +110,10 @@ def _list_of(kind: Callable[[str], _Number]) -> Callable[..., tuple[_Number, ...
 )
 @click.option("--overwrite", is_flag=True, help="Replace a throughput.json that is there.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no table.")
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     models: tuple[str, ...],
     serving: bool,
     paper: bool,
@@ -122,6 +135,7 @@ def command(
         raise click.UsageError(f"--serve runs vLLM's server; it does not go with {wrong}.")
     if paper and engine == "vllm":
         raise click.UsageError("--paper runs transformers; it does not go with --engine vllm.")
+    _refuse_ignored(ctx, engine or "hf", serving, paper)
     setup_logging(quiet=quiet or as_json)
     named = _named(models)
     _require_free(output, overwrite)
@@ -134,6 +148,17 @@ def command(
         _show(record)
     if any(model.reason for model in record.models):
         sys.exit(1)
+
+
+def _refuse_ignored(ctx: click.Context, engine: str, serving: bool, paper: bool) -> None:
+    if serving:
+        refuse_given(ctx, "--serve sends requests, model after model", *_OF_BATCHES)
+        return
+    refuse_given(ctx, "it goes with --serve", *_OF_SERVING)
+    if engine == "hf":
+        refuse_given(ctx, "it goes with --engine vllm", *_OF_VLLM)
+    if paper:
+        refuse_given(ctx, "--paper runs one sequence at a time", "batch")
 
 
 def _named(models: tuple[str, ...]) -> dict[str, str]:

@@ -74,7 +74,8 @@ def test_json_of_a_model_that_fails_and_exit_code_1(
 
 
 def test_paper_mode_shows_the_papers_figures(call: Call, tiny_llama: Path) -> None:
-    ended = call("throughput", tiny_llama, *QUICK, "--paper")
+    without_batch = [word for word in QUICK if word not in ("--batch", "1,2")]
+    ended = call("throughput", tiny_llama, *without_batch, "--paper")
     assert ended.code == 0, ended.err
     assert "19.87" in ended.out and "27.20" in ended.out and "1.37" in ended.out
 
@@ -89,6 +90,18 @@ def test_paper_mode_shows_the_papers_figures(call: Call, tiny_llama: Path) -> No
         (("--serve", "--engine", "hf"), "does not go with --engine hf"),
         (("--paper", "--engine", "vllm"), "does not go with --engine vllm"),
         (("--dense", "other"), "'other' is not among the models"),
+        (("--serve", "--batch", "1"), "--batch has no effect here; --serve sends requests"),
+        (("--serve", "--rounds", "6"), "--rounds has no effect here"),
+        (("--serve", "--clock", "cpu"), "--clock has no effect here"),
+        (("--serve", "--one-at-a-time"), "--one-at-a-time has no effect here"),
+        (("--request-rate", "1"), "--request-rate has no effect here; it goes with --serve"),
+        (("--requests", "4"), "--requests has no effect here"),
+        (("--port", "80"), "--port has no effect here"),
+        (("--engine", "vllm", "--max-concurrency", "2"), "--max-concurrency has no effect here"),
+        (("--no-eager",), "--eager has no effect here; it goes with --engine vllm"),
+        (("--kv-cache-gib", "1"), "--kv-cache-gib has no effect here"),
+        (("--engine", "hf", "--prefix-caching"), "--prefix-caching has no effect here"),
+        (("--paper", "--batch", "1"), "--batch has no effect here; --paper runs one sequence"),
     ],
 )
 def test_bad_options(call: Call, options: tuple[str, ...], message: str, tiny_llama: Path) -> None:

@@ -1,0 +1,36 @@
+"""``KEY=VALUE`` options whose values are YAML: numbers, true and false, lists, text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+__all__ = ["yaml_assignments"]
+
+
+def yaml_assignments(option: str, given: tuple[str, ...]) -> dict[str, Any]:
+    """Read what an option was given.
+
+    Args:
+        option: its name, for the message: ``--engine-arg``.
+
+    Raises:
+        click.BadParameter: one has no ``=``, or a value that is no YAML.
+    """
+    import yaml
+
+    parsed = {}
+    for assignment in given:
+        key, separator, value = assignment.partition("=")
+        if not separator or not key.strip():
+            raise click.BadParameter(f"'{assignment}' is not KEY=VALUE", param_hint=option)
+        try:
+            parsed[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(getattr(error, "problem", None) or error).split())
+            raise click.BadParameter(
+                f"'{value}' for '{key.strip()}' is no YAML value ({reason}); quote it",
+                param_hint=option,
+            ) from None
+    return parsed
