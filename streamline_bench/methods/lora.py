@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from streamline_bench.core.architecture import Architecture, architecture_of, decoder_layers
 from streamline_bench.core.recipe import RecoverySpec
 from streamline_bench.errors import ArchitectureError
+from streamline_bench.methods.lazy_tensors import LazyTensors
 from streamline_bench.methods.trainable_parameters import TrainableParameters
 
 __all__ = ["LoraParameters", "target_modules"]
@@ -64,15 +65,18 @@ class LoraParameters(TrainableParameters):
             digest = hashlib.sha256(f"{self._seed} {step}".encode()).digest()
             torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
+    def merged(self) -> LazyTensors:
+        """Return name in the model -> weight with its update added, float32 on the CPU.
+
+        Each is added up when it is asked for: together they are a second model.
+        """
+        return LazyTensors(self.weights, self._merged)
+
     @torch.no_grad()
-    def merged(self) -> dict[str, Tensor]:
-        """Return name in the model -> weight with its update added, float32 on the CPU."""
-        return {
-            f"{path}.weight": (
-                layer.get_base_layer().weight.float() + layer.get_delta_weight(_ADAPTER)
-            ).cpu()
-            for path, layer in self._layers.items()
-        }
+    def _merged(self, name: str) -> Tensor:
+        layer = self._layers[name.removesuffix(".weight")]
+        merged: Tensor = layer.get_base_layer().weight.float() + layer.get_delta_weight(_ADAPTER)
+        return merged.cpu()
 
 
 def target_modules(model: Any, spec: RecoverySpec) -> dict[str, nn.Module]:

@@ -23,6 +23,7 @@ from streamline_bench.core.staging import atomic_write_text
 from streamline_bench.errors import ArchitectureError, NumericsError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.composition import write_compressed
+from streamline_bench.methods.lazy_tensors import LazyTensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,10 +132,10 @@ def _recovered(
     summary: Mapping[str, Any],
     untied: bool,
 ) -> Compressed:
-    tensors = {
-        stored[name]: _as_stored(reader, stored[name], weight)
-        for name, weight in result.weights.items()
-    }
+    in_model = {stored[name]: name for name in result.weights}
+    tensors = LazyTensors(
+        in_model, lambda name: _as_stored(reader, name, result.weights[in_model[name]])
+    )
     config = dict(reader.config)
     if untied:
         config["tie_word_embeddings"] = False

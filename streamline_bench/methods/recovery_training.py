@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,12 @@ class RecoveryResult:
 
     Attributes:
         weights: name in the model -> weight, float32 on the CPU: those with the lowest validation
-            loss, updates of LoRA merged.
+            loss, updates of LoRA merged. Made from the model on each access; it is kept alive.
         curve: rows with step, lr, train_loss, val_loss, tokens, seconds.
         summary: what the manifest records; JSON.
     """
 
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     curve: list[dict[str, Any]]
     summary: dict[str, Any]
 

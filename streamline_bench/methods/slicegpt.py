@@ -20,6 +20,7 @@ from streamline_bench.core.shards import layers_prefix
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.depth import config_json
+from streamline_bench.methods.lazy_tensors import LazyTensors
 from streamline_bench.methods.norm_fusion import fuse_norms
 from streamline_bench.methods.principal_axes import require_tokens
 from streamline_bench.methods.signal_store import SignalStore
@@ -85,7 +86,7 @@ class SliceGPT(Method):
         # The model is taken apart in place, so that there is never a second one; whoever asks for
         # the source after this loads it again.
         model = work.model
-        work.__dict__.pop("model")
+        work.release_model()
         fuse_norms(model)
         kept = _rotate(work, model, tokens, plan, options)
         config = streamline_config(sliced_host(work.config), rotations=sizes.rotations(plan.width))
@@ -150,11 +151,11 @@ def _rotate(
     return [round(share, 6) for share in rotation.kept]
 
 
-def _stored(work: Compression, model: Any) -> dict[str, Tensor]:
+def _stored(work: Compression, model: Any) -> LazyTensors:
     """Return the tensors to write, in the dtype that the source's layers are stored in."""
     prefix = layers_prefix(work.reader, architecture_of(work.config))
     layer = [work.reader.entry(n) for n in work.reader.names if n.startswith(f"{prefix}.0.")]
     # The largest tensor is a matrix; norms are kept in float32 by some.
     dtype = _DTYPES.get(max(layer, key=lambda entry: entry.numel).dtype, torch.float32)
-    state = model.state_dict()
-    return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    state: dict[str, Tensor] = model.state_dict()
+    return LazyTensors(state, lambda name: state[name].to("cpu", dtype).contiguous())

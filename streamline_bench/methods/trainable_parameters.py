@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.recipe import RecoverySpec
 from streamline_bench.errors import RecipeError
+from streamline_bench.methods.lazy_tensors import LazyTensors
 
 __all__ = ["TrainableParameters", "full_parameters", "partial_parameters", "untie_embeddings"]
 
@@ -65,9 +66,9 @@ class TrainableParameters:
     def begin(self, step: int | None) -> None:
         """Nothing to prepare: there is no dropout."""
 
-    def merged(self) -> dict[str, Tensor]:
-        """Return name in the model -> trained weight, float32 on the CPU."""
-        return self.state_on_cpu()
+    def merged(self) -> LazyTensors:
+        """Return name in the model -> trained weight, float32 on the CPU, where it stands now."""
+        return LazyTensors(self._chosen, lambda name: self._chosen[name].detach().cpu())
 
 
 def partial_parameters(model: Any, spec: RecoverySpec) -> TrainableParameters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from streamline_bench.core.checkpoint import CheckpointReader, read_manifest
 from streamline_bench.core.recipe import Recipe
 from streamline_bench.errors import ArchitectureError, CalibrationError, RecipeError, SparsityError
 from streamline_bench.methods import compress
+from streamline_bench.methods.base import Compression
+from streamline_bench.methods.slicegpt import SliceGPT
 from streamline_bench.modeling import register
 
 IDS = torch.tensor([[1, 5, 9, 40, 22, 7], [1, 80, 33, 3, 96, 12]])
@@ -41,6 +44,13 @@ def _load(folder: Path) -> Any:
 def _logits(folder: Path) -> torch.Tensor:
     with torch.no_grad():
         return _load(folder)(IDS).logits  # type: ignore[no-any-return]
+
+
+def _in_bfloat16(folder: Path, target: Path) -> Path:
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(target)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (target / name).write_bytes((folder / name).read_bytes())
+    return target
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "opt"])
@@ -96,13 +106,23 @@ def test_principal_axes_lose_less_than_others(
 def test_a_bfloat16_source_gives_a_bfloat16_result(
     tiny_llama: Path, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    source = tmp_path / "source"
-    AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).save_pretrained(source)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (source / name).write_bytes((tiny_llama / name).read_bytes())
+    source = _in_bfloat16(tiny_llama, tmp_path / "source")
     out = compress(source, recipe(), tmp_path / "out", progress=False)
     reader = CheckpointReader(out)
     assert {reader.entry(name).dtype for name in reader.names} == {"BF16"}
+
+
+def test_tensors_of_another_dtype_are_cast_one_at_a_time(
+    tiny_llama: Path, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    source = _in_bfloat16(tiny_llama, tmp_path / "source")
+    result = SliceGPT().compress(Compression(source, recipe(), tmp_path, progress=False))
+    seen: list[weakref.ref[torch.Tensor]] = []
+    for tensor in result.tensors.values():
+        assert tensor.dtype == torch.bfloat16
+        assert sum(reference() is not None for reference in seen) <= 1
+        seen.append(weakref.ref(tensor))
+    assert len(seen) == len(result.tensors) > 40
 
 
 def test_options_reach_the_rotation(

@@ -78,6 +78,7 @@ class Loop:
         if self.state.step:
             self.student.load(self.state.weights)
             load_moments(optimizer, self.state.moments)
+            self.state.forget_copies()
         else:
             self._validate(lr=None)
         bar = tqdm(
@@ -94,6 +95,7 @@ class Loop:
                 bar.update()
                 if self._checkpoint_is_due():
                     self._checkpoint(optimizer)
+        optimizer.zero_grad(set_to_none=True)  # as large as what was trained
         return self.state
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -233,8 +235,9 @@ class Loop:
 
     def _checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
         self.state.seconds = self._elapsed()
-        self.state.weights = self.student.state_on_cpu()
-        self.state.moments = optimizer_moments(optimizer)
         if self.processes.is_main:
+            self.state.weights = self.student.state_on_cpu()
+            self.state.moments = optimizer_moments(optimizer)
             save_state(self.work, self.key, self.state)
+            self.state.forget_copies()
         self.processes.wait()

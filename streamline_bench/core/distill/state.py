@@ -34,8 +34,10 @@ class TrainingState:
 
     Attributes:
         step: optimizer steps done.
-        weights: the replacement's weights; best: a copy of those with the lowest validation loss.
-        moments: AdamW's state, ``<parameter index>.<name>``.
+        weights: what is trained, and moments: AdamW's state (``<parameter index>.<name>``); both
+            empty but while a checkpoint is written or read, because the trainee and its optimizer
+            have them.
+        best: a copy of the weights with the lowest validation loss.
         best_step, best_loss: when and what the lowest validation loss was (infinite: none yet).
         tokens: training tokens seen; seconds: time spent, over all attempts.
         pending: (sum of losses, number of terms) since the last row of the curve.
@@ -52,6 +54,10 @@ class TrainingState:
     seconds: float = 0.0
     pending: tuple[float, int] = (0.0, 0)
     curve: list[dict[str, Any]] = field(default_factory=list)
+
+    def forget_copies(self) -> None:
+        """Let go of what the trainee and its optimizer hold as well."""
+        self.weights, self.moments = {}, {}
 
 
 _NUMBERS = ("step", "best_step", "best_loss", "tokens", "seconds", "pending", "curve")
@@ -105,10 +111,13 @@ def load_state(folder: Path, key: str) -> TrainingState | None:
 
 
 def optimizer_moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's per-parameter tensors on the CPU, by position and name."""
+    """Return the optimizer's per-parameter tensors on the CPU, by position and name.
+
+    Where they are on the CPU, these are the optimizer's own.
+    """
     state = optimizer.state_dict()["state"]
     return {
-        f"{index}.{name}": torch.as_tensor(value).detach().to("cpu", copy=True)
+        f"{index}.{name}": torch.as_tensor(value).detach().cpu()
         for index, values in state.items()
         for name, value in values.items()
     }
