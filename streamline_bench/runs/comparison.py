@@ -27,6 +27,7 @@ from streamline_bench.runs.progress import watching
 from streamline_bench.runs.request import Request, RowRequest, make_request
 from streamline_bench.runs.resolve import resolve_plan
 from streamline_bench.runs.scheduler import JobState, Scheduler
+from streamline_bench.runs.together import forget_answers
 
 __all__ = ["STAGES", "CompareResult", "Terminated", "compare", "compare_request"]
 
@@ -145,6 +146,8 @@ def _run(
     finally:
         executor.stop()
     states = scheduler.states
+    if until != "compress" and not row_failures(plan, states):
+        forget_answers(output)
     report = None
     if until == "report" and states[f"score-{plan.reference}"].succeeded:
         description = describe_run(output, plan, states)

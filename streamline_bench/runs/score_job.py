@@ -35,7 +35,7 @@ def score_row(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
         print(shlex.join(command), flush=True)
         call_harness(command, job_folder(run, name) / "log.txt")
         check_scores(staging)
-    facts = {"together": [], "alone": payload.get("alone")}
+    facts: dict[str, Any] = {"together": [], "alone": payload.get("alone")}
     return Product([payload["output"]], command=reader_command(run, payload), facts=facts)
 
 

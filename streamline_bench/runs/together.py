@@ -6,12 +6,12 @@ one way is kept in the other.
 
 from __future__ import annotations
 
+import glob
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamline_bench.errors import OutputError, StreamlineBenchError
 from streamline_bench.resources import resource
@@ -24,10 +24,23 @@ from streamline_bench.runs.plan import Evaluation, digest
 from streamline_bench.runs.score_job import check_scores
 from streamline_bench.runs.work import Product
 
-__all__ = ["Grouping", "groups_of", "score_rows_together", "together_payload", "unit_of"]
+if TYPE_CHECKING:
+    from streamline_bench.harness.trunk import LabelOutcome
+
+__all__ = [
+    "Grouping",
+    "forget_answers",
+    "groups_of",
+    "score_rows_together",
+    "together_payload",
+    "unit_of",
+]
 
 _WAITING = ".scored"
-"""Below ``jobs``: finished rows of a walk, until it ends, or ends after it was interrupted."""
+"""Below ``jobs``: a finished row, for the moment until it is moved to its place."""
+
+_ANSWERS = ".answers"
+"""Below ``jobs``: what unfinished rows have answered, for the attempt after an interruption."""
 
 
 def unit_of(jobs: Sequence[Job]) -> Unit:
@@ -108,20 +121,33 @@ def score_rows_together(run: Path, name: str, payload: Mapping[str, Any]) -> Pro
         label: job_folder(run, _WAITING) / f"{label}-{row['key'][:16]}"
         for label, row in rows.items()
     }
-    began = time.monotonic()
+    _forget_others(outputs)
     request = TrunkRequest.model_validate(_request(run, rows, outputs))
-    outcome = score_together(request, progress=False)
-    seconds = (time.monotonic() - began) / len(rows)
-    for label, result in outcome.labels.items():
+
+    def publish(label: str, result: LabelOutcome) -> None:
         row = rows[label]
-        walk = next((names for names in outcome.walks if label in names), ())
-        facts = {"together": list(walk), "alone": result.reason}
         if result.status == "failed":
             reason = result.reason or "It could not be scored."
-            write_failed(run, row["name"], key=row["key"], reason=reason)
+            write_failed(run, row["name"], key=row["key"], reason=" ".join(reason.split()))
         else:
-            _publish(run, row, outputs[label], seconds, facts)
+            _publish(run, row, outputs[label], result)
+
+    outcome = score_together(request, progress=False, on_label=publish)
     return Product([], facts={"walks": outcome.walks, "seconds": outcome.seconds})
+
+
+def forget_answers(run: Path) -> None:
+    """Remove what walks keep for another attempt, once every row has its result."""
+    for name in (_WAITING, _ANSWERS):
+        shutil.rmtree(job_folder(run, name), ignore_errors=True)
+
+
+def _forget_others(outputs: Mapping[str, Path]) -> None:
+    """Remove outputs that these rows left with other options, or another version, long ago."""
+    for label, output in outputs.items():
+        for path in output.parent.glob(f"{glob.escape(label)}-*"):
+            if path.name.rpartition("-")[0] == label and path != output:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _request(run: Path, rows: Mapping[str, Any], outputs: Mapping[str, Path]) -> dict[str, Any]:
@@ -137,6 +163,7 @@ def _request(run: Path, rows: Mapping[str, Any], outputs: Mapping[str, Path]) ->
             for label, model in models.items()
         },
         "outputs": outputs,
+        "journal": job_folder(run, _ANSWERS),
         "tasks": evaluation.tasks,
         "include_path": evaluation.include_path or resource("tasks") / "lm_eval",
         "limit": evaluation.limit,
@@ -149,15 +176,15 @@ def _request(run: Path, rows: Mapping[str, Any], outputs: Mapping[str, Path]) ->
     }
 
 
-def _publish(
-    run: Path, row: Mapping[str, Any], made: Path, seconds: float, facts: dict[str, Any]
-) -> None:
+def _publish(run: Path, row: Mapping[str, Any], made: Path, result: LabelOutcome) -> None:
     """Check one row's scores, move them to their place and say that they are there."""
     payload = row["payload"]
     target = run / payload["output"]
     try:
         check_scores(made)
     except StreamlineBenchError as error:
+        # Left here, they would be taken for this row's result again, and fail again.
+        shutil.rmtree(made, ignore_errors=True)
         write_failed(run, row["name"], key=row["key"], reason=" ".join(str(error).split()))
         return
     try:
@@ -171,8 +198,8 @@ def _publish(
         run,
         row["name"],
         key=row["key"],
-        seconds=seconds,
+        seconds=result.seconds,
         products=[payload["output"]],
         command=reader_command(run, payload),
-        facts=facts,
+        facts={"together": list(result.company), "alone": result.reason},
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from streamline_bench.harness.trunk.request import LabelOutcome, TrunkOutcome, TrunkRequest
+from streamline_bench.harness.trunk.walk import Walk
 from streamline_bench.methods import compress, load_recipe
 from streamline_bench.runs.folder import job_folder
 from streamline_bench.runs.jobs import Job, plan_jobs
@@ -17,6 +19,7 @@ from streamline_bench.runs.marker import read_done, read_failed
 from streamline_bench.runs.plan import Plan
 from streamline_bench.runs.request import Request
 from streamline_bench.runs.resolve import resolve_plan
+from streamline_bench.runs.score_job import check_scores
 from streamline_bench.runs.together import (
     groups_of,
     score_rows_together,
@@ -85,16 +88,24 @@ def test_every_row_is_published_or_failed_by_itself(
     by_label = {job.labels[0]: job for job in jobs}
     asked: list[TrunkRequest] = []
 
-    def score(request: TrunkRequest, *, progress: bool) -> TrunkOutcome:
+    def score(
+        request: TrunkRequest, *, progress: bool, on_label: Callable[[str, LabelOutcome], None]
+    ) -> TrunkOutcome:
         asked.append(request)
         shutil.copytree(lm_eval_outputs / "dense", request.outputs["dense"])
         shutil.copytree(lm_eval_outputs / "pruned", request.outputs["last_layers"])
         samples = next(request.outputs["last_layers"].rglob("samples_*.jsonl"))
         samples.write_text(samples.read_text(encoding="utf-8")[:-20], encoding="utf-8")
-        ok = LabelOutcome(status="ok", together=True)
+        walk = ("dense", "last_layers")
+        ok = LabelOutcome(status="ok", company=walk, seconds=4.5)
         failed = LabelOutcome(status="failed", reason="Layer 3 is NaN.")
         outcomes = {"dense": ok, "first_layers": failed, "last_layers": ok}
-        return TrunkOutcome(labels=outcomes, walks=(("dense", "last_layers"),))
+        for label, outcome in outcomes.items():
+            on_label(label, outcome)
+            # It is published at once, not when all are scored.
+            name, key = by_label[label].name, by_label[label].key
+            assert read_done(run, name, key) or read_failed(run, name, key)
+        return TrunkOutcome(labels=outcomes, walks=(walk,))
 
     monkeypatch.setattr("streamline_bench.harness.trunk.score_together", score)
     stale = run / "dense" / "eval"
@@ -109,6 +120,7 @@ def test_every_row_is_published_or_failed_by_itself(
     dense = read_done(run, "score-dense", by_label["dense"].key)
     assert dense is not None
     assert dense.facts["together"] == ["dense", "last_layers"]
+    assert dense.seconds == 4.5
     assert dense.command is not None
     assert f"--output_path {run}/dense/eval" in dense.command
     assert not (stale / "results_2020-01-01T00-00-00.000000.json").exists()
@@ -119,3 +131,101 @@ def test_every_row_is_published_or_failed_by_itself(
     assert last is not None
     assert "samples_" in last.reason
     assert not (run / "last_layers" / "eval").exists()
+    # What cannot be read is not there for the next attempt to stumble over.
+    assert not request.outputs["last_layers"].exists()
+
+
+@dataclass(frozen=True)
+class Walking:
+    """A run folder and its scoring jobs."""
+
+    run: Path
+    jobs: list[Job]
+
+    def score(self) -> dict[str, list[str]]:
+        """Score them; return job -> the labels it was scored with."""
+        score_rows_together(self.run, unit_of(self.jobs).name, together_payload(self.jobs))
+        done = {job.name: read_done(self.run, job.name, job.key) for job in self.jobs}
+        return {
+            name: sorted(each.facts["together"]) for name, each in done.items() if each is not None
+        }
+
+    def outputs(self) -> list[Path]:
+        """Folders of rows that are scored and not yet published."""
+        return sorted((self.run / "jobs" / ".scored").iterdir())
+
+
+@pytest.fixture
+def walking(make: Callable[..., Request], tasks: Path, tiny_llama: Path, tmp_path: Path) -> Walking:
+    """A run folder with two rows that share layers, compressed but not scored."""
+    request = make(
+        recipes=["last_layers"], tasks=["words"], include_path=str(tasks), batch_size="1"
+    )
+    plan = resolve_plan(request)
+    run = tmp_path / "run"
+    for job in plan_jobs(plan):
+        job_folder(run, job.name).mkdir(parents=True)
+    recipe = load_recipe("last_layers", {"n_layers": 2})
+    compress(tiny_llama, recipe, run / "last_layers" / "checkpoint", progress=False)
+    return Walking(run, _scoring(plan))
+
+
+@pytest.mark.slow
+def test_a_scored_row_that_was_damaged_before_it_was_published_is_scored_again(
+    walking: Walking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("streamline_bench.runs.together._publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            walking.score()
+    (made,) = walking.outputs()
+    samples = next(made.rglob("samples_*.jsonl"))
+    samples.write_bytes(samples.read_bytes()[:-20])
+    other = made.with_name(f"dense-{16 * '0'}")  # of other options, long ago
+    other.mkdir()
+    assert set(walking.score()) == {"score-dense", "score-last_layers"}
+    assert walking.outputs() == []
+    check_scores(walking.run / "dense" / "eval")
+
+
+@pytest.mark.slow
+def test_a_walk_that_was_stopped_goes_on_where_it_was(
+    walking: Walking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    real = Walk._leg_by_leg
+
+    def counted(walk: Walk, labels: Sequence[str]) -> Callable[[list[Any]], list[Any]]:
+        answer = real(walk, labels)
+
+        def count(batch: list[Any]) -> list[Any]:
+            if len(batches) == stop_after:
+                raise KeyboardInterrupt
+            batches.append(len(batch))
+            return answer(batch)
+
+        return count
+
+    monkeypatch.setattr(Walk, "_leg_by_leg", counted)
+    monkeypatch.setattr("streamline_bench.harness.budgets.CPU_TOKENS", 1)  # small batches
+    stop_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        walking.score()
+    assert len(batches) == 3
+    stop_after = 1000
+    walk = ["dense", "last_layers"]
+    assert walking.score() == {"score-dense": walk, "score-last_layers": walk}
+    together = len(batches)
+    interrupted = _samples(walking.run)
+    for job in walking.jobs:
+        (job_folder(walking.run, job.name) / "done.json").unlink()
+    walking.score()
+    assert len(batches) - together == together > 3  # as many as without the interruption
+    assert _samples(walking.run) == interrupted
+
+
+def _samples(run: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(run.glob("*/eval/**/samples_*.jsonl"))]

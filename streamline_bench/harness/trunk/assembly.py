@@ -12,6 +12,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.errors import CheckpointError, StreamlineBenchError
 from streamline_bench.harness.trunk.evaluation import model_arguments
+from streamline_bench.harness.trunk.journal import Journal
 from streamline_bench.harness.trunk.legs import legs_of
 from streamline_bench.harness.trunk.lm import TrunkLM
 from streamline_bench.harness.trunk.request import TrunkRequest
@@ -70,18 +71,20 @@ def assemble(
     labels: Sequence[str],
     stacks: Mapping[str, Stack],
     *,
+    journals: Mapping[str, Journal] | None = None,
     progress: bool = True,
 ) -> Assembly:
     """Load models and let them walk together as far as they can.
 
     Args:
-        labels: in walking order.
+        labels: in walking order; a single one continues a walk whose other rows are finished.
+        journals: see :class:`Walk`.
     """
     assembly = Assembly()
     loaded = _load_all(request, labels, assembly)
     assembly.models = {label: loaded[label] for label in labels if label in loaded}
     _drop_strangers(assembly, stacks)
-    if len(assembly.models) < 2:
+    if len(assembly.models) < min(2, len(labels)):
         for label in assembly.models:
             assembly.alone[label] = "no other model was left to score it with"
         assembly.models = {}
@@ -92,7 +95,7 @@ def assemble(
         scorer = model.scorer
         assert scorer is not None
         walkers[label] = Walker(model.model, scorer, stacks[label])
-    assembly.walk = Walk(walkers, progress=progress)
+    assembly.walk = Walk(walkers, journals=journals, progress=progress)
     for leg in legs_of(order, stacks):
         assembly.models[leg.label].join(assembly.walk, leg.label)
         assembly.shared_layers[leg.label] = stacks[leg.label].layers_below(leg.start)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 from streamline_bench.core.checkpoint import CheckpointReader
+from streamline_bench.core.manifest import update_digest
 from streamline_bench.core.staging import atomic_write_text, staged_output
 from streamline_bench.errors import EvaluationError, OutputError
 from streamline_bench.harness.bridge import MODEL_NAME
 from streamline_bench.harness.trunk.request import TrunkRequest
 from streamline_bench.harness.trunk.tasks import Catalogue, SameTasks
 
-__all__ = ["MARKER", "Evaluation", "is_done", "model_arguments"]
+__all__ = ["MARKER", "Evaluation", "is_done", "model_arguments", "request_digest"]
+
+logger = logging.getLogger(__name__)
 
 MARKER = "trunk.json"
 """File in an output that names the request it answers; written last."""
@@ -29,7 +34,9 @@ def model_arguments(request: TrunkRequest, label: str) -> dict[str, Any]:
 
 
 def is_done(request: TrunkRequest, label: str) -> bool:
-    """Whether a label's output is there and answers this request.
+    """Whether a label's output is there, answers this request and is whole.
+
+    One that answers it and was damaged since is removed, to be made again.
 
     Raises:
         OutputError: it is there and answers another one, or is no output of a walk.
@@ -39,7 +46,8 @@ def is_done(request: TrunkRequest, label: str) -> bool:
         return False
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        same = marker["request"] == _digest(request, label)
+        same = marker["request"] == request_digest(request, label)
+        files = marker["files"]
     except (OSError, ValueError, KeyError, TypeError):
         raise OutputError(
             f"Output {folder} exists and was not made by scoring models together; give another "
@@ -50,12 +58,29 @@ def is_done(request: TrunkRequest, label: str) -> bool:
             f"Output {folder} holds another evaluation of '{label}' (its model, tasks or options "
             "differ); give another output or delete it."
         )
-    return True
+    if files == _marks(folder):
+        return True
+    logger.warning("Output %s was damaged since it was made; it is made again.", folder)
+    shutil.rmtree(folder)
+    return False
 
 
-def _digest(request: TrunkRequest, label: str) -> str:
+def _marks(folder: Path) -> dict[str, str]:
+    """SHA-256 (hex) of every file of an output but its marker, by relative name."""
+    marks = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / MARKER:
+            sums = hashlib.sha256()
+            update_digest(sums, path)
+            marks[path.relative_to(folder).as_posix()] = sums.hexdigest()
+    return marks
+
+
+def request_digest(request: TrunkRequest, label: str) -> str:
     """Name everything that decides what a label's output says."""
-    settings = request.model_dump(mode="json", exclude={"checkpoints", "outputs", "outcome"})
+    settings = request.model_dump(
+        mode="json", exclude={"checkpoints", "outputs", "outcome", "journal"}
+    )
     weights = CheckpointReader(request.checkpoints[label]).fingerprint()
     payload = json.dumps([settings, model_arguments(request, label), weights], sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()
@@ -87,7 +112,8 @@ class Evaluation:
         """
         with staged_output(self._request.outputs[label]) as staging:
             self._run_into(staging, label, model)
-            marker = {"label": label, "request": _digest(self._request, label)}
+            digest = request_digest(self._request, label)
+            marker = {"label": label, "request": digest, "files": _marks(staging)}
             atomic_write_text(staging / MARKER, json.dumps(marker) + "\n")
 
     def _run_into(self, folder: Path, label: str, model: Any) -> None:

@@ -32,6 +32,8 @@ class TrunkRequest(BaseModel):
             ``--output_path`` would. It appears whole or not at all; one that is there already,
             made by the same request, is kept and its label not evaluated again.
         outcome: file for the :class:`TrunkOutcome`, written last.
+        journal: folder for the answers of labels whose outputs are not there yet; an interrupted
+            call that is repeated goes on with them. None: answers are only kept in memory.
         model_args: further arguments of the model, as in ``--model_args``; possible are those in
             ``MODEL_ARGUMENTS``.
         seed: of random, numpy, torch and the choice of few-shot examples.
@@ -56,6 +58,7 @@ class TrunkRequest(BaseModel):
     fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
     outcome: Path | None = None
+    journal: Path | None = None
 
     @field_validator("model_args")
     @classmethod
@@ -113,21 +116,28 @@ class LabelOutcome(BaseModel):
 
     Attributes:
         status: ``failed`` leaves no output folder; ``reason`` says why.
-        together: scored in a walk with others.
+        company: labels of the walk it was scored in, itself among them; empty if by itself.
         shared_layers: decoder layers that were not run for this label, because another one had.
         layers: its decoder layers.
         reason: why it failed, or why it was scored by itself; None if neither.
         reused: its output was there already.
+        seconds: wall-clock time: its own, and its share of what was done for several.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     status: Literal["ok", "failed"]
-    together: bool = False
+    company: tuple[str, ...] = ()
     shared_layers: int = 0
     layers: int = 0
     reason: str | None = None
     reused: bool = False
+    seconds: float = 0.0
+
+    @property
+    def together(self) -> bool:
+        """Scored in a walk with others."""
+        return len(self.company) > 1
 
 
 class TrunkOutcome(BaseModel):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from streamline_bench.core.staging import atomic_write_text
@@ -19,11 +22,13 @@ from streamline_bench.errors import (
 from streamline_bench.harness import bridge
 from streamline_bench.harness.boundary import share_log
 from streamline_bench.harness.trunk.assembly import assemble, load_model
-from streamline_bench.harness.trunk.evaluation import Evaluation, is_done
+from streamline_bench.harness.trunk.evaluation import Evaluation, is_done, request_digest
+from streamline_bench.harness.trunk.journal import Journal
 from streamline_bench.harness.trunk.legs import solo_reason, walks_of
 from streamline_bench.harness.trunk.request import LabelOutcome, TrunkOutcome, TrunkRequest
 from streamline_bench.harness.trunk.stack import Stack, read_stack
 from streamline_bench.harness.trunk.tasks import Catalogue
+from streamline_bench.harness.trunk.walk import Walk
 from streamline_bench.modeling import register
 
 __all__ = ["score_together"]
@@ -31,12 +36,20 @@ __all__ = ["score_together"]
 logger = logging.getLogger(__name__)
 
 
-def score_together(request: TrunkRequest, *, progress: bool = True) -> TrunkOutcome:
+def score_together(
+    request: TrunkRequest,
+    *,
+    progress: bool = True,
+    on_label: Callable[[str, LabelOutcome], None] = lambda label, outcome: None,
+) -> TrunkOutcome:
     """Evaluate all checkpoints of a request; layers that models have in common run once.
 
     Models are grouped by content (:mod:`.stack`). Those that share nothing are evaluated one after
     the other, and the outcome says why. A label that fails leaves the others alone. Labels whose
     output is there already are not evaluated again, so that an interrupted call can be repeated.
+
+    Args:
+        on_label: called with every label as soon as it has its outcome.
 
     Raises:
         EvaluationError: a task is not known, options contradict each other, or several processes
@@ -52,7 +65,7 @@ def score_together(request: TrunkRequest, *, progress: bool = True) -> TrunkOutc
     share_log()
     bridge.register()
     register()
-    outcome = _Scoring(request, progress=progress).run()
+    outcome = _Scoring(request, progress=progress, on_label=on_label).run()
     if request.outcome is not None:
         atomic_write_text(request.outcome, outcome.model_dump_json(indent=2) + "\n")
     return outcome
@@ -61,8 +74,15 @@ def score_together(request: TrunkRequest, *, progress: bool = True) -> TrunkOutc
 class _Scoring:
     """One call: what is known about each label so far."""
 
-    def __init__(self, request: TrunkRequest, *, progress: bool) -> None:
+    def __init__(
+        self,
+        request: TrunkRequest,
+        *,
+        progress: bool,
+        on_label: Callable[[str, LabelOutcome], None],
+    ) -> None:
         self._request = request
+        self._on_label = on_label
         self._progress = progress
         self._labels: dict[str, LabelOutcome] = {}
         self._alone: dict[str, str] = {}
@@ -78,7 +98,7 @@ class _Scoring:
             for label in self._request.checkpoints:
                 self._look_at(label)
         for labels in walks_of(self._stacks):
-            if len(labels) > 1:
+            if len(labels) > 1 or self._was_begun(labels[0]):
                 self._walk(labels)
             else:
                 self._alone[labels[0]] = solo_reason(labels[0], self._request.dense, self._stacks)
@@ -94,7 +114,7 @@ class _Scoring:
     def _look_at(self, label: str) -> None:
         try:
             if is_done(self._request, label):
-                self._labels[label] = LabelOutcome(status="ok", reused=True)
+                self._settle(label, LabelOutcome(status="ok", reused=True))
                 return
             self._stacks[label] = read_stack(
                 self._request.checkpoints[label],
@@ -110,58 +130,121 @@ class _Scoring:
             self._fail(label, error)
 
     def _walk(self, labels: list[str]) -> None:
-        with self._timed("load"):
-            party = assemble(self._request, labels, self._stacks, progress=self._progress)
+        journals = self._open_journals(labels)
+        try:
+            self._walk_with(labels, journals)
+        finally:
+            for journal in journals.values():
+                journal.write()
+
+    def _walk_with(self, labels: list[str], journals: dict[str, Journal]) -> None:
+        with self._timed("load") as load:
+            party = assemble(
+                self._request, labels, self._stacks, journals=journals, progress=self._progress
+            )
         self._alone.update(party.alone)
         for label, error in party.failed.items():
             self._fail(label, error)
         if party.walk is None:
             return
-        self._walks.append(tuple(party.models))
-        logger.info("Scored together: %s.", ", ".join(party.models))
+        company = tuple(party.models) if len(party.models) > 1 else ()
+        if company:
+            self._walks.append(company)
+            logger.info("Scored together: %s.", ", ".join(company))
         evaluation = Evaluation(self._request, self._catalogue)
         for label in [each for each in self._request.checkpoints if each in party.models]:
-            self._evaluate(
-                evaluation,
-                label,
-                party.models[label],
-                together=True,
-                shared_layers=party.shared_layers[label],
-            )
+            share = load() / len(party.models)
+            facts = _Facts(company, party.shared_layers[label], share)
+            self._evaluate(evaluation, label, party.models[label], facts, party.walk)
+            if label in journals:
+                journals.pop(label).discard()
         self._per_model.update(party.walk.per_model)
+
+    def _open_journals(self, labels: list[str]) -> dict[str, Journal]:
+        paths = {label: self._journal_path(label) for label in labels}
+        return {label: Journal(path) for label, path in paths.items() if path is not None}
+
+    def _journal_path(self, label: str) -> Path | None:
+        """Where the label's answers are kept, named by everything that decides them."""
+        if self._request.journal is None:
+            return None
+        named = f"{label}\0{request_digest(self._request, label)}"
+        return self._request.journal / f"{hashlib.sha256(named.encode()).hexdigest()[:32]}.jsonl"
+
+    def _was_begun(self, label: str) -> bool:
+        path = self._journal_path(label)
+        return path is not None and path.exists()
 
     def _evaluate_alone(self, label: str) -> None:
         logger.info("'%s' is scored by itself: %s.", label, self._alone[label].rstrip("."))
         try:
-            with self._timed("load"):
+            with self._timed("load") as load:
                 model = load_model(self._request, label)
         except StreamlineBenchError as error:
             self._fail(label, error)
             return
         evaluation = Evaluation(self._request, self._catalogue)
-        self._evaluate(evaluation, label, model, reason=self._alone[label])
+        facts = _Facts((), 0, load(), self._alone[label])
+        self._evaluate(evaluation, label, model, facts)
 
-    def _evaluate(self, evaluation: Evaluation, label: str, model: Any, **facts: Any) -> None:
+    def _evaluate(
+        self,
+        evaluation: Evaluation,
+        label: str,
+        model: Any,
+        facts: _Facts,
+        walk: Walk | None = None,
+    ) -> None:
+        walked = walk.seconds if walk is not None else 0.0
         try:
-            with self._timed("evaluate"):
+            with self._timed("evaluate") as own:
                 evaluation.run(label, model)
         except (OutputError, EvaluationError):
             raise  # of the request, not of this model
         except StreamlineBenchError as error:
             self._fail(label, error)
             return
-        layers = self._stacks[label].layers if label in self._stacks else 0
-        self._labels[label] = LabelOutcome(status="ok", layers=layers, **facts)
+        seconds = facts.load_seconds + own()
+        if walk is not None:
+            # The first one to be asked walks for all.
+            seconds += walk.seconds / walk.count - (walk.seconds - walked)
+        self._settle(
+            label,
+            LabelOutcome(
+                status="ok",
+                company=facts.company,
+                shared_layers=facts.shared_layers,
+                layers=self._stacks[label].layers if label in self._stacks else 0,
+                reason=facts.reason,
+                seconds=round(seconds, 3),
+            ),
+        )
 
     def _fail(self, label: str, error: StreamlineBenchError) -> None:
         logger.error("'%s' cannot be scored: %s", label, error)
-        self._labels[label] = LabelOutcome(status="failed", reason=str(error))
+        self._settle(label, LabelOutcome(status="failed", reason=str(error)))
+
+    def _settle(self, label: str, outcome: LabelOutcome) -> None:
+        self._labels[label] = outcome
+        self._on_label(label, outcome)
 
     @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
+    def _timed(self, stage: str) -> Iterator[Callable[[], float]]:
+        """Add the block's time to a stage; yield what tells the time since it began, or took."""
         begin = time.perf_counter()
+        spent: list[float] = []
         try:
-            yield
+            yield lambda: spent[0] if spent else time.perf_counter() - begin
         finally:
-            spent = time.perf_counter() - begin
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + spent
+            spent.append(time.perf_counter() - begin)
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + spent[0]
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is known of a label before it is evaluated."""
+
+    company: tuple[str, ...]
+    shared_layers: int
+    load_seconds: float
+    reason: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from streamline_bench.harness.forward import queries_of, tensors_of
 from streamline_bench.harness.layout import Layout, Layouts
 from streamline_bench.harness.packing import PackedRow, Query
 from streamline_bench.harness.scoring import Answer, HalvingBatches, TokenScorer
+from streamline_bench.harness.trunk.journal import Journal, name_of
 from streamline_bench.harness.trunk.legs import legs_of
 from streamline_bench.harness.trunk.partial import States, partial_pass
 from streamline_bench.harness.trunk.stack import Stack
@@ -40,15 +42,26 @@ class Walk:
 
     Args:
         walkers: label -> model, in walking order (see :func:`.legs.walks_of`).
+        journals: label -> file that its answers go to as they come, and that those of an earlier,
+            interrupted walk are taken from.
 
     Attributes:
         failed: label -> why it has no answers.
         per_model: kinds of requests that models answered by themselves.
+        seconds: wall-clock time spent walking.
     """
 
-    def __init__(self, walkers: Mapping[str, Walker], *, progress: bool = True) -> None:
+    def __init__(
+        self,
+        walkers: Mapping[str, Walker],
+        *,
+        journals: Mapping[str, Journal] | None = None,
+        progress: bool = True,
+    ) -> None:
         self.failed: dict[str, str] = {}
         self.per_model: list[str] = []
+        self.seconds = 0.0
+        self._journals = journals or {}
         self._walkers = dict(walkers)
         self._progress = progress
         self._memory = HalvingBatches()
@@ -80,6 +93,11 @@ class Walk:
             raise NumericsError(self.failed[label])
         return answers[label]
 
+    @property
+    def count(self) -> int:
+        """Number of models that walk."""
+        return len(self._walkers)
+
     def note_per_model(self, kind: str) -> None:
         """Remember, and say once, that requests of a kind are not answered together."""
         if kind not in self.per_model:
@@ -91,7 +109,19 @@ class Walk:
 
         Args:
             batch_tokens: see :meth:`TokenScorer.score`.
+
+        Raises:
+            OutputError: a journal cannot be written.
         """
+        began = time.monotonic()
+        try:
+            return self._score(queries, batch_tokens)
+        finally:
+            self.seconds += time.monotonic() - began
+            for journal in self._journals.values():
+                journal.write()
+
+    def _score(self, queries: Sequence[Query], batch_tokens: int) -> dict[str, list[Answer]]:
         found: dict[str, dict[int, Answer]] = {label: {} for label in self._walkers}
         layouts = Layouts(queries, batch_tokens=batch_tokens)
         count = len(self._walkers)
@@ -101,15 +131,42 @@ class Walk:
             disable=not self._progress,
         ) as bar:
             for layout, labels in self._settled(layouts).items():
+                asked = name_of(queries, layout, batch_tokens)
+                for label in labels:
+                    found[label] = self._known(label, asked)
+                    bar.update(len(found[label]))
                 for batch in layouts.batches(layout):
-                    for label, index, answer in self._memory.run(batch, self._leg_by_leg(labels)):
-                        found[label][index] = answer
-                        bar.update(1)
+                    for label, answers in self._answered(batch, labels, found).items():
+                        found[label].update(answers)
+                        self._keep(label, asked, answers)
+                        bar.update(len(answers))
         return {
             label: [answers[index] for index in sorted(answers)]
             for label, answers in found.items()
             if label not in self.failed
         }
+
+    def _known(self, label: str, asked: str) -> dict[int, Answer]:
+        return self._journals[label].known(asked) if label in self._journals else {}
+
+    def _keep(self, label: str, asked: str, answers: Mapping[int, Answer]) -> None:
+        if label in self._journals:
+            self._journals[label].add(asked, answers.items())
+
+    def _answered(
+        self,
+        batch: list[PackedRow],
+        labels: Sequence[str],
+        found: Mapping[str, Mapping[int, Answer]],
+    ) -> dict[str, dict[int, Answer]]:
+        """Return the answers to one batch, of the models that have not given them all before."""
+        indices = {query.index for query in queries_of(batch)}
+        missing = [label for label in labels if not indices <= found[label].keys()]
+        answers: dict[str, dict[int, Answer]] = {label: {} for label in missing}
+        if missing:
+            for label, index, answer in self._memory.run(batch, self._leg_by_leg(missing)):
+                answers[label][index] = answer
+        return answers
 
     def _settled(self, layouts: Layouts) -> dict[Layout, list[str]]:
         """Part the models by how they want requests laid out; nearly always they agree."""
