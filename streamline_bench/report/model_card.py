@@ -69,7 +69,7 @@ def write_checkpoint_cards(run: Path) -> list[Path]:
     return [
         write_model_card(board, row, folders[row["label"]])
         for row in board["rows"]
-        if row["macro"]
+        if not (row["is_dense"] or row["failed"])
         and row["label"] in folders
         and folders[row["label"]].resolve().is_relative_to(run.resolve())
     ]

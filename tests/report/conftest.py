@@ -132,6 +132,40 @@ def questions(size: int, skill: float, seed: int, noise: float) -> list[dict[str
 
 
 @pytest.fixture(scope="session")
+def parts_named() -> Callable[[str], dict[str, Any]]:
+    """Return a function: a row's group, perplexity, generation and text parts under one name."""
+
+    def parts(name: str) -> dict[str, Any]:
+        estimate = {"value": 0.5, "low": 0.4, "high": 0.6, "method": name}
+        flips = {"right_to_wrong": 3, "wrong_to_right": 1, "wrong_to_other_wrong": None}
+        group = {
+            "group": f"group {name}", "tasks": [name, f"{name} 2"], "n": 20, "dense": estimate,
+            "pruned": estimate, "difference": estimate, "agreement": estimate, "flips": flips,
+            "clusters": {"kind": name, "count": 2, "largest": 10}, "p_value": 0.5, "p_holm": 0.5,
+            "p_method": name, "decision": "cannot tell", "macro_dense": 0.5, "macro_pruned": 0.5,
+        }  # fmt: skip
+        perplexity = {
+            "task": f"perplexity {name}", "filter": name, "unit": "word", "n": 20,
+            "units": 400.0, "dense": 9.5, "pruned": 12.5, "ratio": estimate,
+            "nats_per_unit": estimate,
+        }  # fmt: skip
+        generation = {
+            "task": f"generation {name}", "filter": name, "n": 20,
+            "identical": estimate, "first_word": 2.0, "first_character": 9.0, "shared": 0.25,
+            "dense_words": 8.0, "pruned_words": 9.0, "exact_match": estimate,
+        }  # fmt: skip
+        divergence = {
+            "documents": 5, "windows": 6, "tokens": 700, "window": 128, "kl": estimate,
+            "same_top": estimate, "dense_perplexity": 5.5, "pruned_perplexity": 7.5,
+            "nats_per_token": estimate,
+        }  # fmt: skip
+        return {"groups": [group], "perplexities": [perplexity], "generations": [generation],
+                "divergence": divergence}  # fmt: skip
+
+    return parts
+
+
+@pytest.fixture(scope="session")
 def make_run() -> Callable[[Path], Path]:
     """Return a function that fills a run folder: dense, none, layer (with checkpoints)."""
     from streamline_bench.report.run_folder import RunFile, RunRow, write_run_file

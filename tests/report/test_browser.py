@@ -61,7 +61,7 @@ def board(
         "none": {"title": "No replacement", "method": "streamline", "cost": "calibrated"},
         "layer": {
             "title": "One layer", "method": "streamline", "cost": "recovered",
-            "published": [{"model": "Llama-2-7B", "metric": "colours", "value": 61.0,
+            "published": [{"model": "Llama-2-7B", "metric": "Colours", "value": 61.07,
                            "sparsity": 0.24, "source": "a paper"}],
         },
     }  # fmt: skip
@@ -167,7 +167,13 @@ def test_filtering_hides_a_model_everywhere(visit: Callable[..., Visit]) -> None
         texts = [one.text_content() for one in page.locator(part).all() if one.is_visible()]
         assert any("layer" in text for text in texts), part
         assert not any("none" in text.split(":")[0] for text in texts), part
+    figures = page.locator("#inside figure")
+    assert [one.is_visible() for one in figures.all()] == [True, True, False], (
+        "the shared matrix stays while one of its models is shown, the other's curve goes"
+    )
+    assert page.locator("#inside .names").inner_text() == "layer"
     page.get_by_label("Filter models").fill("nothing like it")
+    assert not any(one.is_visible() for one in figures.all())
     assert seen.labels() == ["dense"] and page.locator("#nothing").is_visible()
     page.get_by_role("button", name="Show all").click()
     assert len(seen.labels()) == 4
@@ -177,7 +183,8 @@ def test_filtering_hides_a_model_everywhere(visit: Callable[..., Visit]) -> None
         assert seen.labels() == ["dense", left]
         assert page.get_by_role("button", name=name).get_attribute("aria-pressed") == "true"
     page.get_by_role("button", name="All", exact=True).click()
-    assert len(seen.labels()) == 4
+    assert len(seen.labels()) == 4 and all(one.is_visible() for one in figures.all())
+    assert [one.is_visible() for one in page.locator("#inside .names li").all()] == [True] * 2
 
 
 def test_a_flip_opens_by_mouse_and_by_keyboard(
@@ -227,39 +234,55 @@ def test_a_models_name_leads_to_how_it_was_made(visit: Callable[..., Visit]) -> 
     assert made.locator("dl.facts").is_visible() and "ab" * 32 in made.inner_text()
 
 
-def test_failed_row_noise_and_literature_are_shown(visit: Callable[..., Visit]) -> None:
+def test_failed_row_noise_and_literature_are_shown(
+    visit: Callable[..., Visit], board: dict[str, Any]
+) -> None:
     page = visit().page
     assert "No threshold reaches 25 %." in page.locator("tr.failed").inner_text()
     assert "batch size 1" in page.locator("#statistics").inner_text()
     line = page.locator("#literature tbody tr").inner_text()
-    assert "Llama-2-7B" in line and "61.0" in line and "a paper" in line
+    assert "Llama-2-7B" in line and "61.07 %" in line and "a paper" in line
+    row = next(row for row in board["rows"] if row["label"] == "layer")
+    colours = next(task for task in row["tasks"] if task["task"] == "colours")
+    ours = page.locator("#literature td.ours").inner_text()
+    assert f"{100 * colours['accuracy']['value']:.1f}" in ours and "colours" in ours
     assert "output tokens per second" in page.locator("#tradeoff").inner_text()
 
 
-def test_hostile_strings_are_text(visit: Callable[..., Visit], board: dict[str, Any]) -> None:
+def test_hostile_strings_are_text(
+    visit: Callable[..., Visit],
+    board: dict[str, Any],
+    parts_named: Callable[[str], dict[str, Any]],
+) -> None:
     made = copy.deepcopy(board)
+    made["noise"]["repeats"] = [f"noise {HOSTILE}"]
+    made["failed_jobs"] = {HOSTILE: HOSTILE}
     made["title"] = made["commands"] = HOSTILE
     made["commands"] = [HOSTILE]
     for row in made["rows"]:
         row["title"] = HOSTILE
+        if row["macro"]:
+            row |= parts_named(HOSTILE)
         row["label"] = made["dense"] = f"{row['label']}{HOSTILE}" if row["is_dense"] else HOSTILE
         for flip in row["worst_flips"]:
             flip["prompt"] = flip["target"] = HOSTILE
             if flip["choices"]:
                 flip["choices"] = [HOSTILE for _ in flip["choices"]]
         for published in row["published"]:
-            published["source"] = HOSTILE
+            published["source"] = published["metric"] = published["unit"] = HOSTILE
         for task in row["tasks"]:
             task["task"] = HOSTILE if task["task"] == "colours" else task["task"]
         row["failed"] = HOSTILE if row["failed"] else None
     made["dense"] = next(row["label"] for row in made["rows"] if row["is_dense"])
-    seen = visit(made)
+    seen = visit(Leaderboard.model_validate(made).model_dump(mode="json"))
     seen.opened()
     assert seen.page.evaluate("window.pwned") is None
     assert seen.page.locator("script").count() == 1 and seen.page.locator("img").count() == 0
     shown = seen.page.locator("h1").inner_text()
     assert "<script>window.pwned = 1</script>" in shown and "{{ 7*7 }}" in shown
     text = seen.page.locator("body").inner_text()
+    for name in ("noise", "group", "perplexity", "generation"):
+        assert f"{name} </script><script>window.pwned = 1" in text, name
     assert "\x1b" not in text and "\u202e" not in text
     seen.head("Change").get_by_role("button").click()
     seen.page.get_by_label("Filter models").fill("<script>")
@@ -315,6 +338,30 @@ def test_print_fits_the_page_and_leaves_out_the_controls(visit: Callable[..., Vi
     assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")
 
 
+def test_print_shows_what_is_closed_on_the_screen(
+    visit: Callable[..., Visit], board: dict[str, Any]
+) -> None:
+    page = visit().page
+    row = next(row for row in board["rows"] if row["label"] == "none")
+    flip, weights = row["worst_flips"][-1], row["provenance"]["source_weights_sha256"]
+    prompt = page.locator(".flip .prompt", has_text=flip["prompt"]).last
+    hashed = page.locator("#made code", has_text=weights).last
+    statistics = page.locator("#statistics details table").last
+    parts = (prompt, hashed, statistics)
+    assert not any(part.is_visible() for part in parts), "closed on the screen"
+    opened = page.locator("details[open]").count()
+    page.emulate_media(media="print")
+    for part in parts:
+        assert part.is_visible() and part.bounding_box()["height"] > 5, "by the style alone"
+    page.emulate_media(media="screen")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("details:not([open])").count() == 0
+    assert all(part.is_visible() for part in parts)
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details[open]").count() == opened
+    assert not any(part.is_visible() for part in parts)
+
+
 def test_keyboard_and_screen_reader(visit: Callable[..., Visit]) -> None:
     seen = visit()
     page = seen.page
@@ -341,3 +388,28 @@ def test_keyboard_and_screen_reader(visit: Callable[..., Visit]) -> None:
     assert len(ids) == len(set(ids))
     scrolling = page.locator(".scroll").all()
     assert all(one.get_attribute("tabindex") == "0" for one in scrolling)
+
+
+def test_matrix_and_curve_speak(visit: Callable[..., Visit]) -> None:
+    page = visit().page
+    matrix = page.locator("svg.matrix").first
+    assert matrix.get_attribute("role") == "img"
+    assert "removed: block of 3 layers, layers 6 to 8" in matrix.get_attribute("aria-label")
+    spoken = page.locator("svg.curve").first.get_attribute("aria-label")
+    assert all(word in spoken for word in ("first", "best", "last", "validation loss"))
+
+
+def test_committed_pages_open_silently(browser: Any, repository: Path) -> None:
+    pages = sorted((repository / "reports").glob("*/leaderboard.html"))
+    assert pages
+    for path in pages:
+        context = browser.new_context(reduced_motion="reduce")
+        seen = Visit(context.new_page(), path)
+        assert seen.labels()
+        seen.opened()
+        seen.page.get_by_label("Filter models").fill("streamline")
+        assert seen.page.locator("#shown").inner_text().split()[0] != "0"
+        assert seen.complaints == [], path.parent.name
+        asked = {url for url in seen.requests if not url.startswith("data:")}
+        assert asked == {path.as_uri()}, path.parent.name
+        context.close()

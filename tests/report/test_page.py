@@ -58,8 +58,9 @@ def board(
         {label: run / label / "eval" for label in labels},
         "dense",
         sources={label: RowSource(checkpoint=run / label / "checkpoint") for label in labels[1:]},
+        noise={"batch size 1": run / "dense" / "eval"},
         settings=Settings(draws=200),
-        commands=["lm_eval --tasks x"],
+        commands=["lm_eval --tasks x", "streamline-bench compress m -o layer"],
         progress=False,
     )
 
@@ -74,18 +75,25 @@ def poisoned(value: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def hostile(board: dict[str, Any]) -> dict[str, Any]:
+def hostile(board: dict[str, Any], parts_named: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     made = poisoned(copy.deepcopy(board))
     made["versions"] = {HOSTILE: HOSTILE, "streamline-bench": HOSTILE}
     made["not_compared"] = {HOSTILE: HOSTILE}
+    made["commands"] = [HOSTILE, f"lm_eval {HOSTILE}"]
+    made["failed_jobs"] = {HOSTILE: HOSTILE}
     for row in made["rows"]:
+        if not row["is_dense"]:
+            row |= parts_named(HOSTILE)
+            row["curve_notes"] = [f"replacement{HOSTILE}"]
+            row["scored_with"] = [HOSTILE]
         row["other_metrics"] = {HOSTILE: {HOSTILE: 1.5}}
         row["provenance"]["versions"] = {HOSTILE: HOSTILE}
         row["seconds"] = {HOSTILE: 3.0}
         row["provenance"]["recipe"] = {HOSTILE: [HOSTILE]}
         row["published"] = [
-            {"model": HOSTILE, "metric": HOSTILE, "value": 1.0, "source": HOSTILE, "task": HOSTILE}
-        ]
+            {"model": HOSTILE, "metric": HOSTILE, "value": 1.0, "source": HOSTILE, "task": HOSTILE,
+             "unit": HOSTILE, "ours": {"value": 0.5, "method": HOSTILE}}
+        ]  # fmt: skip
     made["rows"].append({**made["rows"][1], "label": f"lost{HOSTILE}", "failed": HOSTILE,
                          "accuracy_macro": None, "accuracy_micro": None, "macro": None,
                          "micro": None, "tasks": [], "worst_flips": []})  # fmt: skip
@@ -132,6 +140,8 @@ def test_hostile_strings_add_no_element_or_attribute(
     shown = "".join(page.text)
     assert "<script>alert(1)</script>" in shown, "shown as text, not dropped"
     assert "{{ 7*7 }}" in shown
+    for name in ("batch size 1", "group ", "perplexity ", "generation "):
+        assert f"{name}</script><script>alert(1)" in shown, name
     assert "\x1b" not in shown and "\u202e" not in shown
 
 
@@ -147,6 +157,7 @@ def test_every_row_task_and_flip_is_there(board: dict[str, Any]) -> None:
     assert sum((a.get("class") or "") == "matrix" for tag, a in page.elements) == 1
     assert sum((a.get("class") or "") == "curve" for tag, a in page.elements) == 2
     assert "ab" * 32 in text and "lm_eval --tasks x" in text
+    assert "Compress streamline-bench compress m -o layer Evaluate lm_eval --tasks x" in text
 
 
 def test_a_dense_row_alone_renders(board: dict[str, Any]) -> None:
