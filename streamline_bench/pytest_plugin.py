@@ -134,15 +134,14 @@ class StreamlineGate:
     def _limits(self, own: Mapping[str, Any]) -> Thresholds:
         from pydantic import ValidationError
 
+        from streamline_bench.core.validation import first_problem
         from streamline_bench.errors import ComparisonError
         from streamline_bench.gate.thresholds import Thresholds
 
         try:
             return Thresholds(**{**self.thresholds, **own})
         except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            raise ComparisonError(f"Threshold '{name}': {first['msg']}.") from None
+            raise ComparisonError(f"Threshold {first_problem(error)}.") from None
 
 
 def _message(result: GateResult) -> str:

@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_OF_COMPARISON = (
-    *("rows", "accuracy", "stability", "speed", "confidence", "draws", "seed"),
-    *("strict", "every", "as_json", "output"),
-)
+_OF_WRITING = {"run", "reference", "overwrite", "quiet"}
 _SHARE = click.FloatRange(0, 1, max_open=True)
 
 
@@ -77,7 +74,8 @@ def command(
     if (against is None) == (reference is None):
         raise click.UsageError("Give either --against or --write-reference.")
     if reference is not None:
-        refuse_given(ctx, "it compares nothing: leave out --write-reference", *_OF_COMPARISON)
+        others = {option.name or "" for option in ctx.command.params} - _OF_WRITING
+        refuse_given(ctx, "it compares nothing: leave out --write-reference", *others)
         _write_reference(run, reference, overwrite, quiet)
         return
     refuse_given(ctx, "it goes with --write-reference", "overwrite")

@@ -7,7 +7,6 @@ are read too.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from streamline_bench.core.versioned_json import read_json
 from streamline_bench.errors import SamplesError
 from streamline_bench.gate.reference import (
     KIND,
@@ -70,8 +70,9 @@ def read_evidence(path: Path, *, progress: bool = True) -> Evidence:
     if not file.is_file():
         advice = "make its report with streamline-bench report" if path.is_dir() else "check it"
         raise SamplesError(f"There is no file '{file}'; {advice}.")
-    if _kind(file) == KIND:
-        return Evidence(parse_reference(json.loads(file.read_text(encoding="utf-8")), str(file)))
+    payload = read_json(file, SamplesError, f"give a run folder, a {LEADERBOARD} or a reference")
+    if isinstance(payload, dict) and payload.get("kind") == KIND:
+        return Evidence(parse_reference(payload, str(file)))
     board = Leaderboard.model_validate(read_leaderboard(file))
     run = read_run_file(file.parent) if (file.parent / RUN_FILE).is_file() else None
     speed = file.parent / run.throughput if run is not None and run.throughput else None
@@ -114,16 +115,6 @@ def evidence_of(
         clusters=_clusters(dense),
         spreads={} if dense is None else _spreads(dense, board),
     )
-
-
-def _kind(file: Path) -> Any:
-    try:
-        payload = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SamplesError(
-            f"{file} cannot be read ({error}); give a run folder, a {LEADERBOARD} or a reference."
-        ) from None
-    return payload.get("kind") if isinstance(payload, dict) else None
 
 
 def _samples(folder: Path, run: RunFile | None, progress: bool) -> dict[str, Samples]:

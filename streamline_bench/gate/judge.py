@@ -63,6 +63,11 @@ def judge(
     for label, before in chosen.items():
         if before.failed is None:
             checks += _row_checks(run, against, run.rows.get(label), before, thresholds)
+    if not checks and any(row.failed is None for row in chosen.values()):
+        raise ComparisonError(
+            f"The reference '{against.figures.source}' has no task with right or wrong answers and "
+            "no speed; a gate does not compare perplexities or texts: see the reports."
+        )
     if not checks:
         raise ComparisonError(
             f"The reference '{against.figures.source}' has no result to compare with; "

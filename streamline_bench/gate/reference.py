@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.staging import atomic_write_text
+from streamline_bench.core.versioned_json import validated
 from streamline_bench.errors import SamplesError
 from streamline_bench.report.schema import Method
 from streamline_bench.stability.comparison import Estimate
@@ -36,11 +38,7 @@ KIND: Literal["streamline-bench gate reference"] = "streamline-bench gate refere
 BoolArray = npt.NDArray[np.bool_]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TaskReference(_Frozen):
+class TaskReference(Frozen):
     """One task of one row, by the filter that summaries use.
 
     Attributes:
@@ -64,7 +62,7 @@ class TaskReference(_Frozen):
         return self
 
 
-class RowReference(_Frozen):
+class RowReference(Frozen):
     """One model; ``failed`` says why it has no result."""
 
     label: str
@@ -74,7 +72,7 @@ class RowReference(_Frozen):
     speed: Speed | None = None
 
 
-class Reference(_Frozen):
+class Reference(Frozen):
     """A run, as far as a gate needs it.
 
     Attributes:
@@ -121,14 +119,11 @@ def parse_reference(payload: Any, origin: str) -> Reference:
     Raises:
         SamplesError: it is damaged, or of another version.
     """
-    version = payload.get("schema_version")
-    if isinstance(version, int) and version > 1:
-        raise SamplesError(
-            f"{origin} has schema version {version}, newer than 1; upgrade streamline-bench."
-        )
-    try:
-        return Reference.model_validate(payload)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "reference"
-        raise SamplesError(f"{origin}: '{where}': {first['msg']}.") from None
+    return validated(
+        Reference,
+        payload,
+        origin,
+        newest=1,
+        error=SamplesError,
+        advice="write the reference again",
+    )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.gate.thresholds import Thresholds
 
 __all__ = ["Check", "GateResult", "Quantity", "Status"]
@@ -19,7 +18,7 @@ Status = Literal["ok", "regressed", "cannot tell", "missing", "not compared"]
 it, the run has not. ``cannot tell``: neither a regression nor its absence is shown."""
 
 
-class Check(BaseModel):
+class Check(Frozen):
     """One quantity of one row, now and in the reference.
 
     Attributes:
@@ -32,8 +31,6 @@ class Check(BaseModel):
         how: what the interval was made from.
         reason: why it is missing or not compared, or why the row failed.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     row: str
     quantity: Quantity
@@ -49,15 +46,13 @@ class Check(BaseModel):
     reason: str | None = None
 
 
-class GateResult(BaseModel):
+class GateResult(Frozen):
     """The outcome of a gate.
 
     Attributes:
         new: what the run has and the reference has not: labels of rows (those that failed there
             included), then tasks, each with the rows that have it.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["streamline-bench gate"] = "streamline-bench gate"
     schema_version: Literal[1] = 1

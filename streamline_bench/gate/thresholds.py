@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from streamline_bench.core.frozen import Frozen
 
 __all__ = ["Thresholds"]
 
 
-class Thresholds(BaseModel):
+class Thresholds(Frozen):
     """What a gate tolerates, and how sure it must be.
 
     Attributes:
@@ -18,8 +20,6 @@ class Thresholds(BaseModel):
         draws, seed: of the bootstrap.
         strict: whether what cannot be told closes the gate too.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     accuracy: float = Field(default=0.02, ge=0, lt=1)
     stability: float = Field(default=0.02, ge=0, lt=1)

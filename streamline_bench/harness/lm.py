@@ -18,11 +18,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from streamline_bench.errors import CheckpointError, StreamlineBenchError
 from streamline_bench.harness.arguments import sort_arguments
-from streamline_bench.harness.boundary import share_log, user_errors
+from streamline_bench.harness.boundary import user_errors
 from streamline_bench.harness.budgets import generation_batch, scoring_tokens
 from streamline_bench.harness.checks import attention_window, head_objection
 from streamline_bench.harness.forward import Forward
-from streamline_bench.harness.identity import model_identity, separate_cache, weights_sha256
+from streamline_bench.harness.identity import model_identity, weights_sha256
+from streamline_bench.harness.model_creation import CompressedModel
 from streamline_bench.harness.packing import Query
 from streamline_bench.harness.preparation import prepare
 from streamline_bench.harness.scoring import Answer, TokenScorer
@@ -35,7 +36,7 @@ TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 """(strings, context tokens, continuation tokens) as the harness makes them."""
 
 
-class StreamlineLM(HFLM):  # type: ignore[misc]
+class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
     """A causal language model from a folder or the hub, compressed by a recipe if one is given.
 
     Args:
@@ -64,24 +65,6 @@ class StreamlineLM(HFLM):  # type: ignore[misc]
             harness["revision"] = "main"  # The revision was that of the source.
         super().__init__(**harness)
 
-    @classmethod
-    def create_from_arg_string(
-        cls, arg_string: str, additional_config: dict[str, Any] | None = None
-    ) -> StreamlineLM:
-        """Create the model from ``key=value,...``; see the class."""
-        share_log()
-        with user_errors():
-            return super().create_from_arg_string(arg_string, additional_config)  # type: ignore[no-any-return]
-
-    @classmethod
-    def create_from_arg_obj(
-        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
-    ) -> StreamlineLM:
-        """Create the model from a mapping; see the class."""
-        share_log()
-        with user_errors():
-            return super().create_from_arg_obj(arg_dict, additional_config)  # type: ignore[no-any-return]
-
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **options: Any) -> None:
         try:
             super()._create_tokenizer(pretrained, tokenizer, **options)
@@ -96,12 +79,6 @@ class StreamlineLM(HFLM):  # type: ignore[misc]
         """Return what the stock class reports, and ``streamline``: recipe, hashes and sizes."""
         info = {**self._prepared.info(), "weights_sha256": self._weights_sha256()}
         return {**super().get_model_info(), "streamline": info}
-
-    def set_cache_hook(self, cache_hook: Any) -> None:
-        """Accept a response cache, kept apart by model (see :mod:`.identity`)."""
-        with user_errors():
-            separate_cache(cache_hook.dbdict, self._identity())
-        super().set_cache_hook(cache_hook)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[Answer]:
         """Return (log-probability, is greedy) of every continuation, as the stock class does."""

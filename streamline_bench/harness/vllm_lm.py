@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from streamline_bench.harness.boundary import share_log, user_errors
+from streamline_bench.harness.boundary import user_errors
 from streamline_bench.modeling.vllm.package import require_vllm
 
 with user_errors():  # the harness's class cannot even be imported without
@@ -29,7 +29,8 @@ from vllm.platforms import current_platform
 from streamline_bench.core.checkpoint import CheckpointReader
 from streamline_bench.errors import CheckpointError
 from streamline_bench.harness.arguments import sort_arguments
-from streamline_bench.harness.identity import files_sha256, model_identity, separate_cache
+from streamline_bench.harness.identity import files_sha256, model_identity
+from streamline_bench.harness.model_creation import CompressedModel
 from streamline_bench.harness.preparation import prepare
 from streamline_bench.modeling.vllm import register
 
@@ -43,7 +44,7 @@ _CPU_CACHE_SHARE = 4
 _CPU_CACHE_MOST = 8 * 2**30
 
 
-class StreamlineVLLM(VLLM):  # type: ignore[misc]
+class StreamlineVLLM(CompressedModel, VLLM):  # type: ignore[misc]
     """A causal language model served by vLLM in this process, compressed if a recipe is given.
 
     Args:
@@ -73,24 +74,6 @@ class StreamlineVLLM(VLLM):  # type: ignore[misc]
         self._revision = harness.get("revision")
         super().__init__(**_with_cache_size(harness))
 
-    @classmethod
-    def create_from_arg_string(
-        cls, arg_string: str, additional_config: dict[str, Any] | None = None
-    ) -> StreamlineVLLM:
-        """Create the model from ``key=value,...``; see the class."""
-        share_log()
-        with user_errors():
-            return super().create_from_arg_string(arg_string, additional_config)  # type: ignore[no-any-return]
-
-    @classmethod
-    def create_from_arg_obj(
-        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
-    ) -> StreamlineVLLM:
-        """Create the model from a mapping; see the class."""
-        share_log()
-        with user_errors():
-            return super().create_from_arg_obj(arg_dict, additional_config)  # type: ignore[no-any-return]
-
     @cached_property
     def _weights(self) -> str | None:
         return files_sha256(self._prepared.pretrained, revision=self._revision)
@@ -114,12 +97,6 @@ class StreamlineVLLM(VLLM):  # type: ignore[misc]
             "model_revision": self._revision or "main",
             "streamline": {**self._prepared.info(), "weights_sha256": self._weights},
         }
-
-    def set_cache_hook(self, cache_hook: Any) -> None:
-        """Accept a response cache, kept apart by model (see :mod:`.identity`)."""
-        with user_errors():
-            separate_cache(cache_hook.dbdict, self._identity())
-        super().set_cache_hook(cache_hook)
 
     def _identity(self) -> str:
         settings = {

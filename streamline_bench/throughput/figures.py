@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.throughput.record import (
     ModelResult,
     Point,
@@ -19,7 +18,7 @@ from streamline_bench.throughput.workload import Clock
 __all__ = ["Speed", "ThroughputFigures", "figures_of", "read_figures"]
 
 
-class Speed(BaseModel):
+class Speed(Frozen):
     """The speed of a model at one batch size (see ``streamline-bench throughput``).
 
     Attributes:
@@ -33,8 +32,6 @@ class Speed(BaseModel):
             sequences of what length; with ``request_load``, the rates and numbers of requests where
             it was served. None in files of versions that did not note them.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     status: Literal["ok", "failed"]
     reason: str | None = None

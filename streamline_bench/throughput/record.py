@@ -6,13 +6,14 @@ null, and the field beside it says why where that is not plain.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.staging import atomic_write_text
+from streamline_bench.core.versioned_json import read_json, validated
 from streamline_bench.errors import ThroughputError
 from streamline_bench.throughput.workload import Clock, ServingLoad, Workload
 
@@ -41,11 +42,11 @@ SCHEMA_VERSION = 1
 Status = Literal["ok", "failed"]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+class _Recorded(Frozen):
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # a request rate may be infinite
 
 
-class Round(_Frozen):
+class Round(_Recorded):
     """One measured round of one model.
 
     Attributes:
@@ -65,7 +66,7 @@ class Round(_Frozen):
     energy_joules: float | None = None
 
 
-class Rate(_Frozen):
+class Rate(_Recorded):
     """Median over rounds, smallest and largest."""
 
     median: float
@@ -73,7 +74,7 @@ class Rate(_Frozen):
     high: float
 
 
-class Ratio(_Frozen):
+class Ratio(_Recorded):
     """Median over paired rounds of model / dense, with a bootstrap interval over the rounds."""
 
     value: float
@@ -81,7 +82,7 @@ class Ratio(_Frozen):
     high: float | None
 
 
-class Point(_Frozen):
+class Point(_Recorded):
     """One model at one batch size.
 
     ``output_tokens_per_second`` counts by the record's clock; the two beside it by each clock.
@@ -104,7 +105,7 @@ class Point(_Frozen):
     energy_joules_per_token: float | None = None
 
 
-class Latency(_Frozen):
+class Latency(_Recorded):
     """Milliseconds over all requests of one rate."""
 
     mean: float
@@ -113,7 +114,7 @@ class Latency(_Frozen):
     p99: float
 
 
-class ServingPoint(_Frozen):
+class ServingPoint(_Recorded):
     """One model served at one request rate.
 
     ``ttft``: time to first token; ``tpot``: time per output token after it; ``itl``: between
@@ -134,7 +135,7 @@ class ServingPoint(_Frozen):
     e2el: Latency | None = None
 
 
-class Ideal(_Frozen):
+class Ideal(_Recorded):
     """By how much the model would be faster if only its size counted.
 
     Attributes:
@@ -152,7 +153,7 @@ class Ideal(_Frozen):
     weights: float
 
 
-class ModelResult(_Frozen):
+class ModelResult(_Recorded):
     """One model.
 
     Attributes:
@@ -179,7 +180,7 @@ class ModelResult(_Frozen):
     serving: tuple[ServingPoint, ...] = ()
 
 
-class Environment(_Frozen):
+class Environment(_Recorded):
     """Where it was measured.
 
     Attributes:
@@ -203,7 +204,7 @@ class Environment(_Frozen):
     energy: str
 
 
-class PaperFigure(_Frozen):
+class PaperFigure(_Recorded):
     """One row of the paper's table, for reading beside ours."""
 
     name: str
@@ -211,7 +212,7 @@ class PaperFigure(_Frozen):
     ratio: float
 
 
-class ThroughputRecord(_Frozen):
+class ThroughputRecord(_Recorded):
     """A whole measurement.
 
     Attributes:
@@ -264,21 +265,12 @@ def read_record(path: Path) -> ThroughputRecord:
     path = Path(path)
     if path.is_dir():
         path = path / RECORD_NAME
-    try:
-        payload = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ThroughputError(
-            f"Throughput record {path} cannot be read ({error}); measure again."
-        ) from error
-    version = payload.get("schema_version") if isinstance(payload, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise ThroughputError(
-            f"{path} has schema version {version}, newer than {SCHEMA_VERSION}; "
-            "upgrade streamline-bench."
-        )
-    try:
-        return ThroughputRecord.model_validate(payload)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ThroughputError(f"{path}: '{where}': {first['msg']}; measure again.") from None
+    advice = "measure again"
+    return validated(
+        ThroughputRecord,
+        read_json(path, ThroughputError, advice),
+        str(path),
+        newest=SCHEMA_VERSION,
+        error=ThroughputError,
+        advice=advice,
+    )

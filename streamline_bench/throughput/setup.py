@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.errors import ThroughputError
 from streamline_bench.throughput.footprint import Footprint
 from streamline_bench.throughput.nvml import visible_device
@@ -24,7 +25,7 @@ _SMALLEST_CACHE = 1 << 24
 _UNKNOWN_CACHE = 1 << 30
 
 
-class Setup(BaseModel):
+class Setup(Frozen):
     """Settings of every model's process.
 
     Attributes:
@@ -40,8 +41,6 @@ class Setup(BaseModel):
         start_timeout: seconds for loading.
         one_at_a_time: load, measure and end each model before the next, for want of memory.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     dtype: Dtype = "auto"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
+
+from streamline_bench.core.frozen import Frozen
 
 __all__ = ["Clock", "ServingLoad", "Workload", "prompts"]
 
@@ -15,7 +17,7 @@ Clock = Literal["wall", "cpu"]
 Positive = Annotated[int, Field(ge=1)]
 
 
-class Workload(BaseModel):
+class Workload(Frozen):
     """Offline batches of fixed length: every prompt and every output has exactly these tokens.
 
     Attributes:
@@ -26,8 +28,6 @@ class Workload(BaseModel):
         seed: of the prompts and of the bootstrap.
         prefix_caching: let the engine reuse keys and values of prompts it has seen.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     batch_sizes: tuple[Positive, ...] = (1, 8, 32)
     prompt_tokens: Positive = 128
@@ -50,7 +50,7 @@ class Workload(BaseModel):
         return self.prompt_tokens + self.output_tokens
 
 
-class ServingLoad(BaseModel):
+class ServingLoad(Frozen):
     """Requests sent to a running server at given rates.
 
     Attributes:
@@ -59,7 +59,7 @@ class ServingLoad(BaseModel):
         max_concurrency: requests in flight at most; None: no limit.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     request_rates: tuple[Annotated[float, Field(gt=0)], ...] = (1.0, 4.0, float("inf"))
     requests: Positive = 32

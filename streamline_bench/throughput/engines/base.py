@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from streamline_bench.core.frozen import Frozen
+
 __all__ = ["Engine", "EngineSettings", "Loaded"]
 
 
-class EngineSettings(BaseModel):
+class EngineSettings(Frozen):
     """How one model is loaded; it travels to the model's process as JSON.
 
     Attributes:
@@ -24,8 +26,6 @@ class EngineSettings(BaseModel):
         eager: run without compilation and captured graphs; None: as the engine sees fit.
         attention: attention implementation, for engines that let one choose.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     device: str = "cpu"

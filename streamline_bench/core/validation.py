@@ -1,0 +1,27 @@
+"""What pydantic found wrong, as the part of a sentence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+__all__ = ["first_problem"]
+
+_OWN = "Value error, "
+"""What pydantic puts in front of a validator's own words."""
+
+
+def first_problem(error: ValidationError, whole: str = "file") -> str:
+    """Return the first problem: where it is, and what is wrong there.
+
+    Args:
+        whole: what the place is called where the problem is not in one part.
+
+    Returns:
+        Without a full stop: ``'rows.0.label': Field required``.
+    """
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or whole
+    return f"'{where}': {first['msg'].removeprefix(_OWN)}"

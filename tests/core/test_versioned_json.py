@@ -1,0 +1,69 @@
+"""Files with a schema version: what is wrong with them is named, with what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError, field_validator
+
+from streamline_bench.core.frozen import Frozen
+from streamline_bench.core.validation import first_problem
+from streamline_bench.core.versioned_json import read_json, validated
+from streamline_bench.errors import SamplesError
+
+
+class Part(Frozen):
+    size: int
+
+    @field_validator("size")
+    @classmethod
+    def _even(cls, size: int) -> int:
+        if size % 2:
+            raise ValueError(f"{size} is odd")
+        return size
+
+
+class Whole(Frozen):
+    schema_version: int = 2
+    parts: tuple[Part, ...] = ()
+
+
+def check(payload: Any) -> Whole:
+    return validated(Whole, payload, "a.json", newest=2, error=SamplesError, advice="make it again")
+
+
+def test_what_is_good_comes_back() -> None:
+    assert check({"schema_version": 1, "parts": [{"size": 4}]}).parts == (Part(size=4),)
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        ({"schema_version": 3, "new": 1}, "a.json has schema version 3, newer than 2; upgrade str"),
+        ({"parts": [{"size": 2}, {"size": 3}]}, "a.json: 'parts.1.size': 3 is odd; make it again."),
+        ({"parts": [{}]}, "a.json: 'parts.0.size': Field required; make it again."),
+        ({"surprise": 1}, "a.json: 'surprise': Extra inputs are not permitted; make it again."),
+        ([], "a.json: 'file': Input should be a valid dictionary"),
+    ],
+)
+def test_what_is_wrong_is_named(payload: Any, message: str) -> None:
+    with pytest.raises(SamplesError) as raised:
+        check(payload)
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"\xff\xfe", b"[" * 100_000])
+def test_a_file_that_cannot_be_read(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SamplesError, match=r"a\.json cannot be read \(.*\); look for it\."):
+        read_json(path, SamplesError, "look for it")
+
+
+def test_the_first_problem_of_several() -> None:
+    with pytest.raises(ValidationError) as raised:
+        Whole.model_validate({"parts": [{"size": 1}], "other": 1})
+    assert first_problem(raised.value) == "'parts.0.size': 1 is odd"
