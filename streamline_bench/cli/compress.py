@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from streamline_bench.cli.options import parse_assignments, setup_logging
+from streamline_bench.cli.options import device_option, parse_assignments, setup_logging
 
 __all__ = ["command"]
 
@@ -24,8 +24,14 @@ __all__ = ["command"]
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @click.option("--revision", help="Revision of a hub model.")
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--dtype", help="Dtype of the source model in memory; float32 unless given.")
+@device_option
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of the source model in memory; the result is stored as the source is.",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no log.")
@@ -37,7 +43,7 @@ def command(
     overwrite: bool,
     revision: str | None,
     device: str,
-    dtype: str | None,
+    dtype: str,
     trust_remote_code: bool,
     as_json: bool,
     quiet: bool,

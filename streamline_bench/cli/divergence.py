@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from streamline_bench.cli.options import print_table, setup_logging
+from streamline_bench.cli.options import device_option, print_table, setup_logging
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,7 +32,7 @@ __all__ = ["command"]
     help="Tokens read at once.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--device", default="cpu", show_default=True)
+@device_option
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),

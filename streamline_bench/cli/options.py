@@ -1,4 +1,4 @@
-"""What the commands share: logging, ``KEY=VALUE`` options, safe output."""
+"""What the commands share: logging, the device, ``KEY=VALUE`` options, safe output."""
 
 from __future__ import annotations
 
@@ -6,14 +6,42 @@ import logging
 import os
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["parse_assignments", "print_table", "setup_logging"]
+__all__ = ["device_option", "parse_assignments", "print_table", "setup_logging"]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def device_option(command: _Command) -> _Command:
+    """Add ``--device``; the command gets a torch device that is there, ``auto`` resolved."""
+    option = click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        callback=_found_device,
+        help="cpu, cuda or cuda:N; auto: cuda where there is one.",
+    )
+    return option(command)
+
+
+def _found_device(ctx: click.Context, option: click.Parameter, value: str) -> str:
+    import torch
+
+    if value == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise click.BadParameter(f"'{value}': {reason}") from None
+    return value
 
 
 def setup_logging(*, quiet: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamline_bench.cli.options import print_table, setup_logging
+from streamline_bench.cli.options import device_option, print_table, setup_logging
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +59,7 @@ def _sizes(ctx: click.Context, option: click.Parameter, value: str | None) -> li
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the data order.")
 @click.option("--revision", help="Revision of a hub model.")
-@click.option("--device", default="cpu", show_default=True)
+@device_option
 @click.option("--dtype", type=_DTYPES, default="float32", show_default=True)
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along.")
 @click.option(
@@ -91,10 +91,10 @@ def command(
     if output is None and not as_json:
         output = Path(f"scan-{name}")
     _require_free(output, overwrite)
-    similarity = _scanned(model, progress=not (quiet or as_json), **options)
-    table = _table(similarity, sizes, metric)
+    similarity = _scanned(model, sizes, progress=not (quiet or as_json), **options)
     if output is not None:
         _write(similarity, sizes, metric, output, name)
+    table = _table(similarity, sizes, metric)
     if as_json:
         click.echo(json.dumps(_payload(model, similarity, table, output), indent=2))
     elif not quiet:
@@ -123,6 +123,7 @@ def _require_free(output: Path | None, overwrite: bool) -> None:
 
 def _scanned(
     model: str,
+    sizes: list[int],
     *,
     calibration: str,
     text_field: str,
@@ -141,6 +142,7 @@ def _scanned(
 ) -> Similarity:
     import torch
 
+    from streamline_bench.core.architecture import architecture_of
     from streamline_bench.core.calibration import load_calibration
     from streamline_bench.core.checkpoint import resolve_pretrained
     from streamline_bench.core.importance import scan
@@ -148,7 +150,6 @@ def _scanned(
     from streamline_bench.core.recipe import CalibrationSpec
     from streamline_bench.methods.loading import load_config, load_model, load_tokenizer
 
-    _require_device(device)
     folder = resolve_pretrained(model, revision)
     spec = CalibrationSpec(
         source=calibration,
@@ -160,6 +161,7 @@ def _scanned(
     )
     trust = {"trust_remote_code": trust_remote_code}
     config = load_config(folder, **trust)
+    _require_sizes(sizes, getattr(config, architecture_of(config).depth_key))
     tokens = load_calibration(
         spec,
         load_tokenizer(folder, **trust),
@@ -178,14 +180,16 @@ def _scanned(
     return scan(load_model(folder, device=device, dtype=dtype, **trust), tokens, **how)
 
 
-def _require_device(device: str) -> None:
-    import torch
+def _require_sizes(sizes: list[int], num_layers: int) -> None:
+    """Before the scan as well."""
+    from streamline_bench.errors import SparsityError
 
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise click.BadParameter(f"'{device}': {reason}", param_hint="--device") from None
+    for n in sizes:
+        if not 1 <= n <= num_layers:
+            raise SparsityError(
+                f"A block of {n} layers cannot be removed from {num_layers}; give --n from 1 to "
+                f"{num_layers}."
+            )
 
 
 def _table(similarity: Similarity, sizes: list[int], metric: str) -> pd.DataFrame:

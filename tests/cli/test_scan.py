@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from streamline_bench.core.similarity import Similarity
+from streamline_bench.errors import StreamlineBenchError
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_existing_files_are_kept_unless_told_otherwise(scanned: Any, tmp_path: P
         (["--calibration", "none.jsonl"], "none.jsonl does not exist"),
         (["--n", "7"], "A block of 7 layers cannot be removed from 6"),
         (["--n", "two"], "'two' is not a list of numbers"),
-        (["--device", "no-such-device"], "Invalid value for --device"),
+        (["--device", "no-such-device"], "Invalid value for '--device'"),
         (["--samples", "0"], "0 is not in the range"),
     ],
 )
@@ -130,6 +131,54 @@ def test_bad_options_leave_nothing_behind(
     assert message in ended.err
     assert "Traceback" not in ended.err
     assert not (tmp_path / "out").exists()
+
+
+def test_sizes_are_checked_before_the_scan(scanned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamline_bench.core.importance.scan", None)
+    ended = scanned("--n", "4,40")
+    assert ended.code == 2
+    assert "A block of 40 layers cannot be removed from 6; give --n from 1 to 6." in ended.err
+
+
+def test_the_scan_is_kept_when_its_table_cannot_be_shown(
+    scanned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("streamline_bench.cli.scan._table", fails)
+    assert scanned().code == 1
+    assert Similarity.load(tmp_path / "out" / "similarity.json").num_layers == 6
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_device_is_cuda_where_there_is_one(
+    there: bool,
+    call: Callable[..., Any],
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    used: list[str] = []
+
+    def stop(*arguments: object, device: str, **options: object) -> None:
+        used.append(device)
+        raise StreamlineBenchError("stopped here")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    monkeypatch.setattr("streamline_bench.methods.compression.compress", stop)
+    monkeypatch.setattr("streamline_bench.cli.scan._scanned", stop)
+    monkeypatch.setattr("streamline_bench.harness.token_divergence.token_divergence", stop)
+    text = tmp_path / "text.txt"
+    text.write_text("w1")
+    for arguments in (
+        ("scan", tiny_llama, "-o", tmp_path / "scan"),
+        ("compress", tiny_llama, "-o", tmp_path / "out"),
+        ("divergence", tiny_llama, tiny_llama, text),
+    ):
+        assert "stopped here" in call(*arguments).err
+        assert "Invalid value for '--device'" in call(*arguments, "--device", "tpu9").err
+    assert used == ["cuda" if there else "cpu"] * 3
 
 
 def test_an_output_that_cannot_be_made(scanned: Any, tmp_path: Path) -> None:
