@@ -12,8 +12,10 @@ import pytest
 
 from streamline_bench.errors import ComparisonError, SamplesError
 from streamline_bench.report.csv_view import to_csv
-from streamline_bench.report.leaderboard import build_leaderboard
+from streamline_bench.report.formats import MISSING
+from streamline_bench.report.leaderboard import RowSource, build_leaderboard
 from streamline_bench.report.markdown import to_markdown
+from streamline_bench.report.page import to_html
 from streamline_bench.report.schema import Leaderboard
 from streamline_bench.report.summary import headline
 from streamline_bench.stability.samples import load_samples
@@ -133,6 +135,32 @@ def test_markdown_tables_are_rectangular(board: dict) -> None:
         widths = {line.replace("\\|", "").count("|") for line in table.splitlines()}
         assert len(widths) == 1
     assert "\n    lm_eval ``` # not a heading\n" in text
+
+
+def test_published_numbers_keep_digits_and_unit_beside_ours(run: Path) -> None:
+    common = {"model": "Llama-2-7B", "source": "a paper"}
+    recipe = {"published": [
+        {**common, "metric": "Colours", "value": 61.07, "sparsity": 0.24},
+        {**common, "metric": "Perplexity of books", "value": 12.862},
+        {**common, "metric": "size", "value": 5.4, "unit": "billion parameters"},
+        {**common, "metric": "stability", "value": 73.2},
+    ]}  # fmt: skip
+    sources = {"layer": RowSource(recipe=recipe)}
+    board = build(run, sources=sources)
+    row = board["rows"][2]
+    ours = row["tasks"][0]["accuracy"]
+    stability = row["macro"]["stability"]
+    assert [one["ours"] for one in row["published"]] == [ours, None, None, stability]
+    text = to_markdown(board)
+    shown = f"{100 * ours['value']:.1f} ± {100 * ours['standard_error']:.1f}"
+    assert f"| Colours | 61.07 % | {shown} (colours) | 24.0 |" in text
+    assert f"| Perplexity of books | 12.862 perplexity | {MISSING} |" in text
+    assert f"| size | 5.4 billion parameters | {MISSING} |" in text
+    assert f"| stability | 73.2 % | {100 * stability['value']:.1f} (all tasks) |" in text
+    page = to_html(board)
+    assert "12.862<small>perplexity</small>" in page and "5.4<small>billion parameters" in page
+    assert f"{shown}<small>colours</small>" in page
+    assert '<th scope="col" class="num">Published</th>' in page, "no unit for all in the heading"
 
 
 def test_the_dense_row_must_exist(run: Path) -> None:
