@@ -1,24 +1,33 @@
 """Atomic output: a file or folder appears whole or not at all, also after ``kill -9``.
 
 A folder is built under a hidden name beside its target (same file system), synced to disk and
-renamed. What a killed process leaves is a hidden folder named after its process id; the next
-writer to the same place removes it once that process is gone.
+renamed. What a killed process leaves is a hidden folder named after its machine and process id; the
+next writer to the same place on that machine removes it once that process is gone. On a shared file
+system it may as well be at work on another machine (or in another container), where nobody here can
+see it: such a folder is removed when nothing in it has changed for a week.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
 import os
+import platform
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from streamline_bench.errors import OutputError
 
 __all__ = ["atomic_write_bytes", "atomic_write_text", "staged_output", "sync_path"]
+
+_FOREIGN_AGE = 7 * 24 * 3600
+"""Seconds; a compression opens its output before it trains, and may leave it alone for days."""
 
 
 @contextmanager
@@ -95,7 +104,8 @@ def _check_free(output: Path, overwrite: bool) -> None:
 
 
 def _hidden(target: Path, kind: str) -> Path:
-    return target.parent / f".{target.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}"
+    process = f"{_machine()}-{os.getpid()}"
+    return target.parent / f".{target.name}.{kind}-{process}-{secrets.token_hex(4)}"
 
 
 def _unwritable(output: Path, error: OSError) -> OutputError:
@@ -147,7 +157,10 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _settle_leftovers(output: Path) -> None:
-    pattern = re.compile(re.escape(f".{output.name}.") + r"(partial|replaced)-(\d+)-[0-9a-f]{8}")
+    # Names of earlier versions lack the machine.
+    pattern = re.compile(
+        re.escape(f".{output.name}.") + r"(partial|replaced)-(?:([0-9a-f]{12})-)?(\d+)-[0-9a-f]{8}"
+    )
     if not output.parent.is_dir():
         return
     try:
@@ -156,8 +169,12 @@ def _settle_leftovers(output: Path) -> None:
         return  # unreadable: creating the staging folder will say so
     for name in names:
         match = pattern.fullmatch(name)
-        if match and not _alive(int(match[2])):
-            _settle(output.parent / name, match[1], output)
+        if match is None:
+            continue
+        leftover = output.parent / name
+        ours = match[2] == _machine()
+        if not _alive(int(match[3])) if ours else _age(leftover) > _FOREIGN_AGE:
+            _settle(leftover, match[1], output)
 
 
 def _settle(leftover: Path, kind: str, output: Path) -> None:
@@ -178,3 +195,23 @@ def _alive(process: int) -> bool:
     except OSError:
         return True  # someone else's process
     return True
+
+
+@functools.cache
+def _machine() -> str:
+    """Name where process ids mean the same: one machine since it was started, one container."""
+    known = [platform.node()]
+    with suppress(OSError):
+        known.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
+    with suppress(OSError):
+        known.append(str(Path("/proc/self/ns/pid").stat().st_ino))
+    return hashlib.sha256(" ".join(known).encode()).hexdigest()[:12]
+
+
+def _age(path: Path) -> float:
+    """Seconds since anything in it changed; none if it is gone or cannot be read."""
+    try:
+        newest = max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
+    except OSError:
+        return 0.0
+    return time.time() - newest

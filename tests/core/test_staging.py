@@ -96,26 +96,62 @@ def dead_process() -> int:
     return process.pid
 
 
+def hidden(output: Path, kind: str, process: int, machine: str | None = None) -> Path:
+    """Make what a killed process would leave."""
+    where = staging._machine() if machine is None else machine
+    leftover = output.parent / f".{output.name}.{kind}-{where}-{process}-0123abcd"
+    leftover.mkdir()
+    (leftover / "x").write_text("old")
+    return leftover
+
+
 def test_leftovers_of_dead_processes_only_are_removed(tmp_path: Path) -> None:
-    dead = tmp_path / f".out.partial-{dead_process()}-0123abcd"
-    alive = tmp_path / f".out.partial-{os.getpid()}-0123abcd"
-    foreign = tmp_path / f".other.partial-{dead_process()}-0123abcd"
-    for leftover in (dead, alive, foreign):
-        leftover.mkdir()
-        (leftover / "x").write_text("")
-    with staged_output(tmp_path / "out"):
+    output = tmp_path / "out"
+    dead = hidden(output, "partial", dead_process())
+    alive = hidden(output, "partial", os.getpid())
+    foreign = hidden(tmp_path / "other", "partial", dead_process())
+    with staged_output(output):
         assert not dead.exists()
     assert alive.exists()
     assert foreign.exists()
 
 
+@pytest.mark.parametrize("name", ["0123456789ab", ""])
+@pytest.mark.parametrize("kind", ["partial", "replaced"])
+def test_a_process_of_another_machine_is_left_alone_for_a_week(
+    tmp_path: Path, kind: str, name: str
+) -> None:
+    """Its process id says nothing here; nor does one without a machine, as it was once."""
+    output = tmp_path / "out"
+    leftover = hidden(output, kind, dead_process(), name)
+    if not name:
+        leftover = leftover.rename(tmp_path / leftover.name.replace("--", "-"))
+    week = 7 * 24 * 3600
+    for path in (leftover, leftover / "x"):
+        os.utime(path, (0, time.time() - week + 60))
+    with staged_output(output) as work:
+        (work / "x").write_text("new")
+    assert (leftover / "x").read_text() == "old"
+    os.utime(leftover, (0, time.time() - week - 60))
+    with staged_output(output, overwrite=True):
+        assert leftover.exists()  # what is in it is younger
+    os.utime(leftover / "x", (0, time.time() - week - 60))
+    with staged_output(output, overwrite=True):
+        assert not leftover.exists()
+
+
+def test_names_tell_machines_and_containers_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = staging._machine()
+    assert here == staging._machine()
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    assert staging._machine.__wrapped__() != here
+
+
 def test_a_folder_moved_aside_by_a_killed_overwrite_comes_back(tmp_path: Path) -> None:
-    aside = tmp_path / f".out.replaced-{dead_process()}-0123abcd"
-    aside.mkdir()
-    (aside / "old").write_text("old")
+    hidden(tmp_path / "out", "replaced", dead_process())
     with pytest.raises(OutputError, match="exists"):
         staged_output(tmp_path / "out").__enter__()
-    assert (tmp_path / "out" / "old").read_text() == "old"
+    assert (tmp_path / "out" / "x").read_text() == "old"
 
 
 WRITER = """
@@ -175,7 +211,8 @@ def test_kill_in_the_middle_leaves_no_output(tmp_path: Path, repository: Path) -
     process.wait()
     process.stdout.close()
     assert not output.exists()
-    assert [p.name.startswith(f".out.partial-{process.pid}-") for p in tmp_path.iterdir()] == [True]
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(f".out.partial-{staging._machine()}-{process.pid}-")
 
 
 def test_atomic_write_replaces_whole_files(tmp_path: Path) -> None:
