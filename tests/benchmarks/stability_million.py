@@ -1,6 +1,7 @@
 """One million sample pairs with 10,000 bootstrap draws: how long, and against row resampling.
 
-``python tests/benchmarks/stability_million.py [--pairs N] [--draws N] [--per-cluster N]``
+``python tests/benchmarks/stability_million.py [--pairs N] [--draws N] [--per-cluster N]
+[--target SECONDS]``; the exit code is 1 if more seconds of processor time are spent.
 
 Timed is all that ``compare`` does: alignment, accuracies, stability, choice divergences,
 calibration, tests, intervals and the summaries. With ``--per-cluster`` questions come in clusters,
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 
 import numpy as np
@@ -24,6 +26,7 @@ from streamline_bench.stability.samples import COLUMNS, RunInfo, Samples
 from streamline_bench.stability.settings import Settings
 
 PEER_DRAWS = 20
+TARGET = 10.0
 
 
 def run(name: str, pairs: int, seed: int, per_cluster: int = 0) -> Samples:
@@ -68,11 +71,19 @@ def peer_seconds_per_draw(pairs: int) -> float:
     return (time.perf_counter() - begin) / PEER_DRAWS
 
 
-def main() -> None:
+def missed(spent: float, target: float) -> str | None:
+    """A sentence, if more time is spent than the target allows."""
+    if spent <= target:
+        return None
+    return f"The comparison took {spent:.2f} s of processor time (target {target:g} s)."
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--draws", type=int, default=10_000)
     parser.add_argument("--per-cluster", type=int, default=0)
+    parser.add_argument("--target", type=float, default=TARGET, help="seconds of processor time")
     parser.add_argument("--as-json", action="store_true")
     options = parser.parse_args()
     dense, pruned = (
@@ -98,7 +109,11 @@ def main() -> None:
     else:
         for key, value in report.items():
             print(f"{key:40} {value}")
+    fault = missed(cpu, options.target)
+    if fault is not None:
+        print(fault, file=sys.stderr)
+    return 1 if fault else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

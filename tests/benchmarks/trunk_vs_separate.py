@@ -16,6 +16,10 @@ layer s, still has to run L - s - n layers, its final norm and its LM head. Case
 - ``chosen``: the blocks that the scan chooses on the bundled model, one for each of four sizes;
 - ``middle``: blocks in the middle of the stack.
 
+The exit code is 1 if ``runs`` (``scoring`` with ``--skip-runs``) of a case are less than
+``--target`` times as fast, where its layers allow for that: a case whose ``layers_ratio`` is lower
+is shown only.
+
     OMP_NUM_THREADS=1 python tests/benchmarks/trunk_vs_separate.py [--model 15m] [--cases deep ...]
 """
 
@@ -35,7 +39,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +47,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 LAYERS = 12
+TARGET = 2.5
 CASES: dict[str, list[tuple[int, int, str | None]]] = {
     # start of the block, its layers, network in its place
     "deep": [(8, 3, None), (8, 3, "ffn"), (8, 3, "swiglu_res"), (7, 3, None)],
@@ -275,15 +280,31 @@ def shown(seconds: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def missed(rows: Sequence[Mapping[str, Any]], target: float) -> list[str]:
+    """A sentence for each case that is slower than the target, and need not be."""
+    found = []
+    for row in rows:
+        figure = "runs" if "runs" in row else "scoring"
+        ratio = row[figure]["ratio"]
+        if row["layers_ratio"] >= target > ratio:
+            found.append(
+                f"Case '{row['case']}': {figure} together are {ratio} times as fast as separate "
+                f"ones (target {target:g})."
+            )
+    return found
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=["bundled", "tiny", "15m", "110m"], default="bundled")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["deep", "chosen"])
     parser.add_argument("--questions", type=int, default=100, help="documents per task")
     parser.add_argument("--repeats", type=int, default=3, help="of the scoring")
+    parser.add_argument("--target", type=float, default=TARGET, help="ratio to reach")
     parser.add_argument("--skip-runs", action="store_true", help="scoring only, no processes")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         dense = build_dense(arguments.model, scratch / "dense")
@@ -309,7 +330,12 @@ def main() -> None:
             if not arguments.skip_runs:
                 row["runs"] = shown(whole_runs(request, scratch))
             print(json.dumps(row), flush=True)
+            rows.append(row)
+    faults = missed(rows, arguments.target)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
