@@ -50,18 +50,14 @@ def notes(record: ThroughputRecord) -> str:
             f"Output tokens per second of {clock}: median of {record.workload.rounds} rounds "
             f"[lowest, highest]; ratio to dense with its {100 * record.confidence:g} % interval."
         )
+    of_points = [note for model in record.models for point in model.points for note in point.notes]
+    lines += [f"{terminal_text(note)}." for note in dict.fromkeys(of_points)]  # shared in a group
     for model in record.models:
         name = terminal_text(model.label)
         lines += [f"{name}: {terminal_text(note)}." for note in model.notes]
-        for point in model.points:
-            lines += [f"{terminal_text(note)}." for note in point.notes if model is _first(record)]
         if model.reason:
             lines.append(f"{name} failed: {terminal_text(model.reason)}")
     return "\n".join(lines)
-
-
-def _first(record: ThroughputRecord) -> ModelResult:
-    return record.models[0]
 
 
 def _batches(record: ThroughputRecord) -> Table:

@@ -9,10 +9,8 @@ from streamline_bench.errors import MissingDependencyError
 __all__ = ["OPENCOMPASS_INSTALL", "require_opencompass"]
 
 OPENCOMPASS_INSTALL = (
-    "pip install rouge-score sacrebleu nltk addict termcolor yapf importlib_metadata httpx jieba "
-    "rouge_chinese rank_bm25 tiktoken gradio_client tree-sitter tree_sitter_languages "
-    "timeout_decorator openai jsonlines fuzzywuzzy h5py python-Levenshtein prettytable tabulate "
-    "evaluate scikit-learn && pip install --no-deps opencompass==0.5.4 mmengine-lite==0.11.0rc3"
+    "pip install 'streamline-bench[opencompass]' && "
+    "pip install --no-deps opencompass==0.5.4 mmengine-lite==0.11.0rc3"
 )
 """What works beside transformers 5; OpenCompass's declared dependencies ask for numpy below 2."""
 

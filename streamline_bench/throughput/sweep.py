@@ -88,7 +88,7 @@ def _point(
                 continue
             notes.append(
                 f"{label} ran out of memory with a batch of {batch}; "
-                f"all models were measured with {batch // 2}"
+                f"{_who(models)} measured with {batch // 2}"
             )
             batch //= 2
             continue
@@ -102,9 +102,13 @@ def _within_capacity(models: Sequence[RunningModel], batch: int, notes: list[str
             batch = model.capacity
             notes.append(
                 f"{model.contender.label} could be started for a batch of {batch} only; "
-                "all models were measured with that"
+                f"{_who(models)} measured with that"
             )
     return batch
+
+
+def _who(models: Sequence[RunningModel]) -> str:
+    return "all models were" if len(models) > 1 else "it was"
 
 
 def _rounds(

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from streamline_bench.cli.throughput_table import notes
 from streamline_bench.errors import OutputError, ThroughputError
 from streamline_bench.throughput import Setup, Workload, measure, read_record
 from streamline_bench.throughput.record import ModelResult
@@ -196,6 +197,24 @@ def test_one_at_a_time_never_has_two_processes(fake_model: FakeModel, fake_engin
     found = measured(models, fake_engine, setup=setup)
     assert max(starts(models["dense"])) < min(starts(models["small"]))
     assert found["small"].points[0].ratio is not None
+
+
+def test_every_models_notes_are_shown_once_in_words_of_its_group(
+    fake_model: FakeModel, fake_engine: str
+) -> None:
+    """One at a time, a model that runs out of memory is measured with less, the others are not."""
+    models = {"dense": fake_model("dense"), "big": fake_model("big", out_of_memory_above=1)}
+    ran_out = "big ran out of memory with a batch of 2; "
+    for alone, words in ((True, "it was measured with 1"), (False, "all models were measured w")):
+        setup = SETUP.model_copy(update={"one_at_a_time": alone})
+        record = measure(
+            models, dense="dense", engine=fake_engine, workload=ONE, setup=setup, progress=False
+        )
+        assert [bool(model.points[0].notes) for model in record.models] == [not alone, True]
+        shown = [line for line in notes(record).splitlines() if line.startswith(ran_out)]
+        assert len(shown) == 1 and shown[0].startswith(ran_out + words)
+        for folder in models.values():
+            (folder / "batches.txt").unlink()
 
 
 def test_a_missing_model_is_a_failed_row(fake_model: FakeModel, fake_engine: str) -> None:
