@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from streamline_bench.modeling.attachments import Attachment, attachment_tensor_names
+    from streamline_bench.modeling.attachments import Attachment
     from streamline_bench.modeling.configuration import StreamlineConfig, streamline_config
     from streamline_bench.modeling.models import StreamlineForCausalLM, StreamlineModel
     from streamline_bench.modeling.registration import register
@@ -23,7 +23,6 @@ __all__ = [
     "StreamlineConfig",
     "StreamlineForCausalLM",
     "StreamlineModel",
-    "attachment_tensor_names",
     "register",
     "streamline_config",
 ]
@@ -34,7 +33,6 @@ _HOMES = {
     "StreamlineConfig": "configuration",
     "StreamlineForCausalLM": "models",
     "StreamlineModel": "models",
-    "attachment_tensor_names": "attachments",
     "register": "registration",
     "streamline_config": "configuration",
 }

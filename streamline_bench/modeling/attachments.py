@@ -23,7 +23,7 @@ from streamline_bench.core.replacement import (
 from streamline_bench.core.suggestions import suggest
 from streamline_bench.errors import CheckpointError
 
-__all__ = ["BEFORE_FIRST", "Attachment", "attachment_tensor_names", "parse_attachments"]
+__all__ = ["BEFORE_FIRST", "Attachment", "parse_attachments"]
 
 BEFORE_FIRST = -1
 """``after_layer`` of a network that runs before layer 0 (the block began at layer 0)."""
@@ -65,20 +65,6 @@ class Attachment:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form that the config holds."""
         return asdict(self)
-
-
-def attachment_tensor_names(
-    config: Any, after_layer: int, parameters: Iterable[str]
-) -> dict[str, str]:
-    """Map a network's parameter names to the names of its tensors in a checkpoint.
-
-    Args:
-        config: the host's config (any ``model_type`` of the architecture table, or ``streamline``).
-        after_layer: as in :class:`Attachment`.
-        parameters: names such as ``up_proj.weight``.
-    """
-    prefix = Attachment(after_layer, "linear", 1).tensor_prefix(config)
-    return {name: prefix + name for name in parameters}
 
 
 def parse_attachments(entries: Iterable[Any], config: Any) -> tuple[Attachment, ...]:

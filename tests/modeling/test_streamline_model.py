@@ -19,7 +19,6 @@ from streamline_bench.modeling import (
     StreamlineConfig,
     StreamlineForCausalLM,
     StreamlineModel,
-    attachment_tensor_names,
     register,
     streamline_config,
 )
@@ -273,11 +272,10 @@ def test_a_model_can_be_pickled_and_copied(ids: torch.Tensor) -> None:
 
 def test_tensor_names() -> None:
     config = config_for("opt")
-    assert attachment_tensor_names(config, 1, ["up_proj.weight"]) == {
-        "up_proj.weight": "model.decoder.layers.1.attachment.up_proj.weight"
-    }
-    assert attachment_tensor_names(config, -1, ["up_proj.weight"]) == {
-        "up_proj.weight": "model.decoder.layers.0.prelude.up_proj.weight"
+    places = {after: Attachment(after, "linear", 1).tensor_prefix(config) for after in (1, -1)}
+    assert places == {
+        1: "model.decoder.layers.1.attachment.",
+        -1: "model.decoder.layers.0.prelude.",
     }
     names = build("opt").state_dict()
     for attachment in ATTACHMENTS:
