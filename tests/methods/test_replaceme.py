@@ -71,11 +71,11 @@ class Around:
 def double_model(make_tiny_model: Callable[..., Path]) -> Callable[..., Path]:
     """Return a function that saves a random model of a family in float64.
 
-    Its layers 2 and 3 do little, so that they go first, and attention does little anywhere, so
-    that what holds for some tokens holds for others.
+    Its layers 2 and 3, or others given, do little, so that they go first, and attention does little
+    anywhere, so that what holds for some tokens holds for others.
     """
 
-    def make(model_type: str = "llama", **changes: Any) -> Path:
+    def make(model_type: str = "llama", *, quiet: tuple[int, ...] = (2, 3), **changes: Any) -> Path:
         folder = make_tiny_model(model_type, **{**FAMILIES[model_type], **changes})
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
         generator = torch.Generator().manual_seed(0)
@@ -83,16 +83,16 @@ def double_model(make_tiny_model: Callable[..., Path]) -> Callable[..., Path]:
             for name, tensor in model.named_parameters():
                 if "norm" not in name and "ln_" not in name:
                     noise = torch.randn(tensor.shape, generator=generator)
-                    tensor.copy_(_strength(name) * noise)
+                    tensor.copy_(_strength(name, quiet) * noise)
         model.save_pretrained(folder)
         return folder
 
     return make
 
 
-def _strength(name: str) -> float:
-    quiet = 0.5 if any(f".{layer}." in name for layer in (2, 3)) else 1.0
-    return quiet * (0.05 if "attn" in name or "attention" in name else 0.25)
+def _strength(name: str, quiet: tuple[int, ...]) -> float:
+    share = 0.5 if any(f".{layer}." in name for layer in quiet) else 1.0
+    return share * (0.05 if "attn" in name or "attention" in name else 0.25)
 
 
 def _load(folder: Path) -> Any:
@@ -303,21 +303,48 @@ def test_pads_take_no_part(
     assert chosen["tokens_fitted"] + chosen["tokens_held_out"] == sum(lengths)
 
 
-def test_several_blocks(
+def test_two_blocks_apart_are_m_a_plus_y_each(
     double_model: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
-    source = double_model(num_hidden_layers=9)
-    changes = {"parameters.blocks": 2, "n_layers": 2}  # layers 2 and 3, or farther apart
-    recipe = _recipe(make_recipe, **changes, **{"parameters.merge_consecutive": False})
+    source = double_model(num_hidden_layers=9, quiet=(2, 5))
+    recipe = _recipe(make_recipe, n_layers=2, **{"parameters.blocks": 2})
     out = compress(source, recipe, tmp_path / "out", dtype="float64", progress=False)
     manifest = _facts(out)
-    first, second = manifest.chosen["blocks"]
-    assert manifest.layers_after == 7
-    assert first["stop"] <= second["start"]
-    assert manifest.chosen["removed_layers"] == [first["start"], second["start"]]
-    for block in (first, second):
+    blocks = manifest.chosen["blocks"]
+    assert [(block["start"], block["stop"]) for block in blocks] == [(2, 3), (5, 6)]
+    assert [block["map_in_layer"] for block in blocks] == [1, 4]
+    assert manifest.chosen["removed_layers"] == [2, 5]
+    for block in blocks:
         assert block["boundary_mse"]["mapped"] < block["boundary_mse"]["none"]
-    _load(out)
+
+    before, after = CheckpointReader(source), CheckpointReader(out)
+    old = [0, 1, 3, 4, 6, 7, 8]
+    down = "model.layers.{}.mlp.down_proj.weight"
+    changed = set()
+    for name in after.names:
+        parts = name.split(".")
+        if parts[1] == "layers":
+            parts[2] = str(old[int(parts[2])])
+        if not torch.equal(after.tensor(name), before.tensor(".".join(parts))):
+            changed.add(name)
+    assert changed == {down.format(1), down.format(3)}
+
+    rows = _fitted_rows(source, recipe)
+    for host, start in ((1, 2), (3, 5)):
+        fitted = _around(source, rows, start, start + 1)
+        a = _ridge_fit(fitted.mlp, fitted.target - fitted.rest)
+        # The folded model with this one map taken out again, on tokens that were not fitted.
+        plain = _load(out)
+        plain.model.layers[host].mlp.down_proj.weight.data = before.tensor(down.format(start - 1))
+        seen: list[Tensor] = []
+        plain.model.layers[host].mlp.register_forward_hook(lambda m, i, o, to=seen: to.append(o))
+        ids = rows[:5, :12].flip(1)
+        with torch.no_grad():
+            behind = plain(ids, output_hidden_states=True).hidden_states[host + 1]
+            found = _load(out)(ids, output_hidden_states=True).hidden_states[host + 1]
+        expected = seen[0] @ a + (behind - seen[0])
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+        assert not torch.allclose(found, behind, atol=1e-2)
 
 
 def test_adjacent_blocks_merge_or_follow_each_other(

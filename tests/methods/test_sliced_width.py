@@ -19,6 +19,23 @@ LLAMA_2_13B = {
     "num_key_value_heads": 40,
 }
 LLAMA_3_8B = {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
+QWEN_2_5_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+}
+QWEN_3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+}
 TINY = {
     "vocab_size": 100,
     "hidden_size": 32,
@@ -59,16 +76,34 @@ def test_parameters_removed_by_a_slicing(
 
 
 @pytest.mark.parametrize(
-    ("entries", "width", "slicing"),
-    [(LLAMA_2_7B, 2744, 0.330), (LLAMA_2_13B, 3432, 0.330), (LLAMA_3_8B, 2728, 0.334)],
+    ("family", "entries", "width", "slicing"),
+    [
+        ("llama", LLAMA_2_7B, 2744, 0.330),
+        ("llama", LLAMA_3_8B, 2728, 0.334),
+        ("qwen2", QWEN_2_5_7B, 2440, 0.319),
+        ("qwen3", QWEN_3_8B, 2696, 0.342),
+    ],
 )
 def test_width_that_removes_a_quarter_of_the_parameters(
-    entries: dict[str, Any], width: int, slicing: float
+    family: str, entries: dict[str, Any], width: int, slicing: float
 ) -> None:
-    plan = SlicedSizes(LlamaConfig(**entries)).of_sparsity(0.25)
+    plan = SlicedSizes(AutoConfig.for_model(family, **entries)).of_sparsity(0.25)
     assert plan.width == width
-    assert plan.slicing == pytest.approx(slicing, abs=1e-3)
+    assert plan.slicing == pytest.approx(slicing, abs=6e-4)
     assert plan.reached == pytest.approx(0.25, abs=2e-3)
+
+
+def test_a_quarter_of_llama_2_13b_lies_between_two_widths() -> None:
+    """0.328 of the channels is 3440 of them; 3432 come as near from the other side."""
+    config = LlamaConfig(**LLAMA_2_13B)
+    total = SlicedSizes(config).total
+    below, above = (1 - _counted_by_hand(config, width) / total for width in (3440, 3432))
+    assert (round(below, 4), round(above, 4)) == (0.2491, 0.2509)
+    assert 0.25 - below == pytest.approx(above - 0.25, abs=5e-5)
+    assert pytest.approx(0.328, abs=5e-4) == 1 - 3440 / 5120
+    plan = SlicedSizes(config).of_sparsity(0.25)
+    assert plan.width in (3432, 3440)
+    assert abs(plan.reached - 0.25) == min(0.25 - below, above - 0.25)
 
 
 def test_the_width_is_the_nearest_of_all() -> None:

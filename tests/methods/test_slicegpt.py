@@ -16,6 +16,7 @@ from streamline_bench.core.recipe import Recipe
 from streamline_bench.errors import ArchitectureError, CalibrationError, RecipeError, SparsityError
 from streamline_bench.methods import compress
 from streamline_bench.methods.base import Compression
+from streamline_bench.methods.principal_axes import Covariance, PrincipalAxes
 from streamline_bench.methods.slicegpt import SliceGPT
 from streamline_bench.modeling import register
 
@@ -89,10 +90,35 @@ def test_the_share_of_parameters_is_reached_and_recorded(
     assert _logits(out).isfinite().all()
 
 
-def test_principal_axes_lose_less_than_others(
+def test_principal_axes_lose_less_than_random_ones(
+    tiny_llama: Path,
+    recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dense, original = _logits(tiny_llama), Covariance.axes
+
+    def error(name: str) -> float:
+        out = compress(tiny_llama, recipe(slicing=0.5), tmp_path / name, progress=False)
+        return float((_logits(out) - dense).square().mean())
+
+    principal = error("principal")
+    for seed in (0, 1, 2):
+        generator = torch.Generator().manual_seed(seed)
+
+        def others(self: Covariance, damping: float, where: str) -> PrincipalAxes:
+            found = original(self, damping, where)
+            noise = torch.randn(found.axes.shape, generator=generator, dtype=torch.float64)  # noqa: B023
+            return PrincipalAxes(torch.linalg.qr(noise).Q, found.energies)
+
+        monkeypatch.setattr(Covariance, "axes", others)
+        assert principal < 0.8 * error(f"random-{seed}")
+
+
+def test_more_channels_give_better_logits(
     tiny_llama: Path, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    """More channels, better logits; and the stored dtype is the source's."""
+    """And the stored dtype is the source's."""
     dense = _logits(tiny_llama)
     errors = []
     for slicing in (0.75, 0.25, 0.0):
