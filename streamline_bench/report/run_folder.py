@@ -5,7 +5,7 @@
     <folder>/run.json                        written last: its presence means the run is whole
     <folder>/<label>/eval/...                what lm_eval wrote (with --log_samples)
     <folder>/<label>/divergence.json         next-token distributions against the dense model's
-    <folder>/<label>/checkpoint/             streamline.json, similarity.json, training_curve.jsonl
+    <folder>/<label>/checkpoint/             streamline.json, similarity.json, training curves
     <folder>/throughput/throughput.json      tokens per second, where they were measured
     <folder>/leaderboard.{json,csv,md,html}  made from the above
 
