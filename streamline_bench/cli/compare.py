@@ -46,10 +46,12 @@ __all__ = ["command", "finish", "stops_with_a_word"]
 @click.option("--throughput", type=click.Choice(["none", "vllm", "hf"]), help="Measure speed, too.")
 @click.option("--workload", multiple=True, metavar="KEY=VALUE", help="Of the speed measurement.")
 @click.option(
-    "--noise-floor", is_flag=True, default=None, help="Score dense twice, see what flips."
+    "--noise-floor", is_flag=True, default=None, help="Score dense again at another batch size."
 )
-@click.option("--noise-batch-size", help="Batch size of the second scoring.")
-@click.option("--noise-dtype", help="Dtype of the second scoring.")
+@click.option("--noise-batch-size", help="Score dense again at this batch size.")
+@click.option("--noise-dtype", help="Score dense again in this dtype, all else equal.")
+@click.option("--noise-engine", type=click.Choice(["vllm"]),
+              help="Score dense again with this engine, all else equal.")  # fmt: skip
 @click.option("--text", help="File on which next-token distributions are compared, too.")
 @click.option("--text-field", help="Of its records, the one that holds the text.")
 @click.option("--text-documents", type=click.IntRange(min=1), help="At most this many of them.")
@@ -71,7 +73,10 @@ __all__ = ["command", "finish", "stops_with_a_word"]
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Run folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no log.")
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     model: str | None,
     plan: str | None,
     output: Path,
@@ -87,9 +92,18 @@ def command(
     """
     setup_logging(quiet=quiet or as_json)
     from streamline_bench.cli.compare_options import read_execution, read_options
+    from streamline_bench.cli.given import refuse_given
     from streamline_bench.runs.comparison import compare_request
 
+    if options["executor"] == "ray":
+        refuse_given(ctx, "a Ray cluster shares out its own machines", "workers", "gpus")
+    else:
+        refuse_given(ctx, "it goes with --executor ray", "ray_address", "cpus_per_job")
     request = read_options(model, plan, options)
+    if request.throughput == "none":
+        refuse_given(ctx, "it goes with --throughput", "workload")
+    if request.text is None:
+        refuse_given(ctx, "it goes with --text", "text_field", "text_documents", "text_window")
     with stops_with_a_word():
         result = compare_request(
             request, output, execution=read_execution(options), until=until,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from streamline_bench.cli.options import parse_assignments
+from streamline_bench.cli.yaml_values import yaml_assignments
 from streamline_bench.demo.preset import BUNDLED, bundled_request
 from streamline_bench.errors import RecipeError
 from streamline_bench.runs.execution import Execution
@@ -18,8 +17,8 @@ __all__ = ["read_execution", "read_options"]
 
 _PLAIN = (
     "include_path limit num_fewshot apply_chat_template batch_size dtype device revision title "
-    "trust_remote_code throughput noise_floor noise_batch_size noise_dtype text text_field "
-    "text_documents text_window threads"
+    "trust_remote_code throughput noise_floor noise_batch_size noise_dtype noise_engine text "
+    "text_field text_documents text_window threads"
 ).split()
 """Options that are keys of a plan file too."""
 
@@ -30,7 +29,7 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
     Raises:
         RecipeError: something is missing or wrong.
     """
-    payload = read_request(plan) if plan else {}
+    payload = _checked(read_request(plan), plan) if plan else {}
     payload |= {key: options[key] for key in _PLAIN if options.get(key) is not None}
     if model is not None:
         payload["model"] = model
@@ -43,7 +42,7 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
     if options["workload"]:
         payload["workload"] = {
             **(payload.get("workload") or {}),
-            **{k: yaml.safe_load(v) for k, v in parse_assignments(options["workload"]).items()},
+            **yaml_assignments("--workload", options["workload"]),
         }
     if payload.get("model") == BUNDLED:
         payload = bundled_request(payload)
@@ -51,6 +50,18 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
         if not payload.get(key):
             raise RecipeError(f"Nothing to compare: give {what}, or a --plan that has '{key}'.")
     return make_request(payload, f"Plan {plan}" if plan else "The comparison")
+
+
+def _checked(payload: dict[str, Any], plan: str) -> dict[str, Any]:
+    """Refuse kinds of values that options could not be laid over."""
+    for key in ("recipes", "tasks"):
+        if not isinstance(payload.get(key, []), list):
+            example = f"{key}: [{payload[key]}]"
+            raise RecipeError(f"Plan {plan}: '{key}' must be a list, such as '{example}'.")
+    for key in ("set", "workload"):
+        if not isinstance(payload.get(key) or {}, dict):
+            raise RecipeError(f"Plan {plan}: '{key}' must be a mapping such as '{key}: {{k: v}}'.")
+    return payload
 
 
 def read_execution(options: Mapping[str, Any]) -> Execution:

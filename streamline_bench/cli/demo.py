@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import click
@@ -22,7 +21,9 @@ __all__ = ["command"]
 @click.option("--limit", type=click.IntRange(min=1), help="Documents per task.")
 @click.option("--until", type=click.Choice(["compress", "evaluate", "report"]), default="report")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--overwrite", is_flag=True, help="Start afresh if the run folder holds a demo.")
+@click.option(
+    "--overwrite", is_flag=True, help="Remove the results that a demo left in the run folder first."
+)
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no log.")
 def command(
     output: Path,
@@ -38,14 +39,12 @@ def command(
     setup_logging(quiet=quiet)
     from streamline_bench.cli.compare import finish, stops_with_a_word
     from streamline_bench.demo.pipeline import DEMO_ROWS, DemoOptions, run_demo
-    from streamline_bench.runs.plan import PLAN_FILE
 
-    # Only a folder that a run made is removed.
-    if overwrite and (output / PLAN_FILE).is_file():
-        shutil.rmtree(output)
     names = tuple(name.strip() for name in rows.split(",")) if rows else DEMO_ROWS
     with stops_with_a_word():
         result = run_demo(
-            DemoOptions(output, names, sparsity, limit, until, batch_size, progress=not quiet)
+            DemoOptions(
+                output, names, sparsity, limit, until, batch_size, overwrite, progress=not quiet
+            )
         )
     finish(result)

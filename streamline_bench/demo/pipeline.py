@@ -25,6 +25,7 @@ class DemoOptions:
         limit: documents per task, ``None`` for all.
         until: last stage to run.
         batch_size: what the harness is given.
+        overwrite: what an earlier demo made in ``output`` is removed first.
     """
 
     output: Path
@@ -33,6 +34,7 @@ class DemoOptions:
     limit: int | None = None
     until: str = "report"
     batch_size: int = 32
+    overwrite: bool = False
     progress: bool = True
 
 
@@ -52,5 +54,9 @@ def run_demo(options: DemoOptions) -> CompareResult:
         }
     )
     return compare_request(
-        make_request(payload), options.output, until=options.until, progress=options.progress
+        make_request(payload),
+        options.output,
+        until=options.until,
+        progress=options.progress,
+        overwrite=options.overwrite,
     )

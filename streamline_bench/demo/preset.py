@@ -29,6 +29,6 @@ _DEFAULTS: Mapping[str, Any] = {
 
 def bundled_request(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of a request for the bundled model, with what it presets filled in."""
-    own = {key: value for key, value in payload.items() if value}
-    overrides = {**_OVERRIDES, **own.get("set", {})}
+    own = {key: value for key, value in payload.items() if value is not None}
+    overrides = {**_OVERRIDES, **(own.get("set") or {})}
     return {**_DEFAULTS, **own, "set": overrides, "model": str(model())}

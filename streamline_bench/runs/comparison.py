@@ -115,15 +115,21 @@ def compare_request(
     execution: Execution | None = None,
     until: str = "report",
     progress: bool = True,
+    overwrite: bool = False,
 ) -> CompareResult:
-    """Do what :func:`compare` does, for a request."""
+    """Do what :func:`compare` does, for a request.
+
+    Args:
+        overwrite: what an earlier run of the same model made in the folder is removed first.
+    """
     if until not in STAGES:
         raise RecipeError(f"Unknown stage '{until}'; known: {', '.join(STAGES)}.")
     execution = execution or Execution()
     output = output.expanduser().absolute()
     with _sigterm_raises(), locked(output):
-        plan = resolve_plan(request, device="cuda" if execution.gpus_of_a_job else None)
-        claim(output, plan)
+        plan = resolve_plan(request, device=execution.device)
+        execution.check_device(plan.device)
+        claim(output, plan, overwrite=overwrite)
         return _run(output, plan, execution, until, progress)
 
 
@@ -142,7 +148,7 @@ def _run(
             )
             scheduler.do(plan_jobs(plan, until=until, trunk=execution.trunk))
             if plan.throughput != "none" and until != "compress":
-                _measure(plan, scheduler)
+                _measure(plan, scheduler, execution)
     finally:
         executor.stop()
     states = scheduler.states
@@ -155,12 +161,12 @@ def _run(
     return _result(output, plan, states, report)
 
 
-def _measure(plan: Plan, scheduler: Scheduler) -> None:
+def _measure(plan: Plan, scheduler: Scheduler, execution: Execution) -> None:
     """Measure what could be made, when nothing else runs that would take its time."""
     failures = row_failures(plan, scheduler.states)
     labels = [row.label for row in plan.rows if row.label not in failures]
     if plan.reference in labels:
-        scheduler.do([measure_job(plan, labels)])
+        scheduler.do([measure_job(plan, labels, execution.threads_alone)])
 
 
 def _result(

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from streamline_bench.core.staging import atomic_write_text
 from streamline_bench.errors import CheckpointError
+from streamline_bench.runs.folder import job_folder
 from streamline_bench.runs.work import Product
+
+if TYPE_CHECKING:
+    from streamline_bench.core.recipe import Recipe
 
 __all__ = ["compress_row"]
 
@@ -52,7 +58,27 @@ def compress_row(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
             overwrite=True,
             progress=False,
         )
-    return Product([payload["output"]], facts=_facts(output))
+    command = _command(run, name, payload, recipe)
+    return Product([payload["output"]], command=command, facts=_facts(output))
+
+
+def _command(run: Path, name: str, payload: Mapping[str, Any], recipe: Recipe) -> str:
+    """What a reader can type; the complete recipe is written beside the job for it."""
+    import yaml
+
+    path = job_folder(run, name) / "recipe.yaml"
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    atomic_write_text(path, text)
+    options = {
+        "--recipe": path,
+        "--revision": payload["revision"],
+        "--device": payload["device"],
+        "--dtype": payload["dtype"],
+        "--output": run / payload["output"],
+    }
+    words = ["streamline-bench", "compress", payload["pretrained"]]
+    words += [str(word) for pair in options.items() if pair[1] is not None for word in pair]
+    return shlex.join([*words, *(["--trust-remote-code"] * payload["trust_remote_code"])])
 
 
 def _is_published(output: Path, recipe: Mapping[str, Any], weights: str) -> bool:

@@ -1,4 +1,8 @@
-"""How a comparison is run; none of it changes a result, so none of it is part of the plan."""
+"""How a comparison is run; none of it changes what is asked, so none of it is part of the plan.
+
+The number of CPU threads may change the last digits of a result. It follows from the workers here
+unless the plan fixes it (``--threads``).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,8 @@ class Execution:
         executor: ``local`` (processes of this machine) or ``ray`` (an existing cluster).
         workers: local jobs at a time; None: one per group of GPUs, or one.
         gpus: ids of the GPUs that local jobs share out; a Ray cluster shares out its own.
-        gpus_per_job: GPUs of one job; None: one of ``gpus``, or none where there are none.
+        gpus_per_job: GPUs of one job, 0 or 1; None: one of ``gpus``, or what the machine has
+            where none are named. A model is on one GPU, so that more would be idle.
         cpus_per_job: CPUs that a job asks a ray cluster for.
         ray_address: of the cluster; ``auto`` for the one this machine belongs to.
         retries: how often a job is started again after its process or machine was lost. A job
@@ -47,10 +52,50 @@ class Execution:
         """
         if self.executor not in EXECUTORS:
             raise RecipeError(f"Unknown executor '{self.executor}'; known: {', '.join(EXECUTORS)}.")
+        self._check_gpus()
+
+    def _check_gpus(self) -> None:
+        twice = {gpu for gpu in self.gpus if self.gpus.count(gpu) > 1}
+        if twice:
+            raise RecipeError(f"--gpus names GPU {min(twice)} twice; a job has its GPU to itself.")
+        if self.gpus_of_a_job > 1:
+            raise RecipeError(
+                f"A job's model is on one GPU, so that --gpus-per-job {self.gpus_of_a_job} would "
+                "leave GPUs idle; give 1, and let other jobs have the others."
+            )
         if self.executor == "local" and self.gpus_of_a_job > len(self.gpus):
             raise RecipeError(
                 f"A job asks for {self.gpus_of_a_job} GPUs and --gpus names {len(self.gpus)}."
             )
+        if self.gpus and not self.gpus_of_a_job:
+            raise RecipeError("--gpus names GPUs and --gpus-per-job 0 uses none; leave one out.")
+
+    def check_device(self, device: str) -> None:
+        """Refuse a torch device that jobs could not have, or that they would all share unasked.
+
+        Raises:
+            RecipeError: saying which option to change.
+        """
+        if self.gpus_of_a_job and device != "cuda":
+            raise RecipeError(
+                f"Jobs get a GPU each and --device is {device}; give --device cuda, which is each "
+                "job's own, or leave the GPUs out."
+            )
+        if device.startswith("cuda") and self.device == "cpu":
+            raise RecipeError(f"--device is {device} and jobs get no GPU; give --gpus-per-job 1.")
+        if device == "cuda" and not self.gpus and self.executor == "local" and self.job_slots > 1:
+            raise RecipeError(
+                f"{self.job_slots} jobs at a time would share one GPU; name a GPU for each "
+                "(--gpus 0,1), give --workers 1, or say which one they share (--device cuda:0)."
+            )
+
+    @property
+    def device(self) -> str | None:
+        """The torch device where the request leaves it open; None: what this machine has."""
+        if self.gpus_of_a_job:
+            return "cuda"
+        # Of a cluster, this machine's GPU says nothing.
+        return "cpu" if self.executor == "ray" or self.gpus_per_job == 0 else None
 
     @property
     def gpus_of_a_job(self) -> int:
@@ -60,10 +105,17 @@ class Execution:
     @property
     def job_slots(self) -> int:
         """Local jobs that run at the same time."""
-        groups = len(self.gpus) // self.gpus_of_a_job if self.gpus and self.gpus_of_a_job else None
-        return min(self.workers or groups or 1, groups or 10_000)
+        return min(self.workers or len(self.gpus) or 1, len(self.gpus) or 10_000)
 
     @property
     def threads_per_job(self) -> int:
         """CPU threads of a local job where neither plan nor environment says otherwise."""
         return max(1, (os.cpu_count() or 1) // self.job_slots)
+
+    @property
+    def threads_alone(self) -> int:
+        """CPU threads of a job beside which no other runs, where the plan does not say."""
+        if self.executor == "ray":
+            return self.cpus_per_job
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        return int(given) if given.isdigit() and int(given) else os.cpu_count() or 1

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from streamline_bench.core.manifest import read_manifest
-from streamline_bench.errors import CheckpointError
+from streamline_bench.errors import CheckpointError, OutputError
 from streamline_bench.report.run_folder import NoiseRun, RunFile, RunRow, write_run_file
+from streamline_bench.runs.folder import job_folder
 from streamline_bench.runs.plan import Plan, PlanRow, digest
 from streamline_bench.runs.scheduler import JobState
 
@@ -54,7 +55,7 @@ def scored_alone(plan: Plan, states: Mapping[str, JobState]) -> dict[str, str]:
 def describe_run(run: Path, plan: Plan, states: Mapping[str, JobState]) -> RunFile:
     """Return what ``run.json`` will hold."""
     failures = row_failures(plan, states)
-    noise, measured = states.get("noise"), states.get("throughput")
+    measured = states.get("throughput")
     commands = [state.done.command for state in states.values() if state.done]
     return RunFile(
         title=plan.title,
@@ -63,9 +64,11 @@ def describe_run(run: Path, plan: Plan, states: Mapping[str, JobState]) -> RunFi
         commands=[command for command in commands if command],
         versions=plan.versions,
         throughput="throughput/throughput.json" if measured and measured.succeeded else None,
-        noise=[NoiseRun(label=plan.noise.label, eval="noise/eval")]
-        if plan.noise and noise and noise.succeeded
-        else [],
+        noise=[
+            NoiseRun(label=noise.label, eval=f"noise/{noise.name}/eval")
+            for noise in plan.noise
+            if states[f"noise-{noise.name}"].succeeded
+        ],
         failed_jobs=side_failures(states),
     )
 
@@ -79,8 +82,11 @@ def write_report_once(run: Path, description: RunFile, *, progress: bool) -> Pat
     from streamline_bench.report.run_folder import build_report, read_run_file
     from streamline_bench.runs.marker import read_done, write_done
 
-    folder = run / "jobs" / "report"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = job_folder(run, "report")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made ({error.strerror}).") from None
     key = digest(description.model_dump(mode="json"))
     done = read_done(run, "report", key)
     if done is not None and (run / done.facts["page"]).is_file():

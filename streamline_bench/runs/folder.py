@@ -13,6 +13,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,22 @@ from streamline_bench.core.folder_lock import lock_folder
 from streamline_bench.errors import OutputError
 from streamline_bench.runs.plan import PLAN_FILE, Plan, differences, read_plan, write_plan
 
-__all__ = ["claim", "job_folder", "locked"]
+__all__ = ["claim", "is_row_name", "job_folder", "locked"]
+
+_FOLDERS = ("jobs", "noise", "throughput")
+_FILES = ("run.json", *(f"leaderboard.{kind}" for kind in ("html", "md", "csv", "json")))
+_OF_A_ROW = ("checkpoint", "eval", "divergence.json")
+_RESERVED = frozenset({*_FOLDERS, *_FILES, PLAN_FILE, "throughput.json", "report", "model-cards"})
+"""Names beside the rows' folders, and those that commands are told to write there."""
+
+_ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+
+
+def is_row_name(label: str) -> bool:
+    """Whether a row's folder may be called so; some file systems do not tell A from a."""
+    name = label.lower()
+    taken = name in _RESERVED or name.startswith("leaderboard.")
+    return bool(_ROW_NAME.fullmatch(label)) and not taken
 
 
 def job_folder(run: Path, name: str) -> Path:
@@ -41,13 +58,26 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def claim(run: Path, plan: Plan) -> None:
-    """Make the folder belong to this plan, or check that it does already.
+def claim(run: Path, plan: Plan, *, overwrite: bool = False) -> None:
+    """Make the folder, which is locked, belong to this plan, or check that it does already.
+
+    Args:
+        overwrite: what an earlier run of the same model made there is removed, and nothing else.
 
     Raises:
-        OutputError: it was started with another plan; the differences are named.
+        OutputError: it was started with another plan (the differences are named), or, with
+            ``overwrite``, for another model.
     """
     there = read_plan(run)
+    if there is not None and overwrite:
+        if there.weights_sha256 != plan.weights_sha256:
+            raise OutputError(
+                f"{run} holds a run of another model ({there.model}), which is not overwritten; "
+                "delete it, or give another --output."
+            )
+        _remove_results(run, there)
+        write_plan(run, plan)
+        return
     if there is None:
         write_plan(run, plan)
         return
@@ -58,6 +88,26 @@ def claim(run: Path, plan: Plan) -> None:
             f"{run} was started with other options ({'; '.join(found[:4])}{more}); "
             "give the same ones to continue it, or another --output."
         )
+
+
+def _remove_results(run: Path, plan: Plan) -> None:
+    """Remove what a run makes; a file that someone else put there stays."""
+    made = [run / name for name in (*_FILES, *_FOLDERS)]
+    # A plan that was tampered with must not reach outside.
+    rows = [run / row.label for row in plan.rows if is_row_name(row.label)]
+    rows = [row for row in rows if row.is_dir() and not row.is_symlink()]
+    made += [row / name for row in rows for name in _OF_A_ROW]
+    try:
+        for path in made:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        for row in rows:
+            if not any(row.iterdir()):
+                row.rmdir()
+    except OSError as error:
+        raise OutputError(f"{run} cannot be emptied ({error.strerror}).") from None
 
 
 def _check_usable(run: Path) -> None:

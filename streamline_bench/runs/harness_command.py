@@ -16,16 +16,22 @@ __all__ = ["harness_command", "model_arguments", "model_of", "reader_command"]
 
 
 def harness_command(
-    model: Mapping[str, Any], output: Path, evaluation: Evaluation, *, device: str
+    model: Mapping[str, Any],
+    output: Path,
+    evaluation: Evaluation,
+    *,
+    device: str,
+    engine: str | None = None,
 ) -> list[str]:
     """Return the command line, as a reader can type it too.
 
     Args:
         model: ``pretrained`` and what else goes into ``--model_args``.
+        engine: None: transformers.
     """
     command = [
         sys.executable, "-m", "lm_eval",
-        "--model", "streamline",
+        "--model", f"streamline-{engine}" if engine else "streamline",
         "--model_args", model_arguments(model),
         "--include_path", evaluation.include_path or str(resource("tasks") / "lm_eval"),
         "--tasks", ",".join(evaluation.tasks),
@@ -68,5 +74,6 @@ def reader_command(run: Path, payload: Mapping[str, Any]) -> str:
         run / payload["output"],
         Evaluation.model_validate(payload["evaluation"]),
         device=payload["device"],
+        engine=payload.get("engine"),
     )
     return shlex.join(["lm_eval", *command[3:]])

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from streamline_bench.runs.plan import Evaluation, Plan, PlanRow, TextPlan, digest
+from streamline_bench.runs.plan import Evaluation, NoisePlan, Plan, PlanRow, TextPlan, digest
 
 __all__ = ["Job", "JobKind", "measure_job", "plan_jobs"]
 
@@ -56,13 +56,17 @@ def plan_jobs(plan: Plan, *, until: str = "report", trunk: bool = True) -> list[
     jobs += [_score(plan, row, compressing, trunk) for row in plan.rows]
     if plan.text is not None:
         jobs += [_text(plan, plan.text, row, compressing) for row in plan.rows if not row.dense]
-    if plan.noise is not None:
-        jobs.append(_noise(plan, by_label[plan.reference]))
+    jobs += [_noise(plan, noise, by_label[plan.reference]) for noise in plan.noise]
     return jobs
 
 
-def measure_job(plan: Plan, labels: Collection[str]) -> Job:
-    """Return the job that measures the speed of these rows, side by side in one go."""
+def measure_job(plan: Plan, labels: Collection[str], threads: int) -> Job:
+    """Return the job that measures the speed of these rows, side by side in one go.
+
+    Args:
+        threads: CPU threads of each model's process, where the plan does not say.
+    """
+    threads = plan.threads or threads
     rows = [row for row in plan.rows if row.label in labels]
     payload = {
         "models": {row.label: None if row.dense else f"{row.label}/checkpoint" for row in rows},
@@ -73,12 +77,14 @@ def measure_job(plan: Plan, labels: Collection[str]) -> Job:
         "workload": plan.workload,
         "device": plan.device,
         "dtype": plan.evaluation.dtype,
+        "threads": threads,
         "output": "throughput",
     }
     keys = [plan.weights_sha256, [[row.label, row.key] for row in rows]]
     asked = [plan.throughput, plan.workload, plan.device, plan.evaluation.dtype, plan.versions]
-    key = digest(["measure", keys, asked])
-    return Job("throughput", "measure", (), key, payload, environment=_environment(plan))
+    key = digest(["measure", keys, asked, threads])
+    environment = {**_environment(plan), "OMP_NUM_THREADS": str(threads)}
+    return Job("throughput", "measure", (), key, payload, environment=environment)
 
 
 def _compress(plan: Plan, row: PlanRow) -> Job:
@@ -134,16 +140,17 @@ def _text(plan: Plan, text: TextPlan, row: PlanRow, compressing: Mapping[str, st
     )
 
 
-def _noise(plan: Plan, row: PlanRow) -> Job:
-    assert plan.noise is not None
-    changes = {"batch_size": plan.noise.batch_size, "dtype": plan.noise.dtype}
-    evaluation = plan.evaluation.model_copy(update=changes)
+def _noise(plan: Plan, noise: NoisePlan, row: PlanRow) -> Job:
+    evaluation = plan.evaluation.model_copy(
+        update={"batch_size": noise.batch_size, "dtype": noise.dtype}
+    )
+    payload = _score_payload(plan, row, evaluation, f"noise/{noise.name}/eval")
     return Job(
-        name="noise",
+        name=f"noise-{noise.name}",
         kind="score",
         labels=(),
-        key=_score_key(plan, row, evaluation),
-        payload=_score_payload(plan, row, evaluation, "noise/eval"),
+        key=digest([_score_key(plan, row, evaluation), *([noise.engine] if noise.engine else [])]),
+        payload={**payload, "engine": noise.engine},
         environment=_environment(plan),
     )
 

@@ -1,4 +1,4 @@
-"""Jobs as processes of this machine, each with GPUs of its own."""
+"""Jobs as processes of this machine, each with a GPU of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _POLL = 0.05
 @dataclass(frozen=True)
 class _Running:
     process: JobProcess
-    gpus: tuple[str, ...]
+    gpu: str | None
     limit: float | None
 
 
@@ -33,13 +33,11 @@ class LocalExecutor:
 
     def __init__(self, execution: Execution) -> None:
         self.execution = execution
-        size = execution.gpus_of_a_job or 1
-        whole = len(execution.gpus) // size * size
-        self._free = [execution.gpus[i : i + size] for i in range(0, whole, size)]
+        self._free = list(execution.gpus)
         self._running: dict[str, _Running] = {}
 
     def has_room(self) -> bool:
-        """Whether a worker, and its GPUs, are free."""
+        """Whether a worker, and its GPU, are free."""
         return len(self._running) < self.execution.job_slots
 
     def submit(self, run: Path, unit: Unit) -> None:
@@ -48,15 +46,17 @@ class LocalExecutor:
         Raises:
             OutputError: its log cannot be written.
         """
-        gpus = self._free.pop(0) if self._free else ()
+        gpu = self._free.pop(0) if self._free else None
         environment = {"OMP_NUM_THREADS": str(self.execution.threads_per_job)}
         environment |= {k: v for k, v in os.environ.items() if k == "OMP_NUM_THREADS"}
         environment |= unit.environment
-        if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        elif self.execution.device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         process = JobProcess(run, unit.name, environment)
         limit = unit.limit(self.execution.timeout)
-        self._running[unit.name] = _Running(process, gpus, limit)
+        self._running[unit.name] = _Running(process, gpu, limit)
 
     def ended(self, timeout: float) -> list[Ended]:
         """See :class:`~streamline_bench.runs.executor.Executor`."""
@@ -83,6 +83,6 @@ class LocalExecutor:
             running.process.end()
             code, reason = 1, f"It ran longer than {limit:g} s (--timeout)."
         del self._running[name]
-        if running.gpus:
-            self._free.append(running.gpus)
+        if running.gpu is not None:
+            self._free.append(running.gpu)
         return Ended(name, code, reason)

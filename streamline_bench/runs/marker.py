@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from streamline_bench.core.manifest import update_digest
 from streamline_bench.core.staging import atomic_write_text
+from streamline_bench.errors import OutputError
 from streamline_bench.runs.folder import job_folder
 
 __all__ = [
@@ -116,7 +117,7 @@ def write_done(
     )
     folder = job_folder(run, name)
     atomic_write_text(folder / "done.json", done.model_dump_json(indent=2) + "\n")
-    (folder / "failed.json").unlink(missing_ok=True)
+    forget_failure(run, name)
     return done
 
 
@@ -142,8 +143,16 @@ def read_failed(run: Path, name: str, key: str) -> Failed | None:
 
 
 def forget_failure(run: Path, name: str) -> None:
-    """Remove the note of an earlier failure, which a process that says nothing would inherit."""
-    (job_folder(run, name) / "failed.json").unlink(missing_ok=True)
+    """Remove the note of an earlier failure, which a process that says nothing would inherit.
+
+    Raises:
+        OutputError: it cannot be removed.
+    """
+    path = job_folder(run, name) / "failed.json"
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be removed ({error.strerror}).") from None
 
 
 def count_attempt(run: Path, name: str) -> int:

@@ -10,14 +10,14 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from streamline_bench.core.staging import atomic_write_text
 from streamline_bench.errors import OutputError
-from streamline_bench.runs.request import ThroughputEngine
+from streamline_bench.runs.request import NoiseEngine, ThroughputEngine
 
 __all__ = [
     "PLAN_FILE",
@@ -35,8 +35,8 @@ __all__ = [
 PLAN_FILE = "plan.yaml"
 SCHEMA_VERSION = 1
 
-_NOT_COMPARED = ("model", "title")
-"""The same weights may lie elsewhere, and a title changes no number."""
+_NOT_COMPARED = ("model", "title", "evaluation.include_path", "text.file")
+"""The same weights, task files and text may lie elsewhere, and a title changes no number."""
 
 
 class _Frozen(BaseModel):
@@ -66,11 +66,19 @@ class Evaluation(_Frozen):
 
 
 class NoisePlan(_Frozen):
-    """The dense model scored once more, in another way that should change nothing."""
+    """The dense model scored once more, in another way that should change nothing.
 
+    Attributes:
+        name: of the job and its folder.
+        label: for the reader.
+        engine: None: transformers, as for the rows.
+    """
+
+    name: str
     label: str
     batch_size: str
     dtype: str | None = None
+    engine: NoiseEngine | None = None
 
 
 class TextPlan(_Frozen):
@@ -107,7 +115,7 @@ class Plan(_Frozen):
     threads: int | None = None
     throughput: ThroughputEngine = "none"
     workload: dict[str, Any] = Field(default_factory=dict)
-    noise: NoisePlan | None = None
+    noise: Annotated[tuple[NoisePlan, ...], BeforeValidator(lambda value: value or ())] = ()
     text: TextPlan | None = None
     environment: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str]

@@ -15,9 +15,17 @@ from streamline_bench.core.yaml_file import read_yaml_mapping
 from streamline_bench.errors import RecipeError
 from streamline_bench.resources import resource
 
-__all__ = ["Request", "RowRequest", "ThroughputEngine", "make_request", "read_request"]
+__all__ = [
+    "NoiseEngine",
+    "Request",
+    "RowRequest",
+    "ThroughputEngine",
+    "make_request",
+    "read_request",
+]
 
 ThroughputEngine = Literal["none", "vllm", "hf"]
+NoiseEngine = Literal["vllm"]
 
 
 class _Frozen(BaseModel):
@@ -55,9 +63,11 @@ class Request(_Frozen):
         device: torch device; None: ``cuda`` where there is one, else ``cpu``.
         throughput: engine to measure tokens per second with.
         workload: what it is asked, see :class:`streamline_bench.throughput.Workload`.
-        noise_floor: score the dense model a second time at another batch size.
-        noise_batch_size: that batch size; None: a quarter of ``batch_size``, or four times 1.
-        noise_dtype: another dtype for the second scoring.
+        noise_floor: score the dense model again at another batch size, a quarter of
+            ``batch_size``, or four times 1.
+        noise_batch_size: score it again at this batch size instead.
+        noise_dtype: score it again in this dtype, all else being equal.
+        noise_engine: score it again with this engine, all else being equal.
         text: file (.txt, .jsonl, .parquet) on which every row's next-token distributions are
             compared with the dense model's; None: no such comparison.
         text_field: of a record with fields, the one that holds the text.
@@ -86,6 +96,7 @@ class Request(_Frozen):
     noise_floor: bool = False
     noise_batch_size: str | None = Field(None, pattern=r"^([1-9]\d*|auto(:\d+)?)$")
     noise_dtype: str | None = None
+    noise_engine: NoiseEngine | None = None
     text: str | None = None
     text_field: str = "text"
     text_documents: int | None = Field(None, ge=1)

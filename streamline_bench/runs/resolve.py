@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from streamline_bench.core.versions import package_versions
 from streamline_bench.errors import RecipeError
 from streamline_bench.resources import resource
 from streamline_bench.runs.plan import Evaluation, NoisePlan, Plan, PlanRow, TextPlan
-from streamline_bench.runs.request import Request
+from streamline_bench.runs.request import NoiseEngine, Request
 from streamline_bench.runs.rows import Row, resolve_rows
 
 __all__ = ["resolve_plan"]
@@ -111,19 +112,45 @@ def _workload(request: Request) -> dict[str, Any]:
         raise RecipeError(f"The workload's '{where}': {problem['msg']}.") from None
 
 
-def _noise(request: Request) -> NoisePlan | None:
-    if not request.noise_floor:
-        return None
-    size = request.noise_batch_size or _other_batch_size(request.batch_size)
-    if size == request.batch_size and request.noise_dtype in (None, request.dtype):
-        raise RecipeError(
-            f"The noise floor needs another batch size than {size}, or another dtype; give "
-            "--noise-batch-size or --noise-dtype."
-        )
-    label = f"batch size {size}"
+def _noise(request: Request) -> tuple[NoisePlan, ...]:
+    """Every way of scoring the dense model again changes one thing only."""
+    found = []
+    if request.noise_floor or request.noise_batch_size:
+        size = request.noise_batch_size or _other_batch_size(request.batch_size)
+        _require_other(size, request.batch_size, "--noise-batch-size")
+        found.append(_again(request, f"batch size {size}", batch_size=size))
     if request.noise_dtype:
-        label += f", {request.noise_dtype}"
-    return NoisePlan(label=label, batch_size=size, dtype=request.noise_dtype or request.dtype)
+        _require_other(request.noise_dtype, request.dtype, "--noise-dtype")
+        found.append(_again(request, request.noise_dtype, dtype=request.noise_dtype))
+    if request.noise_engine:
+        _require_engine(request.noise_engine)
+        found.append(_again(request, request.noise_engine, engine=request.noise_engine))
+    return tuple(found)
+
+
+def _again(request: Request, label: str, **change: Any) -> NoisePlan:
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", label)
+    same = {"batch_size": request.batch_size, "dtype": request.dtype}
+    return NoisePlan(name=name, label=label, **{**same, **change})
+
+
+def _require_other(value: str, usual: str | None, option: str) -> None:
+    if value == usual:
+        raise RecipeError(
+            f"The noise floor needs another value than {value}, which all rows have; change "
+            f"{option}."
+        )
+
+
+def _require_engine(engine: NoiseEngine) -> None:
+    """Refuse an engine that is not installed, before anything is run.
+
+    Raises:
+        MissingDependencyError: with the line that installs it.
+    """
+    from streamline_bench.modeling.vllm.package import require_vllm
+
+    require_vllm(f"--noise-engine {engine}")
 
 
 def _text(request: Request) -> TextPlan | None:

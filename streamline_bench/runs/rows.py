@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +9,13 @@ from typing import Any
 from streamline_bench.core.recipe import Recipe
 from streamline_bench.errors import RecipeError
 from streamline_bench.methods.library import list_recipes, load_recipe
+from streamline_bench.runs.folder import is_row_name
 from streamline_bench.runs.request import Request, RowRequest
 
-__all__ = ["GROUPS", "RESERVED", "Row", "parse_row", "resolve_rows"]
+__all__ = ["GROUPS", "Row", "parse_row", "resolve_rows"]
 
 GROUPS: tuple[str, ...] = ("all", "no-training", "calibrated", "recovered")
 """Groups of the recipes that come with the package: all of them, or by what they cost."""
-
-RESERVED: frozenset[str] = frozenset({"jobs", "noise"})
-"""Folders of a run that are no rows."""
-
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -110,10 +105,10 @@ def _row(request: RowRequest, common: Mapping[str, Any]) -> Row:
 
 
 def _check_label(label: str, seen: set[str]) -> None:
-    if not _LABEL.fullmatch(label) or label.lower() in RESERVED:
+    if not is_row_name(label):
         raise RecipeError(
             f"The row label '{label}' cannot name a folder here; use letters, digits, '.', '_', "
-            f"'+' and '-', and none of {', '.join(sorted(RESERVED))}."
+            "'+' and '-', and no name of the run's own files, such as jobs, noise or run.json."
         )
     if label.lower() in seen:
         raise RecipeError(

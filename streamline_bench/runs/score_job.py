@@ -31,7 +31,13 @@ def score_row(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
     model = model_of(run, payload)
     output = run / payload["output"]
     with staged_output(output, overwrite=True) as staging:
-        command = harness_command(model, staging, evaluation, device=payload["device"])
+        command = harness_command(
+            model,
+            staging,
+            evaluation,
+            device=payload["device"],
+            engine=payload.get("engine"),
+        )
         print(shlex.join(command), flush=True)
         call_harness(command, job_folder(run, name) / "log.txt")
         check_scores(staging)

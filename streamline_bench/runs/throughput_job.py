@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,33 @@ def measure_rows(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
             dense=payload["dense"],
             engine=payload["engine"],
             workload=Workload.model_validate(payload["workload"]),
-            setup=Setup(device=payload["device"], dtype=payload["dtype"] or "auto"),
+            setup=Setup(
+                device=payload["device"],
+                dtype=payload["dtype"] or "auto",
+                threads=payload["threads"],
+            ),
             output=staging,
             progress=False,
         )
-    return Product([payload["output"]])
+    return Product([payload["output"]], command=_command(models, payload))
+
+
+def _command(models: Mapping[str, Path], payload: Mapping[str, Any]) -> str:
+    asked = payload["workload"]
+    words = ["streamline-bench", "throughput"]
+    words += [f"{label}={folder}" for label, folder in models.items()]
+    options = {
+        "--dense": payload["dense"],
+        "--engine": payload["engine"],
+        "--batch": ",".join(map(str, asked["batch_sizes"])),
+        "--prompt-tokens": asked["prompt_tokens"],
+        "--output-tokens": asked["output_tokens"],
+        "--rounds": asked["rounds"],
+        "--warmup-rounds": asked["warmup_rounds"],
+        "--seed": asked["seed"],
+        "--device": payload["device"],
+        "--dtype": payload["dtype"] or "auto",
+        "--threads": payload["threads"],
+    }
+    words += [str(word) for pair in options.items() for word in pair]
+    return shlex.join([*words, *(["--prefix-caching"] * bool(asked["prefix_caching"]))])

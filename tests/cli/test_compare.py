@@ -99,7 +99,8 @@ def test_options_win_over_the_plan_file(asked: Callable[..., Request], tmp_path:
         (["bundled", "--recipes", "dense", "--row", "x"], "LABEL=RECIPE"),
         (["bundled", "--recipes", "dense", "--batch-size", "many"], "batch_size"),
         (["no/such/model", "--recipes", "dense", "--tasks", "t"], "no/such/model"),
-        (["bundled", "--recipes", "dense", "--gpus", "0", "--gpus-per-job", "2"], "asks for 2"),
+        (["bundled", "--recipes", "dense", "--gpus", "0", "--gpus-per-job", "2"], "would leave"),
+        (["bundled", "--recipes", "dense", "--gpus", "0", "--device", "cuda:1"], "cuda, which is"),
         (["--plan", "no-such-plan"], "Unknown plan"),
         (["bundled", "--recipes", "dense", "--include-path", "/no/such"], "--include-path"),
     ],
@@ -162,12 +163,83 @@ def test_a_text_that_is_missing_or_damaged_is_refused_before_anything_runs(
 def test_how_it_is_run_is_no_part_of_the_request() -> None:
     options = {
         "executor": "ray", "ray_address": "10.0.0.1:6379", "cpus_per_job": 8, "workers": 3,
-        "gpus": "0, 1", "gpus_per_job": 2, "retries": 5, "timeout": 60.0, "trunk": False,
+        "gpus": "0, 1", "gpus_per_job": 1, "retries": 5, "timeout": 60.0, "trunk": False,
     }  # fmt: skip
     assert read_execution(options) == Execution(
         executor="ray", ray_address="10.0.0.1:6379", cpus_per_job=8, workers=3, gpus=("0", "1"),
-        gpus_per_job=2, retries=5, timeout=60.0, trunk=False,
+        gpus_per_job=1, retries=5, timeout=60.0, trunk=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--workload", "rounds=3"], "--workload has no effect here; it goes with --throughput"),
+        (["--text-window", "64"], "--text-window has no effect here; it goes with --text"),
+        (["--executor", "ray", "--workers", "3"], "--workers has no effect here"),
+        (["--executor", "ray", "--gpus", "0"], "--gpus has no effect here"),
+        (["--ray-address", "auto"], "--ray-address has no effect here; it goes with"),
+        (["--cpus-per-job", "2"], "--cpus-per-job has no effect here"),
+        (["--throughput", "hf", "--workload", "rounds"], "Invalid value for --workload"),
+        (["--throughput", "hf", "--workload", "rounds=[1"], "'[1' for 'rounds' is no YAML value"),
+        (["--set", "seed"], "Invalid value for --set"),
+    ],
+)
+def test_options_without_effect_or_form_are_refused(
+    call: Callable[..., Any], tmp_path: Path, options: list[str], sentence: str
+) -> None:
+    ended = call(
+        "compare", "m", "--recipes", "dense", "--tasks", "t", *options, "-o", tmp_path / "run"
+    )
+    assert ended.code == 2
+    assert sentence in " ".join(ended.err.split())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "asked_for"),
+    [
+        (["--noise-batch-size", "4"], (False, "4", None, None)),
+        (["--noise-dtype", "bfloat16"], (False, None, "bfloat16", None)),
+        (["--noise-engine", "vllm"], (False, None, None, "vllm")),
+        (["--noise-floor", "--noise-dtype", "float16"], (True, None, "float16", None)),
+    ],
+)
+def test_each_kind_of_repetition_can_be_asked_for_alone(
+    asked: Callable[..., Request], given: list[str], asked_for: tuple[Any, ...]
+) -> None:
+    found = asked("some/model", "--recipes", "dense", "--tasks", "piqa", *given)
+    kinds = (found.noise_floor, found.noise_batch_size, found.noise_dtype, found.noise_engine)
+    assert kinds == asked_for
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("recipes: dense,streamline", "'recipes' must be a list, such as"),
+        ("tasks: piqa", "'tasks' must be a list"),
+        ("set: [seed]", "'set' must be a mapping"),
+        ("workload: [1, 2]", "'workload' must be a mapping"),
+    ],
+)
+def test_a_plan_of_other_kinds_of_values(
+    call: Callable[..., Any], tmp_path: Path, line: str, sentence: str
+) -> None:
+    keys = {"recipes": "[dense]", "tasks": "[t]", line.partition(":")[0]: line.partition(": ")[2]}
+    text = "".join(f"{key}: {value}\n" for key, value in {"model": "m", **keys}.items())
+    (tmp_path / "plan.yaml").write_text(text, encoding="utf-8")
+    ended = call(
+        "compare", "--plan", tmp_path / "plan.yaml", "--row", "a=sleb", "--set", "seed=1",
+        "--throughput", "hf", "--workload", "rounds=3", "-o", tmp_path / "run",
+    )  # fmt: skip
+    assert ended.code == 2
+    assert ended.err.startswith("streamline-bench: Plan ")
+    assert sentence in ended.err
+
+
+def test_a_zero_is_a_value(asked: Callable[..., Request]) -> None:
+    request = asked("bundled", "--recipes", "dense", "--num-fewshot", 0)
+    assert request.num_fewshot == 0
 
 
 def test_the_plan_is_named_where_it_is_wrong(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,29 @@ def test_unknown_stage_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="known: compress, evaluate, report"):
         run_demo(_options(tmp_path / "run", until="reprot"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["steps: [build]\n", "model: [\n"])
+def test_overwriting_leaves_a_project_of_someone_else_alone(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "train.py").write_text("mine", encoding="utf-8")
+    (tmp_path / "jobs").mkdir()
+    options = replace(_options(tmp_path), overwrite=True)
+    with pytest.raises(OutputError, match=r"plan\.yaml is damaged"):
+        run_demo(options)
+    assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} == {
+        "plan.yaml", "train.py", "jobs"
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_overwriting_starts_afresh(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run_demo(_options(output, until="compress"))
+    (output / "notes.txt").write_text("mine", encoding="utf-8")
+    other = replace(_options(output, until="compress"), sparsity=0.5)
+    with pytest.raises(OutputError, match="other options"):
+        run_demo(other)
+    result = run_demo(replace(other, overwrite=True))
+    assert result.jobs == {"compress-streamline_none": "done"}
+    assert (output / "notes.txt").read_text(encoding="utf-8") == "mine"

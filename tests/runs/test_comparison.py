@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import psutil
 import pytest
 
 from streamline_bench.errors import OutputError
+from streamline_bench.methods import load_recipe
 from streamline_bench.report.run_folder import read_run_file
 from streamline_bench.runs import Execution, RowRequest, compare
 from streamline_bench.runs.comparison import CompareResult, compare_request
@@ -70,7 +72,12 @@ def test_a_failing_recipe_marks_its_row_and_the_others_go_on(
     }
     described = read_run_file(tmp_path / "run")
     assert [noise.label for noise in described.noise] == ["batch size 4"]
-    assert described.commands[0].startswith("lm_eval --model streamline --model_args pretrained=")
+    starts = [command.split(" ")[:2] for command in described.commands]
+    assert starts.count(["streamline-bench", "compress"]) == 1
+    assert starts.count(["lm_eval", "--model"]) == 3
+    (typed,) = [each for each in described.commands if " compress " in each]
+    recipe = load_recipe(shlex.split(typed)[shlex.split(typed).index("--recipe") + 1])
+    assert recipe == load_recipe("first_layers", {"n_layers": 2})
     # Once more: what is done is kept, down to the report, and what failed is tried again.
     page = result.report.stat().st_mtime_ns
     again = run()

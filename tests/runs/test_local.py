@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -147,17 +148,52 @@ def _unit(name: str, count: int = 1, **environment: str) -> Unit:
 
 
 def test_gpus_are_shared_out_and_given_back(processes: list[Recorded], tmp_path: Path) -> None:
-    executor = LocalExecutor(Execution(gpus=("0", "1", "2", "3", "4"), gpus_per_job=2))
+    executor = LocalExecutor(Execution(gpus=("4", "GPU-6f3a")))
     for name in "ab":
         assert executor.has_room()
         executor.submit(tmp_path, _unit(name))
     assert not executor.has_room()
     visible = [process.environment["CUDA_VISIBLE_DEVICES"] for process in Recorded.made]
-    assert visible == ["0,1", "2,3"]
+    assert visible == ["4", "GPU-6f3a"]
     Recorded.made[1].code = 0
     assert executor.ended(0) == [Ended("b", 0)]
     executor.submit(tmp_path, _unit("c"))
-    assert Recorded.made[2].environment["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert Recorded.made[2].environment["CUDA_VISIBLE_DEVICES"] == "GPU-6f3a"
+
+
+TELLER = """
+import os, sys
+from pathlib import Path
+from streamline_bench.core.leash import hold_leash
+hold_leash()
+Path(sys.argv[1], sys.argv[2]).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "not set"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("execution", "seen"),
+    [
+        (Execution(gpus=("1", "0")), {"a": "1", "b": "0"}),
+        (Execution(gpus=("3",)), {"a": "3", "b": "3"}),
+        (Execution(gpus_per_job=0, workers=2), {"a": "", "b": ""}),
+        (Execution(workers=2), {"a": "7", "b": "7"}),  # as it was outside
+    ],
+)
+def test_what_a_real_process_sees(
+    execution: Execution, seen: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    process = functools.partial(JobProcess, command=("-c", TELLER))
+    monkeypatch.setattr("streamline_bench.runs.local.JobProcess", process)
+    executor = LocalExecutor(execution)
+    waiting, ended = list("ab"), 0
+    while ended < 2:
+        while waiting and executor.has_room():
+            name = waiting.pop(0)
+            job_folder(tmp_path, name).mkdir(parents=True)
+            executor.submit(tmp_path, _unit(name))
+        ended += len(executor.ended(60))
+    assert {name: (tmp_path / name).read_text() for name in "ab"} == seen
 
 
 def test_without_gpus_the_environment_is_left_as_it_is(
@@ -205,26 +241,77 @@ def test_stopping_ends_every_process(processes: list[Recorded], tmp_path: Path) 
     assert executor.has_room()
 
 
-def test_executions_that_cannot_be() -> None:
-    with pytest.raises(RecipeError, match="Unknown executor 'slurm'"):
-        Execution(executor="slurm")
-    with pytest.raises(RecipeError, match="asks for 2 GPUs and --gpus names 1"):
-        Execution(gpus=("0",), gpus_per_job=2)
-    with pytest.raises(RecipeError, match="asks for 1 GPUs and --gpus names 0"):
-        Execution(gpus_per_job=1)
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"executor": "slurm"}, "Unknown executor 'slurm'"),
+        ({"gpus_per_job": 1}, "asks for 1 GPUs and --gpus names 0"),
+        ({"gpus": ("0", "1"), "gpus_per_job": 2}, "--gpus-per-job 2 would leave GPUs idle"),
+        ({"executor": "ray", "gpus_per_job": 4}, "--gpus-per-job 4 would leave GPUs idle"),
+        ({"gpus": ("0",), "gpus_per_job": 0, "workers": 2}, "--gpus-per-job 0 uses none"),
+        ({"gpus": ("0", "1", "0")}, "names GPU 0 twice"),
+    ],
+)
+def test_executions_that_cannot_be(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        Execution(**options)
 
 
 @pytest.mark.parametrize(
-    ("execution", "gpus", "slots"),
+    ("execution", "device", "sentence"),
     [
-        (Execution(), 0, 1),
-        (Execution(workers=4), 0, 4),
-        (Execution(gpus=("0", "1", "2")), 1, 3),
-        (Execution(gpus=("0", "1", "2"), workers=2), 1, 2),
-        (Execution(gpus=("0", "1", "2"), gpus_per_job=2, workers=4), 2, 1),
-        (Execution(executor="ray"), 0, 1),
-        (Execution(executor="ray", gpus_per_job=2), 2, 1),
+        (Execution(gpus=("0", "1")), "cuda:1", "give --device cuda"),
+        (Execution(gpus=("0",)), "cpu", "--device is cpu"),
+        (Execution(workers=4), "cuda", "4 jobs at a time would share one GPU"),
+        (Execution(gpus_per_job=0), "cuda", "jobs get no GPU"),
+        (Execution(executor="ray"), "cuda", "give --gpus-per-job 1"),
     ],
 )
-def test_slots_and_gpus_of_a_job(execution: Execution, gpus: int, slots: int) -> None:
+def test_devices_that_jobs_could_not_have(execution: Execution, device: str, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        execution.check_device(device)
+
+
+@pytest.mark.parametrize(
+    ("execution", "device"),
+    [
+        (Execution(gpus=("0", "1")), "cuda"),
+        (Execution(), "cuda"),
+        (Execution(), "cuda:1"),
+        (Execution(workers=4), "cpu"),
+        (Execution(workers=4), "cuda:0"),
+        (Execution(executor="ray"), "cpu"),
+        (Execution(executor="ray", gpus_per_job=1), "cuda"),
+    ],
+)
+def test_devices_that_jobs_have(execution: Execution, device: str) -> None:
+    execution.check_device(device)
+
+
+@pytest.mark.parametrize(
+    ("execution", "gpus", "slots", "device"),
+    [
+        (Execution(), 0, 1, None),
+        (Execution(workers=4), 0, 4, None),
+        (Execution(gpus=("0", "1", "2")), 1, 3, "cuda"),
+        (Execution(gpus=("0", "1", "2"), workers=2), 1, 2, "cuda"),
+        (Execution(gpus=("0",), workers=2), 1, 1, "cuda"),
+        (Execution(gpus_per_job=0), 0, 1, "cpu"),
+        (Execution(executor="ray"), 0, 1, "cpu"),
+        (Execution(executor="ray", gpus_per_job=1), 1, 1, "cuda"),
+    ],
+)
+def test_slots_gpus_and_device_of_a_job(
+    execution: Execution, gpus: int, slots: int, device: str | None
+) -> None:
     assert (execution.gpus_of_a_job, execution.job_slots) == (gpus, slots)
+    assert execution.device == device
+
+
+def test_a_job_beside_which_none_runs_has_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert Execution(workers=4).threads_alone == 12
+    assert Execution(executor="ray", cpus_per_job=3).threads_alone == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert Execution(workers=4).threads_alone == 5

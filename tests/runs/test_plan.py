@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from streamline_bench.errors import OutputError, RecipeError
+from streamline_bench.errors import MissingDependencyError, OutputError, RecipeError
 from streamline_bench.runs.folder import claim, locked
-from streamline_bench.runs.jobs import plan_jobs
+from streamline_bench.runs.harness_command import reader_command
+from streamline_bench.runs.jobs import measure_job, plan_jobs
 from streamline_bench.runs.plan import Plan, differences, read_plan, write_plan
 from streamline_bench.runs.request import Request
 from streamline_bench.runs.resolve import resolve_plan
@@ -32,7 +35,7 @@ def test_written_and_read_it_is_the_same(plan: Plan, tmp_path: Path) -> None:
         ({"recipes": ["first_layers"]}, "rows: "),
         ({"batch_size": "4"}, "evaluation.batch_size: '16' there, '4' now"),
         ({"dtype": "bfloat16"}, "dtype: None there, 'bfloat16' now"),
-        ({"noise_floor": True}, "noise.label: 'not set' there, 'batch size 4' now"),
+        ({"noise_floor": True}, "noise: [] there, [{'name': 'batch-size-4'"),
     ],
 )
 def test_another_plan_is_refused_by_name(
@@ -126,12 +129,129 @@ def test_what_a_kill_before_the_plan_left_is_no_obstacle(tmp_path: Path, plan: P
     assert read_plan(tmp_path) == plan
 
 
-def test_the_noise_floor_needs_another_setting(make: Callable[..., Request]) -> None:
-    with pytest.raises(RecipeError, match="another batch size than 16"):
-        resolve_plan(make(noise_floor=True, noise_batch_size="16"))
-    plan = resolve_plan(make(noise_floor=True, batch_size="1"))
-    assert plan.noise is not None
-    assert plan.noise.batch_size == "4"
+def test_the_same_files_elsewhere_are_the_same_plan(
+    make: Callable[..., Request], tmp_path: Path
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "t.yaml").write_text("task: t\n", encoding="utf-8")
+    (tmp_path / "a" / "text.txt").write_text("w1 w2\n", encoding="utf-8")
+    plans = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        if not folder.exists():
+            (tmp_path / "a").rename(folder)
+        request = make(include_path=str(folder), text=str(folder / "text.txt"))
+        plans.append(resolve_plan(request))
+    assert differences(*plans) == []
+    first, second = ([job.key for job in plan_jobs(plan)] for plan in plans)
+    assert first == second
+    assert plans[0].evaluation.include_path != plans[1].evaluation.include_path
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ({}, []),
+        ({"noise_floor": True}, [("batch size 4", "4", None)]),
+        ({"noise_floor": True, "batch_size": "1"}, [("batch size 4", "4", None)]),
+        ({"noise_batch_size": "2"}, [("batch size 2", "2", None)]),
+        ({"noise_dtype": "bfloat16"}, [("bfloat16", "16", "bfloat16")]),
+        (
+            {"noise_floor": True, "noise_dtype": "bfloat16", "dtype": "float32"},
+            [("batch size 4", "4", "float32"), ("bfloat16", "16", "bfloat16")],
+        ),
+    ],
+)
+def test_every_repetition_of_the_dense_model_changes_one_thing(
+    make: Callable[..., Request], asked: dict[str, Any], found: list[tuple[str, str, str | None]]
+) -> None:
+    plan = resolve_plan(make(**asked))
+    assert [(each.label, each.batch_size, each.dtype) for each in plan.noise] == found
+    jobs = [job for job in plan_jobs(plan) if job.name.startswith("noise-")]
+    assert len({job.key for job in plan_jobs(plan)}) == len(plan_jobs(plan))
+    assert [job.payload["output"] for job in jobs] == [
+        f"noise/{label.replace(' ', '-')}/eval" for label, *_ in found
+    ]
+
+
+def test_repetitions_that_would_change_nothing(make: Callable[..., Request]) -> None:
+    with pytest.raises(RecipeError, match="another value than 16, which all rows have"):
+        resolve_plan(make(noise_batch_size="16"))
+    with pytest.raises(RecipeError, match="change --noise-dtype"):
+        resolve_plan(make(noise_dtype="bfloat16", dtype="bfloat16"))
+
+
+def test_another_engine_is_asked_through_its_own_model_of_the_harness(
+    make: Callable[..., Request], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("streamline_bench.modeling.vllm.package.require_vllm", lambda _: None)
+    plan = resolve_plan(make(noise_engine="vllm"))
+    assert [(each.label, each.engine) for each in plan.noise] == [("vllm", "vllm")]
+    (job,) = [job for job in plan_jobs(plan) if job.name == "noise-vllm"]
+    assert job.key != next(job.key for job in plan_jobs(plan) if job.name == "score-dense")
+    assert " --model streamline-vllm " in reader_command(tmp_path, job.payload)
+
+
+def test_an_engine_that_is_not_installed_is_refused_before_anything_runs(
+    make: Callable[..., Request],
+) -> None:
+    if importlib.util.find_spec("vllm") is not None:
+        pytest.skip("vLLM is installed here")
+    with pytest.raises(MissingDependencyError, match="vllm"):
+        resolve_plan(make(noise_engine="vllm"))
+
+
+def test_an_older_plan_without_noise_is_continued(plan: Plan, tmp_path: Path) -> None:
+    payload = {**plan.model_dump(mode="json"), "noise": None}
+    assert Plan.model_validate(payload) == plan
+
+
+def test_overwriting_removes_what_a_run_made_and_nothing_else(
+    make: Callable[..., Request], plan: Plan, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    outside = tmp_path / "outside"
+    made = [
+        "first_layers/checkpoint/config.json", "first_layers/eval/results.json", "run.json",
+        "first_layers/divergence.json", "jobs/report/done.json", "leaderboard.html",
+        "noise/bfloat16/eval/results.json", "throughput/throughput.json",
+    ]  # fmt: skip
+    kept = ["first_layers/notes.txt", "report/mine.html", "train.py", "model-cards/a.md"]
+    for name in [*made, *kept, "../outside/checkpoint/config.json"]:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("?", encoding="utf-8")
+    (run / "last_layers").symlink_to(outside)
+    claim(run, plan)
+    other = resolve_plan(make(recipes=["last_layers"], limit=3))
+    claim(run, other, overwrite=True)
+    left = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert left == {*kept, "plan.yaml"}
+    assert (outside / "checkpoint" / "config.json").exists()
+    assert read_plan(run) == other
+    (tmp_path / "new").mkdir()
+    claim(tmp_path / "new", other, overwrite=True)
+    assert read_plan(tmp_path / "new") == other
+
+
+def test_a_run_of_another_model_or_a_foreign_plan_is_not_overwritten(
+    plan: Plan, tmp_path: Path
+) -> None:
+    write_plan(tmp_path, plan.model_copy(update={"weights_sha256": "0" * 64}))
+    (tmp_path / "run.json").touch()
+    with pytest.raises(OutputError, match="of another model"):
+        claim(tmp_path, plan, overwrite=True)
+    (tmp_path / "plan.yaml").write_text("steps: [deploy]\n", encoding="utf-8")
+    with pytest.raises(OutputError, match=r"plan\.yaml is damaged"):
+        claim(tmp_path, plan, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.yaml", "run.json"}
+
+
+def test_speed_is_measured_with_as_many_threads_as_the_key_says(plan: Plan) -> None:
+    jobs = [measure_job(plan, ["dense"], threads) for threads in (1, 4)]
+    assert jobs[0].key != jobs[1].key
+    assert [job.environment["OMP_NUM_THREADS"] for job in jobs] == ["1", "4"]
+    assert [job.payload["threads"] for job in jobs] == [1, 4]
+    fixed = plan.model_copy(update={"threads": 2})
+    assert measure_job(fixed, ["dense"], 1) == measure_job(fixed, ["dense"], 4)
 
 
 def test_a_workload_is_checked_before_anything_runs(make: Callable[..., Request]) -> None:

@@ -70,7 +70,14 @@ def test_a_row_that_is_none(text: str) -> None:
         parse_row(text)
 
 
-@pytest.mark.parametrize("label", ["jobs", "Noise", "a/b", "..", ".hidden", "a b", "x" * 200])
+@pytest.mark.parametrize(
+    "label",
+    [
+        *("jobs", "Noise", "throughput", "throughput.json", "plan.yaml", "Run.json", "report"),
+        *("leaderboard.html", "Leaderboard.xlsx", "model-cards"),
+        *("a/b", "..", ".hidden", "a b", "x" * 200),
+    ],
+)
 def test_a_label_must_be_able_to_name_a_folder(make: Callable[..., Request], label: str) -> None:
     with pytest.raises(RecipeError, match="cannot name a folder"):
         resolve_rows(make(recipes=[RowRequest(label=label, recipe="first_layers")]))
