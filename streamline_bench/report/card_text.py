@@ -14,6 +14,7 @@ from streamline_bench.report.formats import (
     percent,
     points,
     rate,
+    significant,
     times,
     with_error,
 )
@@ -56,6 +57,8 @@ def _what(row: Mapping[str, Any]) -> str:
 
 
 def _summary(board: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    if not row["macro"]:
+        return _perplexities(board, row)
     difference, micro = row["macro"]["difference"], row["micro"]
     text = (
         f"{with_error(row['accuracy_macro'])} % right, mean over {row['macro']['tasks']} tasks: "
@@ -73,7 +76,20 @@ def _summary(board: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     return text
 
 
+def _perplexities(board: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """Where no task has right or wrong answers."""
+    lines = [
+        f"- {markdown_text(found['task'])}, perplexity per {markdown_text(found['unit'])}: "
+        f"{significant(found['pruned'])}, {markdown_text(board['dense'])} has "
+        f"{significant(found['dense'])}"
+        for found in row["perplexities"]
+    ]
+    return "\n".join(["No task has right or wrong answers.", "", *lines]).strip()
+
+
 def _tasks(board: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    if not row["tasks"]:
+        return ""
     lines = [
         f"| task | documents | {markdown_text(board['dense'])} | this model | difference "
         "| stability |",

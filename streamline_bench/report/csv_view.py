@@ -49,11 +49,29 @@ def _record(row: Mapping[str, Any]) -> dict[str, Any]:
         if found:
             record[f"stability:{name}"] = found["stability"] and found["stability"]["value"]
             record[f"mcnemar_p:{name}"] = found["mcnemar_p"]
+            record[f"p_value:{name}"] = found["p_value"]
+            record[f"p_method:{name}"] = found["p_method"]
+            record[f"clusters:{name}"] = found["clusters"] and found["clusters"]["count"]
             record[f"holm_p:{name}"] = found["p_holm"]
             record[f"decision:{name}"] = found["decision"]
+    for found in row["perplexities"]:
+        record |= _perplexity(found)
     for task, metrics in row["other_metrics"].items():
         record |= {f"{metric}:{task}": value for metric, value in metrics.items()}
     return record
+
+
+def _perplexity(found: Mapping[str, Any]) -> dict[str, Any]:
+    name = f"{found['task']}/{found['unit']}"
+    ratio = found["ratio"] or {}
+    return {
+        f"perplexity:{name}": found["pruned"],
+        **{
+            f"perplexity_ratio{'' if part == 'value' else f'_{part}'}:{name}": ratio.get(part)
+            for part in ("value", "low", "high")
+        },
+        f"nats_per_unit:{name}": found["nats_per_unit"]["value"],
+    }
 
 
 def _divergence(found: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -86,6 +104,8 @@ def _overall(overall: Mapping[str, Any] | None, scope: str) -> dict[str, Any]:
         flips = (overall or {}).get("flips") or {}
         for name in ("right_to_wrong", "wrong_to_right", "wrong_to_other_wrong"):
             record[name] = flips.get(name)
-        record["mcnemar_p"] = (overall or {}).get("mcnemar_p")
+        for name in ("mcnemar_p", "p_value", "p_method"):
+            record[name] = (overall or {}).get(name)
+        record["clusters"] = ((overall or {}).get("clusters") or {}).get("count")
         record["kappa"] = (overall or {}).get("kappa")
     return record

@@ -79,7 +79,8 @@ def build_leaderboard(
     # Of the dense run against itself only accuracies are shown: no need to draw.
     itself = compare(reference, reference, settings=replace(settings, draws=2))
     settings = replace(settings, quantity=itself.quantity)
-    floor = _noise_floor(reference, noise or {}, settings, progress)
+    # Without verdicts nothing flips, so that there is no floor of flips either.
+    floor = _noise_floor(reference, noise or {}, settings, progress) if itself.tasks else None
     speed = read_throughput(throughput)
     rows = []
     for label, path in tqdm(
@@ -189,8 +190,8 @@ def _row(samples: Samples, result: Comparison, source: RowSource, *, is_dense: b
         seconds={**evaluation, **(manifest.seconds if manifest else {}), **source.seconds},
         scored_with=list(source.scored_with),
         scored_alone=source.scored_alone,
-        accuracy_macro=result.macro.pruned,
-        accuracy_micro=result.micro.pruned,
+        accuracy_macro=result.macro.pruned if result.macro else None,
+        accuracy_micro=result.micro.pruned if result.micro else None,
         macro=shown.macro if shown else None,
         micro=shown.micro if shown else None,
         tasks=_tasks(samples, result, is_dense),
@@ -206,8 +207,8 @@ def _row(samples: Samples, result: Comparison, source: RowSource, *, is_dense: b
         published=published_numbers(
             recipe,
             _accuracies(samples, result),
-            stability=result.macro.stability,
-            retention=result.macro.retention,
+            stability=result.macro.stability if result.macro else None,
+            retention=result.macro.retention if result.macro else None,
         ),
         provenance=provenance(samples.info, manifest, recipe or None),
     )

@@ -17,11 +17,12 @@ from streamline_bench.report.formats import (
     percent,
     points,
     rate,
+    significant,
     stored,
     times,
     with_error,
 )
-from streamline_bench.report.ranking import ranked
+from streamline_bench.report.ranking import perplexity_ratio, ranked
 from streamline_bench.report.summary import headline
 
 __all__ = ["to_markdown"]
@@ -36,16 +37,13 @@ def to_markdown(board: Mapping[str, Any]) -> str:
         markdown_text(headline(board)),
         "## Leaderboard",
         _leaderboard(rows),
-        f"Accuracy: mean over tasks ± standard error, in %. Difference to {_label(board)} in "
-        f"points, with {level} interval. Stability: LLM-Streamline, equation 6. Flips: right to "
-        "wrong / wrong to right. p: exact McNemar over all documents." + _text_note(rows),
+        _columns_note(board, rows, level) + _text_note(rows),
         _noise(board["noise"]),
         *_failures(board),
         *_missing(board),
-        "## Accuracy by task",
-        _by_task(rows, lambda task: with_error(task["accuracy"])),
-        "## Stability by task",
-        _by_task([row for row in rows if row["macro"]], _stability),
+        *_headed("## Accuracy by task", _by_task(rows, lambda task: with_error(task["accuracy"]))),
+        *_headed("## Stability by task", _by_task([r for r in rows if r["macro"]], _stability)),
+        *_headed("## Perplexity", _perplexities(board, rows)),
         *_published(rows),
         "## How the numbers were made",
         _settings(board),
@@ -64,6 +62,24 @@ def to_markdown(board: Mapping[str, Any]) -> str:
             )
         )
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _columns_note(board: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], level: str) -> str:
+    dense = _label(board)
+    if not any(row["accuracy_macro"] for row in rows):
+        return (
+            f"No task has right or wrong answers. Perplexity: multiple of {dense}'s, geometric "
+            f"mean over tasks, with {level} interval."
+        )
+    noise = " Above noise: flips beyond those of the same model again, in points." * any(
+        _above_noise(row) for row in rows
+    )
+    return (
+        f"Accuracy: mean over tasks ± standard error, in %. Difference to {dense} in "
+        f"points, with {level} interval. Stability: LLM-Streamline, equation 6. Flips: right to "
+        f"wrong / wrong to right.{noise} p: McNemar's test over all documents, in brackets which: "
+        "exact, mid-p where few answers changed, over clusters where documents belong together."
+    )
 
 
 def _text_note(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -105,6 +121,34 @@ def _flips(row: Mapping[str, Any]) -> str:
     return f"{flips['right_to_wrong']} / {flips['wrong_to_right']}" if flips else ""
 
 
+def _above_noise(row: Mapping[str, Any]) -> str:
+    found = (row["micro"] or {}).get("flips_above_noise")
+    return f"{points(found['value'])} {interval(found, signed=True)}".strip() if found else ""
+
+
+def _p(row: Mapping[str, Any]) -> str:
+    """The p that decides, and of which test; boards of early versions know the exact test only."""
+    micro = row["micro"]
+    if not micro:
+        return ""
+    if micro["p_value"] is None:
+        return p_value(micro["mcnemar_p"])
+    test = (micro["p_method"] or "").removeprefix("McNemar").removeprefix(" over").lstrip(", ")
+    return f"{p_value(micro['p_value'])} ({markdown_text(test)})"
+
+
+def _ratio(found: Mapping[str, Any] | None) -> str:
+    if not found:
+        return ""
+    ends = f" [{times(found['low'])}, {times(found['high'])}]" if found["low"] is not None else ""
+    return times(found["value"]) + ends
+
+
+def _perplexity(row: Mapping[str, Any]) -> str:
+    """Only where it ranks the rows; a table of its own shows it in any case."""
+    return "" if row["accuracy_macro"] or row["is_dense"] else _ratio(perplexity_ratio(row))
+
+
 def _token_kl(row: Mapping[str, Any]) -> str:
     found = row["divergence"]
     return decimal(found["kl"]["value"]) if found else ""
@@ -123,14 +167,16 @@ def _speed(row: Mapping[str, Any]) -> str:
 _COLUMNS: Sequence[tuple[str, Callable[[Mapping[str, Any]], str]]] = (
     ("row", lambda row: markdown_text(row["label"])),
     ("cost", lambda row: markdown_text(row["cost"] or "")),
-    ("accuracy %", lambda row: with_error(row["accuracy_macro"])),
+    ("accuracy %", lambda row: with_error(row["accuracy_macro"]) if row["accuracy_macro"] else ""),
     ("difference", _difference),
     ("verdict", lambda row: markdown_text((row["macro"] or {}).get("decision") or "")),
     ("stability %", _estimate("stability")),
     ("retention %", _estimate("retention")),
     ("agreement %", _estimate("agreement")),
     ("flips", _flips),
-    ("p", lambda row: p_value(row["micro"]["mcnemar_p"]) if row["micro"] else ""),
+    ("above noise", _above_noise),
+    ("p", _p),
+    ("perplexity", _perplexity),
     ("token KL", _token_kl),
     ("tokens/s", _speed),
     ("parameters", lambda row: count(row["parameters"]) if row["parameters"] else ""),
@@ -162,6 +208,29 @@ def _failures(board: Mapping[str, Any]) -> list[str]:
     return [
         f"Failed: {markdown_text(row['label'])}: {markdown_text(row['failed'])}" for row in failed
     ]
+
+
+def _headed(heading: str, table: str) -> list[str]:
+    """Nothing where the table is empty."""
+    return [heading, table] if table else []
+
+
+def _perplexities(board: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    body = [
+        [
+            markdown_text(row["label"]),
+            markdown_text(f"{found['task']} per {found['unit']}"),
+            str(found["n"]),
+            significant(found["dense"]),
+            significant(found["pruned"]),
+            _ratio(found["ratio"]) or MISSING,
+            decimal(found["nats_per_unit"]["value"], signed=True),
+        ]
+        for row in rows
+        for found in row["perplexities"]
+    ]
+    head = ["row", "text", "documents", _label(board), "row's", "ratio", "nats more per unit"]
+    return _table(head, body) if body else ""
 
 
 def _by_task(rows: Sequence[Mapping[str, Any]], cell: Callable[[Mapping[str, Any]], str]) -> str:

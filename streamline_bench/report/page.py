@@ -26,7 +26,7 @@ from streamline_bench.report.figures import curve_svg, matrix_svg
 from streamline_bench.report.forest import forest
 from streamline_bench.report.heat_map import heat_map
 from streamline_bench.report.pareto import pareto
-from streamline_bench.report.ranking import ranked
+from streamline_bench.report.ranking import perplexity_ratio, ranked
 from streamline_bench.report.removed_layers import named_layers
 from streamline_bench.report.summary import headline
 from streamline_bench.resources import resource
@@ -40,7 +40,7 @@ def to_html(board: Mapping[str, Any]) -> str:
     script = (templates / "leaderboard.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     rows = _rows(board["rows"])
-    scored = [row for row in rows if row["accuracy_macro"]]
+    scored = [row for row in rows if not row["failed"]]
     return (
         _environment(templates)
         .get_template("leaderboard.html.j2")
@@ -49,6 +49,9 @@ def to_html(board: Mapping[str, Any]) -> str:
             rows=rows,
             scored=scored,
             compared=[row for row in rows if row["macro"]],
+            measured=[row for row in scored if not row["is_dense"]],
+            lines=_lines,
+            perplexity_ratio=perplexity_ratio,
             groups=Counter(row["cost"] for row in rows if not row["is_dense"]),
             has=_has(rows),
             throughput=next((row["throughput"] for row in rows if row["throughput"]), None),
@@ -109,12 +112,25 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for index, row in enumerate(ranked(rows))
     ]
     bars = {row["index"]: _bar(row["accuracy_macro"]) for row in shown if row["accuracy_macro"]}
-    axis = Axis.around([end for bar in bars.values() for end in bar], 0.0, 100.0)
+    # Without accuracies there is no bar to place.
+    axis = Axis.around([end for bar in bars.values() for end in bar] or [0.0], 0.0, 100.0)
     for row in shown:
         if row["index"] in bars:
             low, value, high = (axis.place(end) for end in bars[row["index"]])
             row["range"] = {"low": low, "at": value, "width": round(high - low, 2)}
     return shown
+
+
+def _lines(row: Mapping[str, Any]) -> list[tuple[str, str | None, Mapping[str, Any]]]:
+    """Name, what it is if not a task's own filter, and comparison: of every task, every group."""
+    tasks = [
+        (task["task"], None if task["main"] else task["filter"], task["comparison"])
+        for task in row["tasks"]
+    ]
+    groups = [
+        (group["group"], f"{len(group['tasks'])} tasks together", group) for group in row["groups"]
+    ]
+    return tasks + groups
 
 
 def _bar(estimate: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -126,6 +142,7 @@ def _has(rows: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
     """Which optional columns have something to show."""
     macros = [row["macro"] for row in rows if row["macro"]]
     return {
+        "accuracy": any(row["accuracy_macro"] for row in rows),
         "decision": any(macro["decision"] for macro in macros),
         "retention": any(macro["retention"] for macro in macros),
         "choices": any(macro["choice_kl"] for macro in macros),

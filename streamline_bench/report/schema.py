@@ -163,10 +163,11 @@ class Row(Frozen):
         failed: why there is no result; then accuracies are None and ``tasks`` is empty.
         cost: "no training", "calibrated" or "recovered"; None for the dense model.
         parameters: of the evaluated model; ``sparsity_reached`` is the share removed.
-        accuracy_macro, accuracy_micro: over tasks with verdicts.
+        accuracy_macro, accuracy_micro: over tasks with verdicts; None where there are none.
         scored_with: rows of the same walk up the layers they share; numbers do not depend on it.
         scored_alone: why the row was scored by itself, where others were scored together.
-        macro, micro: against the dense row; None for the dense row itself.
+        macro, micro: against the dense row; None for the dense row itself, and where no task has
+            verdicts.
         groups, perplexities, generations: against the dense row, where the run has such tasks.
         divergence: of next-token distributions on the run's text, where the run has one.
         other_metrics: task -> metric -> value, for metrics without verdicts (perplexities).
@@ -240,7 +241,7 @@ class Leaderboard(Frozen):
         found = [row for row in self.rows if row.is_dense]
         if [row.label for row in found] != [self.dense]:
             raise ValueError(f"exactly the row '{self.dense}' must be marked as dense")
-        if found[0].accuracy_macro is None:
+        if found[0].failed is not None or (found[0].tasks and found[0].accuracy_macro is None):
             raise ValueError(f"the dense row '{self.dense}' has no result")
         return self
 

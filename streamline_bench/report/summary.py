@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streamline_bench.report.formats import percent, points
+from streamline_bench.report.formats import percent, points, significant
+from streamline_bench.report.ranking import perplexity_ratio, ranked
 
 __all__ = ["headline"]
 
@@ -13,24 +14,57 @@ __all__ = ["headline"]
 def headline(board: Mapping[str, Any]) -> str:
     """One or two plain sentences on the best row against the dense model. Not escaped."""
     dense = next(row for row in board["rows"] if row["is_dense"])
-    others = [row for row in board["rows"] if row["macro"]]
     failed = sum(row["failed"] is not None for row in board["rows"])
     lost = f" {failed} more failed." if failed else ""
+    if dense["accuracy_macro"] is None:
+        return _perplexities(board, dense) + lost
+    others = [row for row in board["rows"] if row["macro"]]
     before = percent(dense["accuracy_macro"]["value"])
     if not others:
         return f"{dense['label']} answers {before} % right, averaged over tasks.{lost}"
     best = max(others, key=lambda row: row["accuracy_macro"]["value"])
     difference = best["macro"]["difference"]
-    removed = ""
-    if best["sparsity_reached"] is not None:
-        removed = f" with {percent(best['sparsity_reached'])} % of the parameters removed"
     level = f"{100 * board['method']['confidence']:g} %"
     agreement = best["macro"]["agreement"]["value"]
     return (
-        f"Of {len(others)} compressed {'model' if len(others) == 1 else 'models'}, "
+        f"Of {_models(len(others))}, "
         f"{best['label']} keeps most: {percent(best['accuracy_macro']['value'])} % right"
-        f"{removed}, where {dense['label']} has {before} % "
+        f"{_removed(best)}, where {dense['label']} has {before} % "
         f"({points(difference['value'])} points, {level} interval {points(difference['low'])} to "
         f"{points(difference['high'])}). {percent(agreement)} % of its verdicts are "
         f"unchanged.{lost}"
+    )
+
+
+def _models(count: int) -> str:
+    return f"{count} compressed {'model' if count == 1 else 'models'}"
+
+
+def _removed(row: Mapping[str, Any]) -> str:
+    if row["sparsity_reached"] is None:
+        return ""
+    return f" with {percent(row['sparsity_reached'])} % of the parameters removed"
+
+
+def _perplexities(board: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
+    """What happened to perplexity, where no task has right or wrong answers."""
+    none = "No task has right or wrong answers"
+    others = [row for row in ranked(board["rows"]) if not row["is_dense"] and not row["failed"]]
+    ratios = [(row, perplexity_ratio(row)) for row in others]
+    known = [(row, ratio) for row, ratio in ratios if ratio is not None]
+    if not others:
+        return f"{none}, and {dense['label']} stands alone."
+    if not known:
+        return f"{none}, and no model has a perplexity to compare with {dense['label']}'s."
+    best, ratio = known[0]
+    ends = ""
+    if ratio["low"] is not None:
+        level = f"{100 * board['method']['confidence']:g} %"
+        ends = f" ({level} interval {significant(ratio['low'], 3)} to "
+        ends += f"{significant(ratio['high'], 3)})"
+    tasks = len({found["task"] for found in best["perplexities"]})
+    mean = f", geometric mean over {tasks} texts" if tasks > 1 else ""
+    return (
+        f"{none}. Of {_models(len(others))}, {best['label']} does best{_removed(best)}: its "
+        f"perplexity is {significant(ratio['value'], 3)} times {dense['label']}'s{ends}{mean}."
     )

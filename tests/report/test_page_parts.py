@@ -28,7 +28,7 @@ def row(label: str, accuracy: float | None, **fields: Any) -> dict[str, Any]:
 
 
 def test_ranking_is_by_accuracy_and_keeps_failed_rows_last() -> None:
-    rows = [row("a", 0.2), row("lost", None), row("b", 0.9), row("c", 0.2)]
+    rows = [row("a", 0.2), row("lost", None, failed="why"), row("b", 0.9), row("c", 0.2)]
     assert [one["label"] for one in ranked(rows)] == ["b", "a", "c", "lost"]
 
 

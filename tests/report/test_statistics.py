@@ -1,0 +1,118 @@
+"""What decides is what is shown: the p of the verdict with its test, tasks beside documents."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_bench.report.csv_view import to_csv
+from streamline_bench.report.formats import decimal, percent, points
+from streamline_bench.report.leaderboard import build_leaderboard
+from streamline_bench.report.markdown import to_markdown
+from streamline_bench.report.page import to_html
+from streamline_bench.report.schema import Leaderboard
+from streamline_bench.stability.settings import Settings
+
+EXCESS = {"value": 0.0712, "low": 0.0309, "high": 0.1123, "method": "by hand"}
+CLUSTERED = {
+    "p_value": 0.04321,
+    "p_method": "McNemar over 12 passages, mid-p",
+    "mcnemar_p": 0.001717,
+    "clusters": {"kind": "passages", "count": 12, "largest": 31},
+    "flips_above_noise": EXCESS,
+}
+NOISE = {
+    "dense_run": "dense", "repeats": ["again"], "n": 240, "flips": {"value": 0.01},
+    "agreement": {"value": 0.99}, "macro_flips": 0.01, "choice_kl": None,
+    "tasks": [{"task": "colours", "filter": "none", "n": 120, "flips": {"value": 0.01},
+               "agreement": {"value": 0.99}, "same_choice": 0.99, "choice_kl": None}],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def board(
+    make_run: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Verdicts over documents that come in clusters, above a noise floor."""
+    folder = make_run(tmp_path_factory.mktemp("run"))
+    runs = {label: folder / label / "eval" for label in ("dense", "none")}
+    found = build_leaderboard(runs, "dense", settings=Settings(draws=100), progress=False)
+    row = found["rows"][1]
+    row["micro"] |= CLUSTERED
+    row["tasks"][0]["comparison"] |= CLUSTERED
+    return Leaderboard.model_validate({**found, "noise": NOISE}).model_dump(mode="json")
+
+
+def cells(html: str, first: str) -> list[str]:
+    """Text of the cells of the table row that begins with ``first``."""
+    lines = re.findall(r"<tr[^>]*>(.*?)</tr>", html, re.S)
+    texts = [
+        [re.sub(r"<[^>]*>", " ", cell).strip() for cell in re.findall(r"<t[hd].*?</t[hd]>", line)]
+        for line in lines
+    ]
+    return next(found for found in texts if found and found[0].split()[:1] == [first])
+
+
+def table(page: str, label: str) -> str:
+    return re.search(rf'aria-label="{label}">(.*?)</table>', page, re.S).group(1)
+
+
+def test_the_p_that_decides_is_shown_with_its_test(board: dict[str, Any]) -> None:
+    page, text = to_html(board), to_markdown(board)
+    overall = " ".join(cells(table(page, "Tasks and documents"), "none"))
+    assert "0.043 12 passages, mid-p" in overall
+    assert "12 passages, the largest of 31 documents" in page
+    assert "0.0017" not in overall and "0.0017" not in text
+    assert "0.043 (12 passages, mid\\-p)" in text
+    assert "exact over all documents" not in page
+    record = list(csv.DictReader(io.StringIO(to_csv(board))))[1]
+    assert (record["p_value"], record["p_method"]) == ("0.04321", CLUSTERED["p_method"])
+    assert record["mcnemar_p"] == "0.001717" and record["clusters"] == "12"
+    assert record["p_value:colours"] == "0.04321" and record["clusters:colours"] == "12"
+    assert record["p_method:places"] and record["clusters:places"] == ""
+
+
+def test_documents_stand_beside_tasks(board: dict[str, Any]) -> None:
+    row = board["rows"][1]
+    shown = " ".join(cells(table(to_html(board), "Tasks and documents"), "none"))
+    for found in (row["macro"], row["micro"]):
+        assert percent(found["pruned"]["value"]) in shown
+        assert points(found["difference"]["value"]) in shown
+        assert points(found["difference"]["low"]) in shown
+        assert found["decision"] in shown
+
+
+def test_every_task_has_its_statistics(board: dict[str, Any]) -> None:
+    page = to_html(board)
+    change, answers = (table(page, f"none, {what} by task") for what in ("change", "answers"))
+    for task in board["rows"][1]["tasks"]:
+        found = task["comparison"]
+        shown = " ".join(cells(answers, task["task"]))
+        assert decimal(found["kappa"], 2) in shown
+        assert percent(found["retention"]["low"]) in shown
+        if found["choices"]:
+            assert percent(found["pruned_corrected"]["value"]) in shown
+            assert decimal(found["choices"]["margin_shift"]["value"], signed=True) in shown
+            assert percent(found["calibration"]["pruned_error"]) in shown
+    first = " ".join(cells(change, "colours"))
+    assert "120 12 passages" in first and "+7.1 [+3.1, +11.2]" in first
+
+
+def test_flips_above_noise_are_in_every_view(board: dict[str, Any]) -> None:
+    assert "+7.1 [+3.1, +11.2]" in to_markdown(board)
+    overall = " ".join(cells(table(to_html(board), "Answers behind the change"), "none"))
+    assert "+7.1 [+3.1, +11.2]" in overall
+
+
+def test_boards_of_early_versions_show_the_exact_test(board: dict[str, Any]) -> None:
+    row = {**board["rows"][1]}
+    row["micro"] = {**row["micro"], "p_value": None, "p_method": None}
+    old = {**board, "rows": [board["rows"][0], row]}
+    overall = " ".join(cells(table(to_html(old), "Tasks and documents"), "none"))
+    assert "0.0017" in overall and "0.0017" in to_markdown(old)
