@@ -16,7 +16,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import on first use: the command line must answer ``--help`` without torch."""
     if name in ("CachedCheckpoint", "compress", "compress_cached"):
-        # The submodule 'compress' would otherwise shadow the function of the same name.
         from streamline_bench.methods import compression
 
         return getattr(compression, name)

@@ -79,16 +79,10 @@ def _expand_preset(payload: dict[str, Any]) -> None:
     training = payload.get("training")
     if not isinstance(training, dict) or "preset" not in training:
         return
-    from streamline_bench.core.distill.presets import TRAINING_PRESETS
+    from streamline_bench.core.distill.presets import preset_values
 
     given = dict(training)
-    name = str(given.pop("preset"))
-    if name not in TRAINING_PRESETS:
-        raise RecipeError(
-            f"Unknown training preset '{name}'{suggest(name, TRAINING_PRESETS) or ';'} "
-            f"known presets: {', '.join(TRAINING_PRESETS)}."
-        )
-    payload["training"] = {**TRAINING_PRESETS[name], **given}
+    payload["training"] = {**preset_values(str(given.pop("preset"))), **given}
 
 
 def _recipe_path(name: str) -> Path:

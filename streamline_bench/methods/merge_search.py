@@ -4,6 +4,10 @@ From the top of the range downwards, layers are merged by way of trial; a merge 
 hidden states (after the final norm) keep a mean cosine above the threshold. Whatever the
 threshold, layers below the merge at hand are still the dense model's, so that their states, taken
 once, serve every trial.
+
+The search is the paper's for both rules of merging: in a model that still has ``depth`` layers,
+the next merge's base is at most ``depth - C``. The authors' code takes ``depth - 1 - C`` there and
+leaves the topmost layer out of later merges.
 """
 
 from __future__ import annotations

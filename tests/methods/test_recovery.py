@@ -31,7 +31,7 @@ from streamline_bench.errors import (
     NumericsError,
     RecipeError,
 )
-from streamline_bench.methods import compress, load_recipe
+from streamline_bench.methods import compress, load_recipe, recovery_training
 from streamline_bench.methods.content_key import content_key
 from streamline_bench.methods.recovery_training import choose_parameters, train_recovery
 from streamline_bench.modeling import register
@@ -106,6 +106,38 @@ def test_lora_merged_equals_lora_applied(
     assert not torch.allclose(applied, before, atol=1e-2)
     names = dict(plain.named_parameters())
     assert set(trainable.merged()) <= set(names)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_the_saved_model_is_the_trained_one(
+    make_tiny_model: Callable[..., Path],
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+) -> None:
+    """The folder's logits against those of the model with its updates still beside the weights."""
+    trained: list[Any] = []
+    original = recovery_training.train_recovery
+
+    def kept(model: Any, *arguments: Any, **options: Any) -> Any:
+        trained.append(model)
+        return original(model, *arguments, **options)
+
+    monkeypatch.setattr(recovery_training, "train_recovery", kept)
+    depth = "n_layer" if model_type == "gpt2" else "num_hidden_layers"
+    source = make_tiny_model(model_type, **{**_sizes(model_type), depth: 4})
+    recipe = make_recipe("last_layers", **{**FAST, "recovery.kind": "lora"})
+    out = compress(source, recipe, tmp_path / "out", progress=False)
+    plain = make_recipe("last_layers", recovery="none")
+    untrained = compress(source, plain, tmp_path / "plain", progress=False)
+    with torch.no_grad():
+        applied, saved, before = (
+            model.eval()(IDS).logits for model in (trained[0], _load(out), _load(untrained))
+        )
+    assert any("lora_A" in name for name, _ in trained[0].named_parameters())
+    torch.testing.assert_close(saved, applied, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(saved, before, atol=1e-3)
 
 
 def _sizes(model_type: str) -> dict[str, Any]:
@@ -432,7 +464,7 @@ def test_killed_in_recovery_then_resumed_gives_the_same_bytes(
         f"""
         import sys
         from pathlib import Path
-        from streamline_bench.methods import compress, load_recipe
+        from streamline_bench.methods import compress, load_recipe, recovery_training
         recipe = load_recipe("last_layers", {{
             "calibration": {str(text_file)!r}, "n_layers": 2, "recovery.kind": "lora",
             "recovery.dropout": 0.3, "recovery.training.data.sequence_length": 16,

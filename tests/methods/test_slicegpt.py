@@ -106,9 +106,11 @@ def test_principal_axes_lose_less_than_random_ones(
     for seed in (0, 1, 2):
         generator = torch.Generator().manual_seed(seed)
 
-        def others(self: Covariance, damping: float, where: str) -> PrincipalAxes:
+        def others(
+            self: Covariance, damping: float, where: str, drawn: torch.Generator = generator
+        ) -> PrincipalAxes:
             found = original(self, damping, where)
-            noise = torch.randn(found.axes.shape, generator=generator, dtype=torch.float64)  # noqa: B023
+            noise = torch.randn(found.axes.shape, generator=drawn, dtype=torch.float64)
             return PrincipalAxes(torch.linalg.qr(noise).Q, found.energies)
 
         monkeypatch.setattr(Covariance, "axes", others)

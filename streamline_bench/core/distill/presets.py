@@ -15,7 +15,7 @@ from streamline_bench.core.recipe import TrainingSpec
 from streamline_bench.core.suggestions import suggest
 from streamline_bench.errors import RecipeError
 
-__all__ = ["TRAINING_PRESETS", "learning_rate", "training_preset"]
+__all__ = ["TRAINING_PRESETS", "learning_rate", "preset_values", "training_preset"]
 
 _COMMON = {"epochs": 1, "lr": 2e-4, "weight_decay": 1e-3, "max_grad_norm": 5.0}
 
@@ -52,15 +52,27 @@ TRAINING_PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+def preset_values(name: str) -> Mapping[str, Any]:
+    """Return the fields of :class:`TrainingSpec` that a preset stands for.
+
+    Raises:
+        RecipeError: there is no such preset.
+    """
+    if name not in TRAINING_PRESETS:
+        raise RecipeError(
+            f"Unknown training preset '{name}'{suggest(name, TRAINING_PRESETS) or ';'} "
+            f"known presets: {', '.join(TRAINING_PRESETS)}."
+        )
+    return TRAINING_PRESETS[name]
+
+
 def training_preset(name: str, **changes: Any) -> TrainingSpec:
     """Return a preset, with some of its fields changed.
 
     Raises:
         RecipeError: there is no such preset.
     """
-    if name not in TRAINING_PRESETS:
-        raise RecipeError(f"Training preset '{name}' is unknown{suggest(name, TRAINING_PRESETS)}")
-    return TrainingSpec.model_validate({**TRAINING_PRESETS[name], **changes})
+    return TrainingSpec.model_validate({**preset_values(name), **changes})
 
 
 def learning_rate(training: TrainingSpec, hidden_size: int) -> float:
