@@ -78,6 +78,7 @@ def _list_of(kind: Callable[[str], _Number]) -> Callable[..., tuple[_Number, ...
 @click.option("--max-concurrency", type=click.IntRange(1), help="With --serve: in flight at most.")
 @click.option("--port", type=click.IntRange(1, 65535), help="With --serve  [default: a free one]")
 @click.option("--dtype", type=_DTYPES, default="auto", show_default=True)
+# Not the shared option: to try the device, it would hold memory there beside the models.
 @click.option(
     "--device",
     default="auto",
