@@ -4,8 +4,8 @@
 then is part of the question. Afterwards the same command is left to finish, and both leaderboards
 are compared value by value; times, dates and the run folder's own path are left out.
 
-    python tests/benchmarks/compare_kill_resume.py                 # the plan's recipes
-    python tests/benchmarks/compare_kill_resume.py --limit 20  # faster
+    python tests/benchmarks/compare_kill_resume.py                 # every recipe, trained briefly
+    python tests/benchmarks/compare_kill_resume.py --plan bundled  # with the board's own trainings
 
 Both run folders can be kept: ``--alone RUN`` may name a comparison that was finished before by the
 same command, ``--killed RUN`` a new folder.
@@ -28,8 +28,10 @@ from typing import Any
 
 import psutil
 
-LEFT_OUT = {"seconds", "date", "results_file", "created"}
-"""Keys of a leaderboard that say when and how fast, not what."""
+BRIEFLY = Path(__file__).with_name("every_recipe_briefly.yaml")
+
+LEFT_OUT = {"seconds", "date", "results_file", "created", "scored_with", "scored_alone"}
+"""Keys of a leaderboard that say when, how fast and beside which others, not what."""
 
 
 def command(options: argparse.Namespace, run: Path) -> list[str]:
@@ -53,14 +55,22 @@ def finish(options: argparse.Namespace, run: Path) -> tuple[float, int]:
     return time.monotonic() - began, done.returncode
 
 
-def kill_once(options: argparse.Namespace, run: Path, seconds: float) -> str:
-    """Start the command, kill it after some time, and say how far it was."""
+def kill_once(
+    options: argparse.Namespace, run: Path, seconds: float, *, walking: bool = False
+) -> str:
+    """Start the command, kill it after some time, and say how far it was.
+
+    Args:
+        walking: the time counts from the moment when rows are scored together.
+    """
     process = subprocess.Popen(
         command(options, run),
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    while walking and process.poll() is None and not walks_of(run):
+        time.sleep(0.05)
     try:
         process.wait(seconds)
         return f"had ended before {seconds:.1f} s"
@@ -73,7 +83,18 @@ def kill_once(options: argparse.Namespace, run: Path, seconds: float) -> str:
             sys.exit(f"processes outlive the kill: {left}")
         time.sleep(0.05)
     done = len(list(run.glob("jobs/*/done.json")))
-    return f"killed after {seconds:.1f} s, {done} jobs done, none left running"
+    since = " of scoring together" if walking else ""
+    return f"killed after {seconds:.1f} s{since}, {done} jobs done, none left running"
+
+
+def walks_of(run: Path) -> list[Path]:
+    """Attempts of processes that score several rows."""
+    return list(run.glob("jobs/score-together-*/attempts.json"))
+
+
+def shares(done: Path) -> bool:
+    """Whether a row was scored in a walk with others."""
+    return bool(json.loads(done.read_text(encoding="utf-8"))["facts"].get("together"))
 
 
 def processes_of(run: Path) -> Iterator[str]:
@@ -113,7 +134,7 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
 def main() -> None:
     """Compare the two runs; exit code 1 where they differ."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--plan", default="bundled")
+    parser.add_argument("--plan", default=str(BRIEFLY))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--recipes")
     parser.add_argument("--tasks")
@@ -137,12 +158,15 @@ def main() -> None:
         seconds, code = finish(options, alone)
         print(f"uninterrupted: {seconds:.0f} s, exit code {code}", flush=True)
         longest = (options.seconds or seconds) / options.kills
-        for _ in range(options.kills):
-            print(kill_once(options, killed, dice.uniform(0.1, 0.9) * longest), flush=True)
+        for number in range(options.kills):
+            walking = options.trunk and number == options.kills - 1
+            after = dice.uniform(0.1, 0.9) * longest
+            print(kill_once(options, killed, after, walking=walking), flush=True)
         rest, code_again = finish(options, killed)
         print(f"the rest: {rest:.0f} s, exit code {code_again}", flush=True)
         again = [json.loads(p.read_text()) - 1 for p in killed.glob("jobs/*/attempts.json")]
         print(f"{sum(again)} jobs were started again after {options.kills} kills")
+        print(f"{sum(map(shares, killed.glob('jobs/score-*/done.json')))} rows shared a walk")
         found = list(differences([code, facts(alone)], [code_again, facts(killed)]))
         print("\n".join(found[:20]) or "the leaderboards are the same")
         sys.exit(1 if found or sum(again) > options.kills * (options.workers or 1) else 0)
