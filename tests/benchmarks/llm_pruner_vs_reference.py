@@ -4,6 +4,8 @@
     python -m venv OLD && OLD/bin/pip install torch "transformers==4.36.2" sentencepiece numpy
     python tests/benchmarks/llm_pruner_vs_reference.py --reference REFERENCE --python OLD/bin/python
 
+Models are random; with ``--model FOLDER --text FILE`` it is that trained Llama on that text.
+
 The reference runs unchanged in a process of its own, with the interpreter given, as its
 ``hf_prune.py`` (as many key-value heads as heads) and its ``llama3.py`` (fewer) set it up; of it
 nothing is kept here. Reported: for each criterion, in how many pruned layers the same heads go, how
@@ -26,8 +28,11 @@ from typing import Any
 
 import torch
 
+TAKEN_OVER = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads max_position_embeddings rms_norm_eps tie_word_embeddings"
+).split()
 CRITERIA = ("param_first", "param_second", "param_mix", "vectorize", "l1", "l2")
-LAYERS = range(1, 5)
 RATIO = 0.25
 SIZES = {
     "vocab_size": 100,
@@ -46,28 +51,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reference", required=True, help="checkout of the authors' code")
     parser.add_argument("--python", default=sys.executable, help="interpreter that can run it")
+    parser.add_argument("--model", help="folder of a trained Llama, instead of random ones")
+    parser.add_argument("--text", help="file with calibration text for --model")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
         run_reference(arguments.reference, Path(arguments.inside))
         return
+    if arguments.model:
+        compare(arguments, *trained(arguments.model, arguments.text))
+        return
     for kv_heads in (8, 4):
-        compare(arguments, kv_heads)
+        compare(arguments, *example(kv_heads))
 
 
-def compare(arguments: argparse.Namespace, kv_heads: int) -> None:
-    """Prune one random model on both sides by every criterion."""
-    print(f"\n8 heads, {kv_heads} key-value heads, layers 1 to 4 of 6, ratio {RATIO}\n")
+def compare(arguments: argparse.Namespace, model: Any, ids: torch.Tensor) -> None:
+    """Prune one model on both sides by every criterion."""
+    from streamline_bench.methods.llm_pruner import LLMPrunerParameters
+
+    config = model.config
+    layers = LLMPrunerParameters().layers(config.num_hidden_layers)
+    heads = f"{config.num_attention_heads} heads, {config.num_key_value_heads} key-value heads"
+    print(
+        f"\n{heads}, layers {layers[0]} to {layers[-1]} of {config.num_hidden_layers}, "
+        f"ratio {RATIO}\n"
+    )
     print("| criterion | layers with the same heads | in its order | channels | parameters |")
     print("|---|---|---|---|---|")
-    model, ids = example(kv_heads)
     for criterion in CRITERIA:
-        ours, our_size = our_units(model, ids, criterion)
+        ours, our_size = our_units(model, layers, ids, criterion)
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
             torch.save(
                 {
-                    "config": {**SIZES, "num_key_value_heads": kv_heads},
+                    "config": {key: getattr(config, key) for key in TAKEN_OVER},
+                    "layers": list(layers),
                     "state": model.state_dict(),
                     "ids": ids,
                     "criterion": criterion,
@@ -80,16 +98,16 @@ def compare(arguments: argparse.Namespace, kv_heads: int) -> None:
                 raise SystemExit(done.stderr[-2000:])
             theirs = json.loads((place / "units.json").read_text())
         same, reordered = (
-            sum(ours[layer][key] == theirs[str(layer)]["heads"] for layer in LAYERS)
+            sum(ours[layer][key] == theirs[str(layer)]["heads"] for layer in layers)
             for key in ("heads", "reordered")
         )
         differ = sum(
             len(set(ours[layer]["channels"]) ^ set(theirs[str(layer)]["channels"]))
-            for layer in LAYERS
+            for layer in layers
         )
         sizes = f"{our_size} / {theirs['parameters']}"
         print(
-            f"| {criterion} | {same} of {len(LAYERS)} | {reordered} of {len(LAYERS)} | {differ} | "
+            f"| {criterion} | {same} of {len(layers)} | {reordered} of {len(layers)} | {differ} | "
             f"{sizes} |",
             flush=True,
         )
@@ -104,7 +122,21 @@ def example(kv_heads: int) -> tuple[Any, torch.Tensor]:
     return model, torch.randint(3, 100, (10, 64))
 
 
-def our_units(model: Any, ids: torch.Tensor, criterion: Any) -> tuple[dict[int, Any], int]:
+def trained(folder: str, text: str | None) -> tuple[Any, torch.Tensor]:
+    """Return a model from disk and ten sequences of 64 tokens of a text."""
+    from streamline_bench.core.calibration import load_calibration
+    from streamline_bench.core.recipe import CalibrationSpec
+    from streamline_bench.methods.loading import load_model, load_tokenizer
+
+    place = Path(folder)
+    spec = CalibrationSpec(source=text or "auto", samples=10, sequence_length=64)
+    tokens = load_calibration(spec, load_tokenizer(place), model_folder=place, progress=False)
+    return load_model(place, device="cpu"), tokens.input_ids
+
+
+def our_units(
+    model: Any, chosen: range, ids: torch.Tensor, criterion: Any
+) -> tuple[dict[int, Any], int]:
     """Return layer -> kept heads and channels, and the parameters left."""
     from streamline_bench.core.architecture import architecture_of, decoder_layers
     from streamline_bench.core.calibration import CalibrationTokens
@@ -117,17 +149,17 @@ def our_units(model: Any, ids: torch.Tensor, criterion: Any) -> tuple[dict[int, 
     row = architecture_of(model.config)
     widths = LayerWidths.of(model.config, row)
     parts = projection_parts(row, widths, head_size(model.config))
-    plan = plan_widths(prunable(model.config), LAYERS, ratio=RATIO, multiple=1)
+    plan = plan_widths(prunable(model.config), chosen, ratio=RATIO, multiple=1)
     layers = decoder_layers(model)
     weights: dict[Any, Any] = {
         (layer, part.module): layers[layer].get_submodule(part.module).weight
-        for layer in LAYERS
+        for layer in chosen
         for part in parts
     }
     tokens = CalibrationTokens(ids, torch.ones_like(ids, dtype=torch.bool), "", ids.numel(), "")
     sums = sum_gradients(model, weights, tokens, squares=True, progress=False)
     units = {}
-    for layer in LAYERS:
+    for layer in chosen:
         scores = score_units(
             layer,
             parts,
@@ -156,7 +188,7 @@ def run_reference(checkout: str, place: Path) -> None:
     criterion, ids = case["criterion"], case["ids"]
     shared = case["config"]["num_key_value_heads"] < case["config"]["num_attention_heads"]
     model, norm_class = reference_model(case, shared)
-    layers = [model.model.layers[index] for index in LAYERS]
+    layers = [model.model.layers[index] for index in case["layers"]]
     first = "k_proj" if shared else "q_proj"
     importance = (
         parts.MagnitudeImportance(p=int(criterion[1]))
@@ -185,7 +217,7 @@ def run_reference(checkout: str, place: Path) -> None:
     reference_gradients(model, ids, squares=criterion in ("param_second", "param_mix"))
     pruner.step()
     units: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
-    for index, old, new in zip(LAYERS, before, layers, strict=True):
+    for index, old, new in zip(case["layers"], before, layers, strict=True):
         size = new.self_attn.head_dim
         rows = kept_rows(getattr(old.self_attn, first), getattr(new.self_attn, first))
         units[str(index)] = {

@@ -10,6 +10,7 @@ call and the tokens per second in ``extra_info``.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
@@ -24,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import scoring_vs_hf
+import search_vs_naive
 import surgery_vs_copy
 
 from streamline_bench.core.calibration import CalibrationTokens
@@ -119,6 +121,22 @@ def test_scan(measure: Any, step: str, calibrated: tuple[Any, CalibrationTokens]
     else:
         similarity = measure(lambda: scan(model, tokens, progress=False), tokens=8 * 128)
         assert np.allclose(np.diagonal(similarity.cosine), 1.0)
+
+
+@pytest.fixture(scope="module")
+def searched() -> tuple[Any, CalibrationTokens]:
+    sizes = {"layers": 12, "hidden": 64, "length": 48, "samples": 2, "vocabulary": 200}
+    return search_vs_naive.build(argparse.Namespace(**sizes, device=DEVICE))
+
+
+@pytest.mark.benchmark(group="search")
+@pytest.mark.parametrize("how", ["naive", "shared"])
+def test_search(measure: Any, how: str, searched: tuple[Any, CalibrationTokens]) -> None:
+    """The first step of SLEB, with the layers below shared, or each candidate from the bottom."""
+    model, tokens = searched
+    step = {"naive": search_vs_naive.naive_sleb, "shared": search_vs_naive.shared_sleb}[how]
+    found = measure(lambda: step(model, tokens, 1), tokens=2 * 48, rounds=3)
+    assert found == search_vs_naive.naive_sleb(model, tokens, 1)
 
 
 @pytest.mark.benchmark(group="distillation")
