@@ -84,6 +84,9 @@ class TestWithVLLM:
 
         with pytest.raises(StreamlineBenchError, match=sentence):
             StreamlineVLLM(**{"pretrained": str(tiny_llama), **given})
+        arguments = {"pretrained": str(tiny_llama), **given}
+        with pytest.raises(StreamlineBenchError, match=sentence):
+            StreamlineVLLM.create_from_arg_obj(arguments)
 
     def test_a_recipes_seed_goes_to_the_recipe(self) -> None:
         from lm_eval.models.vllm_causallms import VLLM
