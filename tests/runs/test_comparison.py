@@ -17,14 +17,17 @@ from typing import Any
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from streamline_bench.errors import OutputError
 from streamline_bench.methods import load_recipe
-from streamline_bench.report.run_folder import read_run_file
+from streamline_bench.report.run_folder import RunFile, RunRow, read_run_file
 from streamline_bench.runs import Execution, RowRequest, compare
-from streamline_bench.runs.comparison import CompareResult, compare_request
+from streamline_bench.runs.comparison import CompareResult, Terminated, compare_request
+from streamline_bench.runs.finish import write_report_once
 from streamline_bench.runs.folder import locked
 from streamline_bench.runs.request import Request
+from streamline_bench.stability.lm_eval_reader import read_lm_eval
 
 
 @pytest.fixture
@@ -54,7 +57,7 @@ def test_a_failing_recipe_marks_its_row_and_the_others_go_on(
         return compare(
             tiny_llama, ["first_layers", broken], ["words"], tmp_path / "run",
             include_path=str(tasks), set={"n_layers": 2}, device="cpu", noise_floor=True,
-            progress=False,
+            noise_dtype="bfloat16", progress=False,
         )  # fmt: skip
 
     result = run()
@@ -71,10 +74,13 @@ def test_a_failing_recipe_marks_its_row_and_the_others_go_on(
         "broken": result.failures["broken"],
     }
     described = read_run_file(tmp_path / "run")
-    assert [noise.label for noise in described.noise] == ["batch size 4"]
+    assert [noise.label for noise in described.noise] == ["batch size 4", "bfloat16"]
+    again = read_lm_eval(tmp_path / "run" / described.noise[1].eval, progress=False)
+    assert "bfloat16" in str(again.info.config["model_dtype"])
+    assert board["noise"]["repeats"] == ["batch size 4", "bfloat16"]
     starts = [command.split(" ")[:2] for command in described.commands]
     assert starts.count(["streamline-bench", "compress"]) == 1
-    assert starts.count(["lm_eval", "--model"]) == 3
+    assert starts.count(["lm_eval", "--model"]) == 4
     (typed,) = [each for each in described.commands if " compress " in each]
     recipe = load_recipe(shlex.split(typed)[shlex.split(typed).index("--recipe") + 1])
     assert recipe == load_recipe("first_layers", {"n_layers": 2})
@@ -89,18 +95,21 @@ def test_a_failing_recipe_marks_its_row_and_the_others_go_on(
 
 
 @pytest.mark.slow
-def test_a_task_without_samples_is_a_failure_with_a_reason(
+def test_a_task_without_samples_is_a_failure_that_names_it(
     make: Callable[..., Request], tasks: Path, tmp_path: Path
 ) -> None:
-    (tasks / "words.jsonl").write_text("", encoding="utf-8")
-    request = make(recipes=["dense"], tasks=["words"], include_path=str(tasks))
+    (tasks / "none.jsonl").write_text("", encoding="utf-8")
+    text = (tasks / "words.yaml").read_text(encoding="utf-8")
+    text = text.replace("task: words", "task: nothing_asked").replace("words.jsonl", "none.jsonl")
+    (tasks / "none.yaml").write_text(text, encoding="utf-8")
+    request = make(recipes=["dense"], tasks=["words", "nothing_asked"], include_path=str(tasks))
     result = compare_request(
         request, tmp_path / "run", execution=Execution(retries=0), progress=False
     )
     assert result.exit_code == 1
     assert result.report is None
     assert list(result.failures) == ["dense"]
-    assert len(result.failures["dense"]) > 20
+    assert "nothing_asked" in result.failures["dense"]
     assert not (tmp_path / "run" / "run.json").exists()
 
 
@@ -145,15 +154,15 @@ def test_a_file_where_a_row_should_be_fails_that_row_only(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Return a function that mounts, or resizes, a file system of some kilobytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = False
 
-    def size(kilobytes: int) -> Path:
+    def size(kilobytes: int, mode: str = "rw") -> Path:
         nonlocal mounted
-        options = f"size={kilobytes}k" + (",remount" if mounted else "")
+        options = f"{mode},size={kilobytes}k" + (",remount" if mounted else "")
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
         try:
             done = subprocess.run(command, capture_output=True, text=True)
@@ -203,18 +212,90 @@ def test_an_output_that_cannot_be_made(make: Callable[..., Request], tmp_path: P
         compare_request(make(), tmp_path / "file" / "run", progress=False)
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere"
-)
-def test_a_folder_without_permission(make: Callable[..., Request], tmp_path: Path) -> None:
-    (tmp_path / "closed").mkdir(mode=0o500)
+def test_a_folder_that_may_not_be_written(
+    small_disk: Callable[..., Path], make: Callable[..., Request]
+) -> None:
+    closed = small_disk(64, "ro")  # its mode would not stop root
     with pytest.raises(OutputError, match="cannot be written"):
-        compare_request(make(), tmp_path / "closed" / "run", progress=False)
+        compare_request(make(), closed / "run", progress=False)
+
+
+def test_a_report_that_cannot_be_begun_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "report").touch()
+    description = RunFile(dense="d", rows=[RunRow(label="d", eval="d/eval")])
+    with pytest.raises(OutputError, match="report cannot be made"):
+        write_report_once(tmp_path, description, progress=False)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_while_scoring_fails_rows_and_room_mends_them(
+    small_disk: Callable[..., Path], make: Callable[..., Request], tasks: Path
+) -> None:
+    run = small_disk(8000) / "run"
+    request = make(recipes=["last_layers"], tasks=["words"], include_path=str(tasks))
+    compare_request(request, run, until="compress", progress=False)
+    used = shutil.disk_usage(run).used // 1024
+    small_disk(used + 16)  # enough to begin with
+    try:
+        result = compare_request(request, run, progress=False)
+    except OutputError as error:
+        assert "No space left on device" in str(error)
+    else:
+        assert result.exit_code == 1
+        assert "dense" in result.failures
+    assert not (run / "leaderboard.json").exists()
+    small_disk(8000)
+    again = compare_request(request, run, progress=False)
+    assert (again.exit_code, dict(again.failures)) == (0, {})
+    assert again.jobs["compress-last_layers"] == "kept"
+
+
+@pytest.mark.slow
+def test_a_run_of_one_document_that_is_interrupted_in_its_report(
+    make: Callable[..., Request], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    request = make(recipes=["last_layers"], tasks=["words"], include_path=str(tasks), limit=1)
+
+    def interrupted(*_: Any, **__: Any) -> Path:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        raise AssertionError("the signal did not come")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("streamline_bench.report.run_folder.build_report", interrupted)
+        with pytest.raises(Terminated):
+            compare_request(request, run, progress=False)
+    assert (run / "run.json").exists()
+    assert not (run / "leaderboard.json").exists()
+    result = compare_request(request, run, progress=False)
+    assert result.exit_code == 0
+    assert set(result.jobs.values()) == {"kept"}
+    board = json.loads((run / "leaderboard.json").read_text(encoding="utf-8"))
+    assert [row["tasks"][0]["n"] for row in board["rows"]] == [1, 1]
+
+
+@pytest.mark.slow
+def test_a_model_that_answers_nan_fails_its_row_by_name(
+    tiny_llama: Path, tasks: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.5.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    result = compare(
+        model, ["dense"], ["words"], tmp_path / "run", include_path=str(tasks), device="cpu",
+        progress=False,
+    )  # fmt: skip
+    assert (result.exit_code, result.report) == (1, None)
+    assert "NaN" in result.failures["dense"]
 
 
 HOLDER = """
 import sys, time
 from pathlib import Path
+from streamline_bench.runs.finish import write_report_once
 from streamline_bench.runs.folder import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
@@ -239,15 +320,22 @@ def test_two_runs_do_not_share_a_folder_and_a_killed_one_frees_it(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code", "until", "kind"),
+    [
+        (signal.SIGINT, 130, "compress", "compress"),
+        (signal.SIGTERM, 143, "compress", "compress"),
+        (signal.SIGTERM, 143, "evaluate", "score"),
+    ],
+)
 def test_an_interrupted_run_ends_its_jobs_and_can_be_continued(
-    tiny_llama: Path, tmp_path: Path, number: int, code: int
+    tiny_llama: Path, tasks: Path, tmp_path: Path, number: int, code: int, until: str, kind: str
 ) -> None:
     run = tmp_path / "run"
     command = [
         sys.executable, "-m", "streamline_bench", "compare", str(tiny_llama), "--tasks", "words",
-        "--recipes", "first_layers,last_layers,random_layers", "--n-layers", "2", "--device", "cpu",
-        "--until", "compress", "-o", str(run),
+        "--recipes", "first_layers,last_layers", "--n-layers", "2", "--device", "cpu",
+        "--include-path", str(tasks), "--until", until, "-o", str(run),
     ]  # fmt: skip
     process = subprocess.Popen(
         command,
@@ -257,8 +345,8 @@ def test_an_interrupted_run_ends_its_jobs_and_can_be_continued(
         # A shell starts what runs in its background with SIGINT ignored, and that is inherited.
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
-    until = time.monotonic() + 120
-    while not _attempts(run) and time.monotonic() < until:
+    limit = time.monotonic() + 240
+    while time.monotonic() < limit and not any(name.startswith(kind) for name in _attempts(run)):
         time.sleep(0.02)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
@@ -268,4 +356,4 @@ def test_an_interrupted_run_ends_its_jobs_and_can_be_continued(
     assert not [line for line in lines if str(run) in line]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert sum(_attempts(run).values()) <= 4
+    assert sum(_attempts(run).values()) <= (3 if kind == "compress" else 4)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 import pytest
 
+from streamline_bench.errors import OutputError
 from streamline_bench.runs.folder import job_folder
 from streamline_bench.runs.marker import (
     Done,
@@ -90,11 +92,22 @@ def test_a_failure_is_replaced_by_success_and_can_be_forgotten(run: Path) -> Non
     assert read_failed(run, "j", "k") is None
 
 
-def test_a_clock_that_goes_back_gives_no_negative_duration(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(time, "time", lambda: -1e9)
+def test_a_clock_that_goes_back_gives_no_negative_duration(run: Path) -> None:
     write_done(run, "j", key="k", seconds=-5, products=["out"])
     done = read_done(run, "j", "k")
     assert done is not None
     assert done.seconds == 0
+
+
+def test_files_dated_in_the_future_are_whole_or_not_by_their_content(run: Path) -> None:
+    write_done(run, "j", key="k", seconds=1, products=["out"])
+    future = time.mktime((2099, 1, 1, 0, 0, 0, 0, 0, 0))
+    for path in [*(run / "out").iterdir(), job_folder(run, "j") / "done.json"]:
+        os.utime(path, (future, future))
+    assert read_done(run, "j", "k") is not None
+
+
+def test_a_note_that_cannot_be_removed_is_one_sentence(run: Path) -> None:
+    (job_folder(run, "j") / "failed.json").mkdir()
+    with pytest.raises(OutputError, match=r"failed\.json cannot be removed"):
+        write_done(run, "j", key="k", seconds=1, products=["out"])

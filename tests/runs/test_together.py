@@ -110,7 +110,7 @@ def test_every_row_is_published_or_failed_by_itself(
     monkeypatch.setattr("streamline_bench.harness.trunk.score_together", score)
     stale = run / "dense" / "eval"
     stale.mkdir(parents=True)
-    (stale / "results_2020-01-01T00-00-00.000000.json").write_text("{}", encoding="utf-8")
+    (stale / "results_2099-01-01T00-00-00.000000.json").write_text("{}", encoding="utf-8")
     score_rows_together(run, unit_of(jobs).name, together_payload(jobs))
 
     (request,) = asked
@@ -123,7 +123,7 @@ def test_every_row_is_published_or_failed_by_itself(
     assert dense.seconds == 4.5
     assert dense.command is not None
     assert f"--output_path {run}/dense/eval" in dense.command
-    assert not (stale / "results_2020-01-01T00-00-00.000000.json").exists()
+    assert not (stale / "results_2099-01-01T00-00-00.000000.json").exists()
     first = read_failed(run, "score-first_layers", by_label["first_layers"].key)
     assert first is not None
     assert first.reason == "Layer 3 is NaN."

@@ -1,0 +1,86 @@
+"""Rows that share layers, scored together and one by one: the leaderboard is the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_bench.runs.comparison import compare_request
+from streamline_bench.runs.execution import Execution
+from streamline_bench.runs.request import Request, RowRequest
+
+KINDS = {"trunk_group", "trunk_rolling", "trunk_generation"}
+"""Multiple choice and loglikelihood; rolling loglikelihood; generation."""
+
+
+@pytest.fixture(scope="session")
+def leaderboards(repository: Path) -> Any:
+    """The module tests/benchmarks/compare_kill_resume.py, which compares leaderboards."""
+    path = repository / "tests" / "benchmarks" / "compare_kill_resume.py"
+    spec = importlib.util.spec_from_file_location("compare_kill_resume", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _facts(run: Path) -> dict[str, Any]:
+    found = {}
+    for path in run.glob("jobs/score-*/done.json"):
+        found[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))["facts"]
+    return found
+
+
+@pytest.mark.slow
+def test_trunk_and_no_trunk_give_the_same_leaderboard(
+    make: Callable[..., Request], trunk_tasks: Path, tmp_path: Path, leaderboards: Any
+) -> None:
+    one = RowRequest(label="one", recipe="last_layers", overrides={"n_layers": 1})
+    request = make(
+        recipes=["last_layers", one],
+        tasks=sorted(KINDS),
+        include_path=str(trunk_tasks),
+        batch_size="4",
+        limit=5,
+    )
+    runs = {trunk: tmp_path / f"trunk-{trunk}" for trunk in (True, False)}
+    for trunk, run in runs.items():
+        result = compare_request(request, run, execution=Execution(trunk=trunk), progress=False)
+        assert (result.exit_code, dict(result.alone)) == (0, {})
+    walk = {"dense", "last_layers", "one"}
+    facts = _facts(runs[True])
+    assert [set(facts[f"score-{label}"]["together"]) for label in walk] == [walk] * 3
+    assert [each["together"] for each in _facts(runs[False]).values()] == [[]] * 3
+    boards = [leaderboards.facts(run) for run in runs.values()]
+    assert list(leaderboards.differences(*boards)) == []
+    row = next(row for row in boards[0]["rows"] if row["label"] == "one")
+    assert {task["output_type"] for task in row["tasks"]} >= {"multiple_choice", "generate_until"}
+    assert row["perplexities"]
+    shown = json.loads((runs[True] / "leaderboard.json").read_text(encoding="utf-8"))
+    assert {frozenset(row["scored_with"]) for row in shown["rows"]} == {frozenset(walk)}
+    assert not list((runs[True] / "jobs").glob(".answers*"))
+
+
+@pytest.mark.slow
+def test_a_row_that_shares_nothing_says_so_with_several_workers(
+    make: Callable[..., Request], tasks: Path, tmp_path: Path
+) -> None:
+    request = make(
+        recipes=["last_layers", "first_layers"], tasks=["words"], include_path=str(tasks), limit=2
+    )
+    run = tmp_path / "run"
+    result = compare_request(request, run, execution=Execution(workers=2), progress=False)
+    assert result.exit_code == 0
+    reason = "it shares no layer with 'dense': its first layer differs"
+    assert dict(result.alone) == {"first_layers": reason}
+    board = json.loads((run / "leaderboard.json").read_text(encoding="utf-8"))
+    alone = {row["label"]: row["scored_alone"] for row in board["rows"]}
+    assert alone == {"dense": None, "last_layers": None, "first_layers": reason}
+    page = (run / "leaderboard.html").read_text(encoding="utf-8")
+    assert "its first layer differs" in page
