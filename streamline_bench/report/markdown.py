@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from streamline_bench.report.commands import commands_by_stage
 from streamline_bench.report.escaping import markdown_text, visible_text
 from streamline_bench.report.formats import (
     MISSING,
-    count,
     decimal,
-    duration,
     interval,
-    p_value,
     percent,
-    points,
-    rate,
     significant,
     stored,
-    times,
     with_error,
 )
-from streamline_bench.report.ranking import perplexity_ratio, ranked
+from streamline_bench.report.markdown_columns import (
+    columns_note,
+    leaderboard_table,
+    multiple,
+    table,
+)
+from streamline_bench.report.ranking import ranked
 from streamline_bench.report.summary import headline
 
 __all__ = ["to_markdown"]
@@ -36,8 +36,8 @@ def to_markdown(board: Mapping[str, Any]) -> str:
         f"# {markdown_text(board['title'])}",
         markdown_text(headline(board)),
         "## Leaderboard",
-        _leaderboard(rows),
-        _columns_note(board, rows, level) + _text_note(rows),
+        leaderboard_table(rows),
+        columns_note(board, rows, level),
         _noise(board["noise"]),
         *_failures(board),
         *_missing(board),
@@ -62,129 +62,6 @@ def to_markdown(board: Mapping[str, Any]) -> str:
             )
         )
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _columns_note(board: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], level: str) -> str:
-    dense = _label(board)
-    if not any(row["accuracy_macro"] for row in rows):
-        return (
-            f"No task has right or wrong answers. Perplexity: multiple of {dense}'s, geometric "
-            f"mean over tasks, with {level} interval."
-        )
-    noise = " Above noise: flips beyond those of the same model again, in points." * any(
-        _above_noise(row) for row in rows
-    )
-    return (
-        f"Accuracy: mean over tasks ± standard error, in %. Difference to {dense} in "
-        f"points, with {level} interval. Stability: LLM-Streamline, equation 6. Flips: right to "
-        f"wrong / wrong to right.{noise} p: McNemar's test over all documents, in brackets which: "
-        "exact, mid-p where few answers changed, over clusters where documents belong together."
-    )
-
-
-def _text_note(rows: Sequence[Mapping[str, Any]]) -> str:
-    if not any(row["divergence"] for row in rows):
-        return ""
-    return " Token KL: KL(dense || row) per token of the run's text, in nats."
-
-
-def _label(board: Mapping[str, Any]) -> str:
-    return markdown_text(board["dense"])
-
-
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _leaderboard(rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = [(name, cell) for name, cell in _COLUMNS if any(cell(row) for row in rows)]
-    body = [[cell(row) or MISSING for _, cell in columns] for row in rows]
-    return _table([name for name, _ in columns], body)
-
-
-def _difference(row: Mapping[str, Any]) -> str:
-    found = (row["macro"] or {}).get("difference")
-    return f"{points(found['value'])} {interval(found, signed=True)}".strip() if found else ""
-
-
-def _estimate(name: str) -> Callable[[Mapping[str, Any]], str]:
-    def cell(row: Mapping[str, Any]) -> str:
-        found = (row["macro"] or {}).get(name)
-        return f"{percent(found['value'])} {interval(found)}".strip() if found else ""
-
-    return cell
-
-
-def _flips(row: Mapping[str, Any]) -> str:
-    flips = (row["micro"] or {}).get("flips")
-    return f"{flips['right_to_wrong']} / {flips['wrong_to_right']}" if flips else ""
-
-
-def _above_noise(row: Mapping[str, Any]) -> str:
-    found = (row["micro"] or {}).get("flips_above_noise")
-    return f"{points(found['value'])} {interval(found, signed=True)}".strip() if found else ""
-
-
-def _p(row: Mapping[str, Any]) -> str:
-    """The p that decides, and of which test; boards of early versions know the exact test only."""
-    micro = row["micro"]
-    if not micro:
-        return ""
-    if micro["p_value"] is None:
-        return p_value(micro["mcnemar_p"])
-    test = (micro["p_method"] or "").removeprefix("McNemar").removeprefix(" over").lstrip(", ")
-    return f"{p_value(micro['p_value'])} ({markdown_text(test)})"
-
-
-def _ratio(found: Mapping[str, Any] | None) -> str:
-    if not found:
-        return ""
-    ends = f" [{times(found['low'])}, {times(found['high'])}]" if found["low"] is not None else ""
-    return times(found["value"]) + ends
-
-
-def _perplexity(row: Mapping[str, Any]) -> str:
-    """Only where it ranks the rows; a table of its own shows it in any case."""
-    return "" if row["accuracy_macro"] or row["is_dense"] else _ratio(perplexity_ratio(row))
-
-
-def _token_kl(row: Mapping[str, Any]) -> str:
-    found = row["divergence"]
-    return decimal(found["kl"]["value"]) if found else ""
-
-
-def _speed(row: Mapping[str, Any]) -> str:
-    found = row["throughput"]
-    if not found:
-        return ""
-    if found["status"] == "failed":
-        return "failed"
-    ratio = f" ({times(found['ratio'])})" if found["ratio"] is not None else ""
-    return f"{rate(found['output_tokens_per_second'])}{ratio}"
-
-
-_COLUMNS: Sequence[tuple[str, Callable[[Mapping[str, Any]], str]]] = (
-    ("row", lambda row: markdown_text(row["label"])),
-    ("cost", lambda row: markdown_text(row["cost"] or "")),
-    ("accuracy %", lambda row: with_error(row["accuracy_macro"]) if row["accuracy_macro"] else ""),
-    ("difference", _difference),
-    ("verdict", lambda row: markdown_text((row["macro"] or {}).get("decision") or "")),
-    ("stability %", _estimate("stability")),
-    ("retention %", _estimate("retention")),
-    ("agreement %", _estimate("agreement")),
-    ("flips", _flips),
-    ("above noise", _above_noise),
-    ("p", _p),
-    ("perplexity", _perplexity),
-    ("token KL", _token_kl),
-    ("tokens/s", _speed),
-    ("parameters", lambda row: count(row["parameters"]) if row["parameters"] else ""),
-    ("removed %", lambda row: percent(row["sparsity_reached"]) if row["sparsity_reached"] else ""),
-    ("layers", lambda row: str(row["layers"] or "")),
-    ("time", lambda row: duration(sum(row["seconds"].values())) if row["seconds"] else ""),
-)
-"""Heading and cell; a column in which every cell is empty is left out."""
 
 
 def _noise(noise: Mapping[str, Any] | None) -> str:
@@ -223,14 +100,22 @@ def _perplexities(board: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -
             str(found["n"]),
             significant(found["dense"]),
             significant(found["pruned"]),
-            _ratio(found["ratio"]) or MISSING,
+            multiple(found["ratio"]) or MISSING,
             decimal(found["nats_per_unit"]["value"], signed=True),
         ]
         for row in rows
         for found in row["perplexities"]
     ]
-    head = ["row", "text", "documents", _label(board), "row's", "ratio", "nats more per unit"]
-    return _table(head, body) if body else ""
+    head = [
+        "row",
+        "text",
+        "documents",
+        markdown_text(board["dense"]),
+        "row's",
+        "ratio",
+        "nats more per unit",
+    ]
+    return table(head, body) if body else ""
 
 
 def _by_task(rows: Sequence[Mapping[str, Any]], cell: Callable[[Mapping[str, Any]], str]) -> str:
@@ -246,7 +131,7 @@ def _by_task(rows: Sequence[Mapping[str, Any]], cell: Callable[[Mapping[str, Any
     for row in rows:
         found = {(task["task"], task["filter"]): cell(task) for task in row["tasks"]}
         body.append([markdown_text(row["label"]), *(found.get(key, MISSING) for key in tasks)])
-    return _table(["row", *tasks.values()], body)
+    return table(["row", *tasks.values()], body)
 
 
 def _published(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -270,7 +155,7 @@ def _published(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             "removed % here", "source"]  # fmt: skip
     note = "Ours: this run's model on the benchmark of that name; stability and retention over all "
     note += "tasks. Another model, other prompts and calibration text: an order, no reproduction."
-    return ["## Published numbers beside ours", _table(head, body), note]
+    return ["## Published numbers beside ours", table(head, body), note]
 
 
 def _ours(item: Mapping[str, Any]) -> str:
@@ -313,7 +198,7 @@ def _provenance(rows: Sequence[Mapping[str, Any]]) -> str:
                 markdown_text(origin["results_file"]),
             ]
         )
-    return _table(["row", "method", "weights", "tokens", "engine", "results"], body)
+    return table(["row", "method", "weights", "tokens", "engine", "results"], body)
 
 
 def _code(commands: Sequence[str]) -> str:
