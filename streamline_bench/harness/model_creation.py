@@ -25,7 +25,7 @@ class CompressedModel(LM):  # type: ignore[misc]
         """Create the model from ``key=value,...``; see the class."""
         share_log()
         with user_errors():
-            return super().create_from_arg_string(arg_string, additional_config)  # type: ignore[no-any-return,misc]
+            return super().create_from_arg_string(arg_string, additional_config)  # type: ignore[no-any-return]
 
     @classmethod
     def create_from_arg_obj(
@@ -34,7 +34,7 @@ class CompressedModel(LM):  # type: ignore[misc]
         """Create the model from a mapping; see the class."""
         share_log()
         with user_errors():
-            return super().create_from_arg_obj(arg_dict, additional_config)  # type: ignore[no-any-return,misc]
+            return super().create_from_arg_obj(arg_dict, additional_config)  # type: ignore[no-any-return]
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Accept a response cache, kept apart by model (see :mod:`.identity`)."""
