@@ -7,6 +7,7 @@
     <run>/jobs/<job>/log.txt           what its process printed
     <run>/jobs/<job>/done.json         written last: key, duration, attempts, files it made
     <run>/jobs/<job>/failed.json       why the last attempt failed
+    <run>/jobs/.answers                what unfinished rows of a walk have answered so far
     <run>/<label>/checkpoint, eval     what the jobs made
     <run>/run.json, leaderboard.*      made when every job has ended
 """

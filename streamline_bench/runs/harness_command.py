@@ -12,7 +12,7 @@ from typing import Any
 from streamline_bench.resources import resource
 from streamline_bench.runs.plan import Evaluation
 
-__all__ = ["harness_command", "model_arguments", "model_of", "reader_command"]
+__all__ = ["harness_command", "model_arguments", "model_of", "reader_command", "task_folder"]
 
 
 def harness_command(
@@ -33,7 +33,7 @@ def harness_command(
         sys.executable, "-m", "lm_eval",
         "--model", f"streamline-{engine}" if engine else "streamline",
         "--model_args", model_arguments(model),
-        "--include_path", evaluation.include_path or str(resource("tasks") / "lm_eval"),
+        "--include_path", task_folder(evaluation),
         "--tasks", ",".join(evaluation.tasks),
         "--batch_size", evaluation.batch_size,
         "--device", device,
@@ -47,6 +47,11 @@ def harness_command(
     if evaluation.apply_chat_template:
         command.append("--apply_chat_template")
     return command
+
+
+def task_folder(evaluation: Evaluation) -> str:
+    """Return the folder of task files beside the harness's: the user's own, or ours."""
+    return evaluation.include_path or str(resource("tasks") / "lm_eval")
 
 
 def model_arguments(model: Mapping[str, Any]) -> str:

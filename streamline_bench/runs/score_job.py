@@ -12,7 +12,12 @@ from typing import Any
 from streamline_bench.core.staging import staged_output
 from streamline_bench.errors import EvaluationError
 from streamline_bench.runs.folder import job_folder
-from streamline_bench.runs.harness_command import harness_command, model_of, reader_command
+from streamline_bench.runs.harness_command import (
+    harness_command,
+    model_of,
+    reader_command,
+    task_folder,
+)
 from streamline_bench.runs.plan import Evaluation
 from streamline_bench.runs.work import Product
 
@@ -39,10 +44,34 @@ def score_row(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
             engine=payload.get("engine"),
         )
         print(shlex.join(command), flush=True)
-        call_harness(command, job_folder(run, name) / "log.txt")
+        try:
+            call_harness(command, job_folder(run, name) / "log.txt")
+        except EvaluationError:
+            _refuse_unloadable(evaluation)
+            raise
         check_scores(staging)
     facts: dict[str, Any] = {"together": [], "alone": payload.get("alone")}
     return Product([payload["output"]], command=reader_command(run, payload), facts=facts)
+
+
+def _refuse_unloadable(evaluation: Evaluation) -> None:
+    """Name the task that the harness failed at, which its own last line does not.
+
+    Raises:
+        EvaluationError: one of several tasks cannot be loaded, for whatever reason.
+    """
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=task_folder(evaluation))
+    for name in evaluation.tasks:
+        try:
+            manager.load([name])
+        except Exception as error:
+            said = " ".join(f"{type(error).__name__} {error}".split())[:200]
+            raise EvaluationError(
+                f"The harness cannot load the task '{name}' ({said}); check that its data is "
+                "there and not empty."
+            ) from error
 
 
 def check_scores(folder: Path) -> None:
