@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from streamline_bench.runs.comparison import compare_request
 from streamline_bench.runs.execution import Execution
-from streamline_bench.runs.request import Request, RowRequest
+from streamline_bench.runs.request import Request
 
 KINDS = {"trunk_group", "trunk_rolling", "trunk_generation"}
 """Multiple choice and loglikelihood; rolling loglikelihood; generation."""
@@ -30,41 +31,47 @@ def leaderboards(repository: Path) -> Any:
     return module
 
 
-def _facts(run: Path) -> dict[str, Any]:
-    found = {}
-    for path in run.glob("jobs/score-*/done.json"):
-        found[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))["facts"]
-    return found
+def _facts(run: Path) -> list[dict[str, Any]]:
+    rows = [run / "jobs" / f"score-{label}" for label in ("dense", "last_layers")]
+    texts = [(row / "done.json").read_text(encoding="utf-8") for row in rows]
+    return [json.loads(text)["facts"] for text in texts]
 
 
 @pytest.mark.slow
 def test_trunk_and_no_trunk_give_the_same_leaderboard(
     make: Callable[..., Request], trunk_tasks: Path, tmp_path: Path, leaderboards: Any
 ) -> None:
-    one = RowRequest(label="one", recipe="last_layers", overrides={"n_layers": 1})
     request = make(
-        recipes=["last_layers", one],
+        recipes=["last_layers"],
         tasks=sorted(KINDS),
         include_path=str(trunk_tasks),
         batch_size="4",
         limit=5,
     )
-    runs = {trunk: tmp_path / f"trunk-{trunk}" for trunk in (True, False)}
-    for trunk, run in runs.items():
-        result = compare_request(request, run, execution=Execution(trunk=trunk), progress=False)
-        assert (result.exit_code, dict(result.alone)) == (0, {})
-    walk = {"dense", "last_layers", "one"}
-    facts = _facts(runs[True])
-    assert [set(facts[f"score-{label}"]["together"]) for label in walk] == [walk] * 3
-    assert [each["together"] for each in _facts(runs[False]).values()] == [[]] * 3
-    boards = [leaderboards.facts(run) for run in runs.values()]
+    together, apart = tmp_path / "together", tmp_path / "apart"
+    result = compare_request(request, together, progress=False)
+    assert (result.exit_code, dict(result.alone)) == (0, {})
+    # The same checkpoint, not scored yet.
+    shutil.copytree(together, apart)
+    for name in ("score-dense", "score-last_layers", "report"):
+        shutil.rmtree(apart / "jobs" / name)
+    result = compare_request(request, apart, execution=Execution(trunk=False), progress=False)
+    assert result.jobs == {
+        "compress-last_layers": "kept", "score-dense": "done", "score-last_layers": "done"
+    }  # fmt: skip
+    walk = {"dense", "last_layers"}
+    assert [set(each["together"]) for each in _facts(together)] == [walk] * 2
+    assert [each["together"] for each in _facts(apart)] == [[]] * 2
+    boards = [leaderboards.facts(run) for run in (together, apart)]
+    for board in boards:  # the kept checkpoint was made in the first folder
+        board["commands"] = [line for line in board["commands"] if " compress " not in line]
     assert list(leaderboards.differences(*boards)) == []
-    row = next(row for row in boards[0]["rows"] if row["label"] == "one")
+    row = next(row for row in boards[0]["rows"] if row["label"] == "last_layers")
     assert {task["output_type"] for task in row["tasks"]} >= {"multiple_choice", "generate_until"}
     assert row["perplexities"]
-    shown = json.loads((runs[True] / "leaderboard.json").read_text(encoding="utf-8"))
+    shown = json.loads((together / "leaderboard.json").read_text(encoding="utf-8"))
     assert {frozenset(row["scored_with"]) for row in shown["rows"]} == {frozenset(walk)}
-    assert not list((runs[True] / "jobs").glob(".answers*"))
+    assert not (together / "jobs" / ".answers").exists()
 
 
 @pytest.mark.slow
