@@ -55,14 +55,18 @@ def _above_noise(row: Mapping[str, Any]) -> str:
 
 
 def _p(row: Mapping[str, Any]) -> str:
-    """The p that decides, and of which test; boards of early versions know the exact test only."""
+    """The p that decides; boards of early versions know the exact test only."""
     micro = row["micro"]
     if not micro:
         return ""
-    if micro["p_value"] is None:
-        return p_value(micro["mcnemar_p"])
-    test = (micro["p_method"] or "").removeprefix("McNemar").removeprefix(" over").lstrip(", ")
-    return f"{p_value(micro['p_value'])} ({markdown_text(test)})"
+    return p_value(micro["mcnemar_p"] if micro["p_value"] is None else micro["p_value"])
+
+
+def _tests(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The tests that the column p comes from, each once, in the order of the rows."""
+    named = [(row["micro"] or {}).get("p_method") or "McNemar, exact" for row in rows]
+    compared = [name for name, row in zip(named, rows, strict=True) if row["micro"]]
+    return markdown_text("; ".join(dict.fromkeys(compared)))
 
 
 def multiple(found: Mapping[str, Any] | None) -> str:
@@ -139,8 +143,7 @@ def _of_verdicts(dense: str, rows: Sequence[Mapping[str, Any]], level: str) -> s
     return (
         f"Accuracy: mean over tasks ± standard error, in %. Difference to {dense} in "
         f"points, with {level} interval. Stability: LLM-Streamline, equation 6. Flips: right to "
-        f"wrong / wrong to right.{noise} p: McNemar's test over all documents, in brackets which: "
-        "exact, mid-p where few answers changed, over clusters where documents belong together."
+        f"wrong / wrong to right.{noise} p: of the test over all documents ({_tests(rows)})."
     )
 
 

@@ -69,7 +69,8 @@ def test_the_p_that_decides_is_shown_with_its_test(board: dict[str, Any]) -> Non
     assert "0.043 12 passages, mid-p" in overall
     assert "12 passages, the largest of 31 documents" in page
     assert "0.0017" not in overall and "0.0017" not in text
-    assert "0.043 (12 passages, mid\\-p)" in text
+    assert "| 0.043 |" in text
+    assert "p: of the test over all documents (McNemar over 12 passages, mid\\-p)." in text
     assert "exact over all documents" not in page
     record = list(csv.DictReader(io.StringIO(to_csv(board))))[1]
     assert (record["p_value"], record["p_method"]) == ("0.04321", CLUSTERED["p_method"])
