@@ -160,7 +160,8 @@ def main() -> None:
         longest = (options.seconds or seconds) / options.kills
         for number in range(options.kills):
             walking = options.trunk and number == options.kills - 1
-            after = dice.uniform(0.1, 0.9) * longest
+            # A walk is short beside what comes before it.
+            after = dice.uniform(0.1, 0.9) * longest * (0.2 if walking else 1)
             print(kill_once(options, killed, after, walking=walking), flush=True)
         rest, code_again = finish(options, killed)
         print(f"the rest: {rest:.0f} s, exit code {code_again}", flush=True)
