@@ -7,7 +7,12 @@ from typing import Any
 
 import click
 
-from streamline_bench.cli.options import device_option, parse_assignments, setup_logging
+from streamline_bench.cli.options import (
+    device_option,
+    dtype_option,
+    parse_assignments,
+    setup_logging,
+)
 
 __all__ = ["command"]
 
@@ -25,13 +30,7 @@ __all__ = ["command"]
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @click.option("--revision", help="Revision of a hub model.")
 @device_option
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-    help="Of the source model in memory; the result is stored as the source is.",
-)
+@dtype_option("Of the source model in memory; the result is stored as the source is.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no log.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from streamline_bench.cli.options import device_option, print_table, setup_logging
+from streamline_bench.cli.options import device_option, dtype_option, print_table, setup_logging
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,13 +33,7 @@ __all__ = ["command"]
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
 @device_option
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-    help="Of the weights; distributions are compared in float32.",
-)
+@dtype_option("Of the weights; distributions are compared in float32.")
 @click.option("--confidence", type=click.FloatRange(0.5, 0.9999), default=0.95, show_default=True)
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the models bring along.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

@@ -14,7 +14,7 @@ import click
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["device_option", "parse_assignments", "print_table", "setup_logging"]
+__all__ = ["device_option", "dtype_option", "parse_assignments", "print_table", "setup_logging"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -29,6 +29,17 @@ def device_option(command: _Command) -> _Command:
         help="cpu, cuda or cuda:N; auto: cuda where there is one.",
     )
     return option(command)
+
+
+def dtype_option(what: str) -> Callable[[_Command], _Command]:
+    """Add ``--dtype``: float32 unless given; ``what`` says of which tensors."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        default="float32",
+        show_default=True,
+        help=what,
+    )
 
 
 def _found_device(ctx: click.Context, option: click.Parameter, value: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamline_bench.cli.options import device_option, print_table, setup_logging
+from streamline_bench.cli.options import device_option, dtype_option, print_table, setup_logging
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +20,6 @@ __all__ = ["command"]
 
 _FILES = ("similarity.json", "similarity.svg")
 _STARTS_SHOWN = 5
-_DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 
 
 def _sizes(ctx: click.Context, option: click.Parameter, value: str | None) -> list[int]:
@@ -60,7 +59,7 @@ def _sizes(ctx: click.Context, option: click.Parameter, value: str | None) -> li
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the data order.")
 @click.option("--revision", help="Revision of a hub model.")
 @device_option
-@click.option("--dtype", type=_DTYPES, default="float32", show_default=True)
+@dtype_option("Of the weights in memory.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along.")
 @click.option(
     "-o",

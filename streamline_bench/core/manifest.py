@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from streamline_bench.core.staging import atomic_write_text
+from streamline_bench.core.validation import first_problem
 from streamline_bench.errors import CheckpointError
 
 __all__ = [
@@ -97,9 +98,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         return Manifest.model_validate(payload)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{path}: '{where}': {first['msg']}; compress again.") from None
+        raise CheckpointError(f"{path}: {first_problem(error)}; compress again.") from None
 
 
 def hash_files(folder: Path) -> dict[str, str]:

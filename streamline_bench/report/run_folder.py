@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError, model_validator
 
 from streamline_bench.core.frozen import Frozen
+from streamline_bench.core.validation import first_problem
 from streamline_bench.errors import SamplesError
 
 if TYPE_CHECKING:
@@ -160,9 +161,7 @@ def read_run_file(folder: Path) -> RunFile:
     try:
         return RunFile.model_validate(payload)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "run"
-        raise SamplesError(f"{path}: '{where}': {first['msg']}.") from None
+        raise SamplesError(f"{path}: {first_problem(error, 'run')}.") from None
 
 
 def build_report(folder: Path, *, settings: Settings | None = None, progress: bool = True) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from streamline_bench.core.staging import atomic_write_text
+from streamline_bench.core.validation import first_problem
 from streamline_bench.errors import OutputError, SamplesError
 from streamline_bench.report.csv_view import to_csv
 from streamline_bench.report.earlier import upgraded
@@ -105,6 +106,4 @@ def _validated(payload: Any, origin: str) -> dict[str, Any]:
     try:
         return Leaderboard.model_validate(payload).model_dump(mode="json")
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "leaderboard"
-        raise SamplesError(f"{origin}: '{where}': {first['msg']}.") from None
+        raise SamplesError(f"{origin}: {first_problem(error, 'leaderboard')}.") from None

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from streamline_bench.core.manifest import update_digest
+from streamline_bench.core.validation import first_problem
 from streamline_bench.core.versions import package_versions
 from streamline_bench.errors import RecipeError
 from streamline_bench.resources import resource
@@ -107,9 +108,7 @@ def _workload(request: Request) -> dict[str, Any]:
     try:
         return Workload.model_validate(request.workload).model_dump(mode="json")
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise RecipeError(f"The workload's '{where}': {problem['msg']}.") from None
+        raise RecipeError(f"The workload's {first_problem(error)}.") from None
 
 
 def _noise(request: Request) -> tuple[NoisePlan, ...]:

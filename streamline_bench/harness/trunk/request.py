@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from streamline_bench.core.staging import atomic_write_text
+from streamline_bench.core.validation import first_problem
 from streamline_bench.errors import RecipeError
 
 __all__ = ["LabelOutcome", "TrunkOutcome", "TrunkRequest"]
@@ -98,9 +99,7 @@ class TrunkRequest(BaseModel):
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise RecipeError(f"{path} cannot be read as a request ({error}).") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "request"
-            raise RecipeError(f"{path}: '{where}': {first['msg']}.") from None
+            raise RecipeError(f"{path}: {first_problem(error, 'request')}.") from None
 
     def write(self, path: Path) -> None:
         """Write the request as JSON.
