@@ -74,11 +74,14 @@ def describe_run(run: Path, plan: Plan, states: Mapping[str, JobState]) -> RunFi
 
 
 def write_report_once(run: Path, description: RunFile, *, progress: bool) -> Path:
-    """Write ``run.json`` and the report, unless those there were made from the same results.
+    """Write ``run.json``, the report and a model card into every checkpoint of the run.
+
+    Those there are kept if they were made from the same results.
 
     Raises:
         StreamlineBenchError: what building a report raises.
     """
+    from streamline_bench.report.model_card import write_checkpoint_cards
     from streamline_bench.report.run_folder import build_report, read_run_file
     from streamline_bench.runs.marker import read_done, write_done
 
@@ -95,6 +98,7 @@ def write_report_once(run: Path, description: RunFile, *, progress: bool) -> Pat
     read_run_file(run)
     page = build_report(run, progress=progress)
     names = sorted(path.name for path in run.glob("leaderboard.*") if path.is_file())
+    names += [card.relative_to(run).as_posix() for card in write_checkpoint_cards(run)]
     write_done(
         run, "report", key=key, seconds=0, products=["run.json", *names],
         facts={"page": page.relative_to(run).as_posix()},

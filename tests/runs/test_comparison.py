@@ -19,6 +19,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from streamline_bench.core.manifest import read_manifest, verify_files
 from streamline_bench.errors import OutputError
 from streamline_bench.methods import load_recipe
 from streamline_bench.report.run_folder import RunFile, RunRow, read_run_file
@@ -84,6 +85,9 @@ def test_a_failing_recipe_marks_its_row_and_the_others_go_on(
     (typed,) = [each for each in described.commands if " compress " in each]
     recipe = load_recipe(shlex.split(typed)[shlex.split(typed).index("--recipe") + 1])
     assert recipe == load_recipe("first_layers", {"n_layers": 2})
+    card = tmp_path / "run" / "first_layers" / "checkpoint" / "README.md"
+    assert "model-index:" in card.read_text(encoding="utf-8")
+    verify_files(card.parent, read_manifest(card.parent))
     # Once more: what is done is kept, down to the report, and what failed is tried again.
     page = result.report.stat().st_mtime_ns
     again = run()
