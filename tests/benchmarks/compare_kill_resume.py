@@ -107,7 +107,7 @@ def processes_of(run: Path) -> Iterator[str]:
 
 
 def started_again(run: Path) -> int:
-    """Attempts beyond each job's first; jobs that failed are tried by every start, as they should."""
+    """Attempts beyond the first; jobs that failed are not counted, every start tries them again."""
     return sum(
         json.loads(path.read_text(encoding="utf-8")) - 1
         for path in run.glob("jobs/*/attempts.json")
