@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -14,7 +14,14 @@ import click
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["device_option", "dtype_option", "parse_assignments", "print_table", "setup_logging"]
+__all__ = [
+    "device_option",
+    "dtype_option",
+    "parse_assignments",
+    "print_table",
+    "setup_logging",
+    "split_assignments",
+]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -66,19 +73,29 @@ def setup_logging(*, quiet: bool) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+def split_assignments(assignments: tuple[str, ...], option: str) -> Iterator[tuple[str, str]]:
+    """Yield key and value of each ``KEY=VALUE`` that an option was given.
+
+    Args:
+        option: its name, for the message.
+
+    Raises:
+        click.BadParameter: one has no ``=``, or nothing before it.
+    """
+    for assignment in assignments:
+        key, separator, value = assignment.partition("=")
+        if not separator or not key.strip():
+            raise click.BadParameter(f"'{assignment}' is not KEY=VALUE", param_hint=option)
+        yield key.strip(), value
+
+
 def parse_assignments(assignments: tuple[str, ...]) -> dict[str, str]:
-    """Read ``--set key=value`` options.
+    """Read ``--set key=value`` options; of a key that is given twice, the last value counts.
 
     Raises:
         click.BadParameter: an option without ``=``.
     """
-    parsed = {}
-    for assignment in assignments:
-        key, separator, value = assignment.partition("=")
-        if not separator or not key:
-            raise click.BadParameter(f"'{assignment}' is not KEY=VALUE", param_hint="--set")
-        parsed[key.strip()] = value
-    return parsed
+    return dict(split_assignments(assignments, "--set"))
 
 
 def print_table(table: Table) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from streamline_bench.cli.options import split_assignments
+
 __all__ = ["yaml_assignments"]
 
 
@@ -20,17 +22,14 @@ def yaml_assignments(option: str, given: tuple[str, ...]) -> dict[str, Any]:
     """
     import yaml
 
-    parsed = {}
-    for assignment in given:
-        key, separator, value = assignment.partition("=")
-        if not separator or not key.strip():
-            raise click.BadParameter(f"'{assignment}' is not KEY=VALUE", param_hint=option)
+    parsed: dict[str, Any] = {}
+    for key, value in split_assignments(given, option):
         try:
-            parsed[key.strip()] = yaml.safe_load(value)
+            parsed[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             reason = " ".join(str(getattr(error, "problem", None) or error).split())
             raise click.BadParameter(
-                f"'{value}' for '{key.strip()}' is no YAML value ({reason}); quote it",
+                f"'{value}' for '{key}' is no YAML value ({reason}); quote it",
                 param_hint=option,
             ) from None
     return parsed

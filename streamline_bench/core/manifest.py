@@ -7,16 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from streamline_bench.core.staging import atomic_write_text
-from streamline_bench.core.validation import first_problem
+from streamline_bench.core.versioned_json import validated
 from streamline_bench.errors import CheckpointError
 
 __all__ = [
     "MANIFEST_NAME",
     "Manifest",
     "Source",
+    "file_sha256",
     "hash_files",
     "read_manifest",
     "update_digest",
@@ -89,23 +90,17 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); compress again.") from error
-    version = payload.get("schema_version") if isinstance(payload, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{path} has schema version {version}, newer than {SCHEMA_VERSION}; "
-            "upgrade streamline-bench."
-        )
-    try:
-        return Manifest.model_validate(payload)
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: {first_problem(error)}; compress again.") from None
+    return validated(
+        Manifest, payload, str(path),
+        newest=SCHEMA_VERSION, error=CheckpointError, advice="compress again",
+    )  # fmt: skip
 
 
 def hash_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 (hex) of every file in ``folder`` but the manifest, by relative path."""
     folder = Path(folder)
     return {
-        path.relative_to(folder).as_posix(): _sha256(path)
+        path.relative_to(folder).as_posix(): file_sha256(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST_NAME
     }
@@ -123,7 +118,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
             raise CheckpointError(
                 f"{path} is missing from a compressed checkpoint; compress again."
             )
-        if _sha256(path) != expected:
+        if file_sha256(path) != expected:
             raise CheckpointError(
                 f"{path} was changed after compression (its SHA-256 differs from "
                 f"{MANIFEST_NAME}); compress again."
@@ -137,7 +132,8 @@ def update_digest(digest: hashlib._Hash, path: Path) -> None:
             digest.update(chunk)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
     digest = hashlib.sha256()
     update_digest(digest, path)
     return digest.hexdigest()

@@ -6,14 +6,14 @@ result that was truncated or changed later is not taken for whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from streamline_bench.core.manifest import update_digest
+from streamline_bench.core.frozen import Frozen
+from streamline_bench.core.manifest import file_sha256
 from streamline_bench.core.staging import atomic_write_text
 from streamline_bench.errors import OutputError
 from streamline_bench.runs.folder import job_folder
@@ -39,7 +39,7 @@ class FileMark(NamedTuple):
     sha256: str | None
 
 
-class Done(BaseModel):
+class Done(Frozen):
     """A finished job.
 
     Attributes:
@@ -51,8 +51,6 @@ class Done(BaseModel):
         facts: what the job has to say about its result.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     schema_version: int = 1
     key: str
     seconds: float = Field(ge=0)
@@ -62,10 +60,8 @@ class Done(BaseModel):
     facts: dict[str, Any] = Field(default_factory=dict)
 
 
-class Failed(BaseModel):
+class Failed(Frozen):
     """Why an attempt failed, in a sentence."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: str
     reason: str
@@ -176,19 +172,13 @@ def _files(path: Path) -> list[Path]:
 
 def _mark(path: Path) -> FileMark:
     size = path.stat().st_size
-    return FileMark(size, _sha256(path) if size <= _HASHED_UP_TO else None)
+    return FileMark(size, file_sha256(path) if size <= _HASHED_UP_TO else None)
 
 
 def _is_whole(path: Path, mark: FileMark) -> bool:
     try:
         if path.stat().st_size != mark.size:
             return False
-        return mark.sha256 is None or _sha256(path) == mark.sha256
+        return mark.sha256 is None or file_sha256(path) == mark.sha256
     except OSError:
         return False
-
-
-def _sha256(path: Path) -> str:
-    sums = hashlib.sha256()
-    update_digest(sums, path)
-    return sums.hexdigest()

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.staging import atomic_write_text
 from streamline_bench.errors import OutputError
 from streamline_bench.runs.request import NoiseEngine, ThroughputEngine
@@ -39,11 +40,7 @@ _NOT_COMPARED = ("model", "title", "evaluation.include_path", "text.file")
 """The same weights, task files and text may lie elsewhere, and a title changes no number."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PlanRow(_Frozen):
+class PlanRow(Frozen):
     """A row: its label, its complete recipe, and the content key of the checkpoint it gives."""
 
     label: str
@@ -52,7 +49,7 @@ class PlanRow(_Frozen):
     key: str
 
 
-class Evaluation(_Frozen):
+class Evaluation(Frozen):
     """What the harness is asked; ``tasks_sha256`` covers the task files beside the harness's."""
 
     tasks: tuple[str, ...]
@@ -65,7 +62,7 @@ class Evaluation(_Frozen):
     dtype: str | None = None
 
 
-class NoisePlan(_Frozen):
+class NoisePlan(Frozen):
     """The dense model scored once more, in another way that should change nothing.
 
     Attributes:
@@ -81,7 +78,7 @@ class NoisePlan(_Frozen):
     engine: NoiseEngine | None = None
 
 
-class TextPlan(_Frozen):
+class TextPlan(Frozen):
     """A text on which next-token distributions are compared; ``sha256`` is the file's."""
 
     file: str
@@ -91,7 +88,7 @@ class TextPlan(_Frozen):
     window: int
 
 
-class Plan(_Frozen):
+class Plan(Frozen):
     """A comparison with nothing left open.
 
     Attributes:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.suggestions import suggest
 from streamline_bench.core.yaml_file import read_yaml_mapping
 from streamline_bench.errors import RecipeError
@@ -28,11 +29,7 @@ ThroughputEngine = Literal["none", "vllm", "hf"]
 NoiseEngine = Literal["vllm"]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class RowRequest(_Frozen):
+class RowRequest(Frozen):
     """One row: a recipe by name or path, with values of its own.
 
     Attributes:
@@ -44,10 +41,10 @@ class RowRequest(_Frozen):
     label: str | None = None
     overrides: dict[str, Any] = Field(default_factory=dict, alias="set")
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
 
-class Request(_Frozen):
+class Request(Frozen):
     """Everything that decides the result of a comparison.
 
     Attributes:
@@ -104,7 +101,7 @@ class Request(_Frozen):
     threads: int | None = Field(None, ge=1)
     environment: dict[str, str] = Field(default_factory=dict)
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
 
 def make_request(payload: Mapping[str, Any], origin: str = "The comparison") -> Request:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from streamline_bench.core.manifest import update_digest
+from streamline_bench.core.manifest import file_sha256, update_digest
 from streamline_bench.core.validation import first_problem
 from streamline_bench.core.versions import package_versions
 from streamline_bench.errors import RecipeError
@@ -162,11 +162,9 @@ def _text(request: Request) -> TextPlan | None:
     texts = itertools.islice(read_texts(path, request.text_field), request.text_documents)
     if not sum(bool(text.strip()) for text in texts):
         raise RecipeError(f"The text {path} holds no document; give another --text.")
-    sums = hashlib.sha256()
-    update_digest(sums, path)
     return TextPlan(
         file=str(path),
-        sha256=sums.hexdigest(),
+        sha256=file_sha256(path),
         field=request.text_field,
         documents=request.text_documents,
         window=request.text_window,

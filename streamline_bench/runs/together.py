@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamline_bench.errors import OutputError, StreamlineBenchError
-from streamline_bench.resources import resource
 from streamline_bench.runs.executor import Unit
 from streamline_bench.runs.folder import job_folder
-from streamline_bench.runs.harness_command import model_of, reader_command
+from streamline_bench.runs.harness_command import model_of, reader_command, task_folder
 from streamline_bench.runs.jobs import Job
 from streamline_bench.runs.marker import write_done, write_failed
 from streamline_bench.runs.plan import Evaluation, digest
@@ -165,7 +164,7 @@ def _request(run: Path, rows: Mapping[str, Any], outputs: Mapping[str, Path]) ->
         "outputs": outputs,
         "journal": job_folder(run, _ANSWERS),
         "tasks": evaluation.tasks,
-        "include_path": evaluation.include_path or resource("tasks") / "lm_eval",
+        "include_path": task_folder(evaluation),
         "limit": evaluation.limit,
         "num_fewshot": evaluation.num_fewshot,
         "batch_size": int(size) if size.isdigit() else size,

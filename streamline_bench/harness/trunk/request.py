@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.staging import atomic_write_text
 from streamline_bench.core.validation import first_problem
 from streamline_bench.errors import RecipeError
@@ -24,7 +25,7 @@ MODEL_ARGUMENTS = frozenset(
 """Arguments of the model that may go with the checkpoint: all that keep it whole on one device."""
 
 
-class TrunkRequest(BaseModel):
+class TrunkRequest(Frozen):
     """Checkpoints to evaluate on the same tasks; every field has the harness's own meaning.
 
     Attributes:
@@ -39,8 +40,6 @@ class TrunkRequest(BaseModel):
             ``MODEL_ARGUMENTS``.
         seed: of random, numpy, torch and the choice of few-shot examples.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     checkpoints: dict[str, Path] = Field(min_length=1)
     outputs: dict[str, Path]
@@ -110,7 +109,7 @@ class TrunkRequest(BaseModel):
         atomic_write_text(path, self.model_dump_json(indent=2) + "\n")
 
 
-class LabelOutcome(BaseModel):
+class LabelOutcome(Frozen):
     """What became of one label.
 
     Attributes:
@@ -122,8 +121,6 @@ class LabelOutcome(BaseModel):
         reused: its output was there already.
         seconds: wall-clock time: its own, and its share of what was done for several.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     status: Literal["ok", "failed"]
     company: tuple[str, ...] = ()
@@ -139,7 +136,7 @@ class LabelOutcome(BaseModel):
         return len(self.company) > 1
 
 
-class TrunkOutcome(BaseModel):
+class TrunkOutcome(Frozen):
     """What came of a request.
 
     Attributes:
@@ -148,8 +145,6 @@ class TrunkOutcome(BaseModel):
         per_model: kinds of requests that every model answered by itself (``generate_until``).
         seconds: wall time by stage.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = SCHEMA_VERSION
     labels: dict[str, LabelOutcome]
