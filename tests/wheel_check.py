@@ -59,6 +59,7 @@ def main(dist: Path, work: Path) -> None:
         command, "demo", "--output", work / "run", "--until", "evaluate",
         "--rows", "dense,streamline_none", "--limit", "8", cwd=work,
     )  # fmt: skip
+    shutil.rmtree(work)
 
 
 if __name__ == "__main__":
