@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -85,6 +85,7 @@ class Scheduler:
         self._units: dict[str, Unit] = {}
         self._tries: Counter[str] = Counter()
         self._alone: dict[str, str] = {}
+        self._looked_at: set[str] = set()
 
     def do(self, jobs: Sequence[Job]) -> None:
         """Run these jobs; return when all have ended. ``watch`` is called all the while.
@@ -116,8 +117,11 @@ class Scheduler:
         for state in waiting:
             if self._executor.has_room() and state.job not in together and self._ready(state.job):
                 self._start(unit_of([state.job]))
-        if together and self._executor.has_room() and all(map(self._ready, together)):
-            self._start_together(together)
+        if all(map(self._ready, together)):
+            if together and self._executor.has_room():
+                self._start_together(together)
+        elif not self._one_process:
+            self._start_strangers(filter(self._ready, together))
 
     def _is_shareable(self, job: Job) -> bool:
         return job.shareable and job.name not in self._alone
@@ -134,6 +138,20 @@ class Scheduler:
                 self._alone.setdefault(group[0].name, "no other row was left to score it with")
             elif self._executor.has_room():
                 self._start(unit_of(group))
+
+    def _start_strangers(self, jobs: Iterable[Job]) -> None:
+        """Score what shares nothing with the dense row, while other rows are still compressed."""
+        dense = next(s.job for s in self.states.values() if s.job.shareable and not s.job.needs)
+        for job in jobs:
+            if job is dense or job.name in self._looked_at:
+                continue
+            if not self._executor.has_room():
+                return
+            self._looked_at.add(job.name)
+            why = groups_of(self._run, [dense, job], one_process=False).alone.get(job.name)
+            if why is not None:
+                self._alone[job.name] = why
+                self._start(unit_of([job]))
 
     def _start(self, unit: Unit) -> None:
         for job in unit.jobs:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from streamline_bench.runs import scheduler as scheduler_module
 from streamline_bench.runs.executor import Ended, Unit
 from streamline_bench.runs.folder import job_folder
 from streamline_bench.runs.jobs import Job
 from streamline_bench.runs.marker import count_attempt, write_done, write_failed
 from streamline_bench.runs.scheduler import JobState, Scheduler
+from streamline_bench.runs.together import Grouping
 
 Script = Callable[[Path, Unit, int], Ended]
 
@@ -64,14 +66,19 @@ def _jobs(**changes: bool) -> list[Job]:
 
 
 def _do(
-    run: Path, jobs: list[Job], executor: Scripted, *, retries: int = 2
+    run: Path,
+    jobs: list[Job],
+    executor: Scripted,
+    *,
+    retries: int = 2,
+    one_process: bool = True,
 ) -> Mapping[str, JobState]:
     seen: list[int] = []
     scheduler = Scheduler(
         run,
         executor,
         retries=retries,
-        one_process=True,
+        one_process=one_process,
         watch=lambda states: seen.append(len(states)),
     )
     scheduler.do(jobs)
@@ -185,6 +192,36 @@ def test_rows_are_scored_together_once_all_are_compressed(tmp_path: Path) -> Non
     _do(tmp_path, _jobs(shareable=True), executor)
     assert executor.started[-1] == ("score-dense", "score-a", "score-b")
     assert len(executor.started) == 3
+
+
+@pytest.mark.parametrize("one_process", [True, False])
+def test_a_row_that_shares_nothing_does_not_wait_for_rows_still_compressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_process: bool
+) -> None:
+    def groups(run: Path, jobs: list[Job], *, one_process: bool) -> Grouping:
+        alone = {} if one_process else {job.name: "another" for job in jobs if "-b" in job.name}
+        shared = [job for job in jobs if job.name not in alone]
+        return Grouping([shared, *([job] for job in jobs if job.name in alone)], alone)
+
+    class Slow(Scripted):
+        """Row ``a`` is compressed only when nothing else is left to do."""
+
+        def ended(self, timeout: float) -> list[Ended]:
+            self._waiting.sort(key=lambda waiting: waiting[1].name == "compress-a")
+            run, unit = self._waiting.pop(0)
+            return [self.script(run, unit, 1)]
+
+    monkeypatch.setattr(scheduler_module, "groups_of", groups)
+    executor = Slow(succeed, room=2)
+    states = _do(tmp_path, _jobs(shareable=True), executor, one_process=one_process)
+    assert set(_statuses(states).values()) == {"done"}
+    scored = executor.started[2:]
+    if one_process:
+        assert scored == [("score-dense", "score-a", "score-b")]
+    else:
+        assert scored == [("score-b",), ("score-dense", "score-a")]
+        asked = json.loads((job_folder(tmp_path, "score-b") / "job.json").read_text())
+        assert asked["payload"]["alone"] == "another"
 
 
 def test_a_row_that_could_not_be_compressed_is_left_out(tmp_path: Path) -> None:
