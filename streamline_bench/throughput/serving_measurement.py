@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from streamline_bench.throughput.contender import Contender, process_environment
@@ -76,7 +76,7 @@ def serve(
             served[contender.label] = server.sweep(workload, load, bar.update)
     reference = next((c.footprint for c in contenders if c.label == dense), None)
     record = ThroughputRecord(
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         engine="vllm",
         mode="serving",
         dense=dense,
