@@ -115,7 +115,7 @@ def _origin(origin: Mapping[str, Any]) -> str:
     facts = {
         "Source weights": origin["source_weights_sha256"],
         "Weights": origin["weights_sha256"],
-        "Calibration tokens": origin["calibration"].get("num_tokens"),
+        "Calibration tokens": origin["calibration"].get("tokens"),
         "Calibration text": origin["calibration"].get("sha256"),
         "Evaluated with": origin["engine"],
         "Seed": origin["seed"],

@@ -12,6 +12,7 @@ __all__ = ["csv_cell", "markdown_text", "terminal_text", "visible_text"]
 # Overrides of the reading direction can make a text show something else than it says.
 _DIRECTION = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_WWW = re.compile(r"(?<=www)\.", re.IGNORECASE)
 _MARKDOWN = re.compile(r"([\\`*_\[\]{}()#+!|~$-])")
 
 
@@ -38,6 +39,8 @@ def markdown_text(value: object) -> str:
     line = " ".join(visible_text(value).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = _MARKDOWN.sub(r"\\\1", line)
+    # GitHub makes links of bare addresses, with and without a scheme.
+    line = _WWW.sub(r"\\.", line)
     return line.replace("://", ":&#47;&#47;").replace("@", "&#64;")
 
 

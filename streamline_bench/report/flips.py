@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,21 @@ _PROMPT_CHARACTERS = 900
 _TEXT_CHARACTERS = 400
 
 
-def worst_flips(pairs: AlignedPairs, verdict: str, limit: int = 8) -> list[Flip]:
+def worst_flips(
+    pairs: AlignedPairs, verdict: str, filters: Mapping[str, str], limit: int = 8
+) -> list[Flip]:
     """Return at most ``limit`` answers that were right in the dense run and are wrong now.
 
     Choices come first, by how far the share of the right choice fell; then generated answers in
     the order of the documents, at least two of them where there are any.
+
+    Args:
+        filters: of each task the one that is looked at, so that no document is listed twice.
     """
     right = pairs.dense[verdict].fillna(False).to_numpy(dtype=np.bool_)
     wrong = (~pairs.pruned[verdict].fillna(True)).to_numpy(dtype=np.bool_)
-    index = np.flatnonzero(right & wrong)
+    listed = (pairs.dense["filter"] == pairs.dense["task"].map(filters)).to_numpy(dtype=np.bool_)
+    index = np.flatnonzero(right & wrong & listed)
     drops = _drops(pairs, index)
     sure = sorted(
         (place for place, drop in drops.items() if drop is not None),

@@ -134,7 +134,7 @@ def _compared_row(
     result = compare(reference, samples, settings=settings)
     if floor is not None:
         result = above_noise(result, floor)
-    flips = worst_flips(align(reference, samples), settings.verdict)
+    flips = worst_flips(align(reference, samples), settings.verdict, _first_filters(reference))
     row = _row(samples, result, source, is_dense=False)
     return row.model_copy(update={"worst_flips": flips})
 

@@ -193,7 +193,7 @@ def _provenance(rows: Sequence[Mapping[str, Any]]) -> str:
                 markdown_text(row["label"]),
                 markdown_text(row["method"] or MISSING),
                 markdown_text((weights or MISSING)[:12]),
-                markdown_text(origin["calibration"].get("num_tokens", MISSING)),
+                markdown_text(origin["calibration"].get("tokens", MISSING)),
                 markdown_text(origin["engine"]),
                 markdown_text(origin["results_file"]),
             ]

@@ -83,10 +83,14 @@ def write_evaluation(
 
 def write_checkpoint(folder: Path, **changes: Any) -> None:
     """Write streamline.json, similarity.json and training_curve.jsonl of a 12-layer model."""
+    import torch
+
+    from streamline_bench.core.calibration import CalibrationTokens
     from streamline_bench.core.manifest import Manifest, Source, write_manifest
     from streamline_bench.core.similarity import Similarity
 
     folder.mkdir(parents=True)
+    tokens = CalibrationTokens.from_tensors(torch.arange(65536).reshape(128, 512))
     source = np.random.default_rng(0)
     place = np.cumsum(np.r_[0, source.uniform(0.05, 0.3, size=12)])
     angle = np.abs(place[:, None] - place[None, :]) / 2
@@ -106,7 +110,7 @@ def write_checkpoint(folder: Path, **changes: Any) -> None:
         "parameters_before": 3_120_000, "parameters_after": 2_400_000,
         "layers_before": 12, "layers_after": 10,
         "sparsity_requested": 0.25, "sparsity_reached": 0.231,
-        "calibration": {"num_tokens": 65536, "sha256": "cd" * 32},
+        "calibration": tokens.summary(),
         "training": {"best_step": 800}, "versions": {"torch": "2.13.0"},
         "seconds": {"compress": 71.2},
     }  # fmt: skip

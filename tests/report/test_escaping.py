@@ -6,7 +6,7 @@ import csv
 import io
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -44,7 +44,7 @@ def test_csv_keeps_one_cell(text: str) -> None:
     assert not row[0].startswith(("=", "+", "-", "@", "\t", "\r"))
 
 
-@given(st.text(alphabet="ab|\\`*_[]()<>&!#~-+$\n {}@:/.1", max_size=30))
+@given(st.text(alphabet="ab|\\`*_[]()<>&!#~-+$\n {}@:/.1wW", max_size=30))
 def test_markdown_shows_the_text_itself(text: str) -> None:
     """Rendered by a Markdown parser inside a table, a cell holds the text and nothing else."""
     source = f"| a | b |\n| --- | --- |\n| x{markdown_text(text)}x | end |\n"
@@ -54,3 +54,13 @@ def test_markdown_shows_the_text_itself(text: str) -> None:
     assert {child.type for child in cells[0].children} <= {"text", "text_special"}
     shown = "".join(child.content for child in cells[0].children)
     assert shown == f"x{' '.join(text.split())}x"
+
+
+@given(st.text(alphabet=" w.*_~(W:/hxe", max_size=30))
+@example("see www.evil.com")
+@example("(WWW.evil.com)")
+def test_markdown_holds_no_bare_address(text: str) -> None:
+    """GitHub links "www." in the source of a text, whatever stands before it, and any scheme."""
+    shown = markdown_text(text)
+    assert "www." not in shown.lower()
+    assert "://" not in shown

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from streamline_bench.errors import ComparisonError, SamplesError
+from streamline_bench.report.card_text import card_text
 from streamline_bench.report.csv_view import to_csv
+from streamline_bench.report.flips import worst_flips
 from streamline_bench.report.formats import MISSING
 from streamline_bench.report.leaderboard import RowSource, build_leaderboard
 from streamline_bench.report.markdown import to_markdown
 from streamline_bench.report.page import to_html
-from streamline_bench.report.schema import Leaderboard
+from streamline_bench.report.schema import Flip, Leaderboard
 from streamline_bench.report.summary import headline
-from streamline_bench.stability.samples import load_samples
+from streamline_bench.stability.align import align
+from streamline_bench.stability.samples import Samples, load_samples
 from streamline_bench.stability.settings import Settings
 
 LABELS = ("dense", "none", "layer")
@@ -181,3 +186,36 @@ def test_tasks_without_verdicts_show_their_metrics(lm_eval_outputs: Path) -> Non
     for row in board["rows"]:
         assert set(row["other_metrics"]["toy_roll"]) == {"word_perplexity"}
         assert row["other_metrics"]["toy_roll"]["word_perplexity"] > 1
+
+
+def test_calibration_tokens_are_shown_in_every_view(run: Path) -> None:
+    sources = {label: RowSource(checkpoint=run / label / "checkpoint") for label in LABELS[1:]}
+    board = build(run, sources=sources)
+    row = board["rows"][2]
+    assert row["provenance"]["calibration"]["tokens"] == 65536
+    digest = row["provenance"]["calibration"]["sha256"]
+    lines = [line for line in to_markdown(board).splitlines() if "| abab" in line]
+    assert len(lines) == 2
+    assert all("| 65536 |" in line for line in lines)
+    assert f"<dd>65,536 of calibration, <code>{digest}</code></dd>" in to_html(board)
+    assert "- Calibration tokens: 65536\n" in card_text(board, row)
+
+
+def test_a_document_is_listed_once_whatever_filters_the_task_has(run: Path) -> None:
+    """As gsm8k's strict and flexible answers; the first filter counts, as in the summaries."""
+
+    def twice(samples: Samples) -> Samples:
+        frame = samples.frame
+        first = frame.assign(filter="strict")
+        # Sorted by name, this one would come first.
+        second = frame.assign(filter="flexible")
+        return dataclasses.replace(samples, frame=pd.concat([first, second], ignore_index=True))
+
+    def flips(change: Callable[[Samples], Samples], filters: dict[str, str]) -> list[Flip]:
+        runs = [change(load_samples(run / label / "eval", progress=False)) for label in LABELS[:2]]
+        return worst_flips(align(*runs), "correct", filters)
+
+    tasks = ("colours", "places", "stories")
+    once = flips(lambda samples: samples, dict.fromkeys(tasks, "none"))
+    assert len(once) == 8
+    assert flips(twice, dict.fromkeys(tasks, "strict")) == once
