@@ -1,10 +1,10 @@
 """Atomic output: a file or folder appears whole or not at all, also after ``kill -9``.
 
-A folder is built under a hidden name beside its target (same file system), synced to disk and
-renamed. What a killed process leaves is a hidden folder named after its machine and process id; the
-next writer to the same place on that machine removes it once that process is gone. On a shared file
-system it may as well be at work on another machine (or in another container), where nobody here can
-see it: such a folder is removed when nothing in it has changed for a week.
+It is written under a hidden name beside its target (same file system), synced to disk and renamed.
+What a killed process leaves is hidden and named after its machine and process id; the next writer
+to the same place on that machine removes it once that process is gone. On a shared file system it
+may as well be at work on another machine (or in another container), where nobody here can see it:
+such a leftover is removed when nothing in it has changed for a week.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def atomic_write_bytes(path: Path | str, data: bytes) -> None:
         OutputError: the file cannot be written.
     """
     path = Path(path).absolute()
+    _settle_leftovers(path)
     staging = _hidden(path, "partial")
     try:
         with staging.open("xb") as file:
@@ -77,7 +78,8 @@ def atomic_write_bytes(path: Path | str, data: bytes) -> None:
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
-        staging.unlink(missing_ok=True)
+        with suppress(OSError):  # which would hide why nothing could be written
+            staging.unlink()
 
 
 def atomic_write_text(path: Path | str, data: str) -> None:
@@ -161,12 +163,10 @@ def _settle_leftovers(output: Path) -> None:
     pattern = re.compile(
         re.escape(f".{output.name}.") + r"(partial|replaced)-(?:([0-9a-f]{12})-)?(\d+)-[0-9a-f]{8}"
     )
-    if not output.parent.is_dir():
-        return
     try:
         names = [path.name for path in output.parent.iterdir()]
     except OSError:
-        return  # unreadable: creating the staging folder will say so
+        return  # absent or unreadable: writing there will say so
     for name in names:
         match = pattern.fullmatch(name)
         if match is None:
@@ -178,13 +178,14 @@ def _settle_leftovers(output: Path) -> None:
 
 
 def _settle(leftover: Path, kind: str, output: Path) -> None:
-    # Killed between the two renames of an overwrite: the old folder is whole, put it back.
-    if kind == "replaced" and not os.path.lexists(output):
-        leftover.rename(output)
-    elif leftover.is_dir():
-        shutil.rmtree(leftover, ignore_errors=True)
-    else:
-        leftover.unlink(missing_ok=True)
+    with suppress(OSError):  # another writer was faster, or it is not ours: it may stay
+        # Killed between the two renames of an overwrite: the old folder is whole, put it back.
+        if kind == "replaced" and not os.path.lexists(output):
+            leftover.rename(output)
+        elif leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def _alive(process: int) -> bool:

@@ -222,5 +222,62 @@ def test_atomic_write_replaces_whole_files(tmp_path: Path) -> None:
     atomic_write_bytes(path, b"new")
     assert path.read_bytes() == b"new"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
-    with pytest.raises(OutputError, match="cannot be written"):
-        atomic_write_bytes(tmp_path / "absent" / "x", b"")
+    for folder in ("absent", "x"):  # the second is a file
+        with pytest.raises(OutputError, match=r"cannot be written.*give another --output"):
+            atomic_write_bytes(tmp_path / folder / "y", b"")
+
+
+FILE_WRITER = """
+import sys
+from pathlib import Path
+from streamline_bench.core.checkpoint import atomic_write_bytes
+
+while True:
+    atomic_write_bytes(Path(sys.argv[1]), b"x" * 3_000_000)
+    print("written", flush=True)
+"""
+
+
+def test_what_a_killed_writer_of_a_file_left_goes_with_the_next_writing(
+    tmp_path: Path, repository: Path
+) -> None:
+    path = tmp_path / "x"
+    dead, alive = (
+        tmp_path / f".x.partial-{staging._machine()}-{process}-0123abcd"
+        for process in (dead_process(), os.getpid())
+    )
+    for leftover in (dead, alive):
+        leftover.write_bytes(b"a part")
+    process = subprocess.Popen(
+        [sys.executable, "-c", FILE_WRITER, str(path)],
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for _ in range(3):
+        process.stdout.readline()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert path.read_bytes() == b"x" * 3_000_000
+    atomic_write_text(path, "whole")
+    assert {each.name for each in tmp_path.iterdir()} == {"x", alive.name}
+
+
+def test_a_leftover_that_cannot_be_removed_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another user's in a folder like /tmp."""
+    leftover = tmp_path / f".x.partial-{staging._machine()}-{dead_process()}-0123abcd"
+    leftover.write_bytes(b"a part")
+    unlink = Path.unlink
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if path == leftover:
+            raise PermissionError(1, "Operation not permitted")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    atomic_write_text(tmp_path / "x", "new")
+    assert (tmp_path / "x").read_text() == "new"
