@@ -120,7 +120,9 @@ def test_published_numbers_stand_beside_the_tasks_of_a_packaged_plan(
     from streamline_bench.report.published import published_numbers
     from streamline_bench.stability.comparison import Estimate
 
-    plan = yaml.safe_load((repository / "reports" / "plans" / "stories260k.yaml").read_text())
+    plan = yaml.safe_load(
+        (repository / "reports" / "plans" / "stories260k_benchmarks.yaml").read_text()
+    )
     accuracies = {task: Estimate(value=0.5) for task in plan["tasks"]}
     found: dict[str, set[str]] = {}
     for name in plan["recipes"]:

@@ -13,11 +13,13 @@ NEEDS_HUB_DATA = {"slicegpt_paper", "streamline_paper"}
 """Their papers' calibration data are part of what they reproduce."""
 
 
-@pytest.mark.parametrize("plan", ["bundled", "stories260k"])
+@pytest.mark.parametrize(
+    "plan", ["bundled", "stories260k", "stories260k_half", "stories260k_benchmarks"]
+)
 def test_every_recipe_is_in_the_plan(
     plan: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("STREAMLINE_BENCH_DATA", str(tmp_path))
-    rows = read_request(plan)["recipes"]
+    rows = [row if isinstance(row, str) else row["recipe"] for row in read_request(plan)["recipes"]]
     assert len(rows) == len(set(rows))
     assert set(rows) == set(list_recipes()) - NEEDS_HUB_DATA

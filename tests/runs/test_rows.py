@@ -98,7 +98,9 @@ def test_an_unknown_recipe_and_an_unknown_key_are_named(make: Callable[..., Requ
         resolve_rows(make(set={"sparisty": 0.5}))
 
 
-@pytest.mark.parametrize("name", ["bundled", "stories260k"])
+@pytest.mark.parametrize(
+    "name", ["bundled", "stories260k", "stories260k_half", "stories260k_benchmarks"]
+)
 def test_plans_that_come_along_can_be_read(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -108,7 +110,7 @@ def test_plans_that_come_along_can_be_read(
     labels = _labels(request)
     assert labels[0] == "dense"
     assert len(labels) > 15
-    if name == "stories260k":
+    if name.startswith("stories260k"):
         assert request.model == f"{tmp_path}/models/stories260K"
 
 
