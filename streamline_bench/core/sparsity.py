@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streamline_bench.core.architecture import Architecture, architecture_of
@@ -17,7 +17,7 @@ from streamline_bench.core.checkpoint import CheckpointReader
 from streamline_bench.core.shards import layers_prefix
 from streamline_bench.errors import CheckpointError, SparsityError
 
-__all__ = ["ModelSizes", "SizePlan", "layers_for_sparsity", "model_sizes"]
+__all__ = ["ModelSizes", "SizePlan", "layers_for_sparsity", "model_sizes", "of_layers"]
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,14 @@ class SizePlan:
 
     Attributes:
         n_layers: layers to remove (net of layers put in).
-        removed: parameters fewer, those added by a replacement taken off.
+        removed: parameters fewer, those added taken off. Before the layers are chosen, of layers
+            of mean size; :func:`of_layers` gives it for those that really go.
         total: parameters of the source.
         reached: ``removed / total``.
         requested: the share asked for; None if layers were given.
         embeddings: parameters of embeddings and LM head in ``total``.
         reached_without_embeddings: ``removed / (total - embeddings)``.
-        added_parameters: parameters of the replacement.
+        added_parameters: of the replacement, and of an LM head that a recovery unties.
         num_layers: layers of the source.
     """
 
@@ -81,7 +82,7 @@ def layers_for_sparsity(
         source: a checkpoint, or a transformers config (no weights needed).
         sparsity: share of all parameters to remove, in (0, 1).
         n_layers: layers to remove instead.
-        added_parameters: what the replacement puts in.
+        added_parameters: what a replacement or an untied head puts in.
 
     Raises:
         SparsityError: neither or both are given, one is out of range, or no number of layers
@@ -90,6 +91,8 @@ def layers_for_sparsity(
     if (sparsity is None) == (n_layers is None):
         raise SparsityError("Give either a sparsity or a number of layers to remove.")
     sizes = model_sizes(source)
+    if len(sizes.layers) == 1:
+        raise SparsityError("The model has one layer, which cannot be removed; take another model.")
     if n_layers is None:
         assert sparsity is not None
         n_layers = _closest(sizes, sparsity, added_parameters)
@@ -109,6 +112,22 @@ def layers_for_sparsity(
         reached_without_embeddings=removed / (sizes.total - sizes.embeddings),
         added_parameters=added_parameters,
         num_layers=len(sizes.layers),
+    )
+
+
+def of_layers(plan: SizePlan, source: CheckpointReader | Any, layers: Iterable[int]) -> SizePlan:
+    """Return the plan with the parameters of the layers that really go.
+
+    Layers of a mixture with some dense layers differ in size, and which of them go is known only
+    after the model was looked at.
+    """
+    sizes = model_sizes(source)
+    removed = sum(sizes.layers[layer] for layer in layers) - plan.added_parameters
+    return replace(
+        plan,
+        removed=removed,
+        reached=removed / plan.total,
+        reached_without_embeddings=removed / (plan.total - plan.embeddings),
     )
 
 

@@ -17,7 +17,7 @@ from streamline_bench.methods.recovery import recovery_data
 
 __all__ = ["content_key"]
 
-ALGORITHM_VERSION = 2
+ALGORITHM_VERSION = 3
 """Part of every key; raised when the same recipe would give other weights."""
 
 

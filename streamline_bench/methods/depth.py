@@ -9,18 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.shards import layer_names
-from streamline_bench.core.sparsity import SizePlan, layers_for_sparsity
+from streamline_bench.core.sparsity import SizePlan, layers_for_sparsity, of_layers
 from streamline_bench.core.surgery import pruned_config
 from streamline_bench.methods.base import Compressed, Compression
 
 if TYPE_CHECKING:
     from streamline_bench.core.calibration import CalibrationTokens
 
-__all__ = ["config_json", "drop_layers", "size_plan"]
+__all__ = ["config_json", "drop_layers", "size_plan", "untied_head_parameters"]
 
 
 def size_plan(work: Compression, added_parameters: int = 0) -> SizePlan:
     """Return how many layers the recipe's sparsity (or number of layers) amounts to.
+
+    Args:
+        added_parameters: what a replacement puts in; a head that the recovery unties is counted
+            here.
 
     Raises:
         SparsityError: out of range, or out of reach for this model.
@@ -29,8 +33,24 @@ def size_plan(work: Compression, added_parameters: int = 0) -> SizePlan:
         work.reader,
         work.recipe.sparsity,
         n_layers=work.recipe.n_layers,
-        added_parameters=added_parameters,
+        added_parameters=added_parameters + untied_head_parameters(work),
     )
+
+
+def untied_head_parameters(work: Compression) -> int:
+    """Return how many parameters the recipe's recovery adds, which may give a tied head its own.
+
+    Partial fine-tuning trains the LM head and leaves the embeddings alone.
+    """
+    recovery = work.recipe.recovery
+    row = architecture_of(work.config)
+    head = f"{row.stored_as.get(row.lm_head, row.lm_head)}.weight"
+    if recovery is None or recovery.kind != "partial" or head in work.reader.parameter_names:
+        return 0
+    path = f"{row.embeddings[0]}.weight"
+    # A checkpoint of the bare base model leaves the base's name out.
+    name = path if path in work.reader.names else path.removeprefix(f"{row.base}.")
+    return work.reader.entry(name).numel
 
 
 def drop_layers(
@@ -58,7 +78,11 @@ def drop_layers(
         config=config_json(pruned_config(work.config, keep)),
         names=layer_names(work.reader, architecture_of(work.config), keep),
         layers_after=len(keep),
-        chosen={"removed_layers": gone, **chosen, "size": asdict(plan)},
+        chosen={
+            "removed_layers": gone,
+            **chosen,
+            "size": asdict(of_layers(plan, work.reader, gone)),
+        },
         calibration=tokens.summary() if tokens is not None else {},
         artefacts=artefacts or {},
     )

@@ -26,7 +26,7 @@ from streamline_bench.core.architecture import Architecture, architecture_of, de
 from streamline_bench.core.shards import layer_names, layers_prefix
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.depth import config_json
+from streamline_bench.methods.depth import config_json, untied_head_parameters
 from streamline_bench.methods.gradient_sums import sum_gradients
 from streamline_bench.methods.unit_scores import (
     Criterion,
@@ -170,6 +170,7 @@ def _plan(work: Compression, row: Architecture, options: LLMPrunerParameters) ->
         sparsity=work.recipe.sparsity,
         ratio=options.ratio,
         multiple=options.channel_multiple,
+        added_parameters=untied_head_parameters(work),
     )
 
 

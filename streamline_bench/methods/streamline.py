@@ -20,7 +20,7 @@ from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.replacement import network_parameters
 from streamline_bench.core.shards import layer_names, layers_prefix
 from streamline_bench.core.similarity import Block, Similarity
-from streamline_bench.core.sparsity import SizePlan
+from streamline_bench.core.sparsity import SizePlan, of_layers
 from streamline_bench.core.surgery import block_keep, pruned_config
 from streamline_bench.errors import NumericsError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
@@ -74,13 +74,14 @@ class Streamline(Method):
         block = _choose(similarity, block_size, options)
         log.info("block: layers %d to %d", block.start, block.start + block.n - 1)
         result = _train(work, block)
+        gone = range(block.start + _slots(work), block.stop)
         config, names, tensors, layers_after = _assemble(work, block, result)
         return Compressed(
             config=config,
             names=names,
             tensors=tensors,
             layers_after=layers_after,
-            chosen=_chosen(similarity, block, options, plan),
+            chosen=_chosen(similarity, block, options, of_layers(plan, work.reader, gone)),
             calibration=tokens.summary(),
             training=dict(result.summary) if result else None,
             artefacts=_artefacts(work, result),

@@ -63,7 +63,8 @@ class WidthPlan:
         head_ratio, channel_ratio: the shares that go, heads being whole.
         head_units, channels: how many go from each of the layers.
         widths: what each of the layers keeps.
-        removed, total, embeddings: parameters.
+        removed, total, embeddings: parameters; ``removed`` with those added taken off.
+        added_parameters: of an LM head that a recovery unties.
         reached, reached_without_embeddings, requested: shares of parameters.
     """
 
@@ -80,6 +81,7 @@ class WidthPlan:
     reached: float
     reached_without_embeddings: float
     requested: float | None
+    added_parameters: int = 0
 
 
 def prunable(
@@ -136,6 +138,7 @@ def plan_widths(
     sparsity: float | None = None,
     ratio: float | None = None,
     multiple: int = 8,
+    added_parameters: int = 0,
 ) -> WidthPlan:
     """Return how many units go from each of ``layers``.
 
@@ -145,6 +148,7 @@ def plan_widths(
         sparsity: share of the model's parameters to remove.
         ratio: share of units to remove instead, rounded down to whole heads.
         multiple: the channels that stay are a multiple of this.
+        added_parameters: what comes on top, an LM head that a recovery unties.
 
     Raises:
         SparsityError: neither or both are given, one is out of range, or out of reach.
@@ -162,18 +166,18 @@ def plan_widths(
     if ratio is not None:
         heads = math.floor(ratio * units.head_units + 1e-9)
         kept = _whole((1 - ratio) * units.widths.intermediate_size, units, multiple)
-        return _plan(units, layers, None, ratio, heads, kept)
+        return _plan(units, layers, None, ratio, heads, kept, added_parameters)
     assert sparsity is not None
-    per_layer = sparsity * units.total / len(layers)
+    per_layer = (sparsity * units.total + added_parameters) / len(layers)
     ratio = per_layer / _prunable_parameters(units)
     for heads in sorted(range(units.head_units), key=lambda u: abs(u - ratio * units.head_units)):
         left = (per_layer - heads * units.head_cost) / units.channel_cost
         kept = _whole(units.widths.intermediate_size - left, units, multiple)
         if abs(units.widths.intermediate_size - left - kept) <= multiple / 2:
-            plan = _plan(units, layers, sparsity, ratio, heads, kept)
-            if plan.removed:
+            plan = _plan(units, layers, sparsity, ratio, heads, kept, added_parameters)
+            if plan.removed > 0:
                 return plan
-    raise _out_of_reach(units, layers, sparsity, multiple)
+    raise _out_of_reach(units, layers, sparsity, multiple, added_parameters)
 
 
 def _cost(part: Part, shapes: Mapping[str, Sequence[int]]) -> int:
@@ -199,10 +203,11 @@ def _plan(
     ratio: float,
     heads: int,
     kept: int,
+    added: int,
 ) -> WidthPlan:
     before = units.widths
     channels = before.intermediate_size - kept
-    removed = len(layers) * (heads * units.head_cost + channels * units.channel_cost)
+    removed = len(layers) * (heads * units.head_cost + channels * units.channel_cost) - added
     return WidthPlan(
         layers=layers,
         ratio=ratio,
@@ -221,6 +226,7 @@ def _plan(
         reached=removed / units.total,
         reached_without_embeddings=removed / (units.total - units.embeddings),
         requested=requested,
+        added_parameters=added,
     )
 
 
@@ -233,11 +239,11 @@ def _require_layers(units: Prunable, layers: tuple[int, ...]) -> None:
 
 
 def _out_of_reach(
-    units: Prunable, layers: tuple[int, ...], sparsity: float, multiple: int
+    units: Prunable, layers: tuple[int, ...], sparsity: float, multiple: int, added: int
 ) -> SparsityError:
-    least = len(layers) * multiple * units.channel_cost / units.total
+    least = max(0.0, (len(layers) * multiple * units.channel_cost - added) / units.total)
     kept = units.head_cost + min(multiple, units.widths.intermediate_size) * units.channel_cost
-    most = len(layers) * (_prunable_parameters(units) - kept) / units.total
+    most = (len(layers) * (_prunable_parameters(units) - kept) - added) / units.total
     return SparsityError(
         f"Sparsity {sparsity} is out of reach: with {len(layers)} of {units.num_layers} layers "
         f"prunable, removing heads and channels reaches {least:.4f} to {most:.4f}; choose a share "

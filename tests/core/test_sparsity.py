@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.checkpoint import CheckpointReader
-from streamline_bench.core.sparsity import layers_for_sparsity, model_sizes
+from streamline_bench.core.sparsity import layers_for_sparsity, model_sizes, of_layers
 from streamline_bench.core.surgery import block_keep, keep_layers
 from streamline_bench.errors import CheckpointError, SparsityError
 
@@ -145,6 +145,30 @@ def test_reached_is_what_surgery_removes(n: int, random_model: Callable[..., Any
     keep_layers(model, block_keep(6, 1, n))
     assert plan.removed == before - model.num_parameters()
     assert plan.total == before
+
+
+def test_layers_of_a_mixture_are_counted_one_by_one(random_model: Callable[..., Any]) -> None:
+    """Every second layer is dense: which ones go decides how much goes."""
+    model = random_model("qwen3_moe-period")
+    before, plan = model.num_parameters(), layers_for_sparsity(model.config, n_layers=1)
+    sizes = model_sizes(model.config).layers
+    assert len(set(sizes)) == 2
+    for layer in (1, 2):
+        exact = of_layers(plan, model.config, [layer])
+        assert exact.removed == sizes[layer] != plan.removed
+        assert exact.reached == pytest.approx(sizes[layer] / before)
+        assert (exact.n_layers, exact.requested) == (plan.n_layers, plan.requested)
+    keep_layers(model, [0, 1, 3, 5])
+    assert of_layers(plan, random_model("qwen3_moe-period").config, [2, 4]).removed == (
+        before - model.num_parameters()
+    )
+
+
+def test_a_model_of_one_layer(random_model: Callable[..., Any]) -> None:
+    config = random_model("llama", num_hidden_layers=1).config
+    for arguments in ({"n_layers": 1}, {"sparsity": 0.25}):
+        with pytest.raises(SparsityError, match="one layer, which cannot be removed"):
+            layers_for_sparsity(config, **arguments)
 
 
 @pytest.fixture(scope="module")

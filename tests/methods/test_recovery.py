@@ -146,6 +146,9 @@ def _sizes(model_type: str) -> dict[str, Any]:
     return {"ffn_dim": 48, "word_embed_proj_dim": 32} if model_type == "opt" else {}
 
 
+_DEEP: dict[str, Any] = {"num_hidden_layers": 6, "n_layer": 6}
+
+
 def test_lora_is_the_published_rank_one_formula() -> None:
     """W + alpha / rank B A, against a plain matrix product."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -245,6 +248,39 @@ def test_tied_embeddings(
     else:
         assert _changed(after, before) == set(before)
         assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "near"),
+    [
+        ("last_layers", "llama", 0.08),
+        ("streamline_none", "opt", 0.08),
+        ("last_layers", "gpt2", 0.08),
+        ("llm_pruner", "llama", 0.03),
+        ("slicegpt", "llama", 0.03),
+    ],
+)
+def test_an_untied_head_is_counted_before_layers_are_chosen(
+    make_tiny_model: Callable[..., Path],
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    method: str,
+    family: str,
+    near: float,
+) -> None:
+    """What was planned is what was reached, and near what was asked for (half a step or less)."""
+    source = make_tiny_model(family, **{"tie_word_embeddings": True, **_sizes(family), **_DEEP})
+    if family == "gpt2":  # the published form: without the head, and without the base's name
+        AutoModelForCausalLM.from_pretrained(source).transformer.save_pretrained(source)
+    options = {**FAST, "recovery.kind": "partial", "recovery.training.min_steps": 1}
+    recipe = make_recipe(method, sparsity=0.25, **options)
+    manifest = read_manifest(compress(source, recipe, tmp_path / "out", progress=False))
+    assert manifest is not None
+    size = manifest.chosen["size"]
+    assert manifest.sparsity_reached == pytest.approx(size["reached"], abs=1e-9)
+    assert manifest.sparsity_reached == pytest.approx(0.25, abs=near)
+    if method != "slicegpt":  # whose result is untied in any case
+        assert size["added_parameters"] == 100 * 32
 
 
 def test_a_checkpoint_of_the_bare_model_gets_full_names(
