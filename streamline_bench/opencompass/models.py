@@ -25,7 +25,7 @@ from streamline_bench.opencompass.perplexity import (
     spans_between,
 )
 from streamline_bench.opencompass.prompts import plain_text
-from streamline_bench.opencompass.source import ModelSource, find_source
+from streamline_bench.opencompass.source import entry_source
 from streamline_bench.opencompass.tokens import PromptEncoder, load_prompt_tokenizer
 
 __all__ = ["Prompt", "StreamlineModel"]
@@ -59,6 +59,7 @@ class StreamlineModel(BaseModel):  # type: ignore[misc]
     """
 
     batch_padding = True
+    for_vllm = False
 
     def __init__(
         self,
@@ -83,7 +84,13 @@ class StreamlineModel(BaseModel):  # type: ignore[misc]
             meta_template=meta_template,
             generation_kwargs=dict(generation_kwargs or {}),
         )
-        self.source = self._find_source(path, options, dict(model_kwargs or {}), overrides)
+        self.source = entry_source(
+            path,
+            model_kwargs=model_kwargs,
+            overrides=overrides,
+            for_vllm=self.for_vllm,
+            **options,
+        )
         name = str(tokenizer_path or self.source.prepared.pretrained)
         self.tokenizer = load_prompt_tokenizer(
             name,
@@ -99,15 +106,6 @@ class StreamlineModel(BaseModel):  # type: ignore[misc]
         if not tokenizer_only:
             self._engine = self._make_engine()
             self.model = getattr(self._engine, "model", None)
-
-    def _find_source(
-        self,
-        path: str,
-        options: Mapping[str, Any],
-        model_kwargs: Mapping[str, Any],
-        overrides: Mapping[str, Any] | None,
-    ) -> ModelSource:
-        return find_source(path, {**options, **model_kwargs}, overrides=overrides)
 
     def _make_engine(self) -> Engine:
         from streamline_bench.opencompass.transformers_engine import (

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from streamline_bench.core.checkpoint import Manifest
 from streamline_bench.core.folder_lock import lock_folder
@@ -26,8 +25,8 @@ from streamline_bench.core.staging import atomic_write_text
 from streamline_bench.core.versions import package_versions
 from streamline_bench.errors import OutputError
 from streamline_bench.opencompass.execution import Environment, run_opencompass
-from streamline_bench.opencompass.run_plan import ModelEntry, RunPlan, config_text
-from streamline_bench.opencompass.source import find_source
+from streamline_bench.opencompass.run_plan import ModelEntry, RunPlan, config_text, source_keys
+from streamline_bench.opencompass.source import entry_source
 from streamline_bench.report.run_folder import RUN_FILE, RunFile, RunRow, write_run_file
 
 __all__ = ["claimed_folder", "evaluate", "write_config"]
@@ -161,13 +160,8 @@ def _compress_all(
     seconds: dict[str, Mapping[str, float]] = {}
     for number, entry in enumerate(plan.models, start=1):
         log.info("[%d/%d] %s", number, len(plan.models), entry.label)
-        options: dict[str, Any] = {**entry.overrides}
-        if entry.recipe is not None:
-            options["recipe"] = entry.recipe
-        for key in ("device", "cache", "revision", "trust_remote_code"):
-            if key in plan.options:
-                options[key] = plan.options[key]
-        prepared = find_source(entry.path, options).prepared
+        keys = source_keys(plan, entry)
+        prepared = entry_source(**keys, for_vllm=plan.engine == "vllm").prepared
         found[entry.label] = (prepared.pretrained, prepared.manifest)
         seconds[entry.label] = prepared.manifest.seconds if prepared.manifest else {}
     return found, seconds

@@ -11,8 +11,9 @@ from typing import Any
 
 from streamline_bench.core.suggestions import suggest
 from streamline_bench.errors import StreamlineBenchError
+from streamline_bench.opencompass.source import OF_MODEL_CLASS
 
-__all__ = ["DATASETS", "ModelEntry", "RunPlan", "config_text", "entries"]
+__all__ = ["DATASETS", "ModelEntry", "RunPlan", "config_text", "entries", "source_keys"]
 
 _CONFIGS = "streamline_bench.opencompass.configs"
 
@@ -201,25 +202,32 @@ def _limit(limit: int | None) -> list[str]:
     ]
 
 
-def _entry(plan: RunPlan, model: ModelEntry) -> dict[str, Any]:
+def source_keys(plan: RunPlan, model: ModelEntry) -> dict[str, Any]:
+    """Return the keys of a model's entry that decide what is loaded.
+
+    They are what :func:`~.source.entry_source` takes, of which the run's record and the classes in
+    OpenCompass's tasks both get the checkpoint.
+    """
     dotted = {key: value for key, value in model.overrides.items() if "." in key}
     plain = {key: value for key, value in model.overrides.items() if "." not in key}
-    entry: dict[str, Any] = {
+    keys: dict[str, Any] = {"path": model.path}
+    if model.recipe is not None:
+        keys.update(recipe=model.recipe, **plain)
+    if dotted:
+        keys["overrides"] = dotted
+    return keys | {key: value for key, value in plan.options.items() if key not in OF_MODEL_CLASS}
+
+
+def _entry(plan: RunPlan, model: ModelEntry) -> dict[str, Any]:
+    return {
         "type": f"streamline_bench.opencompass.{_CLASSES[plan.engine, plan.chat]}",
         "abbr": model.label,
-        "path": model.path,
+        **source_keys(plan, model),
+        **{key: value for key, value in plan.options.items() if key in OF_MODEL_CLASS},
+        "max_out_len": plan.max_out_len,
+        "batch_size": plan.batch_size,
+        "run_cfg": {"num_gpus": plan.gpus},
     }
-    if model.recipe is not None:
-        entry.update(recipe=model.recipe, **plain)
-    if dotted:
-        entry["overrides"] = dotted
-    entry.update(plan.options)
-    entry.update(
-        max_out_len=plan.max_out_len,
-        batch_size=plan.batch_size,
-        run_cfg={"num_gpus": plan.gpus},
-    )
-    return entry
 
 
 def entries(

@@ -9,7 +9,13 @@ from typing import Any
 from streamline_bench.harness.arguments import sort_arguments
 from streamline_bench.harness.preparation import PreparedModel, prepare
 
-__all__ = ["ModelSource", "find_source"]
+__all__ = ["OF_MODEL_CLASS", "ModelSource", "entry_source", "find_source"]
+
+OF_MODEL_CLASS = (
+    "max_seq_len tokenizer_path tokenizer_kwargs tokenizer_only meta_template generation_kwargs "
+    "pad_token_id stop_words"
+).split()
+"""Keys of a model entry that :class:`~.models.StreamlineModel` takes for itself."""
 
 
 class _Loading:
@@ -39,6 +45,29 @@ class ModelSource:
     revision: str | None
     trust_remote_code: bool
     options: Mapping[str, Any]
+
+
+def entry_source(
+    path: str,
+    *,
+    model_kwargs: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    for_vllm: bool = False,
+    **options: Any,
+) -> ModelSource:
+    """Return what a model entry of a config loads, from its keys but :data:`OF_MODEL_CLASS`.
+
+    Args:
+        model_kwargs: more of ``options``.
+        for_vllm: ``model_kwargs`` go to ``vllm.LLM``, which checks them itself.
+
+    Raises:
+        StreamlineBenchError: as :func:`find_source`.
+    """
+    loading = dict(model_kwargs or {})
+    if for_vllm:
+        return find_source(path, options, overrides=overrides, unchecked=loading)
+    return find_source(path, {**options, **loading}, overrides=overrides)
 
 
 def find_source(

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from streamline_bench.opencompass.chat_models import ChatPrompts
 from streamline_bench.opencompass.engine import Engine
 from streamline_bench.opencompass.models import StreamlineModel
-from streamline_bench.opencompass.source import ModelSource, find_source
 
 __all__ = ["StreamlineVLLM", "StreamlineVLLMChat"]
 
@@ -24,14 +20,7 @@ class StreamlineVLLM(StreamlineModel):
         MissingDependencyError: vLLM is not installed.
     """
 
-    def _find_source(
-        self,
-        path: str,
-        options: Mapping[str, Any],
-        model_kwargs: Mapping[str, Any],
-        overrides: Mapping[str, Any] | None,
-    ) -> ModelSource:
-        return find_source(path, options, overrides=overrides, unchecked=model_kwargs)
+    for_vllm = True
 
     def _make_engine(self) -> Engine:
         from streamline_bench.opencompass.vllm_engine import VLLMEngine

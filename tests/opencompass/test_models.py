@@ -170,3 +170,28 @@ def test_missing_vllm_comes_with_the_command(folder: Path, monkeypatch: pytest.M
     )
     with pytest.raises(MissingDependencyError, match=r"pip install 'streamline-bench\[vllm\]'"):
         StreamlineVLLM(path=str(folder))
+
+
+def test_keys_of_the_class_are_those_that_say_nothing_of_the_checkpoint(opencompass: Any) -> None:
+    import inspect
+
+    from streamline_bench.opencompass import StreamlineModel
+    from streamline_bench.opencompass.source import OF_MODEL_CLASS
+
+    parameters = set(inspect.signature(StreamlineModel).parameters)
+    assert parameters == {*OF_MODEL_CLASS, "path", "model_kwargs", "overrides", "options"}
+
+
+def test_a_tasks_model_is_the_checkpoint_that_the_run_reports(
+    folder: Path, opencompass: Any, tmp_path: Path
+) -> None:
+    from streamline_bench.opencompass import StreamlineModel
+    from streamline_bench.opencompass.run_plan import ModelEntry, RunPlan, source_keys
+    from streamline_bench.opencompass.source import entry_source
+
+    entry = ModelEntry("last", str(folder), "last_layers", {"n_layers": 1})
+    options = {"device": "cpu", "dtype": "bfloat16", "max_seq_len": 64, "cache": str(tmp_path)}
+    keys = source_keys(RunPlan((entry,), ("piqa",), options), entry)
+    task = StreamlineModel(**keys, max_seq_len=64)
+    assert task.source == entry_source(**keys)
+    assert task.source.prepared.key is not None

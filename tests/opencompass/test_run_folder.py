@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from streamline_bench.errors import OutputError, StreamlineBenchError
-from streamline_bench.opencompass.run_folder import claimed_folder
-from streamline_bench.opencompass.run_plan import ModelEntry, RunPlan
+from streamline_bench.opencompass import run_folder
+from streamline_bench.opencompass.execution import Environment
+from streamline_bench.opencompass.run_folder import claimed_folder, evaluate
+from streamline_bench.opencompass.run_plan import ModelEntry, RunPlan, config_text
+from streamline_bench.opencompass.source import OF_MODEL_CLASS, find_source
 
 HOLDER = """
 import sys, time
@@ -92,3 +97,52 @@ def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match=r"no OpenCompass run|not a folder"):
             claim(folder, plan(), overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def loaded_by_the_config(entry: Mapping[str, Any]) -> str:
+    """The folder that a task of OpenCompass loads: its own keys taken out, the rest to the class.
+
+    ``build_model_from_cfg`` of OpenCompass 0.5.4; then the signature of ``StreamlineModel``.
+    """
+    own = {"type", "abbr", "max_out_len", "batch_size", "run_cfg", *OF_MODEL_CLASS}
+    keys = {key: value for key, value in entry.items() if key not in own}
+    path, overrides, more = (keys.pop(name, None) for name in ("path", "overrides", "model_kwargs"))
+    return find_source(path, {**keys, **(more or {})}, overrides=overrides).prepared.pretrained
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "bfloat16"},
+        {"model_kwargs": {"dtype": "float16", "attn_implementation": "eager"}},
+        {"torch_dtype": "bfloat16", "max_seq_len": 64},
+        {},
+    ],
+)
+def test_the_run_reports_the_checkpoint_that_its_tasks_load(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    def ran(*_: Any, **__: Any) -> tuple[Path, list[str]]:
+        return run / "work" / "now", ["opencompass"]
+
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.setattr(run_folder, "run_opencompass", ran)
+    given = {"device": "cpu", "cache": str(tmp_path / "cache"), **options}
+    asked = RunPlan(
+        models=(
+            ModelEntry("dense", str(tiny_llama)),
+            ModelEntry("last", str(tiny_llama), "last_layers", {"n_layers": 2, "seed": 3}),
+        ),
+        datasets=("piqa",),
+        options=given,
+    )
+    reported = evaluate(run, asked, Environment(sys.executable, {}, 0)).rows[1].checkpoint
+    (models,) = (
+        ast.literal_eval(node.value)
+        for node in ast.parse(config_text(asked)).body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "models"
+    )
+    assert given.items() <= models[1].items()
+    assert reported == loaded_by_the_config(models[1])
+    assert len(list((tmp_path / "cache" / "compressed").glob("*/streamline.json"))) == 1
