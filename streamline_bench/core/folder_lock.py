@@ -11,9 +11,34 @@ from pathlib import Path
 from streamline_bench.core.staging import atomic_write_text
 from streamline_bench.errors import OutputError
 
-__all__ = ["LOCK_FILE", "lock_folder"]
+__all__ = ["LOCK_FILE", "check_usable", "lock_folder"]
 
 LOCK_FILE = ".lock"
+
+
+def check_usable(folder: Path, claim: str, what: str) -> None:
+    """Refuse a folder that holds something else than a run; it need not be there yet.
+
+    Args:
+        claim: the file that a run writes first.
+        what: what the folder should be, for the reader.
+
+    Raises:
+        OutputError: it is a file, cannot be read, or holds something without that file.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder} is not a folder; give another --output.")
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be read ({error.strerror}); give another --output."
+        ) from None
+    # A run that was killed before its claim was written leaves only hidden files.
+    if claim not in names and any(not name.startswith(".") for name in names):
+        raise OutputError(
+            f"{folder} exists and is no {what} (it has no {claim}); give another --output."
+        )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from streamline_bench.errors import RecipeError
-from streamline_bench.runs.execution import Execution
+from streamline_bench.runs.execution import STAGES, Execution
 from streamline_bench.runs.executor import Executor
 from streamline_bench.runs.finish import (
     describe_run,
@@ -20,7 +20,7 @@ from streamline_bench.runs.finish import (
     side_failures,
     write_report_once,
 )
-from streamline_bench.runs.folder import claim, locked
+from streamline_bench.runs.folder import check_output, claim, locked
 from streamline_bench.runs.jobs import measure_job, plan_jobs
 from streamline_bench.runs.plan import Plan
 from streamline_bench.runs.progress import watching
@@ -30,8 +30,6 @@ from streamline_bench.runs.scheduler import JobState, Scheduler
 from streamline_bench.runs.together import forget_answers
 
 __all__ = ["STAGES", "CompareResult", "Terminated", "compare", "compare_request"]
-
-STAGES: tuple[str, ...] = ("compress", "evaluate", "report")
 
 
 class Terminated(BaseException):
@@ -126,17 +124,28 @@ def compare_request(
         raise RecipeError(f"Unknown stage '{until}'; known: {', '.join(STAGES)}.")
     execution = execution or Execution()
     output = output.expanduser().absolute()
-    with _sigterm_raises(), locked(output):
+    check_output(output)
+    with _sigterm_raises():
+        # What was mistyped is refused before a folder is made for it.
         plan = resolve_plan(request, device=execution.device)
         execution.check_device(plan.device)
-        claim(output, plan, overwrite=overwrite)
-        return _run(output, plan, execution, until, progress)
+        executor = _executor(execution)
+        try:
+            with locked(output):
+                claim(output, plan, overwrite=overwrite)
+                return _run(output, plan, execution, executor, until, progress)
+        finally:
+            executor.stop()  # again: the folder may have been refused before any job
 
 
 def _run(
-    output: Path, plan: Plan, execution: Execution, until: str, progress: bool
+    output: Path,
+    plan: Plan,
+    execution: Execution,
+    executor: Executor,
+    until: str,
+    progress: bool,
 ) -> CompareResult:
-    executor = _executor(execution)
     try:
         with watching(quiet=not progress, title=plan.title) as watch:
             scheduler = Scheduler(
@@ -148,11 +157,11 @@ def _run(
             )
             scheduler.do(plan_jobs(plan, until=until, trunk=execution.trunk))
             if plan.throughput != "none" and until != "compress":
-                _measure(plan, scheduler, execution)
+                _measure(output, plan, scheduler, execution)
     finally:
         executor.stop()
     states = scheduler.states
-    if until != "compress" and not row_failures(plan, states):
+    if until != "compress" and not row_failures(output, plan, states):
         forget_answers(output)
     report = None
     if until == "report" and states[f"score-{plan.reference}"].succeeded:
@@ -161,9 +170,9 @@ def _run(
     return _result(output, plan, states, report)
 
 
-def _measure(plan: Plan, scheduler: Scheduler, execution: Execution) -> None:
+def _measure(run: Path, plan: Plan, scheduler: Scheduler, execution: Execution) -> None:
     """Measure what could be made, when nothing else runs that would take its time."""
-    failures = row_failures(plan, scheduler.states)
+    failures = row_failures(run, plan, scheduler.states)
     labels = [row.label for row in plan.rows if row.label not in failures]
     if plan.reference in labels:
         scheduler.do([measure_job(plan, labels, execution.threads_alone)])
@@ -175,7 +184,7 @@ def _result(
     return CompareResult(
         run=output,
         report=report,
-        failures=row_failures(plan, states),
+        failures=row_failures(output, plan, states),
         reasons=side_failures(states),
         alone=scored_alone(plan, states),
         jobs={name: state.status for name, state in states.items()},

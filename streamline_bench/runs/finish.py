@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.core.manifest import read_manifest
-from streamline_bench.errors import CheckpointError, OutputError
+from streamline_bench.core.manifest import Manifest, read_manifest
+from streamline_bench.errors import CheckpointError
 from streamline_bench.report.run_folder import NoiseRun, RunFile, RunRow, write_run_file
-from streamline_bench.runs.folder import job_folder
+from streamline_bench.runs.folder import make_job_folder
 from streamline_bench.runs.plan import Plan, PlanRow, digest
 from streamline_bench.runs.scheduler import JobState
+from streamline_bench.runs.together import groups_of
 
 __all__ = ["describe_run", "row_failures", "scored_alone", "side_failures", "write_report_once"]
 
@@ -19,7 +20,7 @@ _OWN = ("compress", "score")
 """Kinds of jobs without which a row has no result."""
 
 
-def row_failures(plan: Plan, states: Mapping[str, JobState]) -> dict[str, str]:
+def row_failures(run: Path, plan: Plan, states: Mapping[str, JobState]) -> dict[str, str]:
     """Return label -> reason, for the rows that have no result.
 
     A row whose text could not be compared has one: what it answers.
@@ -30,7 +31,8 @@ def row_failures(plan: Plan, states: Mapping[str, JobState]) -> dict[str, str]:
             theirs = row.label in state.job.labels and state.job.kind in _OWN
             if theirs and state.status in ("failed", "skipped"):
                 failures.setdefault(row.label, state.reason or "It failed.")
-    return failures
+    _, damaged = _manifests(run, plan, states)
+    return {**damaged, **failures}
 
 
 def side_failures(states: Mapping[str, JobState]) -> dict[str, str]:
@@ -54,13 +56,23 @@ def scored_alone(plan: Plan, states: Mapping[str, JobState]) -> dict[str, str]:
 
 def describe_run(run: Path, plan: Plan, states: Mapping[str, JobState]) -> RunFile:
     """Return what ``run.json`` will hold."""
-    failures = row_failures(plan, states)
+    failures = row_failures(run, plan, states)
+    manifests, _ = _manifests(run, plan, states)
+    company, strangers = _shared_layers(run, plan, states, failures)
     measured = states.get("throughput")
     commands = [state.done.command for state in states.values() if state.done]
     return RunFile(
         title=plan.title,
         dense=plan.reference,
-        rows=[_row(run, row, states, failures.get(row.label)) for row in plan.rows],
+        rows=[
+            RunRow(
+                **_results(row, states, manifests.get(row.label)),
+                failed=failures.get(row.label),
+                scored_with=company.get(row.label, []),
+                scored_alone=strangers.get(row.label),
+            )
+            for row in plan.rows
+        ],
         commands=[command for command in commands if command],
         versions=plan.versions,
         throughput="throughput/throughput.json" if measured and measured.succeeded else None,
@@ -85,11 +97,7 @@ def write_report_once(run: Path, description: RunFile, *, progress: bool) -> Pat
     from streamline_bench.report.run_folder import build_report, read_run_file
     from streamline_bench.runs.marker import read_done, write_done
 
-    folder = job_folder(run, "report")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be made ({error.strerror}).") from None
+    make_job_folder(run, "report")
     key = digest(description.model_dump(mode="json"))
     done = read_done(run, "report", key)
     if done is not None and (run / done.facts["page"]).is_file():
@@ -106,34 +114,60 @@ def write_report_once(run: Path, description: RunFile, *, progress: bool) -> Pat
     return page
 
 
-def _row(run: Path, row: PlanRow, states: Mapping[str, JobState], failure: str | None) -> RunRow:
-    checkpoint = None if row.dense else f"{row.label}/checkpoint"
-    seconds: dict[str, float] = {}
-    recipe: dict[str, Any] | None = None if row.dense else row.recipe
-    made = states.get(f"compress-{row.label}")
-    if checkpoint and made and made.succeeded:
+def _manifests(
+    run: Path, plan: Plan, states: Mapping[str, JobState]
+) -> tuple[dict[str, Manifest], dict[str, str]]:
+    """The manifests of the checkpoints that were made, and why others cannot be read, by label."""
+    found: dict[str, Manifest] = {}
+    damaged: dict[str, str] = {}
+    for row in plan.rows:
+        made = states.get(f"compress-{row.label}")
+        if made is None or not made.succeeded:
+            continue
         try:
-            manifest = read_manifest(run / checkpoint)
-        except CheckpointError:
-            manifest = None
+            manifest = read_manifest(run / row.label / "checkpoint")
+        except CheckpointError as error:
+            damaged[row.label] = str(error)
+            continue
         if manifest is not None:
-            seconds |= manifest.seconds
-            recipe = manifest.recipe
-    else:
-        checkpoint = None
-    scored = states.get(f"score-{row.label}")
-    if scored and scored.done:
-        seconds["evaluate"] = scored.done.seconds
-    facts = scored.done.facts if scored and scored.done else {}
+            found[row.label] = manifest
+    return found, damaged
+
+
+def _shared_layers(
+    run: Path, plan: Plan, states: Mapping[str, JobState], failures: Mapping[str, str]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Label -> rows that begin with the same layers, and label -> why a row shares none.
+
+    Read from the checkpoints: which rows were in fact scored by one process may have been decided
+    by an interruption, and a report does not depend on that.
+    """
+    rows = sorted(plan.rows, key=lambda row: row.label != plan.reference)
+    jobs = [states[f"score-{row.label}"].job for row in rows if row.label not in failures]
+    found = groups_of(run, [job for job in jobs if job.shareable], one_process=False)
+    groups = [[job.labels[0] for job in group] for group in found.groups]
+    company = {label: group for group in groups if len(group) > 1 for label in group}
+    return company, {
+        job.labels[0]: found.alone[job.name] for job in jobs if job.name in found.alone
+    }
+
+
+def _results(
+    row: PlanRow, states: Mapping[str, JobState], manifest: Manifest | None
+) -> dict[str, Any]:
+    """What a row's own jobs made, as keys of :class:`RunRow`."""
+    made = states.get(f"compress-{row.label}")
+    scored = states[f"score-{row.label}"]
     compared = states.get(f"text-{row.label}")
-    return RunRow(
-        label=row.label,
-        eval=f"{row.label}/eval" if scored and scored.succeeded else None,
-        checkpoint=checkpoint,
-        recipe=recipe,
-        divergence=f"{row.label}/divergence.json" if compared and compared.succeeded else None,
-        seconds=seconds,
-        failed=failure,
-        scored_with=facts.get("together") or [],
-        scored_alone=facts.get("alone"),
-    )
+    seconds = dict(manifest.seconds) if manifest else {}
+    if scored.done:
+        seconds["evaluate"] = scored.done.seconds
+    planned = None if row.dense else row.recipe
+    return {
+        "label": row.label,
+        "eval": f"{row.label}/eval" if scored.succeeded else None,
+        "checkpoint": f"{row.label}/checkpoint" if made and made.succeeded else None,
+        "recipe": manifest.recipe if manifest else planned,
+        "divergence": f"{row.label}/divergence.json" if compared and compared.succeeded else None,
+        "seconds": seconds,
+    }

@@ -20,11 +20,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from streamline_bench.core.folder_lock import lock_folder
+from streamline_bench.core.folder_lock import check_usable, lock_folder
 from streamline_bench.errors import OutputError
 from streamline_bench.runs.plan import PLAN_FILE, Plan, differences, read_plan, write_plan
 
-__all__ = ["claim", "is_row_name", "job_folder", "locked"]
+__all__ = ["check_output", "claim", "is_row_name", "job_folder", "locked", "make_job_folder"]
 
 _FOLDERS = ("jobs", "noise", "throughput")
 _FILES = ("run.json", *(f"leaderboard.{kind}" for kind in ("html", "md", "csv", "json")))
@@ -47,6 +47,36 @@ def job_folder(run: Path, name: str) -> Path:
     return run / "jobs" / name
 
 
+def make_job_folder(run: Path, name: str) -> Path:
+    """Return the folder of a job, made if it is missing.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    folder = job_folder(run, name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        blocking = folder if folder.parent.is_dir() else folder.parent
+        raise OutputError(
+            f"{folder} cannot be made, because {blocking} is not a folder; remove it and run again."
+        ) from None
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be made ({error.strerror}); run again when it can."
+        ) from None
+    return folder
+
+
+def check_output(run: Path) -> None:
+    """Refuse, before anything is made, an output that holds something else than a run.
+
+    Raises:
+        OutputError: it does, or cannot be read.
+    """
+    check_usable(run, PLAN_FILE, "run folder")
+
+
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Hold the run folder (made if missing); the system frees it when the process ends, however.
@@ -54,7 +84,7 @@ def locked(run: Path) -> Iterator[None]:
     Raises:
         OutputError: another run holds it, or it cannot be written or holds something else.
     """
-    _check_usable(run)
+    check_output(run)
     with lock_folder(run):
         yield
 
@@ -109,17 +139,3 @@ def _remove_results(run: Path, plan: Plan) -> None:
                 row.rmdir()
     except OSError as error:
         raise OutputError(f"{run} cannot be emptied ({error.strerror}).") from None
-
-
-def _check_usable(run: Path) -> None:
-    if run.exists() and not run.is_dir():
-        raise OutputError(f"{run} is not a folder; give another --output.")
-    try:
-        names = [path.name for path in run.iterdir()] if run.is_dir() else []
-    except OSError as error:
-        raise OutputError(f"{run} cannot be read ({error.strerror}).") from None
-    # A run that was killed before its plan was written leaves only hidden files.
-    if PLAN_FILE not in names and any(not name.startswith(".") for name in names):
-        raise OutputError(
-            f"{run} exists and is no run folder (it has no {PLAN_FILE}); give another --output."
-        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -51,7 +51,7 @@ class Done(Frozen):
         facts: what the job has to say about its result.
     """
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     key: str
     seconds: float = Field(ge=0)
     attempts: int = Field(ge=1)
@@ -63,6 +63,7 @@ class Done(Frozen):
 class Failed(Frozen):
     """Why an attempt failed, in a sentence."""
 
+    schema_version: Literal[1] = 1
     key: str
     reason: str
     attempts: int
@@ -74,7 +75,7 @@ def read_done(run: Path, name: str, key: str) -> Done | None:
         text = (job_folder(run, name) / "done.json").read_text(encoding="utf-8")
         done = Done.model_validate_json(text)
     except (OSError, UnicodeDecodeError, ValidationError):
-        return None  # not finished, or damaged: the job is done again
+        return None  # not finished, damaged, or of another release: the job is done again
     if done.key != key or not all(_is_whole(run / path, m) for path, m in done.files.items()):
         return None
     return done

@@ -84,7 +84,7 @@ class Scheduler:
         self._watch = watch
         self._units: dict[str, Unit] = {}
         self._tries: Counter[str] = Counter()
-        self._alone: dict[str, str] = {}
+        self._alone: dict[str, str | None] = {}
         self._looked_at: set[str] = set()
 
     def do(self, jobs: Sequence[Job]) -> None:
@@ -130,18 +130,21 @@ class Scheduler:
         return all(self.states[name].succeeded for name in job.needs)
 
     def _start_together(self, jobs: list[Job]) -> None:
-        found = groups_of(self._run, jobs, one_process=self._one_process)
+        # Dense may have its result already; what the others share is told in comparison with it.
+        dense = self._dense()
+        among = [dense, *(job for job in jobs if job is not dense)]
+        found = groups_of(self._run, among, one_process=self._one_process)
         # Started with the other single jobs as soon as there is room.
         self._alone.update(found.alone)
-        for group in found.groups:
+        for group in ([job for job in group if job in jobs] for group in found.groups):
             if len(group) == 1:
-                self._alone.setdefault(group[0].name, "no other row was left to score it with")
-            elif self._executor.has_room():
+                self._alone.setdefault(group[0].name, self._left_over())
+            elif group and self._executor.has_room():
                 self._start(unit_of(group))
 
     def _start_strangers(self, jobs: Iterable[Job]) -> None:
         """Score what shares nothing with the dense row, while other rows are still compressed."""
-        dense = next(s.job for s in self.states.values() if s.job.shareable and not s.job.needs)
+        dense = self._dense()
         for job in jobs:
             if job is dense or job.name in self._looked_at:
                 continue
@@ -152,6 +155,14 @@ class Scheduler:
             if why is not None:
                 self._alone[job.name] = why
                 self._start(unit_of([job]))
+
+    def _dense(self) -> Job:
+        return next(s.job for s in self.states.values() if s.job.shareable and not s.job.needs)
+
+    def _left_over(self) -> str | None:
+        """Why a row that could share layers has no company; of a run's only row, nothing."""
+        rows = sum(state.job.shareable for state in self.states.values())
+        return "no other row was left to score it with" if rows > 1 else None
 
     def _start(self, unit: Unit) -> None:
         for job in unit.jobs:

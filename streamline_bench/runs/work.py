@@ -5,6 +5,7 @@ Exit codes: 0 done (``done.json`` is there), 2 failed for a reason in ``failed.j
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import signal
@@ -17,11 +18,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from streamline_bench.core.leash import hold_leash
-from streamline_bench.errors import StreamlineBenchError
-from streamline_bench.runs.folder import job_folder
+from streamline_bench.errors import EvaluationError, StreamlineBenchError
+from streamline_bench.runs.folder import job_folder, make_job_folder
 from streamline_bench.runs.marker import count_attempt, write_done, write_failed
 
 __all__ = ["Product", "main", "write_job"]
+
+_WORKERS: Mapping[str, str] = {
+    "compress": "compress_job:compress_row",
+    "score": "score_job:score_row",
+    "together": "together:score_rows_together",
+    "text": "text_job:compare_text",
+    "measure": "throughput_job:measure_rows",
+}
+"""Kind of job -> ``module:function`` of this package."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +56,10 @@ def write_job(run: Path, name: str, kind: str, key: str, payload: Mapping[str, A
         OutputError: the job's folder cannot be written.
     """
     from streamline_bench.core.staging import atomic_write_text
-    from streamline_bench.errors import OutputError
 
-    folder = job_folder(run, name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be made ({error.strerror}).") from None
     request = {"kind": kind, "key": key, "payload": dict(payload)}
-    atomic_write_text(folder / "job.json", json.dumps(request, indent=2) + "\n")
+    text = json.dumps(request, indent=2) + "\n"
+    atomic_write_text(make_job_folder(run, name) / "job.json", text)
 
 
 def main(arguments: list[str]) -> int:
@@ -82,25 +87,20 @@ def main(arguments: list[str]) -> int:
 
 
 def _worker(kind: str) -> Callable[[Path, str, Mapping[str, Any]], Product]:
-    if kind == "compress":
-        from streamline_bench.runs.compress_job import compress_row
+    """Return what does a kind of job; only that kind's modules are imported.
 
-        return compress_row
-    if kind == "text":
-        from streamline_bench.runs.text_job import compare_text
-
-        return compare_text
-    if kind == "measure":
-        from streamline_bench.runs.throughput_job import measure_rows
-
-        return measure_rows
-    if kind == "together":
-        from streamline_bench.runs.together import score_rows_together
-
-        return score_rows_together
-    from streamline_bench.runs.score_job import score_row
-
-    return score_row
+    Raises:
+        EvaluationError: a kind that this release does not know.
+    """
+    if kind not in _WORKERS:
+        raise EvaluationError(
+            f"This release knows no job of kind '{kind}' (it knows {', '.join(_WORKERS)}); install "
+            "the release that started the comparison."
+        )
+    module, _, function = _WORKERS[kind].partition(":")
+    worker: Callable[[Path, str, Mapping[str, Any]], Product]
+    worker = getattr(importlib.import_module(f"streamline_bench.runs.{module}"), function)
+    return worker
 
 
 def _sentence(error: Exception, name: str) -> str:

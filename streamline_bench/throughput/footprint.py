@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from streamline_bench.core.architecture import Architecture, architecture_of, config_entry
 from streamline_bench.core.checkpoint import CheckpointReader
@@ -84,9 +84,9 @@ def ideal(dense: Footprint, pruned: Footprint) -> Ideal:
     flops = dense.flops / pruned.flops
     layers = dense.layers / pruned.layers if dense.layers and pruned.layers else flops
     same_layers = abs(pruned.layer_flops - dense.layer_flops) <= 1e-6 * dense.layer_flops
-    kind = "layers" if dense.layers and same_layers else "flops"
+    kind: Literal["layers", "flops"] = "layers" if dense.layers and same_layers else "flops"
     return Ideal(
-        kind="layers" if kind == "layers" else "flops",
+        kind=kind,
         ratio=layers if kind == "layers" else flops,
         layers=layers,
         flops=flops,

@@ -30,8 +30,8 @@ import psutil
 
 BRIEFLY = Path(__file__).with_name("every_recipe_briefly.yaml")
 
-LEFT_OUT = {"seconds", "date", "results_file", "created", "scored_with", "scored_alone"}
-"""Keys of a leaderboard that say when, how fast and beside which others, not what."""
+LEFT_OUT = {"seconds", "date", "results_file", "created"}
+"""Keys of a leaderboard that say when and how fast, not what."""
 
 
 def command(options: argparse.Namespace, run: Path) -> list[str]:

@@ -20,14 +20,17 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from streamline_bench.core.manifest import read_manifest, verify_files
-from streamline_bench.errors import OutputError
+from streamline_bench.errors import OutputError, StreamlineBenchError
 from streamline_bench.methods import load_recipe
 from streamline_bench.report.run_folder import RunFile, RunRow, read_run_file
 from streamline_bench.runs import Execution, RowRequest, compare
 from streamline_bench.runs.comparison import CompareResult, Terminated, compare_request
-from streamline_bench.runs.finish import write_report_once
+from streamline_bench.runs.finish import describe_run, row_failures, write_report_once
 from streamline_bench.runs.folder import locked
+from streamline_bench.runs.jobs import plan_jobs
 from streamline_bench.runs.request import Request
+from streamline_bench.runs.resolve import resolve_plan
+from streamline_bench.runs.scheduler import JobState
 from streamline_bench.stability.lm_eval_reader import read_lm_eval
 
 
@@ -361,3 +364,64 @@ def test_an_interrupted_run_ends_its_jobs_and_can_be_continued(
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sum(_attempts(run).values()) <= (3 if kind == "compress" else 4)
+
+
+@pytest.mark.parametrize("output", ["x" * 300, "closed/run"])
+def test_an_output_that_may_not_be_looked_at_is_one_sentence(
+    make: Callable[..., Request], tmp_path: Path, output: str
+) -> None:
+    request = make()
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    closed.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may enter any folder
+    try:
+        with pytest.raises(OutputError, match=r"\((File name too long|Permission denied)\); give"):
+            compare_request(request, tmp_path / output, progress=False)
+    finally:
+        os.seteuid(user)
+        closed.chmod(0o700)
+
+
+def test_what_is_mistyped_leaves_no_folder(make: Callable[..., Request], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for changes in ({"model": "/nope"}, {"recipes": [RowRequest(recipe="dense", label="jobs")]}):
+        with pytest.raises(StreamlineBenchError):
+            compare_request(make(**changes), run, progress=False)
+    with pytest.raises(StreamlineBenchError):
+        compare_request(
+            make(device="cuda"), run, execution=Execution(gpus_per_job=0), progress=False
+        )
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("blocking", ["jobs", "jobs/compress-last_layers"])
+def test_a_file_where_a_job_belongs_is_named_with_the_remedy(
+    compress_only: Callable[..., CompareResult], tmp_path: Path, blocking: str
+) -> None:
+    run = tmp_path / "run"
+    compress_only(run, recipes=["last_layers"])
+    shutil.rmtree(run / blocking)
+    (run / blocking).touch()
+    with pytest.raises(OutputError, match=f"{blocking} is not a folder; remove it and run again"):
+        compress_only(run, recipes=["last_layers"])
+    (run / blocking).unlink()
+    assert compress_only(run, recipes=["last_layers"]).exit_code == 0
+
+
+def test_a_row_whose_manifest_was_damaged_since_fails_with_the_reason(
+    compress_only: Callable[..., CompareResult], make: Callable[..., Request], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    compress_only(run)
+    plan = resolve_plan(make())
+    states = {job.name: JobState(job, "done") for job in plan_jobs(plan)}
+    assert row_failures(run, plan, states) == {}
+    manifest = run / "last_layers" / "checkpoint" / "streamline.json"
+    manifest.write_text("{", encoding="utf-8")
+    assert list(row_failures(run, plan, states)) == ["last_layers"]
+    described = {row.label: row for row in describe_run(run, plan, states).rows}
+    assert described["first_layers"].failed is None
+    assert "streamline.json cannot be read" in str(described["last_layers"].failed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -70,6 +71,17 @@ def test_a_damaged_marker_is_no_marker(run: Path, text: str) -> None:
     assert read_done(run, "j", "k") is None
     (job_folder(run, "j") / "failed.json").write_text(text, encoding="utf-8")
     assert read_failed(run, "j", "k") is None
+
+
+def test_a_marker_of_another_release_counts_as_absent(run: Path) -> None:
+    write_failed(run, "j", key="k", reason="why")
+    for name, read in (("done.json", read_done), ("failed.json", read_failed)):
+        path = job_folder(run, "j") / name
+        marker = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**marker, "schema_version": 2}), encoding="utf-8")
+        assert read(run, "j", "k") is None
+        path.write_text(json.dumps({**marker, "schema_version": 1}), encoding="utf-8")
+        assert read(run, "j", "k") is not None
 
 
 @pytest.mark.parametrize("text", ["", "x", "-3", '"7"'])

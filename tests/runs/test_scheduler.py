@@ -290,3 +290,32 @@ def test_only_missing_rows_are_scored_together_after_an_interruption(tmp_path: P
     executor = Scripted(succeed)
     _do(tmp_path, jobs, executor)
     assert executor.started == [("score-a", "score-b")]
+
+
+def test_what_dense_shares_decides_also_where_it_has_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reasons name the dense row, whichever rows are left after an interruption."""
+    asked: list[list[str]] = []
+
+    def groups(run: Path, jobs: list[Job], *, one_process: bool) -> Grouping:
+        asked.append([job.name for job in jobs])
+        return Grouping([[job] for job in jobs], {job.name: "another" for job in jobs[1:]})
+
+    jobs = _jobs(shareable=True)
+    for name in ("compress-a", "compress-b", "score-dense"):
+        job_folder(tmp_path, name).mkdir(parents=True)
+        key = next(job.key for job in jobs if job.name == name)
+        write_done(tmp_path, name, key=key, seconds=1, products=[])
+    monkeypatch.setattr(scheduler_module, "groups_of", groups)
+    executor = Scripted(succeed)
+    _do(tmp_path, jobs, executor, one_process=False)
+    assert asked == [["score-dense", "score-a", "score-b"]]
+    assert executor.started == [("score-a",), ("score-b",)]
+
+
+def test_the_only_row_of_a_run_is_not_said_to_be_alone(tmp_path: Path) -> None:
+    (dense,) = [job for job in _jobs(shareable=True) if job.name == "score-dense"]
+    _do(tmp_path, [dense], Scripted(succeed))
+    asked = json.loads((job_folder(tmp_path, "score-dense") / "job.json").read_text())
+    assert "alone" not in asked["payload"]
