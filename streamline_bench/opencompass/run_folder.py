@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from streamline_bench.core.checkpoint import Manifest
-from streamline_bench.core.folder_lock import lock_folder
+from streamline_bench.core.folder_lock import check_usable, lock_folder
 from streamline_bench.core.staging import atomic_write_text
 from streamline_bench.core.versions import package_versions
 from streamline_bench.errors import OutputError
@@ -54,24 +54,12 @@ def claimed_folder(folder: Path, plan: RunPlan, *, overwrite: bool = False) -> I
         StreamlineBenchError: the plan has no config.
     """
     config_text(plan)
-    _check_usable(folder)
+    check_usable(folder, CLAIM, "OpenCompass run")
     with lock_folder(folder):
         if overwrite:
             _remove_run(folder)
         _claim(folder, plan)
         yield
-
-
-def _check_usable(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is not a folder; give another --output.")
-    try:
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be read ({error.strerror}).") from None
-    # A run that was killed before its claim was written leaves only hidden files.
-    if CLAIM not in names and any(not name.startswith(".") for name in names):
-        raise OutputError(f"{folder} exists and is no OpenCompass run; give another --output.")
 
 
 def _remove_run(folder: Path) -> None:
