@@ -50,8 +50,9 @@ Decision = Literal["better", "no worse than margin", "worse", "cannot tell"]
 - ``worse``: d < 0 and significant, and the interval does not exclude a drop of the margin or more;
 - ``cannot tell``: none of these; more documents are needed (see ``detectable``).
 
-Significant for a task or group: Holm's adjusted p is below 1 - confidence. For micro (one test):
-the p itself. For macro, which has no p: the interval excludes 0.
+Significant for a task or group: Holm's adjusted p is below 1 - confidence. For macro and micro (one
+test each): the p itself. Where the p itself is, the interval of the difference does not contain 0,
+and where it is not, it does.
 """
 
 
@@ -63,7 +64,8 @@ class _Decided(Frozen):
             of 1 / number of choices; None for tasks without choices.
         retention: pruned accuracy / dense accuracy; None where the dense model has none right.
         p_value: the p to read; ``p_method`` names its test: McNemar, exact, mid-p with fewer than
-            25 discordant pairs, over clusters where there are any.
+            25 discordant pairs, over clusters where that is larger; "interval of the difference" is
+            the level at which that just touches 0, read where it contains 0 and the test rejects.
         p_holm: adjusted over the tasks (for a group: over the groups); None for filters of a task
             that the summaries leave out, which have no ``decision`` either.
         margin: how large a drop of accuracy is tolerated.
@@ -96,7 +98,7 @@ class TaskComparison(_Decided):
     Attributes:
         n: documents.
         verdict: the metric that says right or wrong.
-        dense, pruned: accuracy with standard error.
+        dense, pruned: accuracy with standard error, cluster-robust where there are clusters.
         difference: pruned - dense, with Newcombe's paired interval, or resampled clusters.
         mcnemar_p, mcnemar_mid_p: exact McNemar test, and its mid-p variant, over documents.
         agreement: share of equal verdicts, with Wilson's interval, or resampled clusters.
@@ -133,18 +135,41 @@ class TaskComparison(_Decided):
     clusters: Clusters | None = None
 
 
-class Overall(_Decided):
-    """Over all tasks: ``macro`` weighs tasks equally, ``micro`` documents.
+class _Summary(_Decided):
+    """What several tasks have together: the mean of theirs (macro), or over all their documents.
 
-    Stability is over the tasks that have one (``stability_tasks`` of them), chance-corrected
-    accuracy over ``corrected_tasks``, shifts of the choice distribution over ``choice_tasks``,
-    calibration over ``calibration_tasks``.
+    Chance-corrected accuracy is over ``corrected_tasks`` tasks, shifts of the choice distribution
+    over ``choice_tasks``, calibration over ``calibration_tasks``: those that have it.
 
     Attributes:
+        kappa: as for a task; macro: mean over the tasks where it is defined.
         choice_kl, choice_js, margin_shift: as in :class:`ChoiceShift`.
-        dense_calibration_error, pruned_calibration_error: as in :class:`Calibration`; macro only,
-            because bins are not pooled over tasks.
+        dense_calibration_error, pruned_calibration_error: as in :class:`Calibration`; over all
+            documents the bins are theirs.
         brier_shift: as in :class:`Calibration`.
+    """
+
+    kappa: float | None = None
+    corrected_tasks: int = 0
+    choice_tasks: int = 0
+    choice_kl: Estimate | None = None
+    choice_js: Estimate | None = None
+    margin_shift: Estimate | None = None
+    calibration_tasks: int = 0
+    dense_calibration_error: float | None = None
+    pruned_calibration_error: float | None = None
+    brier_shift: Estimate | None = None
+
+
+class Overall(_Summary):
+    """Over all tasks: ``macro`` weighs tasks equally, ``micro`` documents.
+
+    Stability is over the tasks that have one (``stability_tasks`` of them). With several tasks,
+    macro's ``p_value`` and ``noninferiority_p`` are normal, by the standard errors that its
+    interval's ends are away: a mean over tasks has no McNemar test. With one they are the task's.
+
+    Attributes:
+        mcnemar_p: as for a task; None for macro.
         clusters: of all tasks together (micro), where any task has them.
     """
 
@@ -158,20 +183,10 @@ class Overall(_Decided):
     stability: Estimate | None
     flips: Flips
     mcnemar_p: float | None = None
-    kappa: float | None = None
-    corrected_tasks: int = 0
-    choice_tasks: int = 0
-    choice_kl: Estimate | None = None
-    choice_js: Estimate | None = None
-    margin_shift: Estimate | None = None
-    calibration_tasks: int = 0
-    dense_calibration_error: float | None = None
-    pruned_calibration_error: float | None = None
-    brier_shift: Estimate | None = None
     clusters: Clusters | None = None
 
 
-class GroupComparison(_Decided):
+class GroupComparison(_Summary):
     """All documents of a group's tasks; its tasks (MMLU's subjects) are the clusters.
 
     Attributes:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from streamline_bench.stability.comparison import Decision, Estimate
 from streamline_bench.stability.means import t_quantile
-from streamline_bench.stability.paired import Outcomes, newcombe_at
+from streamline_bench.stability.paired import MID_P_BELOW, Outcomes, mcnemar, newcombe_at
 
 __all__ = [
     "POWER",
@@ -72,7 +72,8 @@ def detectable_difference(outcomes: Outcomes, confidence: float) -> float | None
     At n pairs of which a share s is discordant, a difference d is found with that power from
     n = (z_a sqrt(s) + z_b sqrt(s - d^2))^2 / d^2 pairs on (R. J. Connor, Biometrics 43 (1987)
     207-211). s is the share seen, (discordant + 1/2) / (n + 1), but at least d: a difference needs
-    that many discordant pairs.
+    that many discordant pairs. Below :data:`MID_P_BELOW` pairs, where that is far off, the power is
+    that of the mid-p test itself, summed over every outcome.
 
     Returns:
         In (0, 1]; None where n is too small to find any difference.
@@ -80,9 +81,12 @@ def detectable_difference(outcomes: Outcomes, confidence: float) -> float | None
     n = outcomes.n
     seen = (outcomes.right_to_wrong + outcomes.wrong_to_right + 0.5) / (outcomes.n + 1)
     z_level, z_power = NormalDist().inv_cdf(0.5 + confidence / 2), NormalDist().inv_cdf(POWER)
+    rejected = _rejected(n, 1 - confidence) if n < MID_P_BELOW else None
 
     def found(difference: float) -> bool:
         share = max(seen, difference)
+        if rejected is not None:
+            return _power(n, share, difference, rejected) >= POWER
         root = z_level * math.sqrt(share) + z_power * math.sqrt(share - difference**2)
         return n * difference**2 >= root**2
 
@@ -93,6 +97,26 @@ def detectable_difference(outcomes: Outcomes, confidence: float) -> float | None
         middle = (low + high) / 2
         low, high = (low, middle) if found(middle) else (middle, high)
     return high
+
+
+def _rejected(n: int, level: float) -> list[tuple[int, int]]:
+    """Answers lost and gained, of at most n, at which the mid-p test finds a difference."""
+    return [
+        (lost, pairs - lost)
+        for pairs in range(1, n + 1)
+        for lost in range(pairs + 1)
+        if mcnemar(Outcomes(0, lost, pairs - lost, 0), mid_p=True) < level
+    ]
+
+
+def _power(n: int, share: float, difference: float, rejected: list[tuple[int, int]]) -> float:
+    """Chance of these outcomes where a ``share`` of n pairs is discordant."""
+    more, less = (share + difference) / 2, (share - difference) / 2
+    return sum(
+        math.comb(n, lost) * math.comb(n - lost, gained)
+        * more**lost * less**gained * (1 - share) ** (n - lost - gained)
+        for lost, gained in rejected
+    )  # fmt: skip
 
 
 def detectable_at(error: float, confidence: float, freedom: int | None = None) -> float | None:

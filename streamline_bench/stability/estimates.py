@@ -19,10 +19,10 @@ from streamline_bench.stability.decision import (
     detectable_difference,
     noninferiority,
 )
+from streamline_bench.stability.means import mean_estimate
 from streamline_bench.stability.metrics import effective_sample_size, stability, stability_weights
 from streamline_bench.stability.paired import (
     Outcomes,
-    accuracy_error,
     mcnemar_test,
     newcombe,
     retention,
@@ -37,15 +37,25 @@ __all__ = [
     "chance_corrected",
     "paired_estimates",
     "stability_estimate",
+    "wider",
 ]
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
 
-def accuracy_estimate(value: float, n: int) -> Estimate:
-    """Accuracy with its standard error."""
-    return Estimate(value=value, standard_error=accuracy_error(value, n))
+def accuracy_estimate(right: BoolArray, clusters: ClusterLabels | None = None) -> Estimate:
+    """Accuracy with its standard error: sample deviation / sqrt(n), as lm-eval gives it.
+
+    With clusters the error is the cluster-robust one (:func:`mean_estimate`). None for one verdict:
+    it says nothing about its own error.
+
+    Args:
+        right: bool [n].
+    """
+    labels = None if clusters is None else clusters.labels
+    found = mean_estimate(right.astype(np.float64), 0.95, labels)
+    return Estimate(value=found.value, standard_error=found.standard_error)
 
 
 def chance_corrected(accuracy: Estimate, chance: float) -> Estimate:
@@ -65,32 +75,65 @@ def paired_estimates(
 ) -> dict[str, Any]:
     """Difference, agreement, retention, p and what could be found; the decision comes after Holm.
 
-    Clusters widen what documents give, and where nothing varies they add nothing.
+    Clusters widen what documents give, and where nothing varies they add nothing. The interval of
+    the difference contains 0 exactly where p is not below 1 - confidence.
 
     Args:
         resampled, net: draws over clusters, and net change per cluster; None without clusters.
     """
     found = _by_documents(outcomes, settings)
-    if resampled is None or net is None:
-        return found
-    found["p_value"], found["p_method"] = clustered_test(
-        np.rint(net).astype(np.int64), resampled.what
-    )
-    if not resampled.varies:
-        return found
+    p_interval = _two_sided(noninferiority(outcomes, 0.0))
+    if resampled is not None and net is not None:
+        by_clusters = clustered_test(np.rint(net).astype(np.int64), resampled.what)
+        if by_clusters[0] >= found["p_value"]:
+            found["p_value"], found["p_method"] = by_clusters
+        if resampled.varies:
+            _widen(found, resampled, outcomes, settings)
+            by_draws = _two_sided(resampled.noninferiority(outcomes.difference, 0.0))
+            p_interval = max(p_interval, by_draws)
+    return found | _reconciled(found, p_interval, 1 - settings.confidence)
+
+
+def _widen(
+    found: dict[str, Any], resampled: Resampled, outcomes: Outcomes, settings: Settings
+) -> None:
+    """Put what clusters give in the place of what is narrower by documents."""
     for name in ("difference", "agreement", "retention"):
         by_documents = found[name]
         if by_documents is not None:
             by_clusters = getattr(resampled, name)(by_documents.value, settings.confidence)
-            found[name] = _wider(by_documents, by_clusters)
+            found[name] = wider(by_documents, by_clusters)
     p = resampled.noninferiority(outcomes.difference, settings.margin), found["noninferiority_p"]
     found["noninferiority_p"] = min(p, key=lambda value: abs(value - 0.5))  # of the wider interval
     detectable = resampled.detectable(settings.confidence), found["detectable"]
     found["detectable"] = None if None in detectable else max(detectable)
-    return found
 
 
-def _wider(by_documents: Estimate, by_clusters: Estimate | None) -> Estimate:
+def _two_sided(p: float) -> float:
+    return 2 * min(p, 1 - p)
+
+
+def _reconciled(found: dict[str, Any], p_interval: float, level: float) -> dict[str, Any]:
+    """p and interval answer one question; where they part, the more careful of the two is read."""
+    difference: Estimate = found["difference"]
+    low, high = difference.low, difference.high
+    if low is None or high is None:
+        return {}
+    if low <= 0 <= high:
+        if found["p_value"] >= level:
+            return {}
+        return {"p_value": max(p_interval, level), "p_method": "interval of the difference"}
+    if found["p_value"] < level:
+        return {}
+    update = {
+        "low": min(low, 0.0),
+        "high": max(high, 0.0),
+        "method": f"{difference.method}, up to 0, which the test does not exclude",
+    }
+    return {"difference": difference.model_copy(update=update)}
+
+
+def wider(by_documents: Estimate, by_clusters: Estimate | None) -> Estimate:
     """Clusters can only widen an interval: a bootstrap of few changes is too narrow by itself."""
     if by_clusters is None:
         return by_documents

@@ -8,10 +8,17 @@ from operator import add
 
 import numpy as np
 
-from streamline_bench.stability.comparison import Clusters, Estimate, GroupComparison
+from streamline_bench.stability.clusters import ClusterLabels
+from streamline_bench.stability.comparison import Clusters, GroupComparison
 from streamline_bench.stability.estimates import paired_estimates
-from streamline_bench.stability.overall import pooled_stability, square_and_add, total_flips
-from streamline_bench.stability.paired import Outcomes
+from streamline_bench.stability.overall import (
+    pooled_accuracies,
+    pooled_choices,
+    pooled_stability,
+    square_and_add,
+    total_flips,
+)
+from streamline_bench.stability.paired import Outcomes, kappa
 from streamline_bench.stability.resampled import resample_clusters
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.task_comparison import ComparedTask
@@ -62,23 +69,30 @@ def _compare(group: str, members: list[ComparedTask], settings: Settings) -> Gro
     )  # fmt: skip
     resampled = resample_clusters(sums, "tasks", settings, group)
     net = sums[:, 2] - sums[:, 1]
+    clusters = _by_task(members)
+    dense, pruned = pooled_accuracies(members, clusters)
+    chosen = [item for item in members if item.measures is not None]
     stable = [item for item in members if item.std is not None]
     known = [item.result.stability for item in stable if item.result.stability is not None]
     return GroupComparison(
         group=group,
         tasks=tuple(item.result.task for item in members),
         n=outcomes.n,
-        dense=Estimate(
-            value=outcomes.dense_accuracy, standard_error=resampled.accuracy_error(pruned=False)
-        ),
-        pruned=Estimate(
-            value=outcomes.pruned_accuracy, standard_error=resampled.accuracy_error(pruned=True)
-        ),
+        dense=dense,
+        pruned=pruned,
         flips=total_flips(members),
-        clusters=Clusters(kind="tasks", count=len(rows), largest=max(o.n for o in rows)),
+        clusters=clusters.shown,
+        kappa=kappa(outcomes),
         macro_dense=float(np.mean([item.dense_accuracy for item in rows])),
         macro_pruned=float(np.mean([item.pruned_accuracy for item in rows])),
         stability=pooled_stability(stable, settings),
         macro_stability=square_and_add(known) if known else None,
         **paired_estimates(outcomes, settings, resampled, net),
+        **pooled_choices(chosen, _by_task(chosen) if chosen else None, settings),
     )
+
+
+def _by_task(members: Sequence[ComparedTask]) -> ClusterLabels:
+    sizes = [item.outcomes.n for item in members]
+    shown = Clusters(kind="tasks", count=len(sizes), largest=max(sizes))
+    return ClusterLabels(np.repeat(np.arange(len(sizes)), sizes), shown)

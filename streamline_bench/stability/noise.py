@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.compare import compare
@@ -29,6 +29,8 @@ from streamline_bench.stability.settings import Settings
 
 __all__ = ["above_noise", "flips_above", "noise_floor"]
 
+_Compared = TypeVar("_Compared", TaskComparison, GroupComparison, Overall)
+
 
 def noise_floor(
     dense: Samples,
@@ -40,8 +42,8 @@ def noise_floor(
 ) -> NoiseFloor:
     """Compare the dense run with its repetitions.
 
-    Shares are means over the repetitions; their intervals are Wilson's at the number of documents
-    (repetitions on the same documents are not independent).
+    Shares are means over the repetitions that have the task; their intervals are Wilson's at the
+    number of documents (repetitions on the same documents are not independent).
 
     Args:
         tasks, common_only, settings: as for :func:`streamline_bench.stability.compare.compare`.
@@ -59,29 +61,27 @@ def noise_floor(
         compare(dense, again, tasks=tasks, common_only=common_only, settings=settings)
         for again in repeats
     ]
-    by_task = {
-        key: [task for result in found for task in result.tasks if (task.task, task.filter) == key]
-        for key in ((task.task, task.filter) for task in found[0].tasks)
-    }
-    floor = tuple(_task(parts, settings) for parts in by_task.values())
-    micros = [result.micro for result in found if result.micro is not None]
-    macros = [result.macro for result in found if result.macro is not None]
-    if not micros:
+    by_task: dict[tuple[str, str], list[TaskComparison]] = {}
+    for task in (task for result in found for task in result.tasks):
+        by_task.setdefault((task.task, task.filter), []).append(task)
+    floor = {key: _task(parts, settings) for key, parts in by_task.items()}
+    counted = [floor[key] for key, parts in by_task.items() if parts[0].p_holm is not None]
+    if not counted:
         raise SamplesError(
             f"No task of '{dense.info.run}' has right or wrong answers that could flip; leave the "
             "noise floor out, or add a task with acc or exact_match."
         )
-    share = _mean([_share(micro.flips, micro.n) for micro in micros])
-    n = micros[0].n
-    divergences = [macro.choice_kl.value for macro in macros if macro.choice_kl is not None]
+    n = sum(task.n for task in counted)
+    share = _pooled([(task.n, task.flips.value) for task in counted])
+    divergences = [task.choice_kl for task in counted if task.choice_kl is not None]
     return NoiseFloor(
         dense_run=dense.info.run,
         repeats=tuple(again.info.run for again in repeats),
-        tasks=floor,
+        tasks=tuple(floor.values()),
         n=n,
         flips=_estimate(share, n, settings),
         agreement=_estimate(1 - share, n, settings),
-        macro_flips=_mean([1 - macro.agreement.value for macro in macros]),
+        macro_flips=_mean([task.flips.value for task in counted]),
         choice_kl=_mean(divergences) if divergences else None,
     )
 
@@ -89,35 +89,29 @@ def noise_floor(
 def above_noise(comparison: Comparison, floor: NoiseFloor) -> Comparison:
     """The comparison with ``noise_flips`` and ``flips_above_noise`` filled in.
 
-    Tasks that the floor does not know stay as they are; the summaries are filled only if it knows
-    all the tasks they are over.
+    A summary has the floor of the tasks that it is over, and stays as it is if the floor does not
+    know them all, as do tasks that it does not know.
     """
     known = {(task.task, task.filter): task for task in floor.tasks}
+    confidence = comparison.confidence
     tasks = tuple(
-        _filled(task, known[key], comparison.confidence)
+        _filled(task, known[key].flips.value, confidence)
         if (key := (task.task, task.filter)) in known
         else task
         for task in comparison.tasks
     )
-    groups = tuple(_group(group, tasks, comparison.confidence) for group in comparison.groups)
-    filled: dict[str, Any] = {"tasks": tasks, "groups": groups}
-    micro, macro = comparison.micro, comparison.macro
-    all_known = all((task.task, task.filter) in known for task in comparison.tasks)
-    if micro is None or macro is None or not all_known:
-        return comparison.model_copy(update=filled)
-    update = {
-        "noise_flips": floor.flips.value,
-        "flips_above_noise": flips_above(
-            _share(micro.flips, micro.n), floor.flips.value, micro.n, comparison.confidence
-        ),
-    }
-    return comparison.model_copy(
-        update=filled
-        | {
-            "micro": micro.model_copy(update=update),
-            "macro": _macro(macro, tasks, floor),
-        }
+    # The summaries are over one filter of each task.
+    counted = {task.task: task for task in tasks if task.p_holm is not None}
+    groups = tuple(
+        _over(group, [counted[name] for name in group.tasks], confidence)
+        for group in comparison.groups
     )
+    filled: dict[str, Any] = {"tasks": tasks, "groups": groups}
+    if comparison.micro is not None and comparison.macro is not None:
+        members = list(counted.values())
+        filled["micro"] = _over(comparison.micro, members, confidence)
+        filled["macro"] = _macro(comparison.macro, members)
+    return comparison.model_copy(update=filled)
 
 
 def flips_above(share: float, floor: float, n: int, confidence: float) -> Estimate:
@@ -137,34 +131,26 @@ def flips_above(share: float, floor: float, n: int, confidence: float) -> Estima
     )
 
 
-def _filled(task: TaskComparison, floor: NoiseTask, confidence: float) -> TaskComparison:
-    excess = flips_above(_share(task.flips, task.n), floor.flips.value, task.n, confidence)
-    return task.model_copy(update={"noise_flips": floor.flips.value, "flips_above_noise": excess})
+def _filled(found: _Compared, floor: float, confidence: float) -> _Compared:
+    excess = flips_above(_share(found.flips, found.n), floor, found.n, confidence)
+    return found.model_copy(update={"noise_flips": floor, "flips_above_noise": excess})
 
 
-def _group(
-    group: GroupComparison, tasks: tuple[TaskComparison, ...], confidence: float
-) -> GroupComparison:
-    """As it is if the floor does not know one of its tasks."""
-    members = [task for task in _counted(tasks) if task.task in group.tasks]
-    if any(task.noise_flips is None for task in members):
-        return group
-    floor = sum(task.n * (task.noise_flips or 0.0) for task in members) / group.n
-    excess = flips_above(_share(group.flips, group.n), floor, group.n, confidence)
-    return group.model_copy(update={"noise_flips": floor, "flips_above_noise": excess})
+def _over(summary: _Compared, members: Sequence[TaskComparison], confidence: float) -> _Compared:
+    """A summary over the documents of these tasks."""
+    floors = [(task.n, task.noise_flips) for task in members if task.noise_flips is not None]
+    if len(floors) < len(members):
+        return summary
+    return _filled(summary, _pooled(floors), confidence)
 
 
-def _counted(tasks: tuple[TaskComparison, ...]) -> list[TaskComparison]:
-    """Those that the summaries are over: without the other filters of a task."""
-    return [task for task in tasks if task.p_holm is not None]
-
-
-def _macro(macro: Overall, tasks: tuple[TaskComparison, ...], floor: NoiseFloor) -> Overall:
-    excess = [
-        task.flips_above_noise for task in _counted(tasks) if task.flips_above_noise is not None
-    ]
+def _macro(macro: Overall, members: Sequence[TaskComparison]) -> Overall:
+    floors = [task.noise_flips for task in members if task.noise_flips is not None]
+    excess = [task.flips_above_noise for task in members if task.flips_above_noise is not None]
+    if len(floors) < len(members):
+        return macro
     return macro.model_copy(
-        update={"noise_flips": floor.macro_flips, "flips_above_noise": square_and_add(excess)}
+        update={"noise_flips": _mean(floors), "flips_above_noise": square_and_add(excess)}
     )
 
 
@@ -186,6 +172,11 @@ def _task(parts: list[TaskComparison], settings: Settings) -> NoiseTask:
 
 def _share(flips: Flips, n: int) -> float:
     return (flips.right_to_wrong + flips.wrong_to_right) / n
+
+
+def _pooled(shares: Sequence[tuple[int, float]]) -> float:
+    """Share over all documents, given (documents, share) of each task."""
+    return sum(n * share for n, share in shares) / sum(n for n, _ in shares)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from streamline_bench.stability.bootstrap import percentile_interval
-from streamline_bench.stability.choice_distribution import ChoiceMeasures, choice_shift
+from streamline_bench.stability.choice_distribution import (
+    ChoiceMeasures,
+    calibration,
+    choice_shift,
+)
 from streamline_bench.stability.clusters import ClusterLabels, pooled_labels
 from streamline_bench.stability.comparison import Estimate, Flips, Overall
 from streamline_bench.stability.decision import decide, detectable_at
@@ -21,19 +24,26 @@ from streamline_bench.stability.estimates import (
     chance_corrected,
     paired_estimates,
     stability_estimate,
+    wider,
 )
-from streamline_bench.stability.means import mean_estimate
-from streamline_bench.stability.paired import Outcomes, kappa, mcnemar
+from streamline_bench.stability.paired import Outcomes, kappa, mcnemar, mean_retention
 from streamline_bench.stability.resampled import (
     Resampled,
     resample_documents,
-    retention_draws,
-    varies,
+    resampled_retention,
 )
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.task_comparison import ComparedTask
 
-__all__ = ["macro", "micro", "pooled_stability", "square_and_add", "total_flips"]
+__all__ = [
+    "macro",
+    "micro",
+    "pooled_accuracies",
+    "pooled_choices",
+    "pooled_stability",
+    "square_and_add",
+    "total_flips",
+]
 
 
 def macro(compared: Sequence[ComparedTask], settings: Settings) -> Overall:
@@ -46,6 +56,7 @@ def macro(compared: Sequence[ComparedTask], settings: Settings) -> Overall:
     difference = square_and_add([result.difference for result in results])
     low, high = difference.low, difference.high
     significant = low is not None and high is not None and (low > 0 or high < 0)
+    kappas = [result.kappa for result in results if result.kappa is not None]
     return Overall(
         tasks=len(compared),
         n=sum(result.n for result in results),
@@ -56,10 +67,10 @@ def macro(compared: Sequence[ComparedTask], settings: Settings) -> Overall:
         agreement=square_and_add([result.agreement for result in results]),
         stability=_over_tasks(result.stability for result in results),
         flips=total_flips(compared),
-        retention=_macro_retention(compared, difference, settings),
+        kappa=sum(kappas) / len(kappas) if kappas else None,
         margin=settings.margin,
-        detectable=_macro_detectable(difference, settings.confidence),
         decision=decide(difference, settings.margin, significant=significant),
+        **_macro_tests(compared, difference, settings),
         **_macro_choices(compared),
     )
 
@@ -75,12 +86,14 @@ def micro(compared: Sequence[ComparedTask], settings: Settings) -> Overall:
         net = clusters.sums(np.concatenate([item.net for item in compared]))[:, 0]
     paired = paired_estimates(outcomes, settings, resampled, net)
     significant = paired["p_value"] < 1 - settings.confidence
+    dense, pruned = pooled_accuracies(compared, clusters)
+    chosen = [item for item in compared if item.measures is not None]
     return Overall(
         tasks=len(compared),
         n=outcomes.n,
         stability_tasks=len(stable),
-        dense=accuracy_estimate(outcomes.dense_accuracy, outcomes.n),
-        pruned=accuracy_estimate(outcomes.pruned_accuracy, outcomes.n),
+        dense=dense,
+        pruned=pruned,
         stability=pooled_stability(stable, settings),
         flips=total_flips(compared),
         mcnemar_p=mcnemar(outcomes),
@@ -88,7 +101,7 @@ def micro(compared: Sequence[ComparedTask], settings: Settings) -> Overall:
         clusters=None if clusters is None else clusters.shown,
         decision=decide(paired["difference"], settings.margin, significant=significant),
         **paired,
-        **_micro_choices([item for item in compared if item.measures is not None], settings),
+        **pooled_choices(chosen, _pooled(chosen) if chosen else None, settings),
     )
 
 
@@ -144,36 +157,53 @@ def _mean(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(value=value, standard_error=error)
 
 
-def _macro_detectable(difference: Estimate, confidence: float) -> float | None:
-    """By the standard error that the interval's width amounts to."""
-    if difference.low is None or difference.high is None:
-        return None
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    return detectable_at((difference.high - difference.low) / (2 * z), confidence)
-
-
-def _macro_retention(
+def _macro_tests(
     compared: Sequence[ComparedTask], difference: Estimate, settings: Settings
-) -> Estimate | None:
-    """Ratio of the mean accuracies."""
-    dense = sum(item.result.dense.value for item in compared)
-    if dense == 0.0:
+) -> dict[str, Any]:
+    """What follows from the interval of the mean difference; of one task, what the task has.
+
+    Its width amounts to a standard error, to which the normal distribution gives p and power: p is
+    below 1 - confidence exactly where the interval does not contain 0.
+    """
+    if len(compared) == 1:
+        names = "retention", "p_value", "p_method", "noninferiority_p", "detectable"
+        return {name: getattr(compared[0].result, name) for name in names}
+    found: dict[str, Any] = {"retention": _macro_retention(compared, settings)}
+    low, high = difference.low, difference.high
+    if low is None or high is None:
+        return found
+    z = NormalDist().inv_cdf(0.5 + settings.confidence / 2)
+    p = _chance_at_or_below(0.0, difference.value, (low, high), z)
+    return found | {
+        "p_value": 2 * min(p, 1 - p),
+        "p_method": "normal, from the interval over tasks",
+        "noninferiority_p": _chance_at_or_below(-settings.margin, difference.value, (low, high), z),
+        "detectable": detectable_at((high - low) / (2 * z), settings.confidence),
+    }
+
+
+def _chance_at_or_below(truth: float, value: float, ends: tuple[float, float], z: float) -> float:
+    """One-sided p of a true difference of ``truth`` or less: ends lie z errors from the value."""
+    distance = value - truth
+    if distance == 0.0:
+        return 0.5
+    error = (value - ends[0] if distance > 0 else ends[1] - value) / z
+    return math.erfc(distance / error / math.sqrt(2)) / 2
+
+
+def _macro_retention(compared: Sequence[ComparedTask], settings: Settings) -> Estimate | None:
+    """Ratio of the mean accuracies; clusters can only widen its interval."""
+    ends = mean_retention([item.outcomes for item in compared], settings.confidence)
+    if ends is None:
         return None
-    value = sum(item.result.pruned.value for item in compared) / dense
-    ratios = retention_draws([_resampled(item, settings) for item in compared], value)
-    if varies(ratios):
-        low, high = percentile_interval(ratios, settings.confidence)
-        method = f"bootstrap within tasks, {settings.draws} draws"
-        return Estimate(value=value, low=max(0.0, low), high=high, method=method)
-    if difference.low is None or difference.high is None:
-        return Estimate(value=value)
-    # Without flips a bootstrap would claim certainty; the difference's interval does not.
-    mean = dense / len(compared)
-    low, high = (
-        value + (difference.low - difference.value) / mean,
-        value + (difference.high - difference.value) / mean,
-    )
-    return Estimate(value=value, low=max(0.0, low), high=high, method="difference / dense accuracy")
+    dense = sum(item.outcomes.dense_accuracy for item in compared)
+    value = sum(item.outcomes.pruned_accuracy for item in compared) / dense
+    method = "ratio of means over tasks (square-and-add)"
+    by_documents = Estimate(value=value, low=ends[0], high=ends[1], method=method)
+    if all(item.resampled is None for item in compared):
+        return by_documents
+    resampled = [_resampled(item, settings) for item in compared]
+    return wider(by_documents, resampled_retention(resampled, value, settings.confidence))
 
 
 def _resampled(item: ComparedTask, settings: Settings) -> Resampled:
@@ -225,31 +255,39 @@ def _macro_choices(compared: Sequence[ComparedTask]) -> dict[str, Any]:
     }
 
 
-def _micro_choices(chosen: Sequence[ComparedTask], settings: Settings) -> dict[str, Any]:
-    if not chosen:
-        return {}
-    outcomes: Outcomes = reduce(add, (item.outcomes for item in chosen))
+def pooled_accuracies(
+    compared: Sequence[ComparedTask], clusters: ClusterLabels | None
+) -> tuple[Estimate, Estimate]:
+    """Accuracy over the documents of all tasks, of the dense and of the pruned model."""
+    return (
+        accuracy_estimate(np.concatenate([item.right for item in compared]), clusters),
+        accuracy_estimate(np.concatenate([item.right_now for item in compared]), clusters),
+    )
+
+
+def pooled_choices(
+    chosen: Sequence[ComparedTask], clusters: ClusterLabels | None, settings: Settings
+) -> dict[str, Any]:
+    """What needs choices, over the documents of all tasks that have them; else nothing."""
     parts = [item.measures for item in chosen if item.measures is not None]
+    if not parts:
+        return {}
     measures = ChoiceMeasures.joined(parts)
     chance = float(np.nanmean(measures.chance))
-    clusters = _pooled(chosen)
+    dense, pruned = pooled_accuracies(chosen, clusters)
     labels = None if clusters is None else clusters.labels
     shift = choice_shift(measures, settings.confidence, labels)
-    brier = measures.pruned_brier - measures.dense_brier
+    calibrated = calibration(measures, settings.confidence, labels)
     return {
         "corrected_tasks": len(chosen),
-        "dense_corrected": chance_corrected(
-            accuracy_estimate(outcomes.dense_accuracy, outcomes.n), chance
-        ),
-        "pruned_corrected": chance_corrected(
-            accuracy_estimate(outcomes.pruned_accuracy, outcomes.n), chance
-        ),
+        "dense_corrected": chance_corrected(dense, chance),
+        "pruned_corrected": chance_corrected(pruned, chance),
         "choice_tasks": _count(item.result.choices for item in chosen),
         "choice_kl": shift and shift.kl,
         "choice_js": shift and shift.js,
         "margin_shift": shift and shift.margin_shift,
         "calibration_tasks": _count(item.result.calibration for item in chosen),
-        "brier_shift": (
-            None if np.isnan(brier).all() else mean_estimate(brier, settings.confidence, labels)
-        ),
+        "dense_calibration_error": calibrated and calibrated.dense_error,
+        "pruned_calibration_error": calibrated and calibrated.pruned_error,
+        "brier_shift": calibrated and calibrated.brier_shift,
     }

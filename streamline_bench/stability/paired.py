@@ -6,6 +6,7 @@ Everything here needs only the four counts of :class:`Outcomes`; d is the dense 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -17,10 +18,10 @@ from streamline_bench.errors import SamplesError
 __all__ = [
     "MID_P_BELOW",
     "Outcomes",
-    "accuracy_error",
     "kappa",
     "mcnemar",
     "mcnemar_test",
+    "mean_retention",
     "newcombe",
     "newcombe_at",
     "retention",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
 
 MID_P_BELOW = 25
 """With fewer discordant pairs the exact test is so conservative that its mid-p is read instead."""
@@ -89,14 +91,6 @@ class Outcomes:
 
     def __add__(self, other: Outcomes) -> Outcomes:
         return Outcomes(*(a + b for a, b in zip(self.counts, other.counts, strict=True)))
-
-
-def accuracy_error(accuracy: float, n: int) -> float | None:
-    """Standard error of a mean of n verdicts, as lm-eval gives it (sample deviation / sqrt(n)).
-
-    None for one verdict: it says nothing about its own error.
-    """
-    return math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else None
 
 
 def kappa(outcomes: Outcomes) -> float | None:
@@ -186,23 +180,44 @@ def retention(outcomes: Outcomes, confidence: float = 0.95) -> tuple[float, floa
     Wilson's intervals and the correlation, contains 0. It does not collapse without flips and needs
     no pruned answer right.
     """
-    if outcomes.dense_accuracy == 0.0:
+    return mean_retention([outcomes], confidence)
+
+
+def mean_retention(
+    tasks: Sequence[Outcomes], confidence: float = 0.95
+) -> tuple[float, float] | None:
+    """The same of the mean accuracies over independent tasks: squares add up over these too."""
+    if all(task.dense_accuracy == 0.0 for task in tasks):
         return None
-    n, z = outcomes.n, _quantile(confidence)
+    z, count = _quantile(confidence), len(tasks)
+    p1 = sum(task.pruned_accuracy for task in tasks) / count
+    p2 = sum(task.dense_accuracy for task in tasks) / count
+    lower, upper = np.zeros(3), np.zeros(3)
+    for task in tasks:
+        below, above = _ratio_squares(task, z)
+        lower += below / count**2
+        upper += above / count**2
+    a, b, c = p2 * p2 - lower[2], p1 * p2 - lower[1], max(0.0, p1 * p1 - lower[0])
+    root = math.sqrt(max(0.0, b * b - a * c))
+    low = float(c / (b + root)) if b + root > 0 else 0.0
+    a, b, c = p2 * p2 - upper[2], p1 * p2 - upper[1], p1 * p1 - upper[0]
+    root = math.sqrt(max(0.0, b * b - a * c))
+    return low, float((b + root) / a)
+
+
+def _ratio_squares(outcomes: Outcomes, z: float) -> tuple[FloatArray, FloatArray]:
+    """Squares and product, [3], of the distances that bound a ratio: its lower end, its upper.
+
+    x², phi x y and y²: the interval of p1 - r p2 reaches sqrt(x² - 2 r phi x y + r² y²).
+    """
+    n = outcomes.n
     p1, p2 = outcomes.pruned_accuracy, outcomes.dense_accuracy
     low1, high1 = _wilson(p1, n, z)
     low2, high2 = _wilson(p2, n, z)
     phi = _corrected_phi(outcomes)
-    below, above = p1 - low1, high2 - p2
-    b = p1 * p2 - phi * below * above
-    c = low1 * (2 * p1 - low1)
-    root = math.sqrt(max(0.0, b * b - high2 * (2 * p2 - high2) * c))
-    low = c / (b + root) if b + root > 0 else 0.0
-    below, above = p2 - low2, high1 - p1
-    a = low2 * (2 * p2 - low2)
-    b = p1 * p2 - phi * below * above
-    root = math.sqrt(max(0.0, b * b - a * high1 * (2 * p1 - high1)))
-    return low, (b + root) / a
+    ends = (p1 - low1, high2 - p2), (high1 - p1, p2 - low2)
+    lower, upper = (np.array([x * x, phi * x * y, y * y]) for x, y in ends)
+    return lower, upper
 
 
 def _square_and_add(first: float, second: float, phi: float) -> float:

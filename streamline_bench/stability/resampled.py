@@ -25,7 +25,14 @@ from streamline_bench.stability.means import t_tail
 from streamline_bench.stability.paired import Outcomes
 from streamline_bench.stability.settings import Settings
 
-__all__ = ["Resampled", "resample_clusters", "resample_documents", "retention_draws", "varies"]
+__all__ = [
+    "Resampled",
+    "resample_clusters",
+    "resample_documents",
+    "resampled_retention",
+    "retention_draws",
+    "varies",
+]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -107,10 +114,6 @@ class Resampled:
         draws = self.ratio(_PRUNED, _DENSE)
         return self.estimate(value, draws, confidence, bounds=(0, math.inf))
 
-    def accuracy_error(self, *, pruned: bool) -> float:
-        """Standard error of an accuracy."""
-        return float(self.ratio(_PRUNED if pruned else _DENSE).std())
-
     def estimate(
         self, value: float, draws: FloatArray, confidence: float, *, bounds: tuple[float, float]
     ) -> Estimate | None:
@@ -163,6 +166,33 @@ def retention_draws(tasks: Sequence[Resampled], value: float) -> FloatArray:
         ratios: FloatArray = mean[_PRUNED] / mean[_DENSE]
         ratios += (lacking[_PRUNED] - value * lacking[_DENSE]) / mean[_DENSE]
     return ratios
+
+
+def resampled_retention(
+    tasks: Sequence[Resampled], value: float, confidence: float
+) -> Estimate | None:
+    """Ratio of the mean accuracies over tasks, with the interval of its draws.
+
+    Few clusters in the tasks that matter are few units here too: by the degrees of freedom of a sum
+    of variances (F. E. Satterthwaite, Biometrics Bulletin 2 (1946) 110-114).
+
+    Returns:
+        None if the draws do not vary or are not finite.
+    """
+    draws = retention_draws(tasks, value)
+    if not varies(draws):
+        return None
+    parts = [(task.ratio(_PRUNED) - value * task.ratio(_DENSE), task.units) for task in tasks]
+    variances = [(float(part.var()), units) for part, units in parts if units > 1]
+    total = sum(variance for variance, _ in variances)
+    freedom = total**2 / sum(variance**2 / (units - 1) for variance, units in variances)
+    (low, high), method = bootstrap_interval(value, draws, round(freedom, 6) + 1, confidence)
+    return Estimate(
+        value=value,
+        low=max(0.0, low),
+        high=high,
+        method=f"{method} within tasks, {len(draws)} draws",
+    )
 
 
 def resample_clusters(sums: FloatArray, kind: str, settings: Settings, *names: str) -> Resampled:

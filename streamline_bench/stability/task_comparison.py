@@ -40,8 +40,7 @@ class ComparedTask:
     """One compared task, with what the summaries over tasks need of it.
 
     Attributes:
-        agree: bool [n], same verdict.
-        net: int64 [n], 1 gained, -1 lost, 0 unchanged.
+        right, right_now: bool [n], verdicts of the dense and of the pruned model.
         std: float64 [n], spread of the dense model's choices; None for tasks without choices.
         measures: of the choices, per document; None likewise.
         clusters: None where every document stands alone.
@@ -50,12 +49,23 @@ class ComparedTask:
 
     result: TaskComparison
     outcomes: Outcomes
-    agree: BoolArray
-    net: IntArray
+    right: BoolArray
+    right_now: BoolArray
     std: FloatArray | None
     measures: ChoiceMeasures | None
     clusters: ClusterLabels | None
     resampled: Resampled | None
+
+    @property
+    def agree(self) -> BoolArray:
+        """Same verdict, bool [n]."""
+        same: BoolArray = self.right == self.right_now
+        return same
+
+    @property
+    def net(self) -> IntArray:
+        """1 gained, -1 lost, 0 unchanged, int64 [n]."""
+        return self.right_now.astype(np.int64) - self.right.astype(np.int64)
 
 
 def compare_task(dense: pd.DataFrame, pruned: pd.DataFrame, settings: Settings) -> ComparedTask:
@@ -70,27 +80,27 @@ def compare_task(dense: pd.DataFrame, pruned: pd.DataFrame, settings: Settings) 
     right_now = pruned[settings.verdict].to_numpy(dtype=np.bool_)
     outcomes = Outcomes.of(right, right_now)
     agree: BoolArray = right == right_now
-    net = right_now.astype(np.int64) - right.astype(np.int64)
     measures = measure_choices(dense, pruned)
     std = None
     if measures is not None:
         std = choice_spread(dense, quantity=settings.spread_quantity, ddof=settings.spread_ddof)
     clusters = cluster_labels(dense["cluster"])
-    resampled = None
+    resampled, net = None, None
     if clusters is not None:
         sums = clusters.sums(np.ones(len(agree)), right, right_now, agree)
+        net = sums[:, 2] - sums[:, 1]
         resampled = resample_clusters(sums, clusters.shown.kind, settings, *names)
     same = _same_choice(dense, pruned, settings.verdict)
     verdict = first["verdict_metric"] if settings.verdict == "correct" else "acc_norm"
-    net_by_cluster = None if clusters is None else clusters.sums(net)[:, 0]
+    accuracies = accuracy_estimate(right, clusters), accuracy_estimate(right_now, clusters)
     result = TaskComparison(
         task=names[0],
         filter=names[1],
         output_type=str(first["output_type"]),
         verdict=str(verdict),
         n=outcomes.n,
-        dense=accuracy_estimate(outcomes.dense_accuracy, outcomes.n),
-        pruned=accuracy_estimate(outcomes.pruned_accuracy, outcomes.n),
+        dense=accuracies[0],
+        pruned=accuracies[1],
         mcnemar_p=mcnemar(outcomes),
         mcnemar_mid_p=mcnemar(outcomes, mid_p=True),
         stability=_stability(std, agree, clusters, settings, names),
@@ -99,10 +109,10 @@ def compare_task(dense: pd.DataFrame, pruned: pd.DataFrame, settings: Settings) 
         kappa=kappa(outcomes),
         flips=_flips(outcomes, right, right_now, same),
         clusters=None if clusters is None else clusters.shown,
-        **paired_estimates(outcomes, settings, resampled, net_by_cluster),
-        **_of_choices(measures, outcomes, clusters, settings),
+        **paired_estimates(outcomes, settings, resampled, net),
+        **_of_choices(measures, accuracies, clusters, settings),
     )
-    return ComparedTask(result, outcomes, agree, net, std, measures, clusters, resampled)
+    return ComparedTask(result, outcomes, right, right_now, std, measures, clusters, resampled)
 
 
 def _stability(
@@ -119,7 +129,7 @@ def _stability(
 
 def _of_choices(
     measures: ChoiceMeasures | None,
-    outcomes: Outcomes,
+    accuracies: tuple[Estimate, Estimate],
     clusters: ClusterLabels | None,
     settings: Settings,
 ) -> dict[str, Any]:
@@ -128,13 +138,10 @@ def _of_choices(
         return {}
     chance = float(np.nanmean(measures.chance))
     labels = None if clusters is None else clusters.labels
-    n = outcomes.n
     return {
         "chance": chance,
-        "dense_corrected": chance_corrected(accuracy_estimate(outcomes.dense_accuracy, n), chance),
-        "pruned_corrected": chance_corrected(
-            accuracy_estimate(outcomes.pruned_accuracy, n), chance
-        ),
+        "dense_corrected": chance_corrected(accuracies[0], chance),
+        "pruned_corrected": chance_corrected(accuracies[1], chance),
         "choices": choice_shift(measures, settings.confidence, labels),
         "calibration": calibration(measures, settings.confidence, labels),
     }

@@ -107,7 +107,7 @@ def test_holm_and_decisions(result: Comparison) -> None:
         significant = task.p_holm < 0.05
         assert (task.decision == "worse") == (significant and task.difference.low <= -0.02
                                               and task.difference.value < 0)  # fmt: skip
-    assert result.micro.p_holm is None and result.macro.p_value is None
+    assert result.micro.p_holm is None and result.macro.p_holm is None
 
 
 def test_decisions_follow_the_margin(runs: tuple[Samples, Samples]) -> None:

@@ -16,6 +16,7 @@ from streamline_bench.stability.resampled import (
     Resampled,
     resample_clusters,
     resample_documents,
+    resampled_retention,
     retention_draws,
 )
 from streamline_bench.stability.samples import Samples
@@ -64,9 +65,6 @@ def test_unequal_clusters_give_the_error_of_every_resample(
 def test_two_unequal_tasks_give_no_impossible_difference() -> None:
     drawn = resample_clusters(np.array([SMALL, LARGE], dtype=float), "tasks", MANY, "group")
     assert np.abs(drawn.differences).max() < 0.3  # the tasks' own are -0.2 and 0.05
-    assert drawn.accuracy_error(pruned=True) == pytest.approx(
-        spread_of(lambda total: total[2] / total[0], np.array([SMALL, LARGE])), rel=0.02
-    )
 
 
 def test_a_group_of_two_unequal_tasks(pair: Callable[..., tuple[Samples, Samples]]) -> None:
@@ -120,6 +118,22 @@ def test_mean_retention_of_one_task_is_its_own() -> None:
     drawn = resample_clusters(np.array([SMALL, LARGE], dtype=float), "passages", MANY, "a")
     value = (SMALL[2] + LARGE[2]) / (SMALL[1] + LARGE[1])
     assert retention_draws([drawn], value) == pytest.approx(drawn.ratio(2, 1), abs=1e-12)
+    own, found = drawn.retention(value, 0.95), resampled_retention([drawn], value, 0.95)
+    assert own is not None and found is not None and "Student" in str(found.method)
+    assert (found.low, found.high) == pytest.approx((own.low, own.high), abs=1e-9)
+
+
+def test_mean_retention_knows_how_few_clusters_there_are() -> None:
+    """Three passages decide, a thousand documents hardly vary: Student's with two degrees."""
+    clusters = resample_clusters(
+        np.array([SMALL, LARGE, SMALL + 3], dtype=float), "passages", MANY, "a"
+    )
+    documents = resample_documents(Outcomes(900, 2, 2, 96), MANY, "b")
+    tasks = [clusters, documents]
+    draws = retention_draws(tasks, 0.99)
+    found = resampled_retention(tasks, 0.99, 0.95)
+    assert found is not None and found.high is not None
+    assert found.high - 0.99 == pytest.approx(scipy_t.ppf(0.975, 2) * draws.std(), rel=0.05)
 
 
 def test_equal_clusters_do_not_vary_by_rounding() -> None:
