@@ -10,6 +10,9 @@ from streamline_bench.report.ranking import perplexity_ratio, ranked
 
 __all__ = ["headline"]
 
+_GUESSING = 0.1
+"""Of the way from guessing to all right; a dense model below has nothing that rows could lose."""
+
 
 def headline(board: Mapping[str, Any]) -> str:
     """One or two plain sentences on the best row against the dense model. Not escaped."""
@@ -23,6 +26,9 @@ def headline(board: Mapping[str, Any]) -> str:
     if not others:
         return f"{dense['label']} answers {before} % right, averaged over tasks.{lost}"
     best = max(others, key=lambda row: row["accuracy_macro"]["value"])
+    corrected = best["macro"]["dense_corrected"]
+    if corrected is not None and corrected["value"] < _GUESSING:
+        return _guessing(dense["label"], before, corrected["value"], len(others)) + lost
     difference = best["macro"]["difference"]
     level = f"{100 * board['method']['confidence']:g} %"
     agreement = best["macro"]["agreement"]["value"]
@@ -33,6 +39,14 @@ def headline(board: Mapping[str, Any]) -> str:
         f"({points(difference['value'])} points, {level} interval {points(difference['low'])} to "
         f"{points(difference['high'])}). {percent(agreement)} % of its verdicts are "
         f"unchanged.{lost}"
+    )
+
+
+def _guessing(label: str, right: str, corrected: float, others: int) -> str:
+    return (
+        f"{label} is close to guessing on these tasks: {right} % right is {percent(corrected)} % "
+        f"of the way from guessing to all right. The order of the {_models(others)} therefore says "
+        "little; what their verdicts do (stability, flips) still says how much they changed."
     )
 
 

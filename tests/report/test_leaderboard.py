@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,20 @@ def test_headline_names_the_best_row(board: dict) -> None:
     assert text.startswith("Of 2 compressed models, layer keeps most")
     alone = {**board, "rows": board["rows"][:1]}
     assert headline(alone).startswith("dense answers")
+
+
+@pytest.mark.parametrize(("corrected", "ranks"), [(0.099, False), (0.1, True), (0.0, False)])
+def test_headline_names_no_winner_where_dense_guesses(
+    board: dict, corrected: float, ranks: bool
+) -> None:
+    copied = json.loads(json.dumps(board))
+    for row in copied["rows"][1:]:
+        row["macro"]["dense_corrected"]["value"] = corrected
+    text = headline(copied)
+    assert ("layer keeps most" in text) is ranks
+    if not ranks:
+        assert text.startswith("dense is close to guessing on these tasks: ")
+        assert f"{100 * corrected:.1f} % of the way" in text
 
 
 def test_csv_has_unrounded_numbers(board: dict) -> None:
