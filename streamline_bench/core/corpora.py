@@ -41,6 +41,7 @@ __all__ = [
     "PRESETS",
     "SHUFFLE_DOCUMENTS",
     "CorpusPreset",
+    "local_path",
     "open_documents",
     "open_records",
     "resolve_source",
@@ -101,6 +102,21 @@ def resolve_source(source: str, model_folder: Path | None = None) -> str:
     return str(own) if own is not None and own.is_file() else "slimpajama"
 
 
+def local_path(source: str, model_folder: Path | None = None) -> Path | None:
+    """Return the file or folder that is read for a source; None where it is on the hub.
+
+    A file need not exist: its ending alone makes it one.
+    """
+    source = resolve_source(source, model_folder)
+    preset = PRESETS.get(source)
+    return _local(source if preset is None else preset.source)
+
+
+def _local(source: str) -> Path | None:
+    path = Path(source).expanduser()
+    return path if path.is_dir() or file_kind(source) else None
+
+
 def open_documents(spec: CalibrationSpec, model_folder: Path | None = None) -> Iterator[str]:
     """Yield the texts of a corpus in seeded order; empty texts are left out.
 
@@ -146,18 +162,16 @@ def _preset_spec(spec: CalibrationSpec, preset: CorpusPreset) -> CalibrationSpec
 
 
 def _records(spec: CalibrationSpec) -> Iterator[Mapping[str, Any]]:
-    path = Path(spec.source).expanduser()
-    if file_kind(spec.source) and not path.is_dir():
-        if not path.is_file():
-            raise CalibrationError(
-                f"Calibration file {path} does not exist; give an existing {_endings()} file."
-            )
-        return _shuffled(read_file(path), spec.seed)
+    path = _local(spec.source)
+    if path is None:
+        return _hub(spec) if _HUB_ID.fullmatch(spec.source) else _unknown(spec.source)
     if path.is_dir():
         return _folder(path, spec)
-    if _HUB_ID.fullmatch(spec.source):
-        return _hub(spec)
-    return _unknown(spec.source)
+    if not path.is_file():
+        raise CalibrationError(
+            f"Calibration file {path} does not exist; give an existing {_endings()} file."
+        )
+    return _shuffled(read_file(path), spec.seed)
 
 
 def _unknown(source: str) -> Iterator[Mapping[str, Any]]:

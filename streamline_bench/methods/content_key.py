@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from streamline_bench.core.checkpoint import CheckpointReader
-from streamline_bench.core.manifest import update_digest
+from streamline_bench.core.corpora import local_path
+from streamline_bench.core.manifest import file_sha256
 from streamline_bench.core.recipe import CalibrationSpec, Recipe
 from streamline_bench.core.tokenizer_files import tokenizer_files
 from streamline_bench.errors import CheckpointError
@@ -55,23 +56,20 @@ def content_key(
 
 def _data_identity(spec: CalibrationSpec, folder: Path) -> str | dict[str, str]:
     """Content of a local source, name of a remote one; read without tokenising anything."""
-    own = folder / "calibration.jsonl"
-    path = own if spec.source == "auto" and own.exists() else Path(spec.source).expanduser()
-    if path.is_file():
-        return _digests(path.parent, [path])
+    path = local_path(spec.source, folder)
+    if path is None or not path.exists():  # on the hub; or not there, as its reader will say
+        return spec.source
     if path.is_dir():
         return _digests(path, sorted(p for p in path.rglob("*") if p.is_file()))
-    return spec.source
+    return _digests(path.parent, [path])
 
 
 def _digests(root: Path, paths: Iterable[Path]) -> dict[str, str]:
     """SHA-256 (hex) of files, by path below ``root``."""
     found = {}
     for path in paths:
-        digest = hashlib.sha256()
         try:
-            update_digest(digest, path)
+            found[path.relative_to(root).as_posix()] = file_sha256(path)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from None
-        found[path.relative_to(root).as_posix()] = digest.hexdigest()
     return found
