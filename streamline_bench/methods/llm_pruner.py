@@ -13,7 +13,6 @@ the ratio is solved for the wanted share of the model's parameters; the result c
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -28,6 +27,7 @@ from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.depth import config_json, untied_head_parameters
 from streamline_bench.methods.gradient_sums import sum_gradients
+from streamline_bench.methods.layer_scores import proportional_ends
 from streamline_bench.methods.unit_scores import (
     Criterion,
     UnitScores,
@@ -88,8 +88,9 @@ class LLMPrunerParameters(BaseModel):
         if self.profile == "uniform":
             return range(depth)
         first, last = self.protect_first, self.protect_last
-        first = min(4, math.ceil(depth / 8)) if first is None else first
-        last = min(2, math.ceil(depth / 16)) if last is None else last
+        usual_first, usual_last = proportional_ends(depth)
+        first = usual_first if first is None else first
+        last = usual_last if last is None else last
         return range(first, max(first, depth - last))
 
 

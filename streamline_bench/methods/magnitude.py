@@ -50,6 +50,7 @@ class Magnitude(Method):
         sums = layer_magnitudes(work.reader, plan.num_layers, options.norm, progress=work.progress)
         removed = select_lowest({layer: sums[layer] for layer in candidates}, plan.n_layers)
         chosen = record(dict(enumerate(sums)), removed, f"{options.norm} magnitude")
+        chosen["protected"] = options.protected(candidates, plan.num_layers)
         return drop_layers(work, removed, plan, chosen=chosen)
 
 

@@ -26,4 +26,5 @@ class RandomLayers(Method):
         plan = size_plan(work)
         candidates = options.candidates(plan.num_layers, plan.n_layers)
         removed = random.Random(work.recipe.seed).sample(candidates, plan.n_layers)
-        return drop_layers(work, removed, plan, chosen={"order": removed})
+        ends = options.protected(candidates, plan.num_layers)
+        return drop_layers(work, removed, plan, chosen={"order": removed, "protected": ends})

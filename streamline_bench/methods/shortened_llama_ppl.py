@@ -49,4 +49,5 @@ class ShortenedLlamaPPL(Method):
         )
         removed = select_lowest(losses, plan.n_layers)
         chosen = record(losses, removed, "nats per token without the layer")
+        chosen["protected"] = options.protected(candidates, plan.num_layers)
         return drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)

@@ -2,7 +2,7 @@
 
 To first order, setting a weight ``w`` to zero changes the loss by ``w · dL/dw``; a layer's score is
 ``Σ |w · dL/dw|`` over its projections. "Taylor+" leaves the first four and the last two layers
-alone: their scores are low, and removing them ruins the model.
+of 32 alone: their scores are low, and removing them ruins the model.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class ShortenedLlamaTaylor(Method):
         scores = taylor_scores(work.model, tokens, progress=work.progress)
         removed = select_lowest({layer: scores[layer] for layer in candidates}, plan.n_layers)
         chosen = record(dict(enumerate(scores)), removed, "sum of |w dL/dw|")
+        chosen["protected"] = options.protected(candidates, plan.num_layers)
         return drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)
 
 

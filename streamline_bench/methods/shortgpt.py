@@ -47,6 +47,7 @@ class ShortGPT(Method):
         influence = similarity.block_influence.tolist()
         removed = select_lowest({layer: influence[layer] for layer in candidates}, plan.n_layers)
         chosen = record(dict(enumerate(influence)), removed, "block influence")
+        chosen["protected"] = options.protected(candidates, plan.num_layers)
         chosen["last_state"] = options.last_state
         similar = (work.work / SIMILARITY_FILE).read_text(encoding="utf-8")
         artefacts = {SIMILARITY_FILE: similar}

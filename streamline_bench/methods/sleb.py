@@ -29,8 +29,8 @@ class SLEBParameters(ProtectedEnds):
         activations_gb: most memory for the states of a batch, in 10^9 bytes.
     """
 
-    protect_first: int = Field(1, ge=0)
-    protect_last: int = Field(1, ge=0)
+    protect_first: int | None = Field(1, ge=0)
+    protect_last: int | None = Field(1, ge=0)
     activations_gb: float = Field(8.0, gt=0)
 
 
@@ -58,6 +58,7 @@ class SLEB(Method):
             "score": "nats per token of the model left",
             "order": removed,
             "loss_after_step": [step["loss"] for step in steps],
+            "protected": options.protected(candidates, plan.num_layers),
         }
         return drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)
 

@@ -48,6 +48,31 @@ def test_a_score_that_is_no_number_names_its_layer(value: float) -> None:
         select_lowest({0: 1.0, 3: value}, 1)
 
 
+@pytest.mark.parametrize(
+    ("depth", "n", "expected"),
+    [
+        (80, 20, (4, 2)), (40, 10, (4, 2)), (32, 8, (4, 2)), (32, 16, (4, 2)), (28, 7, (4, 2)),
+        (24, 6, (3, 2)), (16, 4, (2, 1)), (12, 6, (2, 1)), (5, 1, (1, 1)), (5, 3, (1, 1)),
+        (5, 4, (1, 0)), (2, 1, (1, 0)),
+    ],
+)  # fmt: skip
+def test_ends_in_proportion(depth: int, n: int, expected: tuple[int, int]) -> None:
+    """The published 4 and 2 of 32 layers or more; they give way to what is to go."""
+    ends = ProtectedEnds(protect_first=None, protect_last=None)
+    allowed = ends.candidates(depth, n)
+    assert ends.protected(allowed, depth) == {"first": expected[0], "last": expected[1]}
+    assert len(allowed) >= n
+
+
+def test_no_choice_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        ProtectedEnds(protect_first=4, protect_last=2).candidates(12, 5)
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert "first 4 and the last 2 of 12 layers" in caplog.text
+    ProtectedEnds(protect_first=4, protect_last=2).candidates(12, 6)
+    assert "All 6 layers that may be removed are to go" in caplog.text
+
+
 def test_protected_ends_leave_too_little() -> None:
     assert list(ProtectedEnds(protect_first=1, protect_last=2).candidates(6, 3)) == [1, 2, 3]
     with pytest.raises(SparsityError, match="only 0 may be"):

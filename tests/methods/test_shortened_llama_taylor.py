@@ -118,12 +118,16 @@ def test_the_lowest_go(
 def test_plus_protects_the_ends(
     make_tiny_model: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
+    """In proportion to the depth, so that the scores decide; the paper's numbers can be given."""
     deep = make_tiny_model("llama", num_hidden_layers=9)
     recipe = make_recipe("shortened_llama_taylor_plus", n_layers=3)
     out = compress(deep, recipe, tmp_path / "out", progress=False)
     manifest = read_manifest(out)
     assert manifest is not None
-    assert manifest.chosen["removed_layers"] == [4, 5, 6]
-    shallow = make_tiny_model("llama", num_hidden_layers=8)
-    with pytest.raises(SparsityError, match="protect_first=4 and protect_last=2 only 2"):
-        compress(shallow, recipe, tmp_path / "none", progress=False)
+    scores = list(manifest.chosen["scores"].values())
+    assert manifest.chosen["order"] == sorted(range(2, 8), key=scores.__getitem__)[:3]
+    assert manifest.chosen["protected"] == {"first": 2, "last": 1}
+    ends = {"parameters.protect_first": 4, "parameters.protect_last": 2}
+    papers = make_recipe("shortened_llama_taylor_plus", n_layers=4, **ends)
+    with pytest.raises(SparsityError, match="protect_first=4 and protect_last=2 only 3"):
+        compress(deep, papers, tmp_path / "none", progress=False)
