@@ -35,6 +35,7 @@ __all__ = ["command"]
 @device_option
 @dtype_option("Of the weights; distributions are compared in float32.")
 @click.option("--confidence", type=click.FloatRange(0.5, 0.9999), default=0.95, show_default=True)
+@click.option("--revision", help="Of DENSE, where it is a hub name.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the models bring along.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -49,6 +50,7 @@ def command(
     device: str,
     dtype: str,
     confidence: float,
+    revision: str | None,
     trust_remote_code: bool,
     as_json: bool,
     quiet: bool,
@@ -59,10 +61,11 @@ def command(
     per token, which also sees probability that moves between tokens the text does not contain.
     """
     setup_logging(quiet=quiet)
+    from streamline_bench.core.checkpoint import resolve_pretrained
     from streamline_bench.harness.token_divergence import read_texts, token_divergence
 
     result = token_divergence(
-        dense,
+        resolve_pretrained(dense, revision),
         pruned,
         itertools.islice(read_texts(text, text_field), documents),
         window=window,

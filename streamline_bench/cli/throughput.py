@@ -101,6 +101,8 @@ def _list_of(kind: Callable[[str], _Number]) -> Callable[..., tuple[_Number, ...
 @click.option(
     "--start-timeout", type=click.FloatRange(0, min_open=True), default=900, show_default=True
 )
+@click.option("--revision", help="Of every MODEL that is a hub name.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the models bring along.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the record instead of a table.")
 @click.option(
@@ -119,6 +121,7 @@ def command(
     serving: bool,
     paper: bool,
     engine: str | None,
+    revision: str | None,
     as_json: bool,
     output: Path | None,
     overwrite: bool,
@@ -138,7 +141,7 @@ def command(
         raise click.UsageError("--paper runs transformers; it does not go with --engine vllm.")
     _refuse_ignored(ctx, engine or "hf", serving, paper)
     setup_logging(quiet=quiet or as_json)
-    named = _named(models)
+    named = _named(models, revision)
     _require_free(output, overwrite)
     record = _measured(
         named, engine or "hf", serving, paper, output, not (quiet or as_json), **options
@@ -162,7 +165,7 @@ def _refuse_ignored(ctx: click.Context, engine: str, serving: bool, paper: bool)
         refuse_given(ctx, "--paper runs one sequence at a time", "batch")
 
 
-def _named(models: tuple[str, ...]) -> dict[str, str]:
+def _named(models: tuple[str, ...], revision: str | None) -> dict[str, str]:
     """Labels and folders; folders that are not there are refused before anything is started."""
     from streamline_bench.core.checkpoint import resolve_pretrained
 
@@ -173,7 +176,7 @@ def _named(models: tuple[str, ...]) -> dict[str, str]:
             label, model = Path(given).name or Path(given).resolve().name, given
         if label in named:
             raise click.UsageError(f"Two models are called '{label}'; name one LABEL={model}.")
-        named[label] = str(resolve_pretrained(model))
+        named[label] = str(resolve_pretrained(model, revision))
     return named
 
 

@@ -78,6 +78,7 @@ def measure_job(plan: Plan, labels: Collection[str], threads: int) -> Job:
         "device": plan.device,
         "dtype": plan.evaluation.dtype,
         "threads": threads,
+        "trust_remote_code": plan.trust_remote_code,
         "output": "throughput",
     }
     keys = [plan.weights_sha256, [[row.label, row.key] for row in rows]]

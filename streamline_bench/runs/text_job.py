@@ -52,6 +52,7 @@ def _command(run: Path, payload: Mapping[str, Any], text: TextPlan, batch_size: 
         "--batch-size": batch_size,
         "--device": payload["device"],
         "--dtype": payload["dtype"],
+        "--revision": payload["revision"],
     }
     words = ["streamline-bench", "divergence", payload["pretrained"]]
     words += [str(run / payload["checkpoint"]), text.file]

@@ -39,17 +39,19 @@ def measure_rows(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
                 device=payload["device"],
                 dtype=payload["dtype"] or "auto",
                 threads=payload["threads"],
+                trust_remote_code=payload["trust_remote_code"],
             ),
             output=staging,
             progress=False,
         )
-    return Product([payload["output"]], command=_command(models, payload))
+    return Product([payload["output"]], command=_command(run, payload))
 
 
-def _command(models: Mapping[str, Path], payload: Mapping[str, Any]) -> str:
+def _command(run: Path, payload: Mapping[str, Any]) -> str:
     asked = payload["workload"]
     words = ["streamline-bench", "throughput"]
-    words += [f"{label}={folder}" for label, folder in models.items()]
+    for label, folder in payload["models"].items():
+        words.append(f"{label}={payload['pretrained'] if folder is None else run / folder}")
     options = {
         "--dense": payload["dense"],
         "--engine": payload["engine"],
@@ -62,6 +64,8 @@ def _command(models: Mapping[str, Path], payload: Mapping[str, Any]) -> str:
         "--device": payload["device"],
         "--dtype": payload["dtype"] or "auto",
         "--threads": payload["threads"],
+        "--revision": payload["revision"],
     }
-    words += [str(word) for pair in options.items() for word in pair]
-    return shlex.join([*words, *(["--prefix-caching"] * bool(asked["prefix_caching"]))])
+    words += [str(word) for pair in options.items() if pair[1] is not None for word in pair]
+    words += ["--prefix-caching"] * bool(asked["prefix_caching"])
+    return shlex.join([*words, *(["--trust-remote-code"] * payload["trust_remote_code"])])

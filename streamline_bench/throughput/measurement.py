@@ -179,6 +179,7 @@ def _running(
                 kv_cache_bytes=cache,
                 eager=setup.eager,
                 attention=setup.attention,
+                trust_remote_code=setup.trust_remote_code,
             ),
             setup.visible_device,
             setup.timeout,

@@ -120,6 +120,7 @@ def server_command(settings: EngineSettings, port: int) -> list[str]:
         "--max-num-seqs", str(settings.max_batch),
         *memory,
         *(["--enforce-eager"] if eager else []),
+        *(["--trust-remote-code"] if settings.trust_remote_code else []),
         prefix,
     ]  # fmt: skip
 
@@ -151,6 +152,7 @@ def bench_command(
         "--num-prompts", str(requests),
         "--request-rate", "inf" if math.isinf(rate) else str(rate),
         *(["--max-concurrency", str(max_concurrency)] if max_concurrency else []),
+        *(["--trust-remote-code"] if settings.trust_remote_code else []),
         "--percentile-metrics", ",".join(_METRICS),
         "--metric-percentiles", "50,90,99",
         "--disable-tqdm",

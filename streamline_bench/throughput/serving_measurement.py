@@ -198,4 +198,5 @@ def _settings(
         prefix_caching=workload.prefix_caching,
         kv_cache_bytes=setup.kv_cache_bytes or cache_bytes(sizes, sequences, longest, dtype),
         eager=setup.eager,
+        trust_remote_code=setup.trust_remote_code,
     )

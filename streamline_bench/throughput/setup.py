@@ -40,6 +40,7 @@ class Setup(Frozen):
         timeout: seconds for one round, or for one rate when serving.
         start_timeout: seconds for loading.
         one_at_a_time: load, measure and end each model before the next, for want of memory.
+        trust_remote_code: run code that the models bring along.
     """
 
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
@@ -52,6 +53,7 @@ class Setup(Frozen):
     timeout: Annotated[float, Field(gt=0)] = 600.0
     start_timeout: Annotated[float, Field(gt=0)] = 900.0
     one_at_a_time: bool = False
+    trust_remote_code: bool = False
 
     @property
     def on_cpu(self) -> bool:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from streamline_bench.cli.divergence import command
 from streamline_bench.harness.token_divergence import token_divergence
 from streamline_bench.runs.comparison import compare_request
 from streamline_bench.runs.jobs import Job, plan_jobs
 from streamline_bench.runs.plan import Plan, TextPlan
 from streamline_bench.runs.request import Request
 from streamline_bench.runs.resolve import resolve_plan
+from streamline_bench.runs.text_job import compare_text
 
 
 def _stories() -> list[str]:
@@ -90,6 +93,35 @@ def test_only_what_decides_the_result_is_in_the_key(
     moved.write_text(moved.read_text(encoding="utf-8").replace("w1", "w2"), encoding="utf-8")
     keys.append(_text_job(resolve_plan(asking(text=str(moved)))).key)
     assert len({key, *keys}) == 6
+
+
+def test_the_command_repeats_what_was_compared(
+    asking: Callable[..., Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Result:
+        def model_dump_json(self, **_: object) -> str:
+            return "{}"
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "streamline_bench.harness.token_divergence.token_divergence",
+        lambda *folders, **options: asked.update(options) or Result(),
+    )
+    monkeypatch.setattr(
+        "streamline_bench.core.checkpoint.resolve_pretrained", lambda name, revision: Path(name)
+    )
+    plan = resolve_plan(asking(trust_remote_code=True))
+    plan = Plan(**{**plan.model_dump(), "model": "owner/model", "revision": "v2"})
+    (tmp_path / "last_layers").mkdir()
+    typed = compare_text(tmp_path, "text-last_layers", _text_job(plan).payload).command
+    assert typed is not None
+    words = shlex.split(typed)
+    assert words[:2] == ["streamline-bench", "divergence"]
+    given = command.make_context("divergence", words[2:]).params
+    assert (given["dense"], given["revision"]) == ("owner/model", "v2")
+    assert given["pruned"] == str(tmp_path / "last_layers" / "checkpoint")
+    for key in ("window", "batch_size", "device", "dtype", "trust_remote_code"):
+        assert given[key] == asked[key], key
 
 
 @pytest.mark.slow

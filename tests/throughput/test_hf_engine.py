@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,3 +93,38 @@ def test_paper_mode_is_one_sequence_with_the_papers_figures(tiny_llama: Path) ->
     quoted = {19.87: 1.0, 25.68: 1.2924, 25.88: 1.3025, 27.20: 1.3689, 25.91: 1.3040}
     for row in record.paper:
         assert row.ratio == pytest.approx(quoted[row.tokens_per_second], abs=1e-4)
+
+
+BROUGHT_ALONG = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+def test_code_that_a_model_brings_along_runs_only_where_asked(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "mine"))
+    (folder / "code.py").write_text(BROUGHT_ALONG, encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    classes = {"AutoConfig": "code.MineConfig", "AutoModelForCausalLM": "code.MineForCausalLM"}
+    config |= {"model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    statuses = [
+        measure(
+            {"mine": folder},
+            workload=WORKLOAD,
+            setup=Setup(device="cpu", trust_remote_code=trusted),
+            progress=False,
+        ).models[0].status
+        for trusted in (True, False)
+    ]  # fmt: skip
+    assert statuses == ["ok", "failed"]

@@ -52,3 +52,15 @@ def test_client_command() -> None:
     assert "--ignore-eos" in command and "--save-result" in command
     command = bench_command(ON_GPU, 1, 2.5, Path("/r"), max_concurrency=None, **lengths)
     assert ("--request-rate", "2.5") in pairs(command) and "--max-concurrency" not in command
+
+
+def test_code_that_a_model_brings_along_runs_only_where_asked() -> None:
+    """Server and client load the model's tokenizer, which may bring code, too."""
+    lengths = {"prompt_tokens": 5, "output_tokens": 6, "requests": 7, "max_concurrency": None}
+    for trusted in (True, False):
+        settings = ON_GPU.model_copy(update={"trust_remote_code": trusted})
+        commands = [
+            server_command(settings, 1),
+            bench_command(settings, 1, 1.0, Path("/r"), **lengths),
+        ]
+        assert ["--trust-remote-code" in command for command in commands] == [trusted] * 2

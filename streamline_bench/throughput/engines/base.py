@@ -25,6 +25,7 @@ class EngineSettings(Frozen):
         kv_cache_bytes: size of a preallocated cache, for engines that have one.
         eager: run without compilation and captured graphs; None: as the engine sees fit.
         attention: attention implementation, for engines that let one choose.
+        trust_remote_code: run code that the model brings along.
     """
 
     model: str
@@ -38,6 +39,7 @@ class EngineSettings(Frozen):
     kv_cache_bytes: int | None = None
     eager: bool | None = None
     attention: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def on_cpu(self) -> bool:

@@ -12,7 +12,7 @@ __all__ = ["TransformersEngine"]
 
 
 class TransformersEngine(Engine):
-    """Any checkpoint that transformers loads, ``streamline`` models included. No remote code."""
+    """Any checkpoint that transformers loads, ``streamline`` models included."""
 
     _model: Any
     _device: str
@@ -36,6 +36,7 @@ class TransformersEngine(Engine):
             settings.model,
             dtype=getattr(torch, settings.dtype),
             use_safetensors=True,
+            trust_remote_code=settings.trust_remote_code,
             **chosen,
         )
         config = model.config

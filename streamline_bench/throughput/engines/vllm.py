@@ -60,7 +60,12 @@ class VLLMEngine(Engine):
             "skip_tokenizer_init": True,
             **memory_flags(settings),
         }
-        self._llm = LLM(model=settings.model, disable_log_stats=True, **flags)
+        self._llm = LLM(
+            model=settings.model,
+            trust_remote_code=settings.trust_remote_code,
+            disable_log_stats=True,
+            **flags,
+        )
         config = self._llm.llm_engine.vllm_config
         return Loaded(
             vocab_size=config.model_config.get_vocab_size(),
