@@ -1,4 +1,4 @@
-"""Finds ``baselines/``, ``tasks/`` and ``reports/`` in a checkout and in an installed wheel."""
+"""Finds what comes along: ``baselines/``, ``tasks/``, ``reports/`` and the bundled model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from pathlib import Path
 
 from streamline_bench.errors import InstallationError
 
-__all__ = ["resource"]
+__all__ = ["BUNDLED", "bundled_model", "is_bundled", "resource"]
+
+BUNDLED = "bundled"
+"""Names the bundled model wherever a model is asked for."""
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -26,3 +29,13 @@ def resource(name: str) -> Path:
     raise InstallationError(
         f"The data folder '{name}' of streamline-bench is missing; reinstall the package."
     )
+
+
+def is_bundled(name: object) -> bool:
+    """Whether a model's name stands for the bundled one; a folder of that name comes first."""
+    return str(name) == BUNDLED and not Path(BUNDLED).is_dir()
+
+
+def bundled_model() -> Path:
+    """Return the folder of the bundled model (safetensors, config, tokenizer, calibration text)."""
+    return _PACKAGE / "demo" / "model"

@@ -7,8 +7,9 @@ from typing import Any
 
 from streamline_bench.cli.options import parse_assignments
 from streamline_bench.cli.yaml_values import yaml_assignments
-from streamline_bench.demo.preset import BUNDLED, bundled_request
+from streamline_bench.demo.preset import bundled_request
 from streamline_bench.errors import RecipeError
+from streamline_bench.resources import is_bundled
 from streamline_bench.runs.execution import Execution
 from streamline_bench.runs.request import Request, make_request, read_request
 from streamline_bench.runs.rows import parse_row
@@ -44,7 +45,7 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
             **(payload.get("workload") or {}),
             **yaml_assignments("--workload", options["workload"]),
         }
-    if payload.get("model") == BUNDLED:
+    if is_bundled(payload.get("model")):
         payload = bundled_request(payload)
     for key, what in (("model", "MODEL"), ("recipes", "--recipes"), ("tasks", "--tasks")):
         if not payload.get(key):

@@ -48,7 +48,7 @@ def command(
     quiet: bool,
     **overrides: Any,
 ) -> None:
-    """Remove layers from MODEL (a folder or a hub id) and write the result to --output."""
+    """Remove layers from MODEL (a folder, a hub id or bundled) and write the result to --output."""
     setup_logging(quiet=quiet or as_json)
     from streamline_bench.core.checkpoint import read_manifest
     from streamline_bench.methods import compress, load_recipe

@@ -18,6 +18,7 @@ from streamline_bench.core.manifest import Manifest, read_manifest, write_manife
 from streamline_bench.core.staging import atomic_write_bytes, atomic_write_text, staged_output
 from streamline_bench.core.tensor_file import TensorEntry, read_header
 from streamline_bench.errors import ArchitectureError, CheckpointError
+from streamline_bench.resources import bundled_model, is_bundled
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,7 @@ _UNWANTED = ["*/*", "consolidated*"]  # second copies of the weights in other la
 
 
 def resolve_pretrained(name: str | Path, revision: str | None = None) -> Path:
-    """Return the local folder of a model: a folder as it is, a hub id downloaded if need be.
+    """Return the local folder of a model: as it is, ``bundled``, or a hub id downloaded if need be.
 
     Only safetensors, JSON and tokenizer files are fetched; no pickle is ever read.
 
@@ -52,7 +53,9 @@ def resolve_pretrained(name: str | Path, revision: str | None = None) -> Path:
         CheckpointError: no such folder or hub model, or it has no config or no safetensors weights.
     """
     folder = Path(name).expanduser()
-    if not folder.is_dir():
+    if is_bundled(name):
+        folder = bundled_model()
+    elif not folder.is_dir():
         folder = _download(str(name), revision)
     find_shards(folder)
     _read_config(folder)
@@ -281,6 +284,6 @@ def _download(name: str, revision: str | None) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"Model '{name}' is neither a folder nor to be had from the hub ({reason}); check the "
-            "name, or give a local folder."
+            "name, or give a local folder, or 'bundled'."
         ) from error
     return Path(found)

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamline_bench.demo import TASKS, model
+from streamline_bench.resources import BUNDLED
 
 __all__ = ["BUNDLED", "bundled_request"]
-
-BUNDLED = "bundled"
 
 _OVERRIDES: Mapping[str, Any] = {"sequence_length": 128}
 """The bundled model was trained on blocks of this length."""

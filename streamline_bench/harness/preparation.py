@@ -15,6 +15,7 @@ from streamline_bench.errors import CheckpointError, RecipeError
 from streamline_bench.harness.arguments import ModelArguments
 from streamline_bench.methods import compress_cached, load_recipe
 from streamline_bench.methods.loading import dtype_name
+from streamline_bench.resources import bundled_model, is_bundled
 
 __all__ = ["PreparedModel", "prepare"]
 
@@ -77,7 +78,7 @@ def prepare(arguments: ModelArguments) -> PreparedModel:
 
 
 def _as_it_is(pretrained: str, harness: Mapping[str, Any]) -> PreparedModel:
-    folder = Path(pretrained).expanduser()
+    folder = bundled_model() if is_bundled(pretrained) else Path(pretrained).expanduser()
     looks_local = folder.is_absolute() or pretrained.startswith((".", "~"))
     other_format = any(harness.get(key) for key in ("gguf_file", "autogptq", "gptqmodel"))
     if not (folder.is_dir() or looks_local) or other_format:
