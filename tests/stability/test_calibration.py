@@ -19,6 +19,23 @@ def by_loop(shares: np.ndarray, right: np.ndarray, bins: int) -> float:
     return total
 
 
+def test_order_of_documents_with_equal_shares_does_not_matter() -> None:
+    shares, right = np.full(300, 0.5), np.repeat([0.0, 1.0], [140, 160])
+    assert calibration_error(shares, right, 15) == pytest.approx(160 / 300 - 0.5)
+    alternating = np.tile([0.0, 1.0], 150)
+    assert calibration_error(shares, alternating, 15) == pytest.approx(0.0)
+    source = np.random.default_rng(3)
+    shares = np.round(source.random(400), 1)
+    right = (source.random(400) < shares).astype(float)
+    found = calibration_error(shares, right, 15)
+    for _ in range(5):
+        order = source.permutation(400)
+        assert calibration_error(shares[order], right[order], 15) == pytest.approx(found)
+    # Eleven shares, some forty documents each, and bins of 27: every share is a bin of its own.
+    alone = [abs((right - shares)[shares == share].sum()) for share in np.unique(shares)]
+    assert found == pytest.approx(sum(alone) / 400)
+
+
 @pytest.mark.parametrize(("n", "bins"), [(1, 1), (7, 3), (400, 15), (401, 15)])
 def test_error_is_that_of_a_loop(n: int, bins: int) -> None:
     source = np.random.default_rng(n)

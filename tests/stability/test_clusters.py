@@ -187,6 +187,33 @@ def test_clusters_never_narrow_an_interval(questions: Callable[..., Samples]) ->
     assert unchanged.clusters is not None
 
 
+def test_errors_of_accuracies_are_statsmodels_cluster_robust_ones(
+    pair: Callable[..., tuple[Samples, Samples]],
+) -> None:
+    from statsmodels.api import OLS
+
+    dense, pruned = pair({"t": (400, 10), "u": (100, None)}, noise=2.0)
+    result = compare(dense, pruned, settings=FAST)
+
+    def error(values: np.ndarray, groups: np.ndarray) -> float:
+        how = {"groups": groups, "use_correction": True}
+        return float(OLS(values, np.ones(len(values))).fit(cov_type="cluster", cov_kwds=how).bse[0])
+
+    rows = (pruned.frame["task"] == "t").to_numpy()
+    labels = np.where(rows, np.arange(500) // 10, 1000 + np.arange(500))
+    for side, samples in (("dense", dense), ("pruned", pruned)):
+        right = samples.frame["correct"].to_numpy(dtype=float)
+        first, second = (getattr(task, side).standard_error for task in result.tasks)
+        assert first == pytest.approx(error(right[rows], labels[rows]))
+        assert second == pytest.approx(right[~rows].std(ddof=1) / 10)
+        micro, macro = getattr(result.micro, side), getattr(result.macro, side)
+        assert micro.standard_error == pytest.approx(error(right, labels))
+        assert macro.standard_error == pytest.approx(np.hypot(first, second) / 2)
+        corrected = getattr(result.tasks[0], f"{side}_corrected")
+        assert corrected.standard_error == pytest.approx(first / 0.75)
+    assert result.tasks[0].pruned.standard_error > 1.3 * right[rows].std() / 20
+
+
 def test_few_clusters_cover_the_truth() -> None:
     """Percentiles of six clusters would cover some 85 %."""
     source = np.random.default_rng(4)

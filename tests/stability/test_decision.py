@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -21,7 +22,7 @@ from streamline_bench.stability.decision import (
     noninferiority,
     noninferiority_from_draws,
 )
-from streamline_bench.stability.paired import Outcomes, newcombe
+from streamline_bench.stability.paired import Outcomes, mcnemar_test, newcombe
 
 COUNTS = st.tuples(*[st.integers(0, 60)] * 4).filter(lambda counts: sum(counts) > 0)
 
@@ -85,6 +86,37 @@ def test_detectable_difference_has_the_power_it_says(outcomes: Outcomes) -> None
     share = (outcomes.right_to_wrong + outcomes.wrong_to_right + 0.5) / (outcomes.n + 1)
     lost, gained = (share + difference) / 2, (share - difference) / 2
     assert exact_power(outcomes.n, lost, gained, 0.05) == pytest.approx(0.8, abs=0.02)
+
+
+def brute_power(n: int, lost: float, gained: float) -> float:
+    """Of the test that is read: every sequence of outcomes of n pairs."""
+    power = 0.0
+    for outcomes in itertools.product(((lost, 1, 0), (gained, 0, 1), (1 - lost - gained, 0, 0)),
+                                      repeat=n):  # fmt: skip
+        b, c = (sum(outcome[side] for outcome in outcomes) for side in (1, 2))
+        if mcnemar_test(Outcomes(0, b, c, n - b - c))[0] < 0.05:
+            power += math.prod(outcome[0] for outcome in outcomes)
+    return power
+
+
+@pytest.mark.parametrize("counts", [(5, 0, 0, 0), (3, 2, 1, 1), (0, 4, 2, 2)])
+def test_detectable_difference_of_few_documents_is_enumerated(
+    counts: tuple[int, int, int, int],
+) -> None:
+    outcomes = Outcomes(*counts)
+    difference = detectable_difference(outcomes, 0.95)
+    assert difference is not None
+    seen = (outcomes.right_to_wrong + outcomes.wrong_to_right + 0.5) / (outcomes.n + 1)
+    for moved, enough in ((0.0, True), (-0.01, False)):
+        less = difference + moved
+        share = max(seen, less)
+        power = brute_power(outcomes.n, (share + less) / 2, (share - less) / 2)
+        assert (power >= 0.8 - 1e-9) == enough, (moved, power)
+
+
+def test_four_documents_detect_nothing() -> None:
+    assert detectable_difference(Outcomes(4, 0, 0, 0), 0.95) is None
+    assert detectable_difference(Outcomes(4, 0, 0, 0), 0.8) is not None
 
 
 def test_detectable_difference_without_flips_and_with_few_documents() -> None:

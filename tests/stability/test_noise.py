@@ -110,6 +110,42 @@ def test_tasks_that_the_floor_does_not_know(pair: Callable[..., tuple[Samples, S
     assert result.micro.flips_above_noise is None and result.macro.noise_flips is None
 
 
+def test_summaries_have_the_floor_of_the_tasks_that_they_are_over(
+    pair: Callable[..., tuple[Samples, Samples]],
+) -> None:
+    dense, pruned = pair(TASKS, noise=3.0)
+    noisy = again(dense, "again", 3.0, 1)
+    hard = (dense.frame["task"] == "hard").to_numpy()
+    for column in ("loglikelihoods", "prediction", "correct"):
+        kept = noisy.frame[column].copy()
+        kept[~hard] = dense.frame[column][~hard]
+        noisy.frame[column] = kept
+    floor = noise_floor(dense, [noisy], settings=FAST)
+    assert floor.flips.value > 0.1
+    result = above_noise(compare(dense, pruned, tasks=["easy"], settings=FAST), floor)
+    share = flip_share(dense, pruned, "easy")
+    for found in (result.tasks[0], result.micro, result.macro):
+        assert found is not None and found.flips_above_noise is not None
+        assert found.noise_flips == 0.0
+        assert found.flips_above_noise.value == pytest.approx(share)
+
+
+def test_a_task_of_one_repetition_only_is_in_the_floor(
+    pair: Callable[..., tuple[Samples, Samples]],
+) -> None:
+    dense, _ = pair(TASKS)
+    first, second = (again(dense, f"batch {size}", 0.3, size) for size in (4, 16))
+    only = Samples(first.frame[first.frame["task"] == "easy"], first.info)
+    floor = noise_floor(dense, [only, second], common_only=True, settings=FAST)
+    shares = {task.task: task.flips.value for task in floor.tasks}
+    assert list(shares) == ["easy", "hard"] and floor.n == 320
+    repeats = {"easy": (first, second), "hard": (second,)}
+    for task, parts in repeats.items():
+        assert shares[task] == pytest.approx(np.mean([flip_share(dense, p, task) for p in parts]))
+    assert floor.flips.value == pytest.approx((200 * shares["easy"] + 120 * shares["hard"]) / 320)
+    assert floor.macro_flips == pytest.approx(np.mean(list(shares.values())))
+
+
 def test_groups_have_the_floor_of_their_tasks(
     pair: Callable[..., tuple[Samples, Samples]],
 ) -> None:

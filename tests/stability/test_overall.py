@@ -7,11 +7,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from streamline_bench.stability.bootstrap import percentile_interval
+from streamline_bench.stability.calibration import calibration_error
 from streamline_bench.stability.compare import compare
 from streamline_bench.stability.comparison import Comparison, Estimate
 from streamline_bench.stability.overall import square_and_add
+from streamline_bench.stability.paired import Outcomes, newcombe
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 
@@ -108,6 +111,76 @@ def test_holm_and_decisions(result: Comparison) -> None:
         assert (task.decision == "worse") == (significant and task.difference.low <= -0.02
                                               and task.difference.value < 0)  # fmt: skip
     assert result.micro.p_holm is None and result.macro.p_holm is None
+
+
+def test_macro_has_the_mean_kappa_and_a_p_by_its_interval(result: Comparison) -> None:
+    macro, difference = result.macro, result.macro.difference
+    assert macro.kappa == pytest.approx(np.mean([task.kappa for task in result.tasks]))
+    below, above = difference.value - difference.low, difference.high - difference.value
+    errors = above if difference.value < 0 else below
+    assert macro.p_value == pytest.approx(2 * norm.sf(abs(difference.value) * 1.959964 / errors))
+    assert macro.p_method == "normal, from the interval over tasks"
+    distance = difference.value + 0.02
+    one_sided = norm.sf(distance * 1.959964 / (below if distance > 0 else above))
+    assert macro.noninferiority_p == pytest.approx(one_sided)
+    assert (macro.noninferiority_p < 0.025) == (difference.low > -0.02)
+
+
+def test_macro_interval_excludes_zero_rarely_where_nothing_is_lost() -> None:
+    """Two tasks of 60 answers, nothing lost on the whole: one in twenty may look like it."""
+    source, rejected = np.random.default_rng(5), 0
+    for _ in range(400):
+        tables = source.multinomial(60, [0.5, 0.1, 0.1, 0.3], size=2)
+        outcomes = [Outcomes(*table) for table in tables.tolist()]
+        parts = [Estimate(value=o.difference, low=newcombe(o)[0], high=newcombe(o)[1])
+                 for o in outcomes]  # fmt: skip
+        found = square_and_add(parts)
+        rejected += found.low > 0 or found.high < 0
+    assert rejected / 400 < 0.07
+
+
+def test_macro_of_one_task_is_the_task(pair: Callable[..., tuple[Samples, Samples]]) -> None:
+    for size in (None, 5):
+        found = compare(*pair({"a": (100, size)}, noise=2.0), settings=FAST)
+        (task,), macro = found.tasks, found.macro
+        for name in ("retention", "p_value", "p_method", "noninferiority_p", "detectable",
+                     "kappa", "decision"):  # fmt: skip
+            assert getattr(macro, name) == getattr(task, name), name
+        for name in ("dense", "pruned", "difference", "dense_corrected"):
+            one, other = getattr(macro, name), getattr(task, name)
+            for part in ("value", "standard_error", "low", "high"):
+                if getattr(one, part) is not None:
+                    assert getattr(one, part) == pytest.approx(getattr(other, part)), (name, part)
+
+
+def test_micro_calibration_is_that_of_all_documents(
+    runs: tuple[Samples, Samples], result: Comparison
+) -> None:
+    for side, samples in zip(("dense", "pruned"), runs, strict=True):
+        scores = np.array(samples.frame["loglikelihoods"].tolist())
+        shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+        shares /= shares.sum(axis=1, keepdims=True)
+        right = scores.argmax(axis=1) == samples.frame["gold"].to_numpy(dtype=int)
+        expected = calibration_error(shares.max(axis=1), right.astype(float), 15)
+        assert getattr(result.micro, f"{side}_calibration_error") == pytest.approx(expected)
+
+
+def test_a_group_has_what_all_its_documents_have(
+    pair: Callable[..., tuple[Samples, Samples]],
+) -> None:
+    tasks = {"law": (50, None), "art": (80, None), "sport": (30, None)}
+    found = compare(*pair(tasks, groups={"all": list(tasks)}), settings=FAST)
+    (group,), micro = found.groups, found.micro
+    for name in ("kappa", "corrected_tasks", "choice_tasks", "calibration_tasks",
+                 "dense_calibration_error", "pruned_calibration_error"):  # fmt: skip
+        assert getattr(group, name) == pytest.approx(getattr(micro, name)), name
+    for name in ("dense", "pruned_corrected", "choice_kl", "choice_js", "margin_shift",
+                 "brier_shift"):  # fmt: skip
+        assert getattr(group, name).value == pytest.approx(getattr(micro, name).value), name
+    assert group.choice_kl is not None and "3 clusters" in str(group.choice_kl.method)
+    sums = np.array([task.n * (task.dense.value - group.dense.value) for task in found.tasks])
+    error = np.sqrt(3 / 2 * np.square(sums).sum()) / 160
+    assert group.dense.standard_error == pytest.approx(error)
 
 
 def test_decisions_follow_the_margin(runs: tuple[Samples, Samples]) -> None:
