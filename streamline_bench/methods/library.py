@@ -13,7 +13,7 @@ from streamline_bench.errors import RecipeError
 from streamline_bench.methods.registry import check_parameters
 from streamline_bench.resources import resource
 
-__all__ = ["list_recipes", "load_recipe"]
+__all__ = ["SIZE_KEYS", "list_recipes", "load_recipe"]
 
 SHORT_KEYS: Mapping[str, tuple[str, ...]] = {
     "replacement": ("replacement.kind",),
@@ -33,6 +33,9 @@ SHORT_KEYS: Mapping[str, tuple[str, ...]] = {
 """Short spellings for ``--model_args`` and the command line -> dotted keys of the schema."""
 
 _PRESET_KEYS = ("preset", "training.preset")
+
+SIZE_KEYS = ("sparsity", "n_layers", "parameters.ratio", "parameters.slicing")
+"""Each says how much goes, so that one that is given takes the place of the recipe's."""
 
 OWN_KEYS = ("sparsity", "n_layers", "seed", "reference_quirks")
 
@@ -56,9 +59,10 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     path = _recipe_path(str(name_or_path))
     payload = read_yaml_mapping(path, "a recipe: it must hold a mapping with the key 'method'")
     payload.setdefault("name", path.stem)
-    if overrides and None not in (overrides.get("sparsity"), overrides.get("n_layers")):
-        raise RecipeError("Give sparsity or n_layers, not both.")
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    sizes = [key for key in SIZE_KEYS if key in given]
+    if len(sizes) > 1:
+        raise RecipeError(f"Give {sizes[0]} or {sizes[1]}, not both.")
     # A preset stands for a whole way of training: it replaces the recipe's own, and the caller's
     # other keys are laid over it.
     for key in sorted(given, key=lambda key: key not in (*_PRESET_KEYS, "recovery")):
@@ -108,10 +112,8 @@ def _override(payload: dict[str, Any], key: str, value: Any) -> None:
         # A preset stands for a whole recovery; none leaves the result as the method made it.
         payload["recovery"] = None if value == "none" else {"preset": value}
         return
-    if key in ("sparsity", "n_layers"):
-        # The two are alternatives: what the caller says replaces what the recipe said.
-        payload.pop("sparsity", None)
-        payload.pop("n_layers", None)
+    if key in SIZE_KEYS:
+        _drop_sizes(payload)
     for dotted in SHORT_KEYS.get(key, (key,)):
         *parents, leaf = dotted.split(".")
         target = payload
@@ -120,6 +122,16 @@ def _override(payload: dict[str, Any], key: str, value: Any) -> None:
             if not isinstance(target, dict):
                 raise RecipeError(f"Recipe key '{dotted}' cannot be set: '{parent}' is no mapping.")
         target[leaf] = _plain(value)
+
+
+def _drop_sizes(payload: dict[str, Any]) -> None:
+    for key in SIZE_KEYS:
+        *parents, leaf = key.split(".")
+        holder: Any = payload
+        for parent in parents:
+            holder = holder.get(parent)
+        if isinstance(holder, dict):
+            holder.pop(leaf, None)
 
 
 def _plain(value: Any) -> Any:

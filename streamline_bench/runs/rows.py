@@ -8,7 +8,7 @@ from typing import Any
 
 from streamline_bench.core.recipe import Recipe
 from streamline_bench.errors import RecipeError
-from streamline_bench.methods.library import list_recipes, load_recipe
+from streamline_bench.methods.library import SIZE_KEYS, list_recipes, load_recipe
 from streamline_bench.runs.folder import is_row_name
 from streamline_bench.runs.request import Request, RowRequest
 
@@ -89,7 +89,7 @@ def _group(name: str) -> list[str]:
 
 def _row(request: RowRequest, common: Mapping[str, Any]) -> Row:
     own = request.overrides
-    sizes = {"sparsity", "n_layers"}
+    sizes = set(SIZE_KEYS)
     shared = {
         key: value
         for key, value in common.items()

@@ -69,7 +69,8 @@ def test_every_recipe_gives_its_parameters(
         given = bool(written.get("parameters") or written.get("replacement"))
         assert given == (name not in NOTHING_TO_SET), name
         assert isinstance(row["parameters"], dict), name
-        size = (written.get("sparsity"), written.get("parameters", {}).get("slicing"))
+        own = written.get("parameters", {})
+        size = (written.get("sparsity"), own.get("slicing"), own.get("ratio"))
         assert any(size) == (name != "dense"), name
 
 

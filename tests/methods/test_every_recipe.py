@@ -18,6 +18,7 @@ from streamline_bench.modeling import register
 NOT_STOCK = {
     "streamline_ffn", "streamline_ffn_res", "streamline_swiglu", "streamline_swiglu_res",
     "streamline_linear", "linear_patch", "ridge_map", "llm_pruner", "llm_pruner_lora",
+    "llm_pruner_paper",
     "slicegpt", "slicegpt_lora", "slicegpt_paper",
 }  # fmt: skip
 """Recipes whose result no stock class can express; all others must be stock Llamas."""

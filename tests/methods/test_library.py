@@ -41,6 +41,26 @@ def test_an_override_of_one_size_replaces_the_other() -> None:
     assert (recipe.n_layers, recipe.sparsity) == (3, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("slicegpt", "parameters.slicing"), ("llm_pruner", "parameters.ratio")],
+)
+def test_a_methods_own_size_replaces_the_recipes_and_the_other_way_round(
+    name: str, key: str
+) -> None:
+    own = key.partition(".")[2]
+    by_ratio = load_recipe(name, {key: "0.3"})
+    assert (by_ratio.sparsity, by_ratio.parameters[own]) == (None, 0.3)
+    paper = load_recipe(f"{name}_paper")
+    assert (paper.sparsity, paper.parameters[own]) == (None, 0.25)
+    by_share = load_recipe(f"{name}_paper", {"sparsity": 0.2})
+    assert (by_share.sparsity, by_share.parameters.get(own)) == (0.2, None)
+    with pytest.raises(RecipeError, match=f"Give sparsity or {key}, not both"):
+        load_recipe(name, {"sparsity": 0.2, key: 0.3})
+    with pytest.raises(RecipeError, match="Give sparsity or n_layers, not both"):
+        load_recipe(name, {"sparsity": 0.2, "n_layers": 3})
+
+
 def test_none_leaves_the_recipe_alone() -> None:
     assert load_recipe("streamline", {"seed": None}) == load_recipe("streamline")
 

@@ -43,6 +43,10 @@ def test_a_rows_own_values_win_and_one_size_replaces_the_other(
     rows = {row.label: row.recipe for row in resolve_rows(make(recipes=["first_layers", own]))}
     assert (rows["first_layers"].n_layers, rows["first_layers"].sparsity) == (2, None)
     assert (rows["half"].n_layers, rows["half"].sparsity) == (None, 0.5)
+    sliced = RowRequest(label="s", recipe="slicegpt", overrides={"parameters.slicing": 0.25})
+    (_, row) = resolve_rows(make(recipes=[sliced]))
+    assert (row.recipe.n_layers, row.recipe.sparsity) == (None, None)
+    assert row.recipe.parameters["slicing"] == 0.25
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""One model entry per recipe of ``baselines/``, at a quarter of the parameters removed.
+"""One model entry per recipe of ``baselines/``, at a quarter of the parameters removed; those whose
+size is a paper's own ratio of heads, channels or width keep it.
 
 The model is ``$STREAMLINE_BENCH_MODEL`` (a folder or hub id), else the paper's Llama 2 7B. An entry
 is a plain dict: change ``path``, ``sparsity`` or ``run_cfg`` after importing it.
@@ -29,6 +30,7 @@ last_layers_partial_models = [
 linear_patch_models = [dict(**_pruned, abbr="linear_patch", recipe="linear_patch")]
 llm_pruner_models = [dict(**_pruned, abbr="llm_pruner", recipe="llm_pruner")]
 llm_pruner_lora_models = [dict(**_pruned, abbr="llm_pruner_lora", recipe="llm_pruner_lora")]
+llm_pruner_paper_models = [dict(**_model, abbr="llm_pruner_paper", recipe="llm_pruner_paper")]
 llm_pruner_uniform_models = [
     dict(**_pruned, abbr="llm_pruner_uniform", recipe="llm_pruner_uniform")
 ]
@@ -51,7 +53,7 @@ shortgpt_models = [dict(**_pruned, abbr="shortgpt", recipe="shortgpt")]
 sleb_models = [dict(**_pruned, abbr="sleb", recipe="sleb")]
 slicegpt_models = [dict(**_pruned, abbr="slicegpt", recipe="slicegpt")]
 slicegpt_lora_models = [dict(**_pruned, abbr="slicegpt_lora", recipe="slicegpt_lora")]
-slicegpt_paper_models = [dict(**_pruned, abbr="slicegpt_paper", recipe="slicegpt_paper")]
+slicegpt_paper_models = [dict(**_model, abbr="slicegpt_paper", recipe="slicegpt_paper")]
 streamline_models = [dict(**_pruned, abbr="streamline", recipe="streamline")]
 streamline_ffn_models = [dict(**_pruned, abbr="streamline_ffn", recipe="streamline_ffn")]
 streamline_ffn_res_models = [
