@@ -100,6 +100,9 @@ def _overall(overall: Mapping[str, Any] | None, scope: str) -> dict[str, Any]:
         record[f"{name}_{scope}"] = ((overall or {}).get(name) or {}).get("value")
     for name in ("decision", "detectable", "noninferiority_p", "pruned_calibration_error"):
         record[f"{name}_{scope}"] = (overall or {}).get(name)
+    if scope == "macro":
+        for name in ("p_value", "p_method", "kappa"):
+            record[f"{name}_macro"] = (overall or {}).get(name)
     if scope == "micro":
         flips = (overall or {}).get("flips") or {}
         for name in ("right_to_wrong", "wrong_to_right", "wrong_to_other_wrong"):

@@ -17,6 +17,7 @@ from streamline_bench.report.leaderboard import build_leaderboard
 from streamline_bench.report.markdown import to_markdown
 from streamline_bench.report.page import to_html
 from streamline_bench.report.schema import Leaderboard
+from streamline_bench.stability.comparison import GroupComparison
 from streamline_bench.stability.settings import Settings
 
 EXCESS = {"value": 0.0712, "low": 0.0309, "high": 0.1123, "method": "by hand"}
@@ -103,6 +104,34 @@ def test_every_task_has_its_statistics(board: dict[str, Any]) -> None:
             assert percent(found["calibration"]["pruned_error"]) in shown
     first = " ".join(cells(change, "colours"))
     assert "120 12 passages" in first and "+7.1 [+3.1, +11.2]" in first
+
+
+def test_a_group_has_its_statistics(board: dict[str, Any]) -> None:
+    row = board["rows"][1]
+    names = set(GroupComparison.model_fields)
+    group = {name: value for name, value in row["micro"].items() if name in names}
+    group |= {"group": "both", "tasks": ["colours", "places"], "n": 240}
+    found = Leaderboard.model_validate(
+        {**board, "rows": [board["rows"][0], {**row, "groups": [group]}]}
+    ).model_dump(mode="json")
+    shown = " ".join(cells(table(to_html(found), "none, answers by task"), "both"))
+    micro = row["micro"]
+    assert decimal(micro["kappa"], 2) in shown
+    assert decimal(micro["choice_kl"]["value"]) in shown
+    assert decimal(micro["margin_shift"]["value"], signed=True) in shown
+    assert percent(micro["pruned_calibration_error"]) in shown
+
+
+def test_means_over_tasks_have_their_test_in_the_table(board: dict[str, Any]) -> None:
+    record = list(csv.DictReader(io.StringIO(to_csv(board))))[1]
+    macro, micro = board["rows"][1]["macro"], board["rows"][1]["micro"]
+    for column, value in (
+        ("p_value_macro", macro["p_value"]),
+        ("kappa_macro", macro["kappa"]),
+        ("noninferiority_p_macro", macro["noninferiority_p"]),
+        ("pruned_calibration_error_micro", micro["pruned_calibration_error"]),
+    ):
+        assert value is not None and float(record[column]) == value, column
 
 
 def test_flips_above_noise_are_in_every_view(board: dict[str, Any]) -> None:
