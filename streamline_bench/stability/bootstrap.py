@@ -64,13 +64,9 @@ def percentile_interval(draws: FloatArray, confidence: float = 0.95) -> Interval
 
 
 def bootstrap_interval(
-    value: float, draws: FloatArray, units: float, confidence: float
+    value: float, draws: FloatArray, units: int, confidence: float
 ) -> tuple[Interval, str]:
-    """Interval of ``value`` from draws over resampled units, and its name.
-
-    Args:
-        units: how many there are; need not be whole (degrees of freedom of a sum, plus one).
-    """
+    """Interval of ``value`` from draws over resampled units, and its name."""
     if not 1 < units < FEW_UNITS:
         return percentile_interval(draws, confidence), "bootstrap"
     half = t_quantile(confidence, units - 1) * float(draws.std())

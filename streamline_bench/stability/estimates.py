@@ -37,7 +37,6 @@ __all__ = [
     "chance_corrected",
     "paired_estimates",
     "stability_estimate",
-    "wider",
 ]
 
 FloatArray = npt.NDArray[np.float64]
@@ -102,7 +101,7 @@ def _widen(
         by_documents = found[name]
         if by_documents is not None:
             by_clusters = getattr(resampled, name)(by_documents.value, settings.confidence)
-            found[name] = wider(by_documents, by_clusters)
+            found[name] = _wider(by_documents, by_clusters)
     p = resampled.noninferiority(outcomes.difference, settings.margin), found["noninferiority_p"]
     found["noninferiority_p"] = min(p, key=lambda value: abs(value - 0.5))  # of the wider interval
     detectable = resampled.detectable(settings.confidence), found["detectable"]
@@ -133,7 +132,7 @@ def _reconciled(found: dict[str, Any], p_interval: float, level: float) -> dict[
     return {"difference": difference.model_copy(update=update)}
 
 
-def wider(by_documents: Estimate, by_clusters: Estimate | None) -> Estimate:
+def _wider(by_documents: Estimate, by_clusters: Estimate | None) -> Estimate:
     """Clusters can only widen an interval: a bootstrap of few changes is too narrow by itself."""
     if by_clusters is None:
         return by_documents

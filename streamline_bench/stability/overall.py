@@ -24,14 +24,9 @@ from streamline_bench.stability.estimates import (
     chance_corrected,
     paired_estimates,
     stability_estimate,
-    wider,
 )
 from streamline_bench.stability.paired import Outcomes, kappa, mcnemar, mean_retention
-from streamline_bench.stability.resampled import (
-    Resampled,
-    resample_documents,
-    resampled_retention,
-)
+from streamline_bench.stability.resampled import Resampled, resample_documents
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.task_comparison import ComparedTask
 
@@ -192,18 +187,19 @@ def _chance_at_or_below(truth: float, value: float, ends: tuple[float, float], z
 
 
 def _macro_retention(compared: Sequence[ComparedTask], settings: Settings) -> Estimate | None:
-    """Ratio of the mean accuracies; clusters can only widen its interval."""
-    ends = mean_retention([item.outcomes for item in compared], settings.confidence)
-    if ends is None:
+    """Ratio of the mean accuracies; clusters can only widen what a task adds to its interval."""
+    outcomes = [item.outcomes for item in compared]
+    dense = sum(one.dense_accuracy for one in outcomes)
+    if dense == 0.0:
         return None
-    dense = sum(item.outcomes.dense_accuracy for item in compared)
-    value = sum(item.outcomes.pruned_accuracy for item in compared) / dense
+    value = sum(one.pruned_accuracy for one in outcomes) / dense
+    reach = [
+        0.0 if item.resampled is None else item.resampled.reach(value, settings.confidence)
+        for item in compared
+    ]
+    low, high = mean_retention(outcomes, settings.confidence, reach) or (None, None)
     method = "ratio of means over tasks (square-and-add)"
-    by_documents = Estimate(value=value, low=ends[0], high=ends[1], method=method)
-    if all(item.resampled is None for item in compared):
-        return by_documents
-    resampled = [_resampled(item, settings) for item in compared]
-    return wider(by_documents, resampled_retention(resampled, value, settings.confidence))
+    return Estimate(value=value, low=low, high=high, method=method)
 
 
 def _resampled(item: ComparedTask, settings: Settings) -> Resampled:

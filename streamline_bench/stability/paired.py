@@ -184,19 +184,24 @@ def retention(outcomes: Outcomes, confidence: float = 0.95) -> tuple[float, floa
 
 
 def mean_retention(
-    tasks: Sequence[Outcomes], confidence: float = 0.95
+    tasks: Sequence[Outcomes], confidence: float = 0.95, reach: Sequence[float] = ()
 ) -> tuple[float, float] | None:
-    """The same of the mean accuracies over independent tasks: squares add up over these too."""
+    """The same of the mean accuracies over independent tasks: squares add up over these too.
+
+    Args:
+        reach: of each task, how far the interval of p1 - r p2 reaches at least, r being the ratio
+            of the means: where clusters say more than documents. Empty without clusters.
+    """
     if all(task.dense_accuracy == 0.0 for task in tasks):
         return None
     z, count = _quantile(confidence), len(tasks)
     p1 = sum(task.pruned_accuracy for task in tasks) / count
     p2 = sum(task.dense_accuracy for task in tasks) / count
     lower, upper = np.zeros(3), np.zeros(3)
-    for task in tasks:
+    for task, least in zip(tasks, reach or [0.0] * count, strict=True):
         below, above = _ratio_squares(task, z)
-        lower += below / count**2
-        upper += above / count**2
+        lower += below * _factor(below, p1 / p2, least) / count**2
+        upper += above * _factor(above, p1 / p2, least) / count**2
     a, b, c = p2 * p2 - lower[2], p1 * p2 - lower[1], max(0.0, p1 * p1 - lower[0])
     root = math.sqrt(max(0.0, b * b - a * c))
     low = float(c / (b + root)) if b + root > 0 else 0.0
@@ -218,6 +223,12 @@ def _ratio_squares(outcomes: Outcomes, z: float) -> tuple[FloatArray, FloatArray
     ends = (p1 - low1, high2 - p2), (high1 - p1, p2 - low2)
     lower, upper = (np.array([x * x, phi * x * y, y * y]) for x, y in ends)
     return lower, upper
+
+
+def _factor(squares: FloatArray, ratio: float, least: float) -> float:
+    """By how much squares must grow that they reach this far."""
+    square = float(squares[0] - 2 * ratio * squares[1] + ratio**2 * squares[2])
+    return max(1.0, least**2 / square) if square > 0 else 1.0
 
 
 def _square_and_add(first: float, second: float, phi: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,18 +20,11 @@ from streamline_bench.stability.decision import (
     detectable_at,
     noninferiority_from_draws,
 )
-from streamline_bench.stability.means import t_tail
+from streamline_bench.stability.means import t_quantile, t_tail
 from streamline_bench.stability.paired import Outcomes
 from streamline_bench.stability.settings import Settings
 
-__all__ = [
-    "Resampled",
-    "resample_clusters",
-    "resample_documents",
-    "resampled_retention",
-    "retention_draws",
-    "varies",
-]
+__all__ = ["Resampled", "resample_clusters", "resample_documents", "varies"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -114,6 +106,14 @@ class Resampled:
         draws = self.ratio(_PRUNED, _DENSE)
         return self.estimate(value, draws, confidence, bounds=(0, math.inf))
 
+    def reach(self, ratio: float, confidence: float) -> float:
+        """How far the interval of pruned - ratio x dense accuracy reaches; 0 if it cannot say."""
+        draws = self.ratio(_PRUNED) - ratio * self.ratio(_DENSE)
+        if not varies(draws):
+            return 0.0
+        freedom = self.units - 1 if self.units < FEW_UNITS else math.inf
+        return t_quantile(confidence, freedom) * float(draws.std())
+
     def estimate(
         self, value: float, draws: FloatArray, confidence: float, *, bounds: tuple[float, float]
     ) -> Estimate | None:
@@ -147,52 +147,6 @@ def varies(draws: FloatArray) -> bool:
     if not np.isfinite(draws).all():
         return False
     return bool(np.ptp(draws) > _SAME * max(1.0, float(np.abs(draws).max())))
-
-
-def retention_draws(tasks: Sequence[Resampled], value: float) -> FloatArray:
-    """Draws of the ratio of the mean accuracies over tasks, pruned / dense [draws].
-
-    Args:
-        value: the ratio seen.
-    """
-    mean: dict[int, FloatArray] = {}
-    lacking: dict[int, FloatArray] = {}
-    for column in (_DENSE, _PRUNED):
-        drawn = [task.totals[:, column] / task.totals[:, _DOCUMENTS] for task in tasks]
-        mean[column] = np.mean(drawn, axis=0)
-        more = [task.ratio(column) - part for task, part in zip(tasks, drawn, strict=True)]
-        lacking[column] = np.mean(more, axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios: FloatArray = mean[_PRUNED] / mean[_DENSE]
-        ratios += (lacking[_PRUNED] - value * lacking[_DENSE]) / mean[_DENSE]
-    return ratios
-
-
-def resampled_retention(
-    tasks: Sequence[Resampled], value: float, confidence: float
-) -> Estimate | None:
-    """Ratio of the mean accuracies over tasks, with the interval of its draws.
-
-    Few clusters in the tasks that matter are few units here too: by the degrees of freedom of a sum
-    of variances (F. E. Satterthwaite, Biometrics Bulletin 2 (1946) 110-114).
-
-    Returns:
-        None if the draws do not vary or are not finite.
-    """
-    draws = retention_draws(tasks, value)
-    if not varies(draws):
-        return None
-    parts = [(task.ratio(_PRUNED) - value * task.ratio(_DENSE), task.units) for task in tasks]
-    variances = [(float(part.var()), units) for part, units in parts if units > 1]
-    total = sum(variance for variance, _ in variances)
-    freedom = total**2 / sum(variance**2 / (units - 1) for variance, units in variances)
-    (low, high), method = bootstrap_interval(value, draws, round(freedom, 6) + 1, confidence)
-    return Estimate(
-        value=value,
-        low=max(0.0, low),
-        high=high,
-        method=f"{method} within tasks, {len(draws)} draws",
-    )
 
 
 def resample_clusters(sums: FloatArray, kind: str, settings: Settings, *names: str) -> Resampled:

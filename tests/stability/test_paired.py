@@ -204,6 +204,22 @@ def test_mean_retention_is_the_ratio_whose_mean_difference_may_be_zero() -> None
         assert (p1 - r * p2) ** 2 == pytest.approx(square / 9)
 
 
+def test_what_clusters_say_widens_mean_retention() -> None:
+    tasks = [Outcomes(400, 30, 20, 550), Outcomes(600, 40, 30, 330)]
+    narrow, same = mean_retention(tasks), mean_retention(tasks, 0.95, [0.0, 1e-6])
+    wide = mean_retention(tasks, 0.95, [0.05, 0.0])
+    assert narrow is not None and wide is not None and narrow == same
+    ratio = (420 + 630) / (430 + 640)
+    dense = (0.430 + 0.640) / 2
+    # One reaches 0.05 / 2 of the mean difference, the other what its documents give.
+    other = mean_retention(tasks, 0.95, [0.0, 0.0])
+    alone = mean_retention([tasks[1]])
+    assert other == narrow and alone is not None
+    rest = (alone[1] - alone[0]) / 2 * 0.640 / 2
+    assert (wide[1] - wide[0]) / 2 == pytest.approx(math.hypot(0.025, rest) / dense, rel=0.02)
+    assert wide[0] < ratio < wide[1]
+
+
 def test_mean_retention_covers_the_truth_with_few_flips() -> None:
     """Two tasks of 40 documents: percentiles of a bootstrap cover 83 %."""
     shares = [0.70, 0.02, 0.01, 0.27]

@@ -16,8 +16,6 @@ from streamline_bench.stability.resampled import (
     Resampled,
     resample_clusters,
     resample_documents,
-    resampled_retention,
-    retention_draws,
 )
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
@@ -106,34 +104,18 @@ def test_tasks_together_spread_each_part_by_its_own_factor() -> None:
 def test_documents_are_plain_ratios() -> None:
     drawn = resample_documents(Outcomes(30, 20, 10, 40), MANY, "t")
     assert np.array_equal(drawn.ratio(2, 1), drawn.totals[:, 2] / drawn.totals[:, 1])
-    by_task = [drawn, resample_documents(Outcomes(5, 2, 3, 4), MANY, "u")]
-    plain = [
-        np.mean([part.totals[:, column] / part.totals[:, 0] for part in by_task], axis=0)
-        for column in (1, 2)
-    ]
-    assert np.array_equal(retention_draws(by_task, 1.0), plain[1] / plain[0])
 
 
-def test_mean_retention_of_one_task_is_its_own() -> None:
-    drawn = resample_clusters(np.array([SMALL, LARGE], dtype=float), "passages", MANY, "a")
-    value = (SMALL[2] + LARGE[2]) / (SMALL[1] + LARGE[1])
-    assert retention_draws([drawn], value) == pytest.approx(drawn.ratio(2, 1), abs=1e-12)
-    own, found = drawn.retention(value, 0.95), resampled_retention([drawn], value, 0.95)
-    assert own is not None and found is not None and "Student" in str(found.method)
-    assert (found.low, found.high) == pytest.approx((own.low, own.high), abs=1e-9)
-
-
-def test_mean_retention_knows_how_few_clusters_there_are() -> None:
-    """Three passages decide, a thousand documents hardly vary: Student's with two degrees."""
-    clusters = resample_clusters(
-        np.array([SMALL, LARGE, SMALL + 3], dtype=float), "passages", MANY, "a"
-    )
-    documents = resample_documents(Outcomes(900, 2, 2, 96), MANY, "b")
-    tasks = [clusters, documents]
-    draws = retention_draws(tasks, 0.99)
-    found = resampled_retention(tasks, 0.99, 0.95)
-    assert found is not None and found.high is not None
-    assert found.high - 0.99 == pytest.approx(scipy_t.ppf(0.975, 2) * draws.std(), rel=0.05)
+@pytest.mark.parametrize("clusters", [[SMALL, LARGE], [SMALL, LARGE, SMALL + 3, 2 * LARGE]])
+def test_reach_is_students_of_every_resample(clusters: list[np.ndarray]) -> None:
+    """Whose quantile is of the few clusters there are."""
+    table = np.array(clusters, dtype=np.float64)
+    drawn = resample_clusters(table, "passages", MANY, "a")
+    error = spread_of(lambda total: (total[2] - 0.9 * total[1]) / total[0], table)
+    quantile = scipy_t.ppf(0.975, len(clusters) - 1)
+    assert drawn.reach(0.9, 0.95) == pytest.approx(quantile * error, rel=0.02)
+    many = resample_documents(Outcomes(400, 30, 20, 550), MANY, "b")
+    assert many.reach(1.0, 0.95) == pytest.approx(1.96 * many.differences.std(), rel=1e-4)
 
 
 def test_equal_clusters_do_not_vary_by_rounding() -> None:
