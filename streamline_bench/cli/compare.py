@@ -62,8 +62,9 @@ __all__ = ["command", "finish", "stops_with_a_word"]
               help="Run layers that models share once.")  # fmt: skip
 @click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option("--ray-address", default="auto", show_default=True, help="Of an existing cluster.")
-@click.option("--cpus-per-job", type=click.IntRange(min=1), default=1, show_default=True,
-              help="What a job asks a Ray cluster for.")  # fmt: skip
+@click.option("--cpus-per-job", default="1", show_default=True, metavar="N[,KIND=N…]",
+              help="What a job asks a Ray cluster for, as in 8,compress=2; of compress, score, "
+              "text and measure.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=1), help="Jobs at a time on this machine.")
 @click.option("--gpus", help="Comma-separated ids of the GPUs that jobs share out.")
 @click.option("--gpus-per-job", type=click.IntRange(min=0), help="1 where --gpus is given, else 0.")

@@ -10,7 +10,7 @@ from streamline_bench.cli.yaml_values import yaml_assignments
 from streamline_bench.demo.preset import bundled_request
 from streamline_bench.errors import RecipeError
 from streamline_bench.resources import is_bundled
-from streamline_bench.runs.execution import Execution
+from streamline_bench.runs.execution import Execution, parse_cpus
 from streamline_bench.runs.request import Request, make_request, read_request
 from streamline_bench.runs.rows import parse_row
 
@@ -72,10 +72,12 @@ def read_execution(options: Mapping[str, Any]) -> Execution:
         RecipeError: values that cannot be.
     """
     gpus = tuple(part.strip() for part in (options["gpus"] or "").split(",") if part.strip())
+    cpus, by_kind = parse_cpus(options["cpus_per_job"])
     return Execution(
         executor=options["executor"],
         ray_address=options["ray_address"],
-        cpus_per_job=options["cpus_per_job"],
+        cpus_per_job=cpus,
+        cpus_by_kind=by_kind,
         workers=options["workers"],
         gpus=gpus,
         gpus_per_job=options["gpus_per_job"],

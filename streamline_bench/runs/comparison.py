@@ -129,6 +129,7 @@ def compare_request(
         # What was mistyped is refused before a folder is made for it.
         plan = resolve_plan(request, device=execution.device)
         execution.check_device(plan.device)
+        execution.check_threads(plan.threads)
         executor = _executor(execution)
         try:
             with locked(output):

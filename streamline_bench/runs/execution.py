@@ -7,13 +7,17 @@ unless the plan fixes it (``--threads``).
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from streamline_bench.errors import RecipeError
 
-__all__ = ["EXECUTORS", "Execution"]
+__all__ = ["EXECUTORS", "JOB_KINDS", "Execution", "parse_cpus"]
 
 EXECUTORS: tuple[str, ...] = ("local", "ray")
+
+JOB_KINDS: tuple[str, ...] = ("compress", "score", "text", "measure")
+"""Kinds of jobs that may ask for different numbers of CPUs; the noise floor is scoring."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Execution:
         gpus_per_job: GPUs of one job, 0 or 1; None: one of ``gpus``, or what the machine has
             where none are named. A model is on one GPU, so that more would be idle.
         cpus_per_job: CPUs that a job asks a ray cluster for.
+        cpus_by_kind: the same for single kinds of jobs (see :data:`JOB_KINDS`). GPUs have no such
+            choice: a plan has one device, so that either every job needs a GPU or none does.
         ray_address: of the cluster; ``auto`` for the one this machine belongs to.
         retries: how often a job is started again after its process or machine was lost. A job
             that ended with an error of its own is not tried again.
@@ -39,6 +45,7 @@ class Execution:
     gpus: tuple[str, ...] = field(default=())
     gpus_per_job: int | None = None
     cpus_per_job: int = 1
+    cpus_by_kind: Mapping[str, int] = field(default_factory=dict)
     ray_address: str = "auto"
     retries: int = 2
     timeout: float | None = None
@@ -52,7 +59,19 @@ class Execution:
         """
         if self.executor not in EXECUTORS:
             raise RecipeError(f"Unknown executor '{self.executor}'; known: {', '.join(EXECUTORS)}.")
+        self._check_cpus()
         self._check_gpus()
+
+    def _check_cpus(self) -> None:
+        fewest = min((self.cpus_per_job, *self.cpus_by_kind.values()))
+        if fewest < 1:
+            raise RecipeError(f"--cpus-per-job gives a job {fewest} CPUs; give at least 1.")
+        unknown = self.cpus_by_kind.keys() - set(JOB_KINDS)
+        if unknown:
+            raise RecipeError(
+                f"--cpus-per-job names '{min(unknown)}', which is no kind of job; known: "
+                f"{', '.join(JOB_KINDS)}."
+            )
 
     def _check_gpus(self) -> None:
         twice = {gpu for gpu in self.gpus if self.gpus.count(gpu) > 1}
@@ -69,6 +88,20 @@ class Execution:
             )
         if self.gpus and not self.gpus_of_a_job:
             raise RecipeError("--gpus names GPUs and --gpus-per-job 0 uses none; leave one out.")
+
+    def check_threads(self, threads: int | None) -> None:
+        """Refuse more CPU threads than a job asks the cluster's CPUs for; they would crowd others.
+
+        Raises:
+            RecipeError: saying for which kind of jobs.
+        """
+        short = [kind for kind in JOB_KINDS if self.cpus_of(kind) < (threads or 0)]
+        if self.executor == "ray" and short:
+            raise RecipeError(
+                f"A {short[0]} job would run {threads} threads (--threads) on the "
+                f"{self.cpus_of(short[0])} CPUs that it asks the cluster for; give "
+                f"--cpus-per-job {threads}, or fewer threads."
+            )
 
     def check_device(self, device: str) -> None:
         """Refuse a torch device that jobs could not have, or that they would all share unasked.
@@ -97,6 +130,10 @@ class Execution:
         # Of a cluster, this machine's GPU says nothing.
         return "cpu" if self.executor == "ray" or self.gpus_per_job == 0 else None
 
+    def cpus_of(self, kind: str) -> int:
+        """CPUs that a job of this kind asks a ray cluster for."""
+        return self.cpus_by_kind.get(kind, self.cpus_per_job)
+
     @property
     def gpus_of_a_job(self) -> int:
         """GPUs of one job, 0 for none."""
@@ -116,6 +153,26 @@ class Execution:
     def threads_alone(self) -> int:
         """CPU threads of a job beside which no other runs, where the plan does not say."""
         if self.executor == "ray":
-            return self.cpus_per_job
+            return self.cpus_of("measure")
         given = os.environ.get("OMP_NUM_THREADS", "")
         return int(given) if given.isdigit() and int(given) else os.cpu_count() or 1
+
+
+def parse_cpus(text: str) -> tuple[int, dict[str, int]]:
+    """Read ``8`` or ``8,compress=2``: CPUs of a job, and of single kinds of jobs.
+
+    Raises:
+        RecipeError: the text has another form.
+    """
+    common, by_kind = 1, {}
+    for part in text.split(","):
+        kind, separator, number = part.rpartition("=")
+        if not number.strip().isdecimal() or (separator and not kind.strip()):
+            raise RecipeError(
+                f"--cpus-per-job '{text}' is neither a number nor such as '8,compress=2'."
+            )
+        if separator:
+            by_kind[kind.strip()] = int(number)
+        else:
+            common = int(number)
+    return common, by_kind

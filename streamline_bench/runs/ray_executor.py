@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from streamline_bench.errors import ClusterError, MissingDependencyError
-from streamline_bench.runs.execution import Execution
+from streamline_bench.runs.execution import JOB_KINDS, Execution
 from streamline_bench.runs.executor import Ended, Unit
 from streamline_bench.runs.process import JobProcess
 
@@ -55,13 +55,14 @@ class RayExecutor:
     def submit(self, run: Path, unit: Unit) -> None:
         """Queue the unit."""
         execution = self.execution
+        cpus = execution.cpus_of(unit.jobs[0].kind)
         remote = self._ray.remote(run_job_here).options(
             name=unit.name,
-            num_cpus=execution.cpus_per_job,
+            num_cpus=cpus,
             num_gpus=execution.gpus_of_a_job,
             max_retries=0,  # attempts are counted, and limited, by the scheduler
         )
-        environment = {"OMP_NUM_THREADS": str(execution.cpus_per_job), **_own_variables()}
+        environment = {"OMP_NUM_THREADS": str(cpus), **_own_variables()}
         environment |= unit.environment
         here = str(Path.cwd())
         limit = unit.limit(execution.timeout)
@@ -107,17 +108,16 @@ class RayExecutor:
 
     def _check_resources(self) -> None:
         """A request that no machine can ever satisfy would wait for ever."""
-        wanted = {"CPU": float(self.execution.cpus_per_job)}
-        if self.execution.gpus_of_a_job:
-            wanted["GPU"] = float(self.execution.gpus_of_a_job)
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        if any(all(node.get(k, 0) >= v for k, v in wanted.items()) for node in nodes):
-            return
-        asked = ", ".join(f"{value:g} {name}" for name, value in wanted.items())
-        raise ClusterError(
-            f"No machine of the Ray cluster has {asked}, which each job asks for; lower "
-            "--cpus-per-job or --gpus-per-job."
-        )
+        for kind in JOB_KINDS:
+            wanted = {"CPU": self.execution.cpus_of(kind), "GPU": self.execution.gpus_of_a_job}
+            if any(all(node.get(k, 0) >= v for k, v in wanted.items()) for node in nodes):
+                continue
+            asked = ", ".join(f"{value} {name}" for name, value in wanted.items() if value)
+            raise ClusterError(
+                f"No machine of the Ray cluster has {asked}, which a {kind} job asks for; lower "
+                "--cpus-per-job or --gpus-per-job."
+            )
 
 
 def run_job_here(

@@ -162,12 +162,13 @@ def test_a_text_that_is_missing_or_damaged_is_refused_before_anything_runs(
 
 def test_how_it_is_run_is_no_part_of_the_request() -> None:
     options = {
-        "executor": "ray", "ray_address": "10.0.0.1:6379", "cpus_per_job": 8, "workers": 3,
-        "gpus": "0, 1", "gpus_per_job": 1, "retries": 5, "timeout": 60.0, "trunk": False,
+        "executor": "ray", "ray_address": "10.0.0.1:6379", "workers": 3,
+        "cpus_per_job": "8,compress=2", "gpus": "0, 1", "gpus_per_job": 1, "retries": 5,
+        "timeout": 60.0, "trunk": False,
     }  # fmt: skip
     assert read_execution(options) == Execution(
         executor="ray", ray_address="10.0.0.1:6379", cpus_per_job=8, workers=3, gpus=("0", "1"),
-        gpus_per_job=1, retries=5, timeout=60.0, trunk=False,
+        cpus_by_kind={"compress": 2}, gpus_per_job=1, retries=5, timeout=60.0, trunk=False,
     )  # fmt: skip
 
 

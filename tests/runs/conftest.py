@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -66,3 +67,15 @@ def tasks(tmp_path: Path) -> Path:
     task = TASK.replace("FILE", str(folder / "words.jsonl"))
     (folder / "words.yaml").write_text(task, encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def leaderboards(repository: Path) -> Any:
+    """The module tests/benchmarks/compare_kill_resume.py, which compares leaderboards."""
+    path = repository / "tests" / "benchmarks" / "compare_kill_resume.py"
+    spec = importlib.util.spec_from_file_location("compare_kill_resume", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

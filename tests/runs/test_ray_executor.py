@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ import pytest
 from streamline_bench.errors import ClusterError, MissingDependencyError
 from streamline_bench.runs.comparison import compare_request
 from streamline_bench.runs.execution import Execution
-from streamline_bench.runs.request import Request
+from streamline_bench.runs.request import Request, RowRequest
 
 pytest.importorskip("ray", reason="Ray is not installed (pip install 'streamline-bench[ray]')")
 
@@ -55,8 +56,9 @@ def test_resources_that_no_node_has_are_refused(
     cluster: Any, make: Callable[..., Request], tmp_path: Path
 ) -> None:
     execution = Execution(executor="ray", ray_address=cluster.address, cpus_per_job=64)
-    with pytest.raises(ClusterError, match="64 CPU"):
+    with pytest.raises(ClusterError, match="64 CPU, which a compress job asks for"):
         compare_request(make(), tmp_path / "run", execution=execution, progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -92,6 +94,63 @@ def test_a_lost_node_costs_one_job(
     for label in ("first_layers", "last_layers", "random_layers"):
         assert (run / label / "checkpoint" / "streamline.json").is_file()
     assert _jobs_of(run) == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_node_lost_while_rows_are_scored_together_changes_no_number(
+    cluster: Any,
+    make: Callable[..., Request],
+    tasks: Path,
+    tmp_path: Path,
+    leaderboards: Any,
+) -> None:
+    ray_run, local_run = tmp_path / "ray", tmp_path / "local"
+    request = make(
+        recipes=[
+            "first_layers",
+            "last_layers",
+            RowRequest(recipe="last_layers", label="last_one", overrides={"n_layers": 1}),
+        ],
+        tasks=["words"],
+        include_path=str(tasks),
+        noise_floor=True,
+        threads=1,
+        limit=4,
+    )
+    compare_request(request, local_run, until="compress", progress=False)
+    shutil.copytree(local_run, ray_run)
+    nodes = [cluster.add_node(num_cpus=1, object_store_memory=MEMORY) for _ in range(2)]
+
+    def lose_the_walk() -> None:
+        while not (walking := [p for p in _jobs_of(ray_run) if "together" in p.cmdline()[-1]]):
+            time.sleep(0.02)
+        above = {parent.pid for parent in walking[0].parents()}
+        (node,) = (n for n in nodes if n.all_processes["raylet"][0].process.pid in above)
+        while not list(ray_run.glob("jobs/score-together-*/attempts.json")):
+            time.sleep(0.02)
+        cluster.remove_node(node, allow_graceful=False)
+
+    thread = threading.Thread(target=lose_the_walk)
+    thread.start()
+    execution = Execution(executor="ray", ray_address=cluster.address)
+    result = compare_request(request, ray_run, execution=execution, progress=False)
+    thread.join()
+    assert (result.exit_code, dict(result.failures)) == (0, {})
+    attempts = _attempts(ray_run)
+    assert [n for name, n in attempts.items() if name.startswith("score-together-")] == [2]
+    assert attempts["score-first_layers"] in (1, 2)  # it may have been on that node, too
+    assert "its first layer differs" in result.alone["first_layers"]
+    assert _jobs_of(ray_run) == []
+    assert compare_request(request, local_run, progress=False).exit_code == 0
+    boards = [leaderboards.facts(run) for run in (ray_run, local_run)]
+    for board in boards:  # the copied checkpoints were made in the other folder
+        board["commands"] = [line for line in board["commands"] if " compress " not in line]
+    assert list(leaderboards.differences(*boards)) == []
+    shared = {row["label"]: set(row["scored_with"]) for row in boards[0]["rows"]}
+    walk = {"dense", "last_layers", "last_one"}
+    assert shared == {"first_layers": set(), **dict.fromkeys(walk, walk)}
+    assert boards[0]["noise"]["repeats"] == ["batch size 4"]
 
 
 def test_no_cluster_at_the_address(

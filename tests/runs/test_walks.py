@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -17,18 +16,6 @@ from streamline_bench.runs.request import Request
 
 KINDS = {"trunk_group", "trunk_rolling", "trunk_generation"}
 """Multiple choice and loglikelihood; rolling loglikelihood; generation."""
-
-
-@pytest.fixture(scope="session")
-def leaderboards(repository: Path) -> Any:
-    """The module tests/benchmarks/compare_kill_resume.py, which compares leaderboards."""
-    path = repository / "tests" / "benchmarks" / "compare_kill_resume.py"
-    spec = importlib.util.spec_from_file_location("compare_kill_resume", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _facts(run: Path) -> list[dict[str, Any]]:
