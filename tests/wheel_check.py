@@ -45,20 +45,22 @@ def main(dist: Path, work: Path) -> None:
     if "streamline_demo" not in run(command, "tasks", cwd=work):
         sys.exit("the tasks are not in the wheel")
     tasks = Path(run(command, "tasks", "--path", cwd=work).strip())
-    model = run(
-        binaries / "python",
-        "-c",
-        "from streamline_bench.demo import model; print(model())",
-        cwd=work,
-    ).strip()
     run(
-        binaries / "lm_eval", "--model", "streamline", "--model_args", f"pretrained={model}",
+        binaries / "lm_eval", "--model", "streamline", "--model_args", "pretrained=bundled",
         "--include_path", tasks, "--tasks", "streamline_demo", "--limit", "4", cwd=work,
     )  # fmt: skip
     run(
-        command, "demo", "--output", work / "run", "--until", "evaluate",
-        "--rows", "dense,streamline_none", "--limit", "8", cwd=work,
+        command, "demo", "--output", work / "run", "--rows", "dense,streamline_none",
+        "--limit", "8", cwd=work,
     )  # fmt: skip
+    if "streamline_none" not in (work / "run" / "leaderboard.html").read_text(encoding="utf-8"):
+        sys.exit("the report lacks a row of the demo")
+    run(
+        command, "compare", "--plan", "bundled", "--recipes", "last_layers", "--until", "compress",
+        "--output", work / "plan", cwd=work,
+    )  # fmt: skip
+    if not (work / "plan" / "last_layers" / "checkpoint" / "streamline.json").exists():
+        sys.exit("the plan that comes along was not carried out")
     shutil.rmtree(work)
 
 

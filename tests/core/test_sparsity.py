@@ -219,11 +219,18 @@ def test_the_closest_number_wins_and_a_tie_goes_to_fewer_layers(small: Any) -> N
 def test_every_request_gets_the_closest_by_brute_force(small: Any) -> None:
     sizes = model_sizes(small)
     step = sizes.mean_layer / sizes.total
-    for percent in range(7, 70):
+    found = []
+    for percent in range(1, 100):
         request = percent / 100
         best = min(range(1, 6), key=lambda n: abs(n * step - request))
         if abs(best * step - request) < step / 2:
             assert layers_for_sparsity(small, request).n_layers == best
+            found.append(best)
+        else:
+            with pytest.raises(SparsityError):
+                layers_for_sparsity(small, request)
+    assert set(found) == {1, 2, 3, 4, 5}
+    assert len(found) < 99
 
 
 def test_a_config_without_depth(random_model: Callable[..., Any], tmp_path: Path) -> None:
