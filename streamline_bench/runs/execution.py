@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 
 from streamline_bench.errors import RecipeError
 
-__all__ = ["EXECUTORS", "JOB_KINDS", "Execution", "parse_cpus"]
+__all__ = ["EXECUTORS", "JOB_KINDS", "STAGES", "Execution", "parse_cpus"]
+
+STAGES: tuple[str, ...] = ("compress", "evaluate", "report")
+"""Of a comparison, in order."""
 
 EXECUTORS: tuple[str, ...] = ("local", "ray")
 
