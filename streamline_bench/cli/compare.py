@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from streamline_bench.cli.options import setup_logging
+from streamline_bench.cli.options import named_device_option, setup_logging, until_option
 
 if TYPE_CHECKING:
     from streamline_bench.runs import CompareResult
@@ -38,7 +38,7 @@ __all__ = ["command", "finish", "stops_with_a_word"]
 @click.option("--apply-chat-template", is_flag=True, default=None, help="As the harness does.")
 @click.option("--batch-size", help="Of the harness; 16 unless given.")
 @click.option("--dtype", help="Of the models in memory.")
-@click.option("--device", help="Torch device; cuda where there is one.")
+@named_device_option
 @click.option("--revision", help="Revision of a hub model.")
 @click.option("--trust-remote-code", is_flag=True, default=None,
               help="Run code that the model brings along.")  # fmt: skip
@@ -57,7 +57,7 @@ __all__ = ["command", "finish", "stops_with_a_word"]
 @click.option("--text-documents", type=click.IntRange(min=1), help="At most this many of them.")
 @click.option("--text-window", type=click.IntRange(min=2), help="Tokens read at once; 2048.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a job.")
-@click.option("--until", type=click.Choice(["compress", "evaluate", "report"]), default="report")
+@until_option
 @click.option("--trunk/--no-trunk", default=True, show_default=True,
               help="Run layers that models share once.")  # fmt: skip
 @click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True)
@@ -89,7 +89,9 @@ def command(
     """Compare recipes on MODEL: a folder, a hub id, or 'bundled' for the model that comes along.
 
     An interrupted run is continued by the same command. A recipe that fails marks its row; the
-    others go on. Exit code 0: every row has a result; 1: some have not; 2: nothing could be run.
+    others go on. Exit code 0: everything that was asked for is there; 1: a row has no result, or
+    the noise floor, the text or the speed is missing; 2: nothing could be run, or the report not be
+    made; 130 and 143: stopped by Ctrl-C or SIGTERM, to be continued.
     """
     setup_logging(quiet=quiet or as_json)
     from streamline_bench.cli.compare_options import read_execution, read_options

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from streamline_bench.cli.options import setup_logging
+from streamline_bench.cli.options import setup_logging, until_option
 
 __all__ = ["command"]
 
@@ -19,7 +19,7 @@ __all__ = ["command"]
 @click.option("--sparsity", type=float, default=0.25, show_default=True)
 @click.option("--rows", help="Comma-separated recipes; dense is added if missing.")
 @click.option("--limit", type=click.IntRange(min=1), help="Documents per task.")
-@click.option("--until", type=click.Choice(["compress", "evaluate", "report"]), default="report")
+@until_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option(
     "--overwrite", is_flag=True, help="Remove the results that a demo left in the run folder first."

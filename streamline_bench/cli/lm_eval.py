@@ -6,9 +6,7 @@ import sys
 
 import click
 
-__all__ = ["command", "harness_arguments"]
-
-_SUBCOMMANDS = ("run", "ls", "list", "validate")
+__all__ = ["command"]
 
 
 @click.command(
@@ -20,28 +18,22 @@ _SUBCOMMANDS = ("run", "ls", "list", "validate")
 def command(arguments: tuple[str, ...]) -> None:
     """Call lm_eval with --model streamline registered and our tasks on its --include_path.
 
-    Everything behind the command goes to lm_eval as it is:
+    Everything behind the command goes to lm_eval as it is; a folder that --include_path names comes
+    in addition to ours, and its tasks count where names are equal:
     streamline-bench lm-eval --model streamline --model_args pretrained=DIR --tasks streamline_demo
     """
+    from streamline_bench.harness.asked_tasks import task_folders
     from streamline_bench.harness.bridge import register
-    from streamline_bench.resources import resource
 
     register()
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
 
-    sys.argv = ["lm_eval", *harness_arguments(arguments, str(resource("tasks") / "lm_eval"))]
-    cli_evaluate()
-
-
-def harness_arguments(arguments: tuple[str, ...], tasks: str) -> list[str]:
-    """Add ``--include_path`` with our tasks, unless the user names another folder.
-
-    The harness takes one folder only; a user's own takes precedence.
-    """
-    given = list(arguments)
-    named = any(each.split("=")[0] == "--include_path" for each in given)
-    if named or not given or given[0] in ("-h", "--help"):
-        return given
-    if given[0] in _SUBCOMMANDS:
-        return [*given, "--include_path", tasks]
-    return ["run", *given, "--include_path", tasks]
+    setup_logging()
+    sys.argv = ["lm_eval", *arguments]
+    harness = HarnessCLI()
+    asked = harness.parse_args()
+    if hasattr(asked, "include_path"):
+        # Its command line takes one folder, what is behind it takes several.
+        asked.include_path = task_folders(asked.include_path)
+    harness.execute(asked)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from streamline_bench.cli.options import parse_assignments, setup_logging
+from streamline_bench.cli.options import named_device_option, parse_assignments, setup_logging
 from streamline_bench.cli.yaml_values import yaml_assignments
 
 __all__ = ["command"]
@@ -43,7 +43,7 @@ __all__ = ["command"]
     help="For from_pretrained, or for vllm.LLM (kv_cache_memory_bytes=1073741824).",
 )
 @click.option("--chat", is_flag=True, help="Put prompts into the tokenizer's chat template.")
-@click.option("--device", help="Torch device; the first GPU if there is one.")
+@named_device_option
 @click.option("--dtype", help="Dtype of the weights; the checkpoint's own unless given.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--max-seq-len", type=click.IntRange(min=2), help="Tokens of a prompt.")
@@ -138,6 +138,7 @@ def _plan(
     from streamline_bench.opencompass.run_plan import RunPlan, entries
 
     device = settings.pop("device")
+    device = None if device == "auto" else device
     engine = yaml_assignments("--engine-arg", settings.pop("engine_arguments"))
     options = {
         "model_kwargs": engine or None,

@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from streamline_bench.errors import RecipeError
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
     "device_option",
     "dtype_option",
+    "named_device_option",
     "parse_assignments",
     "print_table",
     "setup_logging",
     "split_assignments",
+    "until_option",
 ]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -49,17 +53,49 @@ def dtype_option(what: str) -> Callable[[_Command], _Command]:
     )
 
 
-def _found_device(ctx: click.Context, option: click.Parameter, value: str) -> str:
-    import torch
+def named_device_option(command: _Command) -> _Command:
+    """Add ``--device`` for work that may be done elsewhere; None: not given, as good as auto."""
+    option = click.option(
+        "--device",
+        show_default="auto",
+        callback=_named_device,
+        help="cpu, cuda or cuda:N; auto: cuda where there is one.",
+    )
+    return option(command)
 
-    if value == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+
+def until_option(command: _Command) -> _Command:
+    """Add ``--until``: the last stage of a comparison that is run."""
+    from streamline_bench.runs.execution import STAGES
+
+    option = click.option(
+        "--until",
+        type=click.Choice(STAGES),
+        default=STAGES[-1],
+        show_default=True,
+        help="Last stage to run.",
+    )
+    return option(command)
+
+
+def _found_device(ctx: click.Context, option: click.Parameter, value: str) -> str:
+    from streamline_bench.core.devices import found_device
+
     try:
-        torch.empty(0, device=value)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise click.BadParameter(f"'{value}': {reason}") from None
-    return value
+        return found_device(value)
+    except RecipeError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _named_device(ctx: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    if value in (None, "auto"):
+        return value
+    from streamline_bench.core.devices import known_device
+
+    try:
+        return known_device(str(value))
+    except RecipeError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def setup_logging(*, quiet: bool) -> None:

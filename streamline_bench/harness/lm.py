@@ -8,6 +8,7 @@ found in the cache afterwards. Loglikelihoods are those of the stock class with 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from streamline_bench.errors import CheckpointError, StreamlineBenchError
+from streamline_bench.core.devices import known_device
+from streamline_bench.errors import CheckpointError, RecipeError, StreamlineBenchError
 from streamline_bench.harness.arguments import sort_arguments
 from streamline_bench.harness.boundary import user_errors
 from streamline_bench.harness.budgets import generation_batch, scoring_tokens
@@ -64,6 +66,8 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
         if self._prepared.key is not None:
             harness["revision"] = "main"  # The revision was that of the source.
         super().__init__(**harness)
+        if isinstance(pretrained, str):
+            _require_device(harness.get("device"), self._device)
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **options: Any) -> None:
         try:
@@ -249,6 +253,21 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
                 "vocabulary": len(self.tokenizer),
             },
         )
+
+
+def _require_device(asked: Any, used: torch.device) -> None:
+    """Refuse another device than was asked for: the stock class takes one without a word.
+
+    Raises:
+        RecipeError: naming both.
+    """
+    if asked in (None, "auto") or (asked == "cuda:0" and not torch.cuda.is_available()):
+        return  # cuda:0 is what the harness says where its user says nothing
+    wanted = torch.device(known_device(str(asked)))
+    single = os.environ.get("WORLD_SIZE", "1") == "1"  # else each process has one of its own
+    other = single and None not in (wanted.index, used.index) and wanted.index != used.index
+    if wanted.type != used.type or other:
+        raise RecipeError(f"The device '{asked}' is not there, only {used} is; name that, or none.")
 
 
 def window_sums(answers: Sequence[Answer], owners: Sequence[int], count: int) -> list[float]:

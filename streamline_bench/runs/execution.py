@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from streamline_bench.core.devices import found_device, known_device
 from streamline_bench.errors import RecipeError
 
 __all__ = ["EXECUTORS", "JOB_KINDS", "STAGES", "Execution", "parse_cpus"]
@@ -107,7 +108,9 @@ class Execution:
             )
 
     def check_device(self, device: str) -> None:
-        """Refuse a torch device that jobs could not have, or that they would all share unasked.
+        """Refuse a torch device that is none, that jobs could not have, or would share unasked.
+
+        What this machine has is known; a cluster's machines may have others.
 
         Raises:
             RecipeError: saying which option to change.
@@ -124,6 +127,14 @@ class Execution:
                 f"{self.job_slots} jobs at a time would share one GPU; name a GPU for each "
                 "(--gpus 0,1), give --workers 1, or say which one they share (--device cuda:0)."
             )
+        if self.executor == "ray":
+            known_device(device)
+            return
+        try:
+            found_device(device)
+        except RecipeError as error:
+            named = f"--gpus names {', '.join(self.gpus)}, and " if self.gpus else ""
+            raise RecipeError(f"{named}{error}") from None
 
     @property
     def device(self) -> str | None:

@@ -1,4 +1,4 @@
-"""The stock harness's command line for one model."""
+"""The harness's command line for one model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.resources import resource
+from streamline_bench.harness.asked_tasks import task_folders
 from streamline_bench.runs.plan import Evaluation
 
-__all__ = ["harness_command", "model_arguments", "model_of", "reader_command", "task_folder"]
+__all__ = ["harness_command", "model_arguments", "model_of", "reader_command"]
 
 
 def harness_command(
@@ -25,15 +25,19 @@ def harness_command(
 ) -> list[str]:
     """Return the command line, as a reader can type it too.
 
+    It is the stock harness's; of the user's own task folder it is ours, which hands everything on:
+    the stock one takes a single folder, and the packaged tasks must stay known beside the user's.
+
     Args:
         model: ``pretrained`` and what else goes into ``--model_args``.
         engine: None: transformers.
     """
+    own = evaluation.include_path
     command = [
-        sys.executable, "-m", "lm_eval",
+        sys.executable, "-m", *(["lm_eval"] if own is None else ["streamline_bench", "lm-eval"]),
         "--model", f"streamline-{engine}" if engine else "streamline",
         "--model_args", model_arguments(model),
-        "--include_path", task_folder(evaluation),
+        "--include_path", own or task_folders(None)[0],
         "--tasks", ",".join(evaluation.tasks),
         "--batch_size", evaluation.batch_size,
         "--device", device,
@@ -41,17 +45,13 @@ def harness_command(
         "--log_samples",
     ]  # fmt: skip
     if evaluation.limit is not None:
-        command += ["--limit", f"{evaluation.limit:g}"]
+        limit = evaluation.limit
+        command += ["--limit", str(int(limit) if limit.is_integer() else limit)]
     if evaluation.num_fewshot is not None:
         command += ["--num_fewshot", str(evaluation.num_fewshot)]
     if evaluation.apply_chat_template:
         command.append("--apply_chat_template")
     return command
-
-
-def task_folder(evaluation: Evaluation) -> str:
-    """Return the folder of task files beside the harness's: the user's own, or ours."""
-    return evaluation.include_path or str(resource("tasks") / "lm_eval")
 
 
 def model_arguments(model: Mapping[str, Any]) -> str:
@@ -81,4 +81,5 @@ def reader_command(run: Path, payload: Mapping[str, Any]) -> str:
         device=payload["device"],
         engine=payload.get("engine"),
     )
-    return shlex.join(["lm_eval", *command[3:]])
+    module, *rest = command[2:]
+    return shlex.join(["lm_eval" if module == "lm_eval" else "streamline-bench", *rest])

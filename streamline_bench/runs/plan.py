@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.staging import atomic_write_text
+from streamline_bench.core.validation import first_problem
 from streamline_bench.errors import OutputError
 from streamline_bench.runs.request import NoiseEngine, ThroughputEngine
 
@@ -146,7 +147,10 @@ def read_plan(folder: Path) -> Plan | None:
         plan = Plan.model_validate(payload)
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+    except ValidationError as error:
+        first = first_problem(error)
+        raise OutputError(f"{path} is damaged ({first}); give another --output.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         first = " ".join(str(error).split())[:160]
         raise OutputError(f"{path} is damaged ({first}); give another --output.") from None
     if plan.schema_version != SCHEMA_VERSION:

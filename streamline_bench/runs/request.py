@@ -52,12 +52,13 @@ class Request(Frozen):
         recipes: rows; a string is a recipe's name or path, or a group of recipes
             (``all``, ``no-training``, ``calibrated``, ``recovered``).
         tasks: names of lm-eval tasks or groups.
-        include_path: folder with the user's own task files; None: those of this package.
+        include_path: folder with the user's own task files, beside those of this package and of
+            the harness; of tasks with the same name, the user's counts.
         overrides: recipe keys for every row but the dense one (``set`` in a plan file).
         limit: documents per task (a share of them below 1), None for all.
         batch_size: what the harness is given.
         dtype: of the models in memory; None: the checkpoint's for scoring, float32 for compressing.
-        device: torch device; None: ``cuda`` where there is one, else ``cpu``.
+        device: torch device; None or ``auto``: ``cuda`` where there is one, else ``cpu``.
         throughput: engine to measure tokens per second with.
         workload: what it is asked, see :class:`streamline_bench.throughput.Workload`.
         noise_floor: score the dense model again at another batch size, a quarter of
@@ -81,7 +82,7 @@ class Request(Frozen):
     tasks: tuple[str, ...] = Field(min_length=1)
     include_path: str | None = None
     overrides: dict[str, Any] = Field(default_factory=dict, alias="set")
-    limit: float | None = Field(None, gt=0)
+    limit: float | None = Field(None, gt=0, allow_inf_nan=False)
     num_fewshot: int | None = Field(None, ge=0)
     apply_chat_template: bool = False
     batch_size: str = Field("16", pattern=r"^([1-9]\d*|auto(:\d+)?)$")
@@ -164,8 +165,14 @@ def _expanded(value: Any, path: Path) -> Any:
 
 
 def _sentence(error: ValidationError, origin: str) -> str:
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"]) or "request"
+    problems = error.errors(include_url=False)
+    # A row may be a name or a mapping: a key that a mapping has too many is what was meant.
+    problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
+    place = [str(part) for part in problem["loc"] if part not in ("str", "RowRequest")]
     if problem["type"] == "extra_forbidden":
-        return f"{origin}: unknown key '{where}'."
+        schema = Request if len(place) == 1 else RowRequest
+        names = [field.alias or name for name, field in schema.model_fields.items()]
+        hint = suggest(place[-1], names) or f"; known: {', '.join(names)}."
+        return f"{origin}: unknown key '{'.'.join(place)}'{hint}"
+    where = ".".join(place) or "request"
     return f"{origin}: '{where}' is {problem.get('input')!r}: {problem['msg']}."

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from streamline_bench.core.manifest import file_sha256, update_digest
+from streamline_bench.core.devices import found_device, known_device
+from streamline_bench.core.manifest import file_sha256
+from streamline_bench.core.suggestions import suggest
 from streamline_bench.core.validation import first_problem
 from streamline_bench.core.versions import package_versions
 from streamline_bench.errors import RecipeError
-from streamline_bench.resources import resource
+from streamline_bench.methods.loading import dtype_name
 from streamline_bench.runs.plan import Evaluation, NoisePlan, Plan, PlanRow, TextPlan
 from streamline_bench.runs.request import NoiseEngine, Request
 from streamline_bench.runs.rows import Row, resolve_rows
+from streamline_bench.runs.task_files import tasks_sha256
 
 __all__ = ["resolve_plan"]
-
-_TASK_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl")
 
 
 def resolve_plan(request: Request, *, device: str | None = None) -> Plan:
@@ -39,7 +40,7 @@ def resolve_plan(request: Request, *, device: str | None = None) -> Plan:
     rows = resolve_rows(request)
     folder = resolve_pretrained(request.model, request.revision)
     local = Path(request.model).expanduser().is_dir()
-    device = request.device or device or _device()
+    device = _device(request.device) or device or found_device("auto")
 
     def planned(row: Row) -> PlanRow:
         key = content_key(folder, row.recipe, device=device, dtype=request.dtype)
@@ -67,10 +68,8 @@ def resolve_plan(request: Request, *, device: str | None = None) -> Plan:
     )
 
 
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(asked: str | None) -> str | None:
+    return None if asked in (None, "auto") else known_device(str(asked))
 
 
 def _evaluation(request: Request) -> Evaluation:
@@ -80,7 +79,7 @@ def _evaluation(request: Request) -> Evaluation:
     return Evaluation(
         tasks=request.tasks,
         include_path=str(own) if own else None,
-        tasks_sha256=_task_files(own or resource("tasks") / "lm_eval"),
+        tasks_sha256=_task_files(request, own),
         limit=request.limit,
         num_fewshot=request.num_fewshot,
         apply_chat_template=request.apply_chat_template,
@@ -89,14 +88,21 @@ def _evaluation(request: Request) -> Evaluation:
     )
 
 
-def _task_files(folder: Path) -> str:
-    """SHA-256 (hex) of the task files below a folder, by relative name."""
-    sums = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in _TASK_FILES and path.is_file():
-            sums.update(path.relative_to(folder).as_posix().encode() + b"\0")
-            update_digest(sums, path)
-    return sums.hexdigest()
+def _task_files(request: Request, own: Path | None) -> str:
+    """Look the tasks up, and hash what they are made of.
+
+    Raises:
+        EvaluationError: a name of a task stands for nothing.
+    """
+    from streamline_bench.harness.asked_tasks import open_index, parts_of, task_folders
+
+    index = open_index(request.tasks, own)
+    configs = [part.config for name in request.tasks for part in parts_of(index, name)]
+    folders = [Path(folder) for folder in task_folders(own)]
+    files = [
+        name for name in request.tasks if name.endswith(".yaml") or name not in index.all_tasks
+    ]
+    return tasks_sha256(folders, configs, request.environment, files)
 
 
 def _workload(request: Request) -> dict[str, Any]:
@@ -108,7 +114,16 @@ def _workload(request: Request) -> dict[str, Any]:
     try:
         return Workload.model_validate(request.workload).model_dump(mode="json")
     except ValidationError as error:
-        raise RecipeError(f"The workload's {first_problem(error)}.") from None
+        raise RecipeError(_workload_sentence(error, Workload.model_fields)) from None
+
+
+def _workload_sentence(error: ValidationError, known: Iterable[str]) -> str:
+    problem = error.errors(include_url=False)[0]
+    if problem["type"] == "extra_forbidden":
+        key = str(problem["loc"][0])
+        hint = suggest(key, known) or f"; known: {', '.join(known)}."
+        return f"The workload has an unknown key '{key}'{hint}"
+    return f"The workload's {first_problem(error)}."
 
 
 def _noise(request: Request) -> tuple[NoisePlan, ...]:
@@ -120,6 +135,7 @@ def _noise(request: Request) -> tuple[NoisePlan, ...]:
         found.append(_again(request, f"batch size {size}", batch_size=size))
     if request.noise_dtype:
         _require_other(request.noise_dtype, request.dtype, "--noise-dtype")
+        dtype_name(request.noise_dtype)  # refused here as --dtype is
         found.append(_again(request, request.noise_dtype, dtype=request.noise_dtype))
     if request.noise_engine:
         _require_engine(request.noise_engine)

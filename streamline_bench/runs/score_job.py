@@ -12,12 +12,7 @@ from typing import Any
 from streamline_bench.core.staging import staged_output
 from streamline_bench.errors import EvaluationError
 from streamline_bench.runs.folder import job_folder
-from streamline_bench.runs.harness_command import (
-    harness_command,
-    model_of,
-    reader_command,
-    task_folder,
-)
+from streamline_bench.runs.harness_command import harness_command, model_of, reader_command
 from streamline_bench.runs.plan import Evaluation
 from streamline_bench.runs.work import Product
 
@@ -27,51 +22,53 @@ __all__ = ["call_harness", "check_scores", "last_line", "score_row"]
 def score_row(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
     """Let the harness write into a hidden folder, check it, and publish it in one step.
 
+    Tasks without documents, at which the harness ends, are left out of a second call.
+
     Raises:
-        EvaluationError: the harness failed.
-        SamplesError: a task yielded no samples, or samples are not whole.
+        EvaluationError: the harness failed, or no task yielded documents.
+        SamplesError: samples are not whole.
         NumericsError: a log-likelihood is NaN.
     """
-    evaluation = Evaluation.model_validate(payload["evaluation"])
-    model = model_of(run, payload)
-    output = run / payload["output"]
-    with staged_output(output, overwrite=True) as staging:
-        command = harness_command(
-            model,
-            staging,
-            evaluation,
-            device=payload["device"],
-            engine=payload.get("engine"),
-        )
-        print(shlex.join(command), flush=True)
+    left_out: dict[str, str] = {}
+    with staged_output(run / payload["output"], overwrite=True) as staging:
         try:
-            call_harness(command, job_folder(run, name) / "log.txt")
+            _call(run, name, payload, staging)
         except EvaluationError:
-            _refuse_unloadable(evaluation)
-            raise
+            kept, left_out = _without_empty(payload["evaluation"])
+            if not left_out:
+                raise
+            print(f"Scored again without {', '.join(left_out)}.", flush=True)
+            payload = {**payload, "evaluation": {**payload["evaluation"], "tasks": kept}}
+            _call(run, name, payload, staging)
         check_scores(staging)
-    facts: dict[str, Any] = {"together": [], "alone": payload.get("alone")}
+    facts = {"together": [], "alone": payload.get("alone"), "not_compared": left_out}
     return Product([payload["output"]], command=reader_command(run, payload), facts=facts)
 
 
-def _refuse_unloadable(evaluation: Evaluation) -> None:
-    """Name the task that the harness failed at, which its own last line does not.
+def _call(run: Path, name: str, payload: Mapping[str, Any], staging: Path) -> None:
+    command = harness_command(
+        model_of(run, payload),
+        staging,
+        Evaluation.model_validate(payload["evaluation"]),
+        device=payload["device"],
+        engine=payload.get("engine"),
+    )
+    print(shlex.join(command), flush=True)
+    call_harness(command, job_folder(run, name) / "log.txt")
+
+
+def _without_empty(evaluation: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """Return the tasks that have documents, and why the others are left out.
 
     Raises:
-        EvaluationError: one of several tasks cannot be loaded, for whatever reason.
+        EvaluationError: a task cannot be loaded for another reason, which the last line of the
+            harness does not name, or all are empty.
     """
-    from lm_eval.tasks import TaskManager
+    from streamline_bench.harness.asked_tasks import open_index
+    from streamline_bench.harness.empty_tasks import without_empty
 
-    manager = TaskManager(include_path=task_folder(evaluation))
-    for name in evaluation.tasks:
-        try:
-            manager.load([name])
-        except Exception as error:
-            said = " ".join(f"{type(error).__name__} {error}".split())[:200]
-            raise EvaluationError(
-                f"The harness cannot load the task '{name}' ({said}); check that its data is "
-                "there and not empty."
-            ) from error
+    names = list(evaluation["tasks"])
+    return without_empty(open_index(names, evaluation["include_path"]), names)
 
 
 def check_scores(folder: Path) -> None:

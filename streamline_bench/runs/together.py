@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from streamline_bench.errors import OutputError, StreamlineBenchError
 from streamline_bench.runs.executor import Unit
 from streamline_bench.runs.folder import job_folder
-from streamline_bench.runs.harness_command import model_of, reader_command, task_folder
+from streamline_bench.runs.harness_command import model_of, reader_command
 from streamline_bench.runs.jobs import Job
 from streamline_bench.runs.marker import write_done, write_failed
 from streamline_bench.runs.plan import Evaluation, digest
@@ -164,7 +164,7 @@ def _request(run: Path, rows: Mapping[str, Any], outputs: Mapping[str, Path]) ->
         "outputs": outputs,
         "journal": job_folder(run, _ANSWERS),
         "tasks": evaluation.tasks,
-        "include_path": task_folder(evaluation),
+        "include_path": evaluation.include_path,
         "limit": evaluation.limit,
         "num_fewshot": evaluation.num_fewshot,
         "batch_size": int(size) if size.isdigit() else size,
@@ -200,5 +200,9 @@ def _publish(run: Path, row: Mapping[str, Any], made: Path, result: LabelOutcome
         seconds=result.seconds,
         products=[payload["output"]],
         command=reader_command(run, payload),
-        facts={"together": list(result.company), "alone": result.reason},
+        facts={
+            "together": list(result.company),
+            "alone": result.reason,
+            "not_compared": result.left_out,
+        },
     )

@@ -150,8 +150,9 @@ def test_a_text_that_is_missing_or_damaged_is_refused_before_anything_runs(
     if content is not None:
         story_file.write_text(content, encoding="utf-8")
     ended = call(
-        "compare", tiny_llama, "--recipes", "last_layers", "--n-layers", 2, "--tasks", "words",
-        "--text", story_file, "--text-field", "story", "-o", tmp_path / "run", "-q",
+        "compare", tiny_llama, "--recipes", "last_layers", "--n-layers", 2,
+        "--tasks", "streamline_demo_pairs", "--text", story_file, "--text-field", "story",
+        "-o", tmp_path / "run", "-q",
     )  # fmt: skip
     assert ended.code == 2
     assert sentence in ended.err

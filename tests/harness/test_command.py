@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.cli.lm_eval import harness_arguments
-
 TASK = """
 task: words_choice
 dataset_path: json
@@ -187,32 +185,31 @@ def test_simple_evaluate_knows_both_classes(tiny_llama: Path, tasks: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("given", "folders"),
     [
-        (("--model", "streamline"), ["run", "--model", "streamline", "--include_path", "T"]),
-        (("ls", "tasks"), ["ls", "tasks", "--include_path", "T"]),
-        (("run", "--include_path", "mine"), ["run", "--include_path", "mine"]),
-        (("--help",), ["--help"]),
-        ((), []),
+        (["--model", "streamline", "--tasks", "t"], ["ours"]),
+        (["run", "--tasks", "t", "--include_path", "mine"], ["ours", "mine"]),
+        (["ls", "tasks"], ["ours"]),
+        (["validate", "--tasks", "t", "--include_path=mine"], ["ours", "mine"]),
     ],
 )
-def test_our_own_command_adds_our_tasks(given: tuple[str, ...], expected: list[str]) -> None:
-    assert harness_arguments(given, "T") == expected
-
-
-def test_our_own_command_calls_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_command_adds_our_tasks_and_calls_the_harness(
+    monkeypatch: pytest.MonkeyPatch, given: list[str], folders: list[str]
+) -> None:
     from click.testing import CliRunner
-    from lm_eval import __main__ as entry
+    from lm_eval._cli import HarnessCLI
     from lm_eval.api.registry import model_registry
 
     from streamline_bench.cli.lm_eval import command
 
-    seen: list[list[str]] = []
+    seen: list[Any] = []
     monkeypatch.setattr(sys, "argv", ["x"])
-    monkeypatch.setattr(entry, "cli_evaluate", lambda: seen.append(list(sys.argv)))
-    done = CliRunner().invoke(command, ["--model", "streamline", "--tasks", "streamline_demo"])
+    monkeypatch.setattr(HarnessCLI, "execute", lambda _, asked: seen.append(asked))
+    done = CliRunner().invoke(command, given)
     assert done.exit_code == 0, done.output
     assert "streamline" in model_registry
-    assert seen[0][:4] == ["lm_eval", "run", "--model", "streamline"]
-    assert seen[0][-2] == "--include_path"
-    assert (Path(seen[0][-1]) / "paper").is_dir()
+    (asked,) = seen
+    assert asked.command == (given[0] if given[0] in ("ls", "validate") else "run")
+    ours, *own = asked.include_path
+    assert ["ours", *own] == folders
+    assert (Path(ours) / "paper").is_dir()

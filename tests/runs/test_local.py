@@ -284,8 +284,34 @@ def test_devices_that_jobs_could_not_have(execution: Execution, device: str, sen
         (Execution(executor="ray", gpus_per_job=1), "cuda"),
     ],
 )
-def test_devices_that_jobs_have(execution: Execution, device: str) -> None:
+def test_devices_that_jobs_have(
+    monkeypatch: pytest.MonkeyPatch, execution: Execution, device: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     execution.check_device(device)
+
+
+@pytest.mark.parametrize(
+    ("execution", "device", "sentence"),
+    [
+        (Execution(), "cuda:9", "--device is cuda:9 and this process sees 2 cuda devices"),
+        (Execution(), "cud", "'cud' is no device"),
+        (Execution(), "meta", "'meta' is no device"),
+        (Execution(executor="ray"), "cud", "'cud' is no device"),
+    ],
+)
+def test_devices_that_are_not_there(
+    monkeypatch: pytest.MonkeyPatch, execution: Execution, device: str, sentence: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(RecipeError, match=sentence):
+        execution.check_device(device)
+
+
+def test_gpus_of_a_machine_without_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(RecipeError, match=r"^--gpus names 0, and .* sees no cuda device;"):
+        Execution(gpus=("0",)).check_device("cuda")
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from streamline_bench.core.checkpoint import CheckpointReader
 from streamline_bench.core.manifest import update_digest
 from streamline_bench.core.staging import atomic_write_text, staged_output
 from streamline_bench.errors import EvaluationError, OutputError
+from streamline_bench.harness.asked_tasks import task_folders
 from streamline_bench.harness.bridge import MODEL_NAME
 from streamline_bench.harness.trunk.request import TrunkRequest
 from streamline_bench.harness.trunk.tasks import Catalogue, SameTasks
 
-__all__ = ["MARKER", "Evaluation", "is_done", "model_arguments", "request_digest"]
+__all__ = ["MARKER", "Evaluation", "is_done", "left_out_of", "model_arguments", "request_digest"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,12 @@ def is_done(request: TrunkRequest, label: str) -> bool:
     return False
 
 
+def left_out_of(folder: Path) -> dict[str, str]:
+    """Return task -> why it was left out, of an output for which :func:`is_done` holds."""
+    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    return dict(marker.get("left_out") or {})
+
+
 def _marks(folder: Path) -> dict[str, str]:
     """SHA-256 (hex) of every file of an output but its marker, by relative name."""
     marks = {}
@@ -97,13 +104,17 @@ class Evaluation:
 
     def __init__(self, request: TrunkRequest, catalogue: Catalogue) -> None:
         self._request = request
+        self._catalogue = catalogue
         self._tasks = SameTasks(catalogue)
 
-    def run(self, label: str, model: Any) -> None:
+    def run(self, label: str, model: Any) -> dict[str, str]:
         """Evaluate a model and publish its output folder.
 
         Args:
             model: a :class:`streamline_bench.harness.lm.StreamlineLM`.
+
+        Returns:
+            Task -> why it was left out.
 
         Raises:
             EvaluationError: a task is not known, or options contradict each other.
@@ -113,8 +124,11 @@ class Evaluation:
         with staged_output(self._request.outputs[label]) as staging:
             self._run_into(staging, label, model)
             digest = request_digest(self._request, label)
+            left_out = dict(self._catalogue.left_out)
             marker = {"label": label, "request": digest, "files": _marks(staging)}
-            atomic_write_text(staging / MARKER, json.dumps(marker) + "\n")
+            marker_text = json.dumps({**marker, "left_out": left_out})
+            atomic_write_text(staging / MARKER, marker_text + "\n")
+        return left_out
 
     def _run_into(self, folder: Path, label: str, model: Any) -> None:
         from lm_eval import simple_evaluate
@@ -168,7 +182,7 @@ def _config(request: TrunkRequest, label: str, folder: Path) -> Any:
         "max_batch_size": request.max_batch_size,
         "device": request.device,
         "limit": request.limit,
-        "include_path": None if request.include_path is None else str(request.include_path),
+        "include_path": task_folders(request.include_path),
         "system_instruction": request.system_instruction,
         "fewshot_as_multiturn": request.fewshot_as_multiturn,
     }

@@ -33,6 +33,7 @@ class TrunkRequest(Frozen):
         outputs: label -> folder that will hold ``results_*.json`` and ``samples_*.jsonl`` as
             ``--output_path`` would. It appears whole or not at all; one that is there already,
             made by the same request, is kept and its label not evaluated again.
+        include_path: folder with the user's own task files, beside those of this package.
         outcome: file for the :class:`TrunkOutcome`, written last.
         journal: folder for the answers of labels whose outputs are not there yet; an interrupted
             call that is repeated goes on with them. None: answers are only kept in memory.
@@ -119,6 +120,7 @@ class LabelOutcome(Frozen):
         layers: its decoder layers.
         reason: why it failed, or why it was scored by itself; None if neither.
         reused: its output was there already.
+        left_out: task -> why it was not evaluated although it was asked for.
         seconds: wall-clock time: its own, and its share of what was done for several.
     """
 
@@ -128,6 +130,7 @@ class LabelOutcome(Frozen):
     layers: int = 0
     reason: str | None = None
     reused: bool = False
+    left_out: dict[str, str] = Field(default_factory=dict)
     seconds: float = 0.0
 
     @property

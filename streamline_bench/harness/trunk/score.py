@@ -22,7 +22,12 @@ from streamline_bench.errors import (
 from streamline_bench.harness import bridge
 from streamline_bench.harness.boundary import share_log
 from streamline_bench.harness.trunk.assembly import assemble, load_model
-from streamline_bench.harness.trunk.evaluation import Evaluation, is_done, request_digest
+from streamline_bench.harness.trunk.evaluation import (
+    Evaluation,
+    is_done,
+    left_out_of,
+    request_digest,
+)
 from streamline_bench.harness.trunk.journal import Journal
 from streamline_bench.harness.trunk.legs import solo_reason, walks_of
 from streamline_bench.harness.trunk.request import LabelOutcome, TrunkOutcome, TrunkRequest
@@ -114,7 +119,8 @@ class _Scoring:
     def _look_at(self, label: str) -> None:
         try:
             if is_done(self._request, label):
-                self._settle(label, LabelOutcome(status="ok", reused=True))
+                left_out = left_out_of(self._request.outputs[label])
+                self._settle(label, LabelOutcome(status="ok", reused=True, left_out=left_out))
                 return
             self._stacks[label] = read_stack(
                 self._request.checkpoints[label],
@@ -198,7 +204,7 @@ class _Scoring:
         walked = walk.seconds if walk is not None else 0.0
         try:
             with self._timed("evaluate") as own:
-                evaluation.run(label, model)
+                left_out = evaluation.run(label, model)
         except (OutputError, EvaluationError):
             raise  # of the request, not of this model
         except StreamlineBenchError as error:
@@ -217,6 +223,7 @@ class _Scoring:
                 layers=self._stacks[label].layers if label in self._stacks else 0,
                 reason=facts.reason,
                 seconds=round(seconds, 3),
+                left_out=left_out,
             ),
         )
 

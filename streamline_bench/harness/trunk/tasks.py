@@ -5,16 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from streamline_bench.errors import EvaluationError
+from streamline_bench.harness.empty_tasks import without_empty
 
 __all__ = ["Catalogue", "SameTasks"]
 
 
 class Catalogue:
-    """The harness's index of tasks, which takes seconds to make."""
+    """The harness's index of tasks, which takes seconds to make.
+
+    Attributes:
+        left_out: task -> why it is not loaded although it was asked for.
+    """
 
     def __init__(self) -> None:
         self.manager: Any = None
         self.names: list[Any] = []
+        self.left_out: dict[str, str] = {}
 
     def open(self, config: Any) -> None:
         """Index the tasks and find those that are asked for; later calls set the model only.
@@ -32,6 +38,21 @@ class Catalogue:
         # The manager copies these into every task that it loads from now on.
         self.manager.metadata.clear()
         self.manager.metadata.update(arguments)
+
+    def load(self) -> Any:
+        """Load the tasks that were found, but those without documents.
+
+        Raises:
+            EvaluationError: one cannot be loaded, or all are empty.
+        """
+        try:
+            return self.manager.load(self.names)
+        except Exception:
+            self.names, left_out = without_empty(self.manager, self.names)
+            if not left_out:
+                raise
+            self.left_out |= left_out
+            return self.manager.load(self.names)
 
 
 class SameTasks:
@@ -65,7 +86,7 @@ class SameTasks:
             EvaluationError: this harness keeps the model's arguments elsewhere than known here.
         """
         if self._loaded is None:
-            self._loaded = self._catalogue.manager.load(names)
+            self._loaded = self._catalogue.load()
             self._require_model()
             return self._loaded
         for task in self._loaded["tasks"].values():

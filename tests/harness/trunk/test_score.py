@@ -244,10 +244,10 @@ def test_an_interrupted_call_is_continued_and_nothing_done_twice(
     request = ask(checkpoints, limit=2)
     real = Evaluation.run
 
-    def interrupted(self: Evaluation, label: str, model: Any) -> None:
+    def interrupted(self: Evaluation, label: str, model: Any) -> dict[str, str]:
         if label == "dropped":
             raise KeyboardInterrupt
-        real(self, label, model)
+        return real(self, label, model)
 
     with monkeypatch.context() as patch:
         patch.setattr(Evaluation, "run", interrupted)
