@@ -66,8 +66,8 @@ def test_trunk_and_no_trunk_give_the_same_leaderboard(
 
 
 @pytest.mark.slow
-def test_a_row_that_shares_nothing_says_so_with_several_workers(
-    make: Callable[..., Request], tasks: Path, tmp_path: Path
+def test_a_row_that_shares_nothing_says_so_whatever_interrupted_the_run(
+    make: Callable[..., Request], tasks: Path, tmp_path: Path, leaderboards: Any
 ) -> None:
     request = make(
         recipes=["last_layers", "first_layers"], tasks=["words"], include_path=str(tasks), limit=2
@@ -82,3 +82,11 @@ def test_a_row_that_shares_nothing_says_so_with_several_workers(
     assert alone == {"dense": None, "last_layers": None, "first_layers": reason}
     page = (run / "leaderboard.html").read_text(encoding="utf-8")
     assert "its first layer differs" in page
+    # As after an interruption before the last row was scored: it has no company any more.
+    before = leaderboards.facts(run)
+    (run / "jobs" / "score-last_layers" / "done.json").unlink()
+    result = compare_request(request, run, execution=Execution(workers=2), progress=False)
+    assert dict(result.alone) == {
+        "first_layers": reason, "last_layers": "no other row was left to score it with"
+    }  # fmt: skip
+    assert list(leaderboards.differences(before, leaderboards.facts(run))) == []
