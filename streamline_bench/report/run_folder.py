@@ -56,9 +56,9 @@ class RunRow(Frozen):
             relative to the run folder and inside it; None where none was measured.
         seconds: wall-clock seconds by stage, e.g. ``{"compress": 41.0, "evaluate": 12.5}``.
         failed: why the row has no result, in a sentence; it is shown with that reason.
-        scored_with: labels that one process scored in one walk up the layers they share, this one
-            among them; empty for a row that was scored by itself.
-        scored_alone: why it was scored by itself, where others were scored together.
+        scored_with: labels of rows that begin with the same layers, this one among them, which one
+            walk runs once; empty where nothing is shared or no walk was asked.
+        scored_alone: why it shares no layer with the dense row, or with any other.
     """
 
     label: str = Field(min_length=1)

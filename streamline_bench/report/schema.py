@@ -164,8 +164,9 @@ class Row(Frozen):
         cost: "no training", "calibrated" or "recovered"; None for the dense model.
         parameters: of the evaluated model; ``sparsity_reached`` is the share removed.
         accuracy_macro, accuracy_micro: over tasks with verdicts; None where there are none.
-        scored_with: rows of the same walk up the layers they share; numbers do not depend on it.
-        scored_alone: why the row was scored by itself, where others were scored together.
+        scored_with: rows that begin with the same layers, this one among them, which one walk runs
+            once; numbers do not depend on it. Empty where nothing is shared or no walk was asked.
+        scored_alone: why the row shares no layer with the dense one, or with any other.
         macro, micro: against the dense row; None for the dense row itself, and where no task has
             verdicts.
         groups, perplexities, generations: against the dense row, where the run has such tasks.
