@@ -18,7 +18,6 @@ from streamline_bench.core.distill.loop import DataSet, Loop
 from streamline_bench.core.distill.objectives import LmObjective
 from streamline_bench.core.distill.plan import StepPlan
 from streamline_bench.core.distill.presets import learning_rate
-from streamline_bench.core.distill.processes import AcceleratedProcesses
 from streamline_bench.core.distill.schedule import CosineSchedule
 from streamline_bench.core.distill.state import TrainingState, load_state
 from streamline_bench.core.recipe import RecoverySpec, TrainingSpec
@@ -100,27 +99,22 @@ def train_recovery(
     state = load_state(work, key) or TrainingState()
     if state.step:
         log.info("recovery: going on after step %d of %d", state.step, plan.steps)
-    processes = AcceleratedProcesses(model.device)
-    try:
-        loop = Loop(
-            student=trainable,
-            objective=LmObjective(processes.prepare(model)),
-            training=spec.training,
-            plan=plan,
-            schedule=schedule,
-            train=DataSet(training, None),
-            validation=DataSet(validation, None),
-            device=model.device,
-            work=work,
-            key=key,
-            state=state,
-            processes=processes,
-            progress=progress,
-        )
-        with torch.random.fork_rng():  # steps seed the generators for their dropout
-            state = loop.run()
-    finally:
-        processes.close()
+    loop = Loop(
+        student=trainable,
+        objective=LmObjective(model),
+        training=spec.training,
+        plan=plan,
+        schedule=schedule,
+        train=DataSet(training, None),
+        validation=DataSet(validation, None),
+        device=model.device,
+        work=work,
+        key=key,
+        state=state,
+        progress=progress,
+    )
+    with torch.random.fork_rng():  # steps seed the generators for their dropout
+        state = loop.run()
     atomic_write_text(work / "curve.jsonl", "".join(json.dumps(r) + "\n" for r in state.curve))
     trainable.load(state.best)
     sizes = {"sequences": len(training), "validation_sequences": len(validation)}

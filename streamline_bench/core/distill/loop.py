@@ -1,4 +1,7 @@
-"""The training loop, the same for every objective: steps, validation, checkpoints."""
+"""The training loop, the same for every objective: steps, validation, checkpoints.
+
+It runs in one process, as all of a compression does.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,6 @@ from tqdm.auto import tqdm
 from streamline_bench.core.calibration import CalibrationTokens
 from streamline_bench.core.distill.objectives import Objective
 from streamline_bench.core.distill.plan import StepPlan
-from streamline_bench.core.distill.processes import Processes
 from streamline_bench.core.distill.schedule import CosineSchedule
 from streamline_bench.core.distill.sources import Batch, StateSource, make_batch
 from streamline_bench.core.distill.state import (
@@ -63,7 +65,6 @@ class Loop:
     work: Path
     key: str
     state: TrainingState
-    processes: Processes
     progress: bool = True
 
     def run(self) -> TrainingState:
@@ -86,7 +87,7 @@ class Loop:
             initial=self.state.step,
             desc=f"{self.student.task} ({self.training.objective})",
             unit="step",
-            disable=not (self.progress and self.processes.is_main),
+            disable=not self.progress,
         )
         with bar:
             while self.state.step < self.plan.steps:
@@ -130,20 +131,15 @@ class Loop:
         return total / terms
 
     def _backward(self, micro_batches: Sequence[Tensor]) -> tuple[float, int, int]:
-        """Accumulate gradients; return (sum of losses, terms, tokens) over all processes."""
+        """Accumulate gradients; return (sum of losses, terms, tokens)."""
         masks = [self.train.tokens.attention_mask[rows] for rows in micro_batches]
         terms = max(sum(self.train.terms(self.objective, rows) for rows in micro_batches), 1)
         total = torch.zeros((), device=self.device)
-        mine = self.processes.share(micro_batches)
-        for position, (rows, counted) in enumerate(mine):
-            batch = make_batch(self.train.tokens, rows, self.device)
-            # Gradients are averaged over processes and must be their sum.
-            scale = counted * self.processes.count / terms
-            with self.processes.synchronised(last=position == len(mine) - 1):
-                loss = self._loss(batch, self.train.source)
-                (loss * scale).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach() * counted
-        return float(self.processes.sum(total)), terms, sum(int(mask.sum()) for mask in masks)
+        for rows in micro_batches:
+            loss = self._loss(make_batch(self.train.tokens, rows, self.device), self.train.source)
+            (loss * (1 / terms)).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return float(total), terms, sum(int(mask.sum()) for mask in masks)
 
     def _loss(self, batch: Batch, source: StateSource | None) -> Tensor:
         enabled = self.training.autocast == "bf16"
@@ -205,12 +201,11 @@ class Loop:
         tokens = self.validation.tokens
         self.student.begin(None)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        batches = torch.split(torch.arange(len(tokens)), self.training.batch_size)
-        for rows in self.processes.own(batches):
+        for rows in torch.split(torch.arange(len(tokens)), self.training.batch_size):
             batch = make_batch(tokens, rows, self.device)
             total += self._loss(batch, self.validation.source).double()
         terms = self.validation.terms(self.objective)
-        return float(self.processes.sum(total)) / max(terms, 1)
+        return float(total) / max(terms, 1)
 
     def _add_row(self, lr: float | None, validation_loss: float | None) -> None:
         state = self.state
@@ -235,9 +230,7 @@ class Loop:
 
     def _checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
         self.state.seconds = self._elapsed()
-        if self.processes.is_main:
-            self.state.weights = self.student.state_on_cpu()
-            self.state.moments = optimizer_moments(optimizer)
-            save_state(self.work, self.key, self.state)
-            self.state.forget_copies()
-        self.processes.wait()
+        self.state.weights = self.student.state_on_cpu()
+        self.state.moments = optimizer_moments(optimizer)
+        save_state(self.work, self.key, self.state)
+        self.state.forget_copies()

@@ -20,7 +20,6 @@ from streamline_bench.core.distill.loop import DataSet, Loop
 from streamline_bench.core.distill.objectives import LmObjective, MseObjective, Objective, pruned
 from streamline_bench.core.distill.plan import StepPlan
 from streamline_bench.core.distill.presets import learning_rate
-from streamline_bench.core.distill.processes import AcceleratedProcesses, Processes
 from streamline_bench.core.distill.schedule import CosineSchedule
 from streamline_bench.core.distill.sources import (
     ActivationCache,
@@ -139,7 +138,7 @@ class _Job:
         if state.step:
             log.info("training: going on after step %d of %d", state.step, plan.steps)
         with ExitStack() as stack:
-            objective, processes = stack.enter_context(self._objective(student))
+            objective = stack.enter_context(self._objective(student))
             sources, storage = self._sources([training, validation], plan, student, data_key)
             loop = Loop(
                 student=student,
@@ -153,7 +152,6 @@ class _Job:
                 work=self.work,
                 key=key,
                 state=state,
-                processes=processes,
                 progress=self.progress,
             )
             state = loop.run()
@@ -212,17 +210,13 @@ class _Job:
         return key_of(**data), key_of(**result)
 
     @contextmanager
-    def _objective(self, student: Student) -> Iterator[tuple[Objective, Processes]]:
+    def _objective(self, student: Student) -> Iterator[Objective]:
         if self.training.objective == "mse":
             bidirectional = "bidirectional_layer" in self.quirks
-            yield MseObjective(student, bidirectional=bidirectional), Processes()
+            yield MseObjective(student, bidirectional=bidirectional)
             return
-        processes = AcceleratedProcesses(self.device)
-        try:
-            with pruned(self.model, self.start, self.n, student):
-                yield LmObjective(processes.prepare(self.model)), processes
-        finally:
-            processes.close()
+        with pruned(self.model, self.start, self.n, student):
+            yield LmObjective(self.model)
 
     def _sources(
         self, sets: Sequence[CalibrationTokens], plan: StepPlan, student: Student, key: str
