@@ -133,6 +133,7 @@ def recipe_checkpoint(
 
     def make(name: str) -> Path:
         from streamline_bench.methods import compress, load_recipe
+        from streamline_bench.methods.library import applicable
 
         if name not in made:
             recipe = load_recipe(name)
@@ -143,7 +144,8 @@ def recipe_checkpoint(
                     small |= {f"{part}.data.samples": 16, f"{part}.data.sequence_length": 16}
                     small |= {f"{part}.batch_size": 8, f"{part}.warmup_steps": 0}
             output = tmp_path_factory.mktemp("recipes") / name
-            made[name] = compress(recipe_source, load_recipe(name, small), output, progress=False)
+            recipe = load_recipe(name, applicable(small, recipe))
+            made[name] = compress(recipe_source, recipe, output, progress=False)
         return made[name]
 
     return make

@@ -128,6 +128,8 @@ class RecoverySpec(Frozen):
         if not isinstance(payload, Mapping):
             return payload
         filled = with_preset(payload)
+        if isinstance(filled.get("targets"), str):  # of a command line
+            filled["targets"] = filled["targets"].split(",")
         training = filled.get("training", {})
         if isinstance(training, Mapping):
             filled["training"] = {"objective": "lm", **training}

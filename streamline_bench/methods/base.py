@@ -124,10 +124,19 @@ class Compressed:
 
 
 class Method(ABC):
-    """A compression method: one file, one line in the registry, one recipe, one test."""
+    """A compression method: one file, one line in the registry, one recipe, one test.
+
+    Attributes:
+        parameters: schema of ``recipe.parameters``.
+        reads: which of ``replacement``, ``training`` and ``reference_quirks`` it reads; a recipe
+            that gives another one is refused.
+        calibrated: it looks at calibration text.
+    """
 
     name: ClassVar[str]
     parameters: ClassVar[type[BaseModel]] = NoParameters
+    reads: ClassVar[frozenset[str]] = frozenset()
+    calibrated: ClassVar[bool] = True
 
     @abstractmethod
     def compress(self, work: Compression) -> Compressed:

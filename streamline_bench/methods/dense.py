@@ -13,6 +13,7 @@ class Dense(Method):
     """Copy the checkpoint as it is, so that dense and compressed rows go one way."""
 
     name = "dense"
+    calibrated = False
 
     def compress(self, work: Compression) -> Compressed:
         """Copy every tensor under its own name."""

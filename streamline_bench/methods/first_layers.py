@@ -12,6 +12,7 @@ class FirstLayers(Method):
     """Drop the shallowest layers."""
 
     name = "first_layers"
+    calibrated = False
 
     def compress(self, work: Compression) -> Compressed:
         """Drop the first n layers."""

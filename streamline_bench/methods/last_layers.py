@@ -16,6 +16,7 @@ class LastLayers(Method):
     """Drop the deepest layers."""
 
     name = "last_layers"
+    calibrated = False
 
     def compress(self, work: Compression) -> Compressed:
         """Drop the last n layers."""

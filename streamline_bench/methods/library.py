@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from streamline_bench.core.recipe import Recipe, parse_recipe
 from streamline_bench.core.suggestions import suggest
 from streamline_bench.core.yaml_file import read_yaml_mapping
 from streamline_bench.errors import RecipeError
-from streamline_bench.methods.registry import check_parameters
+from streamline_bench.methods.registry import METHODS, check_parameters, get_method, unread_parts
 from streamline_bench.resources import resource
 
-__all__ = ["SIZE_KEYS", "list_recipes", "load_recipe"]
+__all__ = ["SIZE_KEYS", "applicable", "list_recipes", "load_recipe"]
 
 SHORT_KEYS: Mapping[str, tuple[str, ...]] = {
     "replacement": ("replacement.kind",),
@@ -51,14 +52,17 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     Args:
         name_or_path: a name from ``baselines/`` or the path of a YAML file.
         overrides: short keys (``sparsity``, ``n_layers``, ``replacement``, ``calibration``, …) or
-            dotted ones (``training.lr``); ``None`` values are ignored.
+            dotted ones (``training.lr``); ``None`` values are ignored. A short key that stands
+            for several sets those that the method reads.
 
     Raises:
-        RecipeError: unknown name, unreadable file, unknown key or wrong value.
+        RecipeError: unknown name, unreadable file, unknown key, wrong value, or a part that the
+            method does not read.
     """
     path = _recipe_path(str(name_or_path))
     payload = read_yaml_mapping(path, "a recipe: it must hold a mapping with the key 'method'")
     payload.setdefault("name", path.stem)
+    written = copy.deepcopy(payload)
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     sizes = [key for key in SIZE_KEYS if key in given]
     if len(sizes) > 1:
@@ -71,11 +75,63 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
             payload["training"] = {k: v for k, v in training.items() if k == "data"}
         _override(payload, key, given[key])
     _expand_preset(payload)
-    if payload.get("recovery"):
-        payload["cost"] = "recovered"
+    _require_recovery(payload, given)
+    _restate(payload, written)
     recipe = parse_recipe(payload, origin=f"Recipe '{payload['name']}'")
     check_parameters(recipe)
     return recipe
+
+
+def applicable(overrides: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Return those of the overrides meant for many recipes that this one has a use for.
+
+    Left out are keys of parts that its method does not read, and keys within a recovery where
+    there is none.
+    """
+    unread = unread_parts(recipe.method)
+    recovers = recipe.recovery is not None or {"recovery", "recovery.kind"} & overrides.keys()
+    return {
+        key: value
+        for key, value in overrides.items()
+        if any(dotted.partition(".")[0] not in unread for dotted in SHORT_KEYS.get(key, (key,)))
+        and (recovers or not key.startswith("recovery."))
+    }
+
+
+def _require_recovery(payload: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    recovery = payload.get("recovery")
+    within = [key for key in given if key.startswith("recovery.")]
+    if within and isinstance(recovery, dict) and not {"kind", "preset"} & recovery.keys():
+        raise RecipeError(
+            f"Recipe '{payload['name']}' has no recovery that '{within[0]}' could change; give "
+            "recovery=PRESET or recovery.kind (lora, partial or full) as well."
+        )
+
+
+def _restate(payload: dict[str, Any], written: Mapping[str, Any]) -> None:
+    """Put right what overrides made untrue: cost, title, and what the literature says of it."""
+    before, after = (str(_value(each, "replacement.kind") or "none") for each in (written, payload))
+    changed = [f"replacement {after}"] if before != after else []
+    if written.get("recovery") and not payload.get("recovery"):
+        changed.append("no recovery")
+    if payload.get("recovery") or after != "none":
+        payload["cost"] = "recovered"
+    elif changed and (method := str(payload.get("method"))) in METHODS:
+        calibrated = get_method(method).calibrated
+        payload["cost"] = "calibrated" if calibrated else "no training"
+    if any(_value(written, key) and not _value(payload, key) for key in SIZE_KEYS[2:]):
+        changed += [f"{key} {payload[key]}" for key in SIZE_KEYS[:2] if payload.get(key)]
+    if changed:
+        payload["title"] = "; ".join(filter(None, (payload.get("title"), ", ".join(changed))))
+        payload.pop("published", None)
+        payload.pop("reproduces", None)
+
+
+def _value(payload: Mapping[str, Any], dotted: str) -> Any:
+    found: Any = payload
+    for part in dotted.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
 
 
 def _expand_preset(payload: dict[str, Any]) -> None:
@@ -114,7 +170,7 @@ def _override(payload: dict[str, Any], key: str, value: Any) -> None:
         return
     if key in SIZE_KEYS:
         _drop_sizes(payload)
-    for dotted in SHORT_KEYS.get(key, (key,)):
+    for dotted in _targets(key, str(payload.get("method"))):
         *parents, leaf = dotted.split(".")
         target = payload
         for parent in parents:
@@ -124,22 +180,40 @@ def _override(payload: dict[str, Any], key: str, value: Any) -> None:
         target[leaf] = _plain(value)
 
 
+def _targets(key: str, method: str) -> tuple[str, ...]:
+    """Return the dotted keys that a key sets."""
+    targets = SHORT_KEYS.get(key, (key,))
+    unread = unread_parts(method) if method in METHODS else ()
+    read = tuple(dotted for dotted in targets if dotted.partition(".")[0] not in unread)
+    # What the method reads nothing of is set all the same: it is refused, not dropped.
+    return read or targets
+
+
 def _drop_sizes(payload: dict[str, Any]) -> None:
     for key in SIZE_KEYS:
         *parents, leaf = key.split(".")
-        holder: Any = payload
-        for parent in parents:
-            holder = holder.get(parent)
+        holder = _value(payload, parents[0]) if parents else payload
         if isinstance(holder, dict):
             holder.pop(leaf, None)
 
 
 def _plain(value: Any) -> Any:
-    """Read ``"1e-3"`` as a number: YAML and the harness leave such strings as they are."""
+    """Read ``"1e-3"``, ``"null"`` and ``"[0.9, 0.95]"``, which the command line gives as text."""
     if isinstance(value, str):
+        if value == "null" or (value.startswith("[") and value.endswith("]")):
+            return _yaml(value)
         for kind in (int, float):
             try:
                 return kind(value)
             except ValueError:
                 continue
     return value
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text

@@ -41,6 +41,7 @@ class Magnitude(Method):
 
     name = "magnitude"
     parameters: ClassVar[type[BaseModel]] = MagnitudeParameters
+    calibrated = False
 
     def compress(self, work: Compression) -> Compressed:
         """Sum up each layer's weights, tensor by tensor, and drop the smallest."""

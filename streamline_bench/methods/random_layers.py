@@ -19,6 +19,7 @@ class RandomLayers(Method):
 
     name = "random_layers"
     parameters: ClassVar[type[BaseModel]] = ProtectedEnds
+    calibrated = False
 
     def compress(self, work: Compression) -> Compressed:
         """Draw n layers without replacement and drop them."""

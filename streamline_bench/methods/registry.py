@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from streamline_bench.core.recipe import Recipe
 from streamline_bench.core.suggestions import suggest
 from streamline_bench.errors import RecipeError
 from streamline_bench.methods.base import Method
 
-__all__ = ["METHODS", "check_parameters", "get_method"]
+__all__ = ["METHODS", "check_parameters", "get_method", "unread_parts"]
 
 METHODS: Mapping[str, str] = {
     "dense": "dense:Dense",
@@ -54,12 +54,29 @@ def get_method(name: str) -> Method:
     return method_class()
 
 
+def unread_parts(method: str) -> frozenset[str]:
+    """Return the parts of a recipe that some methods read and this one does not.
+
+    Raises:
+        RecipeError: no such method.
+    """
+    return frozenset({"replacement", "training", "reference_quirks"}) - get_method(method).reads
+
+
 def check_parameters(recipe: Recipe) -> None:
     """Validate ``recipe.parameters`` against the method's own schema.
 
     Raises:
-        RecipeError: unknown method, unknown parameter (with a suggestion) or wrong value.
+        RecipeError: unknown method, unknown parameter (with a suggestion), wrong value, or a part
+            that the method would ignore.
     """
+    for part in sorted(unread_parts(recipe.method)):
+        if getattr(recipe, part) != Recipe.model_fields[part].default:
+            raise RecipeError(
+                f"Recipe '{recipe.name}': method '{recipe.method}' does not read '{part}', which "
+                f"is {_told(getattr(recipe, part))}; leave it out, or take a recipe of method "
+                "'streamline'."
+            )
     schema = get_method(recipe.method).parameters
     try:
         schema.model_validate(recipe.parameters)
@@ -77,3 +94,8 @@ def check_parameters(recipe: Recipe) -> None:
         raise RecipeError(
             f"Recipe '{recipe.name}': parameter '{key}' is {problem['input']!r}: {problem['msg']}."
         ) from None
+
+
+def _told(part: object) -> str:
+    given = part.model_dump(exclude_defaults=True) if isinstance(part, BaseModel) else part
+    return repr(given)

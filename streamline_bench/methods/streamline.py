@@ -63,6 +63,7 @@ class Streamline(Method):
 
     name = "streamline"
     parameters: ClassVar[type[BaseModel]] = StreamlineParameters
+    reads = frozenset({"replacement", "training", "reference_quirks"})
 
     def compress(self, work: Compression) -> Compressed:
         """Scan, choose the block, train the replacement if there is one."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from streamline_bench.core.recipe import Recipe
 from streamline_bench.errors import RecipeError
-from streamline_bench.methods.library import SIZE_KEYS, list_recipes, load_recipe
+from streamline_bench.methods.library import SIZE_KEYS, applicable, list_recipes, load_recipe
 from streamline_bench.runs.folder import is_row_name
 from streamline_bench.runs.request import Request, RowRequest
 
@@ -57,6 +57,7 @@ def resolve_rows(request: Request) -> list[Row]:
         RecipeError: an unknown recipe or key, a label that is taken or cannot name a folder.
     """
     rows = [_row(each, request.overrides) for each in _expanded(request.recipes)]
+    _require_used(request.overrides, [row.recipe for row in rows if row.recipe.method != "dense"])
     if not any(row.is_dense for row in rows):
         rows.insert(0, Row("dense", load_recipe("dense")))
     seen: set[str] = set()
@@ -98,10 +99,20 @@ def _row(request: RowRequest, common: Mapping[str, Any]) -> Row:
     }
     recipe = load_recipe(request.recipe)
     if recipe.method != "dense":
-        recipe = load_recipe(request.recipe, {**shared, **own})
+        recipe = load_recipe(request.recipe, {**applicable(shared, recipe), **own})
     elif own:
         recipe = load_recipe(request.recipe, own)
     return Row(request.label or recipe.name, recipe)
+
+
+def _require_used(common: Mapping[str, Any], recipes: Iterable[Recipe]) -> None:
+    used = [applicable(common, recipe).keys() for recipe in recipes]
+    unused = sorted(common.keys() - set().union(*used)) if used else []
+    if unused:
+        raise RecipeError(
+            f"No recipe of this comparison reads '{unused[0]}'; leave it out, or add a recipe that "
+            "does."
+        )
 
 
 def _check_label(label: str, seen: set[str]) -> None:

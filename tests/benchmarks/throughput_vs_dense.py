@@ -87,7 +87,7 @@ def build_variants(work: Path, sizes: dict[str, Any], names: list[str]) -> dict[
     folders = {"dense": dense}
     for name in names:
         recipe = load_recipe(VARIANTS[name], small)
-        if recipe.training is not None:
+        if recipe.training.objective != "none":
             few = {**small, "training.min_steps": 2, "training.epochs": 1}
             recipe = load_recipe(VARIANTS[name], few)
         print(f"compressing: {name}", flush=True)

@@ -206,11 +206,19 @@ def test_too_few_tokens_for_as_many_channels(
     assert "calibration" in sentence
 
 
+def _set(*assignments: str) -> tuple[str, ...]:
+    return tuple(part for each in assignments for part in ("--set", each))
+
+
 @pytest.mark.parametrize(
     ("recipe", "options", "words"),
     [
         ("sleb", ("--n-layers", 5), ["5 of 6", "only 4 may be", "remove fewer"]),
-        ("shortened_llama_taylor_plus", ("--n-layers", 2), ["protect_first=4", "only 0 may be"]),
+        (
+            "shortened_llama_taylor_plus",
+            ("--n-layers", 2, *_set("parameters.protect_first=4", "parameters.protect_last=2")),
+            ["protect_first=4", "only 0 may be"],
+        ),
         ("llm_pruner", ("--sparsity", 0.9), ["0.9 is out of reach", "4 of 6 layers"]),
         (
             "llm_pruner",

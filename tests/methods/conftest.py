@@ -26,6 +26,7 @@ def make_recipe(text_file: Path) -> Callable[..., Recipe]:
 
     def make(name: str = "streamline", **changes: Any) -> Recipe:
         from streamline_bench.methods import load_recipe
+        from streamline_bench.methods.library import applicable
 
         small = {
             "calibration": str(text_file),
@@ -36,7 +37,7 @@ def make_recipe(text_file: Path) -> Callable[..., Recipe]:
         }
         if "sparsity" in changes:
             small.pop("n_layers")
-        return load_recipe(name, {**small, **changes})
+        return load_recipe(name, {**applicable(small, load_recipe(name)), **changes})
 
     return make
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from streamline_bench.errors import RecipeError
 from streamline_bench.methods import list_recipes, load_recipe
+from streamline_bench.methods.library import applicable
 
 
 def test_every_recipe_loads() -> None:
@@ -59,6 +61,74 @@ def test_a_methods_own_size_replaces_the_recipes_and_the_other_way_round(
         load_recipe(name, {"sparsity": 0.2, key: 0.3})
     with pytest.raises(RecipeError, match="Give sparsity or n_layers, not both"):
         load_recipe(name, {"sparsity": 0.2, "n_layers": 3})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        ({"replacement": "ffn"}, "'replacement', which is {'kind': 'ffn'}"),
+        ({"training.lr": 1e-3}, "'training'"),
+        ({"epochs": 3}, "'training', which is {'epochs': 3}"),
+        ({"preset": "paper_lm"}, "'training'"),
+        ({"reference_quirks": "[bidirectional]"}, "'reference_quirks', which is"),
+    ],
+)
+def test_what_a_method_would_ignore_is_refused(overrides: dict[str, object], part: str) -> None:
+    with pytest.raises(RecipeError, match=f"method 'sleb' does not read {re.escape(part)}"):
+        load_recipe("sleb", overrides)
+    assert load_recipe("sleb", {"replacement": "none"}) == load_recipe("sleb")
+
+
+def test_a_short_key_sets_what_the_method_reads() -> None:
+    given = {"calibration": "x.txt", "sequence_length": 64}
+    sleb, streamline = (load_recipe(name, given) for name in ("sleb", "streamline"))
+    assert (sleb.calibration.source, sleb.calibration.sequence_length) == ("x.txt", 64)
+    assert sleb.training == load_recipe("sleb").training
+    data = streamline.training.data
+    assert (data.source, data.sequence_length) == ("x.txt", 64)
+
+
+def test_overrides_for_many_recipes_keep_what_one_has_a_use_for() -> None:
+    many = {"replacement": "ffn", "training.epochs": 1, "sequence_length": 64, "sparsity": 0.5}
+    many |= {"recovery.training.epochs": 1, "lr": 1e-3, "unknown": 1}
+    kept = {name: applicable(many, load_recipe(name)).keys() for name in list_recipes()}
+    always = {"sequence_length", "sparsity", "unknown"}
+    assert kept["sleb"] == always
+    assert kept["last_layers_lora"] == always | {"recovery.training.epochs"}
+    assert kept["streamline"] == many.keys() - {"recovery.training.epochs"}
+    assert "recovery.rank" in applicable(
+        {"recovery.rank": 2, "recovery": "slicegpt"}, load_recipe("sleb")
+    )
+
+
+def test_what_overrides_make_untrue_is_not_told() -> None:
+    for name, cost in (("last_layers_lora", "no training"), ("llm_pruner_lora", "calibrated")):
+        plain, recovered = load_recipe(name, {"recovery": "none"}), load_recipe(name)
+        assert (plain.cost, recovered.cost) == (cost, "recovered")
+        assert plain.title == f"{recovered.title}; no recovery"
+        assert (plain.published, plain.reproduces) == ((), None)
+        assert recovered.published
+    without = load_recipe("streamline", {"replacement": "none"})
+    assert (without.cost, without.published) == ("calibrated", ())
+    assert load_recipe("streamline_none", {"replacement": "ffn"}).cost == "recovered"
+    assert load_recipe("sleb", {"recovery": "slicegpt"}).cost == "recovered"
+    resized = load_recipe("llm_pruner_paper", {"sparsity": 0.3})
+    assert (resized.title[-14:], resized.published) == ("; sparsity 0.3", ())
+    assert load_recipe("streamline", {"sparsity": 0.3}).published
+
+
+def test_a_recovery_from_the_command_line() -> None:
+    given = {"recovery": "slicegpt", "recovery.targets": "q"}
+    recovery = load_recipe("sleb", given).recovery
+    assert recovery is not None and recovery.targets == ("q",)
+    more = {"recovery.targets": "q,v", "recovery.training.betas": "[0.8, 0.9]"}
+    recovery = load_recipe("last_layers_lora", more).recovery
+    assert recovery is not None and recovery.targets == ("q", "v")
+    assert recovery.training.betas == (0.8, 0.9)
+    ends = load_recipe("sleb", {"parameters.protect_first": "null"}).parameters
+    assert ends["protect_first"] is None
+    with pytest.raises(RecipeError, match=r"no recovery that 'recovery\.training\.lr' could"):
+        load_recipe("sleb", {"recovery.training.lr": "1e-3"})
 
 
 def test_none_leaves_the_recipe_alone() -> None:

@@ -49,6 +49,19 @@ def test_a_rows_own_values_win_and_one_size_replaces_the_other(
     assert row.recipe.parameters["slicing"] == 0.25
 
 
+def test_common_values_reach_the_rows_that_read_them(make: Callable[..., Request]) -> None:
+    common = {"n_layers": 2, "training.epochs": 3, "sequence_length": 64}
+    request = make(recipes=["sleb", "streamline"], set=common)
+    _, sleb, streamline = (row.recipe for row in resolve_rows(request))
+    assert (sleb.training.epochs, streamline.training.epochs) == (1, 3)
+    assert sleb.calibration.sequence_length == streamline.calibration.sequence_length == 64
+    with pytest.raises(RecipeError, match=r"No recipe of this comparison reads 'training\.epochs'"):
+        resolve_rows(make(recipes=["sleb", "shortgpt"], set=common))
+    own = RowRequest(label="x", recipe="sleb", overrides={"replacement": "ffn"})
+    with pytest.raises(RecipeError, match="method 'sleb' does not read 'replacement'"):
+        resolve_rows(make(recipes=[own], set={"n_layers": 2}))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
