@@ -237,7 +237,8 @@ def _of_verdicts(result: Comparison) -> str:
     return (
         f"Stability: {result.mode}, spread of {result.quantity} over the choices "
         f"(ddof {result.ddof}). {100 * result.confidence:g} % intervals; p: McNemar's test, "
-        "exact or (with few flips) mid-p, over clusters where documents belong together; Holm's: "
+        "exact or (with few flips) mid-p, over documents and over clusters of them, of which the "
+        "larger is read; over tasks: normal, from the interval; Holm's: "
         "adjusted over tasks (over groups for groups). 'no worse': a drop of "
         f"{100 * (result.margin or 0):g} points or more is excluded."
     )
