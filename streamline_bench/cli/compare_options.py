@@ -9,6 +9,7 @@ from streamline_bench.cli.options import parse_assignments
 from streamline_bench.cli.yaml_values import yaml_assignments
 from streamline_bench.demo.preset import bundled_request
 from streamline_bench.errors import RecipeError
+from streamline_bench.methods.library import SIZE_KEYS
 from streamline_bench.resources import is_bundled
 from streamline_bench.runs.execution import Execution, parse_cpus
 from streamline_bench.runs.request import Request, make_request, read_request
@@ -96,7 +97,7 @@ def _overrides(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _laid_over(plan: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The two sizes are alternatives: one that is given replaces the plan's, whichever it was."""
-    sizes = {"sparsity", "n_layers"}
+    """Sizes are alternatives: one that is given replaces the plan's, whichever it was."""
+    sizes = set(SIZE_KEYS)
     kept = {k: v for k, v in plan.items() if not (k in sizes and sizes & given.keys())}
     return {**kept, **given}

@@ -240,13 +240,21 @@ def entries(
 
     Args:
         recipes: names; ``dense`` is the model as it is.
+        overrides: keys of recipes; each recipe gets those that it has a use for.
         further: (label, path) of checkpoints evaluated as they are.
     """
+    from streamline_bench.methods.library import applicable, load_recipe
+
     model = _absolute(model)
     made = [
         ModelEntry("dense", model)
         if recipe == "dense"
-        else ModelEntry(_recipe_label(recipe), model, _absolute(recipe), overrides)
+        else ModelEntry(
+            _recipe_label(recipe),
+            model,
+            _absolute(recipe),
+            applicable(overrides, load_recipe(recipe)),
+        )
         for recipe in recipes
     ]
     return (*made, *(ModelEntry(label, _absolute(path)) for label, path in further))

@@ -42,6 +42,13 @@ def test_models_of_the_config() -> None:
     assert (pruned["batch_size"], pruned["run_cfg"]) == (7, {"num_gpus": 1})
 
 
+def test_each_recipe_gets_what_it_has_a_use_for() -> None:
+    many = {"sparsity": 0.25, "training.epochs": 1}
+    dense, sleb, streamline = entries("hub/model", ["dense", "sleb", "streamline"], many)
+    assert not dense.overrides
+    assert (sleb.overrides, streamline.overrides) == ({"sparsity": 0.25}, many)
+
+
 @pytest.mark.parametrize(
     ("engine", "chat", "name"),
     [
