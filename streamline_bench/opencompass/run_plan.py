@@ -253,7 +253,7 @@ def entries(
             _recipe_label(recipe),
             model,
             _absolute(recipe),
-            applicable(overrides, load_recipe(recipe)),
+            applicable(overrides, load_recipe(recipe)) if overrides else {},
         )
         for recipe in recipes
     ]
