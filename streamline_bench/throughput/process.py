@@ -17,12 +17,12 @@ from typing import Any
 
 import psutil
 
+from streamline_bench.core.leash import GRACE
 from streamline_bench.core.terminal import printable
 from streamline_bench.throughput.out_of_memory import is_out_of_memory, kernel_kills
 
 __all__ = ["ModelProcess", "WorkerError"]
 
-_GRACE_SECONDS = 5.0
 _LOG_TAIL = 1 << 16
 _POINTS_TO_LOG = re.compile(r"engine ?core|ended with exit code", re.IGNORECASE)
 _NAMES_ERROR = re.compile(r"\b[A-Za-z]*(Error|Exception)\b: ")
@@ -62,6 +62,7 @@ class ModelProcess:
             )
         self._buffer = b""
         self._children: list[psutil.Process] = []
+        self._closed = False
 
     @property
     def pid(self) -> int:
@@ -98,25 +99,32 @@ class ModelProcess:
 
     def hang_up(self) -> None:
         """Tell the process to end, and do not wait for it."""
+        if self._closed:
+            return
         self._children += _children(self.pid)  # while it can still be asked for them
         with contextlib.suppress(OSError):
             if self._process.stdin is not None:
                 self._process.stdin.close()
 
     def close(self, *, at_once: bool = False) -> None:
-        """End the process and everything it started; it may be gone already."""
+        """End the process and everything it started, once: its id may be another's later."""
         self.hang_up()
-        if not at_once:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_GRACE_SECONDS)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
-        for child in self._children:  # those that left the group
-            with contextlib.suppress(psutil.Error):
-                child.kill()
-        self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if not at_once:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(GRACE)
+        finally:  # such as Ctrl-C
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+            for child in self._children:  # those that left the group
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
+            self._process.wait()
+            if self._process.stdout is not None:
+                self._process.stdout.close()
 
     def _exchange(self, request: dict[str, Any], timeout: float) -> dict[str, Any] | None:
         """Send one line, return the answer to it; None if the process ended."""
