@@ -184,7 +184,15 @@ def _require_free(output: Path | None, overwrite: bool) -> None:
     from streamline_bench.errors import OutputError
     from streamline_bench.throughput.record import RECORD_NAME
 
-    if output is not None and (output / RECORD_NAME).exists() and not overwrite:
+    if output is None or overwrite:
+        return
+    try:
+        there = (output / RECORD_NAME).exists()
+    except OSError as error:
+        raise OutputError(
+            f"Output {output} cannot be read ({error.strerror}); give another --output."
+        ) from None
+    if there:
         raise OutputError(
             f"Output {output / RECORD_NAME} exists; give another --output or pass --overwrite."
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from streamline_bench.errors import RecipeError
+from streamline_bench.errors import OutputError, RecipeError
 from streamline_bench.runs.execution import STAGES, Execution
 from streamline_bench.runs.executor import Executor
 from streamline_bench.runs.finish import (
@@ -123,7 +123,10 @@ def compare_request(
     if until not in STAGES:
         raise RecipeError(f"Unknown stage '{until}'; known: {', '.join(STAGES)}.")
     execution = execution or Execution()
-    output = output.expanduser().absolute()
+    try:
+        output = output.expanduser().absolute()
+    except RuntimeError as error:
+        raise OutputError(f"{output} has no home folder ({error}); give another --output.") from None
     check_output(output)
     with _sigterm_raises():
         # What was mistyped is refused before a folder is made for it.

@@ -116,6 +116,14 @@ def test_missing_model_is_refused_before_anything_starts(call: Call, tiny_llama:
     assert "/no/such/folder does not exist" in ended.err
 
 
+def test_an_output_that_may_not_be_looked_at_is_one_sentence(
+    call: Call, tiny_llama: Path, tmp_path: Path
+) -> None:
+    ended = call("throughput", tiny_llama, "-o", tmp_path / ("x" * 300))
+    assert ended.code == 2
+    assert "cannot be read (File name too long); give another --output." in ended.err
+
+
 def test_two_models_of_one_name(call: Call, tiny_llama: Path) -> None:
     ended = call("throughput", tiny_llama, tiny_llama)
     assert ended.code == 2

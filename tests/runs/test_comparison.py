@@ -385,6 +385,11 @@ def test_an_output_that_may_not_be_looked_at_is_one_sentence(
         closed.chmod(0o700)
 
 
+def test_an_output_of_a_user_who_is_not_there(make: Callable[..., Request]) -> None:
+    with pytest.raises(OutputError, match=r"^~nobody-here/run has no home folder .*; give another"):
+        compare_request(make(), Path("~nobody-here/run"), progress=False)
+
+
 def test_what_is_mistyped_leaves_no_folder(make: Callable[..., Request], tmp_path: Path) -> None:
     run = tmp_path / "run"
     for changes in ({"model": "/nope"}, {"recipes": [RowRequest(recipe="dense", label="jobs")]}):
