@@ -15,6 +15,7 @@ from streamline_bench.core.calibration import CalibrationTokens
 from streamline_bench.core.gradient_faults import gradient_fault
 from streamline_bench.errors import NumericsError
 from streamline_bench.methods.likelihood import count_targets, next_token_loss
+from streamline_bench.methods.partial_forward import PartialForward, require_finite_states
 
 __all__ = ["GradientSums", "Place", "gradients_only_for", "sum_gradients"]
 
@@ -51,7 +52,7 @@ def sum_gradients(
 
     Raises:
         CalibrationError: no token follows another.
-        NumericsError: a gradient is NaN or infinite; the layer is named.
+        NumericsError: the loss or a gradient is NaN or infinite; the layer is named.
     """
     targets = count_targets(tokens)
     device = model.get_input_embeddings().weight.device
@@ -79,7 +80,10 @@ def sum_gradients(
                 if share <= 0:  # one token: nothing is predicted
                     continue
                 logits = model(input_ids=ids.to(device), use_cache=False).logits
-                torch.autograd.backward(next_token_loss(logits, ids, mask) / targets)
+                loss = next_token_loss(logits, ids, mask) / targets
+                if not bool(torch.isfinite(loss)):
+                    _refuse_pass(model, ids, mask)
+                torch.autograd.backward(loss)
         finally:
             for handle in hooks:
                 handle.remove()
@@ -88,6 +92,13 @@ def sum_gradients(
         if summed.squares is not None:
             summed.squares /= len(tokens)
     return sums
+
+
+def _refuse_pass(model: Any, ids: Tensor, mask: Tensor) -> None:
+    """Name the layer at which the way up, not the way down, left the numbers."""
+    with PartialForward(model) as forward:
+        logits = forward.logits(ids, mask, record=True)
+        require_finite_states(forward.states, logits, mask)
 
 
 def _zeros(weight: Tensor, squares: bool) -> GradientSums:

@@ -23,7 +23,7 @@ from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.calibration import CalibrationTokens
 from streamline_bench.errors import CalibrationError, NumericsError
 from streamline_bench.methods.layer_merging import LayerMerger, MergeRule
-from streamline_bench.methods.partial_forward import PartialForward
+from streamline_bench.methods.partial_forward import PartialForward, require_finite_states
 
 __all__ = ["Merge", "MergeRange", "MergeSearch"]
 
@@ -67,6 +67,7 @@ class MergeSearch:
     Raises:
         CalibrationError: the states would need more.
         ArchitectureError: the layers differ in shape.
+        NumericsError: on entering: the model's own states are NaN or infinite.
     """
 
     def __init__(
@@ -94,9 +95,14 @@ class MergeSearch:
 
     def __enter__(self) -> MergeSearch:
         self._forward.__enter__()
-        for ids, mask in self._batches:
-            self._dense.append(self._forward.hidden(ids, mask, record=True))
-            self._states.append(self._forward.states)
+        try:
+            for ids, mask in self._batches:
+                self._dense.append(self._forward.hidden(ids, mask, record=True))
+                self._states.append(self._forward.states)
+                require_finite_states(self._states[-1], self._dense[-1], mask)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -8,7 +8,7 @@ family; what a bypassed layer costs is one function call.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
+from streamline_bench.errors import NumericsError
 
-__all__ = ["PartialForward"]
+__all__ = ["PartialForward", "require_finite_states"]
 
 
 class PartialForward:
@@ -129,3 +130,28 @@ class PartialForward:
             return output
 
         return forward
+
+
+def require_finite_states(states: Mapping[int, Tensor], last: Tensor, mask: Tensor) -> None:
+    """Refuse a model whose own hidden states are no numbers, naming where they first are none.
+
+    Args:
+        states: boundary -> hidden states ``[batch, seq, hidden]``, from the bottom upwards.
+        last: what comes out at the top, ``[batch, seq, …]``: states behind the final norm, or
+            logits.
+        mask: bool ``[batch, seq]``; pads do not count.
+
+    Raises:
+        NumericsError: some are NaN or infinite.
+    """
+    if bool(torch.isfinite(last).all()):
+        return
+    for boundary, tensor in (*states.items(), (None, last)):
+        if not bool(torch.isfinite(tensor[mask.to(tensor.device)]).all()):
+            place = "the final norm or the LM head"
+            if boundary is not None:
+                place = f"layer {boundary - 1}" if boundary else "the embeddings"
+            raise NumericsError(
+                f"The model computes NaN or infinity from {place} on; check the weights there and "
+                "the calibration text, or compute in float32 or bfloat16."
+            )

@@ -17,7 +17,7 @@ from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.calibration import CalibrationTokens
 from streamline_bench.errors import CalibrationError, NumericsError
 from streamline_bench.methods.likelihood import count_targets, next_token_loss
-from streamline_bench.methods.partial_forward import PartialForward
+from streamline_bench.methods.partial_forward import PartialForward, require_finite_states
 
 __all__ = ["affordable_batch", "skip_losses"]
 
@@ -45,7 +45,7 @@ def skip_losses(
 
     Raises:
         CalibrationError: no token follows another, or one sequence exceeds the memory.
-        NumericsError: a loss is NaN or infinite; the layer is named.
+        NumericsError: the model's own states, or a loss, are NaN or infinite; the layer is named.
     """
     targets = count_targets(tokens)
     batch_size = affordable_batch(model, tokens, len(decoder_layers(model)), activations_gb)
@@ -56,7 +56,9 @@ def skip_losses(
         tqdm(total=total, unit="seq", desc=description, delay=2, disable=not progress) as bar,
     ):
         for ids, mask in tokens.batches(batch_size, trim=True):
-            forward.hidden(ids, mask, skip=removed, record=True)
+            last = forward.hidden(ids, mask, skip=removed, record=True)
+            require_finite_states(forward.states, last, mask)
+            del last
             for layer in sums:
                 logits = forward.logits(
                     ids, mask, start=layer + 1, state=forward.states[layer], skip=removed

@@ -269,6 +269,28 @@ def test_gradients_that_are_no_numbers_name_the_layer(
     assert "weights" in sentence
 
 
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("llm_pruner", ("--sparsity", 0.2)),
+        ("shortened_llama_taylor", ("--n-layers", 2)),
+        ("shortened_llama_ppl", ("--n-layers", 2)),
+        ("sleb", ("--n-layers", 2)),
+        ("laco", ("--n-layers", 2, "--set", "parameters.layers_per_merge=2")),
+    ],
+)
+def test_a_layer_that_overflows_on_the_way_up_is_named(
+    refused: Callable[..., str], model: Path, recipe: str, options: tuple[object, ...]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.3.mlp.up_proj.weight"] *= 1e20
+    weights["model.layers.3.mlp.down_proj.weight"] *= 1e30
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert "NaN or infinity from layer 3 on" in refused("--recipe", recipe, *options)
+
+
 def test_no_such_model(call: Callable[..., Any], tmp_path: Path) -> None:
     ended = call("compress", tmp_path / "none", "-o", tmp_path / "out")
     assert ended.code == 2

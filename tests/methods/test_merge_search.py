@@ -132,11 +132,26 @@ def test_states_beyond_the_memory_are_refused(folder: Path, tokens: CalibrationT
         MergeSearch(_load(folder), tokens, MergeRange(3, 0, DEPTH, 1), "rdsc", 1e-6)
 
 
-def test_states_that_are_no_numbers(folder: Path, tokens: CalibrationTokens) -> None:
+def test_a_model_that_is_no_numbers_itself(folder: Path, tokens: CalibrationTokens) -> None:
     model = _load(folder)
-    model.model.layers[7].mlp.up_proj.weight.data[0, 0] = torch.nan
+    model.model.layers[2].mlp.up_proj.weight.data[0, 0] = torch.nan
     with (
-        MergeSearch(model, tokens, MergeRange(3, 0, DEPTH, 1), "reference") as search,
+        pytest.raises(NumericsError, match="NaN or infinity from layer 2 on"),
+        MergeSearch(model, tokens, MergeRange(3, 0, DEPTH, 1), "reference"),
+    ):
+        pass
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+
+def test_a_merge_that_leaves_no_numbers(folder: Path, tokens: CalibrationTokens) -> None:
+    """Weights that nothing reaches, as the gate is shut, overflow when they are added up."""
+    model = _load(folder)
+    for layer, value in ((5, -1e308), (6, 1e308), (7, 1e308)):
+        mlp = model.model.layers[layer].mlp
+        mlp.gate_proj.weight.data.zero_()
+        mlp.down_proj.weight.data.fill_(value)
+    with (
+        MergeSearch(model, tokens, MergeRange(3, 0, DEPTH, 1), "rdsc") as search,
         pytest.raises(NumericsError, match="not finite after merging into layer 5"),
     ):
         search.run(0.5, 2)

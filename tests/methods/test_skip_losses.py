@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,20 @@ def test_a_sequence_beyond_the_memory_is_refused(folder: Path, tokens: Calibrati
 def test_nan_names_the_layer(folder: Path, tokens: CalibrationTokens) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.model.layers[3].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(NumericsError, match="NaN or infinity from layer 3 on"):
+        skip_losses(model, tokens, [3, 1], progress=False)
+    model.model.layers[4].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(NumericsError, match="NaN or infinity from layer 4 on"):
+        skip_losses(model, tokens, [1], removed=[3], progress=False)
+
+
+def test_a_layer_without_which_the_loss_is_no_number_is_named(
+    folder: Path, tokens: CalibrationTokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = itertools.cycle([torch.tensor(1.0), torch.tensor(torch.nan)])
+    module = sys.modules[skip_losses.__module__]
+    monkeypatch.setattr(module, "next_token_loss", lambda *_: next(losses))
+    model = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(NumericsError, match="without layer 1 is nan"):
         skip_losses(model, tokens, [3, 1], progress=False)
 
