@@ -137,6 +137,8 @@ def finish(result: CompareResult) -> NoReturn:
     for reason, labels in _by_reason(result.alone).items():
         rows = ", ".join(map(printable, labels))
         click.echo(f"{rows}: scored alone ({printable(reason.rstrip('.'))})", err=True)
+    for task, reason in result.left_out.items():
+        click.echo(f"{printable(task)} is not compared: {printable(reason)}", err=True)
     for label, reason in result.failures.items():
         click.echo(f"{printable(label)} failed: {printable(reason)}", err=True)
     for job, reason in result.reasons.items():

@@ -102,9 +102,10 @@ def _files(manager: Any, pattern: str) -> Iterator[Part]:
         yield Part(None, {}, unknown=pattern)
     for path in paths:
         config = load_yaml(path, resolve_func=False)
-        inside = list(_member(manager, config, frozenset()))
-        # The harness is given the path again, under which it finds the task.
-        yield from (Part(path, each.config) if each.config == config else each for each in inside)
+        if isinstance(config.get("task"), list):
+            yield from _group(manager, config, frozenset())
+        else:
+            yield Part(path, config)
 
 
 def _member(manager: Any, item: Any, above: frozenset[str]) -> Iterator[Part]:

@@ -53,6 +53,7 @@ def build_leaderboard(
     commands: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
     failed_jobs: Mapping[str, str] | None = None,
+    not_compared: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Compare every run with the dense one and return the leaderboard as plain data.
@@ -65,6 +66,7 @@ def build_leaderboard(
         throughput: a ``throughput.json``; its figures go to the rows of the same labels.
         noise: label -> evaluation of the dense model, made again.
         failed_jobs: job -> why it gave nothing, for jobs without which every row has its result.
+        not_compared: task -> why no run was asked it.
 
     Returns:
         JSON-ready data of :class:`streamline_bench.report.schema.Leaderboard`.
@@ -101,7 +103,7 @@ def build_leaderboard(
         method=_method(settings, itself),
         rows=_with_original_size(rows),
         noise=floor,
-        not_compared=itself.not_compared,
+        not_compared={**itself.not_compared, **(not_compared or {})},
         commands=list(commands),
         versions={**_versions(), **(versions or {})},
         failed_jobs=dict(failed_jobs or {}),

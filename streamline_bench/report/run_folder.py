@@ -101,6 +101,7 @@ class RunFile(Frozen):
         throughput: the run's ``throughput.json``, relative to the run folder and inside it.
         noise: the dense model's repeated evaluations, from which the noise floor is read.
         failed_jobs: job -> reason, of what was asked for beside the rows and is missing.
+        not_compared: task -> why no row was asked it.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -112,6 +113,7 @@ class RunFile(Frozen):
     throughput: str | None = None
     noise: list[NoiseRun] = Field(default_factory=list)
     failed_jobs: dict[str, str] = Field(default_factory=dict)
+    not_compared: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _labels(self) -> RunFile:
@@ -203,6 +205,7 @@ def build_report(folder: Path, *, settings: Settings | None = None, progress: bo
         commands=run.commands,
         versions=run.versions,
         failed_jobs=run.failed_jobs,
+        not_compared=run.not_compared,
         progress=progress,
     )
     return write_report(leaderboard, folder)

@@ -18,6 +18,7 @@ from streamline_bench.runs.finish import (
     row_failures,
     scored_alone,
     side_failures,
+    tasks_left_out,
     write_report_once,
 )
 from streamline_bench.runs.folder import check_output, claim, locked
@@ -46,6 +47,7 @@ class CompareResult:
         failures: label -> reason, of the rows that have no result.
         reasons: job -> reason, of what failed beside them: noise floor, text, speed.
         alone: label -> why it was scored by itself, where others were scored together.
+        left_out: task -> why no row was asked it.
         jobs: job -> ``done``, ``kept`` (from an earlier run), ``failed`` or ``skipped``.
     """
 
@@ -54,6 +56,7 @@ class CompareResult:
     failures: Mapping[str, str] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
     alone: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
     jobs: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -70,6 +73,7 @@ class CompareResult:
             "failures": dict(self.failures),
             "reasons": dict(self.reasons),
             "alone": dict(self.alone),
+            "left_out": dict(self.left_out),
             "jobs": dict(self.jobs),
         }
 
@@ -126,7 +130,9 @@ def compare_request(
     try:
         output = output.expanduser().absolute()
     except RuntimeError as error:
-        raise OutputError(f"{output} has no home folder ({error}); give another --output.") from None
+        raise OutputError(
+            f"{output} has no home folder ({error}); give another --output."
+        ) from None
     check_output(output)
     with _sigterm_raises():
         # What was mistyped is refused before a folder is made for it.
@@ -191,6 +197,7 @@ def _result(
         failures=row_failures(output, plan, states),
         reasons=side_failures(states),
         alone=scored_alone(plan, states),
+        left_out=tasks_left_out(states),
         jobs={name: state.status for name, state in states.items()},
     )
 

@@ -7,14 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from streamline_bench.core.manifest import Manifest, read_manifest
-from streamline_bench.errors import CheckpointError
+from streamline_bench.errors import CheckpointError, ComparisonError
 from streamline_bench.report.run_folder import NoiseRun, RunFile, RunRow, write_run_file
 from streamline_bench.runs.folder import make_job_folder
 from streamline_bench.runs.plan import Plan, PlanRow, digest
 from streamline_bench.runs.scheduler import JobState
 from streamline_bench.runs.together import groups_of
 
-__all__ = ["describe_run", "row_failures", "scored_alone", "side_failures", "write_report_once"]
+__all__ = [
+    "describe_run",
+    "row_failures",
+    "scored_alone",
+    "side_failures",
+    "tasks_left_out",
+    "write_report_once",
+]
 
 _OWN = ("compress", "score")
 """Kinds of jobs without which a row has no result."""
@@ -42,6 +49,15 @@ def side_failures(states: Mapping[str, JobState]) -> dict[str, str]:
         for name, state in states.items()
         if state.status == "failed" and not (state.job.labels and state.job.kind in _OWN)
     }
+
+
+def tasks_left_out(states: Mapping[str, JobState]) -> dict[str, str]:
+    """Return task -> why it was not scored although it was asked for."""
+    found: dict[str, str] = {}
+    for state in states.values():
+        if state.done is not None and state.job.labels:
+            found |= state.done.facts.get("not_compared") or {}
+    return found
 
 
 def scored_alone(plan: Plan, states: Mapping[str, JobState]) -> dict[str, str]:
@@ -82,6 +98,7 @@ def describe_run(run: Path, plan: Plan, states: Mapping[str, JobState]) -> RunFi
             if states[f"noise-{noise.name}"].succeeded
         ],
         failed_jobs=side_failures(states),
+        not_compared=tasks_left_out(states),
     )
 
 
@@ -104,7 +121,14 @@ def write_report_once(run: Path, description: RunFile, *, progress: bool) -> Pat
         return run / str(done.facts["page"])
     write_run_file(run, description)
     read_run_file(run)
-    page = build_report(run, progress=progress)
+    try:
+        page = build_report(run, progress=progress)
+    except ComparisonError as error:
+        # What a task's own code reads is not in the keys of the jobs.
+        raise ComparisonError(
+            f"{error} If a task's data changed since the first row was scored, delete the 'eval' "
+            f"folders in {run}: the same command then scores every row again."
+        ) from None
     names = sorted(path.name for path in run.glob("leaderboard.*") if path.is_file())
     names += [card.relative_to(run).as_posix() for card in write_checkpoint_cards(run)]
     write_done(

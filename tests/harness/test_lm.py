@@ -218,3 +218,22 @@ class TestResponseCache:
 
 def ask(model: CachingLM) -> list[float]:
     return [score for score, _ in model.loglikelihood(REQUESTS)]
+
+
+@pytest.mark.parametrize("device", ["cuda:9", "meta", "mps:1"])
+def test_another_device_than_was_asked_for_is_refused(tiny_llama: Path, device: str) -> None:
+    if torch.cuda.device_count() > 9:
+        pytest.skip("this machine has the GPU that must be missing")
+    # The stock class computes elsewhere without a word.
+    assert HFLM(pretrained=str(tiny_llama), device=device).device.type in ("cpu", "cuda")
+    with pytest.raises(RecipeError, match=f"'{device}' is"):
+        StreamlineLM(pretrained=str(tiny_llama), device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["auto", "cuda:0", "cpu"])
+def test_where_no_device_is_asked_for_it_is_the_harness_s_choice(
+    tiny_llama: Path, device: str
+) -> None:
+    # Its command line says cuda:0 where its user says nothing.
+    assert StreamlineLM(pretrained=str(tiny_llama), device=device).device.type == "cpu"

@@ -102,22 +102,48 @@ def test_a_failing_recipe_marks_its_row_and_the_others_go_on(
 
 
 @pytest.mark.slow
-def test_a_task_without_samples_is_a_failure_that_names_it(
+@pytest.mark.parametrize("trunk", [True, False])
+def test_a_task_without_documents_is_left_out_and_named(
+    make: Callable[..., Request], tasks: Path, tmp_path: Path, trunk: bool
+) -> None:
+    _add_empty_task(tasks)
+    asked = {"tasks": ["words", "nothing_asked"], "include_path": str(tasks)}
+    request = make(recipes=["dense", "last_layers"] if trunk else ["dense"], **asked)
+    execution = Execution(retries=0, trunk=trunk)
+    result = compare_request(request, tmp_path / "run", execution=execution, progress=False)
+    assert result.exit_code == 0
+    assert result.left_out == {"nothing_asked": "it yielded no documents"}
+    board = json.loads((tmp_path / "run" / "leaderboard.json").read_text(encoding="utf-8"))
+    assert board["not_compared"] == {"nothing_asked": "it yielded no documents"}
+    assert result.report is not None
+    assert "nothing_asked (it yielded no documents)" in result.report.read_text(encoding="utf-8")
+    scored = read_lm_eval(tmp_path / "run" / "dense" / "eval", progress=False)
+    assert list(scored.info.results) == ["words"]
+    if trunk:
+        walk = read_run_file(tmp_path / "run").rows[1].scored_with
+        assert set(walk) == {"dense", "last_layers"}
+    again = compare_request(request, tmp_path / "run", execution=execution, progress=False)
+    assert again.left_out == result.left_out
+
+
+@pytest.mark.slow
+def test_where_every_task_is_without_documents_the_row_fails(
     make: Callable[..., Request], tasks: Path, tmp_path: Path
 ) -> None:
+    _add_empty_task(tasks)
+    request = make(recipes=["dense"], tasks=["nothing_asked"], include_path=str(tasks))
+    result = compare_request(request, tmp_path / "run", progress=False)
+    assert result.exit_code == 1
+    assert result.report is None
+    assert "'nothing_asked' (it yielded no documents)" in result.failures["dense"]
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def _add_empty_task(tasks: Path) -> None:
     (tasks / "none.jsonl").write_text("", encoding="utf-8")
     text = (tasks / "words.yaml").read_text(encoding="utf-8")
     text = text.replace("task: words", "task: nothing_asked").replace("words.jsonl", "none.jsonl")
     (tasks / "none.yaml").write_text(text, encoding="utf-8")
-    request = make(recipes=["dense"], tasks=["words", "nothing_asked"], include_path=str(tasks))
-    result = compare_request(
-        request, tmp_path / "run", execution=Execution(retries=0), progress=False
-    )
-    assert result.exit_code == 1
-    assert result.report is None
-    assert list(result.failures) == ["dense"]
-    assert "nothing_asked" in result.failures["dense"]
-    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_only_damaged_results_are_made_again(
