@@ -17,6 +17,7 @@ from streamline_bench.core.fingerprint import fingerprint, user_cache
 from streamline_bench.core.manifest import Manifest, read_manifest, write_manifest
 from streamline_bench.core.staging import atomic_write_bytes, atomic_write_text, staged_output
 from streamline_bench.core.tensor_file import TensorEntry, read_header
+from streamline_bench.core.validation import first_line
 from streamline_bench.errors import ArchitectureError, CheckpointError
 from streamline_bench.resources import bundled_model, is_bundled
 
@@ -281,9 +282,8 @@ def _download(name: str, revision: str | None) -> Path:
             name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"Model '{name}' is neither a folder nor to be had from the hub ({reason}); check the "
-            "name, or give a local folder, or 'bundled'."
+            f"Model '{name}' is neither a folder nor to be had from the hub "
+            f"({first_line(error)}); check the name, or give a local folder, or 'bundled'."
         ) from error
     return Path(found)

@@ -35,6 +35,7 @@ from typing import Any
 from streamline_bench.core.corpus_files import FILE_SUFFIXES, file_kind, read_file, record_field
 from streamline_bench.core.recipe import CalibrationSpec
 from streamline_bench.core.suggestions import suggest
+from streamline_bench.core.validation import first_line
 from streamline_bench.errors import CalibrationError
 
 __all__ = [
@@ -287,8 +288,8 @@ def _loaded(load: Any, spec: CalibrationSpec, **arguments: Any) -> Iterator[Mapp
     except CalibrationError:
         raise
     except failures as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise CalibrationError(
             f"Calibration data set '{spec.source}' (split '{spec.split}') cannot be read "
-            f"({first_line}); give a local file or folder instead, e.g. calibration=texts.jsonl."
+            f"({first_line(error)}); give a local file or folder instead, e.g. "
+            "calibration=texts.jsonl."
         ) from error

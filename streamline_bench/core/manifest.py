@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.staging import atomic_write_text
 from streamline_bench.core.versioned_json import validated
 from streamline_bench.errors import CheckpointError
@@ -29,25 +30,21 @@ MANIFEST_NAME = "streamline.json"
 SCHEMA_VERSION = 1
 
 
-class Source(BaseModel):
+class Source(Frozen):
     """The model that was compressed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     revision: str | None = None
     weights_sha256: str
 
 
-class Manifest(BaseModel):
+class Manifest(Frozen):
     """Where a checkpoint comes from and what was done to it.
 
     ``chosen`` holds what the method decided (block, similarities); ``files`` the SHA-256 of every
     other file in the folder, by name; ``seconds`` wall time by stage. Sparsities are shares of all
     parameters, embeddings included, of the source model.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = SCHEMA_VERSION
     source: Source

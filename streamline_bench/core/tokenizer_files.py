@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["TOKENIZER_FILES", "tokenizer_files"]
+__all__ = ["TOKENIZER_FILES", "VOCABULARY_FILES", "tokenizer_files"]
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -17,6 +17,9 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*",
 )
 """Patterns relative to the folder; ``*.model`` are those of SentencePiece."""
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+"""A folder with a tokenizer has at least one of these; all match :data:`TOKENIZER_FILES`."""
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from streamline_bench.core.devices import known_device
+from streamline_bench.core.validation import first_line
 from streamline_bench.errors import CheckpointError, RecipeError, StreamlineBenchError
 from streamline_bench.harness.arguments import sort_arguments
 from streamline_bench.harness.boundary import user_errors
@@ -73,9 +74,8 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
         try:
             super()._create_tokenizer(pretrained, tokenizer, **options)
         except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-            first_line = str(error).strip().split("\n")[0]
             raise CheckpointError(
-                f"No tokenizer can be loaded from {tokenizer or pretrained} ({first_line}); "
+                f"No tokenizer can be loaded from {tokenizer or pretrained} ({first_line(error)}); "
                 "pass tokenizer=<folder or hub id>."
             ) from error
 

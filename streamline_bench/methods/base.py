@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.recipe import CalibrationSpec, Recipe
 
 if TYPE_CHECKING:
@@ -22,10 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["Compressed", "Compression", "Method", "NoParameters"]
 
 
-class NoParameters(BaseModel):
+class NoParameters(Frozen):
     """The ``parameters`` of a method that has none."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True)

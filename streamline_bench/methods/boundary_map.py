@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.calibration import CalibrationTokens
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.recipe import ReplacementSpec
 from streamline_bench.core.replacement import network_parameters
 from streamline_bench.core.shards import layers_prefix
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
-class BoundaryMapParameters(BaseModel):
+class BoundaryMapParameters(Frozen):
     """Parameters that all boundary maps have.
 
     Attributes:
@@ -49,8 +50,6 @@ class BoundaryMapParameters(BaseModel):
         validation_share: share of the sequences kept out of the fit to measure it.
         batch_size: sequences per forward pass.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     metric: Metric = "cosine"
     last_state: LastState = "raw"

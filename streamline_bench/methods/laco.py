@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from tqdm import tqdm
 
 from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.shards import layers_prefix
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
@@ -38,7 +39,7 @@ __all__ = ["LaCo", "LaCoParameters", "highest_threshold", "mixtures"]
 log = logging.getLogger(__name__)
 
 
-class LaCoParameters(BaseModel):
+class LaCoParameters(Frozen):
     """Parameters of the method ``laco``.
 
     Attributes:
@@ -51,8 +52,6 @@ class LaCoParameters(BaseModel):
         bisections: how finely that one is found (each halves the range from -1 to 1).
         activations_gb: most memory for the dense model's states, in 10^9 bytes.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     merge: MergeRule = "reference"
     layers_per_merge: int = Field(4, ge=2)

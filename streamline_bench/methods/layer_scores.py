@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.errors import NumericsError, SparsityError
 
 __all__ = ["ProtectedEnds", "proportional_ends", "record", "select_lowest"]
@@ -21,7 +22,7 @@ def proportional_ends(depth: int) -> tuple[int, int]:
     return min(4, math.ceil(depth / 8)), min(2, math.ceil(depth / 16))
 
 
-class ProtectedEnds(BaseModel):
+class ProtectedEnds(Frozen):
     """Parameters of methods that leave the ends of the model alone.
 
     Attributes:
@@ -31,8 +32,6 @@ class ProtectedEnds(BaseModel):
     None is in proportion to the depth, see :func:`proportional_ends`, and gives way, the last
     layers first, where more layers are to go than that leaves.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     protect_first: int | None = Field(0, ge=0)
     protect_last: int | None = Field(0, ge=0)

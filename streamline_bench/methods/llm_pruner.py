@@ -18,10 +18,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from streamline_bench.core.architecture import Architecture, architecture_of, decoder_layers
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.shards import layer_names, layers_prefix
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
@@ -53,7 +54,7 @@ __all__ = ["LLMPruner", "LLMPrunerParameters", "keep_units"]
 UNITS_FILE = "pruned_units.json"
 
 
-class LLMPrunerParameters(BaseModel):
+class LLMPrunerParameters(Frozen):
     """Parameters of the method ``llm_pruner``.
 
     Attributes:
@@ -66,8 +67,6 @@ class LLMPrunerParameters(BaseModel):
             implementation's ``pruning_ratio``).
         channel_multiple: channels that stay are a multiple of this.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     criterion: Criterion = "param_first"
     profile: Literal["paper", "uniform"] = "paper"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from streamline_bench.core.tokenizer_files import VOCABULARY_FILES
+from streamline_bench.core.validation import first_line
 from streamline_bench.errors import CalibrationError, CheckpointError, RecipeError
 
 __all__ = ["dtype_name", "load_config", "load_model", "load_tokenizer"]
@@ -43,7 +45,9 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: the config cannot be loaded ({_brief(error)}).") from None
+        raise CheckpointError(
+            f"{folder}: the config cannot be loaded ({first_line(error)})."
+        ) from None
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -54,17 +58,16 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-    if not any((folder / name).exists() for name in names):
+    if not any((folder / name).exists() for name in VOCABULARY_FILES):
         raise CalibrationError(
-            f"{folder} has no tokenizer (none of {', '.join(names)}); "
+            f"{folder} has no tokenizer (none of {', '.join(VOCABULARY_FILES)}); "
             "save the model's tokenizer into that folder."
         )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationError(
-            f"{folder}: the tokenizer cannot be loaded ({_brief(error)})."
+            f"{folder}: the tokenizer cannot be loaded ({first_line(error)})."
         ) from None
 
 
@@ -91,12 +94,10 @@ def load_model(
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: the model cannot be loaded ({_brief(error)}).") from None
+        raise CheckpointError(
+            f"{folder}: the model cannot be loaded ({first_line(error)})."
+        ) from None
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise CheckpointError(f"{folder}: the checkpoint lacks weights the model needs: {some}.")
     return model.to(device).eval()
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

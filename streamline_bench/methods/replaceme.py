@@ -15,9 +15,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.similarity import LastState
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["ReplaceMe", "ReplaceMeParameters"]
 
 
-class ReplaceMeParameters(BaseModel):
+class ReplaceMeParameters(Frozen):
     """Parameters of the method ``replaceme``.
 
     Attributes:
@@ -59,8 +60,6 @@ class ReplaceMeParameters(BaseModel):
         validation_share: share of the sequences kept out of the fit to measure it.
         batch_size: sequences per forward pass.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     objective: Literal["lstsq", "cosine"] = "lstsq"
     accurate: bool = False

@@ -11,11 +11,12 @@ import logging
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.calibration import CalibrationTokens
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.shards import layers_prefix
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
@@ -38,7 +39,7 @@ _FAST_STEP = 8
 _LEAST_STEPS = 50
 
 
-class SliceGPTParameters(BaseModel):
+class SliceGPTParameters(Frozen):
     """Parameters of SliceGPT.
 
     Attributes:
@@ -50,8 +51,6 @@ class SliceGPTParameters(BaseModel):
         signal, final_orientation, damping, batch_size: see :class:`.RotationOptions`.
         activation_gb: signals larger than this (GiB) go to disk instead of memory.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     slicing: float | None = Field(None, ge=0, lt=1)
     round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"

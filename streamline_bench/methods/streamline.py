@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.replacement import network_parameters
 from streamline_bench.core.shards import layer_names, layers_prefix
 from streamline_bench.core.similarity import Block, Similarity
@@ -37,7 +38,7 @@ __all__ = ["Streamline", "StreamlineParameters"]
 log = logging.getLogger(__name__)
 
 
-class StreamlineParameters(BaseModel):
+class StreamlineParameters(Frozen):
     """Parameters of the method ``streamline``.
 
     Attributes:
@@ -49,8 +50,6 @@ class StreamlineParameters(BaseModel):
         allow_first_layer: let the block contain layer 0. The paper's rule does not forbid it and
             on large models it never happens; on small ones it ruins the model.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     metric: Literal["cosine", "angular"] = "cosine"
     last_state: Literal["raw", "postnorm"] = "raw"

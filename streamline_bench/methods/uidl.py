@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
+from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.similarity import LastState
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.block_choice import SIMILARITY_FILE, scan_once
@@ -21,7 +22,7 @@ from streamline_bench.methods.depth import drop_layers, size_plan
 __all__ = ["UIDL", "UIDLParameters"]
 
 
-class UIDLParameters(BaseModel):
+class UIDLParameters(Frozen):
     """Parameters of the method ``uidl``.
 
     Attributes:
@@ -32,8 +33,6 @@ class UIDLParameters(BaseModel):
             on large models it never happens; on small ones it ruins the model.
         allow_last_layer: let the block contain the last layer.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     variant: Literal["angular", "simple"] = "angular"
     last_state: LastState = "raw"

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from streamline_bench.core.validation import first_line
 from streamline_bench.errors import ClusterError, MissingDependencyError
 from streamline_bench.runs.execution import JOB_KINDS, Execution
 from streamline_bench.runs.executor import Ended, Unit
@@ -90,10 +91,10 @@ class RayExecutor:
         try:
             code, reason = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
-            return Ended(name, 1, f"Its worker could not start it: {_first_line(error.cause)}")
+            return Ended(name, 1, f"Its worker could not start it: {first_line(error.cause)}")
         except self._ray.exceptions.RayError as error:
             # The worker's process or its machine is gone.
-            return Ended(name, None, f"Its worker was lost ({_first_line(error)}).")
+            return Ended(name, None, f"Its worker was lost ({first_line(error)}).")
         return Ended(name, code, reason)
 
     def _connect(self) -> None:
@@ -102,7 +103,7 @@ class RayExecutor:
             self._ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ClusterError(
-                f"There is no Ray cluster at '{address}' ({_first_line(error)}); start one with "
+                f"There is no Ray cluster at '{address}' ({first_line(error)}); start one with "
                 "'ray start --head', or give --ray-address."
             ) from None
 
@@ -159,7 +160,3 @@ def _import_ray() -> Any:
             "pip install 'streamline-bench[ray]'"
         ) from None
     return ray
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

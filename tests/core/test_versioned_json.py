@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError, field_validator
 
 from streamline_bench.core.frozen import Frozen
-from streamline_bench.core.validation import first_problem
+from streamline_bench.core.validation import first_line, first_problem
 from streamline_bench.core.versioned_json import read_json, validated
 from streamline_bench.errors import SamplesError
 
@@ -67,3 +67,21 @@ def test_the_first_problem_of_several() -> None:
     with pytest.raises(ValidationError) as raised:
         Whole.model_validate({"parts": [{"size": 1}], "other": 1})
     assert first_problem(raised.value) == "'parts.0.size': 1 is odd"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("it broke.\nand so on"), "it broke"),
+        (ValueError("\n  it   broke \n"), "it broke"),
+        (
+            RuntimeError("Error(s) in loading X:\n\tsize mismatch"),
+            "Error(s) in loading X: size mismatch",
+        ),
+        (KeyError(), "KeyError"),
+        (ValueError("for nothing:"), "for nothing:"),
+        (ValueError("w" * 300), "w" * 200 + "…"),
+    ],
+)
+def test_the_first_line_of_an_error(error: Exception, told: str) -> None:
+    assert first_line(error) == told

@@ -10,6 +10,7 @@ from typing import Any
 from accelerate.utils.memory import should_reduce_batch_size
 
 from streamline_bench.core.architecture import decoder_layers
+from streamline_bench.core.validation import first_line
 from streamline_bench.errors import CheckpointError, StreamlineBenchError
 from streamline_bench.harness.trunk.evaluation import model_arguments
 from streamline_bench.harness.trunk.journal import Journal
@@ -60,9 +61,8 @@ def load_model(request: TrunkRequest, label: str) -> TrunkLM:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
             raise
-        first_line = str(error).strip().split("\n")[0]
         raise CheckpointError(
-            f"{request.checkpoints[label]} cannot be loaded ({first_line})."
+            f"{request.checkpoints[label]} cannot be loaded ({first_line(error)})."
         ) from error
 
 
