@@ -12,11 +12,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.recovery_presets import with_preset
-from streamline_bench.core.suggestions import suggest
+from streamline_bench.core.validation import wrong_value
 from streamline_bench.errors import RecipeError
 
 __all__ = [
@@ -214,29 +214,4 @@ def parse_recipe(payload: Mapping[str, Any], origin: str) -> Recipe:
     try:
         return Recipe.model_validate(payload)
     except ValidationError as error:
-        raise RecipeError(_first_problem(error, origin)) from None
-
-
-def _first_problem(error: ValidationError, origin: str) -> str:
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"]) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        known = _fields_at(problem["loc"][:-1])
-        return f"{origin}: unknown key '{where}'{suggest(str(problem['loc'][-1]), known)}"
-    return f"{origin}: '{where}' is {problem.get('input')!r}: {problem['msg']}."
-
-
-def _fields_at(path: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = Recipe
-    for part in path:
-        annotation = model.model_fields[str(part)].annotation
-        # An optional part is a union of its schema and None.
-        schemas = [
-            choice
-            for choice in (annotation, *get_args(annotation))
-            if isinstance(choice, type) and issubclass(choice, BaseModel)
-        ]
-        if not schemas:
-            return []
-        model = schemas[0]
-    return list(model.model_fields)
+        raise RecipeError(f"{origin}: {wrong_value(error, Recipe)}") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamline_bench.core.recipe import Recipe, parse_recipe
-from streamline_bench.core.suggestions import suggest
+from streamline_bench.core.suggestions import suggest, suggest_or_list
 from streamline_bench.core.yaml_file import read_yaml_mapping
 from streamline_bench.errors import RecipeError
 from streamline_bench.methods.registry import METHODS, check_parameters, get_method, unread_parts
@@ -163,7 +163,7 @@ def _recipe_path(name: str) -> Path:
 def _override(payload: dict[str, Any], key: str, value: Any) -> None:
     if key not in SHORT_KEYS and key not in OWN_KEYS and "." not in key:
         known = [*OWN_KEYS, *SHORT_KEYS]
-        raise RecipeError(f"Unknown recipe key '{key}'{suggest(key, known)}")
+        raise RecipeError(f"Unknown recipe key '{key}'{suggest_or_list(key, known)}")
     if key == "recovery":
         # A preset stands for a whole recovery; none leaves the result as the method made it.
         payload["recovery"] = None if value == "none" else {"preset": value}

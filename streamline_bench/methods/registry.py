@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from streamline_bench.core.recipe import Recipe
 from streamline_bench.core.suggestions import suggest
+from streamline_bench.core.validation import wrong_value
 from streamline_bench.errors import RecipeError
 from streamline_bench.methods.base import Method
 
@@ -81,19 +82,8 @@ def check_parameters(recipe: Recipe) -> None:
     try:
         schema.model_validate(recipe.parameters)
     except ValidationError as error:
-        problem = error.errors()[0]
-        if not problem["loc"]:  # values that do not go together
-            reason = problem["msg"].removeprefix("Value error, ")
-            raise RecipeError(f"Recipe '{recipe.name}': {reason}.") from None
-        key = str(problem["loc"][-1])
-        if problem["type"] == "extra_forbidden":
-            hint = suggest(key, schema.model_fields)
-            raise RecipeError(
-                f"Recipe '{recipe.name}': method '{recipe.method}' has no parameter '{key}'{hint}"
-            ) from None
-        raise RecipeError(
-            f"Recipe '{recipe.name}': parameter '{key}' is {problem['input']!r}: {problem['msg']}."
-        ) from None
+        told = wrong_value(error, schema, "parameters")
+        raise RecipeError(f"Recipe '{recipe.name}' (method '{recipe.method}'): {told}") from None
 
 
 def _told(part: object) -> str:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError, field_validator
 
 from streamline_bench.core.frozen import Frozen
-from streamline_bench.core.validation import first_line, first_problem
+from streamline_bench.core.validation import first_line, first_problem, wrong_value
 from streamline_bench.core.versioned_json import read_json, validated
 from streamline_bench.errors import SamplesError
 
@@ -85,3 +85,20 @@ def test_the_first_problem_of_several() -> None:
 )
 def test_the_first_line_of_an_error(error: Exception, told: str) -> None:
     assert first_line(error) == told
+
+
+@pytest.mark.parametrize(
+    ("payload", "told"),
+    [
+        ({"parst": []}, "unknown key 'parst'; did you mean 'parts'?"),
+        ({"zzz": 1}, "unknown key 'zzz'; known: schema_version, parts."),
+        ({"parts": [{"size": 2, "sise": 3}]}, "unknown key 'parts.0.sise'; did you mean 'size'?"),
+        ({"parts": [{"size": 1}]}, "'parts.0.size' is 1: 1 is odd."),
+    ],
+)
+def test_a_wrong_value_is_told_in_a_sentence(payload: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        Whole.model_validate(payload)
+    assert wrong_value(raised.value, Whole) == told
+    inside = told.replace("key '", "key 'all.").replace("'parts.0.size'", "'all.parts.0.size'")
+    assert wrong_value(raised.value, Whole, "all") == inside

@@ -170,3 +170,27 @@ def test_yaml_cannot_run_code(tmp_path: Path) -> None:
     with pytest.raises(RecipeError):
         load_recipe(path)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "sentence"),
+    [
+        ("foo", r"^Unknown recipe key 'foo'; known: sparsity, n_layers, .*, recovery\.$"),
+        ("training.qqqqq", r"unknown key 'training\.qqqqq'; known: objective, .*\.$"),
+        ("parameters.qqqqq", r"unknown key 'parameters\.qqqqq'; known: metric, .*\.$"),
+        ("epoch", r"^Unknown recipe key 'epoch'; did you mean 'epochs'\?$"),
+    ],
+)
+def test_an_unknown_key_gets_the_nearest_or_all_known_ones(key: str, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        load_recipe("streamline", {key: 1})
+
+
+def test_an_unknown_key_in_a_list_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "method: last_layers\nn_layers: 1\n"
+        "published: [{model: m, metric: piqa, value: 1, source: s, sorce: t}]\n"
+    )
+    with pytest.raises(RecipeError, match=r"unknown key 'published\.0\.sorce'; did you mean 'sou"):
+        load_recipe(path)
