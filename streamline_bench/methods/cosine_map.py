@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from streamline_bench.errors import CalibrationError, NumericsError
+from streamline_bench.methods.normal_equations import warn_of_few_rows
 
 __all__ = ["RowStore", "fit_cosine"]
 
@@ -97,6 +98,8 @@ def fit_cosine(
     Raises:
         NumericsError: the loss is not finite.
     """
+    if not diagonal:
+        warn_of_few_rows(len(rows), hidden)
     start = torch.ones(hidden) if diagonal else torch.eye(hidden)
     weight = start.to(device).requires_grad_()
     optimizer = torch.optim.Adam([weight], lr=lr)

@@ -20,7 +20,7 @@ from streamline_bench.methods.normal_equations import NormalEquations, widened
 if TYPE_CHECKING:
     from streamline_bench.methods.replaceme import ReplaceMeParameters
 
-__all__ = ["Gap", "find_gaps", "fit_maps", "map_errors"]
+__all__ = ["Gap", "MapErrors", "composed_maps", "find_gaps", "fit_maps", "map_errors"]
 
 log = logging.getLogger(__name__)
 
@@ -145,17 +145,58 @@ def _sums(
     return sums
 
 
+def composed_maps(gaps: list[Gap], maps: list[Tensor]) -> dict[int, Tensor]:
+    """Return host -> the product of the maps that go into it, in the order of their blocks."""
+    composed: dict[int, Tensor] = {}
+    for gap, a in zip(gaps, maps, strict=True):
+        composed[gap.host] = composed[gap.host] @ a if gap.host in composed else a
+    return composed
+
+
+@dataclass(frozen=True)
+class MapErrors:
+    """Mean squared errors at boundaries on held-out tokens, each without and with the map.
+
+    Attributes:
+        blocks: per block, of its own map on what the intact model computes there.
+        composed: host of several adjacent blocks -> of the product of their maps, which is what
+            is folded, behind the last of them.
+    """
+
+    blocks: list[dict[str, float]]
+    composed: dict[int, dict[str, float]]
+
+
 def map_errors(
     work: Compression,
     gaps: list[Gap],
     maps: list[Tensor],
     tokens: CalibrationTokens,
     batch_size: int,
-) -> list[dict[str, float]]:
-    """Mean squared error at each boundary on held-out tokens, without and with the map."""
-    sums = _sums(work, gaps, tokens, batch_size, "held out")
-    identity = torch.eye(int(work.config.hidden_size), dtype=torch.float64)
-    return [
-        {"none": one.mean_squared_error(identity), "mapped": one.mean_squared_error(a)}
-        for one, a in zip(sums, maps, strict=True)
-    ]
+) -> MapErrors:
+    """Measure the maps, one by one and as they are folded."""
+    hidden = int(work.config.hidden_size)
+    sums = [NormalEquations(hidden, work.device) for _ in gaps]
+    hosts = {gap.host for gap in gaps if gap.follows}
+    whole = {host: NormalEquations(hidden, work.device) for host in hosts}
+    for batch in _all_rows(work, gaps, tokens, batch_size, "held out"):
+        parts = [_parts(gap, rows) for gap, rows in zip(gaps, batch, strict=True)]
+        for (m, y), rows, one in zip(parts, batch, sums, strict=True):
+            one.add(m, widened(rows.target) - widened(y))
+        for host, one in whole.items():
+            chain = [number for number, gap in enumerate(gaps) if gap.host == host]
+            m, y = parts[chain[0]]
+            one.add(m, widened(batch[chain[-1]].target) - widened(y))
+    composed = composed_maps(gaps, maps)
+    return MapErrors(
+        [_errors(one, a) for one, a in zip(sums, maps, strict=True)],
+        {host: _errors(one, composed[host]) for host, one in whole.items()},
+    )
+
+
+def _errors(sums: NormalEquations, found: Tensor) -> dict[str, float]:
+    identity = torch.eye(len(found), dtype=torch.float64)
+    return {
+        "none": sums.mean_squared_error(identity),
+        "mapped": sums.mean_squared_error(found),
+    }

@@ -6,17 +6,35 @@ that held-out tokens need one pass and no stored activations.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
 from streamline_bench.errors import CalibrationError, NumericsError
 
-__all__ = ["NormalEquations", "widened"]
+__all__ = ["NormalEquations", "warn_of_few_rows", "widened"]
+
+log = logging.getLogger(__name__)
+
+_ROWS_PER_CHANNEL = 4
 
 
 def widened(tensor: Tensor) -> Tensor:
     """Return the tensor in float64, on its device; on the CPU for MPS, which has no float64."""
     return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
+
+
+def warn_of_few_rows(rows: int, size: int) -> None:
+    """Say that a ``[size, size]`` map from so few rows is close to interpolating them."""
+    if rows < _ROWS_PER_CHANNEL * size:
+        log.warning(
+            "A map of %d channels is fitted on %d tokens, fewer than %d per channel: it follows "
+            "these tokens more than the model; give more samples or longer ones.",
+            size,
+            rows,
+            _ROWS_PER_CHANNEL,
+        )
 
 
 class NormalEquations:
@@ -100,6 +118,7 @@ class NormalEquations:
                 f"A map of {self._size} channels needs at least {self._size} calibration tokens to "
                 f"be determined and got {self.num_rows}; give more samples or longer ones."
             )
+        warn_of_few_rows(self.num_rows, self._size)
         damped = left + ridge * left.diagonal().mean() * torch.eye(self._size).to(left)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if int(failed) != 0 or not bool(factor.isfinite().all()):

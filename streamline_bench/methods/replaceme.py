@@ -29,7 +29,7 @@ from streamline_bench.methods.block_choice import (
     scan_once,
 )
 from streamline_bench.methods.depth import drop_layers, size_plan
-from streamline_bench.methods.mlp_maps import Gap, find_gaps, fit_maps, map_errors
+from streamline_bench.methods.mlp_maps import Gap, composed_maps, find_gaps, fit_maps, map_errors
 from streamline_bench.methods.mlp_output import (
     fold_into_mlp,
     mlp_output_tensors,
@@ -105,7 +105,8 @@ class ReplaceMe(Method):
             plan,
             chosen={
                 "objective": options.objective,
-                "blocks": _described(gaps, errors, curves),
+                "blocks": _described(gaps, errors.blocks, curves),
+                **_described_chains(gaps, errors.composed),
                 "tokens_fitted": fit.num_tokens,
                 "tokens_held_out": held_out.num_tokens,
             },
@@ -148,6 +149,20 @@ def _described(
     ]
 
 
+def _described_chains(gaps: list[Gap], errors: dict[int, dict[str, float]]) -> dict[str, Any]:
+    """Tell of adjacent blocks what their maps do together; nothing where there are none."""
+    chains = [
+        {
+            "start": min(gap.block.start for gap in gaps if gap.host == host),
+            "stop": max(gap.block.stop for gap in gaps if gap.host == host),
+            "map_in_layer": host,
+            "boundary_mse": error,
+        }
+        for host, error in errors.items()
+    ]
+    return {"composed": chains} if chains else {}
+
+
 def _folded(
     work: Compression,
     result: Compressed,
@@ -156,10 +171,7 @@ def _folded(
     targets: dict[int, dict[str, int]],
 ) -> Compressed:
     """Return the result with each host's MLP output tensors replaced by folded ones."""
-    composed: dict[int, Tensor] = {}
-    for gap, a in zip(gaps, maps, strict=True):
-        a = a.cpu()
-        composed[gap.host] = composed[gap.host] @ a if gap.host in composed else a
+    composed = composed_maps(gaps, [a.cpu() for a in maps])
     new_name = {old: new for new, old in result.names.items()}
     tensors = {
         new_name[old]: tensor

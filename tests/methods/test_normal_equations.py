@@ -80,3 +80,13 @@ def test_a_singular_system_is_refused_without_a_ridge() -> None:
     with pytest.raises(NumericsError, match="Channel 2 is zero"):
         sums.solve_diagonal()
     assert sums.solve(1e-6).isfinite().all()
+
+
+def test_few_rows_per_channel_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, warned in ((32, False), (31, True)):
+        sums = NormalEquations(8)
+        sums.add(*torch.randn(2, rows, 8, generator=generator))
+        caplog.clear()
+        sums.solve(1e-6)
+        assert ("fewer than 4 per channel" in caplog.text) == warned

@@ -148,13 +148,15 @@ def _facts(folder: Path) -> Any:
     return manifest
 
 
-def _fitted_rows(folder: Path, recipe: Any, share: float = 0.05) -> Tensor:
-    """The sequences that the method fitted on, through the public interfaces."""
+def _fitted_rows(
+    folder: Path, recipe: Any, share: float = 0.05, *, held_out: bool = False
+) -> Tensor:
+    """The sequences that the method fitted on, or held out, through the public interfaces."""
     from streamline_bench.core.calibration import load_calibration
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = load_calibration(recipe.calibration, tokenizer, progress=False)
-    fit, _ = tokens.split(share, recipe.seed)
+    fit = tokens.split(share, recipe.seed)[held_out]
     assert bool(fit.attention_mask.all())
     return fit.input_ids
 
@@ -372,6 +374,17 @@ def test_adjacent_blocks_merge_or_follow_each_other(
     expected = composed.T @ CheckpointReader(source).tensor("model.layers.0.mlp.down_proj.weight")
     found = CheckpointReader(out).tensor("model.layers.0.mlp.down_proj.weight")
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    # What is reported of the chain is the error of the product, not that of its last map.
+    (chain,) = _facts(out).chosen["composed"]
+    assert (chain["start"], chain["stop"], chain["map_in_layer"]) == (1, 5, 0)
+    assert "composed" not in merged.chosen
+    held_out = _fitted_rows(source, recipe, held_out=True)
+    kept, target = _around(source, held_out, 1, 2), _raw_last(source, held_out)
+    mapped = (kept.mlp @ composed + kept.rest - target).square().mean()
+    assert chain["boundary_mse"]["mapped"] == pytest.approx(float(mapped), rel=1e-6)
+    dropped = (kept.stream - target).square().mean()
+    assert chain["boundary_mse"]["none"] == pytest.approx(float(dropped), rel=1e-6)
+    assert chain["boundary_mse"]["mapped"] != pytest.approx(blocks[-1]["boundary_mse"]["mapped"])
 
 
 def _raw_last(folder: Path, ids: Tensor) -> Tensor:
