@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.sparsity import model_sizes
-from streamline_bench.errors import SparsityError
+from streamline_bench.errors import ArchitectureError, SparsityError
 from streamline_bench.modeling.widths import (
     LayerWidths,
     Part,
@@ -95,13 +95,15 @@ def prunable(
         shapes: parameter name within a layer -> shape; None: from the model on the meta device.
 
     Raises:
-        ArchitectureError: heads and channels of the family cannot be removed.
+        ArchitectureError: heads and channels of the family cannot be removed, or the config gives
+            other numbers of them than the weights have.
     """
     row = architecture_of(config)
     require_narrowable(row)
     widths = LayerWidths.of(config, row)
     shapes = shapes or layer_shapes(config)
     parts = projection_parts(row, widths, head_size(config))
+    _require_shapes(parts, shapes, row.model_type)
     query, key_value, channel = (
         sum(_cost(part, shapes) for part in parts if part.unit == kind)
         for kind in ("query", "key_value", "channel")
@@ -178,6 +180,25 @@ def plan_widths(
             if plan.removed > 0:
                 return plan
     raise _out_of_reach(units, layers, sparsity, multiple, added_parameters)
+
+
+def _require_shapes(
+    parts: Sequence[Part], shapes: Mapping[str, Sequence[int]], model_type: str
+) -> None:
+    """Refuse a config whose numbers its family does not read (key-value heads of an OPT)."""
+    expected: dict[tuple[str, int], int] = {}
+    for part in parts:
+        key = (part.module, part.axis)
+        expected[key] = expected.get(key, 0) + part.count * part.size
+    for (module, axis), size in expected.items():
+        found = shapes[f"{module}.weight"][axis]
+        if found != size:
+            raise ArchitectureError(
+                f"The weights of '{module}' have {found} {'columns' if axis else 'rows'} and the "
+                f"config of this '{model_type}' model makes it {size}; correct its numbers of "
+                "heads and channels (num_attention_heads, num_key_value_heads, head_dim, "
+                "intermediate size)."
+            )
 
 
 def _cost(part: Part, shapes: Mapping[str, Sequence[int]]) -> int:

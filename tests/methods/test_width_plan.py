@@ -152,6 +152,16 @@ def test_families_without_units() -> None:
         prunable(AutoConfig.for_model("mixtral"))
 
 
+def test_a_config_with_numbers_that_the_weights_do_not_have() -> None:
+    """OPT does not read num_key_value_heads, so that a stray one changes no weight."""
+    config = config_of("opt")
+    config.num_key_value_heads = 2
+    with pytest.raises(ArchitectureError, match=r"k_proj' have 32 rows and the config .* it 8"):
+        prunable(config)
+    config.num_key_value_heads = 8
+    assert prunable(config).widths.num_key_value_heads == 8
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.5, math.nan])
 def test_shares_that_are_none(sparsity: float) -> None:
     with pytest.raises(SparsityError, match="not a share between 0 and 1"):
