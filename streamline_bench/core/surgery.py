@@ -87,6 +87,9 @@ def pruned_config(config: Any, keep: Sequence[int]) -> Any:
 def keep_layers(model: nn.Module, keep: Sequence[int]) -> None:
     """Remove all layers but ``keep`` from a causal LM, in place.
 
+    For programs that hold a model in memory. The commands write files instead
+    (:mod:`~streamline_bench.core.shards`), which load as what this makes.
+
     Weights are neither copied nor changed. The model gets a new config object.
 
     Raises:

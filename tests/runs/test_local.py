@@ -289,6 +289,8 @@ def test_devices_that_jobs_have(
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     execution.check_device(device)
+    with pytest.raises(RecipeError, match="cud"):  # so it did look
+        execution.check_device("cud")
 
 
 @pytest.mark.parametrize(
