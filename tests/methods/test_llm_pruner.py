@@ -138,6 +138,11 @@ CASES = [
     ("phi3", "q_within", {}),
     ("gemma3_text", "kv_group", {}),
     ("opt", "kv_group", {}),
+    ("gemma2", "kv_group", {}),
+    ("phi", "kv_group", {}),
+    ("smollm3", "kv_group", {"no_rope_layer_interval": 2}),
+    ("granite", "kv_group", {"residual_multiplier": 0.7, "embedding_multiplier": 2.0}),
+    ("llama", "kv_group", {"attention_bias": True, "mlp_bias": True}),
 ]
 
 
