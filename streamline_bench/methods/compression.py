@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,9 +99,9 @@ def compress(
             # Two calls that make the same share the folder in which it is resumed; held until the
             # output is published and that folder is gone.
             lock.enter_context(_alone(root / "locks" / f"{key}.lock"))
-            work = _made(root / "work" / key)
-            job = Compression(folder, recipe, work, device, dtype, trust_remote_code, progress)
-            _compress(job, staging, str(pretrained), revision)
+            with _scratch(root / "work" / key) as work:
+                job = Compression(folder, recipe, work, device, dtype, trust_remote_code, progress)
+                _compress(job, staging, str(pretrained), revision)
         shutil.rmtree(work, ignore_errors=True)
     return Path(output)
 
@@ -190,6 +190,17 @@ def _alone(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Make a folder that survives an interruption, unless nothing was left in it."""
+    _made(folder)
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # an empty one only: what a refusal leaves
 
 
 def _made(folder: Path) -> Path:

@@ -11,6 +11,7 @@ import pytest
 from streamline_bench.core.checkpoint import read_manifest
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods import compress
+from streamline_bench.methods.compression import cache_root
 
 
 def test_the_deepest_go(
@@ -33,3 +34,5 @@ def test_all_layers_cannot_go(
     with pytest.raises(SparsityError, match="Cannot remove 6 of 6"):
         compress(tiny_llama, make_recipe("last_layers", n_layers=6), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+    work = cache_root() / "work"
+    assert list(work.iterdir()) == []
