@@ -36,7 +36,7 @@ from streamline_bench.errors import CheckpointError, OutputError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["compose", "copied_files", "layer_names", "layers_prefix"]
+__all__ = ["compose", "copied_files", "layer_dtype", "layer_names", "layers_prefix"]
 
 NOT_COPIED = (
     "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack",
@@ -65,6 +65,20 @@ def layers_prefix(reader: CheckpointReader, architecture: Architecture) -> str:
         f"{reader.folder} has no tensors named '{architecture.layers}.0.…', as a checkpoint of "
         f"model type '{architecture.model_type}' should; save it again with save_pretrained."
     )
+
+
+def layer_dtype(reader: CheckpointReader, architecture: Architecture, layer: int) -> torch.dtype:
+    """Return the dtype in which weights that join or replace a layer are stored.
+
+    It is that of the layer's largest tensor, a matrix (norms are kept in float32 by some);
+    float32 where that is neither bfloat16 nor float16.
+    """
+    import torch
+
+    start = f"{layers_prefix(reader, architecture)}.{layer}."
+    entries = [reader.entry(name) for name in reader.names if name.startswith(start)]
+    stored = max(entries, key=lambda entry: entry.numel).dtype
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(stored, torch.float32)
 
 
 def layer_names(

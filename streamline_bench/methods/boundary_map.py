@@ -22,7 +22,7 @@ from streamline_bench.core.calibration import CalibrationTokens
 from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.recipe import ReplacementSpec
 from streamline_bench.core.replacement import network_parameters
-from streamline_bench.core.shards import layers_prefix
+from streamline_bench.core.shards import layer_dtype, layers_prefix
 from streamline_bench.core.similarity import Block, LastState, Metric
 from streamline_bench.core.surgery import block_keep, pruned_config
 from streamline_bench.errors import NumericsError
@@ -35,8 +35,6 @@ from streamline_bench.methods.normal_equations import NormalEquations
 __all__ = ["AffineMap", "BoundaryMap", "BoundaryMapParameters"]
 
 log = logging.getLogger(__name__)
-
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class BoundaryMapParameters(Frozen):
@@ -168,8 +166,7 @@ def _attached(work: Compression, result: Compressed, block: Block, found: Affine
     attachment = Attachment.of(ReplacementSpec(kind="linear"), work.config, block.start - 1)
     layers = layers_prefix(work.reader, row)
     prefix = attachment.tensor_prefix(host).replace(row.layers, layers, 1)
-    first = next(name for name in work.reader.names if name.startswith(f"{layers}.{block.start}."))
-    dtype = _DTYPES.get(work.reader.entry(first).dtype, torch.float32)
+    dtype = layer_dtype(work.reader, row, block.start)
     bias = torch.zeros(len(found.weight)) if found.bias is None else found.bias
     values = {"weight": found.weight.T, "bias": bias}
     with torch.device("meta"):

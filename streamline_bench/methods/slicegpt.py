@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.calibration import CalibrationTokens
 from streamline_bench.core.frozen import Frozen
-from streamline_bench.core.shards import layers_prefix
+from streamline_bench.core.shards import layer_dtype
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.depth import config_json
@@ -33,7 +32,6 @@ __all__ = ["SliceGPT", "SliceGPTParameters"]
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 _GIB = 2**30
 _FAST_STEP = 8
 _LEAST_STEPS = 50
@@ -152,9 +150,6 @@ def _rotate(
 
 def _stored(work: Compression, model: Any) -> LazyTensors:
     """Return the tensors to write, in the dtype that the source's layers are stored in."""
-    prefix = layers_prefix(work.reader, architecture_of(work.config))
-    layer = [work.reader.entry(n) for n in work.reader.names if n.startswith(f"{prefix}.0.")]
-    # The largest tensor is a matrix; norms are kept in float32 by some.
-    dtype = _DTYPES.get(max(layer, key=lambda entry: entry.numel).dtype, torch.float32)
+    dtype = layer_dtype(work.reader, architecture_of(work.config), 0)
     state: dict[str, Tensor] = model.state_dict()
     return LazyTensors(state, lambda name: state[name].to("cpu", dtype).contiguous())

@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.replacement import network_parameters
-from streamline_bench.core.shards import layer_names, layers_prefix
+from streamline_bench.core.shards import layer_dtype, layer_names, layers_prefix
 from streamline_bench.core.similarity import Block, Similarity
 from streamline_bench.core.sparsity import SizePlan, of_layers
 from streamline_bench.core.surgery import block_keep, pruned_config
@@ -195,13 +195,7 @@ def _stored(
     work: Compression, start: int, tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Cast trained weights to the dtype in which the source stores that layer."""
-    import torch
-
-    prefix = f"{_layers_prefix(work)}.{start}."
-    dtypes = {work.reader.entry(name).dtype for name in work.reader.names if prefix in name}
-    dtype = torch.float32
-    if dtypes & {"BF16", "F16"}:
-        dtype = torch.bfloat16 if "BF16" in dtypes else torch.float16
+    dtype = layer_dtype(work.reader, architecture_of(work.config), start)
     return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
 
 

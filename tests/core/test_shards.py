@@ -20,7 +20,13 @@ from transformers import AutoModelForCausalLM
 from streamline_bench.core import byte_copy
 from streamline_bench.core.architecture import ARCHITECTURES, architecture_of
 from streamline_bench.core.checkpoint import CheckpointReader
-from streamline_bench.core.shards import compose, copied_files, layer_names, layers_prefix
+from streamline_bench.core.shards import (
+    compose,
+    copied_files,
+    layer_dtype,
+    layer_names,
+    layers_prefix,
+)
 from streamline_bench.core.surgery import keep_layers, pruned_config
 from streamline_bench.errors import CheckpointError, OutputError
 
@@ -359,3 +365,31 @@ def test_memory_does_not_follow_the_size_of_the_model(tmp_path: Path, repository
     assert not found["torch"]
     assert found["after"] - found["before"] < 60 * 1024  # KiB
     assert found["after"] < 150 * 1024
+
+
+@pytest.mark.parametrize(
+    ("matrices", "norms", "expected"),
+    [
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float16, torch.float32, torch.float16),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64, torch.float32),
+    ],
+)
+def test_the_dtype_of_a_layer_is_that_of_its_matrices(
+    matrices: torch.dtype,
+    norms: torch.dtype,
+    expected: torch.dtype,
+    random_model: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    model = random_model("llama")
+    # Of one layer only, and the norm lies first in the file.
+    for name, parameter in model.model.layers[2].named_parameters():
+        parameter.data = parameter.data.to(norms if "norm" in name else matrices)
+    model.save_pretrained(tmp_path)
+    reader = CheckpointReader(tmp_path)
+    row = architecture_of(model.config)
+    assert layer_dtype(reader, row, 2) == expected
+    assert layer_dtype(reader, row, 1) == torch.float32
