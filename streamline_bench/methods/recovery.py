@@ -11,7 +11,7 @@ import gc
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ def compress_and_recover(
     from streamline_bench.methods.loading import load_model
     from streamline_bench.methods.recovery_training import choose_parameters, train_recovery
 
+    _refuse_unstored(job, spec)
     reader, facts = _compressed(job, method)
     tokens = _tokens(job, spec)
     log.info("recovery (%s): %d sequences of %s", spec.kind, len(tokens), tokens.source)
@@ -74,6 +75,35 @@ def compress_and_recover(
     ties = {"tied": tied and not untied, "untied_embeddings": untied}
     summary = {**result.summary, **ties, "data": tokens.summary()}
     return reader, _recovered(reader, facts, result, stored, summary, untied)
+
+
+def _refuse_unstored(job: Compression, spec: RecoverySpec) -> None:
+    """Refuse, before anything costly, to train experts that the checkpoint stores one by one.
+
+    Partial recovery trains the last layers of the result: it is refused here where every layer is a
+    mixture, and otherwise when it is known which layers those are.
+
+    Raises:
+        ArchitectureError: a weight to train is stored in another form.
+    """
+    row = architecture_of(job.config)
+    if not row.experts or spec.kind == "lora" or (spec.kind == "partial" and not spec.last_layers):
+        return
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(job.config)
+    known = set(_copied_names(job.reader, untied=True))
+    depth = int(getattr(job.config, row.depth_key))
+    lacking: dict[int, str] = {}
+    for layer in range(depth):
+        prefix = f"{row.layers}.{layer}"
+        for name, _ in model.get_submodule(prefix).named_parameters(prefix=prefix):
+            if _match(row, name, known) is None:
+                lacking.setdefault(layer, name)
+    if lacking and (spec.kind == "full" or len(lacking) == depth):
+        raise _unstored(lacking[max(lacking)])
 
 
 def recovery_data(recipe: Recipe) -> CalibrationSpec | None:
@@ -187,15 +217,23 @@ def _stored_names(
         known.add(head)
     found: dict[str, str] = {}
     for name in weights:
-        spellings = (name, _spelled(row, name), name.removeprefix(f"{row.base}."))
-        match = next((spelling for spelling in spellings if spelling in known), None)
+        match = _match(row, name, known)
         if match is None:
-            raise ArchitectureError(
-                f"The checkpoint does not store '{name}' as the model has it, so that it cannot "
-                "be trained; choose another kind of recovery, or other targets."
-            )
+            raise _unstored(name)
         found[name] = match
     return found
+
+
+def _match(row: Architecture, name: str, known: Collection[str]) -> str | None:
+    spellings = (name, _spelled(row, name), name.removeprefix(f"{row.base}."))
+    return next((spelling for spelling in spellings if spelling in known), None)
+
+
+def _unstored(name: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"The checkpoint does not store '{name}' as the model has it, so that it cannot be "
+        "trained; choose another kind of recovery, or other targets."
+    )
 
 
 def _spelled(row: Architecture, name: str) -> str:

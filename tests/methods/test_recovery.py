@@ -451,6 +451,34 @@ def test_what_is_not_there_is_refused(
         compress(tiny_llama, make_recipe("last_layers", **texts), tmp_path / "out", progress=False)
 
 
+@pytest.mark.parametrize(("kind", "period"), [("full", 1), ("full", 2), ("partial", 1)])
+def test_experts_stored_one_by_one_are_refused_before_compressing(
+    make_tiny_model: Callable[..., Path],
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    period: int,
+) -> None:
+    sizes = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8}
+    source = make_tiny_model("qwen3_moe", num_hidden_layers=4, decoder_sparse_step=period, **sizes)
+    method = "streamline_bench.methods.last_layers.LastLayers.compress"
+    monkeypatch.setattr(method, lambda *_: pytest.fail("was compressed"))
+    recipe = make_recipe("last_layers", **{**FAST, "recovery.kind": kind})
+    with pytest.raises(ArchitectureError, match=r"does not store 'model\.layers\.3\.mlp\.experts"):
+        compress(source, recipe, tmp_path / "out", progress=False)
+
+
+def test_a_dense_last_layer_of_a_mixture_is_trained(
+    make_tiny_model: Callable[..., Path], make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    sizes = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8}
+    source = make_tiny_model("qwen3_moe", num_hidden_layers=4, decoder_sparse_step=2, **sizes)
+    partial = {"recovery.kind": "partial", "recovery.last_layers": 1, "n_layers": 1}
+    recipe = make_recipe("last_layers", **{**FAST, "recovery.training.min_steps": 1, **partial})
+    _load(compress(source, recipe, tmp_path / "out", progress=False))
+
+
 def test_presets_hold_the_papers_values() -> None:
     specs = {name: load_recipe("sleb", {"recovery": name}).recovery for name in RECOVERY_PRESETS}
     pruner, partial, slices = (specs[name] for name in ("llm_pruner", "last_layers", "slicegpt"))
