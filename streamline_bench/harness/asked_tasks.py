@@ -49,7 +49,8 @@ def open_index(names: Sequence[str], own: str | Path | None) -> Any:
         own: the user's folder of task files.
 
     Raises:
-        EvaluationError: a name stands for nothing; the nearest one is named.
+        EvaluationError: a name stands for nothing (the nearest one is named), or two groups have a
+            task in common, which the harness refuses.
     """
     from lm_eval.tasks import TaskManager
 
@@ -57,12 +58,16 @@ def open_index(names: Sequence[str], own: str | Path | None) -> Any:
     if any(_PATTERN & set(name) for name in names) or _unknown(manager, names):
         manager = TaskManager(include_path=task_folders(own))
     unknown = _unknown(manager, names)
-    if unknown is None:
-        return manager
-    name, asked = unknown
-    what = f"Unknown task '{name}'" if name == asked else f"'{asked}' has an unknown task '{name}'"
-    hint = suggest(name, manager.all_tasks) or "; see: lm_eval ls tasks, streamline-bench tasks."
-    raise EvaluationError(f"{what}{hint}")
+    if unknown is not None:
+        name, asked = unknown
+        what = f"Unknown task '{name}'"
+        what = what if name == asked else f"'{asked}' has an unknown task '{name}'"
+        hint = (
+            suggest(name, manager.all_tasks) or "; see: lm_eval ls tasks, streamline-bench tasks."
+        )
+        raise EvaluationError(f"{what}{hint}")
+    _refuse_twice(manager, names)
+    return manager
 
 
 def parts_of(manager: Any, name: str | Mapping[str, Any]) -> Iterator[Part]:
@@ -92,6 +97,21 @@ def _unknown(manager: Any, names: Sequence[str]) -> tuple[str, str] | None:
             if part.unknown is not None:
                 return part.unknown, name
     return None
+
+
+def _refuse_twice(manager: Any, names: Sequence[str]) -> None:
+    owners: dict[str, str] = {}
+    for name in names:
+        for each in [name] if name.endswith(".yaml") else manager.match_tasks([name]):
+            parts = list(parts_of(manager, each))
+            for task in [part.task for part in parts if part.task is not None]:
+                # The harness takes the tasks of a tag as if each were named.
+                owner = each if parts[0].task is None else task
+                if owners.setdefault(task, owner) != owner:
+                    raise EvaluationError(
+                        f"The task '{task}' is asked for by '{owners[task]}' and by '{owner}', "
+                        "which the harness refuses; leave one of them out."
+                    )
 
 
 def _files(manager: Any, pattern: str) -> Iterator[Part]:

@@ -80,7 +80,7 @@ def _saw_none(error: BaseException) -> bool:
 
     for frame, _ in traceback.walk_tb(error.__traceback__):
         task = frame.f_locals.get("self")
-        documents = getattr(task, "task_docs", None) if isinstance(task, Task) else None
+        documents: Any = getattr(task, "task_docs", None) if isinstance(task, Task) else None
         if hasattr(documents, "__len__") and not len(documents):
             return True
     return False

@@ -40,6 +40,12 @@ SCHEMA_VERSION = 1
 _NOT_COMPARED = ("model", "title", "evaluation.include_path", "text.file")
 """The same weights, task files and text may lie elsewhere, and a title changes no number."""
 
+_CHANGED_FILES = {
+    "evaluation.tasks_sha256": "the files of the tasks, or the data they name, are others now",
+    "text.sha256": "the text is another one now",
+}
+"""What a hash that differs says to a reader."""
+
 
 class PlanRow(Frozen):
     """A row: its label, its complete recipe, and the content key of the checkpoint it gives."""
@@ -165,7 +171,9 @@ def differences(there: Plan, here: Plan) -> list[str]:
     """Return what differs, as ``evaluation.limit: 4 there, 8 now``, in the order of the plan."""
     old, new = (dict(_flat(plan.model_dump(mode="json"))) for plan in (there, here))
     return [
-        f"{key}: {old.get(key, 'not set')!r} there, {new.get(key, 'not set')!r} now"
+        f"{key}: {_CHANGED_FILES[key]}"
+        if key in _CHANGED_FILES
+        else f"{key}: {old.get(key, 'not set')!r} there, {new.get(key, 'not set')!r} now"
         for key in [*old, *(each for each in new if each not in old)]
         if key not in _NOT_COMPARED and old.get(key) != new.get(key)
     ]

@@ -16,7 +16,7 @@ from streamline_bench.runs.harness_command import harness_command, model_of, rea
 from streamline_bench.runs.plan import Evaluation
 from streamline_bench.runs.work import Product
 
-__all__ = ["call_harness", "check_scores", "last_line", "score_row"]
+__all__ = ["call_harness", "check_scores", "last_line", "score_row", "without_empty_tasks"]
 
 
 def score_row(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
@@ -34,14 +34,17 @@ def score_row(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
         try:
             _call(run, name, payload, staging)
         except EvaluationError:
-            kept, left_out = _without_empty(payload["evaluation"])
+            payload, left_out = without_empty_tasks(payload)
             if not left_out:
                 raise
             print(f"Scored again without {', '.join(left_out)}.", flush=True)
-            payload = {**payload, "evaluation": {**payload["evaluation"], "tasks": kept}}
             _call(run, name, payload, staging)
         check_scores(staging)
-    facts = {"together": [], "alone": payload.get("alone"), "not_compared": left_out}
+    facts: dict[str, Any] = {
+        "together": [],
+        "alone": payload.get("alone"),
+        "not_compared": left_out,
+    }
     return Product([payload["output"]], command=reader_command(run, payload), facts=facts)
 
 
@@ -57,8 +60,8 @@ def _call(run: Path, name: str, payload: Mapping[str, Any], staging: Path) -> No
     call_harness(command, job_folder(run, name) / "log.txt")
 
 
-def _without_empty(evaluation: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
-    """Return the tasks that have documents, and why the others are left out.
+def without_empty_tasks(payload: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, str]]:
+    """Return what a scoring job can be asked, and task -> why it is left out.
 
     Raises:
         EvaluationError: a task cannot be loaded for another reason, which the last line of the
@@ -67,8 +70,10 @@ def _without_empty(evaluation: Mapping[str, Any]) -> tuple[list[str], dict[str, 
     from streamline_bench.harness.asked_tasks import open_index
     from streamline_bench.harness.empty_tasks import without_empty
 
+    evaluation = payload["evaluation"]
     names = list(evaluation["tasks"])
-    return without_empty(open_index(names, evaluation["include_path"]), names)
+    kept, left_out = without_empty(open_index(names, evaluation["include_path"]), names)
+    return {**payload, "evaluation": {**evaluation, "tasks": kept}}, left_out
 
 
 def check_scores(folder: Path) -> None:

@@ -20,7 +20,7 @@ from streamline_bench.runs.harness_command import model_of, reader_command
 from streamline_bench.runs.jobs import Job
 from streamline_bench.runs.marker import write_done, write_failed
 from streamline_bench.runs.plan import Evaluation, digest
-from streamline_bench.runs.score_job import check_scores
+from streamline_bench.runs.score_job import check_scores, without_empty_tasks
 from streamline_bench.runs.work import Product
 
 if TYPE_CHECKING:
@@ -199,7 +199,9 @@ def _publish(run: Path, row: Mapping[str, Any], made: Path, result: LabelOutcome
         key=row["key"],
         seconds=result.seconds,
         products=[payload["output"]],
-        command=reader_command(run, payload),
+        command=reader_command(
+            run, without_empty_tasks(payload)[0] if result.left_out else payload
+        ),
         facts={
             "together": list(result.company),
             "alone": result.reason,

@@ -80,6 +80,19 @@ def test_what_names_stand_for(own: Path) -> None:
     assert len(_tasks(None, "streamline_demo")) == 10
 
 
+def test_what_the_harness_would_refuse_to_score_twice(own: Path) -> None:
+    for names in (["some", "full"], ["changed", "some"]):
+        with pytest.raises(EvaluationError, match=r"'full' is asked for by '.*' and by '.*'"):
+            open_index(names, own)
+        with pytest.raises(ValueError, match="Duplicate task 'full'"):
+            (own / "coded.yaml").write_text(
+                (own / "other.yaml").read_text().replace("other", "coded")
+            )
+            open_index(["other"], own).load(names)
+    for names in (["my_tag", "full"], ["full", "full"], ["some", "other"]):
+        assert open_index(names, own).load(names)["tasks"]
+
+
 def test_of_equal_names_the_users_counts(own: Path) -> None:
     manager = open_index(["streamline_demo_pairs"], own)
     (part,) = parts_of(manager, "streamline_demo_pairs")
@@ -114,9 +127,9 @@ def test_the_harness_s_own_tasks_are_indexed_only_where_they_are_asked_for(
 
 
 def test_what_has_no_documents_is_left_out(own: Path) -> None:
-    names = ["full", "blank", "filtered", "some", str(own / "other.yaml")]
+    names = ["blank", "filtered", "some", str(own / "other.yaml")]
     kept, left_out = without_empty(open_index(names, own), names)
-    assert kept == ["full", "full", str(own / "other.yaml")]
+    assert kept == ["full", str(own / "other.yaml")]
     assert left_out == dict.fromkeys(("blank", "filtered", "coded"), EMPTY)
 
 

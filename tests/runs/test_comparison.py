@@ -122,6 +122,8 @@ def test_a_task_without_documents_is_left_out_and_named(
     if trunk:
         walk = read_run_file(tmp_path / "run").rows[1].scored_with
         assert set(walk) == {"dense", "last_layers"}
+    # What a reader is told to type ends as it did here.
+    assert all("--tasks words " in each for each in board["commands"] if "lm-eval" in each)
     again = compare_request(request, tmp_path / "run", execution=execution, progress=False)
     assert again.left_out == result.left_out
 
