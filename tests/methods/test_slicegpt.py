@@ -28,9 +28,13 @@ def recipe(make_recipe: Callable[..., Recipe]) -> Callable[..., Recipe]:
     """Return a function that gives the recipe: a sparsity, or a slicing of the channels."""
 
     def make(**parameters: Any) -> Recipe:
+        slicing = parameters.pop("slicing", None)
         changes = {f"parameters.{key}": value for key, value in parameters.items()}
         made = make_recipe("slicegpt", sparsity=0.3, **changes)
-        return made.model_copy(update={"sparsity": None}) if "slicing" in parameters else made
+        if slicing is None:
+            return made
+        sliced = {**made.parameters, "slicing": slicing}
+        return made.model_copy(update={"sparsity": None, "parameters": sliced})
 
     return make
 
@@ -215,7 +219,7 @@ def test_sizes_that_make_no_sense_are_refused(
     out = tmp_path / "out"
     with pytest.raises(SparsityError, match="removes channels, not layers"):
         compress(tiny_llama, make_recipe("slicegpt", n_layers=2), out, progress=False)
-    both = make_recipe("slicegpt", sparsity=0.3, **{"parameters.slicing": 0.25})
+    both = recipe(slicing=0.25).model_copy(update={"sparsity": 0.3})
     with pytest.raises(SparsityError, match=r"either a sparsity .* or parameters\.slicing"):
         compress(tiny_llama, both, out, progress=False)
     with pytest.raises(SparsityError, match="out of reach"):
