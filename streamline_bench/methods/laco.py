@@ -144,6 +144,12 @@ def _span(options: LaCoParameters, num_layers: int) -> MergeRange:
         raise SparsityError(
             f"LaCo's highest is {highest} and the model has {num_layers} layers; give at most that."
         )
+    if options.layers_per_merge > highest - options.lowest:
+        raise SparsityError(
+            f"LaCo's layers_per_merge is {options.layers_per_merge} and its range, from lowest "
+            f"{options.lowest} to highest {highest}, holds {highest - options.lowest} layers; give "
+            "at most that."
+        )
     return MergeRange(options.layers_per_merge, options.lowest, highest, options.interval)
 
 

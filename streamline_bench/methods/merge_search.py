@@ -177,6 +177,6 @@ def _require_memory(model: Any, tokens: CalibrationTokens, depth: int, budget: f
     needed = tokens.input_ids.numel() * (depth + 2) * embedding.shape[1] * size / 1e9
     if needed > budget:
         raise CalibrationError(
-            f"LaCo keeps the states of all {len(tokens)} calibration sequences, {needed:.2f} GB, "
+            f"LaCo keeps the states of all {len(tokens)} calibration sequences, {needed:.3g} GB, "
             f"and activations_gb is {budget}; give fewer or shorter sequences, or raise it."
         )

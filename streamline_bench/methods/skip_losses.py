@@ -89,7 +89,7 @@ def affordable_batch(
     if each > activations_gb * 1e9:
         raise CalibrationError(
             f"States and logits of one sequence of {tokens.input_ids.shape[1]} tokens need "
-            f"{each / 1e9:.2f} GB and activations_gb is {activations_gb}; raise it or shorten "
+            f"{each / 1e9:.3g} GB and activations_gb is {activations_gb}; raise it or shorten "
             "sequence_length."
         )
     return int(min(limit, len(tokens), activations_gb * 1e9 // each))

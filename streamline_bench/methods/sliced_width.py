@@ -117,10 +117,11 @@ class SlicedSizes:
         best = min((low, high), key=lambda steps: abs(self._reached(steps) - sparsity))
         reached = self._reached(best)
         if reached <= 0 or abs(reached - sparsity) > step:
+            # Shortcut matrices can outweigh the first steps: what is least then is no share.
+            least = f"{smallest:.4f} to" if smallest > 0 else "shares above 0 up to"
             raise SparsityError(
                 f"Sparsity {sparsity} is out of reach: slicing this model's stream, shortcut "
-                f"matrices counted, reaches {max(smallest, 0):.4f} to {largest:.4f}; choose a "
-                "share in that range."
+                f"matrices counted, reaches {least} {largest:.4f}; choose a share in that range."
             )
         return self._plan(best * self._round_to, sparsity)
 

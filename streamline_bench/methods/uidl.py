@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from streamline_bench.core.frozen import Frozen
 from streamline_bench.core.similarity import LastState
+from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.block_choice import SIMILARITY_FILE, scan_once
 from streamline_bench.methods.depth import drop_layers, size_plan
@@ -52,6 +53,11 @@ class UIDL(Method):
         plan = size_plan(work)
         if options.variant == "simple":
             start = plan.num_layers - 1 - plan.n_layers
+            if start == 0 and not options.allow_first_layer:
+                raise SparsityError(
+                    f"The deepest {plan.n_layers} of {plan.num_layers} layers but the last include "
+                    "layer 0; remove fewer, or set parameters.allow_first_layer."
+                )
             removed = list(range(start, start + plan.n_layers))
             chosen: dict[str, Any] = {"start": start, "variant": "simple"}
             return drop_layers(work, removed, plan, chosen=chosen)

@@ -105,7 +105,9 @@ def test_dtype_of_the_source_is_kept(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parameters.lowest": 5}, "can merge away 0 layers"),
+        ({"parameters.lowest": 4, "n_layers": 5}, "can merge away 3 layers"),
+        ({"parameters.lowest": 5}, "from lowest 5 to highest 8, holds 3 layers; give at most that"),
+        ({"parameters.layers_per_merge": 50}, "layers_per_merge is 50 and .* holds 8 layers"),
         ({"parameters.highest": 9}, "highest is 9 and the model has 8"),
         ({"n_layers": 8}, "Cannot remove 8 of 8"),
     ],

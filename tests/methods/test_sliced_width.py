@@ -148,5 +148,8 @@ def test_what_cannot_be_reached_is_refused() -> None:
     sizes = SlicedSizes(LlamaConfig(**TINY))
     with pytest.raises(SparsityError, match=r"0\.99 is out of reach: .* reaches 0\."):
         sizes.of_sparsity(0.99)
+    tied = SlicedSizes(LlamaConfig(**{**TINY, "tie_word_embeddings": True}), round_to=1)
+    with pytest.raises(SparsityError, match=r"reaches shares above 0 up to 0\.\d+; choose"):
+        tied.of_sparsity(0.99)
     with pytest.raises(SparsityError, match="32 channels cannot be sliced in steps of 64"):
         SlicedSizes(LlamaConfig(**TINY), round_to=64).of_sparsity(0.25)
