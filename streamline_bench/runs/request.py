@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, ValidationError
 
 from streamline_bench.core.frozen import Frozen
-from streamline_bench.core.suggestions import suggest
+from streamline_bench.core.suggestions import suggest, suggest_or_list
 from streamline_bench.core.yaml_file import read_yaml_mapping
 from streamline_bench.errors import RecipeError
 from streamline_bench.resources import resource
@@ -127,10 +127,10 @@ def read_request(path_or_name: str) -> dict[str, Any]:
     """
     path = _plan_path(path_or_name)
     payload = read_yaml_mapping(path, "a plan: it must hold a mapping such as 'tasks: [piqa]'")
-    known = {field.alias or name for name, field in Request.model_fields.items()}
+    known = [field.alias or name for name, field in Request.model_fields.items()]
     for key in payload:
         if key not in known:
-            raise RecipeError(f"{path}: unknown key '{key}'{suggest(str(key), known)}")
+            raise RecipeError(f"{path}: unknown key '{key}'{suggest_or_list(str(key), known)}")
     expanded: dict[str, Any] = _expanded(payload, path)
     return expanded
 
@@ -172,7 +172,6 @@ def _sentence(error: ValidationError, origin: str) -> str:
     if problem["type"] == "extra_forbidden":
         schema = Request if len(place) == 1 else RowRequest
         names = [field.alias or name for name, field in schema.model_fields.items()]
-        hint = suggest(place[-1], names) or f"; known: {', '.join(names)}."
-        return f"{origin}: unknown key '{'.'.join(place)}'{hint}"
+        return f"{origin}: unknown key '{'.'.join(place)}'{suggest_or_list(place[-1], names)}"
     where = ".".join(place) or "request"
     return f"{origin}: '{where}' is {problem.get('input')!r}: {problem['msg']}."

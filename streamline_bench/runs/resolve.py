@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from streamline_bench.core.devices import found_device, known_device
 from streamline_bench.core.manifest import file_sha256
-from streamline_bench.core.suggestions import suggest
+from streamline_bench.core.suggestions import suggest_or_list
 from streamline_bench.core.validation import first_problem
 from streamline_bench.core.versions import package_versions
 from streamline_bench.errors import RecipeError
@@ -121,8 +121,7 @@ def _workload_sentence(error: ValidationError, known: Iterable[str]) -> str:
     problem = error.errors(include_url=False)[0]
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][0])
-        hint = suggest(key, known) or f"; known: {', '.join(known)}."
-        return f"The workload has an unknown key '{key}'{hint}"
+        return f"The workload has an unknown key '{key}'{suggest_or_list(key, known)}"
     return f"The workload's {first_problem(error)}."
 
 
