@@ -185,6 +185,7 @@ def test_how_it_is_run_is_no_part_of_the_request() -> None:
         (["--throughput", "hf", "--workload", "rounds"], "Invalid value for --workload"),
         (["--throughput", "hf", "--workload", "rounds=[1"], "'[1' for 'rounds' is no YAML value"),
         (["--set", "seed"], "Invalid value for --set"),
+        (["--device", "cud"], "Invalid value for '--device': 'cud' is no device"),
     ],
 )
 def test_options_without_effect_or_form_are_refused(
@@ -239,6 +240,14 @@ def test_a_plan_of_other_kinds_of_values(
     assert sentence in ended.err
 
 
+def test_an_open_device_is_an_answer(asked: Callable[..., Request], tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("model: m\ntasks: [t]\nrecipes: [dense]\ndevice: cuda:1\n", encoding="utf-8")
+    assert asked("--plan", plan).device == "cuda:1"
+    assert asked("--plan", plan, "--device", "auto").device == "auto"
+    assert asked("--plan", plan, "--device", "cpu:0").device == "cpu"
+
+
 def test_a_zero_is_a_value(asked: Callable[..., Request]) -> None:
     request = asked("bundled", "--recipes", "dense", "--num-fewshot", 0)
     assert request.num_fewshot == 0
@@ -266,6 +275,7 @@ def test_failed_rows_are_named_and_the_exit_code_is_1(
             "b": "its family",
             "c": "it shares \x1b[31mno layer",
         },
+        left_out={"empty\x1b[31m": "it yielded no documents"},
         jobs={"compress-laco": "failed", "noise": "failed", "text-sleb": "failed"},
     )
     monkeypatch.setattr("streamline_bench.runs.comparison.compare_request", lambda *_, **__: result)
@@ -278,10 +288,12 @@ def test_failed_rows_are_named_and_the_exit_code_is_1(
         assert shown["jobs"]["compress-laco"] == "failed"
         assert list(shown["reasons"]) == ["noise", "text-sleb"]
         assert shown["alone"]["b"] == "its family"
+        assert list(shown["left_out"].values()) == ["it yielded no documents"]
         assert shown["failures"]["laco"].startswith("Too")
     else:
         assert "laco failed: Too" in ended.err
         assert "noise failed: It ran" in ended.err
+        assert "is not compared: it yielded no documents" in ended.err
         assert "text-sleb failed: No tokens." in ended.err
         assert "a, c: scored alone (it shares" in ended.err
         assert "b: scored alone (its family)" in ended.err

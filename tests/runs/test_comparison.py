@@ -20,7 +20,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from streamline_bench.core.manifest import read_manifest, verify_files
-from streamline_bench.errors import OutputError, StreamlineBenchError
+from streamline_bench.errors import ComparisonError, OutputError, StreamlineBenchError
 from streamline_bench.methods import load_recipe
 from streamline_bench.report.run_folder import RunFile, RunRow, read_run_file
 from streamline_bench.runs import Execution, RowRequest, compare
@@ -146,6 +146,18 @@ def _add_empty_task(tasks: Path) -> None:
     text = (tasks / "words.yaml").read_text(encoding="utf-8")
     text = text.replace("task: words", "task: nothing_asked").replace("words.jsonl", "none.jsonl")
     (tasks / "none.yaml").write_text(text, encoding="utf-8")
+
+
+def test_rows_that_were_asked_differently_name_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def differ(*_: object, **__: object) -> None:
+        raise ComparisonError("The document 3 differs.")
+
+    monkeypatch.setattr("streamline_bench.report.run_folder.build_report", differ)
+    run = RunFile(dense="dense", rows=[RunRow(label="dense", eval="dense/eval")])
+    with pytest.raises(ComparisonError, match=r"^The document 3 differs\. .* delete the 'eval'"):
+        write_report_once(tmp_path, run, progress=False)
 
 
 def test_only_damaged_results_are_made_again(
