@@ -12,6 +12,7 @@ _STAGES = {
     "compress": "Compress",
     "scan": "Compress",
     "lm_eval": "Evaluate",
+    "lm-eval": "Evaluate",
     "opencompass": "Evaluate",
     "divergence": "Compare on a text",
     "throughput": "Measure speed",

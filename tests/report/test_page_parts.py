@@ -187,10 +187,11 @@ def test_commands_are_told_apart_by_what_they_do() -> None:
         "lm_eval --model streamline --tasks x", "streamline-bench compress m -o 'a b'",
         "OMP_NUM_THREADS=1 HF_HUB_OFFLINE='1' /usr/bin/lm_eval --tasks y",
         "python -m streamline_bench throughput m", "streamline-bench divergence a b",
+        "streamline-bench lm-eval --model streamline --include_path mine",
         "echo 'unclosed", "tool lm", "",
     ])  # fmt: skip
     assert [(name, len(lines)) for name, lines in stages.items()] == [
-        ("Compress", 1), ("Evaluate", 2), ("Compare on a text", 1), ("Measure speed", 1),
+        ("Compress", 1), ("Evaluate", 3), ("Compare on a text", 1), ("Measure speed", 1),
         ("Other", 3),
     ]  # fmt: skip
     assert commands_by_stage([]) == {}
