@@ -53,10 +53,11 @@ def resolve_pretrained(name: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: no such folder or hub model, or it has no config or no safetensors weights.
     """
-    folder = Path(name).expanduser()
     if is_bundled(name):
         folder = bundled_model()
-    elif not folder.is_dir():
+    elif (local := _local_folder(name)) is not None:
+        folder = local
+    else:
         folder = _download(str(name), revision)
     find_shards(folder)
     _read_config(folder)
@@ -268,6 +269,16 @@ def _no_weights(folder: Path) -> CheckpointError:
             "(peft: merge_and_unload)."
         )
     return CheckpointError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}.")
+
+
+def _local_folder(name: str | Path) -> Path | None:
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError) as error:  # too long a name, ~ of a user who is not there
+        raise CheckpointError(
+            f"The model '{name}' cannot be looked for ({first_line(error)}); mend its name."
+        ) from None
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -115,6 +115,12 @@ def test_unknown_hub_model(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         resolve_pretrained(name)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-this-name/model"])
+def test_a_name_that_cannot_be_looked_for(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"The model '{name}' cannot be looked for "):
+        resolve_pretrained(name)
+
+
 def test_pickles_are_refused_and_the_converting_command_works(
     folder: Path, random_model: Callable[..., Any]
 ) -> None:
