@@ -6,6 +6,7 @@ Exit codes: 0 success, 1 a gate that failed, 2 a user's error (one sentence on s
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -73,16 +74,29 @@ def cli() -> None:
     """
 
 
+_OF_THE_FILE_SYSTEM = {
+    errno.EACCES, errno.EDQUOT, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR,
+    errno.EPERM, errno.EROFS,
+}  # fmt: skip
+"""Refusals of a path that somebody named, wherever it was first used."""
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; our own errors become one sentence and exit code 2."""
+    """Run the command line; what a user can mend becomes one sentence and exit code 2."""
     try:
         cli.main(args=arguments, prog_name="streamline-bench")
-    except StreamlineBenchError as error:
-        if os.environ.get("STREAMLINE_BENCH_TRACEBACK"):
+    except (StreamlineBenchError, OSError) as error:
+        foreign = isinstance(error, OSError) and error.errno not in _OF_THE_FILE_SYSTEM
+        if foreign or os.environ.get("STREAMLINE_BENCH_TRACEBACK"):
             raise
-        sentence = printable(error, keep="\n")
-        click.echo(f"streamline-bench: {sentence}", err=True)
+        click.echo(f"streamline-bench: {printable(_sentence(error), keep=chr(10))}", err=True)
         sys.exit(2)
+
+
+def _sentence(error: StreamlineBenchError | OSError) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or 'A file'} cannot be used ({error.strerror}); name another."
+    return str(error)
 
 
 if __name__ == "__main__":

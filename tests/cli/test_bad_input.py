@@ -319,3 +319,26 @@ def test_terminal_escapes_in_a_name_are_not_printed(call: Callable[..., Any]) ->
     ended = call("compress", "evil\x1b[31mname", "-o", "nowhere")
     assert ended.code == 2
     assert "\x1b" not in ended.err
+
+
+@pytest.mark.parametrize("command", ["scan", "compress", "throughput", "report", "stability"])
+def test_names_that_the_file_system_refuses(call: Callable[..., Any], command: str) -> None:
+    name = "x" * 300
+    more = {"compress": ("--recipe", "last_layers", "-o", name), "stability": (name,)}
+    ended = call(command, name, *more.get(command, ()))
+    assert ended.code == 2
+    assert "Traceback" not in ended.err
+    assert "xxx" in ended.err
+
+
+def test_an_error_of_our_own_keeps_its_traceback(
+    call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(**_: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "ours.json")
+
+    monkeypatch.setattr("streamline_bench.cli.main.cli.main", broken)
+    from streamline_bench.cli.main import main
+
+    with pytest.raises(FileNotFoundError):
+        main([])
