@@ -301,9 +301,17 @@ def test_out_of_reach(source: Source, prune: Callable[..., Path]) -> None:
         prune(source("llama"), **{"parameters.protect_first": 6})
 
 
-def test_sparsity_and_ratio_are_alternatives(source: Source, prune: Callable[..., Path]) -> None:
+def test_sparsity_and_ratio_are_alternatives(
+    source: Source, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=r"Give sparsity or parameters\.ratio, not both"):
+        make_recipe("llm_pruner", **{"sparsity": 0.2, "parameters.ratio": 0.25})
+    sparse = make_recipe("llm_pruner", sparsity=0.2, calibration_samples=4)
+    parameters = {**sparse.parameters, "ratio": 0.25}  # as a file of one's own may have both
+    both = sparse.model_copy(update={"parameters": parameters})
     with pytest.raises(SparsityError, match="one of the two"):
-        prune(source("llama"), **{"parameters.ratio": 0.25})
+        compress(source("llama"), both, tmp_path / "pruned", progress=False)
+    assert not (tmp_path / "pruned").exists()
 
 
 @pytest.mark.parametrize(
