@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -129,7 +130,10 @@ def test_a_node_lost_while_rows_are_scored_together_changes_no_number(
         (node,) = (n for n in nodes if n.all_processes["raylet"][0].process.pid in above)
         while not list(ray_run.glob("jobs/score-together-*/attempts.json")):
             time.sleep(0.02)
+        walking[0].suspend()  # or it might be through before its machine is gone
         cluster.remove_node(node, allow_graceful=False)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            walking[0].resume()  # to notice that it is alone
 
     thread = threading.Thread(target=lose_the_walk)
     thread.start()
