@@ -32,6 +32,27 @@ def _own_log_level() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def choice_task() -> Callable[[str, Path], str]:
+    """Return a function: a task's name and its jsonl (question, choices, gold) -> its YAML."""
+
+    def text(name: str, file: Path) -> str:
+        return f"""
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1.0}}
+"""
+
+    return text
+
+
+@pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""
     return REPOSITORY

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,6 @@ from streamline_bench.errors import EvaluationError
 from streamline_bench.harness.asked_tasks import open_index, parts_of, task_folders
 from streamline_bench.harness.empty_tasks import EMPTY, without_empty
 
-TASK = """
-task: NAME
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: choices
-doc_to_target: gold
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-metadata: {version: 1.0}
-"""
 CODE = """
 import datasets
 
@@ -38,7 +27,7 @@ def fail(documents):
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Path:
+def own(tmp_path: Path, choice_task: Callable[[str, Path], str]) -> Path:
     """A folder with tasks that have a document, none, or a mistake; and groups of them."""
     document = {"question": "w1 w2", "choices": ["w5", "w9"], "gold": 0}
     (tmp_path / "full.jsonl").write_text(json.dumps(document) + "\n", encoding="utf-8")
@@ -53,7 +42,7 @@ def own(tmp_path: Path) -> Path:
         ("broken", "full", "process_docs: !function code.fail\n"),
         ("streamline_demo_pairs", "full", ""),
     ):
-        text = TASK.replace("NAME", name).replace("FILE", str(tmp_path / f"{file}.jsonl"))
+        text = choice_task(name, tmp_path / f"{file}.jsonl")
         (tmp_path / f"{name}.yaml").write_text(text + more, encoding="utf-8")
     for name, members in (
         ("some", "[full, coded]"),

@@ -13,19 +13,6 @@ import pytest
 from streamline_bench.runs.plan import Plan
 from streamline_bench.runs.request import Request, make_request
 
-TASK = """
-task: words
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: choices
-doc_to_target: gold
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-metadata: {version: 1.0}
-"""
-
 
 @pytest.fixture
 def make(tiny_llama: Path) -> Callable[..., Request]:
@@ -55,7 +42,7 @@ def plan(make: Callable[..., Request]) -> Plan:
 
 
 @pytest.fixture
-def tasks(tmp_path: Path) -> Path:
+def tasks(tmp_path: Path, choice_task: Callable[[str, Path], str]) -> Path:
     """A folder with the task 'words': eight questions with two choices each."""
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -64,7 +51,7 @@ def tasks(tmp_path: Path) -> Path:
     ]
     lines = "".join(json.dumps(document) + "\n" for document in documents)
     (folder / "words.jsonl").write_text(lines, encoding="utf-8")
-    task = TASK.replace("FILE", str(folder / "words.jsonl"))
+    task = choice_task("words", folder / "words.jsonl")
     (folder / "words.yaml").write_text(task, encoding="utf-8")
     return folder
 
