@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from streamline_bench.core.recipe import Recipe
-    from streamline_bench.methods.compression import compress, compress_cached
-    from streamline_bench.methods.library import list_recipes, load_recipe
-    from streamline_bench.runs.comparison import CompareResult, compare
+from streamline_bench.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from streamline_bench.compression.pipeline import compress, compress_cached
+    from streamline_bench.compression.recipes import list_recipes, load_recipe
+    from streamline_bench.core.recipe.schema import Recipe
+    from streamline_bench.runs.run import CompareResult, compare
 
 __all__ = [
     "CompareResult",
@@ -32,13 +32,13 @@ __all__ = [
 ]
 
 _WHERE = {
-    "CompareResult": "runs.comparison",
-    "Recipe": "core.recipe",
-    "compare": "runs.comparison",
-    "compress": "methods.compression",
-    "compress_cached": "methods.compression",
-    "list_recipes": "methods.library",
-    "load_recipe": "methods.library",
+    "CompareResult": "runs.run",
+    "Recipe": "core.recipe.schema",
+    "compare": "runs.run",
+    "compress": "compression.pipeline",
+    "compress_cached": "compression.pipeline",
+    "list_recipes": "compression.recipes",
+    "load_recipe": "compression.recipes",
 }
 
 

@@ -134,7 +134,7 @@ class StreamlineGate:
     def _limits(self, own: Mapping[str, Any]) -> Thresholds:
         from pydantic import ValidationError
 
-        from streamline_bench.core.validation import first_problem
+        from streamline_bench.core.recipe.validation import first_problem
         from streamline_bench.errors import ComparisonError
         from streamline_bench.gate.thresholds import Thresholds
 

@@ -153,8 +153,8 @@ def recipe_checkpoint(
     made: dict[str, Path] = {"dense": recipe_source}
 
     def make(name: str) -> Path:
-        from streamline_bench.methods import compress, load_recipe
-        from streamline_bench.methods.library import applicable
+        from streamline_bench.compression import compress, load_recipe
+        from streamline_bench.compression.recipes import applicable
 
         if name not in made:
             recipe = load_recipe(name)

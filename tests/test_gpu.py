@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from streamline_bench.core.calibration import CalibrationTokens
-from streamline_bench.core.importance import scan
-from streamline_bench.core.recipe import ReplacementSpec, TrainingSpec
+from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.recipe.schema import ReplacementSpec, TrainingSpec
+from streamline_bench.core.scan.scan import scan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,7 +65,7 @@ def test_loglikelihoods(tiny_llama: Path) -> None:
 def test_training(
     tiny_llama: Path, tokens: CalibrationTokens, tmp_path: Path, objective: str
 ) -> None:
-    from streamline_bench.core.distill import train_replacement
+    from streamline_bench.core.training import train_replacement
 
     losses = {}
     for device in ("cpu", DEVICE):

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.report.run_folder import RunFile, RunRow, build_report, write_run_file
+from streamline_bench.report.data.run_folder import RunFile, RunRow, write_run_file
+from streamline_bench.report.report import build_report
 from streamline_bench.stability.settings import Settings
 
 pytest_plugins = ["pytester"]

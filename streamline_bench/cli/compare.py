@@ -96,7 +96,7 @@ def command(
     setup_logging(quiet=quiet or as_json)
     from streamline_bench.cli.compare_options import read_execution, read_options
     from streamline_bench.cli.given import refuse_given
-    from streamline_bench.runs.comparison import compare_request
+    from streamline_bench.runs.run import compare_request
 
     if options["executor"] == "ray":
         refuse_given(ctx, "a Ray cluster shares out its own machines", "workers", "gpus")
@@ -121,7 +121,7 @@ def command(
 @contextmanager
 def stops_with_a_word() -> Iterator[None]:
     """Exit with 130 after Ctrl-C and 143 after SIGTERM, saying how to go on."""
-    from streamline_bench.runs.comparison import Terminated
+    from streamline_bench.runs.run import Terminated
 
     try:
         yield
@@ -132,7 +132,7 @@ def stops_with_a_word() -> Iterator[None]:
 
 def finish(result: CompareResult) -> NoReturn:
     """Say what failed and which page to open, and exit: 0 when everything is there, else 1."""
-    from streamline_bench.core.terminal import printable
+    from streamline_bench.core.machine.terminal import printable
 
     for reason, labels in _by_reason(result.alone).items():
         rows = ", ".join(map(printable, labels))

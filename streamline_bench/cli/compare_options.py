@@ -7,13 +7,13 @@ from typing import Any
 
 from streamline_bench.cli.options import parse_assignments
 from streamline_bench.cli.yaml_values import yaml_assignments
+from streamline_bench.compression.recipes import SIZE_KEYS
 from streamline_bench.demo.preset import bundled_request
 from streamline_bench.errors import RecipeError
-from streamline_bench.methods.library import SIZE_KEYS
 from streamline_bench.resources import is_bundled
-from streamline_bench.runs.execution import Execution, parse_cpus
-from streamline_bench.runs.request import Request, make_request, read_request
-from streamline_bench.runs.rows import parse_row
+from streamline_bench.runs.execution.options import Execution, parse_cpus
+from streamline_bench.runs.planning.request import Request, make_request, read_request
+from streamline_bench.runs.planning.rows import parse_row
 
 __all__ = ["read_execution", "read_options"]
 

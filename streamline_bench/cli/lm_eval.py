@@ -22,8 +22,8 @@ def command(arguments: tuple[str, ...]) -> None:
     in addition to ours, and its tasks count where names are equal:
     streamline-bench lm-eval --model streamline --model_args pretrained=DIR --tasks streamline_demo
     """
-    from streamline_bench.harness.asked_tasks import task_folders
     from streamline_bench.harness.bridge import register
+    from streamline_bench.harness.tasks.asked_tasks import task_folders
 
     register()
     from lm_eval._cli import HarnessCLI

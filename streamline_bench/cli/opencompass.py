@@ -95,8 +95,8 @@ def command(
     """
     setup_logging(quiet=quiet or as_json)
     progress = not (quiet or as_json)
+    from streamline_bench.opencompass.evaluate import claimed_folder, evaluate, write_config
     from streamline_bench.opencompass.execution import inspect_environment
-    from streamline_bench.opencompass.run_folder import claimed_folder, evaluate, write_config
 
     # A config alone, for given GPUs, can be written where OpenCompass is not installed.
     environment = None if config_only and gpus is not None else inspect_environment(python)

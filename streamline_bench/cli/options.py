@@ -66,7 +66,7 @@ def named_device_option(command: _Command) -> _Command:
 
 def until_option(command: _Command) -> _Command:
     """Add ``--until``: the last stage of a comparison that is run."""
-    from streamline_bench.runs.execution import STAGES
+    from streamline_bench.runs.execution.options import STAGES
 
     option = click.option(
         "--until",
@@ -79,7 +79,7 @@ def until_option(command: _Command) -> _Command:
 
 
 def _found_device(ctx: click.Context, option: click.Parameter, value: str) -> str:
-    from streamline_bench.core.devices import found_device
+    from streamline_bench.core.machine.devices import found_device
 
     try:
         return found_device(value)
@@ -90,7 +90,7 @@ def _found_device(ctx: click.Context, option: click.Parameter, value: str) -> st
 def _named_device(ctx: click.Context, option: click.Parameter, value: str | None) -> str | None:
     if value in (None, "auto"):
         return value
-    from streamline_bench.core.devices import known_device
+    from streamline_bench.core.machine.devices import known_device
 
     try:
         return known_device(str(value))

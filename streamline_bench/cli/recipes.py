@@ -16,7 +16,7 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(name: str | None, as_json: bool) -> None:
     """List the recipes, or show the recipe NAME (a name or the path of a YAML file)."""
-    from streamline_bench.methods import list_recipes, load_recipe
+    from streamline_bench.compression import list_recipes, load_recipe
 
     if name is not None:
         _show(load_recipe(name).model_dump(mode="json"), as_json)

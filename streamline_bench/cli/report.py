@@ -25,14 +25,15 @@ def command(run: Path | None, cards: bool, schema: bool, quiet: bool) -> None:
     model card holds metadata for the Hugging Face Hub (model-index, .eval_results) and text.
     """
     if schema:
-        from streamline_bench.report.schema import json_schema
+        from streamline_bench.report.data.schema import json_schema
 
         click.echo(json.dumps(json_schema(), indent=1))
         return
     if run is None:
         raise click.UsageError("Give the run folder, or --schema.")
-    from streamline_bench.report.run_folder import RUN_FILE, build_report
-    from streamline_bench.report.write import read_leaderboard, write_report
+    from streamline_bench.report.data.run_folder import RUN_FILE
+    from streamline_bench.report.report import build_report
+    from streamline_bench.report.views.write import read_leaderboard, write_report
 
     folder = run.parent if run.is_file() else run
     board = run if run.is_file() else run / "leaderboard.json"
@@ -41,7 +42,7 @@ def command(run: Path | None, cards: bool, schema: bool, quiet: bool) -> None:
     else:
         page = build_report(folder, progress=not quiet)
     if cards:
-        from streamline_bench.report.model_card import write_model_cards
+        from streamline_bench.report.views.model_card import write_model_cards
 
         for card in write_model_cards(
             read_leaderboard(folder / "leaderboard.json"), folder / "model-cards"

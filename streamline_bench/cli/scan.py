@@ -14,7 +14,7 @@ from streamline_bench.cli.options import device_option, dtype_option, print_tabl
 if TYPE_CHECKING:
     import pandas as pd
 
-    from streamline_bench.core.similarity import Similarity
+    from streamline_bench.core.scan.similarity import Similarity
 
 __all__ = ["command"]
 
@@ -142,12 +142,12 @@ def _scanned(
     import torch
 
     from streamline_bench.core.architecture import architecture_of
-    from streamline_bench.core.calibration import load_calibration
-    from streamline_bench.core.checkpoint import resolve_pretrained
-    from streamline_bench.core.importance import scan
-    from streamline_bench.core.importance_streamed import scan_streamed
-    from streamline_bench.core.recipe import CalibrationSpec
-    from streamline_bench.methods.loading import load_config, load_model, load_tokenizer
+    from streamline_bench.core.checkpoint.reader import resolve_pretrained
+    from streamline_bench.core.data.calibration import load_calibration
+    from streamline_bench.core.recipe.schema import CalibrationSpec
+    from streamline_bench.core.scan.importance_streamed import scan_streamed
+    from streamline_bench.core.scan.scan import scan
+    from streamline_bench.modeling.loading import load_config, load_model, load_tokenizer
 
     folder = resolve_pretrained(model, revision)
     spec = CalibrationSpec(
@@ -207,9 +207,9 @@ def _table(similarity: Similarity, sizes: list[int], metric: str) -> pd.DataFram
 
 
 def _write(similarity: Similarity, sizes: list[int], metric: Any, output: Path, name: str) -> None:
-    from streamline_bench.core.checkpoint import atomic_write_text
-    from streamline_bench.core.similarity_figure import similarity_svg
+    from streamline_bench.core.checkpoint.reader import atomic_write_text
     from streamline_bench.errors import OutputError
+    from streamline_bench.report.figures.similarity import similarity_svg
 
     n = sizes[0] if sizes else max(1, round(similarity.num_layers / 4))
     picture = similarity_svg(similarity, similarity.best_block(n, metric), name)

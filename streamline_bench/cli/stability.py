@@ -93,8 +93,8 @@ def command(
     lm_eval needs --log_samples. Of OpenCompass give a run, or predictions/<model> in it. Runs that
     were not asked the same are refused, with the first difference.
     """
-    from streamline_bench.stability.compare import compare
-    from streamline_bench.stability.samples import load_samples
+    from streamline_bench.stability.compare_answers import compare
+    from streamline_bench.stability.readers.load import load_samples
     from streamline_bench.stability.settings import Settings
 
     def load(path: Path, run: str) -> Samples:
@@ -114,7 +114,7 @@ def command(
         result = above_noise(result, noise_floor(before, again, **options))
     payload = result.model_dump_json(indent=2)
     if output is not None:
-        from streamline_bench.core.staging import atomic_write_text
+        from streamline_bench.core.files.staging import atomic_write_text
 
         atomic_write_text(output, payload + "\n")
     if as_json:
@@ -152,8 +152,8 @@ def _group_mean(group: GroupComparison) -> list[str]:
     """The unweighted mean over the tasks of a group, of which only stability has an interval."""
     from rich.markup import escape
 
-    from streamline_bench.report.escaping import terminal_text
-    from streamline_bench.report.formats import percent, points
+    from streamline_bench.report.text.escaping import terminal_text
+    from streamline_bench.report.text.formats import percent, points
 
     dense, pruned = group.macro_dense, group.macro_pruned
     change = None if dense is None or pruned is None else pruned - dense
@@ -168,7 +168,7 @@ def _group_mean(group: GroupComparison) -> list[str]:
 
 
 def _with_interval(estimate: Estimate | None) -> str:
-    from streamline_bench.report.formats import interval, percent
+    from streamline_bench.report.text.formats import interval, percent
 
     if estimate is None:
         return percent(None)
@@ -178,8 +178,8 @@ def _with_interval(estimate: Estimate | None) -> str:
 def _cells(name: str, row: TaskComparison | GroupComparison | Overall) -> list[str]:
     from rich.markup import escape
 
-    from streamline_bench.report.escaping import terminal_text
-    from streamline_bench.report.formats import interval, p_value, percent, points, with_error
+    from streamline_bench.report.text.escaping import terminal_text
+    from streamline_bench.report.text.formats import interval, p_value, percent, points, with_error
 
     difference = row.difference.model_dump()
     agreement = row.agreement.model_dump()
@@ -199,7 +199,7 @@ def _cells(name: str, row: TaskComparison | GroupComparison | Overall) -> list[s
 
 
 def _above_noise(row: TaskComparison | GroupComparison | Overall) -> str:
-    from streamline_bench.report.formats import interval, points
+    from streamline_bench.report.text.formats import interval, points
 
     excess = row.flips_above_noise
     if excess is None:
@@ -208,7 +208,7 @@ def _above_noise(row: TaskComparison | GroupComparison | Overall) -> str:
 
 
 def _perplexity(found: PerplexityComparison) -> str:
-    from streamline_bench.report.escaping import terminal_text
+    from streamline_bench.report.text.escaping import terminal_text
 
     name = f"{terminal_text(found.task)}, perplexity per {found.unit}"
     ratio = found.ratio
@@ -219,8 +219,8 @@ def _perplexity(found: PerplexityComparison) -> str:
 
 
 def _generation(found: GenerationComparison) -> str:
-    from streamline_bench.report.escaping import terminal_text
-    from streamline_bench.report.formats import percent
+    from streamline_bench.report.text.escaping import terminal_text
+    from streamline_bench.report.text.formats import percent
 
     name = f"{terminal_text(found.task)} ({terminal_text(found.filter)})"
     parted = "" if found.first_word is None else f", the others part at word {found.first_word:g}"
@@ -245,8 +245,8 @@ def _of_verdicts(result: Comparison) -> str:
 
 
 def _footnote(result: Comparison) -> str:
-    from streamline_bench.report.escaping import terminal_text
-    from streamline_bench.stability.verdicts import GRADED
+    from streamline_bench.report.text.escaping import terminal_text
+    from streamline_bench.stability.readers.verdicts import GRADED
 
     lines = [_of_verdicts(result) if result.tasks else _WITHOUT_VERDICTS]
     lines += [_perplexity(found) for found in result.perplexities]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamline_bench.demo.preset import BUNDLED, bundled_request
-from streamline_bench.runs.comparison import CompareResult, compare_request
-from streamline_bench.runs.request import make_request
+from streamline_bench.runs.planning.request import make_request
+from streamline_bench.runs.run import CompareResult, compare_request
 
 __all__ = ["DEMO_ROWS", "DemoOptions", "run_demo"]
 

@@ -25,13 +25,13 @@ from streamline_bench.gate.evidence import Evidence
 from streamline_bench.gate.reference import RowReference, TaskReference, unpack
 from streamline_bench.gate.result import Check
 from streamline_bench.gate.thresholds import Thresholds
-from streamline_bench.stability.clusters import ClusterLabels
 from streamline_bench.stability.comparison import Estimate
-from streamline_bench.stability.decision import holm
-from streamline_bench.stability.estimates import paired_estimates
-from streamline_bench.stability.paired import Outcomes
-from streamline_bench.stability.resampled import resample_clusters
 from streamline_bench.stability.settings import Settings
+from streamline_bench.stability.statistics.clusters import ClusterLabels
+from streamline_bench.stability.statistics.decision import holm
+from streamline_bench.stability.statistics.estimates import paired_estimates
+from streamline_bench.stability.statistics.paired import Outcomes
+from streamline_bench.stability.statistics.resampled import resample_clusters
 
 __all__ = ["accuracy_checks"]
 

@@ -16,8 +16,8 @@ from streamline_bench.gate.evidence import Evidence
 from streamline_bench.gate.reference import RowReference, TaskReference
 from streamline_bench.gate.result import Check, Quantity, Status
 from streamline_bench.stability.comparison import Estimate
-from streamline_bench.stability.decision import decide
 from streamline_bench.stability.overall import square_and_add
+from streamline_bench.stability.statistics.decision import decide
 
 __all__ = ["Change", "check_of", "excludes_zero", "mean_checks", "shared_tasks"]
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from streamline_bench.gate.evidence import Evidence, evidence_of
-from streamline_bench.report.leaderboard import build_leaderboard
-from streamline_bench.report.schema import Leaderboard
-from streamline_bench.stability.samples import load_samples
+from streamline_bench.report.build.leaderboard import build_leaderboard
+from streamline_bench.report.data.schema import Leaderboard
+from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.settings import Settings
 
 __all__ = ["read_evaluations"]

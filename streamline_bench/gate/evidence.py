@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from streamline_bench.core.versioned_json import read_json
+from streamline_bench.core.files.versioned_json import read_json
 from streamline_bench.errors import SamplesError
 from streamline_bench.gate.reference import (
     KIND,
@@ -26,12 +26,13 @@ from streamline_bench.gate.reference import (
     pack,
     parse_reference,
 )
-from streamline_bench.report.run_folder import RUN_FILE, RunFile, read_run_file
-from streamline_bench.report.schema import Leaderboard, Row, TaskScore
-from streamline_bench.report.write import read_leaderboard
-from streamline_bench.stability.clusters import ClusterLabels, cluster_labels
-from streamline_bench.stability.metrics import choice_spread
-from streamline_bench.stability.samples import Samples, load_samples
+from streamline_bench.report.data.run_folder import RUN_FILE, RunFile, read_run_file
+from streamline_bench.report.data.schema import Leaderboard, Row, TaskScore
+from streamline_bench.report.views.write import read_leaderboard
+from streamline_bench.stability.readers.load import load_samples
+from streamline_bench.stability.samples import Samples
+from streamline_bench.stability.statistics.clusters import ClusterLabels, cluster_labels
+from streamline_bench.stability.statistics.stability import choice_spread
 
 __all__ = ["Evidence", "evidence_of", "read_evidence"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from streamline_bench.errors import OutputError
 from streamline_bench.gate.result import Check, GateResult
 from streamline_bench.gate.table import HEADINGS, cells, line, ordered, verdict
-from streamline_bench.report.escaping import markdown_text, terminal_text
+from streamline_bench.report.text.escaping import markdown_text, terminal_text
 
 __all__ = ["append_summary", "to_markdown", "workflow_commands"]
 

@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
-from streamline_bench.core.frozen import Frozen
-from streamline_bench.core.staging import atomic_write_text
-from streamline_bench.core.versioned_json import validated
+from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.files.versioned_json import validated
+from streamline_bench.core.recipe.frozen import Frozen
 from streamline_bench.errors import SamplesError
-from streamline_bench.report.schema import Method
+from streamline_bench.report.data.schema import Method
 from streamline_bench.stability.comparison import Estimate
-from streamline_bench.throughput.figures import Speed
+from streamline_bench.throughput.speed import Speed
 
 __all__ = [
     "KIND",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from streamline_bench.core.frozen import Frozen
+from streamline_bench.core.recipe.frozen import Frozen
 from streamline_bench.gate.thresholds import Thresholds
 
 __all__ = ["Check", "GateResult", "Quantity", "Status"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from streamline_bench.gate.evidence import Evidence
 from streamline_bench.gate.reference import RowReference
 from streamline_bench.gate.result import Check, Quantity, Status
-from streamline_bench.throughput.figures import Speed
+from streamline_bench.throughput.speed import Speed
 
 __all__ = ["speed_checks"]
 

@@ -25,11 +25,15 @@ from streamline_bench.gate.evidence import Evidence
 from streamline_bench.gate.reference import RowReference, TaskReference, unpack
 from streamline_bench.gate.result import Check
 from streamline_bench.gate.thresholds import Thresholds
-from streamline_bench.stability.bootstrap import bootstrap_interval, ratio_draws, task_generator
-from streamline_bench.stability.clusters import ClusterLabels
 from streamline_bench.stability.comparison import Estimate
-from streamline_bench.stability.metrics import effective_sample_size, stability_weights
-from streamline_bench.stability.paired import wilson
+from streamline_bench.stability.statistics.bootstrap import (
+    bootstrap_interval,
+    ratio_draws,
+    task_generator,
+)
+from streamline_bench.stability.statistics.clusters import ClusterLabels
+from streamline_bench.stability.statistics.paired import wilson
+from streamline_bench.stability.statistics.stability import effective_sample_size, stability_weights
 
 __all__ = ["stability_checks"]
 

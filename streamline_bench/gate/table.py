@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from streamline_bench.gate.result import Check, GateResult
-from streamline_bench.report.escaping import terminal_text
-from streamline_bench.report.formats import MISSING, percent, points, rate, times
+from streamline_bench.report.text.escaping import terminal_text
+from streamline_bench.report.text.formats import MISSING, percent, points, rate, times
 
 if TYPE_CHECKING:
     from rich.table import Table

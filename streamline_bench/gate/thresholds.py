@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from streamline_bench.core.frozen import Frozen
+from streamline_bench.core.recipe.frozen import Frozen
 
 __all__ = ["Thresholds"]
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from streamline_bench.core.recipe import Recipe
-from streamline_bench.core.suggestions import suggest
+from streamline_bench.core.recipe.schema import Recipe
+from streamline_bench.core.recipe.suggestions import suggest
 from streamline_bench.errors import RecipeError
 
 __all__ = ["ModelArguments", "sort_arguments"]
@@ -37,7 +37,7 @@ class ModelArguments:
     Attributes:
         harness: for the harness's class.
         recipe: name or path of the recipe; None: evaluate the model as it is.
-        overrides: for :func:`streamline_bench.methods.load_recipe`.
+        overrides: for :func:`streamline_bench.compression.load_recipe`.
         cache: folder of compressed models; None: the default one.
     """
 
@@ -98,7 +98,7 @@ def _parameters(base: type) -> list[str]:
 
 
 def _recipe_keys() -> list[str]:
-    from streamline_bench.methods.library import OWN_KEYS, SHORT_KEYS
+    from streamline_bench.compression.recipes import OWN_KEYS, SHORT_KEYS
 
     return [*OWN_KEYS, *SHORT_KEYS, "training"]
 

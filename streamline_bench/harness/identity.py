@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from streamline_bench.core.checkpoint import CheckpointReader
+from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import CacheError
 
 __all__ = ["files_sha256", "model_identity", "separate_cache", "weights_sha256"]

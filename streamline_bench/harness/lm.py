@@ -2,7 +2,7 @@
 
 It takes what ``--model hf`` takes, and a recipe: the model is then compressed on first use and
 found in the cache afterwards. Loglikelihoods are those of the stock class with less computed
-(:mod:`streamline_bench.harness.scoring`); generation is untouched.
+(:mod:`streamline_bench.harness.scoring.scorer`); generation is untouched.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from streamline_bench.core.devices import known_device
-from streamline_bench.core.validation import first_line
+from streamline_bench.core.machine.devices import known_device
+from streamline_bench.core.recipe.validation import first_line
 from streamline_bench.errors import CheckpointError, RecipeError, StreamlineBenchError
 from streamline_bench.harness.arguments import sort_arguments
 from streamline_bench.harness.boundary import user_errors
-from streamline_bench.harness.budgets import generation_batch, scoring_tokens
-from streamline_bench.harness.checks import attention_window, head_objection
-from streamline_bench.harness.forward import Forward
 from streamline_bench.harness.identity import model_identity, weights_sha256
 from streamline_bench.harness.model_creation import CompressedModel
-from streamline_bench.harness.packing import Query
 from streamline_bench.harness.preparation import prepare
-from streamline_bench.harness.scoring import Answer, TokenScorer
+from streamline_bench.harness.scoring.budgets import generation_batch, scoring_tokens
+from streamline_bench.harness.scoring.checks import attention_window, head_objection
+from streamline_bench.harness.scoring.forward import Forward
+from streamline_bench.harness.scoring.packing import Query
+from streamline_bench.harness.scoring.scorer import Answer, TokenScorer
 
 __all__ = ["StreamlineLM", "TokenRequest", "window_sums"]
 

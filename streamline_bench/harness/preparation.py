@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from streamline_bench.core.checkpoint import Manifest, read_manifest, resolve_pretrained
+from streamline_bench.compression.pipeline import compress_cached
+from streamline_bench.compression.recipes import load_recipe
+from streamline_bench.core.checkpoint.reader import Manifest, read_manifest, resolve_pretrained
 from streamline_bench.errors import CheckpointError, RecipeError
 from streamline_bench.harness.arguments import ModelArguments
-from streamline_bench.methods.compression import compress_cached
-from streamline_bench.methods.library import load_recipe
-from streamline_bench.methods.loading import dtype_name
+from streamline_bench.modeling.loading import dtype_name
 from streamline_bench.resources import bundled_model, is_bundled
 
 __all__ = ["PreparedModel", "prepare"]

@@ -26,7 +26,7 @@ from lm_eval.models.vllm_causallms import VLLM
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from streamline_bench.core.checkpoint import CheckpointReader
+from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import CheckpointError
 from streamline_bench.harness.arguments import sort_arguments
 from streamline_bench.harness.identity import files_sha256, model_identity

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
-from streamline_bench.core.frozen import Frozen
-from streamline_bench.core.recipe import CalibrationSpec, Recipe
+from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe
 
 if TYPE_CHECKING:
     import torch
 
-    from streamline_bench.core.calibration import CalibrationTokens
-    from streamline_bench.core.checkpoint import CheckpointReader
+    from streamline_bench.core.checkpoint.reader import CheckpointReader
+    from streamline_bench.core.data.calibration import CalibrationTokens
 
-__all__ = ["Compressed", "Compression", "Method", "NoParameters"]
+__all__ = ["Compressed", "Compression", "Method", "NoParameters", "write_compressed"]
 
 
 class NoParameters(Frozen):
@@ -50,28 +52,28 @@ class Compression:
     @cached_property
     def reader(self) -> CheckpointReader:
         """The source's tensors, lazily read."""
-        from streamline_bench.core.checkpoint import CheckpointReader
+        from streamline_bench.core.checkpoint.reader import CheckpointReader
 
         return CheckpointReader(self.folder)
 
     @cached_property
     def config(self) -> Any:
         """The source's transformers config."""
-        from streamline_bench.methods.loading import load_config
+        from streamline_bench.modeling.loading import load_config
 
         return load_config(self.folder, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def tokenizer(self) -> Any:
         """The source's tokenizer."""
-        from streamline_bench.methods.loading import load_tokenizer
+        from streamline_bench.modeling.loading import load_tokenizer
 
         return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def model(self) -> Any:
         """The source model, loaded on first use, in evaluation mode."""
-        from streamline_bench.methods.loading import load_model
+        from streamline_bench.modeling.loading import load_model
 
         return load_model(
             self.folder,
@@ -86,7 +88,7 @@ class Compression:
 
     def tokens(self, spec: CalibrationSpec) -> CalibrationTokens:
         """Load calibration or training tokens for this model."""
-        from streamline_bench.core.calibration import load_calibration
+        from streamline_bench.core.data.calibration import load_calibration
 
         return load_calibration(
             spec,
@@ -140,3 +142,20 @@ class Method(ABC):
     @abstractmethod
     def compress(self, work: Compression) -> Compressed:
         """Compress the source model as the recipe says."""
+
+
+def write_compressed(folder: Path, reader: CheckpointReader, result: Compressed) -> None:
+    """Write weights, config, tokenizer and artefacts into an existing, empty folder.
+
+    Args:
+        reader: the checkpoint that ``result.names`` speaks of.
+
+    Raises:
+        CheckpointError: a named tensor is not in it.
+        OutputError: the folder cannot be written.
+    """
+    from streamline_bench.core.checkpoint.writer import compose
+
+    compose(reader, folder, config=dict(result.config), names=result.names, extra=result.tensors)
+    for name, text in result.artefacts.items():
+        atomic_write_text(folder / name, text)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ValidationError
 
-from streamline_bench.core.recipe import Recipe
-from streamline_bench.core.suggestions import suggest
-from streamline_bench.core.validation import wrong_value
+from streamline_bench.core.recipe.schema import Recipe
+from streamline_bench.core.recipe.suggestions import suggest
+from streamline_bench.core.recipe.validation import wrong_value
 from streamline_bench.errors import RecipeError
 from streamline_bench.methods.base import Method
 
@@ -17,22 +17,22 @@ __all__ = ["METHODS", "check_parameters", "get_method", "unread_parts"]
 
 METHODS: Mapping[str, str] = {
     "dense": "dense:Dense",
-    "first_layers": "first_layers:FirstLayers",
-    "laco": "laco:LaCo",
-    "last_layers": "last_layers:LastLayers",
-    "linear_patch": "linear_patch:LinearPatch",
-    "llm_pruner": "llm_pruner:LLMPruner",
-    "magnitude": "magnitude:Magnitude",
-    "random_layers": "random_layers:RandomLayers",
-    "replaceme": "replaceme:ReplaceMe",
-    "ridge_map": "ridge_map:RidgeMap",
-    "shortened_llama_ppl": "shortened_llama_ppl:ShortenedLlamaPPL",
-    "shortened_llama_taylor": "shortened_llama_taylor:ShortenedLlamaTaylor",
-    "shortgpt": "shortgpt:ShortGPT",
-    "sleb": "sleb:SLEB",
-    "slicegpt": "slicegpt:SliceGPT",
-    "streamline": "streamline:Streamline",
-    "uidl": "uidl:UIDL",
+    "first_layers": "depth.positional:FirstLayers",
+    "laco": "depth.laco:LaCo",
+    "last_layers": "depth.positional:LastLayers",
+    "linear_patch": "maps.linear_patch:LinearPatch",
+    "llm_pruner": "width.llm_pruner:LLMPruner",
+    "magnitude": "depth.magnitude:Magnitude",
+    "random_layers": "depth.positional:RandomLayers",
+    "replaceme": "maps.replaceme:ReplaceMe",
+    "ridge_map": "maps.ridge_map:RidgeMap",
+    "shortened_llama_ppl": "depth.shortened_llama:ShortenedLlamaPPL",
+    "shortened_llama_taylor": "depth.shortened_llama:ShortenedLlamaTaylor",
+    "shortgpt": "depth.shortgpt:ShortGPT",
+    "sleb": "depth.sleb:SLEB",
+    "slicegpt": "rotation.slicegpt:SliceGPT",
+    "streamline": "depth.streamline:Streamline",
+    "uidl": "depth.uidl:UIDL",
 }
 """Method name -> ``"module:Class"``, the module below ``streamline_bench.methods``."""
 

@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from streamline_bench.core.architecture import architecture_of
-from streamline_bench.core.recipe import ReplacementSpec
-from streamline_bench.core.replacement import (
+from streamline_bench.core.recipe.schema import ReplacementSpec
+from streamline_bench.core.recipe.suggestions import suggest
+from streamline_bench.core.surgery.replacement import (
     NETWORK_KINDS,
     ReplacementNetwork,
     build_network,
     network_sizes,
 )
-from streamline_bench.core.suggestions import suggest
 from streamline_bench.errors import CheckpointError
 
 __all__ = ["BEFORE_FIRST", "Attachment", "parse_attachments"]

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from streamline_bench.core.architecture import ARCHITECTURES
-from streamline_bench.core.replacement import ReplacementNetwork
+from streamline_bench.core.surgery.replacement import ReplacementNetwork
 
 __all__ = ["attach_network", "attached_layer_class"]
 

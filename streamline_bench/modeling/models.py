@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from streamline_bench.core.architecture import ARCHITECTURES, architecture_of
-from streamline_bench.core.replacement import ReplacementNetwork
+from streamline_bench.core.surgery.replacement import ReplacementNetwork
 from streamline_bench.modeling.attachments import BEFORE_FIRST
 from streamline_bench.modeling.configuration import StreamlineConfig, config_class_for
 from streamline_bench.modeling.layers import attach_network

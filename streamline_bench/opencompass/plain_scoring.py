@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from streamline_bench.harness.forward import Forward
+from streamline_bench.harness.scoring.forward import Forward
 from streamline_bench.opencompass.perplexity import ScoredText
 
 __all__ = ["plain_logprob"]

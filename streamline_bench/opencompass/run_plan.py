@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.core.suggestions import suggest
+from streamline_bench.core.recipe.suggestions import suggest
 from streamline_bench.errors import StreamlineBenchError
 from streamline_bench.opencompass.source import OF_MODEL_CLASS
 
@@ -243,7 +243,7 @@ def entries(
         overrides: keys of recipes; each recipe gets those that it has a use for.
         further: (label, path) of checkpoints evaluated as they are.
     """
-    from streamline_bench.methods.library import applicable, load_recipe
+    from streamline_bench.compression.recipes import applicable, load_recipe
 
     model = _absolute(model)
     made = [

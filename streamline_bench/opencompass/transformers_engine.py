@@ -1,7 +1,7 @@
 """Runs a transformers model: scores right-padded batches, generates from left-padded ones.
 
-Scoring is that of the harness class (:mod:`streamline_bench.harness.scoring`): texts that begin
-alike share what they share, positions are selected before the LM head, the softmax is float32.
+Scoring is that of the harness class (:mod:`streamline_bench.harness.scoring.scorer`): texts that
+begin alike share that part, positions are selected before the LM head, the softmax is float32.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from streamline_bench.errors import CheckpointError
-from streamline_bench.harness.budgets import scoring_tokens
-from streamline_bench.harness.checks import attention_window, head_objection
-from streamline_bench.harness.forward import Forward, tensors_of
-from streamline_bench.harness.packing import Query, build_rows, make_batches
-from streamline_bench.harness.scoring import TokenScorer
+from streamline_bench.harness.scoring.budgets import scoring_tokens
+from streamline_bench.harness.scoring.checks import attention_window, head_objection
+from streamline_bench.harness.scoring.forward import Forward, tensors_of
+from streamline_bench.harness.scoring.packing import Query, build_rows, make_batches
+from streamline_bench.harness.scoring.scorer import TokenScorer
 from streamline_bench.opencompass.engine import GenerationSettings
 from streamline_bench.opencompass.perplexity import ScoredText
 from streamline_bench.opencompass.plain_scoring import plain_logprob

@@ -7,11 +7,11 @@ from typing import Any
 __all__ = ["CompareResult", "Execution", "Request", "RowRequest", "compare"]
 
 _WHERE = {
-    "CompareResult": "comparison",
-    "Execution": "execution",
-    "Request": "request",
-    "RowRequest": "request",
-    "compare": "comparison",
+    "CompareResult": "run",
+    "Execution": "execution.options",
+    "Request": "planning.request",
+    "RowRequest": "planning.request",
+    "compare": "run",
 }
 
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.core.manifest import Manifest, read_manifest
+from streamline_bench.core.checkpoint.manifest import Manifest, read_manifest
 from streamline_bench.errors import CheckpointError, ComparisonError
-from streamline_bench.report.run_folder import NoiseRun, RunFile, RunRow, write_run_file
+from streamline_bench.report.data.run_folder import NoiseRun, RunFile, RunRow, write_run_file
+from streamline_bench.runs.execution.grouping import groups_of
+from streamline_bench.runs.execution.scheduler import JobState
 from streamline_bench.runs.folder import make_job_folder
-from streamline_bench.runs.plan import Plan, PlanRow, digest
-from streamline_bench.runs.scheduler import JobState
-from streamline_bench.runs.together import groups_of
+from streamline_bench.runs.planning.plan import Plan, PlanRow, digest
 
 __all__ = [
     "describe_run",
@@ -110,9 +110,10 @@ def write_report_once(run: Path, description: RunFile, *, progress: bool) -> Pat
     Raises:
         StreamlineBenchError: what building a report raises.
     """
-    from streamline_bench.report.model_card import write_checkpoint_cards
-    from streamline_bench.report.run_folder import build_report, read_run_file
-    from streamline_bench.runs.marker import read_done, write_done
+    from streamline_bench.report.data.run_folder import read_run_file
+    from streamline_bench.report.report import build_report
+    from streamline_bench.report.views.model_card import write_checkpoint_cards
+    from streamline_bench.runs.jobs.marker import read_done, write_done
 
     make_job_folder(run, "report")
     key = digest(description.model_dump(mode="json"))

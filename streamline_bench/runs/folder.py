@@ -14,32 +14,17 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from streamline_bench.core.folder_lock import check_usable, lock_folder
+from streamline_bench.core.files.folder_lock import check_usable, lock_folder
 from streamline_bench.errors import OutputError
-from streamline_bench.runs.plan import PLAN_FILE, Plan, differences, read_plan, write_plan
+from streamline_bench.runs.planning.plan import PLAN_FILE, Plan, differences, read_plan, write_plan
+from streamline_bench.runs.planning.rows import FILES, FOLDERS, PARTS_OF_A_ROW, is_row_name
 
-__all__ = ["check_output", "claim", "is_row_name", "job_folder", "locked", "make_job_folder"]
-
-_FOLDERS = ("jobs", "noise", "throughput")
-_FILES = ("run.json", *(f"leaderboard.{kind}" for kind in ("html", "md", "csv", "json")))
-_OF_A_ROW = ("checkpoint", "eval", "divergence.json")
-_RESERVED = frozenset({*_FOLDERS, *_FILES, PLAN_FILE, "throughput.json", "report", "model-cards"})
-"""Names beside the rows' folders, and those that commands are told to write there."""
-
-_ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
-
-
-def is_row_name(label: str) -> bool:
-    """Whether a row's folder may be called so; some file systems do not tell A from a."""
-    name = label.lower()
-    taken = name in _RESERVED or name.startswith("leaderboard.")
-    return bool(_ROW_NAME.fullmatch(label)) and not taken
+__all__ = ["check_output", "claim", "job_folder", "locked", "make_job_folder"]
 
 
 def job_folder(run: Path, name: str) -> Path:
@@ -123,11 +108,11 @@ def claim(run: Path, plan: Plan, *, overwrite: bool = False) -> None:
 
 def _remove_results(run: Path, plan: Plan) -> None:
     """Remove what a run makes; a file that someone else put there stays."""
-    made = [run / name for name in (*_FILES, *_FOLDERS)]
+    made = [run / name for name in (*FILES, *FOLDERS)]
     # A plan that was tampered with must not reach outside.
     rows = [run / row.label for row in plan.rows if is_row_name(row.label)]
     rows = [row for row in rows if row.is_dir() and not row.is_symlink()]
-    made += [row / name for row in rows for name in _OF_A_ROW]
+    made += [row / name for row in rows for name in PARTS_OF_A_ROW]
     try:
         for path in made:
             if path.is_dir() and not path.is_symlink():

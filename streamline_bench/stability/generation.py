@@ -10,7 +10,7 @@ from statistics import median
 import pandas as pd
 
 from streamline_bench.stability.comparison import Estimate, GenerationComparison
-from streamline_bench.stability.paired import wilson
+from streamline_bench.stability.statistics.paired import wilson
 
 __all__ = ["compare_generations", "first_difference"]
 

@@ -8,9 +8,7 @@ from operator import add
 
 import numpy as np
 
-from streamline_bench.stability.clusters import ClusterLabels
 from streamline_bench.stability.comparison import Clusters, GroupComparison
-from streamline_bench.stability.estimates import paired_estimates
 from streamline_bench.stability.overall import (
     pooled_accuracies,
     pooled_choices,
@@ -18,9 +16,11 @@ from streamline_bench.stability.overall import (
     square_and_add,
     total_flips,
 )
-from streamline_bench.stability.paired import Outcomes, kappa
-from streamline_bench.stability.resampled import resample_clusters
 from streamline_bench.stability.settings import Settings
+from streamline_bench.stability.statistics.clusters import ClusterLabels
+from streamline_bench.stability.statistics.estimates import paired_estimates
+from streamline_bench.stability.statistics.paired import Outcomes, kappa
+from streamline_bench.stability.statistics.resampled import resample_clusters
 from streamline_bench.stability.task_comparison import ComparedTask
 
 __all__ = ["compare_groups", "leaf_tasks"]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from streamline_bench.errors import SamplesError
-from streamline_bench.stability.compare import compare
+from streamline_bench.stability.compare_answers import compare
 from streamline_bench.stability.comparison import (
     Comparison,
     Estimate,
@@ -23,9 +23,9 @@ from streamline_bench.stability.comparison import (
     TaskComparison,
 )
 from streamline_bench.stability.overall import square_and_add
-from streamline_bench.stability.paired import wilson
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
+from streamline_bench.stability.statistics.paired import wilson
 
 __all__ = ["above_noise", "flips_above", "noise_floor"]
 
@@ -46,7 +46,7 @@ def noise_floor(
     number of documents (repetitions on the same documents are not independent).
 
     Args:
-        tasks, common_only, settings: as for :func:`streamline_bench.stability.compare.compare`.
+        tasks, common_only, settings: see :func:`.compare_answers.compare`.
 
     Raises:
         SamplesError: there is no repetition, or no task has verdicts; otherwise as ``compare``.

@@ -11,23 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from streamline_bench.stability.choice_distribution import (
-    ChoiceMeasures,
-    calibration,
-    choice_shift,
-)
-from streamline_bench.stability.clusters import ClusterLabels, pooled_labels
 from streamline_bench.stability.comparison import Estimate, Flips, Overall
-from streamline_bench.stability.decision import decide, detectable_at
-from streamline_bench.stability.estimates import (
+from streamline_bench.stability.settings import Settings
+from streamline_bench.stability.statistics.choices import ChoiceMeasures, calibration, choice_shift
+from streamline_bench.stability.statistics.clusters import ClusterLabels, pooled_labels
+from streamline_bench.stability.statistics.decision import decide, detectable_at
+from streamline_bench.stability.statistics.estimates import (
     accuracy_estimate,
     chance_corrected,
     paired_estimates,
     stability_estimate,
 )
-from streamline_bench.stability.paired import Outcomes, kappa, mcnemar, mean_retention
-from streamline_bench.stability.resampled import Resampled, resample_documents
-from streamline_bench.stability.settings import Settings
+from streamline_bench.stability.statistics.paired import Outcomes, kappa, mcnemar, mean_retention
+from streamline_bench.stability.statistics.resampled import Resampled, resample_documents
 from streamline_bench.stability.task_comparison import ComparedTask
 
 __all__ = [

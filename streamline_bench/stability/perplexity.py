@@ -12,7 +12,7 @@ import pandas as pd
 
 from streamline_bench.errors import NumericsError, SamplesError
 from streamline_bench.stability.comparison import Estimate, PerplexityComparison
-from streamline_bench.stability.means import mean_per_unit
+from streamline_bench.stability.statistics.means import mean_per_unit
 
 __all__ = ["compare_perplexities"]
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from streamline_bench.stability.metrics import Mode, Quantity
-
-__all__ = ["Settings", "Verdict"]
+__all__ = ["Mode", "Quantity", "Settings", "Verdict"]
 
 Verdict = Literal["correct", "correct_norm"]
 """Which verdict decides right or wrong: the task's own (acc, exact_match) or acc_norm."""
@@ -43,3 +41,31 @@ class Settings:
     def spread_quantity(self) -> Quantity:
         """The quantity really used; lm-eval's where none was chosen and no samples were seen."""
         return self.quantity or "nll_per_byte"
+
+
+Mode = Literal["paper", "reference_script"]
+"""``paper``: equation 6. ``reference_script``: the arithmetic of the script that the authors
+published, which differs from the equation: population standard deviation (ddof 0), a softmax
+without shift, and, of m agreements, the sum of the *first m* weights instead of the weights of the
+agreeing questions. Its value depends on the order of the questions; it is here only to compare with
+numbers that were made that way."""
+
+
+Quantity = Literal[
+    "nll_per_byte", "nll_per_char", "nll", "ppl_per_byte", "ppl_per_char", "mean_token_nll"
+]
+"""What stands for PPL_ij.
+
+The paper writes perplexity; its script reads OpenCompass' ``PPL``, which is the mean token
+*negative log-likelihood*, not exponentiated, over prompt and choice. lm-eval's samples hold the
+choice's summed log-likelihood and its text, but not its number of tokens. So:
+
+- ``nll_per_byte`` (default): -loglikelihood / UTF-8 bytes of the choice. Nearest to a mean token
+  NLL that the samples allow: length-normalised, not exponentiated, and the same for every tokenizer
+  and script (a byte, unlike a character, carries about the same information in English and
+  Chinese). It covers the choice only, not the prompt, so spreads are larger than OpenCompass'.
+- ``nll_per_char``: per character, lm-eval's own normalisation (acc_norm).
+- ``nll``: not normalised; long choices then decide the weights.
+- ``ppl_per_byte``, ``ppl_per_char``: the same, exponentiated.
+- ``mean_token_nll``: what the engine itself reports (OpenCompass); absent from lm-eval's samples.
+"""

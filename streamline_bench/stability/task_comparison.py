@@ -9,24 +9,24 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from streamline_bench.stability.choice_distribution import (
+from streamline_bench.stability.comparison import Estimate, Flips, TaskComparison
+from streamline_bench.stability.settings import Settings, Verdict
+from streamline_bench.stability.statistics.choices import (
     ChoiceMeasures,
     calibration,
     choice_shift,
     measure_choices,
 )
-from streamline_bench.stability.clusters import ClusterLabels, cluster_labels
-from streamline_bench.stability.comparison import Estimate, Flips, TaskComparison
-from streamline_bench.stability.estimates import (
+from streamline_bench.stability.statistics.clusters import ClusterLabels, cluster_labels
+from streamline_bench.stability.statistics.estimates import (
     accuracy_estimate,
     chance_corrected,
     paired_estimates,
     stability_estimate,
 )
-from streamline_bench.stability.metrics import choice_spread, effective_sample_size
-from streamline_bench.stability.paired import Outcomes, kappa, mcnemar
-from streamline_bench.stability.resampled import Resampled, resample_clusters
-from streamline_bench.stability.settings import Settings, Verdict
+from streamline_bench.stability.statistics.paired import Outcomes, kappa, mcnemar
+from streamline_bench.stability.statistics.resampled import Resampled, resample_clusters
+from streamline_bench.stability.statistics.stability import choice_spread, effective_sample_size
 
 __all__ = ["ComparedTask", "compare_task"]
 

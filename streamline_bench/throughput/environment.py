@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from streamline_bench.core.versions import package_versions
+from streamline_bench.core.machine.versions import package_versions
 from streamline_bench.throughput.contender import Contender
 from streamline_bench.throughput.machine import (
     accelerators,

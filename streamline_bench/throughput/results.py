@@ -8,7 +8,7 @@ from typing import Any
 
 from streamline_bench.throughput.contender import Contender
 from streamline_bench.throughput.footprint import Footprint, ideal
-from streamline_bench.throughput.paired import rate, ratio
+from streamline_bench.throughput.ratios import rate, ratio
 from streamline_bench.throughput.record import ModelResult, Point, Round, ServingPoint
 from streamline_bench.throughput.setup import DTYPE_BYTES
 from streamline_bench.throughput.sweep import Measured

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from streamline_bench.core.frozen import Frozen
+from streamline_bench.core.recipe.frozen import Frozen
 from streamline_bench.errors import ThroughputError
 from streamline_bench.throughput.footprint import Footprint
 from streamline_bench.throughput.nvml import visible_device

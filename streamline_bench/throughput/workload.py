@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
-from streamline_bench.core.frozen import Frozen
+from streamline_bench.core.recipe.frozen import Frozen
 
 __all__ = ["Clock", "ServingLoad", "Workload", "prompts"]
 

@@ -74,7 +74,7 @@ def build(options: argparse.Namespace) -> None:
     """A random Llama whose layers matter, and tokens with some structure."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from streamline_bench.core.calibration import CalibrationTokens
+    from streamline_bench.core.data.calibration import CalibrationTokens
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -138,9 +138,9 @@ def peak_mb() -> float:
 
 
 def train_ours(options: argparse.Namespace) -> None:
-    from streamline_bench.core.calibration import CalibrationTokens
-    from streamline_bench.core.distill import train_replacement
-    from streamline_bench.core.recipe import ReplacementSpec, TrainingSpec
+    from streamline_bench.core.data.calibration import CalibrationTokens
+    from streamline_bench.core.recipe.schema import ReplacementSpec, TrainingSpec
+    from streamline_bench.core.training import train_replacement
 
     model = load_model(options)
     tokens = load_file(options.work / "tokens.safetensors")
@@ -221,12 +221,12 @@ def tokenizer(vocabulary: int) -> Any:
 
 def deployed_loss(options: argparse.Namespace, role: str | None) -> float:
     """Causal mean squared error on the held-out tokens; None: of the untrained layer."""
-    from streamline_bench.core.calibration import CalibrationTokens
-    from streamline_bench.core.distill.objectives import MseObjective
-    from streamline_bench.core.distill.sources import StreamedStates, make_batch
-    from streamline_bench.core.distill.student import Student
-    from streamline_bench.core.distill.teacher import Teacher
-    from streamline_bench.core.recipe import ReplacementSpec
+    from streamline_bench.core.data.calibration import CalibrationTokens
+    from streamline_bench.core.recipe.schema import ReplacementSpec
+    from streamline_bench.core.training.objectives import MseObjective
+    from streamline_bench.core.training.sources import StreamedStates, make_batch
+    from streamline_bench.core.training.student import Student
+    from streamline_bench.core.training.teacher import Teacher
 
     model = load_model(options).eval()
     student = Student(model, options.start, ReplacementSpec(kind="layer"), SEED)

@@ -67,7 +67,7 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace, model: Any, ids: torch.Tensor) -> None:
     """Prune one model on both sides by every criterion."""
-    from streamline_bench.methods.llm_pruner import LLMPrunerParameters
+    from streamline_bench.methods.width.llm_pruner import LLMPrunerParameters
 
     config = model.config
     layers = LLMPrunerParameters().layers(config.num_hidden_layers)
@@ -124,9 +124,9 @@ def example(kv_heads: int) -> tuple[Any, torch.Tensor]:
 
 def trained(folder: str, text: str | None) -> tuple[Any, torch.Tensor]:
     """Return a model from disk and ten sequences of 64 tokens of a text."""
-    from streamline_bench.core.calibration import load_calibration
-    from streamline_bench.core.recipe import CalibrationSpec
-    from streamline_bench.methods.loading import load_model, load_tokenizer
+    from streamline_bench.core.data.calibration import load_calibration
+    from streamline_bench.core.recipe.schema import CalibrationSpec
+    from streamline_bench.modeling.loading import load_model, load_tokenizer
 
     place = Path(folder)
     spec = CalibrationSpec(source=text or "auto", samples=10, sequence_length=64)
@@ -139,11 +139,11 @@ def our_units(
 ) -> tuple[dict[int, Any], int]:
     """Return layer -> kept heads and channels, and the parameters left."""
     from streamline_bench.core.architecture import architecture_of, decoder_layers
-    from streamline_bench.core.calibration import CalibrationTokens
-    from streamline_bench.methods.gradient_sums import sum_gradients
-    from streamline_bench.methods.llm_pruner import keep_units
-    from streamline_bench.methods.unit_scores import salience, score_units
-    from streamline_bench.methods.width_plan import plan_widths, prunable
+    from streamline_bench.core.data.calibration import CalibrationTokens
+    from streamline_bench.methods.tools.gradient_sums import sum_gradients
+    from streamline_bench.methods.width.llm_pruner import keep_units
+    from streamline_bench.methods.width.unit_scores import salience, score_units
+    from streamline_bench.methods.width.width_plan import plan_widths, prunable
     from streamline_bench.modeling.widths import LayerWidths, head_size, projection_parts
 
     row = architecture_of(model.config)

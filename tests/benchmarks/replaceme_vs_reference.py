@@ -33,9 +33,9 @@ import torch
 from on_cpu import OnCPU
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from streamline_bench.core.calibration import CalibrationTokens, load_calibration
-from streamline_bench.core.checkpoint import CheckpointReader, read_manifest
-from streamline_bench.methods import compress, load_recipe
+from streamline_bench.compression import compress, load_recipe
+from streamline_bench.core.checkpoint.reader import CheckpointReader, read_manifest
+from streamline_bench.core.data.calibration import CalibrationTokens, load_calibration
 
 
 class TokenRows:

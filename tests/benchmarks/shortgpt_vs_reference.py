@@ -30,11 +30,11 @@ import torch
 from on_cpu import OnCPU
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from streamline_bench.core.calibration import CalibrationTokens, load_calibration
-from streamline_bench.core.importance import scan
-from streamline_bench.core.recipe import CalibrationSpec
-from streamline_bench.core.similarity import Similarity
-from streamline_bench.methods.layer_scores import select_lowest
+from streamline_bench.core.data.calibration import CalibrationTokens, load_calibration
+from streamline_bench.core.recipe.schema import CalibrationSpec
+from streamline_bench.core.scan.scan import scan
+from streamline_bench.core.scan.similarity import Similarity
+from streamline_bench.methods.tools.ranking import select_lowest
 
 TOLERANCE = 1e-4
 """Relative, on ``1 - cosine``: the reference's float32 cosine of nearly equal vectors."""

@@ -96,10 +96,10 @@ def ours(model: Path, ids: dict[str, torch.Tensor], width: int, signal: Any) -> 
     """Slice with ours, in memory."""
     from transformers import AutoModelForCausalLM
 
-    from streamline_bench.core.calibration import CalibrationTokens
-    from streamline_bench.methods.norm_fusion import fuse_norms
-    from streamline_bench.methods.signal_store import SignalStore
-    from streamline_bench.methods.stream_rotation import RotationOptions, StreamRotation
+    from streamline_bench.core.data.calibration import CalibrationTokens
+    from streamline_bench.methods.rotation.norm_fusion import fuse_norms
+    from streamline_bench.methods.rotation.signal_store import SignalStore
+    from streamline_bench.methods.rotation.stream_rotation import RotationOptions, StreamRotation
 
     host = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     hidden = host.config.hidden_size
@@ -118,8 +118,8 @@ def token_rows(arguments: argparse.Namespace, source: Path, count: int) -> torch
     """``[count, length]`` tokens of a text, packed."""
     from transformers import AutoTokenizer
 
-    from streamline_bench.core.calibration import load_calibration
-    from streamline_bench.core.recipe import CalibrationSpec
+    from streamline_bench.core.data.calibration import load_calibration
+    from streamline_bench.core.recipe.schema import CalibrationSpec
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     spec = CalibrationSpec(source=str(source), samples=count, sequence_length=arguments.length)

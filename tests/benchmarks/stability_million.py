@@ -21,7 +21,7 @@ import time
 import numpy as np
 import pandas as pd
 
-from streamline_bench.stability.compare import compare
+from streamline_bench.stability.compare_answers import compare
 from streamline_bench.stability.samples import COLUMNS, RunInfo, Samples
 from streamline_bench.stability.settings import Settings
 

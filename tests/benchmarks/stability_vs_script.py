@@ -17,9 +17,9 @@ import json
 import sys
 from pathlib import Path
 
-from streamline_bench.stability.compare import compare
+from streamline_bench.stability.compare_answers import compare
 from streamline_bench.stability.comparison import Comparison
-from streamline_bench.stability.samples import load_samples
+from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.settings import Settings
 
 

@@ -28,10 +28,10 @@ import scoring_vs_hf
 import search_vs_naive
 import surgery_vs_copy
 
-from streamline_bench.core.calibration import CalibrationTokens
-from streamline_bench.core.importance import scan
-from streamline_bench.core.recipe import ReplacementSpec, TrainingSpec
-from streamline_bench.stability.metrics import stability
+from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.recipe.schema import ReplacementSpec, TrainingSpec
+from streamline_bench.core.scan.scan import scan
+from streamline_bench.stability.statistics.stability import stability
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -145,7 +145,7 @@ def test_distillation(
     measure: Any, step: str, calibrated: tuple[Any, CalibrationTokens], tmp_path: Path
 ) -> None:
     """An epoch of training a replacement for half of the layers, beside a forward pass."""
-    from streamline_bench.core.distill import train_replacement
+    from streamline_bench.core.training import train_replacement
 
     model, tokens = calibrated
     if step == "forward":
@@ -220,7 +220,7 @@ def test_stability(measure: Any, how: str) -> None:
 @pytest.fixture(scope="module")
 def run_folder(opencompass_files: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three models on two tasks of 500 questions."""
-    from streamline_bench.report.run_folder import RunFile, RunRow, write_run_file
+    from streamline_bench.report.data.run_folder import RunFile, RunRow, write_run_file
 
     folder = tmp_path_factory.mktemp("run")
     labels = ("dense", "first", "second")
@@ -237,8 +237,8 @@ def run_folder(opencompass_files: Any, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.parametrize("step", ["read", "report"])
 def test_report(measure: Any, step: str, run_folder: Path) -> None:
     """The statistics of a run and its page, beside reading the answers."""
-    from streamline_bench.report.run_folder import build_report
-    from streamline_bench.stability.samples import load_samples
+    from streamline_bench.report.report import build_report
+    from streamline_bench.stability.readers.load import load_samples
 
     if step == "read":
         labels = ("dense", "first", "second")

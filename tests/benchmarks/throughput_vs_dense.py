@@ -23,8 +23,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from streamline_bench.core.staging import atomic_write_text
-from streamline_bench.report.escaping import markdown_text
+from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.report.text.escaping import markdown_text
 from streamline_bench.throughput import Setup, ThroughputRecord, Workload, measure, read_record
 
 VARIANTS = {
@@ -77,7 +77,7 @@ def build_dense(folder: Path, sizes: dict[str, Any]) -> None:
 
 def build_variants(work: Path, sizes: dict[str, Any], names: list[str]) -> dict[str, Path]:
     """Return label -> folder of the dense model and the variants asked for, made in ``work``."""
-    from streamline_bench.methods import compress, load_recipe
+    from streamline_bench.compression import compress, load_recipe
 
     dense, text = work / "dense", work / "text.txt"
     build_dense(dense, sizes)

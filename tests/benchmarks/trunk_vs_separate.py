@@ -90,7 +90,7 @@ def build_variant(dense: Path, folder: Path, start: int, n: int, network: str | 
     import torch
     from transformers import AutoModelForCausalLM
 
-    from streamline_bench.core.surgery import block_keep, keep_layers
+    from streamline_bench.core.surgery.layers import block_keep, keep_layers
     from streamline_bench.modeling import Attachment, StreamlineForCausalLM, streamline_config
 
     with quiet():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from lm_eval.models.huggingface import HFLM
 
-from streamline_bench.core.checkpoint import CheckpointReader, resolve_pretrained
+from streamline_bench.core.checkpoint.reader import CheckpointReader, resolve_pretrained
 from streamline_bench.resources import bundled_model
 
 MODEL = bundled_model()

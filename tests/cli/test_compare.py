@@ -11,9 +11,9 @@ import pytest
 
 from streamline_bench.cli.compare_options import read_execution, read_options
 from streamline_bench.errors import RecipeError
-from streamline_bench.runs.comparison import CompareResult
-from streamline_bench.runs.execution import Execution
-from streamline_bench.runs.request import Request, RowRequest
+from streamline_bench.runs.execution.options import Execution
+from streamline_bench.runs.planning.request import Request, RowRequest
+from streamline_bench.runs.run import CompareResult
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def asked(
             seen.append(request)
             return CompareResult(run=output, report=output / "leaderboard.html")
 
-        monkeypatch.setattr("streamline_bench.runs.comparison.compare_request", compare_request)
+        monkeypatch.setattr("streamline_bench.runs.run.compare_request", compare_request)
         ended = call("compare", *options, "-o", tmp_path / "run", "-q")
         assert ended.code == 0, ended.err
         return seen[0]
@@ -278,7 +278,7 @@ def test_failed_rows_are_named_and_the_exit_code_is_1(
         left_out={"empty\x1b[31m": "it yielded no documents"},
         jobs={"compress-laco": "failed", "noise": "failed", "text-sleb": "failed"},
     )
-    monkeypatch.setattr("streamline_bench.runs.comparison.compare_request", lambda *_, **__: result)
+    monkeypatch.setattr("streamline_bench.runs.run.compare_request", lambda *_, **__: result)
     options = ["--json"] if as_json else []
     ended = call("compare", "bundled", "--recipes", "laco", "-o", tmp_path / "run", *options)
     assert ended.code == 1

@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from streamline_bench.cli.main import cli, main
-from streamline_bench.opencompass import execution, run_folder
+from streamline_bench.opencompass import evaluate as run_folder
+from streamline_bench.opencompass import execution
 
 ENTRY = {
     "in-context examples": "",

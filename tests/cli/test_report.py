@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from streamline_bench.cli.main import main
 from streamline_bench.cli.report import command
-from streamline_bench.report.write import write_report
+from streamline_bench.report.views.write import write_report
 
 BOARD = {
     "title": "Kept", "dense": "d",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streamline_bench.core.similarity import Similarity
+from streamline_bench.core.scan.similarity import Similarity
 from streamline_bench.errors import StreamlineBenchError
 
 
@@ -134,7 +134,7 @@ def test_bad_options_leave_nothing_behind(
 
 
 def test_sizes_are_checked_before_the_scan(scanned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamline_bench.core.importance.scan", None)
+    monkeypatch.setattr("streamline_bench.core.scan.scan.scan", None)
     ended = scanned("--n", "4,40")
     assert ended.code == 2
     assert "A block of 40 layers cannot be removed from 6; give --n from 1 to 6." in ended.err
@@ -166,9 +166,9 @@ def test_the_device_is_cuda_where_there_is_one(
         raise StreamlineBenchError("stopped here")
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: there)
-    monkeypatch.setattr("streamline_bench.methods.compression.compress", stop)
+    monkeypatch.setattr("streamline_bench.compression.pipeline.compress", stop)
     monkeypatch.setattr("streamline_bench.cli.scan._scanned", stop)
-    monkeypatch.setattr("streamline_bench.harness.token_divergence.token_divergence", stop)
+    monkeypatch.setattr("streamline_bench.divergence.token_divergence", stop)
     text = tmp_path / "text.txt"
     text.write_text("w1")
     for arguments in (

@@ -11,8 +11,8 @@ from click.testing import CliRunner, Result
 
 from streamline_bench.cli.main import main
 from streamline_bench.cli.stability import QUANTITIES, _footnote, command
-from streamline_bench.stability.compare import compare
-from streamline_bench.stability.samples import load_samples
+from streamline_bench.stability.compare_answers import compare
+from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.settings import Settings
 
 
@@ -111,7 +111,7 @@ def test_user_errors_end_with_exit_code_2(
 def test_the_offered_quantities_are_the_known_ones() -> None:
     from typing import get_args
 
-    from streamline_bench.stability.metrics import Quantity
+    from streamline_bench.stability.settings import Quantity
 
     assert list(get_args(Quantity)) == QUANTITIES
 

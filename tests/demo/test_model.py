@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from bundled_model.scoring import accuracies, held_out
+from bundled_model.skills import EVALUATED
+from bundled_model.tasks import GENERATION_SKILLS
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import streamline_bench.demo
-from streamline_bench.demo.scoring import accuracies, held_out
-from streamline_bench.demo.skills import EVALUATED
-from streamline_bench.demo.tasks import GENERATION_SKILLS
 
 FOLDER = Path(streamline_bench.demo.__file__).parent / "model"
 MEGABYTE = 1_000_000

@@ -41,7 +41,7 @@ def test_the_same_as_the_run_folder(
 def test_parquet_and_other_engines_alike(
     make_run: Callable[..., Path], tmp_path: Path, reference_run: Path
 ) -> None:
-    from streamline_bench.stability.samples import load_samples
+    from streamline_bench.stability.readers.load import load_samples
 
     for label in LABELS:
         samples = load_samples(reference_run / label / "eval", run=label, progress=False)

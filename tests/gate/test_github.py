@@ -11,7 +11,7 @@ from streamline_bench.gate.github import append_summary, to_markdown, workflow_c
 from streamline_bench.gate.result import Check, GateResult
 from streamline_bench.gate.table import brief, cells, ordered, verdict
 from streamline_bench.gate.thresholds import Thresholds
-from streamline_bench.report.formats import MINUS
+from streamline_bench.report.text.formats import MINUS
 
 HOSTILE = "a|b<script>,c:\n::set-output name=x::100%\x1b[31m"
 

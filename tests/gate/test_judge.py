@@ -17,7 +17,7 @@ from streamline_bench.gate.evidence import read_evidence
 from streamline_bench.gate.judge import gate, judge
 from streamline_bench.gate.result import Check, GateResult
 from streamline_bench.gate.thresholds import Thresholds
-from streamline_bench.stability.clusters import cluster_labels
+from streamline_bench.stability.statistics.clusters import cluster_labels
 
 FAST = Thresholds(draws=500)
 

@@ -13,7 +13,7 @@ from streamline_bench.gate.judge import judge
 from streamline_bench.gate.result import Check
 from streamline_bench.gate.speed_checks import _unlike
 from streamline_bench.gate.thresholds import Thresholds
-from streamline_bench.throughput.figures import Speed
+from streamline_bench.throughput.speed import Speed
 from streamline_bench.throughput.workload import ServingLoad
 
 

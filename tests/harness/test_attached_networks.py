@@ -9,8 +9,8 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
+from streamline_bench.compression import compress, load_recipe
 from streamline_bench.harness.lm import StreamlineLM
-from streamline_bench.methods import compress, load_recipe
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from streamline_bench.core.checkpoint import CheckpointReader
+from streamline_bench.compression import load_recipe
+from streamline_bench.compression.key import content_key
+from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import RecipeError
 from streamline_bench.harness.arguments import sort_arguments
 from streamline_bench.harness.preparation import PreparedModel, prepare
-from streamline_bench.methods import load_recipe
-from streamline_bench.methods.content_key import content_key
 
 
 @pytest.fixture

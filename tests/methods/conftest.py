@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.core.recipe import Recipe
+from streamline_bench.core.recipe.schema import Recipe
 
 
 @pytest.fixture(scope="session")
@@ -25,8 +25,8 @@ def make_recipe(text_file: Path) -> Callable[..., Recipe]:
     """Return a function that loads a recipe, made small enough for a test."""
 
     def make(name: str = "streamline", **changes: Any) -> Recipe:
-        from streamline_bench.methods import load_recipe
-        from streamline_bench.methods.library import applicable
+        from streamline_bench.compression import load_recipe
+        from streamline_bench.compression.recipes import applicable
 
         small = {
             "calibration": str(text_file),
@@ -54,7 +54,7 @@ def same_as_surgery() -> Callable[[Path, Path, list[int]], None]:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from streamline_bench.core.surgery import keep_layers
+        from streamline_bench.core.surgery.layers import keep_layers
 
         written, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not any(report[key] for key in ("missing_keys", "unexpected_keys"))

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.core.checkpoint import read_manifest
+from streamline_bench.compression import compress
+from streamline_bench.compression.pipeline import cache_root
+from streamline_bench.core.checkpoint.reader import read_manifest
 from streamline_bench.errors import SparsityError
-from streamline_bench.methods import compress
-from streamline_bench.methods.compression import cache_root
 
 
 def test_the_deepest_go(

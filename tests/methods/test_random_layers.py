@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.core.checkpoint import read_manifest
+from streamline_bench.compression import compress
+from streamline_bench.core.checkpoint.reader import read_manifest
 from streamline_bench.errors import SparsityError
-from streamline_bench.methods import compress
 
 
 def _removed(folder: Path) -> list[int]:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from streamline_bench.core.distill import loop
-from streamline_bench.core.recipe import Recipe
-from streamline_bench.methods import compress, recovery, recovery_training
+from streamline_bench.compression import compress
+from streamline_bench.core.recipe.schema import Recipe
+from streamline_bench.core.training import loop
+from streamline_bench.methods.recovery import recover as recovery
+from streamline_bench.methods.recovery import training as recovery_training
 
 OPTIONS: dict[str, Any] = {
     "recovery.training.data.sequence_length": 16,

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from streamline_bench.core.calibration import CalibrationTokens
-from streamline_bench.core.checkpoint import read_manifest
+from streamline_bench.compression import compress
+from streamline_bench.core.checkpoint.reader import read_manifest
+from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.errors import NumericsError, SparsityError
-from streamline_bench.methods import compress, gradient_sums, shortened_llama_taylor
-from streamline_bench.methods.shortened_llama_taylor import taylor_scores
+from streamline_bench.methods.depth import shortened_llama as shortened_llama_taylor
+from streamline_bench.methods.depth.shortened_llama import taylor_scores
+from streamline_bench.methods.tools import gradient_sums
 
 IDS = torch.randint(4, 100, (5, 9), generator=torch.Generator().manual_seed(3))
 MASK = torch.ones_like(IDS).bool()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from streamline_bench.methods import list_recipes
+from streamline_bench.compression import list_recipes
 from streamline_bench.modeling import register
 
 pytestmark = [

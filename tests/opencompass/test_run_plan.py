@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from streamline_bench.compression import list_recipes
 from streamline_bench.errors import StreamlineBenchError
-from streamline_bench.methods import list_recipes
 from streamline_bench.opencompass.run_plan import ModelEntry, RunPlan, config_text, entries
 
 

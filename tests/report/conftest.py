@@ -85,9 +85,9 @@ def write_checkpoint(folder: Path, **changes: Any) -> None:
     """Write streamline.json, similarity.json and training_curve.jsonl of a 12-layer model."""
     import torch
 
-    from streamline_bench.core.calibration import CalibrationTokens
-    from streamline_bench.core.manifest import Manifest, Source, write_manifest
-    from streamline_bench.core.similarity import Similarity
+    from streamline_bench.core.checkpoint.manifest import Manifest, Source, write_manifest
+    from streamline_bench.core.data.calibration import CalibrationTokens
+    from streamline_bench.core.scan.similarity import Similarity
 
     folder.mkdir(parents=True)
     tokens = CalibrationTokens.from_tensors(torch.arange(65536).reshape(128, 512))
@@ -172,7 +172,7 @@ def parts_named() -> Callable[[str], dict[str, Any]]:
 @pytest.fixture(scope="session")
 def make_run() -> Callable[[Path], Path]:
     """Return a function that fills a run folder: dense, none, layer (with checkpoints)."""
-    from streamline_bench.report.run_folder import RunFile, RunRow, write_run_file
+    from streamline_bench.report.data.run_folder import RunFile, RunRow, write_run_file
 
     def make(folder: Path) -> Path:
         rows = []

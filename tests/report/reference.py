@@ -43,13 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _publish(run: Path, folder: Path) -> None:
-    from streamline_bench.report.write import read_leaderboard, write_report
+    from streamline_bench.report.views.write import read_leaderboard, write_report
 
     write_report(portable(read_leaderboard(run / "leaderboard.json"), run), folder)
 
 
 def _update(run: Path) -> None:
-    from streamline_bench.report.schema import json_schema
+    from streamline_bench.report.data.schema import json_schema
 
     _publish(run, DEMO)
     (REPOSITORY / "reports" / "leaderboard.schema.json").write_text(

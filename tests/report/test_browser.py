@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.report.leaderboard import RowSource, build_leaderboard
-from streamline_bench.report.page import to_html
-from streamline_bench.report.schema import Leaderboard
+from streamline_bench.report.build.leaderboard import RowSource, build_leaderboard
+from streamline_bench.report.data.schema import Leaderboard
+from streamline_bench.report.views.page import to_html
 from streamline_bench.stability.settings import Settings
 
 sync_api = pytest.importorskip(

@@ -11,7 +11,7 @@ import pytest
 
 from streamline_bench.errors import ComparisonError, SamplesError, StreamlineBenchError
 from streamline_bench.report import RunFile, RunRow, build_report, read_run_file, write_run_file
-from streamline_bench.report.write import read_leaderboard
+from streamline_bench.report.views.write import read_leaderboard
 from streamline_bench.stability.settings import Settings
 
 FEW = Settings(draws=50)

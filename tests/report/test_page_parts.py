@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_bench.report.axes import Axis, ticks
-from streamline_bench.report.commands import commands_by_stage
-from streamline_bench.report.forest import forest
-from streamline_bench.report.heat_map import heat_map
-from streamline_bench.report.pareto import Point, frontier, pareto, points_of
-from streamline_bench.report.published import published_numbers
-from streamline_bench.report.ranking import ranked
+from streamline_bench.report.build.published import published_numbers
+from streamline_bench.report.figures.axes import Axis, ticks
+from streamline_bench.report.figures.forest import forest
+from streamline_bench.report.figures.heat_map import heat_map
+from streamline_bench.report.figures.pareto import Point, frontier, pareto, points_of
+from streamline_bench.report.views.commands import commands_by_stage
+from streamline_bench.report.views.ranking import ranked
 from streamline_bench.stability.comparison import Estimate
 
 

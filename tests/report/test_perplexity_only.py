@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 
 from streamline_bench.cli.main import main
-from streamline_bench.report.csv_view import to_csv
-from streamline_bench.report.formats import times
-from streamline_bench.report.leaderboard import build_leaderboard
-from streamline_bench.report.markdown import to_markdown
-from streamline_bench.report.model_card import model_card
-from streamline_bench.report.page import to_html
-from streamline_bench.report.ranking import perplexity_ratio, ranked
-from streamline_bench.report.run_folder import RunFile, RunRow, write_run_file
-from streamline_bench.report.schema import Leaderboard
-from streamline_bench.report.summary import headline
-from streamline_bench.stability.lm_eval_reader import find_results
+from streamline_bench.report.build.leaderboard import build_leaderboard
+from streamline_bench.report.data.run_folder import RunFile, RunRow, write_run_file
+from streamline_bench.report.data.schema import Leaderboard
+from streamline_bench.report.text.formats import times
+from streamline_bench.report.views.csv_view import to_csv
+from streamline_bench.report.views.markdown import to_markdown
+from streamline_bench.report.views.model_card import model_card
+from streamline_bench.report.views.page import to_html
+from streamline_bench.report.views.ranking import perplexity_ratio, ranked
+from streamline_bench.report.views.summary import headline
+from streamline_bench.stability.readers.lm_eval_reader import find_results
 from streamline_bench.stability.settings import Settings
 
 TASK = "toy_roll"

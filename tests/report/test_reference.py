@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.report.csv_view import to_csv
-from streamline_bench.report.markdown import to_markdown
-from streamline_bench.report.page import to_html
-from streamline_bench.report.write import read_leaderboard
+from streamline_bench.report.views.csv_view import to_csv
+from streamline_bench.report.views.markdown import to_markdown
+from streamline_bench.report.views.page import to_html
+from streamline_bench.report.views.write import read_leaderboard
 
 
 @pytest.fixture(scope="module")

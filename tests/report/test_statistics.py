@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.report.csv_view import to_csv
-from streamline_bench.report.formats import decimal, percent, points
-from streamline_bench.report.leaderboard import build_leaderboard
-from streamline_bench.report.markdown import to_markdown
-from streamline_bench.report.page import to_html
-from streamline_bench.report.schema import Leaderboard
+from streamline_bench.report.build.leaderboard import build_leaderboard
+from streamline_bench.report.data.schema import Leaderboard
+from streamline_bench.report.text.formats import decimal, percent, points
+from streamline_bench.report.views.csv_view import to_csv
+from streamline_bench.report.views.markdown import to_markdown
+from streamline_bench.report.views.page import to_html
 from streamline_bench.stability.comparison import GroupComparison
 from streamline_bench.stability.settings import Settings
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.runs.plan import Plan
-from streamline_bench.runs.request import Request, make_request
+from streamline_bench.runs.planning.plan import Plan
+from streamline_bench.runs.planning.request import Request, make_request
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def make(tiny_llama: Path) -> Callable[..., Request]:
 @pytest.fixture
 def plan(make: Callable[..., Request]) -> Plan:
     """The plan of that request."""
-    from streamline_bench.runs.resolve import resolve_plan
+    from streamline_bench.runs.planning.resolve import resolve_plan
 
     return resolve_plan(make())
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from streamline_bench.methods.library import list_recipes
-from streamline_bench.runs.request import read_request
+from streamline_bench.compression.recipes import list_recipes
+from streamline_bench.runs.planning.request import read_request
 
 PAPERS_OWN = {"llm_pruner_paper", "slicegpt_paper", "streamline_paper"}
 """Their papers' calibration data or ratio are part of what they reproduce."""

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from streamline_bench.cli.divergence import command
-from streamline_bench.harness.token_divergence import token_divergence
-from streamline_bench.runs.comparison import compare_request
-from streamline_bench.runs.jobs import Job, plan_jobs
-from streamline_bench.runs.plan import Plan, TextPlan
-from streamline_bench.runs.request import Request
-from streamline_bench.runs.resolve import resolve_plan
-from streamline_bench.runs.text_job import compare_text
+from streamline_bench.divergence import token_divergence
+from streamline_bench.runs.jobs.graph import Job, plan_jobs
+from streamline_bench.runs.jobs.text_job import compare_text
+from streamline_bench.runs.planning.plan import Plan, TextPlan
+from streamline_bench.runs.planning.request import Request
+from streamline_bench.runs.planning.resolve import resolve_plan
+from streamline_bench.runs.run import compare_request
 
 
 def _stories() -> list[str]:
@@ -104,11 +104,12 @@ def test_the_command_repeats_what_was_compared(
 
     asked: dict[str, Any] = {}
     monkeypatch.setattr(
-        "streamline_bench.harness.token_divergence.token_divergence",
+        "streamline_bench.divergence.token_divergence",
         lambda *folders, **options: asked.update(options) or Result(),
     )
     monkeypatch.setattr(
-        "streamline_bench.core.checkpoint.resolve_pretrained", lambda name, revision: Path(name)
+        "streamline_bench.core.checkpoint.reader.resolve_pretrained",
+        lambda name, revision: Path(name),
     )
     plan = resolve_plan(asking(trust_remote_code=True))
     plan = Plan(**{**plan.model_dump(), "model": "owner/model", "revision": "v2"})

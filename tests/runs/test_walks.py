@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.runs.comparison import compare_request
-from streamline_bench.runs.execution import Execution
-from streamline_bench.runs.request import Request
+from streamline_bench.runs.execution.options import Execution
+from streamline_bench.runs.planning.request import Request
+from streamline_bench.runs.run import compare_request
 
 KINDS = {"trunk_group", "trunk_rolling", "trunk_generation"}
 """Multiple choice and loglikelihood; rolling loglikelihood; generation."""

@@ -10,7 +10,8 @@ import pytest
 
 from streamline_bench.errors import ComparisonError
 from streamline_bench.stability.align import align
-from streamline_bench.stability.samples import Samples, load_samples
+from streamline_bench.stability.readers.load import load_samples
+from streamline_bench.stability.samples import Samples
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from streamline_bench.stability.calibration import calibration_bins, calibration_error
+from streamline_bench.stability.statistics.choices import calibration_bins, calibration_error
 
 
 def by_loop(shares: np.ndarray, right: np.ndarray, bins: int) -> float:

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from streamline_bench.stability.compare import compare
+from streamline_bench.stability.compare_answers import compare
 from streamline_bench.stability.comparison import Estimate
 from streamline_bench.stability.generation import compare_generations, first_difference
-from streamline_bench.stability.samples import load_samples
+from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.settings import Settings
 
 

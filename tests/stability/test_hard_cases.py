@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from streamline_bench.errors import NumericsError, SamplesError
-from streamline_bench.stability.compare import compare
+from streamline_bench.stability.compare_answers import compare
 from streamline_bench.stability.comparison import Comparison
-from streamline_bench.stability.lm_eval_reader import find_results
-from streamline_bench.stability.samples import Samples, load_samples
+from streamline_bench.stability.readers.lm_eval_reader import find_results
+from streamline_bench.stability.readers.load import load_samples
+from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 
 FAST = Settings(draws=300)

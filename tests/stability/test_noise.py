@@ -9,7 +9,7 @@ import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 from streamline_bench.errors import SamplesError
-from streamline_bench.stability.compare import compare
+from streamline_bench.stability.compare_answers import compare
 from streamline_bench.stability.noise import above_noise, flips_above, noise_floor
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings

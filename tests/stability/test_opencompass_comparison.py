@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from streamline_bench.errors import ComparisonError, SamplesError
-from streamline_bench.stability.compare import compare
+from streamline_bench.stability.compare_answers import compare
 from streamline_bench.stability.comparison import Comparison
-from streamline_bench.stability.samples import load_samples
+from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.settings import Settings
 
 FAST = Settings(draws=200)

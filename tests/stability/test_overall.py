@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from streamline_bench.stability.bootstrap import percentile_interval
-from streamline_bench.stability.calibration import calibration_error
-from streamline_bench.stability.compare import compare
+from streamline_bench.stability.compare_answers import compare
 from streamline_bench.stability.comparison import Comparison, Estimate
 from streamline_bench.stability.overall import square_and_add
-from streamline_bench.stability.paired import Outcomes, newcombe
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
+from streamline_bench.stability.statistics.bootstrap import percentile_interval
+from streamline_bench.stability.statistics.choices import calibration_error
+from streamline_bench.stability.statistics.paired import Outcomes, newcombe
 
 FAST = Settings(draws=4000)
 TASKS = {"a": (300, None), "b": (150, 5), "c": (220, None)}

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from streamline_bench.errors import NumericsError, SamplesError
-from streamline_bench.stability.compare import compare
+from streamline_bench.stability.compare_answers import compare
 from streamline_bench.stability.comparison import PerplexityComparison
 from streamline_bench.stability.perplexity import compare_perplexities
-from streamline_bench.stability.samples import Samples, load_samples
+from streamline_bench.stability.readers.load import load_samples
+from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 
 

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from streamline_bench.errors import OutputError, SamplesError
-from streamline_bench.stability.samples import COLUMNS, RunInfo, Samples, load_samples
+from streamline_bench.stability.readers.load import load_samples
+from streamline_bench.stability.samples import COLUMNS, RunInfo, Samples
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils.memory import should_reduce_batch_size
 
 from streamline_bench.core.architecture import decoder_layers
-from streamline_bench.core.validation import first_line
+from streamline_bench.core.recipe.validation import first_line
 from streamline_bench.errors import CheckpointError, StreamlineBenchError
 from streamline_bench.harness.trunk.evaluation import model_arguments
 from streamline_bench.harness.trunk.journal import Journal

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from streamline_bench.errors import OutputError
-from streamline_bench.harness.packing import Query
-from streamline_bench.harness.scoring import Answer
+from streamline_bench.harness.scoring.packing import Query
+from streamline_bench.harness.scoring.scorer import Answer
 
 __all__ = ["Journal", "name_of"]
 

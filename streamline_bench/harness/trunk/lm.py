@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from streamline_bench.harness.lm import StreamlineLM, TokenRequest, window_sums
-from streamline_bench.harness.scoring import Answer, TokenScorer
+from streamline_bench.harness.scoring.scorer import Answer, TokenScorer
 from streamline_bench.harness.trunk.walk import Walk
 
 __all__ = ["TrunkLM"]

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from streamline_bench.core.frozen import Frozen
-from streamline_bench.core.staging import atomic_write_text
-from streamline_bench.core.validation import first_problem
+from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.recipe.validation import first_problem
 from streamline_bench.errors import RecipeError
 
 __all__ = ["LabelOutcome", "TrunkOutcome", "TrunkRequest"]

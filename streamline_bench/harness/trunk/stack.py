@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from streamline_bench.core.architecture import Architecture, architecture_of
-from streamline_bench.core.checkpoint import CheckpointReader
-from streamline_bench.core.fingerprint import tensor_digests
-from streamline_bench.core.tokenizer_files import tokenizer_files
-from streamline_bench.methods.loading import load_config
+from streamline_bench.core.checkpoint.fingerprint import tensor_digests
+from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.checkpoint.tokenizer_files import tokenizer_files
 from streamline_bench.modeling.attachments import BEFORE_FIRST
+from streamline_bench.modeling.loading import load_config
 
 __all__ = ["Stack", "Step", "read_stack", "root_difference"]
 

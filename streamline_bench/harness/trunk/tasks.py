@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from streamline_bench.errors import EvaluationError
-from streamline_bench.harness.empty_tasks import without_empty
+from streamline_bench.harness.tasks.empty_tasks import without_empty
 
 __all__ = ["Catalogue", "SameTasks"]
 

@@ -11,10 +11,10 @@ from typing import Any
 from tqdm import tqdm
 
 from streamline_bench.errors import ComparisonError, NumericsError
-from streamline_bench.harness.forward import queries_of, tensors_of
-from streamline_bench.harness.layout import Layout, Layouts
-from streamline_bench.harness.packing import PackedRow, Query
-from streamline_bench.harness.scoring import Answer, HalvingBatches, TokenScorer
+from streamline_bench.harness.scoring.forward import queries_of, tensors_of
+from streamline_bench.harness.scoring.layout import Layout, Layouts
+from streamline_bench.harness.scoring.packing import PackedRow, Query
+from streamline_bench.harness.scoring.scorer import Answer, HalvingBatches, TokenScorer
 from streamline_bench.harness.trunk.journal import Journal, name_of
 from streamline_bench.harness.trunk.legs import legs_of
 from streamline_bench.harness.trunk.partial import States, partial_pass

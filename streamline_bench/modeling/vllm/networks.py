@@ -19,7 +19,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from streamline_bench.core.replacement import FeedForwardNetwork, ReplacementNetwork
+from streamline_bench.core.surgery.replacement import FeedForwardNetwork, ReplacementNetwork
 from streamline_bench.modeling.attachments import Attachment
 
 __all__ = ["Stream", "build_served_network", "parameter_name"]

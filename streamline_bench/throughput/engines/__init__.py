@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 
-from streamline_bench.core.suggestions import suggest
+from streamline_bench.core.recipe.suggestions import suggest
 from streamline_bench.errors import ThroughputError
 from streamline_bench.throughput.engines.base import Engine, EngineSettings, Loaded
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from streamline_bench.core.frozen import Frozen
+from streamline_bench.core.recipe.frozen import Frozen
 
 __all__ = ["Engine", "EngineSettings", "Loaded"]
 

@@ -32,7 +32,7 @@ def make_variant(tmp_path_factory: pytest.TempPathFactory) -> Variant:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from streamline_bench.core.surgery import keep_layers
+        from streamline_bench.core.surgery.layers import keep_layers
         from streamline_bench.modeling import Attachment, StreamlineForCausalLM, streamline_config
 
         model = AutoModelForCausalLM.from_pretrained(dense)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from streamline_bench.errors import OutputError
-from streamline_bench.harness.packing import Query
+from streamline_bench.harness.scoring.packing import Query
 from streamline_bench.harness.trunk.journal import Journal, name_of
 
 BATCHES = [{0: (-1.5, True), 3: (0.1 + 0.2, False)}, {1: (-1e-300, False)}, {2: (-7.0, True)}]

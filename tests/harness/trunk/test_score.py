@@ -16,7 +16,7 @@ from streamline_bench.errors import EvaluationError, OutputError
 from streamline_bench.harness.trunk import TrunkOutcome, TrunkRequest, score_together
 from streamline_bench.harness.trunk.evaluation import MARKER, Evaluation
 from streamline_bench.stability.align import align
-from streamline_bench.stability.lm_eval_reader import read_lm_eval
+from streamline_bench.stability.readers.lm_eval_reader import read_lm_eval
 
 _INDICES: dict[tuple[str, ...], Any] = {}
 ALL = ("trunk_group", "trunk_rolling", "trunk_generation")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.methods import list_recipes
+from streamline_bench.compression import list_recipes
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(3600)]
 

@@ -74,7 +74,7 @@ def save_dense(host: str, folder: Path) -> Path:
 
 def compressed(source: Path, key: str, text: Path, folder: Path) -> Path:
     """Compress a model by one of ``RECIPES``."""
-    from streamline_bench.methods import compress, load_recipe
+    from streamline_bench.compression import compress, load_recipe
 
     name, overrides = RECIPES[key]
     small = {

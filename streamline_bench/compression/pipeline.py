@@ -1,0 +1,263 @@
+"""From a model and a recipe to a published checkpoint: written whole or not at all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamline_bench.compression.key import content_key
+from streamline_bench.core.checkpoint.manifest import Source, hash_files
+from streamline_bench.core.checkpoint.reader import (
+    CheckpointReader,
+    Manifest,
+    read_manifest,
+    resolve_pretrained,
+    staged_output,
+    user_cache,
+    write_manifest,
+)
+from streamline_bench.core.machine.versions import package_versions
+from streamline_bench.core.recipe.schema import Recipe
+from streamline_bench.errors import CacheError, RecipeError
+from streamline_bench.methods.base import Compressed, Compression, write_compressed
+from streamline_bench.methods.recovery.recover import compress_and_recover
+from streamline_bench.methods.registry import check_parameters, get_method
+
+__all__ = ["CachedCheckpoint", "cache_root", "compress", "compress_cached"]
+
+log = logging.getLogger(__name__)
+
+LOCK_TIMEOUT = 24 * 3600
+
+
+@dataclass(frozen=True)
+class CachedCheckpoint:
+    """A compressed checkpoint in the cache.
+
+    Attributes:
+        path: its folder.
+        reused: it was there already.
+        key: content key, see :func:`content_key`.
+    """
+
+    path: Path
+    reused: bool
+    key: str
+
+
+def cache_root(cache: Path | None = None) -> Path:
+    """Return the cache folder: the argument, ``$STREAMLINE_BENCH_CACHE`` or the user's cache."""
+    return Path(cache).expanduser() if cache else user_cache()
+
+
+def compress(
+    pretrained: str | Path,
+    recipe: Recipe,
+    output: Path,
+    *,
+    revision: str | None = None,
+    cache: Path | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Compress a model into ``output``, and train the result if the recipe has a recovery.
+
+    Args:
+        pretrained: local folder or hub id of the source.
+        recipe: what to do.
+        output: folder to create; it appears only when it is whole.
+        cache: where interrupted work is kept, so that the next call resumes it.
+        device: torch device for scanning and training.
+        dtype: dtype of the source model in memory; ``None`` for float32.
+        overwrite: replace an existing ``output``.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        CacheError: the cache cannot be written.
+        StreamlineBenchError: one of its kinds, with one sentence for the user.
+    """
+    check_parameters(recipe)
+    _refuse_several_processes()
+    folder = resolve_pretrained(pretrained, revision)
+    _refuse_compressed(folder)
+    with ExitStack() as lock:
+        with staged_output(Path(output), overwrite=overwrite) as staging:
+            key = content_key(folder, recipe, device=device, dtype=dtype)
+            root = cache_root(cache)
+            # Two calls that make the same share the folder in which it is resumed; held until the
+            # output is published and that folder is gone.
+            lock.enter_context(_alone(root / "locks" / f"{key}.lock"))
+            with _scratch(root / "work" / key) as work:
+                job = Compression(folder, recipe, work, device, dtype, trust_remote_code, progress)
+                _compress(job, staging, str(pretrained), revision)
+        shutil.rmtree(work, ignore_errors=True)
+    return Path(output)
+
+
+def compress_cached(
+    pretrained: str | Path,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    cache: Path | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> CachedCheckpoint:
+    """Compress a model on first use and reuse the result afterwards.
+
+    Processes that want the same result wait for the first one (file lock). A result that is there
+    can be had by any number of processes of one ``accelerate launch``; computing one takes a single
+    process.
+
+    Raises:
+        CacheError: the cache cannot be written, or its lock is held for a day.
+        StreamlineBenchError: what :func:`compress` raises.
+    """
+    check_parameters(recipe)
+    folder = resolve_pretrained(pretrained, revision)
+    key = content_key(folder, recipe, device=device, dtype=dtype)
+    target = cache_root(cache) / "compressed" / key
+    if read_manifest(target) is not None:
+        return CachedCheckpoint(target, True, key)
+    _refuse_several_processes()
+    with _alone(target.with_name(f"{key}.lock")):
+        reused = read_manifest(target) is not None
+        if not reused:
+            compress(
+                pretrained,
+                recipe,
+                target,
+                revision=revision,
+                cache=cache,
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+    return CachedCheckpoint(target, reused, key)
+
+
+def _compress(job: Compression, staging: Path, name: str, revision: str | None) -> None:
+    """Do the work, and write its result and manifest into ``staging``."""
+    job.reader.check_finite(progress=job.progress)
+    started = time.monotonic()
+    method = get_method(job.recipe.method)
+    if job.recipe.recovery is None:
+        reader, result = job.reader, method.compress(job)
+    else:
+        reader, result = compress_and_recover(job, method, job.recipe.recovery)
+    write_compressed(staging, reader, result)
+    source = Source(name=name, revision=revision, weights_sha256=job.reader.fingerprint())
+    write_manifest(staging, _manifest(staging, job, result, source, time.monotonic() - started))
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a file lock; whoever wants the same waits.
+
+    Raises:
+        CacheError: it cannot be made, or another process holds it for a day.
+    """
+    from filelock import FileLock, Timeout
+
+    _made(path.parent)
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("waiting for another process that makes the same checkpoint (%s)", path)
+            lock.acquire(timeout=LOCK_TIMEOUT)
+    except Timeout:
+        raise CacheError(f"{path} is held by another process; stop it or wait.") from None
+    except OSError as error:
+        raise _unwritable(path.parent, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Make a folder that survives an interruption, unless nothing was left in it."""
+    _made(folder)
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # an empty one only: what a refusal leaves
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    return folder
+
+
+def _unwritable(folder: Path, error: OSError) -> CacheError:
+    return CacheError(
+        f"The cache {folder} cannot be written ({error.strerror or error}); set "
+        "STREAMLINE_BENCH_CACHE to a writable folder."
+    )
+
+
+def _refuse_several_processes() -> None:
+    """Of several processes one would hold the lock and wait for the others in the training."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise RecipeError(
+            f"A recipe is carried out by one process, not by {processes}; run 'streamline-bench "
+            "compress' without accelerate launch or torchrun, then evaluate the folder it writes."
+        )
+
+
+def _refuse_compressed(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        name = manifest.recipe.get("name", "?")
+        raise RecipeError(
+            f"{folder} is compressed already (recipe '{name}'); give the original model, "
+            "or leave the recipe out."
+        )
+
+
+def _manifest(
+    staging: Path, job: Compression, result: Compressed, source: Source, seconds: float
+) -> Manifest:
+    before = job.reader.num_parameters
+    after = CheckpointReader(staging).num_parameters
+    if after >= before and job.recipe.method != "dense":
+        log.warning("the result is not smaller than the source: %d >= %d", after, before)
+    return Manifest(
+        source=source,
+        recipe=job.recipe.model_dump(mode="json"),
+        chosen=dict(result.chosen),
+        parameters_before=before,
+        parameters_after=after,
+        layers_before=job.config.num_hidden_layers,
+        layers_after=result.layers_after,
+        sparsity_requested=job.recipe.sparsity,
+        sparsity_reached=1 - after / before,
+        calibration=dict(result.calibration),
+        training=dict(result.training) if result.training else None,
+        seed=job.recipe.seed,
+        versions=package_versions(),
+        seconds={"compress": round(seconds, 3)},
+        files=hash_files(staging),
+    )

@@ -1,0 +1,219 @@
+"""Finds recipes: those of ``baselines/`` by name, a user's own by path, with overrides."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streamline_bench.core.files.yaml_file import read_yaml_mapping
+from streamline_bench.core.recipe.schema import Recipe, parse_recipe
+from streamline_bench.core.recipe.suggestions import suggest, suggest_or_list
+from streamline_bench.errors import RecipeError
+from streamline_bench.methods.registry import METHODS, check_parameters, get_method, unread_parts
+from streamline_bench.resources import resource
+
+__all__ = ["SIZE_KEYS", "applicable", "list_recipes", "load_recipe"]
+
+SHORT_KEYS: Mapping[str, tuple[str, ...]] = {
+    "replacement": ("replacement.kind",),
+    "replacement_layers": ("replacement.layers",),
+    "calibration": ("calibration.source", "training.data.source"),
+    "calibration_samples": ("calibration.samples",),
+    "calibration_tokens": ("calibration.tokens",),
+    "training_samples": ("training.data.samples",),
+    "training_tokens": ("training.data.tokens",),
+    "sequence_length": ("calibration.sequence_length", "training.data.sequence_length"),
+    "objective": ("training.objective",),
+    "preset": ("training.preset",),
+    "epochs": ("training.epochs",),
+    "lr": ("training.lr",),
+    "recovery": ("recovery.preset",),
+}
+"""Short spellings for ``--model_args`` and the command line -> dotted keys of the schema."""
+
+_PRESET_KEYS = ("preset", "training.preset")
+
+SIZE_KEYS = ("sparsity", "n_layers", "parameters.ratio", "parameters.slicing")
+"""Each says how much goes, so that one that is given takes the place of the recipe's."""
+
+OWN_KEYS = ("sparsity", "n_layers", "seed", "reference_quirks")
+
+
+def list_recipes() -> dict[str, Path]:
+    """Return the recipes of ``baselines/``: name -> file, sorted by name."""
+    return {path.stem: path for path in sorted(resource("baselines").glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Return a recipe, with overrides applied, validated.
+
+    Args:
+        name_or_path: a name from ``baselines/`` or the path of a YAML file.
+        overrides: short keys (``sparsity``, ``n_layers``, ``replacement``, ``calibration``, …) or
+            dotted ones (``training.lr``); ``None`` values are ignored. A short key that stands
+            for several sets those that the method reads.
+
+    Raises:
+        RecipeError: unknown name, unreadable file, unknown key, wrong value, or a part that the
+            method does not read.
+    """
+    path = _recipe_path(str(name_or_path))
+    payload = read_yaml_mapping(path, "a recipe: it must hold a mapping with the key 'method'")
+    payload.setdefault("name", path.stem)
+    written = copy.deepcopy(payload)
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    sizes = [key for key in SIZE_KEYS if key in given]
+    if len(sizes) > 1:
+        raise RecipeError(f"Give {sizes[0]} or {sizes[1]}, not both.")
+    # A preset stands for a whole way of training: it replaces the recipe's own, and the caller's
+    # other keys are laid over it.
+    for key in sorted(given, key=lambda key: key not in (*_PRESET_KEYS, "recovery")):
+        if key in _PRESET_KEYS:
+            training = payload.get("training") or {}
+            payload["training"] = {k: v for k, v in training.items() if k == "data"}
+        _override(payload, key, given[key])
+    _expand_preset(payload)
+    _require_recovery(payload, given)
+    _restate(payload, written)
+    recipe = parse_recipe(payload, origin=f"Recipe '{payload['name']}'")
+    check_parameters(recipe)
+    return recipe
+
+
+def applicable(overrides: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Return those of the overrides meant for many recipes that this one has a use for.
+
+    Left out are keys of parts that its method does not read, and keys within a recovery where
+    there is none.
+    """
+    unread = unread_parts(recipe.method)
+    recovers = recipe.recovery is not None or {"recovery", "recovery.kind"} & overrides.keys()
+    return {
+        key: value
+        for key, value in overrides.items()
+        if any(dotted.partition(".")[0] not in unread for dotted in SHORT_KEYS.get(key, (key,)))
+        and (recovers or not key.startswith("recovery."))
+    }
+
+
+def _require_recovery(payload: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    recovery = payload.get("recovery")
+    within = [key for key in given if key.startswith("recovery.")]
+    if within and isinstance(recovery, dict) and not {"kind", "preset"} & recovery.keys():
+        raise RecipeError(
+            f"Recipe '{payload['name']}' has no recovery that '{within[0]}' could change; give "
+            "recovery=PRESET or recovery.kind (lora, partial or full) as well."
+        )
+
+
+def _restate(payload: dict[str, Any], written: Mapping[str, Any]) -> None:
+    """Put right what overrides made untrue: cost, title, and what the literature says of it."""
+    before, after = (str(_value(each, "replacement.kind") or "none") for each in (written, payload))
+    changed = [f"replacement {after}"] if before != after else []
+    if written.get("recovery") and not payload.get("recovery"):
+        changed.append("no recovery")
+    if payload.get("recovery") or after != "none":
+        payload["cost"] = "recovered"
+    elif changed and (method := str(payload.get("method"))) in METHODS:
+        calibrated = get_method(method).calibrated
+        payload["cost"] = "calibrated" if calibrated else "no training"
+    if any(_value(written, key) and not _value(payload, key) for key in SIZE_KEYS[2:]):
+        changed += [f"{key} {payload[key]}" for key in SIZE_KEYS[:2] if payload.get(key)]
+    if changed:
+        payload["title"] = "; ".join(filter(None, (payload.get("title"), ", ".join(changed))))
+        payload.pop("published", None)
+        payload.pop("reproduces", None)
+
+
+def _value(payload: Mapping[str, Any], dotted: str) -> Any:
+    found: Any = payload
+    for part in dotted.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+def _expand_preset(payload: dict[str, Any]) -> None:
+    """Put the values of ``training.preset`` in place; keys written beside it win."""
+    training = payload.get("training")
+    if not isinstance(training, dict) or "preset" not in training:
+        return
+    from streamline_bench.core.training.presets import preset_values
+
+    given = dict(training)
+    payload["training"] = {**preset_values(str(given.pop("preset"))), **given}
+
+
+def _recipe_path(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise RecipeError(f"The recipe file {path} does not exist.")
+        return path
+    known = list_recipes()
+    if name not in known:
+        raise RecipeError(
+            f"Unknown recipe '{name}'{suggest(name, known) or ';'} "
+            f"known recipes: {', '.join(known)} (or give the path of a .yaml file)."
+        )
+    return known[name]
+
+
+def _override(payload: dict[str, Any], key: str, value: Any) -> None:
+    if key not in SHORT_KEYS and key not in OWN_KEYS and "." not in key:
+        known = [*OWN_KEYS, *SHORT_KEYS]
+        raise RecipeError(f"Unknown recipe key '{key}'{suggest_or_list(key, known)}")
+    if key == "recovery":
+        # A preset stands for a whole recovery; none leaves the result as the method made it.
+        payload["recovery"] = None if value == "none" else {"preset": value}
+        return
+    if key in SIZE_KEYS:
+        _drop_sizes(payload)
+    for dotted in _targets(key, str(payload.get("method"))):
+        *parents, leaf = dotted.split(".")
+        target = payload
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise RecipeError(f"Recipe key '{dotted}' cannot be set: '{parent}' is no mapping.")
+        target[leaf] = _plain(value)
+
+
+def _targets(key: str, method: str) -> tuple[str, ...]:
+    """Return the dotted keys that a key sets."""
+    targets = SHORT_KEYS.get(key, (key,))
+    unread = unread_parts(method) if method in METHODS else ()
+    read = tuple(dotted for dotted in targets if dotted.partition(".")[0] not in unread)
+    # What the method reads nothing of is set all the same: it is refused, not dropped.
+    return read or targets
+
+
+def _drop_sizes(payload: dict[str, Any]) -> None:
+    for key in SIZE_KEYS:
+        *parents, leaf = key.split(".")
+        holder = _value(payload, parents[0]) if parents else payload
+        if isinstance(holder, dict):
+            holder.pop(leaf, None)
+
+
+def _plain(value: Any) -> Any:
+    """Read ``"1e-3"``, ``"null"`` and ``"[0.9, 0.95]"``, which the command line gives as text."""
+    if isinstance(value, str):
+        if value == "null" or (value.startswith("[") and value.endswith("]")):
+            return _yaml(value)
+        for kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    return value
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text

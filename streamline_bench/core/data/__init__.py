@@ -1,0 +1,1 @@
+"""Calibration text: corpora, files, and tokens made of them."""

@@ -1,0 +1,300 @@
+"""Where calibration documents come from: named presets, local files, folders and the hub.
+
+A *source* is one string. :func:`open_documents` turns it into a seeded stream of texts without
+holding the corpus in memory:
+
+===============================  ==================================================================
+source                           documents
+===============================  ==================================================================
+a name in :data:`PRESETS`        the preset's corpus, its domains drawn with the preset's shares
+``auto``                         ``calibration.jsonl`` in the model's folder, else ``slimpajama``
+``*.txt``, ``*.jsonl`` (also     see :mod:`streamline_bench.core.data.corpus_files`
+``.gz``, ``.xz``), ``*.parquet``
+a folder                         written by ``datasets.save_to_disk``, else read by
+                                 ``datasets.load_dataset``
+``owner/name``                   a data set of the Hugging Face hub; streamed when the number of
+                                 samples or tokens is bounded
+===============================  ==================================================================
+
+The order is a seeded shuffle. It is uniform for folders and for files of up to
+:data:`SHUFFLE_DOCUMENTS` documents; beyond that, and on streamed hub data, a window of that many
+documents moves over the corpus, so that memory stays bounded.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamline_bench.core.data.corpus_files import (
+    FILE_SUFFIXES,
+    file_kind,
+    read_file,
+    record_field,
+)
+from streamline_bench.core.recipe.schema import CalibrationSpec
+from streamline_bench.core.recipe.suggestions import suggest
+from streamline_bench.core.recipe.validation import first_line
+from streamline_bench.errors import CalibrationError
+
+__all__ = [
+    "PRESETS",
+    "SHUFFLE_DOCUMENTS",
+    "CorpusPreset",
+    "local_path",
+    "open_documents",
+    "open_records",
+    "resolve_source",
+]
+
+_log = logging.getLogger(__name__)
+
+SHUFFLE_DOCUMENTS = 65_536
+_SHUFFLE_CHARACTERS = 64_000_000
+_HUB_WINDOW = 4_096
+_DOMAIN_QUEUE = 4_096
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class CorpusPreset:
+    """A corpus with a name: where it is and in which proportions its domains are drawn.
+
+    Attributes:
+        source: any source but a preset.
+        domain_field: field (dotted) of a record that names its domain; empty: no domains.
+        domains: share of *documents* per domain; shares need not sum to one.
+    """
+
+    source: str
+    split: str = "train"
+    subset: str | None = None
+    text_field: str = "text"
+    domain_field: str = ""
+    domains: Mapping[str, float] | None = None
+    reference: str = ""
+
+
+PRESETS: dict[str, CorpusPreset] = {
+    # Shares are per document: long books and articles are divided by the length of a typical one.
+    "slimpajama": CorpusPreset(
+        source="DKYoon/SlimPajama-6B",
+        domain_field="meta.redpajama_set_name",
+        domains={
+            "RedPajamaC4": 0.492,
+            "RedPajamaCommonCrawl": 0.361 / 3,
+            "RedPajamaBook": 0.091 / 200,
+            "RedPajamaArXiv": 0.007 / 20,
+            "RedPajamaWikipedia": 0.031,
+            "RedPajamaStackExchange": 0.01,
+            "RedPajamaGithub": 0.008,
+        },
+        reference="LLM-Streamline (arXiv 2403.19135), the domain mix of its released code",
+    ),
+}
+
+
+def resolve_source(source: str, model_folder: Path | None = None) -> str:
+    """Return the source that ``auto`` stands for; any other source unchanged."""
+    if source != "auto":
+        return source
+    own = model_folder / "calibration.jsonl" if model_folder is not None else None
+    return str(own) if own is not None and own.is_file() else "slimpajama"
+
+
+def local_path(source: str, model_folder: Path | None = None) -> Path | None:
+    """Return the file or folder that is read for a source; None where it is on the hub.
+
+    A file need not exist: its ending alone makes it one.
+    """
+    source = resolve_source(source, model_folder)
+    preset = PRESETS.get(source)
+    return _local(source if preset is None else preset.source)
+
+
+def _local(source: str) -> Path | None:
+    path = Path(source).expanduser()
+    return path if path.is_dir() or file_kind(source) else None
+
+
+def open_documents(spec: CalibrationSpec, model_folder: Path | None = None) -> Iterator[str]:
+    """Yield the texts of a corpus in seeded order; empty texts are left out.
+
+    Raises:
+        CalibrationError: the source is missing, unknown, damaged or unreachable, or its records
+            lack the text field. Raised when the first text is asked for.
+    """
+    source = resolve_source(spec.source, model_folder)
+    preset = PRESETS.get(source)
+    if preset is not None:
+        records = _records(_preset_spec(spec, preset))
+        records = _mixed(records, preset, spec.seed) if preset.domains else records
+        field, source = preset.text_field, preset.source
+    else:
+        records = open_records(spec, model_folder)
+        # A text file has no fields: each document is the whole record.
+        field = "text" if file_kind(source) == "text" else spec.text_field
+    for record in records:
+        text = record_field(record, field, source)
+        if not isinstance(text, str):
+            raise CalibrationError(
+                f"Field '{field}' of {source} holds {type(text).__name__}, not text; name the "
+                "field that holds the text with text_field."
+            )
+        if text.strip():
+            yield text
+
+
+def open_records(
+    spec: CalibrationSpec, model_folder: Path | None = None
+) -> Iterator[Mapping[str, Any]]:
+    """Yield the records of a corpus that is no preset, in seeded order, with all their fields.
+
+    Raises:
+        CalibrationError: the source is missing, unknown, damaged or unreachable.
+    """
+    return _records(spec.model_copy(update={"source": resolve_source(spec.source, model_folder)}))
+
+
+def _preset_spec(spec: CalibrationSpec, preset: CorpusPreset) -> CalibrationSpec:
+    changes = {"source": preset.source, "split": preset.split, "subset": preset.subset}
+    return spec.model_copy(update=changes)
+
+
+def _records(spec: CalibrationSpec) -> Iterator[Mapping[str, Any]]:
+    path = _local(spec.source)
+    if path is None:
+        return _hub(spec) if _HUB_ID.fullmatch(spec.source) else _unknown(spec.source)
+    if path.is_dir():
+        return _folder(path, spec)
+    if not path.is_file():
+        raise CalibrationError(
+            f"Calibration file {path} does not exist; give an existing {_endings()} file."
+        )
+    return _shuffled(read_file(path), spec.seed)
+
+
+def _unknown(source: str) -> Iterator[Mapping[str, Any]]:
+    if "/" in source or "\\" in source:
+        raise CalibrationError(
+            f"Calibration source {source} does not exist; give a {_endings()} file, a data set "
+            "folder or a hub id."
+        )
+    raise CalibrationError(
+        f"Unknown calibration source '{source}'{suggest(source, PRESETS)} (presets: "
+        f"{', '.join(sorted(PRESETS))}; else give a {_endings()} file, a folder or a hub id)."
+    )
+
+
+def _endings() -> str:
+    return ", ".join(FILE_SUFFIXES)
+
+
+def _shuffled(records: Iterable[Mapping[str, Any]], seed: int) -> Iterator[Mapping[str, Any]]:
+    """Shuffle within a window of :data:`SHUFFLE_DOCUMENTS` (fewer when they are very long)."""
+    rng = random.Random(seed)
+    held: list[Mapping[str, Any]] = []
+    size = 0
+    for record in records:
+        length = _characters(record)
+        if held and (len(held) >= SHUFFLE_DOCUMENTS or size + length > _SHUFFLE_CHARACTERS):
+            index = rng.randrange(len(held))
+            held[index], held[-1] = held[-1], held[index]
+            leaving = held.pop()
+            size -= _characters(leaving)
+            yield leaving
+        held.append(record)
+        size += length
+    rng.shuffle(held)
+    yield from held
+
+
+def _characters(record: Mapping[str, Any]) -> int:
+    return sum(len(value) for value in record.values() if isinstance(value, str))
+
+
+def _mixed(
+    records: Iterator[Mapping[str, Any]], preset: CorpusPreset, seed: int
+) -> Iterator[Mapping[str, Any]]:
+    """Draw domains at random with the preset's shares; within one, keep the records' order."""
+    assert preset.domains is not None
+    rng = random.Random(seed)
+    shares = dict(preset.domains)
+    waiting: dict[str, deque[Mapping[str, Any]]] = {
+        name: deque(maxlen=_DOMAIN_QUEUE) for name in shares
+    }
+    while shares:
+        domain = rng.choices(list(shares), weights=list(shares.values()))[0]
+        while not waiting[domain]:
+            record = next(records, None)
+            if record is None:
+                break
+            name = record_field(record, preset.domain_field, preset.source)
+            # A full queue drops the newcomer: the draw so far must not depend on what follows.
+            if name in waiting and len(waiting[name]) < _DOMAIN_QUEUE:
+                waiting[name].append(record)
+        if waiting[domain]:
+            yield waiting[domain].popleft()
+        else:
+            del shares[domain]
+            _log.warning("%s has no more documents of domain %s", preset.source, domain)
+
+
+def _folder(path: Path, spec: CalibrationSpec) -> Iterator[Mapping[str, Any]]:
+    import datasets
+
+    if not ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
+        return _loaded(datasets.load_dataset, spec, path=str(path), name=spec.subset)
+    return _loaded(lambda **_: _saved(path, spec.split), spec)
+
+
+def _saved(path: Path, split: str) -> Any:
+    import datasets
+
+    data = datasets.load_from_disk(str(path))
+    if not isinstance(data, datasets.DatasetDict):
+        return data
+    if split not in data:
+        raise CalibrationError(
+            f"Calibration folder {path} has no split '{split}'; it has {', '.join(data)}."
+        )
+    return data[split]
+
+
+def _hub(spec: CalibrationSpec) -> Iterator[Mapping[str, Any]]:
+    import datasets
+
+    bounded = spec.samples is not None or spec.tokens is not None
+    return _loaded(
+        datasets.load_dataset, spec, path=spec.source, name=spec.subset, streaming=bounded
+    )
+
+
+def _loaded(load: Any, spec: CalibrationSpec, **arguments: Any) -> Iterator[Mapping[str, Any]]:
+    """Load with ``datasets`` and shuffle; every failure names the source and the way out."""
+    import datasets
+
+    failures = (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError)
+    try:
+        data = load(split=spec.split, **arguments)
+        if isinstance(data, datasets.IterableDataset):
+            yield from data.shuffle(seed=spec.seed, buffer_size=_HUB_WINDOW)
+        else:
+            # Dataset.shuffle would write an index file into the user's own folder.
+            order = list(range(len(data)))
+            random.Random(spec.seed).shuffle(order)
+            yield from (data[index] for index in order)
+    except CalibrationError:
+        raise
+    except failures as error:
+        raise CalibrationError(
+            f"Calibration data set '{spec.source}' (split '{spec.split}') cannot be read "
+            f"({first_line(error)}); give a local file or folder instead, e.g. "
+            "calibration=texts.jsonl."
+        ) from error

@@ -1,0 +1,63 @@
+"""Reads JSON files that say which version of their schema they follow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from streamline_bench.core.recipe.validation import first_problem
+from streamline_bench.errors import StreamlineBenchError
+
+__all__ = ["read_json", "validated"]
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_json(path: Path, error: type[StreamlineBenchError], advice: str) -> Any:
+    """Return what a file holds.
+
+    Args:
+        error: what to raise.
+        advice: what to do then: ``make the report again``.
+
+    Raises:
+        StreamlineBenchError: ``error``, where the file is missing or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as failure:
+        raise error(f"{path} cannot be read ({failure}); {advice}.") from None
+
+
+def validated(
+    model: type[Model],
+    payload: Any,
+    origin: str,
+    *,
+    newest: int,
+    error: type[StreamlineBenchError],
+    advice: str,
+) -> Model:
+    """Return what a file holds as a model.
+
+    Args:
+        origin: the file, for the message.
+        newest: the highest ``schema_version`` that is known.
+        error, advice: as for :func:`read_json`.
+
+    Raises:
+        StreamlineBenchError: ``error``, where the version is newer or the content does not follow
+            the schema; the first problem is named.
+    """
+    version = payload.get("schema_version") if isinstance(payload, dict) else None
+    if isinstance(version, int) and version > newest:
+        raise error(
+            f"{origin} has schema version {version}, newer than {newest}; upgrade streamline-bench."
+        )
+    try:
+        return model.model_validate(payload)
+    except ValidationError as failure:
+        raise error(f"{origin}: {first_problem(failure)}; {advice}.") from None

@@ -1,0 +1,1 @@
+"""The schema of recipes and how wrong values are reported."""

@@ -1,0 +1,95 @@
+"""Recoveries of the literature, as values of a recipe's ``recovery``.
+
+``llm_pruner``: LoRA after LLM-Pruner (arXiv 2305.11627 and its released script). ``last_layers``:
+partial fine-tuning of "Reassessing layer pruning" (arXiv 2411.15558); ``last_layers_lora``: the
+LoRA it is compared with, at the same rate, which is low for LoRA; ``last_layers_lora_1e-4``: at
+the usual one. ``slicegpt``: recovery fine-tuning of SliceGPT (arXiv 2401.15024 and its release).
+
+The references train in float16 with loss scaling; here the weights that are trained are float32
+and the products bfloat16. The references' default schedule falls in a straight line to zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from streamline_bench.core.recipe.suggestions import suggest
+from streamline_bench.errors import RecipeError
+
+__all__ = ["RECOVERY_PRESETS", "with_preset"]
+
+_ALPACA_ROWS, _ALPACA_VALIDATION = 51_760, 2_000
+
+_ALPACA: Mapping[str, Any] = {
+    "objective": "lm",
+    "data": {"source": "yahma/alpaca-cleaned", "form": "instruction", "sequence_length": 256},
+    "epochs": 2,
+    "batch_size": 4,
+    "gradient_accumulation": 16,
+    "warmup_steps": 100,
+    "decay": "linear",
+    "min_lr_ratio": 0.0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "autocast": "bf16",
+    "validation_share": _ALPACA_VALIDATION / _ALPACA_ROWS,
+}
+
+_LORA: Mapping[str, Any] = {"kind": "lora", "rank": 8, "alpha": 16, "dropout": 0.05}
+
+RECOVERY_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "llm_pruner": {**_LORA, "training": {**_ALPACA, "lr": 1e-4}},
+    "last_layers": {"kind": "partial", "last_layers": 3, "training": {**_ALPACA, "lr": 1e-5}},
+    "last_layers_lora": {**_LORA, "training": {**_ALPACA, "lr": 1e-5}},
+    "last_layers_lora_1e-4": {**_LORA, "training": {**_ALPACA, "lr": 1e-4}},
+    "slicegpt": {
+        "kind": "lora",
+        "rank": 32,
+        "alpha": 10,
+        "dropout": 0.05,
+        "targets": ("q", "k", "v", "o", "gate", "up", "down"),
+        "training": {
+            "objective": "lm",
+            "data": {"source": "tatsu-lab/alpaca", "sequence_length": 1024, "samples": 8_128},
+            "epochs": 1,
+            "batch_size": 3,
+            "lr": 2e-4,
+            "warmup_steps": 400,
+            "decay": "linear",
+            "min_lr_ratio": 0.0,
+            "weight_decay": 1e-2,
+            "betas": (0.9, 0.95),
+            "max_grad_norm": 1.0,
+            "autocast": "bf16",
+            "validation_share": 128 / 8_128,
+        },
+    },
+}
+
+
+def with_preset(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a recipe says of its recovery, completed from the preset it names.
+
+    Raises:
+        RecipeError: there is no such preset.
+    """
+    name = payload.get("preset")
+    if name is None:
+        return dict(payload)
+    if name not in RECOVERY_PRESETS:
+        known = ", ".join(RECOVERY_PRESETS)
+        raise RecipeError(
+            f"Recovery preset '{name}' is unknown{suggest(str(name), RECOVERY_PRESETS)} "
+            f"(known: {known})."
+        )
+    return _merged(RECOVERY_PRESETS[name], payload)
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merged(old, value) if both else value  # type: ignore[arg-type]
+    return merged

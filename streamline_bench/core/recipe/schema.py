@@ -1,0 +1,217 @@
+"""The schema of a recipe: what is removed, what stands in for it, on which tokens it is trained.
+
+A recipe is a frozen pydantic model. It comes from a YAML file in ``baselines/``, from a user's own
+file, or from ``--model_args``; unknown keys are errors that suggest the nearest known one.
+:meth:`Recipe.content_hash` names it in the cache, together with the hashes of weights and tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from pydantic import Field, ValidationError, model_validator
+
+from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.recipe.recovery_presets import with_preset
+from streamline_bench.core.recipe.validation import wrong_value
+from streamline_bench.errors import RecipeError
+
+__all__ = [
+    "CalibrationSpec",
+    "PublishedResult",
+    "Recipe",
+    "RecoverySpec",
+    "ReplacementSpec",
+    "TrainingSpec",
+    "parse_recipe",
+]
+
+ReplacementKind = Literal["none", "layer", "ffn", "swiglu", "ffn_res", "swiglu_res", "linear"]
+"""``none`` drops the block; ``layer`` puts k copies of its first layers in its place; the others
+are feed-forward networks: ``ffn``/``swiglu`` as in the paper (bare: no norm, no residual),
+``*_res`` pre-norm with residual and zero-initialised output, ``linear`` one affine map."""
+
+
+class CalibrationSpec(Frozen):
+    """Which tokens a model is looked at, or trained, with.
+
+    ``source`` is a preset (``slimpajama``), a file (``.txt``, ``.jsonl``, ``.parquet``), a folder
+    saved with ``datasets.save_to_disk``, a hub id, or ``auto``: the file ``calibration.jsonl`` in
+    the model's own folder if there is one, else ``slimpajama``. The form ``instruction`` is for a
+    recovery: records with ``instruction``, ``input`` (may be empty) and ``output``.
+    """
+
+    source: str = "auto"
+    split: str = "train"
+    subset: str | None = None
+    text_field: str = "text"
+    form: Literal["packed", "documents", "instruction"] = "packed"
+    sequence_length: int = Field(2048, ge=2)
+    samples: int | None = Field(None, ge=1, description="at most this many sequences")
+    tokens: int | None = Field(None, ge=2, description="exactly this many tokens")
+    seed: int = 0
+
+
+class ReplacementSpec(Frozen):
+    """The lightweight network that stands in for the removed block."""
+
+    kind: ReplacementKind = "none"
+    layers: int = Field(1, ge=1, description="layers put in, for kind 'layer'")
+    intermediate_size: int | None = Field(None, ge=1, description="None: the paper's size")
+
+
+class TrainingSpec(Frozen):
+    """How a replacement is trained (LLM-Streamline, arXiv 2403.19135, equation 4 and its release).
+
+    In a recipe file ``preset: paper_mse``, ``paper_lm`` or ``paper_memory_efficient`` stands for
+    the paper's values; the defaults here scale to the data at hand.
+    ``lr='auto'`` is 2e-4 x sqrt(4096 / hidden_size), at most 2e-3: the paper's rate at its width.
+    """
+
+    objective: Literal["none", "mse", "lm"] = "none"
+    data: CalibrationSpec = CalibrationSpec()
+    epochs: int = Field(1, ge=1)
+    min_steps: int = Field(0, ge=0, description="epochs are added until there are as many steps")
+    batch_size: int = Field(8, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    lr: float | Literal["auto"] = "auto"
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    warmup_steps: int | None = Field(None, ge=0, description="in place of warmup_ratio")
+    decay: Literal["cosine", "linear"] = "cosine"
+    weight_decay: float = Field(1e-3, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(5.0, gt=0)
+    autocast: Literal["none", "bf16"] = "none"
+    validation_share: float = Field(0.05, gt=0, lt=1)
+    validations: int = Field(10, ge=1, description="how often the validation loss is taken")
+    cache_gb: float = Field(16.0, ge=0, description="budget of the activation cache")
+    checkpoint_every: int = Field(200, ge=1, description="optimizer steps between checkpoints")
+
+
+ProjectionRole = Literal["q", "k", "v", "o", "gate", "up", "down"]
+"""A projection of a decoder layer, whatever a family calls it; fused ones count for each part."""
+
+
+class RecoverySpec(Frozen):
+    """A training of the compressed model, after any method, with the loss of the next token.
+
+    ``lora`` trains low-rank updates of projections and merges them into the weights; ``partial``
+    the LM head (untied from the embeddings), the final norm and the last layers; ``full`` all
+    weights. ``preset`` names values from the literature
+    (:mod:`~streamline_bench.core.recipe.recovery_presets`); what is given beside it wins.
+
+    Attributes:
+        rank, alpha, dropout, targets: of ``lora``; updates are scaled by ``alpha / rank``.
+        last_layers: of ``partial``: how many of the last layers are trained too.
+        train_on_inputs: with form ``instruction``, put the loss on the prompt as well.
+        training: steps and rates; ``training.data`` is what is trained on, its source ``auto``
+            being the recipe's calibration source.
+    """
+
+    kind: Literal["lora", "partial", "full"]
+    preset: str | None = None
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    targets: tuple[ProjectionRole, ...] = Field(get_args(ProjectionRole), min_length=1)
+    last_layers: int = Field(3, ge=0)
+    train_on_inputs: bool = False
+    training: TrainingSpec = TrainingSpec(objective="lm")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, payload: Any) -> Any:
+        if not isinstance(payload, Mapping):
+            return payload
+        filled = with_preset(payload)
+        if isinstance(filled.get("targets"), str):  # of a command line
+            filled["targets"] = filled["targets"].split(",")
+        training = filled.get("training", {})
+        if isinstance(training, Mapping):
+            filled["training"] = {"objective": "lm", **training}
+        return filled
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RecoverySpec:
+        if self.training.objective != "lm":
+            raise ValueError("a recovery is trained with objective 'lm'")
+        return self
+
+
+class PublishedResult(Frozen):
+    """A number from the literature that a report shows beside ours.
+
+    ``value`` is in ``unit``: "%" unless the metric is a perplexity, then "perplexity";
+    ``sparsity`` is the share of parameters that ``model`` lost.
+    """
+
+    model: str
+    metric: str
+    value: float
+    unit: str = Field("%", min_length=1)
+    sparsity: float | None = None
+    source: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_unit(cls, payload: Any) -> Any:
+        if isinstance(payload, Mapping) and "perplexity" in str(payload.get("metric")).lower():
+            return {"unit": "perplexity", **payload}
+        return payload
+
+
+class Recipe(Frozen):
+    """One row of a leaderboard: a method with everything that decides its result."""
+
+    name: str
+    title: str = ""
+    paper: str | None = None
+    link: str | None = None
+    reproduces: str | None = None
+    method: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    sparsity: float | None = Field(None, gt=0, lt=1, description="share of parameters removed")
+    n_layers: int | None = Field(None, ge=1, description="net number of layers removed")
+    replacement: ReplacementSpec = ReplacementSpec()
+    calibration: CalibrationSpec = CalibrationSpec()
+    training: TrainingSpec = TrainingSpec()
+    recovery: RecoverySpec | None = None
+    seed: int = 0
+    reference_quirks: tuple[str, ...] = ()
+    cost: Literal["no training", "calibrated", "recovered"] = "calibrated"
+    published: tuple[PublishedResult, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Recipe:
+        if self.sparsity is not None and self.n_layers is not None:
+            raise ValueError("give sparsity or n_layers, not both")
+        return self
+
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of everything that decides the result; titles and citations do not."""
+        shown_only = {"name", "title", "paper", "link", "reproduces", "published", "cost"}
+        payload = self.model_dump(mode="json", exclude=shown_only)
+        if self.replacement.kind == "none":
+            # Nothing is trained: how it would have been makes no difference.
+            payload["replacement"], payload["training"] = {"kind": "none"}, None
+        return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+
+def parse_recipe(payload: Mapping[str, Any], origin: str) -> Recipe:
+    """Validate a mapping as a recipe.
+
+    Args:
+        payload: what the YAML file or the model arguments hold.
+        origin: file or option named in the error message.
+
+    Raises:
+        RecipeError: one sentence naming the first wrong key or value.
+    """
+    try:
+        return Recipe.model_validate(payload)
+    except ValidationError as error:
+        raise RecipeError(f"{origin}: {wrong_value(error, Recipe)}") from None

@@ -1,0 +1,89 @@
+"""What a library found wrong, as the part of a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, get_args
+
+from streamline_bench.core.recipe.suggestions import suggest_or_list
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+
+__all__ = ["first_line", "first_problem", "wrong_value"]
+
+_OWN = "Value error, "
+"""What pydantic puts in front of a validator's own words."""
+
+
+def first_problem(error: ValidationError, whole: str = "file") -> str:
+    """Return the first problem: where it is, and what is wrong there.
+
+    Args:
+        whole: what the place is called where the problem is not in one part.
+
+    Returns:
+        Without a full stop: ``'rows.0.label': Field required``.
+    """
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or whole
+    return f"'{where}': {first['msg'].removeprefix(_OWN)}"
+
+
+def wrong_value(error: ValidationError, schema: type[BaseModel], within: str = "") -> str:
+    """Return the first problem of what a user gave: key and value, and what is wrong with them.
+
+    Args:
+        schema: of the whole, for the keys that would have been known.
+        within: key under which the whole stands.
+
+    Returns:
+        With its full stop or question mark: ``unknown key 'training.lrr'; did you mean 'lr'?``,
+        ``'training.lr' is -1: Input should be greater than 0.``
+    """
+    problem = error.errors(include_url=False)[0]
+    path = problem["loc"]
+    where = ".".join(str(part) for part in ([within] if within else []) + list(path))
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(schema, path[:-1])
+        return f"unknown key '{where}'{suggest_or_list(str(path[-1]), known)}"
+    reason = problem["msg"].removeprefix(_OWN)
+    # Of values that do not go together, the sentence names what it is about.
+    return f"'{where}' is {problem.get('input')!r}: {reason}." if path else f"{reason}."
+
+
+def _fields_at(schema: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    from pydantic import BaseModel
+
+    for part in path:
+        if isinstance(part, int):  # an item of a list of the schema
+            continue
+        annotation = schema.model_fields[part].annotation
+        # An optional part is a union of its schema and None.
+        schemas = [
+            choice
+            for choice in (annotation, *get_args(annotation))
+            if isinstance(choice, type) and issubclass(choice, BaseModel)
+        ]
+        if not schemas:
+            return []
+        schema = schemas[0]
+    return list(schema.model_fields)
+
+
+def first_line(error: object, most: int = 200) -> str:
+    """Return what an exception says in its first line; its type where it says nothing.
+
+    A line that ends with a colon says nothing without the next one.
+
+    Args:
+        most: characters.
+
+    Returns:
+        Without a full stop.
+    """
+    lines = [" ".join(line.split()) for line in str(error).strip().splitlines()]
+    told = lines[0] if lines else type(error).__name__
+    if told.endswith(":") and len(lines) > 1:
+        told = f"{told} {lines[1]}"
+    return told.rstrip(".") if len(told) <= most else f"{told[:most].rstrip()}…"

@@ -1,0 +1,1 @@
+"""The similarity of hidden states at pairs of layer boundaries."""

@@ -1,0 +1,1 @@
+"""Removing layers, sizes of models, replacement networks."""

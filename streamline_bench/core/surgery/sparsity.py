@@ -1,0 +1,208 @@
+"""From "a quarter fewer parameters" to a number of layers, and back to what that reaches.
+
+Layers are whole, so that a requested share is seldom hit: the number of layers whose share comes
+closest is taken (the smaller one on a tie), and both shares are reported. The number of layers is
+what serving speed follows; label results by it as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from streamline_bench.core.architecture import Architecture, architecture_of
+from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.checkpoint.writer import layers_prefix
+from streamline_bench.errors import CheckpointError, SparsityError
+
+__all__ = ["ModelSizes", "SizePlan", "layers_for_sparsity", "model_sizes", "of_layers"]
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Numbers of parameters of a model; tied weights count once, buffers not at all.
+
+    Attributes:
+        total: all of them.
+        layers: per decoder layer.
+        embeddings: token and position embeddings and, where it has weights of its own, the LM
+            head.
+    """
+
+    total: int
+    layers: tuple[int, ...]
+    embeddings: int
+
+    @property
+    def mean_layer(self) -> float:
+        """Parameters of a layer; layers differ only in mixtures with some dense layers."""
+        return sum(self.layers) / len(self.layers)
+
+
+@dataclass(frozen=True)
+class SizePlan:
+    """What removing ``n_layers`` layers amounts to. Shares are of the source model's parameters.
+
+    Attributes:
+        n_layers: layers to remove (net of layers put in).
+        removed: parameters fewer, those added taken off. Before the layers are chosen, of layers
+            of mean size; :func:`of_layers` gives it for those that really go.
+        total: parameters of the source.
+        reached: ``removed / total``.
+        requested: the share asked for; None if layers were given.
+        embeddings: parameters of embeddings and LM head in ``total``.
+        reached_without_embeddings: ``removed / (total - embeddings)``.
+        added_parameters: of the replacement, and of an LM head that a recovery unties.
+        num_layers: layers of the source.
+    """
+
+    n_layers: int
+    removed: int
+    total: int
+    reached: float
+    requested: float | None
+    embeddings: int
+    reached_without_embeddings: float
+    added_parameters: int
+    num_layers: int
+
+
+def layers_for_sparsity(
+    source: CheckpointReader | Any,
+    sparsity: float | None = None,
+    *,
+    n_layers: int | None = None,
+    added_parameters: int = 0,
+) -> SizePlan:
+    """Turn a share of parameters, or a number of layers, into a plan.
+
+    Args:
+        source: a checkpoint, or a transformers config (no weights needed).
+        sparsity: share of all parameters to remove, in (0, 1).
+        n_layers: layers to remove instead.
+        added_parameters: what a replacement or an untied head puts in.
+
+    Raises:
+        SparsityError: neither or both are given, one is out of range, or no number of layers
+            comes within half a layer of the share.
+    """
+    if (sparsity is None) == (n_layers is None):
+        raise SparsityError("Give either a sparsity or a number of layers to remove.")
+    sizes = model_sizes(source)
+    if len(sizes.layers) == 1:
+        raise SparsityError("The model has one layer, which cannot be removed; take another model.")
+    if n_layers is None:
+        assert sparsity is not None
+        n_layers = _closest(sizes, sparsity, added_parameters)
+    elif not 1 <= n_layers < len(sizes.layers):
+        raise SparsityError(
+            f"Cannot remove {n_layers} of {len(sizes.layers)} layers; choose from 1 to "
+            f"{len(sizes.layers) - 1}."
+        )
+    removed = round(n_layers * sizes.mean_layer) - added_parameters
+    return SizePlan(
+        n_layers=n_layers,
+        removed=removed,
+        total=sizes.total,
+        reached=removed / sizes.total,
+        requested=sparsity,
+        embeddings=sizes.embeddings,
+        reached_without_embeddings=removed / (sizes.total - sizes.embeddings),
+        added_parameters=added_parameters,
+        num_layers=len(sizes.layers),
+    )
+
+
+def of_layers(plan: SizePlan, source: CheckpointReader | Any, layers: Iterable[int]) -> SizePlan:
+    """Return the plan with the parameters of the layers that really go.
+
+    Layers of a mixture with some dense layers differ in size, and which of them go is known only
+    after the model was looked at.
+    """
+    sizes = model_sizes(source)
+    removed = sum(sizes.layers[layer] for layer in layers) - plan.added_parameters
+    return replace(
+        plan,
+        removed=removed,
+        reached=removed / plan.total,
+        reached_without_embeddings=removed / (plan.total - plan.embeddings),
+    )
+
+
+def model_sizes(source: CheckpointReader | Any) -> ModelSizes:
+    """Count parameters from the headers of a checkpoint, or from a config on the meta device.
+
+    Layers for multi-token prediction, which some checkpoints carry behind the decoder, are not
+    part of the model that transformers builds and are not counted.
+
+    Raises:
+        ArchitectureError: the family is not in the table.
+    """
+    if isinstance(source, CheckpointReader):
+        row = architecture_of(source.config)
+        prefix = layers_prefix(source, row)
+        counts = [(name, source.entry(name).numel) for name in source.parameter_names]
+        return _sizes(row, prefix, _depth(source.config, row), counts)
+    row = architecture_of(source)
+    return _sizes(row, row.layers, getattr(source, row.depth_key), _meta_counts(source))
+
+
+def _closest(sizes: ModelSizes, sparsity: float, added: int) -> int:
+    if not 0 < sparsity < 1:
+        raise SparsityError(
+            f"Sparsity {sparsity} is not a share between 0 and 1 (both excluded); for a quarter "
+            "of the parameters give 0.25."
+        )
+    step = sizes.mean_layer / sizes.total
+    reached = {n: n * step - added / sizes.total for n in range(1, len(sizes.layers))}
+    # min() keeps the first of equals: the smaller number of layers. Rounding hides noise of floats.
+    best = min(reached, key=lambda n: round(abs(reached[n] - sparsity), 12), default=0)
+    if not best or abs(reached[best] - sparsity) > step / 2 + 1e-9 or reached[best] <= 0:
+        possible = [share for share in reached.values() if share > 0]
+        span = f"{min(possible):.4f} to {max(possible):.4f}" if possible else "nothing"
+        raise SparsityError(
+            f"Sparsity {sparsity} is out of reach: removing whole layers of this model reaches "
+            f"{span}, in steps of {step:.4f}; choose a share in that range or give n_layers."
+        )
+    return best
+
+
+def _depth(config: Mapping[str, Any], row: Architecture) -> int:
+    depth = config.get(row.depth_key, config.get("num_hidden_layers"))
+    if not isinstance(depth, int) or depth < 1:
+        raise CheckpointError(f"config.json has {row.depth_key}={depth!r}; give it a whole number.")
+    return depth
+
+
+def _meta_counts(config: Any) -> list[tuple[str, int]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return [(name, parameter.numel()) for name, parameter in model.named_parameters()]
+
+
+def _sizes(
+    row: Architecture, prefix: str, depth: int, counts: Iterable[tuple[str, int]]
+) -> ModelSizes:
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    outside = tuple(
+        f"{spelled}."
+        for path in (*row.embeddings, row.lm_head)
+        for spelled in {path, path.removeprefix(f"{row.base}."), row.stored_as.get(path, path)}
+    )
+    layers = [0] * depth
+    total = embeddings = 0
+    for name, count in counts:
+        match = pattern.match(name)
+        if match is not None and int(match[1]) >= depth:
+            continue
+        total += count
+        if match is not None:
+            layers[int(match[1])] += count
+        elif name.startswith(outside):
+            embeddings += count
+    return ModelSizes(total, tuple(layers), embeddings)

@@ -1,0 +1,290 @@
+"""Train the network that stands in for a removed block (LLM-Streamline, arXiv:2403.19135)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.recipe.schema import ReplacementSpec, TrainingSpec
+from streamline_bench.core.training.checks import check_block, check_quirks
+from streamline_bench.core.training.identity import key_of, weights_digest
+from streamline_bench.core.training.loop import DataSet, Loop
+from streamline_bench.core.training.objectives import LmObjective, MseObjective, Objective, pruned
+from streamline_bench.core.training.presets import learning_rate
+from streamline_bench.core.training.schedule import CosineSchedule
+from streamline_bench.core.training.sources import (
+    ActivationCache,
+    StateSource,
+    StreamedStates,
+    cache_bytes,
+)
+from streamline_bench.core.training.state import TrainingState, load_state
+from streamline_bench.core.training.step_plan import StepPlan
+from streamline_bench.core.training.student import Student
+from streamline_bench.core.training.teacher import Teacher, frozen
+from streamline_bench.errors import OutputError
+
+__all__ = ["TrainingResult", "train_replacement"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A trained replacement.
+
+    Attributes:
+        state: its weights with the lowest validation loss, float32 on the CPU. Kind ``layer``:
+            names as ``0.self_attn.q_proj.weight`` (index among the new layers), else as
+            ``up_proj.weight``.
+        curve: rows with step, lr, train_loss, val_loss, tokens, seconds; entries that were not
+            measured at that step are None.
+        best_step, best_loss: step and value of the lowest validation loss (None: not trained).
+        summary: what the manifest records; JSON.
+    """
+
+    state: dict[str, Tensor]
+    curve: list[dict[str, Any]]
+    best_step: int
+    best_loss: float | None
+    summary: dict[str, Any]
+
+
+def train_replacement(
+    model: nn.Module,
+    *,
+    start: int,
+    n: int,
+    spec: ReplacementSpec,
+    training: TrainingSpec,
+    tokens: CalibrationTokens,
+    work: Path,
+    seed: int,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    quirks: Sequence[str] = (),
+    weights_sha256: str | None = None,
+) -> TrainingResult:
+    """Train the replacement of layers ``start .. start + n - 1`` of ``model``.
+
+    The model is the teacher; it is moved to ``device`` and otherwise left as it was. ``mse`` runs
+    it up to the end of the block and trains the replacement on its hidden states; ``lm`` trains
+    the replacement inside the pruned model on the next token; ``none`` returns the initial weights.
+    All run without dropout. A training that was killed goes on from its last checkpoint in
+    ``work``; on CPU the result is the same to the bit.
+
+    Args:
+        n: layers removed, including those that kind ``layer`` puts back.
+        tokens: training data; ``training.validation_share`` of the sequences is held out.
+        work: folder for checkpoint, activation cache and ``curve.jsonl``.
+        quirks: names from :data:`~streamline_bench.core.training.checks.QUIRKS`.
+        weights_sha256: hash of the model's weights if known, to spare computing one.
+
+    Raises:
+        RecipeError: kind ``none``, an unknown quirk, or more new layers than removed ones.
+        SparsityError: the block is not inside the model.
+        CalibrationError: there are fewer than two sequences.
+        NumericsError: a loss is NaN or infinite; the message names the step.
+        OutputError: ``work`` cannot be written.
+    """
+    check_block(model, start, n, spec)
+    check_quirks(quirks, spec, training)
+    device = torch.device(device)
+    if not getattr(model, "hf_device_map", None):  # spread by accelerate: stays where it is
+        model.to(device)
+    student = Student(model, start, spec, seed)
+    if training.objective == "none":
+        summary = {"objective": "none", "kind": spec.kind, "steps": 0}
+        return TrainingResult(student.state_on_cpu(), [], 0, None, summary)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The folder {work} cannot be written: {error.strerror}.") from None
+    job = _Job(model, start, n, spec, training, tokens, work, seed, device, progress, tuple(quirks))
+    with frozen(model):
+        return job.run(student, weights_sha256)
+
+
+@dataclass(frozen=True)
+class _Job:
+    model: nn.Module
+    start: int
+    n: int
+    spec: ReplacementSpec
+    training: TrainingSpec
+    tokens: CalibrationTokens
+    work: Path
+    seed: int
+    device: torch.device
+    progress: bool
+    quirks: tuple[str, ...]
+
+    def run(self, student: Student, weights: str | None) -> TrainingResult:
+        training, validation = self.tokens.split(self.training.validation_share, self.seed)
+        plan = StepPlan.of(self.training, len(training), self.seed)
+        schedule = self._schedule(plan)
+        data_key, key = self._keys(weights)
+        state = load_state(self.work, key) or TrainingState()
+        if state.step:
+            log.info("training: going on after step %d of %d", state.step, plan.steps)
+        with ExitStack() as stack:
+            objective = stack.enter_context(self._objective(student))
+            sources, storage = self._sources([training, validation], plan, student, data_key)
+            loop = Loop(
+                student=student,
+                objective=objective,
+                training=self.training,
+                plan=plan,
+                schedule=schedule,
+                train=DataSet(training, sources[0]),
+                validation=DataSet(validation, sources[1]),
+                device=self.device,
+                work=self.work,
+                key=key,
+                state=state,
+                progress=self.progress,
+            )
+            state = loop.run()
+        rows = "".join(json.dumps(row) + "\n" for row in state.curve)
+        atomic_write_text(self.work / "curve.jsonl", rows)
+        summary = self._summary(plan, schedule, state, storage, len(training), len(validation))
+        return TrainingResult(state.best, state.curve, state.best_step, state.best_loss, summary)
+
+    @property
+    def _hidden_size(self) -> int:
+        config: Any = self.model.config
+        return int(config.hidden_size)
+
+    def _schedule(self, plan: StepPlan) -> CosineSchedule:
+        peak = learning_rate(self.training, self._hidden_size)
+        spec = self.training
+        if "schedule_per_accumulation" not in self.quirks:
+            return CosineSchedule.over(
+                plan.steps,
+                peak=peak,
+                min_ratio=spec.min_lr_ratio,
+                warmup_ratio=spec.warmup_ratio,
+                warmup_steps=spec.warmup_steps,
+                decay=spec.decay,
+            )
+        horizon = 0.5 * plan.micro_batches
+        stride = spec.gradient_accumulation if spec.objective == "lm" else 1
+        share = plan.micro_batches if spec.objective == "lm" else horizon
+        warmup = round(spec.warmup_ratio * share)
+        minimum = peak * spec.min_lr_ratio
+        return CosineSchedule(peak, minimum, plan.steps, warmup, stride, horizon)
+
+    def _keys(self, weights: str | None) -> tuple[str, str]:
+        """Return the keys of the activation cache and of the whole training."""
+        stop = self.start + self.n
+        mse = self.training.objective == "mse"
+        data: dict[str, Any] = {
+            "weights": weights or weights_digest(self.model, stop if mse else None),
+            "tokens": self.tokens.sha256,
+            "block": [self.start, self.n],
+            "dtype": str(next(self.model.parameters()).dtype),
+            "autocast": self.training.autocast,
+            "share": self.training.validation_share,
+            "seed": self.seed,
+            "device": self.device.type,
+            "postnorm": "postnorm_target" in self.quirks,
+        }
+        result = {
+            **data,
+            "spec": self.spec.model_dump(mode="json"),
+            "training": self.training.model_dump(
+                mode="json", exclude={"data", "cache_gb", "checkpoint_every"}
+            ),
+            "quirks": sorted(self.quirks),
+        }
+        return key_of(**data), key_of(**result)
+
+    @contextmanager
+    def _objective(self, student: Student) -> Iterator[Objective]:
+        if self.training.objective == "mse":
+            bidirectional = "bidirectional_layer" in self.quirks
+            yield MseObjective(student, bidirectional=bidirectional)
+            return
+        with pruned(self.model, self.start, self.n, student):
+            yield LmObjective(self.model)
+
+    def _sources(
+        self, sets: Sequence[CalibrationTokens], plan: StepPlan, student: Student, key: str
+    ) -> tuple[list[StateSource | None], str]:
+        """Return where the states of each set come from, and that in words."""
+        if self.training.objective != "mse":
+            return [None for _ in sets], "no hidden states needed"
+        postnorm = "postnorm_target" in self.quirks
+        teacher = Teacher(self.model, self.start, self.n, student.num_calls, postnorm)
+        streamed: list[StateSource | None] = [StreamedStates(teacher) for _ in sets]
+        if plan.epochs == 1:
+            return streamed, "streamed"
+        item = 2 if self.training.autocast == "bf16" else next(self.model.parameters()).itemsize
+        needed = cache_bytes(sets, self._hidden_size, item) / 1e9
+        if needed > self.training.cache_gb:
+            reason = (
+                f"recomputed each epoch: a cache of {needed:.3g} GB exceeds training.cache_gb "
+                f"{self.training.cache_gb:g}"
+            )
+            log.warning("activations: %s", reason)
+            return streamed, reason
+        return [
+            self._cache(name, tokens, teacher, key)
+            for name, tokens in zip(("training", "validation"), sets, strict=True)
+        ], f"memory-mapped, {needed:.3g} GB"
+
+    def _cache(
+        self, name: str, tokens: CalibrationTokens, teacher: Teacher, key: str
+    ) -> StateSource:
+        with torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.training.autocast == "bf16"
+        ):
+            return ActivationCache.open(
+                self.work / f"activations_{name}.bin",
+                key,
+                tokens,
+                teacher,
+                device=self.device,
+                batch_size=self.training.batch_size,
+                progress=self.progress,
+            )
+
+    def _summary(
+        self,
+        plan: StepPlan,
+        schedule: CosineSchedule,
+        state: TrainingState,
+        storage: str,
+        training: int,
+        validation: int,
+    ) -> dict[str, Any]:
+        first = state.curve[0]["val_loss"]
+        return {
+            "objective": self.training.objective,
+            "kind": self.spec.kind,
+            "block": [self.start, self.n],
+            "steps": plan.steps,
+            "epochs": plan.epochs,
+            "sequences": training,
+            "validation_sequences": validation,
+            "tokens": state.tokens,
+            "lr": schedule.peak,
+            "final_lr": schedule.at(plan.steps - 1),
+            "initial_loss": first,
+            "best_loss": state.best_loss,
+            "best_step": state.best_step,
+            "parameters": sum(t.numel() for t in state.best.values()),
+            "hidden_states": storage,
+            "quirks": list(self.quirks),
+            "seconds": round(state.seconds, 3),
+        }

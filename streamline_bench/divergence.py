@@ -1,0 +1,225 @@
+"""How far a compressed model's next-token distributions are from the dense model's, on a text.
+
+Both models read the same windows of the same text. At every position but the last of a window the
+distributions over the vocabulary are compared: KL(dense || pruned), in nats, computed in float32
+from the logits. It sees what perplexity cannot: probability that moves between tokens which the
+text does not contain.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from streamline_bench.core.checkpoint.reader import resolve_pretrained
+from streamline_bench.core.data.corpus_files import file_kind, read_file
+from streamline_bench.errors import CalibrationError, ComparisonError, NumericsError
+from streamline_bench.modeling.loading import load_model, load_tokenizer
+from streamline_bench.stability.comparison import TokenDivergence
+from streamline_bench.stability.statistics.means import mean_per_unit
+
+__all__ = ["read_texts", "token_divergence"]
+
+_POSITIONS = 256  # whose distributions are in memory at once, in float32
+
+
+class _Window(NamedTuple):
+    document: int
+    ids: list[int]
+
+
+@dataclass
+class _Sums:
+    """One row per window: document, tokens, KL, equal first tokens, both log-likelihoods."""
+
+    rows: list[tuple[float, ...]] = field(default_factory=list)
+
+    def by_document(self) -> tuple[np.ndarray[Any, np.dtype[np.float64]], str]:
+        """Sums per document, [documents, 5]; of one document, per window."""
+        table = np.array(self.rows, dtype=np.float64)
+        _, labels = np.unique(table[:, 0], return_inverse=True)
+        if labels.max() == 0:
+            return table[:, 1:], "windows"
+        columns = [np.bincount(labels, weights=column) for column in table[:, 1:].T]
+        return np.stack(columns, axis=1), "documents"
+
+
+def read_texts(path: Path, field: str = "text") -> Iterator[str]:
+    """Yield the documents of a .txt, .jsonl or .parquet file, in its order.
+
+    Args:
+        field: of a record with fields, the one that holds the text.
+
+    Raises:
+        CalibrationError: no such file, another kind of file, a damaged one, or a record without
+            the field.
+    """
+    if not path.is_file() or not file_kind(path):
+        raise CalibrationError(
+            f"'{path}' is no text to read; give an existing .txt, .jsonl or .parquet file."
+        )
+    for record in read_file(path):
+        if not isinstance(record.get(field), str):
+            raise CalibrationError(
+                f"A record of '{path}' has no text in the field '{field}'; name it with "
+                "--text-field."
+            )
+        yield record[field]
+
+
+def token_divergence(
+    dense: str | Path,
+    pruned: str | Path,
+    texts: Iterable[str],
+    *,
+    window: int = 2048,
+    batch_size: int = 1,
+    device: str = "cpu",
+    dtype: str = "float32",
+    confidence: float = 0.95,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> TokenDivergence:
+    """Compare the token distributions of two checkpoints on a text.
+
+    Texts are read as they come; both models are in memory, and the logits of one batch of each.
+    Documents are cut into consecutive windows. Intervals are over documents, as tokens of one are
+    not independent; over windows if there is only one document.
+
+    Args:
+        dense, pruned: checkpoint folders, or names on the Hugging Face Hub (downloaded where they
+            are not cached), with the same vocabulary; texts are tokenised as the dense model's
+            tokenizer does it by default.
+        texts: documents; those of fewer than two tokens are passed over.
+        window: tokens per window; not more than the models' own limits are used.
+        dtype: of the models' weights; the distributions are compared in float32 in any case.
+
+    Raises:
+        CalibrationError: no text has two tokens, or the tokenizer cannot be loaded.
+        CheckpointError: a checkpoint cannot be loaded.
+        ComparisonError: the vocabularies differ.
+        NumericsError: a logit is not finite; model and document are named.
+    """
+    folders = resolve_pretrained(dense), resolve_pretrained(pruned)
+    tokenizer = load_tokenizer(folders[0], trust_remote_code=trust_remote_code)
+    models = [
+        load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        for folder in folders
+    ]
+    window = min([window, *(_limit(model) for model in models)])
+    sums = _Sums()
+    with tqdm(desc="token divergence", unit="window", delay=2, disable=not progress) as bar:
+        windows = _windows(texts, tokenizer, window)
+        while batch := list(itertools.islice(windows, batch_size)):
+            sums.rows += _compare(models, batch, device)
+            bar.update(len(batch))
+    if not sums.rows:
+        raise CalibrationError(
+            "None of the texts has two tokens, so that no token can be predicted; give more text."
+        )
+    return _result(sums, window, confidence)
+
+
+def _limit(model: Any) -> int:
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if limit else 2**31
+
+
+def _windows(texts: Iterable[str], tokenizer: Any, window: int) -> Iterator[_Window]:
+    if window < 2:
+        raise CalibrationError(
+            f"A window of {window} token has nothing to predict; give 2 or more."
+        )
+    for document, text in enumerate(texts):
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        for begin in range(0, len(ids), window):
+            part = ids[begin : begin + window]
+            if len(part) > 1:
+                yield _Window(document, part)
+
+
+def _compare(models: list[Any], batch: list[_Window], device: str) -> list[tuple[float, ...]]:
+    longest = max(len(window.ids) for window in batch)
+    ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, window in enumerate(batch):
+        ids[row, : len(window.ids)] = torch.tensor(window.ids)
+        mask[row, : len(window.ids)] = 1
+    with torch.inference_mode():
+        dense, pruned = (
+            model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+            for model in models
+        )
+        if dense.shape != pruned.shape:
+            raise ComparisonError(
+                f"The dense model has {dense.shape[-1]} tokens in its vocabulary and the pruned "
+                f"one {pruned.shape[-1]}; their token distributions cannot be compared."
+            )
+        return [
+            (window.document, len(window.ids) - 1, *_window_sums(dense[row], pruned[row], window))
+            for row, window in enumerate(batch)
+        ]
+
+
+def _window_sums(dense: Tensor, pruned: Tensor, window: _Window) -> list[float]:
+    """KL, equal first tokens and both log-likelihoods, summed over the window's positions."""
+    total = torch.zeros(4, dtype=torch.float64)
+    targets = torch.tensor(window.ids[1:], device=dense.device).unsqueeze(1)
+    for begin in range(0, len(targets), _POSITIONS):
+        end = min(begin + _POSITIONS, len(targets))
+        shares = []
+        for name, logits in (("dense", dense), ("pruned", pruned)):
+            part = torch.log_softmax(logits[begin:end].float(), dim=-1)
+            if not bool(torch.isfinite(part).all()):
+                raise NumericsError(
+                    f"The {name} model's logits are not finite on document {window.document} of "
+                    "the text; check its weights, or use dtype float32."
+                )
+            shares.append(part)
+        first, second = shares
+        kl = (first.exp() * (first - second)).sum(dim=-1)
+        same = first.argmax(dim=-1) == second.argmax(dim=-1)
+        seen = [part.gather(1, targets[begin:end]).squeeze(1) for part in shares]
+        # Rounding must not make equal distributions nearer than equal.
+        columns = [kl.clamp(min=0.0), same, *seen]
+        total += torch.stack([column.double().sum() for column in columns]).cpu()
+    return [float(value) for value in total.tolist()]
+
+
+def _result(sums: _Sums, window: int, confidence: float) -> TokenDivergence:
+    table, what = sums.by_document()
+    tokens, kl, same, dense, pruned = table.T
+    estimates = [
+        mean_per_unit(column, tokens, confidence, what=what, bounds=bounds)
+        for column, bounds in (
+            (kl, (0.0, math.inf)),
+            (same, (0.0, 1.0)),
+            (dense - pruned, (-math.inf, math.inf)),
+        )
+    ]
+    count = float(tokens.sum())
+    return TokenDivergence(
+        documents=len({row[0] for row in sums.rows}),
+        windows=len(sums.rows),
+        tokens=int(count),
+        window=window,
+        kl=estimates[0],
+        same_top=estimates[1],
+        dense_perplexity=_perplexity(-float(dense.sum()) / count),
+        pruned_perplexity=_perplexity(-float(pruned.sum()) / count),
+        nats_per_token=estimates[2],
+    )
+
+
+def _perplexity(nats: float) -> float | None:
+    return math.exp(nats) if nats < 700 else None  # e^709 is the largest float64

@@ -1,0 +1,218 @@
+"""One forward pass over packed rows, with the LM head on the wanted positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from streamline_bench.harness.scoring.packing import PackedRow, Query
+
+__all__ = [
+    "BatchTensors",
+    "Forward",
+    "HeadError",
+    "queries_of",
+    "target_logprobs",
+    "tensors_of",
+]
+
+CHUNK_ELEMENTS_CPU = 2**19
+"""Logits per softmax call on a CPU: what stays in its cache."""
+CHUNK_ELEMENTS_DEVICE = 2**26
+
+
+class HeadError(Exception):
+    """The LM head of this model cannot be run on chosen positions."""
+
+
+@dataclass(frozen=True)
+class BatchTensors:
+    """A batch of rows as the model takes it.
+
+    Attributes:
+        ids: ``[rows, longest]`` int64, padded with zeros on the right.
+        positions: ``[rows, longest]`` int64, or None where all rows are chains.
+        visible: ``[rows, 1, longest, longest]`` bool, or None where all rows are chains.
+        wanted: ``[wanted]`` int64: flat indices into ``rows x longest``, ascending, unique.
+        target_at: ``[targets]`` int64: index into ``wanted`` for each target, ascending.
+        target_ids: ``[targets]`` int64.
+        owner: ``[targets]`` int64: number of the query, in the order of ``queries_of``.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor | None
+    visible: torch.Tensor | None
+    wanted: torch.Tensor
+    target_at: torch.Tensor
+    target_ids: torch.Tensor
+    owner: torch.Tensor
+
+
+def queries_of(batch: Sequence[PackedRow]) -> list[Query]:
+    """Return the queries of a batch, row by row, as ``row.scored`` lists them."""
+    return [query for row in batch for query, _ in row.scored]
+
+
+def tensors_of(batch: Sequence[PackedRow]) -> BatchTensors:
+    """Stack rows on the CPU; queries are numbered as :func:`queries_of` lists them."""
+    longest = max(len(row) for row in batch)
+    chains = all(row.is_chain for row in batch)
+    ids = np.zeros((len(batch), longest), dtype=np.int64)
+    positions = np.zeros((len(batch), longest), dtype=np.int64)
+    for number, row in enumerate(batch):
+        ids[number, : len(row)] = row.tokens
+        positions[number, : len(row)] = row.positions
+    visible = None if chains else torch.from_numpy(_stacked_masks(batch, longest))
+    flat, tokens, owner = _targets(batch, longest)
+    wanted, target_at = np.unique(flat, return_inverse=True)
+    order = np.argsort(target_at, kind="stable")
+    return BatchTensors(
+        ids=torch.from_numpy(ids),
+        positions=None if chains else torch.from_numpy(positions),
+        visible=visible,
+        wanted=torch.from_numpy(wanted),
+        target_at=torch.from_numpy(target_at[order]),
+        target_ids=torch.from_numpy(tokens[order]),
+        owner=torch.from_numpy(owner[order]),
+    )
+
+
+def _stacked_masks(batch: Sequence[PackedRow], longest: int) -> Any:
+    visible = np.zeros((len(batch), 1, longest, longest), dtype=np.bool_)
+    diagonal = np.arange(longest)
+    # A padding token that saw nothing would divide by zero; it sees itself, and nobody sees it.
+    visible[:, 0, diagonal, diagonal] = True
+    for number, row in enumerate(batch):
+        visible[number, 0, : len(row), : len(row)] = row.visible()
+    return visible
+
+
+def _targets(batch: Sequence[PackedRow], longest: int) -> tuple[Any, Any, Any]:
+    flat, tokens, owner = [], [], []
+    query_number = 0
+    for number, row in enumerate(batch):
+        for query, nodes in row.scored:
+            flat.append(nodes + number * longest)
+            tokens.append(np.asarray(query.targets, dtype=np.int64))
+            owner.append(np.full(len(nodes), query_number, dtype=np.int64))
+            query_number += 1
+    return np.concatenate(flat), np.concatenate(tokens), np.concatenate(owner)
+
+
+class Forward:
+    """Runs a causal LM on batches and returns logits of the wanted positions.
+
+    The positions are selected in front of the LM head, inside the model's own forward, so that
+    whatever the model does to its logits (soft-capping, scaling) happens as always.
+
+    Args:
+        model: gives the causal LM (looked up on every call: wrappers may change it).
+        device: where inputs go.
+        context: entered around every call (no_grad, autocast).
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], nn.Module],
+        device: torch.device,
+        context: Callable[[], Any],
+    ) -> None:
+        self._model = model
+        self._device = device
+        self._context = context
+
+    def wanted_logits(self, batch: BatchTensors) -> torch.Tensor:
+        """Return ``[wanted, vocabulary]`` logits in the model's dtype.
+
+        Raises:
+            HeadError: the model has no LM head module of the usual kind.
+        """
+        model = self._model()
+        with self._context(), _only(model, batch.ids.shape, batch.wanted):
+            logits = model(**self._inputs(model, batch)).logits
+        if logits.shape[:2] != (1, len(batch.wanted)):
+            raise HeadError(f"its logits have the shape {tuple(logits.shape)}")
+        return logits[0]  # type: ignore[no-any-return]
+
+    def all_logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return ``[rows, length, vocabulary]`` logits of the plain call."""
+        with self._context():
+            return self._model()(ids.to(self._device)).logits  # type: ignore[no-any-return]
+
+    def _inputs(self, model: nn.Module, batch: BatchTensors) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": batch.ids.to(self._device), "use_cache": False}
+        if batch.visible is not None and batch.positions is not None:
+            inputs["position_ids"] = batch.positions.to(self._device)
+            inputs["attention_mask"] = _additive(
+                batch.visible.to(self._device), getattr(model, "dtype", torch.float32)
+            )
+        return inputs
+
+
+def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+@contextmanager
+def _only(model: nn.Module, shape: torch.Size, wanted: torch.Tensor) -> Iterator[None]:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(head, nn.Module):
+        raise HeadError("it names no output embeddings")
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not args or args[0].dim() != 3 or args[0].shape[:2] != shape:
+            raise HeadError("its output embeddings do not read [batch, sequence, hidden]")
+        hidden = args[0].flatten(0, 1)
+        return (hidden.index_select(0, wanted.to(hidden.device)).unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def target_logprobs(
+    logits: torch.Tensor, batch: BatchTensors, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-probability of every target, and whether it is the most likely token.
+
+    Args:
+        logits: ``[wanted, vocabulary]``.
+        dtype: of the softmax.
+
+    Returns:
+        ``[targets]`` log-probabilities in ``dtype`` and ``[targets]`` bool, both on the CPU.
+    """
+    limit = CHUNK_ELEMENTS_CPU if logits.device.type == "cpu" else CHUNK_ELEMENTS_DEVICE
+    step = max(1, limit // logits.shape[-1])
+    starts = torch.arange(0, len(logits) + step, step)
+    ends = torch.searchsorted(batch.target_at, starts).tolist()
+    at, ids = batch.target_at.to(logits.device), batch.target_ids.to(logits.device)
+    scores, greedy = [], []
+    for number, chunk in enumerate(torch.split(logits, step)):
+        here = slice(ends[number], ends[number + 1])
+        logprobs = torch.log_softmax(chunk, dim=-1, dtype=dtype)
+        rows = at[here] - number * step
+        score = logprobs[rows, ids[here]]
+        scores.append(score)
+        greedy.append(_is_first_best(logprobs, rows, ids[here], score))
+    return torch.cat(scores).cpu(), torch.cat(greedy).cpu()
+
+
+def _is_first_best(
+    logprobs: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, score: torch.Tensor
+) -> torch.Tensor:
+    # argmax costs several times what amax does, and only decides between equals.
+    best = score == logprobs.amax(dim=-1)[rows]
+    candidates = best.nonzero().squeeze(-1)
+    if len(candidates):
+        best[candidates] = logprobs[rows[candidates]].argmax(dim=-1) == ids[candidates]
+    return best

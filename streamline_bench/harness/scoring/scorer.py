@@ -1,0 +1,217 @@
+"""Scores token sequences: the same loglikelihoods as the stock harness, with less computed.
+
+Contexts shared by several requests are encoded once (:mod:`.packing`), the LM head runs on the
+positions that predict a continuation only (:mod:`.forward`), and the softmax is taken in float32
+over these. Each short cut is checked against the model itself first (:mod:`.checks`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from tqdm import tqdm
+
+from streamline_bench.errors import NumericsError
+from streamline_bench.harness.scoring.checks import packing_objection, synthetic_row
+from streamline_bench.harness.scoring.forward import (
+    BatchTensors,
+    Forward,
+    queries_of,
+    target_logprobs,
+    tensors_of,
+)
+from streamline_bench.harness.scoring.layout import Layout, Layouts
+from streamline_bench.harness.scoring.packing import PackedRow, Query, build_rows
+
+__all__ = ["Answer", "HalvingBatches", "TokenScorer"]
+
+logger = logging.getLogger(__name__)
+
+Answer = tuple[float, bool]
+"""Summed log-probability of a continuation; whether greedy decoding would produce it."""
+
+Result = TypeVar("Result")
+
+LOGITS_PER_BATCH = 2**26
+"""At most this many logits at once (256 MB in float32), or those of one row."""
+
+
+class TokenScorer:
+    """Scores queries with one model.
+
+    Args:
+        forward: runs the model; its head has passed :func:`.checks.head_objection`.
+        vocabulary: number of logits per position.
+        hidden_size: width of the model; decides when a longer row costs more than it saves.
+        window: attention window in tokens, beyond which rows do not branch; None if there is none.
+        softmax_dtype: dtype of the softmax.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        *,
+        vocabulary: int,
+        hidden_size: int,
+        window: int | None,
+        softmax_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._forward = forward
+        self._vocabulary = vocabulary
+        self._softmax_dtype = softmax_dtype
+        # One pair costs 4 d operations in attention, one token 24 d^2 in the matrices of a layer;
+        # masked attention runs at about a third of the matrices' speed.
+        self._pair_cost = 1 / (2 * hidden_size)
+        self._memory = HalvingBatches()
+        self._share_up_to = self._initial_share(window)
+        self._verified = 0
+
+    @property
+    def packs(self) -> bool:
+        """Whether requests with a common beginning share a row."""
+        return self._share_up_to > 0
+
+    def _initial_share(self, window: int | None) -> int:
+        objection = packing_objection(self._forward, synthetic_row(self._vocabulary))
+        if objection:
+            logger.info("Choices are scored one by one: packed behind one context, %s.", objection)
+            return 0
+        return window if window is not None else 2**31
+
+    def score(
+        self,
+        queries: Sequence[Query],
+        *,
+        batch_tokens: int,
+        on_answer: Callable[[int, Answer], None] = lambda index, answer: None,
+        progress: bool = True,
+    ) -> list[Answer]:
+        """Return the answers in the order of ``query.index`` (0 .. n - 1).
+
+        Args:
+            batch_tokens: padded tokens per forward pass; halved for good where memory runs out.
+            on_answer: called with every answer as soon as it is there.
+
+        Raises:
+            NumericsError: a loglikelihood is NaN.
+        """
+        answers: list[Answer | None] = [None] * len(queries)
+        layouts = Layouts(queries, batch_tokens=batch_tokens)
+        with tqdm(
+            total=len(queries), disable=not progress, desc="Running loglikelihood requests"
+        ) as bar:
+            for batch in layouts.batches(self.settle(layouts)):
+                for index, answer in self._memory.run(batch, self._answers):
+                    answers[index] = answer
+                    on_answer(index, answer)
+                    bar.update(1)
+        return [answer for answer in answers if answer is not None]
+
+    def settle(self, layouts: Layouts) -> Layout:
+        """Return the layout that this model gives its own logits with, checking it if need be."""
+        branching = [row for row in layouts.rows(self._layout) if not row.is_chain]
+        if branching:
+            self._verify(max(branching, key=_depth))
+        return self._layout
+
+    @property
+    def _layout(self) -> Layout:
+        positions = max(1, LOGITS_PER_BATCH // self._vocabulary)
+        return Layout(self._share_up_to, self._pair_cost, positions)
+
+    def _verify(self, row: PackedRow) -> None:
+        depth = _depth(row)
+        if depth <= self._verified:
+            return
+        objection = packing_objection(self._forward, row)
+        if objection is None:
+            self._verified = depth
+            return
+        logger.info(
+            "Choices of more than %d tokens are scored one by one: packed behind one context, %s.",
+            self._verified,
+            objection,
+        )
+        self._share_up_to = self._verified
+
+    def _answers(self, batch: list[PackedRow]) -> list[tuple[int, Answer]]:
+        return self.answers(tensors_of(batch), queries_of(batch))
+
+    def answers(self, tensors: BatchTensors, queries: Sequence[Query]) -> list[tuple[int, Answer]]:
+        """Return ``(query.index, answer)`` of one batch, in the order of ``queries``.
+
+        Args:
+            queries: those of the batch, as :func:`.forward.queries_of` lists them.
+
+        Raises:
+            NumericsError: a loglikelihood is NaN.
+        """
+        logits = self._forward.wanted_logits(tensors)
+        scores, greedy = target_logprobs(logits, tensors, self._softmax_dtype)
+        owner = tensors.owner.numpy()
+        sums = np.zeros(len(queries))
+        np.add.at(sums, owner, scores.double().numpy())
+        all_greedy = np.ones(len(queries), dtype=np.bool_)
+        np.logical_and.at(all_greedy, owner, greedy.numpy())
+        _refuse_nan(sums, queries)
+        return [
+            (query.index, (float(total), bool(best)))
+            for query, total, best in zip(queries, sums, all_greedy, strict=True)
+        ]
+
+
+class HalvingBatches:
+    """Answers batches, in halves where memory runs out, and no larger ones from then on."""
+
+    def __init__(self) -> None:
+        self._limit: int | None = None
+
+    def run(
+        self, batch: list[PackedRow], answer: Callable[[list[PackedRow]], list[Result]]
+    ) -> list[Result]:
+        """Return the results of ``answer(batch)``, or those of its halves together."""
+        size = len(batch) * max(len(row) for row in batch)
+        if self._limit is not None and size > self._limit and _can_split(batch):
+            return [each for half in _split(batch) for each in self.run(half, answer)]
+        try:
+            return answer(batch)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error) or not _can_split(batch):
+                raise
+            self._limit = size // 2
+            logger.info("Out of memory at %d tokens; going on with half of that.", size)
+        return [each for half in _split(batch) for each in self.run(half, answer)]
+
+
+def _depth(row: PackedRow) -> int:
+    return max(row.positions) + 1
+
+
+def _can_split(batch: list[PackedRow]) -> bool:
+    return len(batch) > 1 or not batch[0].is_chain
+
+
+def _split(batch: list[PackedRow]) -> list[list[PackedRow]]:
+    if len(batch) > 1:
+        middle = len(batch) // 2
+        return [batch[:middle], batch[middle:]]
+    queries = [query for query, _ in batch[0].scored]
+    rows = build_rows(queries, share_up_to=0, row_tokens=0, pair_cost=0.0)
+    return [[row] for row in rows]
+
+
+def _refuse_nan(sums: npt.NDArray[np.float64], queries: Sequence[Query]) -> None:
+    bad = np.isnan(sums)
+    if bad.any():
+        query = queries[int(bad.argmax())]
+        raise NumericsError(
+            f"The loglikelihood of request {query.index} ({len(query.inputs)} tokens) is NaN: "
+            "the weights hold NaN, or the model overflows in this dtype; "
+            "check the checkpoint or pass dtype=float32."
+        )

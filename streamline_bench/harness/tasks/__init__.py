@@ -1,0 +1,1 @@
+"""Which tasks were asked for, and whether their data is there."""

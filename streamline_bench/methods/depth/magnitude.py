@@ -1,0 +1,85 @@
+"""Magnitude: the layers with the smallest weights go; no data, and the model is never built.
+
+As in "Reassessing Layer Pruning in LLMs" (arXiv 2411.15558): the sum over all projections of a
+layer of ``|w|`` (``l1``) or ``w²`` (``l2``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import BaseModel
+from tqdm import tqdm
+
+from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
+from streamline_bench.methods.tools.layer_weights import stored_linear_weights
+from streamline_bench.methods.tools.ranking import ProtectedEnds, record, select_lowest
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Magnitude", "MagnitudeParameters", "layer_magnitudes"]
+
+Norm = Literal["l1", "l2"]
+_CHUNK = 1 << 22  # values held in float64 at a time
+
+
+class MagnitudeParameters(ProtectedEnds):
+    """Parameters of the method ``magnitude``.
+
+    Attributes:
+        norm: ``l1`` sums absolute values, ``l2`` squares.
+    """
+
+    norm: Norm = "l1"
+
+
+class Magnitude(Method):
+    """One-shot ranking by the size of a layer's weights."""
+
+    name = "magnitude"
+    parameters: ClassVar[type[BaseModel]] = MagnitudeParameters
+    calibrated = False
+
+    def compress(self, work: Compression) -> Compressed:
+        """Sum up each layer's weights, tensor by tensor, and drop the smallest."""
+        options = MagnitudeParameters.model_validate(work.recipe.parameters)
+        plan = size_plan(work)
+        candidates = options.candidates(plan.num_layers, plan.n_layers)
+        sums = layer_magnitudes(work.reader, plan.num_layers, options.norm, progress=work.progress)
+        removed = select_lowest({layer: sums[layer] for layer in candidates}, plan.n_layers)
+        chosen = record(dict(enumerate(sums)), removed, f"{options.norm} magnitude")
+        chosen["protected"] = options.protected(candidates, plan.num_layers)
+        return drop_layers(work, removed, plan, chosen=chosen)
+
+
+def layer_magnitudes(
+    reader: CheckpointReader, num_layers: int, norm: Norm = "l1", *, progress: bool = True
+) -> list[float]:
+    """Return for each layer the sum of ``|w|`` or ``w²`` over its linear weights, in float64.
+
+    Weights are views of the mapped file; one small piece at a time is widened.
+    """
+    layers = stored_linear_weights(reader, num_layers)
+    total = sum(reader.entry(name).numel for layer in layers for name in layer.values())
+    sums = [0.0] * len(layers)
+    with tqdm(
+        total=total, unit="w", unit_scale=True, desc="magnitudes", delay=2, disable=not progress
+    ) as bar:
+        for index, layer in enumerate(layers):
+            for name in layer.values():
+                weight = reader.tensor(name)
+                sums[index] += _magnitude(weight, norm)
+                bar.update(weight.numel())
+    return sums
+
+
+def _magnitude(weight: torch.Tensor, norm: Norm) -> float:
+    total = 0.0
+    flat = weight.reshape(-1)
+    for start in range(0, flat.numel(), _CHUNK):
+        wide = flat[start : start + _CHUNK].double()
+        total += float((wide.abs() if norm == "l1" else wide.square()).sum())
+    return total

@@ -1,0 +1,182 @@
+"""LaCo's search for merges that leave the last hidden states where they were.
+
+From the top of the range downwards, layers are merged by way of trial; a merge stays if the last
+hidden states (after the final norm) keep a mean cosine above the threshold. Whatever the
+threshold, layers below the merge at hand are still the dense model's, so that their states, taken
+once, serve every trial.
+
+The search is the paper's for both rules of merging: in a model that still has ``depth`` layers,
+the next merge's base is at most ``depth - C``. The authors' code takes ``depth - 1 - C`` there and
+leaves the topmost layer out of later merges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamline_bench.core.architecture import decoder_layers
+from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.errors import CalibrationError, NumericsError
+from streamline_bench.methods.depth.layer_merging import LayerMerger, MergeRule
+from streamline_bench.methods.tools.partial_forward import PartialForward, require_finite_states
+
+__all__ = ["Merge", "MergeRange", "MergeSearch"]
+
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Layers of the source merged into ``base``; ``cosine`` is to the dense model's states."""
+
+    base: int
+    others: tuple[int, ...]
+    cosine: float
+
+
+@dataclass(frozen=True)
+class MergeRange:
+    """Where and how far LaCo merges (its C, L, H and I).
+
+    Attributes:
+        layers_per_merge: C, layers that become one.
+        lowest: no merge into a layer below it.
+        highest: one above the topmost layer merged at first.
+        interval: least distance from one merge's base down to the next one's.
+    """
+
+    layers_per_merge: int
+    lowest: int
+    highest: int
+    interval: int
+
+
+class MergeSearch:
+    """Runs LaCo at any threshold over one model and a few sequences.
+
+    Used as a context; the model is as before afterwards.
+
+    Args:
+        activations_gb: most memory for the dense model's states, in 10^9 bytes.
+
+    Raises:
+        CalibrationError: the states would need more.
+        ArchitectureError: the layers differ in shape.
+        NumericsError: on entering: the model's own states are NaN or infinite.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokens: CalibrationTokens,
+        span: MergeRange,
+        rule: MergeRule,
+        activations_gb: float = 8.0,
+    ) -> None:
+        self._depth = len(decoder_layers(model))
+        self._span = span
+        self._merger = LayerMerger(model, rule)
+        self._forward = PartialForward(model)
+        self._batches = list(tokens.batches(_BATCH, trim=True))
+        self._states: list[dict[int, Tensor]] = []
+        self._dense: list[Tensor] = []
+        self._cosines: dict[tuple[Any, ...], float] = {}
+        _require_memory(model, tokens, self._depth, activations_gb)
+
+    @property
+    def trials(self) -> int:
+        """Different merges evaluated so far."""
+        return len(self._cosines)
+
+    def __enter__(self) -> MergeSearch:
+        self._forward.__enter__()
+        try:
+            for ids, mask in self._batches:
+                self._dense.append(self._forward.hidden(ids, mask, record=True))
+                self._states.append(self._forward.states)
+                require_finite_states(self._states[-1], self._dense[-1], mask)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._merger.undo()
+        self._forward.__exit__(*error)
+        self._states, self._dense = [], []
+
+    def run(self, threshold: float, most: int) -> list[Merge]:
+        """Return the merges at a threshold, at most ``most`` layers removed, top first.
+
+        The last merge takes fewer layers if that hits ``most``.
+
+        Raises:
+            NumericsError: the last hidden states after a merge are NaN or infinite.
+        """
+        self._merger.undo()
+        span, merges = self._span, list[Merge]()
+        alive = list(range(self._depth))
+        base = span.highest - span.layers_per_merge
+        while base >= span.lowest and len(alive) > self._depth - most:
+            room = most - (self._depth - len(alive))
+            count = min(span.layers_per_merge - 1, len(alive) - 1 - base, room)
+            others = tuple(alive[base + 1 : base + 1 + count])
+            cosine = self._cosine(merges, base, others)
+            if cosine > threshold:
+                merges.append(Merge(base, others, cosine))
+                self._merger.merge(base, others)
+                alive = [layer for layer in alive if layer not in others]
+                base = min(base - span.interval, len(alive) - span.layers_per_merge)
+            else:
+                base -= 1
+        return merges
+
+    def _cosine(self, merges: Sequence[Merge], base: int, others: tuple[int, ...]) -> float:
+        key = (*((merge.base, merge.others) for merge in merges), base, others)
+        if key not in self._cosines:
+            gone = {layer for merge in merges for layer in merge.others}.union(others)
+            before = self._merger.depth
+            self._merger.merge(base, others)
+            self._cosines[key] = self._evaluate(base, gone)
+            self._merger.undo(before)
+        return self._cosines[key]
+
+    def _evaluate(self, base: int, gone: set[int]) -> float:
+        total = 0.0
+        for (ids, mask), states, dense in zip(
+            self._batches, self._states, self._dense, strict=True
+        ):
+            # No layer below the base was ever changed: merges go from the top downwards.
+            where = {"start": base, "state": states[base]} if base else {}
+            hidden = self._forward.hidden(ids, mask, skip=gone, **where)
+            total += _cosines(dense, hidden, mask)
+        mean = total / sum(len(ids) for ids, _ in self._batches)
+        if not -1.01 < mean < 1.01:
+            raise NumericsError(
+                f"The last hidden states are not finite after merging into layer {base}; check "
+                "the weights, or try another dtype."
+            )
+        return mean
+
+
+def _cosines(dense: Tensor, merged: Tensor, mask: Tensor) -> float:
+    """Return the sum over sequences of the cosine of flattened states, pads left out."""
+    keep = mask.to(dense.device)[..., None]
+    a, b = ((states.double() * keep).flatten(1) for states in (dense, merged))
+    return float(nn.functional.cosine_similarity(a, b, dim=1, eps=1e-300).sum())
+
+
+def _require_memory(model: Any, tokens: CalibrationTokens, depth: int, budget: float) -> None:
+    embedding: Tensor = model.get_input_embeddings().weight
+    size = max(embedding.element_size(), torch.float32.itemsize)
+    needed = tokens.input_ids.numel() * (depth + 2) * embedding.shape[1] * size / 1e9
+    if needed > budget:
+        raise CalibrationError(
+            f"LaCo keeps the states of all {len(tokens)} calibration sequences, {needed:.3g} GB, "
+            f"and activations_gb is {budget}; give fewer or shorter sequences, or raise it."
+        )

@@ -1,0 +1,57 @@
+"""The first layers go: a row that shows what choosing badly costs."""
+
+from __future__ import annotations
+
+import random
+from typing import ClassVar
+
+from pydantic import BaseModel
+
+from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
+from streamline_bench.methods.tools.ranking import ProtectedEnds
+
+__all__ = ["FirstLayers", "LastLayers", "RandomLayers"]
+
+
+class FirstLayers(Method):
+    """Drop the shallowest layers."""
+
+    name = "first_layers"
+    calibrated = False
+
+    def compress(self, work: Compression) -> Compressed:
+        """Drop the first n layers."""
+        plan = size_plan(work)
+        removed = list(range(plan.n_layers))
+        return drop_layers(work, removed, plan, chosen={"order": removed})
+
+
+class LastLayers(Method):
+    """Drop the deepest layers."""
+
+    name = "last_layers"
+    calibrated = False
+
+    def compress(self, work: Compression) -> Compressed:
+        """Drop the last n layers."""
+        plan = size_plan(work)
+        removed = list(range(plan.num_layers - 1, plan.num_layers - 1 - plan.n_layers, -1))
+        return drop_layers(work, removed, plan, chosen={"order": removed})
+
+
+class RandomLayers(Method):
+    """Drop layers drawn with the recipe's seed; the ends may be protected."""
+
+    name = "random_layers"
+    parameters: ClassVar[type[BaseModel]] = ProtectedEnds
+    calibrated = False
+
+    def compress(self, work: Compression) -> Compressed:
+        """Draw n layers without replacement and drop them."""
+        options = ProtectedEnds.model_validate(work.recipe.parameters)
+        plan = size_plan(work)
+        candidates = options.candidates(plan.num_layers, plan.n_layers)
+        removed = random.Random(work.recipe.seed).sample(candidates, plan.n_layers)
+        ends = options.protected(candidates, plan.num_layers)
+        return drop_layers(work, removed, plan, chosen={"order": removed, "protected": ends})

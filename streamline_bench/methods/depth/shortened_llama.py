@@ -1,0 +1,109 @@
+"""Shortened LLaMA by perplexity (arXiv 2402.02834): the layers whose absence the model's
+likelihood suffers least from go, ranked once, each left out alone.
+
+Perplexity is ``exp`` of the mean loss that is compared here, so that the order is the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, Field
+from torch import nn
+
+from streamline_bench.core.architecture import decoder_layers
+from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.tools.gradient_sums import Place, sum_gradients
+from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
+from streamline_bench.methods.tools.layer_weights import is_linear_weight
+from streamline_bench.methods.tools.ranking import ProtectedEnds, record, select_lowest
+from streamline_bench.methods.tools.skip_losses import skip_losses
+
+__all__ = [
+    "ShortenedLlamaPPL",
+    "ShortenedLlamaPPLParameters",
+    "ShortenedLlamaTaylor",
+    "taylor_scores",
+]
+
+
+class ShortenedLlamaPPLParameters(ProtectedEnds):
+    """Parameters of the method ``shortened_llama_ppl``.
+
+    Attributes:
+        activations_gb: most memory for the states of a batch, in 10^9 bytes.
+    """
+
+    activations_gb: float = Field(8.0, gt=0)
+
+
+class ShortenedLlamaPPL(Method):
+    """One-shot ranking by the loss without each layer."""
+
+    name = "shortened_llama_ppl"
+    parameters: ClassVar[type[BaseModel]] = ShortenedLlamaPPLParameters
+
+    def compress(self, work: Compression) -> Compressed:
+        """Evaluate the model without each layer and drop those it misses least."""
+        options = ShortenedLlamaPPLParameters.model_validate(work.recipe.parameters)
+        plan = size_plan(work)
+        candidates = options.candidates(plan.num_layers, plan.n_layers)
+        tokens = work.tokens(work.recipe.calibration)
+        losses = skip_losses(
+            work.model,
+            tokens,
+            candidates,
+            activations_gb=options.activations_gb,
+            progress=work.progress,
+        )
+        removed = select_lowest(losses, plan.n_layers)
+        chosen = record(losses, removed, "nats per token without the layer")
+        chosen["protected"] = options.protected(candidates, plan.num_layers)
+        return drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)
+
+
+class ShortenedLlamaTaylor(Method):
+    """One-shot ranking by first-order Taylor expansion of the loss."""
+
+    name = "shortened_llama_taylor"
+    parameters: ClassVar[type[BaseModel]] = ProtectedEnds
+
+    def compress(self, work: Compression) -> Compressed:
+        """Accumulate gradients, score the layers and drop the lowest."""
+        options = ProtectedEnds.model_validate(work.recipe.parameters)
+        plan = size_plan(work)
+        candidates = options.candidates(plan.num_layers, plan.n_layers)
+        tokens = work.tokens(work.recipe.calibration)
+        scores = taylor_scores(work.model, tokens, progress=work.progress)
+        removed = select_lowest({layer: scores[layer] for layer in candidates}, plan.n_layers)
+        chosen = record(dict(enumerate(scores)), removed, "sum of |w dL/dw|")
+        chosen["protected"] = options.protected(candidates, plan.num_layers)
+        return drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)
+
+
+def taylor_scores(model: Any, tokens: CalibrationTokens, *, progress: bool = True) -> list[float]:
+    """Return ``Σ |w · dL/dw|`` for each layer; L is the mean loss per token over all sequences.
+
+    Sequences pass one at a time. Beside the model, one float32 tensor per linear weight is held.
+    Gradients the model had are discarded.
+
+    Raises:
+        CalibrationError: no token follows another.
+        NumericsError: a gradient is NaN or infinite; the layer is named.
+    """
+    layers = decoder_layers(model)
+    weights: dict[Place, nn.Parameter] = {
+        (index, name): parameter
+        for index, layer in enumerate(layers)
+        for name, parameter in layer.named_parameters()
+        if is_linear_weight(name, parameter.dim())
+    }
+    sums = sum_gradients(model, weights, tokens, progress=progress)
+    scores = [0.0] * len(layers)
+    for place, weight in weights.items():
+        gradient = sums.pop(place).mean
+        product = weight.detach().to(gradient.dtype) * gradient
+        scores[place[0]] += float(product.abs_().sum(dtype=torch.float64))
+    return scores

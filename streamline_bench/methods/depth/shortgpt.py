@@ -1,0 +1,54 @@
+"""ShortGPT (arXiv 2403.03853): the layers that change the hidden states least go, one by one
+ranked, not necessarily neighbours.
+
+Block influence is ``BI_l = 1 - E[cos(h_l, h_{l+1})]`` over all tokens. The paper excludes no
+layer. For the last one it matters which state is taken as its output: the final norm turns it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import BaseModel
+
+from streamline_bench.core.scan.similarity import LastState
+from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.tools.block_selection import SIMILARITY_FILE, scan_once
+from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
+from streamline_bench.methods.tools.ranking import ProtectedEnds, record, select_lowest
+
+__all__ = ["ShortGPT", "ShortGPTParameters"]
+
+
+class ShortGPTParameters(ProtectedEnds):
+    """Parameters of the method ``shortgpt``.
+
+    Attributes:
+        last_state: the state after the last layer, ``raw`` or after the final norm (as
+            implementations that read ``output_hidden_states`` take it).
+    """
+
+    last_state: LastState = "raw"
+
+
+class ShortGPT(Method):
+    """One-shot ranking by block influence."""
+
+    name = "shortgpt"
+    parameters: ClassVar[type[BaseModel]] = ShortGPTParameters
+
+    def compress(self, work: Compression) -> Compressed:
+        """Scan once and drop the layers of lowest influence."""
+        options = ShortGPTParameters.model_validate(work.recipe.parameters)
+        plan = size_plan(work)
+        candidates = options.candidates(plan.num_layers, plan.n_layers)
+        tokens = work.tokens(work.recipe.calibration)
+        similarity = scan_once(work, tokens, options.last_state)
+        influence = similarity.block_influence.tolist()
+        removed = select_lowest({layer: influence[layer] for layer in candidates}, plan.n_layers)
+        chosen = record(dict(enumerate(influence)), removed, "block influence")
+        chosen["protected"] = options.protected(candidates, plan.num_layers)
+        chosen["last_state"] = options.last_state
+        similar = (work.work / SIMILARITY_FILE).read_text(encoding="utf-8")
+        artefacts = {SIMILARITY_FILE: similar}
+        return drop_layers(work, removed, plan, chosen=chosen, tokens=tokens, artefacts=artefacts)

@@ -1,0 +1,109 @@
+"""SLEB (arXiv 2402.09025): one layer after another goes, each time the one whose removal leaves
+the model that is left with the lowest loss.
+
+Unlike a one-shot ranking this sees that of two redundant neighbours only one can be spared.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, Field
+
+from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
+from streamline_bench.methods.tools.ranking import ProtectedEnds, select_lowest
+from streamline_bench.methods.tools.skip_losses import skip_losses
+
+__all__ = ["SLEB", "SLEBParameters", "greedy_removal"]
+
+
+class SLEBParameters(ProtectedEnds):
+    """Parameters of the method ``sleb``.
+
+    Attributes:
+        protect_first, protect_last: the barriers; the paper's are one layer at each end.
+        activations_gb: most memory for the states of a batch, in 10^9 bytes.
+    """
+
+    protect_first: int | None = Field(1, ge=0)
+    protect_last: int | None = Field(1, ge=0)
+    activations_gb: float = Field(8.0, gt=0)
+
+
+class SLEB(Method):
+    """Greedy removal by the loss of what is left."""
+
+    name = "sleb"
+    parameters: ClassVar[type[BaseModel]] = SLEBParameters
+
+    def compress(self, work: Compression) -> Compressed:
+        """Remove layers greedily; an interrupted search goes on after its last whole step."""
+        options = SLEBParameters.model_validate(work.recipe.parameters)
+        plan = size_plan(work)
+        candidates = options.candidates(plan.num_layers, plan.n_layers)
+        tokens = work.tokens(work.recipe.calibration)
+        progress_file = work.work / "sleb.json"
+        steps: list[dict[str, Any]] = []
+        if progress_file.exists():
+            steps = json.loads(progress_file.read_text(encoding="utf-8"))
+        while len(steps) < plan.n_layers:
+            steps.append(_step(work, tokens, candidates, steps, options.activations_gb))
+            atomic_write_text(progress_file, json.dumps(steps))
+        removed = [step["layer"] for step in steps]
+        chosen = {
+            "score": "nats per token of the model left",
+            "order": removed,
+            "loss_after_step": [step["loss"] for step in steps],
+            "protected": options.protected(candidates, plan.num_layers),
+        }
+        return drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)
+
+
+def greedy_removal(
+    model: Any,
+    tokens: CalibrationTokens,
+    candidates: range,
+    removed: list[int],
+    *,
+    activations_gb: float = 8.0,
+    progress: bool = True,
+) -> tuple[int, float]:
+    """Return the next layer to remove after ``removed``, and the loss (nats) that it leaves.
+
+    Layers below a candidate run once for all candidates. The states of one step are not kept for
+    the next: that would spare one pass in as many as there are candidates, and hold the states of
+    all calibration tokens.
+    """
+    losses = skip_losses(
+        model,
+        tokens,
+        [layer for layer in candidates if layer not in removed],
+        removed=removed,
+        activations_gb=activations_gb,
+        progress=progress,
+        description=f"layer {len(removed) + 1} to go",
+    )
+    best = select_lowest(losses, 1)[0]
+    return best, losses[best]
+
+
+def _step(
+    work: Compression,
+    tokens: CalibrationTokens,
+    candidates: range,
+    steps: list[dict[str, Any]],
+    activations_gb: float,
+) -> dict[str, Any]:
+    layer, loss = greedy_removal(
+        work.model,
+        tokens,
+        candidates,
+        [step["layer"] for step in steps],
+        activations_gb=activations_gb,
+        progress=work.progress,
+    )
+    return {"layer": layer, "loss": loss}

@@ -1,0 +1,222 @@
+"""LLM-Streamline (arXiv 2403.19135): drop the block that changes the hidden states least,
+and train one lightweight network to stand in for it.
+
+The number of layers fewer in the result is what ``n_layers`` (or the sparsity solver) says. A
+replacement of kind ``layer`` takes k slots of its own, so that a block of n + k layers goes; the
+feed-forward kinds are no decoder layers, so that a block of n goes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, Field
+
+from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.checkpoint.writer import layer_dtype, layer_names, layers_prefix
+from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.scan.similarity import Block, Similarity
+from streamline_bench.core.surgery.layers import block_keep, pruned_config
+from streamline_bench.core.surgery.replacement import network_parameters
+from streamline_bench.core.surgery.sparsity import SizePlan, of_layers
+from streamline_bench.errors import NumericsError, SparsityError
+from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.tools.block_selection import SIMILARITY_FILE, block_at, scan_once
+from streamline_bench.methods.tools.layer_removal import config_json, size_plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from streamline_bench.core.training import TrainingResult
+
+__all__ = ["Streamline", "StreamlineParameters"]
+
+log = logging.getLogger(__name__)
+
+
+class StreamlineParameters(Frozen):
+    """Parameters of the method ``streamline``.
+
+    Attributes:
+        metric: how blocks are ranked: mean cosine of all tokens (the paper), or the angular
+            distance of the last token.
+        last_state: the state after the last layer, ``raw`` or after the final norm (the
+            reference's reading of ``output_hidden_states``).
+        start: take the block that starts at this layer instead of searching for it.
+        allow_first_layer: let the block contain layer 0. The paper's rule does not forbid it and
+            on large models it never happens; on small ones it ruins the model.
+    """
+
+    metric: Literal["cosine", "angular"] = "cosine"
+    last_state: Literal["raw", "postnorm"] = "raw"
+    start: int | None = Field(None, ge=0)
+    allow_first_layer: bool = False
+
+
+class Streamline(Method):
+    """Contiguous block removal with an optional trained replacement."""
+
+    name = "streamline"
+    parameters: ClassVar[type[BaseModel]] = StreamlineParameters
+    reads = frozenset({"replacement", "training", "reference_quirks"})
+
+    def compress(self, work: Compression) -> Compressed:
+        """Scan, choose the block, train the replacement if there is one."""
+        options = StreamlineParameters.model_validate(work.recipe.parameters)
+        plan = _size_plan(work)
+        block_size = plan.n_layers + _slots(work)
+        tokens = work.tokens(work.recipe.calibration)
+        similarity = scan_once(work, tokens, options.last_state)
+        block = _choose(similarity, block_size, options)
+        log.info("block: layers %d to %d", block.start, block.start + block.n - 1)
+        result = _train(work, block)
+        gone = range(block.start + _slots(work), block.stop)
+        config, names, tensors, layers_after = _assemble(work, block, result)
+        return Compressed(
+            config=config,
+            names=names,
+            tensors=tensors,
+            layers_after=layers_after,
+            chosen=_chosen(similarity, block, options, of_layers(plan, work.reader, gone)),
+            calibration=tokens.summary(),
+            training=dict(result.summary) if result else None,
+            artefacts=_artefacts(work, result),
+        )
+
+
+def _slots(work: Compression) -> int:
+    """Decoder layers that the replacement itself puts in."""
+    replacement = work.recipe.replacement
+    return replacement.layers if replacement.kind == "layer" else 0
+
+
+def _size_plan(work: Compression) -> SizePlan:
+    replacement = work.recipe.replacement
+    added = 0
+    if replacement.kind not in ("none", "layer"):
+        added = network_parameters(replacement, work.config)
+    plan = size_plan(work, added)
+    total = work.config.num_hidden_layers
+    if plan.n_layers + _slots(work) > total:
+        raise SparsityError(
+            f"Removing {plan.n_layers} layers and replacing {_slots(work)} more needs "
+            f"{plan.n_layers + _slots(work)} layers, and the model has {total}; remove fewer."
+        )
+    return plan
+
+
+def _choose(similarity: Similarity, n: int, options: StreamlineParameters) -> Block:
+    if options.start is None:
+        return similarity.best_block(
+            n, metric=options.metric, allow_first_layer=options.allow_first_layer
+        )
+    return block_at(similarity, options.start, n, options.metric)
+
+
+def _train(work: Compression, block: Block) -> TrainingResult | None:
+    recipe = work.recipe
+    if recipe.replacement.kind == "none":
+        return None
+    from streamline_bench.core.training import train_replacement
+
+    data = recipe.training.data
+    if data.source == "auto":
+        data = data.model_copy(update={"source": recipe.calibration.source})
+    result = train_replacement(
+        work.model,
+        start=block.start,
+        n=block.n,
+        spec=recipe.replacement,
+        training=recipe.training,
+        tokens=work.tokens(data),
+        work=work.work / "training",
+        seed=recipe.seed,
+        device=work.device,
+        progress=work.progress,
+        quirks=recipe.reference_quirks,
+        weights_sha256=work.reader.fingerprint(),
+    )
+    for name, tensor in result.state.items():
+        if not bool(tensor.isfinite().all()):
+            raise NumericsError(f"The trained replacement's '{name}' is not finite; lower the lr.")
+    return result
+
+
+def _assemble(
+    work: Compression, block: Block, result: TrainingResult | None
+) -> tuple[dict[str, Any], dict[str, str], dict[str, torch.Tensor], int]:
+    """Return (config, copied names, new tensors, layers after)."""
+    slots = _slots(work)
+    depth = work.config.num_hidden_layers
+    keep = block_keep(depth, block.start + slots, block.n - slots)
+    names = dict(layer_names(work.reader, architecture_of(work.config), keep))
+    host = pruned_config(work.config, keep)
+    if result is None:
+        return config_json(host), names, {}, len(keep)
+    if slots:
+        tensors = _layer_tensors(work, block.start, result.state)
+        # Whole layers, not name by name: a checkpoint may store experts one by one that are fused
+        # in the model.
+        replaced = tuple(f"{_layers_prefix(work)}.{block.start + i}." for i in range(slots))
+        names = {new: old for new, old in names.items() if not new.startswith(replaced)}
+        return config_json(host), names, tensors, len(keep)
+    from streamline_bench.modeling import Attachment, streamline_config
+
+    attachment = Attachment.of(work.recipe.replacement, work.config, block.start - 1)
+    prefix = attachment.tensor_prefix(host).replace(
+        architecture_of(work.config).layers, _layers_prefix(work), 1
+    )
+    tensors = {prefix + name: tensor for name, tensor in result.state.items()}
+    config = streamline_config(host, [attachment])
+    return config_json(config), names, _stored(work, block.start, tensors), len(keep)
+
+
+def _layers_prefix(work: Compression) -> str:
+    """Return the path of the layers as this checkpoint spells it."""
+    return layers_prefix(work.reader, architecture_of(work.config))
+
+
+def _layer_tensors(
+    work: Compression, start: int, state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    prefix = _layers_prefix(work)
+    named = {}
+    for key, tensor in state.items():
+        index, _, rest = key.partition(".")
+        named[f"{prefix}.{start + int(index)}.{rest}"] = tensor
+    return _stored(work, start, named)
+
+
+def _stored(
+    work: Compression, start: int, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Cast trained weights to the dtype in which the source stores that layer."""
+    dtype = layer_dtype(work.reader, architecture_of(work.config), start)
+    return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+
+
+def _chosen(
+    similarity: Similarity, block: Block, options: StreamlineParameters, plan: SizePlan
+) -> dict[str, Any]:
+    scores = similarity.scores(block.n, options.metric)
+    unguarded = int(scores.argmax() if options.metric == "cosine" else scores.argmin())
+    return {
+        "start": block.start,
+        "removed_layers": list(range(block.start, block.start + block.n)),
+        "score": block.score,
+        "metric": options.metric,
+        "last_state": options.last_state,
+        "best_start_without_guard": unguarded,
+        "size": asdict(plan),
+    }
+
+
+def _artefacts(work: Compression, result: TrainingResult | None) -> dict[str, str]:
+    texts = {SIMILARITY_FILE: (work.work / SIMILARITY_FILE).read_text(encoding="utf-8")}
+    if result is not None:
+        texts["training_curve.jsonl"] = "".join(json.dumps(row) + "\n" for row in result.curve)
+    return texts

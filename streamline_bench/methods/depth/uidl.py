@@ -1,0 +1,88 @@
+"""UIDL, "The Unreasonable Ineffectiveness of the Deeper Layers" (arXiv 2403.17887): the block goes
+across which the last token's hidden state turns least.
+
+The angular distance is ``arccos(cos(h_l, h_{l+n})) / pi`` at the last token, averaged over the
+sequences (equation 6). The last layer stays. The paper's ``simple`` variant looks at nothing: the
+deepest n layers but the last one go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel
+
+from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.scan.similarity import LastState
+from streamline_bench.errors import SparsityError
+from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.tools.block_selection import SIMILARITY_FILE, scan_once
+from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
+
+__all__ = ["UIDL", "UIDLParameters"]
+
+
+class UIDLParameters(Frozen):
+    """Parameters of the method ``uidl``.
+
+    Attributes:
+        variant: ``angular`` searches for the block, ``simple`` takes the deepest but the last.
+        last_state: the state after the last layer, ``raw`` or after the final norm; it matters
+            with ``allow_last_layer`` only.
+        allow_first_layer: let the block contain layer 0. The paper's rule does not forbid it and
+            on large models it never happens; on small ones it ruins the model.
+        allow_last_layer: let the block contain the last layer.
+    """
+
+    variant: Literal["angular", "simple"] = "angular"
+    last_state: LastState = "raw"
+    allow_first_layer: bool = False
+    allow_last_layer: bool = False
+
+
+class UIDL(Method):
+    """Contiguous block removal by angular distance."""
+
+    name = "uidl"
+    parameters: ClassVar[type[BaseModel]] = UIDLParameters
+
+    def compress(self, work: Compression) -> Compressed:
+        """Choose the block and drop it."""
+        options = UIDLParameters.model_validate(work.recipe.parameters)
+        plan = size_plan(work)
+        if options.variant == "simple":
+            start = plan.num_layers - 1 - plan.n_layers
+            if start == 0 and not options.allow_first_layer:
+                raise SparsityError(
+                    f"The deepest {plan.n_layers} of {plan.num_layers} layers but the last include "
+                    "layer 0; remove fewer, or set parameters.allow_first_layer."
+                )
+            removed = list(range(start, start + plan.n_layers))
+            chosen: dict[str, Any] = {"start": start, "variant": "simple"}
+            return drop_layers(work, removed, plan, chosen=chosen)
+        tokens = work.tokens(work.recipe.calibration)
+        similarity = scan_once(work, tokens, options.last_state)
+        block = similarity.best_block(
+            plan.n_layers,
+            "angular",
+            allow_first_layer=options.allow_first_layer,
+            allow_last_layer=options.allow_last_layer,
+        )
+        scores = similarity.scores(plan.n_layers, "angular")
+        chosen = {
+            **asdict(block),
+            "variant": "angular",
+            "last_state": options.last_state,
+            "scores": scores.tolist(),
+            "best_start_without_guard": int(scores.argmin()),
+        }
+        similar = (work.work / SIMILARITY_FILE).read_text(encoding="utf-8")
+        return drop_layers(
+            work,
+            list(range(block.start, block.stop)),
+            plan,
+            chosen=chosen,
+            tokens=tokens,
+            artefacts={SIMILARITY_FILE: similar},
+        )

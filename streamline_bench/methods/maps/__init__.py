@@ -1,0 +1,1 @@
+"""Methods that remove layers and fit a linear map in their place."""

@@ -1,0 +1,255 @@
+"""Maps of an MLP's output that make up for the layers removed behind it (ReplaceMe's fits)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.scan.similarity import LastState
+from streamline_bench.methods.base import Compression
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.scan.similarity import Block
+from streamline_bench.methods.maps.boundary_activations import (
+    BoundaryRows,
+    boundary_rows,
+    mlp_scale,
+)
+from streamline_bench.methods.maps.cosine_map import RowStore, fit_cosine
+from streamline_bench.methods.tools.normal_equations import NormalEquations, widened
+
+__all__ = [
+    "Gap",
+    "MapErrors",
+    "ReplaceMeParameters",
+    "composed_maps",
+    "find_gaps",
+    "fit_maps",
+    "map_errors",
+]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A removed block and where its map goes.
+
+    Attributes:
+        host: layer whose MLP takes the map.
+        follows: the block before is adjacent, so that the map acts on the whole stream.
+        scale: c of ``h_s = Y + c M``.
+    """
+
+    block: Block
+    host: int
+    follows: bool
+    scale: float
+
+
+def find_gaps(work: Compression, blocks: list[Block], tokens: CalibrationTokens) -> list[Gap]:
+    """Return where the map of each block goes; blocks in order of their places.
+
+    Raises:
+        ArchitectureError: a layer before a block does not simply add its MLP's output.
+    """
+    gaps: list[Gap] = []
+    for block in blocks:
+        follows = bool(gaps) and gaps[-1].block.stop == block.start
+        host = gaps[-1].host if follows else block.start - 1
+        scale = 1.0 if follows else mlp_scale(work.model, host, tokens)
+        gaps.append(Gap(block, host, follows, scale))
+        log.info("block: layers %d to %d, map in layer %d", block.start, block.stop - 1, host)
+    return gaps
+
+
+def _parts(gap: Gap, rows: BoundaryRows) -> tuple[Tensor, Tensor]:
+    """Return (M, Y) of a block: what the map acts on and what it leaves alone."""
+    if gap.follows or rows.mlp is None:
+        return rows.stream, torch.zeros_like(rows.stream)
+    return rows.mlp, rows.stream - rows.mlp
+
+
+def _all_rows(
+    work: Compression, gaps: list[Gap], tokens: CalibrationTokens, batch_size: int, what: str
+) -> Iterator[list[BoundaryRows]]:
+    return boundary_rows(
+        work.model,
+        tokens,
+        [gap.block for gap in gaps],
+        scales=[gap.scale for gap in gaps],
+        batch_size=batch_size,
+        progress=work.progress,
+        description=what,
+    )
+
+
+def fit_maps(
+    work: Compression, gaps: list[Gap], tokens: CalibrationTokens, options: ReplaceMeParameters
+) -> tuple[list[Tensor], list[list[float]]]:
+    """Return a map per block, float64 ``[hidden, hidden]``, and the losses of its epochs.
+
+    Raises:
+        CalibrationError: too few tokens to determine a map, or more than the file of activations
+            may hold.
+        NumericsError: the system is singular, or the loss is not finite.
+    """
+    if options.objective == "cosine":
+        return _fit_by_cosine(work, gaps, tokens, options)
+    sums = _sums(work, gaps, tokens, options.batch_size, "fit")
+    solved = [
+        one.solve_diagonal(options.ridge) if options.diagonal else one.solve(options.ridge)
+        for one in sums
+    ]
+    return solved, [[] for _ in gaps]
+
+
+def _fit_by_cosine(
+    work: Compression, gaps: list[Gap], tokens: CalibrationTokens, options: ReplaceMeParameters
+) -> tuple[list[Tensor], list[list[float]]]:
+    hidden = int(work.config.hidden_size)
+    dtype = next(work.model.parameters()).dtype
+    parts = 3 if options.accurate else 2
+    maps, curves = [], []
+    for number, gap in enumerate(gaps):
+        path = work.work / f"rows-{number}.bin"
+        budget = options.cache_gb * 1e9
+        store = RowStore(path, tokens.num_tokens, parts, hidden, dtype, budget)
+        try:
+            for (rows,) in _all_rows(work, [gap], tokens, options.batch_size, "activations"):
+                m, y = _parts(gap, rows)
+                if options.accurate:
+                    store.append(m, rows.target, y)
+                else:
+                    store.append(m, rows.target - y)
+            found, losses = fit_cosine(
+                store,
+                hidden,
+                diagonal=options.diagonal,
+                epochs=options.epochs,
+                lr=options.lr,
+                batch=options.batch_rows,
+                seed=work.recipe.seed,
+                device=work.device,
+                progress=work.progress,
+            )
+        finally:
+            store.close()
+        maps.append(found)
+        curves.append(losses)
+    return maps, curves
+
+
+def _sums(
+    work: Compression, gaps: list[Gap], tokens: CalibrationTokens, batch_size: int, what: str
+) -> list[NormalEquations]:
+    sums = [NormalEquations(int(work.config.hidden_size), work.device) for _ in gaps]
+    for batch in _all_rows(work, gaps, tokens, batch_size, what):
+        for gap, rows, one in zip(gaps, batch, sums, strict=True):
+            m, y = _parts(gap, rows)
+            one.add(m, widened(rows.target) - widened(y))
+    return sums
+
+
+def composed_maps(gaps: list[Gap], maps: list[Tensor]) -> dict[int, Tensor]:
+    """Return host -> the product of the maps that go into it, in the order of their blocks."""
+    composed: dict[int, Tensor] = {}
+    for gap, a in zip(gaps, maps, strict=True):
+        composed[gap.host] = composed[gap.host] @ a if gap.host in composed else a
+    return composed
+
+
+@dataclass(frozen=True)
+class MapErrors:
+    """Mean squared errors at boundaries on held-out tokens, each without and with the map.
+
+    Attributes:
+        blocks: per block, of its own map on what the intact model computes there.
+        composed: host of several adjacent blocks -> of the product of their maps, which is what
+            is folded, behind the last of them.
+    """
+
+    blocks: list[dict[str, float]]
+    composed: dict[int, dict[str, float]]
+
+
+def map_errors(
+    work: Compression,
+    gaps: list[Gap],
+    maps: list[Tensor],
+    tokens: CalibrationTokens,
+    batch_size: int,
+) -> MapErrors:
+    """Measure the maps, one by one and as they are folded."""
+    hidden = int(work.config.hidden_size)
+    sums = [NormalEquations(hidden, work.device) for _ in gaps]
+    hosts = {gap.host for gap in gaps if gap.follows}
+    whole = {host: NormalEquations(hidden, work.device) for host in hosts}
+    for batch in _all_rows(work, gaps, tokens, batch_size, "held out"):
+        parts = [_parts(gap, rows) for gap, rows in zip(gaps, batch, strict=True)]
+        for (m, y), rows, one in zip(parts, batch, sums, strict=True):
+            one.add(m, widened(rows.target) - widened(y))
+        for host, one in whole.items():
+            chain = [number for number, gap in enumerate(gaps) if gap.host == host]
+            m, y = parts[chain[0]]
+            one.add(m, widened(batch[chain[-1]].target) - widened(y))
+    composed = composed_maps(gaps, maps)
+    return MapErrors(
+        [_errors(one, a) for one, a in zip(sums, maps, strict=True)],
+        {host: _errors(one, composed[host]) for host, one in whole.items()},
+    )
+
+
+def _errors(sums: NormalEquations, found: Tensor) -> dict[str, float]:
+    identity = torch.eye(len(found), dtype=torch.float64)
+    return {
+        "none": sums.mean_squared_error(identity),
+        "mapped": sums.mean_squared_error(found),
+    }
+
+
+class ReplaceMeParameters(Frozen):
+    """Parameters of the method ``replaceme``.
+
+    Attributes:
+        objective: ``lstsq`` minimises ``|M A + Y - h|²``; ``cosine`` maximises
+            ``cos(M A, h - Y)`` by Adam.
+        accurate: with ``cosine``, maximise ``cos(M A + Y, h)`` instead.
+        diagonal: A is diagonal.
+        ridge: share of the mean diagonal of ``MᵀM`` added to it (lstsq).
+        blocks: into how many blocks of equal size the removed layers are parted.
+        merge_consecutive: adjacent blocks are fitted as one. Otherwise the later one is fitted on
+            the whole stream and its map follows the earlier one's in the same MLP, as published.
+        last_state: state after the last layer that the selection compares.
+        epochs, lr, batch_rows: Adam's schedule (cosine).
+        cache_gb: budget of the activation file (cosine).
+        validation_share: share of the sequences kept out of the fit to measure it.
+        batch_size: sequences per forward pass.
+    """
+
+    objective: Literal["lstsq", "cosine"] = "lstsq"
+    accurate: bool = False
+    diagonal: bool = False
+    ridge: float = Field(1e-6, ge=0)
+    blocks: int = Field(1, ge=1)
+    merge_consecutive: bool = True
+    last_state: LastState = "postnorm"
+    epochs: int = Field(10, ge=1)
+    lr: float = Field(1e-4, gt=0)
+    batch_rows: int = Field(1024, ge=1)
+    cache_gb: float = Field(16.0, ge=0)
+    validation_share: float = Field(0.05, gt=0, lt=1)
+    batch_size: int = Field(1, ge=1)

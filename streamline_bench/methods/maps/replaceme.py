@@ -1,0 +1,153 @@
+"""ReplaceMe (arXiv 2505.02819): a removed block becomes a linear map inside the MLP before it.
+
+Layers ``s .. s + n - 1`` go. With M the MLP output of layer ``s - 1`` and Y the rest of the stream
+there (``h_s = Y + M``), a map A is fitted so that ``M A + Y`` resembles ``h_{s+n}``, and folded
+into that MLP's output projection. The result has no new parameters and is a stock checkpoint.
+
+Differences from the published implementation: pads take no part; the least-squares system is solved
+by Cholesky with a ridge relative to its diagonal; the target behind the last layer is its raw
+output, because the folded model applies the final norm itself; every block of several is fitted on
+the original model, for the cosine objective too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel
+
+from streamline_bench.core.architecture import architecture_of
+from streamline_bench.errors import SparsityError
+from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.maps.mlp_maps import (
+    Gap,
+    ReplaceMeParameters,
+    composed_maps,
+    find_gaps,
+    fit_maps,
+    map_errors,
+)
+from streamline_bench.methods.maps.mlp_output import (
+    fold_into_mlp,
+    mlp_output_tensors,
+    refuse_normed_mlp,
+)
+from streamline_bench.methods.tools.block_selection import (
+    SIMILARITY_FILE,
+    merge_adjacent,
+    non_overlapping,
+    scan_once,
+)
+from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ReplaceMe"]
+
+
+class ReplaceMe(Method):
+    """Contiguous blocks removed, each mended by a linear map folded into the MLP before it."""
+
+    name = "replaceme"
+    parameters: ClassVar[type[BaseModel]] = ReplaceMeParameters
+
+    def compress(self, work: Compression) -> Compressed:
+        """Scan, choose the blocks, fit their maps on one part of the tokens, fold them."""
+        options = ReplaceMeParameters.model_validate(work.recipe.parameters)
+        refuse_normed_mlp(architecture_of(work.config))
+        plan = size_plan(work)
+        size = _block_size(plan.n_layers, options.blocks)
+        tokens = work.tokens(work.recipe.calibration)
+        similarity = scan_once(work, tokens, options.last_state)
+        blocks = non_overlapping(similarity, size, options.blocks, "angular")
+        if options.merge_consecutive:
+            blocks = merge_adjacent(blocks, similarity)
+        gaps = find_gaps(work, blocks, tokens)
+        targets = _host_tensors(work, gaps)
+        fit, held_out = tokens.split(options.validation_share, work.recipe.seed)
+        maps, curves = fit_maps(work, gaps, fit, options)
+        errors = map_errors(work, gaps, maps, held_out, options.batch_size)
+        removed = [layer for block in blocks for layer in range(block.start, block.stop)]
+        result = drop_layers(
+            work,
+            removed,
+            plan,
+            chosen={
+                "objective": options.objective,
+                "blocks": _described(gaps, errors.blocks, curves),
+                **_described_chains(gaps, errors.composed),
+                "tokens_fitted": fit.num_tokens,
+                "tokens_held_out": held_out.num_tokens,
+            },
+            tokens=tokens,
+            artefacts={SIMILARITY_FILE: (work.work / SIMILARITY_FILE).read_text(encoding="utf-8")},
+        )
+        return _folded(work, result, gaps, maps, targets)
+
+
+def _block_size(n_layers: int, blocks: int) -> int:
+    if n_layers % blocks:
+        raise SparsityError(
+            f"{n_layers} layers cannot be parted into {blocks} blocks of equal size; choose "
+            f"n_layers as a multiple of {blocks}, or other blocks."
+        )
+    return n_layers // blocks
+
+
+def _host_tensors(work: Compression, gaps: list[Gap]) -> dict[int, dict[str, int]]:
+    row = architecture_of(work.config)
+    hosts = {gap.host for gap in gaps}
+    return {host: mlp_output_tensors(work.reader, row, work.model, host) for host in hosts}
+
+
+def _described(
+    gaps: list[Gap], errors: list[dict[str, float]], curves: list[list[float]]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "start": gap.block.start,
+            "stop": gap.block.stop,
+            "angular_distance": gap.block.score,
+            "map_in_layer": gap.host,
+            "on_whole_stream": gap.follows,
+            "residual_multiplier": gap.scale,
+            "boundary_mse": error,
+            **({"loss_per_epoch": curve} if curve else {}),
+        }
+        for gap, error, curve in zip(gaps, errors, curves, strict=True)
+    ]
+
+
+def _described_chains(gaps: list[Gap], errors: dict[int, dict[str, float]]) -> dict[str, Any]:
+    """Tell of adjacent blocks what their maps do together; nothing where there are none."""
+    chains = [
+        {
+            "start": min(gap.block.start for gap in gaps if gap.host == host),
+            "stop": max(gap.block.stop for gap in gaps if gap.host == host),
+            "map_in_layer": host,
+            "boundary_mse": error,
+        }
+        for host, error in errors.items()
+    ]
+    return {"composed": chains} if chains else {}
+
+
+def _folded(
+    work: Compression,
+    result: Compressed,
+    gaps: list[Gap],
+    maps: list[Tensor],
+    targets: dict[int, dict[str, int]],
+) -> Compressed:
+    """Return the result with each host's MLP output tensors replaced by folded ones."""
+    composed = composed_maps(gaps, [a.cpu() for a in maps])
+    new_name = {old: new for new, old in result.names.items()}
+    tensors = {
+        new_name[old]: tensor
+        for host, a in composed.items()
+        for old, tensor in fold_into_mlp(work.reader, targets[host], a).items()
+    }
+    names = {new: old for new, old in result.names.items() if new not in tensors}
+    return dataclasses.replace(result, names=names, tensors=tensors)

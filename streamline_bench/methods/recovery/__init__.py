@@ -1,0 +1,1 @@
+"""Fine-tuning after compression: LoRA, partial, full."""

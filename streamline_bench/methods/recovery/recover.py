@@ -1,0 +1,262 @@
+"""Recovery after any method: the compressed model is trained before it is published.
+
+What the method made is first written to the work folder, as a checkpoint, and loaded from there:
+so the training sees the very weights that would have been published without it, and an interrupted
+recovery does not compress again. Tensors that the training leaves alone are copied byte by byte.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from streamline_bench.core.architecture import Architecture, architecture_of
+from streamline_bench.core.checkpoint.lazy_tensors import LazyTensors
+from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.checkpoint.writer import layers_prefix
+from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe, RecoverySpec
+from streamline_bench.errors import ArchitectureError, NumericsError
+from streamline_bench.methods.base import Compressed, Compression, Method, write_compressed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from streamline_bench.core.data.calibration import CalibrationTokens
+    from streamline_bench.methods.recovery.training import RecoveryResult
+
+__all__ = ["compress_and_recover", "recovery_data"]
+
+log = logging.getLogger(__name__)
+
+_FACTS = ("layers_after", "chosen", "calibration", "training")
+
+
+def compress_and_recover(
+    job: Compression, method: Method, spec: RecoverySpec
+) -> tuple[CheckpointReader, Compressed]:
+    """Compress, train the result, and return it with the checkpoint that its names speak of.
+
+    Raises:
+        StreamlineBenchError: one of its kinds, with one sentence for the user.
+    """
+    from streamline_bench.methods.recovery.training import choose_parameters, train_recovery
+    from streamline_bench.modeling.loading import load_model
+
+    _refuse_unstored(job, spec)
+    reader, facts = _compressed(job, method)
+    tokens = _tokens(job, spec)
+    log.info("recovery (%s): %d sequences of %s", spec.kind, len(tokens), tokens.source)
+    # LoRA leaves the weights as they are; others are trained, and need their full precision.
+    dtype = job.dtype if spec.kind == "lora" else None
+    model = load_model(
+        reader.folder, device=job.device, dtype=dtype, trust_remote_code=job.trust_remote_code
+    )
+    tied = bool(model.config.tie_word_embeddings)
+    trainable = choose_parameters(model, spec, job.recipe.seed)
+    untied = tied and not model.config.tie_word_embeddings
+    stored = _stored_names(reader, trainable.weights, untied)
+    result = train_recovery(
+        model,
+        trainable,
+        spec,
+        tokens,
+        job.work / "recovery",
+        seed=job.recipe.seed,
+        weights_sha256=reader.fingerprint(progress=job.progress),
+        progress=job.progress,
+    )
+    ties = {"tied": tied and not untied, "untied_embeddings": untied}
+    summary = {**result.summary, **ties, "data": tokens.summary()}
+    return reader, _recovered(reader, facts, result, stored, summary, untied)
+
+
+def _refuse_unstored(job: Compression, spec: RecoverySpec) -> None:
+    """Refuse, before anything costly, to train experts that the checkpoint stores one by one.
+
+    Partial recovery trains the last layers of the result: it is refused here where every layer is a
+    mixture, and otherwise when it is known which layers those are.
+
+    Raises:
+        ArchitectureError: a weight to train is stored in another form.
+    """
+    row = architecture_of(job.config)
+    if not row.experts or spec.kind == "lora" or (spec.kind == "partial" and not spec.last_layers):
+        return
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(job.config)
+    known = set(_copied_names(job.reader, untied=True))
+    depth = int(getattr(job.config, row.depth_key))
+    lacking: dict[int, str] = {}
+    for layer in range(depth):
+        prefix = f"{row.layers}.{layer}"
+        for name, _ in model.get_submodule(prefix).named_parameters(prefix=prefix):
+            if _match(row, name, known) is None:
+                lacking.setdefault(layer, name)
+    if lacking and (spec.kind == "full" or len(lacking) == depth):
+        raise _unstored(lacking[max(lacking)])
+
+
+def recovery_data(recipe: Recipe) -> CalibrationSpec | None:
+    """Return the data that a recipe's recovery trains on; None if there is no recovery.
+
+    The source ``auto`` of texts stands for the calibration source.
+    """
+    if recipe.recovery is None:
+        return None
+    data = recipe.recovery.training.data
+    if data.source == "auto" and data.form != "instruction":
+        return data.model_copy(update={"source": recipe.calibration.source})
+    return data
+
+
+def _compressed(job: Compression, method: Method) -> tuple[CheckpointReader, dict[str, Any]]:
+    """Compress into the work folder, or take up what an interrupted attempt left there."""
+    folder, described = job.work / "compressed", job.work / "compressed.json"
+    if not described.is_file():
+        result = method.compress(job)
+        job.release_model()
+        gc.collect()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        write_compressed(folder, job.reader, result)
+        facts = {name: getattr(result, name) for name in _FACTS}
+        facts["artefacts"] = sorted(result.artefacts)
+        del result
+        # Written last, so that it vouches for the folder.
+        atomic_write_text(described, json.dumps(facts))
+    facts = json.loads(described.read_text(encoding="utf-8"))
+    return CheckpointReader(folder), facts
+
+
+def _tokens(job: Compression, spec: RecoverySpec) -> CalibrationTokens:
+    data = recovery_data(job.recipe) or spec.training.data
+    if data.form != "instruction":
+        return job.tokens(data)
+    from streamline_bench.methods.recovery.instruction_data import load_instructions
+
+    return load_instructions(
+        data,
+        job.tokenizer,
+        train_on_inputs=spec.train_on_inputs,
+        model_folder=job.folder,
+        max_length=getattr(job.config, "max_position_embeddings", None),
+        progress=job.progress,
+    )
+
+
+def _recovered(
+    reader: CheckpointReader,
+    facts: Mapping[str, Any],
+    result: RecoveryResult,
+    stored: Mapping[str, str],
+    summary: Mapping[str, Any],
+    untied: bool,
+) -> Compressed:
+    in_model = {stored[name]: name for name in result.weights}
+    tensors = LazyTensors(
+        in_model, lambda name: _as_stored(reader, name, result.weights[in_model[name]])
+    )
+    config = dict(reader.config)
+    if untied:
+        config["tie_word_embeddings"] = False
+    row = architecture_of(reader.config)
+    # A head that shares trained embeddings must not stay behind as it was.
+    shared = {_spelled(row, f"{row.lm_head}.weight")} if summary["tied"] else set()
+    names = _copied_names(reader, untied)
+    artefacts = {
+        name: (reader.folder / name).read_text(encoding="utf-8") for name in facts["artefacts"]
+    }
+    artefacts["recovery_curve.jsonl"] = "".join(json.dumps(row) + "\n" for row in result.curve)
+    described = {name: facts[name] for name in _FACTS if name != "training"}
+    return replace(
+        Compressed(
+            config=config,
+            names={new: old for new, old in names.items() if new not in {*tensors, *shared}},
+        ),
+        tensors=tensors,
+        training={**(facts["training"] or {}), "recovery": dict(summary)},
+        artefacts=artefacts,
+        **described,
+    )
+
+
+def _copied_names(reader: CheckpointReader, untied: bool) -> dict[str, str]:
+    """Return new name -> old name of all tensors.
+
+    A checkpoint without the base's name in its tensors has no place for a head: with a head of its
+    own, all its tensors get their full names.
+    """
+    row = architecture_of(reader.config)
+    bare = layers_prefix(reader, row) != row.layers
+    prefix = f"{row.base}." if untied and bare else ""
+    return {prefix + name: name for name in reader.names}
+
+
+def _stored_names(
+    reader: CheckpointReader, weights: tuple[str, ...], untied: bool
+) -> dict[str, str]:
+    """Return name in the model -> name in the checkpoint to write.
+
+    Raises:
+        ArchitectureError: the checkpoint stores a weight in another form (fused experts).
+    """
+    row = architecture_of(reader.config)
+    known = set(_copied_names(reader, untied))
+    head = _spelled(row, f"{row.lm_head}.weight")
+    if untied:
+        known.add(head)
+    found: dict[str, str] = {}
+    for name in weights:
+        match = _match(row, name, known)
+        if match is None:
+            raise _unstored(name)
+        found[name] = match
+    return found
+
+
+def _match(row: Architecture, name: str, known: Collection[str]) -> str | None:
+    spellings = (name, _spelled(row, name), name.removeprefix(f"{row.base}."))
+    return next((spelling for spelling in spellings if spelling in known), None)
+
+
+def _unstored(name: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"The checkpoint does not store '{name}' as the model has it, so that it cannot be "
+        "trained; choose another kind of recovery, or other targets."
+    )
+
+
+def _spelled(row: Architecture, name: str) -> str:
+    """Return a tensor's name in checkpoints of the family."""
+    for path, stored in row.stored_as.items():
+        if name.startswith(f"{path}."):
+            return stored + name[len(path) :]
+    return name
+
+
+def _as_stored(reader: CheckpointReader, name: str, weight: Tensor) -> Tensor:
+    """Cast a trained weight to the dtype in which the checkpoint stores it, and check it."""
+    from streamline_bench.core.checkpoint.tensor_view import TORCH_DTYPES
+
+    row = architecture_of(reader.config)
+    source = next((n for n in (name, name.removeprefix(f"{row.base}.")) if n in reader.names), None)
+    # A head that was untied has no entry yet: it is stored as the embeddings are.
+    spelling = row.embeddings[0] + ".weight"
+    twins = (spelling, spelling.removeprefix(f"{row.base}."))
+    source = source or next(n for n in twins if n in reader.names)
+    cast = weight.to(TORCH_DTYPES[reader.entry(source).dtype]).contiguous()
+    if not bool(cast.isfinite().all()):
+        raise NumericsError(
+            f"The recovered weight '{name}' is not finite as {reader.entry(source).dtype}; lower "
+            "recovery.training.lr."
+        )
+    return cast

@@ -1,0 +1,1 @@
+"""Methods that rotate the residual stream and cut its width."""

@@ -1,0 +1,206 @@
+"""Rotates a model's residual stream into its principal axes and slices it, boundary by boundary.
+
+Each boundary's signal is computed by the layers below it as they already are: rotated and sliced
+(SliceGPT, arXiv 2401.15024, section 3.3). Signals are kept in the model's own basis: a sub-layer
+first gets its inputs rotated, its shortcut leads back to the whole width, and its output is rotated
+once the axes behind it are known. The tokens pass through every sub-layer once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from streamline_bench.core.architecture import architecture_of, decoder_layers, get_submodule
+from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.methods.rotation.principal_axes import Covariance, turned_at_random
+from streamline_bench.methods.rotation.signal_store import SignalStore
+from streamline_bench.methods.tools.normal_equations import widened
+from streamline_bench.methods.tools.partial_forward import PartialForward
+from streamline_bench.modeling.rotated_layers import (
+    attention_inputs,
+    mlp_inputs,
+    output_maps,
+    set_shortcut,
+    set_weight,
+    stream_embeddings,
+)
+
+__all__ = ["RotationOptions", "StreamRotation"]
+
+
+@dataclass(frozen=True)
+class RotationOptions:
+    """How axes are found.
+
+    Attributes:
+        signal: what the axes are those of: the ``stream`` itself, as in the authors' code, or the
+            ``normalised`` stream, which is what the paper's equations name.
+        orientation: ``pca``, or ``random``: the kept axes are turned among themselves.
+        damping: see :meth:`Covariance.axes`.
+        batch_size: sequences per pass.
+        seed: of the random orientation.
+    """
+
+    signal: Literal["stream", "normalised"] = "stream"
+    orientation: Literal["pca", "random"] = "pca"
+    damping: float = 0.01
+    batch_size: int = 1
+    seed: int = 0
+
+
+class StreamRotation:
+    """Works through a causal LM whose norms were fused (:func:`.norm_fusion.fuse_norms`), in place.
+
+    Args:
+        model: causal LM, in evaluation mode.
+        tokens: calibration tokens; pads do not count.
+        store: where the signals of one boundary are held.
+
+    Attributes:
+        kept: share of the signal's energy kept at each boundary: embeddings, then per layer the
+            one behind attention and the one behind the MLP.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokens: CalibrationTokens,
+        store: SignalStore,
+        options: RotationOptions,
+        progress: bool = True,
+    ) -> None:
+        self.kept: list[float] = []
+        self._model = model
+        self._tokens = tokens
+        self._store = store
+        self._options = options
+        self._progress = progress
+        self._row = architecture_of(model.config)
+        self._layers: list[Any] = list(decoder_layers(model))
+        self._norm: Any = get_submodule(model, self._row.final_norm)
+
+    @torch.no_grad()
+    def run(self, width: int, head_width: int) -> None:
+        """Rotate everything; keep ``width`` axes, and ``head_width`` before the LM head.
+
+        Raises:
+            CalibrationError: there are fewer tokens than channels.
+            NumericsError: a signal is zero or not finite; the layer is named.
+        """
+        steps = 2 * len(self._layers) + 1
+        with (
+            PartialForward(self._model) as forward,
+            tqdm(total=steps, desc="rotating", delay=2, disable=not self._progress) as bar,
+        ):
+            basis = self._embed(forward, width)
+            bar.update()
+            for index in range(len(self._layers)):
+                basis = self._attention(forward, index, basis, width)
+                bar.update()
+                is_last = index == len(self._layers) - 1
+                basis = self._mlp(index, basis, head_width if is_last else width)
+                bar.update()
+        _turn_inputs([get_submodule(self._model, self._row.lm_head)], basis)
+
+    def _embed(self, forward: PartialForward, width: int) -> Tensor:
+        everything = range(len(self._layers))
+
+        def signals() -> Iterator[tuple[int, Tensor, Tensor]]:
+            for number, (ids, mask) in self._batches():
+                forward.hidden(ids, mask, skip=everything, record=True)
+                yield number, forward.states[0], mask
+
+        basis = self._axes(signals(), width, "of the embeddings")
+        _turn_inputs(stream_embeddings(self._model, self._row), basis)
+        return basis
+
+    def _attention(self, forward: PartialForward, index: int, basis: Tensor, width: int) -> Tensor:
+        layer = self._layers[index]
+        _turn_inputs(attention_inputs(layer, self._row), basis)
+        set_shortcut(layer, "attention_shortcut", basis.to(self._like(layer)))
+        others = [other for other in range(len(self._layers)) if other != index]
+
+        def signals() -> Iterator[tuple[int, Tensor, Tensor]]:
+            for number, (ids, mask) in self._batches():
+                # Below layer 0 there is no boundary to enter at: its embeddings are run again.
+                state = {"start": index, "state": self._turned(number, basis)} if index else {}
+                forward.hidden(ids, mask, skip=others, record=True, **state)
+                yield number, forward.states[len(self._layers)], mask
+
+        layer.feed = _unchanged
+        try:
+            found = self._axes(signals(), width, f"behind attention of layer {index}")
+        finally:
+            del layer.feed
+        _turn_output(output_maps(layer, self._row)[0], found)
+        set_shortcut(layer, "attention_shortcut", (found.T @ basis).to(self._like(layer)))
+        return found
+
+    def _mlp(self, index: int, basis: Tensor, width: int) -> Tensor:
+        layer = self._layers[index]
+        _turn_inputs(mlp_inputs(layer, self._row), basis)
+        set_shortcut(layer, "mlp_shortcut", basis.to(self._like(layer)))
+
+        def signals() -> Iterator[tuple[int, Tensor, Tensor]]:
+            for number, (_, mask) in self._batches():
+                yield number, layer.feed(self._turned(number, basis)), mask
+
+        found = self._axes(signals(), width, f"behind the MLP of layer {index}")
+        _turn_output(output_maps(layer, self._row)[1], found)
+        set_shortcut(layer, "mlp_shortcut", (found.T @ basis).to(self._like(layer)))
+        return found
+
+    def _axes(
+        self, signals: Iterator[tuple[int, Tensor, Tensor]], width: int, where: str
+    ) -> Tensor:
+        """Return the first ``width`` axes ``[hidden, width]``, float64; the signals are stored."""
+        options = self._options
+        device = self._like(self._layers[0]).device
+        covariance = Covariance(int(self._model.config.hidden_size), device)
+        for number, signal, mask in signals:
+            self._store[number] = signal
+            rows = signal[mask.to(signal.device)]
+            covariance.add(self._norm(rows) if options.signal == "normalised" else rows)
+        found = covariance.axes(options.damping, where)
+        axes = found.axes
+        if options.orientation == "random":
+            axes = turned_at_random(axes, width, options.seed + len(self.kept))
+        self.kept.append(found.kept(width))
+        return axes[:, :width]
+
+    def _batches(self) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        return enumerate(self._tokens.batches(self._options.batch_size, trim=True))
+
+    def _turned(self, number: int, basis: Tensor) -> Tensor:
+        like = self._like(self._layers[0])
+        return self._store[number].to(like.device) @ basis.to(like)
+
+    def _like(self, layer: Any) -> Tensor:
+        """Return a tensor with the dtype and device of the model's weights."""
+        weight: Tensor = output_maps(layer, self._row)[1].weight
+        return weight
+
+
+def _unchanged(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _turn_inputs(modules: list[Any], basis: Tensor) -> None:
+    """Let linear maps read, or embeddings write, the stream in another basis ``[d, width]``."""
+    for module in modules:
+        turned = widened(module.weight) @ basis
+        set_weight(module, turned.to(module.weight))
+
+
+def _turn_output(linear: Any, basis: Tensor) -> None:
+    """Let a linear map write the stream in another basis ``[d, width]``."""
+    bias = linear.bias
+    set_weight(linear, (basis.T @ widened(linear.weight)).to(linear.weight))
+    if bias is not None:
+        linear.bias = torch.nn.Parameter((widened(bias) @ basis).to(bias))

@@ -1,0 +1,1 @@
+"""Methods that remove attention heads and MLP channels."""

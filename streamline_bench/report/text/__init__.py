@@ -1,0 +1,1 @@
+"""Numbers and foreign strings as text: formats and escaping."""

@@ -1,0 +1,1 @@
+"""What is written from a leaderboard: page, Markdown, CSV, model cards."""

@@ -1,0 +1,1 @@
+"""Running jobs: scheduling, local processes, Ray, progress."""

@@ -1,0 +1,192 @@
+"""How a comparison is run; none of it changes what is asked, so none of it is part of the plan.
+
+The number of CPU threads may change the last digits of a result. It follows from the workers here
+unless the plan fixes it (``--threads``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from streamline_bench.core.machine.devices import found_device, known_device
+from streamline_bench.errors import RecipeError
+
+__all__ = ["EXECUTORS", "JOB_KINDS", "STAGES", "Execution", "parse_cpus"]
+
+STAGES: tuple[str, ...] = ("compress", "evaluate", "report")
+"""Of a comparison, in order."""
+
+EXECUTORS: tuple[str, ...] = ("local", "ray")
+
+JOB_KINDS: tuple[str, ...] = ("compress", "score", "text", "measure")
+"""Kinds of jobs that may ask for different numbers of CPUs; the noise floor is scoring."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where jobs run and how often they are tried.
+
+    Attributes:
+        executor: ``local`` (processes of this machine) or ``ray`` (an existing cluster).
+        workers: local jobs at a time; None: one per group of GPUs, or one.
+        gpus: ids of the GPUs that local jobs share out; a Ray cluster shares out its own.
+        gpus_per_job: GPUs of one job, 0 or 1; None: one of ``gpus``, or what the machine has
+            where none are named. A model is on one GPU, so that more would be idle.
+        cpus_per_job: CPUs that a job asks a ray cluster for.
+        cpus_by_kind: the same for single kinds of jobs (see :data:`JOB_KINDS`). GPUs have no such
+            choice: a plan has one device, so that either every job needs a GPU or none does.
+        ray_address: of the cluster; ``auto`` for the one this machine belongs to.
+        retries: how often a job is started again after its process or machine was lost. A job
+            that ended with an error of its own is not tried again.
+        timeout: seconds after which a job is stopped, None for no limit.
+        trunk: score variants that share lower layers in one walk.
+    """
+
+    executor: str = "local"
+    workers: int | None = None
+    gpus: tuple[str, ...] = field(default=())
+    gpus_per_job: int | None = None
+    cpus_per_job: int = 1
+    cpus_by_kind: Mapping[str, int] = field(default_factory=dict)
+    ray_address: str = "auto"
+    retries: int = 2
+    timeout: float | None = None
+    trunk: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values.
+
+        Raises:
+            RecipeError: an unknown executor, or more GPUs per job than there are.
+        """
+        if self.executor not in EXECUTORS:
+            raise RecipeError(f"Unknown executor '{self.executor}'; known: {', '.join(EXECUTORS)}.")
+        self._check_cpus()
+        self._check_gpus()
+
+    def _check_cpus(self) -> None:
+        fewest = min((self.cpus_per_job, *self.cpus_by_kind.values()))
+        if fewest < 1:
+            raise RecipeError(f"--cpus-per-job gives a job {fewest} CPUs; give at least 1.")
+        unknown = self.cpus_by_kind.keys() - set(JOB_KINDS)
+        if unknown:
+            raise RecipeError(
+                f"--cpus-per-job names '{min(unknown)}', which is no kind of job; known: "
+                f"{', '.join(JOB_KINDS)}."
+            )
+
+    def _check_gpus(self) -> None:
+        twice = {gpu for gpu in self.gpus if self.gpus.count(gpu) > 1}
+        if twice:
+            raise RecipeError(f"--gpus names GPU {min(twice)} twice; a job has its GPU to itself.")
+        if self.gpus_of_a_job > 1:
+            raise RecipeError(
+                f"A job's model is on one GPU, so that --gpus-per-job {self.gpus_of_a_job} would "
+                "leave GPUs idle; give 1, and let other jobs have the others."
+            )
+        if self.executor == "local" and self.gpus_of_a_job > len(self.gpus):
+            raise RecipeError(
+                f"A job asks for {self.gpus_of_a_job} GPUs and --gpus names {len(self.gpus)}."
+            )
+        if self.gpus and not self.gpus_of_a_job:
+            raise RecipeError("--gpus names GPUs and --gpus-per-job 0 uses none; leave one out.")
+
+    def check_threads(self, threads: int | None) -> None:
+        """Refuse more CPU threads than a job asks the cluster's CPUs for; they would crowd others.
+
+        Raises:
+            RecipeError: saying for which kind of jobs.
+        """
+        short = [kind for kind in JOB_KINDS if self.cpus_of(kind) < (threads or 0)]
+        if self.executor == "ray" and short:
+            raise RecipeError(
+                f"A {short[0]} job would run {threads} threads (--threads) on the "
+                f"{self.cpus_of(short[0])} CPUs that it asks the cluster for; give "
+                f"--cpus-per-job {threads}, or fewer threads."
+            )
+
+    def check_device(self, device: str) -> None:
+        """Refuse a torch device that is none, that jobs could not have, or would share unasked.
+
+        What this machine has is known; a cluster's machines may have others.
+
+        Raises:
+            RecipeError: saying which option to change.
+        """
+        if self.gpus_of_a_job and device != "cuda":
+            raise RecipeError(
+                f"Jobs get a GPU each and --device is {device}; give --device cuda, which is each "
+                "job's own, or leave the GPUs out."
+            )
+        if device.startswith("cuda") and self.device == "cpu":
+            raise RecipeError(f"--device is {device} and jobs get no GPU; give --gpus-per-job 1.")
+        if device == "cuda" and not self.gpus and self.executor == "local" and self.job_slots > 1:
+            raise RecipeError(
+                f"{self.job_slots} jobs at a time would share one GPU; name a GPU for each "
+                "(--gpus 0,1), give --workers 1, or say which one they share (--device cuda:0)."
+            )
+        if self.executor == "ray":
+            known_device(device)
+            return
+        try:
+            found_device(device)
+        except RecipeError as error:
+            named = f"--gpus names {', '.join(self.gpus)}, and " if self.gpus else ""
+            raise RecipeError(f"{named}{error}") from None
+
+    @property
+    def device(self) -> str | None:
+        """The torch device where the request leaves it open; None: what this machine has."""
+        if self.gpus_of_a_job:
+            return "cuda"
+        # Of a cluster, this machine's GPU says nothing.
+        return "cpu" if self.executor == "ray" or self.gpus_per_job == 0 else None
+
+    def cpus_of(self, kind: str) -> int:
+        """CPUs that a job of this kind asks a ray cluster for."""
+        return self.cpus_by_kind.get(kind, self.cpus_per_job)
+
+    @property
+    def gpus_of_a_job(self) -> int:
+        """GPUs of one job, 0 for none."""
+        return int(bool(self.gpus)) if self.gpus_per_job is None else self.gpus_per_job
+
+    @property
+    def job_slots(self) -> int:
+        """Local jobs that run at the same time."""
+        return min(self.workers or len(self.gpus) or 1, len(self.gpus) or 10_000)
+
+    @property
+    def threads_per_job(self) -> int:
+        """CPU threads of a local job where neither plan nor environment says otherwise."""
+        return max(1, (os.cpu_count() or 1) // self.job_slots)
+
+    @property
+    def threads_alone(self) -> int:
+        """CPU threads of a job beside which no other runs, where the plan does not say."""
+        if self.executor == "ray":
+            return self.cpus_of("measure")
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        return int(given) if given.isdigit() and int(given) else os.cpu_count() or 1
+
+
+def parse_cpus(text: str) -> tuple[int, dict[str, int]]:
+    """Read ``8`` or ``8,compress=2``: CPUs of a job, and of single kinds of jobs.
+
+    Raises:
+        RecipeError: the text has another form.
+    """
+    common, by_kind = 1, {}
+    for part in text.split(","):
+        kind, separator, number = part.rpartition("=")
+        if not number.strip().isdecimal() or (separator and not kind.strip()):
+            raise RecipeError(
+                f"--cpus-per-job '{text}' is neither a number nor such as '8,compress=2'."
+            )
+        if separator:
+            by_kind[kind.strip()] = int(number)
+        else:
+            common = int(number)
+    return common, by_kind

@@ -1,0 +1,175 @@
+"""Shows a run on stderr: a live table in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from streamline_bench.core.machine.terminal import printable
+from streamline_bench.runs.execution.scheduler import JobState
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = ["PlainLines", "Watch", "watching"]
+
+
+class Watch(Protocol):
+    """Is shown where every job stands, again and again."""
+
+    def __call__(self, states: Mapping[str, JobState]) -> None:
+        """Show it."""
+
+
+@contextmanager
+def watching(*, quiet: bool, title: str) -> Iterator[Watch]:
+    """Yield what the scheduler calls; it shows nothing when ``quiet``."""
+    if quiet:
+        yield lambda states: None
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield PlainLines(console)
+        return
+    from rich.live import Live
+
+    with Live(console=console, refresh_per_second=2, transient=True) as live:
+        clock = _Clock()
+        yield lambda states: live.update(_table(states, title, clock))
+
+
+class PlainLines:
+    """One line whenever a job starts or ends."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._seen: dict[str, str] = {}
+        self._clock = _Clock()
+
+    def __call__(self, states: Mapping[str, JobState]) -> None:
+        """Print what changed since the last call."""
+        self._clock.look(states)
+        kept = [name for name, state in states.items() if state.status == "kept"]
+        if fresh := [name for name in kept if name not in self._seen]:
+            self._seen.update(dict.fromkeys(fresh, "kept"))
+            self._print(f"{len(fresh)} of {len(states)} jobs are kept from before")
+        for name, state in states.items():
+            if self._seen.get(name, "waiting") != state.status:
+                self._seen[name] = state.status
+                self._print(_line(state, states, self._clock))
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Clock:
+    """When jobs started, by the monotonic clock; what is left, by the mean of those that ended."""
+
+    def __init__(self) -> None:
+        self._begin = time.monotonic()
+        self._started: dict[str, float] = {}
+
+    def look(self, states: Mapping[str, JobState]) -> None:
+        for name, state in states.items():
+            if state.status == "running":
+                self._started.setdefault(name, time.monotonic())
+            elif state.status == "waiting":
+                self._started.pop(name, None)
+
+    def seconds(self, state: JobState) -> float | None:
+        if state.done is not None:
+            return state.done.seconds
+        started = self._started.get(state.job.name)
+        running = state.status == "running" and started is not None
+        return time.monotonic() - started if running and started is not None else None
+
+    def total(self) -> float:
+        return time.monotonic() - self._begin
+
+    def left(self, states: Mapping[str, JobState]) -> float | None:
+        """Seconds left, from what jobs of the same kind took, with the workers busy now."""
+        took: dict[str, list[float]] = {}
+        for state in states.values():
+            if state.done is not None:
+                took.setdefault(state.job.kind, []).append(state.done.seconds)
+        waiting = 0.0
+        for state in states.values():
+            if state.ended:
+                continue
+            known = took.get(state.job.kind)
+            if known is None:
+                return None
+            waiting += max(0.0, sum(known) / len(known) - (self.seconds(state) or 0.0))
+        busy = sum(state.status == "running" for state in states.values())
+        return waiting / max(1, busy)
+
+
+def _counted(states: Mapping[str, JobState], clock: _Clock) -> str:
+    ended = sum(state.ended for state in states.values())
+    text = f"{ended} of {len(states)} jobs, {_span(clock.total())}"
+    left = clock.left(states)
+    return f"{text}, about {_span(left)} left" if left is not None and left > 1 else text
+
+
+def _line(state: JobState, states: Mapping[str, JobState], clock: _Clock) -> str:
+    name = printable(state.job.name)
+    seconds = clock.seconds(state)
+    if state.status == "running":
+        return f"{name}: started" + (f", attempt {state.tries}" if state.tries > 1 else "")
+    if state.status in ("failed", "skipped"):
+        return f"{name}: {state.status}: {printable(state.reason)}"
+    took = f" in {_span(seconds)}" if seconds is not None and state.status == "done" else ""
+    words = {"done": "done", "waiting": "lost, will be tried again"}
+    how = _company(state)
+    return f"{name}: {words[state.status]}{took}{how} ({_counted(states, clock)})"
+
+
+def _company(state: JobState) -> str:
+    """How a row was scored: with which others in one walk, or why by itself."""
+    facts = state.done.facts if state.done is not None else {}
+    if facts.get("together"):
+        return f", one walk of {len(facts['together'])} models"
+    return f", by itself: {printable(facts['alone'])}" if facts.get("alone") else ""
+
+
+def _table(states: Mapping[str, JobState], title: str, clock: _Clock) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    clock.look(states)
+    kinds = list(dict.fromkeys(state.job.kind for state in states.values()))
+    table = Table(title=printable(title), caption=_counted(states, clock))
+    table.add_column("row")
+    for kind in kinds:
+        table.add_column(kind)
+    rows: dict[str, dict[str, str]] = {}
+    # In the order of the scoring, which every row has; only some are compressed.
+    for state in sorted(states.values(), key=lambda state: state.job.kind != "score"):
+        for label in state.job.labels or (state.job.name,):
+            rows.setdefault(label, {})[state.job.kind] = _cell(state, clock)
+    for label, cells in rows.items():
+        shown = (label, *(cells.get(kind, "") for kind in kinds))
+        table.add_row(*(Text(printable(each)) for each in shown))
+    return table
+
+
+def _cell(state: JobState, clock: _Clock) -> str:
+    seconds = clock.seconds(state)
+    span = f" {_span(seconds)}" if seconds is not None else ""
+    if state.status == "failed":
+        return f"failed: {(state.reason or '')[:40]}"
+    return f"{state.status}{span}"
+
+
+def _span(seconds: float | None) -> str:
+    whole = round(seconds or 0)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"

@@ -1,0 +1,162 @@
+"""Jobs on an existing Ray cluster.
+
+Every machine of the cluster must see the run folder, the model and the task files under the same
+paths and have this package installed; what a job makes goes into the run folder, so that Ray moves
+no data. A job asks for CPUs and GPUs; Ray chooses the machine and sets ``CUDA_VISIBLE_DEVICES``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from streamline_bench.core.recipe.validation import first_line
+from streamline_bench.errors import ClusterError, MissingDependencyError
+from streamline_bench.runs.execution.executor import Ended, Unit
+from streamline_bench.runs.execution.options import JOB_KINDS, Execution
+from streamline_bench.runs.execution.process import JobProcess
+
+__all__ = ["RayExecutor", "run_job_here"]
+
+_POLL = 0.1
+
+
+class RayExecutor:
+    """Hands jobs to a cluster, which queues what it has no room for.
+
+    Attributes:
+        execution: address, resources of a job, time limit.
+    """
+
+    def __init__(self, execution: Execution) -> None:
+        """Connect to the cluster, unless this process is connected already.
+
+        Raises:
+            MissingDependencyError: Ray is not installed.
+            ClusterError: there is no cluster at that address, or no machine of it is large enough.
+        """
+        self.execution = execution
+        self._ray = _import_ray()
+        self._names: dict[Any, str] = {}
+        self._connected_here = not self._ray.is_initialized()
+        if self._connected_here:
+            self._connect()
+        try:
+            self._check_resources()
+        except ClusterError:
+            self.stop()
+            raise
+
+    def has_room(self) -> bool:
+        """Ray keeps its own queue."""
+        return True
+
+    def submit(self, run: Path, unit: Unit) -> None:
+        """Queue the unit."""
+        execution = self.execution
+        cpus = execution.cpus_of(unit.jobs[0].kind)
+        remote = self._ray.remote(run_job_here).options(
+            name=unit.name,
+            num_cpus=cpus,
+            num_gpus=execution.gpus_of_a_job,
+            max_retries=0,  # attempts are counted, and limited, by the scheduler
+        )
+        environment = {"OMP_NUM_THREADS": str(cpus), **_own_variables()}
+        environment |= unit.environment
+        here = str(Path.cwd())
+        limit = unit.limit(execution.timeout)
+        reference = remote.remote(str(run), unit.name, environment, limit, here)
+        self._names[reference] = unit.name
+
+    def ended(self, timeout: float) -> list[Ended]:
+        """See :class:`~streamline_bench.runs.execution.executor.Executor`."""
+        if not self._names:
+            time.sleep(min(timeout, _POLL))
+            return []
+        ready, _ = self._ray.wait(list(self._names), num_returns=1, timeout=timeout)
+        return [self._outcome(reference, self._names.pop(reference)) for reference in ready]
+
+    def stop(self) -> None:
+        """Cancel what is queued or runs, and leave the cluster as it was found."""
+        for reference in self._names:
+            # force kills the worker, whose job then loses its leash.
+            self._ray.cancel(reference, force=True)
+        self._names.clear()
+        if self._connected_here:
+            self._ray.shutdown()
+
+    def _outcome(self, reference: Any, name: str) -> Ended:
+        try:
+            code, reason = self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            return Ended(name, 1, f"Its worker could not start it: {first_line(error.cause)}")
+        except self._ray.exceptions.RayError as error:
+            # The worker's process or its machine is gone.
+            return Ended(name, None, f"Its worker was lost ({first_line(error)}).")
+        return Ended(name, code, reason)
+
+    def _connect(self) -> None:
+        address = self.execution.ray_address
+        try:
+            self._ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ClusterError(
+                f"There is no Ray cluster at '{address}' ({first_line(error)}); start one with "
+                "'ray start --head', or give --ray-address."
+            ) from None
+
+    def _check_resources(self) -> None:
+        """A request that no machine can ever satisfy would wait for ever."""
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        for kind in JOB_KINDS:
+            wanted = {"CPU": self.execution.cpus_of(kind), "GPU": self.execution.gpus_of_a_job}
+            if any(all(node.get(k, 0) >= v for k, v in wanted.items()) for node in nodes):
+                continue
+            asked = ", ".join(f"{value} {name}" for name, value in wanted.items() if value)
+            raise ClusterError(
+                f"No machine of the Ray cluster has {asked}, which a {kind} job asks for; lower "
+                "--cpus-per-job or --gpus-per-job."
+            )
+
+
+def run_job_here(
+    run: str, name: str, environment: dict[str, str], timeout: float | None, folder: str
+) -> tuple[int, str | None]:
+    """On a worker: do one job in a process that ends with the worker.
+
+    Args:
+        folder: where the comparison was started; relative paths in recipes start there.
+
+    Returns:
+        Its exit code, and the reason where it was stopped here.
+    """
+    process = JobProcess(Path(run), name, environment, Path(folder))
+    try:
+        while (code := process.poll()) is None:
+            if timeout is not None and process.seconds > timeout:
+                process.end()
+                return 1, f"It ran longer than {timeout:g} s (--timeout)."
+            time.sleep(_POLL)
+    except BaseException:
+        process.end()
+        raise
+    return code, None
+
+
+def _own_variables() -> dict[str, str]:
+    """What this process was told about data and caches; machines of a cluster do not know it."""
+    named = ("HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    return {k: v for k, v in os.environ.items() if k.startswith("STREAMLINE_BENCH_") or k in named}
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise MissingDependencyError(
+            "--executor ray needs Ray, which is not installed; run: "
+            "pip install 'streamline-bench[ray]'"
+        ) from None
+    return ray

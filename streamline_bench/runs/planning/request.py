@@ -1,0 +1,177 @@
+"""What a user asks for: a model, rows, tasks and options; also the schema of a ``--plan`` file."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from streamline_bench.core.files.yaml_file import read_yaml_mapping
+from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.recipe.suggestions import suggest, suggest_or_list
+from streamline_bench.errors import RecipeError
+from streamline_bench.resources import resource
+
+__all__ = [
+    "NoiseEngine",
+    "Request",
+    "RowRequest",
+    "ThroughputEngine",
+    "make_request",
+    "read_request",
+]
+
+ThroughputEngine = Literal["none", "vllm", "hf"]
+NoiseEngine = Literal["vllm"]
+
+
+class RowRequest(Frozen):
+    """One row: a recipe by name or path, with values of its own.
+
+    Attributes:
+        label: name of the row and of its folder; None: the recipe's name.
+        overrides: recipe keys of this row alone; they win over those of the request.
+    """
+
+    recipe: str = Field(min_length=1)
+    label: str | None = None
+    overrides: dict[str, Any] = Field(default_factory=dict, alias="set")
+
+    model_config = ConfigDict(populate_by_name=True)
+
+
+class Request(Frozen):
+    """Everything that decides the result of a comparison.
+
+    Attributes:
+        model: folder or hub id of the dense model.
+        recipes: rows; a string is a recipe's name or path, or a group of recipes
+            (``all``, ``no-training``, ``calibrated``, ``recovered``).
+        tasks: names of lm-eval tasks or groups.
+        include_path: folder with the user's own task files, beside those of this package and of
+            the harness; of tasks with the same name, the user's counts.
+        overrides: recipe keys for every row but the dense one (``set`` in a plan file).
+        limit: documents per task (a share of them below 1), None for all.
+        batch_size: what the harness is given.
+        dtype: of the models in memory; None: the checkpoint's for scoring, float32 for compressing.
+        device: torch device; None or ``auto``: ``cuda`` where there is one, else ``cpu``.
+        throughput: engine to measure tokens per second with.
+        workload: what it is asked, see :class:`streamline_bench.throughput.Workload`.
+        noise_floor: score the dense model again at another batch size, a quarter of
+            ``batch_size``, or four times 1.
+        noise_batch_size: score it again at this batch size instead.
+        noise_dtype: score it again in this dtype, all else being equal.
+        noise_engine: score it again with this engine, all else being equal.
+        text: file (.txt, .jsonl, .parquet) on which every row's next-token distributions are
+            compared with the dense model's; None: no such comparison.
+        text_field: of a record with fields, the one that holds the text.
+        text_documents: at most this many documents of it.
+        text_window: tokens that are read at once.
+        threads: CPU threads of every job; None: the cores divided by the workers.
+        environment: variables for the processes of the jobs.
+    """
+
+    model: str = Field(min_length=1)
+    revision: str | None = None
+    title: str | None = None
+    recipes: tuple[str | RowRequest, ...] = Field(min_length=1)
+    tasks: tuple[str, ...] = Field(min_length=1)
+    include_path: str | None = None
+    overrides: dict[str, Any] = Field(default_factory=dict, alias="set")
+    limit: float | None = Field(None, gt=0, allow_inf_nan=False)
+    num_fewshot: int | None = Field(None, ge=0)
+    apply_chat_template: bool = False
+    batch_size: str = Field("16", pattern=r"^([1-9]\d*|auto(:\d+)?)$")
+    dtype: str | None = None
+    device: str | None = None
+    trust_remote_code: bool = False
+    throughput: ThroughputEngine = "none"
+    workload: dict[str, Any] = Field(default_factory=dict)
+    noise_floor: bool = False
+    noise_batch_size: str | None = Field(None, pattern=r"^([1-9]\d*|auto(:\d+)?)$")
+    noise_dtype: str | None = None
+    noise_engine: NoiseEngine | None = None
+    text: str | None = None
+    text_field: str = "text"
+    text_documents: int | None = Field(None, ge=1)
+    text_window: int = Field(2048, ge=2)
+    threads: int | None = Field(None, ge=1)
+    environment: dict[str, str] = Field(default_factory=dict)
+
+    model_config = ConfigDict(populate_by_name=True)
+
+
+def make_request(payload: Mapping[str, Any], origin: str = "The comparison") -> Request:
+    """Validate a mapping as a request.
+
+    Raises:
+        RecipeError: one sentence naming the first wrong key or value.
+    """
+    try:
+        return Request.model_validate(dict(payload))
+    except ValidationError as error:
+        raise RecipeError(_sentence(error, origin)) from None
+
+
+def read_request(path_or_name: str) -> dict[str, Any]:
+    """Return the keys of a plan file: a path, or the name of one in ``reports/plans``.
+
+    ``$NAME`` in its strings stands for an environment variable.
+
+    Raises:
+        RecipeError: no such file, not YAML, or a variable that is not set.
+    """
+    path = _plan_path(path_or_name)
+    payload = read_yaml_mapping(path, "a plan: it must hold a mapping such as 'tasks: [piqa]'")
+    known = [field.alias or name for name, field in Request.model_fields.items()]
+    for key in payload:
+        if key not in known:
+            raise RecipeError(f"{path}: unknown key '{key}'{suggest_or_list(str(key), known)}")
+    expanded: dict[str, Any] = _expanded(payload, path)
+    return expanded
+
+
+def _plan_path(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise RecipeError(f"The plan file {path} does not exist.")
+        return path
+    known = {path.stem: path for path in sorted((resource("reports") / "plans").glob("*.yaml"))}
+    if name not in known:
+        raise RecipeError(
+            f"Unknown plan '{name}'{suggest(name, known) or ';'} known plans: {', '.join(known)} "
+            "(or give the path of a .yaml file)."
+        )
+    return known[name]
+
+
+def _expanded(value: Any, path: Path) -> Any:
+    """Put environment variables in place, in every string."""
+    if isinstance(value, dict):
+        return {key: _expanded(each, path) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_expanded(each, path) for each in value]
+    if not isinstance(value, str):
+        return value
+    for name in re.findall(r"\$\{?(\w+)\}?", value):
+        if name not in os.environ:
+            raise RecipeError(f"{path} uses ${name}, which is not set; export {name}=… first.")
+    return os.path.expandvars(value)
+
+
+def _sentence(error: ValidationError, origin: str) -> str:
+    problems = error.errors(include_url=False)
+    # A row may be a name or a mapping: a key that a mapping has too many is what was meant.
+    problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
+    place = [str(part) for part in problem["loc"] if part not in ("str", "RowRequest")]
+    if problem["type"] == "extra_forbidden":
+        schema = Request if len(place) == 1 else RowRequest
+        names = [field.alias or name for name, field in schema.model_fields.items()]
+        return f"{origin}: unknown key '{'.'.join(place)}'{suggest_or_list(place[-1], names)}"
+    where = ".".join(place) or "request"
+    return f"{origin}: '{where}' is {problem.get('input')!r}: {problem['msg']}."

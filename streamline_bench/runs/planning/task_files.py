@@ -1,0 +1,156 @@
+"""One hash for everything that decides what tasks ask, as far as files here say it."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from streamline_bench.core.checkpoint.manifest import file_sha256, update_digest
+from streamline_bench.runs.planning.plan import PLAN_FILE
+
+__all__ = ["data_files", "tasks_sha256"]
+
+_VARIABLE = "STREAMLINE_BENCH_DATA"
+"""Names the folder in which the local tasks of this package look for their data."""
+
+_HASHED_UP_TO = 64 << 20
+"""Larger files of a task folder count by their size, unless a task's configuration names them."""
+
+
+def tasks_sha256(
+    folders: Iterable[Path],
+    configs: Iterable[Mapping[str, Any]],
+    environment: Mapping[str, str],
+    files: Iterable[str] = (),
+) -> str:
+    """SHA-256 (hex) of the task folders' files and of the data that tasks read elsewhere.
+
+    Where a folder or a data file lies changes nothing; its name and its content do.
+
+    Args:
+        folders: of task files.
+        configs: of the tasks that are asked.
+        environment: variables of the jobs.
+        files: YAML files, patterns or folders of them, that are asked for by their paths.
+    """
+    sums = hashlib.sha256()
+    folders = [folder.resolve() for folder in folders]
+    for folder in folders:
+        for path in _visible_files(folder):
+            sums.update(path.relative_to(folder).as_posix().encode() + b"\0")
+            if path.stat().st_size > _HASHED_UP_TO:
+                sums.update(f"{path.stat().st_size}\0".encode())
+            else:
+                update_digest(sums, path)
+    data = data_files(configs, environment)
+    for each in files:
+        data |= _files_at(each)
+    beside = {path: name for path, name in data.items() if not _is_hashed(path, folders)}
+    shown = tqdm(beside.items(), desc="Task data", unit="file", delay=2, leave=False, disable=None)
+    for line in sorted(f"{name}\0{file_sha256(path)}\0" for path, name in shown):
+        sums.update(line.encode())
+    return sums.hexdigest()
+
+
+def data_files(
+    configs: Iterable[Mapping[str, Any]], environment: Mapping[str, str]
+) -> dict[Path, str]:
+    """Return the local files that configurations of tasks name, and what to call each.
+
+    These are ``dataset_path`` where it is a folder or file, ``data_files`` and ``data_dir``, and
+    for a ``custom_dataset`` every argument that looks like a path.
+    """
+    found: dict[Path, str] = {}
+    for config in configs:
+        for named in _named(config):
+            for place in _places(named, environment):
+                found |= _files_at(place)
+    return found
+
+
+def _named(config: Mapping[str, Any]) -> Iterator[str]:
+    arguments = config.get("dataset_kwargs")
+    arguments = arguments if isinstance(arguments, Mapping) else {}
+    path = config.get("dataset_path")
+    if isinstance(path, str) and not _is_builder(path):
+        yield path
+    if isinstance(arguments.get("data_dir"), str):
+        yield arguments["data_dir"]
+    yield from _strings(arguments.get("data_files"))
+    if "custom_dataset" in config or "class" in config:
+        metadata = config.get("metadata")
+        # A name without a folder or a suffix is rather a subset's.
+        for each in _strings([arguments, metadata]):
+            if "/" in each or re.search(r"\.\w+$", each):
+                yield each
+
+
+def _is_builder(name: str) -> bool:
+    """Whether ``load_dataset`` takes it for a format, whatever is called so here."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    return name in _PACKAGED_DATASETS_MODULES
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _strings(each)
+
+
+def _places(named: str, environment: Mapping[str, str]) -> Iterator[Path]:
+    """The name as a path from here, and below the folder of data; variables in place."""
+    if "://" in named or "\0" in named:
+        return
+    known = {**os.environ, **environment}
+    path = Path(re.sub(r"\$\{?(\w+)\}?", lambda found: known.get(found[1], found[0]), named))
+    path = path.expanduser()
+    yield path
+    root = known.get(_VARIABLE)
+    if root:
+        yield from (Path(root).expanduser() / path, Path(root).expanduser() / "data" / path)
+
+
+def _files_at(place: str | Path) -> dict[Path, str]:
+    found: dict[Path, str] = {}
+    matches = [place] if Path(place).exists() else glob.glob(str(place), recursive=True)  # noqa: PTH207
+    for path in (Path(match).resolve() for match in matches):
+        if path.is_file():
+            found[path] = path.name
+        elif path.is_dir():
+            inside = _visible_files(path)
+            found |= {each: each.relative_to(path).as_posix() for each in inside}
+    return found
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """Files below a folder, sorted; not what is hidden, compiled, or made by a comparison."""
+    found: list[Path] = []
+    for root, folders, names in os.walk(folder):
+        here = Path(root)
+        if here != folder and PLAN_FILE in names and "jobs" in folders:
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not _is_left_out(name)]
+        found += [here / name for name in names if not _is_left_out(name)]
+    return sorted(path for path in found if path.is_file())
+
+
+def _is_left_out(name: str) -> bool:
+    return name.startswith(".") or name == "__pycache__" or name.endswith(".pyc")
+
+
+def _is_hashed(path: Path, folders: Iterable[Path]) -> bool:
+    inside = any(path.is_relative_to(folder) for folder in folders)
+    return inside and path.stat().st_size <= _HASHED_UP_TO

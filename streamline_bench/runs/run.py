@@ -1,0 +1,231 @@
+"""``compare``: one model, many recipes, some tasks, one leaderboard."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from streamline_bench.errors import OutputError, RecipeError
+from streamline_bench.runs.execution.executor import Executor
+from streamline_bench.runs.execution.options import STAGES, Execution
+from streamline_bench.runs.execution.progress import watching
+from streamline_bench.runs.execution.scheduler import JobState, Scheduler
+from streamline_bench.runs.finish import (
+    describe_run,
+    row_failures,
+    scored_alone,
+    side_failures,
+    tasks_left_out,
+    write_report_once,
+)
+from streamline_bench.runs.folder import check_output, claim, locked
+from streamline_bench.runs.jobs.graph import measure_job, plan_jobs
+from streamline_bench.runs.jobs.together import forget_answers
+from streamline_bench.runs.planning.plan import Plan
+from streamline_bench.runs.planning.request import Request, RowRequest, make_request
+from streamline_bench.runs.planning.resolve import resolve_plan
+
+__all__ = ["STAGES", "CompareResult", "Terminated", "compare", "compare_request"]
+
+
+class Terminated(BaseException):
+    """The process was asked to end (SIGTERM); no ``except Exception`` may hold it up."""
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """How a comparison ended.
+
+    Attributes:
+        run: the run folder.
+        report: the page to open; None where no report was asked for, or the dense row failed.
+        failures: label -> reason, of the rows that have no result.
+        reasons: job -> reason, of what failed beside them: noise floor, text, speed.
+        alone: label -> why it was scored by itself, where others were scored together.
+        left_out: task -> why no row was asked it.
+        jobs: job -> ``done``, ``kept`` (from an earlier run), ``failed`` or ``skipped``.
+    """
+
+    run: Path
+    report: Path | None
+    failures: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    alone: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    jobs: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """0 when everything that was asked for is there, else 1."""
+        failed = any(status in ("failed", "skipped") for status in self.jobs.values())
+        return int(bool(self.failures) or failed)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the same as JSON-ready values."""
+        return {
+            "run": str(self.run),
+            "report": str(self.report) if self.report else None,
+            "failures": dict(self.failures),
+            "reasons": dict(self.reasons),
+            "alone": dict(self.alone),
+            "left_out": dict(self.left_out),
+            "jobs": dict(self.jobs),
+        }
+
+
+def compare(
+    model: str | Path,
+    recipes: Sequence[str | RowRequest],
+    tasks: Sequence[str],
+    output: Path | str,
+    *,
+    execution: Execution | None = None,
+    until: str = "report",
+    progress: bool = True,
+    **options: Any,
+) -> CompareResult:
+    """Compress a model by every recipe, score all of them, and write a leaderboard.
+
+    Running again with the same arguments continues an interrupted run: what is done is kept, what
+    failed is tried again.
+
+    Args:
+        recipes: names, paths, groups or :class:`RowRequest`; ``dense`` is added if missing.
+        output: the run folder.
+        until: last stage to run: ``compress``, ``evaluate`` or ``report``.
+        options: other keys of :class:`Request`, such as ``limit=100``.
+
+    Raises:
+        StreamlineBenchError: nothing could be run. A row that fails is no error: see
+            :attr:`CompareResult.failures`.
+    """
+    payload = {"model": str(model), "recipes": list(recipes), "tasks": list(tasks), **options}
+    return compare_request(
+        make_request(payload), Path(output), execution=execution, until=until, progress=progress
+    )
+
+
+def compare_request(
+    request: Request,
+    output: Path,
+    *,
+    execution: Execution | None = None,
+    until: str = "report",
+    progress: bool = True,
+    overwrite: bool = False,
+) -> CompareResult:
+    """Do what :func:`compare` does, for a request.
+
+    Args:
+        overwrite: what an earlier run of the same model made in the folder is removed first.
+    """
+    if until not in STAGES:
+        raise RecipeError(f"Unknown stage '{until}'; known: {', '.join(STAGES)}.")
+    execution = execution or Execution()
+    try:
+        output = output.expanduser().absolute()
+    except RuntimeError as error:
+        raise OutputError(
+            f"{output} has no home folder ({error}); give another --output."
+        ) from None
+    check_output(output)
+    with _sigterm_raises():
+        # What was mistyped is refused before a folder is made for it.
+        plan = resolve_plan(request, device=execution.device)
+        execution.check_device(plan.device)
+        execution.check_threads(plan.threads)
+        executor = _executor(execution)
+        try:
+            with locked(output):
+                claim(output, plan, overwrite=overwrite)
+                return _run(output, plan, execution, executor, until, progress)
+        finally:
+            executor.stop()  # again: the folder may have been refused before any job
+
+
+def _run(
+    output: Path,
+    plan: Plan,
+    execution: Execution,
+    executor: Executor,
+    until: str,
+    progress: bool,
+) -> CompareResult:
+    try:
+        with watching(quiet=not progress, title=plan.title) as watch:
+            scheduler = Scheduler(
+                output,
+                executor,
+                retries=execution.retries,
+                one_process=execution.executor == "local" and execution.job_slots == 1,
+                watch=watch,
+            )
+            scheduler.do(plan_jobs(plan, until=until, trunk=execution.trunk))
+            if plan.throughput != "none" and until != "compress":
+                _measure(output, plan, scheduler, execution)
+    finally:
+        executor.stop()
+    states = scheduler.states
+    if until != "compress" and not row_failures(output, plan, states):
+        forget_answers(output)
+    report = None
+    if until == "report" and states[f"score-{plan.reference}"].succeeded:
+        description = describe_run(output, plan, states)
+        report = write_report_once(output, description, progress=progress)
+    return _result(output, plan, states, report)
+
+
+def _measure(run: Path, plan: Plan, scheduler: Scheduler, execution: Execution) -> None:
+    """Measure what could be made, when nothing else runs that would take its time."""
+    failures = row_failures(run, plan, scheduler.states)
+    labels = [row.label for row in plan.rows if row.label not in failures]
+    if plan.reference in labels:
+        scheduler.do([measure_job(plan, labels, execution.threads_alone)])
+
+
+def _result(
+    output: Path, plan: Plan, states: Mapping[str, JobState], report: Path | None
+) -> CompareResult:
+    return CompareResult(
+        run=output,
+        report=report,
+        failures=row_failures(output, plan, states),
+        reasons=side_failures(states),
+        alone=scored_alone(plan, states),
+        left_out=tasks_left_out(states),
+        jobs={name: state.status for name, state in states.items()},
+    )
+
+
+def _executor(execution: Execution) -> Executor:
+    if execution.executor == "ray":
+        from streamline_bench.runs.execution.ray_executor import RayExecutor
+
+        return RayExecutor(execution)
+    from streamline_bench.runs.execution.local import LocalExecutor
+
+    return LocalExecutor(execution)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that jobs are ended on the way out."""
+
+    def stop(*_: object) -> NoReturn:
+        # Once is enough: a second one must not interrupt the ending of jobs.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

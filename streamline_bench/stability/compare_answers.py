@@ -1,0 +1,229 @@
+"""Compare two runs: ``compare(load_samples("dense"), load_samples("pruned"))``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+import pandas as pd
+
+from streamline_bench.errors import SamplesError
+from streamline_bench.stability.align import AlignedPairs, align
+from streamline_bench.stability.comparison import (
+    Comparison,
+    GenerationComparison,
+    GroupComparison,
+    PerplexityComparison,
+    TaskComparison,
+)
+from streamline_bench.stability.generation import compare_generations
+from streamline_bench.stability.groups import compare_groups
+from streamline_bench.stability.overall import macro, micro
+from streamline_bench.stability.perplexity import compare_perplexities
+from streamline_bench.stability.readers.verdicts import (
+    GRADED,
+    NORM_METRIC,
+    VERDICT_METRICS,
+    graded_metrics,
+)
+from streamline_bench.stability.samples import Samples
+from streamline_bench.stability.settings import Quantity, Settings
+from streamline_bench.stability.statistics.decision import decide, holm
+from streamline_bench.stability.task_comparison import ComparedTask, compare_task
+
+__all__ = ["compare", "with_recorded_quantity", "with_script_verdicts"]
+
+_Result = TypeVar("_Result", TaskComparison, GroupComparison)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the tasks gave; ``skipped`` are those without verdicts, with the reason."""
+
+    compared: list[ComparedTask] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    perplexities: list[PerplexityComparison] = field(default_factory=list)
+    generations: list[GenerationComparison] = field(default_factory=list)
+
+
+def compare(
+    dense: Samples,
+    pruned: Samples,
+    *,
+    tasks: Sequence[str] | None = None,
+    common_only: bool = False,
+    settings: Settings | None = None,
+) -> Comparison:
+    """Compare the pruned run with the dense one, per task and over tasks.
+
+    Tasks without verdicts, and those that a run did not finish, are listed in ``not_compared`` with
+    the reason; their perplexities and texts are compared all the same. A task with several filters
+    has a result for each; the summaries over tasks, Holm's adjustment and decisions use its first.
+    Where no task has verdicts, there are no summaries.
+
+    Raises:
+        ComparisonError: the runs were not asked the same (see :func:`align`).
+        SamplesError: no task has verdicts, perplexities or texts, or only some documents of a task
+            have them.
+        NumericsError: a log-likelihood or a spread is not finite; the document is named.
+    """
+    settings = settings or Settings()
+    pairs = align(dense, pruned, tasks=tasks, common_only=common_only)
+    settings = with_recorded_quantity(settings, pairs.dense)
+    pairs = with_script_verdicts(pairs, settings)
+    first_filter = dict(dense.frame.drop_duplicates("task")[["task", "filter"]].to_numpy().tolist())
+    found = _every_task(pairs, settings)
+    if not (found.compared or found.perplexities or found.generations):
+        raise SamplesError(
+            f"No task of '{dense.info.run}' has right or wrong answers by '{settings.verdict}', "
+            "perplexities or texts; add a task with acc, exact_match or a perplexity."
+        )
+    main = [item for item in found.compared if item.result.filter == first_filter[item.result.task]]
+    results = _decided([item.result for item in main], settings)
+    decided = {(task.task, task.filter): task for task in results}
+    return Comparison(
+        dense_run=dense.info.run,
+        pruned_run=pruned.info.run,
+        mode=settings.mode,
+        ddof=settings.spread_ddof,
+        quantity=settings.spread_quantity,
+        confidence=settings.confidence,
+        draws=settings.draws,
+        seed=settings.seed,
+        margin=settings.margin,
+        tasks=tuple(
+            decided.get((item.result.task, item.result.filter), item.result)
+            for item in found.compared
+        ),
+        macro=macro(main, settings) if main else None,
+        micro=micro(main, settings) if main else None,
+        not_compared={**dense.info.missing, **pruned.info.missing, **found.skipped},
+        groups=tuple(_decided(compare_groups(main, dense.info.groups, settings), settings)),
+        perplexities=tuple(found.perplexities),
+        generations=tuple(found.generations),
+    )
+
+
+def _every_task(pairs: AlignedPairs, settings: Settings) -> _Found:
+    found = _Found()
+    for task, first, second in _tasks(pairs):
+        found.perplexities.extend(compare_perplexities(first, second, settings.confidence))
+        reason = _no_verdict(pairs, first, second, task, settings.verdict)
+        if reason:
+            found.skipped[task] = reason
+        else:
+            found.compared.append(compare_task(first, second, settings))
+        exact_match = None if reason else found.compared[-1].result.difference
+        generated = compare_generations(first, second, settings.confidence, exact_match)
+        if generated is not None:
+            found.generations.append(generated)
+    return found
+
+
+def _tasks(pairs: AlignedPairs) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
+    """Aligned rows of each (task, filter); the tables are sorted by both."""
+    keys = pairs.dense[["task", "filter"]]
+    changes = (keys != keys.shift()).any(axis=1).to_numpy()
+    edges = [*np.flatnonzero(changes).tolist(), len(keys)]
+    for begin, end in pairwise(edges):
+        first, second = pairs.dense.iloc[begin:end], pairs.pruned.iloc[begin:end]
+        yield str(first.iloc[0]["task"]), first, second
+
+
+def _decided(found: Sequence[_Result], settings: Settings) -> list[_Result]:
+    """Adjust the p-values of one family by Holm, and decide."""
+    adjusted = holm([item.p_value for item in found if item.p_value is not None])
+    alpha = 1 - settings.confidence
+    return [
+        item.model_copy(
+            update={
+                "p_holm": p,
+                "decision": decide(item.difference, settings.margin, significant=p < alpha),
+            }
+        )
+        for item, p in zip(found, adjusted, strict=True)
+    ]
+
+
+def _no_verdict(
+    pairs: AlignedPairs, dense: pd.DataFrame, pruned: pd.DataFrame, task: str, verdict: str
+) -> str | None:
+    """Why a (task, filter) cannot be compared by its verdicts; None if it can."""
+    for frame, info in ((dense, pairs.dense_info), (pruned, pairs.pruned_info)):
+        missing = frame[verdict].isna()
+        if missing.all():
+            return _why_none(frame, verdict)
+        if missing.any():
+            document = frame.loc[missing, "doc_id"].iloc[0]
+            raise SamplesError(
+                f"Run '{info.run}' has no verdict on document {document} of task '{task}', but on "
+                "others; evaluate again."
+            )
+    before, after = (sorted(frame["verdict_metric"].dropna().unique()) for frame in (dense, pruned))
+    if verdict == "correct" and before != after:
+        return f"judged by {', '.join(before)} in one run, by {', '.join(after)} in the other"
+    return None
+
+
+def _why_none(frame: pd.DataFrame, verdict: str) -> str:
+    names = {NORM_METRIC} if verdict == "correct_norm" else set(VERDICT_METRICS)
+    if names & graded_metrics(frame["metrics"]):
+        return GRADED
+    return f"no right or wrong answers by '{verdict}'"
+
+
+def with_recorded_quantity(settings: Settings, frame: pd.DataFrame) -> Settings:
+    """Settings whose quantity is chosen: the given one, or else what the rows record.
+
+    That is ``mean_token_nll`` where the engine gives it (OpenCompass' PPL, which the paper's
+    numbers were made from), ``nll_per_byte`` where the scored text is known (lm-eval), and ``nll``
+    where only the log-likelihood is (OpenCompass' LL).
+
+    Args:
+        frame: rows of the dense run that are to be compared.
+
+    Raises:
+        SamplesError: its tasks record different things, so that one must be chosen.
+    """
+    if settings.quantity is not None:
+        return settings
+    found: dict[Quantity, str] = {}
+    rows = frame.drop_duplicates("task")
+    for task, choices, mean, sizes in zip(
+        rows["task"], rows["choices"], rows["mean_nll"], rows["byte_lengths"], strict=True
+    ):
+        if isinstance(choices, list) and len(choices) > 1:
+            found.setdefault(_recorded(mean, sizes), str(task))
+    if len(found) > 1:
+        named = ", ".join(f"{quantity} of '{task}'" for quantity, task in found.items())
+        raise SamplesError(
+            f"The tasks record different quantities ({named}), whose stability must not be "
+            "averaged; compare them apart (--task)."
+        )
+    return replace(settings, quantity=next(iter(found), None))
+
+
+def _recorded(mean: object, sizes: object) -> Quantity:
+    if isinstance(mean, list):
+        return "mean_token_nll"
+    return "nll_per_byte" if isinstance(sizes, list) else "nll"
+
+
+def with_script_verdicts(pairs: AlignedPairs, settings: Settings) -> AlignedPairs:
+    """The pairs with the script's verdicts, where its mode is asked for and they are recorded."""
+    if settings.mode != "reference_script" or settings.verdict != "correct":
+        return pairs
+    return replace(pairs, dense=_strict(pairs.dense), pruned=_strict(pairs.pruned))
+
+
+def _strict(frame: pd.DataFrame) -> pd.DataFrame:
+    same = [metrics.get("same_value") for metrics in frame["metrics"]]
+    known = pd.Series(same, index=frame.index, dtype="Float64").astype("boolean")
+    metric = frame["verdict_metric"].mask(known.notna().to_numpy(), "same value")
+    strict: pd.DataFrame = frame.assign(
+        correct=known.fillna(frame["correct"]), verdict_metric=metric
+    )
+    return strict

@@ -1,0 +1,1 @@
+"""Files of lm-eval, OpenCompass and our own, read into one table of samples."""

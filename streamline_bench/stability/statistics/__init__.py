@@ -1,0 +1,1 @@
+"""Tests, intervals and summary numbers of paired answers."""

@@ -1,0 +1,151 @@
+"""Stability: which answers survive compression, weighted by how sure the dense model was.
+
+LLM-Streamline (arXiv:2403.19135), equations 5 and 6. For question i with k choices, PPL_ij is the
+perplexity that the *dense* model gives to choice j, std_i its standard deviation over the choices::
+
+    Stability = sum_i e^{std_i} [both right or both wrong] / sum_i e^{std_i}
+
+Agreement is of verdicts, not of choices: a wrong answer that becomes another wrong answer agrees.
+A question on which the dense model separates the choices clearly weighs more than a close call.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from streamline_bench.errors import NumericsError, SamplesError
+from streamline_bench.stability.settings import Mode, Quantity
+from streamline_bench.stability.statistics.choice_matrix import (
+    choice_counts,
+    choice_matrix,
+    rows_by_count,
+)
+
+__all__ = [
+    "LEAST_EXPONENT",
+    "choice_spread",
+    "effective_sample_size",
+    "stability",
+    "stability_weights",
+]
+
+
+LEAST_EXPONENT = -700.0
+"""Weights are at least e^-700 of the largest: e^-745 is 0 in float64."""
+
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+def choice_spread(
+    frame: pd.DataFrame, *, quantity: Quantity = "nll_per_byte", ddof: int = 1
+) -> FloatArray:
+    """Return std_i of equation 5 for each row of a samples table.
+
+    Args:
+        frame: rows of the dense model (columns ``loglikelihoods``, ``lengths``, ``byte_lengths``,
+            ``mean_nll``).
+        quantity: see :data:`Quantity`.
+        ddof: 1 divides by k - 1 as the paper does, 0 by k as its script does.
+
+    Returns:
+        float64 [rows]. 0 for a question with one choice, NaN for one without (generation).
+
+    Raises:
+        SamplesError: the engine did not record what ``quantity`` needs.
+        NumericsError: a value is not finite; task and document are named.
+    """
+    if quantity not in get_args(Quantity):
+        raise SamplesError(f"Unknown quantity '{quantity}'; choose from {get_args(Quantity)}.")
+    counts = choice_counts(frame)
+    spread = np.full(len(frame), np.nan)
+    spread[counts == 1] = 0.0
+    for k, rows in rows_by_count(counts):
+        values = _quantity(frame, rows, k, quantity)
+        with np.errstate(invalid="ignore"):  # reported below, with the document
+            spread[rows] = np.std(values, axis=1, ddof=ddof)
+        if not np.isfinite(spread[rows]).all():
+            bad = frame.iloc[rows[int(np.flatnonzero(~np.isfinite(spread[rows]))[0])]]
+            raise NumericsError(
+                f"Task '{bad['task']}', document {bad['doc_id']}: the spread of {quantity} over "
+                "the choices is not finite; check the log-likelihoods of the dense model."
+            )
+    return spread
+
+
+def _quantity(frame: pd.DataFrame, rows: npt.NDArray[np.intp], k: int, name: str) -> FloatArray:
+    if name == "mean_token_nll":
+        return choice_matrix(frame, "mean_nll", rows, k)
+    nll = -choice_matrix(frame, "loglikelihoods", rows, k)
+    if name == "nll":
+        return nll
+    column = "byte_lengths" if name.endswith("_byte") else "lengths"
+    # An empty choice is scored too (its delimiter is): it counts as one character.
+    mean: FloatArray = nll / np.maximum(choice_matrix(frame, column, rows, k), 1.0)
+    if not name.startswith("ppl"):
+        return mean
+    with np.errstate(over="ignore"):
+        perplexity: FloatArray = np.exp(mean)
+    return perplexity
+
+
+def stability_weights(std: FloatArray) -> FloatArray:
+    """Weights e^{std_i} / sum e^{std}, shifted by the maximum so that nothing overflows. [n]
+
+    None is 0: a resample of negligible questions only must still have a ratio.
+    """
+    shifted: FloatArray = np.exp(np.maximum(std - std.max(), LEAST_EXPONENT))
+    weights: FloatArray = shifted / shifted.sum()
+    return weights
+
+
+def stability(std: FloatArray, agree: BoolArray, *, mode: Mode = "paper") -> float:
+    """Stability of equation 6, in [0, 1].
+
+    Args:
+        std: float64 [n], spread of the dense model's choices per question (:func:`choice_spread`;
+            for ``reference_script`` with ``ddof=0``).
+        agree: bool [n], whether both models are right or both are wrong.
+        mode: see :data:`Mode`.
+
+    Raises:
+        SamplesError: there is no question, or the lengths differ.
+        NumericsError: a spread is not finite, or ``reference_script`` overflows as the original.
+    """
+    std, agree = np.asarray(std, dtype=np.float64), np.asarray(agree, dtype=np.bool_)
+    if std.size == 0 or std.shape != agree.shape:
+        raise SamplesError(
+            f"Stability needs one spread per verdict and at least one question; got {std.shape} "
+            f"spreads and {agree.shape} verdicts."
+        )
+    if not np.isfinite(std).all():
+        index = int(np.flatnonzero(~np.isfinite(std))[0])
+        raise NumericsError(f"The spread of question {index} is {std[index]}; it must be finite.")
+    if mode == "reference_script":
+        return _reference_script(std, int(agree.sum()))
+    if agree.all():
+        return 1.0  # rounding of the weights must not make it 0.9999999999
+    return float(stability_weights(std)[agree].sum())
+
+
+def _reference_script(std: FloatArray, agreements: int) -> float:
+    with np.errstate(over="ignore", invalid="ignore"):
+        weights = np.exp(std)
+        # One after the other, as the script adds: pairwise sums differ in the last digit.
+        value = float(np.cumsum(weights / weights.sum())[agreements - 1]) if agreements else 0.0
+    if not np.isfinite(value):
+        raise NumericsError(
+            f"The reference script's softmax overflows at a spread of {std.max():.4g}; use mode "
+            "'paper', or a length-normalised quantity."
+        )
+    return value
+
+
+def effective_sample_size(std: FloatArray) -> float:
+    """Kish's (sum w)^2 / sum w^2: how many equally weighted questions the weights amount to."""
+    weights = stability_weights(np.asarray(std, dtype=np.float64))
+    return float(1.0 / np.square(weights).sum())

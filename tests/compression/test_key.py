@@ -1,0 +1,85 @@
+"""Whatever a recipe's data reader reads decides the key, and nothing else does."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_bench.compression.key import content_key
+from streamline_bench.core.data.corpora import open_documents
+from streamline_bench.core.recipe.schema import CalibrationSpec
+from streamline_bench.errors import CalibrationError
+
+
+@pytest.fixture
+def folder(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model beside which the process runs, so that relative names are read."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+def key(folder: Path, make_recipe: Callable[..., Any], source: str) -> str:
+    return content_key(folder, make_recipe("streamline_none", calibration=source))
+
+
+def texts(source: str, folder: Path) -> list[str]:
+    return list(open_documents(CalibrationSpec(source=source, samples=4), folder))
+
+
+@pytest.mark.parametrize("name", ["slimpajama", "auto", "texts"])
+def test_a_file_that_no_reader_takes_changes_no_key(
+    name: str, folder: Path, make_recipe: Callable[..., Any]
+) -> None:
+    """Presets come before files of their name, and a file is known by its ending."""
+    before = key(folder, make_recipe, name)
+    Path(name).write_text("something else")
+    assert key(folder, make_recipe, name) == before
+    with pytest.raises(CalibrationError):
+        texts(name, folder)
+
+
+def test_the_text_of_the_model_is_a_file(folder: Path, make_recipe: Callable[..., Any]) -> None:
+    before = key(folder, make_recipe, "auto")
+    own = folder / "calibration.jsonl"
+    own.mkdir()
+    (own / "x").write_text("y")
+    assert key(folder, make_recipe, "auto") == before
+    shutil.rmtree(own)
+    own.write_text('{"text": "w1 w2"}\n')
+    assert key(folder, make_recipe, "auto") != before
+    assert texts("auto", folder) == ["w1 w2"]
+
+
+def test_content_counts_and_where_it_lies_does_not(
+    folder: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    keys = []
+    for content in ("w1", "w2"):
+        Path("texts.txt").write_text(content)
+        assert texts("texts.txt", folder) == [content]
+        keys.append(key(folder, make_recipe, "texts.txt"))
+    assert keys[0] != keys[1]
+
+
+def test_data_is_known_by_name_and_digest(folder: Path) -> None:
+    from streamline_bench.compression.key import _data_identity
+
+    Path("deep").mkdir()
+    for name in ("a.txt", "deep/a.txt", "deep/b.txt"):
+        Path(name).write_text(f"in {name}")
+    digests = {name: hashlib.sha256(f"in {name}".encode()).hexdigest()
+               for name in ("a.txt", "deep/a.txt", "deep/b.txt")}  # fmt: skip
+    found = {name: _data_identity(CalibrationSpec(source=name), folder)
+             for name in ("a.txt", "deep", "owner/name", "auto", "absent.txt")}  # fmt: skip
+    assert found == {
+        "a.txt": {"a.txt": digests["a.txt"]},
+        "deep": {"a.txt": digests["deep/a.txt"], "b.txt": digests["deep/b.txt"]},
+        "owner/name": "owner/name",
+        "auto": "auto",
+        "absent.txt": "absent.txt",
+    }

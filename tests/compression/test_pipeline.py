@@ -1,0 +1,339 @@
+"""compress() and its cache: whole or nothing, reused by content, exact after a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from streamline_bench.compression import compress, compress_cached
+from streamline_bench.compression.key import content_key
+from streamline_bench.core.checkpoint.manifest import verify_files
+from streamline_bench.core.checkpoint.reader import read_manifest
+from streamline_bench.core.surgery.layers import keep_layers
+from streamline_bench.errors import CacheError, RecipeError
+from streamline_bench.methods.depth import streamline
+from streamline_bench.modeling import register
+
+IDS = torch.tensor([[1, 5, 9, 40, 22, 7]])
+STREAMLINE_KINDS = ("ffn", "swiglu", "ffn_res", "swiglu_res", "linear")
+
+
+def _logits(folder: Path) -> torch.Tensor:
+    register()
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(IDS).logits
+    return logits
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_none_equals_surgery_in_memory(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    out = compress(tiny_llama, make_recipe("streamline_none"), tmp_path / "out", progress=False)
+    manifest = read_manifest(out)
+    assert manifest is not None
+    removed = manifest.chosen["removed_layers"]
+    assert removed == list(range(removed[0], removed[0] + 2))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    keep_layers(model, [i for i in range(6) if i not in removed])
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, _logits(out))
+
+
+def test_layer_is_a_stock_checkpoint_of_one_trained_layer(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    out = compress(tiny_llama, make_recipe("streamline"), tmp_path / "out", progress=False)
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest.layers_after == 4
+    start, removed = manifest.chosen["start"], manifest.chosen["removed_layers"]
+    assert len(removed) == 3
+    before, after = (load_file(f / "model.safetensors") for f in (tiny_llama, out))
+    for name, tensor in after.items():
+        parts = name.split(".")
+        if parts[1] != "layers":
+            assert torch.equal(tensor, before[name])
+            continue
+        new = int(parts[2])
+        old = new if new <= start else new + 2
+        parts[2] = str(old)
+        same = torch.equal(tensor, before[".".join(parts)])
+        assert same is (new != start), name
+    stock = "import sys, torch; from transformers import AutoModelForCausalLM as M; "
+    stock += (
+        f"M.from_pretrained({str(out)!r}); assert 'streamline_bench.modeling' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", stock], check=True)
+
+
+@pytest.mark.parametrize("kind", STREAMLINE_KINDS)
+def test_feed_forward_kinds_reload_and_are_recorded(
+    kind: str, tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = make_recipe("streamline", replacement=kind)
+    out = compress(tiny_llama, recipe, tmp_path / "out", progress=False)
+    assert _logits(out).isfinite().all()
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest.layers_after == 4
+    assert manifest.parameters_after == sum(
+        tensor.numel() for tensor in load_file(out / "model.safetensors").values()
+    )
+    assert manifest.sparsity_reached == 1 - manifest.parameters_after / manifest.parameters_before
+    verify_files(out, manifest)
+    assert {"similarity.json", "training_curve.jsonl", "tokenizer.json"} <= set(manifest.files)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt2", "opt", "gemma3_text"])
+def test_layer_of_other_families_is_a_stock_checkpoint(
+    model_type: str,
+    make_tiny_model: Callable[..., Path],
+    make_recipe: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    out = compress(make_tiny_model(model_type), make_recipe(), tmp_path / "out", progress=False)
+    assert _logits(out).isfinite().all()
+
+
+def test_block_at_the_first_layer_needs_leave(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "first.yaml"
+    path.write_text("method: streamline\nparameters: {start: 0}\n", encoding="utf-8")
+    out = compress(
+        tiny_llama,
+        make_recipe(str(path), replacement="linear", objective="mse"),
+        tmp_path / "out",
+        progress=False,
+    )
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest.chosen["start"] == 0
+    assert "model.layers.0.prelude.proj.weight" in load_file(out / "model.safetensors")
+    guarded = compress(
+        tiny_llama, make_recipe("streamline_none"), tmp_path / "guarded", progress=False
+    )
+    facts = read_manifest(guarded)
+    assert facts is not None
+    assert facts.chosen["start"] >= 1
+
+
+def test_same_recipe_gives_the_same_bytes(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    first, second = (
+        compress(tiny_llama, make_recipe(), tmp_path / name, progress=False) for name in "ab"
+    )
+    assert _digest(first) == _digest(second)
+    other = compress(tiny_llama, make_recipe(seed=1), tmp_path / "c", progress=False)
+    assert _digest(other) != _digest(first)
+
+
+def test_cache_reuses_by_content(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path, text_file: Path
+) -> None:
+    recipe = make_recipe("streamline_none")
+    first = compress_cached(tiny_llama, recipe, cache=tmp_path, progress=False)
+    again = compress_cached(tiny_llama, recipe, cache=tmp_path, progress=False)
+    assert (first.reused, again.reused) == (False, True)
+    assert first.path == again.path
+    other_size = make_recipe("streamline_none", n_layers=1)
+    assert compress_cached(tiny_llama, other_size, cache=tmp_path, progress=False).key != first.key
+    changed = tmp_path / "changed.txt"
+    changed.write_text(text_file.read_text(encoding="utf-8") + "\n\nw1 w2", encoding="utf-8")
+    other_text = make_recipe("streamline_none", calibration=str(changed))
+    assert compress_cached(tiny_llama, other_text, cache=tmp_path, progress=False).key != first.key
+
+
+def test_cache_key_follows_the_weights(
+    make_tiny_model: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = make_recipe("streamline_none")
+    keys = {
+        compress_cached(make_tiny_model(seed=seed), recipe, cache=tmp_path, progress=False).key
+        for seed in (1, 2)
+    }
+    assert len(keys) == 2
+
+
+def test_another_dtype_or_device_is_another_result(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Where the states are bfloat16, so are the similarities that the block is chosen by."""
+    recipe = make_recipe("streamline_none")
+    made = {
+        dtype: compress_cached(tiny_llama, recipe, cache=tmp_path, dtype=dtype, progress=False)
+        for dtype in (None, "bfloat16")
+    }
+    assert not any(found.reused for found in made.values())
+    cosines = [
+        json.loads((found.path / "similarity.json").read_text())["cosine"]
+        for found in made.values()
+    ]
+    assert cosines[0] != cosines[1]
+    for same in ("float32", "auto", "torch.float32"):
+        again = compress_cached(tiny_llama, recipe, cache=tmp_path, dtype=same, progress=False)
+        assert again == dataclasses.replace(made[None], reused=True)
+    keys = [content_key(tiny_llama, recipe, device=name) for name in ("cpu", "cuda", "cuda:1")]
+    assert keys[0] != keys[1] == keys[2]
+    with pytest.raises(RecipeError, match="'bf16' is no dtype to compute in"):
+        compress(tiny_llama, recipe, tmp_path / "out", dtype="bf16", progress=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vocab.json",
+        "merges.txt",
+        "spiece.model",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+        "generation_config.json",
+    ],
+)
+def test_cache_key_follows_every_file_of_the_tokenizer(
+    name: str, tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    recipe, keys = make_recipe("streamline_none"), []
+    for content in ('{"a": 1}', '{"a": 2}'):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(content, encoding="utf-8")
+        keys.append(content_key(model, recipe))
+    assert keys[0] != keys[1]
+    moved = model.rename(tmp_path / "moved")
+    assert content_key(moved, recipe) == keys[1]
+
+
+def test_two_that_make_the_same_take_turns(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The first to end removes the folder that both resume from."""
+    inside: list[Path] = []
+    most: list[int] = []
+    choose = streamline.Streamline.compress
+
+    def watched(self: Any, work: Any) -> Any:
+        inside.append(work.work)
+        most.append(len(inside))
+        time.sleep(0.3)
+        assert work.work.is_dir()
+        result = choose(self, work)
+        assert inside == [work.work]
+        inside.clear()
+        return result
+
+    monkeypatch.setattr(streamline.Streamline, "compress", watched)
+    recipe = make_recipe("streamline_none")
+    with ThreadPoolExecutor(2) as pool:
+        options = {"cache": tmp_path / "cache", "progress": False}
+        outs = pool.map(lambda n: compress(tiny_llama, recipe, tmp_path / n, **options), "ab")
+        digests = {_digest(out) for out in outs}
+    assert (len(digests), most) == (1, [1, 1])
+    assert not list((tmp_path / "cache" / "work").iterdir())
+
+
+def test_errors_of_files_within_a_compression_are_not_blamed_on_the_cache(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    def fails(self: Any, work: Any) -> Any:
+        raise FileNotFoundError(2, "gone", "text.txt")
+
+    monkeypatch.setattr(streamline.Streamline, "compress", fails)
+    with pytest.raises(FileNotFoundError):
+        compress_cached(tiny_llama, make_recipe(), cache=tmp_path / "cache", progress=False)
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    for start in (compress_cached, functools.partial(compress, output=tmp_path / "out")):
+        with pytest.raises(CacheError, match="set STREAMLINE_BENCH_CACHE to a writable folder"):
+            start(tiny_llama, recipe=make_recipe(), cache=blocker / "cache", progress=False)
+
+
+def test_several_processes_may_take_a_result_and_not_make_one(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Each would wait for the others: one in the training, the rest at the lock."""
+    recipe = make_recipe("streamline_none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = "carried out by one process, not by 2; run 'streamline-bench compress'"
+    with pytest.raises(RecipeError, match=message):
+        compress_cached(tiny_llama, recipe, cache=tmp_path, progress=False)
+    with pytest.raises(RecipeError, match=message):
+        compress(tiny_llama, recipe, tmp_path / "out", progress=False)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    made = compress_cached(tiny_llama, recipe, cache=tmp_path, progress=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    again = compress_cached(tiny_llama, recipe, cache=tmp_path, progress=False)
+    assert again == dataclasses.replace(made, reused=True)
+
+
+def test_a_compressed_model_is_not_compressed_again(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = make_recipe("streamline_none")
+    out = compress(tiny_llama, recipe, tmp_path / "out", progress=False)
+    with pytest.raises(RecipeError, match="compressed already"):
+        compress(out, recipe, tmp_path / "again", progress=False)
+
+
+@pytest.mark.slow
+def test_killed_in_training_then_resumed_gives_the_same_bytes(
+    tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    script = textwrap.dedent(
+        f"""
+        from pathlib import Path
+        from streamline_bench.methods import compress, load_recipe
+        recipe = load_recipe("streamline", {{
+            "calibration": {str(text_file)!r}, "sequence_length": 16, "n_layers": 2,
+            "training.min_steps": 60, "training.batch_size": 2, "training.checkpoint_every": 5,
+        }})
+        import sys
+        compress({str(tiny_llama)!r}, recipe, Path(sys.argv[1]), progress=False)
+        """
+    )
+
+    def start(output: Path, cache: Path) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "STREAMLINE_BENCH_CACHE": str(cache)}
+        return subprocess.Popen([sys.executable, "-c", script, str(output)], env=environment)
+
+    assert start(tmp_path / "whole", tmp_path / "cache-a").wait() == 0
+    victim = start(tmp_path / "killed", tmp_path / "cache-b")
+    deadline = time.time() + 240
+    while victim.poll() is None and time.time() < deadline:
+        if any((tmp_path / "cache-b" / "work").glob("*/training/**/*.safetensors")):
+            victim.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    assert victim.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+    assert start(tmp_path / "killed", tmp_path / "cache-b").wait() == 0
+    assert _digest(tmp_path / "killed") == _digest(tmp_path / "whole")
+    leftovers = [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert leftovers == []

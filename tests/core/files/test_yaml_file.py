@@ -1,0 +1,29 @@
+"""A user's YAML file is a mapping, or refused in one sentence that names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from streamline_bench.core.files.yaml_file import read_yaml_mapping
+from streamline_bench.errors import RecipeError
+
+EXPECTED = "a plan: it must hold a mapping"
+
+
+def test_a_mapping_is_returned(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text("tasks: [piqa]\nlimit: 4\n")
+    assert read_yaml_mapping(path, EXPECTED) == {"tasks": ["piqa"], "limit": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- piqa\n", r"is not a plan: it must hold a mapping\.$"), ("a: [1\n", "cannot be read as")],
+)
+def test_anything_else_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        read_yaml_mapping(path, EXPECTED)

@@ -1,0 +1,50 @@
+"""Names of devices: what is none is refused, what this machine has is found."""
+
+from __future__ import annotations
+
+import pytest
+
+from streamline_bench.core.machine.devices import found_device, known_device
+from streamline_bench.errors import RecipeError
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [("cpu", "cpu"), ("cpu:0", "cpu"), ("cuda", "cuda"), ("cuda:3", "cuda:3"), ("mps", "mps")],
+)
+def test_names_of_devices(name: str, device: str) -> None:
+    assert known_device(name) == device
+
+
+@pytest.mark.parametrize("name", ["cud", "auto", "", "meta", "cuda:x", "gpu", "xla"])
+def test_names_of_none(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"'{name}' is no device to compute on"):
+        known_device(name)
+
+
+@pytest.mark.parametrize(("name", "there"), [("cuda", 1), ("cuda:1", 2), ("cpu", 0), ("cpu:5", 0)])
+def test_what_is_there(monkeypatch: pytest.MonkeyPatch, name: str, there: int) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: there)
+    assert found_device(name) == name.replace(":5", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "sentence"),
+    [
+        ("cuda", 0, "--device is cuda and this process sees no cuda device;"),
+        ("cuda:1", 1, "--device is cuda:1 and this process sees 1 cuda device;"),
+        ("cuda:9", 2, "--device is cuda:9 and this process sees 2 cuda devices;"),
+    ],
+)
+def test_what_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, name: str, there: int, sentence: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: there)
+    with pytest.raises(RecipeError, match=sentence):
+        found_device(name)
+
+
+@pytest.mark.parametrize(("available", "device"), [(True, "cuda"), (False, "cpu")])
+def test_auto(monkeypatch: pytest.MonkeyPatch, available: bool, device: str) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: available)
+    assert found_device("auto") == device

@@ -1,0 +1,164 @@
+"""laco: the checkpoint equals merges in memory; size, threshold and bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from streamline_bench.compression import compress
+from streamline_bench.core.checkpoint.reader import read_manifest
+from streamline_bench.core.surgery.layers import keep_layers
+from streamline_bench.errors import SparsityError
+from streamline_bench.methods.depth.laco import mixtures
+from streamline_bench.methods.depth.layer_merging import LayerMerger
+from streamline_bench.methods.depth.merge_search import Merge
+
+IDS = torch.tensor([[1, 5, 9, 40, 22, 7]])
+
+
+@pytest.fixture(scope="module")
+def folder(make_tiny_model: Callable[..., Path]) -> Path:
+    return make_tiny_model("llama", num_hidden_layers=8, initializer_range=0.1, seed=9)
+
+
+def _chosen(folder: Path) -> Any:
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    return manifest.chosen
+
+
+@pytest.mark.parametrize("recipe_name", ["laco", "laco_rdsc"])
+def test_checkpoint_equals_merges_in_memory(
+    recipe_name: str, folder: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    changes = {"parameters.layers_per_merge": 3, "parameters.interval": 1, "n_layers": 5}
+    recipe = make_recipe(recipe_name, **changes, **{"parameters.threshold": -1})
+    out = compress(folder, recipe, tmp_path / "out", progress=False)
+    chosen = _chosen(out)
+    merges = chosen["merges"]
+    assert [len(merge["others"]) for merge in merges] == [2, 2, 1]
+    assert set(merges[1]["others"]) & {merge["base"] for merge in merges}  # merged once more
+    written, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    merger = LayerMerger(model, chosen["merge"])
+    for merge in merges:
+        merger.merge(merge["base"], merge["others"])
+    keep_layers(model, [i for i in range(8) if i not in chosen["removed_layers"]])
+    with torch.no_grad():
+        expected, found = model(IDS).logits, written.eval()(IDS).logits
+    if chosen["merge"] == "reference":
+        assert torch.equal(found, expected)
+    else:
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest.layers_after == 3
+    tensors = load_file(out / "model.safetensors").values()
+    assert manifest.parameters_after == sum(tensor.numel() for tensor in tensors)
+
+
+def test_threshold_found_is_the_highest_that_reaches_the_size(
+    folder: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    small = {"parameters.layers_per_merge": 2, "parameters.interval": 1}
+    out = compress(folder, make_recipe("laco", **small), tmp_path / "found", progress=False)
+    chosen = _chosen(out)
+    threshold = chosen["threshold"]
+    assert -1 < threshold < 1
+    assert len(chosen["removed_layers"]) == 2
+    assert min(merge["cosine"] for merge in chosen["merges"]) > threshold
+    given = {**small, "parameters.threshold": threshold}
+    again = compress(folder, make_recipe("laco", **given), tmp_path / "given", progress=False)
+    assert _chosen(again)["merges"] == chosen["merges"]
+    above = {**small, "parameters.threshold": threshold + 2 / 2**12}
+    with pytest.raises(SparsityError, match="lower it, or leave it out"):
+        compress(folder, make_recipe("laco", **above), tmp_path / "above", progress=False)
+
+
+def test_dtype_of_the_source_is_kept(
+    folder: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(half)
+    for path in folder.glob("*tokenizer*"):
+        (half / path.name).write_bytes(path.read_bytes())
+    out = compress(half, make_recipe("laco_rdsc"), tmp_path / "out", progress=False)
+    before, after = (load_file(f / "model.safetensors") for f in (half, out))
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    (merge,) = _chosen(out)["merges"]
+    name = f"model.layers.{merge['base']}.mlp.up_proj.weight"
+    base, *others = (
+        before[f"model.layers.{i}.mlp.up_proj.weight"].double()
+        for i in (merge["base"], *merge["others"])
+    )
+    expected = base + sum(other - base for other in others)
+    assert torch.equal(after[name], expected.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parameters.lowest": 4, "n_layers": 5}, "can merge away 3 layers"),
+        ({"parameters.lowest": 5}, "from lowest 5 to highest 8, holds 3 layers; give at most that"),
+        ({"parameters.layers_per_merge": 50}, "layers_per_merge is 50 and .* holds 8 layers"),
+        ({"parameters.highest": 9}, "highest is 9 and the model has 8"),
+        ({"n_layers": 8}, "Cannot remove 8 of 8"),
+    ],
+)
+def test_sizes_out_of_reach(
+    changes: dict[str, Any],
+    message: str,
+    folder: Path,
+    make_recipe: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(SparsityError, match=message):
+        compress(folder, make_recipe("laco", **changes), tmp_path / "out", progress=False)
+
+
+def test_nested_merges_leave_one_mixture_per_layer_that_stays() -> None:
+    merges = [Merge(5, (6, 7), 0.9), Merge(3, (4, 5), 0.8)]
+    assert mixtures(merges, "reference") == {3: {7: 1.0}}
+    rdsc = mixtures(merges, "rdsc")
+    assert rdsc == {3: {3: -1.0, 4: 1.0, 5: -1.0, 6: 1.0, 7: 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("gpt2", {}),
+        ("gemma3_text", {"head_dim": 8, "sliding_window": 4, "tie_word_embeddings": True}),
+        ("mixtral", {"num_local_experts": 4}),
+    ],
+)
+@pytest.mark.parametrize("recipe_name", ["laco", "laco_rdsc"])
+def test_other_families(
+    recipe_name: str,
+    family: str,
+    sizes: dict[str, Any],
+    make_tiny_model: Callable[..., Path],
+    make_recipe: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """Transposed, tied and per-expert weights: names in files are not those in memory."""
+    source = make_tiny_model(family, initializer_range=0.1, **sizes)
+    recipe = make_recipe(recipe_name, n_layers=3, **{"parameters.interval": 1})
+    out = compress(source, recipe, tmp_path / "out", progress=False)
+    chosen = _chosen(out)
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    merger = LayerMerger(model, chosen["merge"])
+    for merge in chosen["merges"]:
+        merger.merge(merge["base"], merge["others"])
+    keep_layers(model, [i for i in range(6) if i not in chosen["removed_layers"]])
+    written, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        expected, found = model(IDS).logits, written.eval()(IDS).logits
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)

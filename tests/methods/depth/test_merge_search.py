@@ -1,0 +1,157 @@
+"""LaCo's search against one that copies the model for every trial and runs it from the bottom."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.surgery.layers import keep_layers
+from streamline_bench.errors import CalibrationError, NumericsError
+from streamline_bench.methods.depth.merge_search import MergeRange, MergeSearch
+
+DEPTH = 8
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def folder(make_tiny_model: Callable[..., Path]) -> Path:
+    return make_tiny_model("llama", num_hidden_layers=DEPTH, initializer_range=0.12, seed=8)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> CalibrationTokens:
+    """Nine sequences (two batches), some padded."""
+    ids = torch.randint(4, 100, (9, 10), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(9, 10, dtype=torch.bool)
+    mask[1, 6:] = mask[7, 3:] = False
+    return CalibrationTokens.from_tensors(ids, mask)
+
+
+def _load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
+def _merged_copy(model: Any, base: int, count: int, rule: str) -> Any:
+    """Copy the model and merge ``count`` layers into ``base``, by the authors' loop or the sum."""
+    merged = copy.deepcopy(model)
+    layers = merged.model.layers
+    start = copy.deepcopy(layers[base])
+    for k in range(1, count + 1):
+        for name, parameter in layers[base].named_parameters():
+            if name.split(".")[-2] in PROJECTIONS:
+                other = layers[base + k].get_parameter(name).data
+                own = parameter.data if rule == "reference" else start.get_parameter(name).data
+                parameter.data = parameter.data + (other - own)
+    depth = len(layers)
+    keep_layers(merged, [*range(base + 1), *range(base + 1 + count, depth)])
+    return merged
+
+
+def _similarity(dense: Any, model: Any, tokens: CalibrationTokens) -> float:
+    total = 0.0
+    for row, mask in zip(tokens.input_ids, tokens.attention_mask, strict=True):
+        ids = row[mask][None]
+        with torch.no_grad():
+            a, b = (m(ids, output_hidden_states=True).hidden_states[-1] for m in (dense, model))
+        total += torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+    return total / len(tokens)
+
+
+def _straightforward(
+    dense: Any, tokens: CalibrationTokens, span: MergeRange, rule: str, threshold: float, most: int
+) -> tuple[list[tuple[int, int, float]], Any]:
+    model, accepted = dense, []
+    base = span.highest - span.layers_per_merge
+    while base >= span.lowest and DEPTH - len(model.model.layers) < most:
+        depth = len(model.model.layers)
+        count = min(span.layers_per_merge - 1, depth - 1 - base, most - (DEPTH - depth))
+        trial = _merged_copy(model, base, count, rule)
+        similarity = _similarity(dense, trial, tokens)
+        if similarity > threshold:
+            model = trial
+            accepted.append((base, count, similarity))
+            base = min(base - span.interval, depth - count - span.layers_per_merge)
+        else:
+            base -= 1
+    return accepted, model
+
+
+@pytest.mark.parametrize("rule", ["reference", "rdsc"])
+@pytest.mark.parametrize(
+    ("span", "threshold", "most"),
+    [
+        (MergeRange(3, 0, DEPTH, 1), 0.5, 4),
+        (MergeRange(3, 0, DEPTH, 1), -1.0, 5),
+        (MergeRange(2, 1, DEPTH, 2), 0.3, 3),
+        (MergeRange(4, 0, DEPTH - 1, 1), 0.0, 6),
+    ],
+)
+def test_equals_a_search_over_copies(
+    folder: Path,
+    tokens: CalibrationTokens,
+    span: MergeRange,
+    threshold: float,
+    most: int,
+    rule: Any,
+) -> None:
+    model = _load(folder)
+    expected, _ = _straightforward(_load(folder), tokens, span, rule, threshold, most)
+    with MergeSearch(model, tokens, span, rule) as search:
+        merges = search.run(threshold, most)
+    assert [(m.base, len(m.others)) for m in merges] == [(b, c) for b, c, _ in expected]
+    assert [m.cosine for m in merges] == pytest.approx([s for *_, s in expected], rel=1e-9)
+
+
+def test_runs_do_not_see_each_other_and_leave_the_model(
+    folder: Path, tokens: CalibrationTokens
+) -> None:
+    model = _load(folder)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    span = MergeRange(3, 0, DEPTH, 1)
+    with MergeSearch(model, tokens, span, "rdsc") as search:
+        first = search.run(0.4, 4)
+        trials = search.trials
+        search.run(-1.0, 5)
+        more = search.trials
+        assert search.run(0.4, 4) == first
+        assert search.trials == more
+    assert 0 < trials <= more
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_states_beyond_the_memory_are_refused(folder: Path, tokens: CalibrationTokens) -> None:
+    with pytest.raises(CalibrationError, match="9 calibration sequences"):
+        MergeSearch(_load(folder), tokens, MergeRange(3, 0, DEPTH, 1), "rdsc", 1e-6)
+
+
+def test_a_model_that_is_no_numbers_itself(folder: Path, tokens: CalibrationTokens) -> None:
+    model = _load(folder)
+    model.model.layers[2].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with (
+        pytest.raises(NumericsError, match="NaN or infinity from layer 2 on"),
+        MergeSearch(model, tokens, MergeRange(3, 0, DEPTH, 1), "reference"),
+    ):
+        pass
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+
+def test_a_merge_that_leaves_no_numbers(folder: Path, tokens: CalibrationTokens) -> None:
+    """Weights that nothing reaches, as the gate is shut, overflow when they are added up."""
+    model = _load(folder)
+    for layer, value in ((5, -1e308), (6, 1e308), (7, 1e308)):
+        mlp = model.model.layers[layer].mlp
+        mlp.gate_proj.weight.data.zero_()
+        mlp.down_proj.weight.data.fill_(value)
+    with (
+        MergeSearch(model, tokens, MergeRange(3, 0, DEPTH, 1), "rdsc") as search,
+        pytest.raises(NumericsError, match="not finite after merging into layer 5"),
+    ):
+        search.run(0.5, 2)

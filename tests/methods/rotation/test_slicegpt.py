@@ -1,0 +1,252 @@
+"""SliceGPT from checkpoint to checkpoint."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from streamline_bench.compression import compress
+from streamline_bench.core.checkpoint.reader import CheckpointReader, read_manifest
+from streamline_bench.core.recipe.schema import Recipe
+from streamline_bench.errors import ArchitectureError, CalibrationError, RecipeError, SparsityError
+from streamline_bench.methods.base import Compression
+from streamline_bench.methods.rotation.principal_axes import Covariance, PrincipalAxes
+from streamline_bench.methods.rotation.slicegpt import SliceGPT
+from streamline_bench.modeling import register
+
+IDS = torch.tensor([[1, 5, 9, 40, 22, 7], [1, 80, 33, 3, 96, 12]])
+
+
+@pytest.fixture
+def recipe(make_recipe: Callable[..., Recipe]) -> Callable[..., Recipe]:
+    """Return a function that gives the recipe: a sparsity, or a slicing of the channels."""
+
+    def make(**parameters: Any) -> Recipe:
+        slicing = parameters.pop("slicing", None)
+        changes = {f"parameters.{key}": value for key, value in parameters.items()}
+        made = make_recipe("slicegpt", sparsity=0.3, **changes)
+        if slicing is None:
+            return made
+        sliced = {**made.parameters, "slicing": slicing}
+        return made.model_copy(update={"sparsity": None, "parameters": sliced})
+
+    return make
+
+
+def _load(folder: Path) -> Any:
+    register()
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def _logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return _load(folder)(IDS).logits  # type: ignore[no-any-return]
+
+
+def _in_bfloat16(folder: Path, target: Path) -> Path:
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(target)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (target / name).write_bytes((folder / name).read_bytes())
+    return target
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "opt"])
+def test_nothing_sliced_leaves_the_logits_unchanged(
+    family: str,
+    make_tiny_model: Callable[..., Path],
+    recipe: Callable[..., Recipe],
+    tmp_path: Path,
+) -> None:
+    extra = {"word_embed_proj_dim": 32, "ffn_dim": 48} if family == "opt" else {"head_dim": 8}
+    source = make_tiny_model(family, num_hidden_layers=3, tie_word_embeddings=True, **extra)
+    out = compress(source, recipe(slicing=0.0), tmp_path / "out", progress=False)
+    torch.testing.assert_close(_logits(out), _logits(source), rtol=1e-4, atol=1e-6)
+    assert _load(out).config.tie_word_embeddings is False
+
+
+def test_the_share_of_parameters_is_reached_and_recorded(
+    tiny_llama: Path, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    out = compress(tiny_llama, recipe(), tmp_path / "out", progress=False)
+    manifest = read_manifest(out)
+    assert manifest is not None
+    size = manifest.chosen["size"]
+    assert manifest.sparsity_reached == pytest.approx(0.3, abs=0.03)
+    assert size["reached"] == pytest.approx(manifest.sparsity_reached)
+    assert size["parameters"] == manifest.parameters_after == CheckpointReader(out).num_parameters
+    assert sum(p.numel() for p in _load(out).parameters()) == manifest.parameters_after
+    assert size["requested"] == 0.3
+    assert size["slicing"] > 0.3  # the shortcut matrices eat some of it
+    assert manifest.layers_before == manifest.layers_after == 6
+    kept = manifest.chosen["energy_kept"]
+    assert len(kept) == 13
+    assert kept[-1] == 1.0
+    assert all(0.3 < share < 1 for share in kept[:-1])
+    assert manifest.calibration["tokens"] >= 32
+    assert _logits(out).isfinite().all()
+
+
+def test_principal_axes_lose_less_than_random_ones(
+    tiny_llama: Path,
+    recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dense, original = _logits(tiny_llama), Covariance.axes
+
+    def error(name: str) -> float:
+        out = compress(tiny_llama, recipe(slicing=0.5), tmp_path / name, progress=False)
+        return float((_logits(out) - dense).square().mean())
+
+    principal = error("principal")
+    for seed in (0, 1, 2):
+        generator = torch.Generator().manual_seed(seed)
+
+        def others(
+            self: Covariance, damping: float, where: str, drawn: torch.Generator = generator
+        ) -> PrincipalAxes:
+            found = original(self, damping, where)
+            noise = torch.randn(found.axes.shape, generator=drawn, dtype=torch.float64)
+            return PrincipalAxes(torch.linalg.qr(noise).Q, found.energies)
+
+        monkeypatch.setattr(Covariance, "axes", others)
+        assert principal < 0.8 * error(f"random-{seed}")
+
+
+def test_more_channels_give_better_logits(
+    tiny_llama: Path, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """And the stored dtype is the source's."""
+    dense = _logits(tiny_llama)
+    errors = []
+    for slicing in (0.75, 0.25, 0.0):
+        out = compress(tiny_llama, recipe(slicing=slicing), tmp_path / str(slicing), progress=False)
+        errors.append(float((_logits(out) - dense).square().mean()))
+    assert errors[0] > errors[1] > 100 * errors[2]
+    reader = CheckpointReader(out)
+    assert {reader.entry(name).dtype for name in reader.names} == {"F32"}
+
+
+def test_a_bfloat16_source_gives_a_bfloat16_result(
+    tiny_llama: Path, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    source = _in_bfloat16(tiny_llama, tmp_path / "source")
+    out = compress(source, recipe(), tmp_path / "out", progress=False)
+    reader = CheckpointReader(out)
+    assert {reader.entry(name).dtype for name in reader.names} == {"BF16"}
+
+
+def test_tensors_of_another_dtype_are_cast_one_at_a_time(
+    tiny_llama: Path, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    source = _in_bfloat16(tiny_llama, tmp_path / "source")
+    result = SliceGPT().compress(Compression(source, recipe(), tmp_path, progress=False))
+    seen: list[weakref.ref[torch.Tensor]] = []
+    for tensor in result.tensors.values():
+        assert tensor.dtype == torch.bfloat16
+        assert sum(reference() is not None for reference in seen) <= 1
+        seen.append(weakref.ref(tensor))
+    assert len(seen) == len(result.tensors) > 40
+
+
+def test_options_reach_the_rotation(
+    tiny_llama: Path, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    plain = compress(tiny_llama, recipe(slicing=0.25), tmp_path / "plain", progress=False)
+    options: list[dict[str, Any]] = [
+        {"final_orientation": "random"},
+        {"activation_gb": 0, "batch_size": 8},
+        {"signal": "normalised"},
+        {"slice_head": True},
+    ]
+    found = []
+    for number, option in enumerate(options):
+        out = tmp_path / str(number)
+        found.append(compress(tiny_llama, recipe(slicing=0.25, **option), out, progress=False))
+    for same in found[:2]:
+        torch.testing.assert_close(_logits(same), _logits(plain), rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(_logits(found[2]), _logits(plain), rtol=1e-3, atol=1e-5)
+    assert _load(found[3]).lm_head.in_features == 24
+    assert _load(plain).lm_head.in_features == 32
+
+
+def test_twice_the_same_is_the_same(
+    tiny_llama: Path, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    folders = [compress(tiny_llama, recipe(), tmp_path / n, progress=False) for n in "ab"]
+    assert len({CheckpointReader(folder).fingerprint() for folder in folders}) == 1
+
+
+def test_too_few_tokens_for_a_covariance(
+    tiny_llama: Path, make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    few = make_recipe("slicegpt", sparsity=0.3, calibration_samples=1)
+    with pytest.raises(CalibrationError, match=r"32 channels need at least 32 .* got 16"):
+        compress(tiny_llama, few, tmp_path / "out", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("gemma2", "norms between a sub-layer's output"), ("phi", "read the same input")],
+)
+def test_families_whose_norms_cannot_be_absorbed_are_refused(
+    family: str,
+    reason: str,
+    make_tiny_model: Callable[..., Path],
+    recipe: Callable[..., Recipe],
+    tmp_path: Path,
+) -> None:
+    source = make_tiny_model(family, num_hidden_layers=2)
+    with pytest.raises(ArchitectureError, match=f"'{family}' model .*{reason}"):
+        compress(source, recipe(), tmp_path / "out", progress=False)
+
+
+def test_sizes_that_make_no_sense_are_refused(
+    tiny_llama: Path,
+    recipe: Callable[..., Recipe],
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SparsityError, match="removes channels, not layers"):
+        compress(tiny_llama, make_recipe("slicegpt", n_layers=2), out, progress=False)
+    both = recipe(slicing=0.25).model_copy(update={"sparsity": 0.3})
+    with pytest.raises(SparsityError, match=r"either a sparsity .* or parameters\.slicing"):
+        compress(tiny_llama, both, out, progress=False)
+    with pytest.raises(SparsityError, match="out of reach"):
+        compress(tiny_llama, make_recipe("slicegpt", sparsity=0.999), out, progress=False)
+    with pytest.raises(RecipeError, match="did you mean 'slicing'"):
+        recipe(slicin=0.2)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_lora_recovers_a_sliced_model(
+    family: str,
+    make_tiny_model: Callable[..., Path],
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+) -> None:
+    """The shortcut matrices stay as the axes gave them; what the loader sees is the same model."""
+    extra = {"word_embed_proj_dim": 32, "ffn_dim": 48} if family == "opt" else {}
+    source = make_tiny_model(family, num_hidden_layers=2, **extra)
+    plain = compress(
+        source, make_recipe("slicegpt", sparsity=0.2), tmp_path / "plain", progress=False
+    )
+    steps = {"recovery.training.min_steps": 4, "recovery.training.epochs": 1}
+    data = {"recovery.training.data.samples": 16, "recovery.training.data.sequence_length": 16}
+    recipe = make_recipe("slicegpt_lora", sparsity=0.2, **steps, **data)
+    tuned = compress(source, recipe, tmp_path / "tuned", progress=False)
+    before, after = (_load(folder).state_dict() for folder in (plain, tuned))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not [name for name in changed if "shortcut" in name or "embed" in name]

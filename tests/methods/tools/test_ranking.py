@@ -1,0 +1,81 @@
+"""Selection from scores: the lowest, ends that stay, scores that are no numbers."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from streamline_bench.errors import NumericsError, SparsityError
+from streamline_bench.methods.tools.ranking import ProtectedEnds, select_lowest
+
+TAYLOR_LLAMA_2_7B = [0, 28, 27, 25, 29, 26, 24, 23, 21, 22, 30]
+"""Least important layers first, published with Shortened LLaMA."""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_lowest_scores_go_lowest_first(seed: int) -> None:
+    """By repeatedly taking the minimum of what is left."""
+    draw = random.Random(seed)
+    scores = {layer: draw.choice([-1.0, 0.0, 0.5, 2.0, 1e9]) for layer in range(12)}
+    left, expected = dict(scores), []
+    for _ in range(5):
+        least = min(left.values())
+        expected.append(next(layer for layer in sorted(left) if left[layer] == least))
+        del left[expected[-1]]
+    shuffled = list(scores.items())
+    draw.shuffle(shuffled)
+    assert select_lowest(dict(shuffled), 5) == expected
+
+
+def test_protected_ends_turn_the_published_taylor_order_into_the_published_taylor_plus() -> None:
+    """The scores only spell the order out: what is tested is what the ends take from it."""
+    rest = [layer for layer in range(32) if layer not in TAYLOR_LLAMA_2_7B]
+    scores = {layer: float(rank) for rank, layer in enumerate([*TAYLOR_LLAMA_2_7B, *rest])}
+    allowed = ProtectedEnds(protect_first=4, protect_last=2).candidates(32, 9)
+    removed = select_lowest({layer: scores[layer] for layer in allowed}, 9)
+    assert removed == [28, 27, 25, 29, 26, 24, 23, 21, 22]
+
+
+def test_of_equal_scores_the_shallower_layer_goes() -> None:
+    assert select_lowest({2: 1.0, 1: 1.0, 0: 2.0}, 2) == [1, 2]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_score_that_is_no_number_names_its_layer(value: float) -> None:
+    with pytest.raises(NumericsError, match="layer 3"):
+        select_lowest({0: 1.0, 3: value}, 1)
+
+
+@pytest.mark.parametrize(
+    ("depth", "n", "expected"),
+    [
+        (80, 20, (4, 2)), (40, 10, (4, 2)), (32, 8, (4, 2)), (32, 16, (4, 2)), (28, 7, (4, 2)),
+        (24, 6, (3, 2)), (16, 4, (2, 1)), (12, 6, (2, 1)), (5, 1, (1, 1)), (5, 3, (1, 1)),
+        (5, 4, (1, 0)), (2, 1, (1, 0)),
+    ],
+)  # fmt: skip
+def test_ends_in_proportion(depth: int, n: int, expected: tuple[int, int]) -> None:
+    """The published 4 and 2 of 32 layers or more; they give way to what is to go."""
+    ends = ProtectedEnds(protect_first=None, protect_last=None)
+    allowed = ends.candidates(depth, n)
+    assert ends.protected(allowed, depth) == {"first": expected[0], "last": expected[1]}
+    assert len(allowed) >= n
+
+
+def test_no_choice_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        ProtectedEnds(protect_first=4, protect_last=2).candidates(12, 5)
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert "first 4 and the last 2 of 12 layers" in caplog.text
+    ProtectedEnds(protect_first=4, protect_last=2).candidates(12, 6)
+    assert "All 6 layers that may be removed are to go" in caplog.text
+
+
+def test_protected_ends_leave_too_little() -> None:
+    assert list(ProtectedEnds(protect_first=1, protect_last=2).candidates(6, 3)) == [1, 2, 3]
+    with pytest.raises(SparsityError, match="only 0 may be"):
+        ProtectedEnds(protect_first=4, protect_last=2).candidates(6, 1)
+    with pytest.raises(SparsityError, match="only 0 may be"):
+        ProtectedEnds(protect_first=9).candidates(6, 1)

@@ -1,0 +1,59 @@
+"""What the job that measures is asked, and the command that repeats it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_bench.cli.throughput import command
+from streamline_bench.runs.jobs.graph import Job, measure_job
+from streamline_bench.runs.jobs.throughput_job import measure_rows
+from streamline_bench.runs.planning.plan import Plan
+from streamline_bench.runs.planning.request import Request
+from streamline_bench.runs.planning.resolve import resolve_plan
+
+
+@pytest.fixture
+def job(make: Callable[..., Request]) -> Job:
+    """The job of a plan with a model of a hub that brings code along."""
+    plan = resolve_plan(
+        make(throughput="hf", trust_remote_code=True, workload={"prefix_caching": True})
+    )
+    hub = {"model": "owner/model", "revision": "v2"}
+    return measure_job(Plan(**{**plan.model_dump(), **hub}), ["dense", "last_layers"], 3)
+
+
+def test_the_command_repeats_what_was_measured(
+    job: Job, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def measure(models: Any, **options: Any) -> None:
+        asked.update(options, models=models)
+
+    monkeypatch.setattr("streamline_bench.throughput.measure", measure)
+    monkeypatch.setattr(
+        "streamline_bench.core.checkpoint.reader.resolve_pretrained",
+        lambda name, revision: tiny_llama / f"{name}@{revision}",
+    )
+    typed = measure_rows(tmp_path, "throughput", job.payload).command
+    assert asked["setup"].trust_remote_code
+    assert asked["models"]["dense"] == tiny_llama / "owner/model@v2"
+    assert typed is not None
+    words = shlex.split(typed)
+    assert words[:2] == ["streamline-bench", "throughput"]
+    given = command.make_context("throughput", words[2:]).params
+    assert given["models"] == (
+        "dense=owner/model",
+        f"last_layers={tmp_path / 'last_layers' / 'checkpoint'}",
+    )
+    for key in ("device", "threads", "trust_remote_code"):
+        assert given[key] == getattr(asked["setup"], key)
+    for key in ("prompt_tokens", "output_tokens", "rounds", "seed", "prefix_caching"):
+        assert given[key] == getattr(asked["workload"], key)
+    assert given["batch"] == asked["workload"].batch_sizes
+    assert (given["revision"], given["engine"], given["dense"]) == ("v2", "hf", "dense")

@@ -1,0 +1,227 @@
+"""Rows in one process: which belong together, what is published, what a failure leaves."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_bench.compression import compress, load_recipe
+from streamline_bench.harness.trunk.request import LabelOutcome, TrunkOutcome, TrunkRequest
+from streamline_bench.harness.trunk.walk import Walk
+from streamline_bench.runs.execution.grouping import groups_of, together_payload, unit_of
+from streamline_bench.runs.folder import job_folder
+from streamline_bench.runs.jobs.graph import Job, plan_jobs
+from streamline_bench.runs.jobs.marker import read_done, read_failed
+from streamline_bench.runs.jobs.score_job import check_scores
+from streamline_bench.runs.jobs.together import score_rows_together
+from streamline_bench.runs.planning.plan import Plan
+from streamline_bench.runs.planning.request import Request
+from streamline_bench.runs.planning.resolve import resolve_plan
+
+
+def _scoring(plan: Plan) -> list[Job]:
+    return [job for job in plan_jobs(plan) if job.shareable]
+
+
+def _names(groups: list[list[Job]]) -> list[list[str]]:
+    return [sorted(job.name for job in group) for group in groups]
+
+
+def test_rows_that_share_their_first_layers_belong_together(
+    make: Callable[..., Request], tiny_llama: Path, tmp_path: Path
+) -> None:
+    rows = ["first_layers", "last_layers", "random_layers"]
+    jobs = _scoring(resolve_plan(make(recipes=rows)))
+    for row in rows:
+        recipe = load_recipe(row, {"n_layers": 2})
+        compress(tiny_llama, recipe, tmp_path / row / "checkpoint", progress=False)
+    shutil.rmtree(tmp_path / "random_layers")  # cannot be read: left to whoever scores it alone
+    found = groups_of(tmp_path, jobs, one_process=False)
+    groups = _names(found.groups)
+    # first_layers begins with the third layer of the dense model, last_layers with its first.
+    assert groups == [
+        ["score-dense", "score-last_layers"],
+        ["score-first_layers"],
+        ["score-random_layers"],
+    ]
+    assert set(found.alone) == {"score-first_layers", "score-random_layers"}
+    assert (
+        "shares no layer with 'dense': its first layer differs"
+        in (found.alone["score-first_layers"])
+    )
+    assert "random_layers" in found.alone["score-random_layers"]
+    assert len(groups_of(tmp_path, jobs, one_process=True).groups) == 1
+
+
+def test_the_same_rows_are_the_same_unit(plan: Plan) -> None:
+    jobs = _scoring(plan)
+    assert unit_of(jobs[:1]).name == jobs[0].name
+    assert unit_of(jobs) == unit_of(jobs)
+    assert unit_of(jobs).name != unit_of(jobs[:2]).name
+    changed = [replace(jobs[0], key="other"), *jobs[1:]]
+    assert unit_of(changed).name != unit_of(jobs).name
+
+
+@pytest.fixture
+def run(plan: Plan, tiny_llama: Path, tmp_path: Path) -> Path:
+    """A run folder with folders for all jobs and checkpoints that are the model itself."""
+    for job in plan_jobs(plan):
+        job_folder(tmp_path, job.name).mkdir(parents=True)
+    for label in ("first_layers", "last_layers"):
+        shutil.copytree(tiny_llama, tmp_path / label / "checkpoint")
+    return tmp_path
+
+
+def test_every_row_is_published_or_failed_by_itself(
+    run: Path, plan: Plan, lm_eval_outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = _scoring(plan)
+    by_label = {job.labels[0]: job for job in jobs}
+    asked: list[TrunkRequest] = []
+
+    def score(
+        request: TrunkRequest, *, progress: bool, on_label: Callable[[str, LabelOutcome], None]
+    ) -> TrunkOutcome:
+        asked.append(request)
+        shutil.copytree(lm_eval_outputs / "dense", request.outputs["dense"])
+        shutil.copytree(lm_eval_outputs / "pruned", request.outputs["last_layers"])
+        samples = next(request.outputs["last_layers"].rglob("samples_*.jsonl"))
+        samples.write_text(samples.read_text(encoding="utf-8")[:-20], encoding="utf-8")
+        walk = ("dense", "last_layers")
+        ok = LabelOutcome(status="ok", company=walk, seconds=4.5)
+        failed = LabelOutcome(status="failed", reason="Layer 3 is NaN.")
+        outcomes = {"dense": ok, "first_layers": failed, "last_layers": ok}
+        for label, outcome in outcomes.items():
+            on_label(label, outcome)
+            # It is published at once, not when all are scored.
+            name, key = by_label[label].name, by_label[label].key
+            assert read_done(run, name, key) or read_failed(run, name, key)
+        return TrunkOutcome(labels=outcomes, walks=(walk,))
+
+    monkeypatch.setattr("streamline_bench.harness.trunk.score_together", score)
+    stale = run / "dense" / "eval"
+    stale.mkdir(parents=True)
+    (stale / "results_2099-01-01T00-00-00.000000.json").write_text("{}", encoding="utf-8")
+    score_rows_together(run, unit_of(jobs).name, together_payload(jobs))
+
+    (request,) = asked
+    assert request.dense == "dense"
+    assert request.batch_size == 16
+    assert request.device == "cpu"
+    dense = read_done(run, "score-dense", by_label["dense"].key)
+    assert dense is not None
+    assert dense.facts["together"] == ["dense", "last_layers"]
+    assert dense.seconds == 4.5
+    assert dense.command is not None
+    assert f"--output_path {run}/dense/eval" in dense.command
+    assert not (stale / "results_2099-01-01T00-00-00.000000.json").exists()
+    first = read_failed(run, "score-first_layers", by_label["first_layers"].key)
+    assert first is not None
+    assert first.reason == "Layer 3 is NaN."
+    last = read_failed(run, "score-last_layers", by_label["last_layers"].key)
+    assert last is not None
+    assert "samples_" in last.reason
+    assert not (run / "last_layers" / "eval").exists()
+    # What cannot be read is not there for the next attempt to stumble over.
+    assert not request.outputs["last_layers"].exists()
+
+
+@dataclass(frozen=True)
+class Walking:
+    """A run folder and its scoring jobs."""
+
+    run: Path
+    jobs: list[Job]
+
+    def score(self) -> dict[str, list[str]]:
+        """Score them; return job -> the labels it was scored with."""
+        score_rows_together(self.run, unit_of(self.jobs).name, together_payload(self.jobs))
+        done = {job.name: read_done(self.run, job.name, job.key) for job in self.jobs}
+        return {
+            name: sorted(each.facts["together"]) for name, each in done.items() if each is not None
+        }
+
+    def outputs(self) -> list[Path]:
+        """Folders of rows that are scored and not yet published."""
+        return sorted((self.run / "jobs" / ".scored").iterdir())
+
+
+@pytest.fixture
+def walking(make: Callable[..., Request], tasks: Path, tiny_llama: Path, tmp_path: Path) -> Walking:
+    """A run folder with two rows that share layers, compressed but not scored."""
+    request = make(
+        recipes=["last_layers"], tasks=["words"], include_path=str(tasks), batch_size="1"
+    )
+    plan = resolve_plan(request)
+    run = tmp_path / "run"
+    for job in plan_jobs(plan):
+        job_folder(run, job.name).mkdir(parents=True)
+    recipe = load_recipe("last_layers", {"n_layers": 2})
+    compress(tiny_llama, recipe, run / "last_layers" / "checkpoint", progress=False)
+    return Walking(run, _scoring(plan))
+
+
+@pytest.mark.slow
+def test_a_scored_row_that_was_damaged_before_it_was_published_is_scored_again(
+    walking: Walking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("streamline_bench.runs.jobs.together._publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            walking.score()
+    (made,) = walking.outputs()
+    samples = next(made.rglob("samples_*.jsonl"))
+    samples.write_bytes(samples.read_bytes()[:-20])
+    other = made.with_name(f"dense-{16 * '0'}")  # of other options, long ago
+    other.mkdir()
+    assert set(walking.score()) == {"score-dense", "score-last_layers"}
+    assert walking.outputs() == []
+    check_scores(walking.run / "dense" / "eval")
+
+
+@pytest.mark.slow
+def test_a_walk_that_was_stopped_goes_on_where_it_was(
+    walking: Walking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    real = Walk._leg_by_leg
+
+    def counted(walk: Walk, labels: Sequence[str]) -> Callable[[list[Any]], list[Any]]:
+        answer = real(walk, labels)
+
+        def count(batch: list[Any]) -> list[Any]:
+            if len(batches) == stop_after:
+                raise KeyboardInterrupt
+            batches.append(len(batch))
+            return answer(batch)
+
+        return count
+
+    monkeypatch.setattr(Walk, "_leg_by_leg", counted)
+    monkeypatch.setattr("streamline_bench.harness.scoring.budgets.CPU_TOKENS", 1)  # small batches
+    stop_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        walking.score()
+    assert len(batches) == 3
+    stop_after = 1000
+    walk = ["dense", "last_layers"]
+    assert walking.score() == {"score-dense": walk, "score-last_layers": walk}
+    together = len(batches)
+    interrupted = _samples(walking.run)
+    for job in walking.jobs:
+        (job_folder(walking.run, job.name) / "done.json").unlink()
+    walking.score()
+    assert len(batches) - together == together > 3  # as many as without the interruption
+    assert _samples(walking.run) == interrupted
+
+
+def _samples(run: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(run.glob("*/eval/**/samples_*.jsonl"))]

@@ -1,0 +1,94 @@
+"""What is wrong with a request is said in a sentence before a folder is claimed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_bench.errors import EvaluationError, RecipeError
+from streamline_bench.runs.jobs.graph import plan_jobs
+from streamline_bench.runs.jobs.harness_command import harness_command, reader_command
+from streamline_bench.runs.planning.plan import Evaluation
+from streamline_bench.runs.planning.request import Request, make_request
+from streamline_bench.runs.planning.resolve import resolve_plan
+from streamline_bench.runs.run import compare_request
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "sentence"),
+    [
+        ({"tasks": ["streamline_demo_pair"]}, EvaluationError, "mean 'streamline_demo_pairs'"),
+        ({"device": "cud"}, RecipeError, "'cud' is no device"),
+        ({"device": "cuda:9"}, RecipeError, "--device is cuda:9 and this process sees no cuda"),
+        ({"noise_dtype": "flot"}, RecipeError, "'flot' is no dtype"),
+        ({"throughput": "hf", "workload": {"round": 3}}, RecipeError,
+         "The workload has an unknown key 'round'; did you mean 'rounds'"),
+        ({"throughput": "hf", "workload": {"xyz": 3}}, RecipeError, "'xyz'; known: batch_sizes,"),
+    ],
+)  # fmt: skip
+def test_nothing_is_claimed_for_what_cannot_be_run(
+    make: Callable[..., Request],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    error: type[Exception],
+    sentence: str,
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(error, match=sentence):
+        compare_request(make(**changes), tmp_path / "run", until="compress", progress=False)
+    assert not (tmp_path / "run" / "plan.yaml").exists()
+
+
+def test_auto_is_what_the_machine_has(
+    make: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert resolve_plan(make(device="auto")).device == "cuda"
+    assert resolve_plan(make(device="auto"), device="cpu").device == "cpu"
+    assert resolve_plan(make(device="cpu"), device="cuda").device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"recipes": [{"recipe": "shortgpt", "sett": {"seed": 1}}]},
+         "unknown key 'recipes.0.sett'; did you mean 'set'"),
+        ({"recipes": [{"label": "x"}]}, "'recipes.0"),
+        ({"limits": 3}, "unknown key 'limits'; did you mean 'limit'"),
+        ({"limit": float("inf")}, "'limit' is inf: Input should be a finite number"),
+        ({"limit": float("nan")}, "'limit' is nan"),
+    ],
+)  # fmt: skip
+def test_a_request_that_is_none(changes: dict[str, Any], sentence: str) -> None:
+    payload = {"model": "m", "recipes": ["dense"], "tasks": ["t"], **changes}
+    with pytest.raises(RecipeError) as caught:
+        make_request(payload, "Plan p.yaml")
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("limit", "written"), [(100, "100"), (1234567, "1234567"), (0.125, "0.125"), (1e-7, "1e-07")]
+)
+def test_a_limit_is_handed_on_exactly(limit: float, written: str) -> None:
+    evaluation = Evaluation(tasks=("t",), tasks_sha256="", batch_size="1", limit=limit)
+    command = harness_command({"pretrained": "m"}, Path("o"), evaluation, device="cpu")
+    assert command[command.index("--limit") + 1] == written
+    assert float(written) == limit
+
+
+def test_the_users_task_folder_comes_beside_ours(
+    make: Callable[..., Request], tasks: Path, tmp_path: Path
+) -> None:
+    names = ["words", "streamline_demo_pairs"]
+    plan = resolve_plan(make(recipes=["dense"], tasks=names, include_path=str(tasks)))
+    (job,) = plan_jobs(plan)
+    command = reader_command(tmp_path, job.payload)
+    assert command.startswith("streamline-bench lm-eval --model streamline ")
+    assert f"--include_path {tasks} --tasks words,streamline_demo_pairs" in command
+    (job,) = plan_jobs(resolve_plan(make(recipes=["dense"], tasks=names[1:])))
+    assert reader_command(tmp_path, job.payload).startswith("lm_eval --model streamline ")

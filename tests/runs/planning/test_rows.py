@@ -1,0 +1,177 @@
+"""Names, groups and rows of one's own become labelled recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from streamline_bench.compression import list_recipes
+from streamline_bench.errors import RecipeError
+from streamline_bench.runs.planning.request import Request, RowRequest, make_request, read_request
+from streamline_bench.runs.planning.rows import parse_row, resolve_rows
+
+
+def _labels(request: Request) -> list[str]:
+    return [row.label for row in resolve_rows(request)]
+
+
+def test_dense_is_put_first_where_it_is_missing(make: Callable[..., Request]) -> None:
+    assert _labels(make(recipes=["first_layers"])) == ["dense", "first_layers"]
+    assert _labels(make(recipes=["first_layers", "dense"])) == ["first_layers", "dense"]
+
+
+def test_all_is_every_recipe_once_dense_first(make: Callable[..., Request]) -> None:
+    request = make(recipes=["all"], set={})
+    labels = _labels(request)
+    assert labels[0] == "dense"
+    assert sorted(labels) == sorted(list_recipes())
+
+
+def test_a_group_does_not_repeat_what_was_named_before(make: Callable[..., Request]) -> None:
+    labels = _labels(make(recipes=["first_layers", "no-training"]))
+    assert labels.count("first_layers") == 1
+    assert {"dense", "last_layers", "magnitude_l1"} <= set(labels)
+    assert "streamline" not in labels
+
+
+def test_a_rows_own_values_win_and_one_size_replaces_the_other(
+    make: Callable[..., Request],
+) -> None:
+    own = RowRequest(label="half", recipe="first_layers", overrides={"sparsity": 0.5})
+    rows = {row.label: row.recipe for row in resolve_rows(make(recipes=["first_layers", own]))}
+    assert (rows["first_layers"].n_layers, rows["first_layers"].sparsity) == (2, None)
+    assert (rows["half"].n_layers, rows["half"].sparsity) == (None, 0.5)
+    sliced = RowRequest(label="s", recipe="slicegpt", overrides={"parameters.slicing": 0.25})
+    (_, row) = resolve_rows(make(recipes=[sliced]))
+    assert (row.recipe.n_layers, row.recipe.sparsity) == (None, None)
+    assert row.recipe.parameters["slicing"] == 0.25
+
+
+def test_common_values_reach_the_rows_that_read_them(make: Callable[..., Request]) -> None:
+    common = {"n_layers": 2, "training.epochs": 3, "sequence_length": 64}
+    request = make(recipes=["sleb", "streamline"], set=common)
+    _, sleb, streamline = (row.recipe for row in resolve_rows(request))
+    assert (sleb.training.epochs, streamline.training.epochs) == (1, 3)
+    assert sleb.calibration.sequence_length == streamline.calibration.sequence_length == 64
+    with pytest.raises(RecipeError, match=r"No recipe of this comparison reads 'training\.epochs'"):
+        resolve_rows(make(recipes=["sleb", "shortgpt"], set=common))
+    own = RowRequest(label="x", recipe="sleb", overrides={"replacement": "ffn"})
+    with pytest.raises(RecipeError, match="method 'sleb' does not read 'replacement'"):
+        resolve_rows(make(recipes=[own], set={"n_layers": 2}))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a=shortgpt", RowRequest(label="a", recipe="shortgpt")),
+        ("a=my.yaml", RowRequest(label="a", recipe="my.yaml")),
+        (
+            "a=streamline:sparsity=0.5,training.lr=1e-3",
+            RowRequest(
+                label="a",
+                recipe="streamline",
+                overrides={"sparsity": "0.5", "training.lr": "1e-3"},
+            ),
+        ),
+    ],
+)
+def test_a_row_as_text(text: str, expected: RowRequest) -> None:
+    assert parse_row(text) == expected
+
+
+@pytest.mark.parametrize("text", ["shortgpt", "=shortgpt", "a=", "a=shortgpt:", "a=b:sparsity"])
+def test_a_row_that_is_none(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"LABEL=RECIPE|KEY=VALUE"):
+        parse_row(text)
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        *("jobs", "Noise", "throughput", "throughput.json", "plan.yaml", "Run.json", "report"),
+        *("leaderboard.html", "Leaderboard.xlsx", "model-cards"),
+        *("a/b", "..", ".hidden", "a b", "x" * 200),
+    ],
+)
+def test_a_label_must_be_able_to_name_a_folder(make: Callable[..., Request], label: str) -> None:
+    with pytest.raises(RecipeError, match="cannot name a folder"):
+        resolve_rows(make(recipes=[RowRequest(label=label, recipe="first_layers")]))
+
+
+def test_labels_must_differ_also_where_case_does_not_count(
+    make: Callable[..., Request],
+) -> None:
+    rows = [RowRequest(label=label, recipe="first_layers") for label in ("a", "A")]
+    with pytest.raises(RecipeError, match="Two rows are called 'A'"):
+        resolve_rows(make(recipes=rows))
+
+
+def test_an_unknown_recipe_and_an_unknown_key_are_named(make: Callable[..., Request]) -> None:
+    with pytest.raises(RecipeError, match="did you mean 'shortgpt'"):
+        resolve_rows(make(recipes=["shortgtp"]))
+    with pytest.raises(RecipeError, match="sparisty"):
+        resolve_rows(make(set={"sparisty": 0.5}))
+
+
+@pytest.mark.parametrize(
+    "name", ["bundled", "stories260k", "stories260k_half", "stories260k_benchmarks"]
+)
+def test_plans_that_come_along_can_be_read(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("STREAMLINE_BENCH_DATA", str(tmp_path))
+    payload = read_request(name)
+    request = make_request({"tasks": ["t"], **payload})
+    labels = _labels(request)
+    assert labels[0] == "dense"
+    assert len(labels) > 15
+    if name.startswith("stories260k"):
+        assert request.model == f"{tmp_path}/models/stories260K"
+
+
+def test_a_plan_with_a_variable_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STREAMLINE_BENCH_DATA", raising=False)
+    with pytest.raises(RecipeError, match="export STREAMLINE_BENCH_DATA"):
+        read_request("stories260k")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("modle: x\n", "did you mean 'model'"),
+        ("[1, 2]\n", "is not a plan"),
+        ("a: [\n", "cannot be read as YAML"),
+        ("model: \xff\xfe", "cannot be read as YAML"),
+    ],
+)
+def test_plan_files_that_are_none(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(RecipeError, match=sentence):
+        read_request(str(path))
+
+
+def test_plan_files_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="does not exist"):
+        read_request(str(tmp_path / "plan.yaml"))
+    with pytest.raises(RecipeError, match="did you mean 'bundled'"):
+        read_request("bundeld")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"batch_size": "0"}, "batch_size"),
+        ({"limit": -1}, "limit"),
+        ({"throughput": "tgi"}, "throughput"),
+        ({"tasks": []}, "tasks"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_values_that_cannot_be(
+    make: Callable[..., Request], change: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        make(**change)

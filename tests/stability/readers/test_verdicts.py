@@ -1,0 +1,105 @@
+"""A metric is a verdict of a task or it is not: a grade that happens to be 0 or 1 is none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_bench.report.build.leaderboard import build_leaderboard
+from streamline_bench.stability.compare_answers import compare
+from streamline_bench.stability.readers.lm_eval_reader import find_results
+from streamline_bench.stability.readers.load import load_samples
+from streamline_bench.stability.readers.verdicts import graded_metrics, with_verdicts
+from streamline_bench.stability.settings import Settings
+
+FAST = Settings(draws=200)
+
+
+def row(filter_name: str = "none", **metrics: float) -> dict[str, Any]:
+    named = [name for name in ("acc", "exact_match", "em") if metrics.get(name) in (0, 1)]
+    return {
+        "filter": filter_name,
+        "metrics": metrics,
+        "correct": bool(metrics[named[0]]) if named else None,
+        "verdict_metric": named[0] if named else None,
+        "correct_norm": bool(metrics["acc_norm"]) if metrics.get("acc_norm") in (0, 1) else None,
+        "gold": 1,
+    }
+
+
+def test_one_grade_makes_the_metric_graded() -> None:
+    found = with_verdicts([row(acc=1.0, acc_norm=1.0), row(acc=0.37, acc_norm=0.0)])
+    assert [part["correct"] for part in found] == [None, None]
+    assert [part["verdict_metric"] for part in found] == [None, None]
+    assert found[0]["gold"] is None, "it was read with the help of acc"
+    assert [part["correct_norm"] for part in found] == [True, False]
+
+
+def test_the_next_metric_decides_for_all_answers() -> None:
+    found = with_verdicts([row(acc=1.0, exact_match=0.0), row(acc=0.5, exact_match=1.0)])
+    assert [part["verdict_metric"] for part in found] == ["exact_match"] * 2
+    assert [part["correct"] for part in found] == [False, True]
+
+
+def test_filters_are_judged_apart() -> None:
+    found = with_verdicts([row("a", em=1.0), row("a", em=0.5), row("b", em=1.0), row("b", em=0.0)])
+    assert [part["correct"] for part in found] == [None, None, True, False]
+
+
+def test_verdicts_stay() -> None:
+    rows = [row(acc=1.0), row(acc=0.0, f1=0.3)]
+    assert with_verdicts(rows) == rows
+    assert graded_metrics([{"acc": 0.0, "f1": 0.3}, None, {"acc_norm": 0.25}]) == {"acc_norm"}
+
+
+def graded_run(source: Path, target: Path, grade: Callable[[int], float]) -> Path:
+    """A run whose generation task is scored by a mean over references."""
+    shutil.copytree(source, target)
+    file = next(find_results(target).parent.glob("samples_toy_gen_*.jsonl"))
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        line["metrics"] = ["em"]
+        line["em"] = grade(int(line["doc_id"]))
+        line.pop("exact_match", None)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return target
+
+
+GRADES: dict[str, Callable[[int], float]] = {
+    "some answers": lambda document: (0.0, 0.5, 1.0)[document % 3],
+    "one answer": lambda document: 0.3 if document == 0 else 1.0,
+}
+
+
+@pytest.mark.parametrize("name", GRADES)
+@pytest.mark.parametrize("sides", [("dense", "pruned"), ("dense",), ("pruned",)])
+def test_a_graded_task_does_not_stop_the_others(
+    lm_eval_outputs: Path, tmp_path: Path, name: str, sides: tuple[str, ...]
+) -> None:
+    runs = {}
+    for side in ("dense", "pruned"):
+        grade = GRADES[name] if side in sides else lambda document: float(document % 2)
+        runs[side] = graded_run(lm_eval_outputs / side, tmp_path / side, grade)
+    samples = [load_samples(path, run=side, progress=False) for side, path in runs.items()]
+    result = compare(*samples, settings=FAST)
+    assert result.not_compared["toy_gen"] == "graded, no right or wrong"
+    assert "toy_mc" in {task.task for task in result.tasks}
+    assert "toy_gen" in {found.task for found in result.generations}
+    board = build_leaderboard(runs, "dense", settings=FAST, progress=False)
+    flips = [flip["task"] for line in board["rows"] for flip in line["worst_flips"]]
+    assert "toy_gen" not in flips
+
+
+def test_runs_judged_by_different_metrics_are_not_compared(
+    lm_eval_outputs: Path, tmp_path: Path
+) -> None:
+    dense = load_samples(lm_eval_outputs / "dense", run="dense", progress=False)
+    other = graded_run(lm_eval_outputs / "pruned", tmp_path / "p", lambda document: 1.0)
+    result = compare(dense, load_samples(other, run="pruned", progress=False), settings=FAST)
+    reason = result.not_compared["toy_gen"]
+    assert reason == "judged by exact_match in one run, by em in the other"

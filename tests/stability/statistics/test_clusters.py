@@ -1,0 +1,235 @@
+"""Which documents belong together, and what that does to intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import t as scipy_t
+
+from streamline_bench.stability.compare_answers import compare
+from streamline_bench.stability.groups import leaf_tasks
+from streamline_bench.stability.readers.lm_eval_rows import parse_row, task_facts
+from streamline_bench.stability.samples import Samples
+from streamline_bench.stability.settings import Settings
+from streamline_bench.stability.statistics.bootstrap import percentile_interval
+from streamline_bench.stability.statistics.clusters import cluster_labels, cluster_of, pooled_labels
+from streamline_bench.stability.statistics.resampled import resample_clusters
+from streamline_bench.stability.statistics.stability import choice_spread
+
+FAST = Settings(draws=4000)
+
+
+@pytest.mark.parametrize(
+    ("task", "document", "kind"),
+    [
+        ("boolq", {"passage": "A."}, "passages"),
+        ("local_boolq", {"query": "Passage: A.\nQuestion: b?"}, "passages"),
+        ("race", {"article": "A."}, "passages"),
+        ("streamline_c3", {"context": ["A.", "B."]}, "passages"),
+        ("local_cmmlu", {"subject": "law"}, "subjects"),
+        ("mmlu_law", {"subject": "law"}, "subjects"),
+        ("piqa", {"passage": "A."}, None),
+        ("boolq", {"question": "b?"}, None),
+        ("boolq", "no mapping", None),
+        ("boolq", None, None),
+    ],
+)
+def test_fields_are_data(task: str, document: object, kind: str | None) -> None:
+    found = cluster_of(task, document)
+    assert (found is None) == (kind is None)
+    if found is not None:
+        assert found.startswith(f"{kind}:") and len(found) < 40
+
+
+def test_what_follows_the_passage_does_not_count() -> None:
+    questions = [f"Passage: A.\nQuestion: {word}?" for word in ("b", "c")]
+    first, second = (cluster_of("local_boolq", {"query": query}) for query in questions)
+    assert first == second
+    assert first != cluster_of("local_boolq", {"query": "Passage: B.\nQuestion: b?"})
+
+
+def test_reader_fills_the_column() -> None:
+    facts = task_facts("race", {"configs": {"race": {}}, "versions": {"race": 1}})
+    line = {
+        "doc_id": 0, "target": "0", "doc_hash": "d", "prompt_hash": "p", "target_hash": "t",
+        "arguments": {"gen_args_0": {"arg_0": "q", "arg_1": " a"}}, "filter": "none",
+        "filtered_resps": [["-1", "False"]], "doc": {"article": "A."},
+    }  # fmt: skip
+    assert parse_row(line, facts, "f")["cluster"] == cluster_of("race", {"article": "A."})
+    assert parse_row({**line, "doc": {}}, facts, "f")["cluster"] is None
+
+
+def test_labels() -> None:
+    found = cluster_labels(pd.Series(["p:a", "p:b", None, "p:a", None], dtype=object))
+    assert found is not None
+    assert found.labels.tolist() == [0, 1, 2, 0, 3]
+    assert (found.shown.kind, found.shown.count, found.shown.largest) == ("p", 4, 2)
+    sums = found.sums(np.array([1, 2, 3, 4, 5]), np.ones(5))
+    assert sums.tolist() == [[5, 2], [2, 1], [3, 1], [5, 1]]
+
+
+@pytest.mark.parametrize("names", [["p:a", "p:b"], ["p:a", "p:a"], [None, None], ["p:a"]])
+def test_nothing_to_resample(names: list[str | None]) -> None:
+    assert cluster_labels(pd.Series(names, dtype=object)) is None
+
+
+def test_tasks_share_no_cluster() -> None:
+    first = cluster_labels(pd.Series(["p:a", "p:a", "p:b"], dtype=object))
+    pooled = pooled_labels([(3, first), (2, None), (3, first)])
+    assert pooled is not None
+    assert pooled.labels.tolist() == [0, 0, 1, 2, 3, 4, 4, 5]
+    assert (pooled.shown.kind, pooled.shown.count) == ("p and documents", 6)
+    assert pooled_labels([(3, None)]) is None
+
+
+def test_intervals_over_passages_are_those_of_resampling_passages(
+    pair: Callable[..., tuple[Samples, Samples]],
+) -> None:
+    dense, pruned = pair({"t": (400, 8)}, noise=2.0)
+    found = compare(dense, pruned, settings=FAST).tasks[0]
+    right, now = (samples.frame["correct"].to_numpy(dtype=int) for samples in (dense, pruned))
+    source = np.random.default_rng(1)
+    drawn = source.integers(50, size=(4000, 50))
+    by_passage = {
+        "right": right.reshape(50, 8).sum(axis=1)[drawn].sum(axis=1),
+        "now": now.reshape(50, 8).sum(axis=1)[drawn].sum(axis=1),
+        "same": (right == now).reshape(50, 8).sum(axis=1)[drawn].sum(axis=1),
+    }
+    assert found.clusters is not None and found.clusters.count == 50
+    for estimate, brute in (
+        (found.difference, (by_passage["now"] - by_passage["right"]) / 400),
+        (found.agreement, by_passage["same"] / 400),
+        (found.retention, by_passage["now"] / by_passage["right"]),
+    ):
+        assert estimate is not None
+        low, high = percentile_interval(brute)
+        assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=0.012)
+        assert str(estimate.method).startswith("bootstrap over 50 passages, 4000 draws")
+    weights = np.exp(choice_spread(dense.frame))
+    both = (weights * (right == now)).reshape(50, 8).sum(axis=1)[drawn].sum(axis=1)
+    low, high = percentile_interval(both / weights.reshape(50, 8).sum(axis=1)[drawn].sum(axis=1))
+    assert found.stability is not None
+    assert (found.stability.low, found.stability.high) == pytest.approx((low, high), abs=0.012)
+    assert found.p_method == "McNemar over 50 passages, exact"
+    assert found.p_value is not None and found.p_value > found.mcnemar_p
+
+
+def test_clusters_widen_every_interval(pair: Callable[..., tuple[Samples, Samples]]) -> None:
+    dense, pruned = pair({"t": (400, 8)}, noise=2.0)
+    together = compare(dense, pruned, settings=FAST)
+    alone = compare(
+        Samples(dense.frame.assign(cluster=None), dense.info),
+        Samples(pruned.frame.assign(cluster=None), pruned.info),
+        settings=FAST,
+    )
+    for one, other in ((together.tasks[0], alone.tasks[0]), (together.micro, alone.micro)):
+        for name in ("difference", "retention"):
+            wide, narrow = getattr(one, name), getattr(other, name)
+            assert wide.value == pytest.approx(narrow.value)
+            assert wide.high - wide.low > 1.2 * (narrow.high - narrow.low), name
+        assert one.detectable > other.detectable
+    for name in ("kl", "margin_shift"):
+        wide = getattr(together.tasks[0].choices, name)
+        narrow = getattr(alone.tasks[0].choices, name)
+        assert wide.standard_error > narrow.standard_error
+    assert together.micro.clusters is not None and together.micro.clusters.kind == "passages"
+
+
+def test_a_group_has_its_tasks_as_clusters(pair: Callable[..., tuple[Samples, Samples]]) -> None:
+    groups = {"all": ["law", "rest"], "rest": ["art", "sport", "all"], "none": ["other"]}
+    tasks = {"law": (50, None), "art": (80, None), "sport": (30, None)}
+    dense, pruned = pair(tasks, noise=3.0, groups=groups)
+    found = compare(dense, pruned, settings=FAST)
+    assert [group.group for group in found.groups] == ["all", "rest"]
+    group = found.groups[0]
+    assert group.tasks == ("law", "art", "sport") and group.n == 160
+    assert group.difference.value == pytest.approx(found.micro.difference.value)
+    counts = {t.task: (t.n, round(t.n * (t.pruned.value - t.dense.value))) for t in found.tasks}
+    rows = np.array([counts[task] for task in group.tasks])
+    drawn = rows[np.random.default_rng(0).integers(3, size=(4000, 3))].sum(axis=1)
+    error = (drawn[:, 1] / drawn[:, 0]).std() * np.sqrt(3 / 2)
+    assert group.difference.standard_error == pytest.approx(error, rel=0.05)
+    half = scipy_t.ppf(0.975, 2) * group.difference.standard_error
+    assert group.difference.high == pytest.approx(group.difference.value + half)
+    assert "Student with bootstrap error over 3 tasks" in str(group.difference.method)
+    distance = (group.difference.value + 0.02) / group.difference.standard_error
+    assert group.noninferiority_p == pytest.approx(scipy_t.sf(distance, 2))
+    assert group.p_holm is not None and group.p_value is not None
+    assert group.p_holm == pytest.approx(min(1.0, 2 * group.p_value), abs=0.3)
+    assert group.decision is not None
+
+
+def test_clusters_never_narrow_an_interval(questions: Callable[..., Samples]) -> None:
+    """Two answers gained in 60 passages: no draw of passages loses any, but that proves nothing."""
+    right, wrong = [-1.0, -2.0], [-2.0, -1.0]
+    clusters = [f"passages:{index // 3}" for index in range(180)]
+    dense = [right, wrong] * 90
+    pruned = [right] * 4 + dense[4:]
+    found, alone = (
+        compare(
+            questions("dense", {"t": (dense, [0] * 180, labels)}),
+            questions("pruned", {"t": (pruned, [0] * 180, labels)}),
+            settings=FAST,
+        ).tasks[0]
+        for labels in (clusters, None)
+    )
+    assert found.difference.low == alone.difference.low < 0
+    assert found.difference.high >= alone.difference.high
+    assert "or Newcombe paired (square-and-add) where that is wider" in found.difference.method
+    assert found.decision == alone.decision
+    assert found.noninferiority_p == alone.noninferiority_p
+    same = [questions(run, {"t": (dense, [0] * 180, clusters)}) for run in ("dense", "again")]
+    unchanged = compare(*same, settings=FAST).tasks[0]
+    assert unchanged.difference.low < 0 < unchanged.difference.high
+    assert unchanged.clusters is not None
+
+
+def test_errors_of_accuracies_are_statsmodels_cluster_robust_ones(
+    pair: Callable[..., tuple[Samples, Samples]],
+) -> None:
+    from statsmodels.api import OLS
+
+    dense, pruned = pair({"t": (400, 10), "u": (100, None)}, noise=2.0)
+    result = compare(dense, pruned, settings=FAST)
+
+    def error(values: np.ndarray, groups: np.ndarray) -> float:
+        how = {"groups": groups, "use_correction": True}
+        return float(OLS(values, np.ones(len(values))).fit(cov_type="cluster", cov_kwds=how).bse[0])
+
+    rows = (pruned.frame["task"] == "t").to_numpy()
+    labels = np.where(rows, np.arange(500) // 10, 1000 + np.arange(500))
+    for side, samples in (("dense", dense), ("pruned", pruned)):
+        right = samples.frame["correct"].to_numpy(dtype=float)
+        first, second = (getattr(task, side).standard_error for task in result.tasks)
+        assert first == pytest.approx(error(right[rows], labels[rows]))
+        assert second == pytest.approx(right[~rows].std(ddof=1) / 10)
+        micro, macro = getattr(result.micro, side), getattr(result.macro, side)
+        assert micro.standard_error == pytest.approx(error(right, labels))
+        assert macro.standard_error == pytest.approx(np.hypot(first, second) / 2)
+        corrected = getattr(result.tasks[0], f"{side}_corrected")
+        assert corrected.standard_error == pytest.approx(first / 0.75)
+    assert result.tasks[0].pruned.standard_error > 1.3 * right[rows].std() / 20
+
+
+def test_few_clusters_cover_the_truth() -> None:
+    """Percentiles of six clusters would cover some 85 %."""
+    source = np.random.default_rng(4)
+    covered = 0
+    for trial in range(300):
+        shares = source.beta(6, 6, size=6)
+        gained, lost = source.binomial(30, 0.2 * shares), source.binomial(30, 0.2 * (1 - shares))
+        columns = [np.full(6, 30), 10 + lost, 10 + gained, 30 - gained - lost]
+        drawn = resample_clusters(np.stack(columns, axis=1), "tasks", FAST, str(trial))
+        value = float((gained - lost).sum() / 180)
+        found = drawn.difference(value, 0.95)
+        covered += found is not None and found.low <= 0 <= found.high
+    assert covered / 300 > 0.92
+
+
+def test_groups_that_contain_themselves_end() -> None:
+    groups = {"a": ["b", "x"], "b": ["a", "y", "x"], "empty": []}
+    assert leaf_tasks("a", groups) == ["y", "x"]
+    assert leaf_tasks("empty", groups) == ["empty"]
