@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from streamline_bench.gate.evidence import Evidence, evidence_of
-from streamline_bench.report.build.leaderboard import build_leaderboard
+from streamline_bench.report.board.leaderboard import build_leaderboard
 from streamline_bench.report.data.schema import Leaderboard
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.settings import Settings

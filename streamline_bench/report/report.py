@@ -26,7 +26,7 @@ def build_report(folder: Path, *, settings: Settings | None = None, progress: bo
         ComparisonError: rows were not asked the same.
         OutputError: the folder is not writable.
     """
-    from streamline_bench.report.build.leaderboard import RowSource, build_leaderboard
+    from streamline_bench.report.board.leaderboard import RowSource, build_leaderboard
     from streamline_bench.report.views.write import write_report
 
     folder = Path(folder)

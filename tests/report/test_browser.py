@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.report.build.leaderboard import RowSource, build_leaderboard
+from streamline_bench.report.board.leaderboard import RowSource, build_leaderboard
 from streamline_bench.report.data.schema import Leaderboard
 from streamline_bench.report.views.page import to_html
 from streamline_bench.stability.settings import Settings

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_bench.report.build.published import published_numbers
+from streamline_bench.report.board.published import published_numbers
 from streamline_bench.report.figures.axes import Axis, ticks
 from streamline_bench.report.figures.forest import forest
 from streamline_bench.report.figures.heat_map import heat_map

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from streamline_bench.cli.main import main
-from streamline_bench.report.build.leaderboard import build_leaderboard
+from streamline_bench.report.board.leaderboard import build_leaderboard
 from streamline_bench.report.data.run_folder import RunFile, RunRow, write_run_file
 from streamline_bench.report.data.schema import Leaderboard
 from streamline_bench.report.text.formats import times

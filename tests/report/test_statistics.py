@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.report.build.leaderboard import build_leaderboard
+from streamline_bench.report.board.leaderboard import build_leaderboard
 from streamline_bench.report.data.schema import Leaderboard
 from streamline_bench.report.text.formats import decimal, percent, points
 from streamline_bench.report.views.csv_view import to_csv

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from streamline_bench.core.files.staging import atomic_write_text
 from streamline_bench.core.recipe.validation import first_problem
 from streamline_bench.errors import OutputError, SamplesError
-from streamline_bench.report.build.published import published_numbers
+from streamline_bench.report.board.published import published_numbers
 from streamline_bench.report.data.removed_layers import block_start
 from streamline_bench.report.data.schema import Leaderboard
 from streamline_bench.report.views.csv_view import to_csv
@@ -28,7 +28,7 @@ def write_report(leaderboard: Mapping[str, Any], output: Path) -> Path:
     """Write leaderboard.json, leaderboard.csv, leaderboard.md and leaderboard.html into ``output``.
 
     Args:
-        leaderboard: of :func:`streamline_bench.report.build.leaderboard.build_leaderboard`.
+        leaderboard: of :func:`streamline_bench.report.board.leaderboard.build_leaderboard`.
         output: folder, made if missing; files of an earlier report are replaced.
 
     Returns:

@@ -196,7 +196,7 @@ def test_throughput_reaches_the_rows_of_the_same_label(
         ),
     }
     monkeypatch.setattr(
-        "streamline_bench.report.build.leaderboard.read_figures", lambda path: measured
+        "streamline_bench.report.board.leaderboard.read_figures", lambda path: measured
     )
     run = changed(built, tmp_path / "run", throughput="throughput.json")
     build_report(run, settings=FEW, progress=False)

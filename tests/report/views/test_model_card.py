@@ -19,7 +19,7 @@ from streamline_bench.core.checkpoint.manifest import (
     write_manifest,
 )
 from streamline_bench.report import build_report, read_run_file, write_run_file
-from streamline_bench.report.build.leaderboard import RowSource, build_leaderboard
+from streamline_bench.report.board.leaderboard import RowSource, build_leaderboard
 from streamline_bench.report.views.model_card import (
     evaluation_results,
     model_card,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.report.build.leaderboard import build_leaderboard
+from streamline_bench.report.board.leaderboard import build_leaderboard
 from streamline_bench.stability.compare_answers import compare
 from streamline_bench.stability.readers.lm_eval_reader import find_results
 from streamline_bench.stability.readers.load import load_samples

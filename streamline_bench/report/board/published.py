@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from streamline_bench.errors import SamplesError
 from streamline_bench.report.data.schema import Published
 from streamline_bench.stability.comparison import Estimate
 
-__all__ = ['benchmark', 'published_numbers']
+__all__ = ["benchmark", "published_numbers"]
 
 
 def published_numbers(

@@ -14,18 +14,18 @@ import pandas as pd
 import pytest
 
 from streamline_bench.errors import ComparisonError, SamplesError
+from streamline_bench.report.board.flips import worst_flips
+from streamline_bench.report.board.leaderboard import RowSource, build_leaderboard
+from streamline_bench.report.data.schema import Flip, Leaderboard
+from streamline_bench.report.text.formats import MISSING
 from streamline_bench.report.views.card_text import card_text
 from streamline_bench.report.views.csv_view import to_csv
-from streamline_bench.report.build.flips import worst_flips
-from streamline_bench.report.text.formats import MISSING
-from streamline_bench.report.build.leaderboard import RowSource, build_leaderboard
 from streamline_bench.report.views.markdown import to_markdown
 from streamline_bench.report.views.page import to_html
-from streamline_bench.report.data.schema import Flip, Leaderboard
 from streamline_bench.report.views.summary import headline
 from streamline_bench.stability.align import align
-from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.readers.load import load_samples
+from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 
 LABELS = ("dense", "none", "layer")

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from streamline_bench.throughput.speed import Speed, read_figures
-
-from pathlib import Path
-from pydantic import ValidationError
-from streamline_bench.errors import SamplesError
-from streamline_bench.stability.comparison import TokenDivergence
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from streamline_bench.errors import SamplesError
+from streamline_bench.report.board.failed_row import failed_row
+from streamline_bench.report.board.flips import worst_flips
+from streamline_bench.report.board.provenance import provenance, read_checkpoint
+from streamline_bench.report.board.published import published_numbers
 from streamline_bench.report.data.datasets import task_data
-from streamline_bench.report.build.failed_row import failed_row
-from streamline_bench.report.build.flips import worst_flips
-from streamline_bench.report.build.provenance import provenance, read_checkpoint
-from streamline_bench.report.build.published import published_numbers
 from streamline_bench.report.data.schema import Leaderboard, Method, Row, TaskScore
 from streamline_bench.stability.align import align
 from streamline_bench.stability.compare_answers import compare
-from streamline_bench.stability.comparison import Comparison, Estimate, NoiseFloor
+from streamline_bench.stability.comparison import Comparison, Estimate, NoiseFloor, TokenDivergence
 from streamline_bench.stability.noise import above_noise, noise_floor
-from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.readers.load import load_samples
+from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
+from streamline_bench.throughput.speed import Speed, read_figures
 
-__all__ = ['RowSource', 'build_leaderboard', 'read_divergence', 'read_throughput']
+__all__ = ["RowSource", "build_leaderboard", "read_divergence", "read_throughput"]
 
 
 @dataclass(frozen=True)

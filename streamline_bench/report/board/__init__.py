@@ -1,0 +1,1 @@
+"""From run folder and comparisons to a ``Leaderboard``."""
