@@ -32,7 +32,9 @@ def command(run: Path | None, cards: bool, schema: bool, quiet: bool) -> None:
     if run is None:
         raise click.UsageError("Give the run folder, or --schema.")
     from streamline_bench.report.data.run_folder import RUN_FILE
+    from streamline_bench.report.data.schema import Leaderboard
     from streamline_bench.report.report import build_report
+    from streamline_bench.report.views.terminal import terminal_table
     from streamline_bench.report.views.write import read_leaderboard, write_report
 
     folder = run.parent if run.is_file() else run
@@ -48,4 +50,5 @@ def command(run: Path | None, cards: bool, schema: bool, quiet: bool) -> None:
             read_leaderboard(folder / "leaderboard.json"), folder / "model-cards"
         ):
             click.echo(f"Model card: {card / 'README.md'}")
-    click.echo(f"Open {page}")
+    shown = Leaderboard.model_validate(read_leaderboard(folder / "leaderboard.json"))
+    click.echo(f"{terminal_table(shown)}\n\nOpen {page}")

@@ -1,0 +1,109 @@
+"""The leaderboard as plain text: what a finished comparison prints in the terminal or a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from unicodedata import east_asian_width
+
+from streamline_bench.report.data.schema import Leaderboard, Row
+from streamline_bench.report.text.escaping import terminal_text
+from streamline_bench.report.text.formats import MISSING, percent, points, times
+from streamline_bench.report.views.ranking import perplexity_ratio, ranked
+
+__all__ = ["terminal_table"]
+
+_SHOWN = 12
+_LABEL, _REASON = 40, 60
+"""Columns of the terminal that a row's name and the reason of a failure may take."""
+
+
+def terminal_table(board: Leaderboard) -> str:
+    """Return the best rows, best first: accuracy, difference, stability and verdict.
+
+    Plain text without colours or control characters, no newline at the end. The dense row is always
+    shown; a board without right or wrong answers shows perplexities instead.
+    """
+    rows = _in_order(board)
+    has_accuracy = any(row.accuracy_macro for row in rows)
+    head, cells = (_ACCURACY, _of_accuracy) if has_accuracy else (_PERPLEXITY, _of_perplexity)
+    scored = [row for row in rows if row.failed is None]
+    shown = scored[:_SHOWN]
+    shown += [row for row in scored[_SHOWN:] if row.is_dense]
+    lines = _aligned([head, *(cells(row) for row in shown)])
+    if len(shown) < len(scored):
+        lines.append(f"{len(scored) - len(shown)} more rows are in the report.")
+    lines += [f"{_name(row)} failed: {_cut(row.failed, _REASON)}" for row in rows if row.failed]
+    if len(scored) > 1:
+        lines.append(_note(board, has_accuracy))
+    return "\n".join(lines)
+
+
+def _in_order(board: Leaderboard) -> list[Row]:
+    by_label = {row.label: row for row in board.rows}
+    return [by_label[row["label"]] for row in ranked(board.model_dump(mode="json")["rows"])]
+
+
+_ACCURACY = ("row", "accuracy %", "difference", "stability %", "verdict")
+_PERPLEXITY = ("row", "perplexity", "interval")
+
+
+def _of_accuracy(row: Row) -> tuple[str, ...]:
+    accuracy, macro = row.accuracy_macro, row.macro
+    if accuracy is None:
+        return (_name(row), *[MISSING] * 4)
+    error = accuracy.standard_error
+    written = percent(accuracy.value) + (f" ± {percent(error)}" if error is not None else "")
+    if macro is None:
+        return _name(row), written, "reference" if row.is_dense else MISSING, "", ""
+    change = macro.difference
+    ends = f" [{points(change.low)}, {points(change.high)}]" if change.low is not None else ""
+    stability = percent(macro.stability.value) if macro.stability else MISSING
+    return _name(row), written, points(change.value) + ends, stability, macro.decision or ""
+
+
+def _of_perplexity(row: Row) -> tuple[str, ...]:
+    ratio = perplexity_ratio(row.model_dump(mode="json"))
+    if ratio is None:
+        return _name(row), MISSING, ""
+    if row.is_dense:
+        return _name(row), "reference", ""
+    ends = f"[{times(ratio['low'])}, {times(ratio['high'])}]" if ratio["low"] is not None else ""
+    return _name(row), times(ratio["value"]), ends
+
+
+def _note(board: Leaderboard, has_accuracy: bool) -> str:
+    level = f"{100 * board.method.confidence:g} %"
+    dense = _cut(board.dense, _LABEL)
+    if not has_accuracy:
+        return f"Perplexity: a multiple of {dense}'s, with {level} interval."
+    return f"Difference to {dense} in points, mean over tasks, with {level} interval."
+
+
+def _name(row: Row) -> str:
+    return _cut(row.label, _LABEL)
+
+
+def _cut(value: object, most: int) -> str:
+    text = terminal_text(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Columns two blanks apart; names and verdicts to the left, the others to the right."""
+    widths = [max(map(_width, column)) for column in zip(*table, strict=True)]
+    left = {0} | ({4} if len(widths) == len(_ACCURACY) else set())
+    lines = []
+    for line in table:
+        cells = [
+            cell + " " * (width - _width(cell))
+            if index in left
+            else " " * (width - _width(cell)) + cell
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _width(text: str) -> int:
+    """Columns that a terminal needs: two for wide letters of East Asian scripts."""
+    return sum(2 if east_asian_width(letter) in "WF" else 1 for letter in text)
