@@ -225,7 +225,7 @@ def _measured(
     from pydantic import ValidationError
 
     from streamline_bench.throughput import ServingLoad, Setup, Workload, measure, serve
-    from streamline_bench.throughput.setup import chosen_device
+    from streamline_bench.throughput.workload import chosen_device
 
     workload = Workload(
         batch_sizes=batch,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from streamline_bench.throughput.measurement import measure
 from streamline_bench.throughput.record import ThroughputRecord, read_record, write_record
 from streamline_bench.throughput.serving_measurement import serve
-from streamline_bench.throughput.setup import Setup
 from streamline_bench.throughput.speed import ThroughputFigures, figures_of, read_figures
-from streamline_bench.throughput.workload import ServingLoad, Workload
+from streamline_bench.throughput.workload import ServingLoad, Setup, Workload
 
 __all__ = [
     "ServingLoad",

@@ -1,23 +1,28 @@
-"""One model among those that are measured together: its process, and why it failed."""
+"""One model of a measurement: its state, its engine's process, and what that process does."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.throughput.engines import Engine, EngineSettings, Loaded
+from streamline_bench.errors import ThroughputError
+from streamline_bench.throughput.engines import Engine, EngineSettings, Loaded, engine_class
 from streamline_bench.throughput.footprint import Footprint
-from streamline_bench.throughput.nvml import Device
-from streamline_bench.throughput.offline import JOB
-from streamline_bench.throughput.peak_memory import PeakMemory
+from streamline_bench.throughput.meters import (
+    Device,
+    PeakMemory,
+    Stopwatch,
+    open_device,
+    visible_device,
+)
 from streamline_bench.throughput.process import ModelProcess, WorkerError
 from streamline_bench.throughput.record import Round
-from streamline_bench.throughput.workload import Workload
+from streamline_bench.throughput.workload import Workload, prompts
 
-__all__ = ["Contender", "RunningModel", "process_environment"]
+__all__ = ["Contender", "OfflineJob", "RunningModel", "process_environment"]
 
 
 @dataclass
@@ -131,7 +136,7 @@ class RunningModel:
         environment = process_environment(
             self.engine.environment(self.settings), self.settings, self.visible
         )
-        process = ModelProcess(JOB, environment, self.log)
+        process = ModelProcess(f"{__name__}:OfflineJob", environment, self.log)
         answer = process.ask(
             "load",
             "loading the model",
@@ -158,6 +163,46 @@ class RunningModel:
             }
         )
         return True
+
+
+class OfflineJob:
+    """Holds one engine with one model. All arguments and answers are plain JSON."""
+
+    _engine: Engine
+    _device: Device | None = None
+
+    def load(self, engine: str, settings: dict[str, Any]) -> dict[str, Any]:
+        """Load the model and return :class:`Loaded` as JSON."""
+        asked = EngineSettings.model_validate(settings)
+        self._engine = engine_class(engine)()
+        loaded = self._engine.load(asked)
+        if not asked.on_cpu:
+            self._device, _ = open_device(visible_device("cuda"))
+        self._vocab, self._reserved = loaded.vocab_size, frozenset(loaded.reserved)
+        return loaded.model_dump()
+
+    def round(self, batch: int, prompt_tokens: int, output_tokens: int, seed: int) -> Any:
+        """Generate one batch and return what it cost.
+
+        Raises:
+            ThroughputError: the engine did not return exactly the tokens asked for.
+        """
+        asked = prompts(batch, prompt_tokens, self._vocab, seed, self._reserved)
+        watch = Stopwatch(self._device)
+        lengths = self._engine.generate(asked, output_tokens)
+        reading = watch.read()
+        if lengths != [output_tokens] * batch:
+            raise ThroughputError(
+                f"{batch} sequences of {output_tokens} tokens were asked for, the engine gave "
+                f"{len(lengths)} of {min(lengths, default=0)} to {max(lengths, default=0)} tokens."
+            )
+        return {
+            **asdict(reading),
+            "requests": len(lengths),
+            "prompt_tokens": sum(map(len, asked)),
+            "output_tokens": sum(lengths),
+            "device_peak_bytes": self._engine.device_peak_bytes(),
+        }
 
 
 def process_environment(

@@ -8,7 +8,7 @@ share that a token is sent to counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +16,18 @@ from typing import Any, Literal
 from streamline_bench.core.architecture import Architecture, architecture_of, config_entry
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.tensor_file import TensorEntry
-from streamline_bench.errors import ArchitectureError
+from streamline_bench.errors import ArchitectureError, ThroughputError
 from streamline_bench.throughput.record import Ideal
 
-__all__ = ["Footprint", "footprint", "ideal"]
+__all__ = ["DTYPE_BYTES", "Footprint", "cache_bytes", "footprint", "ideal", "resolved_dtype"]
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number in each dtype that engines run in."""
+_BLOCK = 128  # tokens: the largest block of vLLM's platforms
+_SMALLEST_CACHE = 1 << 24
+_UNKNOWN_CACHE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,34 @@ def ideal(dense: Footprint, pruned: Footprint) -> Ideal:
         flops=flops,
         weights=dense.weights_bytes / pruned.weights_bytes,
     )
+
+
+def resolved_dtype(dtype: str, stored: Iterable[str | None]) -> str:
+    """Return the dtype to run in: ``auto`` is the first that a checkpoint names.
+
+    Raises:
+        ThroughputError: a checkpoint names one that no engine here runs in.
+    """
+    if dtype != "auto":
+        return dtype
+    named = next((name for name in stored if name), "float32").removeprefix("torch.")
+    if named not in DTYPE_BYTES:
+        raise ThroughputError(
+            f"The first model's dtype is '{named}'; give --dtype {', '.join(DTYPE_BYTES)}."
+        )
+    return named
+
+
+def cache_bytes(
+    footprints: Iterable[Footprint], sequences: int, sequence_tokens: int, dtype: str
+) -> int:
+    """Return the size of a cache of keys and values that holds the largest batch of any model."""
+    values = [f.kv_values_per_token for f in footprints if f.kv_values_per_token]
+    if not values:
+        return _UNKNOWN_CACHE
+    blocks = -(-sequence_tokens // _BLOCK) + 1
+    needed = max(values) * DTYPE_BYTES[dtype] * sequences * blocks * _BLOCK
+    return max(_SMALLEST_CACHE, needed)
 
 
 class _Names:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from streamline_bench.core.checkpoint.reader import resolve_pretrained
 from streamline_bench.errors import CheckpointError, OutputError, ThroughputError
 from streamline_bench.throughput.contender import Contender, RunningModel
 from streamline_bench.throughput.engines import EngineSettings, engine_class
 from streamline_bench.throughput.environment import Surroundings
-from streamline_bench.throughput.footprint import Footprint, footprint
-from streamline_bench.throughput.paper import ATTENTION, PAPER_FIGURES, paper_workload
-from streamline_bench.throughput.record import ModelResult, ThroughputRecord, write_record
+from streamline_bench.throughput.footprint import cache_bytes, footprint, resolved_dtype
+from streamline_bench.throughput.record import (
+    PAPER_FIGURES,
+    Point,
+    ServingPoint,
+    ThroughputRecord,
+    write_record,
+)
 from streamline_bench.throughput.results import model_result, points_of
-from streamline_bench.throughput.setup import Setup, cache_bytes, resolved_dtype
 from streamline_bench.throughput.sweep import Measured, sweep
-from streamline_bench.throughput.workload import Workload
+from streamline_bench.throughput.workload import Setup, Workload
 
-__all__ = ["contenders_of", "log_folder", "measure"]
+__all__ = ["contenders_of", "log_folder", "measure", "recorded"]
 
 
 def measure(
@@ -59,8 +63,8 @@ def measure(
     if mode == "paper":
         if engine != "hf":
             raise ThroughputError(f"Paper mode runs engine 'hf', not '{engine}'; leave it out.")
-        workload = paper_workload(workload)
-        setup = setup.model_copy(update={"attention": setup.attention or ATTENTION})
+        workload = workload.model_copy(update={"batch_sizes": (1,)})
+        setup = setup.model_copy(update={"attention": setup.attention or "eager"})
     kind = engine_class(engine)
     kind.require()
     contenders = contenders_of(models, dense, workload)
@@ -69,12 +73,22 @@ def measure(
     with log_folder(output) as logs:
         running = _running(contenders, engine, workload, setup, dtype, logs, surroundings)
         measured = _swept(running, workload, setup.one_at_a_time, progress)
-    reference = next((c.footprint for c in contenders if c.label == dense), None)
-    results = _results(
-        contenders, measured, workload, setup, dtype, dense, reference, confidence=confidence
-    )
-    record = ThroughputRecord(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    points = {
+        label: points_of(
+            found,
+            measured[dense] if dense is not None else None,
+            setup.resolved_clock,
+            paired=not setup.one_at_a_time,
+            confidence=confidence,
+            seed=workload.seed,
+        )
+        for label, found in measured.items()
+    }
+    return recorded(
+        contenders,
+        surroundings,
+        output,
+        points=points,
         engine=engine,
         mode=mode,
         dense=dense,
@@ -83,10 +97,44 @@ def measure(
         confidence=confidence,
         interleaved=not setup.one_at_a_time,
         workload=workload,
+        paper=PAPER_FIGURES if mode == "paper" else (),
+    )
+
+
+def recorded(
+    contenders: Sequence[Contender],
+    surroundings: Surroundings,
+    output: Path | None,
+    *,
+    points: Mapping[str, tuple[Point, ...]] | None = None,
+    served: Mapping[str, tuple[ServingPoint, ...]] | None = None,
+    dense: str | None,
+    dtype: str,
+    **fields: Any,
+) -> ThroughputRecord:
+    """Return the record of what was measured, by label, and write it where ``output`` is given.
+
+    Raises:
+        OutputError: the record cannot be written.
+    """
+    reference = next((c.footprint for c in contenders if c.label == dense), None)
+    record = ThroughputRecord(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        dense=dense,
+        dtype=dtype,
         flags=next((c.loaded.flags for c in contenders if c.loaded is not None), {}),
         environment=surroundings.described(contenders),
-        models=results,
-        paper=PAPER_FIGURES if mode == "paper" else (),
+        models=tuple(
+            model_result(
+                contender,
+                dtype=dtype,
+                dense=reference,
+                points=(points or {}).get(contender.label, ()),
+                serving=(served or {}).get(contender.label, ()),
+            )
+            for contender in contenders
+        ),
+        **fields,
     )
     if output is not None:
         write_record(record, output)
@@ -204,33 +252,3 @@ def _swept(
         for group in groups:
             measured.update(sweep(group, workload, bar.update))
     return measured
-
-
-def _results(
-    contenders: list[Contender],
-    measured: Mapping[str, list[Measured]],
-    workload: Workload,
-    setup: Setup,
-    dtype: str,
-    dense: str | None,
-    reference: Footprint | None,
-    *,
-    confidence: float,
-) -> tuple[ModelResult, ...]:
-    peer = measured[dense] if dense is not None else None
-    return tuple(
-        model_result(
-            contender,
-            dtype=dtype,
-            dense=reference,
-            points=points_of(
-                measured[contender.label],
-                peer,
-                setup.resolved_clock,
-                paired=not setup.one_at_a_time,
-                confidence=confidence,
-                seed=workload.seed,
-            ),
-        )
-        for contender in contenders
-    )

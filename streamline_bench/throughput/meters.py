@@ -1,15 +1,103 @@
-"""Wall time, processor time and energy of a stretch of work, read in the process that does it."""
+"""Time, energy and memory of a stretch of work, and the NVIDIA device they are read from."""
 
 from __future__ import annotations
 
+import importlib
+import os
+import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
+from types import TracebackType
+from typing import Any
 
 import psutil
 
-from streamline_bench.throughput.nvml import Device
+from streamline_bench.errors import ThroughputError
 
-__all__ = ["Reading", "Stopwatch"]
+__all__ = [
+    "Device",
+    "PeakMemory",
+    "Reading",
+    "Stopwatch",
+    "open_device",
+    "visible_device",
+]
+
+
+class Device:
+    """One device. Every reading is None where the device or the driver cannot give it."""
+
+    def __init__(self, library: Any, handle: Any) -> None:
+        self._library = library
+        self._handle = handle
+
+    def energy_joules(self) -> float | None:
+        """Energy drawn since the driver was loaded."""
+        try:
+            return float(self._library.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
+        except self._library.NVMLError:
+            return None
+
+    def memory_bytes(self, processes: Iterable[int]) -> int | None:
+        """Memory that the given processes hold together; None if NVML sees none of them.
+
+        In a container with process numbers of its own, NVML does not know them.
+        """
+        wanted = set(processes)
+        try:
+            running = self._library.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        except self._library.NVMLError:
+            return None
+        held = [p.usedGpuMemory for p in running if p.pid in wanted and p.usedGpuMemory]
+        return sum(held) or None
+
+
+def open_device(visible: str) -> tuple[Device | None, str]:
+    """Return the device of an entry of ``CUDA_VISIBLE_DEVICES``, or None, and a remark on it."""
+    try:
+        library = importlib.import_module("pynvml")
+    except ImportError:
+        return None, "not read: pynvml is not installed (pip install nvidia-ml-py)"
+    try:
+        library.nvmlInit()
+        by_index = visible.isdigit()
+        handle = (
+            library.nvmlDeviceGetHandleByIndex(int(visible))
+            if by_index
+            else library.nvmlDeviceGetHandleByUUID(visible)
+        )
+    except library.NVMLError as error:
+        return None, f"not read: NVML: {error}"
+    return Device(library, handle), "NVML"
+
+
+def visible_device(device: str) -> str:
+    """Return the entry of ``CUDA_VISIBLE_DEVICES`` that torch's ``cuda`` or ``cuda:N`` means.
+
+    Without the variable every device is visible. CUDA reads the list up to the first entry that
+    names no device, such as ``-1``.
+
+    Raises:
+        ThroughputError: the variable lists fewer devices.
+    """
+    number = int(device.partition(":")[2] or 0)
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return str(number)
+    listed = list(takewhile(_names_device, (entry.strip() for entry in given.split(","))))
+    if number >= len(listed):
+        raise ThroughputError(
+            f"Device '{device}' is not visible: CUDA_VISIBLE_DEVICES='{given}' lists "
+            f"{len(listed)} device{'' if len(listed) == 1 else 's'}. Give another device, or "
+            "change the variable."
+        )
+    return listed[number]
+
+
+def _names_device(entry: str) -> bool:
+    return bool(entry) and entry != "-1"
 
 
 @dataclass(frozen=True)
@@ -49,3 +137,69 @@ def _cpu_seconds() -> float:
             continue  # it ended between the two calls
         spent += times.user + times.system
     return spent
+
+
+INTERVAL_SECONDS = 0.2
+
+
+class PeakMemory:
+    """``with PeakMemory(pid) as peak: ...; peak.bytes``: the largest of many samples.
+
+    Without a device it is resident memory of the process tree, else what the tree holds on the
+    device. A spike shorter than 0.2 s can be missed.
+    """
+
+    def __init__(self, pid: int, device: Device | None = None) -> None:
+        self.bytes: int | None = None
+        self._pid = pid
+        self._device = device
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            last = self._done.wait(INTERVAL_SECONDS if self.bytes is not None else 0)
+            self._sample()
+            if last:
+                return
+
+    def _sample(self) -> None:
+        found = _tree(self._pid)
+        if self._device is not None:
+            held = self._device.memory_bytes(process.pid for process in found)
+        else:
+            held = _resident_bytes(found) or None
+        if held is not None:
+            self.bytes = max(self.bytes or 0, held)
+
+
+def _resident_bytes(processes: list[psutil.Process]) -> int:
+    """Resident memory of some processes; pages they share count for each."""
+    total = 0
+    for process in processes:
+        try:
+            total += process.memory_info().rss
+        except psutil.Error:
+            continue  # it ended meanwhile
+    return total
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.Error:
+        return []

@@ -23,12 +23,19 @@ from streamline_bench.throughput.engines import EngineSettings
 from streamline_bench.throughput.engines.vllm import memory_flags, require_platform, vllm_version
 from streamline_bench.throughput.record import Latency, ServingPoint
 
-__all__ = ["JOB", "SERVED_NAME", "ServingJob", "bench_command", "point_of", "server_command"]
+__all__ = [
+    "HOST",
+    "JOB",
+    "ServingJob",
+    "bench_command",
+    "point_of",
+    "server_command",
+]
 
 JOB = f"{__name__}:ServingJob"
-SERVED_NAME = "model"
+_SERVED_NAME = "model"
 
-_HOST = "127.0.0.1"
+HOST = "127.0.0.1"
 _POLL_SECONDS = 0.5
 _WARM_UPS = 2
 _VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
@@ -84,7 +91,7 @@ class ServingJob:
 
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"http://{_HOST}:{self._port}/health", timeout=5) as reply:
+            with urllib.request.urlopen(f"http://{HOST}:{self._port}/health", timeout=5) as reply:
                 return bool(reply.status == 200)
         except (urllib.error.URLError, OSError):
             return False
@@ -92,7 +99,7 @@ class ServingJob:
     def _cache_tokens(self) -> int | None:
         """Blocks times tokens per block, from the server's own metrics."""
         try:
-            with urllib.request.urlopen(f"http://{_HOST}:{self._port}/metrics", timeout=5) as reply:
+            with urllib.request.urlopen(f"http://{HOST}:{self._port}/metrics", timeout=5) as reply:
                 text = reply.read().decode("utf-8", "replace")
         except (urllib.error.URLError, OSError):
             return None
@@ -112,8 +119,8 @@ def server_command(settings: EngineSettings, port: int) -> list[str]:
     prefix = "--enable-prefix-caching" if settings.prefix_caching else "--no-enable-prefix-caching"
     return [
         *_VLLM, "serve", settings.model,
-        "--host", _HOST, "--port", str(port),
-        "--served-model-name", SERVED_NAME,
+        "--host", HOST, "--port", str(port),
+        "--served-model-name", _SERVED_NAME,
         "--dtype", settings.dtype,
         "--seed", str(settings.seed),
         "--max-model-len", str(settings.sequence_tokens),
@@ -140,8 +147,8 @@ def bench_command(
     return [
         *_VLLM, "bench", "serve",
         "--backend", "vllm",
-        "--host", _HOST, "--port", str(port),
-        "--model", SERVED_NAME, "--tokenizer", settings.model,
+        "--host", HOST, "--port", str(port),
+        "--model", _SERVED_NAME, "--tokenizer", settings.model,
         "--dataset-name", "random",
         "--random-input-len", str(prompt_tokens),
         "--random-output-len", str(output_tokens),

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
+from streamline_bench.errors import ThroughputError
 from streamline_bench.throughput.contender import Contender, process_environment
 from streamline_bench.throughput.engines import EngineSettings, Loaded
 from streamline_bench.throughput.engines.vllm import VLLMEngine, vllm_environment
 from streamline_bench.throughput.environment import Surroundings
-from streamline_bench.throughput.measurement import contenders_of, log_folder
-from streamline_bench.throughput.ports import free_port, is_port_conflict, require_free
+from streamline_bench.throughput.footprint import cache_bytes, resolved_dtype
+from streamline_bench.throughput.measurement import contenders_of, log_folder, recorded
 from streamline_bench.throughput.process import ModelProcess, WorkerError
-from streamline_bench.throughput.record import ServingPoint, ThroughputRecord, write_record
-from streamline_bench.throughput.results import model_result
-from streamline_bench.throughput.serving import JOB, point_of
-from streamline_bench.throughput.setup import Setup, cache_bytes, resolved_dtype
-from streamline_bench.throughput.workload import ServingLoad, Workload
+from streamline_bench.throughput.record import ServingPoint, ThroughputRecord
+from streamline_bench.throughput.serving import HOST, JOB, point_of
+from streamline_bench.throughput.workload import ServingLoad, Setup, Workload
 
-__all__ = ["serve"]
+__all__ = ["free_port", "is_port_conflict", "require_free", "serve"]
 
 _ATTEMPTS = 3
 _MOST_SEQUENCES = 256
@@ -74,9 +74,11 @@ def serve(
             settings = _settings(contender, contenders, workload, load, setup, dtype)
             server = _Server(contender, settings, setup, port, logs / f"{index:02d}.log")
             served[contender.label] = server.sweep(workload, load, bar.update)
-    reference = next((c.footprint for c in contenders if c.label == dense), None)
-    record = ThroughputRecord(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    return recorded(
+        contenders,
+        surroundings,
+        output,
+        served=served,
         engine="vllm",
         mode="serving",
         dense=dense,
@@ -86,16 +88,7 @@ def serve(
         interleaved=False,
         workload=workload,
         serving_load=load,
-        flags=next((c.loaded.flags for c in contenders if c.loaded is not None), {}),
-        environment=surroundings.described(contenders),
-        models=tuple(
-            model_result(c, dtype=dtype, dense=reference, serving=served[c.label])
-            for c in contenders
-        ),
     )
-    if output is not None:
-        write_record(record, output)
-    return record
 
 
 @dataclass
@@ -200,3 +193,33 @@ def _settings(
         eager=setup.eager,
         trust_remote_code=setup.trust_remote_code,
     )
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago; another process may take it at any time."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def require_free(port: int) -> None:
+    """Check a port that the user asked for.
+
+    Raises:
+        ThroughputError: something listens there, or it may not be used.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise ThroughputError(
+                f"Port {port} cannot be used ({error.strerror}); give another --port, or none to "
+                "have a free one chosen."
+            ) from None
+
+
+def is_port_conflict(text: str) -> bool:
+    """Whether a server's log says that its port was taken."""
+    return re.search(r"address already in use|errno 98|errno 48", text, re.IGNORECASE) is not None

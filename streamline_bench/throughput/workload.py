@@ -1,19 +1,22 @@
-"""What is asked of every model: how many prompts at once, how long, how often."""
+"""What every model is asked to generate, and how its process runs."""
 
 from __future__ import annotations
 
+import os
 import random
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
 from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.throughput.meters import visible_device
 
-__all__ = ["Clock", "ServingLoad", "Workload", "prompts"]
+__all__ = ["Clock", "ServingLoad", "Setup", "Workload", "chosen_device", "prompts"]
 
 Clock = Literal["wall", "cpu"]
 """What tokens are counted against: seconds that passed, or processor seconds that were spent."""
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -73,6 +76,63 @@ class ServingLoad(Frozen):
         return f"{self.requests} requests at {rates} per second{most}"
 
 
+class Setup(Frozen):
+    """Settings of every model's process.
+
+    Attributes:
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``auto``: that of the first model's checkpoint.
+        threads: of each process; None: ``OMP_NUM_THREADS``, or one. One is the steady setting on
+            a busy machine.
+        clock: None: processor time on a processor, wall time on an accelerator.
+        eager: no compilation and no captured graphs; None: as the engine sees fit.
+        attention: attention implementation of the ``hf`` engine; None: its default.
+        kv_cache_bytes: vLLM's cache, equal for all models; None: what the largest batch needs.
+        timeout: seconds for one round, or for one rate when serving.
+        start_timeout: seconds for loading.
+        one_at_a_time: load, measure and end each model before the next, for want of memory.
+        trust_remote_code: run code that the models bring along.
+    """
+
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    dtype: Dtype = "auto"
+    threads: Annotated[int, Field(ge=1)] | None = None
+    clock: Clock | None = None
+    eager: bool | None = None
+    attention: str | None = None
+    kv_cache_bytes: Annotated[int, Field(ge=1)] | None = None
+    timeout: Annotated[float, Field(gt=0)] = 600.0
+    start_timeout: Annotated[float, Field(gt=0)] = 900.0
+    one_at_a_time: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether a processor runs the models."""
+        return self.device == "cpu"
+
+    @property
+    def visible_device(self) -> str | None:
+        """The entry of ``CUDA_VISIBLE_DEVICES`` that the models' processes get."""
+        return None if self.on_cpu else visible_device(self.device)
+
+    @property
+    def process_device(self) -> str:
+        """The device as a model's process names it: it sees one accelerator only."""
+        return "cpu" if self.on_cpu else "cuda"
+
+    @property
+    def resolved_clock(self) -> Clock:
+        """The clock that the shown figures count against."""
+        return self.clock or ("cpu" if self.on_cpu else "wall")
+
+    @property
+    def resolved_threads(self) -> int:
+        """Threads of each process."""
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        return self.threads or (int(given) if given.isdigit() and int(given) else 1)
+
+
 def prompts(
     count: int, length: int, vocab_size: int, seed: int, reserved: frozenset[int] = frozenset()
 ) -> list[list[int]]:
@@ -89,3 +149,12 @@ def prompts(
         raise ValueError(f"a vocabulary of {vocab_size} leaves no token for prompts")
     generator = random.Random(seed)
     return [generator.choices(allowed, k=length) for _ in range(count)]
+
+
+def chosen_device(device: str) -> str:
+    """Return what ``auto`` stands for: ``cuda`` where torch sees such a device, else ``cpu``."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from streamline_bench.throughput import Setup, Workload, measure
-from streamline_bench.throughput.engines.base import EngineSettings
+from streamline_bench.throughput.engines import EngineSettings
 from streamline_bench.throughput.engines.hf import TransformersEngine
-from streamline_bench.throughput.paper import PAPER_FIGURES
+from streamline_bench.throughput.record import PAPER_FIGURES
 
 WORKLOAD = Workload(batch_sizes=(1, 3), prompt_tokens=6, output_tokens=4, rounds=2, warmup_rounds=0)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from streamline_bench.throughput.engines.base import Engine, EngineSettings, Loaded
+from streamline_bench.throughput.engines import Engine, EngineSettings, Loaded
 
 __all__ = ["TransformersEngine"]
 

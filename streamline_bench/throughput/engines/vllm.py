@@ -8,7 +8,7 @@ from typing import Any
 
 from streamline_bench.errors import ThroughputError
 from streamline_bench.modeling.vllm.package import require_vllm
-from streamline_bench.throughput.engines.base import Engine, EngineSettings, Loaded
+from streamline_bench.throughput.engines import Engine, EngineSettings, Loaded
 
 __all__ = [
     "VLLMEngine",

@@ -1,4 +1,4 @@
-"""One id for one machine, and readings that a test machine may not have."""
+"""Readings of time, energy and memory, some of which a test machine may not have."""
 
 from __future__ import annotations
 
@@ -6,65 +6,34 @@ import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import psutil
 import pytest
 
 from streamline_bench.errors import ThroughputError
-from streamline_bench.throughput import Setup, machine, measure, nvml
+from streamline_bench.throughput import Setup, measure
 from streamline_bench.throughput.contender import process_environment
 from streamline_bench.throughput.engines import EngineSettings
 from streamline_bench.throughput.engines.vllm import VLLMEngine
-from streamline_bench.throughput.meters import Stopwatch
-from streamline_bench.throughput.peak_memory import PeakMemory
-
-SMI = "#!/bin/sh\necho 'NVIDIA H200, 570.1'\necho 'NVIDIA H200, 570.1'\n"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_devices() -> None:
-    machine.accelerators.cache_clear()
-
-
-def test_id_is_stable_and_names_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = machine.machine_id()
-    assert first == machine.machine_id()
-    assert len(first) == 16 and int(first, 16) >= 0
-    monkeypatch.setenv(machine.HOST_VARIABLE, "another")
-    assert machine.machine_id() != first
-
-
-def test_accelerators_are_those_of_the_driver(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine.accelerators() == ()
-    alone = machine.machine_id()
-    machine.accelerators.cache_clear()
-    (tmp_path / "nvidia-smi").write_text(SMI)
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
-    assert machine.accelerators() == (machine.Accelerator("NVIDIA H200", "570.1"),) * 2
-    assert machine.machine_id() != alone
+from streamline_bench.throughput.meters import PeakMemory, Stopwatch, open_device, visible_device
 
 
 def test_visible_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [nvml.visible_device(name) for name in ("cuda", "cuda:0", "cuda:2")] == ["0", "0", "2"]
+    assert [visible_device(name) for name in ("cuda", "cuda:0", "cuda:2")] == ["0", "0", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-abc")
-    assert [nvml.visible_device(name) for name in ("cuda", "cuda:1")] == ["3", "GPU-abc"]
+    assert [visible_device(name) for name in ("cuda", "cuda:1")] == ["3", "GPU-abc"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5,-1,6")
-    assert nvml.visible_device("cuda:1") == "5"
+    assert visible_device("cuda:1") == "5"
 
 
 @pytest.mark.parametrize(
     ("listed", "device", "message"),
     [
-        ("0", "cuda:1", "no device 'cuda:1' in CUDA_VISIBLE_DEVICES='0', which shows 1"),
-        ("3,-1,5", "cuda:1", "'cuda:1' in CUDA_VISIBLE_DEVICES='3,-1,5', which shows 1"),
-        ("", "cuda", "CUDA_VISIBLE_DEVICES='' shows no device, and 'cuda' was asked for"),
-        ("-1", "cuda", "CUDA_VISIBLE_DEVICES='-1' shows no device"),
+        ("0", "cuda:1", "'cuda:1'.*CUDA_VISIBLE_DEVICES='0'.*1 device"),
+        ("3,-1,5", "cuda:1", "'cuda:1'.*CUDA_VISIBLE_DEVICES='3,-1,5'.*1 device"),
+        ("", "cuda", "'cuda'.*CUDA_VISIBLE_DEVICES=''.*0 devices"),
+        ("-1", "cuda", "CUDA_VISIBLE_DEVICES='-1'.*0 devices"),
     ],
 )
 def test_a_device_that_is_not_visible_is_refused(
@@ -72,7 +41,7 @@ def test_a_device_that_is_not_visible_is_refused(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
     with pytest.raises(ThroughputError, match=message):
-        nvml.visible_device(device)
+        visible_device(device)
     with pytest.raises(ThroughputError, match=message):
         measure({"dense": "nowhere"}, setup=Setup(device=device), progress=False)
 
@@ -116,20 +85,20 @@ class FakeNVML(types.ModuleType):
 
 def test_energy_and_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", FakeNVML("pynvml"))
-    device, remark = nvml.open_device("0")
-    assert device is not None and remark == "NVML"
+    device, remark = open_device("0")
+    assert device is not None and "NVML" in remark
     assert Stopwatch(device).read().energy_joules == 1.5
     with PeakMemory(os.getpid(), device) as peak:
         pass
     assert peak.bytes == 7_000  # that of other processes does not count
-    missing, remark = nvml.open_device("1")
-    assert missing is None and remark == "not read: NVML: Invalid Argument"
+    missing, remark = open_device("1")
+    assert missing is None and "Invalid Argument" in remark
 
 
 def test_without_nvml_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    device, remark = nvml.open_device("0")
-    assert device is None and "pip install nvidia-ml-py" in remark
+    device, remark = open_device("0")
+    assert device is None and "nvidia-ml-py" in remark
 
 
 def test_a_stopwatch_counts_the_work_of_running_children() -> None:
