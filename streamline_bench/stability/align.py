@@ -9,7 +9,7 @@ everything sent to the model. The first difference is named with both values and
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +35,17 @@ _HASHES = {
 
 @dataclass(frozen=True)
 class AlignedPairs:
-    """Two tables with the same rows in the same order, sorted by task, filter and document."""
+    """Two tables with the same rows in the same order, sorted by task, filter and document.
+
+    ``first_filters`` has for each task of the dense run the filter that it names first: the one
+    that summaries over tasks use.
+    """
 
     dense: pd.DataFrame
     pruned: pd.DataFrame
     dense_info: RunInfo
     pruned_info: RunInfo
+    first_filters: Mapping[str, str]
 
     def __len__(self) -> int:
         return len(self.dense)
@@ -79,7 +84,7 @@ def align(
         )
     for column in _HASHES:
         _same_column(column, first, second, dense.info, pruned.info)
-    return AlignedPairs(first, second, dense.info, pruned.info)
+    return AlignedPairs(first, second, dense.info, pruned.info, dense.first_filters)
 
 
 def _same_engine(dense: RunInfo, pruned: RunInfo) -> None:

@@ -34,7 +34,7 @@ from streamline_bench.stability.settings import Quantity, Settings
 from streamline_bench.stability.statistics.decision import decide, holm
 from streamline_bench.stability.task_comparison import ComparedTask, compare_task
 
-__all__ = ["compare", "with_recorded_quantity", "with_script_verdicts"]
+__all__ = ["compare", "compare_pairs", "with_recorded_quantity", "with_script_verdicts"]
 
 _Result = TypeVar("_Result", TaskComparison, GroupComparison)
 
@@ -70,23 +70,30 @@ def compare(
             have them.
         NumericsError: a log-likelihood or a spread is not finite; the document is named.
     """
-    settings = settings or Settings()
-    pairs = align(dense, pruned, tasks=tasks, common_only=common_only)
-    settings = with_recorded_quantity(settings, pairs.dense)
+    return compare_pairs(align(dense, pruned, tasks=tasks, common_only=common_only), settings)
+
+
+def compare_pairs(pairs: AlignedPairs, settings: Settings | None = None) -> Comparison:
+    """:func:`compare` for two runs that are aligned already."""
+    settings = with_recorded_quantity(settings or Settings(), pairs.dense)
     pairs = with_script_verdicts(pairs, settings)
-    first_filter = dict(dense.frame.drop_duplicates("task")[["task", "filter"]].to_numpy().tolist())
+    dense, pruned = pairs.dense_info, pairs.pruned_info
     found = _every_task(pairs, settings)
     if not (found.compared or found.perplexities or found.generations):
         raise SamplesError(
-            f"No task of '{dense.info.run}' has right or wrong answers by '{settings.verdict}', "
+            f"No task of '{dense.run}' has right or wrong answers by '{settings.verdict}', "
             "perplexities or texts; add a task with acc, exact_match or a perplexity."
         )
-    main = [item for item in found.compared if item.result.filter == first_filter[item.result.task]]
+    main = [
+        item
+        for item in found.compared
+        if item.result.filter == pairs.first_filters[item.result.task]
+    ]
     results = _decided([item.result for item in main], settings)
     decided = {(task.task, task.filter): task for task in results}
     return Comparison(
-        dense_run=dense.info.run,
-        pruned_run=pruned.info.run,
+        dense_run=dense.run,
+        pruned_run=pruned.run,
         mode=settings.mode,
         ddof=settings.spread_ddof,
         quantity=settings.spread_quantity,
@@ -100,8 +107,8 @@ def compare(
         ),
         macro=macro(main, settings) if main else None,
         micro=micro(main, settings) if main else None,
-        not_compared={**dense.info.missing, **pruned.info.missing, **found.skipped},
-        groups=tuple(_decided(compare_groups(main, dense.info.groups, settings), settings)),
+        not_compared={**dense.missing, **pruned.missing, **found.skipped},
+        groups=tuple(_decided(compare_groups(main, dense.groups, settings), settings)),
         perplexities=tuple(found.perplexities),
         generations=tuple(found.generations),
     )

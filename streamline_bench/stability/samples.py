@@ -155,6 +155,12 @@ class Samples:
         """Names of the tasks, sorted."""
         return tuple(sorted(self.frame["task"].unique()))
 
+    @property
+    def first_filters(self) -> dict[str, str]:
+        """Task -> its first filter, which summaries over tasks use."""
+        first = self.frame.drop_duplicates("task")
+        return dict(zip(first["task"], first["filter"], strict=True))
+
     def save(self, path: Path) -> None:
         """Write the table and its metadata as one Parquet file.
 
