@@ -26,8 +26,12 @@ from torch import nn
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.methods.depth.merge_search import Merge, MergeRange, MergeSearch
 from streamline_bench.methods.depth.sleb import greedy_removal
-from streamline_bench.methods.tools.likelihood import count_targets, next_token_loss
-from streamline_bench.methods.tools.skip_losses import affordable_batch, skip_losses
+from streamline_bench.methods.tools.likelihood import (
+    affordable_batch,
+    count_targets,
+    next_token_loss,
+    skip_losses,
+)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -21,15 +21,20 @@ from streamline_bench.core.checkpoint.writer import layers_prefix
 from streamline_bench.core.recipe.frozen import Frozen
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.depth.layer_merging import (
+from streamline_bench.methods.depth.merge_search import (
+    Merge,
+    MergeRange,
     MergeRule,
+    MergeSearch,
     Mixture,
     merged_mixture,
     require_equal_shapes,
 )
-from streamline_bench.methods.depth.merge_search import Merge, MergeRange, MergeSearch
-from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
-from streamline_bench.methods.tools.layer_weights import stored_linear_weights
+from streamline_bench.methods.tools.layer_removal import (
+    drop_layers,
+    size_plan,
+    stored_linear_weights,
+)
 
 if TYPE_CHECKING:
     from streamline_bench.core.checkpoint.reader import CheckpointReader

@@ -13,9 +13,12 @@ from tqdm import tqdm
 
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
-from streamline_bench.methods.tools.layer_weights import stored_linear_weights
-from streamline_bench.methods.tools.ranking import ProtectedEnds, record, select_lowest
+from streamline_bench.methods.tools.layer_removal import (
+    drop_layers,
+    size_plan,
+    stored_linear_weights,
+)
+from streamline_bench.methods.tools.layer_selection import ProtectedEnds, record, select_lowest
 
 if TYPE_CHECKING:
     import torch

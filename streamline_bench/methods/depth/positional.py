@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
-from streamline_bench.methods.tools.ranking import ProtectedEnds
+from streamline_bench.methods.tools.layer_selection import ProtectedEnds
 
 __all__ = ["FirstLayers", "LastLayers", "RandomLayers"]
 

@@ -16,10 +16,9 @@ from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.gradient_sums import Place, sum_gradients
-from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
-from streamline_bench.methods.tools.layer_weights import is_linear_weight
-from streamline_bench.methods.tools.ranking import ProtectedEnds, record, select_lowest
-from streamline_bench.methods.tools.skip_losses import skip_losses
+from streamline_bench.methods.tools.layer_removal import drop_layers, is_linear_weight, size_plan
+from streamline_bench.methods.tools.layer_selection import ProtectedEnds, record, select_lowest
+from streamline_bench.methods.tools.likelihood import skip_losses
 
 __all__ = [
     "ShortenedLlamaPPL",

@@ -13,9 +13,14 @@ from pydantic import BaseModel
 
 from streamline_bench.core.scan.similarity import LastState
 from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.tools.block_selection import SIMILARITY_FILE, scan_once
 from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
-from streamline_bench.methods.tools.ranking import ProtectedEnds, record, select_lowest
+from streamline_bench.methods.tools.layer_selection import (
+    SIMILARITY_FILE,
+    ProtectedEnds,
+    record,
+    scan_once,
+    select_lowest,
+)
 
 __all__ = ["ShortGPT", "ShortGPTParameters"]
 

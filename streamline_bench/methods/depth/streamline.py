@@ -25,8 +25,8 @@ from streamline_bench.core.surgery.replacement import network_parameters
 from streamline_bench.core.surgery.sparsity import SizePlan, of_layers
 from streamline_bench.errors import NumericsError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.tools.block_selection import SIMILARITY_FILE, block_at, scan_once
 from streamline_bench.methods.tools.layer_removal import config_json, size_plan
+from streamline_bench.methods.tools.layer_selection import SIMILARITY_FILE, block_at, scan_once
 
 if TYPE_CHECKING:
     import torch

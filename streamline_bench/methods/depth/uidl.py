@@ -17,8 +17,8 @@ from streamline_bench.core.recipe.frozen import Frozen
 from streamline_bench.core.scan.similarity import LastState
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.tools.block_selection import SIMILARITY_FILE, scan_once
 from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
+from streamline_bench.methods.tools.layer_selection import SIMILARITY_FILE, scan_once
 
 __all__ = ["UIDL", "UIDLParameters"]
 

@@ -28,8 +28,8 @@ from streamline_bench.core.surgery.replacement import network_parameters
 from streamline_bench.errors import NumericsError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.maps.boundary_activations import BoundaryRows, boundary_rows
-from streamline_bench.methods.tools.block_selection import SIMILARITY_FILE, block_at, scan_once
 from streamline_bench.methods.tools.layer_removal import config_json, drop_layers, size_plan
+from streamline_bench.methods.tools.layer_selection import SIMILARITY_FILE, block_at, scan_once
 from streamline_bench.methods.tools.normal_equations import NormalEquations
 
 __all__ = ["AffineMap", "BoundaryMap", "BoundaryMapParameters"]

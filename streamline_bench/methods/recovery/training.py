@@ -23,8 +23,8 @@ from streamline_bench.core.training.schedule import CosineSchedule
 from streamline_bench.core.training.state import TrainingState, load_state
 from streamline_bench.core.training.step_plan import StepPlan
 from streamline_bench.errors import OutputError
-from streamline_bench.methods.recovery.lora import LoraParameters
 from streamline_bench.methods.recovery.trainable_parameters import (
+    LoraParameters,
     TrainableParameters,
     full_parameters,
     partial_parameters,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from streamline_bench.core.architecture import architecture_of
-from streamline_bench.core.checkpoint.writer import layer_names
+from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.checkpoint.writer import layer_names, layers_prefix
 from streamline_bench.core.surgery.layers import pruned_config
 from streamline_bench.core.surgery.sparsity import SizePlan, layers_for_sparsity, of_layers
 from streamline_bench.methods.base import Compressed, Compression
@@ -16,7 +18,14 @@ from streamline_bench.methods.base import Compressed, Compression
 if TYPE_CHECKING:
     from streamline_bench.core.data.calibration import CalibrationTokens
 
-__all__ = ["config_json", "drop_layers", "size_plan", "untied_head_parameters"]
+__all__ = [
+    "config_json",
+    "drop_layers",
+    "is_linear_weight",
+    "size_plan",
+    "stored_linear_weights",
+    "untied_head_parameters",
+]
 
 
 def size_plan(work: Compression, added_parameters: int = 0) -> SizePlan:
@@ -92,3 +101,29 @@ def config_json(config: Any) -> dict[str, Any]:
     """Return a transformers config as the mapping that ``config.json`` holds."""
     parsed: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
     return parsed
+
+
+def is_linear_weight(name: str, dimensions: int) -> bool:
+    """Whether a tensor of a decoder layer is a projection's weight.
+
+    Those have two dimensions, or three where experts are fused; norms have one. Biases are left
+    out by name: fused experts have two-dimensional ones.
+    """
+    return dimensions >= 2 and not name.endswith("bias")
+
+
+def stored_linear_weights(reader: CheckpointReader, num_layers: int) -> list[dict[str, str]]:
+    """Return, for each of the decoder's layers, name within the layer -> name in the checkpoint.
+
+    Layers beyond the decoder (multi-token prediction) are not listed.
+    """
+    row = architecture_of(reader.config)
+    pattern = re.compile(re.escape(layers_prefix(reader, row)) + r"\.(\d+)\.(.+)")
+    layers: list[dict[str, str]] = [{} for _ in range(num_layers)]
+    for name in reader.names:
+        match = pattern.fullmatch(name)
+        if match is None or int(match[1]) >= len(layers) or name.endswith(row.buffers):
+            continue
+        if is_linear_weight(name, len(reader.entry(name).shape)):
+            layers[int(match[1])][match[2]] = name
+    return layers

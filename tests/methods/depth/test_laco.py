@@ -16,8 +16,7 @@ from streamline_bench.core.checkpoint.reader import read_manifest
 from streamline_bench.core.surgery.layers import keep_layers
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.depth.laco import mixtures
-from streamline_bench.methods.depth.layer_merging import LayerMerger
-from streamline_bench.methods.depth.merge_search import Merge
+from streamline_bench.methods.depth.merge_search import LayerMerger, Merge
 
 IDS = torch.tensor([[1, 5, 9, 40, 22, 7]])
 

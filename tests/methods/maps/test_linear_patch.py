@@ -15,6 +15,7 @@ from streamline_bench.compression import compress
 from streamline_bench.core.checkpoint.reader import CheckpointReader, read_manifest
 from streamline_bench.core.data.calibration import load_calibration
 from streamline_bench.errors import ArchitectureError
+from streamline_bench.methods.maps.linear_patch import hadamard
 from streamline_bench.modeling import register
 
 
@@ -119,3 +120,20 @@ def test_a_width_without_a_hadamard_matrix_is_refused(
     source = make_tiny_model(hidden_size=100, num_attention_heads=5, num_key_value_heads=5)
     with pytest.raises(ArchitectureError, match=r"hidden size 100\); use ridge_map"):
         compress(source, make_recipe("linear_patch"), tmp_path / "out", progress=False)
+
+
+ORDERS = [1, 2, 4, 12, 20, 24, 28, 32, 36, 40, 44, 60, 64, 76, 84, 104, 180, 288, 448, 1600]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_entries_and_orthogonality(order: int) -> None:
+    h = hadamard(order)
+    assert h.shape == (order, order)
+    assert h.abs().allclose(torch.full_like(h, order**-0.5), rtol=1e-14)
+    torch.testing.assert_close(h @ h.T, torch.eye(order).double(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [3, 6, 30, 100])
+def test_orders_without_a_construction_are_refused(order: int) -> None:
+    with pytest.raises(ArchitectureError, match=f"order {order} .*ridge_map"):
+        hadamard(order)

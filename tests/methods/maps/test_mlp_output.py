@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import ArchitectureError
-from streamline_bench.methods.maps.mlp_output import mlp_output_tensors
+from streamline_bench.methods.maps.replaceme import mlp_output_tensors
 
 
 def _reader(folder: Path, *, without: str = "", dtype: str = "") -> Any:

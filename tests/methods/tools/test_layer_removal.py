@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from streamline_bench.compression import compress
-from streamline_bench.core.checkpoint.reader import read_manifest
+from streamline_bench.core.checkpoint.reader import CheckpointReader, read_manifest
+from streamline_bench.methods.tools.layer_removal import is_linear_weight, stored_linear_weights
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +31,18 @@ def test_a_mixtures_recorded_size_is_that_of_the_layers_that_went(
     size = manifest.chosen["size"]
     assert size["removed"] == manifest.parameters_before - manifest.parameters_after
     assert size["reached"] == pytest.approx(manifest.sparsity_reached, abs=1e-9)
+
+
+def test_norms_and_biases_are_left_out(make_tiny_model: Callable[..., Path]) -> None:
+    reader = CheckpointReader(make_tiny_model("qwen3", num_hidden_layers=2, attention_bias=True))
+    layers = stored_linear_weights(reader, 2)
+    names = {f"self_attn.{p}_proj.weight" for p in "qkvo"}
+    names |= {f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
+    assert [set(layer) for layer in layers] == [names, names]
+    assert layers[1]["mlp.up_proj.weight"] == "model.layers.1.mlp.up_proj.weight"
+
+
+def test_fused_experts_count_and_their_biases_do_not() -> None:
+    assert is_linear_weight("mlp.experts.gate_up_proj", 3)
+    assert not is_linear_weight("mlp.experts.gate_up_proj_bias", 2)
+    assert not is_linear_weight("input_layernorm.weight", 1)
