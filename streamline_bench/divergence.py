@@ -96,9 +96,8 @@ def token_divergence(
     not independent; over windows if there is only one document.
 
     Args:
-        dense, pruned: checkpoint folders, or names on the Hugging Face Hub (downloaded where they
-            are not cached), with the same vocabulary; texts are tokenised as the dense model's
-            tokenizer does it by default.
+        dense: checkpoint folder, or hub name; its tokenizer's defaults are used for the texts.
+        pruned: the same, with the same vocabulary.
         texts: documents; those of fewer than two tokens are passed over.
         window: tokens per window; not more than the models' own limits are used.
         dtype: of the models' weights; the distributions are compared in float32 in any case.

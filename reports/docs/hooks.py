@@ -1,0 +1,88 @@
+"""Fills the generated parts of the documentation: recipes from ``baselines/``, commands from click.
+
+A page holds the line ``<!-- generated: NAME -->``; everything above it is written by hand.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replace the markers of a page (called by MkDocs for every page)."""
+    parts = {"recipes": recipes, "commands": commands}
+    return re.sub(
+        r"<!-- generated: (\w+) -->", lambda found: "\n".join(parts[found[1]]()), markdown
+    )
+
+
+def recipes() -> Iterator[str]:
+    """Yield a table of all recipes, then each with its source, settings and published numbers."""
+    loaded = [
+        yaml.safe_load(path.read_text("utf-8")) for path in sorted(ROOT.glob("baselines/*.yaml"))
+    ]
+    yield from ("| recipe | method | cost | what it is |", "|---|---|---|---|")
+    for recipe in loaded:
+        name = recipe["name"]
+        yield f"| [{name}](#{name}) | `{recipe['method']}` | {recipe['cost']} | {recipe['title']} |"
+    for recipe in loaded:
+        yield from _recipe(recipe)
+
+
+def _recipe(recipe: Mapping[str, Any]) -> Iterator[str]:
+    yield from ("", f"## {recipe['name']}", "", f"**{recipe['title']}**", "")
+    if recipe.get("paper"):
+        link = recipe.get("link")
+        yield f"Source: [{recipe['paper']}]({link})" if link else f"Source: {recipe['paper']}"
+        yield ""
+    yield from (str(recipe.get("reproduces", "")), "", "```yaml")
+    about = {"name", "title", "paper", "link", "reproduces", "published", "unpublished"}
+    settings = {key: value for key, value in recipe.items() if key not in about}
+    yield yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=90).rstrip()
+    yield from ("```", "")
+    published = recipe.get("published") or []
+    if published:
+        yield from ("| model | metric | value | sparsity | source |", "|---|---|---|---|---|")
+    for row in published:
+        value = f"{row['value']}{' (perplexity)' if row.get('unit') == 'perplexity' else ''}"
+        cells = (row["model"], row["metric"], value, row.get("sparsity", ""), row["source"])
+        yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def commands() -> Iterator[str]:
+    """Yield every command with its usage, its help and a table of its options."""
+    sys.path.insert(0, str(ROOT))
+    from streamline_bench.cli.main import COMMANDS, cli
+
+    context = click.Context(cli, info_name="streamline-bench")
+    for name in sorted(COMMANDS):
+        command = cli.get_command(context, name)
+        assert command is not None, name
+        yield from _command(command, click.Context(command, context, info_name=name))
+
+
+def _command(command: click.Command, context: click.Context) -> Iterator[str]:
+    yield from ("", f"## {context.info_name}", "", "```text")
+    yield from (context.get_usage().removeprefix("Usage: "), "```", "")
+    yield from (inspect.cleandoc(command.help or "").replace("\b", ""), "")
+    options = [
+        row
+        for parameter in command.get_params(context)
+        if isinstance(parameter, click.Option)
+        and (row := parameter.get_help_record(context)) is not None
+    ]
+    if options:
+        yield from ("| option | what it does |", "|---|---|")
+    for names, text in options:
+        safe = text.replace("|", "\\|").replace("<", "&lt;")
+        yield f"| `{names.replace('|', ' / ')}` | {safe} |"
