@@ -309,7 +309,7 @@ def test_killed_in_training_then_resumed_gives_the_same_bytes(
     script = textwrap.dedent(
         f"""
         from pathlib import Path
-        from streamline_bench.methods import compress, load_recipe
+        from streamline_bench.compression import compress, load_recipe
         recipe = load_recipe("streamline", {{
             "calibration": {str(text_file)!r}, "sequence_length": 16, "n_layers": 2,
             "training.min_steps": 60, "training.batch_size": 2, "training.checkpoint_every": 5,

@@ -22,7 +22,7 @@ from streamline_bench.opencompass.source import OF_MODEL_CLASS, find_source
 HOLDER = """
 import sys, time
 from pathlib import Path
-from streamline_bench.opencompass.run_folder import claimed_folder
+from streamline_bench.opencompass.evaluate import claimed_folder
 from streamline_bench.opencompass.run_plan import ModelEntry, RunPlan
 with claimed_folder(Path(sys.argv[1]), RunPlan((ModelEntry("dense", "model"),), ("piqa",))):
     print("held", flush=True)

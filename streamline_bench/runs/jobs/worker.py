@@ -99,7 +99,7 @@ def _worker(kind: str) -> Callable[[Path, str, Mapping[str, Any]], Product]:
         )
     module, _, function = _WORKERS[kind].partition(":")
     worker: Callable[[Path, str, Mapping[str, Any]], Product]
-    worker = getattr(importlib.import_module(f"streamline_bench.runs.{module}"), function)
+    worker = getattr(importlib.import_module(f"streamline_bench.runs.jobs.{module}"), function)
     return worker
 
 

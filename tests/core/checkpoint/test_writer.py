@@ -311,8 +311,8 @@ def test_an_output_that_cannot_be_written(dense: Path, tmp_path: Path) -> None:
 PRUNE = """
 import json, re, sys
 from pathlib import Path
-from streamline_bench.core.checkpoint import CheckpointReader
-from streamline_bench.core.shards import compose
+from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.checkpoint.writer import compose
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -157,7 +157,7 @@ def test_a_folder_moved_aside_by_a_killed_overwrite_comes_back(tmp_path: Path) -
 WRITER = """
 import sys, time
 from pathlib import Path
-from streamline_bench.core.checkpoint import staged_output
+from streamline_bench.core.files.staging import staged_output
 
 output = Path(sys.argv[1])
 while True:
@@ -230,7 +230,7 @@ def test_atomic_write_replaces_whole_files(tmp_path: Path) -> None:
 FILE_WRITER = """
 import sys
 from pathlib import Path
-from streamline_bench.core.checkpoint import atomic_write_bytes
+from streamline_bench.core.files.staging import atomic_write_bytes
 
 while True:
     atomic_write_bytes(Path(sys.argv[1]), b"x" * 3_000_000)

@@ -32,9 +32,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from streamline_bench.core.calibration import CalibrationTokens
-from streamline_bench.core.distill import loop, train_replacement
-from streamline_bench.core.recipe import ReplacementSpec, TrainingSpec
+from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.training import loop, train_replacement
+from streamline_bench.core.recipe.schema import ReplacementSpec, TrainingSpec
 
 STEP = loop.Loop._step
 

@@ -529,7 +529,8 @@ def test_killed_in_recovery_then_resumed_gives_the_same_bytes(
         f"""
         import sys
         from pathlib import Path
-        from streamline_bench.methods import compress, load_recipe, recovery_training
+        from streamline_bench.compression import compress, load_recipe
+        from streamline_bench.methods.recovery import training as recovery_training
         recipe = load_recipe("last_layers", {{
             "calibration": {str(text_file)!r}, "n_layers": 2, "recovery.kind": "lora",
             "recovery.dropout": 0.3, "recovery.training.data.sequence_length": 16,

@@ -27,7 +27,7 @@ from streamline_bench.runs.jobs.graph import Job
 SLEEPER = """
 import subprocess, sys, time
 from pathlib import Path
-from streamline_bench.core.leash import hold_leash
+from streamline_bench.core.machine.leash import hold_leash
 hold_leash()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 Path(sys.argv[1], "child").write_text(f"{child.pid}.")
@@ -37,7 +37,7 @@ time.sleep(600)
 STARTER = """
 import sys, time
 from pathlib import Path
-from streamline_bench.runs.process import JobProcess
+from streamline_bench.runs.execution.process import JobProcess
 process = JobProcess(Path(sys.argv[1]), "j", {}, command=("-c", sys.argv[2]))
 time.sleep(600)
 """
@@ -164,7 +164,7 @@ def test_gpus_are_shared_out_and_given_back(processes: list[Recorded], tmp_path:
 TELLER = """
 import os, sys
 from pathlib import Path
-from streamline_bench.core.leash import hold_leash
+from streamline_bench.core.machine.leash import hold_leash
 hold_leash()
 Path(sys.argv[1], sys.argv[2]).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "not set"))
 """
