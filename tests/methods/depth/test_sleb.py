@@ -17,7 +17,7 @@ from streamline_bench.core.checkpoint.reader import read_manifest
 from streamline_bench.core.surgery.layers import keep_layers
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compression
-from streamline_bench.methods.tools.layer_removal import sleb
+from streamline_bench.methods.depth import sleb
 
 
 def _greedy(work: Compression, n: int) -> tuple[list[int], list[float]]:

@@ -14,8 +14,8 @@ import torch
 from streamline_bench.compression import compress
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.training import loop
-from streamline_bench.methods.recovery.recover import recover as recovery
-from streamline_bench.methods.recovery.recover import training as recovery_training
+from streamline_bench.methods.recovery import recover as recovery
+from streamline_bench.methods.recovery import training as recovery_training
 
 OPTIONS: dict[str, Any] = {
     "recovery.training.data.sequence_length": 16,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from streamline_bench.runs.execution import scheduler as scheduler_module
 from streamline_bench.runs.execution.executor import Ended, Unit
 from streamline_bench.runs.execution.grouping import Grouping
-from streamline_bench.runs.execution.options import scheduler as scheduler_module
 from streamline_bench.runs.execution.scheduler import JobState, Scheduler
 from streamline_bench.runs.folder import job_folder
 from streamline_bench.runs.jobs.graph import Job
