@@ -6,10 +6,12 @@ Usage: python tests/wheel_check.py DIST_FOLDER WORK_FOLDER
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 
@@ -27,11 +29,26 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
+def check_names(wheel: Path) -> None:
+    """Refuse a wheel with files that only the repository needs: tests, documentation, the code and
+    the log of the bundled model's training, rendered reports."""
+    names = zipfile.ZipFile(wheel).namelist()
+    if not any(name.endswith("demo/model/model.safetensors") for name in names):
+        sys.exit("the bundled model is not in the wheel")
+    unwanted = re.compile(
+        r"bundled_model/|training_log|figures\.json|(^|/)tests/|reports/docs|leaderboard\.(html|json)$"
+    )
+    found = [name for name in names if unwanted.search(name)]
+    if found:
+        sys.exit(f"the wheel holds files of the repository only: {', '.join(found)}")
+
+
 def main(dist: Path, work: Path) -> None:
     """Check the one wheel in ``dist`` from inside ``work``."""
     wheels = list(dist.glob("streamline_bench-*.whl"))
     if len(wheels) != 1:
         sys.exit(f"{dist} holds {len(wheels)} wheels, expected one; remove the old ones")
+    check_names(wheels[0])
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     venv.create(work / "env", with_pip=True)

@@ -69,8 +69,7 @@ def test_schedule_warms_up_and_decays() -> None:
 
 def _start(output: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "bundled_model.train", "--output", str(output)]
-    root = Path(__file__).resolve().parents[2]
-    return subprocess.Popen([*command, *TINY], cwd=root)
+    return subprocess.Popen([*command, *TINY], cwd=Path(__file__).parents[1])
 
 
 def test_killed_training_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
