@@ -1,58 +1,26 @@
 """The samples table: every answer of one evaluation, in the same columns whatever the engine.
 
-A reader (lm-eval, OpenCompass) fills :data:`COLUMNS`; everything downstream (alignment, stability,
-report) sees this table and :class:`RunInfo` only. One row is one (task, filter,
-document).
-
-===================  =====================  ======================================================
-column               type                   meaning
-===================  =====================  ======================================================
-run                  str                    label of the run
-task, task_version   str                    as the engine names them
-output_type          str                    multiple_choice, loglikelihood, loglikelihood_rolling
-                                            or generate_until
-filter               str                    the engine's answer filter ("none" if it has none)
-doc_id               int                    position in the task's split
-doc_hash             str                    of the document
-prompt_hash          str                    of the (first) prompt
-target_hash          str                    of the expected answer
-request_hash         str                    of everything sent to the model: prompts, choices,
-                                            generation arguments
-prompt               str                    the prompt, as sent
-choices              list[str] or None      what was chosen from
-loglikelihoods       list[float] or None    one per choice, summed over its tokens, in nats
-lengths              list[int] or None      characters scored per choice, delimiter not counted
-byte_lengths         list[int] or None      the same in UTF-8 bytes
-mean_nll             list[float] or None    mean token NLL per choice where the engine itself gives
-                                            it (OpenCompass calls it PPL); None with lm-eval
-prediction           int or None            argmax of loglikelihoods ("acc")
-prediction_norm      int or None            argmax of loglikelihoods / lengths ("acc_norm")
-gold                 int or None            the right choice, where there is exactly one
-target               str                    the expected answer as text
-text                 str or None            what was generated
-correct              bool or None           verdict by ``verdict_metric``
-correct_norm         bool or None           verdict by acc_norm
-verdict_metric       str or None            the metric behind ``correct``
-cluster              str or None            ``kind:hash`` of what the document belongs to (its
-                                            passage, its subject); None if it stands alone
-metrics              dict[str, float]       every numeric metric of the row
-===================  =====================  ======================================================
+A reader (lm-eval, OpenCompass) makes :class:`Row` after :class:`Row`; everything downstream
+(alignment, stability, report) sees the table and :class:`RunInfo` only.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from streamline_bench.core.files.staging import atomic_write_bytes
+from streamline_bench.core.recipe.validation import first_problem
 from streamline_bench.errors import SamplesError
 
-__all__ = ["COLUMNS", "RunInfo", "Samples"]
+__all__ = ["COLUMNS", "Row", "RunInfo", "Samples", "well_formed"]
 
 SCHEMA_VERSION = 1
 
@@ -84,19 +52,76 @@ COLUMNS: Mapping[str, str] = {
     "cluster": "object",
     "metrics": "object",
 }
-"""Column name -> pandas dtype."""
+"""Column name -> pandas dtype; :class:`Row` says what each column means."""
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One answer: one (task, filter, document).
+
+    Attributes:
+        run: label of the run.
+        task, task_version: as the engine names them.
+        output_type: multiple_choice, loglikelihood, loglikelihood_rolling or generate_until.
+        filter: the engine's answer filter ("none" if it has none).
+        doc_id: position in the task's split.
+        doc_hash, target_hash: of the document and of the expected answer.
+        prompt_hash: of the (first) prompt.
+        request_hash: of everything sent to the model: prompts, choices, generation arguments.
+        prompt: as sent.
+        choices: what was chosen from.
+        loglikelihoods: one per choice, summed over its tokens, in nats.
+        lengths, byte_lengths: characters and UTF-8 bytes scored per choice, without delimiter.
+        mean_nll: mean token NLL per choice, where the engine gives it (OpenCompass calls it PPL).
+        prediction: argmax of loglikelihoods ("acc"); prediction_norm: of loglikelihoods / lengths.
+        gold: the right choice, where there is exactly one.
+        target: the expected answer as text.
+        text: what was generated.
+        correct: verdict by ``verdict_metric``; correct_norm: by acc_norm.
+        cluster: ``kind:hash`` of what the document belongs to (its passage, its subject).
+        metrics: every numeric metric of the row.
+    """
+
+    task: str
+    output_type: str
+    doc_hash: str
+    prompt_hash: str
+    target_hash: str
+    request_hash: str
+    prompt: str
+    target: str
+    run: str = ""
+    task_version: str = ""
+    filter: str = "none"
+    doc_id: int = 0
+    choices: list[str] | None = None
+    loglikelihoods: list[float] | None = None
+    lengths: list[int] | None = None
+    byte_lengths: list[int] | None = None
+    mean_nll: list[float] | None = None
+    prediction: int | None = None
+    prediction_norm: int | None = None
+    gold: int | None = None
+    text: str | None = None
+    correct: bool | None = None
+    correct_norm: bool | None = None
+    verdict_metric: str | None = None
+    cluster: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class RunInfo(BaseModel):
     """What a run says about itself; compared before any answer is.
 
     Attributes:
+        source: the file or folder that was read; the newest where several were joined.
         config: the engine's own record of the model (``model_args``, ``limit``, seeds, and the
             extra keys that ``--model streamline`` adds: recipe, hashes, sizes).
         results: aggregated metrics per task, as the engine printed them.
-        seconds: wall-clock time of the evaluation, where the engine tells.
+        seconds: wall-clock time of the evaluation, where the engine reports it.
         files: task -> the file that its answers were read from, for messages.
         missing: task -> why it has no answers although the run was to have them.
+        left_out: evaluation in the same folder -> why all or a part of it was not read.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -123,6 +148,7 @@ class RunInfo(BaseModel):
     versions: dict[str, str] = {}
     files: dict[str, str] = {}
     missing: dict[str, str] = {}
+    left_out: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,22 +159,19 @@ class Samples:
     info: RunInfo
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Mapping[str, Any]], info: RunInfo) -> Samples:
-        """Build the table from one mapping per row; columns left out become None.
+    def from_rows(cls, rows: Sequence[Row | Mapping[str, Any]], info: RunInfo) -> Samples:
+        """Build the table; columns that a mapping leaves out become None.
 
         Raises:
             SamplesError: there is no row, or a row has a column that the table does not know.
         """
         if not rows:
             raise SamplesError(f"{info.source} holds no samples; evaluate at least one document.")
-        unknown = {name for row in rows for name in row} - set(COLUMNS)
+        found = [vars(row) if isinstance(row, Row) else row for row in rows]
+        unknown = {name for row in found for name in row} - set(COLUMNS)
         if unknown:
             raise SamplesError(f"{info.source}: the samples table has no column {sorted(unknown)}.")
-        columns = {
-            name: pd.Series([row.get(name) for row in rows], dtype=dtype)
-            for name, dtype in COLUMNS.items()
-        }
-        return cls(pd.DataFrame(columns), info)
+        return cls(_frame({name: [row.get(name) for row in found] for name in COLUMNS}), info)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -162,40 +185,114 @@ class Samples:
         return dict(zip(first["task"], first["filter"], strict=True))
 
     def save(self, path: Path) -> None:
-        """Write the table and its metadata as one Parquet file.
+        """Write table and metadata as one Parquet file; a reader sees the old file or the new one.
 
         Raises:
             OutputError: the file cannot be written.
         """
-        from streamline_bench.stability.readers.parquet import write_samples
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
-        write_samples(self, path)
+        types = _arrow_types()
+        arrays = [pa.array(_plain(self.frame[name]), type=types[name]) for name in COLUMNS]
+        table = pa.Table.from_arrays(arrays, names=list(COLUMNS))
+        metadata = {_METADATA_KEY: self.info.model_dump_json().encode("utf-8")}
+        sink = pa.BufferOutputStream()
+        pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
+        atomic_write_bytes(path, sink.getvalue().to_pybytes())
 
     @classmethod
     def load(cls, path: Path) -> Samples:
         """Read what :meth:`save` wrote.
 
         Raises:
-            SamplesError: the file is not a samples table of a known version.
+            SamplesError: the file is damaged, of another kind, or of another version.
         """
-        from streamline_bench.stability.readers.parquet import read_samples
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
-        return read_samples(path)
+        try:
+            table = pq.read_table(path)
+            table.validate(full=True)
+        except (OSError, pa.ArrowException) as error:
+            raise SamplesError(f"'{path}' is not a readable Parquet file: {error}") from None
+        if set(COLUMNS) - set(table.column_names) == {"cluster"}:  # written by an older release
+            table = table.append_column("cluster", pa.nulls(len(table), pa.string()))
+        metadata = table.schema.metadata or {}
+        types = dict(zip(table.schema.names, table.schema.types, strict=True))
+        if _METADATA_KEY not in metadata or types != _arrow_types():
+            raise SamplesError(
+                f"'{path}' is not a samples table; give a file that Samples.save wrote."
+            )
+        info = _parse_info(metadata[_METADATA_KEY], path)
+        columns = {name: table.column(name).to_pylist() for name in COLUMNS}
+        columns["metrics"] = [dict(pairs or ()) for pairs in columns["metrics"]]
+        return cls(_frame(columns), info)
 
 
-def parse_info(payload: bytes, origin: str) -> RunInfo:
-    """Validate run metadata stored as JSON.
+@contextmanager
+def well_formed(where: str, what: str, advice: str) -> Iterator[None]:
+    """Say in one sentence that a file does not have the form that the block expects.
+
+    Args:
+        where: file, and the place in it.
+        what: what it should be: ``an evaluation that OpenCompass wrote``.
 
     Raises:
-        SamplesError: it is not ours, or of a version that this release does not know.
+        SamplesError: anything in the block that damaged content can cause; the problem is named.
     """
     try:
-        info = RunInfo.model_validate(json.loads(payload))
-    except (ValueError, ValidationError):
-        raise SamplesError(f"{origin}: the metadata of the samples table is damaged.") from None
+        yield
+    except ValidationError as error:
+        problem = first_problem(error)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+            ValueError) as error:  # fmt: skip
+        problem = f"{type(error).__name__}: {error}"
+    else:
+        return
+    raise SamplesError(f"{where}: not {what} ({problem}); {advice}.")
+
+
+_METADATA_KEY = b"streamline_bench.samples"
+
+
+def _arrow_types() -> dict[str, Any]:
+    import pyarrow as pa
+
+    plain = {"str": pa.string(), "int64": pa.int64(), "Int64": pa.int64(), "boolean": pa.bool_()}
+    return {
+        **{name: plain.get(dtype, pa.string()) for name, dtype in COLUMNS.items()},
+        "choices": pa.list_(pa.string()),
+        **{name: pa.list_(pa.float64()) for name in ("loglikelihoods", "mean_nll")},
+        **{name: pa.list_(pa.int64()) for name in ("lengths", "byte_lengths")},
+        "metrics": pa.map_(pa.string(), pa.float64()),
+    }
+
+
+def _frame(columns: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {name: pd.Series(columns[name], dtype=dtype) for name, dtype in COLUMNS.items()}
+    )
+
+
+def _parse_info(payload: bytes, path: Path) -> RunInfo:
+    try:
+        info = RunInfo.model_validate_json(payload)
+    except ValidationError:
+        raise SamplesError(f"{path}: the metadata of the samples table is damaged.") from None
     if info.schema_version != SCHEMA_VERSION:
         raise SamplesError(
-            f"{origin} has samples schema {info.schema_version}, this release reads "
+            f"{path} has samples schema {info.schema_version}, this release reads "
             f"{SCHEMA_VERSION}; read the original evaluation again."
         )
     return info
+
+
+def _plain(column: pd.Series[Any]) -> list[Any]:
+    return [_none_if_missing(value) for value in column.tolist()]
+
+
+def _none_if_missing(value: Any) -> Any:
+    if value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return list(value.items()) if isinstance(value, dict) else value

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from streamline_bench.core.files.staging import atomic_write_text
-from streamline_bench.core.files.versioned_json import validated
+from streamline_bench.core.files.versioned_json import read_json, validated
 from streamline_bench.core.recipe.frozen import Frozen
 from streamline_bench.errors import CheckpointError
 
@@ -81,14 +81,10 @@ def read_manifest(folder: Path) -> Manifest | None:
         CheckpointError: there is one, and it is damaged or of a newer schema.
     """
     path = Path(folder) / MANIFEST_NAME
-    try:
-        payload = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); compress again.") from error
     return validated(
-        Manifest, payload, str(path),
+        Manifest, read_json(path, CheckpointError, "compress again"), str(path),
         newest=SCHEMA_VERSION, error=CheckpointError, advice="compress again",
     )  # fmt: skip
 

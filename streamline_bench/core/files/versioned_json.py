@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 
 from streamline_bench.core.recipe.validation import first_problem
 from streamline_bench.errors import StreamlineBenchError
@@ -27,8 +27,9 @@ def read_json(path: Path, error: type[StreamlineBenchError], advice: str) -> Any
         StreamlineBenchError: ``error``, where the file is missing or is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as failure:
+        # Unlike json, it refuses half a surrogate pair and nesting without end.
+        return from_json(path.read_bytes())
+    except (OSError, ValueError) as failure:
         raise error(f"{path} cannot be read ({failure}); {advice}.") from None
 
 

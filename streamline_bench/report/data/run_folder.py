@@ -15,12 +15,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, model_validator
 
+from streamline_bench.core.files.versioned_json import read_json
 from streamline_bench.core.recipe.frozen import Frozen
 from streamline_bench.core.recipe.validation import first_problem
 from streamline_bench.errors import SamplesError
@@ -138,15 +138,12 @@ def read_run_file(folder: Path) -> RunFile:
         SamplesError: it is missing, damaged or of another schema version.
     """
     path = Path(folder) / RUN_FILE
-    try:
-        payload = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise SamplesError(
             f"'{folder}' has no {RUN_FILE}; give a run folder that was finished (running the same "
             "command again continues an unfinished one)."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise SamplesError(f"{path} cannot be read ({error}); make the run again.") from None
+        )
+    payload = read_json(path, SamplesError, "make the run again")
     version = payload.get("schema_version") if isinstance(payload, dict) else None
     if version != SCHEMA_VERSION:
         raise SamplesError(

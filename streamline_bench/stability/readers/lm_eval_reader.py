@@ -2,59 +2,220 @@
 
 lm-eval writes ``<output_path>/<model name>/results_<timestamp>.json`` and, with ``--log_samples``,
 ``samples_<task>_<timestamp>.jsonl`` beside it (none for groups). The timestamp ties them together.
-Nothing is taken for whole on trust: every task must have its file, every file as many documents as
+Nothing is believed without a check: every task must have its file, every file as many documents as
 the results say, and the hash over its rows must be the one in the results.
+
+A folder may hold several evaluations of one model, made task by task: they are read as one run
+(:func:`_joined`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from tqdm import tqdm
 
+from streamline_bench.core.files.versioned_json import read_json
 from streamline_bench.errors import SamplesError
-from streamline_bench.stability.readers.lm_eval_rows import TaskFacts, parse_row, task_facts
+from streamline_bench.stability.readers.lm_eval_rows import (
+    LogFile,
+    TaskConfig,
+    TaskFacts,
+    parse_row,
+)
 from streamline_bench.stability.readers.verdicts import with_verdicts
-from streamline_bench.stability.samples import RunInfo, Samples
+from streamline_bench.stability.samples import Row, RunInfo, Samples, well_formed
 
 __all__ = ["find_results", "read_lm_eval"]
 
 _RESULTS = re.compile(r"^(?P<stem>.+)_(?P<timestamp>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)\.json$")
+_LONGEST_NAME = 255  # bytes, of a file
+
+_MODEL = ("model", "model_args", "model_name", "model_sha", "model_revision", "peft_sha")
+_NO_SETTINGS = frozenset({"batch_size", "batch_sizes", "device", "use_cache", "bootstrap_iters"})
+"""Keys of the config that decide speed, place or intervals, and no answer."""
+
+
+class _Counts(LogFile):
+    effective: int | None = None
+
+
+class _Results(LogFile):
+    """``results_*.json``."""
+
+    results: dict[str, dict[str, Any]]
+    configs: dict[str, TaskConfig]
+    versions: dict[str, Any]
+    n_shot: dict[str, int | str | None] = Field(alias="n-shot")
+    n_samples: dict[str, _Counts] = Field(default_factory=dict, alias="n-samples")
+    group_subtasks: dict[str, list[str]] = Field(default_factory=dict)
+    higher_is_better: dict[str, dict[str, bool | None]] = Field(default_factory=dict)
+    task_hashes: dict[str, str] = Field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict)
+    chat_template: str | None = None
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool | None = None
+    model_name: str | None = None
+    lm_eval_version: str | None = None
+    transformers_version: str | None = None
+    seconds: float | None = Field(None, alias="total_evaluation_time_seconds")
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks that were asked; groups have a version, but no config."""
+        return [name for name in self.configs if name in self.versions]
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Groups and their tasks; older versions list single tasks as groups without members."""
+        return {
+            name: members
+            for name, tasks in self.group_subtasks.items()
+            if (members := [task for task in tasks if task != name])
+        }
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Everything about the run that can change an answer, whatever the task."""
+        names = ("chat_template", "system_instruction", "fewshot_as_multiturn", "model_name",
+                 "lm_eval_version", "transformers_version")  # fmt: skip
+        kept = {key: value for key, value in self.config.items() if key not in _NO_SETTINGS}
+        return {**kept, **{name: getattr(self, name) for name in names}}
+
+    def facts(self, task: str) -> TaskFacts:
+        """What this file says about a task."""
+        version = str(self.versions[task])
+        return TaskFacts(task, version, self.configs[task], chat=bool(self.chat_template))
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """One results file, and the tasks that are read from it."""
+
+    file: Path
+    results: _Results
+    tasks: tuple[str, ...]
+
+    @property
+    def timestamp(self) -> str | None:
+        match = _RESULTS.match(self.file.name)
+        return match["timestamp"] if match else None
+
+    def samples_file(self, task: str) -> Path:
+        """Where a task's samples must lie.
+
+        Raises:
+            SamplesError: they are not there; the message says why, where the name tells.
+        """
+        if self.timestamp is None:
+            raise SamplesError(
+                f"{self.file}: the name has no timestamp, so its samples cannot be found; keep the "
+                "name that lm-eval gave it."
+            )
+        names = [f"samples_{name}_{self.timestamp}.jsonl" for name in (task, _sanitised(task))]
+        usable = [name for name in names if _can_be_a_file(name)]
+        found = [path for name in usable if (path := self.file.with_name(name)).is_file()]
+        if found:
+            return found[0]
+        if len(usable) < len(names):
+            raise SamplesError(
+                f"{self.file}: no file can have the name of task {task[:80]!r}, so that lm-eval "
+                "could not save its samples; give the task a short and plain name and evaluate "
+                "again."
+            )
+        raise SamplesError(
+            f"{self.file.with_name(usable[0])} is missing; evaluate task '{task}' again with "
+            "--log_samples, and keep its output."
+        )
+
+    def rows(self, task: str, bar: tqdm[Any]) -> list[Row]:
+        """Read a task's samples.
+
+        Raises:
+            SamplesError, NumericsError: see :func:`read_lm_eval`.
+        """
+        file, facts = self.samples_file(task), self.results.facts(task)
+        rows = list(_parsed(file, facts, bar))
+        if not rows:
+            raise SamplesError(
+                f"{file} holds no samples: task '{task}' has no questions; check its data and "
+                "--limit, or leave the task out."
+            )
+        _name_filters(rows, facts, file)
+        documents, counts = len({row.doc_id for row in rows}), self.results.n_samples.get(task)
+        if counts and counts.effective is not None and documents != counts.effective:
+            raise SamplesError(
+                f"{file} has {documents} documents, the results of task '{task}' were made from "
+                f"{counts.effective}; the file looks truncated, evaluate again."
+            )
+        if self.results.task_hashes.get(task) not in (None, _task_hash(rows)):
+            raise SamplesError(
+                f"{file} does not belong to its results file: the hash of task '{task}' differs; "
+                "evaluate again."
+            )
+        with_verdicts(rows)
+        return rows
+
+    def asked(self, task: str) -> tuple[Any, ...]:
+        """What a task was asked: its version, its shots, and a hash over questions and prompts."""
+        digest = self.results.task_hashes.get(task)
+        if digest is None:
+            with tqdm(disable=True) as bar:
+                digest = _task_hash(self.rows(task, bar))
+        return str(self.results.versions[task]), self.results.n_shot.get(task), digest
+
+    def has_samples(self, task: str) -> bool:
+        """Whether the task's samples were logged."""
+        try:
+            return self.samples_file(task).is_file()
+        except SamplesError:
+            return False
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Evaluations that are read as one run, the newest first."""
+
+    parts: tuple[_Evaluation, ...]
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def read_lm_eval(
     path: Path, *, run: str | None = None, timestamp: str | None = None, progress: bool = True
 ) -> Samples:
-    """Read one evaluation of lm-eval as a samples table.
+    """Read the evaluation that ``path`` means as a samples table.
+
+    Args:
+        path: a results file, or a folder that holds the results of one model at any depth. Several
+            evaluations of one model with the same settings are joined.
+        timestamp: read this evaluation only.
 
     Raises:
-        SamplesError: files are missing, truncated, foreign or ambiguous; file and line are named.
+        SamplesError: files are missing, truncated, foreign or contradict each other; file and line
+            are named.
         NumericsError: a log-likelihood is NaN or infinite; the document is named.
     """
-    results_file = find_results(path, timestamp)
-    results = _read_json(results_file)
-    info = _run_info(results, results_file, run)
-    tasks = [name for name in results["configs"] if name in results["versions"]]
-    rows: list[dict[str, Any]] = []
-    files = {name: _samples_file(results_file, name) for name in tasks}
-    total = sum(file.stat().st_size for file in files.values())
+    found = _joined([_evaluation(file) for file in _results_files(path, timestamp)])
+    wanted = [(part, task) for part in found.parts for task in part.tasks]
+    files = [part.samples_file(task) for part, task in wanted]
+    rows: list[Row] = []
     with tqdm(
-        total=total, unit="B", unit_scale=True, desc="samples", delay=2, disable=not progress
-    ) as bar:
-        for name, file in files.items():
-            task_rows = list(_rows(file, task_facts(name, results), info.run, bar))
-            if not task_rows:
-                raise SamplesError(
-                    f"{file} holds no samples: task '{name}' asked nothing; check its data and "
-                    "--limit, or leave the task out."
-                )
-            _check_whole(task_rows, file, name, results)
-            rows += with_verdicts(task_rows)
+        total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True,
+        desc="samples", delay=2, disable=not progress,
+    ) as bar:  # fmt: skip
+        for part, task in wanted:
+            rows += part.rows(task, bar)
+    names = {task: str(file) for (_, task), file in zip(wanted, files, strict=True)}
+    info = _run_info(found, names, run)
+    for row in rows:
+        row.run = info.run
     return Samples.from_rows(rows, info)
 
 
@@ -64,8 +225,13 @@ def find_results(path: Path, timestamp: str | None = None) -> Path:
     Raises:
         SamplesError: there is none, or the folder holds the results of several models.
     """
+    return _results_files(path, timestamp)[0]
+
+
+def _results_files(path: Path, timestamp: str | None) -> list[Path]:
+    """The results files that ``path`` means, the newest first."""
     if path.is_file():
-        return path
+        return [path]
     found = {
         file: match["timestamp"]
         for file in sorted(path.rglob("*.json"))
@@ -80,127 +246,153 @@ def find_results(path: Path, timestamp: str | None = None) -> Path:
     if len(folders) > 1:
         names = ", ".join(f"'{folder}'" for folder in folders[:4])
         raise SamplesError(f"'{path}' holds results of several models ({names}); name one of them.")
-    if timestamp is None:
-        return max(found, key=lambda file: found[file])
-    chosen = [file for file, time in found.items() if time == timestamp]
+    chosen = [file for file, time in found.items() if timestamp in (None, time)]
     if not chosen:
         times = ", ".join(sorted(found.values()))
         raise SamplesError(f"'{path}' has no evaluation of {timestamp}; it has: {times}.")
-    return chosen[0]
+    return sorted(chosen, key=lambda file: found[file], reverse=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        payload = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise SamplesError(f"{path} is not UTF-8 text; evaluate again.") from None
-    except json.JSONDecodeError as error:
-        raise SamplesError(
-            f"{path}, line {error.lineno}: not valid JSON ({error.msg}); the file looks truncated, "
-            "evaluate again."
-        ) from None
-    missing = {"results", "configs", "versions", "n-shot"} - set(
-        payload if isinstance(payload, dict) else ()
+def _evaluation(file: Path) -> _Evaluation:
+    payload = read_json(file, SamplesError, "the file looks truncated, evaluate again")
+    with well_formed(str(file), "a results file of lm-eval", "give one that lm-eval wrote"):
+        results = _Results.model_validate(payload)
+        return _Evaluation(file, results, tuple(results.tasks))
+
+
+def _joined(found: Sequence[_Evaluation]) -> _Run:
+    """Join evaluations, the newest first, that were made with the same settings.
+
+    A task that several of them asked the same way counts once, from the newest. One with other
+    settings is left out, unless it asked a task that is read: which of the two is meant, nobody
+    can know.
+
+    Raises:
+        SamplesError: evaluations of other models, or contradictory ones.
+    """
+    newest, *older = found
+    parts, left_out = [newest], {}
+    for evaluation in older:
+        name = evaluation.file.name
+        differing = _difference(newest, evaluation)
+        twice = [task for task in evaluation.tasks for part in parts if task in part.tasks]
+        if not any(evaluation.has_samples(task) for task in evaluation.tasks):
+            left_out[name] = "no samples were logged"
+        elif differing and (twice or differing[0] in _MODEL):
+            raise _contradiction(newest, evaluation, " and ".join(map(_shown, differing[1:])),
+                                 differing[0])  # fmt: skip
+        elif differing:
+            key, here, there = differing
+            left_out[name] = f"{key} is {_shown(there)} there, {_shown(here)} in the newest"
+        else:
+            for task in twice:
+                other = next(part for part in parts if task in part.tasks)
+                if other.asked(task) != evaluation.asked(task):
+                    raise _contradiction(other, evaluation, "the same settings", f"task '{task}'")
+            if twice:
+                left_out[name] = f"a newer evaluation has the same tasks ({', '.join(twice)})"
+            kept = tuple(task for task in evaluation.tasks if task not in twice)
+            parts.append(replace(evaluation, tasks=kept))
+    return _Run(tuple(part for part in parts if part.tasks), left_out)
+
+
+def _difference(newest: _Evaluation, other: _Evaluation) -> tuple[str, Any, Any] | None:
+    """The first setting that differs, and its two values; those of the model come first."""
+    here, there = newest.results.settings, other.results.settings
+    for key in (*_MODEL, *sorted({*here, *there} - set(_MODEL))):
+        if here.get(key) != there.get(key):
+            return key, here.get(key), there.get(key)
+    return None
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.80}"
+
+
+def _contradiction(newest: _Evaluation, other: _Evaluation, values: str, what: str) -> SamplesError:
+    return SamplesError(
+        f"{newest.file} and {other.file.name} beside it contradict each other in {what} "
+        f"({values}); give one of these files instead of the folder, or move the other away."
     )
-    if missing:
-        raise SamplesError(f"{path} is not a results file of lm-eval: it has no {sorted(missing)}.")
-    result: dict[str, Any] = payload
-    return result
 
 
-def _samples_file(results_file: Path, task: str) -> Path:
-    match = _RESULTS.match(results_file.name)
-    if match is None:
-        raise SamplesError(
-            f"{results_file}: the name carries no timestamp, so its samples cannot be found; keep "
-            "the name that lm-eval gave it."
-        )
-    name = f"samples_{task}_{match['timestamp']}.jsonl"
-    if Path(name).name != name:
-        raise SamplesError(f"{results_file}: '{task}' is not a task name that lm-eval could save.")
-    file = results_file.with_name(name)
-    if not file.is_file():
-        raise SamplesError(
-            f"{file} is missing; evaluate task '{task}' again with --log_samples (and without "
-            "deleting its output)."
-        )
-    return file
+def _sanitised(task: str) -> str:
+    """A task's name as lm-eval writes it where it must be a plain word."""
+    return re.sub(r"\W", "_", task)
 
 
-def _rows(
-    file: Path, facts: TaskFacts, run: str, bar: tqdm[Any] | None
-) -> Iterator[dict[str, Any]]:
+def _can_be_a_file(name: str) -> bool:
+    return Path(name).name == name and "\0" not in name and len(name.encode()) <= _LONGEST_NAME
+
+
+def _parsed(file: Path, facts: TaskFacts, bar: tqdm[Any]) -> Iterator[Row]:
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
-            where = f"{file}, line {number}"
-            yield {"run": run, **parse_row(_parse_line(line, where), facts, where)}
-            if bar is not None:
-                bar.update(len(line))
+            yield parse_row(line, facts, f"{file}, line {number}")
+            bar.update(len(line))
 
 
-def _parse_line(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
+def _name_filters(rows: Sequence[Row], facts: TaskFacts, file: Path) -> None:
+    """Name the filters of older versions, whose lines do not: they list them filter by filter."""
+    unnamed = [row for row in rows if not row.filter]
+    seen: dict[int, int] = {}
+    for row in unnamed:
+        seen[row.doc_id] = seen.get(row.doc_id, 0) + 1
+    if unnamed and (len(unnamed) < len(rows) or set(seen.values()) != {len(facts.filters)}):
         raise SamplesError(
-            f"{where}: not valid JSON ({error}); the file looks truncated, evaluate again."
-        ) from None
-    if not isinstance(row, dict):
-        raise SamplesError(f"{where}: a sample must be a JSON object, not {type(row).__name__}.")
-    return row
-
-
-def _check_whole(
-    rows: list[dict[str, Any]], file: Path, task: str, results: dict[str, Any]
-) -> None:
-    expected = results.get("n-samples", {}).get(task, {}).get("effective")
-    documents = len({row["doc_id"] for row in rows})
-    if expected is not None and documents != expected:
-        raise SamplesError(
-            f"{file} has {documents} documents, the results of task '{task}' were made from "
-            f"{expected}; the file looks truncated, evaluate again."
+            f"{file}: the lines do not name their filter, and there are not as many for each "
+            f"document as task '{facts.name}' has filters ({', '.join(facts.filters)}); evaluate "
+            "again with a newer lm-eval."
         )
-    recorded = results.get("task_hashes", {}).get(task)
-    if recorded is not None and recorded != _task_hash(rows):
-        raise SamplesError(
-            f"{file} does not belong to its results file: the hash of task '{task}' differs; "
-            "evaluate again."
-        )
+    seen.clear()
+    for row in unnamed:
+        row.filter = facts.filters[seen.get(row.doc_id, 0)]
+        seen[row.doc_id] = seen.get(row.doc_id, 0) + 1
 
 
-def _task_hash(rows: list[dict[str, Any]]) -> str:
-    text = "".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in rows)
+def _task_hash(rows: Sequence[Row]) -> str:
+    text = "".join(row.doc_hash + row.prompt_hash + row.target_hash for row in rows)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _run_info(results: dict[str, Any], file: Path, run: str | None) -> RunInfo:
-    match = _RESULTS.match(file.name)
-    config = results.get("config") or {}
-    seconds = results.get("total_evaluation_time_seconds")
-    limit = config.get("limit")
-    versions = {
-        name: str(results[key])
-        for name, key in (("lm_eval", "lm_eval_version"), ("transformers", "transformers_version"))
-        if results.get(key)
-    }
-    return RunInfo(
-        run=run or file.parent.name,
-        engine="lm-eval",
-        engine_version=versions.get("lm_eval"),
-        source=str(file),
-        timestamp=match["timestamp"] if match else None,
-        model=results.get("model_name"),
-        task_versions={name: str(value) for name, value in results["versions"].items()},
-        n_shot=results["n-shot"],
-        task_hashes=results.get("task_hashes") or {},
-        groups={name: list(tasks) for name, tasks in results.get("group_subtasks", {}).items()},
-        chat_template=results.get("chat_template"),
-        system_instruction=results.get("system_instruction"),
-        fewshot_as_multiturn=results.get("fewshot_as_multiturn"),
-        limit=limit if isinstance(limit, int | float) else None,
-        config=config,
-        results=results["results"],
-        higher_is_better=results.get("higher_is_better") or {},
-        seconds=float(seconds) if seconds else None,
-        versions=versions,
-    )
+def _run_info(found: _Run, files: dict[str, str], run: str | None) -> RunInfo:
+    """What the evaluations say together; each task is described by the one it is read from."""
+    newest = found.parts[0]
+    about = newest.results
+    limit = about.config.get("limit")
+    versions = {"lm_eval": about.lm_eval_version, "transformers": about.transformers_version}
+
+    def of_tasks(name: str) -> dict[str, Any]:
+        """The entries of a mapping by task, of a group, or of anything else that is not read."""
+        older_first = reversed(found.parts)
+        return {
+            key: value
+            for part in older_first
+            for key, value in getattr(part.results, name).items()
+            if key in part.tasks or key not in part.results.tasks
+        }
+
+    with well_formed(str(newest.file), "a results file of lm-eval", "evaluate again"):
+        return RunInfo(
+            run=run or newest.file.parent.name,
+            engine="lm-eval",
+            engine_version=about.lm_eval_version,
+            source=str(newest.file),
+            timestamp=newest.timestamp,
+            model=about.model_name,
+            task_versions={name: str(value) for name, value in of_tasks("versions").items()},
+            n_shot=of_tasks("n_shot"),
+            task_hashes=of_tasks("task_hashes"),
+            groups=of_tasks("groups"),
+            chat_template=about.chat_template,
+            system_instruction=about.system_instruction,
+            fewshot_as_multiturn=about.fewshot_as_multiturn,
+            limit=limit if isinstance(limit, int | float) else None,
+            config=about.config,
+            results=of_tasks("results"),
+            higher_is_better=of_tasks("higher_is_better"),
+            seconds=sum(part.results.seconds or 0 for part in found.parts) or None,
+            versions={name: value for name, value in versions.items() if value},
+            files=files,
+            left_out=found.left_out,
+        )

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pandas as pd
 
+from streamline_bench.core.recipe.validation import first_line
 from streamline_bench.errors import SamplesError
+from streamline_bench.stability.readers.lm_eval_reader import read_lm_eval
+from streamline_bench.stability.readers.opencompass_folder import find_predictions
+from streamline_bench.stability.readers.opencompass_reader import read_opencompass
 from streamline_bench.stability.samples import Samples
 
 __all__ = ["load_samples"]
+
+log = logging.getLogger(__name__)
 
 
 def load_samples(
@@ -21,11 +28,14 @@ def load_samples(
 ) -> Samples:
     """Read a run: a ``.parquet`` file of ours, or a folder of lm-eval or OpenCompass, at any level.
 
+    Several evaluations of one model with the same settings are joined. What is not read of a
+    folder is named in ``info.left_out`` and in the log.
+
     Args:
         path: the file or folder. Of OpenCompass: a work folder, a run in it, its ``predictions``, a
             model in these, or one prediction file.
         run: label of the run; by default the name of the folder that holds the results.
-        timestamp: which evaluation of the folder; by default the newest.
+        timestamp: read this evaluation of the folder only.
         progress: show a progress bar with ETA when reading takes more than two seconds.
 
     Raises:
@@ -33,6 +43,16 @@ def load_samples(
         NumericsError: a score is NaN or infinite (the document is named).
     """
     path = Path(path)
+    try:
+        samples = _load(path, run, timestamp, progress)
+    except OSError as error:
+        raise SamplesError(f"'{path}' cannot be read ({first_line(error)}); check it.") from None
+    for name, reason in samples.info.left_out.items():
+        log.warning("%s: %s is left out: %s.", path, name, reason)
+    return samples
+
+
+def _load(path: Path, run: str | None, timestamp: str | None, progress: bool) -> Samples:
     if not path.exists():
         raise SamplesError(
             f"There is no file or folder '{path}'; give an output folder of lm-eval or OpenCompass."
@@ -40,10 +60,6 @@ def load_samples(
     if path.suffix == ".parquet":
         samples = Samples.load(path)
         return samples if run is None else _relabel(samples, run)
-    from streamline_bench.stability.readers.lm_eval_reader import read_lm_eval
-    from streamline_bench.stability.readers.opencompass_folder import find_predictions
-    from streamline_bench.stability.readers.opencompass_reader import read_opencompass
-
     predictions = find_predictions(path, timestamp)
     if predictions is not None:
         return read_opencompass(predictions, run=run, progress=progress)

@@ -4,26 +4,49 @@
 
     <work>/<time>/configs/*.py
     <work>/<time>/predictions/<model>/<data set>.json      or <data set>_0.json, _1.json, ...
-    <work>/<time>/results/<model>/<data set>.json
+    <work>/<time>/results/<model>/<data set>.json          or the same in parts
 
-Any of these levels may be given, or a folder that holds prediction files only.
+Any of these levels may be given, or a folder that holds prediction files only. Of a work folder,
+all runs of one model with the same settings are found.
+
+The whole config of a run lies in ``configs`` as Python source. It is read as data: nothing in it is
+executed, and anything but a literal or ``dict(...)`` is None.
 """
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from streamline_bench.errors import SamplesError
-from streamline_bench.stability.readers.opencompass_config import DumpedConfig, read_dumped_config
 
-__all__ = ["Predictions", "find_predictions"]
+__all__ = ["DataSet", "Predictions", "find_predictions"]
 
 _RUN = re.compile(r"^\d{8}_\d{6}$")
-_PART = re.compile(r"^(?P<name>.+)_(?P<part>\d+)$")
+_PART = re.compile(r"^(?P<name>.+)_(?P<part>[0-9]{1,9})$")
 _BEGINNING = re.compile(rb'^\s*\{\s*"\d+"\s*:\s*\{')
+
+_NO_SETTINGS = frozenset({"batch_size", "run_cfg", "max_workers"})
+"""Keys of a model's config that decide speed or place, and no answer."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Where the answers to one data set lie.
+
+    Attributes:
+        files: its file, or the files of its parts in order.
+        results: its evaluation, or those of its parts in order; empty where there is none.
+        repetitions: how many times each question was asked; None where no config says.
+    """
+
+    files: tuple[Path, ...]
+    results: tuple[Path, ...] = ()
+    repetitions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -31,29 +54,42 @@ class Predictions:
     """The predictions of one model in one run.
 
     Attributes:
-        folder: the folder with the prediction files.
-        files: data set -> its file, or the files of its parts in order.
-        missing: data set -> why it has none although the run was to make it.
-        results: data set -> file with its evaluation, where there is one.
+        folder: the folder with the prediction files; its name is the model's abbreviation.
+        sets: data set -> its files.
+        missing: data set -> why it has no file although the run was to make it.
+        left_out: file or run -> why it is not read.
         timestamp: ``YYYYmmdd_HHMMSS`` of the run, where the folders tell.
-        config: what the run's dumped config says, where there is one.
+        settings: the model's config, literals only; None where there is no config.
+        older: the model's earlier runs in the same work folder, the newest first.
     """
 
     folder: Path
-    files: Mapping[str, tuple[Path, ...]]
-    missing: Mapping[str, str]
-    results: Mapping[str, Path]
-    timestamp: str | None
-    config: DumpedConfig | None
+    sets: Mapping[str, DataSet]
+    missing: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    timestamp: str | None = None
+    settings: Mapping[str, Any] | None = None
+    older: tuple[Predictions, ...] = ()
 
     @property
     def model(self) -> str:
         """The model's abbreviation."""
         return self.folder.name
 
+    def difference(self, other: Predictions) -> str | None:
+        """The first setting of the model that differs, with both values; None if none does."""
+        here, there = self.settings or {}, other.settings or {}
+        for key in sorted({*here, *there} - _NO_SETTINGS):
+            if here.get(key) != there.get(key):
+                return f"{key} is {there.get(key)!r:.80} there, {here.get(key)!r:.80} here"
+        return None
+
 
 def find_predictions(path: Path, timestamp: str | None = None) -> Predictions | None:
     """Return the predictions that ``path`` means; None if this is not OpenCompass output.
+
+    Args:
+        timestamp: of a work folder, find this run only.
 
     Raises:
         SamplesError: the folder holds the predictions of several models, none at all, not those of
@@ -61,33 +97,34 @@ def find_predictions(path: Path, timestamp: str | None = None) -> Predictions | 
     """
     if path.is_file():
         return _one_file(path) if _looks_like_predictions(path) else None
-    folder = _predictions_root(path, timestamp)
-    if folder is not None:
-        return _collect(_only_model(folder))
-    if any(_looks_like_predictions(file) for file in path.glob("*.json")):
-        return _collect(path)
-    return None
-
-
-def _predictions_root(path: Path, timestamp: str | None) -> Path | None:
-    """The folder named ``predictions`` that the path is, holds, or whose newest run holds it."""
     for folder in (path, path / "predictions"):
         if folder.name == "predictions" and folder.is_dir() and not _of_lm_eval(folder):
-            return folder
+            return _collect(_only_model([folder]))
+    if roots := _runs(path, timestamp):
+        model = _only_model(roots)
+        newest, *older = [root / model.name for root in roots]
+        earlier = tuple(_collect(each) for each in older if any(each.glob("*.json")))
+        return replace(_collect(newest), older=earlier)
+    in_a_run = path.parent.name == "predictions" and not _of_lm_eval(path.parent)
+    looks = (in_a_run or _looks_like_predictions(file) for file in path.glob("*.json"))
+    return _collect(path) if any(looks) else None
+
+
+def _runs(path: Path, timestamp: str | None) -> list[Path]:
+    """The folders ``predictions`` of a work folder's runs, the newest first."""
     runs = sorted(
-        folder
-        for folder in path.iterdir()
-        if _RUN.match(folder.name) and (folder / "predictions").is_dir()
+        (
+            folder
+            for folder in path.iterdir()
+            if _RUN.match(folder.name) and (folder / "predictions").is_dir()
+        ),
+        reverse=True,
     )
-    if not runs:
-        return None
-    if timestamp is None:
-        return runs[-1] / "predictions"
-    for run in runs:
-        if run.name == timestamp:
-            return run / "predictions"
-    times = ", ".join(run.name for run in runs)
-    raise SamplesError(f"'{path}' has no OpenCompass run of {timestamp}; it has: {times}.")
+    chosen = [run / "predictions" for run in runs if timestamp in (None, run.name)]
+    if runs and not chosen:
+        times = ", ".join(run.name for run in reversed(runs))
+        raise SamplesError(f"'{path}' has no OpenCompass run of {timestamp}; it has: {times}.")
+    return chosen
 
 
 def _of_lm_eval(folder: Path) -> bool:
@@ -95,32 +132,36 @@ def _of_lm_eval(folder: Path) -> bool:
     return any(folder.glob("*/results_*.json")) or any(folder.glob("results_*.json"))
 
 
-def _only_model(folder: Path) -> Path:
-    models = sorted(part for part in folder.iterdir() if part.is_dir())
+def _only_model(roots: list[Path]) -> Path:
+    """The newest folder of the one model of which there are predictions."""
+    models = {part.name: part for root in reversed(roots) for part in root.iterdir()
+              if part.is_dir()}  # fmt: skip
     if not models:
         raise SamplesError(
-            f"'{folder}' holds no predictions; see the run's logs (OpenCompass ends with exit code "
-            "0 even when its tasks failed)."
+            f"'{roots[0]}' holds no predictions; see the run's logs (OpenCompass ends with exit "
+            "code 0 even when its tasks failed)."
         )
     if len(models) > 1:
-        names = ", ".join(f"'{model}'" for model in models[:4])
+        names = ", ".join(f"'{model}'" for model in sorted(models.values())[:4])
         more = f" and {len(models) - 4} more" if len(models) > 4 else ""
         raise SamplesError(
-            f"'{folder}' holds predictions of several models ({names}{more}); name one of them."
+            f"'{roots[0]}' and the runs beside it hold predictions of several models "
+            f"({names}{more}); name one of them."
+            if len(roots) > 1
+            else f"'{roots[0]}' holds predictions of several models ({names}{more}); name one of "
+            "them."
         )
-    return models[0]
+    return next(iter(models.values()))
 
 
 def _collect(folder: Path) -> Predictions:
     run = folder.parent.parent if folder.parent.name == "predictions" else None
-    config = read_dumped_config(run) if run else None
-    known = set(config.repetitions) if config else set()
-    files = _files(folder, known, all_json=run is not None)
-    interrupted = _interrupted(folder)
-    _refuse_interrupted_parts(folder, interrupted, files)
+    repetitions, models = _dumped_configs(run) if run else ({}, None)
+    files, left_out = _files(folder, set(repetitions), all_json=run is not None)
+    interrupted = _interrupted(folder, files)
     missing = {
         name: f"there is no '{folder / name}.json', OpenCompass did not finish it"
-        for name in sorted({*known, *interrupted} - set(files))
+        for name in sorted({*repetitions, *interrupted} - set(files))
     }
     if not files:
         first = next(iter(missing.values()), "it has no prediction file")
@@ -128,38 +169,47 @@ def _collect(folder: Path) -> Predictions:
             f"'{folder}' holds no predictions ({first}); see the run's logs, then run it again "
             "with -r."
         )
-    results = run / "results" / folder.name if run else folder
+    results: dict[str, tuple[Path, ...]] = {}
+    if run and (evaluated := run / "results" / folder.name).is_dir():
+        results, unread = _files(evaluated, set(files), all_json=True)
+        left_out |= {f"results/{name}": reason for name, reason in unread.items()}
     return Predictions(
         folder=folder,
-        files=files,
-        missing=missing,
-        results={
-            name: results / f"{name}.json"
-            for name in files
-            if run and (results / f"{name}.json").is_file()
+        sets={
+            name: DataSet(paths, results.get(name, ()), repetitions.get(name))
+            for name, paths in files.items()
         },
+        missing=missing,
+        left_out=left_out,
         timestamp=run.name if run and _RUN.match(run.name) else None,
-        config=config,
+        settings=None if models is None else models.get(folder.name),
     )
 
 
 def _one_file(path: Path) -> Predictions:
     whole = _collect(path.parent)
-    for name, files in whole.files.items():
-        if path in files:
-            results = {name: whole.results[name]} if name in whole.results else {}
+    for name, found in whole.sets.items():
+        if path in found.files:
             return Predictions(
-                whole.folder, {name: files}, {}, results, whole.timestamp, whole.config
+                folder=whole.folder,
+                sets={name: found},
+                timestamp=whole.timestamp,
+                settings=whole.settings,
             )
     raise SamplesError(
         f"'{path}' is a part of a data set of which '{path.parent}' holds the whole; give that."
     )
 
 
-def _files(folder: Path, known: set[str], *, all_json: bool) -> dict[str, tuple[Path, ...]]:
+def _files(
+    folder: Path, known: set[str], *, all_json: bool
+) -> tuple[dict[str, tuple[Path, ...]], dict[str, str]]:
     """Whole files and, where there is none, parts in order (as OpenCompass itself reads them).
 
-    In a run's own folder every JSON file is one of predictions; elsewhere others may lie beside.
+    In a run's own folder every JSON file counts; elsewhere others may lie beside.
+
+    Returns:
+        Data set -> files; parts that are not read -> why.
     """
     stems = {
         file.stem: file
@@ -167,13 +217,16 @@ def _files(folder: Path, known: set[str], *, all_json: bool) -> dict[str, tuple[
         if all_json or _looks_like_predictions(file)
     }
     files: dict[str, tuple[Path, ...]] = {}
+    left_out: dict[str, str] = {}
     for stem, file in stems.items():
         match = _PART.match(stem)
         if match is None or stem in known or not _is_part(match["name"], stems, known):
             files[stem] = (file,)
-        elif match["name"] not in stems and match["name"] not in files:
+        elif match["name"] in stems:
+            left_out[file.name] = f"'{match['name']}.json' holds the whole data set"
+        elif match["name"] not in files:
             files[match["name"]] = _parts(folder, match["name"], stems)
-    return dict(sorted(files.items()))
+    return dict(sorted(files.items())), left_out
 
 
 def _is_part(name: str, stems: Mapping[str, Path], known: set[str]) -> bool:
@@ -188,7 +241,7 @@ def _parts(folder: Path, name: str, stems: Mapping[str, Path]) -> tuple[Path, ..
         if (match := _PART.match(stem)) and match["name"] == name
     )
     for expected, number in enumerate(numbers):
-        if number != expected:
+        if number != expected or f"{name}_{number}" not in stems:
             raise SamplesError(
                 f"'{folder / name}_{expected}.json' is missing, though there is a part {number}; "
                 "run OpenCompass again with -r to make it."
@@ -196,24 +249,102 @@ def _parts(folder: Path, name: str, stems: Mapping[str, Path]) -> tuple[Path, ..
     return tuple(stems[f"{name}_{number}"] for number in numbers)
 
 
-def _interrupted(folder: Path) -> set[str]:
-    """Data sets whose generation was cut off: their temporary file is still there."""
+def _interrupted(folder: Path, files: Mapping[str, tuple[Path, ...]]) -> set[str]:
+    """Data sets whose generation was cut off: their temporary file is still there.
+
+    Raises:
+        SamplesError: it is a part of a data set whose other parts are there.
+    """
     names = {file.stem.removeprefix("tmp_") for file in folder.glob("tmp_*.jsonl")}
-    return {name for name in names if not (folder / f"{name}.json").exists()}
-
-
-def _refuse_interrupted_parts(
-    folder: Path, interrupted: set[str], files: Mapping[str, tuple[Path, ...]]
-) -> None:
-    for name in sorted(interrupted):
+    names = {name for name in names if not (folder / f"{name}.json").exists()}
+    for name in sorted(names):
         match = _PART.match(name)
         if match and (match["name"] in files or f"{match['name']}_0" in files):
             raise SamplesError(
                 f"'{folder / name}.json' is missing, only its unfinished 'tmp_{name}.jsonl' is "
                 "there; run OpenCompass again with -r to finish it."
             )
+    return names
 
 
 def _looks_like_predictions(path: Path) -> bool:
     with path.open("rb") as stream:
         return _BEGINNING.match(stream.read(4096)) is not None
+
+
+def _dumped_configs(run: Path) -> tuple[dict[str, int], dict[str, dict[str, Any]] | None]:
+    """What the configs of a run say; one is added each time the run is continued.
+
+    Returns:
+        Data set -> how many times each question was asked; model -> its config, None without any.
+
+    Raises:
+        SamplesError: a file is not Python source, or the configs contradict each other, so that
+            nobody can know by which of them the predictions were made.
+    """
+    files = sorted((run / "configs").glob("*.py"))
+    repetitions: dict[str, int] = {}
+    models: dict[str, dict[str, Any]] = {}
+    for file in files:
+        values = _assignments(file)
+        for entry in _entries(values.get("datasets")):
+            name, count = str(entry["abbr"]), entry.get("n")
+            count = count if isinstance(count, int) and count > 0 else 1
+            if repetitions.setdefault(name, count) != count:
+                raise _contradiction(file, f"data set '{name}'", "n")
+        for entry in _entries(values.get("models")):
+            before = models.setdefault(str(entry["abbr"]), entry)
+            for key in sorted({*before, *entry} - _NO_SETTINGS):
+                if before.get(key) != entry.get(key):
+                    raise _contradiction(file, f"model '{entry['abbr']}'", key)
+    return repetitions, models if files else None
+
+
+def _contradiction(file: Path, what: str, key: str) -> SamplesError:
+    return SamplesError(
+        f"{file} and an earlier config beside it give {what} another {key}, so that the "
+        "predictions may be of either; run OpenCompass again in a new folder, or remove the config "
+        "that does not belong to them."
+    )
+
+
+def _assignments(file: Path) -> dict[str, Any]:
+    try:
+        tree = ast.parse(file.read_bytes())
+        return {
+            target.id: _literal(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise SamplesError(
+            f"{file} is not a config that OpenCompass wrote ({error}); remove it or run again."
+        ) from None
+
+
+def _entries(value: Any) -> Iterator[dict[str, Any]]:
+    """Dictionaries with a name, in lists of any depth."""
+    if isinstance(value, dict) and value.get("abbr"):
+        yield value
+    elif isinstance(value, list):
+        for part in value:
+            yield from _entries(part)
+
+
+def _literal(node: ast.expr | None) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        return {item.arg: _literal(item.value) for item in node.keywords if item.arg}
+    if isinstance(node, ast.Dict):
+        return {
+            str(_literal(key)): _literal(value)
+            for key, value in zip(node.keys, node.values, strict=True)
+        }
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(part) for part in node.elts]
+    try:
+        value = ast.literal_eval(node) if node is not None else None
+    except (ValueError, TypeError):
+        return None
+    return value if isinstance(value, bool | int | float | str) else None

@@ -7,161 +7,206 @@ give the accuracy that the evaluation reports.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.errors import SamplesError
+from pydantic import BaseModel, ConfigDict
 
-__all__ = ["Evaluation", "read_evaluation"]
+from streamline_bench.core.files.versioned_json import read_json
+from streamline_bench.errors import SamplesError
+from streamline_bench.stability.readers.opencompass_rows import Entry
+from streamline_bench.stability.samples import Row, well_formed
+
+__all__ = ["Evaluation", "judge", "read_evaluation"]
 
 _VERDICTS = ("correct", "is_correct", "cascade_correct")
 _ACCURACY = re.compile(r"^accuracy( \(\d+ runs average\))?$")
 _AGAIN = "evaluate again (opencompass --mode eval --reuse)"
 
-Entry = Mapping[str, Any]
 
+class Evaluation(BaseModel):
+    """What OpenCompass found on one data set, or on a part of it; numbers are further keys."""
 
-def read_evaluation(path: Path) -> Evaluation:
-    """Read the evaluation of one data set.
+    model_config = ConfigDict(frozen=True, extra="allow")
 
-    Raises:
-        SamplesError: it is not JSON, or not of OpenCompass' form.
-    """
-    try:
-        payload = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SamplesError(
-            f"{path} is not valid JSON ({error}); it looks truncated, {_AGAIN}."
-        ) from None
-    if not isinstance(payload, dict):
-        raise SamplesError(f"{path} is not an evaluation that OpenCompass wrote; {_AGAIN}.")
-    return Evaluation(path, payload)
+    details: dict[str, Any] | list[Any] | None = None
 
+    @property
+    def numbered(self) -> bool:
+        """Whether the details stand by the number of the question."""
+        return isinstance(self.details, dict)
 
-class Evaluation:
-    """What OpenCompass found on one data set."""
-
-    def __init__(self, path: Path, payload: Mapping[str, Any]) -> None:
-        self.path = path
-        self._payload = payload
-        details = payload.get("details") or []
-        self._numbered = isinstance(details, dict)
-        if isinstance(details, dict):
-            details = [details[key] for key in sorted(filter(str.isdigit, details), key=int)]
-        self._details: list[Any] = details if isinstance(details, list) else []
+    @cached_property
+    def listed(self) -> list[Any]:
+        """The details, in order."""
+        if isinstance(self.details, dict):
+            numbers = sorted((key for key in self.details if re.fullmatch("[0-9]{1,9}", key)),
+                             key=int)  # fmt: skip
+            return [self.details[key] for key in numbers]
+        return self.details or []
 
     @property
     def repetitions(self) -> int:
         """How many times each question was asked, as far as the details tell."""
-        if self._numbered or not self._details:
+        if self.numbered or not self.listed:
             return 1
-        value = _listed(self._details[0])
-        return len(value) if value else 1
+        return len(_verdicts(self.listed[0]) or [True])
 
-    @property
+    @cached_property
     def numbers(self) -> dict[str, float]:
-        """Numbers over all questions, named as lm-eval names its own (``accuracy,none``)."""
+        """Numbers over all questions, by OpenCompass' names."""
         return {
-            f"{name},none": float(value)
-            for name, value in self._payload.items()
+            name: float(value)
+            for name, value in (self.model_extra or {}).items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
 
-    def judge(self, rows: Sequence[dict[str, Any]], entries: Sequence[Entry]) -> None:
-        """Set ``correct`` of the rows, in place; rows stay as they are where nothing is known.
+    @property
+    def accuracy(self) -> float | None:
+        """Per cent."""
+        found = [value for name, value in self.numbers.items() if _ACCURACY.match(name)]
+        return found[0] if found else None
 
-        Args:
-            rows: all rows of the data set in the order of ``entries``, its predictions: the first
-                repetition of every question, then the second.
-
-        Raises:
-            SamplesError: the evaluation was made from other predictions.
-        """
-        self._check_count(len(entries))
-        self._check_same(entries)
-        accuracy = self._accuracy()
-        stated = self._stated()
-        if stated is None and rows[0]["output_type"] == "generate_until":
-            derived = self._derived()
-            if derived is not None and accuracy is not None and _gives(derived, accuracy):
-                stated = derived
-        if stated is not None:
-            for row, verdict in zip(rows, stated, strict=True):
-                row |= {"correct": verdict, "verdict_metric": "accuracy"}
-                row["metrics"]["accuracy"] = float(verdict)
-            return
-        own = [row["correct"] for row in rows if row.get("correct") is not None]
-        if accuracy is not None and len(own) == len(rows) and not _gives(own, accuracy):
-            raise SamplesError(
-                f"{self.path} reports accuracy {accuracy:.4f}, the predictions beside it give "
-                f"{100 * sum(own) / len(own):.4f}: it was made from others; {_AGAIN}."
-            )
-
-    def _accuracy(self) -> float | None:
-        found = [value for name, value in self._payload.items() if _ACCURACY.match(name)]
-        return float(found[0]) if found and isinstance(found[0], int | float) else None
-
-    def _check_count(self, entries: int) -> None:
-        expected = len(self._details) * self.repetitions
-        if self._details and expected != entries:
-            raise SamplesError(
-                f"{self.path} was made from {expected} predictions, beside it are {entries}: one "
-                f"is truncated or of another run; run OpenCompass again, or {_AGAIN}."
-            )
-
-    def _check_same(self, entries: Sequence[Entry]) -> None:
-        """Details by number repeat the predictions that they are about."""
-        if not self._numbered:
-            return
-        for number, (detail, entry) in enumerate(zip(self._details, entries, strict=True)):
-            judged = detail.get("origin_prediction") if isinstance(detail, dict) else None
-            if not _is_about(judged, entry):
-                raise SamplesError(
-                    f"{self.path}: question {number} was judged on another prediction than the "
-                    f"one beside it; {_AGAIN}."
-                )
-
-    def _stated(self) -> list[bool] | None:
-        found = [_listed(detail) for detail in self._details]
+    @property
+    def stated(self) -> list[bool] | None:
+        """A verdict per prediction, where every question has one for each time it was asked."""
+        found = [_verdicts(detail) for detail in self.listed]
         if not found or any(value is None or len(value) != self.repetitions for value in found):
             return None
         return [value[number] for number in range(self.repetitions) for value in found if value]
 
-    def _derived(self) -> list[bool] | None:
-        """Whether the extracted answers are the references, as accuracy evaluators compare them."""
-        if not self._numbered or not self._details:
+    @property
+    def derived(self) -> list[bool] | None:
+        """Whether the extracted answers are the references, as accuracy evaluators compare them.
+
+        None where that does not give the accuracy.
+        """
+        if not self.numbered or not self.listed or self.accuracy is None:
             return None
         pairs = [
             (detail.get("predictions"), detail.get("references"))
-            for detail in self._details
+            for detail in self.listed
             if isinstance(detail, dict)
         ]
-        return [str(answer) == str(right) for answer, right in pairs]
+        same = [str(answer) == str(right) for answer, right in pairs]
+        return same if same and _gives(same, self.accuracy) else None
 
 
-def _listed(detail: Any) -> list[bool] | None:
-    """The verdicts on one question, one per repetition."""
+def read_evaluation(paths: Sequence[Path], entries: Sequence[Sequence[Entry]]) -> Evaluation:
+    """Read the evaluation of one data set, whole or in parts.
+
+    Args:
+        entries: the predictions, part by part, that it must have been made from.
+
+    Returns:
+        The parts as one: all details in order, and the accuracy over all questions.
+
+    Raises:
+        SamplesError: a file is damaged, was made from other predictions, or parts are missing.
+    """
+    if len(paths) == 1:
+        entries = [[entry for part in entries for entry in part]]
+    if len(paths) != len(entries):
+        raise SamplesError(
+            f"{paths[0]} is one of {len(paths)} parts of an evaluation, of {len(entries)} parts of "
+            f"predictions; {_AGAIN}."
+        )
+    parts = [_read(path, part) for path, part in zip(paths, entries, strict=True)]
+    if len(parts) == 1:
+        return parts[0]
+    forms = {(part.numbered, bool(part.listed)) for part in parts}
+    if len(forms) > 1 or any(part.repetitions > 1 for part in parts):
+        raise SamplesError(
+            f"{paths[0]} and the other parts cannot be joined, because their details differ in "
+            f"form or repeat questions; {_AGAIN} without splitting the data set."
+        )
+    details = [detail for part in parts for detail in part.listed]
+    known = [(part.accuracy, len(own)) for part, own in zip(parts, entries, strict=True)]
+    accuracy = [value * count for value, count in known if value is not None]
+    total = sum(count for _, count in known)
+    payload: dict[str, Any] = {
+        "details": dict(zip(map(str, range(len(details))), details, strict=True))
+        if parts[0].numbered
+        else details
+    }
+    if len(accuracy) == len(parts) and total:
+        payload["accuracy"] = sum(accuracy) / total
+    return Evaluation.model_validate(payload)
+
+
+def _read(path: Path, entries: Sequence[Entry]) -> Evaluation:
+    payload = read_json(path, SamplesError, f"the file looks truncated, {_AGAIN}")
+    with well_formed(str(path), "an evaluation that OpenCompass wrote", _AGAIN):
+        found = Evaluation.model_validate(payload)
+        expected, _ = len(found.listed) * found.repetitions, found.numbers
+    if found.listed and expected != len(entries):
+        raise SamplesError(
+            f"{path} was made from {expected} predictions, beside it are {len(entries)}: one is "
+            f"truncated or of another run; run OpenCompass again, or {_AGAIN}."
+        )
+    for number, (detail, entry) in enumerate(zip(found.listed, entries, strict=False)):
+        # Details by number repeat the predictions that they are about.
+        judged = detail.get("origin_prediction") if isinstance(detail, dict) else None
+        if found.numbered and not _is_about(judged, entry):
+            raise SamplesError(
+                f"{path}: question {number} was judged on another prediction than the one beside "
+                f"it; {_AGAIN}."
+            )
+    return found
+
+
+def judge(rows: Sequence[Row], evaluation: Evaluation, path: Path) -> None:
+    """Set ``correct`` of the rows, in place; rows stay as they are where nothing is known.
+
+    Args:
+        rows: all rows of the data set in the order of its predictions: the first repetition of
+            every question, then the second.
+
+    Raises:
+        SamplesError: the evaluation was made from other predictions.
+    """
+    stated = evaluation.stated
+    if stated is None and rows[0].output_type == "generate_until":
+        stated = evaluation.derived
+    if stated is not None and len(stated) == len(rows):
+        for row, verdict in zip(rows, stated, strict=True):
+            row.correct, row.verdict_metric = verdict, "accuracy"
+            row.metrics["accuracy"] = float(verdict)
+        return
+    own = [row.correct for row in rows if row.correct is not None]
+    accuracy = evaluation.accuracy
+    if accuracy is not None and len(own) == len(rows) and not _gives(own, accuracy):
+        raise SamplesError(
+            f"{path} reports accuracy {accuracy:.4f}, the predictions beside it give "
+            f"{100 * sum(own) / len(own):.4f}: it was made from others; {_AGAIN}."
+        )
+
+
+def _verdicts(detail: Any) -> list[bool] | None:
+    """The verdicts on one question, one per repetition; None if it has none, or a grade."""
     for name in _VERDICTS:
         value = detail.get(name) if isinstance(detail, dict) else None
         if value is not None:
-            return [bool(part) for part in value] if isinstance(value, list) else [bool(value)]
+            found = value if isinstance(value, list) else [value]
+            return [bool(part) for part in found] if all(part in (0, 1) for part in found) else None
     return None
 
 
 def _is_about(judged: Any, entry: Entry) -> bool:
     if isinstance(judged, str):
-        return bool(judged == entry.get("prediction"))
-    if not isinstance(judged, dict):
+        return bool(judged == entry.prediction)
+    if not isinstance(judged, Mapping):
         return True
-    for label, score in judged.items():
-        own = entry.get(f"label: {label}")
-        if isinstance(own, dict) and isinstance(score, dict) and score.get("PPL") != own.get("PPL"):
-            return False
-    return True
+    own = {label: score.ppl for label, score in entry.scores.items()}
+    return all(
+        score.get("PPL") == own[label]
+        for label, score in judged.items()
+        if label in own and isinstance(score, Mapping)
+    )
 
 
 def _gives(verdicts: Sequence[bool], accuracy: float) -> bool:

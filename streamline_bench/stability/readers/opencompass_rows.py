@@ -21,171 +21,187 @@ import os
 import re
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from streamline_bench.errors import NumericsError, SamplesError
+from streamline_bench.stability.samples import Row, well_formed
 
-__all__ = ["MODES", "mode_of", "parse_entry"]
+__all__ = ["Entry", "Mode", "parse_entry", "row_of"]
 
-MODES: Mapping[str, str] = {
-    "PPL": "multiple_choice",
-    "LL": "multiple_choice",
-    "CLP": "multiple_choice",
-    "GEN": "generate_until",
-}
-"""OpenCompass' way to ask -> output type of the samples table."""
+Mode = Literal["PPL", "LL", "CLP", "GEN"]
+"""How OpenCompass asks."""
 
 _LABEL = "label: "
+_AGAIN = "the file is damaged, run OpenCompass again"
 
 
-def mode_of(entry: Mapping[str, Any], where: str) -> str:
-    """Tell how OpenCompass asked: a key of :data:`MODES`.
+class Score(BaseModel):
+    """What OpenCompass says of one label."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: Any
+    ppl: float | None = Field(None, alias="PPL")
+    loglikelihood: float | None = Field(None, alias="Loglikelihood")
+
+
+class Entry(BaseModel):
+    """One question; ``scores`` has what stands under ``label: X``, by X."""
+
+    model_config = ConfigDict(frozen=True)
+
+    scores: dict[str, Score] = {}
+    examples: Any = Field(None, alias="in-context examples")
+    origin_prompt: Any = None
+    prompt: Any = None
+    prediction: Any
+    choices: list[Any] | None = None
+    pred_label: int | None = None
+    gold: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_labels(cls, payload: Any) -> Any:
+        if not isinstance(payload, Mapping):
+            return payload
+        labels = {key[len(_LABEL) :]: key for key in payload if key.startswith(_LABEL)}
+        return {**payload, "scores": {name: payload[key] for name, key in labels.items()}}
+
+    @property
+    def mode(self) -> Mode | None:
+        """How OpenCompass asked; None if the entry has none of the known forms."""
+        scores = self.scores.values()
+        if scores and all(score.ppl is not None for score in scores):
+            return "PPL"
+        if scores and all(score.loglikelihood is not None for score in scores):
+            return "LL"
+        if scores:
+            return None
+        return "GEN" if self.choices is None or self.pred_label is None else "CLP"
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels in the order in which choices are usually listed: numbers by value, then names."""
+        return sorted(
+            self.scores,
+            key=lambda x: (int(x), "") if re.fullmatch(r"[0-9]{1,9}", x) else (10**9, x),
+        )
+
+
+def parse_entry(payload: Any, where: str) -> Entry:
+    """Validate an entry.
 
     Raises:
-        SamplesError: the entry has none of the known forms.
+        SamplesError: it has none of the forms that OpenCompass writes.
     """
-    scores = [value for key, value in entry.items() if key.startswith(_LABEL)]
-    for name, key in (("PPL", "PPL"), ("LL", "Loglikelihood")):
-        if scores and all(isinstance(score, dict) and key in score for score in scores):
-            return name
-    if not scores and "prediction" in entry:
-        return "CLP" if {"choices", "pred_label"} <= set(entry) else "GEN"
-    raise SamplesError(
-        f"{where}: neither PPL, LL, CLP nor generation as OpenCompass writes them (its keys: "
-        f"{', '.join(sorted(entry)[:6]) or 'none'}); the file is damaged, run OpenCompass again."
-    )
+    with well_formed(where, "an entry that OpenCompass wrote", _AGAIN):
+        entry = Entry.model_validate(payload)
+    if entry.mode is None:
+        raise SamplesError(f"{where}: the labels have neither all PPL nor all LL; {_AGAIN}.")
+    return entry
 
 
-def parse_entry(entry: Mapping[str, Any], mode: str, where: str) -> dict[str, Any]:
-    """Turn an entry into a row without run, task, filter and document number.
+def row_of(entry: Entry, where: str) -> Row:
+    """Return an entry as a row without run, task, filter and document number.
 
     Args:
-        mode: of the data set; an entry of another mode is an error.
         where: file and key, for messages.
 
     Raises:
         SamplesError: a field is missing or of another form than OpenCompass'.
         NumericsError: a score is NaN or infinite.
     """
-    if mode_of(entry, where) != mode:
-        raise SamplesError(
-            f"{where}: asked by {mode_of(entry, where)}, the entries before it by {mode}; the file "
-            "is damaged, run OpenCompass again."
-        )
-    try:
-        row = {"PPL": _scored, "LL": _scored, "CLP": _conditional, "GEN": _generated}[mode](
-            entry, where
-        )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise SamplesError(
-            f"{where}: not an entry of OpenCompass' form ({type(error).__name__}: {error}); the "
-            "file is damaged, run OpenCompass again."
-        ) from None
-    gold = entry.get("gold")
-    return {
-        "task_version": "",
-        "output_type": MODES[mode],
-        "target": "" if gold is None else _text(gold),
-        "target_hash": _hash(gold),
-        **row,
-    }
+    with well_formed(where, "an entry that OpenCompass wrote", _AGAIN):
+        if entry.mode != "PPL" and entry.mode != "LL":
+            needed = "origin_prompt" if entry.mode == "GEN" else "prompt"
+            if needed not in entry.model_fields_set:
+                raise ValueError(f"it has no '{needed}'")
+        if entry.mode == "GEN":
+            row = _row(entry, [entry.origin_prompt], [])
+            row.prompt, row.text = _text(entry.origin_prompt), _text(entry.prediction)
+            return row
+        return _conditional(entry, where) if entry.mode == "CLP" else _scored(entry, where)
 
 
-def _scored(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
-    labels = sorted((key[len(_LABEL) :] for key in entry if key.startswith(_LABEL)), key=_natural)
-    sent = [entry[_LABEL + label]["prompt"] for label in labels]
-    prompts = [_text(prompt) for prompt in sent]
-    name = "PPL" if "PPL" in entry[_LABEL + labels[0]] else "Loglikelihood"
-    values = [float(entry[_LABEL + label][name]) for label in labels]
-    _finite(values, labels, name, where)
-    shared = _shared_beginning(prompts)
-    endings = [prompt[len(shared) :].strip() for prompt in prompts]
-    return {
-        **_identity(entry, sent, labels),
-        "prompt": shared,
-        "choices": endings if all(endings) and len(set(endings)) == len(endings) else labels,
-        "loglikelihoods": values if name == "Loglikelihood" else None,
-        "mean_nll": values if name == "PPL" else None,
-        **_verdict(entry, entry["prediction"], labels),
-    }
+def _row(entry: Entry, sent: Sequence[Any], labels: Sequence[str]) -> Row:
+    """A row with what identifies it."""
+    own, examples = list(sent), entry.examples
+    if isinstance(examples, str) and examples:
+        own = [text.replace(examples, "", 1) if isinstance(text, str) else text for text in own]
+    return Row(
+        task="",
+        output_type="generate_until" if entry.mode == "GEN" else "multiple_choice",
+        doc_hash=_hash(own),
+        prompt_hash=_hash(list(sent)),
+        target_hash=_hash(entry.gold),
+        request_hash=_hash([list(labels), list(sent)]),
+        prompt="",
+        target="" if entry.gold is None else _text(entry.gold),
+    )
 
 
-def _conditional(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
-    choices = [_text(choice) for choice in entry["choices"]]
-    shares = [float(value) for value in entry["prediction"]]
+def _scored(entry: Entry, where: str) -> Row:
+    labels = entry.labels
+    scores = [entry.scores[label] for label in labels]
+    row = _row(entry, [score.prompt for score in scores], labels)
+    prompts = [_text(score.prompt) for score in scores]
+    name = "PPL" if entry.mode == "PPL" else "Loglikelihood"
+    values = [score.ppl if name == "PPL" else score.loglikelihood for score in scores]
+    found = _finite(values, labels, name, where)
+    row.loglikelihoods, row.mean_nll = (None, found) if name == "PPL" else (found, None)
+    row.prompt = _shared_beginning(prompts)
+    endings = [prompt[len(row.prompt) :].strip() for prompt in prompts]
+    row.choices = endings if all(endings) and len(set(endings)) == len(endings) else labels
+    _judge(row, entry, entry.prediction, labels)
+    return row
+
+
+def _conditional(entry: Entry, where: str) -> Row:
+    choices = [_text(choice) for choice in entry.choices or ()]
+    shares = [float(value) for value in entry.prediction]
     if len(shares) != len(choices):
         raise ValueError(f"{len(shares)} probabilities for {len(choices)} choices")
     scores = [math.log(share) if share > 0 else -math.inf for share in shares]
-    _finite(scores, choices, "log-probability", where)
+    row = _row(entry, [entry.prompt], choices)
+    row.prompt, row.choices = _text(entry.prompt), choices
+    row.loglikelihoods = _finite(scores, choices, "log-probability", where)
+    row.mean_nll = [-score for score in scores]  # of one token, up to a constant per question
     # A gold may be the choice or its number.
-    index = int(entry["pred_label"])
-    by_number = isinstance(entry.get("gold"), int)
+    by_number = isinstance(entry.gold, int)
     names = [str(number) for number in range(len(choices))] if by_number else choices
-    return {
-        **_identity(entry, [entry["prompt"]], choices),
-        "prompt": _text(entry["prompt"]),
-        "choices": choices,
-        "loglikelihoods": scores,
-        "mean_nll": [-score for score in scores],  # of one token, up to a constant per question
-        **_verdict(entry, index if by_number else names[index], names),
-    }
+    index = entry.pred_label or 0
+    _judge(row, entry, index if by_number else names[index], names)
+    return row
 
 
-def _generated(entry: Mapping[str, Any], _where: str) -> dict[str, Any]:
-    return {
-        **_identity(entry, [entry["origin_prompt"]], []),
-        "prompt": _text(entry["origin_prompt"]),
-        "text": _text(entry["prediction"]),
-        "metrics": {},
-    }
-
-
-def _identity(
-    entry: Mapping[str, Any], prompts: Sequence[Any], labels: Sequence[str]
-) -> dict[str, str]:
-    examples = entry.get("in-context examples")
-    own = list(prompts)
-    if isinstance(examples, str) and examples:
-        own = [text.replace(examples, "", 1) if isinstance(text, str) else text for text in own]
-    return {
-        "doc_hash": _hash(own),
-        "prompt_hash": _hash(list(prompts)),
-        "request_hash": _hash([list(labels), list(prompts)]),
-    }
-
-
-def _verdict(entry: Mapping[str, Any], prediction: Any, labels: Sequence[str]) -> dict[str, Any]:
+def _judge(row: Row, entry: Entry, prediction: Any, labels: Sequence[str]) -> None:
     """Right or wrong as OpenCompass says: equal as text; a list holds every right answer.
 
     ``same_value`` compares without conversion, as the script of the paper's authors does.
     """
-    gold = entry.get("gold")
+    row.prediction = labels.index(_text(prediction))
+    gold = entry.gold
+    if gold is None:
+        return
     rights = [_text(value) for value in gold] if isinstance(gold, list) else [_text(gold)]
     known = [labels.index(right) for right in rights if right in labels]
-    correct = None if gold is None else _text(prediction) in rights
-    return {
-        "prediction": labels.index(_text(prediction)),
-        "gold": known[0] if len(known) == 1 and gold is not None else None,
-        "correct": correct,
-        "verdict_metric": None if correct is None else "accuracy",
-        "metrics": {}
-        if correct is None
-        else {"accuracy": float(correct), "same_value": float(prediction == gold)},
-    }
+    row.gold = known[0] if len(known) == 1 else None
+    row.correct, row.verdict_metric = _text(prediction) in rights, "accuracy"
+    row.metrics = {"accuracy": float(row.correct), "same_value": float(prediction == gold)}
 
 
-def _finite(values: Sequence[float], names: Sequence[str], what: str, where: str) -> None:
+def _finite(
+    values: Sequence[float | None], names: Sequence[str], what: str, where: str
+) -> list[float]:
     for value, name in zip(values, names, strict=True):
-        if not math.isfinite(value):
+        if value is None or not math.isfinite(value):
             raise NumericsError(
                 f"{where}: {what} of choice '{name}' is {value}; check the weights and the dtype "
                 "of the model."
             )
-
-
-def _natural(label: str) -> tuple[int, str]:
-    """Numbers by value, then names: the order in which choices are usually listed."""
-    return (int(label), "") if re.fullmatch(r"\d{1,9}", label) else (10**9, label)
+    return [value for value in values if value is not None]
 
 
 def _shared_beginning(prompts: Sequence[str]) -> str:

@@ -6,8 +6,10 @@ probability, ``em`` of coqa a mean over references. A grade may happen to be 0 o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from streamline_bench.stability.samples import Row
 
 __all__ = ["GRADED", "NORM_METRIC", "VERDICT_METRICS", "graded_metrics", "with_verdicts"]
 
@@ -25,7 +27,7 @@ def graded_metrics(records: Iterable[Any]) -> set[str]:
     """Those of the verdict metrics that are neither 0 nor 1 for some answer.
 
     Args:
-        records: metrics of each answer, name -> value; what is no mapping counts as empty.
+        records: metrics of each answer, name -> value; anything but a mapping counts as empty.
     """
     return {
         name
@@ -36,31 +38,26 @@ def graded_metrics(records: Iterable[Any]) -> set[str]:
     }
 
 
-def with_verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of one task without verdicts by metrics that are graded in their filter.
+def with_verdicts(rows: Sequence[Row]) -> None:
+    """Take the verdicts by metrics that are graded in their filter from the rows of one task.
 
-    A metric that is no verdict says nothing of the right choice either: where ``gold`` was read
-    with its help, it is unknown.
+    A graded metric says nothing of the right choice either: where ``gold`` was read with its help,
+    it is unknown.
     """
-    by_filter: dict[str, list[dict[str, Any]]] = {}
+    by_filter: dict[str, list[Row]] = {}
     for row in rows:
-        by_filter.setdefault(row["filter"], []).append(row)
-    graded = {
-        name: graded_metrics(row["metrics"] for row in part) for name, part in by_filter.items()
-    }
-    return [_judged(row, graded[row["filter"]]) for row in rows]
+        by_filter.setdefault(row.filter, []).append(row)
+    for part in by_filter.values():
+        graded = graded_metrics(row.metrics for row in part)
+        for row in part if graded else ():
+            _judge_again(row, graded)
 
 
-def _judged(row: dict[str, Any], graded: set[str]) -> dict[str, Any]:
-    changed: dict[str, Any] = {}
+def _judge_again(row: Row, graded: set[str]) -> None:
     if NORM_METRIC in graded:
-        changed["correct_norm"] = None
-    if row["verdict_metric"] in graded:
-        metrics = row["metrics"]
-        name = next((n for n in VERDICT_METRICS if n in metrics and n not in graded), None)
-        changed |= {
-            "correct": None if name is None else bool(metrics[name]),
-            "verdict_metric": name,
-            "gold": None,
-        }
-    return row | changed
+        row.correct_norm = None
+    if row.verdict_metric in graded:
+        left = (name for name in VERDICT_METRICS if name in row.metrics and name not in graded)
+        row.verdict_metric = next(left, None)
+        row.correct = bool(row.metrics[row.verdict_metric]) if row.verdict_metric else None
+        row.gold = None

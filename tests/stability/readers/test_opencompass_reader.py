@@ -165,7 +165,7 @@ def test_repetitions_as_the_config_says(opencompass_files: Any, model: Path) -> 
     once = opencompass_files.gen(6, seed=10, golds=["A"] * 6)
     opencompass_files.write(model, "gsm", once + once[:5])
     opencompass_files.write_config(run, "tiny", {"gsm": 2})
-    with pytest.raises(SamplesError, match=r"gsm\.json, question 10: 11 predictions are not 2"):
+    with pytest.raises(SamplesError, match=r"gsm\.json, question 10.*11.*2"):
         read(model)
     opencompass_files.write(model, "gsm", once + once)
     samples = read(model)
@@ -192,19 +192,23 @@ def test_parquet_keeps_it(opencompass_files: Any, model: Path, tmp_path: Path) -
 def test_truncated_file_names_file_and_line(opencompass_files: Any, model: Path) -> None:
     file = opencompass_files.write(model, "arc", opencompass_files.ppl(5, seed=1))
     file.write_text(file.read_text()[:-200])
-    with pytest.raises(SamplesError, match=r"arc\.json, line \d+: not valid JSON.*truncated"):
+    with pytest.raises(SamplesError, match=r"arc\.json.*truncated"):
         read(model)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: {k: v for k, v in d.items() if k != "3"}, "4 entries, but none .* number 3"),
-        (lambda d: {**d, "2": {**d["2"], "prediction": "E"}}, "question 2: not an entry"),
-        (lambda d: d["1"].pop("prediction") and None, "question 1: not an entry.*prediction"),
-        (lambda d: d["1"]["label: A"].pop("PPL") and None, "question 1: neither PPL, LL, CLP"),
-        (lambda d: {**d, "4": {"origin_prompt": "x", "prediction": "y"}}, "question 4: asked by"),
-        (lambda d: {**d, "4": "text"}, "none with the number 4"),
+        (lambda d: {k: v for k, v in d.items() if k != "3"}, "number 3"),
+        (lambda d: {**d, "2": {**d["2"], "prediction": "E"}}, "question 2"),
+        (lambda d: d["1"].pop("prediction") and None, "question 1.*prediction"),
+        (lambda d: d["1"]["label: A"].pop("PPL") and None, "question 1.*PPL"),
+        (lambda d: {**d, "4": {"origin_prompt": "x", "prediction": "y"}}, "question 4.*GEN.*PPL"),
+        (lambda d: {**d, "4": "text"}, "number 4"),
+        (lambda d: d["1"]["label: A"].update(PPL=10**400) and None, "question 1"),
+        (lambda d: d["1"]["label: A"].update(PPL="low") and None, "question 1"),
+        (lambda d: d["1"].update({"label: A": 3}) and None, "question 1"),
+        (lambda d: d["1"].update(prediction=["A"]) and None, "question 1"),
     ],
 )
 def test_damaged_entries_name_the_question(
@@ -218,7 +222,7 @@ def test_damaged_entries_name_the_question(
 def test_question_twice_in_a_file(opencompass_files: Any, model: Path) -> None:
     file = opencompass_files.write(model, "arc", opencompass_files.ppl(5, seed=1))
     file.write_text(file.read_text().replace('"4": {', '"3": {'))
-    with pytest.raises(SamplesError, match=r"arc\.json holds question '3' twice"):
+    with pytest.raises(SamplesError, match=r"arc\.json.*'3' twice"):
         read(model)
 
 
@@ -226,7 +230,7 @@ def test_nan_names_the_choice(opencompass_files: Any, model: Path) -> None:
     entries = opencompass_files.ppl(5, seed=1)
     entries[3]["label: B"]["PPL"] = float("nan")
     opencompass_files.write(model, "arc", entries)
-    with pytest.raises(NumericsError, match=r"arc\.json, question 3: PPL of choice 'B' is nan"):
+    with pytest.raises(NumericsError, match=r"arc\.json, question 3.*'B'.*nan"):
         read(model)
 
 
@@ -241,3 +245,42 @@ def test_real_folders(shared_folder: Path) -> None:
     assert means["mc-gen", "none"] == 0.25 and means["mc-clp", "none"] == 0.3
     assert means["mc-gen-n2", "repetition 2"] == 0.25
     assert samples.frame.set_index("task").loc["sum-rouge", "correct"].isna().all()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b"[" * 5000, b'{"0": {"prediction": "\\ud83d"}}', b"\xff\xfe"]
+)
+def test_what_is_no_prediction_file_is_one_sentence(model: Path, content: bytes) -> None:
+    (model / "arc.json").write_bytes(content)
+    with pytest.raises(SamplesError, match=r"arc\.json"):
+        read(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"prediction": [0.5, 0.5]}, {"prediction": "abcd"}, {"pred_label": 9}, {"pred_label": "x"},
+     {"prediction": [0.5, 0.5, 0, "x"]}, {"gold": 9}],
+)  # fmt: skip
+def test_damaged_probabilities_name_the_question(
+    opencompass_files: Any, model: Path, change: dict[str, Any]
+) -> None:
+    entries = opencompass_files.clp(3, seed=7)
+    entries[1].update(change)
+    opencompass_files.write(model, "clp", entries)
+    if change == {"gold": 9}:  # not among the choices: a wrong answer, not a damaged file
+        assert not read(model).frame["correct"].iloc[1]
+        return
+    with pytest.raises((NumericsError, SamplesError), match=r"clp\.json, question 1"):
+        read(model)
+
+
+def test_prompts_are_needed(opencompass_files: Any, model: Path) -> None:
+    for name, entries, key in (
+        ("clp", opencompass_files.clp(2, seed=7), "prompt"),
+        ("gen", opencompass_files.gen(2, seed=7, golds=["A"] * 2), "origin_prompt"),
+    ):
+        del entries[1][key]
+        file = opencompass_files.write(model, name, entries)
+        with pytest.raises(SamplesError, match=rf"{name}\.json, question 1.*{key}"):
+            read(model)
+        file.unlink()

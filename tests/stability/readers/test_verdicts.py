@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,45 +14,58 @@ from streamline_bench.stability.compare_answers import compare
 from streamline_bench.stability.readers.lm_eval_reader import find_results
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.readers.verdicts import graded_metrics, with_verdicts
+from streamline_bench.stability.samples import Row
 from streamline_bench.stability.settings import Settings
 
 FAST = Settings(draws=200)
 
 
-def row(filter_name: str = "none", **metrics: float) -> dict[str, Any]:
+def row(filter_name: str = "none", **metrics: float) -> Row:
     named = [name for name in ("acc", "exact_match", "em") if metrics.get(name) in (0, 1)]
-    return {
-        "filter": filter_name,
-        "metrics": metrics,
-        "correct": bool(metrics[named[0]]) if named else None,
-        "verdict_metric": named[0] if named else None,
-        "correct_norm": bool(metrics["acc_norm"]) if metrics.get("acc_norm") in (0, 1) else None,
-        "gold": 1,
-    }
+    return Row(
+        task="t", output_type="multiple_choice", doc_hash="d", prompt_hash="p", target_hash="t",
+        request_hash="r", prompt="q", target="1", gold=1,
+        filter=filter_name,
+        metrics=metrics,
+        correct=bool(metrics[named[0]]) if named else None,
+        verdict_metric=named[0] if named else None,
+        correct_norm=bool(metrics["acc_norm"]) if metrics.get("acc_norm") in (0, 1) else None,
+    )  # fmt: skip
+
+
+def judged(*rows: Row) -> list[Row]:
+    with_verdicts(rows)
+    return list(rows)
 
 
 def test_one_grade_makes_the_metric_graded() -> None:
-    found = with_verdicts([row(acc=1.0, acc_norm=1.0), row(acc=0.37, acc_norm=0.0)])
-    assert [part["correct"] for part in found] == [None, None]
-    assert [part["verdict_metric"] for part in found] == [None, None]
-    assert found[0]["gold"] is None, "it was read with the help of acc"
-    assert [part["correct_norm"] for part in found] == [True, False]
+    found = judged(row(acc=1.0, acc_norm=1.0), row(acc=0.37, acc_norm=0.0))
+    assert [part.correct for part in found] == [None, None]
+    assert [part.verdict_metric for part in found] == [None, None]
+    assert found[0].gold is None, "it was read with the help of acc"
+    assert [part.correct_norm for part in found] == [True, False]
+
+
+def test_a_graded_norm_leaves_the_other_verdict() -> None:
+    found = judged(row(acc=1.0, acc_norm=1.0), row(acc=0.0, acc_norm=0.5))
+    assert [part.correct for part in found] == [True, False]
+    assert [part.correct_norm for part in found] == [None, None]
+    assert [part.gold for part in found] == [1, 1]
 
 
 def test_the_next_metric_decides_for_all_answers() -> None:
-    found = with_verdicts([row(acc=1.0, exact_match=0.0), row(acc=0.5, exact_match=1.0)])
-    assert [part["verdict_metric"] for part in found] == ["exact_match"] * 2
-    assert [part["correct"] for part in found] == [False, True]
+    found = judged(row(acc=1.0, exact_match=0.0), row(acc=0.5, exact_match=1.0))
+    assert [part.verdict_metric for part in found] == ["exact_match"] * 2
+    assert [part.correct for part in found] == [False, True]
 
 
 def test_filters_are_judged_apart() -> None:
-    found = with_verdicts([row("a", em=1.0), row("a", em=0.5), row("b", em=1.0), row("b", em=0.0)])
-    assert [part["correct"] for part in found] == [None, None, True, False]
+    found = judged(row("a", em=1.0), row("a", em=0.5), row("b", em=1.0), row("b", em=0.0))
+    assert [part.correct for part in found] == [None, None, True, False]
 
 
 def test_verdicts_stay() -> None:
-    rows = [row(acc=1.0), row(acc=0.0, f1=0.3)]
-    assert with_verdicts(rows) == rows
+    assert judged(row(acc=1.0), row(acc=0.0, f1=0.3)) == [row(acc=1.0), row(acc=0.0, f1=0.3)]
     assert graded_metrics([{"acc": 0.0, "f1": 0.3}, None, {"acc_norm": 0.25}]) == {"acc_norm"}
 
 

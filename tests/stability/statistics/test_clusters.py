@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +12,7 @@ from scipy.stats import t as scipy_t
 
 from streamline_bench.stability.compare_answers import compare
 from streamline_bench.stability.groups import leaf_tasks
-from streamline_bench.stability.readers.lm_eval_rows import parse_row, task_facts
+from streamline_bench.stability.readers.lm_eval_rows import TaskConfig, TaskFacts, parse_row
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.bootstrap import percentile_interval
@@ -52,14 +53,17 @@ def test_what_follows_the_passage_does_not_count() -> None:
 
 
 def test_reader_fills_the_column() -> None:
-    facts = task_facts("race", {"configs": {"race": {}}, "versions": {"race": 1}})
+    facts = TaskFacts("race", "1", TaskConfig())
     line = {
         "doc_id": 0, "target": "0", "doc_hash": "d", "prompt_hash": "p", "target_hash": "t",
         "arguments": {"gen_args_0": {"arg_0": "q", "arg_1": " a"}}, "filter": "none",
         "filtered_resps": [["-1", "False"]], "doc": {"article": "A."},
     }  # fmt: skip
-    assert parse_row(line, facts, "f")["cluster"] == cluster_of("race", {"article": "A."})
-    assert parse_row({**line, "doc": {}}, facts, "f")["cluster"] is None
+    with_passage, without = (
+        parse_row(json.dumps(each).encode(), facts, "f") for each in (line, {**line, "doc": {}})
+    )
+    assert with_passage.cluster == cluster_of("race", {"article": "A."})
+    assert without.cluster is None
 
 
 def test_labels() -> None:
