@@ -93,6 +93,7 @@ def command(
     lm_eval needs --log_samples. Of OpenCompass give a run, or predictions/<model> in it. Runs that
     were not asked the same are refused, with the first difference.
     """
+    from streamline_bench.report.text.escaping import terminal_text
     from streamline_bench.stability.compare_answers import compare
     from streamline_bench.stability.readers.load import load_samples
     from streamline_bench.stability.settings import Settings
@@ -106,7 +107,8 @@ def command(
         "common_only": common,
         "settings": Settings(verdict="correct" if verdict == "acc" else "correct_norm", **settings),
     }
-    result = compare(before, load(pruned, "pruned"), **options)
+    after = load(pruned, "pruned")
+    result = compare(before, after, **options)
     if noise:
         from streamline_bench.stability.noise import above_noise, noise_floor
 
@@ -123,6 +125,10 @@ def command(
         if result.tasks:
             print_table(_table(result))
         click.echo(_footnote(result))
+        for info in (before.info, after.info):
+            click.echo("".join(f"Not read of {info.run}: {terminal_text(name)} "
+                               f"({terminal_text(why)}).\n" for name, why in info.left_out.items()),
+                       nl=False)  # fmt: skip
 
 
 def _table(result: Comparison) -> Table:
