@@ -21,7 +21,7 @@ from tqdm import tqdm
 from streamline_bench.core.machine.leash import LeashedProcess
 from streamline_bench.errors import MissingDependencyError, OpenCompassError, StreamlineBenchError
 from streamline_bench.opencompass.availability import OPENCOMPASS_INSTALL
-from streamline_bench.stability.readers.opencompass_config import DumpedConfig, read_dumped_config
+from streamline_bench.stability.readers.opencompass_folder import DumpedConfig, read_dumped_config
 
 __all__ = ["Environment", "inspect_environment", "run_opencompass"]
 

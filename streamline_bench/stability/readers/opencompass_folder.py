@@ -24,7 +24,7 @@ from typing import Any
 
 from streamline_bench.errors import SamplesError
 
-__all__ = ["DataSet", "Predictions", "find_predictions"]
+__all__ = ["DataSet", "DumpedConfig", "Predictions", "find_predictions", "read_dumped_config"]
 
 _RUN = re.compile(r"^\d{8}_\d{6}$")
 _PART = re.compile(r"^(?P<name>.+)_(?P<part>[0-9]{1,9})$")
@@ -32,6 +32,19 @@ _BEGINNING = re.compile(rb'^\s*\{\s*"\d+"\s*:\s*\{')
 
 _NO_SETTINGS = frozenset({"batch_size", "run_cfg", "max_workers"})
 """Keys of a model's config that decide speed or place, and no answer."""
+
+
+@dataclass(frozen=True)
+class DumpedConfig:
+    """The parts of a run's configs that its predictions do not repeat.
+
+    Attributes:
+        repetitions: data set -> how many times each question was asked (``n`` of its config).
+        models: model abbreviation -> the model's config, literals only.
+    """
+
+    repetitions: Mapping[str, int] = field(default_factory=dict)
+    models: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,7 +169,8 @@ def _only_model(roots: list[Path]) -> Path:
 
 def _collect(folder: Path) -> Predictions:
     run = folder.parent.parent if folder.parent.name == "predictions" else None
-    repetitions, models = _dumped_configs(run) if run else ({}, None)
+    config = read_dumped_config(run) if run else None
+    repetitions = config.repetitions if config else {}
     files, left_out = _files(folder, set(repetitions), all_json=run is not None)
     interrupted = _interrupted(folder, files)
     missing = {
@@ -182,7 +196,7 @@ def _collect(folder: Path) -> Predictions:
         missing=missing,
         left_out=left_out,
         timestamp=run.name if run and _RUN.match(run.name) else None,
-        settings=None if models is None else models.get(folder.name),
+        settings=config.models.get(folder.name) if config else None,
     )
 
 
@@ -272,11 +286,11 @@ def _looks_like_predictions(path: Path) -> bool:
         return _BEGINNING.match(stream.read(4096)) is not None
 
 
-def _dumped_configs(run: Path) -> tuple[dict[str, int], dict[str, dict[str, Any]] | None]:
-    """What the configs of a run say; one is added each time the run is continued.
+def read_dumped_config(run: Path) -> DumpedConfig | None:
+    """What the configs of a run say together: each time it is continued, one is added.
 
     Returns:
-        Data set -> how many times each question was asked; model -> its config, None without any.
+        None where the run has no config.
 
     Raises:
         SamplesError: a file is not Python source, or the configs contradict each other, so that
@@ -297,7 +311,7 @@ def _dumped_configs(run: Path) -> tuple[dict[str, int], dict[str, dict[str, Any]
             for key in sorted({*before, *entry} - _NO_SETTINGS):
                 if before.get(key) != entry.get(key):
                     raise _contradiction(file, f"model '{entry['abbr']}'", key)
-    return repetitions, models if files else None
+    return DumpedConfig(repetitions, models) if files else None
 
 
 def _contradiction(file: Path, what: str, key: str) -> SamplesError:
