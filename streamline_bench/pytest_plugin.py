@@ -8,14 +8,15 @@
     def test_our_own_evaluation(streamline_gate, outputs):  # folders of lm_eval --log_samples
         streamline_gate.evaluations({"dense": outputs / "dense", "pruned": outputs / "pruned"})
 
-``pytest --streamline-reference reference.json`` turns it on (or ``streamline_reference`` in the ini
-file); without, such tests are skipped and nothing of streamline-bench is imported.
-``--streamline-write-reference`` writes the file instead of comparing.
+``pytest --streamline-reference reference.json`` names the reference (or ``streamline_reference`` in
+the ini file). Without it such a test fails, so that a forgotten option does not leave CI green;
+``--streamline-skip`` skips these tests on purpose. ``--streamline-write-reference`` writes the file
+instead of comparing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from streamline_bench.gate.evidence import Evidence
-    from streamline_bench.gate.result import GateResult
-    from streamline_bench.gate.thresholds import Thresholds
+    from streamline_bench.gate.evidence import Evidence, Source
+    from streamline_bench.gate.result import GateResult, Thresholds
 
 __all__ = ["StreamlineGate", "streamline_gate"]
 
@@ -34,7 +34,7 @@ _THRESHOLDS = {
     "stability": ("stability-margin", "tolerated drop of stability, as a share (0.02)"),
     "speed": ("speed-tolerance", "tolerated relative drop of tokens per second (0.05)"),
 }
-"""Field of ``Thresholds`` -> option (without its prefix) and help."""
+"""Field of ``Thresholds`` -> option (without its prefix) and its help."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,6 +44,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--streamline-reference", metavar="PATH", help=text)
     parser.addini("streamline_reference", text)
     group.addoption(
+        "--streamline-skip",
+        action="store_true",
+        help="skip the tests that use streamline_gate, instead of failing without a reference",
+    )
+    group.addoption(
         "--streamline-write-reference",
         action="store_true",
         help="write --streamline-reference from what the tests give, instead of comparing",
@@ -51,7 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--streamline-strict",
         action="store_true",
-        help="fail also where noise hides the answer",
+        help="fail also on checks that cannot tell",
     )
     for option, text in _THRESHOLDS.values():
         group.addoption(f"--streamline-{option}", type=float, metavar="SHARE", help=text)
@@ -81,15 +86,17 @@ class StreamlineGate:
 
         Args:
             rows: labels to check; by default all of the reference.
-            **thresholds: fields of :class:`streamline_bench.gate.thresholds.Thresholds`.
+            **thresholds: fields of :class:`streamline_bench.gate.result.Thresholds`.
 
         Raises:
             AssertionError: something regressed or is missing; the message lists it.
-            StreamlineBenchError: run or reference cannot be read, or were not asked the same.
+            StreamlineBenchError: run or reference cannot be read, or were evaluated differently.
         """
-        from streamline_bench.gate.evidence import read_evidence
+        from streamline_bench.gate.evidence import open_source
 
-        return self._judge(read_evidence(Path(run), progress=False), rows, thresholds)
+        against = self._opened_reference(rows)
+        now = open_source(Path(run))
+        return self._judge(lambda: now.evidence(progress=False), against, rows, thresholds)
 
     def evaluations(
         self,
@@ -107,25 +114,43 @@ class StreamlineGate:
             throughput: a ``throughput.json`` of ``streamline-bench throughput``, same labels;
                 without it, speeds of the reference count as missing.
         """
-        from streamline_bench.gate.evaluations import read_evaluations
+        from streamline_bench.gate.evidence import read_evaluations
 
-        evidence = read_evaluations(evaluations, dense, throughput=throughput, progress=False)
-        return self._judge(evidence, rows, thresholds)
+        return self._judge(
+            lambda: read_evaluations(evaluations, dense, throughput=throughput, progress=False),
+            self._opened_reference(rows),
+            rows,
+            thresholds,
+        )
+
+    def _opened_reference(self, rows: Sequence[str]) -> Source | None:
+        """The reference without its answers; None if it is to be written."""
+        if self.write:
+            return None
+        from streamline_bench.gate.evidence import open_source
+        from streamline_bench.gate.judge import require_rows
+
+        opened = open_source(self.reference)
+        require_rows(opened.figures, rows)
+        return opened
 
     def _judge(
-        self, evidence: Evidence, rows: Sequence[str], thresholds: Mapping[str, Any]
+        self,
+        read: Callable[[], Evidence],
+        against: Source | None,
+        rows: Sequence[str],
+        thresholds: Mapping[str, Any],
     ) -> GateResult:
+        """Everything that is cheap to check was or is checked before ``read`` takes its time."""
         __tracebackhide__ = True
-        from streamline_bench.gate.evidence import read_evidence
         from streamline_bench.gate.judge import judge
+        from streamline_bench.gate.reference import write_reference
 
-        if self.write:
-            from streamline_bench.gate.reference import write_reference
-
-            write_reference(evidence.figures, self.reference)
+        limits = self._limits(thresholds)
+        if against is None:
+            write_reference(read().figures, self.reference)
             pytest.skip(f"wrote the reference {self.reference}; nothing was compared")
-        against = read_evidence(self.reference, progress=False)
-        result = judge(evidence, against, self._limits(thresholds), rows)
+        result = judge(read(), against.evidence(progress=False), limits, rows)
         self.results.append(result)
         if not result.passed:
             raise AssertionError(_message(result))
@@ -136,7 +161,7 @@ class StreamlineGate:
 
         from streamline_bench.core.recipe.validation import first_problem
         from streamline_bench.errors import ComparisonError
-        from streamline_bench.gate.thresholds import Thresholds
+        from streamline_bench.gate.result import Thresholds
 
         try:
             return Thresholds(**{**self.thresholds, **own})
@@ -152,12 +177,18 @@ def _message(result: GateResult) -> str:
 
 @pytest.fixture(scope="session")
 def streamline_gate(request: pytest.FixtureRequest) -> StreamlineGate:
-    """Compare models with the reference of ``--streamline-reference``; skips without one."""
+    """Compare models with the reference of ``--streamline-reference``; fails without one."""
     config = request.config
     given = config.getoption("--streamline-reference")
     configured = config.getini("streamline_reference")
+    if config.getoption("--streamline-skip"):
+        pytest.skip("--streamline-skip was given")
     if not given and not configured:
-        pytest.skip("no reference was given; run pytest with --streamline-reference PATH")
+        pytest.fail(
+            "The fixture streamline_gate has no reference to compare with; run pytest with "
+            "--streamline-reference PATH, or with --streamline-skip to skip such tests.",
+            pytrace=False,
+        )
     # A path of the ini file is relative to it, one of the command line to the current folder.
     reference = Path(given) if given else config.rootpath / configured
     gate = StreamlineGate(
@@ -182,13 +213,13 @@ def _thresholds(config: pytest.Config) -> dict[str, Any]:
 
 
 class _Summary:
-    """Shows, after the tests, what the gates found; there only if the fixture was used."""
+    """Shows after the tests what the gates found; registered only if the fixture was used."""
 
     def __init__(self, gate: StreamlineGate) -> None:
         self._gate = gate
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Print a line per gate and per check that is not plainly fine."""
+        """Print a line per gate and per check that is not ok."""
         if not self._gate.results:
             return
         from streamline_bench.gate.table import line, ordered, verdict

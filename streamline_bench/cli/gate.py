@@ -45,8 +45,8 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
 @click.option("--confidence", type=click.FloatRange(0.5, 0.9999), default=0.95, show_default=True)
 @click.option("--draws", type=click.IntRange(min=100), default=10_000, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--strict", is_flag=True, help="Close the gate also where noise hides the answer.")
-@click.option("--all", "every", is_flag=True, help="Show each task that is fine, too.")
+@click.option("--strict", is_flag=True, help="Also exit with 1 for checks that cannot tell.")
+@click.option("--all", "every", is_flag=True, help="Show also the tasks that are ok.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write JSON here.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -68,19 +68,19 @@ def command(
     """Exit with 1 if RUN lost accuracy, stability or speed against a reference.
 
     RUN and the reference are run folders or their leaderboard.json; the reference may also be a
-    file of --write-reference. Answers are compared one by one where both sides have them, speed on
-    the same machine only. In GitHub Actions the result also goes to the step summary.
+    file of --write-reference. Answers are compared one by one if both sides have them, speeds
+    on the same machine only. In GitHub Actions the result also goes to the step summary.
     """
     if (against is None) == (reference is None):
         raise click.UsageError("Give either --against or --write-reference.")
     if reference is not None:
         others = {option.name or "" for option in ctx.command.params} - _OF_WRITING
-        refuse_given(ctx, "it compares nothing: leave out --write-reference", *others)
+        refuse_given(ctx, "--write-reference compares nothing: leave one of them out", *others)
         _write_reference(run, reference, overwrite, quiet)
         return
     refuse_given(ctx, "it goes with --write-reference", "overwrite")
     from streamline_bench.gate.judge import gate
-    from streamline_bench.gate.thresholds import Thresholds
+    from streamline_bench.gate.result import Thresholds
 
     result = gate(
         run, against or run, thresholds=Thresholds(**thresholds), rows=rows, progress=not quiet
@@ -115,19 +115,21 @@ def _write_reference(run: Path, reference: Path, overwrite: bool, quiet: bool) -
     whole = sum(task.right is not None for row in figures.rows for task in row.tasks)
     click.echo(
         f"Wrote {printable(str(reference))}: {len(figures.rows)} rows, "
-        f"{sum(len(row.tasks) for row in figures.rows)} results, {whole} of them with each answer, "
+        f"{sum(len(row.tasks) for row in figures.rows)} results, {whole} with every answer, "
         f"{sum(row.speed is not None for row in figures.rows)} with speed."
     )
     if failed:
-        click.echo(f"Rows that failed, and will not be compared: {printable(', '.join(failed))}.")
+        click.echo(f"Failed rows, which no gate will compare: {printable(', '.join(failed))}.")
 
 
 def _show(result: GateResult, every: bool) -> None:
     from streamline_bench.core.machine.terminal import printable
-    from streamline_bench.gate.table import brief, ordered, to_table, verdict
+    from streamline_bench.gate.table import NOTE, brief, ordered, to_table, verdict
 
     shown = ordered(result) if every else brief(result)
     print_table(to_table(shown))
+    if any(check.p_value is not None for check in shown):
+        click.echo(NOTE)
     if len(shown) < len(result.checks):
         click.echo(f"{len(result.checks) - len(shown)} more checks of tasks are ok (--all).")
     click.echo(verdict(result))
@@ -136,7 +138,7 @@ def _show(result: GateResult, every: bool) -> None:
 
 
 def _tell_github(result: GateResult, *, to_stderr: bool) -> None:
-    from streamline_bench.gate.github import append_summary, workflow_commands
+    from streamline_bench.gate.table import append_summary, workflow_commands
 
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:

@@ -21,34 +21,33 @@ __all__ = ["command"]
 def command(run: Path | None, cards: bool, schema: bool, quiet: bool) -> None:
     """Make the report of the run folder RUN again.
 
-    RUN holds run.json; a leaderboard.json alone (the file or its folder) is rendered as it is. A
-    model card holds metadata for the Hugging Face Hub (model-index, .eval_results) and text.
+    RUN holds run.json. Without run.json, the leaderboard.json (the file or its folder) is rendered
+    as it is. A model card holds metadata for the Hugging Face Hub (model-index, .eval_results) and
+    text.
     """
     if schema:
-        from streamline_bench.report.data.schema import json_schema
+        from streamline_bench.report.leaderboard import json_schema
 
         click.echo(json.dumps(json_schema(), indent=1))
         return
     if run is None:
         raise click.UsageError("Give the run folder, or --schema.")
-    from streamline_bench.report.data.run_folder import RUN_FILE
-    from streamline_bench.report.data.schema import Leaderboard
-    from streamline_bench.report.report import build_report
+    from streamline_bench.report.build import build_report
+    from streamline_bench.report.leaderboard import read_leaderboard
+    from streamline_bench.report.run_file import RUN_FILE
     from streamline_bench.report.views.terminal import terminal_table
-    from streamline_bench.report.views.write import read_leaderboard, write_report
+    from streamline_bench.report.write import write_report
 
     folder = run.parent if run.is_file() else run
-    board = run if run.is_file() else run / "leaderboard.json"
-    if board.is_file() and not (folder / RUN_FILE).is_file():
-        page = write_report(read_leaderboard(board), folder)
+    file = run if run.is_file() else run / "leaderboard.json"
+    if file.is_file() and not (folder / RUN_FILE).is_file():
+        page = write_report(read_leaderboard(file), folder)
     else:
         page = build_report(folder, progress=not quiet)
+    board = read_leaderboard(folder / "leaderboard.json")
     if cards:
         from streamline_bench.report.views.model_card import write_model_cards
 
-        for card in write_model_cards(
-            read_leaderboard(folder / "leaderboard.json"), folder / "model-cards"
-        ):
+        for card in write_model_cards(board, folder / "model-cards"):
             click.echo(f"Model card: {card / 'README.md'}")
-    shown = Leaderboard.model_validate(read_leaderboard(folder / "leaderboard.json"))
-    click.echo(f"{terminal_table(shown)}\n\nOpen {page}")
+    click.echo(f"{terminal_table(board)}\n\nOpen {page}")

@@ -93,7 +93,7 @@ def command(
     lm_eval needs --log_samples. Of OpenCompass give a run, or predictions/<model> in it. Runs that
     were not asked the same are refused, with the first difference.
     """
-    from streamline_bench.report.text.escaping import terminal_text
+    from streamline_bench.report.text import terminal_text
     from streamline_bench.stability.compare_answers import compare
     from streamline_bench.stability.readers.load import load_samples
     from streamline_bench.stability.settings import Settings
@@ -158,8 +158,7 @@ def _group_mean(group: GroupComparison) -> list[str]:
     """The unweighted mean over the tasks of a group, of which only stability has an interval."""
     from rich.markup import escape
 
-    from streamline_bench.report.text.escaping import terminal_text
-    from streamline_bench.report.text.formats import percent, points
+    from streamline_bench.report.text import percent, points, terminal_text
 
     dense, pruned = group.macro_dense, group.macro_pruned
     change = None if dense is None or pruned is None else pruned - dense
@@ -174,30 +173,36 @@ def _group_mean(group: GroupComparison) -> list[str]:
 
 
 def _with_interval(estimate: Estimate | None) -> str:
-    from streamline_bench.report.text.formats import interval, percent
+    from streamline_bench.report.text import interval, percent
 
     if estimate is None:
         return percent(None)
-    return f"{percent(estimate.value)}\n{interval(estimate.model_dump())}".strip()
+    return f"{percent(estimate.value)}\n{interval(estimate)}".strip()
 
 
 def _cells(name: str, row: TaskComparison | GroupComparison | Overall) -> list[str]:
     from rich.markup import escape
 
-    from streamline_bench.report.text.escaping import terminal_text
-    from streamline_bench.report.text.formats import interval, p_value, percent, points, with_error
+    from streamline_bench.report.text import (
+        interval,
+        p_value,
+        percent,
+        points,
+        terminal_text,
+        with_error,
+    )
 
-    difference = row.difference.model_dump()
-    agreement = row.agreement.model_dump()
+    difference = row.difference
+    agreement = row.agreement
     verdict = "no worse" if row.decision == "no worse than margin" else row.decision or ""
     cells = [
         terminal_text(name),
         str(row.n),
-        with_error(row.dense.model_dump()),
-        with_error(row.pruned.model_dump()),
-        f"{points(difference['value'])}\n{interval(difference, signed=True)}\n{verdict}",
+        with_error(row.dense),
+        with_error(row.pruned),
+        f"{points(difference.value)}\n{interval(difference, signed=True)}\n{verdict}",
         _with_interval(row.stability),
-        percent(agreement["value"]),
+        percent(agreement.value),
         f"{row.flips.right_to_wrong}/{row.flips.wrong_to_right}\n{_above_noise(row)}",
         p_value(row.p_value) + ("" if row.p_holm is None else f"\n{p_value(row.p_holm)}"),
     ]
@@ -205,16 +210,16 @@ def _cells(name: str, row: TaskComparison | GroupComparison | Overall) -> list[s
 
 
 def _above_noise(row: TaskComparison | GroupComparison | Overall) -> str:
-    from streamline_bench.report.text.formats import interval, points
+    from streamline_bench.report.text import interval, points
 
     excess = row.flips_above_noise
     if excess is None:
         return ""
-    return f"{points(excess.value)} % above\n{interval(excess.model_dump(), signed=True)}"
+    return f"{points(excess.value)} % above\n{interval(excess, signed=True)}"
 
 
 def _perplexity(found: PerplexityComparison) -> str:
-    from streamline_bench.report.text.escaping import terminal_text
+    from streamline_bench.report.text import terminal_text
 
     name = f"{terminal_text(found.task)}, perplexity per {found.unit}"
     ratio = found.ratio
@@ -225,8 +230,7 @@ def _perplexity(found: PerplexityComparison) -> str:
 
 
 def _generation(found: GenerationComparison) -> str:
-    from streamline_bench.report.text.escaping import terminal_text
-    from streamline_bench.report.text.formats import percent
+    from streamline_bench.report.text import percent, terminal_text
 
     name = f"{terminal_text(found.task)} ({terminal_text(found.filter)})"
     parted = "" if found.first_word is None else f", the others part at word {found.first_word:g}"
@@ -251,7 +255,7 @@ def _of_verdicts(result: Comparison) -> str:
 
 
 def _footnote(result: Comparison) -> str:
-    from streamline_bench.report.text.escaping import terminal_text
+    from streamline_bench.report.text import terminal_text
     from streamline_bench.stability.readers.verdicts import GRADED
 
     lines = [_of_verdicts(result) if result.tasks else _WITHOUT_VERDICTS]

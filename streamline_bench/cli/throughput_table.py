@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from streamline_bench.report.text.escaping import terminal_text
-from streamline_bench.report.text.formats import MISSING
+from streamline_bench.report.text import MISSING, terminal_text
 
 if TYPE_CHECKING:
     from streamline_bench.throughput.record import (

@@ -23,8 +23,7 @@ from streamline_bench.gate.change import (
 )
 from streamline_bench.gate.evidence import Evidence
 from streamline_bench.gate.reference import RowReference, TaskReference, unpack
-from streamline_bench.gate.result import Check
-from streamline_bench.gate.thresholds import Thresholds
+from streamline_bench.gate.result import Check, Thresholds
 from streamline_bench.stability.comparison import Estimate
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.clusters import ClusterLabels

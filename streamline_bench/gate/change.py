@@ -53,12 +53,12 @@ def shared_tasks(
         (task, old[task.task, task.filter]) for task in now.tasks if (task.task, task.filter) in old
     ]
     for task, reference in pairs:
-        told = task.documents is not None and reference.documents is not None
-        if (told and task.documents != reference.documents) or task.n != reference.n:
+        known = task.documents is not None and reference.documents is not None
+        if (known and task.documents != reference.documents) or task.n != reference.n:
             raise ComparisonError(
-                f"Task '{task.task}' of '{run.figures.source}' asks {task.n} questions, that of "
-                f"'{against.figures.source}' {reference.n}, and not the same: documents, prompts "
-                "or answers changed; evaluate as the reference was, or write a new reference."
+                f"The questions of task '{task.task}' differ: '{run.figures.source}' has {task.n}, "
+                f"'{against.figures.source}' has {reference.n}, and documents, prompts or answers "
+                "changed; evaluate with the same data and settings, or write a new reference."
             )
     return pairs
 

@@ -1,7 +1,7 @@
-"""Reads what a gate is given: a run folder, its leaderboard, or a reference file.
+"""Reads what a gate is given: a run folder, its leaderboard, a reference file or evaluations.
 
-A leaderboard has estimates only. Where ``run.json`` and the evaluations lie beside it, the answers
-are read too.
+A leaderboard has estimates only. If ``run.json`` and the evaluations are in the same folder, the
+answers are read too, in a second step: that takes longer.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from streamline_bench.gate.reference import (
     pack,
     parse_reference,
 )
-from streamline_bench.report.data.run_folder import RUN_FILE, RunFile, read_run_file
-from streamline_bench.report.data.schema import Leaderboard, Row, TaskScore
-from streamline_bench.report.views.write import read_leaderboard
+from streamline_bench.report.build import build_leaderboard
+from streamline_bench.report.leaderboard import Leaderboard, Row, TaskScore, parse_leaderboard
+from streamline_bench.report.run_file import RUN_FILE, RunFile, RunRow, read_run_file
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.samples import Samples
+from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.clusters import ClusterLabels, cluster_labels
 from streamline_bench.stability.statistics.stability import choice_spread
 
-__all__ = ["Evidence", "evidence_of", "read_evidence"]
+__all__ = ["Evidence", "Source", "evidence_of", "open_source", "read_evaluations", "read_evidence"]
 
 LEADERBOARD = "leaderboard.json"
 Key = tuple[str, str]
@@ -61,28 +62,104 @@ class Evidence:
         return {row.label: row for row in self.figures.rows}
 
 
-def read_evidence(path: Path, *, progress: bool = True) -> Evidence:
-    """Read a run folder, a ``leaderboard.json`` or a reference file.
+@dataclass(frozen=True)
+class Source:
+    """A run or a reference that was opened, without its answers.
+
+    Attributes:
+        figures: the estimates of every row.
+        board: None for a reference file.
+        run: what lies beside the leaderboard; None where there is no ``run.json``.
+    """
+
+    path: Path
+    figures: Reference
+    board: Leaderboard | None = None
+    run: RunFile | None = None
+
+    def evidence(self, *, progress: bool = True) -> Evidence:
+        """Read the answers as well, where they are.
+
+        Raises:
+            SamplesError: an evaluation is damaged, or does not belong to the leaderboard.
+            ThroughputError: the record of speeds is damaged.
+        """
+        if self.board is None:
+            return Evidence(self.figures)
+        folder = self.path if self.path.is_dir() else self.path.parent
+        speed = folder / self.run.throughput if self.run and self.run.throughput else None
+        return evidence_of(
+            self.board,
+            _samples(folder, self.run, progress),
+            source=str(self.path),
+            throughput=speed if speed is not None and speed.exists() else None,
+        )
+
+
+def open_source(path: Path) -> Source:
+    """Open a run folder, a ``leaderboard.json`` or a reference file.
 
     Raises:
         SamplesError: there is none, or it is damaged.
     """
     file = path / LEADERBOARD if path.is_dir() else path
     if not file.is_file():
-        advice = "make its report with streamline-bench report" if path.is_dir() else "check it"
+        advice = "make it with streamline-bench report" if path.is_dir() else "check the path"
         raise SamplesError(f"There is no file '{file}'; {advice}.")
     payload = read_json(file, SamplesError, f"give a run folder, a {LEADERBOARD} or a reference")
     if isinstance(payload, dict) and payload.get("kind") == KIND:
-        return Evidence(parse_reference(payload, str(file)))
-    board = Leaderboard.model_validate(read_leaderboard(file))
+        return Source(path, parse_reference(payload, str(file)))
+    board = parse_leaderboard(payload, str(file))
     run = read_run_file(file.parent) if (file.parent / RUN_FILE).is_file() else None
-    speed = file.parent / run.throughput if run is not None and run.throughput else None
-    return evidence_of(
-        board,
-        _samples(file.parent, run, progress),
-        source=str(path),
-        throughput=speed if speed is not None and speed.exists() else None,
+    return Source(path, evidence_of(board, {}, source=str(path)).figures, board, run)
+
+
+def read_evidence(path: Path, *, progress: bool = True) -> Evidence:
+    """Open and read a run folder, a ``leaderboard.json`` or a reference file.
+
+    Raises:
+        SamplesError, ThroughputError: see :func:`open_source` and :meth:`Source.evidence`.
+    """
+    return open_source(path).evidence(progress=progress)
+
+
+def read_evaluations(
+    evaluations: Mapping[str, Path | str],
+    dense: str,
+    *,
+    throughput: Path | str | None = None,
+    settings: Settings | None = None,
+    progress: bool = True,
+) -> Evidence:
+    """Read evaluations of a dense model and of what was made from it, each once.
+
+    Args:
+        evaluations: label -> output folder of lm-eval or OpenCompass, or samples Parquet.
+        dense: label of the model that the others are compared with.
+        throughput: a ``throughput.json`` whose labels are the same.
+
+    Raises:
+        SamplesError: an evaluation cannot be read, or ``dense`` is not among them.
+        ComparisonError: they were evaluated differently.
+        ThroughputError: the record is damaged.
+    """
+    if dense not in evaluations:
+        raise SamplesError(
+            f"The dense run '{dense}' is not among the evaluations: {', '.join(evaluations)}."
+        )
+    folders = {label: Path(path).absolute() for label, path in evaluations.items()}
+    samples = {
+        label: load_samples(path, run=label, progress=progress) for label, path in folders.items()
+    }
+    speed = None if throughput is None else Path(throughput).absolute()
+    run = RunFile(
+        dense=dense,
+        rows=[RunRow(label=label, eval=str(path)) for label, path in folders.items()],
+        throughput=None if speed is None else str(speed),
     )
+    board = build_leaderboard(run, Path("/"), samples=samples, settings=settings, progress=progress)
+    source = ", ".join(str(path) for path in evaluations.values())
+    return evidence_of(board, samples, source=source, throughput=speed)
 
 
 def evidence_of(

@@ -1,4 +1,10 @@
-"""The gate: every row of the reference, checked in the run."""
+"""The gate: every row of the reference, checked in the run; and the checks of speed.
+
+Speed is compared only between equal measurements: tokens per second on the same machine, ratios to
+the dense model of the same run wherever device, engine, precision, threads and workload are the
+same. The interval of a change comes from the extremes of the rounds, or of the ratio's interval, on
+both sides.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +14,13 @@ from pathlib import Path
 from streamline_bench.core.recipe.suggestions import suggest
 from streamline_bench.errors import ComparisonError
 from streamline_bench.gate.accuracy_checks import accuracy_checks
-from streamline_bench.gate.evidence import Evidence, read_evidence
-from streamline_bench.gate.reference import RowReference
-from streamline_bench.gate.result import Check, GateResult
-from streamline_bench.gate.speed_checks import speed_checks
+from streamline_bench.gate.evidence import Evidence, open_source
+from streamline_bench.gate.reference import Reference, RowReference
+from streamline_bench.gate.result import Check, GateResult, Quantity, Status, Thresholds
 from streamline_bench.gate.stability_checks import stability_checks
-from streamline_bench.gate.thresholds import Thresholds
+from streamline_bench.throughput.speed import Speed
 
-__all__ = ["gate", "judge"]
+__all__ = ["gate", "judge", "require_comparable", "require_rows"]
 
 
 def gate(
@@ -35,43 +40,73 @@ def gate(
 
     Raises:
         SamplesError: one of them cannot be read.
-        ComparisonError: they were not asked the same, a row of ``rows`` is not in the reference, or
-            there is nothing to compare with.
+        ComparisonError: they were evaluated differently, a row of ``rows`` is not in the reference,
+            or there is nothing to compare with.
     """
+    # Answers take long to read; whatever the figures alone show to be wrong comes first.
+    now, before = open_source(Path(run)), open_source(Path(against))
+    require_comparable(now.figures, before.figures, rows)
     return judge(
-        read_evidence(Path(run), progress=progress),
-        read_evidence(Path(against), progress=progress),
+        now.evidence(progress=progress),
+        before.evidence(progress=progress),
         thresholds or Thresholds(),
         rows,
     )
+
+
+def require_comparable(run: Reference, against: Reference, rows: Sequence[str] = ()) -> None:
+    """Refuse what no answer is needed to refuse; only labels and figures are looked at.
+
+    Raises:
+        ComparisonError: see :func:`gate`.
+    """
+    if run.method.verdict != against.method.verdict:
+        raise ComparisonError(
+            f"The run judges by '{run.method.verdict}', the reference by "
+            f"'{against.method.verdict}'; report both with the same --verdict."
+        )
+    require_rows(against, rows)
+
+
+def require_rows(against: Reference, rows: Sequence[str]) -> None:
+    """Refuse labels that the reference has no result for, and a reference without any result.
+
+    Raises:
+        ComparisonError: see :func:`gate`.
+    """
+    known = {row.label: row for row in against.rows}
+    for label in rows:
+        if label not in known:
+            other = suggest(label, list(known))
+            raise ComparisonError(f"The reference '{against.source}' has no row '{label}'{other}")
+        if known[label].failed is not None:
+            raise ComparisonError(
+                f"Row '{label}' failed in the reference '{against.source}' "
+                f"({known[label].failed}), so there is nothing to compare with; leave the row out "
+                "or write a new reference."
+            )
+    chosen = [row for row in against.rows if not rows or row.label in rows]
+    usable = [row for row in chosen if row.failed is None]
+    if not usable:
+        raise ComparisonError(
+            f"The reference '{against.source}' has no result to compare with; write a new one."
+        )
 
 
 def judge(
     run: Evidence, against: Evidence, thresholds: Thresholds, rows: Sequence[str] = ()
 ) -> GateResult:
     """Compare what was read (see :func:`gate`)."""
-    if run.figures.method.verdict != against.figures.method.verdict:
-        raise ComparisonError(
-            f"The run judges by '{run.figures.method.verdict}', the reference by "
-            f"'{against.figures.method.verdict}'; report both with one --verdict."
-        )
-    known = against.rows
-    for label in rows:
-        _require_result(label, against)
+    require_comparable(run.figures, against.figures, rows)
     checks: list[Check] = []
-    chosen = {label: row for label, row in known.items() if not rows or label in rows}
+    chosen = {label: row for label, row in against.rows.items() if not rows or label in rows}
     for label, before in chosen.items():
         if before.failed is None:
             checks += _row_checks(run, against, run.rows.get(label), before, thresholds)
-    if not checks and any(row.failed is None for row in chosen.values()):
-        raise ComparisonError(
-            f"The reference '{against.figures.source}' has no task with right or wrong answers and "
-            "no speed; a gate does not compare perplexities or texts: see the reports."
-        )
     if not checks:
         raise ComparisonError(
-            f"The reference '{against.figures.source}' has no result to compare with; "
-            "write a new one."
+            f"The reference '{against.figures.source}' has no task with right or wrong answers and "
+            "no speed. A gate does not compare perplexities or texts: see the reports."
         )
     return GateResult(
         run=run.figures.source,
@@ -80,19 +115,6 @@ def judge(
         checks=tuple(checks),
         new=_new(run, chosen, every=not rows),
     )
-
-
-def _require_result(label: str, against: Evidence) -> None:
-    source, known = against.figures.source, against.rows
-    if label not in known:
-        raise ComparisonError(
-            f"The reference '{source}' has no row '{label}'{suggest(label, list(known))}"
-        )
-    if known[label].failed is not None:
-        raise ComparisonError(
-            f"Row '{label}' failed in the reference '{source}' ({known[label].failed}): there is "
-            "nothing to compare with; leave it out, or write a new reference."
-        )
 
 
 def _new(run: Evidence, chosen: Mapping[str, RowReference], *, every: bool) -> tuple[str, ...]:
@@ -119,7 +141,7 @@ def _row_checks(
     thresholds: Thresholds,
 ) -> list[Check]:
     if now is None or now.failed is not None:
-        reason = "the run has no such row" if now is None else now.failed
+        reason = "the run does not have this row" if now is None else now.failed
         return [Check(row=before.label, quantity="result", status="missing", reason=reason)]
     have = {(task.task, task.filter) for task in now.tasks}
     missing = [
@@ -129,7 +151,7 @@ def _row_checks(
             task=task.task,
             status="missing",
             reference=task.accuracy.value,
-            reason="the run has no such task",
+            reason="the run does not have this task",
         )
         for task in before.tasks
         if (task.task, task.filter) not in have
@@ -137,4 +159,119 @@ def _row_checks(
     checks = missing + accuracy_checks(run, against, now, before, thresholds)
     if not now.is_dense:
         checks += stability_checks(run, against, now, before, thresholds)
-    return checks + speed_checks(run, against, now, before, thresholds.speed)
+    return checks + _speed_checks(run, against, now, before, thresholds.speed)
+
+
+_ALIKE = (
+    "device",
+    "engine",
+    "engine_version",
+    "mode",
+    "dtype",
+    "clock",
+    "threads",
+    "batch_size",
+    "prompt_tokens",
+    "output_tokens",
+    "request_load",
+)
+
+
+def _speed_checks(
+    run: Evidence, against: Evidence, now: RowReference, before: RowReference, tolerated: float
+) -> list[Check]:
+    """Check tokens per second and the ratio to dense, if the reference has them.
+
+    Args:
+        tolerated: relative loss that does not count (0.05).
+    """
+    old, new = before.speed, now.speed
+    if old is None or old.status == "failed":
+        return []
+    if new is None:
+        return [_missing(now, "tokens/s", old, "the run has no throughput")]
+    if new.status == "failed":
+        return [_missing(now, "tokens/s", old, new.reason or "the measurement failed")]
+    reason = _unlike(new, old)
+    if reason is not None:
+        return [_left_out(now, "tokens/s", reason)]
+    checks = [_tokens(run, against, now, old, new, tolerated)]
+    if now.is_dense or old.ratio is None:
+        return checks
+    if new.ratio is None:
+        return [*checks, _missing(now, "speed-up", old, "the run has no ratio to dense")]
+    ends = (old.ratio_low, old.ratio_high), (new.ratio_low, new.ratio_high)
+    return [*checks, _check(now, "speed-up", (old.ratio, new.ratio), ends, tolerated)]
+
+
+def _unlike(new: Speed, old: Speed) -> str | None:
+    """Why the two speeds must not be compared."""
+    for name in _ALIKE:
+        here, there = getattr(new, name), getattr(old, name)
+        if here is not None and there is not None and here != there:
+            return f"{name.replace('_', ' ')} is {here} here, {there} there"
+    return None
+
+
+def _tokens(
+    run: Evidence,
+    against: Evidence,
+    row: RowReference,
+    old: Speed,
+    new: Speed,
+    tolerated: float,
+) -> Check:
+    machines = against.figures.machine, run.figures.machine
+    if None in machines:
+        return _left_out(row, "tokens/s", "the machine is not known on both sides")
+    if machines[0] != machines[1]:
+        return _left_out(row, "tokens/s", "other machine")
+    if old.output_tokens_per_second is None or new.output_tokens_per_second is None:
+        return _left_out(row, "tokens/s", "not measured on both sides")
+    figures = old.output_tokens_per_second, new.output_tokens_per_second
+    return _check(row, "tokens/s", figures, ((old.low, old.high), (new.low, new.high)), tolerated)
+
+
+Ends = tuple[float | None, float | None]
+
+
+def _check(
+    row: RowReference,
+    quantity: Quantity,
+    figures: tuple[float, float],
+    ends: tuple[Ends, Ends],
+    tolerated: float,
+) -> Check:
+    old, new = figures
+    (old_low, old_high), (new_low, new_high) = ends
+    low = new_low / old_high - 1 if new_low is not None and old_high else None
+    high = new_high / old_low - 1 if new_high is not None and old_low else None
+    change = new / old - 1
+    status: Status = "ok"
+    if change < -tolerated:
+        status = "regressed" if high is not None and high < 0 else "cannot tell"
+    return Check(
+        row=row.label,
+        quantity=quantity,
+        status=status,
+        reference=old,
+        value=new,
+        change=change,
+        low=low,
+        high=high,
+        how="extremes of the rounds" if quantity == "tokens/s" else "intervals of both ratios",
+    )
+
+
+def _left_out(row: RowReference, quantity: Quantity, reason: str) -> Check:
+    return Check(row=row.label, quantity=quantity, status="not compared", reason=reason)
+
+
+def _missing(row: RowReference, quantity: Quantity, old: Speed, reason: str) -> Check:
+    return Check(
+        row=row.label,
+        quantity=quantity,
+        status="missing",
+        reference=old.ratio if quantity == "speed-up" else old.output_tokens_per_second,
+        reason=reason,
+    )

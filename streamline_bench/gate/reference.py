@@ -18,7 +18,7 @@ from streamline_bench.core.files.staging import atomic_write_text
 from streamline_bench.core.files.versioned_json import validated
 from streamline_bench.core.recipe.frozen import Frozen
 from streamline_bench.errors import SamplesError
-from streamline_bench.report.data.schema import Method
+from streamline_bench.report.leaderboard import Procedure
 from streamline_bench.stability.comparison import Estimate
 from streamline_bench.throughput.speed import Speed
 
@@ -85,7 +85,7 @@ class Reference(Frozen):
     source: str
     title: str
     dense: str
-    method: Method
+    method: Procedure
     rows: tuple[RowReference, ...] = Field(min_length=1)
     machine: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)

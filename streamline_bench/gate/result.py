@@ -1,21 +1,44 @@
-"""What a gate found: one check per row, task and quantity."""
+"""What a gate tolerates, and what it found: one check per row, task and quantity."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from streamline_bench.core.recipe.frozen import Frozen
-from streamline_bench.gate.thresholds import Thresholds
+from pydantic import Field
 
-__all__ = ["Check", "GateResult", "Quantity", "Status"]
+from streamline_bench.core.recipe.frozen import Frozen
+
+__all__ = ["Check", "GateResult", "Quantity", "Status", "Thresholds"]
+
+
+class Thresholds(Frozen):
+    """What a gate tolerates, and how sure it must be.
+
+    Attributes:
+        accuracy: tolerated drop of accuracy, as a share (0.02 is two points).
+        stability: tolerated drop of stability, as a share.
+        speed: tolerated drop of tokens per second and of the ratio to dense, relative (0.05).
+        confidence: of all intervals.
+        draws, seed: of the bootstrap.
+        strict: whether 'cannot tell' closes the gate too.
+    """
+
+    accuracy: float = Field(default=0.02, ge=0, lt=1)
+    stability: float = Field(default=0.02, ge=0, lt=1)
+    speed: float = Field(default=0.05, ge=0, lt=1)
+    confidence: float = Field(default=0.95, ge=0.5, lt=1)
+    draws: int = Field(default=10_000, ge=100)
+    seed: int = Field(default=0, ge=0)
+    strict: bool = False
+
 
 Quantity = Literal["result", "accuracy", "stability", "tokens/s", "speed-up"]
-"""``result``: whether there is one; ``speed-up``: tokens per second, as a ratio to the dense model
-of the same run."""
+"""``result``: whether the row has one; ``speed-up``: tokens per second as a multiple of the dense
+model's in the same run."""
 
 Status = Literal["ok", "regressed", "cannot tell", "missing", "not compared"]
 """``regressed``: worse beyond noise and beyond what is tolerated. ``missing``: the reference has
-it, the run has not. ``cannot tell``: neither a regression nor its absence is shown."""
+it and the run does not. ``cannot tell``: the data show neither a regression nor its absence."""
 
 
 class Check(Frozen):
@@ -26,8 +49,10 @@ class Check(Frozen):
         task: None for the mean over tasks, and where there are no tasks.
         reference, value: accuracies and stabilities as shares; tokens per second; ratios to dense.
         change: value - reference; for speed value / reference - 1.
-        low, high: interval of ``change``; None where no answer changed.
-        p_value: of "nothing changed", adjusted over the row's tasks.
+        low, high: interval of ``change``; None where no answer changed. Of accuracy it is the
+            interval of the one task alone; of stability it is adjusted (Bonferroni) over the row's
+            tasks.
+        p_value: of "nothing changed", adjusted (Holm) over the row's tasks; it decides on accuracy.
         how: what the interval was made from.
         reason: why it is missing or not compared, or why the row failed.
     """
@@ -50,8 +75,8 @@ class GateResult(Frozen):
     """The outcome of a gate.
 
     Attributes:
-        new: what the run has and the reference has not: labels of rows (those that failed there
-            included), then tasks, each with the rows that have it.
+        new: what only the run has: labels of rows (also those that failed in the reference), then
+            tasks, each with the rows that have it.
     """
 
     kind: Literal["streamline-bench gate"] = "streamline-bench gate"

@@ -1,20 +1,46 @@
-"""A gate's checks as a table for the terminal: what closes it first."""
+"""A gate's result as text: a table for the terminal, and what GitHub Actions shows.
+
+GitHub shows the step summary, in Markdown, and annotations. Workflow commands
+(https://docs.github.com/actions/reference/workflow-commands-for-github-actions) are lines of output
+that begin with ``::``; their text must have ``%``, line ends and, in properties, ``:`` and ``,``
+escaped, or a name could begin a command of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+from streamline_bench.errors import OutputError
 from streamline_bench.gate.result import Check, GateResult
-from streamline_bench.report.text.escaping import terminal_text
-from streamline_bench.report.text.formats import MISSING, percent, points, rate, times
+from streamline_bench.report.text import (
+    MISSING,
+    markdown_text,
+    p_value,
+    percent,
+    points,
+    rate,
+    terminal_text,
+    times,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["HEADINGS", "brief", "cells", "line", "ordered", "to_table", "verdict"]
+__all__ = [
+    "NOTE", "append_summary", "brief", "cells", "line", "ordered", "to_markdown", "to_table",
+    "verdict", "workflow_commands",
+]  # fmt: skip
 
-HEADINGS = ("row", "task", "quantity", "reference", "now", "change", "interval", "status")
+HEADINGS = ("row", "task", "quantity", "reference", "now", "change", "interval", "p", "status")
+_NUMERIC = ("reference", "now", "change", "interval", "p")
+NOTE = (
+    "Accuracy by task: the interval is of the one task, not adjusted; p is adjusted over the row's "
+    "tasks (Holm) and decides. So an interval without 0 can stand beside 'cannot tell'. Stability "
+    "by task: the interval is adjusted over the row's tasks (Bonferroni) and decides."
+)
+"""Which of the figures decide."""
 _ORDER = ("missing", "regressed", "cannot tell", "not compared", "ok")
 _COLOURS = {"missing": "red", "regressed": "red", "cannot tell": "yellow", "ok": "green"}
 
@@ -25,9 +51,9 @@ def ordered(result: GateResult) -> list[Check]:
 
 
 def brief(result: GateResult) -> list[Check]:
-    """The checks worth a look, ordered: all that are not plainly fine, and what sums up the rest.
+    """The checks to look at, ordered: all that are not ok, and the means over tasks.
 
-    A task that is fine is left out where its row has a mean over tasks.
+    A task that is ok is left out where its row has a mean over tasks.
     """
     summed = {(check.row, check.quantity) for check in result.checks if check.task is None}
     return [
@@ -55,17 +81,24 @@ def cells(check: Check) -> list[str]:
         write(check.value),
         change or points(check.change),
         ends,
+        MISSING if check.p_value is None else p_value(check.p_value),
         status,
     ]
 
 
 def line(check: Check) -> str:
-    """One check as a line for a terminal: what, where, from which figure to which."""
-    row, task, quantity, before, now, change, ends, status = map(terminal_text, cells(check))
+    """One check as a line for a terminal: where, what, from which figure to which."""
+    row, task, quantity, before, now, change, ends, p, status = map(terminal_text, cells(check))
     where = f"{row}, {task}" if task else row
     if check.value is None:
         return f"{where}: {quantity} {status}"
-    return f"{where}: {quantity} {status}: {before} before, {now} now (change {change}, {ends})"
+    parts = [f"change {change}"]
+    if check.low is not None and check.high is not None:
+        alone = " of this task alone" if check.p_value is not None else ""
+        parts.append(f"interval{alone} {ends}")
+    if check.p_value is not None:
+        parts.append(f"p {p} adjusted over the row's tasks")
+    return f"{where}: {quantity} {status}: {before} before, {now} now ({', '.join(parts)})"
 
 
 def verdict(result: GateResult) -> str:
@@ -73,10 +106,10 @@ def verdict(result: GateResult) -> str:
     closing = len(result.closing)
     unclear = sum(check.status == "cannot tell" for check in result.checks)
     compared = sum(check.status != "not compared" for check in result.checks)
-    told = f"; {unclear} cannot tell" if unclear else ""
+    more = f"; {unclear} cannot tell" if unclear else ""
     if closing:
-        return f"Gate closed: {closing} of {compared} checks fail{told}."
-    return f"Gate open: none of {compared} checks shows a regression{told}."
+        return f"Gate closed: {closing} of {compared} checks fail{more}."
+    return f"Gate open: none of {compared} checks shows a regression{more}."
 
 
 def to_table(checks: Sequence[Check]) -> Table:
@@ -86,10 +119,89 @@ def to_table(checks: Sequence[Check]) -> Table:
 
     table = Table(title="Run against reference, in % and points")
     for name in HEADINGS:
-        numeric = name in ("reference", "now", "change", "interval")
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        side: Literal["left", "right"] = "right" if name in _NUMERIC else "left"
+        table.add_column(name, justify=side, overflow="fold")
     for check in checks:
         row = [escape(terminal_text(cell)) for cell in cells(check)]
         colour = _COLOURS.get(check.status)
         table.add_row(*row[:-1], f"[{colour}]{row[-1]}[/]" if colour else row[-1])
     return table
+
+
+_SHOWN = 10  # annotations that GitHub shows per step and kind
+
+
+def to_markdown(result: GateResult) -> str:
+    """The result in GitHub's Markdown: open checks first, the others folded."""
+    open_checks = [c for c in ordered(result) if c.status not in ("ok", "not compared")]
+    rest = [c for c in ordered(result) if c.status in ("ok", "not compared")]
+    lines = [
+        "### streamline-bench gate",
+        "",
+        f"**{markdown_text(verdict(result))}**",
+        "",
+        f"{markdown_text(result.run)} against {markdown_text(result.against)}",
+        "",
+    ]
+    if open_checks:
+        lines += [*_table(open_checks), ""]
+    if rest:
+        summary = f"{len(rest)} more checks"
+        lines += [f"<details><summary>{summary}</summary>", "", *_table(rest), "", "</details>", ""]
+    if any(check.p_value is not None for check in result.checks):
+        lines += [NOTE, ""]
+    if result.new:
+        lines += [f"Not in the reference: {', '.join(map(markdown_text, result.new))}.", ""]
+    return "\n".join(lines)
+
+
+def _table(checks: Sequence[Check]) -> list[str]:
+    rows = [[markdown_text(cell) for cell in cells(check)] for check in checks]
+    rule = ["---:" if name in _NUMERIC else "---" for name in HEADINGS]
+    return ["| " + " | ".join(row) + " |" for row in [list(HEADINGS), rule, *rows]]
+
+
+def append_summary(result: GateResult, path: Path) -> None:
+    """Append to the file that ``GITHUB_STEP_SUMMARY`` names; earlier steps write to it too.
+
+    Raises:
+        OutputError: the file is not writable.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(to_markdown(result) + "\n")
+    except OSError as error:
+        raise OutputError(
+            f"The step summary '{path}' cannot be written ({error.strerror or error})."
+        ) from None
+
+
+def workflow_commands(result: GateResult) -> list[str]:
+    """An error for each check that closes the gate, a warning for each that cannot tell."""
+    closing = set(map(id, result.closing))
+    errors = [check for check in ordered(result) if id(check) in closing]
+    warnings = [
+        check
+        for check in ordered(result)
+        if check.status == "cannot tell" and id(check) not in closing
+    ]
+    lines = [_command("error", check) for check in errors[:_SHOWN]]
+    if len(errors) > _SHOWN:
+        lines[-1] = (
+            f"::error title=streamline-bench gate::{len(errors) - _SHOWN + 1} more checks fail"
+        )
+    return lines + [_command("warning", check) for check in warnings[:_SHOWN]]
+
+
+def _command(kind: str, check: Check) -> str:
+    row, task, quantity, *_ = cells(check)
+    name = f"{row}, {task}" if task else row
+    return f"::{kind} title={_property(f'{name}: {quantity}')}::{_data(line(check))}"
+
+
+def _data(text: str) -> str:
+    return terminal_text(text).replace("%", "%25")
+
+
+def _property(text: str) -> str:
+    return _data(text).replace(":", "%3A").replace(",", "%2C")

@@ -27,7 +27,7 @@ from streamline_bench.errors import OutputError
 from streamline_bench.opencompass.execution import Environment, run_opencompass
 from streamline_bench.opencompass.run_plan import ModelEntry, RunPlan, config_text, source_keys
 from streamline_bench.opencompass.source import entry_source
-from streamline_bench.report.data.run_folder import RUN_FILE, RunFile, RunRow, write_run_file
+from streamline_bench.report.run_file import RUN_FILE, RunFile, RunRow, write_run_file
 
 __all__ = ["claimed_folder", "evaluate", "write_config"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from streamline_bench.core.checkpoint.manifest import Manifest, read_manifest
 from streamline_bench.errors import CheckpointError, ComparisonError
-from streamline_bench.report.data.run_folder import NoiseRun, RunFile, RunRow, write_run_file
+from streamline_bench.report.run_file import NoiseRun, RunFile, RunRow, write_run_file
 from streamline_bench.runs.execution.grouping import groups_of
 from streamline_bench.runs.execution.scheduler import JobState
 from streamline_bench.runs.folder import make_job_folder
@@ -110,8 +110,8 @@ def write_report_once(run: Path, description: RunFile, *, progress: bool) -> Pat
     Raises:
         StreamlineBenchError: what building a report raises.
     """
-    from streamline_bench.report.data.run_folder import read_run_file
-    from streamline_bench.report.report import build_report
+    from streamline_bench.report.build import build_report
+    from streamline_bench.report.run_file import read_run_file
     from streamline_bench.report.views.model_card import write_checkpoint_cards
     from streamline_bench.runs.jobs.marker import read_done, write_done
 

@@ -220,7 +220,7 @@ def test_stability(measure: Any, how: str) -> None:
 @pytest.fixture(scope="module")
 def run_folder(opencompass_files: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three models on two tasks of 500 questions."""
-    from streamline_bench.report.data.run_folder import RunFile, RunRow, write_run_file
+    from streamline_bench.report.run_file import RunFile, RunRow, write_run_file
 
     folder = tmp_path_factory.mktemp("run")
     labels = ("dense", "first", "second")
@@ -237,7 +237,7 @@ def run_folder(opencompass_files: Any, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.parametrize("step", ["read", "report"])
 def test_report(measure: Any, step: str, run_folder: Path) -> None:
     """The statistics of a run and its page, beside reading the answers."""
-    from streamline_bench.report.report import build_report
+    from streamline_bench.report.build import build_report
     from streamline_bench.stability.readers.load import load_samples
 
     if step == "read":

@@ -10,9 +10,10 @@ from click.testing import CliRunner
 
 from streamline_bench.cli.main import main
 from streamline_bench.cli.report import command
-from streamline_bench.report.views.write import write_report
+from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.report.write import write_report
 
-BOARD = {
+BOARD = Leaderboard.model_validate({
     "title": "Kept", "dense": "d",
     "method": {"mode": "paper", "ddof": 1, "quantity": "nll_per_byte", "verdict": "correct",
                "confidence": 0.95, "draws": 10, "seed": 0},
@@ -20,7 +21,7 @@ BOARD = {
               "accuracy_micro": {"value": 0.5}, "macro": None, "micro": None, "tasks": [],
               "provenance": {"results_file": "r.json", "model": "m", "engine": "lm-eval"}}],
     "versions": {"streamline-bench": "0"},
-}  # fmt: skip
+})  # fmt: skip
 
 
 def test_a_leaderboard_alone_is_rendered_again(tmp_path: Path) -> None:
@@ -30,6 +31,7 @@ def test_a_leaderboard_alone_is_rendered_again(tmp_path: Path) -> None:
         result = CliRunner().invoke(command, [str(path)], catch_exceptions=False)
         assert result.exit_code == 0 and f"Open {tmp_path / 'leaderboard.html'}" in result.output
         assert "Kept" in (tmp_path / "leaderboard.html").read_text()
+        assert "50.0" in result.output, "the table stands before the path"
 
 
 def test_schema_is_json_and_needs_no_run() -> None:

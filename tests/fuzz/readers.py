@@ -260,7 +260,7 @@ def _read_yaml(folder: Path) -> object:
 def _read_records(folder: Path) -> object:
     from streamline_bench.core.checkpoint.manifest import read_manifest
     from streamline_bench.gate.evidence import read_evidence
-    from streamline_bench.report.data.run_folder import read_run_file
+    from streamline_bench.report.run_file import read_run_file
     from streamline_bench.throughput.speed import read_figures
 
     if (folder / "reference.json").exists():

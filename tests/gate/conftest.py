@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.report.data.run_folder import RunFile, RunRow, write_run_file
-from streamline_bench.report.report import build_report
+from streamline_bench.report.build import build_report
+from streamline_bench.report.run_file import RunFile, RunRow, write_run_file
 from streamline_bench.stability.settings import Settings
 
 Change = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]

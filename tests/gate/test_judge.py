@@ -15,8 +15,7 @@ import pytest
 from streamline_bench.errors import ComparisonError, SamplesError
 from streamline_bench.gate.evidence import read_evidence
 from streamline_bench.gate.judge import gate, judge
-from streamline_bench.gate.result import Check, GateResult
-from streamline_bench.gate.thresholds import Thresholds
+from streamline_bench.gate.result import Check, GateResult, Thresholds
 from streamline_bench.stability.statistics.clusters import cluster_labels
 
 FAST = Thresholds(draws=500)
@@ -175,21 +174,19 @@ def test_a_row_without_a_result_to_compare_with_is_refused(
     failed = {"shortgpt": "out of memory"}
     run = make_run(tmp_path / "run", failed=failed)
     for rows in (["shortgpt"], ["dense", "shortgpt"]):
-        with pytest.raises(
-            ComparisonError, match=r"'shortgpt' failed in .* \(out of memory\): ther"
-        ):
+        with pytest.raises(ComparisonError, match=r"'shortgpt' failed in .* \(out of memory\)"):
             gate(reference_run, run, thresholds=FAST, rows=rows, progress=False)
     against = read_evidence(run, progress=False)
     nothing = [row.model_copy(update={"failed": "gone"}) for row in against.figures.rows]
     figures = against.figures.model_copy(update={"rows": tuple(nothing)})
-    with pytest.raises(ComparisonError, match="has no result to compare with"):
+    with pytest.raises(ComparisonError, match="no result"):
         judge(against, replace(against, figures=figures), FAST)
 
 
 def test_chosen_rows(reference_run: Path) -> None:
     result = gate(reference_run, reference_run, thresholds=FAST, rows=["dense"], progress=False)
     assert {c.row for c in result.checks} == {"dense"}
-    with pytest.raises(ComparisonError, match="no row 'streamlin'; did you mean 'streamline'"):
+    with pytest.raises(ComparisonError, match=r"'streamlin'.* 'streamline'"):
         gate(reference_run, reference_run, rows=["streamlin"], progress=False)
 
 
@@ -197,7 +194,7 @@ def test_other_questions_are_refused(
     reference_run: Path, make_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     fewer = make_run(tmp_path / "fewer", n=299)
-    with pytest.raises(ComparisonError, match=r"'arc' .* asks 299 questions, .* 300, and not the"):
+    with pytest.raises(ComparisonError, match=r"'arc'.* 299,.* 300"):
         gate(fewer, reference_run, thresholds=FAST, progress=False)
 
     def other(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -207,7 +204,7 @@ def test_other_questions_are_refused(
 
     changes = {(row, "arc"): other for row in ("dense", "streamline", "shortgpt")}
     changed = make_run(tmp_path / "changed", changes=changes)
-    with pytest.raises(ComparisonError, match=r"asks 300 questions, .* 300, and not the same"):
+    with pytest.raises(ComparisonError, match=r"'arc'.* 300,.* 300"):
         gate(changed, reference_run, thresholds=FAST, progress=False)
 
 
@@ -220,12 +217,12 @@ def test_other_methods_of_stability_are_not_compared(reference_run: Path, tmp_pa
     assert (found.status, found.reason) == ("not compared", "ddof is 1 here, 0 there")
     payload["method"]["verdict"] = "correct_norm"
     (tmp_path / "leaderboard.json").write_text(json.dumps(payload))
-    with pytest.raises(ComparisonError, match="judges by 'correct', the reference by 'correct_no"):
+    with pytest.raises(ComparisonError, match=r"'correct',.* 'correct_no"):
         gate(reference_run, tmp_path, progress=False)
 
 
 def test_what_cannot_be_read(reference_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(SamplesError, match=r"no file .*leaderboard\.json'; make its report"):
+    with pytest.raises(SamplesError, match=r"leaderboard\.json'.* report"):
         gate(tmp_path, reference_run, progress=False)
     (tmp_path / "leaderboard.json").write_text("{")
     with pytest.raises(SamplesError, match="cannot be read"):
@@ -242,7 +239,7 @@ def test_answers_that_left_their_report(
     shutil.copytree(reference_run, run)
     entries = opencompass_files.ppl(40, seed=1)
     opencompass_files.write(run / "streamline" / "eval", "arc", entries)
-    with pytest.raises(SamplesError, match="300 verdicts on task 'arc' in the leaderboard and 40"):
+    with pytest.raises(SamplesError, match=r"300 .*'arc'.* 40"):
         gate(run, reference_run, progress=False)
 
 

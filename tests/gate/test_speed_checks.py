@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 
 from streamline_bench.gate.evidence import read_evidence
-from streamline_bench.gate.judge import judge
-from streamline_bench.gate.result import Check
-from streamline_bench.gate.speed_checks import _unlike
-from streamline_bench.gate.thresholds import Thresholds
+from streamline_bench.gate.judge import _unlike, judge
+from streamline_bench.gate.result import Check, Thresholds
 from streamline_bench.throughput.speed import Speed
 from streamline_bench.throughput.workload import ServingLoad
 

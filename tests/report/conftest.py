@@ -172,7 +172,7 @@ def parts_named() -> Callable[[str], dict[str, Any]]:
 @pytest.fixture(scope="session")
 def make_run() -> Callable[[Path], Path]:
     """Return a function that fills a run folder: dense, none, layer (with checkpoints)."""
-    from streamline_bench.report.data.run_folder import RunFile, RunRow, write_run_file
+    from streamline_bench.report.run_file import RunFile, RunRow, write_run_file
 
     def make(folder: Path) -> Path:
         rows = []

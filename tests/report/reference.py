@@ -1,9 +1,11 @@
-"""The reference report in ``reports/demo``: makes a fresh run, and puts it there when told to.
+"""The committed reports: ``reports/demo`` with every view, the other boards small.
 
 ``python tests/report/reference.py RUN`` makes (or continues) the run of the plan ``reference`` in
-the folder RUN. With ``--update`` its report replaces the committed one, with paths of this machine
-taken out, and a picture of it ``reports/demo-report.png``. ``--publish FOLDER`` runs nothing: it
-puts the report of any finished run into FOLDER in the same way.
+the folder RUN. With ``--update`` its report replaces ``reports/demo``, without paths of this
+machine and with numbers of six digits, and a picture of it ``reports/demo-report.png``.
+``--publish FOLDER`` runs nothing: it puts the board of any finished run into FOLDER, as
+``leaderboard.md`` and a ``leaderboard.json`` without flips, matrices, curves and the comparisons of
+single tasks. Pages stay out of the repository, but for the demo's.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["main", "portable"]
+if TYPE_CHECKING:
+    from streamline_bench.report.leaderboard import Leaderboard
+
+__all__ = ["main", "portable", "small"]
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DEMO = REPOSITORY / "reports" / "demo"
@@ -43,15 +48,42 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _publish(run: Path, folder: Path) -> None:
-    from streamline_bench.report.views.write import read_leaderboard, write_report
+    from streamline_bench.report.leaderboard import Leaderboard, read_leaderboard
+    from streamline_bench.report.views.markdown import to_markdown
 
-    write_report(portable(read_leaderboard(run / "leaderboard.json"), run), folder)
+    board = read_leaderboard(run / "leaderboard.json")
+    board = Leaderboard.model_validate(portable(board.model_dump(mode="json"), run))
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("leaderboard.*"):
+        old.unlink()
+    (folder / "leaderboard.md").write_text(to_markdown(board), encoding="utf-8")
+    (folder / "leaderboard.json").write_text(_compact(small(board)), encoding="utf-8")
+
+
+def small(board: Leaderboard) -> Leaderboard:
+    """The board without what only its page shows, and without comparisons of single tasks."""
+    rows = [
+        row.model_copy(
+            update={"worst_flips": [], "scan": None, "curve": [], "recovery_curve": [],
+                    "tasks": [task.model_copy(update={"comparison": None}) for task in row.tasks]}
+        )
+        for row in board.rows
+    ]  # fmt: skip
+    return board.model_copy(update={"rows": rows})
+
+
+def _compact(board: Leaderboard) -> str:
+    payload = board.model_dump(mode="json", exclude_defaults=True)
+    payload |= {"kind": board.kind, "schema_version": board.schema_version}
+    return json.dumps(payload, separators=(",", ":"), ensure_ascii=False) + "\n"
 
 
 def _update(run: Path) -> None:
-    from streamline_bench.report.data.schema import json_schema
+    from streamline_bench.report.leaderboard import Leaderboard, json_schema, read_leaderboard
+    from streamline_bench.report.write import write_report
 
-    _publish(run, DEMO)
+    board = read_leaderboard(run / "leaderboard.json").model_dump(mode="json")
+    write_report(Leaderboard.model_validate(portable(board, run)), DEMO)
     (REPOSITORY / "reports" / "leaderboard.schema.json").write_text(
         json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8"
     )
@@ -59,7 +91,9 @@ def _update(run: Path) -> None:
 
 
 def portable(value: Any, run: Path) -> Any:
-    """The same data with paths relative to the checkout, and the run folder called ``run``."""
+    """The same data with six digits, paths relative to the checkout, the run folder as ``run``."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
     if isinstance(value, dict):
         return {key: portable(part, run) for key, part in value.items()}
     if isinstance(value, list):

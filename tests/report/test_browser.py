@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.report.board.leaderboard import RowSource, build_leaderboard
-from streamline_bench.report.data.schema import Leaderboard
+from streamline_bench.report.build import build_leaderboard
+from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.report.run_file import NoiseRun, RunFile, RunRow, read_run_file
 from streamline_bench.report.views.page import to_html
 from streamline_bench.stability.settings import Settings
+
+valid = Leaderboard.model_validate
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="Playwright is not installed (tox -e report installs it)"
@@ -65,22 +68,15 @@ def board(
                            "sparsity": 0.24, "source": "a paper"}],
         },
     }  # fmt: skip
-    sources = {
-        label: RowSource(checkpoint=run / label / "checkpoint", recipe=recipe)
-        for label, recipe in recipes.items()
-    }
-    sources["lost"] = RowSource(
-        failed="No threshold reaches 25 %.", recipe={"method": "laco", "cost": "no training"}
+    dense, none, layer = (
+        row.model_copy(update={"recipe": recipes.get(row.label)}) for row in read_run_file(run).rows
     )
-    made = build_leaderboard(
-        {**{label: run / label / "eval" for label in ("dense", "none")}, "lost": None,
-         "layer": run / "layer" / "eval"},
-        "dense",
-        sources=sources,
-        noise={"batch size 1": run / "dense" / "eval"},
-        settings=Settings(draws=100),
-        progress=False,
-    )  # fmt: skip
+    lost = RunRow(label="lost", failed="No threshold reaches 25 %.",
+                  recipe={"method": "laco", "cost": "no training"})  # fmt: skip
+    noise = [NoiseRun(label="batch size 1", eval="dense/eval")]
+    given = RunFile(dense="dense", rows=[dense, none, lost, layer], noise=noise)
+    board = build_leaderboard(given, run, settings=Settings(draws=100), progress=False)
+    made = board.model_dump(mode="json")
     for row, speed in zip(made["rows"], (100.0, 128.5, None, 121.0), strict=True):
         if speed:
             row["throughput"] = {
@@ -124,7 +120,7 @@ def visit(browser: Any, board: dict[str, Any], tmp_path: Path) -> Iterator[Calla
 
     def open_page(shown: dict[str, Any] = board, **options: Any) -> Visit:
         path = tmp_path / f"leaderboard-{len(visits)}.html"
-        path.write_text(to_html(shown), encoding="utf-8")
+        path.write_text(to_html(valid(shown)), encoding="utf-8")
         contexts.append(browser.new_context(reduced_motion="reduce", **options))
         visits.append(Visit(contexts[-1].new_page(), path))
         return visits[-1]

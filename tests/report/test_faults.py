@@ -11,7 +11,7 @@ import pytest
 
 from streamline_bench.errors import ComparisonError, SamplesError, StreamlineBenchError
 from streamline_bench.report import RunFile, RunRow, build_report, read_run_file, write_run_file
-from streamline_bench.report.views.write import read_leaderboard
+from streamline_bench.report.leaderboard import read_leaderboard
 from streamline_bench.stability.settings import Settings
 
 FEW = Settings(draws=50)
@@ -64,7 +64,7 @@ def test_foreign_files_are_left_alone(run: Path) -> None:
         (folder / "picture.json").write_bytes(b"\x89PNG")
     (run / "layer" / "eval" / "model" / "samples_other_2020-01-01T00-00-00.jsonl").write_text("{")
     report(run)
-    assert len(read_leaderboard(run / "leaderboard.json")["rows"]) == 3
+    assert len(read_leaderboard(run / "leaderboard.json").model_dump(mode="json")["rows"]) == 3
     assert (run / "notes \x1b[31m.txt").read_text() == "mine"
 
 
@@ -83,7 +83,7 @@ def test_a_failed_row_may_have_a_damaged_checkpoint(run: Path) -> None:
     broken = rows[2].model_copy(update={"failed": "The disk was full.", "eval": None})
     write_run_file(run, RunFile(dense="dense", rows=[*rows[:2], broken]))
     report(run)
-    board = read_leaderboard(run / "leaderboard.json")
+    board = read_leaderboard(run / "leaderboard.json").model_dump(mode="json")
     assert [row["failed"] for row in board["rows"]] == [None, None, "The disk was full."]
 
 
@@ -120,7 +120,7 @@ def test_all_answers_alike(run: Path) -> None:
     write_run_file(run, RunFile(dense="dense", rows=[rows[0], same]))
     page = report(run).read_text()
     assert "No answer went from right to wrong." in page
-    row = read_leaderboard(run / "leaderboard.json")["rows"][1]
+    row = read_leaderboard(run / "leaderboard.json").model_dump(mode="json")["rows"][1]
     assert row["macro"]["agreement"]["value"] == 1.0 and row["worst_flips"] == []
 
 

@@ -9,27 +9,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_bench.report.board.published import published_numbers
-from streamline_bench.report.figures.axes import Axis, ticks
-from streamline_bench.report.figures.forest import forest
-from streamline_bench.report.figures.heat_map import heat_map
-from streamline_bench.report.figures.pareto import Point, frontier, pareto, points_of
-from streamline_bench.report.views.commands import commands_by_stage
-from streamline_bench.report.views.ranking import ranked
+from streamline_bench.report.figures.pareto import Axis, Point, frontier, pareto, points_of, ticks
+from streamline_bench.report.leaderboard import Row
+from streamline_bench.report.published import published_numbers
+from streamline_bench.report.views.overview import commands_by_stage, ranked
+from streamline_bench.report.views.page import forest, heat_map, shade
 from streamline_bench.stability.comparison import Estimate
 
 
-def row(label: str, accuracy: float | None, **fields: Any) -> dict[str, Any]:
+def row(label: str, accuracy: float | None, **fields: Any) -> Row:
     estimate = None if accuracy is None else {"value": accuracy, "standard_error": 0.01}
-    return {
-        "label": label, "is_dense": label == "dense", "accuracy_macro": estimate, "macro": None,
-        "tasks": [], "throughput": None, "parameters": None, "cost": None, **fields,
-    }  # fmt: skip
+    return Row.model_validate(
+        {"label": label, "is_dense": label == "dense", "accuracy_macro": estimate, "macro": None,
+         "accuracy_micro": None, "micro": None, "tasks": [],
+         "provenance": {"results_file": None, "model": None, "engine": None}, **fields}
+    )  # fmt: skip
 
 
 def test_ranking_is_by_accuracy_and_keeps_failed_rows_last() -> None:
     rows = [row("a", 0.2), row("lost", None, failed="why"), row("b", 0.9), row("c", 0.2)]
-    assert [one["label"] for one in ranked(rows)] == ["b", "a", "c", "lost"]
+    assert [one.label for one in ranked(rows)] == ["b", "a", "c", "lost"]
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
@@ -56,8 +55,12 @@ def test_an_axis_places_its_ends() -> None:
 
 
 def compared(value: float, low: float, high: float) -> dict[str, Any]:
+    half = {"value": 0.5}
     difference = {"value": value, "low": low, "high": high}
-    return {"difference": difference, "margin": 0.02, "decision": "worse"}
+    flips = {"right_to_wrong": 0, "wrong_to_right": 0, "wrong_to_other_wrong": None}
+    return {"difference": difference, "margin": 0.02, "decision": "worse", "tasks": 1, "n": 5,
+            "stability_tasks": 0, "dense": half, "pruned": half, "agreement": half,
+            "stability": None, "flips": flips}  # fmt: skip
 
 
 def test_forest_places_intervals_on_one_scale() -> None:
@@ -67,35 +70,41 @@ def test_forest_places_intervals_on_one_scale() -> None:
         row("good", 0.88, macro=compared(-0.02, -0.05, 0.01)),
     ]
     found = forest(rows)
-    assert [line["row"]["label"] for line in found["lines"]] == ["good", "bad"]
-    good, bad = found["lines"]
-    per_point = (good["at"] - bad["at"]) / 38
-    assert found["zero"] - found["margin"] == pytest.approx(2 * per_point, abs=0.05)
-    assert bad["width"] == pytest.approx(20 * per_point, abs=0.05)
-    assert 0 < bad["low"] < bad["at"] < found["zero"] < 100
+    assert found is not None and found.margin is not None
+    assert [row.label for row, _, _ in found.lines] == ["good", "bad"]
+    good, bad = (bar for _, _, bar in found.lines)
+    per_point = (good.at - bad.at) / 38
+    assert found.zero - found.margin == pytest.approx(2 * per_point, abs=0.05)
+    assert bad.width == pytest.approx(20 * per_point, abs=0.05)
+    assert 0 < bad.low < bad.at < found.zero < 100
     assert forest(rows[:1]) is None
 
 
 def test_heat_map_columns_are_those_of_any_row_without_what_all_share() -> None:
     def task(name: str, change: float | None) -> dict[str, Any]:
-        comparison = change is not None and {
+        common = {"task": name, "filter": "none", "output_type": "multiple_choice",
+                  "verdict": "acc", "n": 5}  # fmt: skip
+        comparison = None if change is None else {
+            **common, "dense": {"value": 0.5}, "pruned": {"value": 0.5},
             "difference": {"value": change}, "agreement": {"value": 0.9}, "stability": None,
+            "mcnemar_p": 1.0, "mcnemar_mid_p": 1.0, "effective_n": None, "same_choice": None,
+            "kappa": None,
+            "flips": {"right_to_wrong": 0, "wrong_to_right": 0, "wrong_to_other_wrong": None},
         }  # fmt: skip
-        return {"task": name, "filter": "none", "main": True, "verdict": "acc", "n": 5,
-                "accuracy": {"value": 0.5}, "comparison": comparison or None}  # fmt: skip
+        return {**common, "main": True, "accuracy": {"value": 0.5}, "comparison": comparison}
 
     rows = [
         row("dense", 0.9, tasks=[task("set_piqa", None)]),
         row("a", 0.5, tasks=[task("set_piqa", -0.25), task("set_pi", 0.8)]),
     ]
     found = heat_map(rows)
-    assert found["prefix"] == "set_"
-    assert [column["short"] for column in found["columns"]] == ["piqa", "pi"]
-    dense, line = (one["cells"] for one in found["lines"])
-    assert dense[0]["compared"] is None and dense[1] is None
-    assert (line[0]["shade"]["loss"], line[0]["shade"]["gain"]) == (0.5, 0.0)
-    assert line[1]["shade"]["gain"] == 1.0 and line[0]["shade"]["disagree"] == 0.2
-    assert heat_map([row("dense", 0.9, tasks=[task("one_task", None)])])["prefix"] == ""
+    assert found.prefix == "set_"
+    assert [column.task for column in found.columns] == ["set_piqa", "set_pi"]
+    dense, line = (cells for _, cells in found.lines)
+    assert dense[0] is not None and dense[0].comparison is None and dense[1] is None
+    assert [cell and cell.task for cell in line] == ["set_piqa", "set_pi"]
+    assert [shade(share) for share in (-0.25, 0.0, 0.1, 0.25, 0.8)] == [0, 0, 0.2, 0.5, 1]
+    assert heat_map([row("dense", 0.9, tasks=[task("one_task", None)])]).prefix == ""
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
@@ -117,7 +126,8 @@ def test_the_frontier_is_what_no_point_beats(places: list[tuple[int, int]]) -> N
 
 def speed(value: float | None) -> dict[str, Any]:
     status = "failed" if value is None else "ok"
-    return {"status": status, "output_tokens_per_second": value}
+    return {"status": status, "output_tokens_per_second": value, "engine": "e", "device": "d",
+            "dtype": "float32", "batch_size": 1}  # fmt: skip
 
 
 def test_throughput_is_shown_where_two_rows_have_it_else_size() -> None:
@@ -136,8 +146,9 @@ def test_throughput_is_shown_where_two_rows_have_it_else_size() -> None:
     kind, points = points_of(rows)
     assert kind == "throughput" and [point.x for point in points] == [10.0, 15.0]
     found = pareto(rows)
-    assert found["frontier"] == ["a<b>", "dense"]
-    root = ElementTree.fromstring(found["svg"])
+    assert found is not None
+    assert found.frontier == ["a<b>", "dense"]
+    root = ElementTree.fromstring(found.svg)
     assert {group.get("data-row") for group in root.iter("g")} == {"0", "1"}
     whiskers = [p.get("d") for p in root.iter("path") if p.get("class") == "whisker"]
     assert ["H" in whisker for whisker in whiskers] == [False, True], "where rounds are known"

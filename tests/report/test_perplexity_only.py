@@ -14,18 +14,26 @@ from typing import Any
 import pytest
 
 from streamline_bench.cli.main import main
-from streamline_bench.report.board.leaderboard import build_leaderboard
-from streamline_bench.report.data.run_folder import RunFile, RunRow, write_run_file
-from streamline_bench.report.data.schema import Leaderboard
-from streamline_bench.report.text.formats import times
-from streamline_bench.report.views.csv_view import to_csv
+from streamline_bench.report.build import build_leaderboard
+from streamline_bench.report.leaderboard import Leaderboard, Row
+from streamline_bench.report.run_file import (
+    NoiseRun,
+    RunFile,
+    RunRow,
+    read_run_file,
+    write_run_file,
+)
+from streamline_bench.report.text import times
+from streamline_bench.report.views.csv_table import to_csv
 from streamline_bench.report.views.markdown import to_markdown
 from streamline_bench.report.views.model_card import model_card
+from streamline_bench.report.views.overview import headline, perplexity_ratio, ranked
 from streamline_bench.report.views.page import to_html
-from streamline_bench.report.views.ranking import perplexity_ratio, ranked
-from streamline_bench.report.views.summary import headline
+from streamline_bench.stability.comparison import Estimate
 from streamline_bench.stability.readers.lm_eval_reader import find_results
 from streamline_bench.stability.settings import Settings
+
+valid = Leaderboard.model_validate
 
 TASK = "toy_roll"
 
@@ -59,13 +67,12 @@ def run(lm_eval_outputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def board(run: Path) -> dict[str, Any]:
-    return build_leaderboard(
-        {"dense": run / "dense", "pruned": run / "pruned"},
-        "dense",
-        noise={"again": run / "dense"},
-        settings=Settings(draws=100),
-        progress=False,
+    given = read_run_file(run)
+    given = given.model_copy(
+        update={"rows": given.rows[:2], "noise": [NoiseRun(label="again", eval="dense")]}
     )
+    board = build_leaderboard(given, run, settings=Settings(draws=100), progress=False)
+    return board.model_dump(mode="json")
 
 
 def test_the_board_says_what_there_is(board: dict[str, Any], run: Path) -> None:
@@ -81,17 +88,17 @@ def test_the_board_says_what_there_is(board: dict[str, Any], run: Path) -> None:
 
 def test_views_show_the_ratio(board: dict[str, Any]) -> None:
     ratio = board["rows"][1]["perplexities"][0]["ratio"]
-    page, text = to_html(board), to_markdown(board)
+    page, text = to_html(valid(board)), to_markdown(valid(board))
     shown = times(ratio["value"])
     assert shown in page and shown in text
-    assert f"perplexity is {ratio['value']:.3g} times dense's" in headline(board)
-    for view in (page, text, model_card(board, board["rows"][1])):
+    assert f"perplexity is {ratio['value']:.3g} times dense's" in headline(valid(board))
+    for view in (page, text, model_card(valid(board), valid(board).rows[1])):
         assert "No task has right or wrong answers" in view
         assert TASK in view.replace("<wbr>", "").replace("\\", "")
     for absent in ("Accuracy by task", "Stability by task", "McNemar"):
         assert absent not in text
     assert 'id="statistics"' in page and 'id="flips"' not in page and "Agreement" not in page
-    record = list(csv.DictReader(io.StringIO(to_csv(board))))[1]
+    record = list(csv.DictReader(io.StringIO(to_csv(valid(board)))))[1]
     assert float(record[f"perplexity_ratio:{TASK}/word"]) == ratio["value"]
     assert record["accuracy_macro"] == "" and record["p_value"] == ""
 
@@ -109,7 +116,7 @@ def test_commands_work_on_such_a_run(run: Path, capsys: pytest.CaptureFixture[st
     assert "1 more failed" in page and "out of memory" in page
     assert TASK in (run / "model-cards" / "pruned" / "README.md").read_text().replace("\\", "")
     code, printed = call("gate", run, "--against", run, "--quiet")
-    assert code == 2 and "a gate does not compare perplexities" in printed
+    assert code == 2 and "perplexities" in printed
     code, printed = call("stability", run / "dense", run / "pruned", "--quiet")
     assert code == 0 and f"{TASK}, perplexity per word" in printed
 
@@ -124,29 +131,33 @@ def perplexity(nats: float, half: float | None, task: str = "text", unit: str = 
     }  # fmt: skip
 
 
-def line(label: str, *perplexities: Any, **fields: Any) -> dict[str, Any]:
-    return {"label": label, "is_dense": label == "dense", "failed": None, "accuracy_macro": None,
-            "perplexities": list(perplexities), **fields}  # fmt: skip
+def line(label: str, *perplexities: Any, **fields: Any) -> Row:
+    return Row.model_validate(
+        {"label": label, "is_dense": label == "dense", "accuracy_macro": None,
+         "accuracy_micro": None, "macro": None, "micro": None, "tasks": [],
+         "provenance": {"results_file": None, "model": None, "engine": None},
+         "perplexities": list(perplexities), **fields}
+    )  # fmt: skip
 
 
 def test_ranking_by_perplexity() -> None:
     rows = [line("lost", failed="why"), line("none"), line("far", perplexity(2000.0, 1.0)),
             line("b", perplexity(0.5, 0.1)), line("dense"),
             line("a", perplexity(0.2, None))]  # fmt: skip
-    assert [row["label"] for row in ranked(rows)] == ["dense", "a", "b", "far", "none", "lost"]
+    assert [row.label for row in ranked(rows)] == ["dense", "a", "b", "far", "none", "lost"]
     assert perplexity_ratio(rows[1]) is None and perplexity_ratio(rows[2]) is None
-    assert perplexity_ratio(rows[4])["value"] == 1.0
-    assert perplexity_ratio(rows[5]) == {"value": math.exp(0.2), "low": None, "high": None}
+    assert perplexity_ratio(rows[4]) == Estimate(value=1.0)
+    assert perplexity_ratio(rows[5]) == Estimate(value=math.exp(0.2))
 
 
 def test_several_texts_are_a_geometric_mean() -> None:
     row = line("a", perplexity(0.1, 0.03, "x"), perplexity(9.0, 1.0, "x", "byte"),
                perplexity(0.5, 0.04, "y"))  # fmt: skip
     found = perplexity_ratio(row)
-    assert found["value"] == pytest.approx(math.sqrt(math.exp(0.1) * math.exp(0.5)))
+    assert found.value == pytest.approx(math.sqrt(math.exp(0.1) * math.exp(0.5)))
     half = math.sqrt(0.03**2 + 0.04**2) / 2
-    assert found["low"] == pytest.approx(math.exp(0.3 - half))
-    assert found["high"] == pytest.approx(math.exp(0.3 + half))
+    assert found.low == pytest.approx(math.exp(0.3 - half))
+    assert found.high == pytest.approx(math.exp(0.3 + half))
 
 
 def changed(board: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
@@ -167,14 +178,12 @@ def test_numbers_beyond_float64_are_dashes(
 ) -> None:
     if which == "beside verdicts":
         folder = make_run(tmp_path)
-        board = build_leaderboard(
-            {label: folder / label / "eval" for label in ("dense", "none")},
-            "dense",
-            settings=Settings(draws=100),
-            progress=False,
-        )
+        given = read_run_file(folder)
+        given = given.model_copy(update={"rows": given.rows[:2]})
+        made = build_leaderboard(given, folder, settings=Settings(draws=100), progress=False)
+        board = made.model_dump(mode="json")
     found = changed(board, perplexities=[perplexity(2000.0, None)], divergence=DIVERGENCE)
-    page, text, table = to_html(found), to_markdown(found), to_csv(found)
+    page, text, table = to_html(valid(found)), to_markdown(valid(found)), to_csv(valid(found))
     for view in (page, text, table):
         assert "None" not in view and "nan" not in view and "inf" not in view.split()
     assert "+2000.000" in page and "+2000.000" in text

@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.report.board.leaderboard import build_leaderboard
-from streamline_bench.report.data.schema import Leaderboard
-from streamline_bench.report.text.formats import decimal, percent, points
-from streamline_bench.report.views.csv_view import to_csv
+from streamline_bench.report.build import build_leaderboard
+from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.report.run_file import RunFile, RunRow
+from streamline_bench.report.text import decimal, p_value, percent, points
+from streamline_bench.report.views.csv_table import to_csv
 from streamline_bench.report.views.markdown import to_markdown
 from streamline_bench.report.views.page import to_html
 from streamline_bench.stability.comparison import GroupComparison
 from streamline_bench.stability.settings import Settings
+
+valid = Leaderboard.model_validate
 
 EXCESS = {"value": 0.0712, "low": 0.0309, "high": 0.1123, "method": "by hand"}
 CLUSTERED = {
@@ -42,8 +45,10 @@ def board(
 ) -> dict[str, Any]:
     """Verdicts over documents that come in clusters, above a noise floor."""
     folder = make_run(tmp_path_factory.mktemp("run"))
-    runs = {label: folder / label / "eval" for label in ("dense", "none")}
-    found = build_leaderboard(runs, "dense", settings=Settings(draws=100), progress=False)
+    rows = [RunRow(label=label, eval=f"{label}/eval") for label in ("dense", "none")]
+    run = RunFile(dense="dense", rows=rows)
+    board = build_leaderboard(run, folder, settings=Settings(draws=100), progress=False)
+    found = board.model_dump(mode="json")
     row = found["rows"][1]
     row["micro"] |= CLUSTERED
     row["tasks"][0]["comparison"] |= CLUSTERED
@@ -65,24 +70,24 @@ def table(page: str, label: str) -> str:
 
 
 def test_the_p_that_decides_is_shown_with_its_test(board: dict[str, Any]) -> None:
-    page, text = to_html(board), to_markdown(board)
+    page, text = to_html(valid(board)), to_markdown(valid(board))
     overall = " ".join(cells(table(page, "Tasks and documents"), "none"))
     assert "0.043 12 passages, mid-p" in overall
     assert "12 passages, the largest of 31 documents" in page
     assert "0.0017" not in overall and "0.0017" not in text
     assert "| 0.043 |" in text
-    assert "p: of the test over all documents (McNemar over 12 passages, mid\\-p)." in text
+    assert "McNemar over 12 passages, mid\\-p" in text
     assert "exact over all documents" not in page
-    record = list(csv.DictReader(io.StringIO(to_csv(board))))[1]
+    record = list(csv.DictReader(io.StringIO(to_csv(valid(board)))))[1]
     assert (record["p_value"], record["p_method"]) == ("0.04321", CLUSTERED["p_method"])
     assert record["mcnemar_p"] == "0.001717" and record["clusters"] == "12"
-    assert record["p_value:colours"] == "0.04321" and record["clusters:colours"] == "12"
+    assert record["p_unadjusted:colours"] == "0.04321" and record["clusters:colours"] == "12"
     assert record["p_method:places"] and record["clusters:places"] == ""
 
 
 def test_documents_stand_beside_tasks(board: dict[str, Any]) -> None:
     row = board["rows"][1]
-    shown = " ".join(cells(table(to_html(board), "Tasks and documents"), "none"))
+    shown = " ".join(cells(table(to_html(valid(board)), "Tasks and documents"), "none"))
     for found in (row["macro"], row["micro"]):
         assert percent(found["pruned"]["value"]) in shown
         assert points(found["difference"]["value"]) in shown
@@ -91,7 +96,7 @@ def test_documents_stand_beside_tasks(board: dict[str, Any]) -> None:
 
 
 def test_every_task_has_its_statistics(board: dict[str, Any]) -> None:
-    page = to_html(board)
+    page = to_html(valid(board))
     change, answers = (table(page, f"none, {what} by task") for what in ("change", "answers"))
     for task in board["rows"][1]["tasks"]:
         found = task["comparison"]
@@ -114,7 +119,7 @@ def test_a_group_has_its_statistics(board: dict[str, Any]) -> None:
     found = Leaderboard.model_validate(
         {**board, "rows": [board["rows"][0], {**row, "groups": [group]}]}
     ).model_dump(mode="json")
-    shown = " ".join(cells(table(to_html(found), "none, answers by task"), "both"))
+    shown = " ".join(cells(table(to_html(valid(found)), "none, answers by task"), "both"))
     micro = row["micro"]
     assert decimal(micro["kappa"], 2) in shown
     assert decimal(micro["choice_kl"]["value"]) in shown
@@ -123,7 +128,7 @@ def test_a_group_has_its_statistics(board: dict[str, Any]) -> None:
 
 
 def test_means_over_tasks_have_their_test_in_the_table(board: dict[str, Any]) -> None:
-    record = list(csv.DictReader(io.StringIO(to_csv(board))))[1]
+    record = list(csv.DictReader(io.StringIO(to_csv(valid(board)))))[1]
     macro, micro = board["rows"][1]["macro"], board["rows"][1]["micro"]
     for column, value in (
         ("p_value_macro", macro["p_value"]),
@@ -135,14 +140,32 @@ def test_means_over_tasks_have_their_test_in_the_table(board: dict[str, Any]) ->
 
 
 def test_flips_above_noise_are_in_every_view(board: dict[str, Any]) -> None:
-    assert "+7.1 [+3.1, +11.2]" in to_markdown(board)
-    overall = " ".join(cells(table(to_html(board), "Answers behind the change"), "none"))
+    assert "+7.1 [+3.1, +11.2]" in to_markdown(valid(board))
+    overall = " ".join(cells(table(to_html(valid(board)), "Answers behind the change"), "none"))
     assert "+7.1 [+3.1, +11.2]" in overall
 
 
-def test_boards_of_early_versions_show_the_exact_test(board: dict[str, Any]) -> None:
-    row = {**board["rows"][1]}
-    row["micro"] = {**row["micro"], "p_value": None, "p_method": None}
-    old = {**board, "rows": [board["rows"][0], row]}
-    overall = " ".join(cells(table(to_html(old), "Tasks and documents"), "none"))
-    assert "0.0017" in overall and "0.0017" in to_markdown(old)
+def test_it_is_said_which_figures_are_adjusted_over_tasks(board: dict[str, Any]) -> None:
+    """Holm moves p and verdict, not the interval: every view says so beside them."""
+    found = board["rows"][1]["tasks"][0]["comparison"]
+    page, text = to_html(valid(board)), to_markdown(valid(board))
+    change = table(page, "none, change by task")
+    heads = [
+        re.sub(r"<[^>]*>", " ", head) for head in re.findall(r"<th scope=.col.*?</th>", change)
+    ]
+    for title, word in (("Change", "unadjusted"), ("p", "unadjusted"), ("p", "Holm"),
+                        ("Verdict", "Holm")):  # fmt: skip
+        assert any(head.split()[0] == title and word in head for head in heads), (title, word)
+    line = next(part for part in text.split("## Difference by task")[1].splitlines()
+                if part.startswith("| none"))  # fmt: skip
+    for shown in (points(found["difference"]["value"]), points(found["difference"]["low"]),
+                  p_value(found["p_holm"]), found["decision"]):  # fmt: skip
+        assert shown in line
+    assert "not adjusted" in text and "Holm" in text
+    record = list(csv.DictReader(io.StringIO(to_csv(valid(board)))))[1]
+    for column, value in (
+        ("difference_low_unadjusted:colours", found["difference"]["low"]),
+        ("p_holm:colours", found["p_holm"]),
+    ):
+        assert float(record[column]) == value
+    assert record["decision_by_p_holm:colours"] == found["decision"]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from streamline_bench.compression import load_recipe
 from streamline_bench.core.checkpoint.manifest import read_manifest, verify_files
 from streamline_bench.errors import ComparisonError, OutputError, StreamlineBenchError
-from streamline_bench.report.data.run_folder import RunFile, RunRow, read_run_file
+from streamline_bench.report.run_file import RunFile, RunRow, read_run_file
 from streamline_bench.runs import Execution, RowRequest, compare
 from streamline_bench.runs.execution.scheduler import JobState
 from streamline_bench.runs.finish import describe_run, row_failures, write_report_once
@@ -154,7 +154,7 @@ def test_rows_that_were_asked_differently_name_the_remedy(
     def differ(*_: object, **__: object) -> None:
         raise ComparisonError("The document 3 differs.")
 
-    monkeypatch.setattr("streamline_bench.report.report.build_report", differ)
+    monkeypatch.setattr("streamline_bench.report.build.build_report", differ)
     run = RunFile(dense="dense", rows=[RunRow(label="dense", eval="dense/eval")])
     with pytest.raises(ComparisonError, match=r"^The document 3 differs\. .* delete the 'eval'"):
         write_report_once(tmp_path, run, progress=False)
@@ -311,7 +311,7 @@ def test_a_run_of_one_document_that_is_interrupted_in_its_report(
         raise AssertionError("the signal did not come")
 
     with monkeypatch.context() as patch:
-        patch.setattr("streamline_bench.report.report.build_report", interrupted)
+        patch.setattr("streamline_bench.report.build.build_report", interrupted)
         with pytest.raises(Terminated):
             compare_request(request, run, progress=False)
     assert (run / "run.json").exists()

@@ -2,23 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Literal
 
 from markupsafe import Markup, escape
 
-from streamline_bench.report.figures.axes import Axis, ticks
-from streamline_bench.report.text.escaping import visible_text
-from streamline_bench.report.text.formats import count, percent, with_error
+from streamline_bench.report.leaderboard import Row
+from streamline_bench.report.text import count, percent, visible_text, with_error
 
-__all__ = ["Point", "frontier", "pareto", "points_of"]
+__all__ = ["Axis", "Pareto", "Point", "frontier", "pareto", "points_of", "ticks"]
 
 _WIDTH, _HEIGHT = 1000.0, 400.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48.0, 20.0, 14.0, 44.0
 _LETTER = 6.4
 """Width of a label's letter in the picture's units, a little generous."""
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) inside [low, high], about ``count``."""
+    span = high - low
+    if not span > 0:
+        return [low]
+    rough = span / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * power for size in (1, 2, 5, 10) if size * power >= rough * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear axis from ``low`` to ``high``, drawn from ``start`` to ``end``."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    @classmethod
+    def around(cls, values: list[float], start: float, end: float, pad: float = 0.06) -> Axis:
+        """An axis that holds every value, with a share ``pad`` of room at either end."""
+        low, high = min(values), max(values)
+        room = pad * (high - low) or 0.05 * abs(high) or 1.0
+        return cls(low - room, high + room, start, end)
+
+    def place(self, value: float) -> float:
+        """Where the value lies, rounded to a hundredth."""
+        share = (value - self.low) / (self.high - self.low)
+        return round(self.start + share * (self.end - self.start), 2)
 
 
 @dataclass(frozen=True)
@@ -39,46 +74,46 @@ class Point:
     high: float | None = None
 
 
-def points_of(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[Point]]:
-    """Return what x is (``throughput`` or ``parameters``) and a point for each row that has it.
+Kind = Literal["throughput", "parameters"]
 
-    Throughput is taken where at least two rows were measured.
+
+@dataclass(frozen=True)
+class Pareto:
+    """The picture as inline SVG, with what its caption says."""
+
+    kind: Kind
+    svg: Markup
+    frontier: list[str]
+    groups: list[str]
+
+
+def points_of(rows: Sequence[Row]) -> tuple[Kind, list[Point]]:
+    """Return what x is and a point for each row that has it; a point's index is its row's.
+
+    Throughput is taken where at least two rows were measured, else the number of parameters.
     """
-    scored = [(index, row) for index, row in enumerate(rows) if row["accuracy_macro"]]
-    fast = [(index, row, _speed(row)) for index, row in scored]
-    if sum(speed is not None for _, _, speed in fast) >= 2:
-        return "throughput", [
-            replace(
-                _point(index, row, speed, f"{speed:.4g} tokens/s"),
-                low=row["throughput"].get("low"),
-                high=row["throughput"].get("high"),
+    speeds = [row.speed.output_tokens_per_second if row.speed else None for row in rows]
+    by_speed = sum(bool(row.accuracy_macro and s) for row, s in zip(rows, speeds, strict=True)) >= 2
+    points = []
+    for index, (row, speed) in enumerate(zip(rows, speeds, strict=True)):
+        accuracy, x = row.accuracy_macro, speed if by_speed else row.parameters
+        if accuracy is None or not x:
+            continue
+        written = f"{x:.4g} tokens/s" if by_speed else f"{count(x)} parameters"
+        points.append(
+            Point(
+                index=index,
+                label=visible_text(row.label),
+                group="dense" if row.is_dense else (row.cost or "other").replace(" ", "-"),
+                x=float(x),
+                y=accuracy.value,
+                error=accuracy.standard_error or 0.0,
+                text=f"{written}, {with_error(accuracy)} % right",
+                low=row.speed.low if by_speed and row.speed else None,
+                high=row.speed.high if by_speed and row.speed else None,
             )
-            for index, row, speed in fast
-            if speed is not None
-        ]
-    return "parameters", [
-        _point(index, row, row["parameters"], f"{count(row['parameters'])} parameters")
-        for index, row in scored
-        if row["parameters"]
-    ]
-
-
-def _speed(row: Mapping[str, Any]) -> float | None:
-    found = row["throughput"]
-    return found["output_tokens_per_second"] if found and found["status"] == "ok" else None
-
-
-def _point(index: int, row: Mapping[str, Any], x: float, text: str) -> Point:
-    accuracy = row["accuracy_macro"]
-    return Point(
-        index=index,
-        label=visible_text(row["label"]),
-        group="dense" if row["is_dense"] else (row["cost"] or "other").replace(" ", "-"),
-        x=float(x),
-        y=accuracy["value"],
-        error=accuracy["standard_error"] or 0.0,
-        text=f"{text}, {with_error(accuracy)} % right",
-    )
+        )
+    return ("throughput" if by_speed else "parameters"), points
 
 
 def frontier(points: Sequence[Point], *, more_is_better: bool) -> list[Point]:
@@ -91,21 +126,21 @@ def frontier(points: Sequence[Point], *, more_is_better: bool) -> list[Point]:
     return kept
 
 
-def pareto(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The picture as inline SVG, with what its caption says; None with fewer than two points."""
+def pareto(rows: Sequence[Row]) -> Pareto | None:
+    """Draw the rows; None with fewer than two points."""
     kind, points = points_of(rows)
     if len(points) < 2:
         return None
     best = frontier(points, more_is_better=kind == "throughput")
-    return {
-        "kind": kind,
-        "svg": _svg(kind, points, best),
-        "frontier": [point.label for point in best],
-        "groups": sorted({point.group for point in points}),
-    }
+    return Pareto(
+        kind=kind,
+        svg=_svg(kind, points, best),
+        frontier=[point.label for point in best],
+        groups=sorted({point.group for point in points}),
+    )
 
 
-def _svg(kind: str, points: list[Point], best: list[Point]) -> Markup:
+def _svg(kind: Kind, points: list[Point], best: list[Point]) -> Markup:
     wide = [x for p in points for x in (p.low, p.x, p.high) if x is not None]
     across = Axis.around(wide, _LEFT, _WIDTH - _RIGHT, pad=0.1)
     ends = [p.y + sign * p.error for p in points for sign in (-1, 1)]
@@ -124,7 +159,7 @@ def _svg(kind: str, points: list[Point], best: list[Point]) -> Markup:
     return Markup("".join([*parts, "</svg>"]))
 
 
-def _axes(kind: str, across: Axis, up: Axis) -> list[str]:
+def _axes(kind: Kind, across: Axis, up: Axis) -> list[str]:
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     parts = []
     for value in ticks(up.low, up.high, 6):

@@ -1,18 +1,28 @@
-"""Draws a similarity matrix as one self-contained SVG: no fonts, scripts or files from elsewhere.
+"""Draws a similarity matrix: mean cosine of every two layer boundaries, removed blocks outlined.
 
-Left, the mean cosine of every two boundaries, the chosen block outlined; right, the candidates of
-the same size by their first layer. Colours follow the viewer's light or dark scheme.
+Across: the boundary before a block; down: the boundary after it. :func:`matrix_svg` is the picture
+of a report's page, coloured by the page's style. :func:`similarity_svg` is a file of its own (no
+fonts, scripts or files from elsewhere; colours follow the viewer's light or dark scheme) and also
+shows the candidates of one size by their first layer.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
-import numpy as np
+from markupsafe import Markup
 
-from streamline_bench.core.scan.similarity import Block, Similarity
+from streamline_bench.report.leaderboard import ScanResult
 
-__all__ = ["similarity_svg"]
+if TYPE_CHECKING:
+    from streamline_bench.core.scan.similarity import Block, Similarity
+
+__all__ = ["matrix_svg", "named_layers", "similarity_svg"]
+
+Matrix = Sequence[Sequence[float]]
 
 # A dark-to-light ramp of even steps in lightness (purple, blue, green, yellow).
 _RAMP = (
@@ -54,7 +64,7 @@ def similarity_svg(similarity: Similarity, block: Block, title: str = "") -> str
     cell = min(max(520 / size, 6.0), 48.0)
     side = cell * size
     width, height = _LEFT + side + _GAP + _PROFILE + 24, _TOP + max(side, 260) + _BOTTOM
-    low = _floor(float(similarity.cosine.min()))
+    cosine, angular = similarity.cosine.tolist(), similarity.angular.tolist()
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
         f'width="{width:.0f}" height="{height:.0f}" role="img">',
@@ -62,20 +72,103 @@ def similarity_svg(similarity: Similarity, block: Block, title: str = "") -> str
         '<rect class="paper" width="100%" height="100%"/>',
         *_heading(similarity, title),
         f'<g transform="translate({_LEFT} {_TOP})">',
-        '<g shape-rendering="crispEdges">',
-        *_cells(similarity, cell, low),
-        "</g>",
-        *_matrix_axes(size, cell),
-        *_outline(block, cell),
+        *_matrix(cosine, [(block.start, block.stop)], cell, 12.0, angular),
         "</g>",
         f'<g transform="translate({_LEFT + side + 14:.1f} {_TOP})">',
-        *_colour_bar(low, side),
+        *_colour_bar(_floor(cosine), side),
         "</g>",
         f'<g transform="translate({_LEFT + side + _GAP:.1f} {_TOP})">',
         *_profile(similarity, block, max(side, 260)),
         "</g></svg>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def matrix_svg(scan: ScanResult) -> Markup:
+    """The matrix as inline SVG, what was removed outlined.
+
+    A block of n layers is the pair (start, start + n), layers that are apart are pairs (i, i + 1).
+    """
+    size = len(scan.cosine)
+    side = size * _CELL
+    width = side / (1 - _MARGIN * 12 / 440)
+    text = width / 440 * 12  # 12 pixels where the picture is 440 pixels wide
+    left = _MARGIN * text
+    return Markup(
+        "".join(
+            [
+                f'<svg class="matrix" viewBox="0 0 {width:.1f} {width:.1f}" role="img" '
+                f'style="--text:{text:.1f}px" aria-label="{_matrix_words(scan)}">',
+                f'<g transform="translate({left:.1f} 0)">',
+                *_matrix(scan.cosine, _outlined(scan), _CELL, text),
+                "</g></svg>",
+            ]
+        )
+    )
+
+
+_CELL = 14.0
+_MARGIN = 4.2
+"""Room for the axes of the page's picture, in heights of its text."""
+
+
+def _outlined(scan: ScanResult) -> list[tuple[int, int]]:
+    """The pairs of boundaries that enclose what was removed."""
+    if scan.start is not None and scan.n:
+        return [(scan.start, scan.start + scan.n)]
+    return [(layer, layer + 1) for layer in scan.removed]
+
+
+def _matrix_words(scan: ScanResult) -> str:
+    cosine, size = scan.cosine, len(scan.cosine)
+    words = [f"Mean cosine between the {size} boundaries of {size - 1} layers"]
+    pairs = [(i, j) for i in range(size) for j in range(i + 1, size)]
+    if pairs:
+        i, j = max(pairs, key=lambda pair: cosine[pair[0]][pair[1]])
+        words.append(f"most similar: {i} and {j} ({cosine[i][j]:.3f})")
+        i, j = min(pairs, key=lambda pair: cosine[pair[0]][pair[1]])
+        words.append(f"least: {i} and {j} ({cosine[i][j]:.3f})")
+    outlined = _outlined(scan)
+    if outlined and scan.start is not None:
+        i, j = outlined[0]
+        words.append(
+            f"removed: block of {j - i} layers, {named_layers(range(i, j))} ({cosine[i][j]:.3f})"
+        )
+    elif outlined:
+        words.append(f"removed: {len(outlined)} separate layers, {named_layers(scan.removed)}")
+    return "; ".join(words)
+
+
+def named_layers(removed: Iterable[int]) -> str:
+    """``[2, 4, 5, 6]`` -> ``layers 2, 4 to 6``; an empty string for none."""
+    runs: list[tuple[int, int]] = []
+    for layer in sorted(removed):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], layer)
+        else:
+            runs.append((layer, layer))
+    if not runs:
+        return ""
+    several = len(runs) > 1 or runs[0][0] != runs[0][1]
+    written = (str(first) if first == last else f"{first} to {last}" for first, last in runs)
+    return f"layer{'s' if several else ''} {', '.join(written)}"
+
+
+def _matrix(
+    cosine: Matrix,
+    outlined: Iterable[tuple[int, int]],
+    cell: float,
+    text: float,
+    angular: Matrix | None = None,
+) -> list[str]:
+    """Cells, axes and outlines; ``text`` is the height of the axes' letters."""
+    return [
+        '<g shape-rendering="crispEdges">',
+        *_cells(cosine, cell, angular),
+        "</g>",
+        *_matrix_axes(len(cosine), cell, text),
+        *(mark for pair in outlined for mark in _outline(pair, cell)),
+    ]
 
 
 def _heading(similarity: Similarity, title: str) -> list[str]:
@@ -91,19 +184,19 @@ def _heading(similarity: Similarity, title: str) -> list[str]:
     ]
 
 
-def _cells(similarity: Similarity, cell: float, low: float) -> list[str]:
-    values = similarity.cosine
+def _cells(cosine: Matrix, cell: float, angular: Matrix | None) -> list[str]:
+    low = _floor(cosine)
     drawn = []
-    for after in range(len(values)):
+    for after in range(len(cosine)):
         for before in range(after + 1):
-            value = float(values[before, after])
+            value = cosine[before][after]
             share = _share(value, low)
             x, y = before * cell, after * cell
+            more = "" if angular is None else f", angular distance {angular[before][after]:.4f}"
             drawn.append(
-                f'<rect x="{x:.2f}" y="{y:.2f}" width="{cell:.2f}" height="{cell:.2f}" '
+                f'<rect x="{x:.6g}" y="{y:.6g}" width="{cell:.6g}" height="{cell:.6g}" '
                 f'fill="{_colour(share)}"><title>boundaries {before} and {after}: cosine '
-                f"{value:.4f}, angular distance {similarity.angular[before, after]:.4f}"
-                "</title></rect>"
+                f"{value:.4f}{more}</title></rect>"
             )
             if cell >= 34 and after > before:
                 shade = "#000" if share > 0.6 else "#fff"
@@ -114,28 +207,30 @@ def _cells(similarity: Similarity, cell: float, low: float) -> list[str]:
     return drawn
 
 
-def _matrix_axes(size: int, cell: float) -> list[str]:
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if s * cell >= 20)
+def _matrix_axes(size: int, cell: float, text: float) -> list[str]:
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if s * cell >= 20 / 12 * text)
     side = size * cell
     drawn = []
     for index in range(0, size, step):
         middle = (index + 0.5) * cell
-        drawn.append(f'<text class="mid" x="{middle:.1f}" y="{side + 18:.1f}">{index}</text>')
-        drawn.append(f'<text class="end" x="-8" y="{middle + 4:.1f}">{index}</text>')
+        below, beside = side + 1.5 * text, -0.67 * text
+        drawn.append(f'<text class="mid" x="{middle:.1f}" y="{below:.1f}">{index}</text>')
+        level = middle + 0.33 * text
+        drawn.append(f'<text class="end" x="{beside:.1f}" y="{level:.1f}">{index}</text>')
     drawn.append(
-        f'<text class="mid soft" x="{side / 2:.1f}" y="{side + 42:.1f}">'
+        f'<text class="mid soft" x="{side / 2:.1f}" y="{side + 3.5 * text:.1f}">'
         "boundary before the block (number of its first layer)</text>"
     )
     drawn.append(
-        f'<text class="mid soft" transform="translate(-42 {side / 2:.1f}) rotate(-90)">'
+        f'<text class="mid soft" transform="translate({-3 * text:.1f} {side / 2:.1f}) rotate(-90)">'
         "boundary after the block</text>"
     )
     return drawn
 
 
-def _outline(block: Block, cell: float) -> list[str]:
-    x, y = block.start * cell, block.stop * cell
-    place = f'x="{x:.2f}" y="{y:.2f}" width="{cell:.2f}" height="{cell:.2f}" rx="2"'
+def _outline(pair: tuple[int, int], cell: float) -> list[str]:
+    x, y = pair[0] * cell, pair[1] * cell
+    place = f'x="{x:.6g}" y="{y:.6g}" width="{cell:.6g}" height="{cell:.6g}" rx="2"'
     # White under red shows on every colour of the ramp.
     return [f'<rect class="halo" {place}/>', f'<rect class="mark" {place}/>']
 
@@ -162,12 +257,13 @@ def _profile(similarity: Similarity, block: Block, height: float) -> list[str]:
     low, high = max(low - margin, 0.0 if block.metric == "angular" else -1.0), high + margin
     high = min(high, 1.0)
     top, bottom = 40.0, height
-    xs = 12 + (_PROFILE - 24) * (np.arange(len(scores)) + 0.5) / len(scores)
-    ys = bottom - (bottom - top) * (scores - low) / (high - low)
+    xs = [12 + (_PROFILE - 24) * (index + 0.5) / len(scores) for index in range(len(scores))]
+    ys = [bottom - (bottom - top) * (score - low) / (high - low) for score in scores]
     name = "mean cosine" if block.metric == "cosine" else "angular distance"
+    best = f"{named_layers(range(block.start, block.stop))}: {block.score:.4f}"
     drawn = [
         f'<text y="4">Blocks of {block.n} layer{"s" * (block.n > 1)}: {name} of their ends</text>',
-        f'<text class="said" y="24">{_layers(block.start, block.n)}: {block.score:.4f}</text>',
+        f'<text class="said" y="24">{best}</text>',
         *_profile_axes(xs, low, high, top, bottom),
         '<polyline class="line" points="'
         + " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
@@ -177,18 +273,14 @@ def _profile(similarity: Similarity, block: Block, height: float) -> list[str]:
         chosen = start == block.start
         drawn.append(
             f'<circle class="{"chosen" if chosen else "dot"}" cx="{x:.1f}" cy="{y:.1f}" '
-            f'r="{5 if chosen else 3}"><title>{_layers(start, block.n)}: {scores[start]:.4f}'
-            "</title></circle>"
+            f'r="{5 if chosen else 3}"><title>{named_layers(range(start, start + block.n))}: '
+            f"{scores[start]:.4f}</title></circle>"
         )
     return drawn
 
 
-def _layers(start: int, n: int) -> str:
-    return f"layers {start} to {start + n - 1}" if n > 1 else f"layer {start}"
-
-
 def _profile_axes(
-    xs: np.typing.NDArray[np.float64], low: float, high: float, top: float, bottom: float
+    xs: Sequence[float], low: float, high: float, top: float, bottom: float
 ) -> list[str]:
     drawn = []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
@@ -213,7 +305,7 @@ def _share(value: float, low: float) -> float:
     The states before the first layers are far from all others; on an even scale the rest, in
     which blocks are chosen, would be of one colour.
     """
-    return 1.0 - float(np.sqrt(max(1.0 - value, 0.0) / (1.0 - low)))
+    return 1.0 - math.sqrt(max(1.0 - value, 0.0) / (1.0 - low))
 
 
 def _colour(share: float) -> str:
@@ -226,6 +318,6 @@ def _colour(share: float) -> str:
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
-def _floor(value: float) -> float:
-    """The lower end of the colour scale: a tenth below the least cosine, at most 0.9."""
-    return min(float(np.floor(value * 10) / 10), 0.9)
+def _floor(cosine: Matrix) -> float:
+    """The lower end of the colour scale: the least cosine, rounded down to a tenth; at most 0.9."""
+    return min(math.floor(min(map(min, cosine)) * 10) / 10, 0.9)

@@ -12,6 +12,7 @@ https://huggingface.co/docs/hub/eval-results).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,11 +22,27 @@ import yaml
 
 from streamline_bench.core.files.staging import atomic_write_text
 from streamline_bench.errors import OutputError
-from streamline_bench.report.data.datasets import is_hub_id
-from streamline_bench.report.data.run_folder import read_run_file
-from streamline_bench.report.text.escaping import visible_text
-from streamline_bench.report.views.card_text import card_text
-from streamline_bench.report.views.write import read_leaderboard
+from streamline_bench.report.leaderboard import (
+    Leaderboard,
+    Provenance,
+    Row,
+    TaskScore,
+    read_leaderboard,
+)
+from streamline_bench.report.provenance import is_hub_id
+from streamline_bench.report.run_file import read_run_file
+from streamline_bench.report.text import (
+    MISSING,
+    count,
+    markdown_text,
+    percent,
+    rate,
+    significant,
+    times,
+    visible_text,
+    with_error,
+)
+from streamline_bench.report.views.markdown import markdown_code, table, with_interval
 
 __all__ = [
     "evaluation_results",
@@ -37,19 +54,18 @@ __all__ = [
 ]
 
 
-def write_model_cards(board: Mapping[str, Any], folder: Path) -> list[Path]:
+def write_model_cards(board: Leaderboard, folder: Path) -> list[Path]:
     """Write the card of every compressed model with a result; return their folders.
 
     Raises:
         OutputError: the folder cannot be written.
     """
     written: list[Path] = []
-    for row in board["rows"]:
-        if row["is_dense"] or row["failed"]:
-            continue
-        target = Path(folder) / _file_name(row["label"], {path.name for path in written})
-        write_model_card(board, row, target)
-        written.append(target)
+    for row in board.rows:
+        if _has_card(row):
+            target = Path(folder) / _file_name(row.label, {path.name for path in written})
+            write_model_card(board, row, target)
+            written.append(target)
     return written
 
 
@@ -67,15 +83,19 @@ def write_checkpoint_cards(run: Path) -> list[Path]:
     board = read_leaderboard(run / "leaderboard.json")
     folders = {row.label: run / row.checkpoint for row in read_run_file(run).rows if row.checkpoint}
     return [
-        write_model_card(board, row, folders[row["label"]])
-        for row in board["rows"]
-        if not (row["is_dense"] or row["failed"])
-        and row["label"] in folders
-        and folders[row["label"]].resolve().is_relative_to(run.resolve())
+        write_model_card(board, row, folder)
+        for row in board.rows
+        if _has_card(row)
+        and (folder := folders.get(row.label)) is not None
+        and folder.resolve().is_relative_to(run.resolve())
     ]
 
 
-def write_model_card(board: Mapping[str, Any], row: Mapping[str, Any], folder: Path) -> Path:
+def _has_card(row: Row) -> bool:
+    return not row.is_dense and row.failed is None
+
+
+def write_model_card(board: Leaderboard, row: Row, folder: Path) -> Path:
     """Write the card of one compressed row with a result into ``folder``; return its README.md.
 
     Raises:
@@ -95,37 +115,37 @@ def write_model_card(board: Mapping[str, Any], row: Mapping[str, Any], folder: P
     return folder / "README.md"
 
 
-def model_card(board: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+def model_card(board: Leaderboard, row: Row) -> str:
     """README.md of one row: YAML metadata, then text; every string of a run is escaped."""
-    source = row["provenance"]["source"] or ""
+    source = row.provenance.source or ""
     metadata: dict[str, Any] = {}
     if "/" in source and is_hub_id(source):
         metadata["base_model"] = source
     metadata |= {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["pruned", "streamline-bench", *([row["method"]] if row["method"] else [])],
+        "tags": ["pruned", "streamline-bench", *([row.method] if row.method else [])],
         "model-index": model_index(row),
     }
-    return f"---\n{_yaml(metadata)}---\n\n{card_text(board, row)}"
+    return f"---\n{_yaml(metadata)}---\n\n{_text(board, row)}"
 
 
-def model_index(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+def model_index(row: Row) -> list[dict[str, Any]]:
     """The ``model-index`` of a row: one result a task, accuracies in percent."""
     results = []
-    for task in row["tasks"]:
-        data = task["data"] or {}
+    for task in row.tasks:
+        data = task.data
         dataset = {
-            "type": data.get("dataset") or task["task"],
-            "name": task["task"],
-            "config": data.get("subset"),
-            "split": data.get("split"),
-            "args": None if data.get("shots") is None else {"num_few_shot": data["shots"]},
+            "type": (data and data.dataset) or task.task,
+            "name": task.task,
+            "config": data and data.subset,
+            "split": data and data.split,
+            "args": None if task.shots is None else {"num_few_shot": task.shots},
         }
         metric = {
-            "type": task["verdict"],
-            "name": f"{task['verdict']}, %" + ("" if task["main"] else f" ({task['filter']})"),
-            "value": _percent(task["accuracy"]["value"]),
+            "type": task.verdict,
+            "name": f"{task.verdict}, %" + ("" if task.main else f" ({task.filter})"),
+            "value": _percent(task.accuracy.value),
         }
         results.append(
             {
@@ -134,52 +154,147 @@ def model_index(row: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "metrics": [metric],
             }
         )
-    return [{"name": row["label"], "results": results}]
+    return [{"name": row.label, "results": results}]
 
 
-def evaluation_results(
-    board: Mapping[str, Any], row: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
+def evaluation_results(board: Leaderboard, row: Row) -> dict[str, dict[str, Any]]:
     """Task -> entry of ``.eval_results/<task>.yaml``, for tasks on data sets of the Hub.
 
     The Hub shows those that are registered as benchmarks; accuracies are in percent.
     """
-    entries = {}
-    for task in row["tasks"]:
-        data = task["data"] or {}
-        if not task["main"] or not data.get("dataset"):
-            continue
-        entry: dict[str, Any] = {
-            "dataset": {"id": data["dataset"], "task_id": task["task"]},
-            "value": _percent(task["accuracy"]["value"]),
+    date = row.provenance.date
+    return {
+        task.task: {
+            "dataset": {"id": task.data.dataset, "task_id": task.task},
+            "value": _percent(task.accuracy.value),
+            **({"date": date} if date else {}),
+            "notes": _notes(board, row, task),
         }
-        if row["provenance"]["date"]:
-            entry["date"] = row["provenance"]["date"]
-        entry["notes"] = _notes(board, row, task, data)
-        entries[task["task"]] = entry
-    return entries
+        for task in row.tasks
+        if task.main and task.data and task.data.dataset
+    }
 
 
-def _notes(
-    board: Mapping[str, Any],
-    row: Mapping[str, Any],
-    task: Mapping[str, Any],
-    data: Mapping[str, Any],
-) -> str:
-    error = task["accuracy"]["standard_error"]
-    said = [f"{task['verdict']} in %"]
-    if error is not None:
-        said.append(f"standard error {_percent(error)}")
-    said.append(f"{task['n']} documents")
-    if data.get("shots") is not None:
-        said.append(f"{data['shots']}-shot")
-    said.append(str(row["provenance"]["engine"]))
-    said.append(f"streamline-bench {board['versions'].get('streamline-bench', '')}".strip())
-    return ", ".join(said)
+def _notes(board: Leaderboard, row: Row, task: TaskScore) -> str:
+    notes = [f"{task.verdict} in %"]
+    if task.accuracy.standard_error is not None:
+        notes.append(f"standard error {_percent(task.accuracy.standard_error)}")
+    notes.append(f"{task.n} documents")
+    if task.shots is not None:
+        notes.append(f"{task.shots}-shot")
+    notes.append(str(row.provenance.engine))
+    notes.append(f"streamline-bench {board.versions.get('streamline-bench', '')}".strip())
+    return ", ".join(notes)
 
 
 def _percent(share: float) -> float:
     return round(100 * share, 4)
+
+
+# The text below the metadata ---------------------------------------------------------------------
+
+
+def _text(board: Leaderboard, row: Row) -> str:
+    origin = row.provenance
+    parts = [
+        f"# {markdown_text(row.label)}",
+        _what(row),
+        "## Evaluation",
+        _summary(board, row) if row.macro else _perplexities(board, row),
+        *_tasks(board, row),
+        "## How it was made",
+        _origin(origin),
+    ]
+    if origin.recipe:
+        recipe = json.dumps(origin.recipe, indent=2, ensure_ascii=False)
+        parts += ["Recipe:", markdown_code(recipe.splitlines())]
+    if origin.versions:
+        versions = ", ".join(f"{name} {value}" for name, value in origin.versions.items())
+        parts.append(f"Versions: {markdown_text(versions)}.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _what(row: Row) -> str:
+    origin = row.provenance
+    made = markdown_text(row.title or row.method or "A compressed model")
+    text = f"{made}, applied to {markdown_text(origin.source or 'an unnamed model')}"
+    if row.layers_before is not None:
+        text += (
+            f": {row.layers_before} → {row.layers} layers, "
+            f"{count(row.parameters_before)} → {count(row.parameters)} parameters "
+            f"({percent(row.sparsity_reached)} % removed)"
+        )
+    paper = (origin.recipe or {}).get("paper")
+    return f"{text}." + (f" Method: {markdown_text(paper)}." if paper else "")
+
+
+def _summary(board: Leaderboard, row: Row) -> str:
+    if row.macro is None or row.micro is None:
+        return ""
+    flips = row.micro.flips
+    text = (
+        f"{with_error(row.accuracy_macro)} % right, mean over {row.macro.tasks} tasks: "
+        f"{with_interval(row.macro.difference, signed=True)} points against "
+        f"{markdown_text(board.dense)}. {flips.right_to_wrong} answers were lost "
+        f"and {flips.wrong_to_right} gained, of {row.micro.n}."
+    )
+    speed = row.speed
+    if speed:
+        text += (
+            f" {rate(speed.output_tokens_per_second)} output tokens per second"
+            + (f", {times(speed.ratio)} of the dense model" if speed.ratio else "")
+            + f" ({markdown_text(speed.engine)} on {markdown_text(speed.device)})."
+        )
+    return text
+
+
+def _perplexities(board: Leaderboard, row: Row) -> str:
+    """Where no task has right or wrong answers."""
+    lines = [
+        f"- {markdown_text(found.task)}, perplexity per {markdown_text(found.unit)}: "
+        f"{significant(found.pruned)}, {markdown_text(board.dense)} has "
+        f"{significant(found.dense)}"
+        for found in row.perplexities
+    ]
+    return "\n".join(["No task has right or wrong answers.", "", *lines]).strip()
+
+
+def _tasks(board: Leaderboard, row: Row) -> list[str]:
+    compared = [(task, task.comparison) for task in row.tasks if task.comparison]
+    if not compared:
+        return []
+    body = [
+        [
+            markdown_text(task.name),
+            str(task.n),
+            with_error(found.dense),
+            with_error(found.pruned),
+            with_interval(found.difference, signed=True),
+            with_interval(found.stability) or MISSING,
+        ]
+        for task, found in compared
+    ]
+    head = ["task", "documents", markdown_text(board.dense), "this model", "difference",
+            "stability"]  # fmt: skip
+    note = f"In % and points; {board.level} intervals, not adjusted for the number of tasks."
+    return [table(head, body), note]
+
+
+def _origin(origin: Provenance) -> str:
+    facts = {
+        "Source weights": origin.source_weights_sha256,
+        "Weights": origin.weights_sha256,
+        "Calibration tokens": origin.calibration.get("tokens"),
+        "Calibration text": origin.calibration.get("sha256"),
+        "Evaluated with": origin.engine,
+        "Seed": origin.seed,
+    }
+    return "\n".join(
+        f"- {name}: {markdown_text(value)}" for name, value in facts.items() if value is not None
+    )
+
+
+# Files -------------------------------------------------------------------------------------------
 
 
 def _yaml(payload: Any) -> str:
@@ -195,7 +310,7 @@ def _clean(value: Any) -> Any:
 
 
 def _file_name(label: str, taken: set[str]) -> str:
-    """A name without separators that is no hidden file and not ``taken``."""
+    """A name without separators, not hidden and not ``taken``."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", label).lstrip(".")[:100] or "model"
     number, unique = 2, name
     while unique in taken:

@@ -11,36 +11,38 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from streamline_bench.report.data.removed_layers import named_layers
-from streamline_bench.report.figures.axes import Axis
-from streamline_bench.report.figures.forest import forest
-from streamline_bench.report.figures.heat_map import heat_map
-from streamline_bench.report.figures.pareto import pareto
-from streamline_bench.report.figures.training_and_scan import curve_svg, matrix_svg
-from streamline_bench.report.text import formats
-from streamline_bench.report.text.escaping import visible_text
-from streamline_bench.report.views.commands import commands_by_stage
-from streamline_bench.report.views.ranking import perplexity_ratio, ranked
-from streamline_bench.report.views.summary import headline
+from streamline_bench.report.figures.pareto import Axis, pareto, ticks
+from streamline_bench.report.figures.similarity import matrix_svg, named_layers
+from streamline_bench.report.figures.training import curve_svg
+from streamline_bench.report.leaderboard import Leaderboard, Row, ScanResult, TaskScore
+from streamline_bench.report.text import FILTERS, visible_text
+from streamline_bench.report.views.overview import (
+    commands_by_stage,
+    headline,
+    perplexity_ratio,
+    ranked,
+)
 from streamline_bench.resources import resource
+from streamline_bench.stability.comparison import Estimate, GroupComparison, Overall, TaskComparison
 
-__all__ = ["to_html"]
+__all__ = ["Forest", "HeatMap", "forest", "heat_map", "shade", "to_html"]
 
 
-def to_html(board: Mapping[str, Any]) -> str:
+def to_html(board: Leaderboard) -> str:
     """Render the leaderboard as one self-contained page."""
     templates = resource("reports") / "templates"
     script = (templates / "leaderboard.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
-    rows = _rows(board["rows"])
-    scored = [row for row in rows if not row["failed"]]
+    rows = _rows(board)
+    scored = [row for row in rows if row.failed is None]
     return (
         _environment(templates)
         .get_template("leaderboard.html.j2")
@@ -48,13 +50,13 @@ def to_html(board: Mapping[str, Any]) -> str:
             board=board,
             rows=rows,
             scored=scored,
-            compared=[row for row in rows if row["macro"]],
-            measured=[row for row in scored if not row["is_dense"]],
+            compared=[row for row in rows if row.macro],
+            measured=[row for row in scored if not row.is_dense],
             lines=_lines,
             perplexity_ratio=perplexity_ratio,
-            groups=Counter(row["cost"] for row in rows if not row["is_dense"]),
+            groups=Counter(row.cost for row in rows if not row.is_dense),
             has=_has(rows),
-            throughput=next((row["throughput"] for row in rows if row["throughput"]), None),
+            throughput=next((row.throughput for row in rows if row.throughput), None),
             headline=headline(board),
             pareto=pareto(rows),
             forest=forest(rows),
@@ -62,9 +64,9 @@ def to_html(board: Mapping[str, Any]) -> str:
             metrics=_metrics(scored),
             scans=_scans(rows),
             curves=_curves(rows),
-            literature=[row for row in rows if row["published"]],
-            commands=commands_by_stage(board["commands"]),
-            level=f"{100 * board['method']['confidence']:g} %",
+            literature=[row for row in rows if row.published],
+            commands=commands_by_stage(board.commands),
+            level=board.level,
             style=Markup((templates / "leaderboard.css").read_text(encoding="utf-8")),
             script=Markup(script),
             script_hash=digest,
@@ -82,89 +84,9 @@ def _environment(templates: Path) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for name in formats.__all__:
-        if name.islower():
-            environment.filters[name] = getattr(formats, name)
-    environment.filters["pretty"] = _pretty
-    environment.filters["breakable"] = _breakable
-    environment.filters["ending"] = _ending
+    filters = {"pretty": _pretty, "breakable": _breakable, "ending": _ending, "shade": shade}
+    environment.filters.update(FILTERS | filters)
     return environment
-
-
-def _ending(text: str, size: int = 120) -> str:
-    """The last words of a prompt, where its question is."""
-    line = " ".join(text.split())
-    if len(line) <= size:
-        return line
-    kept = line[-size:]
-    return f"\N{HORIZONTAL ELLIPSIS} {kept[kept.find(' ') + 1 :]}"
-
-
-def _rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows as ranked, each with its place, its anchor and its inline error bar."""
-    shown = [
-        {
-            **row,
-            "index": index,
-            "id": f"row-{index}",
-            "by_task": {task["task"]: task for task in row["tasks"] if task["main"]},
-        }
-        for index, row in enumerate(ranked(rows))
-    ]
-    bars = {row["index"]: _bar(row["accuracy_macro"]) for row in shown if row["accuracy_macro"]}
-    # Without accuracies there is no bar to place.
-    axis = Axis.around([end for bar in bars.values() for end in bar] or [0.0], 0.0, 100.0)
-    for row in shown:
-        if row["index"] in bars:
-            low, value, high = (axis.place(end) for end in bars[row["index"]])
-            row["range"] = {"low": low, "at": value, "width": round(high - low, 2)}
-    return shown
-
-
-def _lines(row: Mapping[str, Any]) -> list[tuple[str, str | None, Mapping[str, Any]]]:
-    """Name, what it is if not a task's own filter, and comparison: of every task, every group."""
-    tasks = [
-        (task["task"], None if task["main"] else task["filter"], task["comparison"])
-        for task in row["tasks"]
-    ]
-    groups = [
-        (group["group"], f"{len(group['tasks'])} tasks together", group) for group in row["groups"]
-    ]
-    return tasks + groups
-
-
-def _bar(estimate: Mapping[str, Any]) -> tuple[float, float, float]:
-    error = estimate["standard_error"] or 0.0
-    return estimate["value"] - error, estimate["value"], estimate["value"] + error
-
-
-def _has(rows: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
-    """Which optional columns have something to show."""
-    macros = [row["macro"] for row in rows if row["macro"]]
-    return {
-        "accuracy": any(row["accuracy_macro"] for row in rows),
-        "decision": any(macro["decision"] for macro in macros),
-        "retention": any(macro["retention"] for macro in macros),
-        "choices": any(macro["choice_kl"] for macro in macros),
-        "calibration": any(macro["pruned_calibration_error"] is not None for macro in macros),
-        "throughput": any(row["throughput"] for row in rows),
-        "perplexities": any(row["perplexities"] for row in rows),
-        "divergence": any(row["divergence"] for row in rows),
-        "generations": any(row["generations"] for row in rows),
-        "ours": any(item["ours"] for row in rows for item in row["published"]),
-    }
-
-
-def _metrics(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Every (task, metric) without verdicts, in the order in which rows name them."""
-    return list(
-        dict.fromkeys(
-            (task, name)
-            for row in rows
-            for task, metrics in row["other_metrics"].items()
-            for name in metrics
-        )
-    )
 
 
 def _visible(value: Any) -> Any:
@@ -183,34 +105,226 @@ def _breakable(name: str) -> Markup:
     return Markup(re.sub(r"([_/-])", r"\1<wbr>", str(escape(visible_text(name)))))
 
 
-def _scans(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each matrix and block once, with the rows that share it."""
-    grouped: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        if row["scan"] is None:
-            continue
-        key = json.dumps(row["scan"], sort_keys=True)
-        grouped.setdefault(key, {"scan": row["scan"], "rows": []})["rows"].append(row)
+def _ending(text: str, size: int = 120) -> str:
+    """The last words of a prompt, where its question is."""
+    line = " ".join(text.split())
+    if len(line) <= size:
+        return line
+    kept = line[-size:]
+    return f"\N{HORIZONTAL ELLIPSIS} {kept[kept.find(' ') + 1 :]}"
+
+
+# Rows ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bar:
+    """An interval on a track, in percent of its width."""
+
+    at: float
+    low: float
+    width: float
+
+    @classmethod
+    def of(cls, estimate: Estimate, ends: tuple[float, float], axis: Axis) -> Bar:
+        """The bar of an estimate between two ends of its own."""
+        low, high = map(axis.place, ends)
+        return cls(axis.place(estimate.value), low, round(high - low, 2))
+
+
+class PageRow(Row):
+    """A row with its place on the page; ``bar`` is its accuracy ± one standard error."""
+
+    index: int
+    bar: Any = None
+
+    @property
+    def id(self) -> str:
+        """Its anchor."""
+        return f"row-{self.index}"
+
+
+def _rows(board: Leaderboard) -> list[PageRow]:
+    """Rows as ranked. They are valid already, so that nothing is validated again."""
+    rows = ranked(board.rows)
+    ends = {
+        index: _around(row.accuracy_macro) for index, row in enumerate(rows) if row.accuracy_macro
+    }
+    # Without accuracies there is no bar to place.
+    axis = Axis.around([end for pair in ends.values() for end in pair] or [0.0], 0.0, 100.0)
     return [
-        {
-            **entry,
-            "svg": matrix_svg(entry["scan"]),
-            "removed": named_layers(entry["scan"]["removed"]),
-        }
-        for entry in grouped.values()
+        PageRow.model_construct(
+            **dict(row),
+            index=index,
+            bar=Bar.of(row.accuracy_macro, ends[index], axis) if row.accuracy_macro else None,
+        )
+        for index, row in enumerate(rows)
     ]
 
 
-def _curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _around(estimate: Estimate) -> tuple[float, float]:
+    error = estimate.standard_error or 0.0
+    return estimate.value - error, estimate.value + error
+
+
+def _has(rows: Sequence[Row]) -> dict[str, bool]:
+    """Which optional columns have something to show."""
+    macros = [row.macro for row in rows if row.macro]
+    return {
+        "accuracy": any(row.accuracy_macro for row in rows),
+        "decision": any(macro.decision for macro in macros),
+        "retention": any(macro.retention for macro in macros),
+        "choices": any(macro.choice_kl for macro in macros),
+        "calibration": any(macro.pruned_calibration_error is not None for macro in macros),
+        "throughput": any(row.throughput for row in rows),
+        "perplexities": any(row.perplexities for row in rows),
+        "divergence": any(row.divergence for row in rows),
+        "generations": any(row.generations for row in rows),
+        "ours": any(item.ours for row in rows for item in row.published),
+    }
+
+
+# Tasks --------------------------------------------------------------------------------------------
+
+
+def _lines(row: Row) -> list[tuple[str, str | None, TaskComparison | GroupComparison]]:
+    """Name, what it is if not a task's main filter, and comparison: of every task, every group."""
+    tasks = [
+        (task.task, None if task.main else task.filter, task.comparison)
+        for task in row.tasks
+        if task.comparison
+    ]
+    groups = [(group.group, f"{len(group.tasks)} tasks together", group) for group in row.groups]
+    return [*tasks, *groups]
+
+
+def _metrics(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Every (task, metric) without verdicts, in the order in which rows name them."""
+    return list(
+        dict.fromkeys(
+            (task, name)
+            for row in rows
+            for task, metrics in row.other_metrics.items()
+            for name in metrics
+        )
+    )
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """One line per row, one column per task and filter; ``prefix`` is common to all task names."""
+
+    prefix: str
+    columns: list[TaskScore]
+    lines: list[tuple[Row, list[TaskScore | None]]]
+
+
+def heat_map(rows: Sequence[Row]) -> HeatMap:
+    """Arrange every task of any row."""
+    columns: dict[tuple[str, str], TaskScore] = {}
+    for task in (task for row in rows for task in row.tasks):
+        columns.setdefault((task.task, task.filter), task)
+    lines = []
+    for row in rows:
+        found = {(task.task, task.filter): task for task in row.tasks}
+        lines.append((row, [found.get(key) for key in columns]))
+    return HeatMap(_prefix([name for name, _ in columns]), list(columns.values()), lines)
+
+
+def _prefix(names: Sequence[str]) -> str:
+    """What all names begin with, up to an underscore; nothing for a single name."""
+    if len(names) < 2:
+        return ""
+    first, last = min(names), max(names)
+    size = next((i for i, letter in enumerate(first) if letter != last[i : i + 1]), len(first))
+    return first[: first.rfind("_", 0, size) + 1]
+
+
+def shade(value: float) -> float:
+    """Strength of a cell's colour, 0 to 1; at half the scale a model of two choices is guessing."""
+    return round(min(1.0, max(0.0, value / 0.5)), 3)
+
+
+# Figures ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Every difference on one scale, the largest first; places in percent of the width."""
+
+    lines: list[tuple[Row, Overall, Bar]]
+    zero: float
+    margin: float | None
+    ticks: list[tuple[float, float]]
+
+
+def forest(rows: Sequence[Row]) -> Forest | None:
+    """Place the differences, their intervals, zero and the margin; None if no row is compared."""
+    found = [(row, row.macro) for row in rows if row.macro]
+    if not found:
+        return None
+    margin = found[0][1].margin
+    marks = [0.0] if margin is None else [0.0, -margin]
+    ends = [end for _, macro in found for end in _ends(macro.difference)]
+    axis = Axis.around([*marks, *ends], 0.0, 100.0)
+    return Forest(
+        [
+            (row, macro, Bar.of(macro.difference, _ends(macro.difference), axis))
+            for row, macro in sorted(found, key=lambda item: -item[1].difference.value)
+        ],
+        zero=axis.place(0.0),
+        margin=None if margin is None else axis.place(-margin),
+        ticks=[(axis.place(value), value) for value in ticks(axis.low, axis.high)],
+    )
+
+
+def _ends(change: Estimate) -> tuple[float, float]:
+    if change.low is None or change.high is None:
+        return change.value, change.value
+    return change.low, change.high
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture with the rows that share it and the words below it."""
+
+    svg: Markup
+    rows: list[PageRow]
+    words: str
+    notes: list[str] = field(default_factory=list)
+
+
+def _scans(rows: Sequence[PageRow]) -> list[Figure]:
+    """Each matrix and block once, with the rows that share it."""
+    grouped: list[tuple[ScanResult, list[PageRow]]] = []
+    for row in rows:
+        if row.scan is None:
+            continue
+        theirs = next((found for scan, found in grouped if scan == row.scan), None)
+        if theirs is None:
+            grouped.append((row.scan, [row]))
+        else:
+            theirs.append(row)
+    return [
+        Figure(
+            matrix_svg(scan),
+            found,
+            ", ".join(filter(None, [named_layers(scan.removed), f"{scan.num_tokens:,} tokens"])),
+        )
+        for scan, found in grouped
+    ]
+
+
+def _curves(rows: Sequence[PageRow]) -> list[Figure]:
     """Every training of every row, with what its curve leaves out."""
     return [
-        {
-            "row": row,
-            "training": training,
-            "svg": curve_svg(row[name], training),
-            "notes": [note for note in row["curve_notes"] if note.startswith(training)],
-        }
+        Figure(
+            curve_svg(curve, training),
+            [row],
+            training,
+            [note for note in row.curve_notes if note.startswith(training)],
+        )
         for row in rows
-        for training, name in (("replacement", "curve"), ("recovery", "recovery_curve"))
-        if row[name]
+        for training, curve in (("replacement", row.curve), ("recovery", row.recovery_curve))
+        if curve
     ]

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from unicodedata import east_asian_width
 
-from streamline_bench.report.data.schema import Leaderboard, Row
-from streamline_bench.report.text.escaping import terminal_text
-from streamline_bench.report.text.formats import MISSING, percent, points, times
-from streamline_bench.report.views.ranking import perplexity_ratio, ranked
+from streamline_bench.report.leaderboard import Leaderboard, Row
+from streamline_bench.report.text import (
+    MISSING,
+    interval,
+    percent,
+    points,
+    terminal_text,
+    times,
+    with_error,
+)
+from streamline_bench.report.views.overview import perplexity_ratio, ranked
 
 __all__ = ["terminal_table"]
 
@@ -23,7 +30,7 @@ def terminal_table(board: Leaderboard) -> str:
     Plain text without colours or control characters, no newline at the end. The dense row is always
     shown; a board without right or wrong answers shows perplexities instead.
     """
-    rows = _in_order(board)
+    rows = ranked(board.rows)
     has_accuracy = any(row.accuracy_macro for row in rows)
     head, cells = (_ACCURACY, _of_accuracy) if has_accuracy else (_PERPLEXITY, _of_perplexity)
     scored = [row for row in rows if row.failed is None]
@@ -38,11 +45,6 @@ def terminal_table(board: Leaderboard) -> str:
     return "\n".join(lines)
 
 
-def _in_order(board: Leaderboard) -> list[Row]:
-    by_label = {row.label: row for row in board.rows}
-    return [by_label[row["label"]] for row in ranked(board.model_dump(mode="json")["rows"])]
-
-
 _ACCURACY = ("row", "accuracy %", "difference", "stability %", "verdict")
 _PERPLEXITY = ("row", "perplexity", "interval")
 
@@ -51,29 +53,26 @@ def _of_accuracy(row: Row) -> tuple[str, ...]:
     accuracy, macro = row.accuracy_macro, row.macro
     if accuracy is None:
         return (_name(row), *[MISSING] * 4)
-    error = accuracy.standard_error
-    written = percent(accuracy.value) + (f" ± {percent(error)}" if error is not None else "")
     if macro is None:
-        return _name(row), written, "reference" if row.is_dense else MISSING, "", ""
-    change = macro.difference
-    ends = f" [{points(change.low)}, {points(change.high)}]" if change.low is not None else ""
+        change = "reference" if row.is_dense else MISSING
+        return _name(row), with_error(accuracy), change, "", ""
+    change = f"{points(macro.difference.value)} {interval(macro.difference, signed=True)}".strip()
     stability = percent(macro.stability.value) if macro.stability else MISSING
-    return _name(row), written, points(change.value) + ends, stability, macro.decision or ""
+    return _name(row), with_error(accuracy), change, stability, macro.decision or ""
 
 
 def _of_perplexity(row: Row) -> tuple[str, ...]:
-    ratio = perplexity_ratio(row.model_dump(mode="json"))
+    ratio = perplexity_ratio(row)
     if ratio is None:
         return _name(row), MISSING, ""
     if row.is_dense:
         return _name(row), "reference", ""
-    ends = f"[{times(ratio['low'])}, {times(ratio['high'])}]" if ratio["low"] is not None else ""
-    return _name(row), times(ratio["value"]), ends
+    ends = f"[{times(ratio.low)}, {times(ratio.high)}]" if ratio.low is not None else ""
+    return _name(row), times(ratio.value), ends
 
 
 def _note(board: Leaderboard, has_accuracy: bool) -> str:
-    level = f"{100 * board.method.confidence:g} %"
-    dense = _cut(board.dense, _LABEL)
+    level, dense = board.level, _cut(board.dense, _LABEL)
     if not has_accuracy:
         return f"Perplexity: a multiple of {dense}'s, with {level} interval."
     return f"Difference to {dense} in points, mean over tasks, with {level} interval."

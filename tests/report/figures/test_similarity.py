@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from streamline_bench.core.scan.similarity import Similarity
-from streamline_bench.report.figures.similarity import similarity_svg
+from streamline_bench.report.figures.similarity import matrix_svg, named_layers, similarity_svg
+from streamline_bench.report.leaderboard import ScanResult
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -51,3 +52,71 @@ def test_names_are_escaped_and_nothing_is_fetched() -> None:
     assert text.count("http") == 1  # the namespace
     assert "url(" not in text
     assert "prefers-color-scheme:dark" in text
+
+
+def scan(cosine: list[list[float]], *removed: int) -> ScanResult:
+    """Of one block where the removed layers are neighbours."""
+    block = bool(removed) and removed[-1] - removed[0] == len(removed) - 1
+    return ScanResult(cosine=cosine, num_tokens=9, n=len(removed) or None, removed=list(removed),
+                      start=removed[0] if block else None)  # fmt: skip
+
+
+def cells_and_marks(svg: str) -> tuple[dict[str, ET.Element], list[ET.Element]]:
+    rects = list(ET.fromstring(svg.replace(f' xmlns="{SVG[1:-1]}"', "")).iter("rect"))
+    cells = {
+        title.text.split(":")[0]: rect
+        for rect in rects
+        if (title := rect.find("title")) is not None and title.text
+    }
+    return cells, [rect for rect in rects if rect.get("class") == "mark"]
+
+
+def place(rect: ET.Element) -> tuple[float, float]:
+    return float(rect.get("x", "nan")), float(rect.get("y", "nan"))
+
+
+def test_page_and_file_are_one_drawing() -> None:
+    """Same orientation and same colours: cell (i, j) is cell (i, j), whatever its size."""
+    similarity = made(6)
+    block = similarity.best_block(2, allow_first_layer=False)
+    removed = range(block.start, block.stop)
+    file, mark = cells_and_marks(similarity_svg(similarity, block))
+    page, outlined = cells_and_marks(matrix_svg(scan(similarity.cosine.tolist(), *removed)))
+    assert set(file) == set(page)
+    assert {name: cell.get("fill") for name, cell in file.items()} == {
+        name: cell.get("fill") for name, cell in page.items()
+    }
+    for cells, marks in ((file, mark), (page, outlined)):
+        size = float(cells["boundaries 0 and 0"].get("width", "nan"))
+        for i in range(7):
+            for j in range(i, 7):
+                assert place(cells[f"boundaries {i} and {j}"]) == pytest.approx(
+                    (i * size, j * size)
+                )
+        assert place(marks[0]) == place(cells[f"boundaries {block.start} and {block.stop}"])
+
+
+def test_matrix_without_variation_or_block() -> None:
+    cells, marks = cells_and_marks(matrix_svg(scan([[1.0, 1.0]] * 2)))
+    assert len(cells) == 3 and marks == []
+
+
+def test_matrix_says_what_it_shows() -> None:
+    cosine = [[1.0, 0.9, 0.5, 0.4], [0.9, 1.0, 0.8, 0.7], [0.5, 0.8, 1.0, 0.95], [0, 0, 0, 1.0]]
+    label = ET.fromstring(matrix_svg(scan(cosine, 1, 2))).get("aria-label", "")
+    for words in ("2 and 3 (0.950)", "0 and 3 (0.400)", "2 layers, layers 1 to 2 (0.700)"):
+        assert words in label
+    apart = matrix_svg(scan(cosine, 0, 2))
+    assert ET.fromstring(apart).get("aria-label", "").endswith("2 separate layers, layers 0, 2")
+    cells, marks = cells_and_marks(apart)
+    assert [place(mark) for mark in marks] == [
+        place(cells["boundaries 0 and 1"]), place(cells["boundaries 2 and 3"])
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("removed", "words"),
+    [([], ""), ([3], "layer 3"), ([4, 2, 5, 6], "layers 2, 4 to 6"), ([1, 2], "layers 1 to 2")],
+)
+def test_layers_are_named_as_stretches(removed: list[int], words: str) -> None:
+    assert named_layers(removed) == words

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -19,7 +18,8 @@ from streamline_bench.core.checkpoint.manifest import (
     write_manifest,
 )
 from streamline_bench.report import build_report, read_run_file, write_run_file
-from streamline_bench.report.board.leaderboard import RowSource, build_leaderboard
+from streamline_bench.report.build import build_leaderboard
+from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.views.model_card import (
     evaluation_results,
     model_card,
@@ -35,7 +35,7 @@ HOSTILE = "---\n# <script>alert(1)</script> | [x](javascript:1) \x1b[31m \u202e:
 @pytest.fixture(scope="module")
 def board(
     make_run: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
+) -> Leaderboard:
     run = make_run(tmp_path_factory.mktemp("run"))
     for results in run.glob("*/eval/model/results_*.json"):
         payload = json.loads(results.read_text())
@@ -43,23 +43,16 @@ def board(
         payload["configs"]["places"] |= {"dataset_path": "json", "dataset_name": "default"}
         payload["configs"]["stories"] |= {"dataset_path": "../../etc", "validation_split": "dev"}
         results.write_text(json.dumps(payload))
-    labels = ("dense", "none", "layer")
-    return build_leaderboard(
-        {label: run / label / "eval" for label in labels},
-        "dense",
-        sources={label: RowSource(checkpoint=run / label / "checkpoint") for label in labels[1:]},
-        settings=Settings(draws=100),
-        progress=False,
-    )
+    return build_leaderboard(read_run_file(run), run, settings=Settings(draws=100), progress=False)
 
 
-def test_the_hub_reads_the_model_index(board: dict[str, Any]) -> None:
-    row = board["rows"][2]
+def test_the_hub_reads_the_model_index(board: Leaderboard) -> None:
+    row = board.rows[2]
     card = ModelCard(model_card(board, row))
     found = {result.dataset_name: result for result in card.data.eval_results}
     assert card.data.model_name == "layer" and set(found) == {"colours", "places", "stories"}
-    for task in row["tasks"]:
-        assert found[task["task"]].metric_value == round(100 * task["accuracy"]["value"], 4)
+    for task in row.tasks:
+        assert found[task.task].metric_value == round(100 * task.accuracy.value, 4)
     assert found["colours"].dataset_type == "owner/colours"
     assert found["colours"].dataset_split == "test"
     assert found["places"].dataset_type == "places", "a loader of local files is no data set"
@@ -67,29 +60,32 @@ def test_the_hub_reads_the_model_index(board: dict[str, Any]) -> None:
     assert found["colours"].dataset_args == {"num_few_shot": 0}
 
 
-def test_the_hub_reads_the_evaluation_results(board: dict[str, Any], tmp_path: Path) -> None:
+def test_the_hub_reads_the_evaluation_results(board: Leaderboard, tmp_path: Path) -> None:
     hub = pytest.importorskip(
         "huggingface_hub._eval_results", reason="this huggingface_hub does not know .eval_results"
     )
-    row = board["rows"][2]
+    row = board.rows[2]
     assert set(evaluation_results(board, row)) == {"colours"}, "others are no data sets of the Hub"
     folder = write_model_cards(board, tmp_path)[1]
     (file,) = (folder / ".eval_results").iterdir()
     assert file.name == "colours.yaml"
     (entry,) = hub.parse_eval_result_entries(yaml.safe_load(file.read_text()))
     assert (entry.dataset_id, entry.task_id) == ("owner/colours", "colours")
-    assert entry.value == round(100 * row["tasks"][0]["accuracy"]["value"], 4)
+    assert entry.value == round(100 * row.tasks[0].accuracy.value, 4)
     assert entry.date == "2026-01-02T03:04:05"
     assert "120 documents" in entry.notes and "0-shot" in entry.notes
 
 
 def test_a_card_for_every_compressed_model_that_has_a_result(
-    board: dict[str, Any], tmp_path: Path
+    board: Leaderboard, tmp_path: Path
 ) -> None:
-    lost = {**board["rows"][1], "label": "lost", "failed": "no", "tasks": [], "macro": None}
-    same = {**board["rows"][1], "label": "layer/../layer"}
-    hidden = {**board["rows"][1], "label": "../.."}
-    folders = write_model_cards({**board, "rows": [*board["rows"], lost, same, hidden]}, tmp_path)
+    row = board.rows[1]
+    lost = row.model_copy(update={"label": "lost", "failed": "no", "tasks": [], "macro": None})
+    same, hidden = (
+        row.model_copy(update={"label": label}) for label in ("layer/../layer", "../..")
+    )
+    rows = [*board.rows, lost, same, hidden]
+    folders = write_model_cards(board.model_copy(update={"rows": rows}), tmp_path)
     names = [folder.name for folder in folders]
     assert names == ["none", "layer", "layer_.._layer", "_.."]
     assert all(folder.parent == tmp_path for folder in folders)
@@ -118,14 +114,17 @@ def test_a_runs_checkpoints_get_their_cards(
     verify_files(checkpoint, manifest)
 
 
-def test_hostile_strings_stay_text(board: dict[str, Any]) -> None:
-    row = {**board["rows"][2], "label": HOSTILE, "title": HOSTILE, "method": HOSTILE}
-    row["tasks"] = [{**row["tasks"][0], "task": HOSTILE}]
-    row["provenance"] = {
-        **row["provenance"], "source": HOSTILE, "engine": HOSTILE,
-        "recipe": {"paper": HOSTILE, HOSTILE: HOSTILE}, "versions": {HOSTILE: HOSTILE},
-    }  # fmt: skip
-    text = model_card({**board, "dense": HOSTILE}, row)
+def test_hostile_strings_stay_text(board: Leaderboard) -> None:
+    row = board.rows[2]
+    origin = row.provenance.model_copy(
+        update={"source": HOSTILE, "engine": HOSTILE, "versions": {HOSTILE: HOSTILE},
+                "recipe": {"paper": HOSTILE, HOSTILE: HOSTILE}}
+    )  # fmt: skip
+    row = row.model_copy(
+        update={"label": HOSTILE, "title": HOSTILE, "method": HOSTILE, "provenance": origin,
+                "tasks": [row.tasks[0].model_copy(update={"task": HOSTILE})]}
+    )  # fmt: skip
+    text = model_card(board.model_copy(update={"dense": HOSTILE}), row)
     assert "\x1b" not in text and "\u202e" not in text
     metadata, body = text.split("\n---\n\n", 1)
     (model,) = yaml.safe_load(metadata.removeprefix("---\n"))["model-index"]
@@ -137,9 +136,10 @@ def test_hostile_strings_stay_text(board: dict[str, Any]) -> None:
     assert sum(token.type == "heading_open" for token in tokens) == 3
 
 
-def test_index_without_data(board: dict[str, Any]) -> None:
-    row = board["rows"][2]
-    bare = {**row, "tasks": [{**task, "data": None} for task in row["tasks"]]}
+def test_index_without_data(board: Leaderboard) -> None:
+    row = board.rows[2]
+    tasks = [task.model_copy(update={"data": None}) for task in row.tasks]
+    bare = row.model_copy(update={"tasks": tasks})
     types = [result["dataset"]["type"] for result in model_index(bare)[0]["results"]]
     assert types == ["colours", "places", "stories"]
     assert evaluation_results(board, bare) == {}

@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.report.board.leaderboard import RowSource, build_leaderboard
-from streamline_bench.report.data.schema import Leaderboard
+from streamline_bench.report.build import build_leaderboard
+from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.report.run_file import NoiseRun, read_run_file
 from streamline_bench.report.views.page import to_html
 from streamline_bench.stability.settings import Settings
+
+valid = Leaderboard.model_validate
 
 HOSTILE = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)>\" onclick='alert(3)' "
@@ -53,16 +56,12 @@ def board(
     make_run: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     run = make_run(tmp_path_factory.mktemp("run"))
-    labels = ("dense", "none", "layer")
-    return build_leaderboard(
-        {label: run / label / "eval" for label in labels},
-        "dense",
-        sources={label: RowSource(checkpoint=run / label / "checkpoint") for label in labels[1:]},
-        noise={"batch size 1": run / "dense" / "eval"},
-        settings=Settings(draws=200),
-        commands=["lm_eval --tasks x", "streamline-bench compress m -o layer"],
-        progress=False,
-    )
+    given = read_run_file(run).model_copy(
+        update={"noise": [NoiseRun(label="batch size 1", eval="dense/eval")],
+                "commands": ["lm_eval --tasks x", "streamline-bench compress m -o layer"]}
+    )  # fmt: skip
+    board = build_leaderboard(given, run, settings=Settings(draws=200), progress=False)
+    return board.model_dump(mode="json")
 
 
 def poisoned(value: Any) -> Any:
@@ -101,7 +100,7 @@ def hostile(board: dict[str, Any], parts_named: Callable[[str], dict[str, Any]])
 
 
 def test_one_file_without_requests(board: dict[str, Any]) -> None:
-    source = to_html(board)
+    source = to_html(valid(board))
     page = Page(source)
     for tag, attributes in page.elements:
         if tag == "link":  # an empty icon keeps a browser from asking for favicon.ico
@@ -116,7 +115,7 @@ def test_one_file_without_requests(board: dict[str, Any]) -> None:
 
 
 def test_the_policy_allows_exactly_our_script(board: dict[str, Any]) -> None:
-    source = to_html(board)
+    source = to_html(valid(board))
     (script,) = re.findall(r"<script>(.*?)</script>", source, re.S)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = next(
@@ -131,9 +130,9 @@ def test_the_policy_allows_exactly_our_script(board: dict[str, Any]) -> None:
 def test_hostile_strings_add_no_element_or_attribute(
     board: dict[str, Any], hostile: dict[str, Any]
 ) -> None:
-    page = Page(to_html(hostile))
+    page = Page(to_html(valid(hostile)))
     assert page.count("script") == 1 and page.count("style") == 1 and page.count("img") == 0
-    known = {name for _, attributes in Page(to_html(board)).elements for name in attributes}
+    known = {name for _, attributes in Page(to_html(valid(board))).elements for name in attributes}
     found = {name for _, attributes in page.elements for name in attributes}
     assert found <= known | {"rowspan", "colspan"}, "of failed rows and published numbers"
     assert not any(name.startswith("on") for name in found)
@@ -146,7 +145,7 @@ def test_hostile_strings_add_no_element_or_attribute(
 
 
 def test_every_row_task_and_flip_is_there(board: dict[str, Any]) -> None:
-    page = Page(to_html(board))
+    page = Page(to_html(valid(board)))
     text = re.sub(r"\s+", " ", "".join(page.text))
     for words in ("Leaderboard", "Task by task", "Worst flips", "How every number was made"):
         assert words in text
@@ -162,4 +161,4 @@ def test_every_row_task_and_flip_is_there(board: dict[str, Any]) -> None:
 
 def test_a_dense_row_alone_renders(board: dict[str, Any]) -> None:
     alone = {**board, "rows": board["rows"][:1]}
-    assert "Change against" not in to_html(alone)
+    assert "Change against" not in to_html(valid(alone))

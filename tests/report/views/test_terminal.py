@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from streamline_bench.report import build_report
-from streamline_bench.report.data.schema import Leaderboard
+from streamline_bench.report.leaderboard import Leaderboard, read_leaderboard
 from streamline_bench.report.views.terminal import terminal_table
-from streamline_bench.report.views.write import read_leaderboard
 from streamline_bench.stability.settings import Settings
 
 
@@ -20,7 +19,7 @@ def board(
 ) -> Leaderboard:
     run = make_run(tmp_path_factory.mktemp("terminal") / "run")
     build_report(run, settings=Settings(draws=50), progress=False)
-    return Leaderboard.model_validate(read_leaderboard(run / "leaderboard.json"))
+    return read_leaderboard(run / "leaderboard.json")
 
 
 def renamed(board: Leaderboard, **labels: str) -> Leaderboard:

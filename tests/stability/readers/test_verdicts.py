@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from streamline_bench.report.board.leaderboard import build_leaderboard
+from streamline_bench.report.build import build_leaderboard
+from streamline_bench.report.run_file import RunFile, RunRow
 from streamline_bench.stability.compare_answers import compare
 from streamline_bench.stability.readers.lm_eval_reader import find_results
 from streamline_bench.stability.readers.load import load_samples
@@ -102,8 +103,11 @@ def test_a_graded_task_does_not_stop_the_others(
     assert result.not_compared["toy_gen"] == "graded, no right or wrong"
     assert "toy_mc" in {task.task for task in result.tasks}
     assert "toy_gen" in {found.task for found in result.generations}
-    board = build_leaderboard(runs, "dense", settings=FAST, progress=False)
-    flips = [flip["task"] for line in board["rows"] for flip in line["worst_flips"]]
+    rows = [RunRow(label=side, eval=path.relative_to(tmp_path).as_posix())
+            for side, path in runs.items()]  # fmt: skip
+    run = RunFile(dense="dense", rows=rows)
+    board = build_leaderboard(run, tmp_path, settings=FAST, progress=False)
+    flips = [flip.task for line in board.rows for flip in line.worst_flips]
     assert "toy_gen" not in flips
 
 

@@ -1,1 +1,0 @@
-"""From run folder and comparisons to a ``Leaderboard``."""

@@ -1,0 +1,308 @@
+"""From a run folder to its report: evaluations are compared, every view is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from streamline_bench.core.checkpoint.manifest import Manifest, read_manifest
+from streamline_bench.errors import CheckpointError, SamplesError
+from streamline_bench.report.flips import worst_flips
+from streamline_bench.report.leaderboard import Leaderboard, Procedure, Provenance, Row, TaskScore
+from streamline_bench.report.provenance import provenance, read_checkpoint, task_data
+from streamline_bench.report.published import published_numbers
+from streamline_bench.report.run_file import RUN_FILE, NoiseRun, RunFile, RunRow, read_run_file
+from streamline_bench.stability.align import align
+from streamline_bench.stability.compare_answers import compare_pairs
+from streamline_bench.stability.comparison import Comparison, Estimate, NoiseFloor, TokenDivergence
+from streamline_bench.stability.noise import above_noise, noise_floor
+from streamline_bench.stability.readers.load import load_samples
+from streamline_bench.stability.samples import Samples
+from streamline_bench.stability.settings import Settings
+from streamline_bench.throughput.speed import Speed, read_figures
+from streamline_bench.version import __version__
+
+__all__ = ["build_leaderboard", "build_report"]
+
+
+def build_report(folder: Path, *, settings: Settings | None = None, progress: bool = True) -> Path:
+    """Make the report files of a run folder, in that folder; return ``leaderboard.html``.
+
+    Raises:
+        OutputError: the folder is not writable; otherwise as :func:`build_leaderboard`.
+    """
+    # The views need Jinja, which a gate that builds a leaderboard does not.
+    from streamline_bench.report.write import write_report
+
+    folder = Path(folder)
+    board = build_leaderboard(read_run_file(folder), folder, settings=settings, progress=progress)
+    return write_report(board, folder)
+
+
+def build_leaderboard(
+    run: RunFile,
+    folder: Path,
+    *,
+    samples: Mapping[str, Samples] | None = None,
+    settings: Settings | None = None,
+    progress: bool = True,
+) -> Leaderboard:
+    """Compare every row of a run with the dense one. Each is read and aligned once.
+
+    Args:
+        folder: what the paths in ``run`` are relative to.
+        samples: label -> answers of rows that were read already.
+        settings: how rows are compared; by default as ``streamline-bench stability`` does.
+
+    Raises:
+        SamplesError: an evaluation or the throughput is missing or damaged, or the dense row
+            failed.
+        ComparisonError: rows were evaluated differently.
+    """
+    settings = settings or Settings()
+    given = samples or {}
+
+    def answers(row: RunRow | NoiseRun) -> Samples:
+        return load_samples(_inside(folder, row.eval or ""), run=row.label, progress=progress)
+
+    dense = given.get(run.dense) or answers(_dense_row(run))
+    # Of the dense run against itself only accuracies are shown: no need to draw.
+    itself = compare_pairs(align(dense, dense), replace(settings, draws=2))
+    settings = replace(settings, quantity=itself.quantity)
+    # Without verdicts nothing flips, so that there is no floor of flips either.
+    again = [answers(noise) for noise in run.noise] if itself.tasks else []
+    floor = noise_floor(dense, again, settings=settings) if again else None
+    speed = _throughput(_inside(folder, run.throughput)) if run.throughput else {}
+    rows = []
+    for row in tqdm(
+        run.rows, desc="Compared rows", unit="row", delay=2, leave=False, disable=not progress
+    ):
+        if row.failed is not None or row.eval is None:
+            made = _failed_row(row, folder)
+        elif row.label == run.dense:
+            made = _row(dense, itself, row, folder, is_dense=True)
+        else:
+            made = _compared_row(
+                dense, given.get(row.label) or answers(row), row, folder, settings, floor
+            )
+        rows.append(made.model_copy(update={"throughput": speed.get(row.label)}))
+    return Leaderboard(
+        title=run.title,
+        dense=run.dense,
+        method=_procedure(settings),
+        rows=_with_original_size(rows),
+        noise=floor,
+        not_compared={**itself.not_compared, **run.not_compared},
+        commands=run.commands,
+        versions={"streamline-bench": __version__, **run.versions},
+        failed_jobs=run.failed_jobs,
+    )
+
+
+def _inside(folder: Path, relative: str) -> Path:
+    path = folder / relative
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise SamplesError(
+            f"{folder / RUN_FILE}: '{relative}' lies outside the run folder; move it into the "
+            "folder."
+        )
+    return path
+
+
+def _dense_row(run: RunFile) -> RunRow:
+    row = next(row for row in run.rows if row.label == run.dense)
+    if row.failed is not None:
+        raise SamplesError(
+            f"The dense row '{run.dense}' has no result ({row.failed}), so there is nothing to "
+            "compare with; correct that and make the run again."
+        )
+    return row
+
+
+def _compared_row(
+    dense: Samples,
+    samples: Samples,
+    source: RunRow,
+    folder: Path,
+    settings: Settings,
+    floor: NoiseFloor | None,
+) -> Row:
+    pairs = align(dense, samples)
+    result = compare_pairs(pairs, settings)
+    if floor is not None:
+        result = above_noise(result, floor)
+    row = _row(samples, result, source, folder, is_dense=False)
+    return row.model_copy(update={"worst_flips": worst_flips(pairs, settings.verdict)})
+
+
+def _procedure(settings: Settings) -> Procedure:
+    return Procedure(
+        mode=settings.mode,
+        ddof=settings.spread_ddof,
+        quantity=settings.spread_quantity,
+        verdict=settings.verdict,
+        confidence=settings.confidence,
+        draws=settings.draws,
+        seed=settings.seed,
+        margin=settings.margin,
+    )
+
+
+def _row(
+    samples: Samples, result: Comparison, source: RunRow, folder: Path, *, is_dense: bool
+) -> Row:
+    facts = read_checkpoint(folder / source.checkpoint if source.checkpoint else None)
+    manifest = facts.manifest
+    recipe = source.recipe or (manifest.recipe if manifest else None) or {}
+    counted = samples.info.config.get("model_num_parameters")
+    parameters = counted if isinstance(counted, int) and counted > 0 else None
+    evaluation = {"evaluate": samples.info.seconds} if samples.info.seconds else {}
+    shown = None if is_dense else result
+    return Row(
+        label=samples.info.run,
+        is_dense=is_dense,
+        **{"parameters": parameters, **_made(recipe, manifest)},
+        cost=None if is_dense else recipe.get("cost"),
+        seconds={**evaluation, **(manifest.seconds if manifest else {}), **source.seconds},
+        scored_with=source.scored_with,
+        scored_alone=source.scored_alone,
+        accuracy_macro=result.macro.pruned if result.macro else None,
+        accuracy_micro=result.micro.pruned if result.micro else None,
+        macro=shown.macro if shown else None,
+        micro=shown.micro if shown else None,
+        tasks=_tasks(samples, result, is_dense),
+        groups=list(shown.groups) if shown else [],
+        perplexities=list(shown.perplexities) if shown else [],
+        generations=list(shown.generations) if shown else [],
+        divergence=_divergence(_inside(folder, source.divergence)) if source.divergence else None,
+        other_metrics=_other_metrics(samples, result),
+        scan=facts.scan,
+        curve=facts.curve,
+        recovery_curve=facts.recovery_curve,
+        curve_notes=facts.curve_notes,
+        published=published_numbers(
+            recipe,
+            _accuracies(samples, result),
+            stability=result.macro.stability if result.macro else None,
+            retention=result.macro.retention if result.macro else None,
+        ),
+        provenance=provenance(samples.info, manifest, recipe or None),
+    )
+
+
+def _made(recipe: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:
+    """What recipe and manifest say of a row, as its fields."""
+    fields = {
+        "title": str(recipe.get("title") or ""),
+        "method": recipe.get("method"),
+        "replacement": (recipe.get("replacement") or {}).get("kind"),
+    }
+    if manifest is None:
+        return fields
+    return fields | {
+        "layers": manifest.layers_after,
+        "layers_before": manifest.layers_before,
+        "parameters": manifest.parameters_after,
+        "parameters_before": manifest.parameters_before,
+        "sparsity_requested": manifest.sparsity_requested,
+        "sparsity_reached": manifest.sparsity_reached,
+    }
+
+
+def _accuracies(samples: Samples, result: Comparison) -> dict[str, Estimate]:
+    """Accuracy by task, then by group, as tables of papers name both."""
+    first = samples.first_filters
+    tasks = {task.task: task.pruned for task in result.tasks if first[task.task] == task.filter}
+    return tasks | {
+        group.group: group.pruned for group in result.groups if group.group not in tasks
+    }
+
+
+def _tasks(samples: Samples, result: Comparison, is_dense: bool) -> list[TaskScore]:
+    first = samples.first_filters
+    data = task_data(samples.info)
+    return [
+        TaskScore(
+            task=task.task,
+            filter=task.filter,
+            main=first[task.task] == task.filter,
+            output_type=task.output_type,
+            verdict=task.verdict,
+            n=task.n,
+            accuracy=task.pruned,
+            comparison=None if is_dense else task,
+            data=data.get(task.task),
+        )
+        for task in result.tasks
+    ]
+
+
+def _other_metrics(samples: Samples, result: Comparison) -> dict[str, dict[str, float]]:
+    """Aggregated numbers of tasks that have no verdicts, as the harness gives them."""
+    return {
+        task: {
+            name.split(",")[0]: float(value)
+            for name, value in samples.info.results.get(task, {}).items()
+            if "," in name and "_stderr" not in name and isinstance(value, int | float)
+        }
+        for task in result.not_compared
+    }
+
+
+def _failed_row(source: RunRow, folder: Path) -> Row:
+    """A row without numbers; it has a size where a checkpoint was made before it failed."""
+    manifest = None
+    # A damaged checkpoint may be the very reason of the failure, which the row names.
+    with suppress(CheckpointError):
+        manifest = read_manifest(folder / source.checkpoint) if source.checkpoint else None
+    recipe = source.recipe or (manifest.recipe if manifest else {})
+    return Row(
+        label=source.label,
+        is_dense=False,
+        failed=source.failed or "no evaluation",
+        **{"sparsity_requested": recipe.get("sparsity"), **_made(recipe, manifest)},
+        cost=recipe.get("cost"),
+        seconds={**(manifest.seconds if manifest else {}), **source.seconds},
+        accuracy_macro=None,
+        accuracy_micro=None,
+        macro=None,
+        micro=None,
+        tasks=[],
+        provenance=Provenance(
+            results_file=None,
+            model=None,
+            engine=None,
+            source=manifest.source.name if manifest else None,
+            recipe=dict(recipe) or None,
+        ),
+    )
+
+
+def _with_original_size(rows: list[Row]) -> list[Row]:
+    """The dense row has no manifest; the rows that were made from it know its size."""
+    known = next((row for row in rows if row.parameters_before is not None), None)
+    if known is None:
+        return rows
+    size = {"parameters": known.parameters_before, "layers": known.layers_before}
+    return [row.model_copy(update=size) if row.is_dense else row for row in rows]
+
+
+def _divergence(path: Path) -> TokenDivergence:
+    try:
+        return TokenDivergence.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        first = " ".join(str(error).split())[:160]
+        raise SamplesError(f"{path} cannot be read ({first}); make the run again.") from None
+
+
+def _throughput(path: Path) -> dict[str, Speed]:
+    return {
+        label: Speed(**found.model_dump(exclude={"label"}))
+        for label, found in read_figures(path).items()
+    }

@@ -1,0 +1,310 @@
+"""``leaderboard.json``, the source of every view of a report: its schema and how it is read.
+
+:func:`json_schema` gives it as JSON Schema; ``reports/leaderboard.schema.json`` holds the result.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from streamline_bench.core.files.versioned_json import read_json, validated
+from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.recipe.schema import PublishedResult
+from streamline_bench.errors import SamplesError
+from streamline_bench.stability.comparison import (
+    Estimate,
+    GenerationComparison,
+    GroupComparison,
+    NoiseFloor,
+    Overall,
+    PerplexityComparison,
+    TaskComparison,
+    TokenDivergence,
+)
+from streamline_bench.throughput.speed import Speed
+
+__all__ = [
+    "CurvePoint",
+    "Flip",
+    "Leaderboard",
+    "Procedure",
+    "Provenance",
+    "Published",
+    "Row",
+    "ScanResult",
+    "TaskData",
+    "TaskScore",
+    "json_schema",
+    "parse_leaderboard",
+    "read_leaderboard",
+]
+
+
+class Procedure(Frozen):
+    """How the runs were compared (see :class:`streamline_bench.stability.settings.Settings`)."""
+
+    mode: str
+    ddof: int
+    quantity: str
+    verdict: str
+    confidence: float
+    draws: int
+    seed: int
+    margin: float | None = None
+
+
+class TaskData(Frozen):
+    """Where a task's documents come from; ``dataset`` is an id of the Hugging Face Hub."""
+
+    dataset: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    shots: int | None = None
+
+
+class TaskScore(Frozen):
+    """One task of one row; ``comparison`` is None for the dense row.
+
+    ``main`` marks the filter of a task that the summaries over tasks use.
+    """
+
+    task: str
+    filter: str
+    main: bool
+    output_type: str
+    verdict: str
+    n: int
+    accuracy: Estimate
+    comparison: TaskComparison | None
+    data: TaskData | None = None
+
+    @property
+    def name(self) -> str:
+        """The task, with its filter if that is not the task's main one."""
+        return self.task if self.main else f"{self.task} ({self.filter})"
+
+    @property
+    def shots(self) -> int | None:
+        """The number of few-shot examples that the evaluation's results record."""
+        return self.data.shots if self.data else None
+
+
+class Flip(Frozen):
+    """An answer that was right before and is wrong now, for reading.
+
+    ``dense_shares`` and ``pruned_shares`` are softmax of the choices' log-likelihoods; ``drop`` is
+    by how much the share of the right choice fell. For generation the texts are given instead.
+    """
+
+    task: str
+    doc_id: int
+    prompt: str
+    choices: list[str] | None
+    gold: int | None
+    target: str
+    dense_choice: int | None
+    pruned_choice: int | None
+    dense_shares: list[float] | None
+    pruned_shares: list[float] | None
+    dense_text: str | None
+    pruned_text: str | None
+    drop: float | None
+
+
+class ScanResult(Frozen):
+    """Similarity of layer boundaries (mean cosine, [L+1, L+1]) and the layers that were removed.
+
+    ``removed`` names the removed layers, ``n`` is their number; ``start`` is the first of them if
+    they are neighbours, else None.
+    """
+
+    cosine: list[list[float]]
+    num_tokens: int
+    start: int | None
+    n: int | None
+    removed: list[int] = Field(default_factory=list)
+
+
+class CurvePoint(Frozen):
+    """One step of a training; a loss that was not taken, or is no finite number, is None."""
+
+    step: int
+    train_loss: float | None
+    val_loss: float | None
+
+
+class Published(PublishedResult):
+    """A number of the literature for the row's method on another model, and ours beside it.
+
+    ``task`` is the task or group of this report that the metric names; None where there is none.
+    ``ours`` is the row's own share for it: accuracy on that task, or stability or retention over
+    the row's tasks.
+    """
+
+    task: str | None = None
+    ours: Estimate | None = None
+
+
+class Provenance(Frozen):
+    """Where the numbers of a row come from; the first ones are None without an evaluation.
+
+    ``date`` is when the evaluation ended (ISO 8601).
+    """
+
+    results_file: str | None
+    date: str | None = None
+    model: str | None
+    engine: str | None
+    model_args: Any = None
+    source: str | None = None
+    source_revision: str | None = None
+    source_weights_sha256: str | None = None
+    weights_sha256: str | None = None
+    recipe: dict[str, Any] | None = None
+    chosen: dict[str, Any] = Field(default_factory=dict)
+    calibration: dict[str, Any] = Field(default_factory=dict)
+    training: dict[str, Any] | None = None
+    seed: int | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class Row(Frozen):
+    """One model of the leaderboard.
+
+    Attributes:
+        failed: why there is no result; then accuracies are None and ``tasks`` is empty.
+        cost: "no training", "calibrated" or "recovered"; None for the dense model.
+        parameters: of the evaluated model; ``sparsity_reached`` is the share removed.
+        accuracy_macro, accuracy_micro: over tasks with verdicts; None where there are none.
+        scored_with: rows that share their lower layers with this one, itself included; numbers do
+            not depend on it. Empty where none does.
+        scored_alone: why the row shares no layer with the dense one or with any other.
+        macro, micro: against the dense row; None for the dense row itself, and where no task has
+            verdicts.
+        groups, perplexities, generations: against the dense row, where the run has such tasks.
+        divergence: of next-token distributions on the run's text, where the run has one.
+        other_metrics: task -> metric -> value, for metrics without verdicts (perplexities).
+        throughput: where it was measured.
+        worst_flips: answers that were right and are wrong now; the surest first.
+        curve, recovery_curve: losses of the replacement's training, and of the recovery's.
+        curve_notes: what the curves leave out.
+        published: numbers of the literature for this method.
+    """
+
+    label: str
+    is_dense: bool
+    failed: str | None = None
+    title: str = ""
+    method: str | None = None
+    replacement: str | None = None
+    cost: str | None = None
+    layers: int | None = None
+    layers_before: int | None = None
+    parameters: int | None = None
+    parameters_before: int | None = None
+    sparsity_requested: float | None = None
+    sparsity_reached: float | None = None
+    seconds: dict[str, float] = Field(default_factory=dict)
+    scored_with: list[str] = Field(default_factory=list)
+    scored_alone: str | None = None
+    accuracy_macro: Estimate | None
+    accuracy_micro: Estimate | None
+    macro: Overall | None
+    micro: Overall | None
+    tasks: list[TaskScore]
+    groups: list[GroupComparison] = Field(default_factory=list)
+    perplexities: list[PerplexityComparison] = Field(default_factory=list)
+    generations: list[GenerationComparison] = Field(default_factory=list)
+    divergence: TokenDivergence | None = None
+    other_metrics: dict[str, dict[str, float]] = Field(default_factory=dict)
+    throughput: Speed | None = None
+    worst_flips: list[Flip] = Field(default_factory=list)
+    scan: ScanResult | None = None
+    curve: list[CurvePoint] = Field(default_factory=list)
+    recovery_curve: list[CurvePoint] = Field(default_factory=list)
+    curve_notes: list[str] = Field(default_factory=list)
+    published: list[Published] = Field(default_factory=list)
+    provenance: Provenance
+
+    @property
+    def overridden(self) -> dict[str, tuple[Any, Any]]:
+        """Key of the recipe -> (the recipe's own value, the value that was used instead)."""
+        found = (self.provenance.recipe or {}).get("overridden") or {}
+        return {str(key): (own, used) for key, (own, used) in found.items()}
+
+    @property
+    def total_seconds(self) -> float | None:
+        """Everything the row took; None where nothing was timed."""
+        return sum(self.seconds.values()) or None
+
+    @property
+    def speed(self) -> Speed | None:
+        """The throughput, where it was measured without a failure."""
+        return self.throughput if self.throughput and self.throughput.status == "ok" else None
+
+
+class Leaderboard(Frozen):
+    """Everything a report shows; the dense row always has a result."""
+
+    kind: Literal["streamline-bench leaderboard"] = "streamline-bench leaderboard"
+    schema_version: Literal[3] = 3
+    title: str
+    dense: str
+    method: Procedure
+    rows: list[Row] = Field(min_length=1)
+    noise: NoiseFloor | None = None
+    not_compared: dict[str, str] = Field(default_factory=dict)
+    commands: list[str] = Field(default_factory=list)
+    versions: dict[str, str] = Field(default_factory=dict)
+    failed_jobs: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _dense_row(self) -> Leaderboard:
+        found = [row for row in self.rows if row.is_dense]
+        if [row.label for row in found] != [self.dense]:
+            raise ValueError(f"exactly the row '{self.dense}' must be marked as dense")
+        if found[0].failed is not None or (found[0].tasks and found[0].accuracy_macro is None):
+            raise ValueError(f"the dense row '{self.dense}' has no result")
+        return self
+
+    @property
+    def dense_row(self) -> Row:
+        """The row that the others are compared with."""
+        return next(row for row in self.rows if row.is_dense)
+
+    @property
+    def level(self) -> str:
+        """The confidence of the intervals: ``95 %``."""
+        return f"{100 * self.method.confidence:g} %"
+
+
+def read_leaderboard(path: Path) -> Leaderboard:
+    """Read and validate a ``leaderboard.json``.
+
+    Raises:
+        SamplesError: the file is missing, damaged or of another schema version.
+    """
+    return parse_leaderboard(read_json(Path(path), SamplesError, _ADVICE), str(path))
+
+
+_ADVICE = "make the report again"
+
+
+def parse_leaderboard(payload: Any, origin: str) -> Leaderboard:
+    """Validate what a ``leaderboard.json`` holds; ``origin`` is named in errors.
+
+    Raises:
+        SamplesError: see :func:`read_leaderboard`.
+    """
+    return validated(Leaderboard, payload, origin, newest=3, error=SamplesError, advice=_ADVICE)
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of ``leaderboard.json``."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Leaderboard.model_json_schema(),
+    }

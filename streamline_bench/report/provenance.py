@@ -1,0 +1,197 @@
+"""What a checkpoint and an evaluation say about themselves.
+
+Of a checkpoint: manifest, similarity matrix, training curves. Of an evaluation: where the documents
+of its tasks come from.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from streamline_bench.core.checkpoint.manifest import Manifest, read_manifest
+from streamline_bench.errors import SamplesError
+from streamline_bench.report.leaderboard import CurvePoint, Provenance, ScanResult, TaskData
+from streamline_bench.stability.samples import RunInfo
+
+__all__ = ["CheckpointFacts", "is_hub_id", "provenance", "read_checkpoint", "task_data"]
+
+_DECIMALS = 5
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_LOADERS = ("arrow", "csv", "json", "parquet", "text")
+"""Loaders of local files; lm-eval writes their names where a data set's id would stand."""
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """The artefacts of a checkpoint; all empty for a model that was not made here."""
+
+    manifest: Manifest | None = None
+    scan: ScanResult | None = None
+    curve: list[CurvePoint] = field(default_factory=list)
+    recovery_curve: list[CurvePoint] = field(default_factory=list)
+    curve_notes: list[str] = field(default_factory=list)
+
+
+def read_checkpoint(folder: Path | None) -> CheckpointFacts:
+    """Read ``streamline.json``, ``similarity.json`` and the training curves, where present.
+
+    ``training_curve.jsonl`` is the replacement's training, ``recovery_curve.jsonl`` the recovery's.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+        CalibrationError: the similarity file is damaged.
+        SamplesError: the folder is missing, or a training curve is damaged.
+    """
+    if folder is None:
+        return CheckpointFacts()
+    if not folder.is_dir():
+        raise SamplesError(f"The checkpoint '{folder}' is missing; make the run again.")
+    manifest = read_manifest(folder)
+    curve, lost = _curve(folder / "training_curve.jsonl")
+    recovery, lost_again = _curve(folder / "recovery_curve.jsonl")
+    notes = [
+        f"{training}: {len(steps)} losses are not finite, the first at step {steps[0]}"
+        for training, steps in (("replacement", lost), ("recovery", lost_again))
+        if steps
+    ]
+    return CheckpointFacts(manifest, _scan(folder, manifest), curve, recovery, notes)
+
+
+def _scan(folder: Path, manifest: Manifest | None) -> ScanResult | None:
+    path = folder / "similarity.json"
+    if not path.is_file():
+        return None
+    from streamline_bench.core.scan.similarity import Similarity
+
+    similarity = Similarity.load(path)
+    removed = sorted((manifest.chosen if manifest else {}).get("removed_layers") or ())
+    return ScanResult(
+        cosine=[[round(float(value), _DECIMALS) for value in row] for row in similarity.cosine],
+        num_tokens=similarity.num_tokens,
+        start=removed[0] if removed and removed[-1] - removed[0] < len(removed) else None,
+        n=len(removed) or None,
+        removed=removed,
+    )
+
+
+class _TrainingStep(BaseModel):
+    """One line of a training curve; it has more fields than a report shows."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: int
+    train_loss: float | None = None
+    val_loss: float | None = None
+
+
+def _curve(path: Path) -> tuple[list[CurvePoint], list[int]]:
+    """The losses of a training, and the step of each loss that is not finite."""
+    points: list[CurvePoint] = []
+    lost: list[int] = []
+    if not path.is_file():
+        return points, lost
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = _TrainingStep.model_validate_json(line)
+        except ValidationError:
+            raise SamplesError(f"{path}, line {number}: not a row of a training curve.") from None
+        losses = row.train_loss, row.val_loss
+        finite = [loss if loss is not None and math.isfinite(loss) else None for loss in losses]
+        lost += [
+            row.step
+            for loss, kept in zip(losses, finite, strict=True)
+            if loss is not None and kept is None
+        ]
+        points.append(CurvePoint(step=row.step, train_loss=finite[0], val_loss=finite[1]))
+    return points, lost
+
+
+def provenance(
+    info: RunInfo, manifest: Manifest | None, recipe: dict[str, Any] | None
+) -> Provenance:
+    """Collect what leads back from a row's numbers to weights, tokens and versions."""
+    ours = info.config.get("streamline") or {}
+    weights = ours.get("weights_sha256")
+    common: dict[str, Any] = {
+        "results_file": Path(info.source).name,
+        "date": _iso(info.timestamp),
+        "model": info.model,
+        "engine": f"{info.engine} {info.engine_version or ''}".strip(),
+        "model_args": info.config.get("model_args"),
+        "weights_sha256": str(weights) if weights else None,
+        "recipe": recipe,
+    }
+    if manifest is None:
+        return Provenance(**common, versions=info.versions)
+    return Provenance(
+        **common,
+        source=manifest.source.name,
+        source_revision=manifest.source.revision,
+        source_weights_sha256=manifest.source.weights_sha256,
+        chosen=manifest.chosen,
+        calibration=manifest.calibration,
+        training=manifest.training,
+        seed=manifest.seed,
+        versions={**manifest.versions, **info.versions},
+    )
+
+
+def _iso(timestamp: str | None) -> str | None:
+    """``2026-01-02T03-04-05.6`` (a file name's) -> ``2026-01-02T03:04:05``; else None."""
+    found = re.match(r"(\d{4}-\d\d-\d\dT)(\d\d)-(\d\d)-(\d\d)", timestamp or "")
+    return f"{found[1]}{found[2]}:{found[3]}:{found[4]}" if found else None
+
+
+class _TaskConfig(BaseModel):
+    """What lm-eval's results say of a task's data; any of it may be of another type or missing."""
+
+    dataset_path: Any = None
+    dataset_name: Any = None
+    test_split: Any = None
+    validation_split: Any = None
+
+
+class _Results(BaseModel):
+    """The part of lm-eval's results that this module reads."""
+
+    configs: dict[str, Any] | None = None
+
+
+def task_data(info: RunInfo) -> dict[str, TaskData]:
+    """Return task -> its data; empty for engines whose results do not say."""
+    source = Path(info.source)
+    if source.suffix != ".json" or not source.is_file():
+        return {}
+    try:
+        configs = _Results.model_validate_json(source.read_bytes()).configs or {}
+    except (OSError, ValidationError):
+        # The reader of the samples has read this file; another process took it away since.
+        return {}
+    return {
+        task: _data(_TaskConfig.model_validate(dict(config)), info.n_shot.get(task))
+        for task, config in configs.items()
+        if isinstance(config, Mapping)
+    }
+
+
+def _data(config: _TaskConfig, shots: Any) -> TaskData:
+    name = str(config.dataset_path or "")
+    split = config.test_split or config.validation_split
+    return TaskData(
+        dataset=name if is_hub_id(name) else None,
+        subset=str(config.dataset_name) if config.dataset_name else None,
+        split=str(split) if split else None,
+        shots=shots if isinstance(shots, int) else None,
+    )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be a data set of the Hugging Face Hub: ``name`` or ``owner/name``."""
+    return bool(_HUB_ID.fullmatch(name)) and name not in _LOADERS and ".." not in name

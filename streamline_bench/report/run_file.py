@@ -1,0 +1,148 @@
+"""``run.json``: the rows of a run folder, each with its evaluation and its checkpoint.
+
+::
+
+    <folder>/run.json                        written last: its presence means the run is whole
+    <folder>/<label>/eval/...                what lm_eval wrote (with --log_samples)
+    <folder>/<label>/divergence.json         next-token distributions against the dense model's
+    <folder>/<label>/checkpoint/             streamline.json, similarity.json, training curves
+    <folder>/throughput/throughput.json      tokens per second, where they were measured
+    <folder>/leaderboard.{json,csv,md,html}  made from the above
+
+``write_run_file(folder, RunFile(dense="dense", rows=[RunRow(...)]))``, then
+``build_report(folder)``, which returns the path of ``leaderboard.html``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.files.versioned_json import read_json, validated
+from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.errors import SamplesError
+
+__all__ = ["RUN_FILE", "NoiseRun", "RunFile", "RunRow", "read_run_file", "write_run_file"]
+
+RUN_FILE = "run.json"
+
+
+class RunRow(Frozen):
+    """One row of a comparison.
+
+    Attributes:
+        label: name of the row, unique in the run.
+        eval: folder with the evaluation's output, relative to the run folder and inside it; None
+            where there is none.
+        checkpoint: the checkpoint's folder (relative to the run folder, or absolute), None for a
+            model that was not made here.
+        recipe: the recipe it was made with; None to take the checkpoint's own.
+        divergence: file with a :class:`~streamline_bench.stability.comparison.TokenDivergence`,
+            relative to the run folder and inside it; None where none was measured.
+        seconds: wall-clock seconds by stage, e.g. ``{"compress": 41.0, "evaluate": 12.5}``.
+        failed: why the row has no result, in a sentence; it is shown with that reason.
+        scored_with: labels of the rows that share their lower layers with this one, itself
+            included; empty where none does.
+        scored_alone: why the row shares no layer with the dense row or with any other.
+    """
+
+    label: str = Field(min_length=1)
+    eval: str | None = None
+    checkpoint: str | None = None
+    recipe: dict[str, Any] | None = None
+    divergence: str | None = None
+    seconds: dict[str, float] = Field(default_factory=dict)
+    failed: str | None = Field(default=None, min_length=1)
+    scored_with: list[str] = Field(default_factory=list)
+    scored_alone: str | None = None
+
+    @model_validator(mode="after")
+    def _result_or_reason(self) -> RunRow:
+        if self.eval is None and self.failed is None:
+            raise ValueError(f"the row '{self.label}' has neither 'eval' nor 'failed'")
+        return self
+
+
+class NoiseRun(Frozen):
+    """The dense model evaluated once more, at another batch size, dtype or engine.
+
+    Attributes:
+        label: what was different, e.g. ``batch size 1``.
+        eval: folder with that evaluation's output, relative to the run folder and inside it.
+    """
+
+    label: str = Field(min_length=1)
+    eval: str
+
+
+class RunFile(Frozen):
+    """``run.json``: which rows a run has and how they were made.
+
+    Attributes:
+        dense: label of the row that the others are compared with.
+        commands: command lines that made the run, for the reader to repeat.
+        versions: package -> version, in addition to what the evaluations record.
+        title: heading of the report.
+        throughput: the run's ``throughput.json``, relative to the run folder and inside it.
+        noise: the dense model's repeated evaluations, from which the noise floor is read.
+        failed_jobs: job -> reason, for requested work other than the rows that failed.
+        not_compared: task -> why no row was evaluated on it.
+    """
+
+    schema_version: Literal[1] = 1
+    dense: str
+    rows: list[RunRow] = Field(min_length=1)
+    commands: list[str] = Field(default_factory=list)
+    versions: dict[str, str] = Field(default_factory=dict)
+    title: str = "streamline-bench report"
+    throughput: str | None = None
+    noise: list[NoiseRun] = Field(default_factory=list)
+    failed_jobs: dict[str, str] = Field(default_factory=dict)
+    not_compared: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _labels(self) -> RunFile:
+        labels = [row.label for row in self.rows]
+        if len(set(labels)) != len(labels):
+            raise ValueError(f"row labels must be unique, these are not: {labels}")
+        if self.dense not in labels:
+            raise ValueError(f"the dense row '{self.dense}' is not among the rows {labels}")
+        again = [run.label for run in self.noise]
+        if len(set(again)) != len(again):
+            raise ValueError(f"noise labels must be unique, these are not: {again}")
+        return self
+
+
+def write_run_file(folder: Path, run: RunFile) -> None:
+    """Write ``run.json`` atomically; call it after everything it names is there.
+
+    Raises:
+        OutputError: the folder is not writable.
+    """
+    atomic_write_text(Path(folder) / RUN_FILE, run.model_dump_json(indent=2) + "\n")
+
+
+def read_run_file(folder: Path) -> RunFile:
+    """Read ``run.json``.
+
+    Raises:
+        SamplesError: it is missing, damaged or of another schema version.
+    """
+    path = Path(folder) / RUN_FILE
+    if not path.is_file():
+        raise SamplesError(
+            f"'{folder}' has no {RUN_FILE}; give the folder of a finished run (the same command "
+            "again continues an unfinished one)."
+        )
+    advice = "make the run again"
+    return validated(
+        RunFile,
+        read_json(path, SamplesError, advice),
+        str(path),
+        newest=1,
+        error=SamplesError,
+        advice=advice,
+    )

@@ -1,0 +1,188 @@
+"""How a report writes numbers, and how it makes strings of models, data sets and runs harmless.
+
+Shares are written in percent, differences in points with their sign. A string of a run may hold
+escape sequences or markup until it is escaped for the view that shows it.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import TYPE_CHECKING
+
+from streamline_bench.core.machine.terminal import printable
+
+if TYPE_CHECKING:
+    from streamline_bench.stability.comparison import Estimate
+
+__all__ = [
+    "FILTERS", "MISSING", "count", "csv_cell", "decimal", "duration", "interval", "markdown_text",
+    "nats", "p_value", "percent", "points", "rate", "ratio", "significant", "stored",
+    "terminal_text", "times", "visible_text", "with_error",
+]  # fmt: skip
+
+
+# Overrides of the reading direction can make a text show something else than it says.
+_DIRECTION = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_WWW = re.compile(r"(?<=www)\.", re.IGNORECASE)
+_MARKDOWN = re.compile(r"([\\`*_\[\]{}()#+!|~$-])")
+
+
+MISSING = "\N{EN DASH}"
+"""What stands where there is no number."""
+MINUS = "\N{MINUS SIGN}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """0.8125 -> ``81.2`` (the unit stands in the heading)."""
+    return MISSING if value is None else f"{100 * value:.{digits}f}"
+
+
+def points(value: float | None, digits: int = 1) -> str:
+    """-0.031 -> ``−3.1`` percentage points, always with a sign."""
+    if value is None:
+        return MISSING
+    text = f"{abs(100 * value):.{digits}f}"
+    if float(text) == 0:
+        return text
+    return f"{MINUS if value < 0 else '+'}{text}"
+
+
+def interval(estimate: Estimate | None, *, signed: bool = False) -> str:
+    """``[70.1, 84.2]`` in percent, or an empty string without one."""
+    if estimate is None or estimate.low is None:
+        return ""
+    write = points if signed else percent
+    return f"[{write(estimate.low)}, {write(estimate.high)}]"
+
+
+def with_error(estimate: Estimate | None) -> str:
+    """``81.2 ± 1.1`` in percent."""
+    if estimate is None:
+        return MISSING
+    error = estimate.standard_error
+    return percent(estimate.value) + (f" ± {percent(error)}" if error is not None else "")
+
+
+def p_value(value: float | None) -> str:
+    """Two significant digits, never a false zero."""
+    if value is None:
+        return MISSING
+    return "< 0.001" if value < 0.001 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+
+
+def count(value: float | None) -> str:
+    """6738415616 -> ``6.74 B``."""
+    if value is None:
+        return MISSING
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, minutes or hours, two units at most."""
+    if seconds is None:
+        return MISSING
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def decimal(value: float | None, digits: int = 3, *, signed: bool = False) -> str:
+    """-0.0312 -> ``−0.031``: nats, Brier scores, kappas."""
+    if value is None:
+        return MISSING
+    text = f"{abs(value):.{digits}f}"
+    if float(text) == 0:
+        return text
+    return f"{MINUS if value < 0 else '+' if signed else ''}{text}"
+
+
+def significant(value: float | None, digits: int = 4) -> str:
+    """17.3571 -> ``17.36``, 3.2e9 -> ``3.2e+09``."""
+    return MISSING if value is None else f"{value:.{digits}g}"
+
+
+def stored(value: float) -> str:
+    """12.86 -> ``12.86``, 72.0 -> ``72``: every digit that a number was given with."""
+    return f"{value:.10g}"
+
+
+def times(value: float | None) -> str:
+    """1.3125 -> ``1.31×``."""
+    return MISSING if value is None else f"{value:.2f}\N{MULTIPLICATION SIGN}"
+
+
+def rate(value: float | None) -> str:
+    """1234.5 -> ``1,234``; 12.34 -> ``12.3`` (tokens per second)."""
+    if value is None:
+        return MISSING
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def visible_text(value: object, *, keep: str = "\n\t") -> str:
+    """Text without control characters and direction overrides; each becomes U+FFFD."""
+    return "".join(
+        character
+        if character in keep
+        or not (
+            character in _DIRECTION or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+        )
+        else "\ufffd"
+        for character in str(value)
+    )
+
+
+def terminal_text(value: object) -> str:
+    """One printable line: no escape sequences, no line breaks."""
+    return printable(" ".join(str(value).split("\n")))
+
+
+def markdown_text(value: object) -> str:
+    """Text that Markdown (GitHub's, inside a table too) shows as it is, on one line."""
+    line = " ".join(visible_text(value).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = _MARKDOWN.sub(r"\\\1", line)
+    # GitHub makes links of bare addresses, with and without a scheme.
+    line = _WWW.sub(r"\\.", line)
+    return line.replace("://", ":&#47;&#47;").replace("@", "&#64;")
+
+
+def csv_cell(value: object) -> object:
+    """Numbers as they are; text that a spreadsheet would run as a formula gets a quote in front."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    text = visible_text(value, keep="")
+    return f"'{text}" if text.lstrip(" ").startswith(_FORMULA) else text
+
+
+def ratio(estimate: Estimate | None) -> str:
+    """``1.31× [1.25×, 1.38×]``; nothing without one."""
+    if estimate is None:
+        return ""
+    ends = f" [{times(estimate.low)}, {times(estimate.high)}]" if estimate.low is not None else ""
+    return times(estimate.value) + ends
+
+
+def nats(estimate: Estimate | None, *, signed: bool = False) -> str:
+    """``[0.011, 0.042]``: the interval of a number in nats, or an empty string without one."""
+    if estimate is None or estimate.low is None:
+        return ""
+    low, high = decimal(estimate.low, signed=signed), decimal(estimate.high, signed=signed)
+    return f"[{low}, {high}]"
+
+
+FILTERS = {
+    write.__name__: write
+    for write in (
+        *(count, decimal, duration, interval, nats, p_value, percent, points, rate, significant),
+        *(ratio, stored, times, with_error),
+    )
+}
+"""What the templates of the page call by name."""

@@ -1,1 +1,0 @@
-"""Numbers and foreign strings as text: formats and escaping."""

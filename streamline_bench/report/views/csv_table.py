@@ -1,0 +1,127 @@
+"""``leaderboard.csv``: one line per row, numbers unrounded, shares between 0 and 1.
+
+Of each task: ``difference_low_unadjusted`` and ``difference_high_unadjusted`` are the interval of
+that task alone and ``p_unadjusted`` its test; ``p_holm`` is adjusted over the row's tasks, and
+``decision_by_p_holm`` follows from it and the margin.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+from streamline_bench.report.leaderboard import Leaderboard, Row, TaskScore
+from streamline_bench.report.text import csv_cell
+from streamline_bench.stability.comparison import (
+    Estimate,
+    Overall,
+    PerplexityComparison,
+    TokenDivergence,
+)
+
+__all__ = ["to_csv"]
+
+
+def to_csv(board: Leaderboard) -> str:
+    """Render the leaderboard as CSV (RFC 4180, header line, UTF-8)."""
+    records = [_record(row) for row in board.rows]
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\r\n")
+    writer.writerow([csv_cell(name) for name in columns])
+    for record in records:
+        writer.writerow([csv_cell(record.get(name)) for name in columns])
+    return stream.getvalue()
+
+
+def _record(row: Row) -> dict[str, Any]:
+    names = ("label", "method", "replacement", "cost", "layers", "parameters",
+             "sparsity_requested", "sparsity_reached", "failed")  # fmt: skip
+    record: dict[str, Any] = {name: getattr(row, name) for name in names}
+    record["seconds"] = row.total_seconds
+    for scope, accuracy in (("macro", row.accuracy_macro), ("micro", row.accuracy_micro)):
+        record[f"accuracy_{scope}"] = accuracy and accuracy.value
+        record[f"accuracy_{scope}_se"] = accuracy and accuracy.standard_error
+    record |= _overall(row.macro, "macro") | _overall(row.micro, "micro")
+    record |= _divergence(row.divergence)
+    for name, value in row.throughput or ():
+        record[f"throughput_{name}"] = value
+    for task in row.tasks:
+        record |= _task(task)
+    for found in row.perplexities:
+        record |= _perplexity(found)
+    for name, metrics in row.other_metrics.items():
+        record |= {f"{metric}:{name}": value for metric, value in metrics.items()}
+    return record
+
+
+def _with_ends(name: str, estimate: Estimate | None, end: str = "") -> dict[str, float | None]:
+    """Value and interval as three columns."""
+    return {
+        f"{name}{end}": estimate.value if estimate else None,
+        f"{name}_low{end}": estimate.low if estimate else None,
+        f"{name}_high{end}": estimate.high if estimate else None,
+    }
+
+
+def _task(task: TaskScore) -> dict[str, Any]:
+    name = task.task if task.main else f"{task.task}/{task.filter}"
+    record: dict[str, Any] = {
+        f"accuracy:{name}": task.accuracy.value,
+        f"shots:{name}": task.shots,
+    }
+    found = task.comparison
+    if found is None:
+        return record
+    return record | {
+        f"difference:{name}": found.difference.value,
+        f"difference_low_unadjusted:{name}": found.difference.low,
+        f"difference_high_unadjusted:{name}": found.difference.high,
+        f"stability:{name}": found.stability and found.stability.value,
+        f"mcnemar_p:{name}": found.mcnemar_p,
+        f"p_unadjusted:{name}": found.p_value,
+        f"p_method:{name}": found.p_method,
+        f"clusters:{name}": found.clusters and found.clusters.count,
+        f"p_holm:{name}": found.p_holm,
+        f"decision_by_p_holm:{name}": found.decision,
+    }
+
+
+def _perplexity(found: PerplexityComparison) -> dict[str, Any]:
+    name = f":{found.task}/{found.unit}"
+    return {
+        f"perplexity{name}": found.pruned,
+        **_with_ends("perplexity_ratio", found.ratio, name),
+        f"nats_per_unit{name}": found.nats_per_unit.value,
+    }
+
+
+def _divergence(found: TokenDivergence | None) -> dict[str, Any]:
+    return {
+        **_with_ends("token_kl", found.kl if found else None),
+        **_with_ends("same_top_token", found.same_top if found else None),
+        **_with_ends("nats_per_token", found.nats_per_token if found else None),
+        "text_perplexity": found.pruned_perplexity if found else None,
+    }
+
+
+def _overall(overall: Overall | None, scope: str) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    for name in ("difference", "agreement", "stability", "retention", "flips_above_noise"):
+        record |= _with_ends(f"{name}_{scope}", getattr(overall, name, None))
+    for name in ("pruned_corrected", "choice_kl", "choice_js", "margin_shift", "brier_shift"):
+        record[f"{name}_{scope}"] = getattr(getattr(overall, name, None), "value", None)
+    for name in ("decision", "detectable", "noninferiority_p", "pruned_calibration_error"):
+        record[f"{name}_{scope}"] = getattr(overall, name, None)
+    if scope == "macro":
+        for name in ("p_value", "p_method", "kappa"):
+            record[f"{name}_macro"] = getattr(overall, name, None)
+        return record
+    for name in ("right_to_wrong", "wrong_to_right", "wrong_to_other_wrong"):
+        record[name] = overall and getattr(overall.flips, name)
+    for name in ("mcnemar_p", "p_value", "p_method"):
+        record[name] = getattr(overall, name, None)
+    record["clusters"] = overall and overall.clusters and overall.clusters.count
+    record["kappa"] = overall and overall.kappa
+    return record

@@ -1,0 +1,177 @@
+"""What every view begins with: rows in order, the headline, the commands by what they do.
+
+Rows are ordered by accuracy, or by perplexity where no task has right or wrong answers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from streamline_bench.report.leaderboard import Leaderboard, Row
+from streamline_bench.report.text import percent, points, significant
+from streamline_bench.stability.comparison import Estimate
+
+__all__ = ["commands_by_stage", "headline", "perplexity_ratio", "ranked"]
+
+_LARGEST = 700.0  # e^709 is the largest float64
+_GUESSING = 0.1
+"""Share of the way from guessing to all right; a dense model below it has nothing to lose."""
+_Row = TypeVar("_Row", bound=Row)
+
+
+def ranked(rows: Iterable[_Row]) -> list[_Row]:
+    """Sort rows by accuracy (mean over tasks), the best first, failed rows last.
+
+    Without any accuracy, rows are sorted by perplexity as a multiple of the dense model's, the
+    smallest first. Equal rows keep the order of the run.
+    """
+    every = list(rows)
+    scored = [row for row in every if row.failed is None]
+    key = _by_accuracy if any(row.accuracy_macro for row in scored) else _by_perplexity
+    return [*sorted(scored, key=key), *(row for row in every if row.failed is not None)]
+
+
+def _by_accuracy(row: Row) -> float:
+    return -row.accuracy_macro.value if row.accuracy_macro else math.inf
+
+
+def _by_perplexity(row: Row) -> float:
+    nats = _nats(row)
+    return math.inf if nats is None else nats.value
+
+
+def perplexity_ratio(row: Row) -> Estimate | None:
+    """Perplexity as a multiple of the dense model's: geometric mean over tasks, with interval.
+
+    Of a task that counts several units (words, bytes), the first is taken. Distances to the ends of
+    the intervals of the tasks' logarithms add up by squares, as those of accuracies do.
+
+    Returns:
+        1 for the dense row; None for a row without perplexities, or if the ratio exceeds float64.
+    """
+    nats = _nats(row)
+    if nats is None or nats.value >= _LARGEST:
+        return None
+    value = math.exp(nats.value)
+    if nats.low is None or nats.high is None or nats.high >= _LARGEST:
+        return Estimate(value=value)
+    return Estimate(value=value, low=math.exp(nats.low), high=math.exp(nats.high))
+
+
+def _nats(row: Row) -> Estimate | None:
+    if row.is_dense:
+        return Estimate(value=0.0)
+    tasks: dict[tuple[str, str], Estimate] = {}
+    for found in row.perplexities:
+        tasks.setdefault((found.task, found.filter), found.nats_per_unit)
+    if not tasks:
+        return None
+    parts = list(tasks.values())
+    value = sum(part.value for part in parts) / len(parts)
+    ends = [(p.value, p.low, p.high) for p in parts if p.low is not None and p.high is not None]
+    if len(ends) < len(parts):
+        return Estimate(value=value)
+    below = math.hypot(*(middle - low for middle, low, _ in ends)) / len(parts)
+    above = math.hypot(*(high - middle for middle, _, high in ends)) / len(parts)
+    return Estimate(value=value, low=value - below, high=value + above)
+
+
+def headline(board: Leaderboard) -> str:
+    """One or two sentences on the best row against the dense model. Not escaped."""
+    failed = sum(row.failed is not None for row in board.rows)
+    return _best(board) + (f" {failed} more failed." if failed else "")
+
+
+def _best(board: Leaderboard) -> str:
+    dense = board.dense_row
+    if dense.accuracy_macro is None:
+        return _best_perplexity(board)
+    before = percent(dense.accuracy_macro.value)
+    others = [(row, row.macro) for row in ranked(board.rows) if row.macro]
+    if not others:
+        return f"{dense.label} answers {before} % right, averaged over tasks."
+    best, macro = others[0]
+    corrected = macro.dense_corrected
+    if corrected is not None and corrected.value < _GUESSING:
+        return (
+            f"{dense.label} is close to guessing on these tasks: {before} % right is "
+            f"{percent(corrected.value)} % of the way from guessing to all right. The order of the "
+            f"{_models(len(others))} therefore says little; stability and flips still show how "
+            "much their verdicts changed."
+        )
+    change = macro.difference
+    return (
+        f"Of {_models(len(others))}, {best.label} keeps most: {percent(macro.pruned.value)} % "
+        f"right{_removed(best)}, against {before} % of {dense.label} "
+        f"({points(change.value)} points, {board.level} interval {points(change.low)} to "
+        f"{points(change.high)}). {percent(macro.agreement.value)} % of its verdicts are unchanged."
+    )
+
+
+def _models(count: int) -> str:
+    return f"{count} compressed {'model' if count == 1 else 'models'}"
+
+
+def _removed(row: Row) -> str:
+    if row.sparsity_reached is None:
+        return ""
+    return f" with {percent(row.sparsity_reached)} % of the parameters removed"
+
+
+def _best_perplexity(board: Leaderboard) -> str:
+    """What happened to perplexity, where no task has right or wrong answers."""
+    none, dense = "No task has right or wrong answers", board.dense
+    others = [row for row in ranked(board.rows) if not row.is_dense and row.failed is None]
+    known = [(row, ratio) for row in others if (ratio := perplexity_ratio(row)) is not None]
+    if not others:
+        return f"{none}, and there is no row to compare {dense} with."
+    if not known:
+        return f"{none}, and no model has a perplexity to compare with {dense}'s."
+    best, ratio = known[0]
+    ends = ""
+    if ratio.low is not None:
+        low, high = significant(ratio.low, 3), significant(ratio.high, 3)
+        ends = f" ({board.level} interval {low} to {high})"
+    tasks = len({found.task for found in best.perplexities})
+    mean = f", geometric mean over {tasks} texts" if tasks > 1 else ""
+    return (
+        f"{none}. Of {_models(len(others))}, {best.label} does best{_removed(best)}: its "
+        f"perplexity is {significant(ratio.value, 3)} times {dense}'s{ends}{mean}."
+    )
+
+
+_STAGES = {
+    "compress": "Compress",
+    "scan": "Compress",
+    "lm_eval": "Evaluate",
+    "lm-eval": "Evaluate",
+    "opencompass": "Evaluate",
+    "divergence": "Compare on a text",
+    "throughput": "Measure speed",
+    "compare": "All at once",
+}
+_OTHER = "Other"
+
+
+def commands_by_stage(commands: Sequence[str]) -> dict[str, list[str]]:
+    """Return heading -> command lines, headings in the order of a run, none without a line."""
+    order = dict.fromkeys((*_STAGES.values(), _OTHER))
+    found: dict[str, list[str]] = {heading: [] for heading in order}
+    for command in commands:
+        found[_stage(command)].append(command)
+    return {heading: lines for heading, lines in found.items() if lines}
+
+
+def _stage(command: str) -> str:
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = command.split()
+    # Variables before the program, the interpreter and its -m say nothing of the stage.
+    program = [word for word in words if not re.fullmatch(r"\w+=.*", word, re.S)][:4]
+    names = (word.rsplit("/", 1)[-1].removesuffix("-bench") for word in program)
+    return next((_STAGES[name] for name in names if name in _STAGES), _OTHER)
