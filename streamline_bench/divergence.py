@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from streamline_bench.core.checkpoint.reader import resolve_pretrained
+from streamline_bench.core.checkpoint.folder import resolve_pretrained
 from streamline_bench.core.data.corpus_files import file_kind, read_file
 from streamline_bench.errors import CalibrationError, ComparisonError, NumericsError
 from streamline_bench.modeling.loading import load_model, load_tokenizer

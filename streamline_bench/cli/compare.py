@@ -132,7 +132,7 @@ def stops_with_a_word() -> Iterator[None]:
 
 def finish(result: CompareResult) -> NoReturn:
     """Say what failed and which page to open, and exit: 0 when everything is there, else 1."""
-    from streamline_bench.core.machine.terminal import printable
+    from streamline_bench.core.machine.environment import printable
 
     for reason, labels in _by_reason(result.alone).items():
         rows = ", ".join(map(printable, labels))

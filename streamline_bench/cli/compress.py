@@ -51,7 +51,7 @@ def command(
     """Remove layers from MODEL (a folder, a hub id or bundled) and write the result to --output."""
     setup_logging(quiet=quiet or as_json)
     from streamline_bench.compression import compress, load_recipe
-    from streamline_bench.core.checkpoint.reader import read_manifest
+    from streamline_bench.core.checkpoint.manifest import read_manifest
 
     plan = load_recipe(recipe, {**overrides, **parse_assignments(assignments)})
     compress(

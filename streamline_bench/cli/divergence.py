@@ -61,7 +61,7 @@ def command(
     per token, which also sees probability that moves between tokens the text does not contain.
     """
     setup_logging(quiet=quiet)
-    from streamline_bench.core.checkpoint.reader import resolve_pretrained
+    from streamline_bench.core.checkpoint.folder import resolve_pretrained
     from streamline_bench.divergence import read_texts, token_divergence
 
     result = token_divergence(

@@ -100,7 +100,7 @@ def command(
 
 
 def _write_reference(run: Path, reference: Path, overwrite: bool, quiet: bool) -> None:
-    from streamline_bench.core.machine.terminal import printable
+    from streamline_bench.core.machine.environment import printable
     from streamline_bench.errors import OutputError
     from streamline_bench.gate.evidence import read_evidence
     from streamline_bench.gate.reference import write_reference
@@ -123,7 +123,7 @@ def _write_reference(run: Path, reference: Path, overwrite: bool, quiet: bool) -
 
 
 def _show(result: GateResult, every: bool) -> None:
-    from streamline_bench.core.machine.terminal import printable
+    from streamline_bench.core.machine.environment import printable
     from streamline_bench.gate.table import NOTE, brief, ordered, to_table, verdict
 
     shown = ordered(result) if every else brief(result)

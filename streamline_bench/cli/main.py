@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import click
 
-from streamline_bench.core.machine.terminal import printable
+from streamline_bench.core.machine.environment import printable
 from streamline_bench.errors import StreamlineBenchError
 from streamline_bench.version import __version__
 
@@ -58,7 +58,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        from streamline_bench.core.recipe.suggestions import suggest
+        from streamline_bench.core.recipe.validation import suggest
 
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             ctx.fail(f"No such command '{args[0]}'{suggest(args[0], list(COMMANDS))}")

@@ -79,7 +79,7 @@ def until_option(command: _Command) -> _Command:
 
 
 def _found_device(ctx: click.Context, option: click.Parameter, value: str) -> str:
-    from streamline_bench.core.machine.devices import found_device
+    from streamline_bench.core.machine.environment import found_device
 
     try:
         return found_device(value)
@@ -90,7 +90,7 @@ def _found_device(ctx: click.Context, option: click.Parameter, value: str) -> st
 def _named_device(ctx: click.Context, option: click.Parameter, value: str | None) -> str | None:
     if value in (None, "auto"):
         return value
-    from streamline_bench.core.machine.devices import known_device
+    from streamline_bench.core.machine.environment import known_device
 
     try:
         return known_device(str(value))

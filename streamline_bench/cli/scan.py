@@ -142,11 +142,11 @@ def _scanned(
     import torch
 
     from streamline_bench.core.architecture import architecture_of
-    from streamline_bench.core.checkpoint.reader import resolve_pretrained
+    from streamline_bench.core.checkpoint.folder import resolve_pretrained
     from streamline_bench.core.data.calibration import load_calibration
     from streamline_bench.core.recipe.schema import CalibrationSpec
-    from streamline_bench.core.scan.importance_streamed import scan_streamed
     from streamline_bench.core.scan.scan import scan
+    from streamline_bench.core.scan.streaming import scan_streamed
     from streamline_bench.modeling.loading import load_config, load_model, load_tokenizer
 
     folder = resolve_pretrained(model, revision)
@@ -207,7 +207,7 @@ def _table(similarity: Similarity, sizes: list[int], metric: str) -> pd.DataFram
 
 
 def _write(similarity: Similarity, sizes: list[int], metric: Any, output: Path, name: str) -> None:
-    from streamline_bench.core.checkpoint.reader import atomic_write_text
+    from streamline_bench.core.files.staging import atomic_write_text
     from streamline_bench.errors import OutputError
     from streamline_bench.report.figures.similarity import similarity_svg
 

@@ -167,7 +167,7 @@ def _refuse_ignored(ctx: click.Context, engine: str, serving: bool, paper: bool)
 
 def _named(models: tuple[str, ...], revision: str | None) -> dict[str, str]:
     """Labels and folders; folders that are not there are refused before anything is started."""
-    from streamline_bench.core.checkpoint.reader import resolve_pretrained
+    from streamline_bench.core.checkpoint.folder import resolve_pretrained
 
     named: dict[str, str] = {}
     for given in models:

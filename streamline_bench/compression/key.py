@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from streamline_bench.core.checkpoint.folder import tokenizer_files
 from streamline_bench.core.checkpoint.manifest import file_sha256
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.core.checkpoint.tokenizer_files import tokenizer_files
 from streamline_bench.core.data.corpora import local_path
 from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe
 from streamline_bench.errors import CheckpointError

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamline_bench.compression.key import content_key
-from streamline_bench.core.checkpoint.manifest import Source, hash_files
-from streamline_bench.core.checkpoint.reader import (
-    CheckpointReader,
+from streamline_bench.core.checkpoint.folder import resolve_pretrained
+from streamline_bench.core.checkpoint.manifest import (
     Manifest,
+    Source,
+    hash_files,
     read_manifest,
-    resolve_pretrained,
-    staged_output,
-    user_cache,
     write_manifest,
 )
-from streamline_bench.core.machine.versions import package_versions
+from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.files.staging import staged_output
+from streamline_bench.core.machine.environment import package_versions, user_cache
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.errors import CacheError, RecipeError
 from streamline_bench.methods.base import Compressed, Compression, write_compressed

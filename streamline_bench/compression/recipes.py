@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.core.files.yaml_file import read_yaml_mapping
+from streamline_bench.core.files.structured import read_yaml_mapping
 from streamline_bench.core.recipe.schema import Recipe, parse_recipe
-from streamline_bench.core.recipe.suggestions import suggest, suggest_or_list
+from streamline_bench.core.recipe.validation import suggest, suggest_or_list
 from streamline_bench.errors import RecipeError
 from streamline_bench.methods.registry import METHODS, check_parameters, get_method, unread_parts
 from streamline_bench.resources import resource
@@ -139,7 +139,7 @@ def _expand_preset(payload: dict[str, Any]) -> None:
     training = payload.get("training")
     if not isinstance(training, dict) or "preset" not in training:
         return
-    from streamline_bench.core.training.presets import preset_values
+    from streamline_bench.core.recipe.presets import preset_values
 
     given = dict(training)
     payload["training"] = {**preset_values(str(given.pop("preset"))), **given}

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from streamline_bench.core.files.versioned_json import read_json
+from streamline_bench.core.files.structured import read_json
 from streamline_bench.errors import SamplesError
 from streamline_bench.gate.reference import (
     KIND,

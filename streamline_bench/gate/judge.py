@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from streamline_bench.core.recipe.suggestions import suggest
+from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import ComparisonError
 from streamline_bench.gate.accuracy_checks import accuracy_checks
 from streamline_bench.gate.evidence import Evidence, open_source

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from streamline_bench.core.files.staging import atomic_write_text
-from streamline_bench.core.files.versioned_json import validated
-from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.files.structured import validated
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import SamplesError
 from streamline_bench.report.leaderboard import Procedure
 from streamline_bench.stability.comparison import Estimate

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.recipe.schema import Frozen
 
 __all__ = ["Check", "GateResult", "Quantity", "Status", "Thresholds"]
 

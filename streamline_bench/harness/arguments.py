@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streamline_bench.core.recipe.schema import Recipe
-from streamline_bench.core.recipe.suggestions import suggest
+from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import RecipeError
 
 __all__ = ["ModelArguments", "sort_arguments"]

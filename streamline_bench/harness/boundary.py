@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from streamline_bench.core.machine.terminal import printable
+from streamline_bench.core.machine.environment import printable
 from streamline_bench.errors import StreamlineBenchError
 
 __all__ = ["share_log", "user_errors"]

@@ -17,7 +17,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from streamline_bench.core.machine.devices import known_device
+from streamline_bench.core.machine.environment import known_device
 from streamline_bench.core.recipe.validation import first_line
 from streamline_bench.errors import CheckpointError, RecipeError, StreamlineBenchError
 from streamline_bench.harness.arguments import sort_arguments

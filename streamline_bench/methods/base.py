@@ -13,8 +13,7 @@ from pydantic import BaseModel
 
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.files.staging import atomic_write_text
-from streamline_bench.core.recipe.frozen import Frozen
-from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe
+from streamline_bench.core.recipe.schema import CalibrationSpec, Frozen, Recipe
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pydantic import BaseModel, ValidationError
 
 from streamline_bench.core.recipe.schema import Recipe
-from streamline_bench.core.recipe.suggestions import suggest
-from streamline_bench.core.recipe.validation import wrong_value
+from streamline_bench.core.recipe.validation import suggest, wrong_value
 from streamline_bench.errors import RecipeError
 from streamline_bench.methods.base import Method
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.recipe.schema import ReplacementSpec
-from streamline_bench.core.recipe.suggestions import suggest
+from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.core.surgery.replacement import (
     NETWORK_KINDS,
     ReplacementNetwork,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.core.checkpoint.tokenizer_files import VOCABULARY_FILES
+from streamline_bench.core.checkpoint.folder import VOCABULARY_FILES
 from streamline_bench.core.recipe.validation import first_line
 from streamline_bench.errors import CalibrationError, CheckpointError, RecipeError
 

@@ -19,10 +19,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from streamline_bench.core.checkpoint.reader import Manifest
-from streamline_bench.core.files.folder_lock import check_usable, lock_folder
+from streamline_bench.core.checkpoint.manifest import Manifest
+from streamline_bench.core.files.locks import check_usable, lock_folder
 from streamline_bench.core.files.staging import atomic_write_text
-from streamline_bench.core.machine.versions import package_versions
+from streamline_bench.core.machine.environment import package_versions
 from streamline_bench.errors import OutputError
 from streamline_bench.opencompass.execution import Environment, run_opencompass
 from streamline_bench.opencompass.run_plan import ModelEntry, RunPlan, config_text, source_keys

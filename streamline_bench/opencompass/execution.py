@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from streamline_bench.core.machine.leash import LeashedProcess
+from streamline_bench.core.machine.processes import LeashedProcess
 from streamline_bench.errors import MissingDependencyError, OpenCompassError, StreamlineBenchError
 from streamline_bench.opencompass.availability import OPENCOMPASS_INSTALL
 from streamline_bench.stability.readers.opencompass_folder import DumpedConfig, read_dumped_config
@@ -170,7 +170,7 @@ def _drop_damaged(run: Path) -> None:
 def _call(command: Sequence[str], scratch: Path, work: Path, log_file: Path, progress: bool) -> int:
     """Run the command with its output in a file, showing how many predictions there are."""
     python, *module = command
-    leashed = [python, "-m", "streamline_bench.core.machine.leash", *module[1:]]
+    leashed = [python, "-m", "streamline_bench.core.machine.processes", *module[1:]]
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     with log_file.open("ab") as stream, _bar(progress) as bar:
         process = LeashedProcess(leashed, stream, environment=environment, folder=scratch)

@@ -21,8 +21,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from streamline_bench.core.files.staging import atomic_write_text
-from streamline_bench.core.files.versioned_json import read_json, validated
-from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.files.structured import read_json, validated
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import SamplesError
 
 __all__ = ["RUN_FILE", "NoiseRun", "RunFile", "RunRow", "read_run_file", "write_run_file"]

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from typing import TYPE_CHECKING
 
-from streamline_bench.core.machine.terminal import printable
+from streamline_bench.core.machine.environment import printable
 
 if TYPE_CHECKING:
     from streamline_bench.stability.comparison import Estimate

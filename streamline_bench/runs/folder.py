@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from streamline_bench.core.files.folder_lock import check_usable, lock_folder
+from streamline_bench.core.files.locks import check_usable, lock_folder
 from streamline_bench.errors import OutputError
 from streamline_bench.runs.planning.plan import PLAN_FILE, Plan, differences, read_plan, write_plan
 from streamline_bench.runs.planning.rows import FILES, FOLDERS, PARTS_OF_A_ROW, is_row_name

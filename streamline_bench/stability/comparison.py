@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.stability.settings import Mode, Quantity
 
 __all__ = [

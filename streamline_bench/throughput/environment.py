@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from streamline_bench.core.machine.versions import package_versions
+from streamline_bench.core.machine.environment import package_versions
 from streamline_bench.throughput.contender import Contender
 from streamline_bench.throughput.meters import open_device, visible_device
 from streamline_bench.throughput.record import Environment

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from streamline_bench.core.checkpoint.reader import resolve_pretrained
+from streamline_bench.core.checkpoint.folder import resolve_pretrained
 from streamline_bench.errors import CheckpointError, OutputError, ThroughputError
 from streamline_bench.throughput.contender import Contender, RunningModel
 from streamline_bench.throughput.engines import EngineSettings, engine_class

@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 
-from streamline_bench.core.machine.leash import GRACE
-from streamline_bench.core.machine.terminal import printable
+from streamline_bench.core.machine.environment import printable
+from streamline_bench.core.machine.processes import GRACE
 from streamline_bench.throughput.out_of_memory import is_out_of_memory, kernel_kills
 
 __all__ = ["ModelProcess", "WorkerError"]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
-from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.throughput.meters import visible_device
 
 __all__ = ["Clock", "ServingLoad", "Setup", "Workload", "chosen_device", "prompts"]

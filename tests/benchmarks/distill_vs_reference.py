@@ -223,10 +223,8 @@ def deployed_loss(options: argparse.Namespace, role: str | None) -> float:
     """Causal mean squared error on the held-out tokens; None: of the untrained layer."""
     from streamline_bench.core.data.calibration import CalibrationTokens
     from streamline_bench.core.recipe.schema import ReplacementSpec
-    from streamline_bench.core.training.objectives import MseObjective
-    from streamline_bench.core.training.sources import StreamedStates, make_batch
-    from streamline_bench.core.training.student import Student
-    from streamline_bench.core.training.teacher import Teacher
+    from streamline_bench.core.training.block import Student, Teacher
+    from streamline_bench.core.training.objectives import MseObjective, StreamedStates, make_batch
 
     model = load_model(options).eval()
     student = Student(model, options.start, ReplacementSpec(kind="layer"), SEED)

@@ -97,8 +97,8 @@ def ours(model: Path, ids: dict[str, torch.Tensor], width: int, signal: Any) -> 
     from transformers import AutoModelForCausalLM
 
     from streamline_bench.core.data.calibration import CalibrationTokens
+    from streamline_bench.core.files.mapped_tensors import BatchStore
     from streamline_bench.methods.rotation.norm_fusion import fuse_norms
-    from streamline_bench.methods.rotation.signal_store import SignalStore
     from streamline_bench.methods.rotation.stream_rotation import RotationOptions, StreamRotation
 
     host = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
@@ -108,7 +108,7 @@ def ours(model: Path, ids: dict[str, torch.Tensor], width: int, signal: Any) -> 
         fuse_norms(host)
         tokens = CalibrationTokens.from_tensors(ids["fit"])
         options = RotationOptions(signal=signal, batch_size=8)
-        store = SignalStore(Path("unused"), 0, 1)
+        store = BatchStore(Path("unused"), 0, 1)
         StreamRotation(host, tokens, store, options, progress=False).run(width, hidden)
 
     return measured(host, ids["held_out"], work)

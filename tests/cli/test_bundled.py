@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from lm_eval.models.huggingface import HFLM
 
-from streamline_bench.core.checkpoint.reader import CheckpointReader, resolve_pretrained
+from streamline_bench.core.checkpoint.folder import resolve_pretrained
+from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.resources import bundled_model
 
 MODEL = bundled_model()

@@ -25,8 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from streamline_bench.compression import compress, compress_cached
 from streamline_bench.compression.key import content_key
-from streamline_bench.core.checkpoint.manifest import verify_files
-from streamline_bench.core.checkpoint.reader import read_manifest
+from streamline_bench.core.checkpoint.manifest import read_manifest, verify_files
 from streamline_bench.core.surgery.layers import keep_layers
 from streamline_bench.errors import CacheError, RecipeError
 from streamline_bench.methods.depth import streamline

@@ -203,7 +203,8 @@ def _read_tensors(folder: Path) -> object:
 
 def _read_config(folder: Path) -> object:
     from streamline_bench.core.architecture import require_removable_layers
-    from streamline_bench.core.checkpoint.reader import CheckpointReader, resolve_pretrained
+    from streamline_bench.core.checkpoint.folder import resolve_pretrained
+    from streamline_bench.core.checkpoint.reader import CheckpointReader
     from streamline_bench.core.surgery.sparsity import model_sizes
 
     reader = CheckpointReader(resolve_pretrained(folder))

@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM
 
 from streamline_bench.compression import list_recipes
-from streamline_bench.core.checkpoint.reader import read_manifest
+from streamline_bench.core.checkpoint.manifest import read_manifest
 from streamline_bench.harness.lm import StreamlineLM
 from streamline_bench.modeling import register
 

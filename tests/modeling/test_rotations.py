@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from streamline_bench.core.architecture import ARCHITECTURES, decoder_layers
-from streamline_bench.core.scan.boundaries import BoundaryRecorder
+from streamline_bench.core.scan.scan import BoundaryRecorder
 from streamline_bench.errors import ArchitectureError, CheckpointError
 from streamline_bench.modeling import StreamlineForCausalLM, register, streamline_config
 from streamline_bench.modeling.attachments import Attachment

@@ -108,7 +108,7 @@ def test_the_command_repeats_what_was_compared(
         lambda *folders, **options: asked.update(options) or Result(),
     )
     monkeypatch.setattr(
-        "streamline_bench.core.checkpoint.reader.resolve_pretrained",
+        "streamline_bench.core.checkpoint.folder.resolve_pretrained",
         lambda name, revision: Path(name),
     )
     plan = resolve_plan(asking(trust_remote_code=True))

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: reading, writing, hashing, the manifest."""
+"""Checkpoints on disk: the model's folder, reading, writing, the manifest."""

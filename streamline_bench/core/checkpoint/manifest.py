@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import Field
 
 from streamline_bench.core.files.staging import atomic_write_text
-from streamline_bench.core.files.versioned_json import read_json, validated
-from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.files.structured import read_json, validated
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import CheckpointError
 
 __all__ = [

@@ -1,68 +1,73 @@
-"""Opens a model folder: finds it, checks it, and reads single tensors without loading the rest.
+"""Reads checkpoints: single tensors without loading the rest, and hashes that name the content.
 
-What is written lies in :mod:`.staging` (atomic folders) and :mod:`.manifest`
-(``streamline.json``); both are reachable from here because whoever reads checkpoints needs them.
+The safetensors library maps the files and checks their headers (sizes, overlaps, lengths). What it
+cannot know is checked here: that the shards hold what the index promises, each tensor once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import mmap
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from streamline_bench.core.architecture import architecture_of
-from streamline_bench.core.checkpoint.fingerprint import fingerprint
-from streamline_bench.core.checkpoint.manifest import Manifest, read_manifest, write_manifest
-from streamline_bench.core.checkpoint.tensor_file import TensorEntry, read_header
-from streamline_bench.core.files.cache import user_cache
-from streamline_bench.core.files.staging import atomic_write_bytes, atomic_write_text, staged_output
+from streamline_bench.core.checkpoint.folder import (
+    INDEX_NAME,
+    find_shards,
+    is_confined,
+    read_config,
+)
+from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.machine.environment import user_cache
 from streamline_bench.core.recipe.validation import first_line
-from streamline_bench.errors import ArchitectureError, CheckpointError
-from streamline_bench.resources import bundled_model, is_bundled
+from streamline_bench.errors import ArchitectureError, CheckpointError, NumericsError, OutputError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "CheckpointReader",
-    "Manifest",
-    "TensorEntry",
-    "atomic_write_bytes",
-    "atomic_write_text",
-    "read_manifest",
-    "resolve_pretrained",
-    "staged_output",
-    "user_cache",
-    "write_manifest",
-]
+__all__ = ["CheckpointReader", "TensorEntry", "config_digest", "read_header"]
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+_ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+"""Bytes per element of the dtypes that are read; packed four- and six-bit ones are refused."""
 
-_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "tf_model.h5", "flax_model.msgpack")
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
-_UNWANTED = ["*/*", "consolidated*"]  # second copies of the weights in other layouts
+_NOTES = {"_name_or_path", "transformers_version", "use_cache", "_commit_hash"}
+_FINITE_PIECE = 1 << 23
+"""Elements that are checked for NaN at a time."""
 
 
-def resolve_pretrained(name: str | Path, revision: str | None = None) -> Path:
-    """Return the local folder of a model: as it is, ``bundled``, or a hub id downloaded if need be.
+@dataclass(frozen=True)
+class TensorEntry:
+    """One stored tensor: its file ``shard``, dtype as safetensors spells it, and shape."""
 
-    Only safetensors, JSON and tokenizer files are fetched; no pickle is ever read.
+    name: str
+    shard: Path
+    dtype: str
+    shape: tuple[int, ...]
 
-    Raises:
-        CheckpointError: no such folder or hub model, or it has no config or no safetensors weights.
-    """
-    if is_bundled(name):
-        folder = bundled_model()
-    elif (local := _local_folder(name)) is not None:
-        folder = local
-    else:
-        folder = _download(str(name), revision)
-    find_shards(folder)
-    _read_config(folder)
-    return folder
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * _ITEM_BYTES[self.dtype]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
 
 
 class CheckpointReader:
@@ -71,7 +76,7 @@ class CheckpointReader:
     Attributes:
         folder: the model's folder.
         config: the parsed ``config.json``.
-        entries: where each tensor's bytes lie, by name.
+        entries: what is stored, by name, in the order of the shards' bytes.
 
     Raises:
         CheckpointError: config or weights are missing, truncated, damaged, or point outside the
@@ -80,9 +85,10 @@ class CheckpointReader:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self.config = _read_config(self.folder)
+        self.config = read_config(self.folder)
         self.entries = _read_entries(self.folder)
-        self._maps: dict[Path, mmap.mmap] = {}
+        self._sizes = {e.shard: e.shard.stat().st_size for e in self.entries.values()}
+        self._open: dict[Path, Any] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -90,7 +96,7 @@ class CheckpointReader:
         return tuple(self.entries)
 
     def entry(self, name: str) -> TensorEntry:
-        """Return where a tensor's bytes lie.
+        """Return what is stored under a name.
 
         Raises:
             CheckpointError: there is no tensor of this name.
@@ -104,15 +110,31 @@ class CheckpointReader:
         """Return a tensor as a view of the mapped file, in its stored dtype; treat it as read-only.
 
         Pages are read on first touch. Writing to the view changes private pages, not the file.
-        """
-        from streamline_bench.core.checkpoint.tensor_view import view
 
+        Raises:
+            CheckpointError: there is no such tensor, or its file changed since it was opened.
+        """
         entry = self.entry(name)
-        if entry.shard not in self._maps:
-            with entry.shard.open("rb") as file:
-                # A private mapping is writable, so that torch takes it without copying or warning.
-                self._maps[entry.shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return view(entry, self._maps[entry.shard])
+        size = entry.shard.stat().st_size
+        if size != self._sizes[entry.shard]:  # a mapped file that shrank would end the process
+            raise CheckpointError(
+                f"{entry.shard} changed from {self._sizes[entry.shard]} to {size} bytes while it "
+                "was read; start again with files that nobody changes."
+            )
+        if entry.shard not in self._open:
+            self._open[entry.shard] = _opened(entry.shard, "pt")
+        try:
+            tensor: torch.Tensor = self._open[entry.shard].get_tensor(name)
+        except AttributeError:
+            raise CheckpointError(
+                f"Tensor '{name}' has dtype {entry.dtype}, which this torch does not know; upgrade "
+                "torch."
+            ) from None
+        return tensor
+
+    def release(self) -> None:
+        """Let go of the mapped files; the pages of a tensor stay as long as the tensor."""
+        self._open.clear()
 
     @cached_property
     def num_parameters(self) -> int:
@@ -139,10 +161,34 @@ class CheckpointReader:
     def fingerprint(self, progress: bool = True) -> str:
         """Return a SHA-256 (hex) of config and weights that does not depend on the sharding.
 
-        Digests of tensors are kept in the user's cache, keyed by path, size and time of change of
-        their shard, so that a second call reads no weights.
+        It covers the config without notes that do not change what the model computes, and every
+        tensor's name, dtype, shape and bytes.
         """
-        return fingerprint(self, progress=progress)
+        digests = self.tensor_digests(progress)
+        rows = [
+            [name, entry.dtype, list(entry.shape), digests[name]]
+            for name, entry in sorted(self.entries.items())
+        ]
+        payload = json.dumps([config_digest(self.config), rows])
+        return hashlib.sha256(payload.encode()).hexdigest()
+
+    def tensor_digests(self, progress: bool = True) -> dict[str, str]:
+        """Return the SHA-256 (hex) of every tensor's bytes, by name.
+
+        They are kept in the user's cache, keyed by path, size and time of change of the shard, so
+        that a second call reads no weights.
+        """
+        shards: dict[Path, list[TensorEntry]] = defaultdict(list)
+        for entry in self.entries.values():
+            shards[entry.shard].append(entry)
+        digests: dict[str, str] = {}
+        with (
+            self._bar("Hashing weights", list(self.entries.values()), progress) as bar,
+            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        ):
+            for path, entries in shards.items():
+                digests.update(self._shard_digests(path, entries, pool, bar))
+        return digests
 
     def check_finite(self, progress: bool = True) -> None:
         """Read all floating-point weights once, in small pieces.
@@ -150,64 +196,85 @@ class CheckpointReader:
         Raises:
             NumericsError: a tensor holds NaN or infinity; the message names it.
         """
-        from streamline_bench.core.checkpoint.tensor_view import check_finite
+        import torch
 
-        check_finite(self.entries.values(), progress=progress)
+        floating = [e for e in self.entries.values() if "F" in e.dtype]
+        with self._bar("Checking weights", floating, progress) as bar:
+            for entry in floating:
+                for piece in self.tensor(entry.name).reshape(-1).split(_FINITE_PIECE):  # type: ignore[no-untyped-call]
+                    # One byte formats have no isfinite of their own.
+                    widened = piece.float() if piece.itemsize == 1 else piece
+                    if not bool(torch.isfinite(widened).all()):
+                        raise NumericsError(
+                            f"Tensor '{entry.name}' in {entry.shard} holds NaN or infinity; use a "
+                            "sound checkpoint."
+                        )
+                    bar.update(piece.nbytes)
+
+    def _bar(self, what: str, entries: list[TensorEntry], progress: bool) -> tqdm[Any]:
+        total = sum(entry.nbytes for entry in entries)
+        return tqdm(
+            total=total, unit="B", unit_scale=True, desc=what, delay=2, disable=not progress
+        )
+
+    def _shard_digests(
+        self, path: Path, entries: list[TensorEntry], pool: ThreadPoolExecutor, bar: tqdm[Any]
+    ) -> dict[str, str]:
+        before = _identity(path)
+        key = hashlib.sha256(json.dumps(before).encode()).hexdigest()
+        record = user_cache() / "digests" / f"{key}.json"
+        known = _read_record(record, before, entries)
+        if known is not None:
+            bar.update(sum(entry.nbytes for entry in entries))
+            return known
+        tensors = [self.tensor(entry.name) for entry in entries]
+        hashes = pool.map(lambda tensor: _tensor_digest(tensor, bar), tensors)  # drops the GIL
+        digests = {entry.name: value for entry, value in zip(entries, hashes, strict=True)}
+        if _identity(path) == before:
+            _write_record(record, before, digests)
+        return digests
 
 
-def find_shards(folder: Path) -> dict[str, list[str] | None]:
-    """Return file name -> tensors its index expects in it (None: whatever it holds).
+def config_digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of a config as canonical JSON, without notes such as the writer's version."""
+    kept = {key: value for key, value in config.items() if key not in _NOTES}
+    if "torch_dtype" in kept:  # the older spelling
+        kept.setdefault("dtype", kept.pop("torch_dtype"))
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of one safetensors file, by name, in the order of their bytes.
 
     Raises:
-        CheckpointError: there are no safetensors weights, or the index is damaged or unsafe.
+        CheckpointError: the file is truncated, its header is damaged, or a dtype is not supported.
     """
-    if (folder / SINGLE_NAME).is_file():
-        return {SINGLE_NAME: None}
-    if (folder / INDEX_NAME).is_file():
-        return _read_index(folder / INDEX_NAME)
-    raise _no_weights(folder)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no config.json, so it is no model folder.")
-    config = _read_json(path)
-    if not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{path} names no model_type; download it again.")
-    return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); download it again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object; download it again.")
-    return value
-
-
-def _read_index(path: Path) -> dict[str, list[str] | None]:
-    mapping = _read_json(path).get("weight_map")
-    if not isinstance(mapping, dict) or not mapping:
-        raise CheckpointError(f"{path} has no weight_map; download it again.")
-    shards: dict[str, list[str] | None] = {}
-    for tensor, shard in mapping.items():
-        if not isinstance(shard, str) or not _is_plain(shard):
+    with _opened(path, "np") as file:  # which loads no torch
+        slices = {name: file.get_slice(name) for name in file.offset_keys()}
+        entries = {
+            name: TensorEntry(name, path, part.get_dtype(), tuple(part.get_shape()))
+            for name, part in slices.items()
+        }
+    for entry in entries.values():
+        if entry.dtype not in _ITEM_BYTES:
             raise CheckpointError(
-                f"{path} places tensor '{tensor}' in {shard!r}, outside the model's folder; "
-                "do not use this checkpoint."
+                f"{path}: tensor '{entry.name}' has dtype {entry.dtype}, which is not supported; "
+                "convert it to one of " + ", ".join(_ITEM_BYTES) + "."
             )
-        expected = shards.setdefault(shard, [])
-        assert expected is not None
-        expected.append(tensor)
-    return shards
+    return entries
 
 
-def _is_plain(name: str) -> bool:
-    """Whether a file name cannot leave its folder: no separators, no dots only, no drive."""
-    return bool(name.strip(".")) and not set(name) & set("/\\:\0")
+def _opened(path: Path, framework: str) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework)
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size if path.is_file() else 0
+        raise CheckpointError(
+            f"{path} ({size} bytes) cannot be read ({first_line(error)}); it is truncated or "
+            "damaged: download it again."
+        ) from None
 
 
 def _read_entries(folder: Path) -> dict[str, TensorEntry]:
@@ -242,60 +309,37 @@ def _check_shard(folder: Path, path: Path) -> None:
         )
 
 
-def is_confined(folder: Path, path: Path) -> bool:
-    """Whether a file is no link, or one that stays in the folder or its place in the hub's cache.
-
-    The hub's cache holds ``models--x--y/snapshots/<commit>/<file>`` as links to ``blobs`` beside
-    ``snapshots``.
-    """
-    if not path.is_symlink():
-        return True
-    target, home = path.resolve(), folder.resolve()
-    in_cache = home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--")
-    return target.is_relative_to(home) or (
-        in_cache and target.is_relative_to(home.parent.parent / "blobs")
-    )
+def _identity(path: Path) -> list[str | int]:
+    resolved = path.resolve()
+    status = resolved.stat()
+    return [str(resolved), status.st_size, status.st_mtime_ns]
 
 
-def _no_weights(folder: Path) -> CheckpointError:
-    if any(True for pattern in _PICKLES for _ in folder.glob(pattern)):
-        return CheckpointError(
-            f"{folder} has its weights as pickles only, which can run code when read; if you trust "
-            'them, convert them with: python -c "from transformers import AutoModelForCausalLM '
-            f"as M; M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}')\""
-        )
-    if (folder / "adapter_model.safetensors").is_file():
-        return CheckpointError(
-            f"{folder} is a PEFT adapter, not a model; merge it into its base model first "
-            "(peft: merge_and_unload)."
-        )
-    return CheckpointError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}.")
+def _tensor_digest(tensor: torch.Tensor, bar: tqdm[Any]) -> str:
+    import torch
+
+    data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    digest = hashlib.sha256(data).hexdigest()
+    bar.update(tensor.nbytes)
+    return digest
 
 
-def _local_folder(name: str | Path) -> Path | None:
+def _read_record(
+    path: Path, identity: list[str | int], entries: list[TensorEntry]
+) -> dict[str, str] | None:
     try:
-        folder = Path(name).expanduser()
-        return folder if folder.is_dir() else None
-    except (OSError, RuntimeError) as error:  # too long a name, ~ of a user who is not there
-        raise CheckpointError(
-            f"The model '{name}' cannot be looked for ({first_line(error)}); mend its name."
-        ) from None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        digests = record["digests"]
+        if record["identity"] == identity and digests.keys() == {e.name for e in entries}:
+            return {str(name): str(value) for name, value in digests.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # absent or damaged: the weights are read again
+    return None
 
 
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    if looks_local:
-        raise CheckpointError(f"Model folder {name} does not exist.")
+def _write_record(path: Path, identity: list[str | int], digests: dict[str, str]) -> None:
     try:
-        found = snapshot_download(
-            name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
-        )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"Model '{name}' is neither a folder nor to be had from the hub "
-            f"({first_line(error)}); check the name, or give a local folder, or 'bundled'."
-        ) from error
-    return Path(found)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(path, json.dumps({"identity": identity, "digests": digests}))
+    except (OSError, OutputError):
+        pass  # a cache that cannot be written costs time, not the result

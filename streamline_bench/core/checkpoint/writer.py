@@ -1,8 +1,7 @@
-"""Surgery on files: builds a checkpoint from byte ranges of another one.
+"""Writes checkpoints: composed from tensors of another one and from new ones, shard by shard.
 
-No model is built and no tensor is loaded; bytes go from file to file, whatever their dtype, so
-that memory stays the same for any size of model. torch is imported only if tensors from memory
-are written along.
+No model is built. Tensors of the source are views of its mapped files, so that only what is new
+takes memory, and of that one shard at a time.
 """
 
 from __future__ import annotations
@@ -10,33 +9,25 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from streamline_bench.core.architecture import Architecture
-from streamline_bench.core.checkpoint.byte_copy import copy_range
-from streamline_bench.core.checkpoint.reader import INDEX_NAME, CheckpointReader, is_confined
-from streamline_bench.core.checkpoint.shard_layout import (
-    ByteRange,
-    NewTensor,
-    byte_ranges,
-    header_bytes,
-    shard_names,
-    split_shards,
-)
+from streamline_bench.core.checkpoint.folder import INDEX_NAME, SINGLE_NAME, is_confined
+from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.files.staging import sync_path
 from streamline_bench.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["compose", "copied_files", "layer_dtype", "layer_names", "layers_prefix"]
+__all__ = ["LazyTensors", "compose", "copied_files", "layer_dtype", "layer_names", "layers_prefix"]
 
 NOT_COPIED = (
     "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack",
@@ -46,6 +37,30 @@ NOT_COPIED = (
 
 _LARGEST_COPY = 256 * 2**20  # no tokenizer is larger; what is, holds weights in some other format
 _COPIED_FOLDERS = ("additional_chat_templates",)
+
+
+class LazyTensors(Mapping[str, "torch.Tensor"]):
+    """Tensors by name, made anew on each access, so that one at a time takes memory.
+
+    Args:
+        names: in order.
+        make: name -> tensor.
+    """
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], torch.Tensor]) -> None:
+        self._names = dict.fromkeys(names)
+        self._make = make
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def layers_prefix(reader: CheckpointReader, architecture: Architecture) -> str:
@@ -130,37 +145,34 @@ def compose(
         output_folder: empty folder (see ``staged_output``).
         config: content of the new ``config.json``.
         names: new tensor name -> name in the source.
-        extra: new tensors from memory; their names must not be in ``names``.
+        extra: new tensors; their names must not be in ``names``. At most ``max_shard_bytes`` of
+            them are held where they are :class:`LazyTensors`.
         max_shard_bytes: size at which a new shard begins.
         copy_files: copy tokenizer, generation config, chat templates, licence and the like
             (see :func:`copied_files`).
 
     Raises:
-        CheckpointError: a named tensor is not in the source, or a source file shrinks meanwhile.
+        CheckpointError: a named tensor is not in the source, or a source file changes meanwhile.
         OutputError: the output cannot be written.
     """
     extra = extra or {}
-    shards = split_shards(_plan(reader, names, extra), max_shard_bytes)
-    files = shard_names(len(shards))
-    total = sum(tensor.nbytes for shard in shards for tensor in shard)
+    double = sorted(names.keys() & extra.keys())
+    if double:
+        raise CheckpointError(f"Tensor '{double[0]}' is both copied and given anew.")
+    total = sum(reader.entry(old).nbytes for old in names.values())
+    order = {name: number for number, name in enumerate(reader.names)}
+    copied = sorted(names.items(), key=lambda item: order[item[1]])
+    tensors = chain(((new, reader.tensor(old)) for new, old in copied), extra.items())
     bar = tqdm(
         total=total, unit="B", unit_scale=True, desc="Writing weights", delay=2,
         disable=not progress,
     )  # fmt: skip
     try:
-        # One shard reaches the disk while the next one is copied.
-        with bar, ThreadPoolExecutor(1) as flusher:
-            flushed = []
-            for file, shard in zip(files, shards, strict=True):
-                _write_shard(output_folder / file, shard, extra, bar)
-                flushed.append(flusher.submit(sync_path, output_folder / file))
-            if copy_files:
-                _copy(reader.folder, output_folder)
-            if len(files) > 1:
-                _write_json(output_folder / INDEX_NAME, _index(files, shards, total))
-            _write_json(output_folder / "config.json", dict(config))
-            for future in flushed:
-                future.result()
+        _write_json(output_folder / "config.json", dict(config))
+        with bar:
+            _write_shards(output_folder, _shards(tensors, max_shard_bytes), bar)
+        if copy_files:
+            _copy(reader.folder, output_folder)
         sync_path(output_folder)
     except OSError as error:
         raise OutputError(
@@ -195,73 +207,66 @@ def copied_files(folder: Path) -> list[Path]:
     return [path.relative_to(folder) for path in chosen]
 
 
-def _plan(
-    reader: CheckpointReader, names: Mapping[str, str], extra: Mapping[str, torch.Tensor]
-) -> list[NewTensor]:
-    double = sorted(names.keys() & extra.keys())
-    if double:
-        raise CheckpointError(f"Tensor '{double[0]}' is both copied and given anew.")
-    order = {name: number for number, name in enumerate(reader.names)}
-    copied = []
-    # Source order, so that neighbours stay neighbours and are copied in one go.
-    for new, old in sorted(names.items(), key=lambda item: order.get(item[1], -1)):
-        entry = reader.entry(old)
-        copied.append(NewTensor(new, entry.dtype, entry.shape, entry.nbytes, entry))
-    if not extra:
-        return copied
-    from streamline_bench.core.checkpoint.tensor_view import described
-
-    return copied + [NewTensor(name, *described(name, t)) for name, t in extra.items()]
-
-
-def _write_shard(
-    path: Path, tensors: list[NewTensor], extra: Mapping[str, torch.Tensor], bar: tqdm[Any]
-) -> None:
-    with path.open("xb") as file, _sources() as descriptor:
-        file.write(header_bytes(tensors))
-        file.flush()
-        for piece in byte_ranges(tensors):
-            if piece.source is None:
-                _write_memory(file, extra[piece.name], bar)
-            else:
-                _copy_piece(file, piece, descriptor(piece.source.shard), bar)
+def _shards(
+    tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: float
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Fill shards in the given order; a tensor larger than ``max_bytes`` gets one of its own."""
+    shard: dict[str, torch.Tensor] = {}
+    filled = 0
+    storages: set[int] = set()
+    for name, tensor in tensors:
+        if shard and filled + tensor.nbytes > max_bytes:
+            yield shard
+            shard, filled, storages = {}, 0, set()
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        # The library refuses one tensor under two names.
+        shard[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+        filled += tensor.nbytes
+    yield shard
 
 
-def _copy_piece(file: BinaryIO, piece: ByteRange, source: int, bar: tqdm[Any]) -> None:
-    copied = copy_range(source, file.fileno(), piece.begin, piece.end, bar.update)
-    if copied != piece.end - piece.begin and piece.source is not None:
-        raise CheckpointError(
-            f"{piece.source.shard} became shorter while it was copied; start again with files "
-            "that nobody changes."
-        )
+def _write_shards(folder: Path, shards: Iterable[dict[str, torch.Tensor]], bar: tqdm[Any]) -> None:
+    weight_map: dict[str, int] = {}
+    written: list[Path] = []
+    total = 0
+    # One shard reaches the disk while the next one is written.
+    with ThreadPoolExecutor(1) as flusher:
+        flushed = []
+        for shard in shards:
+            path = folder / f".{len(written)}.safetensors"
+            _save(shard, path)
+            # The library's files are for their owner only.
+            shutil.copymode(folder / "config.json", path)
+            weight_map.update(dict.fromkeys(shard, len(written)))
+            total += sum(tensor.nbytes for tensor in shard.values())
+            bar.update(total - bar.n)
+            written.append(path)
+            flushed.append(flusher.submit(sync_path, path))
+            shard.clear()  # before the next one is made
+        for future in flushed:
+            future.result()
+    names = [SINGLE_NAME]
+    if len(written) > 1:
+        count = len(written)
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        placed = {name: names[number] for name, number in sorted(weight_map.items())}
+        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        _write_json(folder / INDEX_NAME, index)
+    for path, name in zip(written, names, strict=True):
+        path.rename(folder / name)
 
 
-def _write_memory(file: BinaryIO, tensor: torch.Tensor, bar: tqdm[Any]) -> None:
-    from streamline_bench.core.checkpoint.tensor_view import raw_bytes
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-    data = raw_bytes(tensor)
-    file.write(data)
-    file.flush()  # the next piece goes past Python's buffer
-    bar.update(len(data))
-
-
-@contextmanager
-def _sources() -> Iterator[Any]:
-    """Yield a function path -> open descriptor; all are closed at the end."""
-    with ExitStack() as stack:
-        opened: dict[Path, int] = {}
-
-        def descriptor(path: Path) -> int:
-            if path not in opened:
-                opened[path] = stack.enter_context(path.open("rb")).fileno()
-            return opened[path]
-
-        yield descriptor
-
-
-def _index(files: list[str], shards: list[list[NewTensor]], total: int) -> dict[str, Any]:
-    weight_map = {t.name: file for file, shard in zip(files, shards, strict=True) for t in shard}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    try:
+        # transformers refuses files that do not say which framework's layout they have.
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -39,8 +39,7 @@ from streamline_bench.core.data.corpus_files import (
     record_field,
 )
 from streamline_bench.core.recipe.schema import CalibrationSpec
-from streamline_bench.core.recipe.suggestions import suggest
-from streamline_bench.core.recipe.validation import first_line
+from streamline_bench.core.recipe.validation import first_line, suggest
 from streamline_bench.errors import CalibrationError
 
 __all__ = [

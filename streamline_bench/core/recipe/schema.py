@@ -12,15 +12,15 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from streamline_bench.core.recipe.frozen import Frozen
-from streamline_bench.core.recipe.recovery_presets import with_preset
+from streamline_bench.core.recipe.presets import with_preset
 from streamline_bench.core.recipe.validation import wrong_value
 from streamline_bench.errors import RecipeError
 
 __all__ = [
     "CalibrationSpec",
+    "Frozen",
     "PublishedResult",
     "Recipe",
     "RecoverySpec",
@@ -33,6 +33,12 @@ ReplacementKind = Literal["none", "layer", "ffn", "swiglu", "ffn_res", "swiglu_r
 """``none`` drops the block; ``layer`` puts k copies of its first layers in its place; the others
 are feed-forward networks: ``ffn``/``swiglu`` as in the paper (bare: no norm, no residual),
 ``*_res`` pre-norm with residual and zero-initialised output, ``linear`` one affine map."""
+
+
+class Frozen(BaseModel):
+    """Immutable; a key that the schema does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class CalibrationSpec(Frozen):
@@ -102,7 +108,7 @@ class RecoverySpec(Frozen):
     ``lora`` trains low-rank updates of projections and merges them into the weights; ``partial``
     the LM head (untied from the embeddings), the final norm and the last layers; ``full`` all
     weights. ``preset`` names values from the literature
-    (:mod:`~streamline_bench.core.recipe.recovery_presets`); what is given beside it wins.
+    (:mod:`~streamline_bench.core.recipe.presets`); what is given beside it wins.
 
     Attributes:
         rank, alpha, dropout, targets: of ``lora``; updates are scaled by ``alpha / rank``.

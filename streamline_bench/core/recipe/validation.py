@@ -1,16 +1,15 @@
-"""What a library found wrong, as the part of a sentence."""
+"""What is wrong with a value, as the part of a sentence: from a library, or an unknown name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, get_args
-
-from streamline_bench.core.recipe.suggestions import suggest_or_list
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
-__all__ = ["first_line", "first_problem", "wrong_value"]
+__all__ = ["first_line", "first_problem", "suggest", "suggest_or_list", "wrong_value"]
 
 _OWN = "Value error, "
 """What pydantic puts in front of a validator's own words."""
@@ -87,3 +86,16 @@ def first_line(error: object, most: int = 200) -> str:
     if told.endswith(":") and len(lines) > 1:
         told = f"{told} {lines[1]}"
     return told.rstrip(".") if len(told) <= most else f"{told[:most].rstrip()}…"
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def suggest_or_list(name: str, known: Iterable[str]) -> str:
+    """Return the end of a sentence about an unknown name: the nearest known one, or all of them."""
+    names = list(known)
+    listed = f"; known: {', '.join(names)}." if names else "; there are none here."
+    return suggest(name, names) or listed

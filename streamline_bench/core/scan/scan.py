@@ -11,19 +11,20 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.architecture import architecture_of, config_entry, decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.scan.boundaries import BoundaryRecorder
-from streamline_bench.core.scan.similarity import Block, LastState, Similarity
-from streamline_bench.errors import NumericsError
+from streamline_bench.core.forward import evaluating, hidden_of, run_base
+from streamline_bench.core.scan.similarity import LastState, Similarity
+from streamline_bench.errors import ArchitectureError, NumericsError
 
-__all__ = ["Block", "Similarity", "scan"]
+__all__ = ["BoundaryRecorder", "scan"]
 
 _CHUNK_BYTES = {"cpu": 1 << 22}  # fits a cache; accelerators get more
 _CHUNK_BYTES_ACCELERATOR = 1 << 28
@@ -53,29 +54,94 @@ def scan(
         ArchitectureError: the family is not in the table.
         NumericsError: a hidden state is NaN or infinite; its layer and sample are named.
     """
-    base = model.get_submodule(architecture_of(model.config).base)
-    device = model.get_input_embeddings().weight.device
     sums = _Sums()
     with (
         torch.no_grad(),
-        _evaluating(model),
+        evaluating(model),
         BoundaryRecorder(model, last_state) as recorder,
         tqdm(
             total=tokens.num_tokens, unit="tok", desc="scan", delay=2, disable=not progress
         ) as bar,
     ):
         for ids, mask in tokens.batches(batch_size, trim=True):
-            padded = not bool(mask.all())
-            mask = mask.to(device)
-            # Without pads the mask is left out: attention then takes its fastest path.
-            base(
-                input_ids=ids.to(device),
-                attention_mask=mask.long() if padded else None,
-                use_cache=False,
-            )
-            sums.add(recorder.states, mask if padded else None, _last_tokens(mask))
+            run_base(model, ids, mask)
+            mask = mask.to(recorder.states.device)
+            sums.add(recorder.states, None if bool(mask.all()) else mask, _last_tokens(mask))
             bar.update(int(mask.sum()))
     return sums.similarity(tokens, last_state, {"calibration": tokens.summary()})
+
+
+class BoundaryRecorder:
+    """Context in which each forward pass of a model fills :attr:`states`.
+
+    Own hooks instead of ``output_hidden_states``: they see the raw output of the last layer, work
+    whether a layer returns a tensor or a tuple, and copy into one buffer that every pass reuses.
+
+    ``states`` is ``[L + 1, batch, seq, hidden]`` in the dtype of the hidden states, on the first
+    layer's device; it is valid until the next pass.
+
+    Raises:
+        ArchitectureError: the states of this model cannot be compared with each other.
+    """
+
+    def __init__(self, model: nn.Module, last_state: LastState = "raw") -> None:
+        if config_entry(model.config, "rotations"):
+            raise ArchitectureError(
+                "The hidden states of a sliced model (SliceGPT) have another basis and width at "
+                "every boundary and cannot be compared; give the original model."
+            )
+        self._layers = decoder_layers(model)
+        path = architecture_of(model.config).final_norm
+        # OPT-350m has no final norm: the attribute is there and None.
+        norm = model.get_submodule(path.rpartition(".")[0])._modules.get(path.rpartition(".")[2])
+        self._norm = norm if last_state == "postnorm" else None
+        self._buffer: Tensor | None = None
+        self._shape: torch.Size = torch.Size()
+        self._handles: list[Any] = []
+
+    @property
+    def states(self) -> Tensor:
+        """The states of the last pass, ``[L + 1, batch, seq, hidden]``."""
+        if self._buffer is None:
+            raise RuntimeError("no forward pass has been recorded")
+        return self._buffer[:, : self._shape.numel()].view(-1, *self._shape)
+
+    def __enter__(self) -> BoundaryRecorder:
+        first = self._layers[0].register_forward_pre_hook(self._before_first, with_kwargs=True)
+        self._handles.append(first)
+        for index, layer in enumerate(self._layers):
+            self._handles.append(layer.register_forward_hook(self._after(index + 1)))
+        if self._norm is not None:
+            self._handles.append(self._norm.register_forward_hook(self._after(len(self._layers))))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _before_first(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self._shape = hidden.shape
+        rows = len(self._layers) + 1
+        if self._buffer is None or self._buffer.shape[1] < hidden.numel():
+            self._buffer = None  # freed before the larger one is made
+            self._buffer = hidden.new_empty((rows, hidden.numel()))
+        self._store(0, hidden)
+
+    def _after(self, boundary: int) -> Any:
+        def hook(layer: nn.Module, args: Any, output: Any) -> None:
+            self._store(boundary, hidden_of(output))
+
+        return hook
+
+    def _store(self, boundary: int, hidden: Tensor) -> None:
+        assert self._buffer is not None
+        self._buffer[boundary, : hidden.numel()].copy_(hidden.reshape(-1))
 
 
 class _Sums:
@@ -164,18 +230,6 @@ def _not_finite(states: Tensor, mask: Tensor | None, first_sample: int) -> Numer
         f"The output {where} is NaN, infinite or too large for calibration sample "
         f"{first_sample + sample}, token {token}; check the weights, or try another dtype."
     )
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off; the model's own mode back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextlib.contextmanager

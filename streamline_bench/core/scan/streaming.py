@@ -8,7 +8,6 @@ runs, so that masks, rotary embeddings and per-layer types are right for every f
 from __future__ import annotations
 
 import contextlib
-import mmap
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,14 +15,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.core.checkpoint.tensor_view import view
+from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.scan.scan import scan
+from streamline_bench.core.scan.similarity import LastState, Similarity
 from streamline_bench.errors import CheckpointError
 
-__all__ = ["streamed_model"]
+__all__ = ["scan_streamed", "streamed_model"]
+
+
+def scan_streamed(
+    folder: Path | str,
+    tokens: CalibrationTokens,
+    *,
+    last_state: LastState = "raw",
+    batch_size: int = 4,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> Similarity:
+    """Scan a checkpoint layer by layer: the result of :func:`.scan.scan`, less memory.
+
+    At any time the weights of the embeddings and of one layer are held. Every batch reads all
+    layers once, so that a larger ``batch_size`` means fewer reads; memory for states grows with
+    it as in :func:`.scan.scan`.
+
+    Raises:
+        CheckpointError: the folder is no sound checkpoint.
+        ArchitectureError: the family is not in the table.
+        NumericsError: a hidden state is NaN or infinite.
+    """
+    model = streamed_model(
+        Path(folder), device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    return scan(model, tokens, last_state=last_state, batch_size=batch_size, progress=progress)
 
 
 def streamed_model(
@@ -112,9 +141,8 @@ class _LayerStream:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        # Mapped anew each time: when the last view goes, its pages leave this process.
-        maps: dict[Path, mmap.mmap] = {}
-        weights = {name: self._view(name, maps) for name in names}
+        weights = {name: self._reader.tensor(name) for name in names}
+        self._reader.release()  # when the last tensor goes, its pages leave this process
         load = LoadStateDictConfig(
             device_map={"": self._device},
             dtype=self._model.dtype,
@@ -122,13 +150,6 @@ class _LayerStream:
         )
         with _no_progress():
             convert_and_load_state_dict_in_model(self._model, weights, load)
-
-    def _view(self, name: str, maps: dict[Path, mmap.mmap]) -> Tensor:
-        entry = self._reader.entry(name)
-        if entry.shard not in maps:
-            with entry.shard.open("rb") as file:
-                maps[entry.shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return view(entry, maps[entry.shard])
 
 
 def _sorted_names(model: Any, reader: CheckpointReader) -> tuple[list[str], dict[int, list[str]]]:

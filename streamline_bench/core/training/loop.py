@@ -5,11 +5,14 @@ It runs in one process, as all of a compression does.
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +20,56 @@ from tqdm.auto import tqdm
 
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.recipe.schema import TrainingSpec
-from streamline_bench.core.training.gradient_faults import gradient_fault
-from streamline_bench.core.training.objectives import Objective
-from streamline_bench.core.training.schedule import CosineSchedule
-from streamline_bench.core.training.sources import Batch, StateSource, make_batch
+from streamline_bench.core.training.objectives import Batch, Objective, StateSource, make_batch
+from streamline_bench.core.training.schedule import CosineSchedule, StepPlan
 from streamline_bench.core.training.state import (
     TrainingState,
     load_moments,
     optimizer_moments,
     save_state,
 )
-from streamline_bench.core.training.step_plan import StepPlan
-from streamline_bench.core.training.trainee import Trainee
 from streamline_bench.errors import NumericsError
 
-__all__ = ["DataSet", "Loop"]
+__all__ = ["DataSet", "Loop", "Trainee", "gradient_fault"]
 
+_IN_LAYER = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")
 _CURVE_ROWS = 400  # about so many, however long the training
+
+
+class Trainee(Protocol):
+    """Float32 parameters that can be saved and put back.
+
+    Attributes:
+        label: what it is called in messages (``replacement``).
+        task: what is done to it, for the progress bar (``distill``).
+    """
+
+    label: str
+    task: str
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what the optimizer changes, always in the same order."""
+        ...
+
+    def named_parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return the same by name, from the bottom of the model to its top."""
+        ...
+
+    def state_on_cpu(self) -> dict[str, Tensor]:
+        """Return a copy of all weights on the CPU."""
+        ...
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over weights given by :meth:`state_on_cpu`."""
+        ...
+
+    def begin(self, step: int | None) -> None:
+        """Prepare for a training step (0-based), or, with None, for a validation.
+
+        Whatever is drawn at random during a step must be a function of its number, so that a
+        training that was killed goes on as if it had not been.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -234,3 +270,34 @@ class Loop:
         self.state.moments = optimizer_moments(optimizer)
         save_state(self.work, self.key, self.state)
         self.state.forget_copies()
+
+
+def gradient_fault(gradients: Mapping[str, Tensor | None]) -> str | None:
+    """Return where NaN or infinity arose, as ``'self_attn.q_proj' in layer 3``; None: nowhere.
+
+    A gradient that is no number spoils those of all layers below it on its way down, so that the
+    topmost place is the one to look at.
+
+    Args:
+        gradients: name of a parameter (``model.layers.3.self_attn.q_proj.weight``) -> its gradient,
+            from the bottom of the model to its top; None: it got none.
+    """
+    faulty = [
+        _place(name)
+        for name, gradient in gradients.items()
+        if gradient is not None and not bool(torch.isfinite(gradient).all())
+    ]
+    if not faulty:
+        return None
+    topmost = faulty[-1][0]
+    places = itertools.takewhile(lambda place: place[0] == topmost, reversed(faulty))
+    return list(places)[-1][1]
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Return (layer, or the name itself outside of layers; description)."""
+    name = name.removesuffix(".weight")
+    found = _IN_LAYER.fullmatch(name)
+    if found is None:
+        return name, f"'{name}'"
+    return found[1], f"'{found[2]}' in layer {found[1]}"

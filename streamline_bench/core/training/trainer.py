@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,30 +14,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.forward import evaluating
 from streamline_bench.core.recipe.schema import ReplacementSpec, TrainingSpec
-from streamline_bench.core.training.checks import check_block, check_quirks
-from streamline_bench.core.training.identity import key_of, weights_digest
+from streamline_bench.core.recipe.validation import suggest
+from streamline_bench.core.training.block import Student, Teacher
 from streamline_bench.core.training.loop import DataSet, Loop
-from streamline_bench.core.training.objectives import LmObjective, MseObjective, Objective, pruned
-from streamline_bench.core.training.presets import learning_rate
-from streamline_bench.core.training.schedule import CosineSchedule
-from streamline_bench.core.training.sources import (
+from streamline_bench.core.training.objectives import (
     ActivationCache,
+    LmObjective,
+    MseObjective,
+    Objective,
     StateSource,
     StreamedStates,
     cache_bytes,
+    pruned,
 )
+from streamline_bench.core.training.schedule import CosineSchedule, StepPlan, learning_rate
 from streamline_bench.core.training.state import TrainingState, load_state
-from streamline_bench.core.training.step_plan import StepPlan
-from streamline_bench.core.training.student import Student
-from streamline_bench.core.training.teacher import Teacher, frozen
-from streamline_bench.errors import OutputError
+from streamline_bench.errors import OutputError, RecipeError, SparsityError
 
-__all__ = ["TrainingResult", "train_replacement"]
+__all__ = ["QUIRKS", "TrainingResult", "train_replacement"]
 
 log = logging.getLogger(__name__)
+
+_VERSION = 1  # raised when the same settings would give another result
+
+QUIRKS: Mapping[str, str] = {
+    "bidirectional_layer": "a layer is trained by MSE without a causal mask",
+    "schedule_per_accumulation": "the schedule spans half the micro-batches and advances once per "
+    "optimizer step (mse: an eighth of it is used) or per micro-batch (lm: it wraps)",
+    "postnorm_target": "the target is taken after the final norm if the block ends at the last "
+    "layer",
+}
+"""Deviations of the reference implementation that ``reference_quirks`` can switch on."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +100,7 @@ def train_replacement(
         n: layers removed, including those that kind ``layer`` puts back.
         tokens: training data; ``training.validation_share`` of the sequences is held out.
         work: folder for checkpoint, activation cache and ``curve.jsonl``.
-        quirks: names from :data:`~streamline_bench.core.training.checks.QUIRKS`.
+        quirks: names from :data:`~streamline_bench.core.training.trainer.QUIRKS`.
         weights_sha256: hash of the model's weights if known, to spare computing one.
 
     Raises:
@@ -111,7 +124,7 @@ def train_replacement(
     except OSError as error:
         raise OutputError(f"The folder {work} cannot be written: {error.strerror}.") from None
     job = _Job(model, start, n, spec, training, tokens, work, seed, device, progress, tuple(quirks))
-    with frozen(model):
+    with evaluating(model, frozen=True):
         return job.run(student, weights_sha256)
 
 
@@ -288,3 +301,72 @@ class _Job:
             "quirks": list(self.quirks),
             "seconds": round(state.seconds, 3),
         }
+
+
+def check_quirks(quirks: Sequence[str], spec: ReplacementSpec, training: TrainingSpec) -> None:
+    """Refuse quirks that do not exist or that would change nothing.
+
+    Raises:
+        RecipeError: a quirk is unknown, or says nothing about this kind or objective.
+    """
+    for quirk in quirks:
+        if quirk not in QUIRKS:
+            known = ", ".join(QUIRKS)
+            raise RecipeError(
+                f"Reference quirk '{quirk}' is unknown{suggest(quirk, QUIRKS)} (known: {known})."
+            )
+    if "bidirectional_layer" in quirks and (spec.kind != "layer" or training.objective != "mse"):
+        raise RecipeError(
+            "Reference quirk 'bidirectional_layer' concerns kind 'layer' trained by 'mse', not "
+            f"'{spec.kind}' by '{training.objective}'; leave it out."
+        )
+    if "postnorm_target" in quirks and training.objective != "mse":
+        raise RecipeError("Reference quirk 'postnorm_target' concerns objective 'mse'.")
+
+
+def check_block(model: nn.Module, start: int, n: int, spec: ReplacementSpec) -> None:
+    """Refuse a block outside the model, or a replacement that does not fit into it.
+
+    Raises:
+        SparsityError, RecipeError: as said.
+    """
+    depth = len(decoder_layers(model))
+    if n < 1 or start < 0 or start + n > depth:
+        raise SparsityError(
+            f"The block of {n} layers from layer {start} is not inside a model of {depth} layers."
+        )
+    if spec.kind == "none":
+        raise RecipeError("Replacement kind 'none' has nothing to train; name another kind.")
+    if spec.kind == "layer" and spec.layers > n:
+        raise RecipeError(
+            f"replacement.layers is {spec.layers}, more than the {n} layers that are removed; "
+            "lower it."
+        )
+
+
+def weights_digest(model: nn.Module, stop: int | None) -> str:
+    """Return the SHA-256 (hex) of a model's weights, without those of layers ``stop`` and later.
+
+    Layers behind the block play no part in hidden-state training, so hashing them is left out.
+    """
+    unused = set()
+    if stop is not None:
+        unused = {id(t) for layer in decoder_layers(model)[stop:] for t in layer.parameters()}
+    digest = hashlib.sha256()
+    for name, tensor in _tensors(model):
+        if id(tensor) not in unused:
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+            digest.update(flat.numpy().data)
+    return digest.hexdigest()
+
+
+def key_of(**facts: Any) -> str:
+    """Return the SHA-256 (hex) of facts that JSON can express."""
+    payload = json.dumps({**facts, "version": _VERSION}, sort_keys=True)
+    return hashlib.sha256(payload.encode()).hexdigest()
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.core.recipe.suggestions import suggest
+from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import EvaluationError
 from streamline_bench.resources import resource
 

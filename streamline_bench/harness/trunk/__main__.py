@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from streamline_bench.core.machine.terminal import printable
+from streamline_bench.core.machine.environment import printable
 from streamline_bench.errors import StreamlineBenchError
 
 __all__ = ["main"]

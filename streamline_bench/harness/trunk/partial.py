@@ -2,7 +2,7 @@
 
 Everything around the layers still runs in the model itself (embeddings, masks, rotary embeddings,
 per-layer attention types, final norm, head), so that it is right for every family; a layer that is
-skipped costs one function call. Unlike :mod:`streamline_bench.methods.tools.partial_forward`
+skipped costs one function call. Unlike :mod:`streamline_bench.core.forward`
 a pass may set out between a layer and the network attached to it, and keeps chosen states only.
 """
 

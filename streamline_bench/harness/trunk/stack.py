@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from streamline_bench.core.architecture import Architecture, architecture_of
-from streamline_bench.core.checkpoint.fingerprint import tensor_digests
+from streamline_bench.core.checkpoint.folder import tokenizer_files
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.core.checkpoint.tokenizer_files import tokenizer_files
 from streamline_bench.modeling.attachments import BEFORE_FIRST
 from streamline_bench.modeling.loading import load_config
 
@@ -125,7 +124,7 @@ def _sorted_tensors(
     reader: CheckpointReader, row: Architecture, progress: bool
 ) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
     """Part the tensors into those before the layers and those of each; norm and head left out."""
-    digests = tensor_digests(reader, progress)
+    digests = reader.tensor_digests(progress)
     inner = re.escape(row.layers.rpartition(".")[2])
     pattern = re.compile(rf"(?:^|\.){inner}\.(\d+)\.")
     ends = tuple(f"{_short(path, row)}." for path in _ends(row))

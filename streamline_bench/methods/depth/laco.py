@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.checkpoint.writer import layers_prefix
-from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.depth.merge_search import (

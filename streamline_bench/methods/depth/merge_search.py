@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.forward import PartialForward, require_finite_states
 from streamline_bench.errors import ArchitectureError, CalibrationError, NumericsError
 from streamline_bench.methods.tools.layer_removal import is_linear_weight
-from streamline_bench.methods.tools.partial_forward import PartialForward, require_finite_states
 
 __all__ = [
     "LayerMerger",

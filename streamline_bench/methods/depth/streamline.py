@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.checkpoint.writer import layer_dtype, layer_names, layers_prefix
-from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.scan.similarity import Block, Similarity
 from streamline_bench.core.surgery.layers import block_keep, pruned_config
 from streamline_bench.core.surgery.replacement import network_parameters

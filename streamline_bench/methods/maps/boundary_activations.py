@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers, get_submodule
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.scan.boundaries import BoundaryRecorder
+from streamline_bench.core.scan.scan import BoundaryRecorder
 from streamline_bench.core.scan.similarity import Block
 from streamline_bench.errors import ArchitectureError
 

@@ -20,8 +20,7 @@ from torch import Tensor
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.checkpoint.writer import layer_dtype, layers_prefix
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.recipe.frozen import Frozen
-from streamline_bench.core.recipe.schema import ReplacementSpec
+from streamline_bench.core.recipe.schema import Frozen, ReplacementSpec
 from streamline_bench.core.scan.similarity import Block, LastState, Metric
 from streamline_bench.core.surgery.layers import block_keep, pruned_config
 from streamline_bench.core.surgery.replacement import network_parameters

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.scan.similarity import Block, LastState
 from streamline_bench.errors import CalibrationError, NumericsError
 from streamline_bench.methods.base import Compression

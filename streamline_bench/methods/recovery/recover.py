@@ -16,9 +16,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from streamline_bench.core.architecture import Architecture, architecture_of
-from streamline_bench.core.checkpoint.lazy_tensors import LazyTensors
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.core.checkpoint.writer import layers_prefix
+from streamline_bench.core.checkpoint.writer import LazyTensors, layers_prefix
 from streamline_bench.core.files.staging import atomic_write_text
 from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe, RecoverySpec
 from streamline_bench.errors import ArchitectureError, NumericsError
@@ -245,15 +244,13 @@ def _spelled(row: Architecture, name: str) -> str:
 
 def _as_stored(reader: CheckpointReader, name: str, weight: Tensor) -> Tensor:
     """Cast a trained weight to the dtype in which the checkpoint stores it, and check it."""
-    from streamline_bench.core.checkpoint.tensor_view import TORCH_DTYPES
-
     row = architecture_of(reader.config)
     source = next((n for n in (name, name.removeprefix(f"{row.base}.")) if n in reader.names), None)
     # A head that was untied has no entry yet: it is stored as the embeddings are.
     spelling = row.embeddings[0] + ".weight"
     twins = (spelling, spelling.removeprefix(f"{row.base}."))
     source = source or next(n for n in twins if n in reader.names)
-    cast = weight.to(TORCH_DTYPES[reader.entry(source).dtype]).contiguous()
+    cast = weight.to(reader.tensor(source).dtype).contiguous()
     if not bool(cast.isfinite().all()):
         raise NumericsError(
             f"The recovered weight '{name}' is not finite as {reader.entry(source).dtype}; lower "

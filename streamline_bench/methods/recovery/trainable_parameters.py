@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from streamline_bench.core.architecture import Architecture, architecture_of, decoder_layers
-from streamline_bench.core.checkpoint.lazy_tensors import LazyTensors
+from streamline_bench.core.checkpoint.writer import LazyTensors
 from streamline_bench.core.recipe.schema import RecoverySpec
 from streamline_bench.errors import ArchitectureError, RecipeError
 

@@ -15,13 +15,11 @@ from torch import Tensor
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.files.staging import atomic_write_text
 from streamline_bench.core.recipe.schema import RecoverySpec, TrainingSpec
-from streamline_bench.core.training.identity import key_of
 from streamline_bench.core.training.loop import DataSet, Loop
 from streamline_bench.core.training.objectives import LmObjective
-from streamline_bench.core.training.presets import learning_rate
-from streamline_bench.core.training.schedule import CosineSchedule
+from streamline_bench.core.training.schedule import CosineSchedule, StepPlan, learning_rate
 from streamline_bench.core.training.state import TrainingState, load_state
-from streamline_bench.core.training.step_plan import StepPlan
+from streamline_bench.core.training.trainer import key_of
 from streamline_bench.errors import OutputError
 from streamline_bench.methods.recovery.trainable_parameters import (
     LoraParameters,

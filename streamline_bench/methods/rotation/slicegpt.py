@@ -17,15 +17,14 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from streamline_bench.core.architecture import architecture_of
-from streamline_bench.core.checkpoint.lazy_tensors import LazyTensors
-from streamline_bench.core.checkpoint.writer import layer_dtype
+from streamline_bench.core.checkpoint.writer import LazyTensors, layer_dtype
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.files.mapped_tensors import BatchStore
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.surgery.sparsity import model_sizes
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.rotation.norm_fusion import fuse_norms
-from streamline_bench.methods.rotation.signal_store import SignalStore
 from streamline_bench.methods.rotation.stream_rotation import (
     RotationOptions,
     StreamRotation,
@@ -140,7 +139,7 @@ def _rotate(
     options: SliceGPTParameters,
 ) -> list[float]:
     size = tokens.input_ids.numel() * int(work.config.hidden_size) * model.dtype.itemsize
-    store = SignalStore(work.work / "signals", size, int(options.activation_gb * _GIB))
+    store = BatchStore(work.work / "signals", size, int(options.activation_gb * _GIB))
     rotation = StreamRotation(
         model,
         tokens,

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers, get_submodule
 from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.files.mapped_tensors import BatchStore
+from streamline_bench.core.forward import PartialForward
 from streamline_bench.errors import CalibrationError, NumericsError
-from streamline_bench.methods.rotation.signal_store import SignalStore
 from streamline_bench.methods.tools.normal_equations import widened
-from streamline_bench.methods.tools.partial_forward import PartialForward
 from streamline_bench.modeling.rotated_layers import (
     attention_inputs,
     mlp_inputs,
@@ -78,7 +78,7 @@ class StreamRotation:
         self,
         model: Any,
         tokens: CalibrationTokens,
-        store: SignalStore,
+        store: BatchStore,
         options: RotationOptions,
         progress: bool = True,
     ) -> None:

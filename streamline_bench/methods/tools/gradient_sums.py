@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.training.gradient_faults import gradient_fault
+from streamline_bench.core.forward import PartialForward, require_finite_states
+from streamline_bench.core.training.loop import gradient_fault
 from streamline_bench.errors import NumericsError
 from streamline_bench.methods.tools.likelihood import count_targets, next_token_loss
-from streamline_bench.methods.tools.partial_forward import PartialForward, require_finite_states
 
 __all__ = ["GradientSums", "Place", "gradients_only_for", "sum_gradients"]
 

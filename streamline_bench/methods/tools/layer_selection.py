@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.scan.scan import scan
 from streamline_bench.core.scan.similarity import Block, LastState, Metric, Similarity
 from streamline_bench.core.surgery.layers import block_keep

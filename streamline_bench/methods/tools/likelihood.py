@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.forward import PartialForward, require_finite_states
 from streamline_bench.errors import CalibrationError, NumericsError
-from streamline_bench.methods.tools.partial_forward import PartialForward, require_finite_states
 
 if TYPE_CHECKING:
     from streamline_bench.core.data.calibration import CalibrationTokens

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from streamline_bench.core.architecture import Architecture, architecture_of, decoder_layers
 from streamline_bench.core.checkpoint.writer import layer_names, layers_prefix
-from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import NumericsError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.gradient_sums import GradientSums, sum_gradients

@@ -44,7 +44,7 @@ def groups_of(run: Path, jobs: Sequence[Job], *, one_process: bool) -> Grouping:
     """
     if one_process or len(jobs) < 2:
         return Grouping([list(jobs)])
-    from streamline_bench.core.checkpoint.reader import resolve_pretrained
+    from streamline_bench.core.checkpoint.folder import resolve_pretrained
     from streamline_bench.harness.trunk.legs import solo_reason, walks_of
     from streamline_bench.harness.trunk.stack import read_stack
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from streamline_bench.core.machine.devices import found_device, known_device
+from streamline_bench.core.machine.environment import found_device, known_device
 from streamline_bench.errors import RecipeError
 
 __all__ = ["EXECUTORS", "JOB_KINDS", "STAGES", "Execution", "parse_cpus"]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from streamline_bench.core.machine.leash import LeashedProcess
+from streamline_bench.core.machine.processes import LeashedProcess
 from streamline_bench.errors import OutputError
 from streamline_bench.runs.folder import job_folder
 

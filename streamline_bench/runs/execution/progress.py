@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from streamline_bench.core.machine.terminal import printable
+from streamline_bench.core.machine.environment import printable
 from streamline_bench.runs.execution.scheduler import JobState
 
 if TYPE_CHECKING:

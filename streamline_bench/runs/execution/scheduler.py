@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from streamline_bench.core.machine.terminal import printable
+from streamline_bench.core.machine.environment import printable
 from streamline_bench.runs.execution.executor import Ended, Executor, Unit
 from streamline_bench.runs.execution.grouping import groups_of, together_payload, unit_of
 from streamline_bench.runs.jobs.graph import Job

@@ -31,7 +31,8 @@ def compress_row(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
     import torch
 
     from streamline_bench.compression.pipeline import compress
-    from streamline_bench.core.checkpoint.reader import CheckpointReader, resolve_pretrained
+    from streamline_bench.core.checkpoint.folder import resolve_pretrained
+    from streamline_bench.core.checkpoint.reader import CheckpointReader
     from streamline_bench.core.recipe.schema import parse_recipe
 
     if "OMP_NUM_THREADS" in os.environ:

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from streamline_bench.core.checkpoint.manifest import file_sha256
 from streamline_bench.core.files.staging import atomic_write_text
-from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import OutputError
 from streamline_bench.runs.folder import job_folder
 

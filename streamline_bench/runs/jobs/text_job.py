@@ -24,7 +24,7 @@ def compare_text(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
     Raises:
         StreamlineBenchError: what reading the text or comparing on it raises.
     """
-    from streamline_bench.core.checkpoint.reader import resolve_pretrained
+    from streamline_bench.core.checkpoint.folder import resolve_pretrained
     from streamline_bench.divergence import read_texts, token_divergence
 
     text = TextPlan.model_validate(payload["text"])

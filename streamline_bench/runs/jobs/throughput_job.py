@@ -20,7 +20,7 @@ def measure_rows(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
         ThroughputError: none can be measured.
         MissingDependencyError: the engine is not installed.
     """
-    from streamline_bench.core.checkpoint.reader import resolve_pretrained
+    from streamline_bench.core.checkpoint.folder import resolve_pretrained
     from streamline_bench.throughput import Setup, Workload, measure
 
     models = {

@@ -77,7 +77,7 @@ def _forget_others(outputs: Mapping[str, Path]) -> None:
 
 
 def _request(run: Path, rows: Mapping[str, Any], outputs: Mapping[str, Path]) -> dict[str, Any]:
-    from streamline_bench.core.checkpoint.reader import resolve_pretrained
+    from streamline_bench.core.checkpoint.folder import resolve_pretrained
 
     models = {label: model_of(run, row["payload"]) for label, row in rows.items()}
     first = next(iter(rows.values()))["payload"]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from streamline_bench.core.machine.leash import hold_leash
+from streamline_bench.core.machine.processes import hold_leash
 from streamline_bench.errors import EvaluationError, StreamlineBenchError
 from streamline_bench.runs.folder import job_folder, make_job_folder
 from streamline_bench.runs.jobs.marker import count_attempt, write_done, write_failed

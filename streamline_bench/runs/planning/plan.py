@@ -16,7 +16,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 
 from streamline_bench.core.files.staging import atomic_write_text
-from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.recipe.validation import first_problem
 from streamline_bench.errors import OutputError
 from streamline_bench.runs.planning.request import NoiseEngine, ThroughputEngine

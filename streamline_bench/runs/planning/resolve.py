@@ -11,10 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from streamline_bench.core.checkpoint.manifest import file_sha256
-from streamline_bench.core.machine.devices import found_device, known_device
-from streamline_bench.core.machine.versions import package_versions
-from streamline_bench.core.recipe.suggestions import suggest_or_list
-from streamline_bench.core.recipe.validation import first_problem
+from streamline_bench.core.machine.environment import found_device, known_device, package_versions
+from streamline_bench.core.recipe.validation import first_problem, suggest_or_list
 from streamline_bench.errors import RecipeError
 from streamline_bench.modeling.loading import dtype_name
 from streamline_bench.runs.planning.plan import Evaluation, NoisePlan, Plan, PlanRow, TextPlan
@@ -35,7 +33,8 @@ def resolve_plan(request: Request, *, device: str | None = None) -> Plan:
         StreamlineBenchError: the model, a recipe or the task folder cannot be used.
     """
     from streamline_bench.compression.key import content_key
-    from streamline_bench.core.checkpoint.reader import CheckpointReader, resolve_pretrained
+    from streamline_bench.core.checkpoint.folder import resolve_pretrained
+    from streamline_bench.core.checkpoint.reader import CheckpointReader
 
     rows = resolve_rows(request)
     folder = resolve_pretrained(request.model, request.revision)

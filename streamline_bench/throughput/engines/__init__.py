@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from streamline_bench.core.recipe.frozen import Frozen
-from streamline_bench.core.recipe.suggestions import suggest
+from streamline_bench.core.recipe.schema import Frozen
+from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import ThroughputError
 
 __all__ = ["ENGINES", "Engine", "EngineSettings", "Loaded", "engine_class", "engine_path"]

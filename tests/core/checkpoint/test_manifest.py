@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from streamline_bench.core.checkpoint.manifest import hash_files, verify_files
-from streamline_bench.core.checkpoint.reader import Manifest, read_manifest, write_manifest
+from streamline_bench.core.checkpoint.manifest import (
+    Manifest,
+    hash_files,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
 from streamline_bench.errors import (
     CheckpointError,
 )

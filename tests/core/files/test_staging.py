@@ -11,12 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from streamline_bench.core.checkpoint.reader import (
-    atomic_write_bytes,
-    atomic_write_text,
-    staged_output,
-)
 from streamline_bench.core.files import staging
+from streamline_bench.core.files.staging import atomic_write_bytes, atomic_write_text, staged_output
 from streamline_bench.errors import (
     OutputError,
 )

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError, field_validator
 
-from streamline_bench.core.files.versioned_json import read_json, validated
-from streamline_bench.core.recipe.frozen import Frozen
+from streamline_bench.core.files.structured import read_json, validated
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.recipe.validation import first_line, first_problem, wrong_value
 from streamline_bench.errors import SamplesError
 

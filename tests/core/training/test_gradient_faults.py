@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from streamline_bench.core.training.gradient_faults import gradient_fault
+from streamline_bench.core.training.loop import gradient_fault
 
 NAMES = [
     "model.embed_tokens.weight",

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from streamline_bench.compression import compress
-from streamline_bench.core.checkpoint.reader import read_manifest
+from streamline_bench.core.checkpoint.manifest import read_manifest
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.surgery.layers import keep_layers
 from streamline_bench.errors import CalibrationError, NumericsError, SparsityError

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from streamline_bench.compression import compress
-from streamline_bench.core.checkpoint.reader import read_manifest
+from streamline_bench.core.checkpoint.manifest import read_manifest
 from streamline_bench.core.surgery.layers import keep_layers
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compression

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from streamline_bench.compression import compress
 from streamline_bench.core.recipe.schema import CalibrationSpec
-from streamline_bench.core.training.objectives import LmObjective
-from streamline_bench.core.training.sources import make_batch
+from streamline_bench.core.training.objectives import LmObjective, make_batch
 from streamline_bench.errors import CalibrationError
 from streamline_bench.methods.recovery.instruction_data import alpaca_prompt, load_instructions
 

@@ -22,10 +22,9 @@ from transformers import AutoModelForCausalLM
 
 from streamline_bench.compression import compress, load_recipe
 from streamline_bench.compression.key import content_key
-from streamline_bench.core.checkpoint.manifest import verify_files
-from streamline_bench.core.checkpoint.reader import read_manifest
+from streamline_bench.core.checkpoint.manifest import read_manifest, verify_files
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.recipe.recovery_presets import RECOVERY_PRESETS
+from streamline_bench.core.recipe.presets import RECOVERY_PRESETS
 from streamline_bench.core.recipe.schema import Recipe, RecoverySpec, TrainingSpec
 from streamline_bench.errors import (
     ArchitectureError,

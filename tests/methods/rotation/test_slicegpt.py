@@ -12,7 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from streamline_bench.compression import compress
-from streamline_bench.core.checkpoint.reader import CheckpointReader, read_manifest
+from streamline_bench.core.checkpoint.manifest import read_manifest
+from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.errors import ArchitectureError, CalibrationError, RecipeError, SparsityError
 from streamline_bench.methods.base import Compression

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.files.mapped_tensors import BatchStore
 from streamline_bench.errors import CalibrationError, NumericsError
 from streamline_bench.methods.rotation.norm_fusion import fuse_norms
-from streamline_bench.methods.rotation.signal_store import SignalStore
 from streamline_bench.methods.rotation.stream_rotation import (
     Covariance,
     RotationOptions,
@@ -44,7 +44,7 @@ def ids() -> Tensor:
 def rotate(
     model: Any, tokens: CalibrationTokens, folder: Path, width: int, head: int, **options: Any
 ) -> StreamRotation:
-    store = SignalStore(folder / "signals", 1, budget=options.pop("budget", 1))
+    store = BatchStore(folder / "signals", 1, budget=options.pop("budget", 1))
     fuse_norms(model)
     rotation = StreamRotation(model, tokens, store, RotationOptions(**options), progress=False)
     rotation.run(width, head)

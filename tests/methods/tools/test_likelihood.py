@@ -133,7 +133,7 @@ def test_the_memory_of_one_batch_is_held(
     """States of an earlier batch are gone when the next one's are recorded."""
     import weakref
 
-    from streamline_bench.methods.tools.partial_forward import PartialForward
+    from streamline_bench.core.forward import PartialForward
 
     seen: list[Any] = []
     alive: list[int] = []

@@ -27,7 +27,7 @@ from streamline_bench.runs.jobs.graph import Job
 SLEEPER = """
 import subprocess, sys, time
 from pathlib import Path
-from streamline_bench.core.machine.leash import hold_leash
+from streamline_bench.core.machine.processes import hold_leash
 hold_leash()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 Path(sys.argv[1], "child").write_text(f"{child.pid}.")
@@ -103,7 +103,7 @@ def test_a_killed_job_leaves_no_child_behind(run: Path) -> None:
 def test_a_job_that_ignores_the_request_to_end_is_killed(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamline_bench.core.machine.leash.GRACE", 0.2)
+    monkeypatch.setattr("streamline_bench.core.machine.processes.GRACE", 0.2)
     deaf = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SLEEPER
     process = JobProcess(run, "j", {}, command=("-c", deaf))
     _child(run)
@@ -164,7 +164,7 @@ def test_gpus_are_shared_out_and_given_back(processes: list[Recorded], tmp_path:
 TELLER = """
 import os, sys
 from pathlib import Path
-from streamline_bench.core.machine.leash import hold_leash
+from streamline_bench.core.machine.processes import hold_leash
 hold_leash()
 Path(sys.argv[1], sys.argv[2]).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "not set"))
 """

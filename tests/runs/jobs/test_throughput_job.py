@@ -37,7 +37,7 @@ def test_the_command_repeats_what_was_measured(
 
     monkeypatch.setattr("streamline_bench.throughput.measure", measure)
     monkeypatch.setattr(
-        "streamline_bench.core.checkpoint.reader.resolve_pretrained",
+        "streamline_bench.core.checkpoint.folder.resolve_pretrained",
         lambda name, revision: tiny_llama / f"{name}@{revision}",
     )
     typed = measure_rows(tmp_path, "throughput", job.payload).command

@@ -10,12 +10,17 @@ import pytest
 import torch
 
 from streamline_bench.core.architecture import decoder_layers
+from streamline_bench.core.forward import evaluating
 from streamline_bench.core.recipe.schema import ReplacementSpec
 from streamline_bench.core.surgery.layers import block_keep, keep_layers
-from streamline_bench.core.training.objectives import LmObjective, MseObjective, pruned
-from streamline_bench.core.training.sources import StreamedStates, make_batch
-from streamline_bench.core.training.student import Student
-from streamline_bench.core.training.teacher import Teacher, frozen
+from streamline_bench.core.training.block import Student, Teacher
+from streamline_bench.core.training.objectives import (
+    LmObjective,
+    MseObjective,
+    StreamedStates,
+    make_batch,
+    pruned,
+)
 
 LAYER = ReplacementSpec(kind="layer")
 START, N = 2, 3
@@ -189,7 +194,7 @@ def test_lm_backward_stops_at_the_replacement(teacher_model: Any, tokens: Any) -
     batch = make_batch(tokens, torch.arange(4), torch.device("cpu"))
     reached = []
     layers = decoder_layers(teacher_model)
-    with frozen(teacher_model), pruned(teacher_model, START, N, student):
+    with evaluating(teacher_model, frozen=True), pruned(teacher_model, START, N, student):
         for index in (START - 1, START + N):
             layers[index].register_forward_hook(
                 lambda layer, args, output: reached.append(output.requires_grad)

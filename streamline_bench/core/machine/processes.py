@@ -2,7 +2,7 @@
 
 The leash is a pipe. The starter holds one end for as long as it lives, the process waits at the
 other; when the starter ends in any way, ``kill -9`` included, the system closes the pipe and the
-process kills its whole group. ``python -m streamline_bench.core.machine.leash MODULE
+process kills its whole group. ``python -m streamline_bench.core.machine.processes MODULE
 ARGUMENT...`` puts any module on the leash, as ``python -m MODULE`` would run it.
 """
 

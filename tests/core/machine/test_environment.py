@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from streamline_bench.core.machine.devices import found_device, known_device
+from streamline_bench.core.machine.environment import found_device, known_device
 from streamline_bench.errors import RecipeError
 
 

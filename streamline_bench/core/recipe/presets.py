@@ -1,5 +1,10 @@
-"""Recoveries of the literature, as values of a recipe's ``recovery``.
+"""Trainings of the literature, as values of a recipe's ``training`` and ``recovery``.
 
+``training``: ``paper_mse``: hidden states, AdamW at 2e-4, 8 x 16 blocks a step, one epoch;
+``paper_lm``: the language-modelling loss of the pruned model; ``paper_memory_efficient``: the
+authors' streaming example for 8B models. The cosine of the first two ends at 5e-5.
+
+``recovery``:
 ``llm_pruner``: LoRA after LLM-Pruner (arXiv 2305.11627 and its released script). ``last_layers``:
 partial fine-tuning of "Reassessing layer pruning" (arXiv 2411.15558); ``last_layers_lora``: the
 LoRA it is compared with, at the same rate, which is low for LoRA; ``last_layers_lora_1e-4``: at
@@ -14,10 +19,44 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streamline_bench.core.recipe.suggestions import suggest
+from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import RecipeError
 
-__all__ = ["RECOVERY_PRESETS", "with_preset"]
+__all__ = ["RECOVERY_PRESETS", "TRAINING_PRESETS", "preset_values", "with_preset"]
+
+_COMMON = {"epochs": 1, "lr": 2e-4, "weight_decay": 1e-3, "max_grad_norm": 5.0}
+
+TRAINING_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper_mse": {
+        **_COMMON,
+        "objective": "mse",
+        "batch_size": 8,
+        "gradient_accumulation": 16,
+        "min_lr_ratio": 0.25,
+        "warmup_ratio": 0.01,
+        "betas": (0.9, 0.999),
+    },
+    "paper_lm": {
+        **_COMMON,
+        "objective": "lm",
+        "batch_size": 8,
+        "gradient_accumulation": 16,
+        "min_lr_ratio": 0.25,
+        "warmup_ratio": 0.01,
+        "betas": (0.9, 0.95),
+        "autocast": "bf16",
+    },
+    "paper_memory_efficient": {
+        **_COMMON,
+        "objective": "mse",
+        "batch_size": 32,
+        "gradient_accumulation": 2,
+        "min_lr_ratio": 0.025,
+        "warmup_ratio": 0.03,
+        "betas": (0.9, 0.95),
+        "autocast": "bf16",
+    },
+}
 
 _ALPACA_ROWS, _ALPACA_VALIDATION = 51_760, 2_000
 
@@ -66,6 +105,20 @@ RECOVERY_PRESETS: Mapping[str, Mapping[str, Any]] = {
         },
     },
 }
+
+
+def preset_values(name: str) -> Mapping[str, Any]:
+    """Return the fields of :class:`TrainingSpec` that a preset stands for.
+
+    Raises:
+        RecipeError: there is no such preset.
+    """
+    if name not in TRAINING_PRESETS:
+        raise RecipeError(
+            f"Unknown training preset '{name}'{suggest(name, TRAINING_PRESETS) or ';'} "
+            f"known presets: {', '.join(TRAINING_PRESETS)}."
+        )
+    return TRAINING_PRESETS[name]
 
 
 def with_preset(payload: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,31 +1,116 @@
-"""A causal LM's own forward pass, entered at any layer boundary and with layers left out.
+"""Runs parts of a causal LM: from any layer boundary, up to one, with layers left out.
 
-Search methods evaluate many models that share their lower layers. Here those layers run once:
-their output is put in where the upper layers begin. The parent's forward pass still runs, so that
-masks, rotary embeddings, per-layer attention types, scalings and the head are right for every
-family; what a bypassed layer costs is one function call.
+Nothing of a model's own pass is rebuilt: it runs itself, and the layers' ``forward`` is replaced
+where a part is left out. So masks, rotary embeddings, per-layer attention types, scalings and the
+head are right for every family; what a bypassed layer costs is one function call.
+
+Boundary ``l`` is the input of layer ``l``; boundary ``L`` the output of the last layer before the
+final norm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.errors import NumericsError
 
-__all__ = ["PartialForward", "require_finite_states"]
+__all__ = [
+    "PartialForward",
+    "PassEnded",
+    "evaluating",
+    "hidden_of",
+    "replaced_forward",
+    "require_finite_states",
+    "run_base",
+    "run_until",
+]
+
+
+class PassEnded(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by a hook to end a pass of :func:`run_until`."""
+
+
+@contextmanager
+def evaluating(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
+    """Evaluation mode (no dropout); every module's own mode back at the end.
+
+    Args:
+        frozen: let no parameter ask for gradients meanwhile.
+    """
+    training = [module for module in model.modules() if module.training]
+    asking = [p for p in model.parameters() if frozen and p.requires_grad]
+    try:
+        model.eval()
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute by another function; its own ``forward`` back at the end."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def hidden_of(output: Any) -> Tensor:
+    """Return the hidden states in what a layer gives: a tensor, or the first of a tuple."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def run_base(model: Any, ids: Tensor, mask: Tensor, module: Any = None) -> Any:
+    """Run a causal LM without its head, without a cache.
+
+    Without pads the mask is left out: attention then takes its fastest path.
+
+    Args:
+        ids: int64 ``[batch, seq]``.
+        mask: bool ``[batch, seq]``, true where there is a token.
+        module: what is called; None: the model without its head.
+    """
+    device = model.get_input_embeddings().weight.device
+    padded = not bool(mask.all())
+    called = model.get_submodule(architecture_of(model.config).base) if module is None else module
+    return called(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device).long() if padded else None,
+        use_cache=False,
+    )
+
+
+def run_until(call: Callable[[], Any], handles: Iterable[Any]) -> None:
+    """Run a pass that a hook may end by raising :class:`PassEnded`; then remove the hooks."""
+    try:
+        call()
+    except PassEnded:
+        return
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class PartialForward:
     """Context in which a model can be run in parts; without gradients, in evaluation mode.
-
-    Boundary ``l`` is the input of layer ``l``; boundary ``L`` the output of the last layer before
-    the final norm.
 
     Attributes:
         states: boundary -> hidden states ``[batch, seq, hidden]`` of the last recorded pass.
@@ -36,20 +121,17 @@ class PartialForward:
         self._model = model
         self._base = model.get_submodule(architecture_of(model.config).base)
         self._layers = list(decoder_layers(model))
-        self._device = model.get_input_embeddings().weight.device
         self._start = 0
         self._state: Tensor | None = None
         self._skip: Collection[int] = ()
         self._record = False
-        self._training: list[Any] = []
-        self._own_forward: list[Any] = []
+        self._restored = ExitStack()
 
     def __enter__(self) -> PartialForward:
-        self._training = [module for module in self._model.modules() if module.training]
-        self._model.eval()
+        self._restored.enter_context(evaluating(self._model))
         for index, layer in enumerate(self._layers):
-            self._own_forward.append(layer.__dict__.get("forward"))
-            layer.forward = self._bypass(index, layer.forward)
+            forward = self._bypass(index, layer.forward)
+            self._restored.enter_context(replaced_forward(layer, forward))
         return self
 
     def __exit__(
@@ -58,15 +140,8 @@ class PartialForward:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for layer, own in zip(self._layers, self._own_forward, strict=True):
-            if own is None:
-                del layer.forward
-            else:
-                layer.forward = own
-        self._own_forward = []
+        self._restored.close()
         self.states = {}
-        for module in self._training:
-            module.training = True
 
     def logits(self, ids: Tensor, mask: Tensor, **where: Any) -> Tensor:
         """Return the logits ``[batch, seq, vocabulary]``; for ``where`` see :meth:`hidden`."""
@@ -103,14 +178,8 @@ class PartialForward:
         self._start, self._state, self._skip, self._record = start, state, skip, record
         if record:
             self.states = {}
-        # Without pads the mask is left out: attention then takes its fastest path.
-        padded = not bool(mask.all())
         with torch.no_grad():
-            output = module(
-                input_ids=ids.to(self._device),
-                attention_mask=mask.to(self._device).long() if padded else None,
-                use_cache=False,
-            )
+            output = run_base(self._model, ids, mask, module)
         self._state = None
         return output
 

@@ -1,17 +1,18 @@
-"""Reads JSON files that say which version of their schema they follow."""
+"""Reads structured files: YAML that a user wrote, JSON that names its schema's version."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from streamline_bench.core.recipe.validation import first_problem
-from streamline_bench.errors import StreamlineBenchError
+from streamline_bench.errors import RecipeError, StreamlineBenchError
 
-__all__ = ["read_json", "validated"]
+__all__ = ["read_json", "read_yaml_mapping", "validated"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -62,3 +63,24 @@ def validated(
         return model.model_validate(payload)
     except ValidationError as failure:
         raise error(f"{origin}: {first_problem(failure)}; {advice}.") from None
+
+
+def read_yaml_mapping(path: Path, expected: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Args:
+        expected: what the file is and must hold, for the message if it holds something else
+            (``a plan: it must hold a mapping such as 'tasks: [piqa]'``).
+
+    Raises:
+        RecipeError: it cannot be read, is not YAML or holds no mapping.
+    """
+    try:
+        payload = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(
+            f"{path} cannot be read as YAML ({' '.join(str(error).split())})."
+        ) from None
+    if not isinstance(payload, dict):
+        raise RecipeError(f"{path} is not {expected}.")
+    return payload

@@ -1,15 +1,17 @@
-"""The intact model as teacher: states at both ends of a block, and how its layers were called.
+"""A block of layers in training: the intact model as teacher, its replacement as student.
 
 The replacement must see what it will see when deployed: the same causal and padding mask, the same
 rotary angles. So nothing is rebuilt by hand. The parent itself runs, a hook takes the arguments
 with which it calls the block's first layers, and the pass ends after the block's last layer: later
-layers, final norm and LM head are never run.
+layers, final norm and LM head are never run. The student's weights are float32, and it is called
+as the parent calls its layers.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
+from streamline_bench.core.forward import PassEnded, hidden_of, run_until
+from streamline_bench.core.recipe.schema import ReplacementSpec
+from streamline_bench.core.surgery.replacement import ReplacementNetwork, build_network
 
-__all__ = ["BlockStates", "LayerCall", "Passthrough", "Teacher", "frozen", "returns_tuple"]
-
-
-class _Reached(Exception):  # noqa: N818 - a signal, not an error
-    """Ends a forward pass at the boundary that was asked for."""
+__all__ = [
+    "BlockStates",
+    "LayerCall",
+    "Passthrough",
+    "Student",
+    "StudentSlot",
+    "Teacher",
+    "returns_tuple",
+    "slots",
+]
 
 
 @dataclass(frozen=True)
@@ -103,8 +113,8 @@ class Teacher:
             calls.append(LayerCall.of(layer, args, kwargs))
 
         def after(layer: nn.Module, args: Any, output: Any) -> None:
-            ends.append(output[0] if isinstance(output, tuple) else output)
-            raise _Reached
+            ends.append(hidden_of(output))
+            raise PassEnded
 
         stop = self._start + self._n
         handles = [
@@ -127,20 +137,16 @@ class Teacher:
             last = self._layers[probed[-1]]
 
             def stop(layer: nn.Module, args: Any, output: Any) -> None:
-                raise _Reached
+                raise PassEnded
 
             self._run_stack(ids, mask, [last.register_forward_hook(stop)])
             probes = [self._layers[self._start + i] for i in range(self._calls)]
         return tuple(probe.call for probe in probes)  # type: ignore[misc]
 
     def _run_stack(self, ids: Tensor, mask: Tensor, handles: list[Any]) -> None:
-        try:
-            self._stack(input_ids=ids, attention_mask=mask.long(), use_cache=False)
-        except _Reached:
-            return
-        finally:
-            for handle in handles:
-                handle.remove()
+        run_until(
+            lambda: self._stack(input_ids=ids, attention_mask=mask.long(), use_cache=False), handles
+        )
 
 
 @contextmanager
@@ -162,31 +168,102 @@ def returns_tuple(model: nn.Module) -> bool:
 
     def after(layer: nn.Module, args: Any, output: Any) -> None:
         found.append(isinstance(output, tuple))
-        raise _Reached
+        raise PassEnded
 
     layer = decoder_layers(model)[0]
+    ids = torch.zeros((1, 2), dtype=torch.long, device=next(layer.parameters()).device)
     handle = layer.register_forward_hook(after)
-    device = next(layer.parameters()).device
-    try:
-        model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device), use_cache=False)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
+    run_until(lambda: model(input_ids=ids, use_cache=False), [handle])
     return found[0]
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients for all parameters; the former settings at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        model.requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, requires in gradients:
-            parameter.requires_grad_(requires)
+class StudentSlot(nn.Module):
+    """One slot of the student: a decoder layer or a network, in the signature of a layer.
+
+    Weights are float32 whatever the parent's dtype (an optimizer step of 2e-4 would be lost in
+    bfloat16), so inputs are widened and the output is cast back.
+    """
+
+    def __init__(self, module: nn.Module, as_tuple: bool = False) -> None:
+        super().__init__()
+        self.module = module
+        self.as_tuple = as_tuple
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        wide = hidden_states.float()
+        if isinstance(self.module, ReplacementNetwork):
+            output = self.module(wide)
+        else:
+            output = self.module(wide, *_widen(args), **_widen(kwargs))
+        output = hidden_of(output).to(hidden_states.dtype)
+        return (output,) if self.as_tuple else output
+
+
+class Student:
+    """The trainable replacement of a block.
+
+    Attributes:
+        module: what is trained. Kind ``layer``: a ``ModuleList`` of deep copies of the block's
+            first layers; else the network. Its ``state_dict`` is the training's result.
+    """
+
+    label, task = "replacement", "distill"
+
+    def __init__(self, model: nn.Module, start: int, spec: ReplacementSpec, seed: int) -> None:
+        layers = decoder_layers(model)
+        device = next(layers[start].parameters()).device
+        self.module: nn.Module
+        if spec.kind == "layer":
+            copies = [copy.deepcopy(layer) for layer in layers[start : start + spec.layers]]
+            self.module = nn.ModuleList(copies)
+            parts = list(self.module)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.module = build_network(spec, model.config)
+            parts = [self.module]
+        self.module.to(device=device, dtype=torch.float32).eval().requires_grad_(True)
+        self._parts = parts
+        self.slots = [StudentSlot(part) for part in parts]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return all weights of the replacement."""
+        return list(self.module.parameters())
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return them by name; kind ``layer``: beginning with the index among the new layers."""
+        return dict(self.module.named_parameters())
+
+    def begin(self, step: int | None) -> None:
+        """Nothing to prepare: a replacement is trained without dropout."""
+
+    @property
+    def num_calls(self) -> int:
+        """Number of layer calls that must be known to run it (none for a network)."""
+        return len(self._parts) if isinstance(self.module, nn.ModuleList) else 0
+
+    def run(self, hidden: Tensor, calls: tuple[LayerCall, ...]) -> Tensor:
+        """Map the state before the block ``[batch, seq, d]`` to the one behind it, in float32."""
+        hidden = hidden.float()
+        for index, slot in enumerate(self.slots):
+            hidden = slot(hidden, **(calls[index].kwargs if calls else {}))
+        return hidden
+
+    def state_on_cpu(self) -> dict[str, Tensor]:
+        """Return a copy of all weights (and buffers that are saved) on the CPU."""
+        state = self.module.state_dict()
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over weights given by :meth:`state_on_cpu`."""
+        self.module.load_state_dict(dict(state))
+
+
+def _widen(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(_widen(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _widen(item) for key, item in value.items()}
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.checkpoint.reader import CheckpointReader, config_digest
 
 
 def test_fingerprint_names_content_not_layout(
@@ -24,6 +25,24 @@ def test_fingerprint_names_content_not_layout(
     one, many = CheckpointReader(tmp_path / "one"), CheckpointReader(tmp_path / "many")
     assert one.fingerprint() == many.fingerprint()
     assert re.fullmatch("[0-9a-f]{64}", one.fingerprint())
+
+
+def test_fingerprint_is_computed_from_the_bytes(folder: Path) -> None:
+    """As it always was: keys of the cache of an earlier version stay good."""
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    header.pop("__metadata__", None)
+    rows = []
+    for name, value in sorted(header.items()):
+        begin, end = value["data_offsets"]
+        digest = hashlib.sha256(raw[start + begin : start + end]).hexdigest()
+        rows.append([name, value["dtype"], value["shape"], digest])
+    config = json.loads((folder / "config.json").read_text())
+    payload = json.dumps([config_digest(config), rows])
+    expected = hashlib.sha256(payload.encode()).hexdigest()
+    assert CheckpointReader(folder).fingerprint() == expected
 
 
 @pytest.mark.parametrize("key", ["transformers_version", "_name_or_path"])
@@ -51,15 +70,15 @@ def test_fingerprint_follows_config_and_weights(folder: Path) -> None:
 def test_fingerprint_is_cached_until_the_file_changes(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streamline_bench.core.checkpoint import fingerprint as module
+    from streamline_bench.core.checkpoint import reader as module
 
     before = CheckpointReader(folder).fingerprint()
-    reads: list[str] = []
+    reads: list[int] = []
     digest = module._tensor_digest
     monkeypatch.setattr(
         module,
         "_tensor_digest",
-        lambda entry, bar: (reads.append(entry.name), digest(entry, bar))[1],
+        lambda tensor, bar: (reads.append(tensor.nbytes), digest(tensor, bar))[1],
     )
     assert CheckpointReader(folder).fingerprint() == before
     assert reads == []

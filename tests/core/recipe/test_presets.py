@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from streamline_bench.core.recipe.presets import TRAINING_PRESETS, preset_values
 from streamline_bench.core.recipe.schema import ReplacementSpec, TrainingSpec
-from streamline_bench.core.training import QUIRKS, TRAINING_PRESETS, training_preset
-from streamline_bench.core.training.checks import check_quirks
-from streamline_bench.core.training.presets import learning_rate
+from streamline_bench.core.training import QUIRKS
+from streamline_bench.core.training.schedule import learning_rate
+from streamline_bench.core.training.trainer import check_quirks
 from streamline_bench.errors import RecipeError
 
 LAYER = ReplacementSpec(kind="layer")
+
+
+def training_preset(name: str, **changes: Any) -> TrainingSpec:
+    return TrainingSpec.model_validate({**preset_values(name), **changes})
 
 
 def test_the_papers_figures() -> None:
@@ -31,7 +38,7 @@ def test_presets_are_valid_and_can_be_changed(name: str) -> None:
 
 def test_unknown_preset_is_suggested() -> None:
     with pytest.raises(RecipeError, match="did you mean 'paper_mse'"):
-        training_preset("paper_msee")
+        preset_values("paper_msee")
 
 
 def test_automatic_rate_is_the_papers_at_its_width() -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamline_bench.methods.rotation.signal_store import SignalStore
+from streamline_bench.core.files.mapped_tensors import BatchStore
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("budget", [0, 10_000])
 def test_signals_come_back(tmp_path: Path, dtype: torch.dtype, budget: int) -> None:
-    store = SignalStore(tmp_path / "signals", 5_000, budget)
+    store = BatchStore(tmp_path / "signals", 5_000, budget)
     assert store.on_disk == (budget == 0)
     signals = [torch.randn(2, 3, width).to(dtype) for width in (8, 6, 8)]
     store[0], store[1] = signals[0], signals[1]
@@ -30,5 +30,5 @@ def test_files_of_an_interrupted_run_are_dropped(tmp_path: Path) -> None:
     stale = tmp_path / "signals" / "7.bin"
     stale.parent.mkdir()
     stale.write_bytes(b"old")
-    SignalStore(tmp_path / "signals", 5_000, 0)
+    BatchStore(tmp_path / "signals", 5_000, 0)
     assert not stale.exists()

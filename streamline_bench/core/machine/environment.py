@@ -1,11 +1,18 @@
-"""Names of torch devices: refused where they stand for none, before anything is loaded or run."""
+"""Where this runs: torch devices, package versions, the user's cache, text for a terminal."""
 
 from __future__ import annotations
 
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
 from streamline_bench.errors import RecipeError
+from streamline_bench.version import __version__
 
-__all__ = ["found_device", "known_device"]
+__all__ = ["found_device", "known_device", "package_versions", "printable", "user_cache"]
 
+_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "lm_eval")
 _KNOWN = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -52,3 +59,20 @@ def found_device(name: str) -> str:
             "or auto."
         )
     return str(device)
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of this package, Python and the packages that decide a result."""
+    found = {name: metadata.version(name) for name in _PACKAGES}
+    return {"streamline-bench": __version__, "python": platform.python_version(), **found}
+
+
+def user_cache() -> Path:
+    """Return the user's cache of streamline-bench (not created)."""
+    named = os.environ.get("STREAMLINE_BENCH_CACHE")
+    return Path(named) if named else Path.home() / ".cache" / "streamline-bench"
+
+
+def printable(value: object, *, keep: str = "") -> str:
+    """Return the text with every character that is neither printable nor in ``keep`` as U+FFFD."""
+    return "".join(c if c.isprintable() or c in keep else "\ufffd" for c in str(value))

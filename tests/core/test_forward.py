@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from streamline_bench.core.architecture import decoder_layers
+from streamline_bench.core.forward import PartialForward
 from streamline_bench.core.surgery.layers import keep_layers
-from streamline_bench.methods.tools.partial_forward import PartialForward
 
 IDS = torch.tensor([[1, 5, 9, 40, 22, 7, 11], [3, 8, 2, 60, 0, 0, 0]])
 MASK = torch.tensor([[1] * 7, [1, 1, 1, 1, 0, 0, 0]]).bool()
