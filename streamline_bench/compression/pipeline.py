@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from streamline_bench.compression.key import content_key
-from streamline_bench.core.checkpoint.folder import resolve_pretrained
 from streamline_bench.core.checkpoint.manifest import (
     Manifest,
     Source,
@@ -21,6 +21,7 @@ from streamline_bench.core.checkpoint.manifest import (
     write_manifest,
 )
 from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.files.locks import LockHeld, LockUnwritable, file_lock
 from streamline_bench.core.files.staging import staged_output
 from streamline_bench.core.machine.environment import package_versions, user_cache
 from streamline_bench.core.recipe.schema import Recipe
@@ -28,6 +29,7 @@ from streamline_bench.errors import CacheError, RecipeError
 from streamline_bench.methods.base import Compressed, Compression, write_compressed
 from streamline_bench.methods.recovery.recover import compress_and_recover
 from streamline_bench.methods.registry import check_parameters, get_method
+from streamline_bench.modeling.source_model import SourceModel
 
 __all__ = ["CachedCheckpoint", "cache_root", "compress", "compress_cached"]
 
@@ -49,6 +51,13 @@ class CachedCheckpoint:
     path: Path
     reused: bool
     key: str
+
+
+class Named(NamedTuple):
+    """What a user called the source model."""
+
+    pretrained: str
+    revision: str | None
 
 
 def cache_root(cache: Path | None = None) -> Path:
@@ -89,20 +98,11 @@ def compress(
     """
     check_parameters(recipe)
     _refuse_several_processes()
-    folder = resolve_pretrained(pretrained, revision)
-    _refuse_compressed(folder)
-    with ExitStack() as lock:
-        with staged_output(Path(output), overwrite=overwrite) as staging:
-            key = content_key(folder, recipe, device=device, dtype=dtype)
-            root = cache_root(cache)
-            # Two calls that make the same share the folder in which it is resumed; held until the
-            # output is published and that folder is gone.
-            lock.enter_context(_alone(root / "locks" / f"{key}.lock"))
-            with _scratch(root / "work" / key) as work:
-                job = Compression(folder, recipe, work, device, dtype, trust_remote_code, progress)
-                _compress(job, staging, str(pretrained), revision)
-        shutil.rmtree(work, ignore_errors=True)
-    return Path(output)
+    source = SourceModel.find(pretrained, revision, trust_remote_code=trust_remote_code)
+    name = Named(str(pretrained), revision)
+    return _compress_into(
+        Path(output), source, name, recipe, cache, device, dtype, overwrite, progress
+    )
 
 
 def compress_cached(
@@ -127,8 +127,8 @@ def compress_cached(
         StreamlineBenchError: what :func:`compress` raises.
     """
     check_parameters(recipe)
-    folder = resolve_pretrained(pretrained, revision)
-    key = content_key(folder, recipe, device=device, dtype=dtype)
+    source = SourceModel.find(pretrained, revision, trust_remote_code=trust_remote_code)
+    key = content_key(source, recipe, device=device, dtype=dtype)
     target = cache_root(cache) / "compressed" / key
     if read_manifest(target) is not None:
         return CachedCheckpoint(target, True, key)
@@ -136,21 +136,38 @@ def compress_cached(
     with _alone(target.with_name(f"{key}.lock")):
         reused = read_manifest(target) is not None
         if not reused:
-            compress(
-                pretrained,
-                recipe,
-                target,
-                revision=revision,
-                cache=cache,
-                device=device,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                progress=progress,
-            )
+            name = Named(str(pretrained), revision)
+            _compress_into(target, source, name, recipe, cache, device, dtype, False, progress)
     return CachedCheckpoint(target, reused, key)
 
 
-def _compress(job: Compression, staging: Path, name: str, revision: str | None) -> None:
+def _compress_into(
+    output: Path,
+    source: SourceModel,
+    name: Named,
+    recipe: Recipe,
+    cache: Path | None,
+    device: str,
+    dtype: str | None,
+    overwrite: bool,
+    progress: bool,
+) -> Path:
+    _refuse_compressed(source.folder)
+    with ExitStack() as lock:
+        with staged_output(output, overwrite=overwrite) as staging:
+            key = content_key(source, recipe, device=device, dtype=dtype)
+            root = cache_root(cache)
+            # Two calls that make the same share the folder in which it is resumed; held until the
+            # output is published and that folder is gone.
+            lock.enter_context(_alone(root / "locks" / f"{key}.lock"))
+            with _scratch(root / "work" / key) as work:
+                job = Compression(source, recipe, work, device, dtype, progress)
+                _compress(job, staging, name)
+        shutil.rmtree(work, ignore_errors=True)
+    return output
+
+
+def _compress(job: Compression, staging: Path, name: Named) -> None:
     """Do the work, and write its result and manifest into ``staging``."""
     job.reader.check_finite(progress=job.progress)
     started = time.monotonic()
@@ -160,7 +177,8 @@ def _compress(job: Compression, staging: Path, name: str, revision: str | None) 
     else:
         reader, result = compress_and_recover(job, method, job.recipe.recovery)
     write_compressed(staging, reader, result)
-    source = Source(name=name, revision=revision, weights_sha256=job.reader.fingerprint())
+    weights = job.source.weights_sha256
+    source = Source(name=name.pretrained, revision=name.revision, weights_sha256=weights)
     write_manifest(staging, _manifest(staging, job, result, source, time.monotonic() - started))
 
 
@@ -171,24 +189,14 @@ def _alone(path: Path) -> Iterator[None]:
     Raises:
         CacheError: it cannot be made, or another process holds it for a day.
     """
-    from filelock import FileLock, Timeout
-
     _made(path.parent)
-    lock = FileLock(path)
     try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("waiting for another process that makes the same checkpoint (%s)", path)
-            lock.acquire(timeout=LOCK_TIMEOUT)
-    except Timeout:
+        with file_lock(path, patience=LOCK_TIMEOUT, waiting_for="makes the same checkpoint"):
+            yield
+    except LockHeld:
         raise CacheError(f"{path} is held by another process; stop it or wait.") from None
-    except OSError as error:
-        raise _unwritable(path.parent, error) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    except LockUnwritable as error:
+        raise _unwritable(path.parent, error.reason) from None
 
 
 @contextmanager
@@ -210,9 +218,10 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _unwritable(folder: Path, error: OSError) -> CacheError:
+def _unwritable(folder: Path, error: OSError | str) -> CacheError:
+    reason = getattr(error, "strerror", None) or error
     return CacheError(
-        f"The cache {folder} cannot be written ({error.strerror or error}); set "
+        f"The cache {folder} cannot be written ({reason}); set "
         "STREAMLINE_BENCH_CACHE to a writable folder."
     )
 

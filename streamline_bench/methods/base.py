@@ -14,11 +14,11 @@ from pydantic import BaseModel
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.files.staging import atomic_write_text
 from streamline_bench.core.recipe.schema import CalibrationSpec, Frozen, Recipe
+from streamline_bench.modeling.source_model import SourceModel
 
 if TYPE_CHECKING:
     import torch
 
-    from streamline_bench.core.checkpoint.reader import CheckpointReader
     from streamline_bench.core.data.calibration import CalibrationTokens
 
 __all__ = ["Compressed", "Compression", "Method", "NoParameters", "write_compressed"]
@@ -33,41 +33,39 @@ class Compression:
     """One compression at work: the source model, the recipe, and a folder that survives a kill.
 
     Attributes:
-        folder: local folder of the source checkpoint.
+        source: the model to compress.
         recipe: what to do.
         work: scratch folder kept between attempts, so that training resumes.
         device: torch device string for scanning and training.
         dtype: dtype of the loaded source model, ``None`` for float32.
     """
 
-    folder: Path
+    source: SourceModel
     recipe: Recipe
     work: Path
     device: str = "cpu"
     dtype: str | None = None
-    trust_remote_code: bool = False
     progress: bool = True
 
-    @cached_property
+    @property
+    def folder(self) -> Path:
+        """Local folder of the source checkpoint."""
+        return self.source.folder
+
+    @property
     def reader(self) -> CheckpointReader:
         """The source's tensors, lazily read."""
-        from streamline_bench.core.checkpoint.reader import CheckpointReader
+        return self.source.reader
 
-        return CheckpointReader(self.folder)
-
-    @cached_property
+    @property
     def config(self) -> Any:
         """The source's transformers config."""
-        from streamline_bench.modeling.loading import load_config
+        return self.source.config
 
-        return load_config(self.folder, trust_remote_code=self.trust_remote_code)
-
-    @cached_property
+    @property
     def tokenizer(self) -> Any:
         """The source's tokenizer."""
-        from streamline_bench.modeling.loading import load_tokenizer
-
-        return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+        return self.source.tokenizer
 
     @cached_property
     def model(self) -> Any:
@@ -78,7 +76,7 @@ class Compression:
             self.folder,
             device=self.device,
             dtype=self.dtype,
-            trust_remote_code=self.trust_remote_code,
+            trust_remote_code=self.source.trust_remote_code,
         )
 
     def release_model(self) -> None:

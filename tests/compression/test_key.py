@@ -14,6 +14,7 @@ from streamline_bench.compression.key import content_key
 from streamline_bench.core.data.corpora import open_documents
 from streamline_bench.core.recipe.schema import CalibrationSpec
 from streamline_bench.errors import CalibrationError
+from streamline_bench.modeling.source_model import SourceModel
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def folder(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def key(folder: Path, make_recipe: Callable[..., Any], source: str) -> str:
-    return content_key(folder, make_recipe("streamline_none", calibration=source))
+    return content_key(SourceModel(folder), make_recipe("streamline_none", calibration=source))
 
 
 def texts(source: str, folder: Path) -> list[str]:

@@ -30,6 +30,7 @@ from streamline_bench.core.surgery.layers import keep_layers
 from streamline_bench.errors import CacheError, RecipeError
 from streamline_bench.methods.depth import streamline
 from streamline_bench.modeling import register
+from streamline_bench.modeling.source_model import SourceModel
 
 IDS = torch.tensor([[1, 5, 9, 40, 22, 7]])
 STREAMLINE_KINDS = ("ffn", "swiglu", "ffn_res", "swiglu_res", "linear")
@@ -197,7 +198,10 @@ def test_another_dtype_or_device_is_another_result(
     for same in ("float32", "auto", "torch.float32"):
         again = compress_cached(tiny_llama, recipe, cache=tmp_path, dtype=same, progress=False)
         assert again == dataclasses.replace(made[None], reused=True)
-    keys = [content_key(tiny_llama, recipe, device=name) for name in ("cpu", "cuda", "cuda:1")]
+    keys = [
+        content_key(SourceModel(tiny_llama), recipe, device=name)
+        for name in ("cpu", "cuda", "cuda:1")
+    ]
     assert keys[0] != keys[1] == keys[2]
     with pytest.raises(RecipeError, match="'bf16' is no dtype to compute in"):
         compress(tiny_llama, recipe, tmp_path / "out", dtype="bf16", progress=False)
@@ -223,10 +227,10 @@ def test_cache_key_follows_every_file_of_the_tokenizer(
     for content in ('{"a": 1}', '{"a": 2}'):
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text(content, encoding="utf-8")
-        keys.append(content_key(model, recipe))
+        keys.append(content_key(SourceModel(model), recipe))
     assert keys[0] != keys[1]
     moved = model.rename(tmp_path / "moved")
-    assert content_key(moved, recipe) == keys[1]
+    assert content_key(SourceModel(moved), recipe) == keys[1]
 
 
 def test_two_that_make_the_same_take_turns(

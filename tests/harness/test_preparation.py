@@ -15,6 +15,7 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import RecipeError
 from streamline_bench.harness.arguments import sort_arguments
 from streamline_bench.harness.preparation import PreparedModel, prepare
+from streamline_bench.modeling.source_model import SourceModel
 
 
 @pytest.fixture
@@ -44,7 +45,9 @@ def test_a_recipe_is_carried_out_in_the_dtype_asked_for(
     tiny_llama: Path, text: str, options: dict[str, Any], dtype: str
 ) -> None:
     overrides = {"n_layers": 2, "calibration": text, "sequence_length": 32}
-    key = content_key(tiny_llama, load_recipe("streamline_none", overrides), dtype=dtype)
+    key = content_key(
+        SourceModel(tiny_llama), load_recipe("streamline_none", overrides), dtype=dtype
+    )
     made = _prepared(tiny_llama, text, **options)
     assert made.key == key
     # Weights that are copied stay as they are stored, whatever the scan computed in.

@@ -1,17 +1,27 @@
-"""One run at a time in a folder: a lock that the system frees when its process ends, however."""
+"""Locks that the system frees when their process ends, however; one run at a time in a folder."""
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from streamline_bench.core.files.staging import atomic_write_text
 from streamline_bench.errors import OutputError
 
-__all__ = ["LOCK_FILE", "check_usable", "lock_folder"]
+__all__ = [
+    "LOCK_FILE",
+    "LockHeld",
+    "LockUnwritable",
+    "check_usable",
+    "file_lock",
+    "lock_folder",
+]
+
+log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 
@@ -41,34 +51,72 @@ def check_usable(folder: Path, claim: str, what: str) -> None:
         )
 
 
+class LockHeld(Exception):  # noqa: N818 - callers say what it means
+    """Another process holds the lock."""
+
+
+class LockUnwritable(Exception):  # noqa: N818 - callers say what it means
+    """The lock's file cannot be written, for ``reason``."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@contextmanager
+def file_lock(path: Path, *, patience: float = 0, waiting_for: str = "") -> Iterator[None]:
+    """Hold a lock file; the system frees it when its process ends, however.
+
+    Args:
+        patience: seconds to wait for another process that holds it.
+        waiting_for: what that process does, for the log.
+
+    Raises:
+        LockHeld: another process holds it, for longer than that.
+        LockUnwritable: the file cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if patience:
+                log.info("waiting for another process that %s (%s)", waiting_for, path)
+            lock.acquire(timeout=patience)
+    except Timeout:
+        raise LockHeld from None
+    except (OSError, NotImplementedError) as error:
+        raise LockUnwritable(str(getattr(error, "strerror", None) or error)) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Hold a folder, which is made if it is missing.
 
     Raises:
-        OutputError: another run holds it (which one, is said), or it cannot be written.
+        OutputError: another run holds it (the message says which), or it cannot be written.
     """
-    from filelock import FileLock, Timeout
-
-    try:
+    with suppress(OSError):  # the lock's file then says why
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK_FILE, timeout=0)
-        lock.acquire()
-    except Timeout:
+    try:
+        with file_lock(folder / LOCK_FILE):
+            _note_holder(folder)
+            yield
+    except LockHeld:
         raise OutputError(
             f"Another run is at work in {folder}{_holder(folder)}; wait for it, or give another "
             "--output."
         ) from None
-    except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except LockUnwritable as error:
         raise OutputError(
-            f"{folder} cannot be written ({reason}); give another --output."
+            f"{folder} cannot be written ({error.reason}); give another --output."
         ) from None
-    try:
-        _note_holder(folder)
-        yield
-    finally:
-        lock.release()
 
 
 def _note_holder(folder: Path) -> None:

@@ -54,7 +54,10 @@ def compress_and_recover(
     # LoRA leaves the weights as they are; others are trained, and need their full precision.
     dtype = job.dtype if spec.kind == "lora" else None
     model = load_model(
-        reader.folder, device=job.device, dtype=dtype, trust_remote_code=job.trust_remote_code
+        reader.folder,
+        device=job.device,
+        dtype=dtype,
+        trust_remote_code=job.source.trust_remote_code,
     )
     tied = bool(model.config.tie_word_embeddings)
     trainable = choose_parameters(model, spec, job.recipe.seed)

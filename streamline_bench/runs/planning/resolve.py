@@ -33,24 +33,23 @@ def resolve_plan(request: Request, *, device: str | None = None) -> Plan:
         StreamlineBenchError: the model, a recipe or the task folder cannot be used.
     """
     from streamline_bench.compression.key import content_key
-    from streamline_bench.core.checkpoint.folder import resolve_pretrained
-    from streamline_bench.core.checkpoint.reader import CheckpointReader
+    from streamline_bench.modeling.source_model import SourceModel
 
     rows = resolve_rows(request)
-    folder = resolve_pretrained(request.model, request.revision)
+    source = SourceModel.find(request.model, request.revision)
     local = Path(request.model).expanduser().is_dir()
     device = _device(request.device) or device or found_device("auto")
 
     def planned(row: Row) -> PlanRow:
-        key = content_key(folder, row.recipe, device=device, dtype=request.dtype)
+        key = content_key(source, row.recipe, device=device, dtype=request.dtype)
         recipe = row.recipe.model_dump(mode="json")
         return PlanRow(label=row.label, dense=row.is_dense, recipe=recipe, key=key)
 
     return Plan(
         title=request.title or f"{Path(request.model).name} without some of its layers",
-        model=str(folder.resolve()) if local else request.model,
+        model=str(source.folder.resolve()) if local else request.model,
         revision=request.revision,
-        weights_sha256=CheckpointReader(folder).fingerprint(),
+        weights_sha256=source.weights_sha256,
         reference=next(row.label for row in rows if row.is_dense),
         rows=tuple(planned(row) for row in rows),
         evaluation=_evaluation(request),

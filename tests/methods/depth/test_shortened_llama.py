@@ -20,6 +20,7 @@ from streamline_bench.methods.base import Compression
 from streamline_bench.methods.depth import shortened_llama as shortened_llama_taylor
 from streamline_bench.methods.depth.shortened_llama import taylor_scores
 from streamline_bench.methods.tools import gradient_sums
+from streamline_bench.modeling.source_model import SourceModel
 
 
 def _perplexities(work: Compression) -> list[float]:
@@ -41,7 +42,7 @@ def test_order_equals_separate_models(
 ) -> None:
     folder = make_tiny_model("llama", initializer_range=0.2, seed=6)
     recipe = make_recipe("shortened_llama_ppl", n_layers=3)
-    expected = _perplexities(Compression(folder, recipe, tmp_path))
+    expected = _perplexities(Compression(SourceModel(folder), recipe, tmp_path))
     out = compress(folder, recipe, tmp_path / "out", progress=False)
     manifest = read_manifest(out)
     assert manifest is not None

@@ -15,6 +15,7 @@ from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.checkpoint.manifest import read_manifest
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compression
+from streamline_bench.modeling.source_model import SourceModel
 
 
 def _brute_force(work: Compression, postnorm: bool) -> list[float]:
@@ -53,7 +54,9 @@ def test_order_equals_brute_force(
     recipe = make_recipe(
         "shortgpt", **{"parameters.last_state": last_state, "n_layers": 3, "calibration_samples": 6}
     )
-    expected = _brute_force(Compression(folder, recipe, tmp_path), last_state == "postnorm")
+    expected = _brute_force(
+        Compression(SourceModel(folder), recipe, tmp_path), last_state == "postnorm"
+    )
     out = compress(folder, recipe, tmp_path / "out", progress=False)
     manifest = read_manifest(out)
     assert manifest is not None

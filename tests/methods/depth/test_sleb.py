@@ -18,6 +18,7 @@ from streamline_bench.core.surgery.layers import keep_layers
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compression
 from streamline_bench.methods.depth import sleb
+from streamline_bench.modeling.source_model import SourceModel
 
 
 def _greedy(work: Compression, n: int) -> tuple[list[int], list[float]]:
@@ -51,7 +52,7 @@ def test_steps_equal_a_search_over_separate_models(
     same_as_surgery: Callable[..., None],
 ) -> None:
     recipe = make_recipe("sleb", n_layers=3)
-    order, losses = _greedy(Compression(folder, recipe, tmp_path), 3)
+    order, losses = _greedy(Compression(SourceModel(folder), recipe, tmp_path), 3)
     out = compress(folder, recipe, tmp_path / "out", progress=False)
     manifest = read_manifest(out)
     assert manifest is not None
@@ -93,7 +94,9 @@ def _kept(recipe: Any, folder: Path) -> list[Path]:
     from streamline_bench.compression.key import content_key
     from streamline_bench.compression.pipeline import cache_root
 
-    return list((cache_root() / "work" / content_key(folder, recipe)).glob("sleb.json"))
+    return list(
+        (cache_root() / "work" / content_key(SourceModel(folder), recipe)).glob("sleb.json")
+    )
 
 
 def test_barriers_make_the_size_unreachable(

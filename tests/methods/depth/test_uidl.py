@@ -15,6 +15,7 @@ from streamline_bench.compression import compress
 from streamline_bench.core.checkpoint.manifest import read_manifest
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compression
+from streamline_bench.modeling.source_model import SourceModel
 
 
 def _brute_force(work: Compression, n: int) -> list[float]:
@@ -41,7 +42,7 @@ def test_block_equals_brute_force(
 ) -> None:
     folder = make_tiny_model("llama", initializer_range=0.1, seed=4)
     recipe = make_recipe("uidl", calibration_samples=8, **{"parameters.allow_first_layer": first})
-    expected = _brute_force(Compression(folder, recipe, tmp_path), 2)
+    expected = _brute_force(Compression(SourceModel(folder), recipe, tmp_path), 2)
     out = compress(folder, recipe, tmp_path / "out", progress=False)
     manifest = read_manifest(out)
     assert manifest is not None

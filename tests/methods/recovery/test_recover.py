@@ -35,6 +35,7 @@ from streamline_bench.errors import (
 from streamline_bench.methods.recovery import training as recovery_training
 from streamline_bench.methods.recovery.training import choose_parameters, train_recovery
 from streamline_bench.modeling import register
+from streamline_bench.modeling.source_model import SourceModel
 
 IDS = torch.tensor([[1, 5, 9, 40, 22, 7]])
 FAST: dict[str, Any] = {
@@ -515,8 +516,10 @@ def test_cache_key_follows_the_recovery_and_its_data(tiny_llama: Path, tmp_path:
     for answer, lr in (("w1", 1e-5), ("w2", 1e-5), ("w2", 2e-5)):
         data.write_text(json.dumps({"instruction": "w3", "output": answer}))
         recipe = load_recipe("last_layers", {**changes, "recovery.training.lr": lr})
-        keys.add(content_key(tiny_llama, recipe))
-    keys.add(content_key(tiny_llama, load_recipe("last_layers", {"calibration": "x.txt"})))
+        keys.add(content_key(SourceModel(tiny_llama), recipe))
+    keys.add(
+        content_key(SourceModel(tiny_llama), load_recipe("last_layers", {"calibration": "x.txt"}))
+    )
     assert len(keys) == 4
 
 

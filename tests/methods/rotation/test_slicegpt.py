@@ -20,6 +20,7 @@ from streamline_bench.methods.base import Compression
 from streamline_bench.methods.rotation.slicegpt import SlicedSizes, SliceGPT
 from streamline_bench.methods.rotation.stream_rotation import Covariance, PrincipalAxes
 from streamline_bench.modeling import register
+from streamline_bench.modeling.source_model import SourceModel
 
 LLAMA_2_7B: dict[str, Any] = {}
 LLAMA_2_13B = {
@@ -294,7 +295,9 @@ def test_tensors_of_another_dtype_are_cast_one_at_a_time(
     tiny_llama: Path, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     source = _in_bfloat16(tiny_llama, tmp_path / "source")
-    result = SliceGPT().compress(Compression(source, recipe(), tmp_path, progress=False))
+    result = SliceGPT().compress(
+        Compression(SourceModel(source), recipe(), tmp_path, progress=False)
+    )
     seen: list[weakref.ref[torch.Tensor]] = []
     for tensor in result.tensors.values():
         assert tensor.dtype == torch.bfloat16

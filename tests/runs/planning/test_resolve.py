@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from streamline_bench.core.checkpoint.manifest import file_sha256
+from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import EvaluationError, RecipeError
 from streamline_bench.runs.jobs.graph import plan_jobs
 from streamline_bench.runs.jobs.harness_command import harness_command, reader_command
@@ -50,6 +52,35 @@ def test_auto_is_what_the_machine_has(
     assert resolve_plan(make(device="auto")).device == "cuda"
     assert resolve_plan(make(device="auto"), device="cpu").device == "cpu"
     assert resolve_plan(make(device="cpu"), device="cuda").device == "cpu"
+
+
+def test_a_plan_of_several_rows_reads_each_file_of_the_model_once(
+    make: Callable[..., Request], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = tmp_path / "texts.jsonl"
+    text.write_text('{"text": "one"}')
+    hashed: list[Path] = []
+    fingerprints: list[Path] = []
+    fingerprint = CheckpointReader.fingerprint
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return file_sha256(path)
+
+    def of_weights(reader: CheckpointReader, progress: bool = True) -> str:
+        fingerprints.append(reader.folder)
+        return fingerprint(reader, progress)
+
+    monkeypatch.setattr("streamline_bench.modeling.source_model.file_sha256", counted)
+    monkeypatch.setattr(CheckpointReader, "fingerprint", of_weights)
+    rows = ["streamline_none", "shortgpt", "sleb", "last_layers", "random_layers"]
+    plan = resolve_plan(
+        make(recipes=["dense", *rows], set={"n_layers": 2, "calibration": str(text)})
+    )
+    assert len({row.key for row in plan.rows}) == 6
+    assert len(fingerprints) == 1
+    assert len(hashed) == len(set(hashed))
+    assert {path.name for path in hashed} >= {"tokenizer.json", "texts.jsonl"}
 
 
 @pytest.mark.parametrize(
