@@ -45,17 +45,17 @@ def evaluating(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
         frozen: let no parameter ask for gradients meanwhile.
     """
     training = [module for module in model.modules() if module.training]
-    asking = [p for p in model.parameters() if frozen and p.requires_grad]
+    gradients = [(p, p.requires_grad) for p in model.parameters() if frozen]
     try:
         model.eval()
-        for parameter in asking:
+        for parameter, _ in gradients:
             parameter.requires_grad_(False)
         yield
     finally:
         for module in training:
             module.training = True
-        for parameter in asking:
-            parameter.requires_grad_(True)
+        for parameter, wanted in gradients:
+            parameter.requires_grad_(wanted)
 
 
 @contextmanager

@@ -14,18 +14,16 @@ from typing import Any
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import RecipeError
+from streamline_bench.resources import bundled_model, is_bundled
 
 __all__ = ["ModelArguments", "sort_arguments"]
 
-FROM_PRETRAINED = (
+_TAKEN_FROM_KEYWORDS = (
     "attn_implementation experts_implementation device_map max_memory offload_buffers "
-    "low_cpu_mem_usage variant use_safetensors weights_only token cache_dir local_files_only "
-    "force_download proxies code_revision kernel_config use_kernels torch_dtype key_mapping "
-    "load_in_8bit load_in_4bit bnb_4bit_compute_dtype bnb_4bit_quant_type "
-    "bnb_4bit_use_double_quant bnb_4bit_quant_storage llm_int8_threshold "
-    "llm_int8_enable_fp32_cpu_offload llm_int8_skip_modules quantization_config"
+    "low_cpu_mem_usage variant proxies code_revision kernel_config use_kernels torch_dtype "
+    "key_mapping quantization_config"
 ).split()
-"""What ``from_pretrained`` of transformers takes beyond the parameters of HFLM."""
+"""What ``from_pretrained`` of transformers takes without naming it in its signature."""
 
 OWN = ("recipe", "cache")
 
@@ -48,18 +46,19 @@ class ModelArguments:
 
 
 def sort_arguments(
-    arguments: Mapping[str, Any], base: type, beyond: Iterable[str] = FROM_PRETRAINED
+    arguments: Mapping[str, Any], base: type, beyond: Iterable[str] | None = None
 ) -> ModelArguments:
     """Sort keyword arguments.
 
     Args:
         base: the harness class whose ``__init__`` names its own arguments.
-        beyond: what that class hands on to its engine; a recipe's keys go before.
+        beyond: what that class hands on to its engine; a recipe's keys go before. None: the
+            engine is ``from_pretrained`` of transformers.
 
     Raises:
         RecipeError: an unknown key, or a recipe's key without ``recipe=``.
     """
-    known = [*_parameters(base), *beyond]
+    known = [*_parameters(base), *(_of_from_pretrained() if beyond is None else beyond)]
     recipe_keys = _recipe_keys()
     has_recipe = arguments.get("recipe") is not None
     harness: dict[str, Any] = {}
@@ -73,6 +72,8 @@ def sort_arguments(
             overrides.update(_override(key, value))
         elif key.split(".")[0] in Recipe.model_fields and "." in key:
             overrides[key] = value
+        elif beyond is None and key in _config_entries(arguments):
+            harness[key] = value
         else:
             everything = [*known, *recipe_keys, *OWN]
             raise RecipeError(
@@ -90,6 +91,31 @@ def sort_arguments(
     return ModelArguments(
         harness, None if recipe is None else str(recipe), overrides, cache and str(cache)
     )
+
+
+def _of_from_pretrained() -> list[str]:
+    """What ``from_pretrained`` takes, without what the harness itself gives it."""
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+    named = inspect.signature(PreTrainedModel.from_pretrained).parameters.values()
+    own = [p.name for p in named if p.kind is p.KEYWORD_ONLY or p.name == "cache_dir"]
+    # Those of quantisation are collected from the keyword arguments of their config.
+    return [*own, *_parameters(BitsAndBytesConfig), *_TAKEN_FROM_KEYWORDS]
+
+
+def _config_entries(arguments: Mapping[str, Any]) -> set[str]:
+    """The entries of the model's config, which ``from_pretrained`` changes when they are given."""
+    from transformers import AutoConfig
+
+    from streamline_bench.modeling import register
+
+    register()
+    name = str(arguments.get("pretrained"))
+    folder = bundled_model() if is_bundled(name) else name
+    try:
+        return set(AutoConfig.from_pretrained(folder, revision=arguments.get("revision")).to_dict())
+    except (OSError, ValueError, KeyError):
+        return set()  # the loading of the model says what is wrong with it
 
 
 def _parameters(base: type) -> list[str]:

@@ -56,10 +56,7 @@ class Device:
 
 def open_device(visible: str) -> tuple[Device | None, str]:
     """Return the device of an entry of ``CUDA_VISIBLE_DEVICES``, or None, and a remark on it."""
-    try:
-        library = importlib.import_module("pynvml")
-    except ImportError:
-        return None, "not read: pynvml is not installed (pip install nvidia-ml-py)"
+    library = importlib.import_module("pynvml")
     try:
         library.nvmlInit()
         by_index = visible.isdigit()

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from streamline_bench.core.machine.environment import printable
-from streamline_bench.core.machine.processes import GRACE
+from streamline_bench.core.machine.processes import GRACE, LeashedProcess
 from streamline_bench.throughput.out_of_memory import is_out_of_memory, kernel_kills
 
 __all__ = ["ModelProcess", "WorkerError"]
@@ -37,7 +37,7 @@ class WorkerError(Exception):
         self.out_of_memory = out_of_memory
 
 
-class ModelProcess:
+class ModelProcess(LeashedProcess):
     """A worker in a process group of its own (see :mod:`.worker`).
 
     Args:
@@ -52,22 +52,10 @@ class ModelProcess:
         command = [sys.executable, "-m", "streamline_bench.throughput.worker", job]
         with log.open("ab") as output:
             self._log_start = output.tell()
-            self._process = subprocess.Popen(
-                [*command, str(os.getpid())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                env={**os.environ, **environment},
-                start_new_session=True,
-            )
+            super().__init__(command, output, piped=True, environment=environment)
         self._buffer = b""
         self._children: list[psutil.Process] = []
         self._closed = False
-
-    @property
-    def pid(self) -> int:
-        """Process id; also the id of its group."""
-        return self._process.pid
 
     def ask(self, call: str, doing: str, timeout: float, **arguments: Any) -> Any:
         """Have the worker do something and return its answer.
@@ -117,8 +105,7 @@ class ModelProcess:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(GRACE)
         finally:  # such as Ctrl-C
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
+            self._clear()
             for child in self._children:  # those that left the group
                 with contextlib.suppress(psutil.Error):
                     child.kill()

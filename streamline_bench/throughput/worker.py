@@ -1,6 +1,6 @@
-"""The process of one model: ``python -m streamline_bench.throughput.worker JOB PARENT``.
+"""The process of one model: ``python -m streamline_bench.throughput.worker JOB``.
 
-JOB is ``module:Class``; PARENT the process id of whoever started it. Requests come in on stdin,
+JOB is ``module:Class``. Requests come in on stdin,
 replies go out on what was stdout, one JSON object a line. What libraries print goes to stderr. The
 process ends, with all its children, when stdin closes or its parent is gone.
 """
@@ -10,26 +10,22 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
 import sys
-import threading
-import time
 from typing import Any, BinaryIO
 
+from streamline_bench.core.machine.processes import hold_leash
 from streamline_bench.errors import StreamlineBenchError
 from streamline_bench.throughput.out_of_memory import is_out_of_memory
 
 __all__ = ["main"]
 
-_WATCH_SECONDS = 0.5
-
 
 def main(arguments: list[str]) -> None:
     """Serve requests until stdin closes."""
-    job_path, parent = arguments
+    (job_path,) = arguments
+    hold_leash()
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
-    threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
     module, _, attribute = job_path.partition(":")
     job: Any = None
     for line in sys.stdin.buffer:
@@ -61,13 +57,6 @@ def _ran_out(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_WATCH_SECONDS)
-    # The process leads a group of its own: this reaches engines that run in children, too.
-    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

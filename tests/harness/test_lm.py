@@ -82,6 +82,14 @@ class TestArguments:
         with pytest.raises(RecipeError, match=rf"'{wrong}=1'; did you mean '{right}'\?"):
             sort_arguments({"pretrained": "x", wrong: 1}, HFLM)
 
+    def test_what_the_models_config_holds_can_be_changed(self, tiny_llama: Path) -> None:
+        given = {"pretrained": str(tiny_llama), "rms_norm_eps": 0.5, "load_in_8bit": False}
+        assert sort_arguments(given, HFLM).harness == given
+        with pytest.raises(RecipeError, match="'rms_norm_epsilon=1'"):
+            sort_arguments({"pretrained": str(tiny_llama), "rms_norm_epsilon": 1}, HFLM)
+        model = StreamlineLM(pretrained=str(tiny_llama), rms_norm_eps=0.5, **CPU)
+        assert model.model.config.rms_norm_eps == 0.5
+
     def test_a_recipe_key_needs_a_recipe(self) -> None:
         with pytest.raises(RecipeError, match=r"'n_layers=2' is part of a recipe, and none"):
             sort_arguments({"pretrained": "x", "n_layers": 2}, HFLM)

@@ -95,10 +95,16 @@ def test_energy_and_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing is None and "Invalid Argument" in remark
 
 
-def test_without_nvml_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", None)
+def test_without_a_driver_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = FakeNVML("pynvml")
+
+    def no_driver() -> None:
+        raise FakeNVML.NVMLError("Driver Not Loaded")
+
+    monkeypatch.setattr(library, "nvmlInit", no_driver)
+    monkeypatch.setitem(sys.modules, "pynvml", library)
     device, remark = open_device("0")
-    assert device is None and "nvidia-ml-py" in remark
+    assert device is None and "Driver Not Loaded" in remark
 
 
 def test_a_stopwatch_counts_the_work_of_running_children() -> None:

@@ -34,6 +34,7 @@ class LeashedProcess:
         command: Sequence[str],
         output: IO[bytes],
         *,
+        piped: bool = False,
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
     ) -> None:
@@ -41,6 +42,7 @@ class LeashedProcess:
 
         Args:
             output: file of what it prints, to stdout or stderr.
+            piped: its stdin and stdout are pipes to this process; ``output`` gets its stderr.
             environment: variables on top of this process's.
             folder: where it starts; None: where this process is.
 
@@ -48,15 +50,23 @@ class LeashedProcess:
             OSError: it cannot be started.
         """
         self._let_go = False
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            cwd=folder,
-            env={**os.environ, **(environment or {}), _LEASH: "1"},
-        )
+        far_end, self._leash = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE if piped else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if piped else output,
+                stderr=output if piped else subprocess.STDOUT,
+                start_new_session=True,
+                cwd=folder,
+                env={**os.environ, **(environment or {}), _LEASH: str(far_end)},
+                pass_fds=(far_end,),
+            )
+        except BaseException:
+            os.close(self._leash)
+            raise
+        finally:
+            os.close(far_end)
 
     @property
     def pid(self) -> int:
@@ -88,20 +98,22 @@ class LeashedProcess:
 
     def _clear(self) -> None:
         """Kill what is left of the group; once, because its id may be another's later."""
-        self._signal(signal.SIGKILL)
-        self._let_go = True
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        if not self._let_go:
+            self._signal(signal.SIGKILL)
+            self._let_go = True
+            os.close(self._leash)
 
 
 def hold_leash() -> None:
     """In the leashed process: end with everything it started once its starter is gone."""
-    if not os.environ.pop(_LEASH, None):
+    leash = os.environ.pop(_LEASH, None)
+    if leash is None:
         return  # started by hand
+    far_end = int(leash)
+    os.set_inheritable(far_end, False)
 
     def wait() -> None:
-        # os.read, not sys.stdin: a thread inside the buffered reader upsets Python's shutdown.
-        while os.read(0, 1):
+        while os.read(far_end, 1):
             pass
         os.killpg(0, signal.SIGKILL)
 

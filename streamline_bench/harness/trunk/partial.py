@@ -2,8 +2,9 @@
 
 Everything around the layers still runs in the model itself (embeddings, masks, rotary embeddings,
 per-layer attention types, final norm, head), so that it is right for every family; a layer that is
-skipped costs one function call. Unlike :mod:`streamline_bench.core.forward`
-a pass may set out between a layer and the network attached to it, and keeps chosen states only.
+skipped costs one function call. Unlike a
+:class:`~streamline_bench.core.forward.PartialForward`, a pass may set out between a layer and the
+network attached to it, and keeps chosen states only.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from streamline_bench.core.architecture import decoder_layers
+from streamline_bench.core.forward import hidden_of, replaced_forward
 from streamline_bench.harness.trunk.stack import Step
 
 __all__ = ["partial_pass"]
@@ -70,18 +72,14 @@ class _LayerPart:
         if not (self._start > self._first or self._end in keep or keeps_between):
             yield
             return
-        own = self._layer.__dict__.get("forward")
         hook = None
         if keeps_between:
             hook = self._layer.attachment.register_forward_pre_hook(self._catch)  # type: ignore[union-attr]
-        self._layer.forward = self._forward(self._layer.forward, self._end in keep, keeps_between)
+        forward = self._forward(self._layer.forward, self._end in keep, keeps_between)
         try:
-            yield
+            with replaced_forward(self._layer, forward):
+                yield
         finally:
-            if own is None:
-                del self._layer.forward
-            else:
-                self._layer.forward = own
             if hook is not None:
                 hook.remove()
 
@@ -93,7 +91,7 @@ class _LayerPart:
                 return _copy(self._states[self._start])
             if self._start > self._first:
                 below = _copy(self._states[self._start])
-                output = _with_hidden(below, self._layer.attachment(_hidden(below)))  # type: ignore[operator]
+                output = _with_hidden(below, self._layer.attachment(hidden_of(below)))  # type: ignore[operator]
             else:
                 output = original(*args, **kwargs)
             if keeps_between and self._between is not None:
@@ -109,14 +107,10 @@ class _LayerPart:
         self._between = args[0].clone()
 
 
-def _hidden(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
-
-
 def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def _copy(output: Any) -> Any:
     """A copy, so that a layer which writes into its input leaves the kept state alone."""
-    return _with_hidden(output, _hidden(output).clone())
+    return _with_hidden(output, hidden_of(output).clone())

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers, get_submodule
 from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.forward import hidden_of, run_base
 from streamline_bench.core.scan.scan import BoundaryRecorder
 from streamline_bench.core.scan.similarity import Block
 from streamline_bench.errors import ArchitectureError
@@ -71,7 +72,7 @@ def boundary_rows(
         ) as bar,
     ):
         for ids, mask in tokens.batches(batch_size, trim=True):
-            _run(model, ids, mask)
+            run_base(model, ids, mask)
             states, kept = recorder.states, mask.reshape(-1)
             rows = []
             for number, block in enumerate(blocks):
@@ -101,13 +102,13 @@ def mlp_scale(model: Any, layer: int, tokens: CalibrationTokens) -> float:
     host = decoder_layers(model)[layer]
     with torch.no_grad(), BoundaryRecorder(model) as recorder:
         with _MLPOutputs(model, [host]) as outputs:
-            _run(model, ids, mask)
+            run_base(model, ids, mask)
         mlp = _rows(outputs.latest[0], kept).double()
         whole = _rows(recorder.states[layer + 1], kept)
         epsilon = torch.finfo(whole.dtype).eps
         whole = whole.double()
         with _silenced(model, host):
-            _run(model, ids, mask)
+            run_base(model, ids, mask)
         rest = _rows(recorder.states[layer + 1], kept).double()
     if not bool(mlp.any()):
         return 1.0
@@ -142,7 +143,7 @@ class _MLPOutputs:
 
     def _store(self, number: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self.latest[number] = output[0] if isinstance(output, tuple) else output
+            self.latest[number] = hidden_of(output)
 
         return hook
 
@@ -167,13 +168,6 @@ def _mlp_module(model: Any, layer: nn.Module) -> nn.Module:
     """Return what gives the MLP's output; where there is no MLP module, its last projection."""
     row = architecture_of(model.config)
     return get_submodule(layer, row.mlp or row.down)
-
-
-def _run(model: Any, ids: Tensor, mask: Tensor) -> None:
-    device = model.get_input_embeddings().weight.device
-    base = model.get_submodule(architecture_of(model.config).base)
-    padded = None if bool(mask.all()) else mask.to(device).long()
-    base(input_ids=ids.to(device), attention_mask=padded, use_cache=False)
 
 
 def _rows(states: Tensor, kept: Tensor) -> Tensor:

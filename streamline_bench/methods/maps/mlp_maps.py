@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.files.mapped_tensors import create_mapped
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.scan.similarity import Block, LastState
 from streamline_bench.errors import CalibrationError, NumericsError
@@ -284,9 +285,7 @@ class RowStore:
                 "give fewer calibration samples, or take objective lstsq, which keeps none."
             )
         self._path = path
-        path.unlink(missing_ok=True)  # left by a killed attempt
-        self._data = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
-        self._data = self._data.view(rows, parts, hidden)
+        self._data = create_mapped(path, (rows, parts, hidden), dtype)
         self._used = 0
 
     def __len__(self) -> int:

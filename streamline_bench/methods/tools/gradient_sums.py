@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.forward import PartialForward, require_finite_states
+from streamline_bench.core.forward import PartialForward, evaluating, require_finite_states
 from streamline_bench.core.training.loop import gradient_fault
 from streamline_bench.errors import NumericsError
 from streamline_bench.methods.tools.likelihood import count_targets, next_token_loss
@@ -132,19 +132,12 @@ def gradients_only_for(model: nn.Module, weights: Iterable[nn.Parameter]) -> Ite
 
     Gradients the model had are discarded, those it gets in between as well.
     """
-    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    model.requires_grad_(False)
-    model.zero_grad(set_to_none=True)
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
+    with evaluating(model, frozen=True):
         model.zero_grad(set_to_none=True)
-        for parameter, wanted in asked.items():
-            parameter.requires_grad_(wanted)
-        for module in training:
-            module.training = True
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            model.zero_grad(set_to_none=True)
