@@ -202,7 +202,7 @@ class PartialForward:
 
 
 def require_finite_states(states: Mapping[int, Tensor], last: Tensor, mask: Tensor) -> None:
-    """Refuse a model whose own hidden states are no numbers, naming where they first are none.
+    """Refuse a model that computes NaN or infinity, and name the first place.
 
     Args:
         states: boundary -> hidden states ``[batch, seq, hidden]``, from the bottom upwards.

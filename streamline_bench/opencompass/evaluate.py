@@ -54,7 +54,7 @@ def claimed_folder(folder: Path, plan: RunPlan, *, overwrite: bool = False) -> I
         StreamlineBenchError: the plan has no config.
     """
     config_text(plan)
-    check_usable(folder, CLAIM, "OpenCompass run")
+    check_usable(folder, CLAIM, "an OpenCompass run")
     with lock_folder(folder):
         if overwrite:
             _remove_run(folder)

@@ -59,7 +59,7 @@ def check_output(run: Path) -> None:
     Raises:
         OutputError: it does, or cannot be read.
     """
-    check_usable(run, PLAN_FILE, "run folder")
+    check_usable(run, PLAN_FILE, "a run folder")
 
 
 @contextmanager

@@ -185,7 +185,7 @@ def test_how_it_is_run_is_no_part_of_the_request() -> None:
         (["--throughput", "hf", "--workload", "rounds"], "Invalid value for --workload"),
         (["--throughput", "hf", "--workload", "rounds=[1"], "'[1' for 'rounds' is no YAML value"),
         (["--set", "seed"], "Invalid value for --set"),
-        (["--device", "cud"], "Invalid value for '--device': 'cud' is no device"),
+        (["--device", "cud"], "Invalid value for '--device': 'cud' is not a device"),
     ],
 )
 def test_options_without_effect_or_form_are_refused(

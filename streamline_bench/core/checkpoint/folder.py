@@ -88,7 +88,7 @@ def find_shards(folder: Path) -> dict[str, list[str] | None]:
 def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no config.json, so it is no model folder.")
+        raise CheckpointError(f"{folder} has no config.json; give a model folder.")
     config = _read_json(path)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path} names no model_type; download it again.")
@@ -128,10 +128,10 @@ def _is_plain(name: str) -> bool:
 
 
 def is_confined(folder: Path, path: Path) -> bool:
-    """Whether a file is no link, or one that stays in the folder or its place in the hub's cache.
+    """Whether a file is plain, or a link within the folder or to its place in the hub's cache.
 
-    The hub's cache holds ``models--x--y/snapshots/<commit>/<file>`` as links to ``blobs`` beside
-    ``snapshots``.
+    The hub's cache holds ``models--x--y/snapshots/<commit>/<file>`` as links to ``blobs`` next
+    to ``snapshots``.
     """
     if not path.is_symlink():
         return True
@@ -163,7 +163,7 @@ def _local_folder(name: str | Path) -> Path | None:
         return folder if folder.is_dir() else None
     except (OSError, RuntimeError) as error:  # too long a name, ~ of a user who is not there
         raise CheckpointError(
-            f"The model '{name}' cannot be looked for ({first_line(error)}); mend its name."
+            f"The model '{name}' cannot be looked up ({first_line(error)}); correct its name."
         ) from None
 
 
@@ -180,7 +180,7 @@ def _download(name: str, revision: str | None) -> Path:
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"Model '{name}' is neither a folder nor to be had from the hub "
-            f"({first_line(error)}); check the name, or give a local folder, or 'bundled'."
+            f"Model '{name}' is not a local folder, and the hub does not give it "
+            f"({first_line(error)}); check the name, or give a local folder or 'bundled'."
         ) from error
     return Path(found)

@@ -27,11 +27,11 @@ LOCK_FILE = ".lock"
 
 
 def check_usable(folder: Path, claim: str, what: str) -> None:
-    """Refuse a folder that holds something else than a run; it need not be there yet.
+    """Refuse a folder that holds something other than a run; it may be missing.
 
     Args:
         claim: the file that a run writes first.
-        what: what the folder should be, for the reader.
+        what: what the folder should be, for the message: ``a run folder``.
 
     Raises:
         OutputError: it is a file, cannot be read, or holds something without that file.
@@ -47,7 +47,7 @@ def check_usable(folder: Path, claim: str, what: str) -> None:
     # A run that was killed before its claim was written leaves only hidden files.
     if claim not in names and any(not name.startswith(".") for name in names):
         raise OutputError(
-            f"{folder} exists and is no {what} (it has no {claim}); give another --output."
+            f"{folder} exists and is not {what} (it has no {claim}); give another --output."
         )
 
 

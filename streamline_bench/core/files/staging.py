@@ -1,6 +1,6 @@
 """Atomic output: a file or folder appears whole or not at all, also after ``kill -9``.
 
-It is written under a hidden name beside its target (same file system), synced to disk and renamed.
+It is written under a hidden name next to its target (same file system), synced to disk and renamed.
 What a killed process leaves is hidden and named after its machine and process id; the next writer
 to the same place on that machine removes it once that process is gone. On a shared file system it
 may as well be at work on another machine (or in another container), where nobody here can see it:

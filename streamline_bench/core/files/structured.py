@@ -25,7 +25,7 @@ def read_json(path: Path, error: type[StreamlineBenchError], advice: str) -> Any
         advice: what to do then: ``make the report again``.
 
     Raises:
-        StreamlineBenchError: ``error``, where the file is missing or is no JSON.
+        StreamlineBenchError: ``error``, where the file is missing or is not JSON.
     """
     try:
         # Unlike json, it refuses half a surrogate pair and nesting without end.

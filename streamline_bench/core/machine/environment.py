@@ -20,7 +20,7 @@ def known_device(name: str) -> str:
     """Return a device as torch writes it, wherever it may be.
 
     Raises:
-        RecipeError: no name of a device that models run on.
+        RecipeError: models do not run on a device of this name.
     """
     import torch
 
@@ -30,8 +30,7 @@ def known_device(name: str) -> str:
         device = None
     if device is None or device.type not in _KNOWN:
         raise RecipeError(
-            f"'{name}' is no device to compute on; give cpu, cuda, cuda:N or, where it is left "
-            "open, auto as --device."
+            f"'{name}' is not a device to compute on; give cpu, cuda, cuda:N or auto as --device."
         )
     return "cpu" if device.type == "cpu" else str(device)
 
@@ -42,7 +41,7 @@ def found_device(name: str) -> str:
     Nothing is put on it: a process that only plans must not hold a part of a GPU.
 
     Raises:
-        RecipeError: no name of a device, or this machine has none of that name.
+        RecipeError: the name is not a device, or this machine does not have it.
     """
     import torch
 

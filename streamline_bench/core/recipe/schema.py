@@ -108,7 +108,7 @@ class RecoverySpec(Frozen):
     ``lora`` trains low-rank updates of projections and merges them into the weights; ``partial``
     the LM head (untied from the embeddings), the final norm and the last layers; ``full`` all
     weights. ``preset`` names values from the literature
-    (:mod:`~streamline_bench.core.recipe.presets`); what is given beside it wins.
+    (:mod:`~streamline_bench.core.recipe.presets`); values given with it win.
 
     Attributes:
         rank, alpha, dropout, targets: of ``lora``; updates are scaled by ``alpha / rank``.
@@ -149,7 +149,7 @@ class RecoverySpec(Frozen):
 
 
 class PublishedResult(Frozen):
-    """A number from the literature that a report shows beside ours.
+    """A number from the literature that a report shows next to ours.
 
     ``value`` is in ``unit``: "%" unless the metric is a perplexity, then "perplexity";
     ``sparsity`` is the share of parameters that ``model`` lost.

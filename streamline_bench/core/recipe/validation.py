@@ -82,10 +82,10 @@ def first_line(error: object, most: int = 200) -> str:
         Without a full stop.
     """
     lines = [" ".join(line.split()) for line in str(error).strip().splitlines()]
-    told = lines[0] if lines else type(error).__name__
-    if told.endswith(":") and len(lines) > 1:
-        told = f"{told} {lines[1]}"
-    return told.rstrip(".") if len(told) <= most else f"{told[:most].rstrip()}…"
+    text = lines[0] if lines else type(error).__name__
+    if text.endswith(":") and len(lines) > 1:
+        text = f"{text} {lines[1]}"
+    return text.rstrip(".") if len(text) <= most else f"{text[:most].rstrip()}…"
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -45,7 +45,7 @@ def scan_streamed(
     it as in :func:`.scan.scan`.
 
     Raises:
-        CheckpointError: the folder is no sound checkpoint.
+        CheckpointError: the checkpoint is damaged.
         ArchitectureError: the family is not in the table.
         NumericsError: a hidden state is NaN or infinite.
     """
@@ -73,7 +73,7 @@ def streamed_model(
         dtype: of the weights in memory; None: that of the config.
 
     Raises:
-        CheckpointError: the folder is no sound checkpoint or lacks weights of the model.
+        CheckpointError: the checkpoint is damaged or lacks weights of the model.
         ArchitectureError: the family is not in the table.
     """
     from accelerate import init_empty_weights

@@ -138,7 +138,7 @@ def _changes(row: Architecture, config: Any, keep: list[int], depth: int) -> dic
 def _sliced(key: str, items: Sequence[Any], keep: list[int], depth: int) -> list[Any]:
     if len(items) != depth:
         raise ArchitectureError(
-            f"The config's {key} has {len(items)} items for {depth} layers; mend config.json."
+            f"The config's {key} has {len(items)} items for {depth} layers; correct config.json."
         )
     return [items[index] for index in keep]
 

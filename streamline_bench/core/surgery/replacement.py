@@ -125,7 +125,7 @@ def build_network(spec: ReplacementSpec, config: Any) -> ReplacementNetwork:
     Sizes default to the paper's: 4 x hidden for ``ffn``, the model's own MLP width for ``swiglu``.
 
     Raises:
-        RecipeError: the kind is ``none`` or ``layer``, which are no separate network.
+        RecipeError: the kind is ``none`` or ``layer``, which have no network of their own.
     """
     hidden_size, intermediate_size = network_sizes(spec, config)
     if spec.kind == "linear":
@@ -156,12 +156,12 @@ def network_sizes(spec: ReplacementSpec, config: Any) -> tuple[int, int]:
     """Return (hidden size, intermediate size); the latter is the hidden size for ``linear``.
 
     Raises:
-        RecipeError: the kind is no separate network.
+        RecipeError: the kind has no network of its own.
     """
     if spec.kind not in NETWORK_KINDS:
         known = ", ".join(NETWORK_KINDS)
         raise RecipeError(
-            f"Replacement kind '{spec.kind}' is no network of its own; networks are: {known}."
+            f"Replacement kind '{spec.kind}' has no network of its own; kinds with one: {known}."
         )
     hidden = int(config.hidden_size)
     if spec.kind == "linear":

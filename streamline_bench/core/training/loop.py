@@ -67,7 +67,7 @@ class Trainee(Protocol):
         """Prepare for a training step (0-based), or, with None, for a validation.
 
         Whatever is drawn at random during a step must be a function of its number, so that a
-        training that was killed goes on as if it had not been.
+        killed training continues to the same result.
         """
         ...
 
@@ -275,7 +275,7 @@ class Loop:
 def gradient_fault(gradients: Mapping[str, Tensor | None]) -> str | None:
     """Return where NaN or infinity arose, as ``'self_attn.q_proj' in layer 3``; None: nowhere.
 
-    A gradient that is no number spoils those of all layers below it on its way down, so that the
+    A NaN or infinite gradient spoils the gradients of all layers below it, so that the
     topmost place is the one to look at.
 
     Args:

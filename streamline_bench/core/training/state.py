@@ -1,4 +1,4 @@
-"""The state of a training in one file, so that a killed training goes on as if it had not been.
+"""The state of a training in one file, so that a killed training continues to the same result.
 
 Everything is a tensor in a safetensors file or JSON in its header: never a pickle. The file is
 replaced in one step, so a kill leaves the old state or the new. No generator needs saving: the

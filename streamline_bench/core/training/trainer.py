@@ -93,7 +93,7 @@ def train_replacement(
     The model is the teacher; it is moved to ``device`` and otherwise left as it was. ``mse`` runs
     it up to the end of the block and trains the replacement on its hidden states; ``lm`` trains
     the replacement inside the pruned model on the next token; ``none`` returns the initial weights.
-    All run without dropout. A training that was killed goes on from its last checkpoint in
+    All run without dropout. A killed training continues from its last checkpoint in
     ``work``; on CPU the result is the same to the bit.
 
     Args:
@@ -149,7 +149,7 @@ class _Job:
         data_key, key = self._keys(weights)
         state = load_state(self.work, key) or TrainingState()
         if state.step:
-            log.info("training: going on after step %d of %d", state.step, plan.steps)
+            log.info("training: continuing after step %d of %d", state.step, plan.steps)
         with ExitStack() as stack:
             objective = stack.enter_context(self._objective(student))
             sources, storage = self._sources([training, validation], plan, student, data_key)
@@ -328,7 +328,8 @@ def check_block(model: nn.Module, start: int, n: int, spec: ReplacementSpec) -> 
     """Refuse a block outside the model, or a replacement that does not fit into it.
 
     Raises:
-        SparsityError, RecipeError: as said.
+        SparsityError: the block is outside the model.
+        RecipeError: the replacement does not fit into it.
     """
     depth = len(decoder_layers(model))
     if n < 1 or start < 0 or start + n > depth:
@@ -336,7 +337,7 @@ def check_block(model: nn.Module, start: int, n: int, spec: ReplacementSpec) -> 
             f"The block of {n} layers from layer {start} is not inside a model of {depth} layers."
         )
     if spec.kind == "none":
-        raise RecipeError("Replacement kind 'none' has nothing to train; name another kind.")
+        raise RecipeError("Replacement kind 'none' has no weights to train; give another kind.")
     if spec.kind == "layer" and spec.layers > n:
         raise RecipeError(
             f"replacement.layers is {spec.layers}, more than the {n} layers that are removed; "

@@ -90,7 +90,7 @@ def test_local_folder_is_taken_as_it_is(folder: Path) -> None:
 
 def test_folder_without_config(folder: Path) -> None:
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         resolve_pretrained(folder)
 
 
@@ -103,20 +103,20 @@ def test_folder_with_a_damaged_config(folder: Path, content: str) -> None:
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "a/b/c"])
 def test_missing_folder(name: str) -> None:
-    with pytest.raises(CheckpointError, match=f"Model folder {name} does not exist"):
+    with pytest.raises(CheckpointError, match=f"{name} does not exist"):
         resolve_pretrained(name)
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing-at-all", "no such name"])
 def test_unknown_hub_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match=f"Model '{name}' is neither a folder nor"):
+    with pytest.raises(CheckpointError, match=f"'{name}'.*local folder"):
         resolve_pretrained(name)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-this-name/model"])
 def test_a_name_that_cannot_be_looked_for(name: str) -> None:
-    with pytest.raises(CheckpointError, match=f"The model '{name}' cannot be looked for "):
+    with pytest.raises(CheckpointError, match=f"'{name}'.*correct its name"):
         resolve_pretrained(name)
 
 
@@ -170,7 +170,7 @@ def test_missing_shard(sharded: Path) -> None:
 )
 def test_index_that_leaves_the_folder(sharded: Path, where: Any) -> None:
     edit_index(sharded, lambda weight_map: weight_map.update({"lm_head.weight": where}))
-    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' in .*outside the model's folder"):
+    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' .*outside"):
         CheckpointReader(sharded)
 
 
@@ -203,7 +203,7 @@ def test_tensor_in_two_shards(sharded: Path) -> None:
     first, second = sorted(sharded.glob("*.safetensors"))[:2]
     name, tensor = next(iter(load_file(first).items()))
     save_file({**load_file(second), name: tensor}, second)
-    with pytest.raises(CheckpointError, match=f"'{name}', which another shard holds too"):
+    with pytest.raises(CheckpointError, match=f"'{name}'.*another shard"):
         CheckpointReader(sharded)
 
 

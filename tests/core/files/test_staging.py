@@ -82,7 +82,7 @@ def test_a_folder_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 def test_unwritable_places(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file" / "out", Path("/proc/nowhere/out")):
-        with pytest.raises(OutputError, match=r"cannot be written.*give another --output"):
+        with pytest.raises(OutputError, match=r"cannot be written.*--output"):
             staged_output(place).__enter__()
 
 
@@ -219,7 +219,7 @@ def test_atomic_write_replaces_whole_files(tmp_path: Path) -> None:
     assert path.read_bytes() == b"new"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
     for folder in ("absent", "x"):  # the second is a file
-        with pytest.raises(OutputError, match=r"cannot be written.*give another --output"):
+        with pytest.raises(OutputError, match=r"cannot be written.*--output"):
             atomic_write_bytes(tmp_path / folder / "y", b"")
 
 

@@ -59,7 +59,7 @@ def test_a_file_that_cannot_be_read(content: bytes | None, tmp_path: Path) -> No
     path = tmp_path / "a.json"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(SamplesError, match=r"a\.json cannot be read \(.*\); look for it\."):
+    with pytest.raises(SamplesError, match=r"a\.json .*look for it"):
         read_json(path, SamplesError, "look for it")
 
 

@@ -18,7 +18,7 @@ def test_names_of_devices(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", ["cud", "auto", "", "meta", "cuda:x", "gpu", "xla"])
 def test_names_of_none(name: str) -> None:
-    with pytest.raises(RecipeError, match=f"'{name}' is no device to compute on"):
+    with pytest.raises(RecipeError, match=f"'{name}'.*cuda:N"):
         known_device(name)
 
 

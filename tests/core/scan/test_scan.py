@@ -308,7 +308,7 @@ def test_a_block_with_layer_0_is_flagged(
 
 @pytest.mark.parametrize("n", [0, -1, 6])
 def test_impossible_sizes_are_refused(made: Similarity, n: int) -> None:
-    with pytest.raises(SparsityError, match=f"block of {n} layers cannot be removed from 5"):
+    with pytest.raises(SparsityError, match=f"{n} layers.* 5"):
         made.best_block(n)
 
 
@@ -378,7 +378,7 @@ def test_a_file_that_is_no_similarity_is_refused(
     path = tmp_path / "similarity.json"
     made.save(path)
     path.write_text(spoil(path.read_text()))
-    with pytest.raises(CalibrationError, match=r"is not a similarity file .* run the scan again"):
+    with pytest.raises(CalibrationError, match="run the scan again"):
         Similarity.load(path)
 
 

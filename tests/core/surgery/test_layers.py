@@ -192,7 +192,7 @@ def test_a_list_per_layer_that_the_table_does_not_know_is_refused() -> None:
 def test_a_list_of_the_wrong_length_is_refused() -> None:
     config = AutoConfig.for_model("smollm3", num_hidden_layers=4)
     config.no_rope_layers = [1, 0]
-    with pytest.raises(ArchitectureError, match="no_rope_layers has 2 items for 4 layers"):
+    with pytest.raises(ArchitectureError, match=r"no_rope_layers has 2 items.*config\.json"):
         pruned_config(config, [0, 2])
 
 
@@ -204,7 +204,7 @@ def test_block_keep() -> None:
 
 @pytest.mark.parametrize("n", [0, -1, 6, 7])
 def test_block_keep_refuses_impossible_sizes(n: int) -> None:
-    with pytest.raises(SparsityError, match=f"Cannot remove {n} of 6 layers; choose from 1 to 5"):
+    with pytest.raises(SparsityError, match=f"{n} of 6 layers.*1 to 5"):
         block_keep(6, 0, n)
 
 

@@ -178,7 +178,7 @@ def small(random_model: Callable[..., Any]) -> Any:
 
 @pytest.mark.parametrize("n", [0, -1, 6, 60])
 def test_impossible_numbers_of_layers(n: int, small: Any) -> None:
-    with pytest.raises(SparsityError, match=f"Cannot remove {n} of 6 layers; choose from 1 to 5"):
+    with pytest.raises(SparsityError, match=f"{n} of 6 layers.*1 to 5"):
         layers_for_sparsity(small, n_layers=n)
 
 
@@ -190,7 +190,7 @@ def test_sparsity_that_is_no_share(sparsity: float, small: Any) -> None:
 
 @pytest.mark.parametrize("sparsity", [0.001, 0.9, 0.999])
 def test_sparsity_out_of_reach(sparsity: float, small: Any) -> None:
-    with pytest.raises(SparsityError, match=f"Sparsity {sparsity} is out of reach.*in steps of"):
+    with pytest.raises(SparsityError, match=f"{sparsity} is out of reach.*n_layers"):
         layers_for_sparsity(small, sparsity)
 
 
@@ -201,7 +201,7 @@ def test_a_replacement_larger_than_what_goes(small: Any) -> None:
 
 def test_neither_or_both(small: Any) -> None:
     for arguments in ({}, {"sparsity": 0.25, "n_layers": 1}):
-        with pytest.raises(SparsityError, match="either a sparsity or a number of layers"):
+        with pytest.raises(SparsityError, match="either a sparsity or"):
             layers_for_sparsity(small, **arguments)
 
 

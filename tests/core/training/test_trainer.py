@@ -252,7 +252,7 @@ def test_quirk_postnorm_target_matters_only_at_the_end(
     [
         ({"start": 4}, SparsityError, "block of 3 layers from layer 4"),
         ({"n": 0}, SparsityError, "block of 0 layers"),
-        ({"kind": "none"}, RecipeError, "nothing to train"),
+        ({"kind": "none"}, RecipeError, "'none'"),
         ({"layers": 4}, RecipeError, "more than the 3 layers"),
         ({"quirks": ("schedule_per_accumulatoin",)}, RecipeError, "did you mean"),
     ],

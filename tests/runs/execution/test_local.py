@@ -297,9 +297,9 @@ def test_devices_that_jobs_have(
     ("execution", "device", "sentence"),
     [
         (Execution(), "cuda:9", "--device is cuda:9 and this process sees 2 cuda devices"),
-        (Execution(), "cud", "'cud' is no device"),
-        (Execution(), "meta", "'meta' is no device"),
-        (Execution(executor="ray"), "cud", "'cud' is no device"),
+        (Execution(), "cud", "'cud' is not a device"),
+        (Execution(), "meta", "'meta' is not a device"),
+        (Execution(executor="ray"), "cud", "'cud' is not a device"),
     ],
 )
 def test_devices_that_are_not_there(

@@ -23,7 +23,7 @@ from streamline_bench.runs.run import compare_request
     ("changes", "error", "sentence"),
     [
         ({"tasks": ["streamline_demo_pair"]}, EvaluationError, "mean 'streamline_demo_pairs'"),
-        ({"device": "cud"}, RecipeError, "'cud' is no device"),
+        ({"device": "cud"}, RecipeError, "'cud' is not a device"),
         ({"device": "cuda:9"}, RecipeError, "--device is cuda:9 and this process sees no cuda"),
         ({"noise_dtype": "flot"}, RecipeError, "'flot' is no dtype"),
         ({"throughput": "hf", "workload": {"round": 3}}, RecipeError,
