@@ -78,7 +78,7 @@ def command(
         refuse_given(ctx, "--write-reference compares nothing: leave one of them out", *others)
         _write_reference(run, reference, overwrite, quiet)
         return
-    refuse_given(ctx, "it goes with --write-reference", "overwrite")
+    refuse_given(ctx, "it needs --write-reference", "overwrite")
     from streamline_bench.gate.judge import gate
     from streamline_bench.gate.result import Thresholds
 

@@ -69,7 +69,7 @@ class Source:
     Attributes:
         figures: the estimates of every row.
         board: None for a reference file.
-        run: what lies beside the leaderboard; None where there is no ``run.json``.
+        run: ``run.json`` in the folder of the leaderboard; None without one.
     """
 
     path: Path
@@ -105,7 +105,7 @@ def open_source(path: Path) -> Source:
     file = path / LEADERBOARD if path.is_dir() else path
     if not file.is_file():
         advice = "make it with streamline-bench report" if path.is_dir() else "check the path"
-        raise SamplesError(f"There is no file '{file}'; {advice}.")
+        raise SamplesError(f"'{file}' does not exist; {advice}.")
     payload = read_json(file, SamplesError, f"give a run folder, a {LEADERBOARD} or a reference")
     if isinstance(payload, dict) and payload.get("kind") == KIND:
         return Source(path, parse_reference(payload, str(file)))

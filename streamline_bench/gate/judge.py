@@ -126,9 +126,9 @@ def _new(run: Evidence, chosen: Mapping[str, RowReference], *, every: bool) -> t
             if every and now.failed is None:
                 rows.append(label)
             continue
-        had = {(task.task, task.filter) for task in before.tasks}
+        known = {(task.task, task.filter) for task in before.tasks}
         for task in now.tasks:
-            if (task.task, task.filter) not in had:
+            if (task.task, task.filter) not in known:
                 tasks.setdefault(task.task, []).append(label)
     return (*rows, *(f"{task} ({', '.join(labels)})" for task, labels in tasks.items()))
 

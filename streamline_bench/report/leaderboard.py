@@ -128,7 +128,7 @@ class ScanResult(Frozen):
 
 
 class CurvePoint(Frozen):
-    """One step of a training; a loss that was not taken, or is no finite number, is None."""
+    """One step of a training; a loss is None if it was not measured or is not finite."""
 
     step: int
     train_loss: float | None
@@ -136,7 +136,7 @@ class CurvePoint(Frozen):
 
 
 class Published(PublishedResult):
-    """A number of the literature for the row's method on another model, and ours beside it.
+    """A published number for the row's method on another model, and ours for comparison.
 
     ``task`` is the task or group of this report that the metric names; None where there is none.
     ``ours`` is the row's own share for it: accuracy on that task, or stability or retention over

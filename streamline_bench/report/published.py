@@ -1,4 +1,4 @@
-"""Published numbers of a recipe, each beside what its row reached on the same benchmark."""
+"""Published numbers of a recipe, each with what its row reached on the same benchmark."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def published_numbers(
 
     ``PIQA`` finds ``piqa`` and ``local_piqa``, ``MMLU`` the group ``mmlu``; ``stability`` and
     ``retained average`` are the row's own, over its tasks; ``average of 13`` finds nothing, because
-    its tasks are others. A number in another unit than percent is beside none of ours.
+    its tasks differ. A number that is not in percent is compared with none of ours.
 
     Args:
         recipe: with ``published``, a list of mappings (see

@@ -213,7 +213,7 @@ def _extent(point: Point, across: Axis, y: float) -> str:
 
 
 def _labels(points: list[Point], best: list[Point], across: Axis, up: Axis) -> dict[int, Markup]:
-    """A name beside each point where it covers nothing, the frontier's first."""
+    """A name next to each point if there is room; the frontier's points come first."""
     taken = [_box(across.place(p.x) - 6, up.place(p.y) - 6, 12.0, 12.0) for p in points]
     for point in points:
         if point.low is not None and point.high is not None:

@@ -55,7 +55,7 @@ def to_markdown(board: Leaderboard) -> str:
         *_headed("## Difference by task", _by_task(compared, _change), _change_note(board)),
         *_headed("## Stability by task", _by_task(compared, _stability)),
         *_headed("## Perplexity", _perplexities(board, rows)),
-        *_headed("## Published numbers beside ours", _published(rows), _PUBLISHED_NOTE),
+        *_headed("## Published numbers and ours", _published(rows), _PUBLISHED_NOTE),
         "## How the numbers were made",
         _settings(board),
         _provenance(rows),

@@ -5,7 +5,7 @@
     <folder>/<label>/README.md                   metadata and text
     <folder>/<label>/.eval_results/<task>.yaml   one for each task on a data set of the Hub
 
-or, for the checkpoints of a run, beside their weights. ``hf upload OWNER/NAME FOLDER`` puts either
+or, for the checkpoints of a run, next to their weights. ``hf upload OWNER/NAME FOLDER`` puts either
 on the Hub, whose formats these are (https://huggingface.co/docs/hub/model-cards and
 https://huggingface.co/docs/hub/eval-results).
 """
