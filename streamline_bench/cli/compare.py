@@ -32,19 +32,27 @@ __all__ = ["command", "finish", "stops_with_a_word"]
 @click.option("--include-path", help="Folder with your own task files.")
 @click.option("--sparsity", type=float, help="Share of the parameters to remove, in every row.")
 @click.option("--n-layers", type=int, help="Net number of layers to remove, instead of --sparsity.")
+@click.option("--calibration", help="Text, jsonl, parquet, saved dataset, hub id or preset.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any recipe key.")
 @click.option("--limit", type=float, help="Documents per task, or a share of them below 1.")
 @click.option("--num-fewshot", type=int, help="Examples before each question.")
-@click.option("--apply-chat-template", is_flag=True, default=None, help="As the harness does.")
-@click.option("--batch-size", help="Of the harness; 16 unless given.")
-@click.option("--dtype", help="Of the models in memory.")
+@click.option(
+    "--apply-chat-template", is_flag=True, default=None, help="Use the tokenizer's chat template."
+)
+@click.option("--batch-size", help="Batch size of the evaluation: a number (16) or auto.")
+@click.option("--dtype", help="Dtype of the models in memory.")
 @named_device_option
 @click.option("--revision", help="Revision of a hub model.")
 @click.option("--trust-remote-code", is_flag=True, default=None,
               help="Run code that the model brings along.")  # fmt: skip
 @click.option("--title", help="Heading of the report.")
 @click.option("--throughput", type=click.Choice(["none", "vllm", "hf"]), help="Measure speed, too.")
-@click.option("--workload", multiple=True, metavar="KEY=VALUE", help="Of the speed measurement.")
+@click.option(
+    "--workload",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Setting of the speed measurement, such as rounds=3.",
+)
 @click.option(
     "--noise-floor", is_flag=True, default=None, help="Score dense again at another batch size."
 )
@@ -52,22 +60,31 @@ __all__ = ["command", "finish", "stops_with_a_word"]
 @click.option("--noise-dtype", help="Score dense again in this dtype, all else equal.")
 @click.option("--noise-engine", type=click.Choice(["vllm"]),
               help="Score dense again with this engine, all else equal.")  # fmt: skip
-@click.option("--text", help="File on which next-token distributions are compared, too.")
-@click.option("--text-field", help="Of its records, the one that holds the text.")
-@click.option("--text-documents", type=click.IntRange(min=1), help="At most this many of them.")
-@click.option("--text-window", type=click.IntRange(min=2), help="Tokens read at once; 2048.")
+@click.option("--text", help="File on which next-token distributions are compared, too; bundled: "
+              "of the model that comes along.")  # fmt: skip
+@click.option("--text-field", help="Field of the file's records that holds the text.")
+@click.option(
+    "--text-documents", type=click.IntRange(min=1), help="Documents of it to read, at most."
+)
+@click.option(
+    "--text-window", type=click.IntRange(min=2), help="Tokens of it to read at once; 2048."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a job.")
 @until_option
 @click.option("--trunk/--no-trunk", default=True, show_default=True,
               help="Run layers that models share once.")  # fmt: skip
 @click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True)
-@click.option("--ray-address", default="auto", show_default=True, help="Of an existing cluster.")
+@click.option(
+    "--ray-address", default="auto", show_default=True, help="Address of an existing Ray cluster."
+)
 @click.option("--cpus-per-job", default="1", show_default=True, metavar="N[,KIND=N…]",
-              help="What a job asks a Ray cluster for, as in 8,compress=2; of compress, score, "
-              "text and measure.")  # fmt: skip
+              help="CPUs that a job asks a Ray cluster for, as in 8,compress=2; kinds of jobs: "
+              "compress, score, text, measure.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=1), help="Jobs at a time on this machine.")
 @click.option("--gpus", help="Comma-separated ids of the GPUs that jobs share out.")
-@click.option("--gpus-per-job", type=click.IntRange(min=0), help="1 where --gpus is given, else 0.")
+@click.option(
+    "--gpus-per-job", type=click.IntRange(min=0), help="GPUs of one job; 1 with --gpus, else 0."
+)
 @click.option("--retries", type=click.IntRange(min=0), default=2, show_default=True,
               help="New attempts after a job's process was lost.")  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds per job.")
@@ -90,8 +107,8 @@ def command(
 
     An interrupted run is continued by the same command. A recipe that fails marks its row; the
     others go on. Exit code 0: everything that was asked for is there; 1: a row has no result, or
-    the noise floor, the text or the speed is missing; 2: nothing could be run, or the report not be
-    made; 130 and 143: stopped by Ctrl-C or SIGTERM, to be continued.
+    the noise floor, the text or the speed is missing; 2: nothing could be run, or the
+    report could not be made; 130 and 143: stopped by Ctrl-C or SIGTERM, to be continued.
     """
     setup_logging(quiet=quiet or as_json)
     from streamline_bench.cli.compare_options import read_execution, read_options
@@ -101,12 +118,12 @@ def command(
     if options["executor"] == "ray":
         refuse_given(ctx, "a Ray cluster shares out its own machines", "workers", "gpus")
     else:
-        refuse_given(ctx, "it goes with --executor ray", "ray_address", "cpus_per_job")
+        refuse_given(ctx, "it needs --executor ray", "ray_address", "cpus_per_job")
     request = read_options(model, plan, options)
     if request.throughput == "none":
-        refuse_given(ctx, "it goes with --throughput", "workload")
+        refuse_given(ctx, "it needs --throughput", "workload")
     if request.text is None:
-        refuse_given(ctx, "it goes with --text", "text_field", "text_documents", "text_window")
+        refuse_given(ctx, "it needs --text", "text_field", "text_documents", "text_window")
     with stops_with_a_word():
         result = compare_request(
             request, output, execution=read_execution(options), until=until,
@@ -134,11 +151,15 @@ def finish(result: CompareResult) -> NoReturn:
     """Say what failed and which page to open, and exit: 0 when everything is there, else 1."""
     from streamline_bench.core.machine.environment import printable
 
+    if (table := _table(result)) is not None:
+        click.echo(table)
     for reason, labels in _by_reason(result.alone).items():
         rows = ", ".join(map(printable, labels))
         click.echo(f"{rows}: scored alone ({printable(reason.rstrip('.'))})", err=True)
     for task, reason in result.left_out.items():
         click.echo(f"{printable(task)} is not compared: {printable(reason)}", err=True)
+    for sentence in result.ignored_options:
+        click.echo(f"Note: {printable(sentence)}", err=True)
     for label, reason in result.failures.items():
         click.echo(f"{printable(label)} failed: {printable(reason)}", err=True)
     for job, reason in result.reasons.items():
@@ -148,6 +169,16 @@ def finish(result: CompareResult) -> NoReturn:
     else:
         click.echo(f"{result.run} has no report yet.", err=True)
     sys.exit(result.exit_code)
+
+
+def _table(result: CompareResult) -> str | None:
+    """The leaderboard as text, the same in a terminal and in a pipe."""
+    if result.report is None or not (board := result.report.with_suffix(".json")).is_file():
+        return None
+    from streamline_bench.report.leaderboard import Leaderboard
+    from streamline_bench.report.views.terminal import terminal_table
+
+    return terminal_table(Leaderboard.model_validate_json(board.read_bytes()))
 
 
 def _by_reason(alone: Mapping[str, str]) -> dict[str, list[str]]:

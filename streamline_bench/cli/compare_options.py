@@ -11,11 +11,10 @@ from streamline_bench.compression.recipes import SIZE_KEYS
 from streamline_bench.demo.preset import bundled_request
 from streamline_bench.errors import RecipeError
 from streamline_bench.resources import is_bundled
-from streamline_bench.runs.execution.options import Execution, parse_cpus
-from streamline_bench.runs.planning.request import Request, make_request, read_request
-from streamline_bench.runs.planning.rows import parse_row
+from streamline_bench.runs.execution.options import Execution
+from streamline_bench.runs.planning.request import Request, RowRequest, make_request, read_request
 
-__all__ = ["read_execution", "read_options"]
+__all__ = ["parse_cpus", "parse_row", "read_execution", "read_options"]
 
 _PLAIN = (
     "include_path limit num_fewshot apply_chat_template batch_size dtype device revision title "
@@ -66,6 +65,25 @@ def _checked(payload: dict[str, Any], plan: str) -> dict[str, Any]:
     return payload
 
 
+def parse_row(text: str) -> RowRequest:
+    """Read ``LABEL=RECIPE`` or ``LABEL=RECIPE:KEY=VALUE,KEY=VALUE``.
+
+    Raises:
+        RecipeError: the text has another form.
+    """
+    label, equals, rest = text.partition("=")
+    recipe, colon, assignments = rest.partition(":")
+    overrides: dict[str, Any] = {}
+    for each in assignments.split(",") if colon else []:
+        key, separator, value = each.partition("=")
+        if not separator or not key.strip():
+            raise RecipeError(f"'{each}' in row '{text}' is not KEY=VALUE.")
+        overrides[key.strip()] = value
+    if not equals or not label or not recipe:
+        raise RecipeError(f"'{text}' is not a row; write LABEL=RECIPE:KEY=VALUE,KEY=VALUE.")
+    return RowRequest(recipe=recipe, label=label, overrides=overrides)
+
+
 def read_execution(options: Mapping[str, Any]) -> Execution:
     """Return how to run it.
 
@@ -90,8 +108,8 @@ def read_execution(options: Mapping[str, Any]) -> Execution:
 
 def _overrides(options: Mapping[str, Any]) -> dict[str, Any]:
     given: dict[str, Any] = dict(parse_assignments(options["assignments"]))
-    for key in ("sparsity", "n_layers"):
-        if options[key] is not None:
+    for key in ("sparsity", "n_layers", "calibration"):
+        if options.get(key) is not None:
             given[key] = options[key]
     return given
 
@@ -101,3 +119,23 @@ def _laid_over(plan: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     sizes = set(SIZE_KEYS)
     kept = {k: v for k, v in plan.items() if not (k in sizes and sizes & given.keys())}
     return {**kept, **given}
+
+
+def parse_cpus(text: str) -> tuple[int, dict[str, int]]:
+    """Read ``8`` or ``8,compress=2``: CPUs of a job, and of single kinds of jobs.
+
+    Raises:
+        RecipeError: the text has another form.
+    """
+    common, by_kind = 1, {}
+    for part in text.split(","):
+        kind, separator, number = part.rpartition("=")
+        if not number.strip().isdecimal() or (separator and not kind.strip()):
+            raise RecipeError(
+                f"--cpus-per-job '{text}' is neither a number nor such as '8,compress=2'."
+            )
+        if separator:
+            by_kind[kind.strip()] = int(number)
+        else:
+            common = int(number)
+    return common, by_kind

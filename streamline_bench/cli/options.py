@@ -104,7 +104,8 @@ def setup_logging(*, quiet: bool) -> None:
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     logging.getLogger("streamline_bench").setLevel(logging.ERROR if quiet else logging.INFO)
     if quiet:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ[f"{library}_DISABLE_PROGRESS_BARS"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
 

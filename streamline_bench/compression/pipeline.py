@@ -98,7 +98,9 @@ def compress(
     """
     check_parameters(recipe)
     _refuse_several_processes()
-    source = SourceModel.find(pretrained, revision, trust_remote_code=trust_remote_code)
+    source = SourceModel.find(
+        pretrained, revision, trust_remote_code=trust_remote_code, progress=progress
+    )
     name = Named(str(pretrained), revision)
     return _compress_into(
         Path(output), source, name, recipe, cache, device, dtype, overwrite, progress
@@ -127,7 +129,9 @@ def compress_cached(
         StreamlineBenchError: what :func:`compress` raises.
     """
     check_parameters(recipe)
-    source = SourceModel.find(pretrained, revision, trust_remote_code=trust_remote_code)
+    source = SourceModel.find(
+        pretrained, revision, trust_remote_code=trust_remote_code, progress=progress
+    )
     key = content_key(source, recipe, device=device, dtype=dtype)
     target = cache_root(cache) / "compressed" / key
     if read_manifest(target) is not None:

@@ -51,6 +51,7 @@ def run_demo(options: DemoOptions) -> CompareResult:
             "set": {"sparsity": options.sparsity},
             "limit": options.limit,
             "batch_size": str(options.batch_size),
+            "text": BUNDLED,
         }
     )
     return compare_request(

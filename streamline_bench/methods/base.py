@@ -136,6 +136,10 @@ class Method(ABC):
     reads: ClassVar[frozenset[str]] = frozenset()
     calibrated: ClassVar[bool] = True
 
+    def reads_calibration(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether it looks at calibration text with these values of its own parameters."""
+        return self.calibrated
+
     @abstractmethod
     def compress(self, work: Compression) -> Compressed:
         """Compress the source model as the recipe says."""

@@ -22,22 +22,29 @@ class SourceModel:
     Attributes:
         folder: the local folder.
         trust_remote_code: let config and tokenizer run code from the folder.
+        progress: show how far the hashing of the weights is.
     """
 
     folder: Path
     trust_remote_code: bool = False
+    progress: bool = True
     _digests: dict[Path, str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def find(
-        cls, name: str | Path, revision: str | None = None, *, trust_remote_code: bool = False
+        cls,
+        name: str | Path,
+        revision: str | None = None,
+        *,
+        trust_remote_code: bool = False,
+        progress: bool = True,
     ) -> SourceModel:
         """Return the model of a folder, a hub id or ``bundled``.
 
         Raises:
             CheckpointError: there is no such model.
         """
-        return cls(resolve_pretrained(name, revision), trust_remote_code)
+        return cls(resolve_pretrained(name, revision), trust_remote_code, progress)
 
     @cached_property
     def reader(self) -> CheckpointReader:
@@ -47,7 +54,7 @@ class SourceModel:
     @cached_property
     def weights_sha256(self) -> str:
         """SHA-256 (hex) of config and weights, however they are sharded."""
-        return self.reader.fingerprint()
+        return self.reader.fingerprint(progress=self.progress)
 
     @cached_property
     def config(self) -> Any:

@@ -102,6 +102,7 @@ def build_leaderboard(
         commands=run.commands,
         versions={"streamline-bench": __version__, **run.versions},
         failed_jobs=run.failed_jobs,
+        ignored_options=run.ignored_options,
     )
 
 

@@ -259,6 +259,7 @@ class Leaderboard(Frozen):
     commands: list[str] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=dict)
     failed_jobs: dict[str, str] = Field(default_factory=dict)
+    ignored_options: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _dense_row(self) -> Leaderboard:

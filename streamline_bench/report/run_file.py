@@ -90,6 +90,8 @@ class RunFile(Frozen):
         noise: the dense model's repeated evaluations, from which the noise floor is read.
         failed_jobs: job -> reason, for requested work other than the rows that failed.
         not_compared: task -> why no row was evaluated on it.
+        used: settings of the dense row's evaluation, as the harness recorded them.
+        ignored_options: a sentence for each option that the harness did not follow.
     """
 
     schema_version: Literal[1] = 1
@@ -102,6 +104,8 @@ class RunFile(Frozen):
     noise: list[NoiseRun] = Field(default_factory=list)
     failed_jobs: dict[str, str] = Field(default_factory=dict)
     not_compared: dict[str, str] = Field(default_factory=dict)
+    used: dict[str, Any] = Field(default_factory=dict)
+    ignored_options: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _labels(self) -> RunFile:

@@ -1,9 +1,9 @@
-"""Where things lie in a run folder, and the lock that keeps two runs out of one folder.
+"""A run folder: where everything lies, whose it is, and the lock that keeps two runs out of it.
 
 ::
 
     <run>/plan.yaml                    what is compared; written first
-    <run>/jobs/<job>/job.json          what the job is asked
+    <run>/jobs/<job>/job.json          the job, as its process reads it
     <run>/jobs/<job>/log.txt           what its process printed
     <run>/jobs/<job>/done.json         written last: key, duration, attempts, files it made
     <run>/jobs/<job>/failed.json       why the last attempt failed
@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,42 +23,97 @@ from pathlib import Path
 from streamline_bench.core.files.locks import check_usable, lock_folder
 from streamline_bench.errors import OutputError
 from streamline_bench.runs.planning.plan import PLAN_FILE, Plan, differences, read_plan, write_plan
-from streamline_bench.runs.planning.rows import FILES, FOLDERS, PARTS_OF_A_ROW, is_row_name
 
-__all__ = ["check_output", "claim", "job_folder", "locked", "make_job_folder"]
+__all__ = ["RunPaths", "check_output", "claim", "is_row_name", "locked"]
+
+_FOLDERS = ("jobs", "noise", "throughput")
+_FILES = ("run.json", *(f"leaderboard.{kind}" for kind in ("html", "md", "csv", "json")))
+_PARTS_OF_A_ROW = ("checkpoint", "eval", "divergence.json")
+_RESERVED = frozenset({*_FOLDERS, *_FILES, PLAN_FILE, "throughput.json", "report", "model-cards"})
+"""Names that a run, or another command that writes into its folder, uses for itself."""
+
+_ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
-def job_folder(run: Path, name: str) -> Path:
-    """Return the folder of a job."""
-    return run / "jobs" / name
+def is_row_name(label: str) -> bool:
+    """Whether a row's folder may have this name; some file systems take A and a for the same."""
+    name = label.lower()
+    taken = name in _RESERVED or name.startswith("leaderboard.")
+    return bool(_ROW_NAME.fullmatch(label)) and not taken
 
 
-def make_job_folder(run: Path, name: str) -> Path:
-    """Return the folder of a job, made if it is missing.
+class RunPaths:
+    """Every path of the run folder ``root``.
 
-    Raises:
-        OutputError: it cannot be made.
+    Attributes:
+        run_file: ``run.json``, which the report reads.
+        page: the report.
+        answers: what unfinished rows have answered, for the attempt after an interruption.
+        scored: finished rows, for the moment until each is moved to its place.
+        compressing: interrupted trainings, for the next attempt.
+        throughput: folder of ``throughput.json``.
     """
-    folder = job_folder(run, name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        blocking = folder if folder.parent.is_dir() else folder.parent
-        raise OutputError(
-            f"{folder} cannot be made, because {blocking} is not a folder; remove it and run again."
-        ) from None
-    except OSError as error:
-        raise OutputError(
-            f"{folder} cannot be made ({error.strerror}); run again when it can."
-        ) from None
-    return folder
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.run_file = root / "run.json"
+        self.page = root / "leaderboard.html"
+        self.answers = self.job(".answers")
+        self.scored = self.job(".scored")
+        self.compressing = self.job(".compressing")
+        self.throughput = root / "throughput"
+
+    def job(self, name: str) -> Path:
+        """Folder of a job."""
+        return self.root / "jobs" / name
+
+    def log(self, name: str) -> Path:
+        """What the process of a job printed."""
+        return self.job(name) / "log.txt"
+
+    def checkpoint(self, label: str) -> Path:
+        """The compressed model of a row."""
+        return self.root / label / "checkpoint"
+
+    def evaluation(self, label: str) -> Path:
+        """What the harness wrote for a row."""
+        return self.root / label / "eval"
+
+    def noise(self, name: str) -> Path:
+        """What the harness wrote when the dense model was scored once more."""
+        return self.root / "noise" / name / "eval"
+
+    def divergence(self, label: str) -> Path:
+        """How the next-token distributions of a row differ from the dense model's."""
+        return self.root / label / "divergence.json"
+
+    def relative(self, path: Path) -> str:
+        """Return a path of this folder as the files in it name it."""
+        return path.relative_to(self.root).as_posix()
+
+    def make_job(self, name: str) -> Path:
+        """Return the folder of a job; make it if it is missing (OutputError: it cannot be made)."""
+        folder = self.job(name)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            blocking = folder if folder.parent.is_dir() else folder.parent
+            raise OutputError(
+                f"{folder} cannot be made, because {blocking} is not a folder; remove it and run "
+                "again."
+            ) from None
+        except OSError as error:
+            raise OutputError(
+                f"{folder} cannot be made ({error.strerror}); remove the cause and run again."
+            ) from None
+        return folder
 
 
 def check_output(run: Path) -> None:
-    """Refuse, before anything is made, an output that holds something else than a run.
+    """Refuse an output folder that holds something else than a run, before anything is made.
 
     Raises:
-        OutputError: it does, or cannot be read.
+        OutputError: it holds something else, or cannot be read.
     """
     check_usable(run, PLAN_FILE, "a run folder")
 
@@ -75,7 +131,7 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def claim(run: Path, plan: Plan, *, overwrite: bool = False) -> None:
-    """Make the folder, which is locked, belong to this plan, or check that it does already.
+    """Make the locked folder belong to this plan, or check that it does already.
 
     Args:
         overwrite: what an earlier run of the same model made there is removed, and nothing else.
@@ -92,27 +148,25 @@ def claim(run: Path, plan: Plan, *, overwrite: bool = False) -> None:
                 "delete it, or give another --output."
             )
         _remove_results(run, there)
-        write_plan(run, plan)
+    elif there is not None:
+        found = differences(there, plan)
+        if found:
+            more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+            raise OutputError(
+                f"{run} was started with other options ({'; '.join(found[:4])}{more}); "
+                "give the same ones to continue it, or another --output."
+            )
         return
-    if there is None:
-        write_plan(run, plan)
-        return
-    found = differences(there, plan)
-    if found:
-        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
-        raise OutputError(
-            f"{run} was started with other options ({'; '.join(found[:4])}{more}); "
-            "give the same ones to continue it, or another --output."
-        )
+    write_plan(run, plan)
 
 
 def _remove_results(run: Path, plan: Plan) -> None:
     """Remove what a run makes; a file that someone else put there stays."""
-    made = [run / name for name in (*FILES, *FOLDERS)]
+    made = [run / name for name in (*_FILES, *_FOLDERS)]
     # A plan that was tampered with must not reach outside.
     rows = [run / row.label for row in plan.rows if is_row_name(row.label)]
     rows = [row for row in rows if row.is_dir() and not row.is_symlink()]
-    made += [row / name for row in rows for name in PARTS_OF_A_ROW]
+    made += [row / name for row in rows for name in _PARTS_OF_A_ROW]
     try:
         for path in made:
             if path.is_dir() and not path.is_symlink():

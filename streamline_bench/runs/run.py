@@ -6,26 +6,20 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from streamline_bench.errors import OutputError, RecipeError
-from streamline_bench.runs.execution.executor import Executor
 from streamline_bench.runs.execution.options import STAGES, Execution
+from streamline_bench.runs.execution.processes import Executor, LocalExecutor
 from streamline_bench.runs.execution.progress import watching
-from streamline_bench.runs.execution.scheduler import JobState, Scheduler
-from streamline_bench.runs.finish import (
-    describe_run,
-    row_failures,
-    scored_alone,
-    side_failures,
-    tasks_left_out,
-    write_report_once,
-)
-from streamline_bench.runs.folder import check_output, claim, locked
+from streamline_bench.runs.execution.scheduler import Scheduler
+from streamline_bench.runs.finish import Results, write_report_once
+from streamline_bench.runs.folder import RunPaths, check_output, claim, locked
 from streamline_bench.runs.jobs.graph import measure_job, plan_jobs
 from streamline_bench.runs.jobs.together import forget_answers
+from streamline_bench.runs.planning.checks import check_before
 from streamline_bench.runs.planning.plan import Plan
 from streamline_bench.runs.planning.request import Request, RowRequest, make_request
 from streamline_bench.runs.planning.resolve import resolve_plan
@@ -48,6 +42,7 @@ class CompareResult:
         reasons: job -> reason, of what failed beside them: noise floor, text, speed.
         alone: label -> why it was scored by itself, where others were scored together.
         left_out: task -> why no row was asked it.
+        ignored_options: a sentence for each option that the harness did not follow.
         jobs: job -> ``done``, ``kept`` (from an earlier run), ``failed`` or ``skipped``.
     """
 
@@ -57,6 +52,7 @@ class CompareResult:
     reasons: Mapping[str, str] = field(default_factory=dict)
     alone: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    ignored_options: Sequence[str] = ()
     jobs: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -67,15 +63,8 @@ class CompareResult:
 
     def summary(self) -> dict[str, Any]:
         """Return the same as JSON-ready values."""
-        return {
-            "run": str(self.run),
-            "report": str(self.report) if self.report else None,
-            "failures": dict(self.failures),
-            "reasons": dict(self.reasons),
-            "alone": dict(self.alone),
-            "left_out": dict(self.left_out),
-            "jobs": dict(self.jobs),
-        }
+        report = str(self.report) if self.report else None
+        return {**asdict(self), "run": str(self.run), "report": report}
 
 
 def compare(
@@ -136,20 +125,23 @@ def compare_request(
     check_output(output)
     with _sigterm_raises():
         # What was mistyped is refused before a folder is made for it.
-        plan = resolve_plan(request, device=execution.device)
+        plan = resolve_plan(request, device=execution.device, progress=progress)
         execution.check_device(plan.device)
         execution.check_threads(plan.threads)
         executor = _executor(execution)
         try:
+            paths = RunPaths(output)
+            here = execution.job_slots if execution.executor == "local" else None
+            check_before(plan, paths, jobs_at_a_time=here, until=until)
             with locked(output):
                 claim(output, plan, overwrite=overwrite)
-                return _run(output, plan, execution, executor, until, progress)
+                return _run(paths, plan, execution, executor, until, progress)
         finally:
             executor.stop()  # again: the folder may have been refused before any job
 
 
 def _run(
-    output: Path,
+    run: RunPaths,
     plan: Plan,
     execution: Execution,
     executor: Executor,
@@ -157,9 +149,9 @@ def _run(
     progress: bool,
 ) -> CompareResult:
     try:
-        with watching(quiet=not progress, title=plan.title) as watch:
+        with watching(run, quiet=not progress, title=plan.title) as watch:
             scheduler = Scheduler(
-                output,
+                run,
                 executor,
                 retries=execution.retries,
                 one_process=execution.executor == "local" and execution.job_slots == 1,
@@ -167,38 +159,28 @@ def _run(
             )
             scheduler.do(plan_jobs(plan, until=until, trunk=execution.trunk))
             if plan.throughput != "none" and until != "compress":
-                _measure(output, plan, scheduler, execution)
+                # When nothing else runs that would take its time.
+                failed = Results(run, plan, scheduler.states).failures()
+                labels = [row.label for row in plan.rows if row.label not in failed]
+                if plan.reference in labels:
+                    scheduler.do([measure_job(plan, labels, execution.threads_alone)])
     finally:
         executor.stop()
-    states = scheduler.states
-    if until != "compress" and not row_failures(output, plan, states):
-        forget_answers(output)
+    results = Results(run, plan, scheduler.states)
+    if until != "compress" and not results.failures():
+        forget_answers(run)
     report = None
-    if until == "report" and states[f"score-{plan.reference}"].succeeded:
-        description = describe_run(output, plan, states)
-        report = write_report_once(output, description, progress=progress)
-    return _result(output, plan, states, report)
-
-
-def _measure(run: Path, plan: Plan, scheduler: Scheduler, execution: Execution) -> None:
-    """Measure what could be made, when nothing else runs that would take its time."""
-    failures = row_failures(run, plan, scheduler.states)
-    labels = [row.label for row in plan.rows if row.label not in failures]
-    if plan.reference in labels:
-        scheduler.do([measure_job(plan, labels, execution.threads_alone)])
-
-
-def _result(
-    output: Path, plan: Plan, states: Mapping[str, JobState], report: Path | None
-) -> CompareResult:
+    if until == "report" and results.scored(plan.reference):
+        report = write_report_once(run, results.describe(), progress=progress)
     return CompareResult(
-        run=output,
+        run=run.root,
         report=report,
-        failures=row_failures(output, plan, states),
-        reasons=side_failures(states),
-        alone=scored_alone(plan, states),
-        left_out=tasks_left_out(states),
-        jobs={name: state.status for name, state in states.items()},
+        failures=results.failures(),
+        reasons=results.side_failures(),
+        alone=results.alone(),
+        left_out=results.left_out(),
+        ignored_options=results.ignored_options(),
+        jobs={name: state.status for name, state in scheduler.states.items()},
     )
 
 
@@ -207,8 +189,6 @@ def _executor(execution: Execution) -> Executor:
         from streamline_bench.runs.execution.ray_executor import RayExecutor
 
         return RayExecutor(execution)
-    from streamline_bench.runs.execution.local import LocalExecutor
-
     return LocalExecutor(execution)
 
 

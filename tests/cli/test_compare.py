@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from streamline_bench.cli.compare_options import read_execution, read_options
+from streamline_bench.cli.compare_options import (
+    parse_cpus,
+    parse_row,
+    read_execution,
+    read_options,
+)
 from streamline_bench.errors import RecipeError
 from streamline_bench.runs.execution.options import Execution
 from streamline_bench.runs.planning.request import Request, RowRequest
@@ -40,7 +47,7 @@ def asked(
 def test_options_become_a_request(asked: Callable[..., Request]) -> None:
     request = asked(
         "some/model", "--recipes", "dense, shortgpt", "--row", "half=shortgpt:sparsity=0.5",
-        "--tasks", "piqa,hellaswag", "--n-layers", 4, "--set", "calibration=x.txt",
+        "--tasks", "piqa,hellaswag", "--n-layers", 4, "--calibration", "x.txt",
         "--limit", 10, "--num-fewshot", 5, "--batch-size", "auto:4", "--throughput", "hf",
         "--workload", "batch_sizes=[1, 2]", "--noise-floor",
     )  # fmt: skip
@@ -100,7 +107,10 @@ def test_options_win_over_the_plan_file(asked: Callable[..., Request], tmp_path:
         (["bundled", "--recipes", "dense", "--batch-size", "many"], "batch_size"),
         (["no/such/model", "--recipes", "dense", "--tasks", "t"], "no/such/model"),
         (["bundled", "--recipes", "dense", "--gpus", "0", "--gpus-per-job", "2"], "would leave"),
-        (["bundled", "--recipes", "dense", "--gpus", "0", "--device", "cuda:1"], "cuda, which is"),
+        (
+            ["bundled", "--recipes", "dense", "--gpus", "0", "--device", "cuda:1"],
+            "give --device cuda",
+        ),
         (["--plan", "no-such-plan"], "Unknown plan"),
         (["bundled", "--recipes", "dense", "--include-path", "/no/such"], "--include-path"),
     ],
@@ -123,7 +133,8 @@ def test_options_of_the_text(asked: Callable[..., Request]) -> None:
     )  # fmt: skip
     asked_for = (request.text, request.text_field, request.text_documents, request.text_window)
     assert asked_for == ("held_out.jsonl", "story", 50, 256)
-    bundled = asked("bundled", "--recipes", "shortgpt")
+    assert asked("bundled", "--recipes", "shortgpt").text is None  # nobody asked for it
+    bundled = asked("bundled", "--recipes", "shortgpt", "--text", "bundled")
     assert bundled.text is not None
     assert Path(bundled.text).is_file()
     assert bundled.text_window == 128
@@ -176,11 +187,11 @@ def test_how_it_is_run_is_no_part_of_the_request() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--workload", "rounds=3"], "--workload has no effect here; it goes with --throughput"),
-        (["--text-window", "64"], "--text-window has no effect here; it goes with --text"),
+        (["--workload", "rounds=3"], "--workload has no effect here; it needs --throughput"),
+        (["--text-window", "64"], "--text-window has no effect here; it needs --text"),
         (["--executor", "ray", "--workers", "3"], "--workers has no effect here"),
         (["--executor", "ray", "--gpus", "0"], "--gpus has no effect here"),
-        (["--ray-address", "auto"], "--ray-address has no effect here; it goes with"),
+        (["--ray-address", "auto"], "--ray-address has no effect here; it needs"),
         (["--cpus-per-job", "2"], "--cpus-per-job has no effect here"),
         (["--throughput", "hf", "--workload", "rounds"], "Invalid value for --workload"),
         (["--throughput", "hf", "--workload", "rounds=[1"], "'[1' for 'rounds' is no YAML value"),
@@ -298,3 +309,84 @@ def test_failed_rows_are_named_and_the_exit_code_is_1(
         assert "a, c: scored alone (it shares" in ended.err
         assert "b: scored alone (its family)" in ended.err
         assert f"Open {result.report}" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a=shortgpt", RowRequest(label="a", recipe="shortgpt")),
+        ("a=my.yaml", RowRequest(label="a", recipe="my.yaml")),
+        (
+            "a=streamline:sparsity=0.5,training.lr=1e-3",
+            RowRequest(
+                label="a",
+                recipe="streamline",
+                overrides={"sparsity": "0.5", "training.lr": "1e-3"},
+            ),
+        ),
+    ],
+)
+def test_a_row_as_text(text: str, expected: RowRequest) -> None:
+    assert parse_row(text) == expected
+
+
+@pytest.mark.parametrize("text", ["shortgpt", "=shortgpt", "a=", "a=shortgpt:", "a=b:sparsity"])
+def test_a_row_that_is_none(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"LABEL=RECIPE|KEY=VALUE"):
+        parse_row(text)
+
+
+def test_cpus_as_text() -> None:
+    assert parse_cpus("3") == (3, {})
+    assert parse_cpus("measure=16") == (1, {"measure": 16})
+    assert parse_cpus("8, compress=2") == (8, {"compress": 2})
+
+
+@pytest.mark.parametrize("text", ["", "x", "2,", "=2", "compress=", "compress=two", "-1", "1.5"])
+def test_what_is_no_number_of_cpus(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"is neither a number nor such as '8,compress=2'\.$"):
+        parse_cpus(text)
+
+
+def test_a_finished_comparison_ends_with_its_table(
+    call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repository: Path
+) -> None:
+    board = repository / "reports" / "demo" / "leaderboard.json"
+    (tmp_path / "leaderboard.json").write_bytes(board.read_bytes())
+    result = CompareResult(
+        run=tmp_path,
+        report=tmp_path / "leaderboard.html",
+        ignored_options=["--num-fewshot 3 had no effect on 1 tasks; examples used: a 0."],
+    )
+    monkeypatch.setattr("streamline_bench.runs.run.compare_request", lambda *_, **__: result)
+    ended = call("compare", "bundled", "--recipes", "dense", "-o", tmp_path / "run")
+    lines = ended.out.splitlines()
+    assert "verdict" in lines[0]
+    labels = {row["label"] for row in json.loads(board.read_bytes())["rows"]}
+    assert labels <= {line.split()[0] for line in lines}
+    assert lines[-1] == f"Open {result.report}"
+    assert "\x1b" not in ended.out
+    assert "--num-fewshot 3" in ended.err
+
+
+@pytest.mark.parametrize("typo", [["--tasks", "piqaa"], ["--recipes", "shortgp"], ["--set", "x=1"]])
+def test_a_typo_costs_no_heavy_import(tmp_path: Path, typo: list[str]) -> None:
+    arguments = [
+        "compare",
+        "bundled",
+        "--recipes",
+        "dense,sleb",
+        *typo,
+        "-o",
+        str(tmp_path / "run"),
+    ]
+    code = (
+        "import sys\n"
+        "from streamline_bench.cli.main import main\n"
+        f"try:\n    main({arguments!r})\n"
+        "except SystemExit as ended:\n    assert ended.code == 2\n"
+        "print(sorted({'torch', 'lm_eval', 'transformers', 'datasets'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    assert done.stderr.startswith("streamline-bench: Unknown")

@@ -13,8 +13,9 @@ import pytest
 
 from streamline_bench.cli.divergence import command
 from streamline_bench.divergence import token_divergence
-from streamline_bench.runs.jobs.graph import Job, plan_jobs
-from streamline_bench.runs.jobs.text_job import compare_text
+from streamline_bench.runs.folder import RunPaths
+from streamline_bench.runs.jobs.graph import plan_jobs
+from streamline_bench.runs.jobs.kinds import TextJob
 from streamline_bench.runs.planning.plan import Plan, TextPlan
 from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.planning.resolve import resolve_plan
@@ -55,8 +56,8 @@ def asking(make: Callable[..., Request], tasks: Path, story_file: Path) -> Calla
     return ask
 
 
-def _text_job(plan: Plan) -> Job:
-    (job,) = [job for job in plan_jobs(plan) if job.kind == "text"]
+def _text_job(plan: Plan) -> TextJob:
+    (job,) = [job for job in plan_jobs(plan) if isinstance(job, TextJob)]
     return job
 
 
@@ -75,7 +76,6 @@ def test_the_plan_names_the_text_and_its_content(
     assert (job.name, job.labels, job.needs) == (
         "text-last_layers", ("last_layers",), ("compress-last_layers",)
     )  # fmt: skip
-    assert not job.shareable
     assert [job for job in plan_jobs(plan, until="compress") if job.kind == "text"] == []
 
 
@@ -114,7 +114,7 @@ def test_the_command_repeats_what_was_compared(
     plan = resolve_plan(asking(trust_remote_code=True))
     plan = Plan(**{**plan.model_dump(), "model": "owner/model", "revision": "v2"})
     (tmp_path / "last_layers").mkdir()
-    typed = compare_text(tmp_path, "text-last_layers", _text_job(plan).payload).command
+    typed = _text_job(plan).work(RunPaths(tmp_path)).command
     assert typed is not None
     words = shlex.split(typed)
     assert words[:2] == ["streamline-bench", "divergence"]

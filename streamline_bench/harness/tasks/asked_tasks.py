@@ -10,6 +10,7 @@ from typing import Any
 
 from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import EvaluationError
+from streamline_bench.harness.tasks.task_names import refuse_unknown
 from streamline_bench.resources import resource
 
 __all__ = ["Part", "open_index", "parts_of", "task_folders"]
@@ -52,6 +53,7 @@ def open_index(names: Sequence[str], own: str | Path | None) -> Any:
         EvaluationError: a name stands for nothing (the nearest one is named), or two groups have a
             task in common, which the harness refuses.
     """
+    refuse_unknown(names, task_folders(own))
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=task_folders(own), include_defaults=False)

@@ -138,7 +138,7 @@ def _train(work: Compression, block: Block) -> TrainingResult | None:
         device=work.device,
         progress=work.progress,
         quirks=recipe.reference_quirks,
-        weights_sha256=work.reader.fingerprint(),
+        weights_sha256=work.reader.fingerprint(progress=work.progress),
     )
     for name, tensor in result.state.items():
         if not bool(tensor.isfinite().all()):

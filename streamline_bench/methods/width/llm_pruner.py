@@ -191,6 +191,10 @@ class LLMPruner(Method):
     name = "llm_pruner"
     parameters: ClassVar[type[BaseModel]] = LLMPrunerParameters
 
+    def reads_calibration(self, parameters: Mapping[str, Any]) -> bool:
+        """See :class:`Method`: only where the criterion needs gradients."""
+        return _looks(LLMPrunerParameters.model_validate(parameters))
+
     def compress(self, work: Compression) -> Compressed:
         """Plan the widths, score the units, keep each layer's highest, slice the stored weights."""
         options = LLMPrunerParameters.model_validate(work.recipe.parameters)

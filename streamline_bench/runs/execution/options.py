@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from streamline_bench.core.machine.environment import found_device, known_device
 from streamline_bench.errors import RecipeError
 
-__all__ = ["EXECUTORS", "JOB_KINDS", "STAGES", "Execution", "parse_cpus"]
+__all__ = ["EXECUTORS", "JOB_KINDS", "STAGES", "Execution"]
 
 STAGES: tuple[str, ...] = ("compress", "evaluate", "report")
 """Of a comparison, in order."""
@@ -73,22 +73,23 @@ class Execution:
         unknown = self.cpus_by_kind.keys() - set(JOB_KINDS)
         if unknown:
             raise RecipeError(
-                f"--cpus-per-job names '{min(unknown)}', which is no kind of job; known: "
+                f"--cpus-per-job names the unknown kind of job '{min(unknown)}'; known: "
                 f"{', '.join(JOB_KINDS)}."
             )
 
     def _check_gpus(self) -> None:
         twice = {gpu for gpu in self.gpus if self.gpus.count(gpu) > 1}
         if twice:
-            raise RecipeError(f"--gpus names GPU {min(twice)} twice; a job has its GPU to itself.")
+            raise RecipeError(f"--gpus names GPU {min(twice)} twice; name each GPU once.")
         if self.gpus_of_a_job > 1:
             raise RecipeError(
-                f"A job's model is on one GPU, so that --gpus-per-job {self.gpus_of_a_job} would "
-                "leave GPUs idle; give 1, and let other jobs have the others."
+                f"--gpus-per-job {self.gpus_of_a_job} would leave GPUs idle, because a job uses "
+                "one GPU; give 1."
             )
         if self.executor == "local" and self.gpus_of_a_job > len(self.gpus):
             raise RecipeError(
-                f"A job asks for {self.gpus_of_a_job} GPUs and --gpus names {len(self.gpus)}."
+                f"--gpus-per-job is {self.gpus_of_a_job} and --gpus names {len(self.gpus)} GPUs; "
+                "name the GPUs."
             )
         if self.gpus and not self.gpus_of_a_job:
             raise RecipeError("--gpus names GPUs and --gpus-per-job 0 uses none; leave one out.")
@@ -117,8 +118,8 @@ class Execution:
         """
         if self.gpus_of_a_job and device != "cuda":
             raise RecipeError(
-                f"Jobs get a GPU each and --device is {device}; give --device cuda, which is each "
-                "job's own, or leave the GPUs out."
+                f"--device is {device}, and each job gets a GPU of its own; give --device cuda, or "
+                "leave --gpus out."
             )
         if device.startswith("cuda") and self.device == "cpu":
             raise RecipeError(f"--device is {device} and jobs get no GPU; give --gpus-per-job 1.")
@@ -170,23 +171,3 @@ class Execution:
             return self.cpus_of("measure")
         given = os.environ.get("OMP_NUM_THREADS", "")
         return int(given) if given.isdigit() and int(given) else os.cpu_count() or 1
-
-
-def parse_cpus(text: str) -> tuple[int, dict[str, int]]:
-    """Read ``8`` or ``8,compress=2``: CPUs of a job, and of single kinds of jobs.
-
-    Raises:
-        RecipeError: the text has another form.
-    """
-    common, by_kind = 1, {}
-    for part in text.split(","):
-        kind, separator, number = part.rpartition("=")
-        if not number.strip().isdecimal() or (separator and not kind.strip()):
-            raise RecipeError(
-                f"--cpus-per-job '{text}' is neither a number nor such as '8,compress=2'."
-            )
-        if separator:
-            by_kind[kind.strip()] = int(number)
-        else:
-            common = int(number)
-    return common, by_kind

@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Protocol
 
 from streamline_bench.core.machine.environment import printable
 from streamline_bench.runs.execution.scheduler import JobState
+from streamline_bench.runs.folder import RunPaths
+from streamline_bench.runs.jobs.score import last_line
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 __all__ = ["PlainLines", "Watch", "watching"]
+
+
+SILENCE = 60.0
+"""Seconds without a line after which what runs is said, where there is no terminal."""
 
 
 class Watch(Protocol):
@@ -25,7 +31,7 @@ class Watch(Protocol):
 
 
 @contextmanager
-def watching(*, quiet: bool, title: str) -> Iterator[Watch]:
+def watching(run: RunPaths, *, quiet: bool, title: str) -> Iterator[Watch]:
     """Yield what the scheduler calls; it shows nothing when ``quiet``."""
     if quiet:
         yield lambda states: None
@@ -34,7 +40,7 @@ def watching(*, quiet: bool, title: str) -> Iterator[Watch]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield PlainLines(console)
+        yield PlainLines(console, run)
         return
     from rich.live import Live
 
@@ -44,12 +50,14 @@ def watching(*, quiet: bool, title: str) -> Iterator[Watch]:
 
 
 class PlainLines:
-    """One line whenever a job starts or ends."""
+    """One line whenever a job starts or ends, and one a minute while nothing else happens."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, run: RunPaths) -> None:
         self._console = console
+        self._run = run
         self._seen: dict[str, str] = {}
         self._clock = _Clock()
+        self._spoke = time.monotonic()
 
     def __call__(self, states: Mapping[str, JobState]) -> None:
         """Print what changed since the last call."""
@@ -62,8 +70,21 @@ class PlainLines:
             if self._seen.get(name, "waiting") != state.status:
                 self._seen[name] = state.status
                 self._print(_line(state, states, self._clock))
+        if time.monotonic() - self._spoke >= SILENCE:
+            self._say_what_runs(states)
+
+    def _say_what_runs(self, states: Mapping[str, JobState]) -> None:
+        """One line for each process: how long it has run, the end of its log, what is left."""
+        running = [state for state in states.values() if state.status == "running"]
+        for process in dict.fromkeys(state.process or state.job.name for state in running):
+            theirs = [state for state in running if process in (state.process, state.job.name)]
+            names = ", ".join(printable(state.job.name) for state in theirs)
+            span = _span(self._clock.seconds(theirs[0]))
+            step = printable(last_line(self._run.log(process)))
+            self._print(f"{names}: {span}, {step} ({_counted(states, self._clock)})")
 
     def _print(self, text: str) -> None:
+        self._spoke = time.monotonic()
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -131,10 +152,12 @@ def _line(state: JobState, states: Mapping[str, JobState], clock: _Clock) -> str
 
 def _company(state: JobState) -> str:
     """How a row was scored: with which others in one walk, or why by itself."""
-    facts = state.done.facts if state.done is not None else {}
-    if facts.get("together"):
-        return f", one walk of {len(facts['together'])} models"
-    return f", by itself: {printable(facts['alone'])}" if facts.get("alone") else ""
+    if state.done is None:
+        return ""
+    facts = state.done.facts
+    if facts.together:
+        return f", one walk of {len(facts.together)} models"
+    return f", by itself: {printable(facts.alone)}" if facts.alone else ""
 
 
 def _table(states: Mapping[str, JobState], title: str, clock: _Clock) -> Table:

@@ -14,9 +14,10 @@ from typing import Any
 
 from streamline_bench.core.recipe.validation import first_line
 from streamline_bench.errors import ClusterError, MissingDependencyError
-from streamline_bench.runs.execution.executor import Ended, Unit
 from streamline_bench.runs.execution.options import JOB_KINDS, Execution
-from streamline_bench.runs.execution.process import JobProcess
+from streamline_bench.runs.execution.processes import Ended, JobProcess, time_limit
+from streamline_bench.runs.folder import RunPaths
+from streamline_bench.runs.jobs.job import Job
 
 __all__ = ["RayExecutor", "run_job_here"]
 
@@ -53,25 +54,24 @@ class RayExecutor:
         """Ray keeps its own queue."""
         return True
 
-    def submit(self, run: Path, unit: Unit) -> None:
-        """Queue the unit."""
+    def submit(self, run: RunPaths, job: Job) -> None:
+        """Queue the job."""
         execution = self.execution
-        cpus = execution.cpus_of(unit.jobs[0].kind)
+        cpus = execution.cpus_of(job.parts[0].kind)
         remote = self._ray.remote(run_job_here).options(
-            name=unit.name,
+            name=job.name,
             num_cpus=cpus,
             num_gpus=execution.gpus_of_a_job,
             max_retries=0,  # attempts are counted, and limited, by the scheduler
         )
         environment = {"OMP_NUM_THREADS": str(cpus), **_own_variables()}
-        environment |= unit.environment
+        environment |= job.environment
         here = str(Path.cwd())
-        limit = unit.limit(execution.timeout)
-        reference = remote.remote(str(run), unit.name, environment, limit, here)
-        self._names[reference] = unit.name
+        limit = time_limit(job, execution.timeout)
+        reference = remote.remote(str(run.root), job.name, environment, limit, here)
+        self._names[reference] = job.name
 
     def ended(self, timeout: float) -> list[Ended]:
-        """See :class:`~streamline_bench.runs.execution.executor.Executor`."""
         if not self._names:
             time.sleep(min(timeout, _POLL))
             return []
@@ -132,7 +132,7 @@ def run_job_here(
     Returns:
         Its exit code, and the reason where it was stopped here.
     """
-    process = JobProcess(Path(run), name, environment, Path(folder))
+    process = JobProcess(RunPaths(Path(run)), name, environment, Path(folder))
     try:
         while (code := process.poll()) is None:
             if timeout is not None and process.seconds > timeout:
@@ -146,7 +146,7 @@ def run_job_here(
 
 
 def _own_variables() -> dict[str, str]:
-    """What this process was told about data and caches; machines of a cluster do not know it."""
+    """Settings of data and caches, which the machines of a cluster do not have."""
     named = ("HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
     return {k: v for k, v in os.environ.items() if k.startswith("STREAMLINE_BENCH_") or k in named}
 

@@ -7,19 +7,17 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from streamline_bench.core.machine.environment import printable
-from streamline_bench.runs.execution.executor import Ended, Executor, Unit
-from streamline_bench.runs.execution.grouping import groups_of, together_payload, unit_of
-from streamline_bench.runs.jobs.graph import Job
-from streamline_bench.runs.jobs.marker import Done, forget_failure, read_done, read_failed
-from streamline_bench.runs.jobs.score_job import last_line
-from streamline_bench.runs.jobs.worker import write_job
-from streamline_bench.runs.planning.plan import digest
+from streamline_bench.errors import StreamlineBenchError
+from streamline_bench.runs.execution.processes import Ended, Executor
+from streamline_bench.runs.folder import RunPaths
+from streamline_bench.runs.jobs.job import Done, Job, forget_failure, read_done, read_failed
+from streamline_bench.runs.jobs.score import ScoreJob, last_line
+from streamline_bench.runs.jobs.together import score_together_job
 
-__all__ = ["JobState", "Scheduler", "Status"]
+__all__ = ["Grouping", "JobState", "Scheduler", "Status", "groups_of"]
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +33,7 @@ class JobState:
 
     Attributes:
         tries: attempts in this run of the command.
+        process: name of the job whose process does it: its own, or of several scored together.
         reason: why it failed or was skipped.
         done: its marker, once it is there.
     """
@@ -42,6 +41,7 @@ class JobState:
     job: Job
     status: Status = "waiting"
     tries: int = 0
+    process: str | None = None
     reason: str | None = None
     done: Done | None = field(default=None, repr=False)
 
@@ -64,12 +64,12 @@ class Scheduler:
     alone.
 
     Attributes:
-        states: where every job stands.
+        states: where every job stands, by its name.
     """
 
     def __init__(
         self,
-        run: Path,
+        run: RunPaths,
         executor: Executor,
         *,
         retries: int,
@@ -82,7 +82,7 @@ class Scheduler:
         self._retries = retries
         self._one_process = one_process
         self._watch = watch
-        self._units: dict[str, Unit] = {}
+        self._started: dict[str, Job] = {}
         self._tries: Counter[str] = Counter()
         self._alone: dict[str, str | None] = {}
         self._looked_at: set[str] = set()
@@ -101,7 +101,7 @@ class Scheduler:
             self._start_ready()
             self._watch(self.states)
             for ended in self._executor.ended(0.5):
-                self._settle(self._units.pop(ended.name), ended)
+                self._settle(self._started.pop(ended.name), ended)
         self._watch(self.states)
 
     def _skip_hopeless(self) -> None:
@@ -112,24 +112,21 @@ class Scheduler:
                 state.status, state.reason = "skipped", lost.reason
 
     def _start_ready(self) -> None:
-        waiting = [state for state in self.states.values() if state.status == "waiting"]
-        together = [state.job for state in waiting if self._is_shareable(state.job)]
-        for state in waiting:
-            if self._executor.has_room() and state.job not in together and self._ready(state.job):
-                self._start(unit_of([state.job]))
+        waiting = [s.job for s in self.states.values() if s.status == "waiting"]
+        together = [job for job in _shareable(waiting) if job.name not in self._alone]
+        for job in waiting:
+            if self._executor.has_room() and job not in together and self._ready(job):
+                self._start(job)
         if all(map(self._ready, together)):
             if together and self._executor.has_room():
                 self._start_together(together)
         elif not self._one_process:
             self._start_strangers(filter(self._ready, together))
 
-    def _is_shareable(self, job: Job) -> bool:
-        return job.shareable and job.name not in self._alone
-
     def _ready(self, job: Job) -> bool:
         return all(self.states[name].succeeded for name in job.needs)
 
-    def _start_together(self, jobs: list[Job]) -> None:
+    def _start_together(self, jobs: list[ScoreJob]) -> None:
         # Dense may have its result already; what the others share is told in comparison with it.
         dense = self._dense()
         among = [dense, *(job for job in jobs if job is not dense)]
@@ -140,9 +137,9 @@ class Scheduler:
             if len(group) == 1:
                 self._alone.setdefault(group[0].name, self._left_over())
             elif group and self._executor.has_room():
-                self._start(unit_of(group))
+                self._start(score_together_job(group))
 
-    def _start_strangers(self, jobs: Iterable[Job]) -> None:
+    def _start_strangers(self, jobs: Iterable[ScoreJob]) -> None:
         """Score what shares nothing with the dense row, while other rows are still compressed."""
         dense = self._dense()
         for job in jobs:
@@ -154,70 +151,121 @@ class Scheduler:
             why = groups_of(self._run, [dense, job], one_process=False).alone.get(job.name)
             if why is not None:
                 self._alone[job.name] = why
-                self._start(unit_of([job]))
+                self._start(job)
 
-    def _dense(self) -> Job:
-        return next(s.job for s in self.states.values() if s.job.shareable and not s.job.needs)
+    def _all_shareable(self) -> list[ScoreJob]:
+        return _shareable([state.job for state in self.states.values()])
+
+    def _dense(self) -> ScoreJob:
+        return next(job for job in self._all_shareable() if job.dense)
 
     def _left_over(self) -> str | None:
         """Why a row that could share layers has no company; of a run's only row, nothing."""
-        rows = sum(state.job.shareable for state in self.states.values())
-        return "no other row was left to score it with" if rows > 1 else None
+        several = len(self._all_shareable()) > 1
+        return "no other row was left to score it with" if several else None
 
-    def _start(self, unit: Unit) -> None:
-        for job in unit.jobs:
-            why = self._alone.get(job.name)
-            payload = {**job.payload, **({} if why is None else {"alone": why})}
-            write_job(self._run, job.name, job.kind, job.key, payload)
-            forget_failure(self._run, job.name)
-            self.states[job.name].status = "running"
-            self.states[job.name].tries += 1
-        if len(unit.jobs) > 1:
-            key = digest(["together", [job.key for job in unit.jobs]])
-            write_job(self._run, unit.name, "together", key, together_payload(unit.jobs))
-        self._executor.submit(self._run, unit)
-        self._units[unit.name] = unit
-        self._tries[unit.name] += 1
+    def _start(self, job: Job) -> None:
+        for part in job.parts:
+            if isinstance(part, ScoreJob):
+                part = part.model_copy(update={"alone": self._alone.get(part.name)})
+            part.write(self._run)
+            forget_failure(self._run, part.name)
+            self.states[part.name].status = "running"
+            self.states[part.name].process = job.name
+            self.states[part.name].tries += 1
+        if len(job.parts) > 1:
+            job.write(self._run)
+        self._executor.submit(self._run, job)
+        self._started[job.name] = job
+        self._tries[job.name] += 1
 
-    def _settle(self, unit: Unit, ended: Ended) -> None:
-        for job in unit.jobs:
-            state = self.states[job.name]
+    def _settle(self, job: Job, ended: Ended) -> None:
+        for part in job.parts:
+            state = self.states[part.name]
             # It may have been killed after its last write; what counts is that the result is whole.
-            state.done = read_done(self._run, job.name, job.key)
-            failed = read_failed(self._run, job.name, job.key)
+            state.done = read_done(self._run, part.name, part.key)
+            failed = read_failed(self._run, part.name, part.key)
             if state.done is not None:
                 state.status = "done"
             elif failed is not None:
                 state.status, state.reason = "failed", failed.reason
-            elif self._is_worth_repeating(unit, ended):
+            elif self._is_worth_repeating(job, ended):
                 state.status = "waiting"
-            elif len(unit.jobs) > 1:
+            elif len(job.parts) > 1:
                 state.status = "waiting"
-                why = _reason(self._run, unit, ended)
-                self._alone[job.name] = f"its common process failed: {why}"
+                why = _reason(self._run, ended)
+                self._alone[part.name] = f"its common process failed: {why}"
                 log.warning(
                     "%s is scored alone, because its common process failed: %s",
-                    job.labels[0],
+                    part.label,
                     printable(why),
                 )
             else:
-                state.status, state.reason = "failed", _reason(self._run, unit, ended)
+                state.status, state.reason = "failed", _reason(self._run, ended)
 
-    def _is_worth_repeating(self, unit: Unit, ended: Ended) -> bool:
+    def _is_worth_repeating(self, job: Job, ended: Ended) -> bool:
         # What is killed by a signal is most often short of memory, which several models need most.
-        killed_together = len(unit.jobs) > 1 and ended.code is not None
-        return ended.lost and not killed_together and self._tries[unit.name] <= self._retries
+        killed_together = len(job.parts) > 1 and ended.code is not None
+        return ended.lost and not killed_together and self._tries[job.name] <= self._retries
 
 
-def _reason(run: Path, unit: Unit, ended: Ended) -> str:
-    told = f"jobs/{unit.name}/log.txt"
+@dataclass(frozen=True)
+class Grouping:
+    """Which jobs are done in one process, and why the others are done alone (by name)."""
+
+    groups: list[list[ScoreJob]]
+    alone: dict[str, str] = field(default_factory=dict)
+
+
+def groups_of(run: RunPaths, jobs: Sequence[ScoreJob], *, one_process: bool) -> Grouping:
+    """Return which of these jobs are worth doing in one walk through the model.
+
+    Args:
+        one_process: there is only one worker, for which loading the harness once for all is worth
+            it even where nothing is shared.
+    """
+    if one_process or len(jobs) < 2:
+        return Grouping([list(jobs)])
+    from streamline_bench.core.checkpoint.folder import resolve_pretrained
+    from streamline_bench.harness.trunk.legs import solo_reason, walks_of
+    from streamline_bench.harness.trunk.stack import read_stack
+
+    stacks, alone = {}, {}
+    for job in jobs:
+        try:
+            stacks[job.name] = read_stack(
+                resolve_pretrained(job.pretrained(run), job.revision if job.dense else None),
+                dtype=job.evaluation.dtype,
+                trust_remote_code=job.trust_remote_code,
+                progress=False,
+            )
+        except StreamlineBenchError as error:
+            alone[job.name] = f"its layers cannot be compared with those of other rows: {error}"
+    by_name = {job.name: job for job in jobs}
+    groups = [[by_name[name] for name in names] for names in walks_of(stacks)]
+    for group in groups:
+        if len(group) == 1:
+            name = group[0].name
+            alone[name] = solo_reason(name, jobs[0].name, stacks).replace(
+                f"'{jobs[0].name}'", f"'{jobs[0].label}'"
+            )
+    return Grouping([*groups, *([job] for job in jobs if job.name not in stacks)], alone)
+
+
+def _shareable(jobs: Iterable[Job]) -> list[ScoreJob]:
+    return [job for job in jobs if isinstance(job, ScoreJob) and job.shareable]
+
+
+def _reason(run: RunPaths, ended: Ended) -> str:
+    log_file = run.log(ended.name)
+    named = run.relative(log_file)
     if ended.reason:
         return ended.reason
     if ended.code is None:
-        return f"Its worker was lost; see {told}."
+        return f"Its worker was lost; see {named}."
     if ended.code < 0:
-        return f"It was killed by {_signal_name(-ended.code)}; see {told}."
-    return f"It ended with exit code {ended.code}: {last_line(run / told)}"
+        return f"It was killed by {_signal_name(-ended.code)}; see {named}."
+    return f"It ended with exit code {ended.code}: {last_line(log_file)}"
 
 
 def _signal_name(number: int) -> str:

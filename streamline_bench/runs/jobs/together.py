@@ -8,64 +8,116 @@ from __future__ import annotations
 
 import glob
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
 
 from streamline_bench.errors import OutputError, StreamlineBenchError
-from streamline_bench.runs.folder import job_folder
-from streamline_bench.runs.jobs.harness_command import model_of, reader_command
-from streamline_bench.runs.jobs.marker import write_done, write_failed
-from streamline_bench.runs.jobs.score_job import check_scores, without_empty_tasks
-from streamline_bench.runs.jobs.worker import Product
-from streamline_bench.runs.planning.plan import Evaluation
+from streamline_bench.runs.folder import RunPaths
+from streamline_bench.runs.jobs.job import Facts, Job, Result, write_done, write_failed
+from streamline_bench.runs.jobs.score import ScoreJob, check_scores
+from streamline_bench.runs.planning.plan import digest
 
 if TYPE_CHECKING:
-    from streamline_bench.harness.trunk import LabelOutcome
+    from streamline_bench.harness.trunk import LabelOutcome, TrunkRequest
 
-__all__ = ["forget_answers", "score_rows_together"]
-
-_WAITING = ".scored"
-"""Below ``jobs``: a finished row, for the moment until it is moved to its place."""
-
-_ANSWERS = ".answers"
-"""Below ``jobs``: what unfinished rows have answered, for the attempt after an interruption."""
+__all__ = ["ScoreTogether", "forget_answers", "score_together_job"]
 
 
-def score_rows_together(run: Path, name: str, payload: Mapping[str, Any]) -> Product:
-    """Score the rows and mark each as done or failed.
+class ScoreTogether(Job):
+    """Score several rows in one process, and mark each as done or failed.
 
-    Raises:
-        StreamlineBenchError: the walk cannot be made at all; rows without a mark are then scored
-            alone.
+    Attributes:
+        jobs: the scoring jobs of the rows; all ask the same.
     """
-    from streamline_bench.harness.trunk import TrunkRequest, score_together
 
-    rows = {row["label"]: row for row in payload["rows"]}
-    outputs = {
+    kind: Literal["together"] = "together"
+    jobs: tuple[ScoreJob, ...] = Field(min_length=2)
+
+    @property
+    def name(self) -> str:
+        return f"score-together-{digest([[job.name, job.key] for job in self.jobs])[:8]}"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(job.label for job in self.jobs)
+
+    @property
+    def parts(self) -> Sequence[Job]:
+        return self.jobs
+
+    def products(self, run: RunPaths) -> list[Path]:
+        """Nothing of its own: each row has its marker."""
+        return []
+
+    def work(self, run: RunPaths) -> Result:
+        """Score the rows; those without a mark are scored alone if the walk cannot be made."""
+        from streamline_bench.harness.trunk import score_together
+
+        by_label = {job.label: job for job in self.jobs}
         # A key in the name: an output of other options is never taken for this one's.
-        label: job_folder(run, _WAITING) / f"{label}-{row['key'][:16]}"
-        for label, row in rows.items()
-    }
-    _forget_others(outputs)
-    request = TrunkRequest.model_validate(_request(run, rows, outputs))
+        outputs = {job.label: run.scored / f"{job.label}-{job.key[:16]}" for job in self.jobs}
+        _forget_others(outputs)
 
-    def publish(label: str, result: LabelOutcome) -> None:
-        row = rows[label]
-        if result.status == "failed":
-            reason = result.reason or "It could not be scored."
-            write_failed(run, row["name"], key=row["key"], reason=" ".join(reason.split()))
-        else:
-            _publish(run, row, outputs[label], result)
+        def publish(label: str, result: LabelOutcome) -> None:
+            job = by_label[label]
+            if result.status == "failed":
+                reason = result.reason or "It could not be scored."
+                write_failed(run, job.name, key=job.key, reason=reason)
+            else:
+                _publish(run, job, outputs[label], result)
 
-    outcome = score_together(request, progress=False, on_label=publish)
-    return Product([], facts={"walks": outcome.walks, "seconds": outcome.seconds})
+        score_together(self._request(run, outputs), progress=True, on_label=publish)
+        return Result()
+
+    def _request(self, run: RunPaths, outputs: Mapping[str, Path]) -> TrunkRequest:
+        from streamline_bench.core.checkpoint.folder import resolve_pretrained
+        from streamline_bench.harness.trunk import TrunkRequest
+
+        evaluation = self.jobs[0].evaluation
+        size = evaluation.batch_size
+        return TrunkRequest(
+            checkpoints={
+                job.label: resolve_pretrained(
+                    job.pretrained(run), job.revision if job.dense else None
+                )
+                for job in self.jobs
+            },
+            outputs=dict(outputs),
+            journal=run.answers,
+            tasks=evaluation.tasks,
+            include_path=Path(evaluation.include_path) if evaluation.include_path else None,
+            limit=evaluation.limit,
+            num_fewshot=evaluation.num_fewshot,
+            batch_size=int(size) if size.isdigit() else size,
+            device=self.device,
+            dtype=evaluation.dtype,
+            apply_chat_template=evaluation.apply_chat_template,
+            model_args={"trust_remote_code": True} if self.trust_remote_code else {},
+        )
 
 
-def forget_answers(run: Path) -> None:
+def score_together_job(jobs: Sequence[ScoreJob]) -> Job:
+    """Return the job that does these in one process; a single one is done as it is."""
+    first = jobs[0]
+    if len(jobs) == 1:
+        return first
+    return ScoreTogether(
+        key=digest(["together", [job.key for job in jobs]]),
+        model=first.model,
+        device=first.device,
+        trust_remote_code=first.trust_remote_code,
+        environment=first.environment,
+        jobs=tuple(jobs),
+    )
+
+
+def forget_answers(run: RunPaths) -> None:
     """Remove what walks keep for another attempt, once every row has its result."""
-    for name in (_WAITING, _ANSWERS):
-        shutil.rmtree(job_folder(run, name), ignore_errors=True)
+    for folder in (run.scored, run.answers):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _forget_others(outputs: Mapping[str, Path]) -> None:
@@ -76,42 +128,15 @@ def _forget_others(outputs: Mapping[str, Path]) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _request(run: Path, rows: Mapping[str, Any], outputs: Mapping[str, Path]) -> dict[str, Any]:
-    from streamline_bench.core.checkpoint.folder import resolve_pretrained
-
-    models = {label: model_of(run, row["payload"]) for label, row in rows.items()}
-    first = next(iter(rows.values()))["payload"]
-    evaluation = Evaluation.model_validate(first["evaluation"])
-    size = evaluation.batch_size
-    return {
-        "checkpoints": {
-            label: resolve_pretrained(model["pretrained"], model["revision"])
-            for label, model in models.items()
-        },
-        "outputs": outputs,
-        "journal": job_folder(run, _ANSWERS),
-        "tasks": evaluation.tasks,
-        "include_path": evaluation.include_path,
-        "limit": evaluation.limit,
-        "num_fewshot": evaluation.num_fewshot,
-        "batch_size": int(size) if size.isdigit() else size,
-        "device": first["device"],
-        "dtype": evaluation.dtype,
-        "apply_chat_template": evaluation.apply_chat_template,
-        "model_args": {"trust_remote_code": True} if first["trust_remote_code"] else {},
-    }
-
-
-def _publish(run: Path, row: Mapping[str, Any], made: Path, result: LabelOutcome) -> None:
+def _publish(run: RunPaths, job: ScoreJob, made: Path, result: LabelOutcome) -> None:
     """Check one row's scores, move them to their place and say that they are there."""
-    payload = row["payload"]
-    target = run / payload["output"]
+    target = job.output(run)
     try:
         check_scores(made)
     except StreamlineBenchError as error:
         # Left here, they would be taken for this row's result again, and fail again.
         shutil.rmtree(made, ignore_errors=True)
-        write_failed(run, row["name"], key=row["key"], reason=" ".join(str(error).split()))
+        write_failed(run, job.name, key=job.key, reason=str(error))
         return
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,18 +145,13 @@ def _publish(run: Path, row: Mapping[str, Any], made: Path, result: LabelOutcome
         made.rename(target)
     except OSError as error:
         raise OutputError(f"{target} cannot be written ({error.strerror}).") from None
+    asked = job.without_empty_tasks()[0] if result.left_out else job
+    facts = Facts(together=result.company, alone=result.reason, not_compared=result.left_out)
     write_done(
         run,
-        row["name"],
-        key=row["key"],
+        job.name,
+        key=job.key,
         seconds=result.seconds,
-        products=[payload["output"]],
-        command=reader_command(
-            run, without_empty_tasks(payload)[0] if result.left_out else payload
-        ),
-        facts={
-            "together": list(result.company),
-            "alone": result.reason,
-            "not_compared": result.left_out,
-        },
+        products=job.products(run),
+        result=Result(asked.reader_command(run), facts),
     )

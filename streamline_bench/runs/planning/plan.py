@@ -22,16 +22,8 @@ from streamline_bench.errors import OutputError
 from streamline_bench.runs.planning.request import NoiseEngine, ThroughputEngine
 
 __all__ = [
-    "PLAN_FILE",
-    "Evaluation",
-    "NoisePlan",
-    "Plan",
-    "PlanRow",
-    "TextPlan",
-    "differences",
-    "digest",
-    "read_plan",
-    "write_plan",
+    *("PLAN_FILE", "Evaluation", "NoisePlan", "Plan", "PlanRow", "TextPlan"),
+    *("differences", "digest", "read_plan", "write_plan"),
 ]
 
 PLAN_FILE = "plan.yaml"
@@ -45,6 +37,11 @@ _CHANGED_FILES = {
     "text.sha256": "the text is another one now",
 }
 """What a hash that differs says to a reader."""
+
+_OF_A_KEY = (
+    "row {}: its calibration data changed, or this version of streamline-bench computes it in "
+    "another way"
+)
 
 
 class PlanRow(Frozen):
@@ -132,11 +129,7 @@ def digest(payload: Any) -> str:
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
-    """Write ``plan.yaml`` atomically.
-
-    Raises:
-        OutputError: the folder cannot be written.
-    """
+    """Write ``plan.yaml`` atomically (OutputError: the folder cannot be written)."""
     text = yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     atomic_write_text(folder / PLAN_FILE, text)
 
@@ -170,13 +163,25 @@ def read_plan(folder: Path) -> Plan | None:
 def differences(there: Plan, here: Plan) -> list[str]:
     """Return what differs, as ``evaluation.limit: 4 there, 8 now``, in the order of the plan."""
     old, new = (dict(_flat(plan.model_dump(mode="json"))) for plan in (there, here))
-    return [
-        f"{key}: {_CHANGED_FILES[key]}"
-        if key in _CHANGED_FILES
-        else f"{key}: {old.get(key, 'not set')!r} there, {new.get(key, 'not set')!r} now"
+    changed = [
+        key
         for key in [*old, *(each for each in new if each not in old)]
         if key not in _NOT_COMPARED and old.get(key) != new.get(key)
     ]
+    # The key of a row follows from what else is said to differ; alone it needs words.
+    said = [key for key in changed if not _is_key_of_a_row(key)] or changed[:1]
+    return [
+        _OF_A_KEY.format(key[5:-4])
+        if _is_key_of_a_row(key)
+        else f"{key}: {_CHANGED_FILES[key]}"
+        if key in _CHANGED_FILES
+        else f"{key}: {old.get(key, 'not set')!r} there, {new.get(key, 'not set')!r} now"
+        for key in said
+    ]
+
+
+def _is_key_of_a_row(key: str) -> bool:
+    return key.startswith("rows.") and key.endswith(".key")
 
 
 def _flat(value: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[str, Any]]:

@@ -17,12 +17,8 @@ from streamline_bench.errors import RecipeError
 from streamline_bench.resources import resource
 
 __all__ = [
-    "NoiseEngine",
-    "Request",
-    "RowRequest",
-    "ThroughputEngine",
-    "make_request",
-    "read_request",
+    *("NoiseEngine", "Request", "RowRequest", "ThroughputEngine"),
+    *("make_request", "read_request"),
 ]
 
 ThroughputEngine = Literal["none", "vllm", "hf"]
@@ -143,10 +139,8 @@ def _plan_path(name: str) -> Path:
         return path
     known = {path.stem: path for path in sorted((resource("reports") / "plans").glob("*.yaml"))}
     if name not in known:
-        raise RecipeError(
-            f"Unknown plan '{name}'{suggest(name, known) or ';'} known plans: {', '.join(known)} "
-            "(or give the path of a .yaml file)."
-        )
+        listed = f"; known: {', '.join(known)}, or the path of a .yaml file."
+        raise RecipeError(f"Unknown plan '{name}'{suggest(name, known) or listed}")
     return known[name]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,22 @@ from pydantic import ValidationError
 
 from streamline_bench.core.checkpoint.manifest import file_sha256
 from streamline_bench.core.machine.environment import found_device, known_device, package_versions
-from streamline_bench.core.recipe.validation import first_problem, suggest_or_list
+from streamline_bench.core.recipe.validation import wrong_value
 from streamline_bench.errors import RecipeError
+from streamline_bench.harness.tasks.asked_tasks import task_folders
+from streamline_bench.harness.tasks.task_files import check_tasks, tasks_sha256
+from streamline_bench.harness.tasks.task_names import refuse_unknown
 from streamline_bench.modeling.loading import dtype_name
 from streamline_bench.runs.planning.plan import Evaluation, NoisePlan, Plan, PlanRow, TextPlan
-from streamline_bench.runs.planning.request import NoiseEngine, Request
+from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.planning.rows import Row, resolve_rows
-from streamline_bench.runs.planning.task_files import tasks_sha256
 
 __all__ = ["resolve_plan"]
 
+log = logging.getLogger(__name__)
 
-def resolve_plan(request: Request, *, device: str | None = None) -> Plan:
+
+def resolve_plan(request: Request, *, device: str | None = None, progress: bool = True) -> Plan:
     """Return the plan of a request.
 
     Args:
@@ -32,16 +37,20 @@ def resolve_plan(request: Request, *, device: str | None = None) -> Plan:
     Raises:
         StreamlineBenchError: the model, a recipe or the task folder cannot be used.
     """
+    rows = resolve_rows(request)
+    own = _own_tasks(request)
+    refuse_unknown(request.tasks, task_folders(own))
+    # Not before what was mistyped is refused: these import torch.
     from streamline_bench.compression.key import content_key
     from streamline_bench.modeling.source_model import SourceModel
 
-    rows = resolve_rows(request)
-    source = SourceModel.find(request.model, request.revision)
+    source = SourceModel.find(request.model, request.revision, progress=progress)
     local = Path(request.model).expanduser().is_dir()
-    device = _device(request.device) or device or found_device("auto")
+    asked = request.device if request.device != "auto" else None
+    where = known_device(asked) if asked is not None else device or found_device("auto")
 
     def planned(row: Row) -> PlanRow:
-        key = content_key(source, row.recipe, device=device, dtype=request.dtype)
+        key = content_key(source, row.recipe, device=where, dtype=request.dtype)
         recipe = row.recipe.model_dump(mode="json")
         return PlanRow(label=row.label, dense=row.is_dense, recipe=recipe, key=key)
 
@@ -52,8 +61,8 @@ def resolve_plan(request: Request, *, device: str | None = None) -> Plan:
         weights_sha256=source.weights_sha256,
         reference=next(row.label for row in rows if row.is_dense),
         rows=tuple(planned(row) for row in rows),
-        evaluation=_evaluation(request),
-        device=device,
+        evaluation=_evaluation(request, own),
+        device=where,
         dtype=request.dtype,
         trust_remote_code=request.trust_remote_code,
         threads=request.threads,
@@ -66,14 +75,14 @@ def resolve_plan(request: Request, *, device: str | None = None) -> Plan:
     )
 
 
-def _device(asked: str | None) -> str | None:
-    return None if asked in (None, "auto") else known_device(str(asked))
-
-
-def _evaluation(request: Request) -> Evaluation:
+def _own_tasks(request: Request) -> Path | None:
     own = Path(request.include_path).expanduser().resolve() if request.include_path else None
     if own is not None and not own.is_dir():
-        raise RecipeError(f"The task folder {own} does not exist; mend --include-path.")
+        raise RecipeError(f"The task folder {own} does not exist; correct --include-path.")
+    return own
+
+
+def _evaluation(request: Request, own: Path | None) -> Evaluation:
     return Evaluation(
         tasks=request.tasks,
         include_path=str(own) if own else None,
@@ -92,15 +101,33 @@ def _task_files(request: Request, own: Path | None) -> str:
     Raises:
         EvaluationError: a name of a task stands for nothing.
     """
-    from streamline_bench.harness.tasks.asked_tasks import open_index, parts_of, task_folders
+    from streamline_bench.harness.tasks.asked_tasks import open_index, parts_of
 
     index = open_index(request.tasks, own)
-    configs = [part.config for name in request.tasks for part in parts_of(index, name)]
+    parts = [part for name in request.tasks for part in parts_of(index, name)]
+    configs = [part.config for part in parts]
+    tasks = {str(part.config.get("task") or part.task): part.config for part in parts if part.task}
+    check_tasks(tasks, request.environment)
+    _check_fewshot(request.num_fewshot, tasks)
     folders = [Path(folder) for folder in task_folders(own)]
     files = [
         name for name in request.tasks if name.endswith(".yaml") or name not in index.all_tasks
     ]
     return tasks_sha256(folders, configs, request.environment, files)
+
+
+def _check_fewshot(asked: int | None, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    """The harness ignores --num_fewshot for tasks that fix their number at 0."""
+    fixed = [task for task, config in tasks.items() if config.get("num_fewshot") == 0]
+    if not asked or not fixed:
+        return
+    named = ", ".join(fixed[:4]) + (f" and {len(fixed) - 4} more" if len(fixed) > 4 else "")
+    if len(fixed) == len(tasks):
+        raise RecipeError(
+            f"--num-fewshot {asked} has no effect: {named} always ask without examples; leave the "
+            "option out."
+        )
+    log.warning("--num-fewshot %s has no effect on %s, which ask without examples", asked, named)
 
 
 def _workload(request: Request) -> dict[str, Any]:
@@ -112,15 +139,7 @@ def _workload(request: Request) -> dict[str, Any]:
     try:
         return Workload.model_validate(request.workload).model_dump(mode="json")
     except ValidationError as error:
-        raise RecipeError(_workload_sentence(error, Workload.model_fields)) from None
-
-
-def _workload_sentence(error: ValidationError, known: Iterable[str]) -> str:
-    problem = error.errors(include_url=False)[0]
-    if problem["type"] == "extra_forbidden":
-        key = str(problem["loc"][0])
-        return f"The workload has an unknown key '{key}'{suggest_or_list(key, known)}"
-    return f"The workload's {first_problem(error)}."
+        raise RecipeError(f"--workload: {wrong_value(error, Workload)}") from None
 
 
 def _noise(request: Request) -> tuple[NoisePlan, ...]:
@@ -135,7 +154,9 @@ def _noise(request: Request) -> tuple[NoisePlan, ...]:
         dtype_name(request.noise_dtype)  # refused here as --dtype is
         found.append(_again(request, request.noise_dtype, dtype=request.noise_dtype))
     if request.noise_engine:
-        _require_engine(request.noise_engine)
+        from streamline_bench.modeling.vllm.package import require_vllm
+
+        require_vllm(f"--noise-engine {request.noise_engine}")
         found.append(_again(request, request.noise_engine, engine=request.noise_engine))
     return tuple(found)
 
@@ -149,20 +170,9 @@ def _again(request: Request, label: str, **change: Any) -> NoisePlan:
 def _require_other(value: str, usual: str | None, option: str) -> None:
     if value == usual:
         raise RecipeError(
-            f"The noise floor needs another value than {value}, which all rows have; change "
-            f"{option}."
+            f"{option} is {value}, which is the value of all rows; give another one, so that it "
+            "shows the noise."
         )
-
-
-def _require_engine(engine: NoiseEngine) -> None:
-    """Refuse an engine that is not installed, before anything is run.
-
-    Raises:
-        MissingDependencyError: with the line that installs it.
-    """
-    from streamline_bench.modeling.vllm.package import require_vllm
-
-    require_vllm(f"--noise-engine {engine}")
 
 
 def _text(request: Request) -> TextPlan | None:

@@ -2,45 +2,28 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import BaseModel
 
 from streamline_bench.compression.recipes import SIZE_KEYS, applicable, list_recipes, load_recipe
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.errors import RecipeError
-from streamline_bench.runs.planning.plan import PLAN_FILE
+from streamline_bench.runs.folder import is_row_name
 from streamline_bench.runs.planning.request import Request, RowRequest
 
-__all__ = [
-    "FILES",
-    "FOLDERS",
-    "GROUPS",
-    "PARTS_OF_A_ROW",
-    "Row",
-    "is_row_name",
-    "parse_row",
-    "resolve_rows",
-]
+__all__ = ["GROUPS", "Row", "resolve_rows"]
+
+log = logging.getLogger(__name__)
+
+_SHOWN = {"name", "title", "paper", "link", "reproduces", "published", "cost", *SIZE_KEYS}
+"""Keys of a recipe that decide no result, and sizes, of which one replaces the other."""
 
 GROUPS: tuple[str, ...] = ("all", "no-training", "calibrated", "recovered")
 """Groups of the recipes that come with the package: all of them, or by what they cost."""
-
-
-FOLDERS = ("jobs", "noise", "throughput")
-FILES = ("run.json", *(f"leaderboard.{kind}" for kind in ("html", "md", "csv", "json")))
-PARTS_OF_A_ROW = ("checkpoint", "eval", "divergence.json")
-_RESERVED = frozenset({*FOLDERS, *FILES, PLAN_FILE, "throughput.json", "report", "model-cards"})
-"""Names beside the rows' folders, and those that commands are told to write there."""
-_ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
-
-
-def is_row_name(label: str) -> bool:
-    """Whether a row's folder may be called so; some file systems do not tell A from a."""
-    name = label.lower()
-    taken = name in _RESERVED or name.startswith("leaderboard.")
-    return bool(_ROW_NAME.fullmatch(label)) and not taken
 
 
 @dataclass(frozen=True)
@@ -56,25 +39,6 @@ class Row:
         return self.recipe.method == "dense" and self.recipe.recovery is None
 
 
-def parse_row(text: str) -> RowRequest:
-    """Read ``LABEL=RECIPE`` or ``LABEL=RECIPE:KEY=VALUE,KEY=VALUE``.
-
-    Raises:
-        RecipeError: the text has another form.
-    """
-    label, equals, rest = text.partition("=")
-    recipe, colon, assignments = rest.partition(":")
-    overrides: dict[str, Any] = {}
-    for each in assignments.split(",") if colon else []:
-        key, separator, value = each.partition("=")
-        if not separator or not key.strip():
-            raise RecipeError(f"'{each}' in row '{text}' is not KEY=VALUE.")
-        overrides[key.strip()] = value
-    if not equals or not label or not recipe:
-        raise RecipeError(f"'{text}' is not a row; write LABEL=RECIPE:KEY=VALUE,KEY=VALUE.")
-    return RowRequest(recipe=recipe, label=label, overrides=overrides)
-
-
 def resolve_rows(request: Request) -> list[Row]:
     """Return the rows of a request in its order; the dense model is put first if it is missing.
 
@@ -82,7 +46,7 @@ def resolve_rows(request: Request) -> list[Row]:
         RecipeError: an unknown recipe or key, a label that is taken or cannot name a folder.
     """
     rows = [_row(each, request.overrides) for each in _expanded(request.recipes)]
-    _require_used(request.overrides, [row.recipe for row in rows if row.recipe.method != "dense"])
+    _require_used(request.overrides, [row for row in rows if row.recipe.method != "dense"])
     if not any(row.is_dense for row in rows):
         rows.insert(0, Row("dense", load_recipe("dense")))
     seen: set[str] = set()
@@ -122,21 +86,35 @@ def _row(request: RowRequest, common: Mapping[str, Any]) -> Row:
         # A row that names its own size is not given the other one as well.
         if not (key in sizes and sizes & own.keys())
     }
-    recipe = load_recipe(request.recipe)
-    if recipe.method != "dense":
-        recipe = load_recipe(request.recipe, {**applicable(shared, recipe), **own})
-    elif own:
-        recipe = load_recipe(request.recipe, own)
-    return Row(request.label or recipe.name, recipe)
+    written = load_recipe(request.recipe)
+    label = request.label or written.name
+    given = {**applicable(shared, written), **own} if written.method != "dense" else own
+    recipe = load_recipe(request.recipe, given)
+    for key, (before, after) in _replaced(written, recipe).items():
+        log.info("%s: %s is %s, the recipe's own is %s", label, key, after, before)
+    return Row(label, recipe)
 
 
-def _require_used(common: Mapping[str, Any], recipes: Iterable[Recipe]) -> None:
-    used = [applicable(common, recipe).keys() for recipe in recipes]
+def _replaced(written: BaseModel, given: BaseModel, within: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> values that a recipe itself gives and that were replaced, before and after."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in sorted(written.model_fields_set - _SHOWN):
+        before, after = getattr(written, name), getattr(given, name)
+        if isinstance(before, BaseModel) and isinstance(after, BaseModel):
+            found |= _replaced(before, after, f"{within}{name}.")
+        elif before != after and before is not None:
+            found[f"{within}{name}"] = (before, after)
+    return found
+
+
+def _require_used(common: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    used = [applicable(common, row.recipe).keys() for row in rows]
     unused = sorted(common.keys() - set().union(*used)) if used else []
     if unused:
+        labels = ", ".join(row.label for row in rows)
         raise RecipeError(
-            f"No recipe of this comparison reads '{unused[0]}'; leave it out, or add a recipe that "
-            "does."
+            f"'{unused[0]}' has no effect, because none of the rows ({labels}) reads it; leave it "
+            "out, or add a row that reads it."
         )
 
 

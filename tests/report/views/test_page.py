@@ -80,6 +80,7 @@ def hostile(board: dict[str, Any], parts_named: Callable[[str], dict[str, Any]])
     made["not_compared"] = {HOSTILE: HOSTILE}
     made["commands"] = [HOSTILE, f"lm_eval {HOSTILE}"]
     made["failed_jobs"] = {HOSTILE: HOSTILE}
+    made["ignored_options"] = [HOSTILE]
     for row in made["rows"]:
         if not row["is_dense"]:
             row |= parts_named(HOSTILE)

@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 
 import psutil
 import pytest
+from run_jobs import compress_job, score_job
 
 from streamline_bench.errors import OutputError, RecipeError
-from streamline_bench.runs.execution.executor import Ended, Unit
-from streamline_bench.runs.execution.local import LocalExecutor
 from streamline_bench.runs.execution.options import Execution
-from streamline_bench.runs.execution.process import JobProcess
-from streamline_bench.runs.folder import job_folder
-from streamline_bench.runs.jobs.graph import Job
+from streamline_bench.runs.execution.processes import Ended, JobProcess, LocalExecutor
+from streamline_bench.runs.folder import RunPaths
+from streamline_bench.runs.jobs.job import Job
+from streamline_bench.runs.jobs.together import score_together_job
 
 # Stands for a job: it holds the leash, starts a child as the harness would be, and waits.
 SLEEPER = """
@@ -37,8 +37,9 @@ time.sleep(600)
 STARTER = """
 import sys, time
 from pathlib import Path
-from streamline_bench.runs.execution.process import JobProcess
-process = JobProcess(Path(sys.argv[1]), "j", {}, command=("-c", sys.argv[2]))
+from streamline_bench.runs.execution.processes import JobProcess
+from streamline_bench.runs.folder import RunPaths
+process = JobProcess(RunPaths(Path(sys.argv[1])), "j", {}, command=("-c", sys.argv[2]))
 time.sleep(600)
 """
 
@@ -46,7 +47,7 @@ time.sleep(600)
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run folder with room for the job 'j'."""
-    job_folder(tmp_path, "j").mkdir(parents=True)
+    RunPaths(tmp_path).make_job("j")
     return tmp_path
 
 
@@ -83,7 +84,7 @@ def test_a_killed_starter_takes_the_job_and_its_children_along(run: Path) -> Non
 
 
 def test_ending_a_job_ends_its_children(run: Path) -> None:
-    process = JobProcess(run, "j", {}, command=("-c", SLEEPER))
+    process = JobProcess(RunPaths(run), "j", {}, command=("-c", SLEEPER))
     child = _child(run)
     assert process.poll() is None
     process.end()
@@ -92,7 +93,7 @@ def test_ending_a_job_ends_its_children(run: Path) -> None:
 
 
 def test_a_killed_job_leaves_no_child_behind(run: Path) -> None:
-    process = JobProcess(run, "j", {}, command=("-c", SLEEPER))
+    process = JobProcess(RunPaths(run), "j", {}, command=("-c", SLEEPER))
     child = _child(run)
     os.kill(process.pid, signal.SIGKILL)
     assert _wait_for(lambda: process.poll() is not None)
@@ -105,7 +106,7 @@ def test_a_job_that_ignores_the_request_to_end_is_killed(
 ) -> None:
     monkeypatch.setattr("streamline_bench.core.machine.processes.GRACE", 0.2)
     deaf = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SLEEPER
-    process = JobProcess(run, "j", {}, command=("-c", deaf))
+    process = JobProcess(RunPaths(run), "j", {}, command=("-c", deaf))
     _child(run)
     process.end()
     assert process.poll() == -signal.SIGKILL
@@ -113,7 +114,7 @@ def test_a_job_that_ignores_the_request_to_end_is_killed(
 
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"log\.txt cannot be written"):
-        JobProcess(tmp_path, "no-such-job", {})
+        JobProcess(RunPaths(tmp_path), "no-such-job", {})
 
 
 class Recorded:
@@ -121,7 +122,7 @@ class Recorded:
 
     made: ClassVar[list[Recorded]] = []
 
-    def __init__(self, run: Path, name: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, run: RunPaths, name: str, environment: Mapping[str, str]) -> None:
         self.name, self.environment = name, dict(environment)
         self.code: int | None = None
         self.seconds = 0.0
@@ -138,26 +139,26 @@ class Recorded:
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
     """Job processes are only recorded; the list of them."""
-    monkeypatch.setattr("streamline_bench.runs.execution.local.JobProcess", Recorded)
+    monkeypatch.setattr("streamline_bench.runs.execution.processes.JobProcess", Recorded)
     monkeypatch.setattr(Recorded, "made", [])
     return Recorded.made
 
 
-def _unit(name: str, count: int = 1, **environment: str) -> Unit:
-    return Unit(name, (Job(name, "compress", (), "k", {}, environment=environment),) * count)
+def _job(label: str, **environment: str) -> Job:
+    return compress_job(label, environment=environment)
 
 
 def test_gpus_are_shared_out_and_given_back(processes: list[Recorded], tmp_path: Path) -> None:
     executor = LocalExecutor(Execution(gpus=("4", "GPU-6f3a")))
     for name in "ab":
         assert executor.has_room()
-        executor.submit(tmp_path, _unit(name))
+        executor.submit(RunPaths(tmp_path), _job(name))
     assert not executor.has_room()
     visible = [process.environment["CUDA_VISIBLE_DEVICES"] for process in Recorded.made]
     assert visible == ["4", "GPU-6f3a"]
     Recorded.made[1].code = 0
-    assert executor.ended(0) == [Ended("b", 0)]
-    executor.submit(tmp_path, _unit("c"))
+    assert executor.ended(0) == [Ended("compress-b", 0)]
+    executor.submit(RunPaths(tmp_path), _job("c"))
     assert Recorded.made[2].environment["CUDA_VISIBLE_DEVICES"] == "GPU-6f3a"
 
 
@@ -184,45 +185,45 @@ def test_what_a_real_process_sees(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     process = functools.partial(JobProcess, command=("-c", TELLER))
-    monkeypatch.setattr("streamline_bench.runs.execution.local.JobProcess", process)
+    monkeypatch.setattr("streamline_bench.runs.execution.processes.JobProcess", process)
     executor = LocalExecutor(execution)
     waiting, ended = list("ab"), 0
     while ended < 2:
         while waiting and executor.has_room():
             name = waiting.pop(0)
-            job_folder(tmp_path, name).mkdir(parents=True)
-            executor.submit(tmp_path, _unit(name))
+            RunPaths(tmp_path).make_job(f"compress-{name}")
+            executor.submit(RunPaths(tmp_path), _job(name))
         ended += len(executor.ended(60))
-    assert {name: (tmp_path / name).read_text() for name in "ab"} == seen
+    assert {name: (tmp_path / f"compress-{name}").read_text() for name in "ab"} == seen
 
 
 def test_without_gpus_the_environment_is_left_as_it_is(
     processes: list[Recorded], tmp_path: Path
 ) -> None:
-    LocalExecutor(Execution()).submit(tmp_path, _unit("a"))
+    LocalExecutor(Execution()).submit(RunPaths(tmp_path), _job("a"))
     assert "CUDA_VISIBLE_DEVICES" not in Recorded.made[0].environment
 
 
 def test_threads_come_from_the_plan_else_the_environment_else_the_cores(
     processes: list[Recorded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def threads(unit: Unit, workers: int) -> str:
-        LocalExecutor(Execution(workers=workers)).submit(tmp_path, unit)
+    def threads(job: Job, workers: int) -> str:
+        LocalExecutor(Execution(workers=workers)).submit(RunPaths(tmp_path), job)
         return Recorded.made[-1].environment["OMP_NUM_THREADS"]
 
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert threads(_unit("a"), 3) == "4"
+    assert threads(_job("a"), 3) == "4"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert threads(_unit("a"), 3) == "5"
-    assert threads(_unit("a", OMP_NUM_THREADS="7"), 3) == "7"
+    assert threads(_job("a"), 3) == "5"
+    assert threads(_job("a", OMP_NUM_THREADS="7"), 3) == "7"
 
 
 def test_a_time_limit_counts_for_each_job_of_a_process(
     processes: list[Recorded], tmp_path: Path
 ) -> None:
     executor = LocalExecutor(Execution(timeout=10))
-    executor.submit(tmp_path, _unit("a", count=2))
+    executor.submit(RunPaths(tmp_path), score_together_job([score_job("dense"), score_job("a")]))
     Recorded.made[0].seconds = 19.0
     assert executor.ended(0) == []
     Recorded.made[0].seconds = 20.0
@@ -235,7 +236,7 @@ def test_a_time_limit_counts_for_each_job_of_a_process(
 def test_stopping_ends_every_process(processes: list[Recorded], tmp_path: Path) -> None:
     executor = LocalExecutor(Execution(workers=2))
     for name in "ab":
-        executor.submit(tmp_path, _unit(name))
+        executor.submit(RunPaths(tmp_path), _job(name))
     executor.stop()
     assert [process.was_ended for process in Recorded.made] == [True, True]
     assert executor.has_room()
@@ -245,10 +246,10 @@ def test_stopping_ends_every_process(processes: list[Recorded], tmp_path: Path) 
     ("options", "sentence"),
     [
         ({"executor": "slurm"}, "Unknown executor 'slurm'"),
-        ({"gpus_per_job": 1}, "asks for 1 GPUs and --gpus names 0"),
+        ({"gpus_per_job": 1}, "--gpus-per-job is 1 and --gpus names 0"),
         ({"gpus": ("0", "1"), "gpus_per_job": 2}, "--gpus-per-job 2 would leave GPUs idle"),
         ({"executor": "ray", "gpus_per_job": 4}, "--gpus-per-job 4 would leave GPUs idle"),
-        ({"gpus": ("0",), "gpus_per_job": 0, "workers": 2}, "--gpus-per-job 0 uses none"),
+        ({"gpus": ("0",), "gpus_per_job": 0, "workers": 2}, "--gpus-per-job 0"),
         ({"gpus": ("0", "1", "0")}, "names GPU 0 twice"),
     ],
 )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
+from run_jobs import compress_job, measure_job, score_job
 
 from streamline_bench.runs.execution.progress import PlainLines, watching
 from streamline_bench.runs.execution.scheduler import JobState
-from streamline_bench.runs.jobs.graph import Job
-from streamline_bench.runs.jobs.marker import Done
+from streamline_bench.runs.folder import RunPaths
+from streamline_bench.runs.jobs.job import Done
 
 HOSTILE = "[red]\x1b[31mbad[/red]"
 
@@ -23,7 +24,7 @@ def _done(seconds: float, **facts: object) -> Done:
 @pytest.fixture
 def states() -> dict[str, JobState]:
     """Two jobs that wait."""
-    jobs = [Job(f"score-{x}", "score", (x,), "k", {}) for x in "ab"]
+    jobs = [score_job(x) for x in "ab"]
     return {job.name: JobState(job) for job in jobs}
 
 
@@ -35,7 +36,7 @@ def _lines(show: PlainLines, states: dict[str, JobState], stream: io.StringIO) -
 
 def test_a_line_for_every_change_and_none_between(states: dict[str, JobState]) -> None:
     stream = io.StringIO()
-    show = PlainLines(Console(file=stream, width=200))
+    show = PlainLines(Console(file=stream, width=200), RunPaths(Path()))
     a, b = states.values()
     assert _lines(show, states, stream) == []
     a.status = "running"
@@ -50,7 +51,7 @@ def test_a_line_for_every_change_and_none_between(states: dict[str, JobState]) -
 
 def test_what_is_kept_is_one_line(states: dict[str, JobState]) -> None:
     stream = io.StringIO()
-    show = PlainLines(Console(file=stream, width=200))
+    show = PlainLines(Console(file=stream, width=200), RunPaths(Path()))
     for state in states.values():
         state.status, state.done = "kept", _done(1.0)
     assert _lines(show, states, stream) == ["2 of 2 jobs are kept from before"]
@@ -59,7 +60,7 @@ def test_what_is_kept_is_one_line(states: dict[str, JobState]) -> None:
 
 def test_another_attempt_is_said(states: dict[str, JobState]) -> None:
     stream = io.StringIO()
-    show = PlainLines(Console(file=stream, width=200))
+    show = PlainLines(Console(file=stream, width=200), RunPaths(Path()))
     a = states["score-a"]
     a.status, a.tries = "running", 1
     show(states)
@@ -79,7 +80,7 @@ def test_another_attempt_is_said(states: dict[str, JobState]) -> None:
 )
 def test_company_is_said(states: dict[str, JobState], facts: dict[str, object], said: str) -> None:
     stream = io.StringIO()
-    show = PlainLines(Console(file=stream, width=200))
+    show = PlainLines(Console(file=stream, width=200), RunPaths(Path()))
     a = states["score-a"]
     a.status, a.done = "done", _done(1.0, **facts)
     assert said in _lines(show, states, stream)[0]
@@ -87,21 +88,42 @@ def test_company_is_said(states: dict[str, JobState], facts: dict[str, object], 
 
 def test_what_is_left_comes_from_jobs_of_the_same_kind(states: dict[str, JobState]) -> None:
     stream = io.StringIO()
-    show = PlainLines(Console(file=stream, width=200))
+    show = PlainLines(Console(file=stream, width=200), RunPaths(Path()))
     a = states["score-a"]
     a.status, a.done = "done", _done(90.0)
     assert "1 of 2 jobs, 0 s, about 1:30 min left" in _lines(show, states, stream)[0]
     # Of a kind that never ran nothing is known.
-    other = Job("throughput", "measure", (), "k", {})
-    states["throughput"] = JobState(other)
+    states["throughput"] = JobState(measure_job())
     b = states["score-b"]
     b.status, b.done = "done", _done(90.0)
     assert "left" not in _lines(show, states, stream)[0]
 
 
+def test_a_long_job_gives_a_sign_of_life(
+    states: dict[str, JobState], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("streamline_bench.runs.execution.progress.time.monotonic", lambda: now[0])
+    run, stream = RunPaths(tmp_path), io.StringIO()
+    run.make_job("score-together-1")
+    run.log("score-together-1").write_text("begun\nscan: 10%\rscan: 40%|## [01:10<01:40]\n")
+    show = PlainLines(Console(file=stream, width=200), run)
+    for state in states.values():
+        state.status, state.process = "running", "score-together-1"
+    assert len(_lines(show, states, stream)) == 2
+    now[0] += 59
+    assert _lines(show, states, stream) == []
+    now[0] += 61
+    (line,) = _lines(show, states, stream)  # one process, one line
+    assert line.startswith("score-a, score-b: 2:00 min, scan: 40%|## [01:10<01:40]")
+    assert "0 of 2 jobs" in line
+    now[0] += 30
+    assert _lines(show, states, stream) == []
+
+
 def test_quiet_is_quiet(states: dict[str, JobState], capfd: pytest.CaptureFixture[str]) -> None:
     states["score-a"].status = "running"
-    with watching(quiet=True, title="t") as watch:
+    with watching(RunPaths(Path()), quiet=True, title="t") as watch:
         watch(states)
     assert capfd.readouterr() == ("", "")
 
@@ -116,12 +138,10 @@ def test_a_terminal_gets_a_table(
 
     monkeypatch.setattr("rich.console.Console", console)
     states["score-a"].status, states["score-a"].done = "done", _done(3.0)
-    job = replace(states["score-b"].job, labels=(HOSTILE,))
-    states["score-b"] = JobState(job, "failed", reason=HOSTILE)
+    states["score-b"] = JobState(score_job(HOSTILE), "failed", reason=HOSTILE)
     # Comes first in the run and last in the table, where its row has no score.
-    extra = Job("compress-x", "compress", ("x",), "k", {})
-    states = {"compress-x": JobState(extra, "kept", done=_done(1.0)), **states}
-    with watching(quiet=False, title=HOSTILE) as watch:
+    states = {"compress-x": JobState(compress_job("x"), "kept", done=_done(1.0)), **states}
+    with watching(RunPaths(Path()), quiet=False, title=HOSTILE) as watch:
         watch(states)
     shown = stream.getvalue()
     assert "None" not in shown

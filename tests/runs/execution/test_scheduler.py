@@ -4,43 +4,43 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from run_jobs import compress_job, score_job
 
 from streamline_bench.runs.execution import scheduler as scheduler_module
-from streamline_bench.runs.execution.executor import Ended, Unit
-from streamline_bench.runs.execution.grouping import Grouping
-from streamline_bench.runs.execution.scheduler import JobState, Scheduler
-from streamline_bench.runs.folder import job_folder
-from streamline_bench.runs.jobs.graph import Job
-from streamline_bench.runs.jobs.marker import count_attempt, write_done, write_failed
+from streamline_bench.runs.execution.processes import Ended
+from streamline_bench.runs.execution.scheduler import Grouping, JobState, Scheduler
+from streamline_bench.runs.folder import RunPaths
+from streamline_bench.runs.jobs.job import Job, count_attempt, write_done, write_failed
+from streamline_bench.runs.jobs.score import ScoreJob
 
-Script = Callable[[Path, Unit, int], Ended]
+Script = Callable[[RunPaths, Job, int], Ended]
 
 
 class Scripted:
-    """An executor whose units end at once, in the way a script says."""
+    """An executor whose jobs end at once, in the way a script says."""
 
     def __init__(self, script: Script, room: int = 1) -> None:
         self.script = script
         self.room = room
         self.started: list[tuple[str, ...]] = []
-        self._waiting: list[tuple[Path, Unit]] = []
+        self._waiting: list[tuple[RunPaths, Job]] = []
 
     def has_room(self) -> bool:
         return len(self._waiting) < self.room
 
-    def submit(self, run: Path, unit: Unit) -> None:
-        self.started.append(tuple(job.name for job in unit.jobs))
+    def submit(self, run: RunPaths, unit: Job) -> None:
+        self.started.append(tuple(job.name for job in unit.parts))
         self._waiting.append((run, unit))
 
     def ended(self, timeout: float) -> list[Ended]:
         found = []
         while self._waiting:
             run, unit = self._waiting.pop(0)
-            number = self.started.count(tuple(job.name for job in unit.jobs))
+            number = self.started.count(tuple(job.name for job in unit.parts))
             found.append(self.script(run, unit, number))
         return found
 
@@ -48,21 +48,23 @@ class Scripted:
         self._waiting.clear()
 
 
-def succeed(run: Path, unit: Unit, number: int = 1) -> Ended:
+def succeed(run: RunPaths, unit: Job, number: int = 1) -> Ended:
     """Every job of the unit leaves its marker."""
-    for job in unit.jobs:
+    for job in unit.parts:
         count_attempt(run, job.name)
         write_done(run, job.name, key=job.key, seconds=1, products=[])
     return Ended(unit.name, 0)
 
 
 def _jobs(**changes: bool) -> list[Job]:
-    compress = [Job(f"compress-{x}", "compress", (x,), f"c{x}", {}) for x in "ab"]
-    score = [
-        Job(f"score-{x}", "score", (x,), f"s{x}", {}, needs=(f"compress-{x}",), **changes)
-        for x in "ab"
-    ]
-    return [*compress, Job("score-dense", "score", ("dense",), "sd", {}, **changes), *score]
+    compress = [compress_job(label) for label in "ab"]
+    return [*compress, *(score_job(label, **changes) for label in ("dense", "a", "b"))]
+
+
+def _asked(run: Path, name: str) -> dict[str, Any]:
+    """The job as its process read it."""
+    asked: dict[str, Any] = json.loads((RunPaths(run).job(name) / "job.json").read_text())
+    return asked
 
 
 def _do(
@@ -75,7 +77,7 @@ def _do(
 ) -> Mapping[str, JobState]:
     seen: list[int] = []
     scheduler = Scheduler(
-        run,
+        RunPaths(run),
         executor,
         retries=retries,
         one_process=one_process,
@@ -106,13 +108,14 @@ def test_what_is_done_is_kept(tmp_path: Path) -> None:
     states = _do(tmp_path, _jobs(), executor)
     assert set(_statuses(states).values()) == {"kept"}
     assert executor.started == []
-    changed = [replace(job, key="new") if job.name == "score-a" else job for job in _jobs()]
+    new = {"key": "new"}
+    changed = [job.model_copy(update=new) if job.name == "score-a" else job for job in _jobs()]
     states = _do(tmp_path, changed, executor)
     assert executor.started == [("score-a",)]
 
 
 def test_a_failure_takes_only_its_own_row(tmp_path: Path) -> None:
-    def script(run: Path, unit: Unit, number: int) -> Ended:
+    def script(run: RunPaths, unit: Job, number: int) -> Ended:
         if unit.name != "compress-a":
             return succeed(run, unit)
         write_failed(run, unit.name, key="ca", reason="No such layer.")
@@ -137,7 +140,7 @@ def test_a_failure_takes_only_its_own_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [-9, None])
 def test_a_lost_process_is_started_again(tmp_path: Path, code: int | None) -> None:
-    def script(run: Path, unit: Unit, number: int) -> Ended:
+    def script(run: RunPaths, unit: Job, number: int) -> Ended:
         if unit.name == "compress-a" and number == 1:
             return Ended(unit.name, code)
         return succeed(run, unit)
@@ -149,7 +152,7 @@ def test_a_lost_process_is_started_again(tmp_path: Path, code: int | None) -> No
 
 
 def test_but_not_for_ever(tmp_path: Path) -> None:
-    def script(run: Path, unit: Unit, number: int) -> Ended:
+    def script(run: RunPaths, unit: Job, number: int) -> Ended:
         return Ended(unit.name, -9) if unit.name == "compress-a" else succeed(run, unit)
 
     executor = Scripted(script)
@@ -160,11 +163,10 @@ def test_but_not_for_ever(tmp_path: Path) -> None:
 
 
 def test_a_process_that_says_nothing_is_quoted_from_its_log(tmp_path: Path) -> None:
-    def script(run: Path, unit: Unit, number: int) -> Ended:
+    def script(run: RunPaths, unit: Job, number: int) -> Ended:
         if unit.name != "compress-a":
             return succeed(run, unit)
-        log = job_folder(run, unit.name) / "log.txt"
-        log.write_text("first\nImportError: no torch\n\n", encoding="utf-8")
+        run.log(unit.name).write_text("first\nImportError: no torch\n\n", encoding="utf-8")
         return Ended(unit.name, 1)
 
     states = _do(tmp_path, _jobs(), Scripted(script))
@@ -172,15 +174,15 @@ def test_a_process_that_says_nothing_is_quoted_from_its_log(tmp_path: Path) -> N
 
 
 def test_an_old_failure_does_not_explain_a_new_one(tmp_path: Path) -> None:
-    job_folder(tmp_path, "compress-a").mkdir(parents=True)
-    write_failed(tmp_path, "compress-a", key="ca", reason="The old reason.")
+    RunPaths(tmp_path).make_job("compress-a")
+    write_failed(RunPaths(tmp_path), "compress-a", key="ca", reason="The old reason.")
     states = _do(tmp_path, _jobs(), Scripted(lambda run, unit, number: Ended(unit.name, -15)))
     assert states["compress-a"].reason is not None
     assert "SIGTERM" in states["compress-a"].reason
 
 
 def test_a_result_that_is_there_counts_whatever_the_exit_code(tmp_path: Path) -> None:
-    def script(run: Path, unit: Unit, number: int) -> Ended:
+    def script(run: RunPaths, unit: Job, number: int) -> Ended:
         succeed(run, unit)
         return Ended(unit.name, -9)
 
@@ -198,7 +200,7 @@ def test_rows_are_scored_together_once_all_are_compressed(tmp_path: Path) -> Non
 def test_a_row_that_shares_nothing_does_not_wait_for_rows_still_compressed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_process: bool
 ) -> None:
-    def groups(run: Path, jobs: list[Job], *, one_process: bool) -> Grouping:
+    def groups(run: RunPaths, jobs: list[ScoreJob], *, one_process: bool) -> Grouping:
         alone = {} if one_process else {job.name: "another" for job in jobs if "-b" in job.name}
         shared = [job for job in jobs if job.name not in alone]
         return Grouping([shared, *([job] for job in jobs if job.name in alone)], alone)
@@ -220,12 +222,11 @@ def test_a_row_that_shares_nothing_does_not_wait_for_rows_still_compressed(
         assert scored == [("score-dense", "score-a", "score-b")]
     else:
         assert scored == [("score-b",), ("score-dense", "score-a")]
-        asked = json.loads((job_folder(tmp_path, "score-b") / "job.json").read_text())
-        assert asked["payload"]["alone"] == "another"
+        assert _asked(tmp_path, "score-b")["alone"] == "another"
 
 
 def test_a_row_that_could_not_be_compressed_is_left_out(tmp_path: Path) -> None:
-    def script(run: Path, unit: Unit, number: int) -> Ended:
+    def script(run: RunPaths, unit: Job, number: int) -> Ended:
         return Ended(unit.name, 1) if unit.name == "compress-a" else succeed(run, unit)
 
     executor = Scripted(script)
@@ -238,8 +239,8 @@ def test_a_row_that_could_not_be_compressed_is_left_out(tmp_path: Path) -> None:
 def test_rows_whose_common_process_fails_are_scored_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
-    def script(run: Path, unit: Unit, number: int) -> Ended:
-        return Ended(unit.name, code) if len(unit.jobs) > 1 else succeed(run, unit)
+    def script(run: RunPaths, unit: Job, number: int) -> Ended:
+        return Ended(unit.name, code) if len(unit.parts) > 1 else succeed(run, unit)
 
     executor = Scripted(script)
     states = _do(tmp_path, _jobs(shareable=True), executor)
@@ -253,13 +254,12 @@ def test_rows_whose_common_process_fails_are_scored_alone(
     said = [record.getMessage() for record in caplog.records]
     assert [line.split()[0] for line in said] == ["dense", "a", "b"]
     assert "is scored alone" in said[0]
-    asked = json.loads((job_folder(tmp_path, "score-a") / "job.json").read_text(encoding="utf-8"))
-    assert asked["payload"]["alone"].startswith("its common process failed: It ")
+    assert _asked(tmp_path, "score-a")["alone"].startswith("its common process failed: It ")
 
 
 def test_a_common_process_whose_machine_is_lost_is_started_again(tmp_path: Path) -> None:
-    def script(run: Path, unit: Unit, number: int) -> Ended:
-        lost = len(unit.jobs) > 1 and number == 1
+    def script(run: RunPaths, unit: Job, number: int) -> Ended:
+        lost = len(unit.parts) > 1 and number == 1
         return Ended(unit.name, None) if lost else succeed(run, unit)
 
     executor = Scripted(script)
@@ -268,10 +268,12 @@ def test_a_common_process_whose_machine_is_lost_is_started_again(tmp_path: Path)
 
 
 def test_a_row_that_fails_in_company_is_not_scored_alone(tmp_path: Path) -> None:
-    def script(run: Path, unit: Unit, number: int) -> Ended:
-        if len(unit.jobs) == 1:
+    def script(run: RunPaths, unit: Job, number: int) -> Ended:
+        if len(unit.parts) == 1:
             return succeed(run, unit)
-        succeed(run, Unit("x", tuple(job for job in unit.jobs if job.name != "score-a")))
+        for job in unit.parts:
+            if job.name != "score-a":
+                succeed(run, job)
         write_failed(run, "score-a", key="sa", reason="A log-likelihood is NaN.")
         return Ended(unit.name, 0)
 
@@ -286,7 +288,7 @@ def test_only_missing_rows_are_scored_together_after_an_interruption(tmp_path: P
     jobs = _jobs(shareable=True)
     _do(tmp_path, jobs, Scripted(succeed))
     for name in ("score-a", "score-b"):
-        (job_folder(tmp_path, name) / "done.json").unlink()
+        (RunPaths(tmp_path).job(name) / "done.json").unlink()
     executor = Scripted(succeed)
     _do(tmp_path, jobs, executor)
     assert executor.started == [("score-a", "score-b")]
@@ -298,15 +300,15 @@ def test_what_dense_shares_decides_also_where_it_has_its_result(
     """Reasons name the dense row, whichever rows are left after an interruption."""
     asked: list[list[str]] = []
 
-    def groups(run: Path, jobs: list[Job], *, one_process: bool) -> Grouping:
+    def groups(run: RunPaths, jobs: list[ScoreJob], *, one_process: bool) -> Grouping:
         asked.append([job.name for job in jobs])
         return Grouping([[job] for job in jobs], {job.name: "another" for job in jobs[1:]})
 
     jobs = _jobs(shareable=True)
     for name in ("compress-a", "compress-b", "score-dense"):
-        job_folder(tmp_path, name).mkdir(parents=True)
+        RunPaths(tmp_path).make_job(name)
         key = next(job.key for job in jobs if job.name == name)
-        write_done(tmp_path, name, key=key, seconds=1, products=[])
+        write_done(RunPaths(tmp_path), name, key=key, seconds=1, products=[])
     monkeypatch.setattr(scheduler_module, "groups_of", groups)
     executor = Scripted(succeed)
     _do(tmp_path, jobs, executor, one_process=False)
@@ -315,7 +317,5 @@ def test_what_dense_shares_decides_also_where_it_has_its_result(
 
 
 def test_the_only_row_of_a_run_is_not_said_to_be_alone(tmp_path: Path) -> None:
-    (dense,) = [job for job in _jobs(shareable=True) if job.name == "score-dense"]
-    _do(tmp_path, [dense], Scripted(succeed))
-    asked = json.loads((job_folder(tmp_path, "score-dense") / "job.json").read_text())
-    assert "alone" not in asked["payload"]
+    _do(tmp_path, [score_job("dense", shareable=True)], Scripted(succeed))
+    assert _asked(tmp_path, "score-dense")["alone"] is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,22 @@ import pytest
 from streamline_bench.compression import compress, load_recipe
 from streamline_bench.harness.trunk.request import LabelOutcome, TrunkOutcome, TrunkRequest
 from streamline_bench.harness.trunk.walk import Walk
-from streamline_bench.runs.execution.grouping import groups_of, together_payload, unit_of
-from streamline_bench.runs.folder import job_folder
-from streamline_bench.runs.jobs.graph import Job, plan_jobs
-from streamline_bench.runs.jobs.marker import read_done, read_failed
-from streamline_bench.runs.jobs.score_job import check_scores
-from streamline_bench.runs.jobs.together import score_rows_together
+from streamline_bench.runs.execution.scheduler import groups_of
+from streamline_bench.runs.folder import RunPaths
+from streamline_bench.runs.jobs.graph import plan_jobs
+from streamline_bench.runs.jobs.job import read_done, read_failed
+from streamline_bench.runs.jobs.score import ScoreJob, check_scores
+from streamline_bench.runs.jobs.together import score_together_job
 from streamline_bench.runs.planning.plan import Plan
 from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.planning.resolve import resolve_plan
 
 
-def _scoring(plan: Plan) -> list[Job]:
-    return [job for job in plan_jobs(plan) if job.shareable]
+def _scoring(plan: Plan) -> list[ScoreJob]:
+    return [job for job in plan_jobs(plan) if isinstance(job, ScoreJob) and job.shareable]
 
 
-def _names(groups: list[list[Job]]) -> list[list[str]]:
+def _names(groups: list[list[ScoreJob]]) -> list[list[str]]:
     return [sorted(job.name for job in group) for group in groups]
 
 
@@ -41,7 +41,7 @@ def test_rows_that_share_their_first_layers_belong_together(
         recipe = load_recipe(row, {"n_layers": 2})
         compress(tiny_llama, recipe, tmp_path / row / "checkpoint", progress=False)
     shutil.rmtree(tmp_path / "random_layers")  # cannot be read: left to whoever scores it alone
-    found = groups_of(tmp_path, jobs, one_process=False)
+    found = groups_of(RunPaths(tmp_path), jobs, one_process=False)
     groups = _names(found.groups)
     # first_layers begins with the third layer of the dense model, last_layers with its first.
     assert groups == [
@@ -55,23 +55,23 @@ def test_rows_that_share_their_first_layers_belong_together(
         in (found.alone["score-first_layers"])
     )
     assert "random_layers" in found.alone["score-random_layers"]
-    assert len(groups_of(tmp_path, jobs, one_process=True).groups) == 1
+    assert len(groups_of(RunPaths(tmp_path), jobs, one_process=True).groups) == 1
 
 
 def test_the_same_rows_are_the_same_unit(plan: Plan) -> None:
     jobs = _scoring(plan)
-    assert unit_of(jobs[:1]).name == jobs[0].name
-    assert unit_of(jobs) == unit_of(jobs)
-    assert unit_of(jobs).name != unit_of(jobs[:2]).name
-    changed = [replace(jobs[0], key="other"), *jobs[1:]]
-    assert unit_of(changed).name != unit_of(jobs).name
+    assert score_together_job(jobs[:1]) is jobs[0]
+    assert score_together_job(jobs) == score_together_job(jobs)
+    assert score_together_job(jobs).name != score_together_job(jobs[:2]).name
+    changed = [jobs[0].model_copy(update={"key": "other"}), *jobs[1:]]
+    assert score_together_job(changed).name != score_together_job(jobs).name
 
 
 @pytest.fixture
 def run(plan: Plan, tiny_llama: Path, tmp_path: Path) -> Path:
     """A run folder with folders for all jobs and checkpoints that are the model itself."""
     for job in plan_jobs(plan):
-        job_folder(tmp_path, job.name).mkdir(parents=True)
+        RunPaths(tmp_path).make_job(job.name)
     for label in ("first_layers", "last_layers"):
         shutil.copytree(tiny_llama, tmp_path / label / "checkpoint")
     return tmp_path
@@ -81,7 +81,8 @@ def test_every_row_is_published_or_failed_by_itself(
     run: Path, plan: Plan, lm_eval_outputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = _scoring(plan)
-    by_label = {job.labels[0]: job for job in jobs}
+    paths = RunPaths(run)
+    by_label = {job.label: job for job in jobs}
     asked: list[TrunkRequest] = []
 
     def score(
@@ -100,30 +101,30 @@ def test_every_row_is_published_or_failed_by_itself(
             on_label(label, outcome)
             # It is published at once, not when all are scored.
             name, key = by_label[label].name, by_label[label].key
-            assert read_done(run, name, key) or read_failed(run, name, key)
+            assert read_done(paths, name, key) or read_failed(paths, name, key)
         return TrunkOutcome(labels=outcomes, walks=(walk,))
 
     monkeypatch.setattr("streamline_bench.harness.trunk.score_together", score)
     stale = run / "dense" / "eval"
     stale.mkdir(parents=True)
     (stale / "results_2099-01-01T00-00-00.000000.json").write_text("{}", encoding="utf-8")
-    score_rows_together(run, unit_of(jobs).name, together_payload(jobs))
+    score_together_job(jobs).work(paths)
 
     (request,) = asked
     assert request.dense == "dense"
     assert request.batch_size == 16
     assert request.device == "cpu"
-    dense = read_done(run, "score-dense", by_label["dense"].key)
+    dense = read_done(paths, "score-dense", by_label["dense"].key)
     assert dense is not None
-    assert dense.facts["together"] == ["dense", "last_layers"]
+    assert dense.facts.together == ("dense", "last_layers")
     assert dense.seconds == 4.5
     assert dense.command is not None
     assert f"--output_path {run}/dense/eval" in dense.command
     assert not (stale / "results_2099-01-01T00-00-00.000000.json").exists()
-    first = read_failed(run, "score-first_layers", by_label["first_layers"].key)
+    first = read_failed(paths, "score-first_layers", by_label["first_layers"].key)
     assert first is not None
     assert first.reason == "Layer 3 is NaN."
-    last = read_failed(run, "score-last_layers", by_label["last_layers"].key)
+    last = read_failed(paths, "score-last_layers", by_label["last_layers"].key)
     assert last is not None
     assert "samples_" in last.reason
     assert not (run / "last_layers" / "eval").exists()
@@ -136,14 +137,15 @@ class Walking:
     """A run folder and its scoring jobs."""
 
     run: Path
-    jobs: list[Job]
+    jobs: list[ScoreJob]
 
     def score(self) -> dict[str, list[str]]:
         """Score them; return job -> the labels it was scored with."""
-        score_rows_together(self.run, unit_of(self.jobs).name, together_payload(self.jobs))
-        done = {job.name: read_done(self.run, job.name, job.key) for job in self.jobs}
+        paths = RunPaths(self.run)
+        score_together_job(self.jobs).work(paths)
+        done = {job.name: read_done(paths, job.name, job.key) for job in self.jobs}
         return {
-            name: sorted(each.facts["together"]) for name, each in done.items() if each is not None
+            name: sorted(each.facts.together) for name, each in done.items() if each is not None
         }
 
     def outputs(self) -> list[Path]:
@@ -160,7 +162,7 @@ def walking(make: Callable[..., Request], tasks: Path, tiny_llama: Path, tmp_pat
     plan = resolve_plan(request)
     run = tmp_path / "run"
     for job in plan_jobs(plan):
-        job_folder(run, job.name).mkdir(parents=True)
+        RunPaths(run).make_job(job.name)
     recipe = load_recipe("last_layers", {"n_layers": 2})
     compress(tiny_llama, recipe, run / "last_layers" / "checkpoint", progress=False)
     return Walking(run, _scoring(plan))
@@ -217,7 +219,7 @@ def test_a_walk_that_was_stopped_goes_on_where_it_was(
     together = len(batches)
     interrupted = _samples(walking.run)
     for job in walking.jobs:
-        (job_folder(walking.run, job.name) / "done.json").unlink()
+        (RunPaths(walking.run).job(job.name) / "done.json").unlink()
     walking.score()
     assert len(batches) - together == together > 3  # as many as without the interruption
     assert _samples(walking.run) == interrupted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 
 from streamline_bench.errors import MissingDependencyError, OutputError, RecipeError
-from streamline_bench.runs.folder import claim, locked
+from streamline_bench.runs.folder import RunPaths, claim, locked
 from streamline_bench.runs.jobs.graph import measure_job, plan_jobs
-from streamline_bench.runs.jobs.harness_command import reader_command
+from streamline_bench.runs.jobs.job import read_done
+from streamline_bench.runs.jobs.score import ScoreJob
 from streamline_bench.runs.planning.plan import Plan, differences, read_plan, write_plan
 from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.planning.resolve import resolve_plan
@@ -30,7 +32,7 @@ def test_written_and_read_it_is_the_same(plan: Plan, tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"limit": 8}, "evaluation.limit: None there, 8.0 now"),
-        ({"tasks": ["piqa"]}, "evaluation.tasks: "),
+        ({"tasks": ["streamline_demo_order"]}, "evaluation.tasks: "),
         ({"set": {"n_layers": 3}}, "rows.first_layers.recipe.n_layers: 2 there, 3 now"),
         ({"recipes": ["first_layers"]}, "rows: "),
         ({"batch_size": "4"}, "evaluation.batch_size: '16' there, '4' now"),
@@ -65,6 +67,23 @@ def test_other_weights_are_another_model(
     assert differences(plan, other)[0].startswith("weights_sha256")
     keys = {job.key for job in plan_jobs(plan)}
     assert keys.isdisjoint(job.key for job in plan_jobs(other))
+
+
+def test_a_run_of_another_version_is_refused_in_words(plan: Plan, tmp_path: Path) -> None:
+    rows = tuple(row.model_copy(update={"key": row.key[::-1]}) for row in plan.rows)
+    claim(tmp_path, plan.model_copy(update={"rows": rows}))
+    with pytest.raises(OutputError, match=r"row dense: .*version of streamline-bench.*--output"):
+        claim(tmp_path, plan)
+
+
+def test_a_marker_of_the_previous_version_is_continued(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path)
+    facts = {"layers_before": 6, "together": [], "alone": "why", "not_compared": {}}
+    marker = {"key": "k", "seconds": 1.0, "attempts": 1, "files": {}, "facts": facts}
+    (run.make_job("j") / "done.json").write_text(json.dumps(marker), encoding="utf-8")
+    done = read_done(run, "j", "k")
+    assert done is not None
+    assert done.facts.alone == "why"
 
 
 def test_keys_name_what_decides_a_result_and_nothing_else(
@@ -168,15 +187,15 @@ def test_every_repetition_of_the_dense_model_changes_one_thing(
     assert [(each.label, each.batch_size, each.dtype) for each in plan.noise] == found
     jobs = [job for job in plan_jobs(plan) if job.name.startswith("noise-")]
     assert len({job.key for job in plan_jobs(plan)}) == len(plan_jobs(plan))
-    assert [job.payload["output"] for job in jobs] == [
-        f"noise/{label.replace(' ', '-')}/eval" for label, *_ in found
+    assert [job.products(RunPaths(Path("run"))) for job in jobs] == [
+        [Path(f"run/noise/{label.replace(' ', '-')}/eval")] for label, *_ in found
     ]
 
 
 def test_repetitions_that_would_change_nothing(make: Callable[..., Request]) -> None:
-    with pytest.raises(RecipeError, match="another value than 16, which all rows have"):
+    with pytest.raises(RecipeError, match="--noise-batch-size is 16"):
         resolve_plan(make(noise_batch_size="16"))
-    with pytest.raises(RecipeError, match="change --noise-dtype"):
+    with pytest.raises(RecipeError, match="--noise-dtype is bfloat16"):
         resolve_plan(make(noise_dtype="bfloat16", dtype="bfloat16"))
 
 
@@ -188,7 +207,8 @@ def test_another_engine_is_asked_through_its_own_model_of_the_harness(
     assert [(each.label, each.engine) for each in plan.noise] == [("vllm", "vllm")]
     (job,) = [job for job in plan_jobs(plan) if job.name == "noise-vllm"]
     assert job.key != next(job.key for job in plan_jobs(plan) if job.name == "score-dense")
-    assert " --model streamline-vllm " in reader_command(tmp_path, job.payload)
+    assert isinstance(job, ScoreJob)
+    assert " --model streamline-vllm " in job.reader_command(RunPaths(tmp_path))
 
 
 def test_an_engine_that_is_not_installed_is_refused_before_anything_runs(
@@ -249,7 +269,7 @@ def test_speed_is_measured_with_as_many_threads_as_the_key_says(plan: Plan) -> N
     jobs = [measure_job(plan, ["dense"], threads) for threads in (1, 4)]
     assert jobs[0].key != jobs[1].key
     assert [job.environment["OMP_NUM_THREADS"] for job in jobs] == ["1", "4"]
-    assert [job.payload["threads"] for job in jobs] == [1, 4]
+    assert [job.threads for job in jobs] == [1, 4]
     fixed = plan.model_copy(update={"threads": 2})
     assert measure_job(fixed, ["dense"], 1) == measure_job(fixed, ["dense"], 4)
 

@@ -11,8 +11,9 @@ import pytest
 from streamline_bench.core.checkpoint.manifest import file_sha256
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import EvaluationError, RecipeError
+from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.graph import plan_jobs
-from streamline_bench.runs.jobs.harness_command import harness_command, reader_command
+from streamline_bench.runs.jobs.score import ScoreJob, harness_command
 from streamline_bench.runs.planning.plan import Evaluation
 from streamline_bench.runs.planning.request import Request, make_request
 from streamline_bench.runs.planning.resolve import resolve_plan
@@ -23,11 +24,15 @@ from streamline_bench.runs.run import compare_request
     ("changes", "error", "sentence"),
     [
         ({"tasks": ["streamline_demo_pair"]}, EvaluationError, "mean 'streamline_demo_pairs'"),
+        ({"num_fewshot": 3}, RecipeError, "--num-fewshot 3 .*streamline_demo_pairs"),
+        ({"tasks": ["local_piqa"]}, EvaluationError, "local_piqa.*piqa_val.*BENCH_DATA"),
+        ({"tasks": ["piqa"], "environment": {"HF_HUB_OFFLINE": "1", "HF_HOME": "/none"}},
+         EvaluationError, "'piqa'.*not in the cache.*HF_HUB_OFFLINE"),
         ({"device": "cud"}, RecipeError, "'cud' is not a device"),
         ({"device": "cuda:9"}, RecipeError, "--device is cuda:9 and this process sees no cuda"),
         ({"noise_dtype": "flot"}, RecipeError, "'flot' is no dtype"),
         ({"throughput": "hf", "workload": {"round": 3}}, RecipeError,
-         "The workload has an unknown key 'round'; did you mean 'rounds'"),
+         "--workload: unknown key 'round'; did you mean 'rounds'"),
         ({"throughput": "hf", "workload": {"xyz": 3}}, RecipeError, "'xyz'; known: batch_sizes,"),
     ],
 )  # fmt: skip
@@ -40,6 +45,7 @@ def test_nothing_is_claimed_for_what_cannot_be_run(
     sentence: str,
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.delenv("STREAMLINE_BENCH_DATA", raising=False)
     with pytest.raises(error, match=sentence):
         compare_request(make(**changes), tmp_path / "run", until="compress", progress=False)
     assert not (tmp_path / "run" / "plan.yaml").exists()
@@ -118,8 +124,10 @@ def test_the_users_task_folder_comes_beside_ours(
     names = ["words", "streamline_demo_pairs"]
     plan = resolve_plan(make(recipes=["dense"], tasks=names, include_path=str(tasks)))
     (job,) = plan_jobs(plan)
-    command = reader_command(tmp_path, job.payload)
+    assert isinstance(job, ScoreJob)
+    command = job.reader_command(RunPaths(tmp_path))
     assert command.startswith("streamline-bench lm-eval --model streamline ")
     assert f"--include_path {tasks} --tasks words,streamline_demo_pairs" in command
     (job,) = plan_jobs(resolve_plan(make(recipes=["dense"], tasks=names[1:])))
-    assert reader_command(tmp_path, job.payload).startswith("lm_eval --model streamline ")
+    assert isinstance(job, ScoreJob)
+    assert job.reader_command(RunPaths(tmp_path)).startswith("lm_eval --model streamline ")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from streamline_bench.compression import list_recipes
+from streamline_bench.compression import list_recipes, load_recipe
 from streamline_bench.errors import RecipeError
 from streamline_bench.runs.planning.request import Request, RowRequest, make_request, read_request
-from streamline_bench.runs.planning.rows import parse_row, resolve_rows
+from streamline_bench.runs.planning.rows import resolve_rows
 
 
 def _labels(request: Request) -> list[str]:
@@ -55,36 +55,21 @@ def test_common_values_reach_the_rows_that_read_them(make: Callable[..., Request
     _, sleb, streamline = (row.recipe for row in resolve_rows(request))
     assert (sleb.training.epochs, streamline.training.epochs) == (1, 3)
     assert sleb.calibration.sequence_length == streamline.calibration.sequence_length == 64
-    with pytest.raises(RecipeError, match=r"No recipe of this comparison reads 'training\.epochs'"):
+    with pytest.raises(RecipeError, match=r"training\.epochs.*sleb, shortgpt"):
         resolve_rows(make(recipes=["sleb", "shortgpt"], set=common))
     own = RowRequest(label="x", recipe="sleb", overrides={"replacement": "ffn"})
     with pytest.raises(RecipeError, match="method 'sleb' does not read 'replacement'"):
         resolve_rows(make(recipes=[own], set={"n_layers": 2}))
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a=shortgpt", RowRequest(label="a", recipe="shortgpt")),
-        ("a=my.yaml", RowRequest(label="a", recipe="my.yaml")),
-        (
-            "a=streamline:sparsity=0.5,training.lr=1e-3",
-            RowRequest(
-                label="a",
-                recipe="streamline",
-                overrides={"sparsity": "0.5", "training.lr": "1e-3"},
-            ),
-        ),
-    ],
-)
-def test_a_row_as_text(text: str, expected: RowRequest) -> None:
-    assert parse_row(text) == expected
-
-
-@pytest.mark.parametrize("text", ["shortgpt", "=shortgpt", "a=", "a=shortgpt:", "a=b:sparsity"])
-def test_a_row_that_is_none(text: str) -> None:
-    with pytest.raises(RecipeError, match=r"LABEL=RECIPE|KEY=VALUE"):
-        parse_row(text)
+def test_values_in_place_of_a_recipes_own_are_said_for_each_row(
+    make: Callable[..., Request], caplog: pytest.LogCaptureFixture
+) -> None:
+    own = load_recipe("laco").calibration.samples
+    with caplog.at_level("INFO", "streamline_bench"):
+        resolve_rows(make(recipes=["laco", "last_layers"], set={"calibration.samples": 32}))
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"laco: calibration.samples is 32, the recipe's own is {own}"]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from streamline_bench.cli.throughput import command
-from streamline_bench.runs.jobs.graph import Job, measure_job
-from streamline_bench.runs.jobs.throughput_job import measure_rows
+from streamline_bench.runs.folder import RunPaths
+from streamline_bench.runs.jobs.graph import measure_job
+from streamline_bench.runs.jobs.job import Job
 from streamline_bench.runs.planning.plan import Plan
 from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.planning.resolve import resolve_plan
@@ -40,7 +41,7 @@ def test_the_command_repeats_what_was_measured(
         "streamline_bench.core.checkpoint.folder.resolve_pretrained",
         lambda name, revision: tiny_llama / f"{name}@{revision}",
     )
-    typed = measure_rows(tmp_path, "throughput", job.payload).command
+    typed = job.work(RunPaths(tmp_path)).command
     assert asked["setup"].trust_remote_code
     assert asked["models"]["dense"] == tiny_llama / "owner/model@v2"
     assert typed is not None

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from streamline_bench.harness.tasks.task_files import data_files, tasks_sha256
 from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.planning.resolve import resolve_plan
-from streamline_bench.runs.planning.task_files import data_files, tasks_sha256
 
 
 def _named(config: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> list[str]:

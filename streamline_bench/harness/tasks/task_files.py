@@ -13,12 +13,15 @@ from typing import Any
 from tqdm import tqdm
 
 from streamline_bench.core.checkpoint.manifest import file_sha256, update_digest
-from streamline_bench.runs.planning.plan import PLAN_FILE
+from streamline_bench.errors import EvaluationError
 
-__all__ = ["data_files", "tasks_sha256"]
+__all__ = ["check_tasks", "data_files", "tasks_sha256"]
 
 _VARIABLE = "STREAMLINE_BENCH_DATA"
 """Names the folder in which the local tasks of this package look for their data."""
+
+_TASK_NAME = 255 - len("samples__2026-01-01T00-00-00.000000.jsonl")
+"""Bytes of a task's name with which the harness can still name a file of samples."""
 
 _HASHED_UP_TO = 64 << 20
 """Larger files of a task folder count by their size, unless a task's configuration names them."""
@@ -73,6 +76,59 @@ def data_files(
             for place in _places(named, environment):
                 found |= _files_at(place)
     return found
+
+
+def check_tasks(tasks: Mapping[str, Mapping[str, Any]], environment: Mapping[str, str]) -> None:
+    """Refuse tasks whose data is known to be missing, or whose name cannot name a file.
+
+    Args:
+        tasks: name -> configuration.
+        environment: variables of the jobs.
+
+    Raises:
+        EvaluationError: naming the task, and what is missing.
+    """
+    known = {**os.environ, **environment}
+    offline = known.get("HF_HUB_OFFLINE") == "1" or known.get("HF_DATASETS_OFFLINE") == "1"
+    for task, config in tasks.items():
+        too_many = len(task.encode()) - _TASK_NAME
+        if too_many > 0:
+            raise EvaluationError(
+                f"The task name '{task}' is {too_many} bytes too long for the file that the "
+                f"harness names after it; give the task a name of at most {_TASK_NAME} bytes."
+            )
+        path = str(config.get("dataset_path") or "")
+        if offline and _is_hub_id(path) and not _is_cached(path, known):
+            raise EvaluationError(
+                f"The data of the task '{task}' is missing: the data set {path} is not in the "
+                "cache, and HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set; unset it, or leave the "
+                "task out."
+            )
+        ours = str(config.get("custom_dataset")).endswith("local_data.load")
+        if not ours and not _is_builder(path):
+            continue  # a file belongs to the data set, or only the task's own code knows where
+        for named in _named(config):
+            places = list(_places(named, environment))
+            if places and not any(_files_at(place) for place in places):
+                hint = f" ({_VARIABLE} is {known.get(_VARIABLE) or 'not set'})" if ours else ""
+                raise EvaluationError(
+                    f"The data of the task '{task}' is missing: there is no file {named}{hint}; "
+                    "put it there, or leave the task out."
+                )
+
+
+def _is_hub_id(path: str) -> bool:
+    local = Path(path).exists() or path.startswith((".", "/", "~")) or _is_builder(path)
+    return bool(path) and "$" not in path and not local
+
+
+def _is_cached(path: str, known: Mapping[str, str]) -> bool:
+    """Whether ``datasets`` or the hub's client has kept something of a data set."""
+    home = Path(known.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
+    made = Path(known.get("HF_DATASETS_CACHE") or home / "datasets").expanduser()
+    loaded = Path(known.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    name = path.split("/")[-1]
+    return any(made.glob(f"*{name}*")) or any(loaded.glob(f"datasets--*{name}"))
 
 
 def _named(config: Mapping[str, Any]) -> Iterator[str]:
@@ -139,7 +195,7 @@ def _visible_files(folder: Path) -> list[Path]:
     found: list[Path] = []
     for root, folders, names in os.walk(folder):
         here = Path(root)
-        if here != folder and PLAN_FILE in names and "jobs" in folders:
+        if here != folder and "plan.yaml" in names and "jobs" in folders:
             folders.clear()
             continue
         folders[:] = [name for name in folders if not _is_left_out(name)]

@@ -1,0 +1,175 @@
+"""Jobs as processes: what an executor is, and the one that runs them on this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from streamline_bench.core.machine.processes import LeashedProcess
+from streamline_bench.errors import OutputError
+from streamline_bench.runs.execution.options import Execution
+from streamline_bench.runs.folder import RunPaths
+from streamline_bench.runs.jobs.job import Job
+
+__all__ = ["Ended", "Executor", "JobProcess", "LocalExecutor", "time_limit"]
+
+_POLL = 0.05
+"""Seconds between two looks at the processes."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the process of a job ended.
+
+    Attributes:
+        name: the job's.
+        code: exit code, negative for a signal; None: process or machine was lost.
+        reason: why, where the executor knows it.
+    """
+
+    name: str
+    code: int | None
+    reason: str | None = None
+
+    @property
+    def lost(self) -> bool:
+        """The job did not end by itself, so that another attempt may succeed."""
+        return self.code is None or self.code < 0
+
+
+class Executor(Protocol):
+    """Runs jobs of one run folder."""
+
+    def has_room(self) -> bool:
+        """Whether a job that is submitted now can start."""
+
+    def submit(self, run: RunPaths, job: Job) -> None:
+        """Start a job, or hand it to the cluster."""
+
+    def ended(self, timeout: float) -> list[Ended]:
+        """Wait at most ``timeout`` seconds for jobs to end; return those that did."""
+
+    def stop(self) -> None:
+        """End everything that runs."""
+
+
+def time_limit(job: Job, timeout: float | None) -> float | None:
+    """Seconds that a process may take, where one job may take ``timeout``."""
+    return None if timeout is None else timeout * len(job.parts)
+
+
+class JobProcess(LeashedProcess):
+    """A running job, which does not outlive who started it.
+
+    Attributes:
+        name: the job's.
+        seconds: monotonic time since it was started.
+    """
+
+    def __init__(
+        self,
+        run: RunPaths,
+        name: str,
+        environment: Mapping[str, str],
+        folder: Path | None = None,
+        command: Sequence[str] = ("-m", "streamline_bench.runs.jobs.worker"),
+    ) -> None:
+        """Start the process; its output goes to the job's log.
+
+        Args:
+            folder: where it starts; None: where this process is.
+            command: what Python is to run, with the run folder and the name behind it.
+
+        Raises:
+            OutputError: the log cannot be written.
+        """
+        self.name = name
+        # Of progress bars, a line now and then is enough for a log.
+        environment = {"TQDM_MININTERVAL": "15", **environment}
+        self._started = time.monotonic()
+        log_file = run.log(name)
+        asked = [sys.executable, *command, str(run.root), name]
+        try:
+            with log_file.open("ab") as log:
+                super().__init__(asked, log, environment=environment, folder=folder)
+        except OSError as error:
+            raise OutputError(
+                f"{log_file} cannot be written ({error.strerror or error}); remove the cause and "
+                "run again."
+            ) from None
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds since the start."""
+        return time.monotonic() - self._started
+
+
+@dataclass(frozen=True)
+class _Running:
+    process: JobProcess
+    gpu: str | None
+    limit: float | None
+
+
+class LocalExecutor:
+    """A pool of job processes on this machine, each with a GPU of its own.
+
+    Attributes:
+        execution: number of workers, GPUs, time limit.
+    """
+
+    def __init__(self, execution: Execution) -> None:
+        self.execution = execution
+        self._free = list(execution.gpus)
+        self._running: dict[str, _Running] = {}
+
+    def has_room(self) -> bool:
+        """Whether a worker, and its GPU, are free."""
+        return len(self._running) < self.execution.job_slots
+
+    def submit(self, run: RunPaths, job: Job) -> None:
+        """Start the job's process (OutputError: its log cannot be written)."""
+        gpu = self._free.pop(0) if self._free else None
+        environment = {"OMP_NUM_THREADS": str(self.execution.threads_per_job)}
+        environment |= {k: v for k, v in os.environ.items() if k == "OMP_NUM_THREADS"}
+        environment |= job.environment
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        elif self.execution.device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        process = JobProcess(run, job.name, environment)
+        limit = time_limit(job, self.execution.timeout)
+        self._running[job.name] = _Running(process, gpu, limit)
+
+    def ended(self, timeout: float) -> list[Ended]:
+        until = time.monotonic() + timeout
+        while True:
+            found = [ended for name in list(self._running) if (ended := self._look(name))]
+            if found or not self._running or time.monotonic() >= until:
+                return found
+            time.sleep(_POLL)
+
+    def stop(self) -> None:
+        """End every job and what it started."""
+        for name in list(self._running):
+            self._running.pop(name).process.end()
+
+    def _look(self, name: str) -> Ended | None:
+        running = self._running[name]
+        code = running.process.poll()
+        limit = running.limit
+        reason = None
+        if code is None:
+            if limit is None or running.process.seconds < limit:
+                return None
+            running.process.end()
+            code, reason = 1, f"It ran longer than {limit:g} s (--timeout)."
+        del self._running[name]
+        if running.gpu is not None:
+            self._free.append(running.gpu)
+        return Ended(name, code, reason)

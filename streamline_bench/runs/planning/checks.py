@@ -1,0 +1,157 @@
+"""What would make jobs fail later is refused before the first one starts."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe
+from streamline_bench.errors import CalibrationError, CheckpointError, OutputError, RecipeError
+from streamline_bench.runs.folder import RunPaths
+from streamline_bench.runs.planning.plan import Plan, PlanRow
+
+__all__ = ["check_before"]
+
+_FEW = 8
+"""Sequences that are read of a source of which any number will do."""
+
+
+def check_before(plan: Plan, run: RunPaths, *, jobs_at_a_time: int | None, until: str) -> None:
+    """Refuse a plan that this machine, its disk or the data cannot serve.
+
+    Args:
+        jobs_at_a_time: on this machine; None where the jobs run on others.
+        until: ``compress`` needs nothing that only the evaluation needs.
+
+    Raises:
+        StreamlineBenchError: saying what is missing and which option to change.
+    """
+    from streamline_bench.core.checkpoint.folder import resolve_pretrained
+    from streamline_bench.core.checkpoint.reader import CheckpointReader
+
+    folder = resolve_pretrained(plan.model, plan.revision)
+    size = sum(entry.nbytes for entry in CheckpointReader(folder).entries.values())
+    todo = [row for row in plan.rows if not row.dense and not run.checkpoint(row.label).exists()]
+    _check_disk(plan, run, size, todo)
+    if until != "compress":
+        _check_names(plan, run)
+        if plan.throughput == "vllm":
+            from streamline_bench.modeling.vllm.package import require_vllm
+
+            require_vllm("--throughput vllm")
+        if jobs_at_a_time is not None and plan.device == "cpu":
+            _check_memory(plan, size, jobs_at_a_time)
+        if plan.evaluation.apply_chat_template:
+            _check_chat_template(plan, folder)
+    _check_calibration(plan, folder, todo)
+
+
+def _check_names(plan: Plan, run: RunPaths) -> None:
+    """The harness makes one file name of a model's whole path."""
+    there = next(path for path in (run.root, *run.root.parents) if path.exists())
+    most = os.pathconf(there, "PC_NAME_MAX")
+    for row in plan.rows:
+        model = plan.model if row.dense else str(run.checkpoint(row.label))
+        # As lm_eval.utils.sanitize_model_name does, without importing it.
+        too_many = len(re.sub(r'["<>:/|\\?*\[\]]+', "__", model).encode()) - most
+        if too_many > 0:
+            where = "model's folder" if row.dense else "--output"
+            raise OutputError(
+                f"The path {model} is too long: the harness names a file after it, which may have "
+                f"{most} bytes; give a {where} that is {too_many} bytes shorter."
+            )
+
+
+def _check_disk(plan: Plan, run: RunPaths, size: int, todo: Sequence[PlanRow]) -> None:
+    needed = sum(size * (1 - _removed(row, plan)) for row in todo)
+    there = next(path for path in (run.root, *run.root.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise OutputError(
+            f"{run.root} needs about {_size(needed)} for {len(todo)} checkpoints, and "
+            f"{_size(free)} are free there; free some space, or give another --output."
+        )
+
+
+def _removed(row: PlanRow, plan: Plan) -> float:
+    """The share that a recipe removes; half, where it says that in a way of its own."""
+    recipe = Recipe.model_validate(row.recipe)
+    return recipe.sparsity if recipe.sparsity is not None else 0.5
+
+
+def _check_memory(plan: Plan, size: int, jobs_at_a_time: int) -> None:
+    """A model's weights must fit, once for each job; what comes on top is not counted."""
+    import psutil
+
+    needed = size * jobs_at_a_time
+    free = psutil.virtual_memory().available
+    if needed > free:
+        jobs = f" for each of {jobs_at_a_time} jobs" if jobs_at_a_time > 1 else ""
+        fewer = "give fewer --workers" if jobs_at_a_time > 1 else "use a smaller model"
+        raise RecipeError(
+            f"{plan.model} needs {_size(size)} of memory{jobs}, and {_size(free)} are free; "
+            f"{fewer}, or free some memory."
+        )
+
+
+def _check_chat_template(plan: Plan, folder: Path) -> None:
+    from streamline_bench.modeling.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(folder, trust_remote_code=plan.trust_remote_code)
+    if not getattr(tokenizer, "chat_template", None):
+        raise CheckpointError(
+            f"{plan.model} has no chat template; leave --apply-chat-template out, or add one to "
+            "the model's tokenizer."
+        )
+
+
+def _check_calibration(plan: Plan, folder: Path, todo: Sequence[PlanRow]) -> None:
+    """Read from every source that a row uses, each once: a little, or all that must be there."""
+    from streamline_bench.core.data.calibration import load_calibration
+    from streamline_bench.methods.recovery.instruction_data import load_instructions
+    from streamline_bench.modeling.loading import load_config, load_tokenizer
+
+    users: dict[CalibrationSpec, list[str]] = {}
+    for row in todo:
+        for spec in _sources(Recipe.model_validate(row.recipe)):
+            users.setdefault(spec, []).append(row.label)
+    if not users:
+        return
+    tokenizer = load_tokenizer(folder, trust_remote_code=plan.trust_remote_code)
+    config = load_config(folder, trust_remote_code=plan.trust_remote_code)
+    longest = getattr(config, "max_position_embeddings", None)
+    for spec, labels in users.items():
+        read = load_instructions if spec.form == "instruction" else load_calibration
+        if spec.tokens is None:
+            spec = spec.model_copy(update={"samples": min(spec.samples or _FEW, _FEW)})
+        try:
+            read(spec, tokenizer, model_folder=folder, max_length=longest, progress=False)
+        except CalibrationError as error:
+            more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+            raise CalibrationError(
+                f"Row {labels[0]}{more} cannot be made: {error} Give --calibration with text that "
+                "is there, such as a .jsonl or .txt file."
+            ) from None
+
+
+def _sources(recipe: Recipe) -> Iterator[CalibrationSpec]:
+    """What a recipe reads from: to look at the model, to train a replacement, to recover."""
+    from streamline_bench.methods.recovery.recover import recovery_data
+    from streamline_bench.methods.registry import get_method, unread_parts
+
+    if get_method(recipe.method).reads_calibration(recipe.parameters):
+        yield recipe.calibration
+    if "training" not in unread_parts(recipe.method) and recipe.replacement.kind != "none":
+        data = recipe.training.data
+        own = data.source if data.source != "auto" else recipe.calibration.source
+        yield data.model_copy(update={"source": own})
+    recovery = recovery_data(recipe)
+    if recovery is not None:
+        yield recovery
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{max(number, 1e5) / 1e6:.1f} MB"
