@@ -231,8 +231,9 @@ class Row(Frozen):
     @property
     def overridden(self) -> dict[str, tuple[Any, Any]]:
         """Key of the recipe -> (the recipe's own value, the value that was used instead)."""
-        found = (self.provenance.recipe or {}).get("overridden") or {}
-        return {str(key): (own, used) for key, (own, used) in found.items()}
+        found = (self.provenance.recipe or {}).get("overridden")
+        pairs = found.items() if isinstance(found, dict) else ()
+        return {str(key): (pair[0], pair[1]) for key, pair in pairs if len(pair) == 2}
 
     @property
     def total_seconds(self) -> float | None:

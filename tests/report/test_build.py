@@ -267,3 +267,14 @@ def test_every_run_is_read_and_aligned_once(run: Path, monkeypatch: pytest.Monke
     build(run, noise=[NoiseRun(label="again", eval="none/eval")])
     assert sorted(aligned) == sorted([*LABELS, "again"])
     assert sorted(read) == sorted([*LABELS, "again"])
+
+
+def test_values_other_than_the_recipes_own_are_named(run: Path) -> None:
+    recipe = {"overridden": {"calibration.samples": [5, 32]}}
+    board = valid(build(run, layer={"recipe": recipe, "checkpoint": None}))
+    assert board.rows[2].overridden == {"calibration.samples": (5, 32)}
+    line = next(line for line in to_markdown(board).splitlines() if "calibration.samples" in line)
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        "layer", "calibration.samples", "32", "5"
+    ]  # fmt: skip
+    assert "<code>calibration.samples</code> 32 (recipe: 5)" in to_html(board)
