@@ -18,10 +18,10 @@ __all__ = [
 
 _MODULES = {
     "BundledDataset": "datasets",
-    "StreamlineChatModel": "chat_models",
+    "StreamlineChatModel": "models",
     "StreamlineModel": "models",
-    "StreamlineVLLM": "vllm_models",
-    "StreamlineVLLMChat": "vllm_models",
+    "StreamlineVLLM": "models",
+    "StreamlineVLLMChat": "models",
 }
 
 

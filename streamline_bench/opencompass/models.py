@@ -1,9 +1,9 @@
-"""The model class that OpenCompass configs name; :mod:`.chat_models`, :mod:`.vllm_models` vary it.
+"""The model class that OpenCompass configs name; variants use a chat template, or run it in vLLM.
 
 It differs from OpenCompass's own in that batches are padded on the right and masked when scored
 (its ``HuggingFaceBaseModel`` pads on the left and scores the token after the padding, so results
 depend on the batch size), that unknown keys are errors, and that a recipe compresses the model on
-first use. PPL is OpenCompass's: :mod:`streamline_bench.opencompass.perplexity`.
+first use. PPL is OpenCompass's: :mod:`streamline_bench.opencompass.engine`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,33 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from opencompass.models.base import BaseModel
+from opencompass.models.base_api import APITemplateParser
 
 from streamline_bench.errors import StreamlineBenchError
-from streamline_bench.opencompass.engine import Engine, GenerationSettings
-from streamline_bench.opencompass.limits import generation_pad, longest_input
-from streamline_bench.opencompass.perplexity import (
+from streamline_bench.opencompass.engine import (
+    Engine,
+    GenerationSettings,
     ScoredText,
     continuation_start,
     mean_nll,
     spans_between,
 )
-from streamline_bench.opencompass.prompts import plain_text
-from streamline_bench.opencompass.source import entry_source
-from streamline_bench.opencompass.tokens import PromptEncoder, load_prompt_tokenizer
+from streamline_bench.opencompass.prompts import (
+    PromptEncoder,
+    chat_text,
+    load_prompt_tokenizer,
+    plain_text,
+)
+from streamline_bench.opencompass.source import entry_source, generation_pad, longest_input
 
-__all__ = ["Prompt", "StreamlineModel"]
+__all__ = [
+    "ChatPrompts",
+    "Prompt",
+    "StreamlineChatModel",
+    "StreamlineModel",
+    "StreamlineVLLM",
+    "StreamlineVLLMChat",
+]
 
 Prompt = str | Sequence[Mapping[str, Any]]
 Floats = npt.NDArray[np.float64]
@@ -277,3 +289,62 @@ class StreamlineModel(BaseModel):  # type: ignore[misc]
 
     def _encode(self, texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[int]]:
         return self._encoder.encode(texts, limit=limit, special=self._adds_special)
+
+
+class ChatPrompts(StreamlineModel):
+    """Puts prompts into the tokenizer's chat template."""
+
+    _adds_special = False
+
+    def __init__(self, path: str, *, meta_template: Any = None, **arguments: Any) -> None:
+        super().__init__(path, **arguments)
+        self.template_parser = APITemplateParser(meta_template or _chat_roles())
+
+    def _score_text(self, prompt: Prompt) -> str:
+        return chat_text(self.tokenizer, prompt, answer_follows=False)
+
+    def _generation_text(self, prompt: Prompt) -> str:
+        return chat_text(self.tokenizer, prompt, answer_follows=True)
+
+
+class StreamlineChatModel(ChatPrompts):
+    """A chat model: as :class:`StreamlineModel`, with the tokenizer's chat template.
+
+    Scored prompts (PPL) go through the template as well, as finished conversations.
+    """
+
+
+def _chat_roles() -> dict[str, Any]:
+    return {
+        "round": [
+            {"role": "HUMAN", "api_role": "HUMAN"},
+            # Few templates take a system message among the examples; OpenCompass maps it so too.
+            {"role": "SYSTEM", "api_role": "HUMAN"},
+            {"role": "BOT", "api_role": "BOT", "generate": True},
+        ]
+    }
+
+
+class StreamlineVLLM(StreamlineModel):
+    """A base model run by vLLM; scores and keys are those of :class:`StreamlineModel`.
+
+    ``model_kwargs`` go to ``vllm.LLM`` as they are; a prompt may have one token less than the model
+    reads, because vLLM always generates one. (OpenCompass's own class for vLLM
+    divides by n - 1 where the others divide by n; this one does as the others.)
+
+    Raises:
+        MissingDependencyError: vLLM is not installed.
+    """
+
+    for_vllm = True
+
+    def _make_engine(self) -> Engine:
+        from streamline_bench.opencompass.vllm_engine import VLLMEngine
+
+        engine = VLLMEngine(self.source, self.tokenizer, self.max_seq_len)
+        self.max_seq_len = engine.max_length
+        return engine
+
+
+class StreamlineVLLMChat(ChatPrompts, StreamlineVLLM):
+    """A chat model run by vLLM: as :class:`StreamlineVLLM`, with the chat template."""

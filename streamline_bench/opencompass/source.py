@@ -1,4 +1,4 @@
-"""From the keys of an OpenCompass model entry to the checkpoint that is loaded."""
+"""From the keys of an OpenCompass model entry to the checkpoint that is loaded, and its limits."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from streamline_bench.errors import CheckpointError
 from streamline_bench.harness.arguments import sort_arguments
 from streamline_bench.harness.preparation import PreparedModel, prepare
 
-__all__ = ["OF_MODEL_CLASS", "ModelSource", "entry_source", "find_source"]
+__all__ = [
+    "OF_MODEL_CLASS",
+    "ModelSource",
+    "entry_source",
+    "find_source",
+    "generation_pad",
+    "longest_input",
+]
 
 OF_MODEL_CLASS = (
     "max_seq_len tokenizer_path tokenizer_kwargs tokenizer_only meta_template generation_kwargs "
@@ -122,3 +130,42 @@ def _plain(mapping: Mapping[str, Any]) -> dict[str, Any]:
         return value
 
     return {str(key): plain(value) for key, value in mapping.items()}
+
+
+def generation_pad(source: ModelSource) -> int | None:
+    """Return the padding token of the generation config, if it names one."""
+    from transformers import GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(
+            source.prepared.pretrained, revision=source.revision or "main"
+        )
+    except (OSError, ValueError):
+        return None
+    return config.pad_token_id  # type: ignore[no-any-return]
+
+
+def longest_input(source: ModelSource) -> int:
+    """Return the most tokens the model reads, by its config.
+
+    Raises:
+        CheckpointError: the config does not say.
+    """
+    from transformers import AutoConfig
+
+    from streamline_bench.modeling import register
+
+    register()
+    config = AutoConfig.from_pretrained(
+        source.prepared.pretrained,
+        revision=source.revision or "main",
+        trust_remote_code=source.trust_remote_code,
+    ).get_text_config()
+    for key in ("max_position_embeddings", "n_positions", "seq_length", "model_max_length"):
+        length = getattr(config, key, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    raise CheckpointError(
+        f"The config of {source.prepared.pretrained} names no input length; set max_seq_len in "
+        "the model's entry."
+    )

@@ -19,13 +19,10 @@ from streamline_bench.harness.scoring.checks import attention_window, head_objec
 from streamline_bench.harness.scoring.forward import Forward, tensors_of
 from streamline_bench.harness.scoring.packing import Query, build_rows, make_batches
 from streamline_bench.harness.scoring.scorer import TokenScorer
-from streamline_bench.opencompass.engine import GenerationSettings
-from streamline_bench.opencompass.perplexity import ScoredText
-from streamline_bench.opencompass.plain_scoring import plain_logprob
+from streamline_bench.opencompass.engine import GenerationSettings, ScoredText, StopWords, cut_at
 from streamline_bench.opencompass.source import ModelSource
-from streamline_bench.opencompass.stopping import StopWords, cut_at
 
-__all__ = ["TransformersEngine", "load_causal_model"]
+__all__ = ["TransformersEngine", "load_causal_model", "plain_logprob"]
 
 logger = logging.getLogger(__name__)
 
@@ -188,3 +185,16 @@ class TransformersEngine:
         mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
         device = self.model.device
         return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
+
+
+def plain_logprob(forward: Forward, text: ScoredText) -> float:
+    """Return the summed log-probability (nats) of a text's spans."""
+    if not text.spans:
+        return 0.0
+    ids = torch.tensor([list(text.ids)])
+    logprobs = forward.all_logits(ids)[0].float().log_softmax(-1).cpu()
+    total = 0.0
+    for start, end in text.spans:
+        picked = logprobs[start - 1 : end - 1].gather(-1, ids[0, start:end, None])
+        total += float(picked.double().sum())
+    return total

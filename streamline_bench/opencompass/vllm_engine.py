@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from streamline_bench.modeling.vllm.package import require_vllm
-from streamline_bench.opencompass.engine import GenerationSettings
-from streamline_bench.opencompass.perplexity import ScoredText
+from streamline_bench.opencompass.engine import GenerationSettings, ScoredText, cut_at
 from streamline_bench.opencompass.source import ModelSource
-from streamline_bench.opencompass.stopping import cut_at
 
 __all__ = ["VLLMEngine"]
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from streamline_bench.errors import CheckpointError, StreamlineBenchError
-from streamline_bench.opencompass.prompts import chat_text, messages_of, plain_text
-from streamline_bench.opencompass.stopping import StopWords, cut_at
-from streamline_bench.opencompass.tokens import PromptEncoder
+from streamline_bench.opencompass.engine import StopWords, cut_at
+from streamline_bench.opencompass.prompts import PromptEncoder, chat_text, messages_of, plain_text
 
 TALK = [
     {"role": "HUMAN", "prompt": "w1"},

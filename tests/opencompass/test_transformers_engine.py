@@ -12,10 +12,9 @@ import torch
 
 from streamline_bench.errors import CheckpointError
 from streamline_bench.opencompass import transformers_engine
-from streamline_bench.opencompass.engine import GenerationSettings
-from streamline_bench.opencompass.perplexity import ScoredText
+from streamline_bench.opencompass.engine import GenerationSettings, ScoredText
+from streamline_bench.opencompass.prompts import load_prompt_tokenizer
 from streamline_bench.opencompass.source import find_source
-from streamline_bench.opencompass.tokens import load_prompt_tokenizer
 from streamline_bench.opencompass.transformers_engine import TransformersEngine, load_causal_model
 
 FAMILIES: dict[str, dict[str, Any]] = {

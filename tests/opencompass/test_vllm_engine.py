@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from streamline_bench.demo import model
-from streamline_bench.opencompass.engine import GenerationSettings
-from streamline_bench.opencompass.perplexity import ScoredText, mean_nll
+from streamline_bench.opencompass.engine import GenerationSettings, ScoredText, mean_nll
+from streamline_bench.opencompass.prompts import load_prompt_tokenizer
 from streamline_bench.opencompass.source import find_source
-from streamline_bench.opencompass.tokens import load_prompt_tokenizer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from streamline_bench.errors import StreamlineBenchError
-from streamline_bench.opencompass.perplexity import (
+from streamline_bench.opencompass.engine import (
     ScoredText,
     continuation_start,
     mean_nll,
