@@ -146,7 +146,7 @@ class LoraParameters(TrainableParameters):
         stored_transposed = any(isinstance(module, Conv1D) for module in modules.values())
         config = LoraConfig(
             r=spec.rank,
-            lora_alpha=spec.alpha,
+            lora_alpha=spec.alpha,  # type: ignore[arg-type]  # peft only divides it by the rank
             lora_dropout=spec.dropout,
             target_modules=list(modules),
             bias="none",
