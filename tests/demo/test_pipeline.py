@@ -40,7 +40,7 @@ def test_two_rows_from_compression_to_report(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(OutputError, match="no run folder"):
+    with pytest.raises(OutputError, match="run folder"):
         run_demo(_options(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

@@ -133,7 +133,7 @@ def test_a_truncated_plan_is_refused(tmp_path: Path, plan: Plan) -> None:
 
 def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(OutputError, match="no run folder"), locked(tmp_path):
+    with pytest.raises(OutputError, match="run folder"), locked(tmp_path):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(OutputError, match="not a folder"), locked(tmp_path / "mine.txt"):
