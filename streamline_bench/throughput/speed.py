@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from streamline_bench.core.recipe.schema import Frozen
-from streamline_bench.throughput.record import (
-    ModelResult,
-    Point,
-    ServingPoint,
-    ThroughputRecord,
-    read_record,
-)
-from streamline_bench.throughput.workload import Clock
+
+if TYPE_CHECKING:
+    from streamline_bench.throughput.record import (
+        ModelResult,
+        Point,
+        ServingPoint,
+        ThroughputRecord,
+    )
 
 __all__ = ["Speed", "ThroughputFigures", "figures_of", "read_figures"]
 
@@ -38,7 +38,7 @@ class Speed(Frozen):
     engine: str
     device: str
     dtype: str
-    clock: Clock | None = None
+    clock: Literal["wall", "cpu"] | None = None
     batch_size: int
     output_tokens_per_second: float | None = None
     low: float | None = None
@@ -72,6 +72,8 @@ def read_figures(path: Path | str) -> dict[str, ThroughputFigures]:
     Raises:
         ThroughputError: it is missing, damaged, or of a newer schema.
     """
+    from streamline_bench.throughput.record import read_record
+
     return figures_of(read_record(Path(path)))
 
 

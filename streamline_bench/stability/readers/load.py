@@ -11,7 +11,6 @@ from streamline_bench.core.recipe.validation import first_line
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.readers.lm_eval_reader import read_lm_eval
 from streamline_bench.stability.readers.opencompass_folder import find_predictions
-from streamline_bench.stability.readers.opencompass_reader import read_opencompass
 from streamline_bench.stability.samples import Samples
 
 __all__ = ["load_samples"]
@@ -62,6 +61,8 @@ def _load(path: Path, run: str | None, timestamp: str | None, progress: bool) ->
         return samples if run is None else _relabel(samples, run)
     predictions = find_predictions(path, timestamp)
     if predictions is not None:
+        from streamline_bench.stability.readers.opencompass_reader import read_opencompass
+
         return read_opencompass(predictions, run=run, progress=progress)
     return read_lm_eval(path, run=run, timestamp=timestamp, progress=progress)
 
