@@ -16,6 +16,14 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="Renew tests/methods/golden.json, of recipes whose versions were raised.",
+    )
+
+
 @pytest.fixture(autouse=True)
 def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
     """No test reads or writes the user's own compression cache."""
@@ -130,12 +138,27 @@ def tiny_llama(make_tiny_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def recipe_source(make_tiny_model: Callable[..., Path]) -> Path:
-    """An eight-layer random Llama with calibration text in its folder. Do not modify."""
-    import json
+    """An eight-layer random Llama with calibration text in its folder. Do not modify.
 
-    # Wide weights: every mistake shows in the greedy tokens.
+    Its weights are drawn by numpy and by name, so that they are the same with every version of
+    torch and transformers.
+    """
+    import json
+    import zlib
+
+    import numpy as np
+    from safetensors.torch import load_file, save_file
+    from torch import from_numpy
+
     sizes = {"hidden_size": 128, "num_hidden_layers": 8, "intermediate_size": 96}
-    folder = make_tiny_model("llama", **sizes, initializer_range=0.15)
+    folder = make_tiny_model("llama", **sizes)
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        drawn = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(weight.shape)
+        # Wide weights: every mistake shows in the greedy tokens.
+        values = 1 + 0.02 * drawn if weight.dim() == 1 else 0.15 * drawn
+        weights[name] = from_numpy(values.astype(np.float32))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     lines = [" ".join(f"w{(i * 7 + j * 13) % 96}" for j in range(40)) for i in range(100)]
     text = "".join(json.dumps({"text": line}) + "\n" for line in lines)
     (folder / "calibration.jsonl").write_text(text, encoding="utf-8")
@@ -148,8 +171,11 @@ def recipe_checkpoint(
 ) -> Callable[[str], Path]:
     """Return a function: name in ``baselines/`` -> what it makes of ``recipe_source``.
 
-    Trainings are cut to a few steps. Each is made once per session. Do not modify.
+    Trainings are cut to a few steps, and run in one thread. Each is made once per session. Do not
+    modify.
     """
+    import torch
+
     made: dict[str, Path] = {"dense": recipe_source}
 
     def make(name: str) -> Path:
@@ -166,7 +192,12 @@ def recipe_checkpoint(
                     small |= {f"{part}.batch_size": 8, f"{part}.warmup_steps": 0}
             output = tmp_path_factory.mktemp("recipes") / name
             recipe = load_recipe(name, applicable(small, recipe))
-            made[name] = compress(recipe_source, recipe, output, progress=False)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                made[name] = compress(recipe_source, recipe, output, progress=False)
+            finally:
+                torch.set_num_threads(threads)
         return made[name]
 
     return make

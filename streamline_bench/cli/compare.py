@@ -23,7 +23,7 @@ __all__ = ["command", "finish", "stops_with_a_word"]
 @click.argument("model", required=False)
 @click.option("--plan", help="YAML file with any of the options below, or a plan that comes along.")
 @click.option(
-    "--recipes", help="Comma-separated names, YAML files or groups (all, no-training, …)."
+    "--recipes", help="Names, YAML files, groups (all, recovered, …) and -NAME to leave out."
 )
 @click.option(
     "--row", "rows", multiple=True, metavar="LABEL=RECIPE:KEY=VALUE,…", help="A row of your own."

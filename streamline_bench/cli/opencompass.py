@@ -15,7 +15,28 @@ from streamline_bench.cli.yaml_values import yaml_assignments
 __all__ = ["command"]
 
 
+def _write_configs(context: click.Context, _: click.Parameter, folder: Path | None) -> None:
+    """Write the configs and leave, without a model."""
+    if folder is None or context.resilient_parsing:
+        return
+    from streamline_bench.opencompass.recipe_configs import write_configs
+
+    names = write_configs(folder)
+    click.echo(
+        f"{folder}: {len(names)} models; opencompass --config-dir {folder} --models {names[0]}"
+    )
+    context.exit()
+
+
 @click.command("opencompass")
+@click.option(
+    "--write-configs",
+    type=click.Path(path_type=Path, file_okay=False),
+    is_eager=True,
+    expose_value=False,
+    callback=_write_configs,
+    help="Write a folder for opencompass --config-dir, one model per recipe, and stop.",
+)
 @click.argument("model")
 @click.argument("checkpoints", nargs=-1, metavar="[LABEL=CHECKPOINT]...")
 @click.option(

@@ -16,19 +16,19 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(name: str | None, as_json: bool) -> None:
     """List the recipes, or show the recipe NAME (a name or the path of a YAML file)."""
-    from streamline_bench.compression import list_recipes, load_recipe
+    from streamline_bench.compression.recipes import list_recipes, listed_recipes, load_recipe
 
     if name is not None:
-        _show(load_recipe(name).model_dump(mode="json"), as_json)
+        _show(load_recipe(name).model_dump(mode="json", exclude={"overridden"}), as_json)
         return
-    recipes = [load_recipe(known) for known in list_recipes()]
     if as_json:
+        recipes = [load_recipe(known) for known in list_recipes()]
         click.echo(json.dumps([recipe.model_dump(mode="json") for recipe in recipes], indent=2))
         return
     from rich.table import Table
 
     table = Table("recipe", "cost", "method", "what", box=None, header_style="bold")
-    for recipe in recipes:
+    for recipe in listed_recipes():
         table.add_row(recipe.name, recipe.cost, recipe.method, recipe.title)
     print_table(table)
 

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = [
-    "CachedCheckpoint",
-    "compress",
-    "compress_cached",
-    "list_recipes",
-    "load_recipe",
-]
+__all__ = ["CachedCheckpoint", "compress", "compress_cached", "list_recipes", "load_recipe"]
 
 
 def __getattr__(name: str) -> Any:

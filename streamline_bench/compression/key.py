@@ -10,20 +10,24 @@ from pathlib import Path
 from streamline_bench.core.checkpoint.folder import tokenizer_files
 from streamline_bench.core.data.corpora import local_path
 from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe
-from streamline_bench.methods.recovery.recover import recovery_data
+from streamline_bench.core.training.trainer import TRAINING_VERSION
+from streamline_bench.methods.recovery.recover import RECOVERY_VERSION, recovery_data
+from streamline_bench.methods.registry import method_facts
 from streamline_bench.modeling.loading import dtype_name
 from streamline_bench.modeling.source_model import SourceModel
 
 __all__ = ["content_key"]
 
-ALGORITHM_VERSION = 3
-"""Part of every key; raised when the same recipe would give other weights."""
+SHARED_VERSION = 4
+"""Part of every key; raised when what all methods share gives other tensors for the same recipe:
+calibration text, the scan, how tensors are composed and stored. Changes of one method raise its
+``Method.version``, of training ``TRAINING_VERSION``, of recovery ``RECOVERY_VERSION``."""
 
 
 def content_key(
     source: SourceModel, recipe: Recipe, *, device: str = "cpu", dtype: str | None = None
 ) -> str:
-    """Return a SHA-256 (hex) of weights, tokenizer, recipe, data, and how it is computed.
+    """Return a SHA-256 (hex) of weights, tokenizer, recipe, data, method and computation.
 
     Args:
         device: that computes; only its type counts (``cuda:1`` gives the same as ``cuda``).
@@ -35,9 +39,10 @@ def content_key(
     """
     folder = source.folder
     payload = {
-        "algorithm": ALGORITHM_VERSION,
+        "shared": SHARED_VERSION,
+        "method": method_facts(recipe.method),
         "weights": source.weights_sha256,
-        # What generation stops at goes along with the tokenizer, and into the result.
+        # Where generation stops is stored beside the tokenizer, and copied into the result.
         "tokenizer": _digests(
             source, folder, [*tokenizer_files(folder), *folder.glob("generation_config.json")]
         ),
@@ -47,9 +52,12 @@ def content_key(
         "device": device.partition(":")[0],
         "dtype": dtype_name(dtype),
     }
+    if recipe.replacement.kind != "none":
+        payload["training_version"] = TRAINING_VERSION
     recovery = recovery_data(recipe)
     if recovery is not None:
         payload["recovery"] = _data_identity(recovery, source)
+        payload["recovery_version"] = [TRAINING_VERSION, RECOVERY_VERSION]
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
 

@@ -28,7 +28,7 @@ from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.errors import CacheError, RecipeError
 from streamline_bench.methods.base import Compressed, Compression, write_compressed
 from streamline_bench.methods.recovery.recover import compress_and_recover
-from streamline_bench.methods.registry import check_parameters, get_method
+from streamline_bench.methods.registry import check_parameters, get_method, method_facts
 from streamline_bench.modeling.source_model import SourceModel
 
 __all__ = ["CachedCheckpoint", "cache_root", "compress", "compress_cached"]
@@ -120,8 +120,8 @@ def compress_cached(
 ) -> CachedCheckpoint:
     """Compress a model on first use and reuse the result afterwards.
 
-    Processes that want the same result wait for the first one (file lock). A result that is there
-    can be had by any number of processes of one ``accelerate launch``; computing one takes a single
+    Processes that want the same result wait for the first one (file lock). Any number of processes
+    of one ``accelerate launch`` may take a result from the cache; computing one needs a single
     process.
 
     Raises:
@@ -174,6 +174,8 @@ def _compress_into(
 def _compress(job: Compression, staging: Path, name: Named) -> None:
     """Do the work, and write its result and manifest into ``staging``."""
     job.reader.check_finite(progress=job.progress)
+    for key, (own, given) in job.recipe.overridden.items():
+        log.info("%s is %s and not the recipe's own %s", key, given, own)
     started = time.monotonic()
     method = get_method(job.recipe.method)
     if job.recipe.recovery is None:
@@ -260,6 +262,7 @@ def _manifest(
     return Manifest(
         source=source,
         recipe=job.recipe.model_dump(mode="json"),
+        method=method_facts(job.recipe.method),
         chosen=dict(result.chosen),
         parameters_before=before,
         parameters_after=after,

@@ -1,20 +1,43 @@
-"""Finds recipes: those of ``baselines/`` by name, a user's own by path, with overrides."""
+"""Finds recipes: by name in ``baselines/`` and in other packages, by path; with overrides."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
+import logging
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from streamline_bench.core.files.structured import read_yaml_mapping
 from streamline_bench.core.recipe.schema import Recipe, parse_recipe
-from streamline_bench.core.recipe.validation import suggest, suggest_or_list
+from streamline_bench.core.recipe.validation import first_line, suggest, suggest_or_list
 from streamline_bench.errors import RecipeError
-from streamline_bench.methods.registry import METHODS, check_parameters, get_method, unread_parts
+from streamline_bench.methods.registry import ENTRY_POINTS as METHOD_ENTRY_POINTS
+from streamline_bench.methods.registry import (
+    METHODS,
+    check_parameters,
+    get_method,
+    offered,
+    unread_parts,
+)
 from streamline_bench.resources import resource
 
-__all__ = ["SIZE_KEYS", "applicable", "list_recipes", "load_recipe"]
+__all__ = [
+    "SIZE_KEYS",
+    "applicable",
+    "list_recipes",
+    "listed_recipes",
+    "load_recipe",
+    "recipe_groups",
+]
+
+log = logging.getLogger(__name__)
+
+ENTRY_POINTS = "streamline_bench.recipes"
+"""Entry-point group in which other packages name a folder of theirs with recipes, as a module:
+``any_name = "package.recipes"``."""
 
 SHORT_KEYS: Mapping[str, tuple[str, ...]] = {
     "replacement": ("replacement.kind",),
@@ -36,21 +59,81 @@ SHORT_KEYS: Mapping[str, tuple[str, ...]] = {
 _PRESET_KEYS = ("preset", "training.preset")
 
 SIZE_KEYS = ("sparsity", "n_layers", "parameters.ratio", "parameters.slicing")
-"""Each says how much goes, so that one that is given takes the place of the recipe's."""
+"""Each says how much is removed, so that a given one replaces the recipe's."""
 
 OWN_KEYS = ("sparsity", "n_layers", "seed", "reference_quirks")
 
 
-def list_recipes() -> dict[str, Path]:
-    """Return the recipes of ``baselines/``: name -> file, sorted by name."""
-    return {path.stem: path for path in sorted(resource("baselines").glob("*.yaml"))}
+def list_recipes(*, built_in: bool = False) -> dict[str, Path]:
+    """Return the recipes that have a name: name -> file, sorted by name.
+
+    Those of ``baselines/`` come first; other packages offer theirs in :data:`ENTRY_POINTS`.
+
+    Args:
+        built_in: only those of ``baselines/``.
+    """
+    own = {path.stem: path for path in resource("baselines").glob("*.yaml")}
+    others = {} if built_in else {name: files[0][1] for name, files in _offered_recipes().items()}
+    return dict(sorted({**others, **own}.items()))
+
+
+def recipe_groups() -> dict[str, tuple[str, ...]]:
+    """Return group -> names of its recipes, from the files alone; no method is imported.
+
+    ``all``; by cost ``no-training``, ``calibrated`` and ``recovered``; ``paper-settings``: a
+    paper's own size, data and steps; ``hub-data``: text that has to come from the hub.
+    """
+    groups: dict[str, tuple[str, ...]] = {}
+    for recipe in listed_recipes():
+        of = ["all", recipe.cost.replace(" ", "-")]
+        of += ["paper-settings"] * recipe.paper_settings
+        of += ["hub-data"] * any(
+            source != "auto" and not Path(source).expanduser().exists()
+            for source in recipe.data_sources
+        )
+        for group in of:
+            groups[group] = (*groups.get(group, ()), recipe.name)
+    return groups
+
+
+def listed_recipes() -> list[Recipe]:
+    """Return the recipes that have a name, for a list: without the values of training presets.
+
+    Raises:
+        RecipeError: a file is no recipe.
+    """
+    found = []
+    for name, path in list_recipes().items():
+        payload = _read(path)
+        if isinstance(payload.get("training"), dict):
+            payload["training"].pop("preset", None)
+        found.append(parse_recipe({**payload, "name": name}, origin=f"Recipe '{name}'"))
+    return found
+
+
+@cache
+def _offered_recipes() -> dict[str, list[tuple[str, Path]]]:
+    """Return what other packages bring: recipe name -> (package, file) of each that has it."""
+    found: dict[str, list[tuple[str, Path]]] = {}
+    for entry in (each for entries in offered(ENTRY_POINTS).values() for each in entries):
+        owner = entry.dist.name if entry.dist else entry.name
+        try:
+            spec = importlib.util.find_spec(entry.value)
+        # A stranger's package may raise anything while it is imported.
+        except Exception as error:
+            log.warning("The recipes of %s cannot be read: %s", owner, first_line(error))
+            continue
+        for folder in (spec and spec.submodule_search_locations) or ():
+            for path in Path(folder).glob("*.yaml"):
+                found.setdefault(path.stem, []).append((owner, path))
+    return found
 
 
 def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Return a recipe, with overrides applied, validated.
+    """Return a recipe, with overrides applied, validated; ``overridden`` says what they changed.
 
     Args:
-        name_or_path: a name from ``baselines/`` or the path of a YAML file.
+        name_or_path: a name of :func:`list_recipes` or the path of a YAML file.
         overrides: short keys (``sparsity``, ``n_layers``, ``replacement``, ``calibration``, …) or
             dotted ones (``training.lr``); ``None`` values are ignored. A short key that stands
             for several sets those that the method reads.
@@ -60,8 +143,7 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
             method does not read.
     """
     path = _recipe_path(str(name_or_path))
-    payload = read_yaml_mapping(path, "a recipe: it must hold a mapping with the key 'method'")
-    payload.setdefault("name", path.stem)
+    payload = _read(path)
     written = copy.deepcopy(payload)
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     sizes = [key for key in SIZE_KEYS if key in given]
@@ -74,12 +156,65 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
             training = payload.get("training") or {}
             payload["training"] = {k: v for k, v in training.items() if k == "data"}
         _override(payload, key, given[key])
-    _expand_preset(payload)
     _require_recovery(payload, given)
     _restate(payload, written)
-    recipe = parse_recipe(payload, origin=f"Recipe '{payload['name']}'")
+    recipe = _parsed(payload)
     check_parameters(recipe)
-    return recipe
+    _require_own_method(recipe, path)
+    if not given:
+        return recipe
+    now = recipe.decisive()
+    try:
+        changed = _differences(_parsed(written).decisive(), now)
+    except RecipeError:  # a file that only what is given makes complete
+        changed = _differences(written, payload)
+    changed = {key: pair for key, pair in changed.items() if key.partition(".")[0] in now}
+    return recipe.model_copy(update={"overridden": changed})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    payload = read_yaml_mapping(path, "a recipe: it must hold a mapping with the key 'method'")
+    payload.setdefault("name", path.stem)
+    payload.pop("overridden", None)  # of another loading, where a shown recipe was kept
+    if "method" not in payload:
+        raise RecipeError(f"Recipe '{payload['name']}' ({path}) names no method; add one.")
+    return payload
+
+
+def _parsed(payload: dict[str, Any]) -> Recipe:
+    _expand_preset(payload)
+    return parse_recipe(payload, origin=f"Recipe '{payload['name']}'")
+
+
+def _differences(
+    own: Mapping[str, Any], given: Mapping[str, Any], within: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    """Return dotted key -> (own value, given value) where they differ."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys((*own, *given)):
+        before, after = own.get(key), given.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found |= _differences(before, after, f"{within}{key}.")
+        elif before != after:
+            found[within + key] = (_short(before), _short(after))
+    return found
+
+
+def _short(value: Any) -> Any:
+    """Return the name of a part that is there on one side only, such as a recovery."""
+    return value.get("preset") or value.get("kind") if isinstance(value, Mapping) else value
+
+
+def _require_own_method(recipe: Recipe, path: Path) -> None:
+    """Refuse a package's recipe whose method's name is that of one of ours: ours would run."""
+    owners = {owner for owner, file in _offered_recipes().get(path.stem, ()) if file == path}
+    for entry in offered(METHOD_ENTRY_POINTS).get(recipe.method, ()):
+        if recipe.method in METHODS and entry.dist and entry.dist.name in owners:
+            raise RecipeError(
+                f"Recipe '{recipe.name}' of package {entry.dist.name} names the method "
+                f"'{recipe.method}', which streamline-bench has as well and the package offers as "
+                f"{entry.value}; rename it there, or write 'method: {entry.value}'."
+            )
 
 
 def applicable(overrides: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
@@ -116,8 +251,8 @@ def _restate(payload: dict[str, Any], written: Mapping[str, Any]) -> None:
         changed.append("no recovery")
     if payload.get("recovery") or after != "none":
         payload["cost"] = "recovered"
-    elif changed and (method := str(payload.get("method"))) in METHODS:
-        calibrated = get_method(method).calibrated
+    elif changed:
+        calibrated = get_method(str(payload.get("method"))).calibrated
         payload["cost"] = "calibrated" if calibrated else "no training"
     if any(_value(written, key) and not _value(payload, key) for key in SIZE_KEYS[2:]):
         changed += [f"{key} {payload[key]}" for key in SIZE_KEYS[:2] if payload.get(key)]
@@ -154,9 +289,22 @@ def _recipe_path(name: str) -> Path:
     known = list_recipes()
     if name not in known:
         raise RecipeError(
-            f"Unknown recipe '{name}'{suggest(name, known) or ';'} "
-            f"known recipes: {', '.join(known)} (or give the path of a .yaml file)."
+            f"Unknown recipe '{name}'"
+            f"{suggest(name, known) or '; streamline-bench recipes lists those that exist'} "
+            "(or give the path of a .yaml file)."
         )
+    offers = _offered_recipes().get(name, [])
+    if known[name] in (file for _, file in offers) and len(offers) > 1:
+        owners = " and ".join(f"{owner} ({file})" for owner, file in offers)
+        raise RecipeError(
+            f"Two packages offer a recipe '{name}': {owners}; give the path of one of them."
+        )
+    for owner, file in offers:
+        if file != known[name]:
+            log.warning(
+                "Recipe '%s' is the built-in one; that of %s has to be named by its path, %s.",
+                name, owner, file,
+            )  # fmt: skip
     return known[name]
 
 
@@ -176,14 +324,16 @@ def _override(payload: dict[str, Any], key: str, value: Any) -> None:
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
-                raise RecipeError(f"Recipe key '{dotted}' cannot be set: '{parent}' is no mapping.")
+                raise RecipeError(
+                    f"Recipe key '{dotted}' cannot be set: '{parent}' holds a single value."
+                )
         target[leaf] = _plain(value)
 
 
 def _targets(key: str, method: str) -> tuple[str, ...]:
     """Return the dotted keys that a key sets."""
     targets = SHORT_KEYS.get(key, (key,))
-    unread = unread_parts(method) if method in METHODS else ()
+    unread = unread_parts(method)
     read = tuple(dotted for dotted in targets if dotted.partition(".")[0] not in unread)
     # What the method reads nothing of is set all the same: it is refused, not dropped.
     return read or targets

@@ -49,6 +49,7 @@ class PreparedModel:
             "path": self.pretrained,
             "content_key": self.key,
             "recipe": manifest.recipe,
+            "method": manifest.method,
             "chosen": manifest.chosen,
             "source": manifest.source.model_dump(),
             "layers_before": manifest.layers_before,

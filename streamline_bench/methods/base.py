@@ -1,4 +1,10 @@
-"""What a compression method is given, and what it hands back."""
+"""The contract between streamline-bench and a compression method, whoever wrote it.
+
+A method is a class derived from :class:`Method`. It is given a :class:`Compression` (source model,
+recipe, scratch folder) and hands back a :class:`Compressed` (config, copied tensors, new tensors,
+facts). Writing, hashing, the manifest, the cache and any recovery are done for it.
+:data:`API_VERSION` is raised when one of the three changes so that older methods would break.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +27,10 @@ if TYPE_CHECKING:
 
     from streamline_bench.core.data.calibration import CalibrationTokens
 
-__all__ = ["Compressed", "Compression", "Method", "NoParameters", "write_compressed"]
+__all__ = ["API_VERSION", "Compressed", "Compression", "Method", "NoParameters", "write_compressed"]
+
+API_VERSION = 1
+"""Version of the contract in this module."""
 
 
 class NoParameters(Frozen):
@@ -30,14 +39,16 @@ class NoParameters(Frozen):
 
 @dataclass(frozen=True)
 class Compression:
-    """One compression at work: the source model, the recipe, and a folder that survives a kill.
+    """What a method is given. Models, tokens and tensors are loaded when they are first used.
 
     Attributes:
-        source: the model to compress.
-        recipe: what to do.
-        work: scratch folder kept between attempts, so that training resumes.
+        source: the model to compress; its folder is read only.
+        recipe: the complete recipe; ``recipe.parameters`` has passed ``Method.parameters``.
+        work: scratch folder, kept when the process is killed and given to the next attempt at the
+            same result: files left there let it resume.
         device: torch device string for scanning and training.
-        dtype: dtype of the loaded source model, ``None`` for float32.
+        dtype: dtype of the loaded source model; ``None`` for float32.
+        progress: show progress bars.
     """
 
     source: SourceModel
@@ -54,7 +65,7 @@ class Compression:
 
     @property
     def reader(self) -> CheckpointReader:
-        """The source's tensors, lazily read."""
+        """The source's tensors as they are stored, read one by one."""
         return self.source.reader
 
     @property
@@ -69,7 +80,7 @@ class Compression:
 
     @cached_property
     def model(self) -> Any:
-        """The source model, loaded on first use, in evaluation mode."""
+        """The source model on ``device``, in evaluation mode."""
         from streamline_bench.modeling.loading import load_model
 
         return load_model(
@@ -80,11 +91,15 @@ class Compression:
         )
 
     def release_model(self) -> None:
-        """Let go of the source model; a later use would load it again."""
+        """Free the source model; a later use loads it again."""
         self.__dict__.pop("model", None)
 
     def tokens(self, spec: CalibrationSpec) -> CalibrationTokens:
-        """Load calibration or training tokens for this model."""
+        """Return calibration or training tokens: int64 ``[sequences, length]`` with a mask.
+
+        Raises:
+            CalibrationError: the source cannot be read or holds too little.
+        """
         from streamline_bench.core.data.calibration import load_calibration
 
         return load_calibration(
@@ -98,17 +113,18 @@ class Compression:
 
 @dataclass(frozen=True)
 class Compressed:
-    """What a method hands back: enough to write the checkpoint, and what its manifest tells.
+    """What a method hands back: enough to write the checkpoint and its manifest.
 
     Attributes:
         config: the new ``config.json`` as a mapping.
-        names: new tensor name -> name in the source; these bytes are copied, never loaded.
-        tensors: new or changed tensors.
+        names: new tensor name -> name in the source. These bytes are copied and never loaded.
+        tensors: new or changed tensors, in the dtype to store. A mapping that makes each tensor
+            when it is asked for keeps memory small.
         layers_after: decoder layers of the result.
-        chosen: what the method decided (block, similarity, sizes reached).
-        calibration: facts about the tokens looked at.
-        training: facts about the training, if there was any.
-        artefacts: file name -> text, laid beside the weights (similarity, training curve).
+        chosen: what the method decided (block, scores, sizes reached); JSON.
+        calibration: facts about the calibration tokens, ``CalibrationTokens.summary()``.
+        training: facts about the training, if there was any; JSON.
+        artefacts: file name -> text, written beside the weights (similarity, training curve).
     """
 
     config: Mapping[str, Any]
@@ -122,16 +138,23 @@ class Compressed:
 
 
 class Method(ABC):
-    """A compression method: one file, one line in the registry, one recipe, one test.
+    """A compression method: one class in one file, one recipe, one test.
 
     Attributes:
+        name: what errors call it; the name that it is registered under.
+        api: the :data:`API_VERSION` that the class is written for. A method of another package has
+            to state it.
+        version: part of the cache key; raise it when the same recipe gives other tensors than
+            before.
         parameters: schema of ``recipe.parameters``.
-        reads: which of ``replacement``, ``training`` and ``reference_quirks`` it reads; a recipe
-            that gives another one is refused.
-        calibrated: it looks at calibration text.
+        reads: which of ``replacement``, ``training`` and ``reference_quirks`` the method reads. A
+            recipe that sets another one is refused.
+        calibrated: whether the method reads calibration text.
     """
 
     name: ClassVar[str]
+    api: ClassVar[int] = API_VERSION
+    version: ClassVar[int] = 1
     parameters: ClassVar[type[BaseModel]] = NoParameters
     reads: ClassVar[frozenset[str]] = frozenset()
     calibrated: ClassVar[bool] = True
@@ -142,7 +165,19 @@ class Method(ABC):
 
     @abstractmethod
     def compress(self, work: Compression) -> Compressed:
-        """Compress the source model as the recipe says."""
+        """Compress the source model as the recipe says.
+
+        Raises:
+            StreamlineBenchError: one of its kinds. Each is one sentence: what was wrong, with the
+                value, and what to do.
+        """
+
+    def stock(self, recipe: Recipe) -> bool:
+        """Whether plain transformers loads the result, of families that have a class for it.
+
+        Otherwise the result is of model type ``streamline``.
+        """
+        return True
 
 
 def write_compressed(folder: Path, reader: CheckpointReader, result: Compressed) -> None:

@@ -10,7 +10,7 @@ __all__ = ["Dense"]
 
 
 class Dense(Method):
-    """Copy the checkpoint as it is, so that dense and compressed rows go one way."""
+    """Copy the checkpoint as it is, so that the dense row is made as the others are."""
 
     name = "dense"
     calibrated = False

@@ -1,18 +1,36 @@
-"""Method names and where their classes live; imported on first use."""
+"""Finds methods: our own by name, those of other packages by entry point or as ``module:Class``."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from streamline_bench.core.checkpoint.manifest import file_sha256
 from streamline_bench.core.recipe.schema import Recipe
-from streamline_bench.core.recipe.validation import suggest, wrong_value
+from streamline_bench.core.recipe.validation import first_line, suggest_or_list, wrong_value
 from streamline_bench.errors import RecipeError
-from streamline_bench.methods.base import Method
+from streamline_bench.methods.base import API_VERSION, Method
+from streamline_bench.version import __version__
 
-__all__ = ["METHODS", "check_parameters", "get_method", "unread_parts"]
+__all__ = [
+    "ENTRY_POINTS",
+    "METHODS",
+    "check_parameters",
+    "get_method",
+    "method_facts",
+    "offered",
+    "unread_parts",
+]
+
+ENTRY_POINTS = "streamline_bench.methods"
+"""Entry-point group in which other packages name their methods: ``name = "module:Class"``."""
 
 METHODS: Mapping[str, str] = {
     "dense": "dense:Dense",
@@ -33,25 +51,115 @@ METHODS: Mapping[str, str] = {
     "streamline": "depth.streamline:Streamline",
     "uidl": "depth.uidl:UIDL",
 }
-"""Method name -> ``"module:Class"``, the module below ``streamline_bench.methods``."""
+"""Our own methods: name -> ``"module:Class"``, the module below ``streamline_bench.methods``."""
+
+
+@cache
+def offered(group: str) -> Mapping[str, tuple[metadata.EntryPoint, ...]]:
+    """Return what other packages offer in an entry-point group: name -> entry points of it."""
+    found: dict[str, tuple[metadata.EntryPoint, ...]] = {}
+    for entry in metadata.entry_points(group=group):
+        found[entry.name] = (*found.get(entry.name, ()), entry)
+    return found
 
 
 def get_method(name: str) -> Method:
-    """Return an instance of the named method.
+    """Return an instance of a method.
+
+    Args:
+        name: one of :data:`METHODS`, which come first; a name that another package offers; or
+            ``module:Class``.
 
     Raises:
-        RecipeError: no such method.
+        RecipeError: no such method, two packages offer it, or it cannot be used here.
     """
-    if name not in METHODS:
-        known = ", ".join(sorted(METHODS))
+    if name in METHODS:
+        module, _, attribute = METHODS[name].partition(":")
+        own = importlib.import_module(f"streamline_bench.methods.{module}")
+        built_in: type[Method] = getattr(own, attribute)
+        return built_in()
+    return _foreign_class(name, _target(name))()
+
+
+def _target(name: str) -> str:
+    """Return ``module:Class`` of a method that is not ours."""
+    if ":" in name:
+        return name
+    entries = offered(ENTRY_POINTS).get(name, ())
+    if not entries:
+        known = sorted({*METHODS, *offered(ENTRY_POINTS)})
+        raise RecipeError(f"Unknown method '{name}'{suggest_or_list(name, known)}")
+    if len(entries) > 1:
+        owners = " and ".join(f"{_owner(entry)} ({entry.value})" for entry in entries)
         raise RecipeError(
-            f"Unknown method '{name}'{suggest(name, METHODS) or ';'} known methods: {known}."
+            f"Two packages offer a method '{name}': {owners}; uninstall one of them, or write "
+            f"'method: {entries[0].value}' in the recipe."
         )
-    module, _, attribute = METHODS[name].partition(":")
-    method_class: type[Method] = getattr(
-        importlib.import_module(f"streamline_bench.methods.{module}"), attribute
-    )
-    return method_class()
+    return entries[0].value
+
+
+def _owner(entry: metadata.EntryPoint) -> str:
+    return entry.dist.name if entry.dist else "an unnamed package"
+
+
+def _foreign_class(name: str, target: str) -> type[Method]:
+    """Import a method of another package and check that it keeps to the contract."""
+    module, _, attribute = target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    # A stranger's module may raise anything while it is imported.
+    except Exception as error:
+        raise RecipeError(
+            f"Method '{name}' cannot be imported: {module} ends with {type(error).__name__} "
+            f"({first_line(error)}); install the package that has it, or correct the name."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Method)) or inspect.isabstract(found):
+        raise RecipeError(
+            f"Method '{name}': {module} has no class '{attribute}' that derives from "
+            "streamline_bench.methods.base.Method and defines compress; correct the name."
+        )
+    written = (each.__dict__.get("api") for each in found.__mro__ if not _is_ours(each))
+    api = found.api if _is_ours(found) else next((each for each in written if each), None)
+    if api != API_VERSION:
+        raise RecipeError(
+            f"Method '{name}' states {f'version {api}' if api else 'no version'} of the method "
+            f"contract (attribute 'api'), and streamline-bench {__version__} has version "
+            f"{API_VERSION}; install a version of {module.partition('.')[0]} for it."
+        )
+    return found
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "streamline_bench"
+
+
+def method_facts(name: str) -> dict[str, Any]:
+    """Return who wrote a method and in which version: part of the manifest and of the cache key.
+
+    A method of another package is also known by the version of that package and the SHA-256 of its
+    source file, so that the cache does not return what an earlier state of the file made.
+
+    Raises:
+        RecipeError: as :func:`get_method`.
+    """
+    method = get_method(name)
+    facts: dict[str, Any] = {"name": method.name, "version": method.version}
+    if name in METHODS:
+        return {**facts, "package": "streamline-bench"}
+    kind = type(method)
+    entries = offered(ENTRY_POINTS).get(name, ())
+    source = inspect.getsourcefile(kind)
+    facts["class"] = f"{kind.__module__}:{kind.__qualname__}"
+    facts["source_sha256"] = file_sha256(Path(source)) if source else None
+    package = kind.__module__.partition(".")[0]
+    if entries and entries[0].dist:
+        package = entries[0].dist.name
+    else:
+        package = next(iter(metadata.packages_distributions().get(package, ())), package)
+    try:
+        return {**facts, "package": package, "package_version": metadata.version(package)}
+    except metadata.PackageNotFoundError:  # a module on the path that no package brought
+        return {**facts, "package": package, "package_version": None}
 
 
 def unread_parts(method: str) -> frozenset[str]:
@@ -71,20 +179,17 @@ def check_parameters(recipe: Recipe) -> None:
             that the method would ignore.
     """
     for part in sorted(unread_parts(recipe.method)):
-        if getattr(recipe, part) != Recipe.model_fields[part].default:
+        if (given := getattr(recipe, part)) != Recipe.model_fields[part].default:
+            shown = (
+                given.model_dump(exclude_defaults=True) if isinstance(given, BaseModel) else given
+            )
             raise RecipeError(
                 f"Recipe '{recipe.name}': method '{recipe.method}' does not read '{part}', which "
-                f"is {_told(getattr(recipe, part))}; leave it out, or take a recipe of method "
-                "'streamline'."
+                f"is {shown!r}; leave it out, or take a recipe of method 'streamline'."
             )
     schema = get_method(recipe.method).parameters
     try:
         schema.model_validate(recipe.parameters)
     except ValidationError as error:
-        told = wrong_value(error, schema, "parameters")
-        raise RecipeError(f"Recipe '{recipe.name}' (method '{recipe.method}'): {told}") from None
-
-
-def _told(part: object) -> str:
-    given = part.model_dump(exclude_defaults=True) if isinstance(part, BaseModel) else part
-    return repr(given)
+        problem = wrong_value(error, schema, "parameters")
+        raise RecipeError(f"Recipe '{recipe.name}' (method '{recipe.method}'): {problem}") from None

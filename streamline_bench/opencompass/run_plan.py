@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.core.recipe.validation import suggest
+from streamline_bench.core.recipe.validation import suggest_or_list
 from streamline_bench.errors import StreamlineBenchError
 from streamline_bench.opencompass.source import OF_MODEL_CLASS
 
@@ -135,8 +135,8 @@ def _reference(name: str) -> tuple[str, str]:
         return DATASETS[name]
     if not _REFERENCE.match(name):
         raise StreamlineBenchError(
-            f"There are no data sets called '{name}'{suggest(name, list(DATASETS))} "
-            f"(known: {', '.join(DATASETS)}; or package.module:variable of a config)."
+            f"There are no data sets called '{name}'{suggest_or_list(name, DATASETS)} "
+            "(or give package.module:variable of a config)."
         )
     module, variable = name.split(":")
     return module, variable

@@ -203,7 +203,7 @@ def test_another_dtype_or_device_is_another_result(
         for name in ("cpu", "cuda", "cuda:1")
     ]
     assert keys[0] != keys[1] == keys[2]
-    with pytest.raises(RecipeError, match="'bf16' is no dtype to compute in"):
+    with pytest.raises(RecipeError, match="'bf16'"):
         compress(tiny_llama, recipe, tmp_path / "out", dtype="bf16", progress=False)
 
 
@@ -273,7 +273,7 @@ def test_errors_of_files_within_a_compression_are_not_blamed_on_the_cache(
     blocker = tmp_path / "file"
     blocker.write_text("")
     for start in (compress_cached, functools.partial(compress, output=tmp_path / "out")):
-        with pytest.raises(CacheError, match="set STREAMLINE_BENCH_CACHE to a writable folder"):
+        with pytest.raises(CacheError, match="STREAMLINE_BENCH_CACHE"):
             start(tiny_llama, recipe=make_recipe(), cache=blocker / "cache", progress=False)
 
 

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM
 
-from streamline_bench.compression import list_recipes
+from streamline_bench.compression import list_recipes, load_recipe
+from streamline_bench.compression.key import SHARED_VERSION
 from streamline_bench.core.checkpoint.manifest import read_manifest
+from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.recipe.schema import Recipe
+from streamline_bench.core.training.trainer import TRAINING_VERSION
 from streamline_bench.harness.lm import StreamlineLM
+from streamline_bench.methods.recovery.recover import RECOVERY_VERSION
+from streamline_bench.methods.registry import get_method
 from streamline_bench.modeling import register
-
-NOT_STOCK = {
-    "streamline_ffn", "streamline_ffn_res", "streamline_swiglu", "streamline_swiglu_res",
-    "streamline_linear", "linear_patch", "ridge_map", "llm_pruner", "llm_pruner_lora",
-    "llm_pruner_paper",
-    "slicegpt", "slicegpt_lora", "slicegpt_paper",
-}  # fmt: skip
-"""Recipes whose result no stock class can express; all others must be stock Llamas."""
 
 
 @pytest.fixture(params=list(list_recipes()))
@@ -36,7 +38,9 @@ def test_the_checkpoint_is_stock_where_a_stock_class_can_express_it(
     register()
     model, report = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert model.config.model_type == ("streamline" if name in NOT_STOCK else "llama")
+    recipe = load_recipe(name)
+    stock = get_method(recipe.method).stock(recipe)
+    assert model.config.model_type == ("llama" if stock else "streamline")
     manifest = read_manifest(checkpoint)
     if name == "dense":
         assert manifest is None
@@ -69,3 +73,94 @@ def test_the_harness_scores_it_as_transformers_does(checkpoint: Path) -> None:
             logits = lm.model(torch.tensor([whole])).logits[0].log_softmax(-1)
         expected = sum(float(logits[i - 1, whole[i]]) for i in range(start, len(whole)))
         assert score == pytest.approx(expected, abs=1e-4)
+
+
+GOLDEN = Path(__file__).with_name("golden.json")
+RENEW = "pytest tests/methods/test_every_recipe.py -k same_tensors --update-golden"
+
+
+@pytest.mark.parametrize("name", [each for each in list_recipes(built_in=True) if each != "dense"])
+def test_a_version_of_a_method_gives_the_same_tensors(
+    name: str,
+    recipe_source: Path,
+    recipe_checkpoint: Callable[[str], Path],
+    request: pytest.FixtureRequest,
+) -> None:
+    """The cache would return results of earlier arithmetic if a change did not raise a version."""
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {}
+    recipe = load_recipe(name)
+    found = _portrait(recipe_checkpoint(name), recipe_source)
+    versions = _versions(recipe)
+    known = golden.get(name)
+    same = known is not None and _agree(known, found)
+    kind = type(get_method(recipe.method)).__name__
+    advice = (
+        f"{name} gives other tensors than tests/methods/golden.json has: raise {kind}.version, or "
+        f"TRAINING_VERSION, RECOVERY_VERSION or SHARED_VERSION where that is what changed, and "
+        f"then renew the file ({RENEW})."
+    )
+    if request.config.getoption("--update-golden"):
+        assert same or known is None or versions != known["versions"], advice
+        entries = {**golden, name: {"versions": versions, **(known if same else found)}}
+        entries[name]["versions"] = versions
+        rows = (f"{json.dumps(key)}: {json.dumps(entries[key])}" for key in sorted(entries))
+        GOLDEN.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
+        return
+    assert same, advice
+    assert versions == known["versions"], f"A version was raised: renew the file ({RENEW})."
+
+
+def _versions(recipe: Recipe) -> dict[str, int]:
+    found = {"shared": SHARED_VERSION, "method": get_method(recipe.method).version}
+    if recipe.replacement.kind != "none" or recipe.recovery:
+        found["training"] = TRAINING_VERSION
+    return {**found, "recovery": RECOVERY_VERSION} if recipe.recovery else found
+
+
+def _portrait(folder: Path, source: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds, in a form that agrees between machines.
+
+    Config, names, shapes, dtypes, and which tensors are copies of which are exact: one digest. New
+    tensors are computed, and sums of floats depend on the processor's vectors, so that a digest of
+    their bytes or of rounded values would differ somewhere on the next machine. They are kept as
+    numbers, by kind of tensor: norm, and a fixed projection of the absolute values (the sign of a
+    principal axis is the solver's choice).
+    """
+    reader = CheckpointReader(folder)
+    dense = CheckpointReader(source)
+    originals = {_bytes(dense.tensor(name)): name for name in dense.names}
+    config = dict(reader.config)
+    config.pop("transformers_version", None)
+    exact: list[Any] = [config]
+    computed: dict[str, list[float]] = {}
+    for name in sorted(reader.names):
+        tensor = reader.tensor(name)
+        copied = originals.get(_bytes(tensor))
+        exact.append([name, str(tensor.dtype), list(tensor.shape), copied])
+        if copied is None:
+            flat = tensor.double().flatten().abs()
+            wave = torch.cos(0.7 * torch.arange(len(flat), dtype=torch.float64))
+            sums = computed.setdefault(re.sub(r"\.\d+\.", ".N.", name), [0.0, 0.0])
+            sums[0] += float(flat.square().sum())
+            sums[1] += float((flat * wave).sum())
+    digest = hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()
+    values = {role: [round(s**0.5, 7), round(p, 7)] for role, (s, p) in computed.items()}
+    return {"exact": digest[:16], "computed": values}
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).digest()
+
+
+def _agree(known: dict[str, Any], found: dict[str, Any]) -> bool:
+    if known["exact"] != found["exact"] or known["computed"].keys() != found["computed"].keys():
+        return False
+    return all(
+        values == pytest.approx(found["computed"][role], abs=1e-4 * (values[0] + 1e-6))
+        for role, values in known["computed"].items()
+    )
+
+
+def test_the_golden_file_has_ours_and_no_other() -> None:
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    assert {*golden, "dense"} == set(list_recipes(built_in=True))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from streamline_bench.opencompass.recipe_configs import write_configs
 from streamline_bench.opencompass.run_plan import DATASETS, RunPlan, config_text, entries
 
 pytestmark = [
@@ -29,15 +30,20 @@ def test_names_of_the_command_line(repository: Path) -> None:
         assert [key for key in found if key.endswith("_datasets")], path
     for path in sorted((folder / "summarizers").glob("*.py")):
         assert load(path)["summarizer"]["dataset_abbrs"], path
-    pruned = load(folder / "models" / "recipe_streamline_ffn.py")["models"]
-    assert (pruned[0]["recipe"], pruned[0]["sparsity"]) == ("streamline_ffn", 0.25)
 
 
-def test_model_of_the_recipes(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = repository / "tasks" / "opencompass" / "models" / "recipe_dense.py"
-    assert load(path)["models"][0]["path"] == "meta-llama/Llama-2-7b-hf"
+def test_written_models_of_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in write_configs(tmp_path / "configs"):
+        (entry,) = load(tmp_path / "configs" / "models" / f"{name}.py")["models"]
+        assert f"recipe_{entry['abbr']}" == name
+    folder = tmp_path / "configs" / "models"
+    (pruned,) = load(folder / "recipe_streamline_ffn.py")["models"]
+    assert (pruned["recipe"], pruned["sparsity"]) == ("streamline_ffn", 0.25)
+    dense = folder / "recipe_dense.py"
+    assert load(dense)["models"][0]["path"] == "meta-llama/Llama-2-7b-hf"
     monkeypatch.setenv("STREAMLINE_BENCH_MODEL", "/some/folder")
-    assert load(path)["models"][0]["path"] == "/some/folder"
+    assert load(dense)["models"][0]["path"] == "/some/folder"
+    assert load(tmp_path / "configs" / "datasets" / "streamline_bundled.py")
 
 
 def test_the_papers_benchmarks(repository: Path) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.compression import list_recipes
-from streamline_bench.errors import StreamlineBenchError
+from streamline_bench.compression import list_recipes, load_recipe
+from streamline_bench.errors import OutputError, StreamlineBenchError
+from streamline_bench.opencompass.recipe_configs import write_configs
 from streamline_bench.opencompass.run_plan import ModelEntry, RunPlan, config_text, entries
 
 
@@ -100,13 +101,17 @@ def test_mistakes_are_named() -> None:
         ModelEntry("../dense", "a")
 
 
-def test_every_recipe_has_its_config(repository: Path) -> None:
-    folder = repository / "tasks" / "opencompass" / "models"
-    files = {path.stem.removeprefix("recipe_") for path in folder.glob("recipe_*.py")}
-    assert files == set(list_recipes())
-    source = repository / "streamline_bench" / "opencompass" / "configs" / "recipes.py"
-    text = source.read_text(encoding="utf-8")
-    for name in list_recipes():
-        assert f"\n{name}_models = [" in text
-        used = (folder / f"recipe_{name}.py").read_text(encoding="utf-8")
-        assert f"import {name}_models as models" in used.replace("(\n        ", "")
+def test_every_recipe_gets_a_model_config(tmp_path: Path) -> None:
+    names = write_configs(tmp_path)
+    assert names == [f"recipe_{name}" for name in list_recipes()]
+    for name in names:
+        values: dict[str, Any] = {}
+        exec((tmp_path / "models" / f"{name}.py").read_text(encoding="utf-8"), values)
+        (entry,) = values["models"]
+        recipe = load_recipe(name.removeprefix("recipe_"))
+        assert entry.get("sparsity") == recipe.sparsity
+        assert entry.get("recipe", "dense") == recipe.name
+    assert (tmp_path / "datasets" / "streamline_paper.py").is_file()
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file"):
+        write_configs(tmp_path / "file")

@@ -6,20 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from streamline_bench.compression.recipes import list_recipes
-from streamline_bench.runs.planning.request import read_request
-
-PAPERS_OWN = {"llm_pruner_paper", "slicegpt_paper", "streamline_paper"}
-"""Their papers' calibration data or ratio are part of what they reproduce."""
+from streamline_bench.compression.recipes import list_recipes, load_recipe
+from streamline_bench.runs.planning.request import make_request, read_request
+from streamline_bench.runs.planning.rows import resolve_rows
 
 
 @pytest.mark.parametrize(
     "plan", ["bundled", "stories260k", "stories260k_half", "stories260k_benchmarks"]
 )
-def test_every_recipe_is_in_the_plan(
+def test_every_recipe_is_in_the_plan_but_those_with_a_papers_settings(
     plan: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("STREAMLINE_BENCH_DATA", str(tmp_path))
-    rows = [row if isinstance(row, str) else row["recipe"] for row in read_request(plan)["recipes"]]
-    assert len(rows) == len(set(rows))
-    assert set(rows) == set(list_recipes()) - PAPERS_OWN
+    rows = resolve_rows(make_request({"tasks": ["any"], **read_request(plan)}))
+    assert rows[0].is_dense
+    labels = [row.label for row in rows]
+    assert sorted(labels) == sorted(
+        name for name in list_recipes() if not load_recipe(name).paper_settings
+    )

@@ -41,6 +41,7 @@ class Source(Frozen):
 class Manifest(Frozen):
     """Where a checkpoint comes from and what was done to it.
 
+    ``method`` says who wrote the method and in which version;
     ``chosen`` holds what the method decided (block, similarities); ``files`` the SHA-256 of every
     other file in the folder, by name; ``seconds`` wall time by stage. Sparsities are shares of all
     parameters, embeddings included, of the source model.
@@ -49,6 +50,7 @@ class Manifest(Frozen):
     schema_version: int = SCHEMA_VERSION
     source: Source
     recipe: dict[str, Any]
+    method: dict[str, Any] = Field(default_factory=dict)
     chosen: dict[str, Any] = Field(default_factory=dict)
     parameters_before: int
     parameters_after: int

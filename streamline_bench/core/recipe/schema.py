@@ -171,7 +171,15 @@ class PublishedResult(Frozen):
 
 
 class Recipe(Frozen):
-    """One row of a leaderboard: a method with everything that decides its result."""
+    """One row of a leaderboard: a method with everything that decides its result.
+
+    Attributes:
+        method: name of a method, or ``module:Class``.
+        unpublished: why no published number is listed.
+        paper_settings: the size, data and steps are a paper's own, not ones that suit any model.
+        overridden: what a caller changed: dotted key -> (the recipe's own value, the given one).
+            Written when a recipe is loaded, not in recipe files.
+    """
 
     name: str
     title: str = ""
@@ -190,6 +198,9 @@ class Recipe(Frozen):
     reference_quirks: tuple[str, ...] = ()
     cost: Literal["no training", "calibrated", "recovered"] = "calibrated"
     published: tuple[PublishedResult, ...] = ()
+    unpublished: str | None = None
+    paper_settings: bool = False
+    overridden: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_size(self) -> Recipe:
@@ -197,14 +208,32 @@ class Recipe(Frozen):
             raise ValueError("give sparsity or n_layers, not both")
         return self
 
-    def content_hash(self) -> str:
-        """SHA-256 (hex) of everything that decides the result; titles and citations do not."""
-        shown_only = {"name", "title", "paper", "link", "reproduces", "published", "cost"}
-        payload = self.model_dump(mode="json", exclude=shown_only)
+    @property
+    def data_sources(self) -> tuple[str, ...]:
+        """The sources of all text that the recipe reads."""
+        specs = [self.calibration]
+        if self.replacement.kind != "none":
+            specs.append(self.training.data)
+        if self.recovery is not None:
+            specs.append(self.recovery.training.data)
+        return tuple(spec.source for spec in specs)
+
+    def decisive(self) -> dict[str, Any]:
+        """Return everything that decides the result as JSON; titles and citations do not."""
+        payload = self.model_dump(mode="json", exclude=set(_SHOWN_ONLY))
         if self.replacement.kind == "none":
             # Nothing is trained: how it would have been makes no difference.
             payload["replacement"], payload["training"] = {"kind": "none"}, None
-        return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+        return payload
+
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of what decides the result."""
+        return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
+
+
+_SHOWN_ONLY = (
+    "name title paper link reproduces published unpublished paper_settings cost overridden".split()
+)
 
 
 def parse_recipe(payload: Mapping[str, Any], origin: str) -> Recipe:

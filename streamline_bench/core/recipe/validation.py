@@ -37,7 +37,8 @@ def wrong_value(error: ValidationError, schema: type[BaseModel], within: str = "
         within: key under which the whole stands.
 
     Returns:
-        With its full stop or question mark: ``unknown key 'training.lrr'; did you mean 'lr'?``,
+        With its full stop or question mark: ``unknown key 'training.lrr'; did you mean
+        'training.lr'?``,
         ``'training.lr' is -1: Input should be greater than 0.``
     """
     problem = error.errors(include_url=False)[0]
@@ -45,7 +46,8 @@ def wrong_value(error: ValidationError, schema: type[BaseModel], within: str = "
     where = ".".join(str(part) for part in ([within] if within else []) + list(path))
     if problem["type"] == "extra_forbidden":
         known = _fields_at(schema, path[:-1])
-        return f"unknown key '{where}'{suggest_or_list(str(path[-1]), known)}"
+        parent = where.rpartition(".")[0]
+        return f"unknown key '{where}'{suggest_or_list(str(path[-1]), known, parent)}"
     reason = problem["msg"].removeprefix(_OWN)
     # Of values that do not go together, the sentence names what it is about.
     return f"'{where}' is {problem.get('input')!r}: {reason}." if path else f"{reason}."
@@ -88,14 +90,18 @@ def first_line(error: object, most: int = 200) -> str:
     return text.rstrip(".") if len(text) <= most else f"{text[:most].rstrip()}…"
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the nearest known name, or an empty string."""
+def suggest(name: str, known: Iterable[str], within: str = "") -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest known name, or an empty string.
+
+    Args:
+        within: dotted key that the names stand under; the suggestion names the whole key.
+    """
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    return f"; did you mean '{within}{'.' if within else ''}{close[0]}'?" if close else ""
 
 
-def suggest_or_list(name: str, known: Iterable[str]) -> str:
+def suggest_or_list(name: str, known: Iterable[str], within: str = "") -> str:
     """Return the end of a sentence about an unknown name: the nearest known one, or all of them."""
     names = list(known)
     listed = f"; known: {', '.join(names)}." if names else "; there are none here."
-    return suggest(name, names) or listed
+    return suggest(name, names, within) or listed

@@ -36,11 +36,13 @@ from streamline_bench.core.training.schedule import CosineSchedule, StepPlan, le
 from streamline_bench.core.training.state import TrainingState, load_state
 from streamline_bench.errors import OutputError, RecipeError, SparsityError
 
-__all__ = ["QUIRKS", "TrainingResult", "train_replacement"]
+__all__ = ["QUIRKS", "TRAINING_VERSION", "TrainingResult", "train_replacement"]
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # raised when the same settings would give another result
+TRAINING_VERSION = 1
+"""Part of the keys of trainings and of compressions with one; raised when the same settings give
+other weights than before."""
 
 QUIRKS: Mapping[str, str] = {
     "bidirectional_layer": "a layer is trained by MSE without a causal mask",
@@ -364,7 +366,7 @@ def weights_digest(model: nn.Module, stop: int | None) -> str:
 
 def key_of(**facts: Any) -> str:
     """Return the SHA-256 (hex) of facts that JSON can express."""
-    payload = json.dumps({**facts, "version": _VERSION}, sort_keys=True)
+    payload = json.dumps({**facts, "version": TRAINING_VERSION}, sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()
 
 

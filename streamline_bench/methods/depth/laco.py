@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, Field
 from tqdm import tqdm
 
 from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layers_prefix
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import SparsityError
@@ -35,9 +36,6 @@ from streamline_bench.methods.tools.layer_removal import (
     size_plan,
     stored_linear_weights,
 )
-
-if TYPE_CHECKING:
-    from streamline_bench.core.checkpoint.reader import CheckpointReader
 
 __all__ = ["LaCo", "LaCoParameters", "highest_threshold", "mixtures"]
 
@@ -111,7 +109,7 @@ class LaCo(Method):
 def highest_threshold(
     search: MergeSearch, n: int, bisections: int = 12, *, progress: bool = True
 ) -> float:
-    """Return the highest threshold found by bisection at which ``n`` layers go.
+    """Return the highest threshold found by bisection at which ``n`` layers are merged away.
 
     Raises:
         SparsityError: not even merging everything in the range removes as many.
@@ -120,8 +118,8 @@ def highest_threshold(
     most = _removed(search.run(reaching, n))
     if most < n:
         raise SparsityError(
-            f"LaCo can merge away {most} layers in its range and {n} are to go; widen lowest and "
-            "highest, lower interval, or raise layers_per_merge."
+            f"LaCo can merge away {most} layers in its range, and {n} are asked for; widen lowest "
+            "and highest, lower interval, or raise layers_per_merge."
         )
     for _ in tqdm(range(bisections), unit="threshold", desc="laco", delay=2, disable=not progress):
         middle = (reaching + failing) / 2

@@ -1,4 +1,4 @@
-"""Magnitude: the layers with the smallest weights go; no data, and the model is never built.
+"""Magnitude: removes the layers with the smallest weights, without data or building the model.
 
 As in "Reassessing Layer Pruning in LLMs" (arXiv 2411.15558): the sum over all projections of a
 layer of ``|w|`` (``l1``) or ``w²`` (``l2``).
@@ -14,11 +14,11 @@ from tqdm import tqdm
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.layer_removal import (
-    drop_layers,
+    drop_lowest,
     size_plan,
     stored_linear_weights,
 )
-from streamline_bench.methods.tools.layer_selection import ProtectedEnds, record, select_lowest
+from streamline_bench.methods.tools.layer_selection import ProtectedEnds
 
 if TYPE_CHECKING:
     import torch
@@ -52,10 +52,8 @@ class Magnitude(Method):
         plan = size_plan(work)
         candidates = options.candidates(plan.num_layers, plan.n_layers)
         sums = layer_magnitudes(work.reader, plan.num_layers, options.norm, progress=work.progress)
-        removed = select_lowest({layer: sums[layer] for layer in candidates}, plan.n_layers)
-        chosen = record(dict(enumerate(sums)), removed, f"{options.norm} magnitude")
-        chosen["protected"] = options.protected(candidates, plan.num_layers)
-        return drop_layers(work, removed, plan, chosen=chosen)
+        what = f"{options.norm} magnitude"
+        return drop_lowest(work, plan, dict(enumerate(sums)), candidates, what)
 
 
 def layer_magnitudes(

@@ -160,7 +160,7 @@ class MergeSearch:
         for (ids, mask), states, dense in zip(
             self._batches, self._states, self._dense, strict=True
         ):
-            # No layer below the base was ever changed: merges go from the top downwards.
+            # Merges proceed from the top downwards, so that no layer below the base has changed.
             where = {"start": base, "state": states[base]} if base else {}
             hidden = self._forward.hidden(ids, mask, skip=gone, **where)
             total += _cosines(dense, hidden, mask)

@@ -1,4 +1,4 @@
-"""The first layers go: a row that shows what choosing badly costs."""
+"""Removal by position: the first, the last, or random layers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Shortened LLaMA by perplexity (arXiv 2402.02834): the layers whose absence the model's
-likelihood suffers least from go, ranked once, each left out alone.
+"""Shortened LLaMA by perplexity (arXiv 2402.02834): removes the layers without which the
+likelihood falls least. Each is left out alone, and they are ranked once.
 
 Perplexity is ``exp`` of the mean loss that is compared here, so that the order is the same.
 """
@@ -16,8 +16,8 @@ from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.gradient_sums import Place, sum_gradients
-from streamline_bench.methods.tools.layer_removal import drop_layers, is_linear_weight, size_plan
-from streamline_bench.methods.tools.layer_selection import ProtectedEnds, record, select_lowest
+from streamline_bench.methods.tools.layer_removal import drop_lowest, is_linear_weight, size_plan
+from streamline_bench.methods.tools.layer_selection import ProtectedEnds
 from streamline_bench.methods.tools.likelihood import skip_losses
 
 __all__ = [
@@ -45,7 +45,7 @@ class ShortenedLlamaPPL(Method):
     parameters: ClassVar[type[BaseModel]] = ShortenedLlamaPPLParameters
 
     def compress(self, work: Compression) -> Compressed:
-        """Evaluate the model without each layer and drop those it misses least."""
+        """Evaluate the model without each layer and drop those of least effect."""
         options = ShortenedLlamaPPLParameters.model_validate(work.recipe.parameters)
         plan = size_plan(work)
         candidates = options.candidates(plan.num_layers, plan.n_layers)
@@ -57,10 +57,8 @@ class ShortenedLlamaPPL(Method):
             activations_gb=options.activations_gb,
             progress=work.progress,
         )
-        removed = select_lowest(losses, plan.n_layers)
-        chosen = record(losses, removed, "nats per token without the layer")
-        chosen["protected"] = options.protected(candidates, plan.num_layers)
-        return drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)
+        what = "nats per token without the layer"
+        return drop_lowest(work, plan, losses, candidates, what, tokens)
 
 
 class ShortenedLlamaTaylor(Method):
@@ -76,10 +74,8 @@ class ShortenedLlamaTaylor(Method):
         candidates = options.candidates(plan.num_layers, plan.n_layers)
         tokens = work.tokens(work.recipe.calibration)
         scores = taylor_scores(work.model, tokens, progress=work.progress)
-        removed = select_lowest({layer: scores[layer] for layer in candidates}, plan.n_layers)
-        chosen = record(dict(enumerate(scores)), removed, "sum of |w dL/dw|")
-        chosen["protected"] = options.protected(candidates, plan.num_layers)
-        return drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)
+        what = "sum of |w dL/dw|"
+        return drop_lowest(work, plan, dict(enumerate(scores)), candidates, what, tokens)
 
 
 def taylor_scores(model: Any, tokens: CalibrationTokens, *, progress: bool = True) -> list[float]:

@@ -1,8 +1,8 @@
-"""ShortGPT (arXiv 2403.03853): the layers that change the hidden states least go, one by one
-ranked, not necessarily neighbours.
+"""ShortGPT (arXiv 2403.03853): removes the layers that change the hidden states least. Each
+layer is ranked by itself; the removed ones need not be neighbours.
 
 Block influence is ``BI_l = 1 - E[cos(h_l, h_{l+1})]`` over all tokens. The paper excludes no
-layer. For the last one it matters which state is taken as its output: the final norm turns it.
+layer. For the last layer the choice of its output matters: before or after the final norm.
 """
 
 from __future__ import annotations
@@ -13,14 +13,8 @@ from pydantic import BaseModel
 
 from streamline_bench.core.scan.similarity import LastState
 from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
-from streamline_bench.methods.tools.layer_selection import (
-    SIMILARITY_FILE,
-    ProtectedEnds,
-    record,
-    scan_once,
-    select_lowest,
-)
+from streamline_bench.methods.tools.layer_removal import drop_lowest, size_plan
+from streamline_bench.methods.tools.layer_selection import ProtectedEnds, scan_once
 
 __all__ = ["ShortGPT", "ShortGPTParameters"]
 
@@ -50,10 +44,6 @@ class ShortGPT(Method):
         tokens = work.tokens(work.recipe.calibration)
         similarity = scan_once(work, tokens, options.last_state)
         influence = similarity.block_influence.tolist()
-        removed = select_lowest({layer: influence[layer] for layer in candidates}, plan.n_layers)
-        chosen = record(dict(enumerate(influence)), removed, "block influence")
-        chosen["protected"] = options.protected(candidates, plan.num_layers)
-        chosen["last_state"] = options.last_state
-        similar = (work.work / SIMILARITY_FILE).read_text(encoding="utf-8")
-        artefacts = {SIMILARITY_FILE: similar}
-        return drop_layers(work, removed, plan, chosen=chosen, tokens=tokens, artefacts=artefacts)
+        scores, what = dict(enumerate(influence)), "block influence"
+        state = options.last_state
+        return drop_lowest(work, plan, scores, candidates, what, tokens, last_state=state)

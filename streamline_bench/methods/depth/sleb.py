@@ -1,4 +1,4 @@
-"""SLEB (arXiv 2402.09025): one layer after another goes, each time the one whose removal leaves
+"""SLEB (arXiv 2402.09025): removes one layer after another, each time the one whose removal leaves
 the model that is left with the lowest loss.
 
 Unlike a one-shot ranking this sees that of two redundant neighbours only one can be spared.
@@ -41,7 +41,7 @@ class SLEB(Method):
     parameters: ClassVar[type[BaseModel]] = SLEBParameters
 
     def compress(self, work: Compression) -> Compressed:
-        """Remove layers greedily; an interrupted search goes on after its last whole step."""
+        """Remove layers greedily; an interrupted search continues after its last whole step."""
         options = SLEBParameters.model_validate(work.recipe.parameters)
         plan = size_plan(work)
         candidates = options.candidates(plan.num_layers, plan.n_layers)
@@ -51,7 +51,15 @@ class SLEB(Method):
         if progress_file.exists():
             steps = json.loads(progress_file.read_text(encoding="utf-8"))
         while len(steps) < plan.n_layers:
-            steps.append(_step(work, tokens, candidates, steps, options.activations_gb))
+            layer, loss = greedy_removal(
+                work.model,
+                tokens,
+                candidates,
+                [step["layer"] for step in steps],
+                activations_gb=options.activations_gb,
+                progress=work.progress,
+            )
+            steps.append({"layer": layer, "loss": loss})
             atomic_write_text(progress_file, json.dumps(steps))
         removed = [step["layer"] for step in steps]
         chosen = {
@@ -85,25 +93,7 @@ def greedy_removal(
         removed=removed,
         activations_gb=activations_gb,
         progress=progress,
-        description=f"layer {len(removed) + 1} to go",
+        description=f"layer {len(removed) + 1} to remove",
     )
     best = select_lowest(losses, 1)[0]
     return best, losses[best]
-
-
-def _step(
-    work: Compression,
-    tokens: CalibrationTokens,
-    candidates: range,
-    steps: list[dict[str, Any]],
-    activations_gb: float,
-) -> dict[str, Any]:
-    layer, loss = greedy_removal(
-        work.model,
-        tokens,
-        candidates,
-        [step["layer"] for step in steps],
-        activations_gb=activations_gb,
-        progress=work.progress,
-    )
-    return {"layer": layer, "loss": loss}

@@ -2,8 +2,8 @@
 and train one lightweight network to stand in for it.
 
 The number of layers fewer in the result is what ``n_layers`` (or the sparsity solver) says. A
-replacement of kind ``layer`` takes k slots of its own, so that a block of n + k layers goes; the
-feed-forward kinds are no decoder layers, so that a block of n goes.
+replacement of kind ``layer`` takes k slots of its own, so that a block of n + k layers is removed;
+the feed-forward kinds are not decoder layers, so that a block of n is removed.
 """
 
 from __future__ import annotations
@@ -12,67 +12,53 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, Field
+import torch
+from pydantic import BaseModel
 
 from streamline_bench.core.architecture import architecture_of
-from streamline_bench.core.checkpoint.writer import layer_dtype, layer_names, layers_prefix
-from streamline_bench.core.recipe.schema import Frozen
+from streamline_bench.core.checkpoint.writer import layer_names, layers_prefix
+from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.scan.similarity import Block, Similarity
 from streamline_bench.core.surgery.layers import block_keep, pruned_config
 from streamline_bench.core.surgery.replacement import network_parameters
 from streamline_bench.core.surgery.sparsity import SizePlan, of_layers
+from streamline_bench.core.training import TrainingResult
 from streamline_bench.errors import NumericsError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.tools.layer_removal import config_json, size_plan
-from streamline_bench.methods.tools.layer_selection import SIMILARITY_FILE, block_at, scan_once
+from streamline_bench.methods.tools.layer_removal import (
+    as_stored,
+    attached,
+    config_json,
+    size_plan,
+)
+from streamline_bench.methods.tools.layer_selection import BlockSearch, scan_artefact, scan_once
 
-if TYPE_CHECKING:
-    import torch
-
-    from streamline_bench.core.training import TrainingResult
-
-__all__ = ["Streamline", "StreamlineParameters"]
+__all__ = ["Streamline"]
 
 log = logging.getLogger(__name__)
-
-
-class StreamlineParameters(Frozen):
-    """Parameters of the method ``streamline``.
-
-    Attributes:
-        metric: how blocks are ranked: mean cosine of all tokens (the paper), or the angular
-            distance of the last token.
-        last_state: the state after the last layer, ``raw`` or after the final norm (the
-            reference's reading of ``output_hidden_states``).
-        start: take the block that starts at this layer instead of searching for it.
-        allow_first_layer: let the block contain layer 0. The paper's rule does not forbid it and
-            on large models it never happens; on small ones it ruins the model.
-    """
-
-    metric: Literal["cosine", "angular"] = "cosine"
-    last_state: Literal["raw", "postnorm"] = "raw"
-    start: int | None = Field(None, ge=0)
-    allow_first_layer: bool = False
 
 
 class Streamline(Method):
     """Contiguous block removal with an optional trained replacement."""
 
     name = "streamline"
-    parameters: ClassVar[type[BaseModel]] = StreamlineParameters
+    parameters: ClassVar[type[BaseModel]] = BlockSearch
     reads = frozenset({"replacement", "training", "reference_quirks"})
+
+    def stock(self, recipe: Recipe) -> bool:
+        """Layers are stock; feed-forward networks in their place are not."""
+        return recipe.replacement.kind in ("none", "layer")
 
     def compress(self, work: Compression) -> Compressed:
         """Scan, choose the block, train the replacement if there is one."""
-        options = StreamlineParameters.model_validate(work.recipe.parameters)
+        options = BlockSearch.model_validate(work.recipe.parameters)
         plan = _size_plan(work)
         block_size = plan.n_layers + _slots(work)
         tokens = work.tokens(work.recipe.calibration)
         similarity = scan_once(work, tokens, options.last_state)
-        block = _choose(similarity, block_size, options)
-        log.info("block: layers %d to %d", block.start, block.start + block.n - 1)
+        block = options.choose(similarity, block_size)
         result = _train(work, block)
         gone = range(block.start + _slots(work), block.stop)
         config, names, tensors, layers_after = _assemble(work, block, result)
@@ -107,14 +93,6 @@ def _size_plan(work: Compression) -> SizePlan:
             f"{plan.n_layers + _slots(work)} layers, and the model has {total}; remove fewer."
         )
     return plan
-
-
-def _choose(similarity: Similarity, n: int, options: StreamlineParameters) -> Block:
-    if options.start is None:
-        return similarity.best_block(
-            n, metric=options.metric, allow_first_layer=options.allow_first_layer
-        )
-    return block_at(similarity, options.start, n, options.metric)
 
 
 def _train(work: Compression, block: Block) -> TrainingResult | None:
@@ -164,15 +142,8 @@ def _assemble(
         replaced = tuple(f"{_layers_prefix(work)}.{block.start + i}." for i in range(slots))
         names = {new: old for new, old in names.items() if not new.startswith(replaced)}
         return config_json(host), names, tensors, len(keep)
-    from streamline_bench.modeling import Attachment, streamline_config
-
-    attachment = Attachment.of(work.recipe.replacement, work.config, block.start - 1)
-    prefix = attachment.tensor_prefix(host).replace(
-        architecture_of(work.config).layers, _layers_prefix(work), 1
-    )
-    tensors = {prefix + name: tensor for name, tensor in result.state.items()}
-    config = streamline_config(host, [attachment])
-    return config_json(config), names, _stored(work, block.start, tensors), len(keep)
+    config, tensors = attached(work, block.start, host, work.recipe.replacement, result.state)
+    return config, names, tensors, len(keep)
 
 
 def _layers_prefix(work: Compression) -> str:
@@ -188,19 +159,11 @@ def _layer_tensors(
     for key, tensor in state.items():
         index, _, rest = key.partition(".")
         named[f"{prefix}.{start + int(index)}.{rest}"] = tensor
-    return _stored(work, start, named)
-
-
-def _stored(
-    work: Compression, start: int, tensors: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Cast trained weights to the dtype in which the source stores that layer."""
-    dtype = layer_dtype(work.reader, architecture_of(work.config), start)
-    return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    return as_stored(work, start, named)
 
 
 def _chosen(
-    similarity: Similarity, block: Block, options: StreamlineParameters, plan: SizePlan
+    similarity: Similarity, block: Block, options: BlockSearch, plan: SizePlan
 ) -> dict[str, Any]:
     scores = similarity.scores(block.n, options.metric)
     unguarded = int(scores.argmax() if options.metric == "cosine" else scores.argmin())
@@ -216,7 +179,7 @@ def _chosen(
 
 
 def _artefacts(work: Compression, result: TrainingResult | None) -> dict[str, str]:
-    texts = {SIMILARITY_FILE: (work.work / SIMILARITY_FILE).read_text(encoding="utf-8")}
+    texts = scan_artefact(work)
     if result is not None:
         texts["training_curve.jsonl"] = "".join(json.dumps(row) + "\n" for row in result.curve)
     return texts

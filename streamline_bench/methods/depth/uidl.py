@@ -1,9 +1,9 @@
-"""UIDL, "The Unreasonable Ineffectiveness of the Deeper Layers" (arXiv 2403.17887): the block goes
-across which the last token's hidden state turns least.
+"""UIDL, "The Unreasonable Ineffectiveness of the Deeper Layers" (arXiv 2403.17887): removes the
+block across which the last token's hidden state turns least.
 
 The angular distance is ``arccos(cos(h_l, h_{l+n})) / pi`` at the last token, averaged over the
-sequences (equation 6). The last layer stays. The paper's ``simple`` variant looks at nothing: the
-deepest n layers but the last one go.
+sequences (equation 6). The last layer is kept. The paper's ``simple`` variant reads no data:
+it removes the deepest n layers except the last.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from streamline_bench.core.scan.similarity import LastState
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
-from streamline_bench.methods.tools.layer_selection import SIMILARITY_FILE, scan_once
+from streamline_bench.methods.tools.layer_selection import scan_once
 
 __all__ = ["UIDL", "UIDLParameters"]
 
@@ -27,7 +27,7 @@ class UIDLParameters(Frozen):
     """Parameters of the method ``uidl``.
 
     Attributes:
-        variant: ``angular`` searches for the block, ``simple`` takes the deepest but the last.
+        variant: ``angular`` searches for the block, ``simple`` takes the deepest except the last.
         last_state: the state after the last layer, ``raw`` or after the final norm; it matters
             with ``allow_last_layer`` only.
         allow_first_layer: let the block contain layer 0. The paper's rule does not forbid it and
@@ -55,8 +55,8 @@ class UIDL(Method):
             start = plan.num_layers - 1 - plan.n_layers
             if start == 0 and not options.allow_first_layer:
                 raise SparsityError(
-                    f"The deepest {plan.n_layers} of {plan.num_layers} layers but the last include "
-                    "layer 0; remove fewer, or set parameters.allow_first_layer."
+                    f"The deepest {plan.n_layers} of {plan.num_layers} layers before the last "
+                    "include layer 0; remove fewer, or set parameters.allow_first_layer."
                 )
             removed = list(range(start, start + plan.n_layers))
             chosen: dict[str, Any] = {"start": start, "variant": "simple"}
@@ -77,12 +77,5 @@ class UIDL(Method):
             "scores": scores.tolist(),
             "best_start_without_guard": int(scores.argmin()),
         }
-        similar = (work.work / SIMILARITY_FILE).read_text(encoding="utf-8")
-        return drop_layers(
-            work,
-            list(range(block.start, block.stop)),
-            plan,
-            chosen=chosen,
-            tokens=tokens,
-            artefacts={SIMILARITY_FILE: similar},
-        )
+        removed = list(range(block.start, block.stop))
+        return drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)

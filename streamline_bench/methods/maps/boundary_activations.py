@@ -1,4 +1,4 @@
-"""What a removed block leaves to mend: the states before it, behind it, and the MLP before it.
+"""States around a removed block: before it, after it, and the output of the MLP before it.
 
 For a block of layers ``s .. s + n - 1`` the stream that reaches what follows is ``h_s`` where it
 used to be ``h_{s+n}``. Layer ``s - 1`` wrote its MLP's output M into it last: ``h_s = Y + c M``,
@@ -166,10 +166,10 @@ def _silenced(model: Any, host: nn.Module) -> Iterator[None]:
 
 def _mlp_module(model: Any, layer: nn.Module) -> nn.Module:
     """Return what gives the MLP's output; where there is no MLP module, its last projection."""
-    row = architecture_of(model.config)
-    return get_submodule(layer, row.mlp or row.down)
+    family = architecture_of(model.config)
+    return get_submodule(layer, family.mlp or family.down)
 
 
 def _rows(states: Tensor, kept: Tensor) -> Tensor:
-    """Return ``[rows, hidden]`` of the tokens that are no pads; a copy."""
+    """Return a copy of the states ``[rows, hidden]`` without those of padding."""
     return states.reshape(len(kept), -1)[kept.to(states.device)]

@@ -1,4 +1,4 @@
-"""What LinearPatch and the ridge map share: one block goes, an affine map hangs in its place.
+"""What LinearPatch and the ridge map share: one block is replaced by an affine map.
 
 The map acts on the whole residual stream, so that it cannot be folded into a stock layer; the
 result is of model type ``streamline`` with one attachment of kind ``linear``.
@@ -17,18 +17,16 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from streamline_bench.core.architecture import architecture_of
-from streamline_bench.core.checkpoint.writer import layer_dtype, layers_prefix
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.recipe.schema import Frozen, ReplacementSpec
-from streamline_bench.core.scan.similarity import Block, LastState, Metric
+from streamline_bench.core.recipe.schema import Recipe, ReplacementSpec
+from streamline_bench.core.scan.similarity import Block
 from streamline_bench.core.surgery.layers import block_keep, pruned_config
 from streamline_bench.core.surgery.replacement import network_parameters
 from streamline_bench.errors import NumericsError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.maps.boundary_activations import BoundaryRows, boundary_rows
-from streamline_bench.methods.tools.layer_removal import config_json, drop_layers, size_plan
-from streamline_bench.methods.tools.layer_selection import SIMILARITY_FILE, block_at, scan_once
+from streamline_bench.methods.tools.layer_removal import attached, drop_layers, size_plan
+from streamline_bench.methods.tools.layer_selection import BlockSearch, scan_once
 from streamline_bench.methods.tools.normal_equations import NormalEquations
 
 __all__ = ["AffineMap", "BoundaryMap", "BoundaryMapParameters"]
@@ -36,22 +34,14 @@ __all__ = ["AffineMap", "BoundaryMap", "BoundaryMapParameters"]
 log = logging.getLogger(__name__)
 
 
-class BoundaryMapParameters(Frozen):
-    """Parameters that all boundary maps have.
+class BoundaryMapParameters(BlockSearch):
+    """Parameters that all boundary maps have, those of the search for the block among them.
 
     Attributes:
-        metric: how blocks are ranked: mean cosine of all tokens, or angular distance of the last.
-        last_state: state after the last layer that the ranking compares.
-        start: take the block that starts at this layer instead of searching for it.
-        allow_first_layer: let the search consider the block that starts at layer 0.
         validation_share: share of the sequences kept out of the fit to measure it.
         batch_size: sequences per forward pass.
     """
 
-    metric: Metric = "cosine"
-    last_state: LastState = "raw"
-    start: int | None = Field(None, ge=0)
-    allow_first_layer: bool = False
     validation_share: float = Field(0.05, gt=0, lt=1)
     batch_size: int = Field(1, ge=1)
 
@@ -63,7 +53,7 @@ class AffineMap:
     Attributes:
         weight: ``[hidden, hidden]``.
         bias: ``[hidden]`` or None for zero.
-        facts: what the manifest tells about it.
+        facts: about the map, for the manifest.
     """
 
     weight: Tensor
@@ -75,6 +65,10 @@ class BoundaryMap(Method):
     """Remove the block whose ends are most alike and put a fitted affine map in its place."""
 
     parameters: ClassVar[type[BaseModel]] = BoundaryMapParameters
+
+    def stock(self, recipe: Recipe) -> bool:
+        """No stock class has a map between two layers."""
+        return False
 
     @abstractmethod
     def fit(
@@ -92,7 +86,7 @@ class BoundaryMap(Method):
         self.prepare(hidden)
         plan = size_plan(work, network_parameters(ReplacementSpec(kind="linear"), work.config))
         tokens = work.tokens(work.recipe.calibration)
-        block = _choose(work, tokens, plan.n_layers, options)
+        block = options.choose(scan_once(work, tokens, options.last_state), plan.n_layers)
         fit, held_out = tokens.split(options.validation_share, work.recipe.seed)
         found = self.fit(_rows(work, block, fit, options, "fit"), hidden, options, work.device)
         if not bool(found.weight.isfinite().all()):
@@ -107,23 +101,8 @@ class BoundaryMap(Method):
             "tokens_held_out": held_out.num_tokens,
             **found.facts,
         }
-        scan = (work.work / SIMILARITY_FILE).read_text(encoding="utf-8")
-        result = drop_layers(
-            work, removed, plan, chosen=chosen, tokens=tokens, artefacts={SIMILARITY_FILE: scan}
-        )
+        result = drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)
         return _attached(work, result, block, found)
-
-
-def _choose(work: Compression, tokens: CalibrationTokens, n: int, options: Any) -> Block:
-    similarity = scan_once(work, tokens, options.last_state)
-    if options.start is not None:
-        block = block_at(similarity, options.start, n, options.metric)
-    else:
-        block = similarity.best_block(
-            n, metric=options.metric, allow_first_layer=options.allow_first_layer
-        )
-    log.info("block: layers %d to %d", block.start, block.stop - 1)
-    return block
 
 
 def _rows(
@@ -155,24 +134,10 @@ def _errors(
 
 
 def _attached(work: Compression, result: Compressed, block: Block, found: AffineMap) -> Compressed:
-    """Return the result with the map hung behind the layer before the block."""
-    from streamline_bench.modeling import Attachment, streamline_config
-
-    row = architecture_of(work.config)
-    host = pruned_config(
-        work.config, block_keep(work.config.num_hidden_layers, block.start, block.n)
-    )
-    attachment = Attachment.of(ReplacementSpec(kind="linear"), work.config, block.start - 1)
-    layers = layers_prefix(work.reader, row)
-    prefix = attachment.tensor_prefix(host).replace(row.layers, layers, 1)
-    dtype = layer_dtype(work.reader, row, block.start)
+    """Return the result with the map behind the layer before the block."""
+    keep = block_keep(work.config.num_hidden_layers, block.start, block.n)
     bias = torch.zeros(len(found.weight)) if found.bias is None else found.bias
-    values = {"weight": found.weight.T, "bias": bias}
-    with torch.device("meta"):
-        parameters = dict(attachment.build(work.config).named_parameters())
-    tensors = {
-        prefix + name: values[name.rpartition(".")[2]].to("cpu", dtype).contiguous()
-        for name in parameters
-    }
-    config = config_json(streamline_config(host, [attachment]))
+    state = {"proj.weight": found.weight.T, "proj.bias": bias}
+    host, spec = pruned_config(work.config, keep), ReplacementSpec(kind="linear")
+    config, tensors = attached(work, block.start, host, spec, state)
     return dataclasses.replace(result, config=config, tensors=tensors)

@@ -18,10 +18,7 @@ from streamline_bench.methods.maps.boundary_activations import BoundaryRows
 from streamline_bench.methods.maps.boundary_map import AffineMap, BoundaryMap
 from streamline_bench.methods.tools.normal_equations import widened
 
-__all__ = [
-    "LinearPatch",
-    "hadamard",
-]
+__all__ = ["LinearPatch", "hadamard"]
 
 
 class LinearPatch(BoundaryMap):

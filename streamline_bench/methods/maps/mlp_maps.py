@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -30,9 +30,6 @@ from streamline_bench.methods.tools.normal_equations import (
     widened,
 )
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 __all__ = [
     "Gap",
     "MapErrors",
@@ -40,7 +37,6 @@ __all__ = [
     "RowStore",
     "composed_maps",
     "find_gaps",
-    "fit_cosine",
     "fit_maps",
     "map_errors",
 ]
@@ -50,7 +46,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Gap:
-    """A removed block and where its map goes.
+    """A removed block and the layer that takes its map.
 
     Attributes:
         host: layer whose MLP takes the map.
@@ -65,7 +61,7 @@ class Gap:
 
 
 def find_gaps(work: Compression, blocks: list[Block], tokens: CalibrationTokens) -> list[Gap]:
-    """Return where the map of each block goes; blocks in order of their places.
+    """Return which layer takes the map of each block; blocks in order of their places.
 
     Raises:
         ArchitectureError: a layer before a block does not simply add its MLP's output.
@@ -113,7 +109,7 @@ def fit_maps(
     """
     if options.objective == "cosine":
         return _fit_by_cosine(work, gaps, tokens, options)
-    sums = _sums(work, gaps, tokens, options.batch_size, "fit")
+    sums, _ = _sums(work, gaps, tokens, options.batch_size, "fit")
     solved = [
         one.solve_diagonal(options.ridge) if options.diagonal else one.solve(options.ridge)
         for one in sums
@@ -139,17 +135,7 @@ def _fit_by_cosine(
                     store.append(m, rows.target, y)
                 else:
                     store.append(m, rows.target - y)
-            found, losses = fit_cosine(
-                store,
-                hidden,
-                diagonal=options.diagonal,
-                epochs=options.epochs,
-                lr=options.lr,
-                batch=options.batch_rows,
-                seed=work.recipe.seed,
-                device=work.device,
-                progress=work.progress,
-            )
+            found, losses = _fit_cosine(store, work, options)
         finally:
             store.close()
         maps.append(found)
@@ -159,17 +145,25 @@ def _fit_by_cosine(
 
 def _sums(
     work: Compression, gaps: list[Gap], tokens: CalibrationTokens, batch_size: int, what: str
-) -> list[NormalEquations]:
-    sums = [NormalEquations(int(work.config.hidden_size), work.device) for _ in gaps]
+) -> tuple[list[NormalEquations], dict[int, NormalEquations]]:
+    """Return the sums of each gap, and host -> those across its several adjacent blocks."""
+    hidden = int(work.config.hidden_size)
+    sums = [NormalEquations(hidden, work.device) for _ in gaps]
+    hosts = {gap.host for gap in gaps if gap.follows}
+    whole = {host: NormalEquations(hidden, work.device) for host in hosts}
     for batch in _all_rows(work, gaps, tokens, batch_size, what):
-        for gap, rows, one in zip(gaps, batch, sums, strict=True):
-            m, y = _parts(gap, rows)
+        parts = [_parts(gap, rows) for gap, rows in zip(gaps, batch, strict=True)]
+        for (m, y), rows, one in zip(parts, batch, sums, strict=True):
             one.add(m, widened(rows.target) - widened(y))
-    return sums
+        for host, one in whole.items():
+            chain = [number for number, gap in enumerate(gaps) if gap.host == host]
+            m, y = parts[chain[0]]
+            one.add(m, widened(batch[chain[-1]].target) - widened(y))
+    return sums, whole
 
 
 def composed_maps(gaps: list[Gap], maps: list[Tensor]) -> dict[int, Tensor]:
-    """Return host -> the product of the maps that go into it, in the order of their blocks."""
+    """Return host -> the product of its maps, in the order of their blocks."""
     composed: dict[int, Tensor] = {}
     for gap, a in zip(gaps, maps, strict=True):
         composed[gap.host] = composed[gap.host] @ a if gap.host in composed else a
@@ -191,25 +185,10 @@ class MapErrors:
 
 
 def map_errors(
-    work: Compression,
-    gaps: list[Gap],
-    maps: list[Tensor],
-    tokens: CalibrationTokens,
-    batch_size: int,
+    work: Compression, gaps: list[Gap], maps: list[Tensor], tokens: CalibrationTokens, batch: int
 ) -> MapErrors:
     """Measure the maps, one by one and as they are folded."""
-    hidden = int(work.config.hidden_size)
-    sums = [NormalEquations(hidden, work.device) for _ in gaps]
-    hosts = {gap.host for gap in gaps if gap.follows}
-    whole = {host: NormalEquations(hidden, work.device) for host in hosts}
-    for batch in _all_rows(work, gaps, tokens, batch_size, "held out"):
-        parts = [_parts(gap, rows) for gap, rows in zip(gaps, batch, strict=True)]
-        for (m, y), rows, one in zip(parts, batch, sums, strict=True):
-            one.add(m, widened(rows.target) - widened(y))
-        for host, one in whole.items():
-            chain = [number for number, gap in enumerate(gaps) if gap.host == host]
-            m, y = parts[chain[0]]
-            one.add(m, widened(batch[chain[-1]].target) - widened(y))
+    sums, whole = _sums(work, gaps, tokens, batch, "held out")
     composed = composed_maps(gaps, maps)
     return MapErrors(
         [_errors(one, a) for one, a in zip(sums, maps, strict=True)],
@@ -219,10 +198,7 @@ def map_errors(
 
 def _errors(sums: NormalEquations, found: Tensor) -> dict[str, float]:
     identity = torch.eye(len(found), dtype=torch.float64)
-    return {
-        "none": sums.mean_squared_error(identity),
-        "mapped": sums.mean_squared_error(found),
-    }
+    return {"none": sums.mean_squared_error(identity), "mapped": sums.mean_squared_error(found)}
 
 
 class ReplaceMeParameters(Frozen):
@@ -234,7 +210,7 @@ class ReplaceMeParameters(Frozen):
         accurate: with ``cosine``, maximise ``cos(M A + Y, h)`` instead.
         diagonal: A is diagonal.
         ridge: share of the mean diagonal of ``MᵀM`` added to it (lstsq).
-        blocks: into how many blocks of equal size the removed layers are parted.
+        blocks: number of blocks of equal size that the removed layers are divided into.
         merge_consecutive: adjacent blocks are fitted as one. Otherwise the later one is fitted on
             the whole stream and its map follows the earlier one's in the same MLP, as published.
         last_state: state after the last layer that the selection compares.
@@ -310,24 +286,10 @@ class RowStore:
         self._path.unlink(missing_ok=True)
 
 
-def fit_cosine(
-    rows: RowStore,
-    hidden: int,
-    *,
-    diagonal: bool = False,
-    epochs: int = 10,
-    lr: float = 1e-4,
-    batch: int = 1024,
-    seed: int = 0,
-    device: str = "cpu",
-    progress: bool = True,
+def _fit_cosine(
+    rows: RowStore, work: Compression, options: ReplaceMeParameters
 ) -> tuple[Tensor, list[float]]:
-    """Minimise ``mean(1 - cos(x A + y, z))`` over A, which starts as the identity.
-
-    Args:
-        rows: parts ``(x, z)`` or ``(x, z, y)``; without y it is zero.
-        hidden: width of the rows.
-        diagonal: only the diagonal of A is learned.
+    """Minimise ``mean(1 - cos(x A + y, z))`` over A, from the identity; rows are x, z and maybe y.
 
     Returns:
         (A as float64 ``[hidden, hidden]``, mean loss of each epoch).
@@ -335,19 +297,20 @@ def fit_cosine(
     Raises:
         NumericsError: the loss is not finite.
     """
-    if not diagonal:
+    hidden, batch = int(work.config.hidden_size), options.batch_rows
+    if not options.diagonal:
         warn_of_few_rows(len(rows), hidden)
-    start = torch.ones(hidden) if diagonal else torch.eye(hidden)
-    weight = start.to(device).requires_grad_()
-    optimizer = torch.optim.Adam([weight], lr=lr)
-    generator = torch.Generator().manual_seed(seed)
+    start = torch.ones(hidden) if options.diagonal else torch.eye(hidden)
+    weight = start.to(work.device).requires_grad_()
+    optimizer = torch.optim.Adam([weight], lr=options.lr)
+    generator = torch.Generator().manual_seed(work.recipe.seed)
     losses: list[float] = []
-    steps = epochs * -(-len(rows) // batch)
-    with tqdm(total=steps, desc="cosine map", delay=2, disable=not progress) as bar:
-        for _ in range(epochs):
+    steps = options.epochs * -(-len(rows) // batch)
+    with tqdm(total=steps, desc="cosine map", delay=2, disable=not work.progress) as bar:
+        for _ in range(options.epochs):
             total = 0.0
             for part in rows.shuffled(batch, generator):
-                loss = _cosine_loss(part.to(device), weight)
+                loss = _cosine_loss(part.to(work.device), weight)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -357,7 +320,7 @@ def fit_cosine(
     found = weight.detach().to("cpu", torch.float64)
     if not bool(found.isfinite().all()):
         raise NumericsError("The cosine objective gave a map that is not finite; lower lr.")
-    return torch.diag(found) if diagonal else found, losses
+    return torch.diag(found) if options.diagonal else found, losses
 
 
 def _cosine_loss(part: Tensor, weight: Tensor) -> Any:

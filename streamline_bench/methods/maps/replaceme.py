@@ -1,11 +1,11 @@
 """ReplaceMe (arXiv 2505.02819): a removed block becomes a linear map inside the MLP before it.
 
-Layers ``s .. s + n - 1`` go. With M the MLP output of layer ``s - 1`` and Y the rest of the stream
-there (``h_s = Y + M``), a map A is fitted so that ``M A + Y`` resembles ``h_{s+n}``, and folded
-into that MLP's output projection. The result has no new parameters and is a stock checkpoint.
+Layers ``s .. s + n - 1`` are removed. With M the MLP output of layer ``s - 1`` and Y the rest of
+the stream there (``h_s = Y + M``), a map A is fitted so that ``M A + Y`` resembles ``h_{s+n}``, and
+folded into that MLP's output projection. The result is a stock checkpoint.
 
-Differences from the published implementation: pads take no part; the least-squares system is solved
-by Cholesky with a ridge relative to its diagonal; the target behind the last layer is its raw
+Differences from the published implementation: padding is ignored; the least-squares system is
+solved by Cholesky with a ridge relative to its diagonal; the target after the last layer is its raw
 output, because the folded model applies the final norm itself; every block of several is fitted on
 the original model, for the cosine objective too.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel
@@ -41,25 +41,16 @@ from streamline_bench.methods.maps.mlp_maps import (
 )
 from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
 from streamline_bench.methods.tools.layer_selection import (
-    SIMILARITY_FILE,
     merge_adjacent,
     non_overlapping,
     scan_once,
 )
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = [
-    "ReplaceMe",
-    "fold_into_mlp",
-    "mlp_output_tensors",
-    "refuse_normed_mlp",
-]
+__all__ = ["ReplaceMe", "fold_into_mlp", "mlp_output_tensors", "refuse_normed_mlp"]
 
 
 class ReplaceMe(Method):
-    """Contiguous blocks removed, each mended by a linear map folded into the MLP before it."""
+    """Contiguous blocks removed, each replaced by a linear map folded into the MLP before it."""
 
     name = "replaceme"
     parameters: ClassVar[type[BaseModel]] = ReplaceMeParameters
@@ -69,14 +60,23 @@ class ReplaceMe(Method):
         options = ReplaceMeParameters.model_validate(work.recipe.parameters)
         refuse_normed_mlp(architecture_of(work.config))
         plan = size_plan(work)
-        size = _block_size(plan.n_layers, options.blocks)
+        if plan.n_layers % options.blocks:
+            raise SparsityError(
+                f"{plan.n_layers} layers cannot be divided into {options.blocks} blocks of equal "
+                f"size; choose n_layers as a multiple of {options.blocks}, or other blocks."
+            )
         tokens = work.tokens(work.recipe.calibration)
         similarity = scan_once(work, tokens, options.last_state)
-        blocks = non_overlapping(similarity, size, options.blocks, "angular")
+        blocks = non_overlapping(
+            similarity, plan.n_layers // options.blocks, options.blocks, "angular"
+        )
         if options.merge_consecutive:
             blocks = merge_adjacent(blocks, similarity)
         gaps = find_gaps(work, blocks, tokens)
-        targets = _host_tensors(work, gaps)
+        family, hosts = architecture_of(work.config), {gap.host for gap in gaps}
+        targets = {
+            host: mlp_output_tensors(work.reader, family, work.model, host) for host in hosts
+        }
         fit, held_out = tokens.split(options.validation_share, work.recipe.seed)
         maps, curves = fit_maps(work, gaps, fit, options)
         errors = map_errors(work, gaps, maps, held_out, options.batch_size)
@@ -93,24 +93,8 @@ class ReplaceMe(Method):
                 "tokens_held_out": held_out.num_tokens,
             },
             tokens=tokens,
-            artefacts={SIMILARITY_FILE: (work.work / SIMILARITY_FILE).read_text(encoding="utf-8")},
         )
         return _folded(work, result, gaps, maps, targets)
-
-
-def _block_size(n_layers: int, blocks: int) -> int:
-    if n_layers % blocks:
-        raise SparsityError(
-            f"{n_layers} layers cannot be parted into {blocks} blocks of equal size; choose "
-            f"n_layers as a multiple of {blocks}, or other blocks."
-        )
-    return n_layers // blocks
-
-
-def _host_tensors(work: Compression, gaps: list[Gap]) -> dict[int, dict[str, int]]:
-    row = architecture_of(work.config)
-    hosts = {gap.host for gap in gaps}
-    return {host: mlp_output_tensors(work.reader, row, work.model, host) for host in hosts}
 
 
 def _described(
@@ -132,7 +116,7 @@ def _described(
 
 
 def _described_chains(gaps: list[Gap], errors: dict[int, dict[str, float]]) -> dict[str, Any]:
-    """Tell of adjacent blocks what their maps do together; nothing where there are none."""
+    """Return what the maps of adjacent blocks do together; empty without adjacent blocks."""
     chains = [
         {
             "start": min(gap.block.start for gap in gaps if gap.host == host),
@@ -168,38 +152,39 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _EXPERT_DOWN = ("down_proj", "w2")  # in a file; w2 is Mixtral's name there
 
 
-def refuse_normed_mlp(row: Architecture) -> None:
+def refuse_normed_mlp(family: Architecture) -> None:
     """Refuse families with a norm between the MLP and the residual stream.
 
     Raises:
         ArchitectureError: the family is one of them.
     """
-    if row.mlp_output_norm:
+    if family.mlp_output_norm:
         raise ArchitectureError(
-            f"Model type '{row.model_type}' has a norm ('{row.mlp_output_norm}') between the MLP "
-            "and the residual stream, so that a map of the MLP's output cannot be folded into its "
-            "weights; use linear_patch or ridge_map, which put the map behind the layer."
+            f"Model type '{family.model_type}' has a norm ('{family.mlp_output_norm}') between the "
+            "MLP and the residual stream, so that a map of the MLP's output cannot be folded into "
+            "its weights; use linear_patch or ridge_map, which put the map after the layer."
         )
 
 
 def mlp_output_tensors(
-    reader: CheckpointReader, row: Architecture, model: Any, layer: int
+    reader: CheckpointReader, family: Architecture, model: Any, layer: int
 ) -> dict[str, int]:
     """Return the tensors that write a layer's MLP output: name -> the axis of the hidden size.
 
     Args:
-        model: the loaded model; tells the number of experts and the layout of fused ones.
+        model: the loaded model; it has the number of experts and the layout of fused ones.
 
     Raises:
         ArchitectureError: they are not where the family keeps them, or are quantised.
     """
-    prefix = f"{layers_prefix(reader, row)}.{layer}."
+    prefix = f"{layers_prefix(reader, family)}.{layer}."
     names = {name[len(prefix) :] for name in reader.names if name.startswith(prefix)}
-    experts = _experts(row, decoder_layers(model)[layer])
-    found = _dense(row, names) if experts is None else _mixture(names, experts)
+    mlp = get_submodule(decoder_layers(model)[layer], family.mlp) if family.experts else None
+    experts = mlp._modules.get(family.experts) if mlp is not None else None  # None: a dense layer
+    found = _dense(family, names) if experts is None else _mixture(names, experts)
     if not found:
         raise ArchitectureError(
-            f"Layer {layer} of this '{row.model_type}' checkpoint has no MLP output projection "
+            f"Layer {layer} of this '{family.model_type}' checkpoint has no MLP output projection "
             "that a map could be folded into; use linear_patch or ridge_map."
         )
     for name in found:
@@ -231,13 +216,13 @@ def fold_into_mlp(
     return folded
 
 
-def _dense(row: Architecture, names: set[str]) -> dict[str, int]:
+def _dense(family: Architecture, names: set[str]) -> dict[str, int]:
     weight, bias = (
-        ".".join(filter(None, (row.mlp, row.down, kind))) for kind in ("weight", "bias")
+        ".".join(filter(None, (family.mlp, family.down, kind))) for kind in ("weight", "bias")
     )
     if weight not in names:
         return {}
-    found = {weight: -1 if row.transposed else -2}
+    found = {weight: -1 if family.transposed else -2}
     if bias in names:
         found[bias] = -1
     return found
@@ -262,13 +247,6 @@ def _mixture(names: set[str], experts: nn.Module) -> dict[str, int]:
     if seen != set(range(_count(experts))):
         return {}
     return found
-
-
-def _experts(row: Architecture, layer: nn.Module) -> nn.Module | None:
-    """Return the module of routed experts, None in a dense layer."""
-    if not row.experts:
-        return None
-    return get_submodule(layer, row.mlp)._modules.get(row.experts)
 
 
 def _count(experts: nn.Module) -> int:

@@ -50,7 +50,7 @@ def load_instructions(
 
     One record per sequence, an end-of-sequence token behind it, cut at ``spec.sequence_length``,
     padded on the right. ``target_mask`` marks the answers (None with ``train_on_inputs``). Records
-    of whose answer nothing is left by the cut are left out.
+    whose answer is cut off entirely are left out.
 
     Args:
         max_length: most positions the model has.
@@ -96,7 +96,7 @@ def _instruction_source(spec: CalibrationSpec, model_folder: Path | None) -> str
         )
     if spec.tokens is not None:
         raise CalibrationError(
-            f"{spec.tokens} tokens were asked for of instruction data, which is counted in "
+            f"tokens={spec.tokens} cannot be used with instruction data, which is counted in "
             "records; give samples instead."
         )
     return source
@@ -108,8 +108,8 @@ def _texts(records: Iterable[Mapping[str, Any]], source: str) -> Iterator[tuple[
         given = record.get("input") or ""
         if not all(isinstance(text, str) for text in (instruction, output, given)):
             raise CalibrationError(
-                f"A record of {source} holds other things than text in instruction, input or "
-                "output; mend it."
+                f"A record of {source} has something other than text in instruction, input or "
+                "output; correct it."
             )
         yield alpaca_prompt(instruction, given), output
 

@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     from streamline_bench.core.data.calibration import CalibrationTokens
     from streamline_bench.methods.recovery.training import RecoveryResult
 
-__all__ = ["compress_and_recover", "recovery_data"]
+__all__ = ["RECOVERY_VERSION", "compress_and_recover", "recovery_data"]
+
+RECOVERY_VERSION = 1
+"""Part of the cache key of recipes with a recovery; raised when the same recovery gives other
+weights than before."""
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +91,12 @@ def _refuse_unstored(job: Compression, spec: RecoverySpec) -> None:
     Raises:
         ArchitectureError: a weight to train is stored in another form.
     """
-    row = architecture_of(job.config)
-    if not row.experts or spec.kind == "lora" or (spec.kind == "partial" and not spec.last_layers):
+    family = architecture_of(job.config)
+    if (
+        not family.experts
+        or spec.kind == "lora"
+        or (spec.kind == "partial" and not spec.last_layers)
+    ):
         return
     import torch
     from transformers import AutoModelForCausalLM
@@ -96,12 +104,12 @@ def _refuse_unstored(job: Compression, spec: RecoverySpec) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(job.config)
     known = set(_copied_names(job.reader, untied=True))
-    depth = int(getattr(job.config, row.depth_key))
+    depth = int(getattr(job.config, family.depth_key))
     lacking: dict[int, str] = {}
     for layer in range(depth):
-        prefix = f"{row.layers}.{layer}"
+        prefix = f"{family.layers}.{layer}"
         for name, _ in model.get_submodule(prefix).named_parameters(prefix=prefix):
-            if _match(row, name, known) is None:
+            if _match(family, name, known) is None:
                 lacking.setdefault(layer, name)
     if lacking and (spec.kind == "full" or len(lacking) == depth):
         raise _unstored(lacking[max(lacking)])
@@ -170,9 +178,9 @@ def _recovered(
     config = dict(reader.config)
     if untied:
         config["tie_word_embeddings"] = False
-    row = architecture_of(reader.config)
+    family = architecture_of(reader.config)
     # A head that shares trained embeddings must not stay behind as it was.
-    shared = {_spelled(row, f"{row.lm_head}.weight")} if summary["tied"] else set()
+    shared = {_spelled(family, f"{family.lm_head}.weight")} if summary["tied"] else set()
     names = _copied_names(reader, untied)
     artefacts = {
         name: (reader.folder / name).read_text(encoding="utf-8") for name in facts["artefacts"]
@@ -197,9 +205,9 @@ def _copied_names(reader: CheckpointReader, untied: bool) -> dict[str, str]:
     A checkpoint without the base's name in its tensors has no place for a head: with a head of its
     own, all its tensors get their full names.
     """
-    row = architecture_of(reader.config)
-    bare = layers_prefix(reader, row) != row.layers
-    prefix = f"{row.base}." if untied and bare else ""
+    family = architecture_of(reader.config)
+    bare = layers_prefix(reader, family) != family.layers
+    prefix = f"{family.base}." if untied and bare else ""
     return {prefix + name: name for name in reader.names}
 
 
@@ -211,22 +219,22 @@ def _stored_names(
     Raises:
         ArchitectureError: the checkpoint stores a weight in another form (fused experts).
     """
-    row = architecture_of(reader.config)
+    family = architecture_of(reader.config)
     known = set(_copied_names(reader, untied))
-    head = _spelled(row, f"{row.lm_head}.weight")
+    head = _spelled(family, f"{family.lm_head}.weight")
     if untied:
         known.add(head)
     found: dict[str, str] = {}
     for name in weights:
-        match = _match(row, name, known)
+        match = _match(family, name, known)
         if match is None:
             raise _unstored(name)
         found[name] = match
     return found
 
 
-def _match(row: Architecture, name: str, known: Collection[str]) -> str | None:
-    spellings = (name, _spelled(row, name), name.removeprefix(f"{row.base}."))
+def _match(family: Architecture, name: str, known: Collection[str]) -> str | None:
+    spellings = (name, _spelled(family, name), name.removeprefix(f"{family.base}."))
     return next((spelling for spelling in spellings if spelling in known), None)
 
 
@@ -237,9 +245,9 @@ def _unstored(name: str) -> ArchitectureError:
     )
 
 
-def _spelled(row: Architecture, name: str) -> str:
+def _spelled(family: Architecture, name: str) -> str:
     """Return a tensor's name in checkpoints of the family."""
-    for path, stored in row.stored_as.items():
+    for path, stored in family.stored_as.items():
         if name.startswith(f"{path}."):
             return stored + name[len(path) :]
     return name
@@ -247,11 +255,13 @@ def _spelled(row: Architecture, name: str) -> str:
 
 def _as_stored(reader: CheckpointReader, name: str, weight: Tensor) -> Tensor:
     """Cast a trained weight to the dtype in which the checkpoint stores it, and check it."""
-    row = architecture_of(reader.config)
-    source = next((n for n in (name, name.removeprefix(f"{row.base}.")) if n in reader.names), None)
+    family = architecture_of(reader.config)
+    source = next(
+        (n for n in (name, name.removeprefix(f"{family.base}.")) if n in reader.names), None
+    )
     # A head that was untied has no entry yet: it is stored as the embeddings are.
-    spelling = row.embeddings[0] + ".weight"
-    twins = (spelling, spelling.removeprefix(f"{row.base}."))
+    spelling = family.embeddings[0] + ".weight"
+    twins = (spelling, spelling.removeprefix(f"{family.base}."))
     source = source or next(n for n in twins if n in reader.names)
     cast = weight.to(reader.tensor(source).dtype).contiguous()
     if not bool(cast.isfinite().all()):

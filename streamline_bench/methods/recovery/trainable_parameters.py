@@ -1,4 +1,4 @@
-"""Which parameters of a model a recovery trains; all others are frozen.
+"""Which parameters of a model a recovery trains, LoRA's low-rank updates among them.
 
 Trained parameters are float32: a step of 1e-5 is lost in bfloat16.
 """
@@ -87,7 +87,7 @@ def partial_parameters(model: Any, spec: RecoverySpec) -> TrainableParameters:
     Raises:
         RecipeError: there are fewer layers than ``last_layers``.
     """
-    row = architecture_of(model.config)
+    family = architecture_of(model.config)
     depth = len(decoder_layers(model))
     if spec.last_layers > depth:
         raise RecipeError(
@@ -95,10 +95,10 @@ def partial_parameters(model: Any, spec: RecoverySpec) -> TrainableParameters:
             "layers; lower it."
         )
     untie_embeddings(model)
-    paths = [f"{row.layers}.{index}" for index in range(depth - spec.last_layers, depth)]
+    paths = [f"{family.layers}.{index}" for index in range(depth - spec.last_layers, depth)]
     chosen = {
         f"{path}.{name}": parameter
-        for path in (*paths, row.final_norm, row.lm_head)
+        for path in (*paths, family.final_norm, family.lm_head)
         if (module := _existing(model, path)) is not None
         for name, parameter in module.named_parameters()
     }
@@ -106,7 +106,7 @@ def partial_parameters(model: Any, spec: RecoverySpec) -> TrainableParameters:
 
 
 def full_parameters(model: Any) -> TrainableParameters:
-    """Choose all parameters; a head that shares the embeddings goes on doing so."""
+    """Choose all parameters; a head that shares the embeddings still does."""
     return TrainableParameters(model, dict(model.named_parameters()))
 
 
@@ -199,8 +199,8 @@ def target_modules(model: Any, spec: RecoverySpec) -> dict[str, nn.Module]:
     Raises:
         ArchitectureError: the family has no projection of that role.
     """
-    row = architecture_of(model.config)
-    paths = {role: _path(row, role) for role in spec.targets}
+    family = architecture_of(model.config)
+    paths = {role: _path(family, role) for role in spec.targets}
     found: dict[str, nn.Module] = {}
     used: set[str] = set()
     for index, layer in enumerate(decoder_layers(model)):
@@ -208,29 +208,32 @@ def target_modules(model: Any, spec: RecoverySpec) -> dict[str, nn.Module]:
             module = _projection(layer, path) if path else None
             if module is not None:
                 used.add(role)
-                found[f"{row.layers}.{index}.{path}"] = module
-    plain = not row.experts and not row.gate and not row.fused_gate_up
+                found[f"{family.layers}.{index}.{path}"] = module
+    plain = not family.experts and not family.gate and not family.fused_gate_up
     missing = [role for role in paths if role not in used and not (role == "gate" and plain)]
     if missing or not found:
         role = (missing or list(paths))[0]
         raise ArchitectureError(
-            f"Model type '{row.model_type}' has no projection '{role}' that LoRA can update; "
+            f"Model type '{family.model_type}' has no projection '{role}' that LoRA can update; "
             "choose others in recovery.targets."
         )
     return found
 
 
-def _path(row: Architecture, role: str) -> str:
+def _path(family: Architecture, role: str) -> str:
     """Return where a layer has the projection of a role; empty if nowhere."""
-    attention = {"q": row.query, "k": row.key, "v": row.value}
+    attention = {"q": family.query, "k": family.key, "v": family.value}
     if role in attention:
-        parent, name = row.attention, attention[role] or row.fused_qkv
+        parent, name = family.attention, attention[role] or family.fused_qkv
     elif role == "o":
-        parent, name = row.attention, row.output
+        parent, name = family.attention, family.output
     elif role == "down":
-        parent, name = row.mlp, row.down
+        parent, name = family.mlp, family.down
     else:
-        parent, name = row.mlp, (row.gate if role == "gate" else row.up) or row.fused_gate_up
+        parent, name = (
+            family.mlp,
+            (family.gate if role == "gate" else family.up) or family.fused_gate_up,
+        )
     if not name:
         return ""
     return f"{parent}.{name}" if parent else name

@@ -73,7 +73,7 @@ def train_recovery(
 ) -> RecoveryResult:
     """Train the chosen parameters of ``model`` where it stands; the model is used up.
 
-    A training that was killed goes on from its last checkpoint in ``work``; on CPU the result is
+    A training that was killed continues from its last checkpoint in ``work``; on CPU the result is
     the same to the bit.
 
     Args:

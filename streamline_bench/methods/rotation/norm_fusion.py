@@ -1,8 +1,8 @@
 """Moves what norms do besides dividing by the root mean square into the linear maps around them.
 
-A norm's gain (and bias) goes into the maps that read it; where the norm is a LayerNorm, the mean
-it subtracts is taken out of everything that writes to the residual stream. What remains commutes
-with rotations of the stream (SliceGPT, arXiv 2401.15024, section 3.1). The function is unchanged.
+A norm's gain (and bias) is moved into the maps that read it; where the norm is a LayerNorm, the
+mean it subtracts is taken out of everything that writes to the residual stream. What remains
+commutes with rotations of the stream (SliceGPT, arXiv 2401.15024, section 3.1).
 """
 
 from __future__ import annotations
@@ -42,37 +42,37 @@ def fuse_norms(model: Any) -> None:
     Raises:
         ArchitectureError: the residual stream of this model cannot be rotated.
     """
-    row = require_rotatable(model.config)
-    head: Any = get_submodule(model, row.lm_head)
+    family = require_rotatable(model.config)
+    head: Any = get_submodule(model, family.lm_head)
     head.weight = nn.Parameter(head.weight.detach().clone())
     model.config.tie_word_embeddings = False
-    norms = list(_norms_and_readers(model, row))
+    norms = list(_norms_and_readers(model, family))
     for norm, readers in norms:
-        _check_norm(norm, readers, row)
+        _check_norm(norm, readers, family)
     if any(isinstance(norm, nn.LayerNorm) for norm, _ in norms):
-        _centre_writers(model, row)
-    _fold_multiplier(model, row)
+        _centre_writers(model, family)
+    _fold_multiplier(model, family)
     for norm, readers in norms:
         for reader in readers:
             _absorb(norm, reader, is_head=reader is head)
     replace_norms(model, int(model.config.hidden_size))
     for layer in decoder_layers(model):
-        rotate_layer_class(layer, row)
+        rotate_layer_class(layer, family)
 
 
-def _norms_and_readers(model: Any, row: Architecture) -> Iterable[tuple[Any, list[Any]]]:
+def _norms_and_readers(model: Any, family: Architecture) -> Iterable[tuple[Any, list[Any]]]:
     for layer in decoder_layers(model):
-        yield get_submodule(layer, row.input_norm), attention_inputs(layer, row)
-        yield get_submodule(layer, row.mlp_norm), mlp_inputs(layer, row)
-    yield get_submodule(model, row.final_norm), [get_submodule(model, row.lm_head)]
+        yield get_submodule(layer, family.input_norm), attention_inputs(layer, family)
+        yield get_submodule(layer, family.mlp_norm), mlp_inputs(layer, family)
+    yield get_submodule(model, family.final_norm), [get_submodule(model, family.lm_head)]
 
 
-def _check_norm(norm: Any, readers: list[Any], row: Architecture) -> None:
+def _check_norm(norm: Any, readers: list[Any], family: Architecture) -> None:
     """Refuse a norm that is neither LayerNorm nor a gain times x over its root mean square."""
     if not all(isinstance(reader, nn.Linear) for reader in readers):
         kinds = sorted({type(reader).__name__ for reader in readers})
         raise ArchitectureError(
-            f"The norms of this '{row.model_type}' model feed {', '.join(kinds)}, which cannot "
+            f"The norms of this '{family.model_type}' model feed {', '.join(kinds)}, which cannot "
             "take their gain as a linear layer can; load the model unquantised."
         )
     if isinstance(norm, nn.LayerNorm):
@@ -88,8 +88,8 @@ def _check_norm(norm: Any, readers: list[Any], row: Architecture) -> None:
     error = (norm(probe).to(wide) - expected).abs().max()
     if float(error) > _ROUNDING * coarsest * max(float(expected.abs().max()), 1.0):
         raise ArchitectureError(
-            f"{type(norm).__name__} of this '{row.model_type}' model is no gain times x over its "
-            "root mean square, so that its gain cannot be moved; choose a depth method."
+            f"{type(norm).__name__} of this '{family.model_type}' model does not compute gain * x "
+            "/ RMS(x), so that its gain cannot be moved; choose a depth method."
         )
 
 
@@ -110,31 +110,31 @@ def _add_bias(reader: nn.Linear, shift: Tensor, *, is_head: bool) -> None:
         reader.bias = nn.Parameter(shift.to(reader.weight))
     elif bool(shift.any()):
         raise ArchitectureError(
-            "The norms of this model have biases and the linear maps behind them have none to "
-            "take them; choose a depth method."
+            "The norms of this model have biases, and the linear maps after them have no bias that "
+            "could take them up; choose a depth method."
         )
 
 
-def _centre_writers(model: Any, row: Architecture) -> None:
+def _centre_writers(model: Any, family: Architecture) -> None:
     """Take the mean over channels out of all that is written to the stream."""
-    for embedding in stream_embeddings(model, row):
+    for embedding in stream_embeddings(model, family):
         wide = widened(embedding.weight)
         embedding.weight.copy_(wide - wide.mean(1, keepdim=True))
     for layer in decoder_layers(model):
-        for linear in output_maps(layer, row):
+        for linear in output_maps(layer, family):
             wide = widened(linear.weight)
             linear.weight.copy_(wide - wide.mean(0, keepdim=True))
             if linear.bias is not None:
                 linear.bias.copy_(linear.bias - linear.bias.mean())
 
 
-def _fold_multiplier(model: Any, row: Architecture) -> None:
+def _fold_multiplier(model: Any, family: Architecture) -> None:
     """Move the factor of each sub-layer's output (Granite) into its last map."""
     factor = float(getattr(model.config, "residual_multiplier", 1.0))
     if factor == 1.0:
         return
     for layer in decoder_layers(model):
-        for linear in output_maps(layer, row):
+        for linear in output_maps(layer, family):
             linear.weight.mul_(factor)
             if linear.bias is not None:
                 linear.bias.mul_(factor)

@@ -20,7 +20,7 @@ from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.checkpoint.writer import LazyTensors, layer_dtype
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.files.mapped_tensors import BatchStore
-from streamline_bench.core.recipe.schema import Frozen
+from streamline_bench.core.recipe.schema import Frozen, Recipe
 from streamline_bench.core.surgery.sparsity import model_sizes
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
@@ -34,13 +34,7 @@ from streamline_bench.methods.tools.layer_removal import config_json
 from streamline_bench.modeling import register, streamline_config
 from streamline_bench.modeling.rotations import Rotations, require_rotatable
 
-__all__ = [
-    "SliceGPT",
-    "SliceGPTParameters",
-    "SlicePlan",
-    "SlicedSizes",
-    "sliced_host",
-]
+__all__ = ["SliceGPT", "SliceGPTParameters", "SlicePlan", "SlicedSizes", "sliced_host"]
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +53,7 @@ class SliceGPTParameters(Frozen):
             channels are more than a fiftieth of the stream.
         slice_head: slice the stream before the LM head as well.
         signal, final_orientation, damping, batch_size: see :class:`.RotationOptions`.
-        activation_gb: signals larger than this (GiB) go to disk instead of memory.
+        activation_gb: signals larger than this (GiB) are kept on disk instead of in memory.
     """
 
     slicing: float | None = Field(None, ge=0, lt=1)
@@ -78,13 +72,19 @@ class SliceGPT(Method):
     name = "slicegpt"
     parameters: ClassVar[type[BaseModel]] = SliceGPTParameters
 
+    def stock(self, recipe: Recipe) -> bool:
+        """No stock class has shortcut matrices."""
+        return False
+
     def compress(self, work: Compression) -> Compressed:
         """Solve for the width, fuse the norms, rotate and slice one boundary after the other."""
         options = SliceGPTParameters.model_validate(work.recipe.parameters)
         hidden = int(work.config.hidden_size)
+        # Fast on hardware, and fine enough to reach a share.
+        step = _FAST_STEP if hidden >= _LEAST_STEPS * _FAST_STEP else 1
         sizes = SlicedSizes(
             work.config,
-            round_to=_step(hidden) if options.round_to == "auto" else options.round_to,
+            round_to=step if options.round_to == "auto" else options.round_to,
             slice_head=options.slice_head,
             total=work.reader.num_parameters,
         )
@@ -107,11 +107,6 @@ class SliceGPT(Method):
             chosen={"size": plan.to_dict(), "signal": options.signal, "energy_kept": kept},
             calibration=tokens.summary(),
         )
-
-
-def _step(hidden: int) -> int:
-    """Return what widths are multiples of: fast on hardware, and fine enough to reach a share."""
-    return _FAST_STEP if hidden >= _LEAST_STEPS * _FAST_STEP else 1
 
 
 def _plan(work: Compression, sizes: SlicedSizes, options: SliceGPTParameters) -> SlicePlan:
@@ -264,7 +259,7 @@ class SlicedSizes:
         best = min((low, high), key=lambda steps: abs(self._reached(steps) - sparsity))
         reached = self._reached(best)
         if reached <= 0 or abs(reached - sparsity) > step:
-            # Shortcut matrices can outweigh the first steps: what is least then is no share.
+            # Shortcut matrices can outweigh the first steps: the model would grow.
             least = f"{smallest:.4f} to" if smallest > 0 else "shares above 0 up to"
             raise SparsityError(
                 f"Sparsity {sparsity} is out of reach: slicing this model's stream, shortcut "

@@ -135,12 +135,12 @@ class StreamRotation:
 
         def signals() -> Iterator[tuple[int, Tensor, Tensor]]:
             for number, (ids, mask) in self._batches():
-                # Below layer 0 there is no boundary to enter at: its embeddings are run again.
+                # A pass for layer 0 begins at the embeddings, which are run again.
                 state = {"start": index, "state": self._turned(number, basis)} if index else {}
                 forward.hidden(ids, mask, skip=others, record=True, **state)
                 yield number, forward.states[len(self._layers)], mask
 
-        layer.feed = _unchanged
+        layer.feed = lambda hidden: hidden
         try:
             found = self._axes(signals(), width, f"behind attention of layer {index}")
         finally:
@@ -192,10 +192,6 @@ class StreamRotation:
         """Return a tensor with the dtype and device of the model's weights."""
         weight: Tensor = output_maps(layer, self._row)[1].weight
         return weight
-
-
-def _unchanged(hidden: Tensor) -> Tensor:
-    return hidden
 
 
 def _turn_inputs(modules: list[Any], basis: Tensor) -> None:
@@ -300,7 +296,7 @@ def turned_at_random(axes: Tensor, width: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     gaussian = torch.randn(width, width, generator=generator, dtype=torch.float64)
     basis, upper = torch.linalg.qr(gaussian)
-    basis = basis * upper.diagonal().sign()  # without it QR's choice of signs is no uniform one
+    basis = basis * upper.diagonal().sign()  # without it the signs are not uniform
     turned = axes.clone()
     turned[:, :width] = axes[:, :width] @ basis.to(axes)
     return turned

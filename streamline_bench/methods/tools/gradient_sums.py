@@ -128,9 +128,9 @@ def _require_finite(sums: Mapping[Place, GradientSums]) -> None:
 
 @contextmanager
 def gradients_only_for(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let gradients reach the given weights only, in evaluation mode; afterwards all is as was.
+    """Let gradients reach the given weights only, in evaluation mode; then restore the model.
 
-    Gradients the model had are discarded, those it gets in between as well.
+    Gradients that the model had or gets meanwhile are discarded.
     """
     with evaluating(model, frozen=True):
         model.zero_grad(set_to_none=True)

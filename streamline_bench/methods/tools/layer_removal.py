@@ -10,17 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.core.checkpoint.writer import layer_names, layers_prefix
+from streamline_bench.core.checkpoint.writer import layer_dtype, layer_names, layers_prefix
+from streamline_bench.core.recipe.schema import ReplacementSpec
 from streamline_bench.core.surgery.layers import pruned_config
 from streamline_bench.core.surgery.sparsity import SizePlan, layers_for_sparsity, of_layers
 from streamline_bench.methods.base import Compressed, Compression
+from streamline_bench.methods.tools.layer_selection import (
+    ProtectedEnds,
+    scan_artefact,
+    select_lowest,
+)
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from streamline_bench.core.data.calibration import CalibrationTokens
 
 __all__ = [
+    "as_stored",
+    "attached",
     "config_json",
     "drop_layers",
+    "drop_lowest",
     "is_linear_weight",
     "size_plan",
     "stored_linear_weights",
@@ -52,13 +63,13 @@ def untied_head_parameters(work: Compression) -> int:
     Partial fine-tuning trains the LM head and leaves the embeddings alone.
     """
     recovery = work.recipe.recovery
-    row = architecture_of(work.config)
-    head = f"{row.stored_as.get(row.lm_head, row.lm_head)}.weight"
+    family = architecture_of(work.config)
+    head = f"{family.stored_as.get(family.lm_head, family.lm_head)}.weight"
     if recovery is None or recovery.kind != "partial" or head in work.reader.parameter_names:
         return 0
-    path = f"{row.embeddings[0]}.weight"
+    path = f"{family.embeddings[0]}.weight"
     # A checkpoint of the bare base model leaves the base's name out.
-    name = path if path in work.reader.names else path.removeprefix(f"{row.base}.")
+    name = path if path in work.reader.names else path.removeprefix(f"{family.base}.")
     return work.reader.entry(name).numel
 
 
@@ -69,7 +80,6 @@ def drop_layers(
     *,
     chosen: Mapping[str, Any],
     tokens: CalibrationTokens | None = None,
-    artefacts: Mapping[str, str] | None = None,
 ) -> Compressed:
     """Return the result of dropping ``removed`` and changing nothing else.
 
@@ -78,23 +88,72 @@ def drop_layers(
         plan: from :func:`size_plan`; recorded.
         chosen: what the method decided (scores, order, …); recorded.
         tokens: what it looked at.
-        artefacts: file name -> text to lay beside the weights.
     """
     gone = sorted(set(removed))
     depth = work.config.num_hidden_layers
     keep = [index for index in range(depth) if index not in gone]
+    size = asdict(of_layers(plan, work.reader, gone))
     return Compressed(
         config=config_json(pruned_config(work.config, keep)),
         names=layer_names(work.reader, architecture_of(work.config), keep),
         layers_after=len(keep),
-        chosen={
-            "removed_layers": gone,
-            **chosen,
-            "size": asdict(of_layers(plan, work.reader, gone)),
-        },
+        chosen={"removed_layers": gone, **chosen, "size": size},
         calibration=tokens.summary() if tokens is not None else {},
-        artefacts=artefacts or {},
+        artefacts=scan_artefact(work),
     )
+
+
+def drop_lowest(
+    work: Compression,
+    plan: SizePlan,
+    scores: Mapping[int, float],
+    candidates: range,
+    what: str,
+    tokens: CalibrationTokens | None = None,
+    **chosen: Any,
+) -> Compressed:
+    """Return the result of dropping the layers of lowest score.
+
+    Args:
+        scores: of the candidates at least; recorded.
+        candidates: the layers that may be removed.
+        what: what the score is; recorded.
+    """
+    removed = select_lowest({layer: scores[layer] for layer in candidates}, plan.n_layers)
+    chosen = {
+        "score": what,
+        "order": removed,
+        "scores": {str(layer): float(score) for layer, score in scores.items()},
+        "protected": ProtectedEnds.protected(candidates, plan.num_layers),
+        **chosen,
+    }
+    return drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)
+
+
+def attached(
+    work: Compression, start: int, config: Any, spec: ReplacementSpec, state: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the config and the tensors of a network in the place of a removed block.
+
+    Args:
+        start: first layer of the block.
+        config: of the model without the block.
+        state: tensors of the network by name.
+    """
+    from streamline_bench.modeling import Attachment, streamline_config
+
+    family = architecture_of(work.config)
+    attachment = Attachment.of(spec, work.config, start - 1)
+    layers = layers_prefix(work.reader, family)
+    prefix = attachment.tensor_prefix(config).replace(family.layers, layers, 1)
+    tensors = {prefix + name: tensor for name, tensor in state.items()}
+    return config_json(streamline_config(config, [attachment])), as_stored(work, start, tensors)
+
+
+def as_stored(work: Compression, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cast tensors to the dtype in which the source stores a layer."""
+    dtype = layer_dtype(work.reader, architecture_of(work.config), layer)
+    return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
 
 
 def config_json(config: Any) -> dict[str, Any]:
@@ -117,12 +176,12 @@ def stored_linear_weights(reader: CheckpointReader, num_layers: int) -> list[dic
 
     Layers beyond the decoder (multi-token prediction) are not listed.
     """
-    row = architecture_of(reader.config)
-    pattern = re.compile(re.escape(layers_prefix(reader, row)) + r"\.(\d+)\.(.+)")
+    family = architecture_of(reader.config)
+    pattern = re.compile(re.escape(layers_prefix(reader, family)) + r"\.(\d+)\.(.+)")
     layers: list[dict[str, str]] = [{} for _ in range(num_layers)]
     for name in reader.names:
         match = pattern.fullmatch(name)
-        if match is None or int(match[1]) >= len(layers) or name.endswith(row.buffers):
+        if match is None or int(match[1]) >= len(layers) or name.endswith(family.buffers):
             continue
         if is_linear_weight(name, len(reader.entry(name).shape)):
             layers[int(match[1])][match[2]] = name

@@ -1,4 +1,4 @@
-"""From one score per layer to the layers that go: what all one-shot rankings share."""
+"""Which layers are removed: from one score per layer, or blocks from the similarity of one scan."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from streamline_bench.methods.base import Compression
 
 __all__ = [
     "SIMILARITY_FILE",
+    "BlockSearch",
     "ProtectedEnds",
     "block_at",
     "merge_adjacent",
     "non_overlapping",
     "proportional_ends",
-    "record",
+    "scan_artefact",
     "scan_once",
     "select_lowest",
 ]
@@ -46,7 +47,7 @@ class ProtectedEnds(Frozen):
         protect_last: the last so many layers are never removed.
 
     None is in proportion to the depth, see :func:`proportional_ends`, and gives way, the last
-    layers first, where more layers are to go than that leaves.
+    layers first, where more layers have to be removed than that leaves.
     """
 
     protect_first: int | None = Field(0, ge=0)
@@ -56,7 +57,7 @@ class ProtectedEnds(Frozen):
         """Return the layers that may be removed, and log which may not.
 
         Raises:
-            SparsityError: they are fewer than the ``n`` that are to go.
+            SparsityError: they are fewer than the ``n`` to remove.
         """
         first, last = self._ends(num_layers, n)
         allowed = range(first, num_layers - last)
@@ -72,7 +73,7 @@ class ProtectedEnds(Frozen):
             )
         if len(allowed) == n:
             log.warning(
-                "All %d layers that may be removed are to go, so that nothing is left to choose; "
+                "All %d layers that may be removed are removed, so that there is no choice; "
                 "protect fewer layers or remove fewer.",
                 n,
             )
@@ -80,7 +81,7 @@ class ProtectedEnds(Frozen):
 
     @staticmethod
     def protected(candidates: range, num_layers: int) -> dict[str, int]:
-        """Return what a manifest tells of the ends: how many layers of each were protected."""
+        """Return for the manifest how many layers at each end were protected."""
         return {"first": candidates.start, "last": num_layers - candidates.stop}
 
     def _ends(self, num_layers: int, n: int) -> tuple[int, int]:
@@ -108,15 +109,6 @@ def select_lowest(scores: Mapping[int, float], n: int) -> list[int]:
     return sorted(scores, key=lambda layer: (scores[layer], layer))[:n]
 
 
-def record(scores: Mapping[int, float], removed: list[int], what: str) -> dict[str, Any]:
-    """Return what a manifest tells of a ranking: the scores, and the order of removal."""
-    return {
-        "score": what,
-        "order": list(removed),
-        "scores": {str(layer): float(score) for layer, score in scores.items()},
-    }
-
-
 SIMILARITY_FILE = "similarity.json"
 
 
@@ -128,6 +120,45 @@ def scan_once(work: Compression, tokens: CalibrationTokens, last_state: LastStat
     similarity = scan(work.model, tokens, last_state=last_state, progress=work.progress)
     similarity.save(path)
     return similarity
+
+
+def scan_artefact(work: Compression) -> dict[str, str]:
+    """Return the file of the scan, to be written beside the weights; empty without a scan."""
+    path = work.work / SIMILARITY_FILE
+    return {SIMILARITY_FILE: path.read_text(encoding="utf-8")} if path.exists() else {}
+
+
+class BlockSearch(Frozen):
+    """Parameters of methods that replace one block of layers.
+
+    Attributes:
+        metric: how blocks are ranked: mean cosine of all tokens, or the angular distance of the
+            last token.
+        last_state: the state after the last layer, ``raw`` or after the final norm (as
+            implementations that read ``output_hidden_states`` take it).
+        start: take the block that starts at this layer instead of searching for it.
+        allow_first_layer: let the block contain layer 0. No paper's rule forbids it, and on large
+            models it never happens; on small ones it ruins the model.
+    """
+
+    metric: Metric = "cosine"
+    last_state: LastState = "raw"
+    start: int | None = Field(None, ge=0)
+    allow_first_layer: bool = False
+
+    def choose(self, similarity: Similarity, n: int) -> Block:
+        """Return the block of ``n`` layers.
+
+        Raises:
+            SparsityError: it leaves the model.
+        """
+        if self.start is None:
+            allow = self.allow_first_layer
+            block = similarity.best_block(n, metric=self.metric, allow_first_layer=allow)
+        else:
+            block = block_at(similarity, self.start, n, self.metric)
+        log.info("block: layers %d to %d", block.start, block.stop - 1)
+        return block
 
 
 def block_at(similarity: Similarity, start: int, n: int, metric: Metric) -> Block:
@@ -146,7 +177,7 @@ def non_overlapping(similarity: Similarity, n: int, count: int, metric: Metric) 
     Layer 0 is never part of one (ReplaceMe, arXiv 2505.02819: distances begin at ``h_1``).
 
     Raises:
-        SparsityError: fewer blocks fit beside those that were taken.
+        SparsityError: fewer blocks fit into the model.
     """
     scores = similarity.scores(n, metric)
     costs: Any = -scores if metric == "cosine" else scores
@@ -156,9 +187,9 @@ def non_overlapping(similarity: Similarity, n: int, count: int, metric: Metric) 
             taken.append(Block(int(start), n, float(scores[start]), metric))
     if len(taken) < count:
         raise SparsityError(
-            f"Only {len(taken)} blocks of {n} layers without layer 0 fit into "
-            f"{similarity.num_layers} layers beside each other, and {count} were asked for; take "
-            "fewer blocks or remove fewer layers."
+            f"Only {len(taken)} separate blocks of {n} layers without layer 0 fit into "
+            f"{similarity.num_layers} layers, and {count} were asked for; take fewer blocks or "
+            "remove fewer layers."
         )
     return sorted(taken, key=lambda block: block.start)
 

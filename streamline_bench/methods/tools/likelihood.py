@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,7 @@ from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.forward import PartialForward, require_finite_states
 from streamline_bench.errors import CalibrationError, NumericsError
 
-if TYPE_CHECKING:
-    from streamline_bench.core.data.calibration import CalibrationTokens
-
-__all__ = [
-    "affordable_batch",
-    "count_targets",
-    "next_token_loss",
-    "skip_losses",
-]
+__all__ = ["affordable_batch", "count_targets", "next_token_loss", "skip_losses"]
 
 
 def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:

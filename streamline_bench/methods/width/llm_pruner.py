@@ -1,9 +1,9 @@
-"""LLM-Pruner (arXiv 2305.11627): heads and MLP channels go that the loss feels least.
+"""LLM-Pruner (arXiv 2305.11627): removes the heads and MLP channels of least effect on the loss.
 
 A head is its rows of queries, keys and values with its columns of the output projection; a channel
 is its rows of gate and up with its column of down. Every prunable layer loses equally many, its own
-lowest. Profile ``paper`` leaves the ends of the model alone, so that layers differ in width and the
-result is of model type ``streamline``; ``uniform`` prunes all layers alike: a stock checkpoint.
+lowest. Profile ``paper`` does not prune the ends of the model, so that layers differ in width and
+the result is of model type ``streamline``; ``uniform`` prunes all layers alike: a stock checkpoint.
 
 Differences from the published implementation: query heads that share a key-value head are scored
 with that one (its ``llama3.py`` adds up channels of other heads); gradients are summed in float32;
@@ -13,9 +13,9 @@ the ratio is solved for the wanted share of the model's parameters; the result c
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, Field, model_validator
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from streamline_bench.core.architecture import Architecture, architecture_of, decoder_layers
 from streamline_bench.core.checkpoint.writer import layer_names, layers_prefix
-from streamline_bench.core.recipe.schema import Frozen
+from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.recipe.schema import Frozen, Recipe
 from streamline_bench.errors import NumericsError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.gradient_sums import GradientSums, sum_gradients
@@ -38,9 +39,6 @@ from streamline_bench.modeling.widths import (
     projection_parts,
     require_narrowable,
 )
-
-if TYPE_CHECKING:
-    from streamline_bench.core.data.calibration import CalibrationTokens
 
 __all__ = [
     "Criterion",
@@ -113,7 +111,8 @@ def score_units(
     Raises:
         NumericsError: a score is NaN or infinite; the layer is named.
     """
-    sums = {kind: torch.zeros(_count(parts, kind), dtype=torch.float64) for kind in _KINDS}
+    counts = {part.unit: part.count for part in parts}
+    sums = {kind: torch.zeros(count, dtype=torch.float64) for kind, count in counts.items()}
     for module in dict.fromkeys(part.module for part in parts):
         values = counted(module)
         for part in (part for part in parts if part.module == module):
@@ -125,13 +124,6 @@ def score_units(
                 "another dtype."
             )
     return UnitScores(sums["query"], sums["key_value"], sums["channel"])
-
-
-_KINDS = ("query", "key_value", "channel")
-
-
-def _count(parts: Iterable[Part], kind: str) -> int:
-    return next(part.count for part in parts if part.unit == kind)
 
 
 def _sum(values: Tensor, part: Part, vectorize: bool) -> Tensor:
@@ -150,11 +142,11 @@ class LLMPrunerParameters(Frozen):
     """Parameters of the method ``llm_pruner``.
 
     Attributes:
-        criterion: what a weight counts, see :mod:`.unit_scores`; ``random`` draws the scores.
+        criterion: what a weight counts, see :func:`salience`; ``random`` draws the scores.
         profile: ``paper`` protects layers at both ends; ``uniform`` none.
         protect_first, protect_last: layers at the ends that stay as they are, for ``paper``. None:
             the paper's 4 and 2 of 32, in proportion for shallower models.
-        head_unit: what goes at once where query heads share key-value heads.
+        head_unit: what is removed at once where query heads share key-value heads.
         ratio: share of heads and channels to remove, instead of a sparsity (the published
             implementation's ``pruning_ratio``).
         channel_multiple: channels that stay are a multiple of this.
@@ -193,23 +185,28 @@ class LLMPruner(Method):
 
     def reads_calibration(self, parameters: Mapping[str, Any]) -> bool:
         """See :class:`Method`: only where the criterion needs gradients."""
-        return _looks(LLMPrunerParameters.model_validate(parameters))
+        return needs_gradients(LLMPrunerParameters.model_validate(parameters).criterion)
+
+    def stock(self, recipe: Recipe) -> bool:
+        """Layers of different widths are not stock."""
+        return bool(recipe.parameters.get("profile", "paper") == "uniform")
 
     def compress(self, work: Compression) -> Compressed:
         """Plan the widths, score the units, keep each layer's highest, slice the stored weights."""
         options = LLMPrunerParameters.model_validate(work.recipe.parameters)
-        row = architecture_of(work.config)
-        require_narrowable(row)
-        plan = _plan(work, row, options)
-        tokens = work.tokens(work.recipe.calibration) if _looks(options) else None
-        scores = _scores(work, row, plan, options, tokens)
+        family = architecture_of(work.config)
+        require_narrowable(family)
+        plan = _plan(work, family, options)
+        looks = needs_gradients(options.criterion)
+        tokens = work.tokens(work.recipe.calibration) if looks else None
+        scores = _scores(work, family, plan, options, tokens)
         kept = {
             layer: keep_units(of_layer, plan, options.head_unit)
             for layer, of_layer in scores.items()
         }
         tensors = sliced_tensors(work.reader, work.config, kept)
-        depth = getattr(work.config, row.depth_key)
-        names = layer_names(work.reader, row, range(depth))
+        depth = getattr(work.config, family.depth_key)
+        names = layer_names(work.reader, family, range(depth))
         config = narrowed_config(
             work.config, {layer: units.widths for layer, units in kept.items()}
         )
@@ -226,12 +223,12 @@ class LLMPruner(Method):
                 "size": asdict(plan),
             },
             calibration=tokens.summary() if tokens is not None else {},
-            artefacts={UNITS_FILE: _removed_units(kept, LayerWidths.of(work.config, row))},
+            artefacts={UNITS_FILE: _removed_units(kept, LayerWidths.of(work.config, family))},
         )
 
 
 def keep_units(scores: UnitScores, plan: WidthPlan, unit: HeadUnit = "kv_group") -> KeptUnits:
-    """Return the units of one layer that stay; of equal scores the lower index goes first."""
+    """Return the units that one layer keeps; of equal scores the lower index is removed first."""
     groups, shared = scores.within_groups().shape
     heads = torch.arange(groups * shared).view(groups, shared)
     if unit == "q_within" and shared > 1:
@@ -243,18 +240,18 @@ def keep_units(scores: UnitScores, plan: WidthPlan, unit: HeadUnit = "kv_group")
     return KeptUnits(query.reshape(-1), key_value, _highest(scores.channel, plan.channels))
 
 
-def _highest(scores: Tensor, gone: int) -> Tensor:
-    """Return the indices left when the ``gone`` lowest go, in increasing order."""
-    return torch.sort(torch.argsort(scores, stable=True)[gone:]).values
+def _highest(scores: Tensor, removed: int) -> Tensor:
+    """Return the indices left without the ``removed`` lowest, in increasing order."""
+    return torch.sort(torch.argsort(scores, stable=True)[removed:]).values
 
 
-def _plan(work: Compression, row: Architecture, options: LLMPrunerParameters) -> WidthPlan:
+def _plan(work: Compression, family: Architecture, options: LLMPrunerParameters) -> WidthPlan:
     if work.recipe.n_layers is not None:
         raise SparsityError(
             f"LLM-Pruner removes heads and channels, not layers; give a sparsity instead of "
             f"n_layers={work.recipe.n_layers}."
         )
-    prefix = f"{layers_prefix(work.reader, row)}.0."
+    prefix = f"{layers_prefix(work.reader, family)}.0."
     shapes = {
         name.removeprefix(prefix): work.reader.entry(name).shape
         for name in work.reader.names
@@ -262,7 +259,7 @@ def _plan(work: Compression, row: Architecture, options: LLMPrunerParameters) ->
     }
     return plan_widths(
         prunable(work.config, options.head_unit, shapes),
-        options.layers(getattr(work.config, row.depth_key)),
+        options.layers(getattr(work.config, family.depth_key)),
         sparsity=work.recipe.sparsity,
         ratio=options.ratio,
         multiple=options.channel_multiple,
@@ -270,24 +267,20 @@ def _plan(work: Compression, row: Architecture, options: LLMPrunerParameters) ->
     )
 
 
-def _looks(options: LLMPrunerParameters) -> bool:
-    return needs_gradients(options.criterion)
-
-
 def _scores(
     work: Compression,
-    row: Architecture,
+    family: Architecture,
     plan: WidthPlan,
     options: LLMPrunerParameters,
     tokens: CalibrationTokens | None,
 ) -> dict[int, UnitScores]:
-    widths = LayerWidths.of(work.config, row)
+    widths = LayerWidths.of(work.config, family)
     if options.criterion == "random":
         return _random_scores(plan.layers, widths, work.recipe.seed)
-    parts = projection_parts(row, widths, head_size(work.config))
-    counted = _stored(work, row, options.criterion)
+    parts = projection_parts(family, widths, head_size(work.config))
+    counted = _stored(work, family, options.criterion)
     if tokens is not None:
-        counted = _felt(work, plan, parts, options.criterion, tokens)
+        counted = _by_gradients(work, plan, parts, options.criterion, tokens)
     vectorize = options.criterion == "vectorize"
     return {
         layer: score_units(layer, parts, counted(layer), vectorize=vectorize)
@@ -310,9 +303,9 @@ Counted = Callable[[int], Callable[[str], Tensor]]
 """Layer -> path of a projection in it -> what each of its weights counts."""
 
 
-def _stored(work: Compression, row: Architecture, criterion: Criterion) -> Counted:
+def _stored(work: Compression, family: Architecture, criterion: Criterion) -> Counted:
     """Count the stored weights; the model is never built."""
-    prefix = layers_prefix(work.reader, row)
+    prefix = layers_prefix(work.reader, family)
 
     def of_layer(layer: int) -> Callable[[str], Tensor]:
         return lambda module: salience(
@@ -322,14 +315,14 @@ def _stored(work: Compression, row: Architecture, criterion: Criterion) -> Count
     return of_layer
 
 
-def _felt(
+def _by_gradients(
     work: Compression,
     plan: WidthPlan,
     parts: tuple[Part, ...],
     criterion: Criterion,
     tokens: CalibrationTokens,
 ) -> Counted:
-    """Count weights by how the loss feels them."""
+    """Count weights by their effect on the loss."""
     layers = decoder_layers(work.model)
     weights: dict[tuple[int, str], Any] = {
         (layer, module): layers[layer].get_submodule(module).weight

@@ -1,6 +1,6 @@
 """From "a quarter fewer parameters" to numbers of heads and channels per layer.
 
-The same ratio of heads and of channels goes from every layer that may be pruned (LLM-Pruner,
+Every layer that may be pruned loses the same ratio of heads and of channels (LLM-Pruner,
 arXiv 2305.11627, prunes each layer by itself). Heads are whole and channels stay a multiple, so the
 ratios differ a little: the heads come as close as they can, and the channels make up the rest.
 """
@@ -26,8 +26,9 @@ from streamline_bench.modeling.widths import (
 __all__ = ["HeadUnit", "Prunable", "WidthPlan", "plan_widths", "prunable"]
 
 HeadUnit = Literal["kv_group", "q_within"]
-"""``kv_group``: a key-value head goes with all query heads that share it. ``q_within``: key-value
-heads stay, and every group loses equally many query heads. Without sharing both are one head."""
+"""``kv_group``: a key-value head is removed with all query heads that share it. ``q_within``:
+key-value heads stay, and every group loses equally many query heads. Without sharing both are
+one head."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Prunable:
         widths: of the source.
         head_units: how many head units there are, and ``head_cost``: parameters of each.
         channel_cost: parameters of one MLP channel.
-        per_unit: change of (query heads, key-value heads) when a head unit goes.
+        per_unit: change of (query heads, key-value heads) when a head unit is removed.
         total, embeddings: parameters of the whole model, and of embeddings and LM head.
         num_layers: layers of the model.
     """
@@ -60,8 +61,8 @@ class WidthPlan:
     Attributes:
         layers: the layers that are pruned.
         ratio: the common share of heads and channels that was aimed at.
-        head_ratio, channel_ratio: the shares that go, heads being whole.
-        head_units, channels: how many go from each of the layers.
+        head_ratio, channel_ratio: the shares removed, in whole heads.
+        head_units, channels: how many each of the layers loses.
         widths: what each of the layers keeps.
         removed, total, embeddings: parameters; ``removed`` with those added taken off.
         added_parameters: of an LM head that a recovery unties.
@@ -91,19 +92,19 @@ def prunable(
 
     Args:
         config: transformers config; no weights are needed.
-        unit: what goes at once in attention.
+        unit: what is removed at once in attention.
         shapes: parameter name within a layer -> shape; None: from the model on the meta device.
 
     Raises:
         ArchitectureError: heads and channels of the family cannot be removed, or the config gives
             other numbers of them than the weights have.
     """
-    row = architecture_of(config)
-    require_narrowable(row)
-    widths = LayerWidths.of(config, row)
+    family = architecture_of(config)
+    require_narrowable(family)
+    widths = LayerWidths.of(config, family)
     shapes = shapes or layer_shapes(config)
-    parts = projection_parts(row, widths, head_size(config))
-    _require_shapes(parts, shapes, row.model_type)
+    parts = projection_parts(family, widths, head_size(config))
+    _require_shapes(parts, shapes, family.model_type)
     query, key_value, channel = (
         sum(_cost(part, shapes) for part in parts if part.unit == kind)
         for kind in ("query", "key_value", "channel")
@@ -142,7 +143,7 @@ def plan_widths(
     multiple: int = 8,
     added_parameters: int = 0,
 ) -> WidthPlan:
-    """Return how many units go from each of ``layers``.
+    """Return how many units each of ``layers`` loses.
 
     Args:
         units: from :func:`prunable`.
@@ -150,7 +151,7 @@ def plan_widths(
         sparsity: share of the model's parameters to remove.
         ratio: share of units to remove instead, rounded down to whole heads.
         multiple: the channels that stay are a multiple of this.
-        added_parameters: what comes on top, an LM head that a recovery unties.
+        added_parameters: parameters that are added: an LM head that a recovery unties.
 
     Raises:
         SparsityError: neither or both are given, one is out of range, or out of reach.

@@ -76,15 +76,15 @@ def sliced_tensors(
         config: its transformers config.
         kept: layer -> what it keeps; layers that are not listed keep all.
     """
-    row = architecture_of(config)
-    widths, prefix = LayerWidths.of(config, row), layers_prefix(reader, row)
+    family = architecture_of(config)
+    widths, prefix = LayerWidths.of(config, family), layers_prefix(reader, family)
     present = set(reader.names)
     slices: dict[str, tuple[str, int, Tensor]] = {}
     for layer, units in kept.items():
         if units.widths == widths:
             continue
         pieces: dict[tuple[str, int], list[Tensor]] = {}
-        for part in projection_parts(row, widths, head_size(config)):
+        for part in projection_parts(family, widths, head_size(config)):
             indices: Tensor = getattr(units, part.unit)
             if part.unit != "channel" and units.query.numel() == widths.num_attention_heads:
                 continue
@@ -106,27 +106,27 @@ def narrowed_config(config: Any, widths: Mapping[int, LayerWidths]) -> Any:
         widths: layer -> its widths; layers that are not listed keep theirs.
     """
     register()
-    row = architecture_of(config)
-    source = LayerWidths.of(config, row)
-    depth = getattr(config, row.depth_key)
+    family = architecture_of(config)
+    source = LayerWidths.of(config, family)
+    depth = getattr(config, family.depth_key)
     layers = [widths.get(layer, source) for layer in range(depth)]
     if len(set(layers)) == 1:
-        for model_type in (row.model_type, row.any_heads):
+        for model_type in (family.model_type, family.any_heads):
             found = _stock_config(config, model_type, layers[0]) if model_type else None
             if found is not None:
                 return found
         log.warning(
             "No stock class holds %d heads and %d channels of model type '%s'; the result is of "
             "model type 'streamline'.",
-            layers[0].num_attention_heads, layers[0].intermediate_size, row.model_type,
+            layers[0].num_attention_heads, layers[0].intermediate_size, family.model_type,
         )  # fmt: skip
     return streamline_config(config, layer_widths=layers)
 
 
 def _stock_config(config: Any, model_type: str, widths: LayerWidths) -> Any | None:
     """Return a stock config with these widths in all layers; None if its model is another one."""
-    row = architecture_of(config)
-    entries = config.to_dict() | widths.entries(row)
+    family = architecture_of(config)
+    entries = config.to_dict() | widths.entries(family)
     if widths.num_attention_heads != config.num_attention_heads:
         entries["head_dim"] = head_size(config)
     config_class: Any = CONFIG_MAPPING[model_type]
@@ -134,7 +134,7 @@ def _stock_config(config: Any, model_type: str, widths: LayerWidths) -> Any | No
         entries = _translated(entries, type(config), config_class)
     try:
         made = config_class.from_dict(entries)
-        depth = getattr(config, row.depth_key)
+        depth = getattr(config, family.depth_key)
         own = streamline_config(config, layer_widths=[widths] * depth)
         same = _shapes(made) == _shapes(own)
     except (ValueError, StrictDataclassError) as error:
@@ -146,7 +146,7 @@ def _stock_config(config: Any, model_type: str, widths: LayerWidths) -> Any | No
 def _translated(entries: Mapping[str, Any], source: Any, target: Any) -> dict[str, Any]:
     """Return a config's entries for a family with the same modules.
 
-    What only the source family knows goes; what only the target knows is set to "no such thing".
+    What only the source family knows is dropped; what only the target knows is set to None.
     """
     known, other = target().to_dict(), source().to_dict()
     kept = {key: value for key, value in entries.items() if key in known or key not in other}

@@ -1,4 +1,4 @@
-"""Configs for ``read_base``: data sets, models by recipe, summarizers.
+"""Configs for ``read_base``: data sets, the bundled models, summarizers.
 
 mmengine reads these files as text from where the package is installed, so that
 ``from streamline_bench.opencompass.configs.paper import paper_datasets`` inside

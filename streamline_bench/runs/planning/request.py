@@ -46,7 +46,7 @@ class Request(Frozen):
     Attributes:
         model: folder or hub id of the dense model.
         recipes: rows; a string is a recipe's name or path, or a group of recipes
-            (``all``, ``no-training``, ``calibrated``, ``recovered``).
+            (see :func:`.recipe_groups`); with a minus before it, it is left out.
         tasks: names of lm-eval tasks or groups.
         include_path: folder with the user's own task files, beside those of this package and of
             the harness; of tasks with the same name, the user's counts.

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel
-
-from streamline_bench.compression.recipes import SIZE_KEYS, applicable, list_recipes, load_recipe
+from streamline_bench.compression.recipes import (
+    SIZE_KEYS,
+    applicable,
+    load_recipe,
+    recipe_groups,
+)
 from streamline_bench.core.recipe.schema import Recipe
+from streamline_bench.core.recipe.validation import suggest_or_list
 from streamline_bench.errors import RecipeError
 from streamline_bench.runs.folder import is_row_name
 from streamline_bench.runs.planning.request import Request, RowRequest
@@ -19,11 +23,11 @@ __all__ = ["GROUPS", "Row", "resolve_rows"]
 
 log = logging.getLogger(__name__)
 
-_SHOWN = {"name", "title", "paper", "link", "reproduces", "published", "cost", *SIZE_KEYS}
-"""Keys of a recipe that decide no result, and sizes, of which one replaces the other."""
-
-GROUPS: tuple[str, ...] = ("all", "no-training", "calibrated", "recovered")
-"""Groups of the recipes that come with the package: all of them, or by what they cost."""
+GROUPS: tuple[str, ...] = (
+    *("all", "no-training", "calibrated", "recovered"),
+    *("paper-settings", "hub-data"),
+)
+"""Groups of recipes, see :func:`.recipe_groups`; with a minus before it, a group is taken away."""
 
 
 @dataclass(frozen=True)
@@ -56,25 +60,35 @@ def resolve_rows(request: Request) -> list[Row]:
     return rows
 
 
-def _expanded(recipes: Iterable[str | RowRequest]) -> list[RowRequest]:
-    """Replace groups by their recipes; a recipe that a group repeats is taken once."""
+def _expanded(recipes: Sequence[str | RowRequest]) -> list[RowRequest]:
+    """Replace groups by their recipes, and take away what has a minus before it.
+
+    A recipe that a group repeats is taken once.
+
+    Raises:
+        RecipeError: nothing that was named before has the name after a minus.
+    """
+    wanted = {each.removeprefix("-") for each in recipes if isinstance(each, str)}
+    groups = recipe_groups() if wanted & {*GROUPS} else {}
     found: list[RowRequest] = []
     for each in recipes:
         if isinstance(each, RowRequest):
             found.append(each)
+        elif each.startswith("-"):
+            name = each.removeprefix("-")
+            gone = groups.get(name, (name,))
+            kept = [row for row in found if row.recipe not in gone]
+            if len(kept) == len(found):
+                known = [*GROUPS, *(row.recipe for row in found)]
+                raise RecipeError(f"'{each}' takes nothing away{suggest_or_list(name, known)}")
+            found = kept
         elif each in GROUPS:
-            known = {row.recipe for row in found if row.label is None}
-            found += [RowRequest(recipe=name) for name in _group(each) if name not in known]
+            known_rows = {row.recipe for row in found if row.label is None}
+            names = sorted(groups.get(each, ()), key=lambda name: (name != "dense", name))
+            found += [RowRequest(recipe=name) for name in names if name not in known_rows]
         else:
             found.append(RowRequest(recipe=each))
     return found
-
-
-def _group(name: str) -> list[str]:
-    recipes = {each: load_recipe(each) for each in list_recipes()}
-    cost = name.replace("-", " ")
-    chosen = [each for each, recipe in recipes.items() if name == "all" or recipe.cost == cost]
-    return sorted(chosen, key=lambda each: (recipes[each].method != "dense", each))
 
 
 def _row(request: RowRequest, common: Mapping[str, Any]) -> Row:
@@ -90,21 +104,10 @@ def _row(request: RowRequest, common: Mapping[str, Any]) -> Row:
     label = request.label or written.name
     given = {**applicable(shared, written), **own} if written.method != "dense" else own
     recipe = load_recipe(request.recipe, given)
-    for key, (before, after) in _replaced(written, recipe).items():
-        log.info("%s: %s is %s, the recipe's own is %s", label, key, after, before)
+    for key, (before, after) in recipe.overridden.items():
+        if key not in SIZE_KEYS and before is not None:
+            log.info("%s: %s is %s, the recipe's own is %s", label, key, after, before)
     return Row(label, recipe)
-
-
-def _replaced(written: BaseModel, given: BaseModel, within: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> values that a recipe itself gives and that were replaced, before and after."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for name in sorted(written.model_fields_set - _SHOWN):
-        before, after = getattr(written, name), getattr(given, name)
-        if isinstance(before, BaseModel) and isinstance(after, BaseModel):
-            found |= _replaced(before, after, f"{within}{name}.")
-        elif before != after and before is not None:
-            found[f"{within}{name}"] = (before, after)
-    return found
 
 
 def _require_used(common: Mapping[str, Any], rows: Sequence[Row]) -> None:

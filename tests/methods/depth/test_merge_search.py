@@ -141,7 +141,7 @@ def test_a_model_that_is_no_numbers_itself(folder: Path, tokens: CalibrationToke
     model = _load(folder)
     model.model.layers[2].mlp.up_proj.weight.data[0, 0] = torch.nan
     with (
-        pytest.raises(NumericsError, match="NaN or infinity from layer 2 on"),
+        pytest.raises(NumericsError, match=r"NaN.*layer 2\b"),
         MergeSearch(model, tokens, MergeRange(3, 0, DEPTH, 1), "reference"),
     ):
         pass
@@ -157,7 +157,7 @@ def test_a_merge_that_leaves_no_numbers(folder: Path, tokens: CalibrationTokens)
         mlp.down_proj.weight.data.fill_(value)
     with (
         MergeSearch(model, tokens, MergeRange(3, 0, DEPTH, 1), "rdsc") as search,
-        pytest.raises(NumericsError, match="not finite after merging into layer 5"),
+        pytest.raises(NumericsError, match=r"not finite.*layer 5\b"),
     ):
         search.run(0.5, 2)
 
@@ -246,5 +246,5 @@ def test_layers_of_different_shapes_are_refused(make_tiny_model: Callable[..., P
         mlp_only_layers=[2],
     )
     model = AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(ArchitectureError, match="Layer 2 differs from layer 0"):
+    with pytest.raises(ArchitectureError, match=r"(?i)layer 2\b.*drops layers"):
         LayerMerger(model, "reference")

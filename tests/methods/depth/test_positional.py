@@ -44,7 +44,7 @@ def test_the_deepest_go(
 def test_all_layers_cannot_go(
     tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(SparsityError, match="Cannot remove 6 of 6"):
+    with pytest.raises(SparsityError, match=r"\b6 of 6\b"):
         compress(tiny_llama, make_recipe("last_layers", n_layers=6), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     work = cache_root() / "work"

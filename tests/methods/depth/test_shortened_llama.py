@@ -147,7 +147,7 @@ def test_bfloat16_gradients_add_up_in_float32(model: Any) -> None:
 def test_nan_gradients_name_the_layer(model: Any) -> None:
     weight = model.model.layers[4].mlp.up_proj.weight
     weight.register_hook(lambda gradient: gradient * torch.nan)
-    with pytest.raises(NumericsError, match=r"'mlp.up_proj' in layer 4 is NaN"):
+    with pytest.raises(NumericsError, match=r"mlp\.up_proj.*layer 4\b.*NaN"):
         taylor_scores(model, CalibrationTokens.from_tensors(IDS, MASK), progress=False)
 
 
@@ -180,5 +180,5 @@ def test_plus_protects_the_ends(
     assert manifest.chosen["protected"] == {"first": 2, "last": 1}
     ends = {"parameters.protect_first": 4, "parameters.protect_last": 2}
     papers = make_recipe("shortened_llama_taylor_plus", n_layers=4, **ends)
-    with pytest.raises(SparsityError, match="protect_first=4 and protect_last=2 only 3"):
+    with pytest.raises(SparsityError, match=r"protect_first=4\b.*protect_last=2\b.*\b3\b"):
         compress(deep, papers, tmp_path / "none", progress=False)

@@ -102,5 +102,5 @@ def _kept(recipe: Any, folder: Path) -> list[Path]:
 def test_barriers_make_the_size_unreachable(
     tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(SparsityError, match="only 4 may be"):
+    with pytest.raises(SparsityError, match=r"\b4\b.*protect"):
         compress(tiny_llama, make_recipe("sleb", n_layers=5), tmp_path / "out", progress=False)

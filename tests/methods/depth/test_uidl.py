@@ -67,10 +67,10 @@ def test_simple_takes_the_deepest_but_the_last(
 def test_ends_that_stay_make_the_size_unreachable(
     tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(SparsityError, match="No block of 5 of 6 layers"):
+    with pytest.raises(SparsityError, match=r"\b5 of 6\b"):
         compress(tiny_llama, make_recipe("uidl", n_layers=5), tmp_path / "out", progress=False)
     simple = make_recipe("uidl_simple", n_layers=5)
-    with pytest.raises(SparsityError, match="deepest 5 of 6 layers but the last include layer 0"):
+    with pytest.raises(SparsityError, match=r"\b5 of 6\b.*layer 0\b.*allow_first_layer"):
         compress(tiny_llama, simple, tmp_path / "out", progress=False)
     allowed = make_recipe("uidl_simple", n_layers=5, **{"parameters.allow_first_layer": True})
     compress(tiny_llama, allowed, tmp_path / "out", progress=False)

@@ -402,7 +402,7 @@ def test_too_few_tokens_are_refused(
     tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
     recipe = _recipe(make_recipe, calibration_samples=2)
-    with pytest.raises(CalibrationError, match=r"32 channels needs at least 32 .* got 16"):
+    with pytest.raises(CalibrationError, match=r"\b32\b.*\b16\b.*samples"):
         compress(tiny_llama, recipe, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
@@ -411,7 +411,7 @@ def test_too_little_room_for_activations_is_refused(
     tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
     recipe = _recipe(make_recipe, "replaceme_cosine", **{"parameters.cache_gb": 1e-4})
-    with pytest.raises(CalibrationError, match=r"0\.000389 GB .*cache_gb allows 0.0001"):
+    with pytest.raises(CalibrationError, match=r"0\.000389 GB.*cache_gb.*0\.0001\b"):
         compress(tiny_llama, recipe, tmp_path / "out", progress=False)
 
 
@@ -419,7 +419,7 @@ def test_unequal_blocks_are_refused(
     tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
     recipe = _recipe(make_recipe, n_layers=3, **{"parameters.blocks": 2})
-    with pytest.raises(SparsityError, match="3 layers cannot be parted into 2 blocks"):
+    with pytest.raises(SparsityError, match=r"\b3 layers\b.*\b2 blocks\b"):
         compress(tiny_llama, recipe, tmp_path / "out", progress=False)
 
 
@@ -432,5 +432,5 @@ def test_families_with_a_norm_behind_the_mlp_are_refused(
 ) -> None:
     changes = {"head_dim": 8} if model_type.startswith("gemma") else {}
     source = make_tiny_model(model_type, **changes)
-    with pytest.raises(ArchitectureError, match=rf"'{model_type}' has a norm .*ridge_map"):
+    with pytest.raises(ArchitectureError, match=rf"'{model_type}'.*norm.*ridge_map"):
         compress(source, _recipe(make_recipe), tmp_path / "out", progress=False)

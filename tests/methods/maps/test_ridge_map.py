@@ -62,7 +62,7 @@ def test_too_few_tokens_are_refused(
     tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
     recipe = make_recipe("ridge_map", calibration_samples=2)
-    with pytest.raises(CalibrationError, match=r"32 channels needs at least 32 .* got 16"):
+    with pytest.raises(CalibrationError, match=r"\b32\b.*\b16\b.*samples"):
         compress(tiny_llama, recipe, tmp_path / "out", progress=False)
     with pytest.raises(CalibrationError, match="too few to set some aside"):
         recipe = make_recipe("ridge_map", calibration_samples=1)
@@ -73,5 +73,5 @@ def test_a_block_outside_the_model_is_refused(
     tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
     recipe = make_recipe("ridge_map", **{"parameters.start": 5})
-    with pytest.raises(SparsityError, match="cannot start at layer 5"):
+    with pytest.raises(SparsityError, match=r"layer 5\b"):
         compress(tiny_llama, recipe, tmp_path / "out", progress=False)

@@ -134,7 +134,7 @@ def test_widths_are_rounded_down() -> None:
     assert sizes.of_slicing(0.0).width == 32
     assert sizes.of_slicing(0.25).width == 24
     assert sizes.of_slicing(0.30).width == 16
-    with pytest.raises(SparsityError, match="leaves no channel of 32 in steps of 8"):
+    with pytest.raises(SparsityError, match=r"\b32\b.*\b8\b.*round_to"):
         sizes.of_slicing(0.8)
 
 
@@ -158,12 +158,12 @@ def test_biases_of_layer_norms_reach_the_head() -> None:
 
 def test_what_cannot_be_reached_is_refused() -> None:
     sizes = SlicedSizes(LlamaConfig(**TINY))
-    with pytest.raises(SparsityError, match=r"0\.99 is out of reach: .* reaches 0\."):
+    with pytest.raises(SparsityError, match=r"0\.99\b.*\b0\.\d"):
         sizes.of_sparsity(0.99)
     tied = SlicedSizes(LlamaConfig(**{**TINY, "tie_word_embeddings": True}), round_to=1)
-    with pytest.raises(SparsityError, match=r"reaches shares above 0 up to 0\.\d+; choose"):
+    with pytest.raises(SparsityError, match=r"above 0 up to 0\.\d+"):
         tied.of_sparsity(0.99)
-    with pytest.raises(SparsityError, match="32 channels cannot be sliced in steps of 64"):
+    with pytest.raises(SparsityError, match=r"\b32\b.*\b64\b.*round_to"):
         SlicedSizes(LlamaConfig(**TINY), round_to=64).of_sparsity(0.25)
 
 
@@ -338,7 +338,7 @@ def test_too_few_tokens_for_a_covariance(
     tiny_llama: Path, make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     few = make_recipe("slicegpt", sparsity=0.3, calibration_samples=1)
-    with pytest.raises(CalibrationError, match=r"32 channels need at least 32 .* got 16"):
+    with pytest.raises(CalibrationError, match=r"\b32\b.*\b16\b.*samples"):
         compress(tiny_llama, few, tmp_path / "out", progress=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -366,14 +366,14 @@ def test_sizes_that_make_no_sense_are_refused(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(SparsityError, match="removes channels, not layers"):
+    with pytest.raises(SparsityError, match=r"n_layers=.*sparsity"):
         compress(tiny_llama, make_recipe("slicegpt", n_layers=2), out, progress=False)
     both = recipe(slicing=0.25).model_copy(update={"sparsity": 0.3})
-    with pytest.raises(SparsityError, match=r"either a sparsity .* or parameters\.slicing"):
+    with pytest.raises(SparsityError, match=r"sparsity.*parameters\.slicing"):
         compress(tiny_llama, both, out, progress=False)
     with pytest.raises(SparsityError, match="out of reach"):
         compress(tiny_llama, make_recipe("slicegpt", sparsity=0.999), out, progress=False)
-    with pytest.raises(RecipeError, match="did you mean 'slicing'"):
+    with pytest.raises(RecipeError, match=r"mean 'parameters\.slicing'"):
         recipe(slicin=0.2)
 
 

@@ -206,7 +206,7 @@ def test_nan_is_traced_to_its_layer(
     model = double_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("inf")
-    with pytest.raises(NumericsError, match="behind the MLP of layer 1 holds NaN or infinity"):
+    with pytest.raises(NumericsError, match=r"MLP of layer 1\b.*NaN"):
         rotate(model, tokens, tmp_path, 24, HIDDEN)
 
 
@@ -268,12 +268,12 @@ def test_a_random_orientation_spans_the_same_space() -> None:
 def test_what_has_no_axes_is_refused() -> None:
     covariance = Covariance(12)
     covariance.add(_rows(11))
-    with pytest.raises(CalibrationError, match=r"12 channels need at least 12 .* got 11"):
+    with pytest.raises(CalibrationError, match=r"\b12\b.*\b11\b.*samples"):
         covariance.axes(0.01, "here")
     covariance.add(torch.full((5, 12), float("nan")))
-    with pytest.raises(NumericsError, match="signal behind layer 3 holds NaN"):
+    with pytest.raises(NumericsError, match=r"layer 3\b.*NaN"):
         covariance.axes(0.01, "behind layer 3")
     silent = Covariance(2)
     silent.add(torch.zeros(4, 2))
-    with pytest.raises(NumericsError, match="zero on all 4 calibration tokens"):
+    with pytest.raises(NumericsError, match=r"zero.*\b4\b"):
         silent.axes(0.01, "here")

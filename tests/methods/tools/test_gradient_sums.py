@@ -65,17 +65,17 @@ def test_gradients_that_are_not_finite_name_the_layer(
     layer = decoder_layers(model)[2]
     weights = {(2, "mlp.up_proj"): layer.mlp.up_proj.weight}
     spoilt = layer.mlp.up_proj.weight.register_hook(lambda gradient: gradient * torch.nan)
-    with pytest.raises(NumericsError, match=r"'mlp.up_proj' in layer 2 is NaN or infinite"):
+    with pytest.raises(NumericsError, match=r"mlp\.up_proj.*layer 2\b.*NaN"):
         sum_gradients(model, weights, tokens, progress=False)
     spoilt.remove()
     # On the way up nothing is asked of the gradients: the layer itself is named.
     below = {(0, "mlp.up_proj"): decoder_layers(model)[0].mlp.up_proj.weight}
     with torch.no_grad():
         layer.mlp.down_proj.weight[0, 0] = float("inf")
-    with pytest.raises(NumericsError, match="NaN or infinity from layer 2 on"):
+    with pytest.raises(NumericsError, match=r"NaN.*layer 2\b"):
         sum_gradients(model, below, tokens, progress=False)
     with torch.no_grad():
         layer.mlp.down_proj.weight[0, 0] = 0
         model.get_output_embeddings().weight[0, 0] = float("inf")
-    with pytest.raises(NumericsError, match="from the final norm or the LM head on"):
+    with pytest.raises(NumericsError, match=r"NaN.*final norm.*LM head"):
         sum_gradients(model, below, tokens, progress=False)

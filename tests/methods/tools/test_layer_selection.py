@@ -83,9 +83,9 @@ def test_no_choice_is_said(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_protected_ends_leave_too_little() -> None:
     assert list(ProtectedEnds(protect_first=1, protect_last=2).candidates(6, 3)) == [1, 2, 3]
-    with pytest.raises(SparsityError, match="only 0 may be"):
+    with pytest.raises(SparsityError, match=r"\b0 may\b.*protect"):
         ProtectedEnds(protect_first=4, protect_last=2).candidates(6, 1)
-    with pytest.raises(SparsityError, match="only 0 may be"):
+    with pytest.raises(SparsityError, match=r"\b0 may\b.*protect"):
         ProtectedEnds(protect_first=9).candidates(6, 1)
 
 
@@ -128,9 +128,9 @@ def test_one_block_is_the_best_block() -> None:
 
 
 def test_blocks_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(SparsityError, match="and 4 were asked for"):
+    with pytest.raises(SparsityError, match=r"\b4\b.*fewer blocks"):
         non_overlapping(_similarity(), 3, 4, "angular")
-    with pytest.raises(SparsityError, match="cannot start at layer 9"):
+    with pytest.raises(SparsityError, match=r"layer 9\b"):
         block_at(_similarity(), 9, 3, "cosine")
 
 

@@ -102,17 +102,17 @@ def test_does_not_depend_on_the_batches(folder: Path, tokens: CalibrationTokens)
 
 def test_a_sequence_beyond_the_memory_is_refused(folder: Path, tokens: CalibrationTokens) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(CalibrationError, match=r"need 2\.52e-05 GB and activations_gb is 1e-06"):
+    with pytest.raises(CalibrationError, match=r"2\.52e-05 GB.*activations_gb.*1e-06"):
         skip_losses(model, tokens, [1], activations_gb=1e-6, progress=False)
 
 
 def test_nan_names_the_layer(folder: Path, tokens: CalibrationTokens) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.model.layers[3].mlp.down_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(NumericsError, match="NaN or infinity from layer 3 on"):
+    with pytest.raises(NumericsError, match=r"NaN.*layer 3\b"):
         skip_losses(model, tokens, [3, 1], progress=False)
     model.model.layers[4].mlp.down_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(NumericsError, match="NaN or infinity from layer 4 on"):
+    with pytest.raises(NumericsError, match=r"NaN.*layer 4\b"):
         skip_losses(model, tokens, [1], removed=[3], progress=False)
 
 
@@ -123,7 +123,7 @@ def test_a_layer_without_which_the_loss_is_no_number_is_named(
     module = sys.modules[skip_losses.__module__]
     monkeypatch.setattr(module, "next_token_loss", lambda *_: next(losses))
     model = AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(NumericsError, match="without layer 1 is nan"):
+    with pytest.raises(NumericsError, match=r"layer 1\b.*nan"):
         skip_losses(model, tokens, [3, 1], progress=False)
 
 

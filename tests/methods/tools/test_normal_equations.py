@@ -67,7 +67,7 @@ def test_error_of_any_map(with_bias: bool) -> None:
 
 def test_fewer_rows_than_channels_are_refused() -> None:
     x, z = _rows()
-    with pytest.raises(CalibrationError, match=r"at least 6 calibration tokens .* got 5"):
+    with pytest.raises(CalibrationError, match=r"\b6\b.*\b5\b.*samples"):
         _sums(x[:5], z[:5]).solve(1e-6)
 
 
@@ -77,7 +77,7 @@ def test_a_singular_system_is_refused_without_a_ridge() -> None:
     sums = _sums(x, z)
     with pytest.raises(NumericsError, match="raise the ridge"):
         sums.solve()
-    with pytest.raises(NumericsError, match="Channel 2 is zero"):
+    with pytest.raises(NumericsError, match=r"(?i)channel 2\b.*ridge"):
         sums.solve_diagonal()
     assert sums.solve(1e-6).isfinite().all()
 

@@ -150,7 +150,7 @@ def test_fused_projections_score_like_separate_ones() -> None:
 def test_scores_that_are_not_finite_name_the_layer() -> None:
     values = {part.module: torch.ones(64, 64) for part in PARTS}
     values["mlp.down_proj"][0, 0] = float("nan")
-    with pytest.raises(NumericsError, match="channel score of layer 3 is NaN or infinite"):
+    with pytest.raises(NumericsError, match=r"channel.*layer 3\b.*NaN"):
         score_units(3, PARTS, values.__getitem__)
 
 
@@ -417,26 +417,26 @@ def test_random_units_follow_the_seed(source: Source, make_recipe: Any, tmp_path
 
 
 def test_layers_are_not_what_it_removes(source: Source, prune: Callable[..., Path]) -> None:
-    with pytest.raises(SparsityError, match=r"not layers; give a sparsity instead of n_layers=2"):
+    with pytest.raises(SparsityError, match=r"sparsity.*n_layers=2"):
         prune(source("llama"), n_layers=2)
 
 
 def test_out_of_reach(source: Source, prune: Callable[..., Path]) -> None:
-    with pytest.raises(SparsityError, match=r"4 of 6 layers prunable.*protect fewer"):
+    with pytest.raises(SparsityError, match=r"\b4 of 6\b.*protect fewer"):
         prune(source("llama"), sparsity=0.9)
-    with pytest.raises(SparsityError, match="All 6 layers are protected"):
+    with pytest.raises(SparsityError, match=r"\b6 layers\b.*protect_first"):
         prune(source("llama"), **{"parameters.protect_first": 6})
 
 
 def test_sparsity_and_ratio_are_alternatives(
     source: Source, make_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(RecipeError, match=r"Give sparsity or parameters\.ratio, not both"):
+    with pytest.raises(RecipeError, match=r"sparsity.*parameters\.ratio"):
         make_recipe("llm_pruner", **{"sparsity": 0.2, "parameters.ratio": 0.25})
     sparse = make_recipe("llm_pruner", sparsity=0.2, calibration_samples=4)
     parameters = {**sparse.parameters, "ratio": 0.25}  # as a file of one's own may have both
     both = sparse.model_copy(update={"parameters": parameters})
-    with pytest.raises(SparsityError, match="one of the two"):
+    with pytest.raises(SparsityError, match=r"sparsity.*ratio"):
         compress(source("llama"), both, tmp_path / "pruned", progress=False)
     assert not (tmp_path / "pruned").exists()
 
@@ -461,5 +461,5 @@ def test_wrong_parameters(
 def test_families_that_do_not_fit(
     family: str, reason: str, make_tiny_model: Callable[..., Path], prune: Callable[..., Path]
 ) -> None:
-    with pytest.raises(ArchitectureError, match=f"'{family}' cannot be removed.*{reason}"):
+    with pytest.raises(ArchitectureError, match=f"'{family}'.*{reason}"):
         prune(make_tiny_model(family))

@@ -143,12 +143,12 @@ def test_out_of_reach_says_what_is_in_reach() -> None:
 
 
 def test_protecting_everything() -> None:
-    with pytest.raises(SparsityError, match="All 6 layers are protected"):
+    with pytest.raises(SparsityError, match=r"\b6 layers\b.*protect_first"):
         plan_widths(prunable(config_of("llama")), [], sparsity=0.2)
 
 
 def test_families_without_units() -> None:
-    with pytest.raises(ArchitectureError, match="'mixtral' cannot be removed"):
+    with pytest.raises(ArchitectureError, match="'mixtral'"):
         prunable(AutoConfig.for_model("mixtral"))
 
 
@@ -156,7 +156,7 @@ def test_a_config_with_numbers_that_the_weights_do_not_have() -> None:
     """OPT does not read num_key_value_heads, so that a stray one changes no weight."""
     config = config_of("opt")
     config.num_key_value_heads = 2
-    with pytest.raises(ArchitectureError, match=r"k_proj' have 32 rows and the config .* it 8"):
+    with pytest.raises(ArchitectureError, match=r"k_proj.*\b32\b.*\b8\b.*num_key_value_heads"):
         prunable(config)
     config.num_key_value_heads = 8
     assert prunable(config).widths.num_key_value_heads == 8
@@ -164,5 +164,5 @@ def test_a_config_with_numbers_that_the_weights_do_not_have() -> None:
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.5, math.nan])
 def test_shares_that_are_none(sparsity: float) -> None:
-    with pytest.raises(SparsityError, match="not a share between 0 and 1"):
+    with pytest.raises(SparsityError, match=r"between 0 and 1\b"):
         plan_widths(prunable(config_of("llama")), range(6), sparsity=sparsity)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from streamline_bench.compression import list_recipes, load_recipe
+from streamline_bench.compression.recipes import list_recipes, load_recipe, recipe_groups
 from streamline_bench.errors import RecipeError
 from streamline_bench.runs.planning.request import Request, RowRequest, make_request, read_request
-from streamline_bench.runs.planning.rows import resolve_rows
+from streamline_bench.runs.planning.rows import GROUPS, resolve_rows
 
 
 def _labels(request: Request) -> list[str]:
@@ -34,6 +34,33 @@ def test_a_group_does_not_repeat_what_was_named_before(make: Callable[..., Reque
     assert labels.count("first_layers") == 1
     assert {"dense", "last_layers", "magnitude_l1"} <= set(labels)
     assert "streamline" not in labels
+
+
+def test_a_minus_takes_away_a_group_or_a_recipe(make: Callable[..., Request]) -> None:
+    labels = _labels(make(recipes=["all", "-recovered", "-paper-settings", "-sleb"], set={}))
+    kept = [
+        recipe.name
+        for recipe in map(load_recipe, list_recipes())
+        if recipe.cost != "recovered" and not recipe.paper_settings and recipe.name != "sleb"
+    ]
+    assert sorted(labels) == sorted(kept)
+    with pytest.raises(RecipeError, match=r"-recoverd.*'recovered'"):
+        resolve_rows(make(recipes=["all", "-recoverd"], set={}))
+    with pytest.raises(RecipeError, match="-sleb"):
+        resolve_rows(make(recipes=["dense", "-sleb"], set={}))
+
+
+def test_groups_tell_what_the_recipes_say() -> None:
+    groups = recipe_groups()
+    assert set(groups) == set(GROUPS)
+    for name, recipe in ((name, load_recipe(name)) for name in list_recipes()):
+        assert [group for group in groups if name in groups[group]] == [
+            group
+            for group in groups
+            if group in ("all", recipe.cost.replace(" ", "-"))
+            or (group == "paper-settings" and recipe.paper_settings)
+            or (group == "hub-data" and set(recipe.data_sources) != {"auto"})
+        ]
 
 
 def test_a_rows_own_values_win_and_one_size_replaces_the_other(

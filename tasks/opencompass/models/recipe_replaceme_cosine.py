@@ -1,4 +1,0 @@
-from mmengine.config import read_base
-
-with read_base():
-    from streamline_bench.opencompass.configs.recipes import replaceme_cosine_models as models

@@ -1,6 +1,0 @@
-from mmengine.config import read_base
-
-with read_base():
-    from streamline_bench.opencompass.configs.recipes import (
-        shortened_llama_taylor_plus_models as models,
-    )

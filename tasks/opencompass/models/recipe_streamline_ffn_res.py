@@ -1,4 +1,0 @@
-from mmengine.config import read_base
-
-with read_base():
-    from streamline_bench.opencompass.configs.recipes import streamline_ffn_res_models as models

@@ -1,0 +1,1 @@
+"""An example: layers are removed at equal distances."""
