@@ -75,7 +75,7 @@ def test_data_is_known_by_name_and_digest(folder: Path) -> None:
         Path(name).write_text(f"in {name}")
     digests = {name: hashlib.sha256(f"in {name}".encode()).hexdigest()
                for name in ("a.txt", "deep/a.txt", "deep/b.txt")}  # fmt: skip
-    found = {name: _data_identity(CalibrationSpec(source=name), folder)
+    found = {name: _data_identity(CalibrationSpec(source=name), SourceModel(folder))
              for name in ("a.txt", "deep", "owner/name", "auto", "absent.txt")}  # fmt: skip
     assert found == {
         "a.txt": {"a.txt": digests["a.txt"]},
