@@ -143,7 +143,7 @@ def opencompass_folder(time: str = "20260101_120000") -> Files:
         f"{model}/qa_0.json": numbered(answers[:2]),
         f"{model}/qa_1.json": numbered(answers[2:]),
         f"{model}/one.json": numbered(answers[:1]),
-        f"{results}/arc.json": _dumped({"accuracy": 33.3}),
+        f"{results}/arc.json": _dumped({"accuracy": 100 / 3}),
         f"{results}/qa_0.json": _dumped({"accuracy": 50.0, "details": details[:2]}),
         f"{results}/qa_1.json": _dumped({"accuracy": 50.0, "details": details[2:]}),
         f"{results}/one.json": _dumped({"accuracy": 100.0, "details": listed}),
@@ -341,9 +341,7 @@ def _calibration_files() -> tuple[Files, ...]:
     lines = b'{"text": "a b a b a b", "meta": {"name": "x"}}\n' * 8
     return (
         {"text.jsonl": lines},
-        {"text.json": _dumped([{"text": "a b a b a"}] * 8)},
         {"text.txt": b"a b a b\n\nb a b a b\n\n" * 8},
-        {"text.csv": b"text,n\na b a b a,1\nb a b a b,2\n" * 4},
     )
 
 

@@ -113,8 +113,8 @@ def _read_index(path: Path) -> dict[str, list[str] | None]:
     for tensor, shard in mapping.items():
         if not isinstance(shard, str) or not _is_plain(shard):
             raise CheckpointError(
-                f"{path} places tensor '{tensor}' in {shard!r}, outside the model's folder; "
-                "do not use this checkpoint."
+                f"{path} places tensor '{tensor}' in {shard!r:.120}, which is not a file of the "
+                "model's folder; do not use this checkpoint."
             )
         expected = shards.setdefault(shard, [])
         assert expected is not None
@@ -123,8 +123,11 @@ def _read_index(path: Path) -> dict[str, list[str] | None]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a file name cannot leave its folder: no separators, no dots only, no drive."""
-    return bool(name.strip(".")) and not set(name) & set("/\\:\0")
+    """Whether a file name cannot leave its folder (no separators, dots only or drive), nor is too
+    long for a file system.
+    """
+    short = len(name.encode("utf-8", "replace")) <= 255
+    return short and bool(name.strip(".")) and not set(name) & set("/\\:\0")
 
 
 def is_confined(folder: Path, path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,7 +78,8 @@ def read_yaml_mapping(path: Path, expected: str) -> dict[str, Any]:
     """
     try:
         payload = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        json.dumps(payload, default=str, skipkeys=True)  # fails if a list holds itself
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(
             f"{path} cannot be read as YAML ({' '.join(str(error).split())})."
         ) from None

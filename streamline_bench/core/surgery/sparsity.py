@@ -20,6 +20,10 @@ from streamline_bench.errors import CheckpointError, SparsityError
 __all__ = ["ModelSizes", "SizePlan", "layers_for_sparsity", "model_sizes", "of_layers"]
 
 
+_MOST_LAYERS = 100_000
+"""More is a damaged config."""
+
+
 @dataclass(frozen=True)
 class ModelSizes:
     """Numbers of parameters of a model; tied weights count once, buffers not at all.
@@ -171,8 +175,10 @@ def _closest(sizes: ModelSizes, sparsity: float, added: int) -> int:
 
 def _depth(config: Mapping[str, Any], row: Architecture) -> int:
     depth = config.get(row.depth_key, config.get("num_hidden_layers"))
-    if not isinstance(depth, int) or depth < 1:
-        raise CheckpointError(f"config.json has {row.depth_key}={depth!r}; give it a whole number.")
+    if not isinstance(depth, int) or not 1 <= depth <= _MOST_LAYERS:
+        raise CheckpointError(
+            f"config.json has {row.depth_key}={depth!r:.40}; give it the number of layers."
+        )
     return depth
 
 

@@ -149,7 +149,7 @@ def read_plan(folder: Path) -> Plan | None:
     except ValidationError as error:
         first = first_problem(error)
         raise OutputError(f"{path} is damaged ({first}); give another --output.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         first = " ".join(str(error).split())[:160]
         raise OutputError(f"{path} is damaged ({first}); give another --output.") from None
     if plan.schema_version != SCHEMA_VERSION:
