@@ -2,8 +2,8 @@
 
 Both models read the same windows of the same text. At every position but the last of a window the
 distributions over the vocabulary are compared: KL(dense || pruned), in nats, computed in float32
-from the logits. It sees what perplexity cannot: probability that moves between tokens which the
-text does not contain.
+from the logits. Unlike perplexity, it also changes when probability moves between tokens that are
+not in the text.
 """
 
 from __future__ import annotations
@@ -20,9 +20,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from streamline_bench.core.architecture import sequence_limit
 from streamline_bench.core.checkpoint.folder import resolve_pretrained
-from streamline_bench.core.data.corpus_files import file_kind, read_file
-from streamline_bench.errors import CalibrationError, ComparisonError, NumericsError
+from streamline_bench.core.data.calibration import blocks_of, leading_bos, require_known_tokens
+from streamline_bench.core.data.corpus_files import document_text, file_kind, read_file
+from streamline_bench.errors import (
+    CalibrationError,
+    ComparisonError,
+    NumericsError,
+    library_errors,
+)
 from streamline_bench.modeling.loading import load_model, load_tokenizer
 from streamline_bench.stability.comparison import TokenDivergence
 from streamline_bench.stability.statistics.means import mean_per_unit
@@ -53,27 +60,20 @@ class _Sums:
         return np.stack(columns, axis=1), "documents"
 
 
-def read_texts(path: Path, field: str = "text") -> Iterator[str]:
-    """Yield the documents of a .txt, .jsonl or .parquet file, in its order.
+def read_texts(path: Path, field: str = "text", tokenizer: Any = None) -> Iterator[str]:
+    """Yield the documents of a file, in its order (see :mod:`.corpus_files` for the kinds).
 
     Args:
         field: of a record with fields, the one that holds the text.
+        tokenizer: whose chat template writes conversations.
 
     Raises:
         CalibrationError: no such file, another kind of file, a damaged one, or a record without
             the field.
     """
-    if not path.is_file() or not file_kind(path):
-        raise CalibrationError(
-            f"'{path}' is no text to read; give an existing .txt, .jsonl or .parquet file."
-        )
+    text_only = file_kind(path) == "text"
     for record in read_file(path):
-        if not isinstance(record.get(field), str):
-            raise CalibrationError(
-                f"A record of '{path}' has no text in the field '{field}'; name it with "
-                "--text-field."
-            )
-        yield record[field]
+        yield document_text(record, "text" if text_only else field, str(path), tokenizer)
 
 
 def token_divergence(
@@ -92,14 +92,17 @@ def token_divergence(
     """Compare the token distributions of two checkpoints on a text.
 
     Texts are read as they come; both models are in memory, and the logits of one batch of each.
-    Documents are cut into consecutive windows. Intervals are over documents, as tokens of one are
-    not independent; over windows if there is only one document.
+    Documents are cut into consecutive windows. Where the tokenizer puts a BOS token in front of a
+    text, every window begins with it, and all tokens of the text are predicted; otherwise the first
+    token of each window is not. Intervals are over documents, as tokens of one are not independent;
+    over windows if there is only one document.
 
     Args:
         dense: checkpoint folder, or hub name; its tokenizer's defaults are used for the texts.
         pruned: the same, with the same vocabulary.
-        texts: documents; those of fewer than two tokens are passed over.
-        window: tokens per window; not more than the models' own limits are used.
+        texts: documents; those of fewer than two tokens are skipped.
+        window: tokens per window; at most as many as both models read with unchanged rotary
+            frequencies (:func:`.sequence_limit`).
         dtype: of the models' weights; the distributions are compared in float32 in any case.
 
     Raises:
@@ -114,10 +117,12 @@ def token_divergence(
         load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         for folder in folders
     ]
-    window = min([window, *(_limit(model) for model in models)])
+    limits = [sequence_limit(model.config.get_text_config()) for model in models]
+    window = min([window, *(limit for limit in limits if limit)])
+    vocabulary = min(model.get_input_embeddings().weight.shape[0] for model in models)
     sums = _Sums()
     with tqdm(desc="token divergence", unit="window", delay=2, disable=not progress) as bar:
-        windows = _windows(texts, tokenizer, window)
+        windows = _windows(texts, tokenizer, window, vocabulary)
         while batch := list(itertools.islice(windows, batch_size)):
             sums.rows += _compare(models, batch, device)
             bar.update(len(batch))
@@ -125,26 +130,26 @@ def token_divergence(
         raise CalibrationError(
             "None of the texts has two tokens, so that no token can be predicted; give more text."
         )
-    return _result(sums, window, confidence)
+    begins = "text" if leading_bos(tokenizer) is None else str(tokenizer.bos_token)
+    return _result(sums, window, confidence, begins)
 
 
-def _limit(model: Any) -> int:
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    return int(limit) if limit else 2**31
-
-
-def _windows(texts: Iterable[str], tokenizer: Any, window: int) -> Iterator[_Window]:
+def _windows(
+    texts: Iterable[str], tokenizer: Any, window: int, vocabulary: int
+) -> Iterator[_Window]:
     if window < 2:
         raise CalibrationError(
             f"A window of {window} token has nothing to predict; give 2 or more."
         )
+    bos = leading_bos(tokenizer)
     for document, text in enumerate(texts):
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        for begin in range(0, len(ids), window):
-            part = ids[begin : begin + window]
+        name = f"Document {document} of the text"
+        with library_errors(f"{name} cannot be tokenised", kind=CalibrationError):
+            ids = tokenizer(text, verbose=False)["input_ids"]
+        require_known_tokens(ids, tokenizer, vocabulary, name)
+        for part in blocks_of(ids, window, bos):
             if len(part) > 1:
-                yield _Window(document, part)
+                yield _Window(document, part.tolist())
 
 
 def _compare(models: list[Any], batch: list[_Window], device: str) -> list[tuple[float, ...]]:
@@ -195,7 +200,7 @@ def _window_sums(dense: Tensor, pruned: Tensor, window: _Window) -> list[float]:
     return [float(value) for value in total.tolist()]
 
 
-def _result(sums: _Sums, window: int, confidence: float) -> TokenDivergence:
+def _result(sums: _Sums, window: int, confidence: float, begins: str = "") -> TokenDivergence:
     table, what = sums.by_document()
     tokens, kl, same, dense, pruned = table.T
     estimates = [
@@ -212,6 +217,7 @@ def _result(sums: _Sums, window: int, confidence: float) -> TokenDivergence:
         windows=len(sums.rows),
         tokens=int(count),
         window=window,
+        begins_with=begins,
         kl=estimates[0],
         same_top=estimates[1],
         dense_perplexity=_perplexity(-float(dense.sum()) / count),

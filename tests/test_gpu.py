@@ -65,7 +65,7 @@ def test_loglikelihoods(tiny_llama: Path) -> None:
 def test_training(
     tiny_llama: Path, tokens: CalibrationTokens, tmp_path: Path, objective: str
 ) -> None:
-    from streamline_bench.core.training import train_replacement
+    from streamline_bench.core.training.trainer import train_replacement
 
     losses = {}
     for device in ("cpu", DEVICE):

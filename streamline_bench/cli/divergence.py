@@ -57,17 +57,21 @@ def command(
 ) -> None:  # fmt: skip
     """Compare the next-token distributions of DENSE and PRUNED on TEXT.
 
-    TEXT is a .txt, .jsonl or .parquet file. Beside both perplexities it shows KL(dense || pruned)
-    per token, which also sees probability that moves between tokens the text does not contain.
+    TEXT is a .txt, .json, .jsonl, .csv, .tsv or .parquet file, which may be compressed. The result
+    has both perplexities and KL(dense || pruned) per token. KL also changes when probability moves
+    between tokens that are not in the text.
     """
     setup_logging(quiet=quiet)
     from streamline_bench.core.checkpoint.folder import resolve_pretrained
     from streamline_bench.divergence import read_texts, token_divergence
+    from streamline_bench.modeling.loading import load_tokenizer
 
+    folder = resolve_pretrained(dense, revision)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     result = token_divergence(
-        resolve_pretrained(dense, revision),
+        folder,
         pruned,
-        itertools.islice(read_texts(text, text_field), documents),
+        itertools.islice(read_texts(text, text_field, tokenizer), documents),
         window=window,
         batch_size=batch_size,
         device=device,

@@ -22,17 +22,18 @@ def command(arguments: tuple[str, ...]) -> None:
     in addition to ours, and its tasks count where names are equal:
     streamline-bench lm-eval --model streamline --model_args pretrained=DIR --tasks streamline_demo
     """
-    from streamline_bench.harness.bridge import register
-    from streamline_bench.harness.tasks.asked_tasks import task_folders
-
-    register()
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
+
+    from streamline_bench.harness.bridge import refuse_wrong, register
+    from streamline_bench.harness.tasks.asked_tasks import task_folders
 
     setup_logging()
     sys.argv = ["lm_eval", *arguments]
     harness = HarnessCLI()
     asked = harness.parse_args()
+    refuse_wrong(getattr(asked, "model", None), getattr(asked, "model_args", None))
+    register()
     if hasattr(asked, "include_path"):
         # Its command line takes one folder, what is behind it takes several.
         asked.include_path = task_folders(asked.include_path)

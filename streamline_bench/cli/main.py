@@ -11,11 +11,12 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping
+from typing import NoReturn
 
 import click
 
 from streamline_bench.core.machine.environment import printable
-from streamline_bench.errors import StreamlineBenchError
+from streamline_bench.errors import StreamlineBenchError, library_errors
 from streamline_bench.version import __version__
 
 __all__ = ["cli", "main"]
@@ -64,6 +65,13 @@ class LazyGroup(click.Group):
             ctx.fail(f"No such command '{args[0]}'{suggest(args[0], list(COMMANDS))}")
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            with library_errors():
+                return super().invoke(ctx)
+        except (StreamlineBenchError, OSError) as error:
+            _end(error)
+
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="streamline-bench")
@@ -82,20 +90,25 @@ _OF_THE_FILE_SYSTEM = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; what a user can mend becomes one sentence and exit code 2."""
+    """Run the command line; an error of the user becomes one sentence and exit code 2."""
     try:
         cli.main(args=arguments, prog_name="streamline-bench")
     except (StreamlineBenchError, OSError) as error:
-        foreign = isinstance(error, OSError) and error.errno not in _OF_THE_FILE_SYSTEM
-        if foreign or os.environ.get("STREAMLINE_BENCH_TRACEBACK"):
-            raise
-        click.echo(f"streamline-bench: {printable(_sentence(error), keep=chr(10))}", err=True)
-        sys.exit(2)
+        _end(error)
+
+
+def _end(error: StreamlineBenchError | OSError) -> NoReturn:
+    """Print the sentence and exit with 2; what the user cannot correct goes on as it is."""
+    foreign = isinstance(error, OSError) and error.errno not in _OF_THE_FILE_SYSTEM
+    if foreign or os.environ.get("STREAMLINE_BENCH_TRACEBACK"):
+        raise error
+    click.echo(f"streamline-bench: {printable(_sentence(error), keep=chr(10))}", err=True)
+    sys.exit(2)
 
 
 def _sentence(error: StreamlineBenchError | OSError) -> str:
     if isinstance(error, OSError):
-        return f"{error.filename or 'A file'} cannot be used ({error.strerror}); name another."
+        return f"{error.filename or 'A file'} cannot be used ({error.strerror}); give another path."
     return str(error)
 
 

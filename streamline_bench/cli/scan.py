@@ -35,7 +35,7 @@ def _sizes(ctx: click.Context, option: click.Parameter, value: str | None) -> li
     "--calibration",
     default="auto",
     show_default=True,
-    help="Text, jsonl or parquet file, saved dataset, hub id or preset.",
+    help="Text file (.txt, .jsonl, .csv, .parquet, …), data set folder, hub id or preset.",
 )
 @click.option("--text-field", default="text", show_default=True, help="Field that holds the text.")
 @click.option("--samples", type=click.IntRange(1), default=50, show_default=True)
@@ -80,10 +80,10 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Show how alike the hidden states before and after each block of layers of MODEL are.
+    """Show how similar the hidden states before and after each block of layers of MODEL are.
 
-    One pass over the calibration text compares every two layer boundaries. The block whose ends
-    are most alike is the one that layer-removal methods take out.
+    One pass over the calibration text compares every pair of layer boundaries. Layer-removal
+    methods remove the block with the highest similarity.
     """
     setup_logging(quiet=quiet or as_json)
     name = Path(model).name or Path(model).resolve().name
@@ -141,7 +141,7 @@ def _scanned(
 ) -> Similarity:
     import torch
 
-    from streamline_bench.core.architecture import architecture_of
+    from streamline_bench.core.architecture import architecture_of, sequence_limit
     from streamline_bench.core.checkpoint.folder import resolve_pretrained
     from streamline_bench.core.data.calibration import load_calibration
     from streamline_bench.core.recipe.schema import CalibrationSpec
@@ -165,7 +165,8 @@ def _scanned(
         spec,
         load_tokenizer(folder, **trust),
         model_folder=folder,
-        max_length=getattr(config, "max_position_embeddings", None),
+        max_length=sequence_limit(config),
+        vocabulary=config.vocab_size,
         progress=progress,
     )
     how: dict[str, Any] = {
@@ -259,4 +260,4 @@ def _show(table: pd.DataFrame, metric: str, similarity: Similarity) -> None:
     )
     print_table(shown)
     if bool(table["contains_first_layer"].any()):
-        click.echo("* contains layer 0: removing it often ruins a model whatever the score says")
+        click.echo("* contains layer 0: removing it often ruins a model, whatever its score")

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from streamline_bench.core.checkpoint.folder import tokenizer_files
-from streamline_bench.core.data.corpora import local_path
+from streamline_bench.core.data.corpora import local_paths
+from streamline_bench.core.data.corpus_files import file_kind
 from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe
 from streamline_bench.core.training.trainer import TRAINING_VERSION
 from streamline_bench.methods.recovery.recover import RECOVERY_VERSION, recovery_data
@@ -63,12 +64,14 @@ def content_key(
 
 def _data_identity(spec: CalibrationSpec, source: SourceModel) -> str | dict[str, str]:
     """Content of a local source, name of a remote one; read without tokenising anything."""
-    path = local_path(spec.source, source.folder)
-    if path is None or not path.exists():  # on the hub; or not there, as its reader will say
-        return spec.source
-    if path.is_dir():
-        return _digests(source, path, sorted(p for p in path.rglob("*") if p.is_file()))
-    return _digests(source, path.parent, [path])
+    paths = local_paths(spec.source, source.folder)
+    if not paths or not all(path.is_dir() or (path.exists() and file_kind(path)) for path in paths):
+        return spec.source  # on the hub; or not to be read, as its reader will say
+    if paths[0].is_dir():
+        return _digests(source, paths[0], sorted(p for p in paths[0].rglob("*") if p.is_file()))
+    if len(paths) == 1:
+        return _digests(source, paths[0].parent, paths)
+    return {f"{n} {path.name}": source.file_sha256(path) for n, path in enumerate(paths)}
 
 
 def _digests(source: SourceModel, root: Path, paths: Iterable[Path]) -> dict[str, str]:

@@ -16,13 +16,17 @@ if TYPE_CHECKING:  # shards are copied in processes that never load torch
     from torch import nn
 
 __all__ = [
+    "ANY_LENGTHS",
     "ARCHITECTURES",
     "Architecture",
+    "RopeGroups",
     "architecture_of",
     "config_entry",
     "decoder_layers",
     "get_submodule",
     "require_removable_layers",
+    "rope_groups",
+    "sequence_limit",
 ]
 
 
@@ -274,10 +278,81 @@ _REFUSED_EVERYWHERE = {
 
 
 def config_entry(config: Any, key: str, default: Any = None) -> Any:
-    """Return one entry of a transformers config or of the dict read from ``config.json``."""
-    if isinstance(config, Mapping):
-        return config.get(key, default)
-    return getattr(config, key, default)
+    """Return one entry of a transformers config or of the dict read from ``config.json``.
+
+    Where the file is silent, the family's config class decides, as it does in transformers.
+    """
+    if not isinstance(config, Mapping):
+        return getattr(config, key, default)
+    return config[key] if key in config else _class_default(config, key, default)
+
+
+def _class_default(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    from transformers import CONFIG_MAPPING  # seconds, and needed for files that are silent only
+
+    model_type = config.get("host_model_type") or config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        return default
+    kind = CONFIG_MAPPING[model_type]
+    alias = kind.attribute_map.get(key, key)
+    return config[alias] if alias in config else getattr(kind, alias, default)
+
+
+@dataclass(frozen=True)
+class RopeGroups:
+    """Which sequences may be run in one batch without changing each other's rotary frequencies.
+
+    transformers takes the frequencies from the longest sequence of a batch: with ``longrope`` one
+    set up to ``limit`` tokens and another one above, with ``dynamic`` those of each length its own
+    above the limit.
+
+    Attributes:
+        limit: length up to which frequencies are those of a short sequence; None: of any length.
+        by_length: above the limit, every length has frequencies of its own.
+    """
+
+    limit: int | None = None
+    by_length: bool = False
+
+    def __call__(self, length: int) -> int:
+        """Return a number that the sequences of a batch, or of a packed row, must share."""
+        if self.limit is None or length <= self.limit:
+            return 0
+        return length if self.by_length else 1
+
+
+ANY_LENGTHS = RopeGroups()
+"""Of a model whose rotary frequencies do not depend on lengths, as almost all."""
+
+
+def rope_groups(config: Any) -> RopeGroups:
+    """Return which lengths a model must not be given together."""
+    kind, settings = _length_dependent_rope(config)
+    key = "max_position_embeddings" if kind == "dynamic" else "original_max_position_embeddings"
+    limit = (settings.get(key) or config_entry(config, key)) if kind else None
+    return RopeGroups(int(limit), kind == "dynamic") if limit else ANY_LENGTHS
+
+
+def sequence_limit(config: Any) -> int | None:
+    """Return how many tokens a model reads with the rotary frequencies of a short sequence.
+
+    It is the model's own limit, or that of :class:`RopeGroups` where it is smaller.
+    """
+    limits = [rope_groups(config).limit, config_entry(config, "max_position_embeddings")]
+    return min((limit for limit in limits if limit), default=None)
+
+
+def _length_dependent_rope(config: Any) -> tuple[str, Mapping[str, Any]]:
+    for key in ("rope_parameters", "rope_scaling"):
+        settings = config_entry(config, key)
+        if not isinstance(settings, Mapping):
+            continue
+        nested = [each for each in settings.values() if isinstance(each, Mapping)]
+        for each in (settings, *nested):  # a few families have settings per kind of layer
+            kind = each.get("rope_type") or each.get("type")
+            if kind in ("longrope", "dynamic"):
+                return kind, each
+    return "", {}
 
 
 def architecture_of(config: Any) -> Architecture:
@@ -286,7 +361,7 @@ def architecture_of(config: Any) -> Architecture:
     Raises:
         ArchitectureError: the family is not in the table, or its layers share keys and values.
     """
-    model_type = config_entry(config, "host_model_type") or config_entry(config, "model_type")
+    model_type = _written(config, "host_model_type") or _written(config, "model_type")
     _refuse(model_type, config, _REFUSED_EVERYWHERE)
     if model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
@@ -307,10 +382,14 @@ def require_removable_layers(config: Any) -> Architecture:
     return row
 
 
+def _written(config: Any, key: str) -> Any:
+    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+
+
 def _refuse(model_type: str, config: Any, reasons: Mapping[str, str]) -> None:
-    for part in (config, config_entry(config, "text_config")):
+    for part in (config, _written(config, "text_config")):
         for key, reason in reasons.items():
-            value = config_entry(part, key)
+            value = _written(part, key)
             if value:
                 raise ArchitectureError(
                     f"Model type '{model_type}' with {key}={value} is not supported: {reason}; "

@@ -6,9 +6,12 @@ The stock class hands what it does not know to transformers, which may ignore it
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from streamline_bench.core.recipe.schema import Recipe
@@ -16,7 +19,7 @@ from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import RecipeError
 from streamline_bench.resources import bundled_model, is_bundled
 
-__all__ = ["ModelArguments", "sort_arguments"]
+__all__ = ["ModelArguments", "check_arguments", "parameters_of", "sort_arguments"]
 
 _TAKEN_FROM_KEYWORDS = (
     "attn_implementation experts_implementation device_map max_memory offload_buffers "
@@ -45,20 +48,58 @@ class ModelArguments:
     cache: str | None = None
 
 
+def check_arguments(model: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse wrong arguments of ``--model streamline`` before the harness and its tasks are loaded.
+
+    transformers is imported only where an argument may be its own.
+
+    Raises:
+        RecipeError: an unknown key, or one that does not go with the recipe.
+    """
+    from streamline_bench.compression.recipes import load_recipe
+
+    if model != "streamline":
+        return  # of vLLM's arguments only vLLM knows the names
+    own = _parameters_in_source()
+    plain = {*own, *_recipe_keys(), *OWN, *_TAKEN_FROM_KEYWORDS}
+    known = all(key in plain or "." in key for key in arguments)
+    found = sort_arguments(arguments, own, _TAKEN_FROM_KEYWORDS if known else None)
+    if found.recipe is not None:
+        load_recipe(found.recipe, found.overrides, check=False)
+
+
+def parameters_of(base: type) -> list[str]:
+    """Return the names of the arguments that a class of the harness takes."""
+    parameters = inspect.signature(base).parameters.values()
+    return [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
+
+
+def _parameters_in_source() -> list[str]:
+    """Return those of the harness's transformers model, read from its file: it takes seconds."""
+    harness = importlib.util.find_spec("lm_eval")
+    folder = Path(str(harness.origin)).parent if harness is not None else Path()
+    tree = ast.parse((folder / "models" / "huggingface.py").read_text(encoding="utf-8"))
+    classes = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    model = next(each for each in classes if each.name == "HFLM")
+    methods = (node for node in model.body if isinstance(node, ast.FunctionDef))
+    made = next(each.args for each in methods if each.name == "__init__")
+    return [each.arg for each in (*made.args[1:], *made.kwonlyargs)]
+
+
 def sort_arguments(
-    arguments: Mapping[str, Any], base: type, beyond: Iterable[str] | None = None
+    arguments: Mapping[str, Any], own: Iterable[str], beyond: Iterable[str] | None = None
 ) -> ModelArguments:
     """Sort keyword arguments.
 
     Args:
-        base: the harness class whose ``__init__`` names its own arguments.
-        beyond: what that class hands on to its engine; a recipe's keys go before. None: the
+        own: names of the arguments of the harness's class (:func:`parameters_of`).
+        beyond: what that class passes to its engine; keys of a recipe have priority. None: the
             engine is ``from_pretrained`` of transformers.
 
     Raises:
         RecipeError: an unknown key, or a recipe's key without ``recipe=``.
     """
-    known = [*_parameters(base), *(_of_from_pretrained() if beyond is None else beyond)]
+    known = [*own, *(_of_from_pretrained() if beyond is None else beyond)]
     recipe_keys = _recipe_keys()
     has_recipe = arguments.get("recipe") is not None
     harness: dict[str, Any] = {}
@@ -84,7 +125,7 @@ def sort_arguments(
     if recipe is None and overrides:
         key = next(iter(overrides))
         raise RecipeError(
-            f"'{key}={overrides[key]}' is part of a recipe, and none is given; "
+            f"'{key}={overrides[key]}' is part of a recipe, and no recipe was given; "
             "add recipe=streamline (see: streamline-bench recipes)."
         )
     cache = arguments.get("cache")
@@ -100,7 +141,7 @@ def _of_from_pretrained() -> list[str]:
     named = inspect.signature(PreTrainedModel.from_pretrained).parameters.values()
     own = [p.name for p in named if p.kind is p.KEYWORD_ONLY or p.name == "cache_dir"]
     # Those of quantisation are collected from the keyword arguments of their config.
-    return [*own, *_parameters(BitsAndBytesConfig), *_TAKEN_FROM_KEYWORDS]
+    return [*own, *parameters_of(BitsAndBytesConfig), *_TAKEN_FROM_KEYWORDS]
 
 
 def _config_entries(arguments: Mapping[str, Any]) -> set[str]:
@@ -116,11 +157,6 @@ def _config_entries(arguments: Mapping[str, Any]) -> set[str]:
         return set(AutoConfig.from_pretrained(folder, revision=arguments.get("revision")).to_dict())
     except (OSError, ValueError, KeyError):
         return set()  # the loading of the model says what is wrong with it
-
-
-def _parameters(base: type) -> list[str]:
-    parameters = inspect.signature(base).parameters.values()
-    return [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
 
 
 def _recipe_keys() -> list[str]:

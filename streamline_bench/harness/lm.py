@@ -17,19 +17,29 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from streamline_bench.core.architecture import RopeGroups, rope_groups
+from streamline_bench.core.checkpoint.quantization import require_package
+from streamline_bench.core.data.calibration import require_known_tokens
 from streamline_bench.core.machine.environment import known_device
-from streamline_bench.core.recipe.validation import first_line
-from streamline_bench.errors import CheckpointError, RecipeError, StreamlineBenchError
-from streamline_bench.harness.arguments import sort_arguments
-from streamline_bench.harness.boundary import user_errors
+from streamline_bench.errors import (
+    CheckpointError,
+    RecipeError,
+    StreamlineBenchError,
+    library_errors,
+)
+from streamline_bench.harness.arguments import parameters_of, sort_arguments
 from streamline_bench.harness.identity import model_identity, weights_sha256
-from streamline_bench.harness.model_creation import CompressedModel
+from streamline_bench.harness.model_creation import CompressedModel, user_errors
 from streamline_bench.harness.preparation import prepare
-from streamline_bench.harness.scoring.budgets import generation_batch, scoring_tokens
 from streamline_bench.harness.scoring.checks import attention_window, head_objection
 from streamline_bench.harness.scoring.forward import Forward
 from streamline_bench.harness.scoring.packing import Query
-from streamline_bench.harness.scoring.scorer import Answer, TokenScorer
+from streamline_bench.harness.scoring.scorer import (
+    Answer,
+    TokenScorer,
+    generation_batch,
+    scoring_tokens,
+)
 
 __all__ = ["StreamlineLM", "TokenRequest", "window_sums"]
 
@@ -55,9 +65,13 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
     def __init__(self, pretrained: Any = None, **arguments: Any) -> None:
         from streamline_bench.modeling import register
 
-        sorted_arguments = sort_arguments({"pretrained": pretrained, **arguments}, HFLM)
+        sorted_arguments = sort_arguments(
+            {"pretrained": pretrained, **arguments}, parameters_of(HFLM)
+        )
         register()
         self._prepared = prepare(sorted_arguments)
+        if not (sorted_arguments.harness.get("gguf_file") or self._prepared.in_memory):
+            require_package(self._prepared.pretrained)
         self._scorer: TokenScorer | None = None
         self._scorer_refused = False
         self._weights: str | None = None
@@ -66,18 +80,19 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
             harness["pretrained"] = self._prepared.pretrained
         if self._prepared.key is not None:
             harness["revision"] = "main"  # The revision was that of the source.
-        super().__init__(**harness)
+        name = self._prepared.pretrained
+        with library_errors(f"{name}: the model cannot be loaded", kind=CheckpointError):
+            super().__init__(**harness)
         if isinstance(pretrained, str):
             _require_device(harness.get("device"), self._device)
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **options: Any) -> None:
-        try:
+        with library_errors(
+            f"No tokenizer can be loaded from {tokenizer or pretrained}",
+            "pass tokenizer=<folder or hub id>",
+            CheckpointError,
+        ):
             super()._create_tokenizer(pretrained, tokenizer, **options)
-        except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-            raise CheckpointError(
-                f"No tokenizer can be loaded from {tokenizer or pretrained} ({first_line(error)}); "
-                "pass tokenizer=<folder or hub id>."
-            ) from error
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what the stock class reports, and ``streamline``: recipe, hashes and sizes."""
@@ -156,6 +171,7 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
         """Cut requests to the model's length, from the left, as the stock class does."""
         limit = self.max_length
         queries, cut = [], 0
+        rows = self.model.config.get_text_config().vocab_size
         for index, (_, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= limit:
                 raise StreamlineBenchError(
@@ -163,6 +179,9 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
                     f"continuation tokens; both are needed, and at most {limit} of the latter "
                     "(max_length)."
                 )
+            require_known_tokens(
+                [*context, *continuation], self.tokenizer, rows, f"Request {index}"
+            )
             cut += len(context) + len(continuation) > limit + 1
             inputs = (context + continuation)[-(limit + 1) :][:-1]
             queries.append(Query(index, inputs, continuation))
@@ -182,13 +201,18 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
 
     def _make_scorer(self) -> TokenScorer | None:
         if self.backend != "causal":
-            logger.info("Scoring as --model hf does: the model is no decoder-only one.")
+            logger.info(
+                "The model is not a decoder-only one: it is scored as --model hf scores it."
+            )
             return None
         forward = Forward(lambda: self.model, self.device, self._call_context)
         config = self.model.config.get_text_config()
         objection = head_objection(forward, config.vocab_size)
         if objection:
-            logger.info("Scoring as --model hf does: on chosen positions only, %s.", objection)
+            logger.info(
+                "The model is scored as --model hf scores it: with chosen positions only, %s.",
+                objection,
+            )
             return None
         return TokenScorer(
             forward,
@@ -196,6 +220,7 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
             hidden_size=config.hidden_size,
             window=attention_window(config),
             softmax_dtype=self.softmax_dtype or torch.float32,
+            groups=_said(rope_groups(config)),
         )
 
     def _call_context(self) -> ExitStack:
@@ -255,6 +280,17 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
         )
 
 
+def _said(groups: RopeGroups) -> RopeGroups:
+    if groups.limit is not None:
+        logger.warning(
+            "Beyond %d tokens, the rotary frequencies of this model depend on the longest sequence "
+            "of a batch. Requests on both sides of that are scored apart here; with --model hf, "
+            "and for generated text, results depend on the batch: use batch_size=1 there.",
+            groups.limit,
+        )
+    return groups
+
+
 def _require_device(asked: Any, used: torch.device) -> None:
     """Refuse another device than was asked for: the stock class takes one without a word.
 
@@ -267,7 +303,9 @@ def _require_device(asked: Any, used: torch.device) -> None:
     single = os.environ.get("WORLD_SIZE", "1") == "1"  # else each process has one of its own
     other = single and None not in (wanted.index, used.index) and wanted.index != used.index
     if wanted.type != used.type or other:
-        raise RecipeError(f"The device '{asked}' is not there, only {used} is; name that, or none.")
+        raise RecipeError(
+            f"This machine has no device '{asked}', and the model is on {used}; give device={used}."
+        )
 
 
 def window_sums(answers: Sequence[Answer], owners: Sequence[int], count: int) -> list[float]:

@@ -69,10 +69,12 @@ def prepare(arguments: ModelArguments) -> PreparedModel:
     """
     pretrained = arguments.harness.get("pretrained")
     if pretrained is None:
-        raise CheckpointError("No model is given; add pretrained=<folder or hub id>.")
+        raise CheckpointError("No model was given; add pretrained=<folder or hub id>.")
     if not isinstance(pretrained, str):
         if arguments.recipe is not None:
-            raise RecipeError("A recipe needs a folder or hub id as pretrained, not a model.")
+            raise RecipeError(
+                "A recipe needs a folder or hub id as pretrained, and a loaded model was given."
+            )
         name = str(getattr(pretrained, "name_or_path", type(pretrained).__name__))
         return PreparedModel(name, in_memory=True)
     if arguments.recipe is None:
@@ -90,7 +92,7 @@ def _as_it_is(pretrained: str, harness: Mapping[str, Any]) -> PreparedModel:
     manifest = read_manifest(folder)
     if manifest is not None:
         logger.info(
-            "%s is compressed already (recipe '%s', %d of %d layers).",
+            "%s is a compressed model (recipe '%s', %d of %d layers).",
             folder,
             manifest.recipe.get("name", "?"),
             manifest.layers_after,

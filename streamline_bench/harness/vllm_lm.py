@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from streamline_bench.harness.boundary import user_errors
+from streamline_bench.harness.model_creation import user_errors
 from streamline_bench.modeling.vllm.package import require_vllm
 
 with user_errors():  # the harness's class cannot even be imported without
@@ -28,10 +28,11 @@ from vllm.platforms import current_platform
 
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import CheckpointError
-from streamline_bench.harness.arguments import sort_arguments
+from streamline_bench.harness.arguments import parameters_of, sort_arguments
 from streamline_bench.harness.identity import files_sha256, model_identity
 from streamline_bench.harness.model_creation import CompressedModel
 from streamline_bench.harness.preparation import prepare
+from streamline_bench.modeling.loading import stored_overrides
 from streamline_bench.modeling.vllm import register
 
 __all__ = ["StreamlineVLLM"]
@@ -64,7 +65,7 @@ class StreamlineVLLM(CompressedModel, VLLM):  # type: ignore[misc]
                 f"{type(pretrained).__name__}; save it first."
             )
         sorted_arguments = sort_arguments(
-            {"pretrained": pretrained, **arguments}, VLLM, _ENGINE_ARGUMENTS
+            {"pretrained": pretrained, **arguments}, parameters_of(VLLM), _ENGINE_ARGUMENTS
         )
         register()
         self._prepared = prepare(sorted_arguments)
@@ -72,6 +73,9 @@ class StreamlineVLLM(CompressedModel, VLLM):  # type: ignore[misc]
         if self._prepared.key is not None:
             harness["revision"] = None  # The revision was that of the source.
         self._revision = harness.get("revision")
+        overrides = stored_overrides(self._prepared.pretrained)
+        if overrides and "hf_overrides" not in harness:
+            harness["hf_overrides"] = overrides
         super().__init__(**_with_cache_size(harness))
 
     @cached_property

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
+from streamline_bench.core.architecture import sequence_limit
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.files.staging import atomic_write_text
 from streamline_bench.core.recipe.schema import CalibrationSpec, Frozen, Recipe
@@ -106,7 +107,8 @@ class Compression:
             spec,
             self.tokenizer,
             model_folder=self.folder,
-            max_length=getattr(self.config, "max_position_embeddings", None),
+            max_length=sequence_limit(self.config),
+            vocabulary=self.config.vocab_size,
             progress=self.progress,
         )
 

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from streamline_bench.core.checkpoint.manifest import file_sha256
 from streamline_bench.core.recipe.schema import Recipe
-from streamline_bench.core.recipe.validation import first_line, suggest_or_list, wrong_value
-from streamline_bench.errors import RecipeError
+from streamline_bench.core.recipe.validation import suggest_or_list, wrong_value
+from streamline_bench.errors import RecipeError, first_line
 from streamline_bench.methods.base import API_VERSION, Method
 from streamline_bench.version import __version__
 

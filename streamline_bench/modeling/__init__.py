@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from streamline_bench.modeling.attachments import Attachment
     from streamline_bench.modeling.configuration import StreamlineConfig, streamline_config
-    from streamline_bench.modeling.models import StreamlineForCausalLM, StreamlineModel
-    from streamline_bench.modeling.registration import register
+    from streamline_bench.modeling.models import StreamlineForCausalLM, StreamlineModel, register
     from streamline_bench.modeling.widths import LayerWidths
 
 __all__ = [
@@ -33,7 +32,7 @@ _HOMES = {
     "StreamlineConfig": "configuration",
     "StreamlineForCausalLM": "models",
     "StreamlineModel": "models",
-    "register": "registration",
+    "register": "models",
     "streamline_config": "configuration",
 }
 

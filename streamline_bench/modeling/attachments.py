@@ -1,18 +1,22 @@
 """What hangs behind which decoder layer: the entries of ``config.attachments``.
 
-An attachment is an attention-free network. It is no layer of its own: it runs right after decoder
-layer ``after_layer`` (or right before layer 0 for ``-1``), so that ``num_hidden_layers`` counts
-attention layers only and key-value caches stay one to one with the layers.
+An attachment is a network without attention. It is not a layer of its own: it runs right after
+decoder layer ``after_layer`` (right before layer 0 for ``-1``). So ``num_hidden_layers`` counts
+attention layers only, and key-value caches stay one to one with the layers.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from streamline_bench.core.architecture import architecture_of
+from torch import nn
+from transformers import CONFIG_MAPPING
+
+from streamline_bench.core.architecture import ARCHITECTURES, Architecture, architecture_of
 from streamline_bench.core.recipe.schema import ReplacementSpec
 from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.core.surgery.replacement import (
@@ -23,7 +27,14 @@ from streamline_bench.core.surgery.replacement import (
 )
 from streamline_bench.errors import CheckpointError
 
-__all__ = ["BEFORE_FIRST", "Attachment", "parse_attachments"]
+__all__ = [
+    "BEFORE_FIRST",
+    "Attachment",
+    "attach_network",
+    "attached_layer_class",
+    "host_layer_class",
+    "parse_attachments",
+]
 
 BEFORE_FIRST = -1
 """``after_layer`` of a network that runs before layer 0 (the block began at layer 0)."""
@@ -89,7 +100,7 @@ def _parse(entry: Any, depth: int) -> Attachment:
     expected = {"after_layer", "kind", "intermediate_size"}
     if not isinstance(fields, Mapping) or set(fields) != expected:
         raise CheckpointError(
-            f"Attachment {fields!r} is not understood; it needs exactly {sorted(expected)}."
+            f"Attachment {fields!r} is not valid; give exactly {sorted(expected)}."
         )
     kind, place, width = fields["kind"], fields["after_layer"], fields["intermediate_size"]
     if kind not in NETWORK_KINDS:
@@ -101,3 +112,67 @@ def _parse(entry: Any, depth: int) -> Attachment:
     if width < 1:
         raise CheckpointError(f"Attachment intermediate_size {width} must be at least 1.")
     return Attachment(int(place), str(kind), int(width))
+
+
+_PREFIX = "Attached"
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def attach_network(layer: nn.Module, network: ReplacementNetwork, *, before: bool) -> None:
+    """Make ``layer`` run ``network`` on its input (``before``) or on its output, in place."""
+    if type(layer) not in _classes.values():
+        layer.__class__ = attached_layer_class(type(layer))
+    layer.add_module("prelude" if before else "attachment", network)
+
+
+def attached_layer_class(host_class: type[nn.Module]) -> type[nn.Module]:
+    """Return (making it on first use) the subclass of a decoder layer class that runs networks."""
+    if host_class not in _classes:
+        name = _PREFIX + host_class.__name__
+        namespace = {
+            "__module__": __name__,
+            "__qualname__": name,
+            "__doc__": f"{host_class.__name__} with a network before or after it.",
+            "forward": _make_forward(host_class),
+        }
+        _classes[host_class] = type(name, (host_class,), namespace)
+    return _classes[host_class]
+
+
+def _make_forward(host_class: type[nn.Module]) -> Any:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        prelude = self._modules.get("prelude")
+        if prelude is not None:
+            if args:
+                args = (prelude(args[0]), *args[1:])
+            else:
+                kwargs["hidden_states"] = prelude(kwargs["hidden_states"])
+        output = host_class.forward(self, *args, **kwargs)
+        attachment = self._modules.get("attachment")
+        if attachment is None:
+            return output
+        if isinstance(output, tuple):  # families differ, and did between transformers versions
+            return (attachment(output[0]), *output[1:])
+        return attachment(output)
+
+    return forward
+
+
+def host_layer_class(name: str) -> tuple[type[nn.Module], Architecture]:
+    """Return a family's class of that name and the family, to read a pickle in a new process.
+
+    Raises:
+        AttributeError: no family has it.
+    """
+    for model_type, row in ARCHITECTURES.items():
+        source = CONFIG_MAPPING[model_type].__module__.replace("configuration_", "modeling_")
+        found = getattr(importlib.import_module(source), name, None)
+        if found is not None:
+            return found, row
+    raise AttributeError(f"no model family has a class '{name}'")
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith(_PREFIX):
+        return attached_layer_class(host_layer_class(name.removeprefix(_PREFIX))[0])
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

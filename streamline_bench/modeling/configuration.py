@@ -108,8 +108,8 @@ class StreamlineConfig(PreTrainedConfig):  # type: ignore[misc]
             return None
         if self.attachments or self.layer_widths:
             raise CheckpointError(
-                "A config has rotations beside attachments or layer_widths, which do not go "
-                "together; write the checkpoint again."
+                "A config has rotations together with attachments or layer_widths, which is not "
+                "supported; write the checkpoint again."
             )
         return Rotations.parse(self.rotations, self)
 
@@ -135,7 +135,7 @@ def streamline_config(
     """
     if isinstance(host_config, StreamlineConfig):
         raise ArchitectureError(
-            "This model has attached networks already; compress the dense model instead."
+            "This model is of type 'streamline', the result of a compression; give the dense model."
         )
     entries = host_config.to_dict()
     entries.pop("model_type", None)

@@ -11,10 +11,17 @@ through transformers' attention interface, which is what lets other engines host
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from typing import Any, TypeVar
 
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -27,13 +34,17 @@ from transformers.models.auto.modeling_auto import (
 
 from streamline_bench.core.architecture import ARCHITECTURES, architecture_of
 from streamline_bench.core.surgery.replacement import ReplacementNetwork
-from streamline_bench.modeling.attachments import BEFORE_FIRST
-from streamline_bench.modeling.configuration import StreamlineConfig, config_class_for
-from streamline_bench.modeling.layers import attach_network
+from streamline_bench.modeling.attachments import BEFORE_FIRST, attach_network
+from streamline_bench.modeling.configuration import (
+    MODEL_TYPE,
+    StreamlineConfig,
+    config_class_for,
+    on_new_host,
+)
 from streamline_bench.modeling.rotated_layers import rotate_modules
 from streamline_bench.modeling.widths import resize_layer
 
-__all__ = ["StreamlineForCausalLM", "StreamlineModel", "model_class_for"]
+__all__ = ["StreamlineForCausalLM", "StreamlineModel", "model_class_for", "register"]
 
 _PREFIX = "Streamline"
 _Entrance = TypeVar("_Entrance", bound="_StreamlineHost")
@@ -169,3 +180,22 @@ def __getattr__(name: str) -> Any:
                 if entrance._host_names.get(model_type) == host_name:
                     return model_class_for(entrance, model_type)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+@cache
+def register() -> None:
+    """Register config and models with AutoConfig, AutoModel and AutoModelForCausalLM.
+
+    Idempotent. Afterwards ``AutoModelForCausalLM.from_pretrained(folder)`` loads any checkpoint of
+    model type ``streamline``.
+    """
+    AutoConfig.register(MODEL_TYPE, StreamlineConfig, exist_ok=True)
+    _register_models(StreamlineConfig)
+    on_new_host(_register_models)
+
+
+def _register_models(config_class: type[StreamlineConfig]) -> None:
+    # The Auto classes look models up by the config's exact class, hence once per host. Their own
+    # ``register`` insists on equal class names, which made classes cannot have.
+    AutoModel._model_mapping.register(config_class, StreamlineModel, exist_ok=True)
+    AutoModelForCausalLM._model_mapping.register(config_class, StreamlineForCausalLM, exist_ok=True)

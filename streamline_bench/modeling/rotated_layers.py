@@ -11,16 +11,15 @@ The norms have lost their weights to the linear maps behind them.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING
 
-from streamline_bench.core.architecture import ARCHITECTURES, Architecture, architecture_of
+from streamline_bench.core.architecture import Architecture, architecture_of
 from streamline_bench.core.architecture import get_submodule as at
+from streamline_bench.modeling.attachments import host_layer_class
 from streamline_bench.modeling.rotations import Rotations
 
 __all__ = [
@@ -243,12 +242,6 @@ def _optional(module: nn.Module, path: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """Find a made class by name, so that a pickle can be read in a new process."""
-    host_name = name.removeprefix(_PREFIX)
-    if host_name != name:
-        for model_type, row in ARCHITECTURES.items():
-            source = CONFIG_MAPPING[model_type].__module__.replace("configuration_", "modeling_")
-            host_class = getattr(importlib.import_module(source), host_name, None)
-            if host_class is not None:
-                return rotated_layer_class(host_class, row)
+    if name.startswith(_PREFIX):
+        return rotated_layer_class(*host_layer_class(name.removeprefix(_PREFIX)))
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

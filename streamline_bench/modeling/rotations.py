@@ -56,7 +56,7 @@ class Rotations:
         """Validate the entry of a config.
 
         Raises:
-            CheckpointError: a key is missing or unknown, a width is no positive whole number, or
+            CheckpointError: a key is missing or unknown, a width is not a positive whole number, or
                 the widths of two layers do not meet.
             ArchitectureError: the family cannot have a rotated stream.
         """
@@ -124,15 +124,15 @@ def require_rotatable(config: Any) -> Architecture:
 def _structural_reason(row: Architecture) -> str:
     if row.output_norms:
         return (
-            "it has norms between a sub-layer's output and the stream, whose gain no following "
-            "linear map can take"
+            "it has norms between a sub-layer's output and the stream, and no linear map follows "
+            "that could take their gain"
         )
     if row.parallel_residual:
         return "its attention and MLP read the same input, which leaves no boundary between them"
     if row.experts:
         return "its MLPs are mixtures of experts, which are not supported"
     if row.transposed:
-        return "its projections are no ordinary linear maps (weights stored as [in, out])"
+        return "its projections store their weights as [in, out]"
     return ""
 
 
@@ -151,7 +151,7 @@ def _reason_in(config: Any) -> str:
 def _layer(item: Any) -> StreamWidths:
     if not isinstance(item, Mapping) or set(item) != {"input", "middle", "output"}:
         raise CheckpointError(
-            f"{item!r} are no widths of a layer; they need exactly ['input', 'middle', 'output']."
+            f"The widths {item!r} of a layer are not valid; give exactly input, middle and output."
         )
     return StreamWidths(**{name: _width(value) for name, value in item.items()})
 

@@ -216,9 +216,7 @@ def _parse(entry: Any) -> LayerWidths:
     values = entry.to_dict() if isinstance(entry, LayerWidths) else entry
     expected = [field.name for field in fields(LayerWidths)]
     if not isinstance(values, Mapping) or set(values) != set(expected):
-        raise CheckpointError(
-            f"Layer widths {values!r} are not understood; they need exactly {expected}."
-        )
+        raise CheckpointError(f"Layer widths {values!r} are not valid; give exactly {expected}.")
     for name, value in values.items():
         if not isinstance(value, int) or value < 1:
             raise CheckpointError(f"Layer widths have {name}={value!r}; give a whole number >= 1.")

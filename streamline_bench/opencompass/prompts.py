@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streamline_bench.errors import CheckpointError, StreamlineBenchError
+from streamline_bench.errors import CheckpointError, StreamlineBenchError, library_errors
 
 __all__ = ["PromptEncoder", "chat_text", "load_prompt_tokenizer", "messages_of", "plain_text"]
 
@@ -103,15 +103,14 @@ def load_prompt_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    try:
+    with library_errors(
+        f"No tokenizer can be loaded from {name}",
+        "set tokenizer_path in the model's entry",
+        CheckpointError,
+    ):
         tokenizer = AutoTokenizer.from_pretrained(
             name, **{"padding_side": "left", "truncation_side": "left", **options}
         )
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise CheckpointError(
-            f"No tokenizer can be loaded from {name} ({' '.join(str(error).split())[:200]}); "
-            "set tokenizer_path in the model's entry."
-        ) from error
     if pad_token_id is not None:
         tokenizer.pad_token_id = pad_token_id
     elif tokenizer.pad_token_id is None:

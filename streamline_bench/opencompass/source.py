@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamline_bench.errors import CheckpointError
-from streamline_bench.harness.arguments import sort_arguments
+from streamline_bench.errors import CheckpointError, library_errors
+from streamline_bench.harness.arguments import parameters_of, sort_arguments
 from streamline_bench.harness.preparation import PreparedModel, prepare
 
 __all__ = [
@@ -99,7 +99,7 @@ def find_source(
     """
     given = {**_plain(options), **_plain(overrides or {})}
     given = {key: value for key, value in given.items() if value is not None}
-    arguments = sort_arguments({"pretrained": str(path), **given}, _Loading)
+    arguments = sort_arguments({"pretrained": str(path), **given}, parameters_of(_Loading))
     prepared = prepare(arguments)
     rest = dict(arguments.harness)
     rest.pop("pretrained")
@@ -156,11 +156,13 @@ def longest_input(source: ModelSource) -> int:
     from streamline_bench.modeling import register
 
     register()
-    config = AutoConfig.from_pretrained(
-        source.prepared.pretrained,
-        revision=source.revision or "main",
-        trust_remote_code=source.trust_remote_code,
-    ).get_text_config()
+    name = source.prepared.pretrained
+    with library_errors(f"{name}: the config cannot be loaded", kind=CheckpointError):
+        config = AutoConfig.from_pretrained(
+            name,
+            revision=source.revision or "main",
+            trust_remote_code=source.trust_remote_code,
+        ).get_text_config()
     for key in ("max_position_embeddings", "n_positions", "seq_length", "model_max_length"):
         length = getattr(config, key, None)
         if isinstance(length, int) and length > 0:

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from streamline_bench.errors import CheckpointError
-from streamline_bench.harness.scoring.budgets import scoring_tokens
+from streamline_bench.core.architecture import rope_groups
+from streamline_bench.core.checkpoint.quantization import require_package
+from streamline_bench.errors import CheckpointError, library_errors
 from streamline_bench.harness.scoring.checks import attention_window, head_objection
 from streamline_bench.harness.scoring.forward import Forward, tensors_of
 from streamline_bench.harness.scoring.packing import Query, build_rows, make_batches
-from streamline_bench.harness.scoring.scorer import TokenScorer
+from streamline_bench.harness.scoring.scorer import TokenScorer, scoring_tokens
+from streamline_bench.modeling.loading import require_weights
 from streamline_bench.opencompass.engine import GenerationSettings, ScoredText, StopWords, cut_at
 from streamline_bench.opencompass.source import ModelSource
 
@@ -39,10 +41,13 @@ def load_causal_model(source: ModelSource) -> Any:
 
     register()
     name = source.prepared.pretrained
+    require_package(name)
     options = {"use_safetensors": True, **source.options}
     if source.revision is not None:
         options["revision"] = source.revision
-    try:
+    with library_errors(
+        f"{name}: the model cannot be loaded", "check its files and options", CheckpointError
+    ):
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=source.dtype if source.dtype == "auto" else getattr(torch, source.dtype),
@@ -50,15 +55,11 @@ def load_causal_model(source: ModelSource) -> Any:
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-        brief = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{name}: the model cannot be loaded ({brief}).") from error
-    if report["missing_keys"]:
-        some = ", ".join(sorted(report["missing_keys"])[:3])
-        raise CheckpointError(f"{name}: the checkpoint lacks weights the model needs: {some}.")
+    require_weights(name, report)
     if "device_map" not in options:
         device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = model.to(device)
+        with library_errors(f"{name}: the model cannot be moved to {device}", kind=CheckpointError):
+            model = model.to(device)
     for setting in ("temperature", "top_p", "top_k"):
         setattr(model.generation_config, setting, None)  # Sampling is asked for per task.
     model.generation_config.do_sample = False
@@ -92,6 +93,7 @@ class TransformersEngine:
             vocabulary=self._config.vocab_size,
             hidden_size=self._config.hidden_size,
             window=attention_window(self._config),
+            groups=rope_groups(self._config),
         )
 
     def logprob_sums(self, texts: Sequence[ScoredText]) -> list[float]:
@@ -132,7 +134,12 @@ class TransformersEngine:
         found: dict[int, torch.Tensor] = {}
         positions = max(1, 2**26 // self._config.vocab_size)
         budget = self._batch_tokens(queries)
-        for batch in make_batches(layout, batch_tokens=budget, batch_positions=positions):
+        for batch in make_batches(
+            layout,
+            batch_tokens=budget,
+            batch_positions=positions,
+            group_of=self._scorer.groups,
+        ):
             tensors = tensors_of(batch)
             logits = self._forward.wanted_logits(tensors).float()
             order = [query.index for row in batch for query, _ in row.scored]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from streamline_bench.modeling.loading import stored_overrides
 from streamline_bench.modeling.vllm.package import require_vllm
 from streamline_bench.opencompass.engine import GenerationSettings, ScoredText, cut_at
 from streamline_bench.opencompass.source import ModelSource
@@ -35,6 +36,8 @@ class VLLMEngine:
         self.tokenizer = tokenizer
         options = {"max_model_len": max_length, **source.options}
         self.max_length = int(options["max_model_len"]) - 1
+        if overrides := stored_overrides(source.prepared.pretrained):
+            options.setdefault("hf_overrides", overrides)
         if source.revision is not None:
             options["revision"] = source.revision
         self.model = LLM(

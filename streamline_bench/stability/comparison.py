@@ -163,6 +163,8 @@ class TokenDivergence(Frozen):
     Attributes:
         documents, windows, tokens: compared; a token is one position whose successor is known.
         window: longest sequence that the models read at once.
+        begins_with: what each window begins with: the tokenizer's BOS token, or ``text`` where it
+            puts none there; empty in records of older versions.
         kl: mean KL(dense || pruned) per token, in nats.
         same_top: share of tokens at which both models put the same token first.
         dense_perplexity, pruned_perplexity: of the text, per token; None beyond float64.
@@ -174,6 +176,7 @@ class TokenDivergence(Frozen):
     windows: int
     tokens: int
     window: int
+    begins_with: str = ""
     kl: Estimate
     same_top: Estimate
     dense_perplexity: float | None

@@ -140,7 +140,7 @@ def peak_mb() -> float:
 def train_ours(options: argparse.Namespace) -> None:
     from streamline_bench.core.data.calibration import CalibrationTokens
     from streamline_bench.core.recipe.schema import ReplacementSpec, TrainingSpec
-    from streamline_bench.core.training import train_replacement
+    from streamline_bench.core.training.trainer import train_replacement
 
     model = load_model(options)
     tokens = load_file(options.work / "tokens.safetensors")

@@ -145,7 +145,7 @@ def test_distillation(
     measure: Any, step: str, calibrated: tuple[Any, CalibrationTokens], tmp_path: Path
 ) -> None:
     """An epoch of training a replacement for half of the layers, beside a forward pass."""
-    from streamline_bench.core.training import train_replacement
+    from streamline_bench.core.training.trainer import train_replacement
 
     model, tokens = calibrated
     if step == "forward":

@@ -53,26 +53,28 @@ def test_scan_compress_and_divergence(call: Callable[..., Any], tmp_path: Path) 
 
 
 def test_throughput_opencompass_and_lm_eval(call: Callable[..., Any]) -> None:
-    from streamline_bench.harness.arguments import sort_arguments
+    from streamline_bench.harness.arguments import parameters_of, sort_arguments
     from streamline_bench.harness.preparation import prepare
     from streamline_bench.opencompass.run_plan import RunPlan, entries, source_keys
     from streamline_bench.opencompass.source import entry_source
 
     refused = call("throughput", "bundled", "./absent", "--device", "cpu")
     assert (refused.code, "Model folder ./absent does not exist" in refused.err) == (2, True)
-    assert prepare(sort_arguments({"pretrained": "bundled"}, HFLM)).pretrained == str(MODEL)
+    assert prepare(
+        sort_arguments({"pretrained": "bundled"}, parameters_of(HFLM))
+    ).pretrained == str(MODEL)
     (dense,) = entries("bundled", ["dense"], {})
     keys = source_keys(RunPlan((dense,), ("piqa",)), dense)
     assert entry_source(**keys).prepared.pretrained == str(MODEL)
     recipe = {"pretrained": "bundled", "recipe": "last_layers", "n_layers": 6, "device": "cpu"}
-    made = prepare(sort_arguments(recipe, HFLM))
+    made = prepare(sort_arguments(recipe, parameters_of(HFLM)))
     assert made.manifest is not None
     assert made.manifest.source.name == "bundled"
 
 
 def test_a_folder_of_that_name_comes_first(tiny_llama: Path, tmp_path: Path) -> None:
     from streamline_bench.cli.compare_options import is_bundled
-    from streamline_bench.harness.arguments import sort_arguments
+    from streamline_bench.harness.arguments import parameters_of, sort_arguments
     from streamline_bench.harness.preparation import prepare
 
     assert is_bundled("bundled")
@@ -80,4 +82,7 @@ def test_a_folder_of_that_name_comes_first(tiny_llama: Path, tmp_path: Path) -> 
     assert not is_bundled("bundled")
     assert resolve_pretrained("bundled") == Path("bundled")
     # A relative name without "./" is the harness's business, which takes the folder too.
-    assert prepare(sort_arguments({"pretrained": "bundled"}, HFLM)).pretrained == "bundled"
+    assert (
+        prepare(sort_arguments({"pretrained": "bundled"}, parameters_of(HFLM))).pretrained
+        == "bundled"
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,11 @@ from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
 
 from streamline_bench.errors import CacheError, CheckpointError, RecipeError
-from streamline_bench.harness.arguments import sort_arguments
+from streamline_bench.harness.arguments import (
+    _parameters_in_source,
+    parameters_of,
+    sort_arguments,
+)
 from streamline_bench.harness.identity import separate_cache
 from streamline_bench.harness.lm import StreamlineLM
 
@@ -58,7 +64,7 @@ class TestArguments:
                 "training": {"epochs": 2},
                 "cache": "/tmp/c",
             },
-            HFLM,
+            parameters_of(HFLM),
         )
         assert sorted_.harness == {
             "pretrained": "x",
@@ -80,23 +86,55 @@ class TestArguments:
     )
     def test_a_mistyped_key_is_refused_with_the_right_one(self, wrong: str, right: str) -> None:
         with pytest.raises(RecipeError, match=rf"'{wrong}=1'; did you mean '{right}'\?"):
-            sort_arguments({"pretrained": "x", wrong: 1}, HFLM)
+            sort_arguments({"pretrained": "x", wrong: 1}, parameters_of(HFLM))
 
     def test_what_the_models_config_holds_can_be_changed(self, tiny_llama: Path) -> None:
         given = {"pretrained": str(tiny_llama), "rms_norm_eps": 0.5, "load_in_8bit": False}
-        assert sort_arguments(given, HFLM).harness == given
+        own = parameters_of(HFLM)
+        assert sort_arguments(given, own).harness == given
         with pytest.raises(RecipeError, match="'rms_norm_epsilon=1'"):
-            sort_arguments({"pretrained": str(tiny_llama), "rms_norm_epsilon": 1}, HFLM)
+            sort_arguments(
+                {"pretrained": str(tiny_llama), "rms_norm_epsilon": 1}, parameters_of(HFLM)
+            )
         model = StreamlineLM(pretrained=str(tiny_llama), rms_norm_eps=0.5, **CPU)
         assert model.model.config.rms_norm_eps == 0.5
 
     def test_a_recipe_key_needs_a_recipe(self) -> None:
-        with pytest.raises(RecipeError, match=r"'n_layers=2' is part of a recipe, and none"):
-            sort_arguments({"pretrained": "x", "n_layers": 2}, HFLM)
+        with pytest.raises(RecipeError, match=r"'n_layers=2' is part of a recipe"):
+            sort_arguments({"pretrained": "x", "n_layers": 2}, parameters_of(HFLM))
 
     def test_a_wrong_dotted_key_is_refused(self, tiny_llama: Path) -> None:
         with pytest.raises(RecipeError, match=r"training\.lrr"):
             StreamlineLM(pretrained=str(tiny_llama), **CPU, **DROPPED, **{"training.lrr": 1})
+
+    def test_the_early_check_knows_the_same_names(self) -> None:
+        assert _parameters_in_source() == parameters_of(HFLM)
+
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            ({"sparsity": 0.5}, "recipe="),
+            ({"recipe": "streamlin"}, "'streamline'"),
+            ({"recipe": "streamline", "sparsity": 0.2, "n_layers": 1}, "not both"),
+        ],
+    )
+    def test_the_early_check_needs_no_torch(self, arguments: dict[str, Any], named: str) -> None:
+        program = (
+            "import sys\n"
+            "from streamline_bench.harness.bridge import refuse_wrong\n"
+            "refuse_wrong('hf', {'sparisty': 1})\n"
+            "refuse_wrong('streamline', {'pretrained': 'x', 'recipe': 'streamline'})\n"
+            "try:\n"
+            f"    refuse_wrong('streamline', {{'pretrained': 'x', **{arguments!r}}})\n"
+            "except SystemExit as ended:\n"
+            "    print(ended.code, 'torch' in sys.modules, 'transformers' in sys.modules)\n"
+        )
+        ended = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        )
+        assert ended.stdout.split() == ["2", "False", "False"]
+        assert named in ended.stderr
+        assert len(ended.stderr.splitlines()) == 1
 
 
 class TestRefusals:
@@ -117,7 +155,7 @@ class TestRefusals:
 
     def test_a_recipe_and_a_model_object(self, tiny_llama: Path) -> None:
         model = HFLM(pretrained=str(tiny_llama), **CPU).model
-        with pytest.raises(RecipeError, match="not a model"):
+        with pytest.raises(RecipeError, match="folder or hub id"):
             StreamlineLM(pretrained=model, recipe="streamline", **CPU)
 
     def test_a_recipe_on_a_compressed_model(
@@ -234,7 +272,7 @@ def test_another_device_than_was_asked_for_is_refused(tiny_llama: Path, device: 
         pytest.skip("this machine has the GPU that must be missing")
     # The stock class computes elsewhere without a word.
     assert HFLM(pretrained=str(tiny_llama), device=device).device.type in ("cpu", "cuda")
-    with pytest.raises(RecipeError, match=f"'{device}' is"):
+    with pytest.raises(RecipeError, match=f"'{device}'"):
         StreamlineLM(pretrained=str(tiny_llama), device=device)
 
 

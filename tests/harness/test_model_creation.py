@@ -8,7 +8,7 @@ import pytest
 from lm_eval.api.model import TemplateLM
 
 from streamline_bench.errors import CacheError, RecipeError
-from streamline_bench.harness import boundary
+from streamline_bench.harness import model_creation
 from streamline_bench.harness.lm import StreamlineLM
 from streamline_bench.harness.model_creation import CompressedModel
 
@@ -52,7 +52,7 @@ def test_a_mistake_is_our_error_in_a_library_and_exit_code_2_under_the_command(
     for make in makers:
         with pytest.raises(RecipeError):
             make()
-    monkeypatch.setattr(boundary, "_under_command", lambda: True)
+    monkeypatch.setattr(model_creation, "_under_command", lambda: True)
     for make in makers:
         with pytest.raises(SystemExit) as stopped:
             make()

@@ -91,14 +91,15 @@ class TestWithVLLM:
     def test_a_recipes_seed_goes_to_the_recipe(self) -> None:
         from lm_eval.models.vllm_causallms import VLLM
 
-        from streamline_bench.harness.arguments import sort_arguments
+        from streamline_bench.harness.arguments import parameters_of, sort_arguments
 
         given = {"pretrained": "x", "seed": 5, "enforce_eager": True}
         engine = ["enforce_eager"]
-        with_recipe = sort_arguments({**given, "recipe": "random_layers"}, VLLM, engine)
+        own = parameters_of(VLLM)
+        with_recipe = sort_arguments({**given, "recipe": "random_layers"}, own, engine)
         assert with_recipe.overrides == {"seed": 5}
         assert with_recipe.harness == {"pretrained": "x", "enforce_eager": True}
-        without = sort_arguments(given, VLLM, engine)
+        without = sort_arguments(given, own, engine)
         assert without.harness == given
 
     @pytest.mark.slow

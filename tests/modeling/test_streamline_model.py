@@ -303,7 +303,7 @@ def test_unknown_or_missing_hosts_are_refused() -> None:
         StreamlineConfig(host_model_type="mamba")
     with pytest.raises(CheckpointError, match="no 'host_model_type'"):
         StreamlineConfig.from_dict({"model_type": "streamline"})
-    with pytest.raises(ArchitectureError, match="attached networks already"):
+    with pytest.raises(ArchitectureError, match="dense model"):
         streamline_config(config_for("llama"), [])
 
 

@@ -10,8 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.core.recipe.validation import first_line
-from streamline_bench.errors import CheckpointError
+from streamline_bench.errors import CheckpointError, first_line, library_errors
 from streamline_bench.resources import bundled_model, is_bundled
 
 __all__ = [
@@ -172,18 +171,17 @@ def _local_folder(name: str | Path) -> Path | None:
 
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_local:
         raise CheckpointError(f"Model folder {name} does not exist.")
-    try:
-        found = snapshot_download(
-            name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+    with library_errors(
+        f"Model '{name}' is not a local folder, and the hub does not give it",
+        "check the name, or give a local folder or 'bundled'",
+        CheckpointError,
+    ):
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            )
         )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"Model '{name}' is not a local folder, and the hub does not give it "
-            f"({first_line(error)}); check the name, or give a local folder or 'bundled'."
-        ) from error
-    return Path(found)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.architecture import Architecture, architecture_of, config_entry
 from streamline_bench.core.checkpoint.folder import (
     INDEX_NAME,
     find_shards,
@@ -29,8 +29,13 @@ from streamline_bench.core.checkpoint.folder import (
 )
 from streamline_bench.core.files.staging import atomic_write_text
 from streamline_bench.core.machine.environment import user_cache
-from streamline_bench.core.recipe.validation import first_line
-from streamline_bench.errors import ArchitectureError, CheckpointError, NumericsError, OutputError
+from streamline_bench.errors import (
+    ArchitectureError,
+    CheckpointError,
+    NumericsError,
+    OutputError,
+    first_line,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +94,7 @@ class CheckpointReader:
         self.entries = _read_entries(self.folder)
         self._sizes = {e.shard: e.shard.stat().st_size for e in self.entries.values()}
         self._open: dict[Path, Any] = {}
+        self._plain = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -112,8 +118,22 @@ class CheckpointReader:
         Pages are read on first touch. Writing to the view changes private pages, not the file.
 
         Raises:
-            CheckpointError: there is no such tensor, or its file changed since it was opened.
+            CheckpointError: there is no such tensor, its file changed since it was opened, or the
+                checkpoint is quantised.
         """
+        self.refuse_quantised("its weights would be read without their scales")
+        return self.stored(name)
+
+    def refuse_quantised(self, what: str) -> None:
+        """See :func:`.quantization.refuse_quantised`; what is not quantised is asked once."""
+        if not self._plain:
+            from streamline_bench.core.checkpoint.quantization import refuse_quantised
+
+            refuse_quantised(self, what)
+            self._plain = True
+
+    def stored(self, name: str) -> torch.Tensor:
+        """Return what :meth:`tensor` returns, also of a quantised checkpoint: its codes."""
         entry = self.entry(name)
         size = entry.shard.stat().st_size
         if size != self._sizes[entry.shard]:  # a mapped file that shrank would end the process
@@ -139,24 +159,60 @@ class CheckpointReader:
     @cached_property
     def num_parameters(self) -> int:
         """Number of parameters; tied weights count once, buffers not at all."""
-        return sum(self.entries[name].numel for name in self.parameter_names)
+        return sum(self.parameter_counts.values())
+
+    @cached_property
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters of the model by name of the tensor that holds them, packed ones unpacked."""
+        from streamline_bench.core.checkpoint.quantization import quantisation_of
+
+        found = quantisation_of(self)
+        entries = (self.entries[name] for name in self.parameter_names)
+        return {e.name: e.numel if found is None else found.numel(e) for e in entries}
 
     @cached_property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the tensors that are parameters; a tied LM head stored twice is left out."""
-        buffers: tuple[str, ...] = ()
-        head = "lm_head"
-        try:
-            row = architecture_of(self.config)
-        except ArchitectureError:
-            pass  # a family without a row can still be read
-        else:
-            buffers, head = row.buffers, row.stored_as.get(row.lm_head, row.lm_head)
-        tied = self.config.get("tie_word_embeddings")
-        if tied is None:
-            tied = f"{head}.weight" not in self.entries
-        dropped = {f"{head}.weight"} if tied else set()
+        buffers = self._row.buffers if self._row else ()
+        dropped = {self._head_name} if self.tied else set()
         return tuple(n for n in self.entries if n not in dropped and not n.endswith(buffers))
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the LM head is the embeddings, as transformers loads this checkpoint.
+
+        The config (or the family's default, where it is silent) ties them, unless a head is stored
+        that differs from the embeddings. Merged adapters and copies of tied models have both.
+        """
+        if self._head_name not in self.entries:
+            return bool(self._row is None or config_entry(self.config, "tie_word_embeddings"))
+        return bool(config_entry(self.config, "tie_word_embeddings")) and self._equals_embeddings()
+
+    @cached_property
+    def _row(self) -> Architecture | None:
+        try:
+            return architecture_of(self.config)
+        except ArchitectureError:
+            return None  # a family without a row can still be read
+
+    @property
+    def _head_name(self) -> str:
+        row = self._row
+        return f"{row.stored_as.get(row.lm_head, row.lm_head) if row else 'lm_head'}.weight"
+
+    def _equals_embeddings(self) -> bool:
+        paths = [f"{self._row.embeddings[0]}.weight"] if self._row else []
+        paths += [path.removeprefix(f"{self._row.base}.") for path in paths if self._row]
+        table = next((self.entries[path] for path in paths if path in self.entries), None)
+        if table is None:
+            return True
+        head = self.entries[self._head_name]
+        if head.shape != table.shape:
+            return False
+        if head.dtype != table.dtype:
+            both = (self.stored(entry.name).float() for entry in (head, table))
+            return bool(next(both).equal(next(both)))
+        return bool(self.stored(head.name).equal(self.stored(table.name)))
 
     def fingerprint(self, progress: bool = True) -> str:
         """Return a SHA-256 (hex) of config and weights that does not depend on the sharding.
@@ -201,7 +257,7 @@ class CheckpointReader:
         floating = [e for e in self.entries.values() if "F" in e.dtype]
         with self._bar("Checking weights", floating, progress) as bar:
             for entry in floating:
-                for piece in self.tensor(entry.name).reshape(-1).split(_FINITE_PIECE):  # type: ignore[no-untyped-call]
+                for piece in self.stored(entry.name).reshape(-1).split(_FINITE_PIECE):  # type: ignore[no-untyped-call]
                     # One byte formats have no isfinite of their own.
                     widened = piece.float() if piece.itemsize == 1 else piece
                     if not bool(torch.isfinite(widened).all()):
@@ -227,7 +283,7 @@ class CheckpointReader:
         if known is not None:
             bar.update(sum(entry.nbytes for entry in entries))
             return known
-        tensors = [self.tensor(entry.name) for entry in entries]
+        tensors = [self.stored(entry.name) for entry in entries]
         hashes = pool.map(lambda tensor: _tensor_digest(tensor, bar), tensors)  # drops the GIL
         digests = {entry.name: value for entry, value in zip(entries, hashes, strict=True)}
         if _identity(path) == before:

@@ -162,7 +162,7 @@ def compose(
     total = sum(reader.entry(old).nbytes for old in names.values())
     order = {name: number for number, name in enumerate(reader.names)}
     copied = sorted(names.items(), key=lambda item: order[item[1]])
-    tensors = chain(((new, reader.tensor(old)) for new, old in copied), extra.items())
+    tensors = chain(((new, reader.stored(old)) for new, old in copied), extra.items())
     bar = tqdm(
         total=total, unit="B", unit_scale=True, desc="Writing weights", delay=2,
         disable=not progress,

@@ -6,7 +6,8 @@
 * ``packed``: documents are tokenised with the tokenizer's defaults, concatenated and cut into
   blocks of ``sequence_length``. Only full blocks are kept, unless an exact number of tokens is
   asked for: then the last block is padded and masked. A corpus shorter than one block gives one
-  shorter sequence.
+  shorter sequence. Where the tokenizer puts BOS in front of a text, every block begins with it
+  (:func:`blocks_of`), unless ``packing: stream`` asks for the plain cut.
 * ``documents``: one document per sequence, truncated at ``sequence_length``, padded on the right.
 
 The mask is authoritative: a pad is never counted, even where the pad token is a real one.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,15 @@ from tqdm import tqdm
 
 from streamline_bench.core.data.corpora import open_documents, resolve_source
 from streamline_bench.core.recipe.schema import CalibrationSpec
-from streamline_bench.errors import CalibrationError
+from streamline_bench.errors import CalibrationError, library_errors
 
-__all__ = ["CalibrationTokens", "load_calibration"]
+__all__ = [
+    "CalibrationTokens",
+    "blocks_of",
+    "leading_bos",
+    "load_calibration",
+    "require_known_tokens",
+]
 
 _Ids = npt.NDArray[np.int64]
 _DOCUMENTS_PER_CALL = 64
@@ -52,6 +59,8 @@ class CalibrationTokens:
             (``T`` is then smaller), else None.
         target_mask: bool ``[n, T]``, true for the tokens that a training predicts (the answers of
             instructions); None: all.
+        begins_with: the token that each sequence begins with, ``text`` where none is put there;
+            empty if unknown.
     """
 
     input_ids: Tensor
@@ -61,6 +70,7 @@ class CalibrationTokens:
     sha256: str
     requested_length: int | None = None
     target_mask: Tensor | None = None
+    begins_with: str = ""
 
     @classmethod
     def from_tensors(
@@ -131,6 +141,7 @@ class CalibrationTokens:
             "sequences": len(self),
             "sequence_length": int(self.input_ids.shape[1]),
             "requested_length": self.requested_length,
+            "begins_with": self.begins_with,
             "tokens": self.num_tokens,
             "sha256": self.sha256,
         }
@@ -140,7 +151,9 @@ class CalibrationTokens:
         part = self.from_tensors(
             self.input_ids[index], self.attention_mask[index], self.source, targets
         )
-        return dataclasses.replace(part, requested_length=self.requested_length)
+        return dataclasses.replace(
+            part, requested_length=self.requested_length, begins_with=self.begins_with
+        )
 
 
 def load_calibration(
@@ -149,6 +162,7 @@ def load_calibration(
     *,
     model_folder: Path | None = None,
     max_length: int | None = None,
+    vocabulary: int | None = None,
     progress: bool = True,
 ) -> CalibrationTokens:
     """Tokenise the corpus that ``spec`` names.
@@ -160,6 +174,7 @@ def load_calibration(
         tokenizer: a transformers tokenizer; called with its defaults.
         model_folder: looked at for ``calibration.jsonl`` where the source is ``auto``.
         max_length: most positions the model has; a longer ``sequence_length`` is cut to it.
+        vocabulary: tokens the model has embeddings for; None: not checked.
 
     Raises:
         CalibrationError: the corpus is missing, empty, unreadable, or too short for ``tokens``;
@@ -171,18 +186,64 @@ def load_calibration(
         )
     length = min(spec.sequence_length, max_length or spec.sequence_length)
     source = resolve_source(spec.source, model_folder)
+    bos = leading_bos(tokenizer)
+    in_rows = None if spec.form == "packed" and spec.packing == "stream" else bos
     with tqdm(
         total=_target(spec, length), unit="tok", desc="calibration", delay=2, disable=not progress
     ) as bar:
-        ids = _tokenised(open_documents(spec, model_folder), tokenizer, bar)
-        rows = (_packed if spec.form == "packed" else _documents)(ids, spec, length, source)
+        texts = open_documents(spec, model_folder, tokenizer)
+        ids = _tokenised(texts, tokenizer, bar)
+        if spec.form == "packed":
+            rows = _packed(ids, spec, length, source, in_rows)
+        else:
+            rows = _documents(ids, spec, length, source)
     if not rows:
         raise CalibrationError(
             f"Calibration source {source} holds no text; give one with at least one document."
         )
+    require_known_tokens([row.max() for row in rows], tokenizer, vocabulary, source)
     tokens = CalibrationTokens.from_tensors(*_padded(rows, _pad_id(tokenizer)), source)
     cut = spec.sequence_length if length < spec.sequence_length else None
-    return dataclasses.replace(tokens, requested_length=cut)
+    begins = "text" if in_rows is None else str(tokenizer.bos_token)
+    return dataclasses.replace(tokens, requested_length=cut, begins_with=begins)
+
+
+def leading_bos(tokenizer: Any) -> int | None:
+    """Return the BOS token that a tokenizer puts in front of every text; None if it puts none."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    ids = tokenizer("a", verbose=False)["input_ids"] if bos is not None else []
+    return bos if len(ids) > 1 and ids[0] == bos else None
+
+
+def blocks_of(ids: Sequence[int] | _Ids, length: int, bos: int | None) -> Iterator[_Ids]:
+    """Cut token ids into consecutive blocks of at most ``length``, the last one maybe shorter.
+
+    Args:
+        bos: token that every block begins with; one that begins with it already gets no second.
+            None: blocks are plain cuts.
+    """
+    stream = np.asarray(ids, dtype=np.int64)
+    begin = 0
+    while begin < len(stream):
+        add = bos is not None and stream[begin] != bos
+        part = stream[begin : begin + length - add]
+        yield np.concatenate([[bos], part]) if add else part
+        begin += len(part)
+
+
+def require_known_tokens(ids: Any, tokenizer: Any, vocabulary: int | None, source: str) -> None:
+    """Refuse token ids for which the model has no embedding; on a GPU they end the process.
+
+    Raises:
+        CalibrationError: naming the token and its id.
+    """
+    largest = max((int(i) for i in ids), default=0)
+    if vocabulary is not None and largest >= vocabulary:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise CalibrationError(
+            f"{source} holds the token '{token}' (id {largest}), and the model has embeddings for "
+            f"{vocabulary} tokens only; remove it from the text, or use the model's own tokenizer."
+        )
 
 
 def _target(spec: CalibrationSpec, length: int) -> int | None:
@@ -198,14 +259,16 @@ def _tokenised(texts: Iterable[str], tokenizer: Any, bar: tqdm[Any]) -> Iterator
         batch = list(itertools.islice(texts, size))
         if not batch:
             return
-        for ids in tokenizer(batch, verbose=False)["input_ids"]:
+        with library_errors("A calibration text cannot be tokenised", kind=CalibrationError):
+            encoded = tokenizer(batch, verbose=False)["input_ids"]
+        for ids in encoded:
             if len(ids):
                 bar.update(len(ids))
                 yield np.asarray(ids, dtype=np.int64)
 
 
 def _packed(
-    documents: Iterator[_Ids], spec: CalibrationSpec, length: int, source: str
+    documents: Iterator[_Ids], spec: CalibrationSpec, length: int, source: str, bos: int | None
 ) -> list[_Ids]:
     wanted = spec.tokens
     if wanted is not None and spec.samples is not None and wanted > spec.samples * length:
@@ -222,9 +285,17 @@ def _packed(
             break
     _require(wanted, total, source)
     stream = np.concatenate(held) if held else np.empty(0, np.int64)
-    kept = wanted or (total - total % length if total >= length else total)
-    kept = kept if limit is None else min(kept, limit)
-    return [stream[start : min(start + length, kept)] for start in range(0, kept, length)]
+    rows: list[_Ids] = []
+    total = 0
+    for block in blocks_of(stream, length, bos):
+        kept = block if limit is None else block[: limit - total]
+        if wanted is None and rows and len(kept) < length:
+            break  # only full blocks, but of a text that is shorter than one
+        rows.append(kept)
+        total += len(kept)
+        if total == limit:
+            break
+    return rows
 
 
 def _documents(

@@ -8,8 +8,8 @@ source                           documents
 ===============================  ==================================================================
 a name in :data:`PRESETS`        the preset's corpus, its domains drawn with the preset's shares
 ``auto``                         ``calibration.jsonl`` in the model's folder, else ``slimpajama``
-``*.txt``, ``*.jsonl`` (also     see :mod:`streamline_bench.core.data.corpus_files`
-``.gz``, ``.xz``), ``*.parquet``
+a file, several with commas      see :mod:`streamline_bench.core.data.corpus_files`; read in this
+between them, or a pattern       order, files of a pattern by name
 a folder                         written by ``datasets.save_to_disk``, else read by
                                  ``datasets.load_dataset``
 ``owner/name``                   a data set of the Hugging Face hub; streamed when the number of
@@ -23,6 +23,8 @@ documents moves over the corpus, so that memory stays bounded.
 
 from __future__ import annotations
 
+import glob
+import itertools
 import logging
 import random
 import re
@@ -33,20 +35,21 @@ from pathlib import Path
 from typing import Any
 
 from streamline_bench.core.data.corpus_files import (
-    FILE_SUFFIXES,
+    FILE_KINDS,
+    document_text,
     file_kind,
     read_file,
     record_field,
 )
 from streamline_bench.core.recipe.schema import CalibrationSpec
-from streamline_bench.core.recipe.validation import first_line, suggest
-from streamline_bench.errors import CalibrationError
+from streamline_bench.core.recipe.validation import suggest
+from streamline_bench.errors import CalibrationError, library_errors
 
 __all__ = [
     "PRESETS",
     "SHUFFLE_DOCUMENTS",
     "CorpusPreset",
-    "local_path",
+    "local_paths",
     "open_documents",
     "open_records",
     "resolve_source",
@@ -58,6 +61,7 @@ SHUFFLE_DOCUMENTS = 65_536
 _SHUFFLE_CHARACTERS = 64_000_000
 _HUB_WINDOW = 4_096
 _DOMAIN_QUEUE = 4_096
+_ARCHIVES = (".zip", ".tar", ".tgz", ".rar", ".7z", ".gz", ".zst")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -107,8 +111,8 @@ def resolve_source(source: str, model_folder: Path | None = None) -> str:
     return str(own) if own is not None and own.is_file() else "slimpajama"
 
 
-def local_path(source: str, model_folder: Path | None = None) -> Path | None:
-    """Return the file or folder that is read for a source; None where it is on the hub.
+def local_paths(source: str, model_folder: Path | None = None) -> list[Path]:
+    """Return the files, or the folder, that are read for a source; none where it is on the hub.
 
     A file need not exist: its ending alone makes it one.
     """
@@ -117,13 +121,32 @@ def local_path(source: str, model_folder: Path | None = None) -> Path | None:
     return _local(source if preset is None else preset.source)
 
 
-def _local(source: str) -> Path | None:
+def _local(source: str) -> list[Path]:
     path = Path(source).expanduser()
-    return path if path.is_dir() or file_kind(source) else None
+    if _exists(path):
+        return [path]
+    parts = [part.strip() for part in source.split(",") if part.strip()]
+    if len(parts) > 1:
+        return [found for part in parts for found in _local(part)]
+    if glob.has_magic(source):
+        return sorted(Path(found) for found in glob.glob(str(path), recursive=True))  # noqa: PTH207
+    return [path] if file_kind(source) else []
 
 
-def open_documents(spec: CalibrationSpec, model_folder: Path | None = None) -> Iterator[str]:
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long a name
+        return False
+
+
+def open_documents(
+    spec: CalibrationSpec, model_folder: Path | None = None, tokenizer: Any = None
+) -> Iterator[str]:
     """Yield the texts of a corpus in seeded order; empty texts are left out.
+
+    Args:
+        tokenizer: whose chat template writes conversations (see :func:`.document_text`).
 
     Raises:
         CalibrationError: the source is missing, unknown, damaged or unreachable, or its records
@@ -132,20 +155,17 @@ def open_documents(spec: CalibrationSpec, model_folder: Path | None = None) -> I
     source = resolve_source(spec.source, model_folder)
     preset = PRESETS.get(source)
     if preset is not None:
-        records = _records(_preset_spec(spec, preset))
+        place = {"source": preset.source, "split": preset.split, "subset": preset.subset}
+        records = _records(spec.model_copy(update=place))
         records = _mixed(records, preset, spec.seed) if preset.domains else records
         field, source = preset.text_field, preset.source
     else:
         records = open_records(spec, model_folder)
         # A text file has no fields: each document is the whole record.
-        field = "text" if file_kind(source) == "text" else spec.text_field
+        kinds = {file_kind(path) for path in _local(source)}
+        field = "text" if kinds == {"text"} else spec.text_field
     for record in records:
-        text = record_field(record, field, source)
-        if not isinstance(text, str):
-            raise CalibrationError(
-                f"Field '{field}' of {source} holds {type(text).__name__}, not text; name the "
-                "field that holds the text with text_field."
-            )
+        text = document_text(record, field, source, tokenizer)
         if text.strip():
             yield text
 
@@ -153,7 +173,7 @@ def open_documents(spec: CalibrationSpec, model_folder: Path | None = None) -> I
 def open_records(
     spec: CalibrationSpec, model_folder: Path | None = None
 ) -> Iterator[Mapping[str, Any]]:
-    """Yield the records of a corpus that is no preset, in seeded order, with all their fields.
+    """Yield the records of a corpus (not a preset), in seeded order, with all their fields.
 
     Raises:
         CalibrationError: the source is missing, unknown, damaged or unreachable.
@@ -161,38 +181,29 @@ def open_records(
     return _records(spec.model_copy(update={"source": resolve_source(spec.source, model_folder)}))
 
 
-def _preset_spec(spec: CalibrationSpec, preset: CorpusPreset) -> CalibrationSpec:
-    changes = {"source": preset.source, "split": preset.split, "subset": preset.subset}
-    return spec.model_copy(update=changes)
-
-
 def _records(spec: CalibrationSpec) -> Iterator[Mapping[str, Any]]:
-    path = _local(spec.source)
-    if path is None:
-        return _hub(spec) if _HUB_ID.fullmatch(spec.source) else _unknown(spec.source)
-    if path.is_dir():
-        return _folder(path, spec)
-    if not path.is_file():
-        raise CalibrationError(
-            f"Calibration file {path} does not exist; give an existing {_endings()} file."
-        )
-    return _shuffled(read_file(path), spec.seed)
+    paths = _local(spec.source)
+    if not paths:
+        # A name that ends like an archive is a file that is not there.
+        on_hub = _HUB_ID.fullmatch(spec.source) and not spec.source.endswith(_ARCHIVES)
+        return _hub(spec) if on_hub else _unknown(spec.source)
+    if paths[0].is_dir():
+        return _folder(paths[0], spec)
+    return _shuffled(itertools.chain.from_iterable(map(read_file, paths)), spec.seed)
 
 
 def _unknown(source: str) -> Iterator[Mapping[str, Any]]:
+    if glob.has_magic(source):
+        raise CalibrationError(f"No file matches the calibration source '{source}'; correct it.")
     if "/" in source or "\\" in source:
         raise CalibrationError(
-            f"Calibration source {source} does not exist; give a {_endings()} file, a data set "
+            f"Calibration source {source} does not exist; give a {FILE_KINDS} file, a data set "
             "folder or a hub id."
         )
     raise CalibrationError(
         f"Unknown calibration source '{source}'{suggest(source, PRESETS)} (presets: "
-        f"{', '.join(sorted(PRESETS))}; else give a {_endings()} file, a folder or a hub id)."
+        f"{', '.join(sorted(PRESETS))}; else give a {FILE_KINDS} file, a folder or a hub id)."
     )
-
-
-def _endings() -> str:
-    return ", ".join(FILE_SUFFIXES)
 
 
 def _shuffled(records: Iterable[Mapping[str, Any]], seed: int) -> Iterator[Mapping[str, Any]]:
@@ -279,21 +290,17 @@ def _loaded(load: Any, spec: CalibrationSpec, **arguments: Any) -> Iterator[Mapp
     """Load with ``datasets`` and shuffle; every failure names the source and the way out."""
     import datasets
 
-    failures = (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError)
-    try:
+    with library_errors(
+        f"Calibration data set '{spec.source}' (split '{spec.split}') cannot be read",
+        "give a local file or folder instead, e.g. calibration=texts.jsonl",
+        CalibrationError,
+    ):
         data = load(split=spec.split, **arguments)
         if isinstance(data, datasets.IterableDataset):
-            yield from data.shuffle(seed=spec.seed, buffer_size=_HUB_WINDOW)
+            records = iter(data.shuffle(seed=spec.seed, buffer_size=_HUB_WINDOW))
         else:
             # Dataset.shuffle would write an index file into the user's own folder.
             order = list(range(len(data)))
             random.Random(spec.seed).shuffle(order)
-            yield from (data[index] for index in order)
-    except CalibrationError:
-        raise
-    except failures as error:
-        raise CalibrationError(
-            f"Calibration data set '{spec.source}' (split '{spec.split}') cannot be read "
-            f"({first_line(error)}); give a local file or folder instead, e.g. "
-            "calibration=texts.jsonl."
-        ) from error
+            records = (data[index] for index in order)
+        yield from records

@@ -1,48 +1,52 @@
-"""Reads calibration documents from local files, one record at a time.
+"""Reads documents from local files, one record at a time.
 
 * ``.txt``: documents are separated by NUL characters if the first mebibyte holds one, else by
   blank lines (lines of white space only).
-* ``.jsonl`` (or ``.json`` with one object per line): one record per line.
+* ``.jsonl``, ``.ndjson``, ``.json``: one JSON object or string per line, or one array of them.
+* ``.csv``, ``.tsv``: one record per row, its fields named in the first one.
 * ``.parquet``: one record per row, read in batches.
 
-Text and jsonl files may be compressed (``.gz``, ``.xz``, ``.bz2``).
+All but parquet files may be compressed (``.gz``, ``.xz``, ``.bz2``, ``.zst``) and begin with a
+byte-order mark. Halves of surrogate pairs, which no tokenizer takes, become U+FFFD.
 """
 
 from __future__ import annotations
 
-import bz2
-import gzip
+import csv
+import io
 import json
-import lzma
+import logging
 import re
-import zlib
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from streamline_bench.errors import CalibrationError
+from streamline_bench.errors import CalibrationError, library_errors
 
-__all__ = ["FILE_SUFFIXES", "file_kind", "read_file", "record_field"]
+__all__ = ["FILE_KINDS", "document_text", "file_kind", "read_file", "record_field"]
 
-FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
+log = logging.getLogger(__name__)
+
+FILE_KINDS = ".txt, .jsonl, .json, .csv, .tsv or .parquet (also .gz, .xz, .bz2, .zst)"
 _KINDS = {
-    ".txt": "text",
-    ".text": "text",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-}
-_COMPRESSED: Mapping[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+    ".txt": "text", ".text": "text",
+    ".jsonl": "json", ".ndjson": "json", ".json": "json",
+    ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+}  # fmt: skip
+_COMPRESSED = {".gz": "gzip", ".xz": "lzma", ".bz2": "bz2", ".zst": "zstd"}
 _PIECE = 1 << 20
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
+"""What ShareGPT calls the speakers, in the words of chat templates."""
 
 
 def file_kind(source: str | Path) -> str:
-    """Return ``text``, ``jsonl`` or ``parquet`` by the name's ending, or an empty string."""
+    """Return text, json, csv, tsv or parquet by the name's ending, or an empty string."""
     path = Path(source)
     suffix = Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
-    kind = _KINDS.get(suffix, "")
+    kind = _KINDS.get(suffix.lower(), "")
     return "" if kind == "parquet" and path.suffix in _COMPRESSED else kind
 
 
@@ -50,19 +54,35 @@ def read_file(path: Path) -> Iterator[Mapping[str, Any]]:
     """Yield the records of a file; those of a text file are ``{"text": document}``.
 
     Raises:
-        CalibrationError: the file is damaged or a line is not a JSON object (its number is named).
+        CalibrationError: the file is missing, of another kind or damaged, or holds something else
+            than records (the line is named).
     """
-    readers = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
-    try:
-        yield from readers[file_kind(path)](path)
-    except UnicodeDecodeError:
-        raise CalibrationError(
-            f"Calibration file {path} is not UTF-8 text; convert it to UTF-8."
-        ) from None
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise CalibrationError(
-            f"Calibration file {path} cannot be read ({error}); check it and its compression."
-        ) from error
+    if not path.is_file():
+        raise CalibrationError(f"The file {path} does not exist; give a {FILE_KINDS} file.")
+    kind = file_kind(path)
+    if not kind:
+        raise CalibrationError(f"{path} {_what_it_is(path)}; give a {FILE_KINDS} file.")
+    readers: Mapping[str, Callable[[Path], Iterator[Mapping[str, Any]]]] = {
+        "text": _read_text,
+        "json": _read_json,
+        "csv": lambda path: _read_table(path, ","),
+        "tsv": lambda path: _read_table(path, "\t"),
+        "parquet": _read_parquet,
+    }
+    records = readers[kind](path)
+    while True:
+        with library_errors(
+            f"The file {path} cannot be read", "check it and its compression", CalibrationError
+        ):
+            try:
+                record = next(records, None)
+            except UnicodeDecodeError:
+                raise CalibrationError(
+                    f"The file {path} is not UTF-8 text; convert it to UTF-8."
+                ) from None
+        if record is None:
+            return
+        yield record
 
 
 def record_field(record: Mapping[str, Any], field: str, source: str) -> Any:
@@ -77,19 +97,78 @@ def record_field(record: Mapping[str, Any], field: str, source: str) -> Any:
     for part in field.split("."):
         if not isinstance(value, Mapping) or part not in value:
             there = ", ".join(sorted(map(str, record))) or "no fields"
-            raise CalibrationError(
-                f"Calibration source {source} has no field '{field}'; it has {there}."
-            )
+            raise CalibrationError(f"{source} has no field '{field}'; it has {there}.")
         value = value[part]
     return value
 
 
+def document_text(record: Mapping[str, Any], field: str, source: str, tokenizer: Any = None) -> str:
+    """Return the text of a record: a field of text, or a conversation as the model sees one.
+
+    Where the field is ``text`` and the record has none, its ``messages`` or ``conversations`` are
+    taken. A conversation is a list of turns (``role`` and ``content``, or ``from`` and ``value``),
+    written with the tokenizer's chat template.
+
+    Raises:
+        CalibrationError: there is no such field, it holds something else, or the tokenizer has no
+            chat template.
+    """
+    if field == "text" and field not in record:
+        field = next((each for each in ("messages", "conversations") if each in record), field)
+    value = record_field(record, field, source)
+    if isinstance(value, str):
+        return value
+    if not (isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)):
+        raise CalibrationError(
+            f"Field '{field}' of {source} holds {type(value).__name__}, not text or a "
+            "conversation; name the field that holds the text (text_field, --text-field)."
+        )
+    return _conversation(value, field, source, tokenizer)
+
+
+def _conversation(turns: list[dict[str, Any]], field: str, source: str, tokenizer: Any) -> str:
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        raise CalibrationError(
+            f"Field '{field}' of {source} holds conversations, and the model's tokenizer has no "
+            "chat template to write them with; give a field of text."
+        )
+    messages = []
+    for turn in turns:
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            keys = ", ".join(sorted(map(str, turn)))
+            raise CalibrationError(
+                f"A turn in '{field}' of {source} has the keys {keys}; "
+                "it needs role and content (or from and value), both text."
+            )
+        messages.append({"role": _ROLES.get(role, role), "content": content})
+    with library_errors(
+        f"The chat template cannot write a conversation of {source}", kind=CalibrationError
+    ):
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    # The template writes BOS itself, and the tokenizer would put a second one in front.
+    return text.removeprefix(tokenizer.bos_token or "")
+
+
+def _what_it_is(path: Path) -> str:
+    if path.suffix in _COMPRESSED:
+        return f"is compressed ({path.suffix}), and its name does not say what is in it"
+    return f"is a {path.suffix} file, which is not read" if path.suffix else "has no ending"
+
+
 def _open(path: Path) -> TextIO:
-    opener = _COMPRESSED.get(path.suffix)
-    if opener is None:
-        return path.open(encoding="utf-8")
-    stream: TextIO = opener(path, "rt", encoding="utf-8")
-    return stream
+    """Open for reading as UTF-8; a byte-order mark is skipped."""
+    method = _COMPRESSED.get(path.suffix)
+    if method is None:
+        return path.open(encoding="utf-8-sig", newline="" if "sv" in file_kind(path) else None)
+    raw: Any
+    if method == "zstd":  # Python has no module for it before 3.14
+        import pyarrow
+
+        raw = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+    else:
+        raw = __import__(method).open(path, "rb")
+    return io.TextIOWrapper(raw, encoding="utf-8-sig")
 
 
 def _read_text(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -102,35 +181,75 @@ def _read_text(path: Path) -> Iterator[Mapping[str, Any]]:
         yield from ({"text": part} for part in separator.split(text) if part.strip())
 
 
-def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
+def _read_json(path: Path) -> Iterator[Mapping[str, Any]]:
+    with _open(path) as stream:
+        first = next((line for line in stream if line.strip()), "")
+    if first.lstrip().startswith("["):
+        with _open(path) as stream:
+            items = _parsed(stream.read(), f"The array in {path}", path)
+        yield from (_record(item, f"Item {n} of {path}") for n, item in enumerate(items, start=1))
+        return
     with _open(path) as stream:
         for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
+            if line.strip():
+                place = f"Line {number} of {path}"
+                yield _record(_parsed(line, place, path), place)
+
+
+def _parsed(text: str, place: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        whole = " (a file with one JSON object over several lines is not read)"
+        hint = whole if text.strip() == "{" else ""
+        said = getattr(error, "msg", "nested too deeply")
+        raise CalibrationError(
+            f"{place} is not JSON ({said}){hint}; correct or remove it."
+        ) from None
+
+
+def _record(item: Any, place: str) -> Mapping[str, Any]:
+    if isinstance(item, str):
+        item = {"text": item}
+    if not isinstance(item, dict):
+        raise CalibrationError(
+            f'{place} is not a JSON object or text; it must look like {{"text": "..."}}.'
+        )
+    sound = _sound(item)
+    if sound != item:
+        log.warning("%s holds half of a surrogate pair, which becomes U+FFFD.", place)
+    return sound  # type: ignore[no-any-return]
+
+
+def _sound(value: Any) -> Any:
+    """Return a JSON value with lone surrogates replaced, whole pairs joined."""
+    if isinstance(value, str):
+        if not _SURROGATE.search(value):
+            return value
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, dict):
+        return {_sound(key): _sound(each) for key, each in value.items()}
+    return [_sound(each) for each in value] if isinstance(value, list) else value
+
+
+def _read_table(path: Path, delimiter: str) -> Iterator[Mapping[str, Any]]:
+    csv.field_size_limit(sys.maxsize)  # documents are longer than the module expects
+    with _open(path) as stream:
+        rows = csv.reader(stream, delimiter=delimiter, strict=True)
+        names = next(rows, [])
+        for row in rows:
+            if row and len(row) != len(names):
                 raise CalibrationError(
-                    f"Line {number} of calibration file {path} is not JSON ({error.msg}); mend or "
-                    "remove it."
-                ) from None
-            if not isinstance(record, dict):
-                raise CalibrationError(
-                    f"Line {number} of calibration file {path} is not a JSON object; each line "
-                    'must look like {"text": "..."}.'
+                    f"Line {rows.line_num} of {path} has {len(row)} fields, its first line names "
+                    f"{len(names)}; correct it."
                 )
-            yield record
+            if row:
+                yield dict(zip(names, row, strict=True))
 
 
 def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise CalibrationError(
-            f"Calibration file {path} is not a whole parquet file ({error}); write it again."
-        ) from None
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=256):
+            yield from batch.to_pylist()

@@ -46,8 +46,13 @@ class CalibrationSpec(Frozen):
 
     ``source`` is a preset (``slimpajama``), a file (``.txt``, ``.jsonl``, ``.parquet``), a folder
     saved with ``datasets.save_to_disk``, a hub id, or ``auto``: the file ``calibration.jsonl`` in
-    the model's own folder if there is one, else ``slimpajama``. The form ``instruction`` is for a
+    the model's own folder if there is one, else ``slimpajama``. Several files are separated by
+    commas or named by a pattern (``texts/*.jsonl.zst``). The form ``instruction`` is for a
     recovery: records with ``instruction``, ``input`` (may be empty) and ``output``.
+
+    ``packing`` says what a packed sequence begins with where the tokenizer puts a BOS token in
+    front of texts: ``bos``: each one with BOS, as the model has seen texts in its training;
+    ``stream``: with whatever token follows the cut, as most reference implementations have it.
     """
 
     source: str = "auto"
@@ -55,6 +60,7 @@ class CalibrationSpec(Frozen):
     subset: str | None = None
     text_field: str = "text"
     form: Literal["packed", "documents", "instruction"] = "packed"
+    packing: Literal["bos", "stream"] = "bos"
     sequence_length: int = Field(2048, ge=2)
     samples: int | None = Field(None, ge=1, description="at most this many sequences")
     tokens: int | None = Field(None, ge=2, description="exactly this many tokens")

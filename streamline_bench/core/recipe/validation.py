@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
-__all__ = ["first_line", "first_problem", "suggest", "suggest_or_list", "wrong_value"]
+__all__ = ["first_problem", "suggest", "suggest_or_list", "wrong_value"]
 
 _OWN = "Value error, "
 """What pydantic puts in front of a validator's own words."""
@@ -70,24 +70,6 @@ def _fields_at(schema: type[BaseModel], path: Sequence[int | str]) -> list[str]:
             return []
         schema = schemas[0]
     return list(schema.model_fields)
-
-
-def first_line(error: object, most: int = 200) -> str:
-    """Return what an exception says in its first line; its type where it says nothing.
-
-    A line that ends with a colon says nothing without the next one.
-
-    Args:
-        most: characters.
-
-    Returns:
-        Without a full stop.
-    """
-    lines = [" ".join(line.split()) for line in str(error).strip().splitlines()]
-    text = lines[0] if lines else type(error).__name__
-    if text.endswith(":") and len(lines) > 1:
-        text = f"{text} {lines[1]}"
-    return text.rstrip(".") if len(text) <= most else f"{text[:most].rstrip()}…"
 
 
 def suggest(name: str, known: Iterable[str], within: str = "") -> str:

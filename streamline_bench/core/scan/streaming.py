@@ -80,6 +80,7 @@ def streamed_model(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     reader = CheckpointReader(folder)
+    reader.refuse_quantised("the streamed scan reads its weights without their scales")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     architecture_of(config)
     wanted = {} if dtype is None and config.dtype is None else {"dtype": dtype or config.dtype}

@@ -19,6 +19,7 @@ from streamline_bench.core.architecture import (
     get_submodule,
     require_removable_layers,
 )
+from streamline_bench.core.checkpoint.quantization import renumbered
 from streamline_bench.errors import ArchitectureError, SparsityError
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ def _changes(row: Architecture, config: Any, keep: list[int], depth: int) -> dic
         count = getattr(config, key, None)
         if count is not None:
             changes[key] = sum(index < count for index in keep)
+    if getattr(config, "quantization_config", None):
+        changes["quantization_config"] = renumbered(config.quantization_config, keep)
     for key, listed in _irregular(row, config, depth).items():
         changes[key] = [new for new, old in enumerate(keep) if old in listed]
     for key in row.periods:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from streamline_bench.core.architecture import Architecture, architecture_of
+from streamline_bench.core.architecture import Architecture, architecture_of, config_entry
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layers_prefix
 from streamline_bench.errors import CheckpointError, SparsityError
@@ -52,7 +52,7 @@ class SizePlan:
     Attributes:
         n_layers: layers to remove (net of layers put in).
         removed: parameters fewer, those added taken off. Before the layers are chosen, of layers
-            of mean size; :func:`of_layers` gives it for those that really go.
+            of mean size; :func:`of_layers` gives it for the layers that are really removed.
         total: parameters of the source.
         reached: ``removed / total``.
         requested: the share asked for; None if layers were given.
@@ -120,10 +120,10 @@ def layers_for_sparsity(
 
 
 def of_layers(plan: SizePlan, source: CheckpointReader | Any, layers: Iterable[int]) -> SizePlan:
-    """Return the plan with the parameters of the layers that really go.
+    """Return the plan with the parameters of the layers that are really removed.
 
-    Layers of a mixture with some dense layers differ in size, and which of them go is known only
-    after the model was looked at.
+    Layers of a mixture with some dense layers differ in size, and the method chooses them after it
+    has looked at the model.
     """
     sizes = model_sizes(source)
     removed = sum(sizes.layers[layer] for layer in layers) - plan.added_parameters
@@ -147,8 +147,8 @@ def model_sizes(source: CheckpointReader | Any) -> ModelSizes:
     if isinstance(source, CheckpointReader):
         row = architecture_of(source.config)
         prefix = layers_prefix(source, row)
-        counts = [(name, source.entry(name).numel) for name in source.parameter_names]
-        return _sizes(row, prefix, _depth(source.config, row), counts)
+        depth = _depth(source.config, row)
+        return _sizes(row, prefix, depth, source.parameter_counts.items())
     row = architecture_of(source)
     return _sizes(row, row.layers, getattr(source, row.depth_key), _meta_counts(source))
 
@@ -174,7 +174,7 @@ def _closest(sizes: ModelSizes, sparsity: float, added: int) -> int:
 
 
 def _depth(config: Mapping[str, Any], row: Architecture) -> int:
-    depth = config.get(row.depth_key, config.get("num_hidden_layers"))
+    depth = config_entry(config, row.depth_key)
     if not isinstance(depth, int) or not 1 <= depth <= _MOST_LAYERS:
         raise CheckpointError(
             f"config.json has {row.depth_key}={depth!r:.40}; give it the number of layers."

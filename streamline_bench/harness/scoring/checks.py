@@ -1,4 +1,4 @@
-"""Decides by numbers, not by names, which short cuts give a model's own logits.
+"""Decides by numbers, not by names, which shortcuts give the model's own logits.
 
 Two questions are put to a model when it is first used: does running the LM head on chosen
 positions change anything, and do branching rows? A short cut that fails is switched off and the

@@ -149,15 +149,10 @@ class Forward:
         inputs: dict[str, Any] = {"input_ids": batch.ids.to(self._device), "use_cache": False}
         if batch.visible is not None and batch.positions is not None:
             inputs["position_ids"] = batch.positions.to(self._device)
-            inputs["attention_mask"] = _additive(
-                batch.visible.to(self._device), getattr(model, "dtype", torch.float32)
-            )
+            visible, dtype = batch.visible.to(self._device), getattr(model, "dtype", torch.float32)
+            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            inputs["attention_mask"] = mask.masked_fill_(~visible, torch.finfo(dtype).min)
         return inputs
-
-
-def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 @contextmanager

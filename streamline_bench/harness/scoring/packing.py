@@ -10,13 +10,15 @@ Nothing here knows a model; only lists of token ids go in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PackedRow", "Query", "build_rows", "make_batches"]
+from streamline_bench.core.architecture import ANY_LENGTHS, RopeGroups
+
+__all__ = ["Layout", "Layouts", "PackedRow", "Query", "build_rows", "make_batches"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -57,6 +59,11 @@ class PackedRow:
         return len(self.tokens)
 
     @property
+    def depth(self) -> int:
+        """Tokens of the longest sequence in the tree."""
+        return max(self.positions) + 1
+
+    @property
     def is_chain(self) -> bool:
         """No branch: the usual causal mask and positions are right."""
         return len(self.branches) == 1
@@ -87,7 +94,12 @@ class PackedRow:
 
 
 def build_rows(
-    queries: Sequence[Query], *, share_up_to: int, row_tokens: int, pair_cost: float
+    queries: Sequence[Query],
+    *,
+    share_up_to: int,
+    row_tokens: int,
+    pair_cost: float,
+    group_of: Callable[[int], int] = lambda length: 0,
 ) -> list[PackedRow]:
     """Group queries into rows.
 
@@ -98,6 +110,7 @@ def build_rows(
         share_up_to: inputs longer than this share a row with equal inputs only (0: all do).
         row_tokens: no branching row grows beyond this many tokens.
         pair_cost: cost of comparing two tokens, relative to computing one token.
+        group_of: length -> number that the members of a row share (:class:`.RopeGroups`).
     """
     keys = [np.asarray(query.inputs, dtype=">u4") for query in queries]
     order = sorted(range(len(queries)), key=lambda i: (keys[i].tobytes(), i))
@@ -111,6 +124,7 @@ def build_rows(
             (new == 0 and len(keys[before]) == length)
             or (
                 max(length, len(keys[before])) <= share_up_to
+                and group_of(length) == group_of(len(keys[before]))
                 and _worth_joining(len(rows[-1]), shared, new, row_tokens, pair_cost)
             )
         )
@@ -137,22 +151,30 @@ def _common_prefix(first: npt.NDArray[np.generic], second: npt.NDArray[np.generi
 
 
 def make_batches(
-    rows: Sequence[PackedRow], *, batch_tokens: int, batch_positions: int
+    rows: Sequence[PackedRow],
+    *,
+    batch_tokens: int,
+    batch_positions: int,
+    group_of: Callable[[int], int] = lambda length: 0,
 ) -> Iterator[list[PackedRow]]:
     """Yield batches of like rows, longest first, each within both budgets (at least one row).
 
     Args:
         batch_tokens: padded tokens per batch, ``rows x longest row``.
         batch_positions: positions per batch that the LM head is computed on.
+        group_of: length -> number that the rows of a batch share (:class:`.RopeGroups`).
     """
     for chain in (False, True):
-        alike = sorted((r for r in rows if r.is_chain == chain), key=len, reverse=True)
+        of_kind = (row for row in rows if row.is_chain == chain)
+        alike = sorted(of_kind, key=lambda row: (group_of(row.depth), len(row)), reverse=True)
         batch: list[PackedRow] = []
         scored = 0
         for row in alike:
             here = sum(len(nodes) for _, nodes in row.scored)
             full = batch and (
-                (len(batch) + 1) * len(batch[0]) > batch_tokens or scored + here > batch_positions
+                (len(batch) + 1) * len(batch[0]) > batch_tokens
+                or scored + here > batch_positions
+                or group_of(row.depth) != group_of(batch[0].depth)
             )
             if full:
                 yield batch
@@ -161,3 +183,59 @@ def make_batches(
             scored += here
         if batch:
             yield batch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a model decides about the rows and batches it is given; equal ones share the work.
+
+    Attributes:
+        share_up_to: inputs longer than this share a row with equal inputs only.
+        pair_cost: cost of comparing two tokens, relative to computing one.
+        batch_positions: positions per batch that the LM head is computed on.
+        groups: lengths that must not share a row or a batch.
+    """
+
+    share_up_to: int
+    pair_cost: float
+    batch_positions: int
+    groups: RopeGroups = ANY_LENGTHS
+
+
+class Layouts:
+    """The rows and batches of one set of queries, made once per layout.
+
+    Args:
+        batch_tokens: padded tokens per batch, and at most so many in a branching row.
+    """
+
+    def __init__(self, queries: Sequence[Query], *, batch_tokens: int) -> None:
+        self._queries = queries
+        self._batch_tokens = batch_tokens
+        self._rows: dict[Layout, list[PackedRow]] = {}
+        self._batches: dict[Layout, list[list[PackedRow]]] = {}
+
+    def rows(self, layout: Layout) -> list[PackedRow]:
+        """Return the rows of a layout; see :func:`build_rows`."""
+        if layout not in self._rows:
+            self._rows[layout] = build_rows(
+                self._queries,
+                share_up_to=layout.share_up_to,
+                row_tokens=self._batch_tokens,
+                pair_cost=layout.pair_cost,
+                group_of=layout.groups,
+            )
+        return self._rows[layout]
+
+    def batches(self, layout: Layout) -> list[list[PackedRow]]:
+        """Return the batches of a layout; see :func:`make_batches`."""
+        if layout not in self._batches:
+            self._batches[layout] = list(
+                make_batches(
+                    self.rows(layout),
+                    batch_tokens=self._batch_tokens,
+                    batch_positions=layout.batch_positions,
+                    group_of=layout.groups,
+                )
+            )
+        return self._batches[layout]

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from tqdm import tqdm
 
+from streamline_bench.core.architecture import ANY_LENGTHS, RopeGroups
 from streamline_bench.errors import NumericsError
 from streamline_bench.harness.scoring.checks import packing_objection, synthetic_row
 from streamline_bench.harness.scoring.forward import (
@@ -26,10 +28,22 @@ from streamline_bench.harness.scoring.forward import (
     target_logprobs,
     tensors_of,
 )
-from streamline_bench.harness.scoring.layout import Layout, Layouts
-from streamline_bench.harness.scoring.packing import PackedRow, Query, build_rows
+from streamline_bench.harness.scoring.packing import (
+    Layout,
+    Layouts,
+    PackedRow,
+    Query,
+    build_rows,
+)
 
-__all__ = ["Answer", "HalvingBatches", "TokenScorer"]
+__all__ = [
+    "Answer",
+    "HalvingBatches",
+    "TokenScorer",
+    "cache_bytes_per_token",
+    "generation_batch",
+    "scoring_tokens",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +65,7 @@ class TokenScorer:
         hidden_size: width of the model; decides when a longer row costs more than it saves.
         window: attention window in tokens, beyond which rows do not branch; None if there is none.
         softmax_dtype: dtype of the softmax.
+        groups: lengths that change each other's rotary frequencies: never together.
     """
 
     def __init__(
@@ -61,7 +76,9 @@ class TokenScorer:
         hidden_size: int,
         window: int | None,
         softmax_dtype: torch.dtype = torch.float32,
+        groups: RopeGroups = ANY_LENGTHS,
     ) -> None:
+        self.groups = groups
         self._forward = forward
         self._vocabulary = vocabulary
         self._softmax_dtype = softmax_dtype
@@ -80,7 +97,9 @@ class TokenScorer:
     def _initial_share(self, window: int | None) -> int:
         objection = packing_objection(self._forward, synthetic_row(self._vocabulary))
         if objection:
-            logger.info("Choices are scored one by one: packed behind one context, %s.", objection)
+            logger.info(
+                "Choices are scored one by one. In one row behind their context, %s.", objection
+            )
             return 0
         return window if window is not None else 2**31
 
@@ -95,7 +114,7 @@ class TokenScorer:
         """Return the answers in the order of ``query.index`` (0 .. n - 1).
 
         Args:
-            batch_tokens: padded tokens per forward pass; halved for good where memory runs out.
+            batch_tokens: padded tokens per forward pass; halved when memory runs out.
             on_answer: called with every answer as soon as it is there.
 
         Raises:
@@ -117,16 +136,16 @@ class TokenScorer:
         """Return the layout that this model gives its own logits with, checking it if need be."""
         branching = [row for row in layouts.rows(self._layout) if not row.is_chain]
         if branching:
-            self._verify(max(branching, key=_depth))
+            self._verify(max(branching, key=lambda row: row.depth))
         return self._layout
 
     @property
     def _layout(self) -> Layout:
         positions = max(1, LOGITS_PER_BATCH // self._vocabulary)
-        return Layout(self._share_up_to, self._pair_cost, positions)
+        return Layout(self._share_up_to, self._pair_cost, positions, self.groups)
 
     def _verify(self, row: PackedRow) -> None:
-        depth = _depth(row)
+        depth = row.depth
         if depth <= self._verified:
             return
         objection = packing_objection(self._forward, row)
@@ -134,7 +153,7 @@ class TokenScorer:
             self._verified = depth
             return
         logger.info(
-            "Choices of more than %d tokens are scored one by one: packed behind one context, %s.",
+            "Choices of more than %d tokens are scored one by one. In one row, %s.",
             self._verified,
             objection,
         )
@@ -167,7 +186,7 @@ class TokenScorer:
 
 
 class HalvingBatches:
-    """Answers batches, in halves where memory runs out, and no larger ones from then on."""
+    """Answers batches. When memory runs out, the batch size is halved, and stays so."""
 
     def __init__(self) -> None:
         self._limit: int | None = None
@@ -185,12 +204,10 @@ class HalvingBatches:
             if not should_reduce_batch_size(error) or not _can_split(batch):
                 raise
             self._limit = size // 2
-            logger.info("Out of memory at %d tokens; going on with half of that.", size)
+            logger.info(
+                "Memory ran out at %d tokens per batch; half of that is used from now on.", size
+            )
         return [each for half in _split(batch) for each in self.run(half, answer)]
-
-
-def _depth(row: PackedRow) -> int:
-    return max(row.positions) + 1
 
 
 def _can_split(batch: list[PackedRow]) -> bool:
@@ -215,3 +232,46 @@ def _refuse_nan(sums: npt.NDArray[np.float64], queries: Sequence[Query]) -> None
             "the weights hold NaN, or the model overflows in this dtype; "
             "check the checkpoint or pass dtype=float32."
         )
+
+
+CPU_TOKENS = 1024
+"""Tokens per pass on a CPU: beyond this nothing is gained, and short of it little is lost."""
+
+MEMORY_SHARE = 0.5
+
+
+def scoring_tokens(
+    batch_size: int | str, longest: int, device: torch.device, max_batch_size: int
+) -> int:
+    """Return the padded tokens per scoring pass.
+
+    A number N stands for the memory of N of the longest requests, but never less than a CPU
+    handles well; ``auto`` starts large on an accelerator and is halved when memory runs out.
+    """
+    if str(batch_size).startswith("auto"):
+        return CPU_TOKENS if device.type == "cpu" else max(CPU_TOKENS, max_batch_size * longest)
+    return max(CPU_TOKENS, int(batch_size) * longest)
+
+
+def generation_batch(
+    config: Any, dtype: torch.dtype, max_length: int, max_batch_size: int, device: torch.device
+) -> int:
+    """Return how many sequences of ``max_length`` fit into half of the free memory, at least one.
+
+    By arithmetic: the key-value cache, and the hidden states of a prefill.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    per_token = cache_bytes_per_token(config, dtype) + 16 * config.hidden_size * dtype.itemsize
+    fitting = int(free * MEMORY_SHARE / (per_token * max_length))
+    return max(1, min(max_batch_size, fitting))
+
+
+def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Return the key-value cache of one token in bytes, all layers."""
+    heads = config.num_attention_heads
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(2 * config.num_hidden_layers * key_value_heads * head_size * dtype.itemsize)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from accelerate.utils.memory import should_reduce_batch_size
+import torch
+from torch import nn
 
 from streamline_bench.core.architecture import decoder_layers
-from streamline_bench.core.recipe.validation import first_line
-from streamline_bench.errors import CheckpointError, StreamlineBenchError
+from streamline_bench.errors import (
+    CheckpointError,
+    ResourceError,
+    StreamlineBenchError,
+    library_errors,
+)
 from streamline_bench.harness.trunk.evaluation import model_arguments
 from streamline_bench.harness.trunk.journal import Journal
 from streamline_bench.harness.trunk.legs import legs_of
@@ -19,9 +25,8 @@ from streamline_bench.harness.trunk.lm import TrunkLM
 from streamline_bench.harness.trunk.request import TrunkRequest
 from streamline_bench.harness.trunk.stack import Stack
 from streamline_bench.harness.trunk.walk import Walk, Walker
-from streamline_bench.harness.trunk.weights import WeightPool, same_weights
 
-__all__ = ["Assembly", "assemble", "load_model"]
+__all__ = ["Assembly", "WeightPool", "assemble", "load_model", "same_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +54,7 @@ def load_model(request: TrunkRequest, label: str) -> TrunkLM:
     """Load a label's model as a separate run of the harness does.
 
     Raises:
+        ResourceError: memory ran out.
         StreamlineBenchError: it cannot be loaded.
     """
     options = {
@@ -56,14 +62,8 @@ def load_model(request: TrunkRequest, label: str) -> TrunkLM:
         "max_batch_size": request.max_batch_size,
         "device": request.device,
     }
-    try:
+    with library_errors(f"{request.checkpoints[label]} cannot be loaded", kind=CheckpointError):
         return TrunkLM.create_from_arg_obj(model_arguments(request, label), options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
-            raise
-        raise CheckpointError(
-            f"{request.checkpoints[label]} cannot be loaded ({first_line(error)})."
-        ) from error
 
 
 def assemble(
@@ -86,7 +86,7 @@ def assemble(
     _drop_strangers(assembly, stacks)
     if len(assembly.models) < min(2, len(labels)):
         for label in assembly.models:
-            assembly.alone[label] = "no other model was left to score it with"
+            assembly.alone[label] = "no other model can be scored with it"
         assembly.models = {}
         return assembly
     order = list(assembly.models)
@@ -110,30 +110,30 @@ def _load_all(
     for label in [each for each in request.checkpoints if each in labels]:
         try:
             model = load_model(request, label)
+        except ResourceError:
+            assembly.alone[label] = "the memory does not hold it together with the others"
+            continue
         except StreamlineBenchError as error:
             assembly.failed[label] = error
-            continue
-        except RuntimeError:
-            assembly.alone[label] = "there is not enough memory for it beside the others"
             continue
         shared = pool.share(model.model)
         logger.info("'%s' holds %.1f MB of weights with others.", label, shared / 1e6)
         if model.scorer is None:
-            assembly.alone[label] = "its LM head cannot be run on chosen positions only"
+            assembly.alone[label] = "its LM head cannot run on chosen positions only"
             continue
         loaded[label] = model
     return loaded
 
 
 def _drop_strangers(assembly: Assembly, stacks: Mapping[str, Stack]) -> None:
-    """Leave out models whose shared layers are others once loaded, whatever the files say."""
+    """Leave out models whose shared layers differ after loading, although their files agree."""
     kept: list[str] = []
     for label in list(assembly.models):
         if kept:
             start = legs_of([kept[-1], label], stacks)[1].start
             before, model = assembly.models[kept[-1]].model, assembly.models[label].model
             if not _agree(before, model, stacks[label], start):
-                assembly.alone[label] = "its first layers are others once loaded"
+                assembly.alone[label] = "its first layers differ after loading"
                 del assembly.models[label]
                 continue
         kept.append(label)
@@ -155,3 +155,82 @@ def _agree(first: Any, second: Any, stack: Stack, start: int) -> bool:
         if not agree:
             return False
     return True
+
+
+_PROBES = 16
+
+
+class WeightPool:
+    """Parameters of the models loaded so far, found again by content.
+
+    Within one model no two parameters become one, so that it keeps counting as many.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, list[nn.Parameter]] = defaultdict(list)
+
+    def share(self, model: nn.Module) -> int:
+        """Let ``model`` use an earlier model's parameter wherever its own has the same bytes.
+
+        Returns:
+            Bytes of its own that it gave up.
+        """
+        chosen: dict[int, nn.Parameter] = {}
+        twins: set[int] = set()
+        fresh: list[tuple[Any, nn.Parameter]] = []
+        given_up = 0
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in chosen:
+                    key = _key(parameter)
+                    twin = self._twin(key, parameter, twins)
+                    if twin is None:
+                        fresh.append((key, parameter))
+                    else:
+                        twins.add(id(twin))
+                        given_up += parameter.nbytes
+                    chosen[id(parameter)] = parameter if twin is None else twin
+                module._parameters[name] = chosen[id(parameter)]
+        for key, parameter in fresh:
+            self._known[key].append(parameter)
+        return given_up
+
+    def _twin(self, key: Any, parameter: nn.Parameter, taken: set[int]) -> nn.Parameter | None:
+        for known in self._known.get(key, ()):
+            if id(known) not in taken and _same_bytes(known, parameter):
+                return known
+        return None
+
+
+def same_weights(first: nn.Module, second: nn.Module, *, skip: str = "") -> bool:
+    """Whether two modules have the same parameters by name and content.
+
+    Args:
+        skip: name of a child that is not looked at, in either module.
+    """
+    ours, theirs = (
+        {k: v for k, v in module.named_parameters() if not (skip and k.startswith(f"{skip}."))}
+        for module in (first, second)
+    )
+    return ours.keys() == theirs.keys() and all(
+        ours[name] is theirs[name] or _same_bytes(ours[name], theirs[name]) for name in ours
+    )
+
+
+def _same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
+    # By bytes: NaN equals itself, and zero is not its negative.
+    same_kind = (first.shape, first.dtype) == (second.shape, second.dtype)
+    return same_kind and torch.equal(_bytes(first), _bytes(second))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def _key(parameter: nn.Parameter) -> Any:
+    """A cheap name that equal parameters have in common."""
+    flat = parameter.detach().flatten()
+    probes = flat[:: max(1, len(flat) // _PROBES)].contiguous().view(torch.uint8)
+    return parameter.shape, parameter.dtype, parameter.device, probes.cpu().numpy().tobytes()

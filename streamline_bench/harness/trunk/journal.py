@@ -1,4 +1,4 @@
-"""Answers of one model in a file, batch by batch, so that a walk that was killed goes on there.
+"""Answers of one model in a file, batch by batch, so that a killed walk can continue.
 
 Every line holds the answers of one batch and their checksum. What a kill leaves half written, or a
 disk damaged, ends at the last whole line before it; what is missing is asked again.

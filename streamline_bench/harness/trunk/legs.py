@@ -62,9 +62,9 @@ def legs_of(labels: Sequence[str], stacks: Mapping[str, Stack]) -> list[Leg]:
 def solo_reason(label: str, dense: str, stacks: Mapping[str, Stack]) -> str:
     """Say why a model shares no layer with another one, compared with the dense model."""
     if len(stacks) == 1:
-        return "no other model was left to score"
+        return "no other model has to be scored"
     if label == dense or dense not in stacks:
-        return "no other model begins with its first layer"
+        return "no other model has the same first layer"
     difference = root_difference(stacks[label], stacks[dense]) or "its first layer differs"
     return f"it shares no layer with '{dense}': {difference}"
 

@@ -33,7 +33,7 @@ class TrunkRequest(Frozen):
         outputs: label -> folder that will hold ``results_*.json`` and ``samples_*.jsonl`` as
             ``--output_path`` would. It appears whole or not at all; one that is there already,
             made by the same request, is kept and its label not evaluated again.
-        include_path: folder with the user's own task files, beside those of this package.
+        include_path: folder with the user's own task files, in addition to those of this package.
         outcome: file for the :class:`TrunkOutcome`, written last.
         journal: folder for the answers of labels whose outputs are not there yet; an interrupted
             call that is repeated goes on with them. None: answers are only kept in memory.

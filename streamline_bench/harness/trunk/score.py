@@ -18,11 +18,13 @@ from streamline_bench.errors import (
     EvaluationError,
     OutputError,
     StreamlineBenchError,
+    library_errors,
 )
 from streamline_bench.harness import bridge
-from streamline_bench.harness.boundary import share_log
+from streamline_bench.harness.model_creation import share_log
 from streamline_bench.harness.trunk.assembly import assemble, load_model
 from streamline_bench.harness.trunk.evaluation import (
+    Catalogue,
     Evaluation,
     is_done,
     left_out_of,
@@ -32,7 +34,6 @@ from streamline_bench.harness.trunk.journal import Journal
 from streamline_bench.harness.trunk.legs import solo_reason, walks_of
 from streamline_bench.harness.trunk.request import LabelOutcome, TrunkOutcome, TrunkRequest
 from streamline_bench.harness.trunk.stack import Stack, read_stack
-from streamline_bench.harness.trunk.tasks import Catalogue
 from streamline_bench.harness.trunk.walk import Walk
 from streamline_bench.modeling import register
 
@@ -64,7 +65,7 @@ def score_together(
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise EvaluationError(
-            f"Models are scored together by one process, not by {processes}; start it without "
+            f"Models are scored together in one process, and {processes} were started; do not use "
             "accelerate launch or torchrun."
         )
     share_log()
@@ -129,7 +130,7 @@ class _Scoring:
                 progress=self._progress,
             )
         except ArchitectureError as error:
-            self._alone[label] = f"its layers cannot be told apart: {error}"
+            self._alone[label] = f"its layers cannot be compared: {error}"
         except OutputError:
             raise
         except StreamlineBenchError as error:
@@ -203,7 +204,7 @@ class _Scoring:
     ) -> None:
         walked = walk.seconds if walk is not None else 0.0
         try:
-            with self._timed("evaluate") as own:
+            with self._timed("evaluate") as own, library_errors():
                 left_out = evaluation.run(label, model)
         except (OutputError, EvaluationError):
             raise  # of the request, not of this model

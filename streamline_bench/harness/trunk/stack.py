@@ -88,7 +88,7 @@ def read_stack(
         dtype: that the weights will be loaded in; None or ``auto``: the one the config names.
 
     Raises:
-        CheckpointError: the folder is no sound checkpoint.
+        CheckpointError: the checkpoint is damaged.
         ArchitectureError: the family is not in the table.
     """
     reader = CheckpointReader(folder)

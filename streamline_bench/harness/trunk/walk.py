@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from streamline_bench.errors import ComparisonError, NumericsError
 from streamline_bench.harness.scoring.forward import queries_of, tensors_of
-from streamline_bench.harness.scoring.layout import Layout, Layouts
-from streamline_bench.harness.scoring.packing import PackedRow, Query
+from streamline_bench.harness.scoring.packing import Layout, Layouts, PackedRow, Query
 from streamline_bench.harness.scoring.scorer import Answer, HalvingBatches, TokenScorer
 from streamline_bench.harness.trunk.journal import Journal, name_of
 from streamline_bench.harness.trunk.legs import legs_of
@@ -86,7 +85,7 @@ class Walk:
         known, answers = self._kept[kind]
         if known != asked:
             raise ComparisonError(
-                f"'{label}' was asked other {kind} requests ({len(asked)}) than the models scored "
+                f"'{label}' was given other {kind} requests ({len(asked)}) than the models scored "
                 f"together with it ({len(known)}); evaluate it by itself."
             )
         if label in self.failed:
@@ -176,7 +175,9 @@ class Walk:
                 agreeing.setdefault(walker.scorer.settle(layouts), []).append(label)
         if len(agreeing) > 1:
             parts = " | ".join(", ".join(labels) for labels in agreeing.values())
-            logger.info("These models need other batches and share no layers there: %s.", parts)
+            logger.info(
+                "These models need batches of their own, where they share no layers: %s.", parts
+            )
         return agreeing
 
     def _leg_by_leg(self, labels: Sequence[str]) -> Callable[[list[PackedRow]], list[Found]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.data.calibration import CalibrationTokens, leading_bos
 from streamline_bench.core.data.corpora import PRESETS, open_records, resolve_source
 from streamline_bench.core.data.corpus_files import record_field
 from streamline_bench.core.recipe.schema import CalibrationSpec
@@ -84,7 +84,8 @@ def load_instructions(
         log.warning("%d records left out: their answer begins after %d tokens", cut, length)
     tokens = _padded(rows, None if train_on_inputs else answers, tokenizer, source)
     requested = spec.sequence_length if length < spec.sequence_length else None
-    return dataclasses.replace(tokens, requested_length=requested)
+    begins = "text" if leading_bos(tokenizer) is None else str(tokenizer.bos_token)
+    return dataclasses.replace(tokens, requested_length=requested, begins_with=begins)
 
 
 def _instruction_source(spec: CalibrationSpec, model_folder: Path | None) -> str:

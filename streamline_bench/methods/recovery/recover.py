@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from streamline_bench.core.architecture import Architecture, architecture_of
+from streamline_bench.core.architecture import Architecture, architecture_of, sequence_limit
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import LazyTensors, layers_prefix
 from streamline_bench.core.files.staging import atomic_write_text
@@ -158,7 +158,7 @@ def _tokens(job: Compression, spec: RecoverySpec) -> CalibrationTokens:
         job.tokenizer,
         train_on_inputs=spec.train_on_inputs,
         model_folder=job.folder,
-        max_length=getattr(job.config, "max_position_embeddings", None),
+        max_length=sequence_limit(job.config),
         progress=job.progress,
     )
 
@@ -171,11 +171,13 @@ def _recovered(
     summary: Mapping[str, Any],
     untied: bool,
 ) -> Compressed:
+    from streamline_bench.modeling.loading import stored_overrides
+
     in_model = {stored[name]: name for name in result.weights}
     tensors = LazyTensors(
         in_model, lambda name: _as_stored(reader, name, result.weights[in_model[name]])
     )
-    config = dict(reader.config)
+    config = {**reader.config, **stored_overrides(str(reader.folder))}
     if untied:
         config["tie_word_embeddings"] = False
     family = architecture_of(reader.config)

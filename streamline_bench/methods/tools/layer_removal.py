@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.checkpoint.quantization import MODELOPT_NAME, renumbered
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layer_dtype, layer_names, layers_prefix
 from streamline_bench.core.recipe.schema import ReplacementSpec
@@ -99,7 +100,7 @@ def drop_layers(
         layers_after=len(keep),
         chosen={"removed_layers": gone, **chosen, "size": size},
         calibration=tokens.summary() if tokens is not None else {},
-        artefacts=scan_artefact(work),
+        artefacts={**scan_artefact(work), **_modelopt_file(work, keep)},
     )
 
 
@@ -154,6 +155,15 @@ def as_stored(work: Compression, layer: int, tensors: Mapping[str, Tensor]) -> d
     """Cast tensors to the dtype in which the source stores a layer."""
     dtype = layer_dtype(work.reader, architecture_of(work.config), layer)
     return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+
+
+def _modelopt_file(work: Compression, keep: Sequence[int]) -> dict[str, str]:
+    """Return the settings that modelopt keeps in a file of its own, for the layers that stay."""
+    path = work.folder / MODELOPT_NAME
+    if not path.is_file():
+        return {}
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    return {MODELOPT_NAME: json.dumps(renumbered(settings, keep), indent=4) + "\n"}
 
 
 def config_json(config: Any) -> dict[str, Any]:

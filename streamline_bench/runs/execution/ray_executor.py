@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.core.recipe.validation import first_line
-from streamline_bench.errors import ClusterError, MissingDependencyError
+from streamline_bench.errors import ClusterError, MissingDependencyError, first_line
 from streamline_bench.runs.execution.options import JOB_KINDS, Execution
 from streamline_bench.runs.execution.processes import Ended, JobProcess, time_limit
 from streamline_bench.runs.folder import RunPaths

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from streamline_bench.core.recipe.validation import first_line
-from streamline_bench.errors import SamplesError
+from streamline_bench.errors import SamplesError, first_line
 from streamline_bench.stability.readers.lm_eval_reader import read_lm_eval
 from streamline_bench.stability.readers.opencompass_folder import find_predictions
 from streamline_bench.stability.samples import Samples

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from streamline_bench.errors import SamplesError
-from streamline_bench.harness.boundary import user_errors
+from streamline_bench.harness.model_creation import user_errors
 
 VARIABLE = "STREAMLINE_BENCH_DATA"
 

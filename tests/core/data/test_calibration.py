@@ -383,7 +383,7 @@ def test_the_papers_domain_mix() -> None:
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("a.jsonl.gz", b"not gzip", "cannot be read"),
         ("a.txt.xz", lzma.compress(b"w1 " * 500)[:-20], "cannot be read"),
-        ("a.parquet", b"PAR1 no", "not a whole parquet file"),
+        ("a.parquet", b"PAR1 no", "cannot be read"),
     ],
 )
 def test_bad_files_are_named_with_what_is_wrong(

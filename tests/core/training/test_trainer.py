@@ -13,7 +13,7 @@ import torch
 
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.recipe.schema import ReplacementSpec, TrainingSpec
-from streamline_bench.core.training import train_replacement
+from streamline_bench.core.training.trainer import train_replacement
 from streamline_bench.errors import (
     CalibrationError,
     NumericsError,

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamline_bench.core.architecture import RopeGroups
 from streamline_bench.harness.scoring.packing import Query, build_rows, make_batches
 
 FREE = {"share_up_to": 10_000, "row_tokens": 10_000, "pair_cost": 0.0}
@@ -83,3 +84,20 @@ def test_batches_keep_their_budgets_and_lose_nothing(tokens: int) -> None:
         assert len(batch) == 1 or sum(len(nodes) for row in batch for _, nodes in row.scored) <= 20
     answered = [query.index for batch in batches for row in batch for query, _ in row.scored]
     assert sorted(answered) == list(range(30))
+
+
+@settings(max_examples=100, deadline=None)
+@given(sequences, st.integers(1, 6), st.booleans())
+def test_lengths_of_different_groups_share_neither_row_nor_batch(
+    inputs: list[list[int]], limit: int, by_length: bool
+) -> None:
+    groups = RopeGroups(limit, by_length)
+    rows = build_rows(queries_of(inputs), **FREE, group_of=groups)
+    seen = []
+    for batch in make_batches(rows, batch_tokens=10_000, batch_positions=10_000, group_of=groups):
+        lengths = {len(query.inputs) for row in batch for query, _ in row.scored}
+        seen += [query.index for row in batch for query, _ in row.scored]
+        if max(lengths) > limit:
+            assert min(lengths) > limit
+            assert not by_length or len(lengths) == 1
+    assert sorted(seen) == list(range(len(inputs)))

@@ -52,11 +52,7 @@ def test_a_dense_model_and_dropped_blocks() -> None:
 def test_models_that_begin_otherwise_are_told_apart() -> None:
     stacks = {"dense": stack("abc"), "other": stack("abc", root="x"), "first": stack("bc")}
     assert walks_of(stacks) == [["dense"], ["other"], ["first"]]
-    assert solo_reason("other", "dense", stacks) == (
-        "it shares no layer with 'dense': its family is x, not r"
-    )
+    assert solo_reason("other", "dense", stacks).endswith("its family is x, not r")
     assert "its first layer differs" in solo_reason("first", "dense", stacks)
-    assert solo_reason("dense", "dense", stacks) == "no other model begins with its first layer"
-    assert solo_reason("dense", "dense", {"dense": stack("a")}) == (
-        "no other model was left to score"
-    )
+    assert "first layer" in solo_reason("dense", "dense", stacks)
+    assert "no other model" in solo_reason("dense", "dense", {"dense": stack("a")})

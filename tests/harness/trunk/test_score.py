@@ -278,7 +278,7 @@ def test_outputs_of_another_request_are_not_touched(
     shutil.rmtree(foreign)
     dense = {"dense": checkpoints["dense"]}
     outcome = score_together(ask(dense, limit=2), progress=False)
-    assert outcome.labels["dense"].reason == "no other model was left to score"
+    assert "no other model" in str(outcome.labels["dense"].reason)
     with pytest.raises(OutputError, match=r"holds another evaluation of 'dense'"):
         score_together(ask(dense, limit=3), progress=False)
 

@@ -208,7 +208,7 @@ def test_a_walk_that_was_stopped_goes_on_where_it_was(
         return count
 
     monkeypatch.setattr(Walk, "_leg_by_leg", counted)
-    monkeypatch.setattr("streamline_bench.harness.scoring.budgets.CPU_TOKENS", 1)  # small batches
+    monkeypatch.setattr("streamline_bench.harness.scoring.scorer.CPU_TOKENS", 1)  # small batches
     stop_after = 3
     with pytest.raises(KeyboardInterrupt):
         walking.score()

@@ -30,7 +30,7 @@ from streamline_bench.runs.run import compare_request
          EvaluationError, "'piqa'.*not in the cache.*HF_HUB_OFFLINE"),
         ({"device": "cud"}, RecipeError, "'cud' is not a device"),
         ({"device": "cuda:9"}, RecipeError, "--device is cuda:9 and this process sees no cuda"),
-        ({"noise_dtype": "flot"}, RecipeError, "'flot' is no dtype"),
+        ({"noise_dtype": "flot"}, RecipeError, "'flot'.*dtype"),
         ({"throughput": "hf", "workload": {"round": 3}}, RecipeError,
          "--workload: unknown key 'round'; did you mean 'rounds'"),
         ({"throughput": "hf", "workload": {"xyz": 3}}, RecipeError, "'xyz'; known: batch_sizes,"),
