@@ -32,7 +32,7 @@ from streamline_bench.errors import (
 )
 from streamline_bench.modeling.loading import load_model, load_tokenizer
 from streamline_bench.stability.comparison import TokenDivergence
-from streamline_bench.stability.statistics.means import mean_per_unit
+from streamline_bench.stability.statistics.intervals import mean_per_unit
 
 __all__ = ["read_texts", "token_divergence"]
 

@@ -94,7 +94,7 @@ def command(
     were not asked the same are refused, with the first difference.
     """
     from streamline_bench.report.text import terminal_text
-    from streamline_bench.stability.compare_answers import compare
+    from streamline_bench.stability.compare_answers import compare_answers
     from streamline_bench.stability.readers.load import load_samples
     from streamline_bench.stability.settings import Settings
 
@@ -108,7 +108,7 @@ def command(
         "settings": Settings(verdict="correct" if verdict == "acc" else "correct_norm", **settings),
     }
     after = load(pruned, "pruned")
-    result = compare(before, after, **options)
+    result = compare_answers(before, after, **options)
     if noise:
         from streamline_bench.stability.noise import above_noise, noise_floor
 
@@ -136,8 +136,8 @@ def _table(result: Comparison) -> Table:
 
     table = Table(title="Pruned against dense, in %")
     table.add_column("task", overflow="fold")
-    for name in ("n", "dense", "pruned", "change", "stability", "agreement", "lost/gained",
-                 "p\nHolm's"):  # fmt: skip
+    for name in ("n", "dense", "pruned", "change\np", "verdict\nHolm's", "stability", "agreement",
+                 "lost/gained"):  # fmt: skip
         table.add_column(name, justify="right")
     for task in result.tasks:
         name = task.task if task.filter == "none" else f"{task.task} ({task.filter})"
@@ -168,6 +168,7 @@ def _group_mean(group: GroupComparison) -> list[str]:
         percent(dense),
         percent(pruned),
         points(change),
+        "",
         escape(_with_interval(group.macro_stability)),
     ]
 
@@ -192,19 +193,22 @@ def _cells(name: str, row: TaskComparison | GroupComparison | Overall) -> list[s
         with_error,
     )
 
-    difference = row.difference
-    agreement = row.agreement
-    verdict = "no worse" if row.decision == "no worse than margin" else row.decision or ""
+    difference = row.difference.model_dump()
+    verdict: str = "no worse" if row.decision == "no worse than margin" else row.decision or ""
+    if row.adjusted is not None:
+        ends = interval(row.adjusted.model_dump(), signed=True)
+        verdict = f"{verdict}\n{ends}\n{p_value(row.p_holm)}"
     cells = [
         terminal_text(name),
         str(row.n),
-        with_error(row.dense),
-        with_error(row.pruned),
-        f"{points(difference.value)}\n{interval(difference, signed=True)}\n{verdict}",
+        with_error(row.dense.model_dump()),
+        with_error(row.pruned.model_dump()),
+        f"{points(row.difference.value)}\n{interval(difference, signed=True)}\n"
+        + p_value(row.p_value),
+        verdict,
         _with_interval(row.stability),
-        percent(agreement.value),
+        percent(row.agreement.value),
         f"{row.flips.right_to_wrong}/{row.flips.wrong_to_right}\n{_above_noise(row)}",
-        p_value(row.p_value) + ("" if row.p_holm is None else f"\n{p_value(row.p_holm)}"),
     ]
     return [escape(cell.strip()) for cell in cells]
 
@@ -246,11 +250,11 @@ _WITHOUT_VERDICTS = (
 def _of_verdicts(result: Comparison) -> str:
     return (
         f"Stability: {result.mode}, spread of {result.quantity} over the choices "
-        f"(ddof {result.ddof}). {100 * result.confidence:g} % intervals; p: McNemar's test, "
-        "exact or (with few flips) mid-p, over documents and over clusters of them, of which the "
-        "larger is read; over tasks: normal, from the interval; Holm's: "
-        "adjusted over tasks (over groups for groups). 'no worse': a drop of "
-        f"{100 * (result.margin or 0):g} points or more is excluded."
+        f"(ddof {result.ddof}). {100 * result.confidence:g} % intervals. Change and p: one score "
+        "test (McNemar's; Tango's interval), over clusters of documents where there are some. "
+        "Verdict: interval and p are Holm's, adjusted over the tasks (over the groups for groups). "
+        f"'no worse': the interval of the change excludes a drop of "
+        f"{100 * (result.margin or 0):g} points or more."
     )
 
 

@@ -1,40 +1,26 @@
 """Accuracy of one row against the reference's.
 
-With verdicts of both sides on the same questions: the paired difference with its interval and
-McNemar's test, over clusters where questions belong together; else the difference of the two
-estimates by their standard errors. p is adjusted over the row's tasks by Holm.
+With verdicts of both sides on the same questions: the paired difference and its score test, over
+clusters where questions belong together; else the difference of the two estimates by their standard
+errors. p and interval of a task are adjusted over the row's tasks by Holm, and the status follows
+from them; those of the mean over tasks are not.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from streamline_bench.gate.change import (
-    Change,
-    check_of,
-    excludes_zero,
-    mean_checks,
-    shared_tasks,
-)
+from streamline_bench.gate.change import Change, check_of, mean_checks, shared_tasks
 from streamline_bench.gate.evidence import Evidence
 from streamline_bench.gate.reference import RowReference, TaskReference, unpack
 from streamline_bench.gate.result import Check, Thresholds
 from streamline_bench.stability.comparison import Estimate
-from streamline_bench.stability.settings import Settings
-from streamline_bench.stability.statistics.clusters import ClusterLabels
-from streamline_bench.stability.statistics.decision import holm
-from streamline_bench.stability.statistics.estimates import paired_estimates
-from streamline_bench.stability.statistics.paired import Outcomes
-from streamline_bench.stability.statistics.resampled import resample_clusters
+from streamline_bench.stability.statistics.score import PairedDifference, holm
+from streamline_bench.stability.task_comparison import paired_sample
 
 __all__ = ["accuracy_checks"]
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 def accuracy_checks(
@@ -45,73 +31,72 @@ def accuracy_checks(
     Raises:
         ComparisonError: a task has other questions now.
     """
-    changes = [
-        _accuracy_change(run, row, old, allowed)
-        for row, old in shared_tasks(now, before, against, run)
-    ]
-    p_values = holm([change.p_value for change in changes if change.p_value is not None])
-    adjusted = iter(p_values)
-    checks = []
-    for change in changes:
-        p = next(adjusted) if change.p_value is not None else None
-        significant = (
-            p < 1 - allowed.confidence if p is not None else excludes_zero(change.difference)
-        )
-        checks.append(check_of(now, "accuracy", change, allowed.accuracy, significant, p))
+    shared = shared_tasks(now, before, against, run)
+    found = [_difference(run, row, old) for row, old in shared]
+    level = 1 - allowed.confidence
+    p_values = [difference.p_value() for difference in found]
+    adjusted = iter(holm([p for p in p_values if p is not None], level))
+    checks, changes = [], []
+    for (row, old), difference, p in zip(shared, found, p_values, strict=True):
+        change = _change(row, old, difference, allowed)
+        changes.append(change)
+        holms, comparisons = next(adjusted) if p is not None else (None, 1)
+        shown = difference.interval(allowed.confidence, allowed.accuracy, comparisons)
+        significant = holms is not None and holms < level
+        checks.append(
+            check_of(now, "accuracy", replace(change, difference=shown), allowed.accuracy,
+                     significant, holms)
+        )  # fmt: skip
     return checks + mean_checks(now, "accuracy", changes, allowed.accuracy)
 
 
-def _accuracy_change(
-    run: Evidence, task: TaskReference, old: TaskReference, allowed: Thresholds
-) -> Change:
-    before, now = old.accuracy.value, task.accuracy.value
+@dataclass(frozen=True)
+class _Independent:
+    """Difference of two estimates by their standard errors; without them, no interval and no p."""
+
+    value: float
+    error: float | None
+
+    def p_value(self) -> float | None:
+        if self.error is None:
+            return None
+        if self.error == 0:
+            return float(self.value == 0)
+        return math.erfc(abs(self.value) / self.error / math.sqrt(2))
+
+    def interval(self, confidence: float, margin: float, comparisons: int = 1) -> Estimate:
+        if self.error is None:
+            return Estimate(value=self.value)
+        half = -NormalDist().inv_cdf((1 - confidence) / comparisons / 2) * self.error
+        low, high = self.value - half, self.value + half
+        return Estimate(value=self.value, standard_error=self.error, low=low, high=high)
+
+
+def _difference(
+    run: Evidence, task: TaskReference, old: TaskReference
+) -> PairedDifference | _Independent:
     if task.right is None or old.right is None:
-        difference, p = _independent(task.accuracy, old.accuracy, allowed.confidence)
-        return Change(task, before, now, difference, "standard errors", p)
+        value = task.accuracy.value - old.accuracy.value
+        errors = task.accuracy.standard_error, old.accuracy.standard_error
+        known = [error for error in errors if error is not None]
+        return _Independent(value, math.hypot(*known) if len(known) == 2 else None)
+    before, now = unpack(old.right, old.n), unpack(task.right, task.n)
     clusters = run.clusters.get((task.task, task.filter))
-    right = unpack(old.right, old.n), unpack(task.right, task.n)
-    found = _paired(*right, clusters, allowed, task.task)
+    return PairedDifference((paired_sample(before, now, clusters),))
+
+
+def _change(
+    task: TaskReference,
+    old: TaskReference,
+    difference: PairedDifference | _Independent,
+    allowed: Thresholds,
+) -> Change:
+    paired = isinstance(difference, PairedDifference)
     return Change(
         task,
-        before,
-        now,
-        found["difference"],
-        f"paired, {task.n:,} questions",
-        found["p_value"],
-        unchanged=old.right == task.right,
+        old.accuracy.value,
+        task.accuracy.value,
+        difference.interval(allowed.confidence, allowed.accuracy),
+        f"paired, {task.n:,} questions" if paired else "standard errors",
+        unchanged=paired and old.right == task.right,
     )
-
-
-def _paired(
-    before: BoolArray,
-    now: BoolArray,
-    clusters: ClusterLabels | None,
-    allowed: Thresholds,
-    task: str,
-) -> dict[str, Any]:
-    settings = Settings(
-        confidence=allowed.confidence,
-        draws=allowed.draws,
-        seed=allowed.seed,
-        margin=allowed.accuracy,
-    )
-    outcomes = Outcomes.of(before, now)
-    if clusters is None:
-        return paired_estimates(outcomes, settings, None, None)
-    sums = clusters.sums(np.ones(len(now)), before, now, before == now)
-    resampled = resample_clusters(sums, clusters.shown.kind, settings, task)
-    net = clusters.sums(now.astype(np.int64) - before.astype(np.int64))[:, 0]
-    return paired_estimates(outcomes, settings, resampled, net)
-
-
-def _independent(
-    now: Estimate, before: Estimate, confidence: float
-) -> tuple[Estimate, float | None]:
-    """Difference of two estimates by their standard errors; without them, no interval and no p."""
-    value = now.value - before.value
-    if now.standard_error is None or before.standard_error is None:
-        return Estimate(value=value), None
-    error = math.hypot(now.standard_error, before.standard_error)
-    half = NormalDist().inv_cdf(0.5 + confidence / 2) * error
-    p = math.erfc(abs(value) / error / math.sqrt(2)) if error > 0 else float(value == 0)
-    return Estimate(value=value, standard_error=error, low=value - half, high=value + half), p

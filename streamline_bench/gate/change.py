@@ -16,8 +16,8 @@ from streamline_bench.gate.evidence import Evidence
 from streamline_bench.gate.reference import RowReference, TaskReference
 from streamline_bench.gate.result import Check, Quantity, Status
 from streamline_bench.stability.comparison import Estimate
-from streamline_bench.stability.overall import square_and_add
-from streamline_bench.stability.statistics.decision import decide
+from streamline_bench.stability.over_tasks import square_and_add
+from streamline_bench.stability.statistics.score import decide
 
 __all__ = ["Change", "check_of", "excludes_zero", "mean_checks", "shared_tasks"]
 
@@ -27,7 +27,6 @@ class Change:
     """The change of one task.
 
     Attributes:
-        p_value: None where only the interval speaks.
         unchanged: the questions are the same and no answer changed.
     """
 
@@ -36,7 +35,6 @@ class Change:
     now: float
     difference: Estimate
     how: str
-    p_value: float | None = None
     unchanged: bool = False
 
 

@@ -49,10 +49,10 @@ class Check(Frozen):
         task: None for the mean over tasks, and where there are no tasks.
         reference, value: accuracies and stabilities as shares; tokens per second; ratios to dense.
         change: value - reference; for speed value / reference - 1.
-        low, high: interval of ``change``; None where no answer changed. Of accuracy it is the
-            interval of the one task alone; of stability it is adjusted (Bonferroni) over the row's
-            tasks.
-        p_value: of "nothing changed", adjusted (Holm) over the row's tasks; it decides on accuracy.
+        low, high: interval of ``change``, adjusted over the row's tasks for one task; None where no
+            answer changed.
+        p_value: of "nothing changed", adjusted likewise: below 1 - confidence where the interval
+            excludes 0.
         how: what the interval was made from.
         reason: why it is missing or not compared, or why the row failed.
     """

@@ -25,12 +25,12 @@ from streamline_bench.gate.evidence import Evidence
 from streamline_bench.gate.reference import RowReference, TaskReference, unpack
 from streamline_bench.gate.result import Check, Thresholds
 from streamline_bench.stability.comparison import Estimate
-from streamline_bench.stability.statistics.bootstrap import (
+from streamline_bench.stability.statistics.clusters import ClusterLabels
+from streamline_bench.stability.statistics.intervals import (
     bootstrap_interval,
     ratio_draws,
     task_generator,
 )
-from streamline_bench.stability.statistics.clusters import ClusterLabels
 from streamline_bench.stability.statistics.paired import wilson
 from streamline_bench.stability.statistics.stability import effective_sample_size, stability_weights
 

@@ -36,9 +36,8 @@ __all__ = [
 HEADINGS = ("row", "task", "quantity", "reference", "now", "change", "interval", "p", "status")
 _NUMERIC = ("reference", "now", "change", "interval", "p")
 NOTE = (
-    "Accuracy by task: the interval is of the one task, not adjusted; p is adjusted over the row's "
-    "tasks (Holm) and decides. So an interval without 0 can stand beside 'cannot tell'. Stability "
-    "by task: the interval is adjusted over the row's tasks (Bonferroni) and decides."
+    "Accuracy by task: interval and p are adjusted over the row's tasks (Holm) and decide. "
+    "Stability by task: the interval is adjusted over them too (Bonferroni) and decides."
 )
 """Which of the figures decide."""
 _ORDER = ("missing", "regressed", "cannot tell", "not compared", "ok")
@@ -94,10 +93,9 @@ def line(check: Check) -> str:
         return f"{where}: {quantity} {status}"
     parts = [f"change {change}"]
     if check.low is not None and check.high is not None:
-        alone = " of this task alone" if check.p_value is not None else ""
-        parts.append(f"interval{alone} {ends}")
+        parts.append(f"interval {ends}")
     if check.p_value is not None:
-        parts.append(f"p {p} adjusted over the row's tasks")
+        parts.append(f"p {p}, both adjusted over the row's tasks")
     return f"{where}: {quantity} {status}: {before} before, {now} now ({', '.join(parts)})"
 
 

@@ -1,5 +1,5 @@
 """Aligned answers of two runs: stability, flips, paired intervals and tests.
 
-``compare.compare(samples.load_samples("out/dense"), samples.load_samples("out/pruned"))`` is the
-whole of it: a ``comparison.Comparison`` with a row per task.
+``compare_answers(load_samples("out/dense"), load_samples("out/pruned"))`` gives a ``Comparison``
+with a row per task.
 """

@@ -19,10 +19,7 @@ from streamline_bench.stability.comparison import (
     PerplexityComparison,
     TaskComparison,
 )
-from streamline_bench.stability.generation import compare_generations
-from streamline_bench.stability.groups import compare_groups
-from streamline_bench.stability.overall import macro, micro
-from streamline_bench.stability.perplexity import compare_perplexities
+from streamline_bench.stability.over_tasks import compare_groups, macro, micro
 from streamline_bench.stability.readers.verdicts import (
     GRADED,
     NORM_METRIC,
@@ -31,10 +28,12 @@ from streamline_bench.stability.readers.verdicts import (
 )
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Quantity, Settings
-from streamline_bench.stability.statistics.decision import decide, holm
+from streamline_bench.stability.statistics.paired import PairedSample
+from streamline_bench.stability.statistics.score import PairedDifference, decide, holm
 from streamline_bench.stability.task_comparison import ComparedTask, compare_task
+from streamline_bench.stability.texts import compare_generations, compare_perplexities
 
-__all__ = ["compare", "compare_pairs", "with_recorded_quantity", "with_script_verdicts"]
+__all__ = ["compare_answers", "compare_pairs", "with_recorded_quantity", "with_script_verdicts"]
 
 _Result = TypeVar("_Result", TaskComparison, GroupComparison)
 
@@ -49,7 +48,7 @@ class _Found:
     generations: list[GenerationComparison] = field(default_factory=list)
 
 
-def compare(
+def compare_answers(
     dense: Samples,
     pruned: Samples,
     *,
@@ -74,7 +73,7 @@ def compare(
 
 
 def compare_pairs(pairs: AlignedPairs, settings: Settings | None = None) -> Comparison:
-    """:func:`compare` for two runs that are aligned already."""
+    """:func:`compare_answers` for two runs that are aligned already."""
     settings = with_recorded_quantity(settings or Settings(), pairs.dense)
     pairs = with_script_verdicts(pairs, settings)
     dense, pruned = pairs.dense_info, pairs.pruned_info
@@ -89,7 +88,7 @@ def compare_pairs(pairs: AlignedPairs, settings: Settings | None = None) -> Comp
         for item in found.compared
         if item.result.filter == pairs.first_filters[item.result.task]
     ]
-    results = _decided([item.result for item in main], settings)
+    results = _decided([(item.result, item.sample) for item in main], settings)
     decided = {(task.task, task.filter): task for task in results}
     return Comparison(
         dense_run=dense.run,
@@ -140,19 +139,19 @@ def _tasks(pairs: AlignedPairs) -> Iterator[tuple[str, pd.DataFrame, pd.DataFram
         yield str(first.iloc[0]["task"]), first, second
 
 
-def _decided(found: Sequence[_Result], settings: Settings) -> list[_Result]:
+def _decided(found: Sequence[tuple[_Result, PairedSample]], settings: Settings) -> list[_Result]:
     """Adjust the p-values of one family by Holm, and decide."""
-    adjusted = holm([item.p_value for item in found if item.p_value is not None])
-    alpha = 1 - settings.confidence
-    return [
-        item.model_copy(
-            update={
-                "p_holm": p,
-                "decision": decide(item.difference, settings.margin, significant=p < alpha),
-            }
+    level = 1 - settings.confidence
+    p_values = [item.p_value for item, _ in found if item.p_value is not None]
+    decided = []
+    for (item, sample), (p, comparisons) in zip(found, holm(p_values, level), strict=True):
+        adjusted = PairedDifference((sample,)).interval(
+            settings.confidence, settings.margin, comparisons
         )
-        for item, p in zip(found, adjusted, strict=True)
-    ]
+        decision = decide(item.difference, settings.margin, significant=p < level)
+        update = {"p_holm": p, "adjusted": adjusted, "decision": decision}
+        decided.append(item.model_copy(update=update))
+    return decided
 
 
 def _no_verdict(

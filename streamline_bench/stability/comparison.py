@@ -52,7 +52,7 @@ class Flips(Frozen):
 
 
 class Clusters(Frozen):
-    """Documents that belong together (one passage, one subject) and are resampled together.
+    """Documents that belong together (one passage, one subject).
 
     Attributes:
         kind: what a cluster is, in the plural ("passages").
@@ -217,17 +217,18 @@ class NoiseFloor(Frozen):
 
 
 Decision = Literal["better", "no worse than margin", "worse", "cannot tell"]
-"""What the paired difference d (pruned - dense, with its interval) allows to say, in this order:
+"""What the paired difference d (pruned - dense) allows to say, in this order:
 
 - ``better``: d > 0 and significant;
-- ``no worse than margin``: the interval's lower end is above -margin (non-inferior; the drop may
-  still be significant, then it is real and smaller than the margin);
+- ``no worse than margin``: the lower end of ``difference`` is above -margin (non-inferior; the drop
+  may still be significant, then it is real and smaller than the margin);
 - ``worse``: d < 0 and significant, and the interval does not exclude a drop of the margin or more;
 - ``cannot tell``: none of these; more documents are needed (see ``detectable``).
 
-Significant for a task or group: Holm's adjusted p is below 1 - confidence. For macro and micro (one
-test each): the p itself. Where the p itself is, the interval of the difference does not contain 0,
-and where it is not, it does.
+Significant means, for macro and micro (one test each): ``p_value`` is below 1 - confidence, and
+``difference`` excludes 0. For tasks and groups (a family of tests): ``p_holm`` is below it, and
+``adjusted`` excludes 0. A task whose ``difference`` excludes 0 while its ``adjusted`` does not is
+significant by itself, but not among as many tasks as were tried.
 """
 
 
@@ -238,14 +239,17 @@ class _Decided(Frozen):
         dense_corrected, pruned_corrected: (accuracy - chance) / (1 - chance), chance being the mean
             of 1 / number of choices; None for tasks without choices.
         retention: pruned accuracy / dense accuracy; None where the dense model has none right.
-        p_value: the p to read; ``p_method`` names its test: McNemar, exact, mid-p with fewer than
-            25 discordant pairs, over clusters where that is larger; "interval of the difference" is
-            the level at which that just touches 0, read where it contains 0 and the test rejects.
-        p_holm: adjusted over the tasks (for a group: over the groups); None for filters of a task
-            that the summaries leave out, which have no ``decision`` either.
+        p_value: of no difference, of this one test; ``p_method`` names it. It is below
+            1 - confidence exactly where ``difference`` excludes 0: both come from one score test
+            (:class:`streamline_bench.stability.statistics.score.PairedDifference`).
+        p_holm: ``p_value`` adjusted over the tasks (for a group: over the groups); None for macro
+            and micro, and for filters of a task that the summaries leave out, which have no
+            ``decision`` either.
+        adjusted: the difference with Holm's interval, which excludes 0 exactly where ``p_holm`` is
+            below 1 - confidence; None where ``p_holm`` is.
         margin: how large a drop of accuracy is tolerated.
-        noninferiority_p: one-sided p of "the drop is the margin or more": the level at which the
-            interval of the difference would just touch -margin.
+        noninferiority_p: one-sided p of "the drop is the margin or more", not adjusted: below
+            (1 - confidence) / 2 exactly where the lower end of ``difference`` is above -margin.
         detectable: smallest true difference that a test at 1 - confidence finds with 80 % power at
             this number of documents and discordant pairs; None where no difference can be found.
         decision: see :data:`Decision`.
@@ -259,6 +263,7 @@ class _Decided(Frozen):
     p_value: float | None = None
     p_method: str | None = None
     p_holm: float | None = None
+    adjusted: Estimate | None = None
     margin: float | None = None
     noninferiority_p: float | None = None
     detectable: float | None = None
@@ -274,9 +279,11 @@ class TaskComparison(_Decided):
         n: documents.
         verdict: the metric that says right or wrong.
         dense, pruned: accuracy with standard error, cluster-robust where there are clusters.
-        difference: pruned - dense, with Newcombe's paired interval, or resampled clusters.
+        difference: pruned - dense, with the interval of its own test; ``adjusted`` is the one
+            that counts all tasks.
         mcnemar_p, mcnemar_mid_p: exact McNemar test, and its mid-p variant, over documents.
-        agreement: share of equal verdicts, with Wilson's interval, or resampled clusters.
+        agreement: share of equal verdicts, with Wilson's interval at the effective number of
+            documents.
         stability: LLM-Streamline's equation 6; None for tasks without choices.
         effective_n: to how many equally weighted documents the stability weights amount.
         same_choice: share of documents on which both choose (or write) the same; None where the
@@ -339,9 +346,7 @@ class _Summary(_Decided):
 class Overall(_Summary):
     """Over all tasks: ``macro`` weighs tasks equally, ``micro`` documents.
 
-    Stability is over the tasks that have one (``stability_tasks`` of them). With several tasks,
-    macro's ``p_value`` and ``noninferiority_p`` are normal, by the standard errors that its
-    interval's ends are away: a mean over tasks has no McNemar test. With one they are the task's.
+    Stability is over the tasks that have one (``stability_tasks`` of them).
 
     Attributes:
         mcnemar_p: as for a task; None for macro.
@@ -388,7 +393,7 @@ class GroupComparison(_Summary):
 
 
 class Comparison(Frozen):
-    """Everything :func:`streamline_bench.stability.compare_answers.compare` finds, and how.
+    """Everything one comparison of answers finds, and how.
 
     Attributes:
         macro, micro: None where no task has verdicts (perplexities only).

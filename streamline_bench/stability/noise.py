@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from streamline_bench.errors import SamplesError
-from streamline_bench.stability.compare_answers import compare
+from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.comparison import (
     Comparison,
     Estimate,
@@ -22,7 +22,7 @@ from streamline_bench.stability.comparison import (
     Overall,
     TaskComparison,
 )
-from streamline_bench.stability.overall import square_and_add
+from streamline_bench.stability.over_tasks import square_and_add
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.paired import wilson
@@ -46,10 +46,11 @@ def noise_floor(
     number of documents (repetitions on the same documents are not independent).
 
     Args:
-        tasks, common_only, settings: see :func:`.compare_answers.compare`.
+        tasks, common_only, settings: see :func:`.compare_answers`.
 
     Raises:
-        SamplesError: there is no repetition, or no task has verdicts; otherwise as ``compare``.
+        SamplesError: there is no repetition, or no task has verdicts; otherwise as
+            ``compare_answers``.
     """
     if not repeats:
         raise SamplesError(
@@ -58,7 +59,7 @@ def noise_floor(
         )
     settings = settings or Settings()
     found = [
-        compare(dense, again, tasks=tasks, common_only=common_only, settings=settings)
+        compare_answers(dense, again, tasks=tasks, common_only=common_only, settings=settings)
         for again in repeats
     ]
     by_task: dict[tuple[str, str], list[TaskComparison]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +19,34 @@ from streamline_bench.stability.statistics.choices import (
     measure_choices,
 )
 from streamline_bench.stability.statistics.clusters import ClusterLabels, cluster_labels
-from streamline_bench.stability.statistics.estimates import (
-    accuracy_estimate,
-    chance_corrected,
-    paired_estimates,
+from streamline_bench.stability.statistics.intervals import mean_estimate, t_quantile
+from streamline_bench.stability.statistics.paired import (
+    Outcomes,
+    PairedSample,
+    kappa,
+    mcnemar,
+    retention,
+    wilson_at,
+)
+from streamline_bench.stability.statistics.score import PairedDifference
+from streamline_bench.stability.statistics.stability import (
+    choice_spread,
+    effective_sample_size,
     stability_estimate,
 )
-from streamline_bench.stability.statistics.paired import Outcomes, kappa, mcnemar
-from streamline_bench.stability.statistics.resampled import Resampled, resample_clusters
-from streamline_bench.stability.statistics.stability import choice_spread, effective_sample_size
 
-__all__ = ["ComparedTask", "compare_task"]
+__all__ = [
+    "ComparedTask",
+    "accuracy_estimate",
+    "chance_corrected",
+    "compare_task",
+    "paired_estimates",
+    "paired_sample",
+    "retention_estimate",
+]
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -40,32 +54,26 @@ class ComparedTask:
     """One compared task, with what the summaries over tasks need of it.
 
     Attributes:
+        sample: the verdicts, counted.
         right, right_now: bool [n], verdicts of the dense and of the pruned model.
         std: float64 [n], spread of the dense model's choices; None for tasks without choices.
         measures: of the choices, per document; None likewise.
         clusters: None where every document stands alone.
-        resampled: draws of the clusters; None likewise.
     """
 
     result: TaskComparison
-    outcomes: Outcomes
+    sample: PairedSample
     right: BoolArray
     right_now: BoolArray
     std: FloatArray | None
     measures: ChoiceMeasures | None
     clusters: ClusterLabels | None
-    resampled: Resampled | None
 
     @property
     def agree(self) -> BoolArray:
         """Same verdict, bool [n]."""
         same: BoolArray = self.right == self.right_now
         return same
-
-    @property
-    def net(self) -> IntArray:
-        """1 gained, -1 lost, 0 unchanged, int64 [n]."""
-        return self.right_now.astype(np.int64) - self.right.astype(np.int64)
 
 
 def compare_task(dense: pd.DataFrame, pruned: pd.DataFrame, settings: Settings) -> ComparedTask:
@@ -78,18 +86,14 @@ def compare_task(dense: pd.DataFrame, pruned: pd.DataFrame, settings: Settings) 
     names = (str(first["task"]), str(first["filter"]))
     right = dense[settings.verdict].to_numpy(dtype=np.bool_)
     right_now = pruned[settings.verdict].to_numpy(dtype=np.bool_)
-    outcomes = Outcomes.of(right, right_now)
     agree: BoolArray = right == right_now
     measures = measure_choices(dense, pruned)
     std = None
     if measures is not None:
         std = choice_spread(dense, quantity=settings.spread_quantity, ddof=settings.spread_ddof)
     clusters = cluster_labels(dense["cluster"])
-    resampled, net = None, None
-    if clusters is not None:
-        sums = clusters.sums(np.ones(len(agree)), right, right_now, agree)
-        net = sums[:, 2] - sums[:, 1]
-        resampled = resample_clusters(sums, clusters.shown.kind, settings, *names)
+    sample = paired_sample(right, right_now, clusters)
+    outcomes = sample.outcomes
     same = _same_choice(dense, pruned, settings.verdict)
     verdict = first["verdict_metric"] if settings.verdict == "correct" else "acc_norm"
     accuracies = accuracy_estimate(right, clusters), accuracy_estimate(right_now, clusters)
@@ -109,10 +113,78 @@ def compare_task(dense: pd.DataFrame, pruned: pd.DataFrame, settings: Settings) 
         kappa=kappa(outcomes),
         flips=_flips(outcomes, right, right_now, same),
         clusters=None if clusters is None else clusters.shown,
-        **paired_estimates(outcomes, settings, resampled, net),
+        **paired_estimates(sample, settings),
         **_of_choices(measures, accuracies, clusters, settings),
     )
-    return ComparedTask(result, outcomes, right, right_now, std, measures, clusters, resampled)
+    return ComparedTask(result, sample, right, right_now, std, measures, clusters)
+
+
+def accuracy_estimate(right: BoolArray, clusters: ClusterLabels | None = None) -> Estimate:
+    """Accuracy with its standard error: sample deviation / sqrt(n), as lm-eval gives it.
+
+    With clusters the error is the cluster-robust one (:func:`mean_estimate`). None for one verdict:
+    it says nothing about its own error.
+
+    Args:
+        right: bool [n].
+    """
+    labels = None if clusters is None else clusters.labels
+    found = mean_estimate(right.astype(np.float64), 0.95, labels)
+    return Estimate(value=found.value, standard_error=found.standard_error)
+
+
+def chance_corrected(accuracy: Estimate, chance: float) -> Estimate:
+    """(accuracy - chance) / (1 - chance): 0 is guessing, 1 is all right."""
+    error = accuracy.standard_error
+    return Estimate(
+        value=(accuracy.value - chance) / (1 - chance),
+        standard_error=None if error is None else error / (1 - chance),
+    )
+
+
+def paired_sample(
+    right: BoolArray, right_now: BoolArray, clusters: ClusterLabels | None
+) -> PairedSample:
+    """Count the verdicts of both models, bool [n] each, in all and per cluster."""
+    outcomes = Outcomes.of(right, right_now)
+    if clusters is None:
+        return PairedSample(outcomes)
+    table = clusters.sums(np.ones(len(right)), right, right_now, right == right_now)
+    return PairedSample(outcomes, (table,), clusters.shown.kind)
+
+
+def paired_estimates(sample: PairedSample, settings: Settings) -> dict[str, Any]:
+    """Difference, agreement, retention, p and what could be found; the decision comes after Holm.
+
+    p is below 1 - confidence exactly where the interval of the difference excludes 0.
+    """
+    confidence, outcomes = settings.confidence, sample.outcomes
+    difference = PairedDifference((sample,))
+    design = sample.design(same=1.0)
+    low, high = wilson_at(
+        outcomes.agreement, outcomes.n / design.effect, t_quantile(confidence, design.freedom)
+    )
+    agreement = Estimate(value=outcomes.agreement, low=low, high=high, method="Wilson")
+    return {
+        "difference": difference.interval(confidence, settings.margin),
+        "agreement": agreement,
+        "retention": retention_estimate([sample], confidence),
+        "p_value": difference.p_value(),
+        "p_method": difference.method,
+        "margin": settings.margin,
+        "noninferiority_p": difference.tail(-settings.margin),
+        "detectable": difference.detectable(confidence),
+    }
+
+
+def retention_estimate(samples: Sequence[PairedSample], confidence: float) -> Estimate | None:
+    """Mean pruned accuracy / mean dense accuracy, with its interval."""
+    ends = retention(samples, confidence)
+    if ends is None:
+        return None
+    pruned = sum(sample.outcomes.pruned_accuracy for sample in samples)
+    value = pruned / sum(sample.outcomes.dense_accuracy for sample in samples)
+    return Estimate(value=value, low=ends[0], high=ends[1], method="paired ratio (square-and-add)")
 
 
 def _stability(

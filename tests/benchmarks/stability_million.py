@@ -21,7 +21,7 @@ import time
 import numpy as np
 import pandas as pd
 
-from streamline_bench.stability.compare_answers import compare
+from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.samples import COLUMNS, RunInfo, Samples
 from streamline_bench.stability.settings import Settings
 
@@ -91,7 +91,7 @@ def main() -> int:
         for seed, name in enumerate(("dense", "pruned"), start=1)
     )
     begin, cpu = time.perf_counter(), time.process_time()
-    result = compare(dense, pruned, settings=Settings(draws=options.draws))
+    result = compare_answers(dense, pruned, settings=Settings(draws=options.draws))
     ours, cpu = time.perf_counter() - begin, time.process_time() - cpu
     peer = peer_seconds_per_draw(options.pairs) * options.draws
     report = {

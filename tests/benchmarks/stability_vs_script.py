@@ -17,7 +17,7 @@ import json
 import sys
 from pathlib import Path
 
-from streamline_bench.stability.compare_answers import compare
+from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.comparison import Comparison
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.settings import Settings
@@ -55,7 +55,7 @@ def main() -> int:
 
 def compared(options: argparse.Namespace, settings: Settings) -> Comparison:
     runs = [load_samples(path, progress=False) for path in (options.dense, options.pruned)]
-    return compare(*runs, common_only=True, settings=settings)
+    return compare_answers(*runs, common_only=True, settings=settings)
 
 
 def labels(path: Path) -> list[str]:

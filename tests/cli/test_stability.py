@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from streamline_bench.cli.main import main
 from streamline_bench.cli.stability import QUANTITIES, _footnote, command
-from streamline_bench.stability.compare_answers import compare
+from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.settings import Settings
 
@@ -59,7 +59,7 @@ def test_perplexities_alone(lm_eval_outputs: Path) -> None:
 
 def test_reasons_from_a_run_are_printable(lm_eval_outputs: Path) -> None:
     samples = load_samples(lm_eval_outputs / "dense", run="dense", progress=False)
-    result = compare(samples, samples, settings=Settings(draws=100))
+    result = compare_answers(samples, samples, settings=Settings(draws=100))
     shown = _footnote(result.model_copy(update={"not_compared": {"t\x1b[1m": "why\x1b[31m\nnot"}}))
     assert shown.splitlines()[-1] == "Not compared: t\ufffd[1m (why\ufffd[31m not)."
 

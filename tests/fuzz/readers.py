@@ -118,13 +118,15 @@ def lm_eval_folder(time: str = "2025-05-01T10-00-00.000001", version: str = "0.4
 
 def _read_samples(folder: Path) -> object:
     """Read, compare with itself and store: what reading let pass must not break what follows."""
-    from streamline_bench.stability.compare_answers import compare
+    from streamline_bench.stability.compare_answers import compare_answers
     from streamline_bench.stability.readers.load import load_samples
     from streamline_bench.stability.settings import Settings
 
     samples = load_samples(folder, progress=False)
     samples.save(folder / "samples.parquet")
-    return compare(samples, load_samples(folder / "samples.parquet"), settings=Settings(draws=10))
+    return compare_answers(
+        samples, load_samples(folder / "samples.parquet"), settings=Settings(draws=10)
+    )
 
 
 # OpenCompass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,8 @@ from streamline_bench.gate.evidence import read_evidence
 from streamline_bench.gate.judge import gate, judge
 from streamline_bench.gate.result import Check, GateResult, Thresholds
 from streamline_bench.stability.statistics.clusters import cluster_labels
+from streamline_bench.stability.statistics.paired import Outcomes, PairedSample
+from streamline_bench.stability.statistics.score import PairedDifference
 
 FAST = Thresholds(draws=500)
 
@@ -59,9 +62,15 @@ def test_lost_answers_close_it(reference_run: Path, spoiled: Path) -> None:
 
 def test_holm_counts_the_tasks_of_a_row(reference_run: Path, spoiled: Path) -> None:
     result = gate(spoiled, reference_run, thresholds=FAST, progress=False)
-    # 40 discordant pairs, all one way: exact McNemar, doubled for two tasks.
+    # 40 discordant pairs, all one way: McNemar's score is sqrt(40); p is doubled for two tasks.
     lost = check(result, "streamline", "accuracy", "arc")
-    assert lost.p_value == pytest.approx(2 * 2 * 0.5**40)
+    assert lost.p_value == pytest.approx(2 * math.erfc(math.sqrt(40 / 2)))
+    mean = check(result, "streamline", "accuracy", None)
+    assert lost.low is not None and lost.high is not None and lost.high < 0
+    # The interval counts both tasks too: -40 / 300 at a level of 2.5 %.
+    alone = PairedDifference((PairedSample(Outcomes(0, 40, 0, 260)),)).interval(0.975)
+    assert (lost.low, lost.high) == pytest.approx((alone.low, alone.high))
+    assert mean.p_value is None and mean.high is not None and mean.high < 0
     same = check(result, "streamline", "accuracy", "piqa")
     assert same.p_value == 1.0 and same.how == "no answer changed" and same.low is None
 

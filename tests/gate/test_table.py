@@ -103,7 +103,7 @@ def test_what_is_adjusted_is_said_beside_the_figures() -> None:
     found = check("cannot tell", p_value=0.0612)
     assert cells(found)[-2] == "0.061" and cells(check("ok"))[-2] == MISSING
     shown = line(found)
-    assert "0.061 adjusted" in shown and "this task alone" in shown
+    assert "0.061, both adjusted" in shown
     text = to_markdown(result(found))
-    assert "not adjusted" in text and "Holm" in text and "0.061" in text
+    assert "adjusted" in text and "Holm" in text and "0.061" in text
     assert "Holm" not in to_markdown(result(check("ok", quantity="stability")))

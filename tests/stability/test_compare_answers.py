@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from streamline_bench.errors import NumericsError, SamplesError
-from streamline_bench.stability.compare_answers import compare
+from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.comparison import Comparison, TaskComparison
 from streamline_bench.stability.noise import noise_floor
 from streamline_bench.stability.readers.lm_eval_reader import find_results
@@ -33,7 +33,7 @@ def runs(lm_eval_outputs: Path) -> tuple[Samples, Samples]:
 
 @pytest.fixture(scope="module")
 def result(runs: tuple[Samples, Samples]) -> Comparison:
-    return compare(*runs, settings=FAST)
+    return compare_answers(*runs, settings=FAST)
 
 
 def task(result: Comparison, name: str, filter_name: str = "none") -> TaskComparison:
@@ -131,7 +131,7 @@ def test_macro_and_micro(result: Comparison) -> None:
 
 
 def test_a_run_against_itself(runs: tuple[Samples, Samples]) -> None:
-    same = compare(runs[0], runs[0], settings=FAST)
+    same = compare_answers(runs[0], runs[0], settings=FAST)
     assert same.micro.agreement.value == 1.0
     assert same.micro.flips.right_to_wrong == same.micro.flips.wrong_to_right == 0
     found = task(same, "toy_mc")
@@ -141,18 +141,18 @@ def test_a_run_against_itself(runs: tuple[Samples, Samples]) -> None:
 
 
 def test_seed_decides_and_nothing_else_does(runs: tuple[Samples, Samples]) -> None:
-    again = compare(*runs, settings=FAST)
-    alone = compare(*runs, tasks=["toy_mc"], settings=FAST)
+    again = compare_answers(*runs, settings=FAST)
+    alone = compare_answers(*runs, tasks=["toy_mc"], settings=FAST)
     of_the_family = {"p_holm": None, "decision": None}
     assert task(again, "toy_mc").model_copy(update=of_the_family) == task(
         alone, "toy_mc"
     ).model_copy(update=of_the_family)
-    other = compare(*runs, tasks=["toy_mc"], settings=replace(FAST, seed=1))
+    other = compare_answers(*runs, tasks=["toy_mc"], settings=replace(FAST, seed=1))
     assert task(other, "toy_mc").stability != task(alone, "toy_mc").stability
 
 
 def test_acc_norm_as_the_verdict(runs: tuple[Samples, Samples]) -> None:
-    result = compare(*runs, settings=replace(FAST, verdict="correct_norm"))
+    result = compare_answers(*runs, settings=replace(FAST, verdict="correct_norm"))
     (found,) = result.tasks
     assert found.verdict == "acc_norm"
     assert found.pruned.value == runs[1].info.results["toy_mc"]["acc_norm,none"]
@@ -160,7 +160,7 @@ def test_acc_norm_as_the_verdict(runs: tuple[Samples, Samples]) -> None:
 
 
 def test_reference_script_mode(runs: tuple[Samples, Samples]) -> None:
-    result = compare(*runs, settings=Settings(mode="reference_script", ddof=1))
+    result = compare_answers(*runs, settings=Settings(mode="reference_script", ddof=1))
     assert result.ddof == 0
     found = task(result, "toy_mc")
     frame = runs[0].frame[runs[0].frame["task"] == "toy_mc"]
@@ -177,10 +177,10 @@ def test_reference_script_mode(runs: tuple[Samples, Samples]) -> None:
 
 
 def test_perplexities_alone_have_no_summaries(runs: tuple[Samples, Samples]) -> None:
-    alone = compare(*runs, tasks=["toy_roll"])
+    alone = compare_answers(*runs, tasks=["toy_roll"])
     assert alone.tasks == alone.groups == () and alone.macro is None and alone.micro is None
     assert alone.not_compared == {"toy_roll": "no right or wrong answers by 'correct'"}
-    beside = compare(*runs, settings=FAST).perplexities
+    beside = compare_answers(*runs, settings=FAST).perplexities
     assert alone.perplexities == tuple(item for item in beside if item.task == "toy_roll")
     assert Comparison.model_validate_json(alone.model_dump_json()) == alone
     with pytest.raises(SamplesError, match=r"No task of 'dense' has .* that could flip"):
@@ -193,14 +193,14 @@ def test_nothing_to_compare(runs: tuple[Samples, Samples]) -> None:
         for samples in runs
     ]
     with pytest.raises(SamplesError, match="No task of 'dense' has right or wrong answers"):
-        compare(silent[0], silent[1], tasks=["toy_roll"])
+        compare_answers(silent[0], silent[1], tasks=["toy_roll"])
 
 
 def test_a_missing_verdict_names_the_document(runs: tuple[Samples, Samples]) -> None:
     frame = runs[1].frame.copy()
     frame.loc[(frame["task"] == "toy_mc") & (frame["doc_id"] == 4), "correct"] = None
     with pytest.raises(SamplesError, match="Run 'pruned' has no verdict on document 4"):
-        compare(runs[0], replace(runs[1], frame=frame), settings=FAST)
+        compare_answers(runs[0], replace(runs[1], frame=frame), settings=FAST)
 
 
 def test_nan_in_a_table_names_the_document(runs: tuple[Samples, Samples]) -> None:
@@ -208,7 +208,7 @@ def test_nan_in_a_table_names_the_document(runs: tuple[Samples, Samples]) -> Non
     index = frame.index[(frame["task"] == "toy_mc") & (frame["doc_id"] == 9)][0]
     frame.at[index, "loglikelihoods"] = [math.nan, -1.0, -2.0, -3.0]
     with pytest.raises(NumericsError, match="Task 'toy_mc', document 9"):
-        compare(replace(runs[0], frame=frame), runs[1], settings=FAST)
+        compare_answers(replace(runs[0], frame=frame), runs[1], settings=FAST)
 
 
 def test_one_document(runs: tuple[Samples, Samples]) -> None:
@@ -216,7 +216,7 @@ def test_one_document(runs: tuple[Samples, Samples]) -> None:
         frame = samples.frame
         return replace(samples, frame=frame[(frame["task"] == "toy_mc") & (frame["doc_id"] == 0)])
 
-    result = compare(first(runs[0]), first(runs[1]), settings=FAST)
+    result = compare_answers(first(runs[0]), first(runs[1]), settings=FAST)
     assert result.micro.n == 1
     assert result.micro.dense.standard_error is None
     assert result.tasks[0].difference.low < result.tasks[0].difference.high

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from streamline_bench.errors import NumericsError, SamplesError
-from streamline_bench.stability.compare_answers import compare
+from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.comparison import Comparison
 from streamline_bench.stability.readers.lm_eval_reader import find_results
 from streamline_bench.stability.readers.load import load_samples
@@ -29,7 +29,7 @@ def result(
 ) -> Comparison:
     """Two-choice questions whose right choice is the first."""
     gold = [0] * len(dense)
-    found = compare(
+    found = compare_answers(
         questions("dense", {"t": (dense, gold, clusters)}),
         questions("pruned", {"t": (pruned, gold, clusters)}),
         settings=FAST,
@@ -134,6 +134,6 @@ def test_weights_of_thousands_of_nats_keep_their_interval(questions: Make) -> No
         questions(run, {"t": (answers, [0] * n, clusters)})
         for run, answers in (("dense", scores), ("pruned", moved))
     ]
-    found = compare(*runs, settings=Settings(draws=2000, quantity="nll")).tasks[0].stability
+    found = compare_answers(*runs, settings=Settings(draws=2000, quantity="nll")).tasks[0].stability
     assert all(map(math.isfinite, (found.value, found.low, found.high)))
     assert found.low <= found.value <= found.high

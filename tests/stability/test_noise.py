@@ -9,7 +9,7 @@ import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 from streamline_bench.errors import SamplesError
-from streamline_bench.stability.compare_answers import compare
+from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.noise import above_noise, flips_above, noise_floor
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
@@ -60,7 +60,7 @@ def test_floor_is_the_mean_over_repetitions(pair: Callable[..., tuple[Samples, S
 def test_flips_are_shown_above_it(pair: Callable[..., tuple[Samples, Samples]]) -> None:
     dense, pruned = pair(TASKS, noise=3.0)
     floor = noise_floor(dense, [again(dense, "again", 0.1, 1)], settings=FAST)
-    result = above_noise(compare(dense, pruned, settings=FAST), floor)
+    result = above_noise(compare_answers(dense, pruned, settings=FAST), floor)
     for found, share in (
         (result.micro, flip_share(dense, pruned)),
         (result.tasks[0], flip_share(dense, pruned, "easy")),
@@ -78,7 +78,7 @@ def test_another_repetition_is_not_above_the_floor(
 ) -> None:
     dense, _ = pair(TASKS)
     floor = noise_floor(dense, [again(dense, "a", 0.2, 1)], settings=FAST)
-    other = compare(dense, again(dense, "b", 0.2, 2), settings=FAST)
+    other = compare_answers(dense, again(dense, "b", 0.2, 2), settings=FAST)
     excess = above_noise(other, floor).micro.flips_above_noise
     assert excess is not None and excess.low < 0 < excess.high
 
@@ -87,7 +87,9 @@ def test_no_flips_at_all_keep_an_interval(pair: Callable[..., tuple[Samples, Sam
     dense, _ = pair(TASKS)
     floor = noise_floor(dense, [dense], settings=FAST)
     assert floor.flips.value == 0 and floor.flips.high > 0 and floor.choice_kl == 0
-    excess = above_noise(compare(dense, dense, settings=FAST), floor).micro.flips_above_noise
+    excess = above_noise(
+        compare_answers(dense, dense, settings=FAST), floor
+    ).micro.flips_above_noise
     assert excess is not None and excess.low < 0 == excess.value < excess.high
 
 
@@ -104,7 +106,7 @@ def test_excess_covers_the_truth() -> None:
 def test_tasks_that_the_floor_does_not_know(pair: Callable[..., tuple[Samples, Samples]]) -> None:
     dense, pruned = pair(TASKS)
     floor = noise_floor(dense, [dense], tasks=["easy"], settings=FAST)
-    result = above_noise(compare(dense, pruned, settings=FAST), floor)
+    result = above_noise(compare_answers(dense, pruned, settings=FAST), floor)
     known = {task.task: task.noise_flips for task in result.tasks}
     assert known == {"easy": 0.0, "hard": None}
     assert result.micro.flips_above_noise is None and result.macro.noise_flips is None
@@ -122,7 +124,7 @@ def test_summaries_have_the_floor_of_the_tasks_that_they_are_over(
         noisy.frame[column] = kept
     floor = noise_floor(dense, [noisy], settings=FAST)
     assert floor.flips.value > 0.1
-    result = above_noise(compare(dense, pruned, tasks=["easy"], settings=FAST), floor)
+    result = above_noise(compare_answers(dense, pruned, tasks=["easy"], settings=FAST), floor)
     share = flip_share(dense, pruned, "easy")
     for found in (result.tasks[0], result.micro, result.macro):
         assert found is not None and found.flips_above_noise is not None
@@ -151,7 +153,7 @@ def test_groups_have_the_floor_of_their_tasks(
 ) -> None:
     dense, pruned = pair(TASKS, noise=3.0, groups={"both": ["easy", "hard"]})
     floor = noise_floor(dense, [again(dense, "again", 0.3, 1)], settings=FAST)
-    (group,) = above_noise(compare(dense, pruned, settings=FAST), floor).groups
+    (group,) = above_noise(compare_answers(dense, pruned, settings=FAST), floor).groups
     assert group.noise_flips == pytest.approx(floor.flips.value)
     assert group.flips_above_noise is not None
     assert group.flips_above_noise.value == pytest.approx(

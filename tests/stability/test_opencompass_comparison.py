@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from streamline_bench.errors import ComparisonError, SamplesError
-from streamline_bench.stability.compare_answers import compare
+from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.comparison import Comparison
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.settings import Settings
@@ -67,7 +67,7 @@ def compared(runs: tuple[Path, Path], settings: Settings = FAST, **keywords: Any
         load_samples(path, run=name, progress=False)
         for path, name in zip(runs, ("dense", "pruned"), strict=True)
     )
-    return compare(dense, pruned, settings=settings, **keywords)
+    return compare_answers(dense, pruned, settings=settings, **keywords)
 
 
 def stabilities(result: Comparison) -> dict[str, float]:

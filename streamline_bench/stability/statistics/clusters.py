@@ -2,7 +2,7 @@
 
 Their answers are not independent, so that an interval over documents is too narrow. Which field of
 a document says what belongs together is data: :data:`CLUSTER_FIELDS`. The tasks of a group (MMLU's
-subjects) are clusters of the group without a field (:mod:`streamline_bench.stability.groups`).
+subjects) are clusters of the group without a field (:mod:`streamline_bench.stability.over_tasks`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Statistics of paired verdicts: flips, agreement, kappa, differences with intervals, McNemar.
+"""Paired verdicts: flips, agreement, kappa, retention, and what clusters do to their errors.
 
-Everything here needs only the four counts of :class:`Outcomes`; d is the dense model, p the pruned.
+d is the dense model, p the pruned one.
 """
 
 from __future__ import annotations
@@ -8,31 +8,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from streamline_bench.errors import SamplesError
+from streamline_bench.stability.statistics.intervals import t_quantile
 
 __all__ = [
-    "MID_P_BELOW",
+    "Design",
     "Outcomes",
+    "PairedSample",
     "kappa",
     "mcnemar",
-    "mcnemar_test",
-    "mean_retention",
-    "newcombe",
-    "newcombe_at",
     "retention",
     "wilson",
+    "wilson_at",
 ]
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
-
-MID_P_BELOW = 25
-"""With fewer discordant pairs the exact test is so conservative that its mid-p is read instead."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +89,67 @@ class Outcomes:
         return Outcomes(*(a + b for a, b in zip(self.counts, other.counts, strict=True)))
 
 
+class Design(NamedTuple):
+    """What clusters do to a mean over documents.
+
+    Attributes:
+        effect: design effect: its variance, relative to documents that stand alone.
+        freedom: degrees of freedom of that variance; infinite for documents.
+    """
+
+    effect: float = 1.0
+    freedom: float = math.inf
+
+
+@dataclass(frozen=True)
+class PairedSample:
+    """Verdicts of both models on the same documents, and which documents belong together.
+
+    Attributes:
+        strata: of each task, float64 [clusters, 4]: documents, right by the dense model, right by
+            the pruned one, same verdict. Empty where every document stands alone.
+        kind: what a cluster is, in the plural.
+    """
+
+    outcomes: Outcomes
+    strata: tuple[FloatArray, ...] = ()
+    kind: str = "documents"
+
+    @property
+    def units(self) -> int:
+        """Clusters, or documents that stand alone."""
+        return sum(map(len, self.strata)) if self.strata else self.outcomes.n
+
+    def design(self, *, dense: float = 0.0, pruned: float = 0.0, same: float = 0.0) -> Design:
+        """Design effect on the mean of ``dense * right + pruned * right now + same * agrees``.
+
+        J. N. K. Rao and A. J. Scott, Biometrics 48 (1992) 577-585: the cluster-robust variance over
+        that of as many documents that stand alone. The robust variance is CR2 and its degrees of
+        freedom are Satterthwaite's (R. M. Bell and D. F. McCaffrey, Survey Methodology 28 (2002)
+        169-181), in closed form for a mean, within each stratum. Half a document that stands alone
+        is added to both variances: clusters in which nothing varies say nothing about the effect.
+        """
+        if not self.strata:
+            return Design()
+        weights = np.array([dense, pruned, same])
+        values = np.array([dense + pruned + same, dense, pruned, same])
+        counts = np.array(self.outcomes.counts)
+        alone = float(counts @ values**2 - (counts @ values) ** 2 / self.outcomes.n)
+        variances, unsure = 0.0, 0.0
+        for table in self.strata:
+            sizes, sums = table[:, 0], table[:, 1:] @ weights
+            if len(sizes) == 1:
+                continue  # says nothing of how clusters differ
+            share = sizes / sizes.sum()
+            deviations = sums - share * sums.sum()
+            variance = float((deviations**2 / (1 - share)).sum())
+            variance += 0.5 * float(sizes.sum()) / self.outcomes.n
+            pairs = share**2 / (1 - share)
+            variances += variance
+            unsure += variance**2 * float((share**2).sum() + pairs.sum() ** 2 - (pairs**2).sum())
+        return Design(variances / (alone + 0.5), variances**2 / unsure)
+
+
 def kappa(outcomes: Outcomes) -> float | None:
     """Cohen's kappa of the verdicts: agreement beyond what the two accuracies give by chance.
 
@@ -126,22 +183,13 @@ def mcnemar(outcomes: Outcomes, *, mid_p: bool = False) -> float:
     return min(1.0, 2 * tail - (here if mid_p else 0.0))
 
 
-def mcnemar_test(outcomes: Outcomes) -> tuple[float, str]:
-    """The McNemar p to read, and which it is: mid-p below :data:`MID_P_BELOW` discordant pairs."""
-    few = outcomes.right_to_wrong + outcomes.wrong_to_right < MID_P_BELOW
-    return mcnemar(outcomes, mid_p=few), f"McNemar, {'mid-p' if few else 'exact'}"
-
-
 def wilson(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion; n need not be whole (effective sample sizes)."""
-    return _wilson(successes / n, n, _quantile(confidence))
+    return wilson_at(successes / n, n, t_quantile(confidence, math.inf))
 
 
-def _quantile(confidence: float) -> float:
-    return NormalDist().inv_cdf(0.5 + confidence / 2)
-
-
-def _wilson(p: float, n: float, z: float) -> tuple[float, float]:
+def wilson_at(p: float, n: float, z: float) -> tuple[float, float]:
+    """The same of a share ``p``, with ``z`` for the quantile."""
     z2 = z * z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
@@ -150,58 +198,27 @@ def _wilson(p: float, n: float, z: float) -> tuple[float, float]:
     return low, high
 
 
-def newcombe(outcomes: Outcomes, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of the paired difference (pruned - dense): Newcombe's square-and-add, method 10.
-
-    R. G. Newcombe, Statistics in Medicine 17 (1998) 2635-2650: Wilson intervals of both accuracies,
-    combined with the correlation of the verdicts. Unlike Wald's it stays inside [-1, 1] and does
-    not collapse when there are no flips.
-    """
-    return newcombe_at(outcomes, _quantile(confidence))
-
-
-def newcombe_at(outcomes: Outcomes, z: float) -> tuple[float, float]:
-    """:func:`newcombe` at ``z`` standard errors."""
-    n = outcomes.n
-    p1, p2 = outcomes.pruned_accuracy, outcomes.dense_accuracy
-    low1, high1 = _wilson(p1, n, z)
-    low2, high2 = _wilson(p2, n, z)
-    phi = _corrected_phi(outcomes)
-    below = _square_and_add(p1 - low1, high2 - p2, phi)
-    above = _square_and_add(high1 - p1, p2 - low2, phi)
-    return outcomes.difference - below, outcomes.difference + above
-
-
-def retention(outcomes: Outcomes, confidence: float = 0.95) -> tuple[float, float] | None:
-    """Interval of pruned accuracy / dense accuracy; None if the dense model has none right.
+def retention(
+    samples: Sequence[PairedSample], confidence: float = 0.95
+) -> tuple[float, float] | None:
+    """Interval of mean pruned accuracy / mean dense accuracy; None if the latter is 0.
 
     The ratio's square-and-add (A. Donner and G. Y. Zou, Statistical Methods in Medical Research 21
-    (2012) 347-359): those r for which the interval of p1 - r p2, built as in :func:`newcombe` from
-    Wilson's intervals and the correlation, contains 0. It does not collapse without flips and needs
-    no pruned answer right.
+    (2012) 347-359): those r for which the interval of p1 - r p2 contains 0. It adds the squares of
+    the distances to Wilson's limits of both accuracies, at the effective number of documents, with
+    the correlation of the verdicts; squares add up over independent tasks too. It does not collapse
+    without flips and needs no pruned answer right.
     """
-    return mean_retention([outcomes], confidence)
-
-
-def mean_retention(
-    tasks: Sequence[Outcomes], confidence: float = 0.95, reach: Sequence[float] = ()
-) -> tuple[float, float] | None:
-    """The same of the mean accuracies over independent tasks: squares add up over these too.
-
-    Args:
-        reach: of each task, how far the interval of p1 - r p2 reaches at least, r being the ratio
-            of the means: where clusters say more than documents. Empty without clusters.
-    """
-    if all(task.dense_accuracy == 0.0 for task in tasks):
+    count = len(samples)
+    p1 = sum(sample.outcomes.pruned_accuracy for sample in samples) / count
+    p2 = sum(sample.outcomes.dense_accuracy for sample in samples) / count
+    if p2 == 0.0:
         return None
-    z, count = _quantile(confidence), len(tasks)
-    p1 = sum(task.pruned_accuracy for task in tasks) / count
-    p2 = sum(task.dense_accuracy for task in tasks) / count
     lower, upper = np.zeros(3), np.zeros(3)
-    for task, least in zip(tasks, reach or [0.0] * count, strict=True):
-        below, above = _ratio_squares(task, z)
-        lower += below * _factor(below, p1 / p2, least) / count**2
-        upper += above * _factor(above, p1 / p2, least) / count**2
+    for sample in samples:
+        below, above = _ratio_squares(sample, p1 / p2, confidence)
+        lower += below / count**2
+        upper += above / count**2
     a, b, c = p2 * p2 - lower[2], p1 * p2 - lower[1], max(0.0, p1 * p1 - lower[0])
     root = math.sqrt(max(0.0, b * b - a * c))
     low = float(c / (b + root)) if b + root > 0 else 0.0
@@ -210,38 +227,35 @@ def mean_retention(
     return low, float((b + root) / a)
 
 
-def _ratio_squares(outcomes: Outcomes, z: float) -> tuple[FloatArray, FloatArray]:
+def _ratio_squares(
+    sample: PairedSample, ratio: float, confidence: float
+) -> tuple[FloatArray, FloatArray]:
     """Squares and product, [3], of the distances that bound a ratio: its lower end, its upper.
 
     x², phi x y and y²: the interval of p1 - r p2 reaches sqrt(x² - 2 r phi x y + r² y²).
     """
-    n = outcomes.n
+    outcomes = sample.outcomes
+    design = sample.design(dense=-ratio, pruned=1.0)
+    n, z = outcomes.n / design.effect, t_quantile(confidence, design.freedom)
     p1, p2 = outcomes.pruned_accuracy, outcomes.dense_accuracy
-    low1, high1 = _wilson(p1, n, z)
-    low2, high2 = _wilson(p2, n, z)
-    phi = _corrected_phi(outcomes)
+    low1, high1 = wilson_at(p1, n, z)
+    low2, high2 = wilson_at(p2, n, z)
+    phi = _corrected_phi(outcomes, design.effect)
     ends = (p1 - low1, high2 - p2), (high1 - p1, p2 - low2)
     lower, upper = (np.array([x * x, phi * x * y, y * y]) for x, y in ends)
     return lower, upper
 
 
-def _factor(squares: FloatArray, ratio: float, least: float) -> float:
-    """By how much squares must grow that they reach this far."""
-    square = float(squares[0] - 2 * ratio * squares[1] + ratio**2 * squares[2])
-    return max(1.0, least**2 / square) if square > 0 else 1.0
+def _corrected_phi(outcomes: Outcomes, effect: float) -> float:
+    """Correlation of the verdicts; a positive numerator is reduced by n/2 (not below 0).
 
-
-def _square_and_add(first: float, second: float, phi: float) -> float:
-    return math.sqrt(max(0.0, first**2 - 2 * phi * first * second + second**2))
-
-
-def _corrected_phi(outcomes: Outcomes) -> float:
-    """Correlation of the verdicts; a positive numerator is reduced by n/2 (not below 0)."""
+    The correction is Newcombe's (Statistics in Medicine 17 (1998) 2635-2650, method 10).
+    """
     a, b, c, d = outcomes.counts
     margins = (a + b) * (c + d) * (a + c) * (b + d)
     if margins == 0:
         return 0.0
     numerator = float(a * d - b * c)
     if numerator > 0:
-        numerator = max(0.0, numerator - outcomes.n / 2)
+        numerator = max(0.0, numerator - effect * outcomes.n / 2)
     return numerator / math.sqrt(margins)

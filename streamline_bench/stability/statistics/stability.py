@@ -18,24 +18,36 @@ import numpy.typing as npt
 import pandas as pd
 
 from streamline_bench.errors import NumericsError, SamplesError
-from streamline_bench.stability.settings import Mode, Quantity
-from streamline_bench.stability.statistics.choice_matrix import (
+from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.settings import Mode, Quantity, Settings
+from streamline_bench.stability.statistics.choices import (
     choice_counts,
     choice_matrix,
     rows_by_count,
 )
+from streamline_bench.stability.statistics.clusters import ClusterLabels
+from streamline_bench.stability.statistics.intervals import (
+    MOST_COUNTS,
+    bootstrap_interval,
+    ratio_draws,
+    task_generator,
+)
+from streamline_bench.stability.statistics.paired import wilson
 
 __all__ = [
-    "LEAST_EXPONENT",
+    "MAX_CELLS",
     "choice_spread",
     "effective_sample_size",
     "stability",
+    "stability_draws",
+    "stability_estimate",
     "stability_weights",
 ]
 
+MAX_CELLS = 128
+"""Above this many distinct pairs of spread and verdict, the bootstrap groups spreads."""
 
-LEAST_EXPONENT = -700.0
-"""Weights are at least e^-700 of the largest: e^-745 is 0 in float64."""
+_LEAST_EXPONENT = -700.0  # weights are at least e^-700 of the largest: e^-745 is 0 in float64
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -98,7 +110,7 @@ def stability_weights(std: FloatArray) -> FloatArray:
 
     None is 0: a resample of negligible questions only must still have a ratio.
     """
-    shifted: FloatArray = np.exp(np.maximum(std - std.max(), LEAST_EXPONENT))
+    shifted: FloatArray = np.exp(np.maximum(std - std.max(), _LEAST_EXPONENT))
     weights: FloatArray = shifted / shifted.sum()
     return weights
 
@@ -149,3 +161,87 @@ def effective_sample_size(std: FloatArray) -> float:
     """Kish's (sum w)^2 / sum w^2: how many equally weighted questions the weights amount to."""
     weights = stability_weights(np.asarray(std, dtype=np.float64))
     return float(1.0 / np.square(weights).sum())
+
+
+def stability_estimate(
+    std: FloatArray,
+    agree: BoolArray,
+    settings: Settings,
+    *names: str,
+    clusters: ClusterLabels | None = None,
+) -> Estimate:
+    """Stability with its bootstrap interval, seeded by the settings and ``names``.
+
+    Where all pairs agree, or none, a bootstrap would claim certainty: then Wilson's interval at the
+    effective sample size (at most the number of clusters). The reference script's value gets none:
+    it is not a statistic of the answers but of their order.
+    """
+    value = stability(std, agree, mode=settings.mode)
+    if settings.mode == "reference_script":
+        return Estimate(value=value)
+    if agree.all() or not agree.any():
+        n = effective_sample_size(std)
+        if clusters is not None:
+            n = min(n, clusters.shown.count)
+        low, high = wilson(value * n, n, settings.confidence)
+        return Estimate(value=value, low=low, high=high, method="Wilson at the effective n")
+    generator = task_generator(settings.seed, *names)
+    units, over = len(std), ""
+    if clusters is None:
+        draws = stability_draws(std, agree, settings.draws, generator)
+    else:
+        weights = stability_weights(std)
+        sums = clusters.sums(weights * agree, weights)
+        draws = ratio_draws(sums[:, 0], sums[:, 1], settings.draws, generator)
+        units, over = clusters.shown.count, f" over {clusters.shown.count:,} {clusters.shown.kind}"
+    (low, high), method = bootstrap_interval(value, draws, units, settings.confidence)
+    method = f"{method}{over}, {settings.draws} draws"
+    return Estimate(value=value, low=max(0.0, low), high=min(1.0, high), method=method)
+
+
+def stability_draws(
+    std: FloatArray,
+    agree: BoolArray,
+    draws: int,
+    generator: np.random.Generator,
+    *,
+    max_cells: int = MAX_CELLS,
+) -> FloatArray:
+    """Resampled stability (equation 6), float64 [draws].
+
+    Pairs of equal weight and verdict form a cell; a resample is a multinomial draw over the cells.
+    With too many, pairs of neighbouring spread (equal steps of std) share a cell and its mean
+    weight; that leaves out only the variance of weights inside a cell.
+
+    Args:
+        std: float64 [n], spread per question; its weight is e^std, kept with its question.
+        agree: bool [n], same verdict.
+        max_cells: above this many distinct (spread, verdict) pairs, spreads are grouped.
+    """
+    sizes, weights, agreeing = _cells(std, agree, max_cells)
+    n = int(sizes.sum())
+    values = np.empty(draws)
+    step = max(1, MOST_COUNTS // len(sizes))
+    for begin in range(0, draws, step):
+        count = min(step, draws - begin)
+        drawn = generator.multinomial(n, sizes / n, size=count) * weights
+        values[begin : begin + count] = drawn[:, agreeing].sum(axis=1) / drawn.sum(axis=1)
+    return values
+
+
+def _cells(
+    std: FloatArray, agree: BoolArray, max_cells: int
+) -> tuple[npt.NDArray[np.int64], FloatArray, BoolArray]:
+    """Sizes, mean weights and verdicts of the cells that the pairs fall into, each [cells]."""
+    # A resample of negligible questions only must still have a ratio.
+    shifted = np.maximum(std - std.max(), _LEAST_EXPONENT)
+    _, label = np.unique(shifted, return_inverse=True)
+    if 2 * (int(label.max()) + 1) > max_cells:
+        bins = max_cells // 2
+        label = np.minimum((shifted / shifted.min() * bins).astype(np.int64), bins - 1)
+    cell = 2 * label + agree
+    sizes = np.bincount(cell)
+    weights = np.bincount(cell, weights=np.exp(shifted))
+    used = np.flatnonzero(sizes)
+    agreeing: BoolArray = used % 2 == 1
+    return sizes[used].astype(np.int64), weights[used] / sizes[used], agreeing

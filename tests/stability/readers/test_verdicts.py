@@ -11,7 +11,7 @@ import pytest
 
 from streamline_bench.report.build import build_leaderboard
 from streamline_bench.report.run_file import RunFile, RunRow
-from streamline_bench.stability.compare_answers import compare
+from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.readers.lm_eval_reader import find_results
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.readers.verdicts import graded_metrics, with_verdicts
@@ -99,7 +99,7 @@ def test_a_graded_task_does_not_stop_the_others(
         grade = GRADES[name] if side in sides else lambda document: float(document % 2)
         runs[side] = graded_run(lm_eval_outputs / side, tmp_path / side, grade)
     samples = [load_samples(path, run=side, progress=False) for side, path in runs.items()]
-    result = compare(*samples, settings=FAST)
+    result = compare_answers(*samples, settings=FAST)
     assert result.not_compared["toy_gen"] == "graded, no right or wrong"
     assert "toy_mc" in {task.task for task in result.tasks}
     assert "toy_gen" in {found.task for found in result.generations}
@@ -116,6 +116,8 @@ def test_runs_judged_by_different_metrics_are_not_compared(
 ) -> None:
     dense = load_samples(lm_eval_outputs / "dense", run="dense", progress=False)
     other = graded_run(lm_eval_outputs / "pruned", tmp_path / "p", lambda document: 1.0)
-    result = compare(dense, load_samples(other, run="pruned", progress=False), settings=FAST)
+    result = compare_answers(
+        dense, load_samples(other, run="pruned", progress=False), settings=FAST
+    )
     reason = result.not_compared["toy_gen"]
     assert reason == "judged by exact_match in one run, by em in the other"

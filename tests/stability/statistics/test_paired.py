@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -17,14 +16,18 @@ from statsmodels.stats.proportion import proportion_confint
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.statistics.paired import (
     Outcomes,
+    PairedSample,
     kappa,
     mcnemar,
-    mcnemar_test,
-    mean_retention,
-    newcombe,
     retention,
     wilson,
 )
+
+
+def interval(*tasks: Outcomes) -> tuple[float, float] | None:
+    """Of retention, without clusters."""
+    return retention([PairedSample(task) for task in tasks])
+
 
 COUNTS = st.tuples(*[st.integers(0, 30)] * 4).filter(lambda counts: sum(counts) > 0)
 
@@ -94,50 +97,13 @@ def test_wilson_is_statsmodels(n: int, data: st.DataObject) -> None:
     assert wilson(successes, n, 0.9) == pytest.approx(expected, abs=1e-12)
 
 
-def test_newcombe_gives_the_published_example() -> None:
-    """Airway responsiveness, Bentur et al. 2009, as in Fagerland, Lydersen & Laake, chapter 8.
-
-    The table [[1, 1], [7, 12]]: difference -0.2857, 95 % interval -0.507 to -0.026.
-    """
-    low, high = newcombe(Outcomes(1, 7, 1, 12))
-    assert (round(low, 3), round(high, 3)) == (-0.507, -0.026)
-
-
-@given(COUNTS)
-def test_newcombe_contains_the_difference_and_mirrors(counts: tuple[int, int, int, int]) -> None:
-    outcomes = Outcomes(*counts)
-    low, high = newcombe(outcomes)
-    assert -1.0 <= low <= outcomes.difference <= high <= 1.0
-    a, b, c, d = counts
-    assert newcombe(Outcomes(a, c, b, d)) == pytest.approx((-high, -low), abs=1e-12)
-    assert high > low, "no flips seen is not no flips possible"
-
-
-def test_newcombe_covers_the_truth() -> None:
-    """Exact coverage for 12 pairs: the sum over every possible table is near 95 %."""
-    truth, n = (0.5, 0.2, 0.1, 0.2), 12
-    covered = 0.0
-    for b, c, d in itertools.product(range(n + 1), repeat=3):
-        a = n - b - c - d
-        if a < 0:
-            continue
-        ways = math.factorial(n)
-        chance = 1.0
-        for count, share in zip((a, b, c, d), truth, strict=True):
-            ways //= math.factorial(count)
-            chance *= share**count
-        low, high = newcombe(Outcomes(a, b, c, d))
-        covered += ways * chance * (low <= truth[2] - truth[1] <= high)
-    assert 0.93 < covered < 0.99
-
-
 @given(COUNTS)
 def test_retention_is_the_ratio_whose_difference_may_be_zero(
     counts: tuple[int, int, int, int],
 ) -> None:
     """Ends solve: the square-and-add interval of p1 - r p2 touches 0."""
     outcomes = Outcomes(*counts)
-    ends = retention(outcomes)
+    ends = interval(outcomes)
     if outcomes.dense_accuracy == 0.0:
         assert ends is None
         return
@@ -162,7 +128,7 @@ def test_retention_is_the_bootstraps_and_log_deltas_when_there_is_data() -> None
     a, b, c, _ = outcomes.counts
     error = math.sqrt((b + c) / ((a + b) * (a + c)))  # of the logarithm of a paired ratio
     ratio = outcomes.pruned_accuracy / outcomes.dense_accuracy
-    ends = retention(outcomes)
+    ends = interval(outcomes)
     assert ends == pytest.approx((ratio * math.exp(-1.96 * error), ratio * math.exp(1.96 * error)),
                                  abs=2e-3)  # fmt: skip
     shares = np.random.default_rng(0).multinomial(2000, np.array(outcomes.counts) / 2000, 20_000)
@@ -171,25 +137,24 @@ def test_retention_is_the_bootstraps_and_log_deltas_when_there_is_data() -> None
 
 
 def test_retention_without_flips_and_without_right_answers() -> None:
-    same = retention(Outcomes(30, 0, 0, 10))
+    same = interval(Outcomes(30, 0, 0, 10))
     assert same is not None and same[0] < 1 < same[1], "no flips seen is not no flips possible"
-    none_left = retention(Outcomes(0, 12, 0, 8))
+    none_left = interval(Outcomes(0, 12, 0, 8))
     assert none_left is not None and none_left[0] == 0.0 and 0 < none_left[1] < 0.5
-    all_right = retention(Outcomes(25, 0, 0, 0))
+    all_right = interval(Outcomes(25, 0, 0, 0))
     assert all_right is not None and 0.8 < all_right[0] < 1 < all_right[1] < 1.25
 
 
-def test_mean_retention_of_one_task_is_its_own() -> None:
-    for counts in ((40, 1, 0, 9), (1, 0, 0, 0), (0, 12, 0, 8), (30, 20, 10, 40)):
-        assert mean_retention([Outcomes(*counts)]) == retention(Outcomes(*counts))
-    assert mean_retention([Outcomes(0, 0, 3, 4), Outcomes(0, 0, 1, 0)]) is None
+def test_retention_where_the_dense_model_has_none_right() -> None:
+    assert interval(Outcomes(0, 0, 3, 4)) is None
+    assert interval(Outcomes(0, 0, 3, 4), Outcomes(0, 0, 1, 0)) is None
 
 
 def test_mean_retention_is_the_ratio_whose_mean_difference_may_be_zero() -> None:
     tasks = [Outcomes(40, 1, 0, 9), Outcomes(5, 4, 2, 30), Outcomes(0, 0, 1, 8)]
     p1, p2 = (np.mean([getattr(task, f"{side}_accuracy") for task in tasks])
               for side in ("pruned", "dense"))  # fmt: skip
-    ends = mean_retention(tasks)
+    ends = interval(*tasks)
     assert ends is not None and ends[0] < p1 / p2 < ends[1]
     for r, upper in zip(ends, (False, True), strict=True):
         square = 0.0
@@ -204,35 +169,89 @@ def test_mean_retention_is_the_ratio_whose_mean_difference_may_be_zero() -> None
         assert (p1 - r * p2) ** 2 == pytest.approx(square / 9)
 
 
-def test_what_clusters_say_widens_mean_retention() -> None:
-    tasks = [Outcomes(400, 30, 20, 550), Outcomes(600, 40, 30, 330)]
-    narrow, same = mean_retention(tasks), mean_retention(tasks, 0.95, [0.0, 1e-6])
-    wide = mean_retention(tasks, 0.95, [0.05, 0.0])
-    assert narrow is not None and wide is not None and narrow == same
-    ratio = (420 + 630) / (430 + 640)
-    dense = (0.430 + 0.640) / 2
-    # One reaches 0.05 / 2 of the mean difference, the other what its documents give.
-    other = mean_retention(tasks, 0.95, [0.0, 0.0])
-    alone = mean_retention([tasks[1]])
-    assert other == narrow and alone is not None
-    rest = (alone[1] - alone[0]) / 2 * 0.640 / 2
-    assert (wide[1] - wide[0]) / 2 == pytest.approx(math.hypot(0.025, rest) / dense, rel=0.02)
-    assert wide[0] < ratio < wide[1]
-
-
 def test_mean_retention_covers_the_truth_with_few_flips() -> None:
     """Two tasks of 40 documents: percentiles of a bootstrap cover 83 %."""
     shares = [0.70, 0.02, 0.01, 0.27]
     drawn = np.random.default_rng(7).multinomial(40, shares, size=(1500, 2))
     covered = 0
     for tables in drawn.tolist():
-        low, high = mean_retention([Outcomes(*table) for table in tables]) or (0.0, 0.0)
+        low, high = interval(*(Outcomes(*table) for table in tables)) or (0.0, 0.0)
         covered += low <= 0.71 / 0.72 <= high
     assert covered / 1500 > 0.94
 
 
-def test_mid_p_is_read_when_few_pairs_are_discordant() -> None:
-    few, enough = Outcomes(10, 14, 10, 9), Outcomes(10, 14, 11, 9)
-    assert mcnemar_test(few) == (mcnemar(few, mid_p=True), "McNemar, mid-p")
-    assert mcnemar_test(enough) == (mcnemar(enough), "McNemar, exact")
-    assert mcnemar_test(Outcomes(3, 0, 0, 2))[0] == 1.0
+def clustered(tables: np.ndarray) -> PairedSample:
+    """Clusters with these outcomes, [clusters, 4]."""
+    a, b, c, d = tables.T
+    rows = np.stack([a + b + c + d, a + b, a + c, a + d], axis=1).astype(float)
+    return PairedSample(Outcomes(*tables.sum(axis=0).tolist()), (rows,), "passages")
+
+
+def test_clusters_of_twins_halve_the_documents() -> None:
+    """Each document twice: retention has nearly the interval of half as many documents."""
+    source = np.random.default_rng(3)
+    single = source.multinomial(1, [0.5, 0.15, 0.1, 0.25], size=400)
+    half = PairedSample(Outcomes(*single.sum(axis=0).tolist()))
+    twins = retention([clustered(2 * single)])
+    assert twins == pytest.approx(retention([half]), abs=4e-3)
+    alone = retention([PairedSample(clustered(2 * single).outcomes)])
+    assert twins is not None and alone is not None
+    assert twins[1] - twins[0] > 1.3 * (alone[1] - alone[0])
+
+
+def brute_design(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
+    """CR2 variance of a sum over that of documents alone, and its degrees of freedom: matrices."""
+    n = len(values)
+    residual = np.eye(n) - np.full((n, n), 1 / n)
+    variance, vectors = 0.0, []
+    for cluster in np.unique(clusters):
+        rows = np.flatnonzero(clusters == cluster)
+        block = np.eye(len(rows)) - np.full((len(rows), len(rows)), 1 / n)
+        eigenvalues, basis = np.linalg.eigh(block)
+        root = basis @ np.diag(eigenvalues**-0.5) @ basis.T  # Bell and McCaffrey's adjustment
+        vectors.append(np.ones(len(rows)) @ root @ residual[rows])
+        variance += float(vectors[-1] @ values) ** 2
+    products = np.array([[one @ other for other in vectors] for one in vectors])
+    freedom = np.trace(products) ** 2 / (products**2).sum()
+    alone = float(np.square(values - values.mean()).sum())
+    return (variance + 0.5) / (alone + 0.5), float(freedom)
+
+
+@pytest.mark.parametrize("weights", [(-1.0, 1.0, 0.0), (0.0, 0.0, 1.0), (-0.8, 1.0, 0.0)])
+@pytest.mark.parametrize("clusters", [3, 12])
+def test_design_is_bell_and_mccaffreys(weights: tuple[float, ...], clusters: int) -> None:
+    source = np.random.default_rng(clusters)
+    labels = np.sort(source.integers(clusters, size=70))
+    tables = source.multinomial(1, [0.4, 0.25, 0.15, 0.2], size=70)
+    dense, pruned, same = weights
+    values = tables @ np.array([dense + pruned + same, dense, pruned, same])
+    sums = np.stack([tables[labels == label].sum(axis=0) for label in np.unique(labels)])
+    found = clustered(sums).design(dense=dense, pruned=pruned, same=same)
+    assert tuple(found) == pytest.approx(brute_design(values, labels))
+
+
+def test_design_of_tasks_together_is_within_each() -> None:
+    """Tasks that differ in their change are no clusters that differ."""
+    source = np.random.default_rng(0)
+    lost = source.multinomial(10, [0.4, 0.4, 0.1, 0.1], size=12)
+    gained = source.multinomial(10, [0.4, 0.1, 0.4, 0.1], size=12)
+    one, other, both = clustered(lost), clustered(gained), clustered(np.concatenate([lost, gained]))
+    strata = PairedSample(both.outcomes, (*one.strata, *other.strata), "passages")
+    assert strata.units == both.units == 24
+    effects = [sample.design(dense=-1, pruned=1) for sample in (one, other, both, strata)]
+    assert effects[3].effect < effects[2].effect
+    moved = np.concatenate([table[:, 2] - table[:, 1] for table in strata.strata])
+    within = sum(12 / 11 * np.square(part - part.mean()).sum() for part in (moved[:12], moved[12:]))
+    b, c = both.outcomes.right_to_wrong, both.outcomes.wrong_to_right
+    alone = b + c - (b - c) ** 2 / both.outcomes.n
+    assert effects[3].effect == pytest.approx((within + 0.5) / (alone + 0.5))
+    assert effects[0].freedom == pytest.approx(11)
+    assert 11 < effects[3].freedom <= 22
+
+
+def test_clusters_without_change_say_nothing() -> None:
+    same = clustered(np.array([[5, 0, 0, 3]] * 6))
+    assert tuple(same.design(dense=-1, pruned=1)) == pytest.approx((1.0, 5.0))
+    assert tuple(PairedSample(same.outcomes).design(same=1)) == (1.0, math.inf)
+    one = PairedSample(same.outcomes, (*same.strata, np.array([[1.0, 1.0, 1.0, 1.0]])))
+    assert math.isfinite(one.design(dense=-1, pruned=1).freedom)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_bench.errors import NumericsError, SamplesError
-from streamline_bench.stability.statistics.bootstrap import ratio_draws
+from streamline_bench.stability.statistics.intervals import ratio_draws
 from streamline_bench.stability.statistics.stability import (
     choice_spread,
     effective_sample_size,

@@ -1,52 +1,54 @@
-"""Summaries over tasks: macro (tasks weigh the same) and micro (documents weigh the same)."""
+"""Several tasks: groups, and over all tasks the means of theirs (macro) and of documents (micro).
+
+The tasks of a group (MMLU's subjects) are clusters of its documents.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from operator import add
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from streamline_bench.stability.comparison import Estimate, Flips, Overall
+from streamline_bench.stability.comparison import (
+    Clusters,
+    Estimate,
+    Flips,
+    GroupComparison,
+    Overall,
+)
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.choices import ChoiceMeasures, calibration, choice_shift
 from streamline_bench.stability.statistics.clusters import ClusterLabels, pooled_labels
-from streamline_bench.stability.statistics.decision import decide, detectable_at
-from streamline_bench.stability.statistics.estimates import (
+from streamline_bench.stability.statistics.paired import Outcomes, PairedSample, kappa, mcnemar
+from streamline_bench.stability.statistics.score import PairedDifference, decide
+from streamline_bench.stability.statistics.stability import stability_estimate
+from streamline_bench.stability.task_comparison import (
+    ComparedTask,
     accuracy_estimate,
     chance_corrected,
     paired_estimates,
-    stability_estimate,
+    retention_estimate,
 )
-from streamline_bench.stability.statistics.paired import Outcomes, kappa, mcnemar, mean_retention
-from streamline_bench.stability.statistics.resampled import Resampled, resample_documents
-from streamline_bench.stability.task_comparison import ComparedTask
 
-__all__ = [
-    "macro",
-    "micro",
-    "pooled_accuracies",
-    "pooled_choices",
-    "pooled_stability",
-    "square_and_add",
-    "total_flips",
-]
+__all__ = ["compare_groups", "leaf_tasks", "macro", "micro", "square_and_add"]
 
 
 def macro(compared: Sequence[ComparedTask], settings: Settings) -> Overall:
     """Unweighted means over tasks, which are taken as given; each task's error is of its documents.
 
-    Their intervals add up by squares (:func:`square_and_add`), so that a task without flips keeps
-    the uncertainty that its interval has.
+    The difference is tested as that of one task, by its error over all tasks
+    (:class:`PairedDifference`). Other intervals add up by squares (:func:`square_and_add`), so that
+    a task without flips keeps the uncertainty that its interval has.
     """
     results = [item.result for item in compared]
-    difference = square_and_add([result.difference for result in results])
-    low, high = difference.low, difference.high
-    significant = low is not None and high is not None and (low > 0 or high < 0)
+    samples = tuple(item.sample for item in compared)
+    paired = PairedDifference(samples)
+    p, difference = paired.p_value(), paired.interval(settings.confidence, settings.margin)
     kappas = [result.kappa for result in results if result.kappa is not None]
     return Overall(
         tasks=len(compared),
@@ -56,44 +58,59 @@ def macro(compared: Sequence[ComparedTask], settings: Settings) -> Overall:
         pruned=_mean([result.pruned for result in results]),
         difference=difference,
         agreement=square_and_add([result.agreement for result in results]),
+        retention=retention_estimate(samples, settings.confidence),
         stability=_over_tasks(result.stability for result in results),
-        flips=total_flips(compared),
+        flips=_total_flips(compared),
         kappa=sum(kappas) / len(kappas) if kappas else None,
+        p_value=p,
+        p_method=paired.method,
         margin=settings.margin,
-        decision=decide(difference, settings.margin, significant=significant),
-        **_macro_tests(compared, difference, settings),
+        noninferiority_p=paired.tail(-settings.margin),
+        detectable=paired.detectable(settings.confidence),
+        decision=decide(difference, settings.margin, significant=p < 1 - settings.confidence),
         **_macro_choices(compared),
     )
 
 
 def micro(compared: Sequence[ComparedTask], settings: Settings) -> Overall:
     """All documents as if of one task; clusters stay together."""
-    outcomes: Outcomes = reduce(add, (item.outcomes for item in compared))
+    outcomes: Outcomes = reduce(add, (item.sample.outcomes for item in compared))
     stable = [item for item in compared if item.std is not None]
-    clusters = _pooled(compared)
-    resampled, net = None, None
-    if clusters is not None:
-        resampled = _resampled_together(compared, settings)
-        net = clusters.sums(np.concatenate([item.net for item in compared]))[:, 0]
-    paired = paired_estimates(outcomes, settings, resampled, net)
-    significant = paired["p_value"] < 1 - settings.confidence
-    dense, pruned = pooled_accuracies(compared, clusters)
     chosen = [item for item in compared if item.measures is not None]
+    clusters = _pooled(compared)
+    sample = PairedSample(outcomes)
+    if clusters is not None:
+        strata = tuple(table for item in compared for table in _strata(item))
+        sample = PairedSample(outcomes, strata, clusters.shown.kind)
+    paired = paired_estimates(sample, settings)
+    dense, pruned = _pooled_accuracies(compared, clusters)
     return Overall(
         tasks=len(compared),
         n=outcomes.n,
         stability_tasks=len(stable),
         dense=dense,
         pruned=pruned,
-        stability=pooled_stability(stable, settings),
-        flips=total_flips(compared),
+        stability=_pooled_stability(stable, settings),
+        flips=_total_flips(compared),
         mcnemar_p=mcnemar(outcomes),
         kappa=kappa(outcomes),
         clusters=None if clusters is None else clusters.shown,
-        decision=decide(paired["difference"], settings.margin, significant=significant),
+        decision=decide(
+            paired["difference"],
+            settings.margin,
+            significant=paired["p_value"] < 1 - settings.confidence,
+        ),
         **paired,
-        **pooled_choices(chosen, _pooled(chosen) if chosen else None, settings),
+        **_pooled_choices(chosen, _pooled(chosen) if chosen else None, settings),
     )
+
+
+def _strata(item: ComparedTask) -> tuple[npt.NDArray[np.float64], ...]:
+    """Clusters of a task; its documents where they stand alone."""
+    if item.sample.strata:
+        return item.sample.strata
+    columns = [np.ones(len(item.right)), item.right, item.right_now, item.agree]
+    return (np.stack(columns, axis=1).astype(np.float64),)
 
 
 def square_and_add(estimates: Sequence[Estimate]) -> Estimate:
@@ -116,7 +133,7 @@ def square_and_add(estimates: Sequence[Estimate]) -> Estimate:
     )
 
 
-def total_flips(compared: Sequence[ComparedTask]) -> Flips:
+def _total_flips(compared: Sequence[ComparedTask]) -> Flips:
     """Flips of all tasks."""
     flips = [item.result.flips for item in compared]
     moved = [item.wrong_to_other_wrong for item in flips]
@@ -148,71 +165,11 @@ def _mean(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(value=value, standard_error=error)
 
 
-def _macro_tests(
-    compared: Sequence[ComparedTask], difference: Estimate, settings: Settings
-) -> dict[str, Any]:
-    """What follows from the interval of the mean difference; of one task, what the task has.
-
-    Its width amounts to a standard error, to which the normal distribution gives p and power: p is
-    below 1 - confidence exactly where the interval does not contain 0.
-    """
-    if len(compared) == 1:
-        names = "retention", "p_value", "p_method", "noninferiority_p", "detectable"
-        return {name: getattr(compared[0].result, name) for name in names}
-    found: dict[str, Any] = {"retention": _macro_retention(compared, settings)}
-    low, high = difference.low, difference.high
-    if low is None or high is None:
-        return found
-    z = NormalDist().inv_cdf(0.5 + settings.confidence / 2)
-    p = _chance_at_or_below(0.0, difference.value, (low, high), z)
-    return found | {
-        "p_value": 2 * min(p, 1 - p),
-        "p_method": "normal, from the interval over tasks",
-        "noninferiority_p": _chance_at_or_below(-settings.margin, difference.value, (low, high), z),
-        "detectable": detectable_at((high - low) / (2 * z), settings.confidence),
-    }
-
-
-def _chance_at_or_below(truth: float, value: float, ends: tuple[float, float], z: float) -> float:
-    """One-sided p of a true difference of ``truth`` or less: ends lie z errors from the value."""
-    distance = value - truth
-    if distance == 0.0:
-        return 0.5
-    error = (value - ends[0] if distance > 0 else ends[1] - value) / z
-    return math.erfc(distance / error / math.sqrt(2)) / 2
-
-
-def _macro_retention(compared: Sequence[ComparedTask], settings: Settings) -> Estimate | None:
-    """Ratio of the mean accuracies; clusters can only widen what a task adds to its interval."""
-    outcomes = [item.outcomes for item in compared]
-    dense = sum(one.dense_accuracy for one in outcomes)
-    if dense == 0.0:
-        return None
-    value = sum(one.pruned_accuracy for one in outcomes) / dense
-    reach = [
-        0.0 if item.resampled is None else item.resampled.reach(value, settings.confidence)
-        for item in compared
-    ]
-    low, high = mean_retention(outcomes, settings.confidence, reach) or (None, None)
-    method = "ratio of means over tasks (square-and-add)"
-    return Estimate(value=value, low=low, high=high, method=method)
-
-
-def _resampled(item: ComparedTask, settings: Settings) -> Resampled:
-    names = item.result.task, item.result.filter
-    return item.resampled or resample_documents(item.outcomes, settings, *names)
-
-
-def _resampled_together(compared: Sequence[ComparedTask], settings: Settings) -> Resampled:
-    together: Resampled = reduce(add, (_resampled(item, settings) for item in compared))
-    return together
-
-
 def _pooled(compared: Sequence[ComparedTask]) -> ClusterLabels | None:
-    return pooled_labels([(item.outcomes.n, item.clusters) for item in compared])
+    return pooled_labels([(item.sample.outcomes.n, item.clusters) for item in compared])
 
 
-def pooled_stability(stable: Sequence[ComparedTask], settings: Settings) -> Estimate | None:
+def _pooled_stability(stable: Sequence[ComparedTask], settings: Settings) -> Estimate | None:
     """Stability over the documents of all tasks that have one.
 
     None for the reference script, which never pools tasks.
@@ -247,7 +204,7 @@ def _macro_choices(compared: Sequence[ComparedTask]) -> dict[str, Any]:
     }
 
 
-def pooled_accuracies(
+def _pooled_accuracies(
     compared: Sequence[ComparedTask], clusters: ClusterLabels | None
 ) -> tuple[Estimate, Estimate]:
     """Accuracy over the documents of all tasks, of the dense and of the pruned model."""
@@ -257,7 +214,7 @@ def pooled_accuracies(
     )
 
 
-def pooled_choices(
+def _pooled_choices(
     chosen: Sequence[ComparedTask], clusters: ClusterLabels | None, settings: Settings
 ) -> dict[str, Any]:
     """What needs choices, over the documents of all tasks that have them; else nothing."""
@@ -266,7 +223,7 @@ def pooled_choices(
         return {}
     measures = ChoiceMeasures.joined(parts)
     chance = float(np.nanmean(measures.chance))
-    dense, pruned = pooled_accuracies(chosen, clusters)
+    dense, pruned = _pooled_accuracies(chosen, clusters)
     labels = None if clusters is None else clusters.labels
     shift = choice_shift(measures, settings.confidence, labels)
     calibrated = calibration(measures, settings.confidence, labels)
@@ -283,3 +240,76 @@ def pooled_choices(
         "pruned_calibration_error": calibrated and calibrated.pruned_error,
         "brier_shift": calibrated and calibrated.brier_shift,
     }
+
+
+def compare_groups(
+    compared: Sequence[ComparedTask], groups: Mapping[str, Sequence[str]], settings: Settings
+) -> list[tuple[GroupComparison, PairedSample]]:
+    """Compare every group of which at least two tasks were compared, in the order of ``groups``.
+
+    ``p_holm``, ``adjusted`` and ``decision`` are left open: they need all groups.
+    """
+    by_task = {item.result.task: item for item in compared}
+    found = []
+    for group in groups:
+        members = [by_task[name] for name in leaf_tasks(group, groups) if name in by_task]
+        if len(members) > 1:
+            found.append(_compare(group, members, settings))
+    return found
+
+
+def leaf_tasks(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """Tasks of a group, of its groups, and so on; each once."""
+    return list(dict.fromkeys(_leaves(name, groups, frozenset())))
+
+
+def _leaves(name: str, groups: Mapping[str, Sequence[str]], above: frozenset[str]) -> Iterator[str]:
+    if not groups.get(name):
+        yield name
+        return
+    for part in groups[name]:
+        if part not in above:
+            yield from _leaves(part, groups, above | {name})
+
+
+def _compare(
+    group: str, members: list[ComparedTask], settings: Settings
+) -> tuple[GroupComparison, PairedSample]:
+    rows = [item.sample.outcomes for item in members]
+    outcomes: Outcomes = reduce(add, rows)
+    table = np.array(
+        [
+            [o.n, o.both_right + o.right_to_wrong, o.both_right + o.wrong_to_right,
+             o.both_right + o.both_wrong]
+            for o in rows
+        ],
+        dtype=np.float64,
+    )  # fmt: skip
+    sample = PairedSample(outcomes, (table,), "tasks")
+    clusters = _by_task(members)
+    dense, pruned = _pooled_accuracies(members, clusters)
+    chosen = [item for item in members if item.measures is not None]
+    stable = [item for item in members if item.std is not None]
+    result = GroupComparison(
+        group=group,
+        tasks=tuple(item.result.task for item in members),
+        n=outcomes.n,
+        dense=dense,
+        pruned=pruned,
+        flips=_total_flips(members),
+        clusters=clusters.shown,
+        kappa=kappa(outcomes),
+        macro_dense=float(np.mean([item.dense_accuracy for item in rows])),
+        macro_pruned=float(np.mean([item.pruned_accuracy for item in rows])),
+        stability=_pooled_stability(stable, settings),
+        macro_stability=_over_tasks(item.result.stability for item in stable),
+        **paired_estimates(sample, settings),
+        **_pooled_choices(chosen, _by_task(chosen) if chosen else None, settings),
+    )
+    return result, sample
+
+
+def _by_task(members: Sequence[ComparedTask]) -> ClusterLabels:
+    sizes = [item.sample.outcomes.n for item in members]
+    shown = Clusters(kind="tasks", count=len(sizes), largest=max(sizes))
+    return ClusterLabels(np.repeat(np.arange(len(sizes)), sizes), shown)

@@ -1,0 +1,191 @@
+"""Intervals of means (Student's) and of ratios (bootstrap), over documents or clusters of them.
+
+The bootstrap resamples no rows: resampling n units is a multinomial draw of counts over units of
+equal value. Percentiles of few clusters are too narrow: below :data:`FEW_UNITS` the interval is
+Student's, with the draws' error.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from streamline_bench.stability.comparison import Estimate
+
+__all__ = [
+    "FEW_UNITS",
+    "MOST_COUNTS",
+    "Interval",
+    "bootstrap_interval",
+    "mean_estimate",
+    "mean_per_unit",
+    "percentile_interval",
+    "ratio_draws",
+    "t_quantile",
+    "t_tail",
+    "task_generator",
+]
+
+FEW_UNITS = 20
+MOST_COUNTS = 4_000_000
+"""Counts that a bootstrap holds at once."""
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+def t_quantile(confidence: float, freedom: float) -> float:
+    """Two-sided quantile of Student's distribution; of the normal one for infinite freedom."""
+    if math.isinf(freedom):
+        return NormalDist().inv_cdf(0.5 + confidence / 2)
+    from scipy.special import stdtrit  # scipy.stats takes a second to import
+
+    return float(stdtrit(freedom, 0.5 + confidence / 2))
+
+
+def t_tail(distance: float, freedom: float) -> float:
+    """Chance above ``distance`` of the same distribution."""
+    if math.isinf(freedom):
+        return math.erfc(distance / math.sqrt(2)) / 2
+    from scipy.special import stdtr
+
+    return float(stdtr(freedom, -distance))
+
+
+def mean_estimate(
+    values: FloatArray,
+    confidence: float,
+    clusters: IntArray | None = None,
+    *,
+    floor: float = -math.inf,
+) -> Estimate:
+    """Mean of the values that are not NaN, with its interval.
+
+    With clusters the error is the cluster-robust one (sums of deviations per cluster, CR1). One
+    document, or one cluster, says nothing about its error: then there is no interval.
+
+    Args:
+        values: float64 [n]; at least one is not NaN.
+        clusters: int64 [n], 0-based labels; None if every document stands alone.
+        floor: the interval's lower end is not below this.
+    """
+    counted = ~np.isnan(values)
+    if not counted.all():
+        values = values[counted]
+        clusters = None if clusters is None else clusters[counted]
+    mean = float(values.mean())
+    deviations = values - mean
+    if clusters is not None:
+        sums = np.bincount(clusters, weights=deviations).astype(np.float64)
+        deviations = sums[np.bincount(clusters) > 0]
+    units = len(deviations)
+    if units < 2:
+        return Estimate(value=mean)
+    error = math.sqrt(units / (units - 1) * float(np.square(deviations).sum())) / len(values)
+    half = t_quantile(confidence, units - 1) * error
+    return Estimate(
+        value=mean,
+        standard_error=error,
+        low=max(floor, mean - half),
+        high=mean + half,
+        method="Student" if clusters is None else f"Student over {units} clusters",
+    )
+
+
+def mean_per_unit(
+    totals: FloatArray,
+    units: FloatArray,
+    confidence: float,
+    *,
+    what: str = "documents",
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Estimate:
+    """sum(totals) / sum(units), as nats per word of a text, with Student's interval.
+
+    The error of this ratio is that of its linear part, totals - ratio x units, per document. One
+    document has no interval.
+
+    Args:
+        totals, units: float64 [n], per document.
+        what: what the rows are, for the name of the method.
+        bounds: between which the ratio must lie; the interval does not leave them.
+    """
+    n = len(totals)
+    value = float(totals.sum() / units.sum())
+    if n < 2:
+        return Estimate(value=value)
+    deviations = totals - value * units
+    error = math.sqrt(n / (n - 1) * float(np.square(deviations).sum())) / float(units.sum())
+    half = t_quantile(confidence, n - 1) * error
+    return Estimate(
+        value=value,
+        standard_error=error,
+        low=max(bounds[0], value - half),
+        high=min(bounds[1], value + half),
+        method=f"Student over {n:,} {what}",
+    )
+
+
+class Interval(NamedTuple):
+    """Lower and upper end."""
+
+    low: float
+    high: float
+
+
+def task_generator(seed: int, *names: str) -> np.random.Generator:
+    """A generator that depends on the seed and the task only: not on which tasks come along."""
+    return np.random.default_rng([seed, *(zlib.crc32(name.encode("utf-8")) for name in names)])
+
+
+def percentile_interval(draws: FloatArray, confidence: float = 0.95) -> Interval:
+    """Percentile interval of bootstrap draws [draws]."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return Interval(float(low), float(high))
+
+
+def bootstrap_interval(
+    value: float, draws: FloatArray, units: int, confidence: float
+) -> tuple[Interval, str]:
+    """Interval of ``value`` from draws over resampled units, and its name."""
+    if not 1 < units < FEW_UNITS:
+        return percentile_interval(draws, confidence), "bootstrap"
+    half = t_quantile(confidence, units - 1) * float(draws.std())
+    return Interval(value - half, value + half), "Student with bootstrap error"
+
+
+def ratio_draws(
+    numerators: FloatArray,
+    denominators: FloatArray,
+    draws: int,
+    generator: np.random.Generator,
+    *,
+    max_cells: int = 512,
+) -> FloatArray:
+    """Resampled sum(numerators) / sum(denominators) over units [units], float64 [draws].
+
+    With more units than ``max_cells``, units of neighbouring influence on the ratio (numerator -
+    ratio x denominator, the linear part of its variance) share a cell and its means.
+    """
+    units = len(numerators)
+    sizes = np.ones(units, dtype=np.int64)
+    if units > max_cells:
+        influence = numerators - numerators.sum() / denominators.sum() * denominators
+        edges = (np.arange(max_cells) * units) // max_cells
+        order = np.argsort(influence, kind="stable")
+        sizes = np.diff(np.append(edges, units))
+        numerators = np.add.reduceat(numerators[order], edges) / sizes
+        denominators = np.add.reduceat(denominators[order], edges) / sizes
+    values = np.empty(draws)
+    step = max(1, MOST_COUNTS // len(sizes))
+    for begin in range(0, draws, step):
+        count = min(step, draws - begin)
+        drawn = generator.multinomial(units, sizes / units, size=count)
+        values[begin : begin + count] = (drawn @ numerators) / (drawn @ denominators)
+    return values

@@ -1,0 +1,146 @@
+"""Where generated texts differ; perplexities against the harness' own and a bootstrap."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from statsmodels.stats.proportion import proportion_confint
+
+from streamline_bench.errors import NumericsError, SamplesError
+from streamline_bench.stability.compare_answers import compare_answers
+from streamline_bench.stability.comparison import Estimate, PerplexityComparison
+from streamline_bench.stability.readers.load import load_samples
+from streamline_bench.stability.samples import Samples
+from streamline_bench.stability.settings import Settings
+from streamline_bench.stability.texts import (
+    compare_generations,
+    compare_perplexities,
+    first_difference,
+)
+
+
+def texts(*values: str | None) -> pd.DataFrame:
+    return pd.DataFrame({"task": "t", "filter": "none", "text": list(values)})
+
+
+def test_first_difference() -> None:
+    assert first_difference("a b c".split(), "a b d".split()) == 2
+    assert first_difference("a b".split(), "a b c".split()) == 2
+    assert first_difference([], ["a"]) == 0
+    assert first_difference("same", "same") == 4
+
+
+def test_texts_by_hand() -> None:
+    found = compare_generations(
+        texts("the cat sat", "yes", "one two three four", ""),
+        texts("the cat ran off", "yes", "one 2", "x"),
+        0.95,
+        Estimate(value=-0.25),
+    )
+    assert found is not None
+    assert found.identical.value == 0.25
+    assert (found.identical.low, found.identical.high) == pytest.approx(
+        proportion_confint(1, 4, method="wilson")
+    )
+    assert found.first_word == 1.0, "median of 2, 1 and 0"
+    assert found.first_character == 4.0, "median of 'the cat ', 'one ' and nothing"
+    assert found.shared == pytest.approx((2 / 4 + 1 + 1 / 4 + 0) / 4)
+    assert (found.dense_words, found.pruned_words) == (8 / 4, 8 / 4)
+    assert found.exact_match == Estimate(value=-0.25)
+
+
+def test_equal_texts_differ_nowhere() -> None:
+    found = compare_generations(texts("a", "b"), texts("a", "b"), 0.95, None)
+    assert found is not None
+    assert found.first_word is None and found.first_character is None
+    assert found.shared == 1.0 and found.identical.value == 1.0
+
+
+def test_white_space_is_no_word() -> None:
+    found = compare_generations(texts("a b", " "), texts("a  b", ""), 0.95, None)
+    assert found is not None
+    assert found.identical.value == 0.0 and found.shared == 1.0
+
+
+def test_answers_that_are_no_texts() -> None:
+    assert compare_generations(texts("a", None), texts("a", "b"), 0.95, None) is None
+
+
+def test_compare_has_every_filter(lm_eval_outputs: Path) -> None:
+    runs = [
+        load_samples(lm_eval_outputs / name, run=name, progress=False)
+        for name in ("dense", "pruned")
+    ]
+    result = compare_answers(*runs, settings=Settings(draws=200))
+    assert [(item.task, item.filter) for item in result.generations] == [
+        ("toy_gen", "first"),
+        ("toy_gen", "strict"),
+    ]
+    verdicts = {task.filter: task for task in result.tasks if task.task == "toy_gen"}
+    for item in result.generations:
+        assert item.exact_match == verdicts[item.filter].difference
+        assert item.identical.value == verdicts[item.filter].same_choice
+
+
+@pytest.fixture(scope="module")
+def runs(lm_eval_outputs: Path) -> tuple[Samples, Samples]:
+    return (
+        load_samples(lm_eval_outputs / "dense", run="dense", progress=False),
+        load_samples(lm_eval_outputs / "pruned", run="pruned", progress=False),
+    )
+
+
+def of_task(runs: tuple[Samples, Samples], task: str) -> list[PerplexityComparison]:
+    frames = [samples.frame[samples.frame["task"] == task] for samples in runs]
+    return compare_perplexities(frames[0], frames[1], 0.95)
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "unit"),
+    [("toy_roll", "word_perplexity", "word"), ("toy_ll", "perplexity", "answer")],
+)
+def test_values_are_the_harness_own(
+    runs: tuple[Samples, Samples], task: str, metric: str, unit: str
+) -> None:
+    (found,) = of_task(runs, task)
+    assert found.unit == unit and found.n == 5
+    for side, samples in zip(("dense", "pruned"), runs, strict=True):
+        theirs = samples.info.results[task][f"{metric},none"]
+        assert getattr(found, side) == pytest.approx(theirs)
+    assert found.ratio is not None and found.dense and found.pruned
+    assert found.ratio.value == pytest.approx(found.pruned / found.dense)
+    assert found.ratio.low < found.ratio.value < found.ratio.high
+    assert found.nats_per_unit.value == pytest.approx(math.log(found.ratio.value))
+
+
+def test_compare_has_them_beside_the_verdicts(runs: tuple[Samples, Samples]) -> None:
+    result = compare_answers(*runs, settings=Settings(draws=200))
+    assert [(item.task, item.unit) for item in result.perplexities] == [
+        ("toy_ll", "answer"),
+        ("toy_roll", "word"),
+    ]
+
+
+def test_beyond_float64_is_none(runs: tuple[Samples, Samples]) -> None:
+    frame = runs[1].frame[runs[1].frame["task"] == "toy_ll"]
+    far = frame.assign(metrics=[{"perplexity": -5000.0}] * len(frame))
+    (found,) = compare_perplexities(frame, far, 0.95)
+    assert found.pruned is None and found.ratio is None
+    assert found.nats_per_unit.value > 4000
+
+
+def test_nan_and_missing_numbers_name_the_document(runs: tuple[Samples, Samples]) -> None:
+    frame = runs[1].frame[runs[1].frame["task"] == "toy_roll"]
+    metrics = [dict(values) for values in frame["metrics"]]
+    metrics[3]["word_perplexity.0"] = math.nan
+    bad = frame.assign(metrics=metrics)
+    with pytest.raises(NumericsError, match="Run 'pruned': Task 'toy_roll', document 3"):
+        compare_perplexities(frame, bad, 0.95)
+    del metrics[3]["word_perplexity.0"]
+    with pytest.raises(SamplesError, match="no 'word_perplexity' on document 3 of task"):
+        compare_perplexities(frame, bad.assign(metrics=metrics), 0.95)
+    assert replace(runs[1], frame=frame).tasks == ("toy_roll",)
