@@ -136,8 +136,8 @@ def _table(result: Comparison) -> Table:
 
     table = Table(title="Pruned against dense, in %")
     table.add_column("task", overflow="fold")
-    for name in ("n", "dense", "pruned", "change\np", "verdict\nHolm's", "stability", "agreement",
-                 "lost/gained"):  # fmt: skip
+    for name in ("n", "dense", "pruned", "change\n(Holm's)\nverdict", "stability", "agreement",
+                 "lost/gained", "p\n(Holm's)"):  # fmt: skip
         table.add_column(name, justify="right")
     for task in result.tasks:
         name = task.task if task.filter == "none" else f"{task.task} ({task.filter})"
@@ -168,7 +168,6 @@ def _group_mean(group: GroupComparison) -> list[str]:
         percent(dense),
         percent(pruned),
         points(change),
-        "",
         escape(_with_interval(group.macro_stability)),
     ]
 
@@ -195,20 +194,20 @@ def _cells(name: str, row: TaskComparison | GroupComparison | Overall) -> list[s
 
     difference = row.difference.model_dump()
     verdict: str = "no worse" if row.decision == "no worse than margin" else row.decision or ""
+    change, p = [points(row.difference.value), interval(difference, signed=True)], [row.p_value]
     if row.adjusted is not None:
-        ends = interval(row.adjusted.model_dump(), signed=True)
-        verdict = f"{verdict}\n{ends}\n{p_value(row.p_holm)}"
+        change.append(f"({interval(row.adjusted.model_dump(), signed=True)})")
+        p.append(row.p_holm)
     cells = [
         terminal_text(name),
         str(row.n),
         with_error(row.dense.model_dump()),
         with_error(row.pruned.model_dump()),
-        f"{points(row.difference.value)}\n{interval(difference, signed=True)}\n"
-        + p_value(row.p_value),
-        verdict,
+        "\n".join([*change, verdict]),
         _with_interval(row.stability),
         percent(row.agreement.value),
         f"{row.flips.right_to_wrong}/{row.flips.wrong_to_right}\n{_above_noise(row)}",
+        "\n".join(map(p_value, p)),
     ]
     return [escape(cell.strip()) for cell in cells]
 
@@ -252,7 +251,7 @@ def _of_verdicts(result: Comparison) -> str:
         f"Stability: {result.mode}, spread of {result.quantity} over the choices "
         f"(ddof {result.ddof}). {100 * result.confidence:g} % intervals. Change and p: one score "
         "test (McNemar's; Tango's interval), over clusters of documents where there are some. "
-        "Verdict: interval and p are Holm's, adjusted over the tasks (over the groups for groups). "
+        "Verdict: by Holm's interval and p, adjusted over the tasks (over the groups for groups). "
         f"'no worse': the interval of the change excludes a drop of "
         f"{100 * (result.margin or 0):g} points or more."
     )
