@@ -192,17 +192,17 @@ def _cells(name: str, row: TaskComparison | GroupComparison | Overall) -> list[s
         with_error,
     )
 
-    difference = row.difference.model_dump()
+    difference = row.difference
     verdict: str = "no worse" if row.decision == "no worse than margin" else row.decision or ""
     change, p = [points(row.difference.value), interval(difference, signed=True)], [row.p_value]
     if row.adjusted is not None:
-        change.append(f"({interval(row.adjusted.model_dump(), signed=True)})")
+        change.append(f"({interval(row.adjusted, signed=True)})")
         p.append(row.p_holm)
     cells = [
         terminal_text(name),
         str(row.n),
-        with_error(row.dense.model_dump()),
-        with_error(row.pruned.model_dump()),
+        with_error(row.dense),
+        with_error(row.pruned),
         "\n".join([*change, verdict]),
         _with_interval(row.stability),
         percent(row.agreement.value),
