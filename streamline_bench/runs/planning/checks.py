@@ -123,13 +123,21 @@ def _check_calibration(plan: Plan, folder: Path, todo: Sequence[PlanRow]) -> Non
     tokenizer = load_tokenizer(folder, trust_remote_code=plan.trust_remote_code)
     config = load_config(folder, trust_remote_code=plan.trust_remote_code)
     longest = getattr(config, "max_position_embeddings", None)
-    for spec, labels in users.items():
+    for spec in users:
         read = load_instructions if spec.form == "instruction" else load_calibration
-        if spec.tokens is None:
-            spec = spec.model_copy(update={"samples": min(spec.samples or _FEW, _FEW)})
+        few = {} if spec.tokens else {"samples": min(spec.samples or _FEW, _FEW)}
         try:
-            read(spec, tokenizer, model_folder=folder, max_length=longest, progress=False)
+            read(
+                spec.model_copy(update=few),
+                tokenizer,
+                model_folder=folder,
+                max_length=longest,
+                progress=False,
+            )
         except CalibrationError as error:
+            labels = [
+                label for each in users if each.source == spec.source for label in users[each]
+            ]
             more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
             raise CalibrationError(
                 f"Row {labels[0]}{more} cannot be made: {error} Give --calibration with text that "

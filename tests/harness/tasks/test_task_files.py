@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from streamline_bench.harness.tasks.task_files import data_files, tasks_sha256
-from streamline_bench.runs.planning.request import Request
-from streamline_bench.runs.planning.resolve import resolve_plan
 
 
 def _named(config: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> list[str]:
@@ -77,27 +75,3 @@ def test_only_content_and_names_count(data: Path, tmp_path: Path) -> None:
         (data / name).write_text("changed", encoding="utf-8")
         assert key() != first
         first = key()
-
-
-def test_changed_data_elsewhere_is_another_plan(
-    make: Callable[..., Request], tasks: Path, tmp_path: Path
-) -> None:
-    elsewhere = tmp_path / "elsewhere.jsonl"
-    shutil.move(tasks / "words.jsonl", elsewhere)
-    yaml = (tasks / "words.yaml").read_text(encoding="utf-8")
-    (tasks / "words.yaml").write_text(
-        yaml.replace(str(tasks / "words.jsonl"), str(elsewhere)), encoding="utf-8"
-    )
-    (tasks / "_all.yaml").write_text("group: all_words\ntask: [words]\n", encoding="utf-8")
-
-    def key(*names: str) -> str:
-        request = make(tasks=list(names), include_path=str(tasks))
-        return resolve_plan(request).evaluation.tasks_sha256
-
-    asked = [("words",), ("all_words",), ("wor*",), (str(tasks / "words.yaml"),)]
-    before = [key(*names) for names in asked]
-    packaged = key("streamline_demo_pairs")
-    text = elsewhere.read_text(encoding="utf-8")
-    elsewhere.write_text(text.replace("w9 w4", "w9 w8"), encoding="utf-8")
-    assert all(key(*names) != old for names, old in zip(asked, before, strict=True))
-    assert key("streamline_demo_pairs") == packaged  # which reads none of it

@@ -22,7 +22,13 @@ def test_names_of_ours_of_the_users_and_of_the_harness_are_known(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"), [("piqaa", "piqa"), ("hellaswga", "hellaswag"), ("pi", ""), ("min", "mine")]
+    ("name", "meant"),
+    [
+        ("piqaa", "piqa"),
+        ("hellaswga", "hellaswag"),
+        ("piq", "piqa"),
+        ("streamline_dem", "streamline_demo"),
+    ],
 )
 def test_a_part_of_a_name_or_a_typo_is_unknown(tmp_path: Path, name: str, meant: str) -> None:
     (tmp_path / "mine.yaml").write_text("task: mine\n", encoding="utf-8")

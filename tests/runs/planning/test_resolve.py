@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,27 @@ def test_the_users_task_folder_comes_beside_ours(
     (job,) = plan_jobs(resolve_plan(make(recipes=["dense"], tasks=names[1:])))
     assert isinstance(job, ScoreJob)
     assert job.reader_command(RunPaths(tmp_path)).startswith("lm_eval --model streamline ")
+
+
+def test_changed_data_elsewhere_is_another_plan(
+    make: Callable[..., Request], tasks: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    shutil.move(tasks / "words.jsonl", elsewhere)
+    yaml = (tasks / "words.yaml").read_text(encoding="utf-8")
+    (tasks / "words.yaml").write_text(
+        yaml.replace(str(tasks / "words.jsonl"), str(elsewhere)), encoding="utf-8"
+    )
+    (tasks / "_all.yaml").write_text("group: all_words\ntask: [words]\n", encoding="utf-8")
+
+    def key(*names: str) -> str:
+        request = make(tasks=list(names), include_path=str(tasks))
+        return resolve_plan(request).evaluation.tasks_sha256
+
+    asked = [("words",), ("all_words",), ("wor*",), (str(tasks / "words.yaml"),)]
+    before = [key(*names) for names in asked]
+    packaged = key("streamline_demo_pairs")
+    text = elsewhere.read_text(encoding="utf-8")
+    elsewhere.write_text(text.replace("w9 w4", "w9 w8"), encoding="utf-8")
+    assert all(key(*names) != old for names, old in zip(asked, before, strict=True))
+    assert key("streamline_demo_pairs") == packaged  # which reads none of it
