@@ -18,7 +18,10 @@ import yaml
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "reports" / "docs" / "pages"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
-RECIPES = {path.stem for path in (ROOT / "baselines").glob("*.yaml")}
+EXAMPLE = ROOT / "tests" / "example_method"
+RECIPES = {
+    path.stem for path in (*(ROOT / "baselines").glob("*.yaml"), *EXAMPLE.rglob("recipes/*.yaml"))
+}
 GROUPS = {"all", "no-training"}
 TOOLS = ("streamline-bench", "lm_eval", "accelerate")
 

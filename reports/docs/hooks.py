@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace the markers of a page (called by MkDocs for every page)."""
-    parts = {"recipes": recipes, "commands": commands}
+    parts = {"recipes": recipes, "commands": commands, "example": example}
     return re.sub(
         r"<!-- generated: (\w+) -->", lambda found: "\n".join(parts[found[1]]()), markdown
     )
@@ -57,6 +57,16 @@ def _recipe(recipe: Mapping[str, Any]) -> Iterator[str]:
         value = f"{row['value']}{' (perplexity)' if row.get('unit') == 'perplexity' else ''}"
         cells = (row["model"], row["metric"], value, row.get("sparsity", ""), row["source"])
         yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def example() -> Iterator[str]:
+    """Yield the files of the example package."""
+    folder = ROOT / "tests" / "example_method"
+    languages = {".toml": "toml", ".py": "python", ".yaml": "yaml"}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in languages and path.name != "__init__.py":
+            yield from (f"`{path.relative_to(folder)}`", "", f"```{languages[path.suffix]}")
+            yield from (path.read_text("utf-8").rstrip(), "```", "")
 
 
 def commands() -> Iterator[str]:

@@ -21,72 +21,64 @@ __all__ = ["command", "finish", "stops_with_a_word"]
 
 @click.command("compare")
 @click.argument("model", required=False)
-@click.option("--plan", help="YAML file with any of the options below, or a plan that comes along.")
+@click.option("--plan", help="YAML file with any of these options, or the name of a plan.")
 @click.option(
     "--recipes", help="Names, YAML files, groups (all, recovered, …) and -NAME to leave out."
 )
 @click.option(
-    "--row", "rows", multiple=True, metavar="LABEL=RECIPE:KEY=VALUE,…", help="A row of your own."
+    "--row",
+    "rows",
+    multiple=True,
+    metavar="LABEL=RECIPE:KEY=VALUE,…",
+    help="A changed recipe.",
 )
 @click.option("--tasks", help="Comma-separated lm-eval tasks or groups.")
 @click.option("--include-path", help="Folder with your own task files.")
 @click.option("--sparsity", type=float, help="Share of the parameters to remove, in every row.")
 @click.option("--n-layers", type=int, help="Net number of layers to remove, instead of --sparsity.")
 @click.option("--calibration", help="Text, jsonl, parquet, saved dataset, hub id or preset.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any recipe key.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE",
+              help="Set a recipe key in the rows that read it.")  # fmt: skip
 @click.option("--limit", type=float, help="Documents per task, or a share of them below 1.")
 @click.option("--num-fewshot", type=int, help="Examples before each question.")
-@click.option(
-    "--apply-chat-template", is_flag=True, default=None, help="Use the tokenizer's chat template."
-)
-@click.option("--batch-size", help="Batch size of the evaluation: a number (16) or auto.")
-@click.option("--dtype", help="Dtype of the models in memory.")
+@click.option("--apply-chat-template", is_flag=True, default=None, help="Use the chat template.")
+@click.option("--batch-size", help="Batch size of the scoring: a number (16) or auto.")
+@click.option("--dtype", help="Dtype of the weights in memory.")
 @named_device_option
 @click.option("--revision", help="Revision of a hub model.")
 @click.option("--trust-remote-code", is_flag=True, default=None,
-              help="Run code that the model brings along.")  # fmt: skip
+              help="Run code that comes with the model.")  # fmt: skip
 @click.option("--title", help="Heading of the report.")
-@click.option("--throughput", type=click.Choice(["none", "vllm", "hf"]), help="Measure speed, too.")
-@click.option(
-    "--workload",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Setting of the speed measurement, such as rounds=3.",
-)
-@click.option(
-    "--noise-floor", is_flag=True, default=None, help="Score dense again at another batch size."
-)
-@click.option("--noise-batch-size", help="Score dense again at this batch size.")
-@click.option("--noise-dtype", help="Score dense again in this dtype, all else equal.")
+@click.option("--throughput", type=click.Choice(["none", "vllm", "hf"]), help="Also measure speed.")
+@click.option("--workload", multiple=True, metavar="KEY=VALUE",
+              help="Set a key of the speed measurement, such as rounds=4.")  # fmt: skip
+@click.option("--noise-floor", is_flag=True, default=None, help="Score the dense model twice.")
+@click.option("--noise-batch-size", help="Batch size of the second scoring.")
+@click.option("--noise-dtype", help="Dtype of one more scoring of the dense model.")
 @click.option("--noise-engine", type=click.Choice(["vllm"]),
-              help="Score dense again with this engine, all else equal.")  # fmt: skip
-@click.option("--text", help="File on which next-token distributions are compared, too; bundled: "
-              "of the model that comes along.")  # fmt: skip
-@click.option("--text-field", help="Field of the file's records that holds the text.")
-@click.option(
-    "--text-documents", type=click.IntRange(min=1), help="Documents of it to read, at most."
-)
-@click.option(
-    "--text-window", type=click.IntRange(min=2), help="Tokens of it to read at once; 2048."
-)
+              help="Engine of one more scoring of the dense model.")  # fmt: skip
+@click.option("--text",
+              help="Also compare next-token distributions on this file; bundled: on our own text.",
+              )  # fmt: skip
+@click.option("--text-field", help="Field of its records that holds the text.")
+@click.option("--text-documents", type=click.IntRange(min=1),
+              help="Read at most this many documents of it.")  # fmt: skip
+@click.option("--text-window", type=click.IntRange(min=2), help="Tokens per window.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a job.")
 @until_option
 @click.option("--trunk/--no-trunk", default=True, show_default=True,
-              help="Run layers that models share once.")  # fmt: skip
-@click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True)
-@click.option(
-    "--ray-address", default="auto", show_default=True, help="Address of an existing Ray cluster."
-)
+              help="Run shared layers once for all models.")  # fmt: skip
+@click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+              help="Where the jobs run.")  # fmt: skip
+@click.option("--ray-address", default="auto", show_default=True, help="Address of a Ray cluster.")
 @click.option("--cpus-per-job", default="1", show_default=True, metavar="N[,KIND=N…]",
-              help="CPUs that a job asks a Ray cluster for, as in 8,compress=2; kinds of jobs: "
-              "compress, score, text, measure.")  # fmt: skip
+              help="CPUs per job on a Ray cluster, such as 8,compress=2; KIND is compress, "
+              "score, text or measure.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=1), help="Jobs at a time on this machine.")
-@click.option("--gpus", help="Comma-separated ids of the GPUs that jobs share out.")
-@click.option(
-    "--gpus-per-job", type=click.IntRange(min=0), help="GPUs of one job; 1 with --gpus, else 0."
-)
+@click.option("--gpus", help="Comma-separated ids of the GPUs to use.")
+@click.option("--gpus-per-job", type=click.IntRange(min=0), help="GPUs per job; 1 with --gpus.")
 @click.option("--retries", type=click.IntRange(min=0), default=2, show_default=True,
-              help="New attempts after a job's process was lost.")  # fmt: skip
+              help="Attempts after a job's process died.")  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds per job.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Run folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
@@ -103,12 +95,12 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Compare recipes on MODEL: a folder, a hub id, or 'bundled' for the model that comes along.
+    """Compare recipes on MODEL: a folder, a hub id, or 'bundled' for the bundled model.
 
-    An interrupted run is continued by the same command. A recipe that fails marks its row; the
-    others go on. Exit code 0: everything that was asked for is there; 1: a row has no result, or
-    the noise floor, the text or the speed is missing; 2: nothing could be run, or the
-    report could not be made; 130 and 143: stopped by Ctrl-C or SIGTERM, to be continued.
+    The same command continues an interrupted run. If a recipe fails, its row says so, and the
+    others continue. Exit codes: 0: every result is there; 1: a row, the noise floor, the text or
+    the speed has no result; 2: wrong input, or no report; 130 and 143: stopped by Ctrl-C or
+    SIGTERM.
     """
     setup_logging(quiet=quiet or as_json)
     from streamline_bench.cli.compare_options import read_execution, read_options

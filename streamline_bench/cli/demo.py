@@ -14,16 +14,14 @@ __all__ = ["command"]
 @click.command("demo")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default=Path("streamline-demo"),
-    show_default=True, help="Run folder; an interrupted demo is continued in it.",
+    show_default=True, help="Run folder; the same command continues an interrupted demo.",
 )  # fmt: skip
 @click.option("--sparsity", type=float, default=0.25, show_default=True)
 @click.option("--rows", help="Comma-separated recipes; dense is added if missing.")
 @click.option("--limit", type=click.IntRange(min=1), help="Documents per task.")
 @until_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option(
-    "--overwrite", is_flag=True, help="Remove the results that a demo left in the run folder first."
-)
+@click.option("--overwrite", is_flag=True, help="Delete the results of an earlier demo first.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no log.")
 def command(
     output: Path,

@@ -22,21 +22,21 @@ __all__ = ["command"]
 @click.argument("dense")
 @click.argument("pruned")
 @click.argument("text", type=click.Path(path_type=Path))
-@click.option("--text-field", default="text", show_default=True, help="Of a record with fields.")
-@click.option("--documents", type=click.IntRange(min=1), help="At most this many.")
+@click.option("--text-field", default="text", show_default=True, help="Field with the text.")
+@click.option("--documents", type=click.IntRange(min=1), help="Read at most this many documents.")
 @click.option(
     "--window",
     type=click.IntRange(min=2),
     default=2048,
     show_default=True,
-    help="Tokens read at once.",
+    help="Tokens per window.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
 @device_option
-@dtype_option("Of the weights; distributions are compared in float32.")
+@dtype_option("Dtype of the weights; distributions are compared in float32.")
 @click.option("--confidence", type=click.FloatRange(0.5, 0.9999), default=0.95, show_default=True)
-@click.option("--revision", help="Of DENSE, where it is a hub name.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that the models bring along.")
+@click.option("--revision", help="Revision of DENSE on the hub.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the models.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def command(

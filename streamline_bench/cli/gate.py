@@ -23,24 +23,26 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
 
 @click.command("gate")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--against", type=click.Path(path_type=Path), help="Run or reference to compare to.")
+@click.option("--against", type=click.Path(path_type=Path), help="Reference to compare with.")
 @click.option(
     "--write-reference",
     "reference",
     type=click.Path(path_type=Path),
-    help="Write RUN's figures and verdicts as a reference file, instead of comparing.",
+    help="Write the results of RUN into a reference file; compare nothing.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a reference that is there.")
-@click.option("--row", "rows", multiple=True, help="Check this row only; may be repeated.")
-@click.option("--accuracy-margin", "accuracy", type=_SHARE, default=0.02, show_default=True)
-@click.option("--stability-margin", "stability", type=_SHARE, default=0.02, show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace an existing reference.")
+@click.option("--row", "rows", multiple=True, help="Check only this row; may be repeated.")
+@click.option("--accuracy-margin", "accuracy", type=_SHARE, default=0.02, show_default=True,
+              help="Accepted drop of accuracy, as a share.")  # fmt: skip
+@click.option("--stability-margin", "stability", type=_SHARE, default=0.02, show_default=True,
+              help="Accepted drop of stability, as a share.")  # fmt: skip
 @click.option(
     "--speed-tolerance",
     "speed",
     type=_SHARE,
     default=0.05,
     show_default=True,
-    help="Relative loss of tokens per second that is tolerated.",
+    help="Accepted relative loss of tokens per second.",
 )
 @click.option("--confidence", type=click.FloatRange(0.5, 0.9999), default=0.95, show_default=True)
 @click.option("--draws", type=click.IntRange(min=100), default=10_000, show_default=True)

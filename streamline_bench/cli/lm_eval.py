@@ -1,4 +1,4 @@
-"""``streamline-bench lm-eval``: the harness's own command line, with our model and tasks known."""
+"""``streamline-bench lm-eval``: the harness's own command line, with our models and tasks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["command"]
 def command(arguments: tuple[str, ...]) -> None:
     """Call lm_eval with --model streamline registered and our tasks on its --include_path.
 
-    Everything behind the command goes to lm_eval as it is; a folder that --include_path names comes
-    in addition to ours, and its tasks count where names are equal:
-    streamline-bench lm-eval --model streamline --model_args pretrained=DIR --tasks streamline_demo
+    All arguments go to lm_eval unchanged. A folder given as --include_path is added to ours; its
+    tasks win if names are equal. Example:
+    streamline-bench lm-eval run --model streamline --model_args pretrained=DIR --tasks NAME
     """
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging

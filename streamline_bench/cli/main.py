@@ -26,14 +26,14 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "compress": ("compress", "Remove layers from a model and write the result as a checkpoint."),
     "demo": ("demo", "Run the whole pipeline on the bundled model, ending in a report."),
     "divergence": ("divergence", "Compare two models' next-token distributions on a text."),
-    "gate": ("gate", "Exit with 1 if a run lost accuracy, stability or speed against a reference."),
+    "gate": ("gate", "Fail if a run lost accuracy, stability or speed against a reference."),
     "lm-eval": ("lm_eval", "Call the lm-eval harness with our models and tasks registered."),
     "opencompass": ("opencompass", "Evaluate recipes with OpenCompass and make the report."),
     "recipes": ("recipes", "List the recipes, or show one."),
     "report": ("report", "Render the report of a run folder again."),
-    "scan": ("scan", "Show how little each block of layers changes the hidden states."),
+    "scan": ("scan", "Show which blocks of layers change the hidden states least."),
     "stability": ("stability", "Compare the answers of two evaluated models."),
-    "tasks": ("tasks", "List the evaluation tasks that come with the package."),
+    "tasks": ("tasks", "List the evaluation tasks in the package."),
     "throughput": ("throughput", "Measure tokens per second, latency and memory of models."),
 }
 """Subcommand -> (module in ``streamline_bench.cli``, one-line help)."""

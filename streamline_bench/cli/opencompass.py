@@ -43,11 +43,11 @@ def _write_configs(context: click.Context, _: click.Parameter, folder: Path | No
     "--recipes",
     default="dense,streamline",
     show_default=True,
-    help="Names, separated by commas; the first one is what the others are compared with.",
+    help="Comma-separated names; the others are compared with the first one.",
 )
 @click.option("--sparsity", type=float, help="Share of the parameters to remove, between 0 and 1.")
 @click.option("--n-layers", type=int, help="Net number of layers to remove, instead of --sparsity.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any recipe key.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set a recipe key.")
 @click.option(
     "--datasets",
     default="bundled",
@@ -61,25 +61,25 @@ def _write_configs(context: click.Context, _: click.Parameter, folder: Path | No
     "engine_arguments",
     multiple=True,
     metavar="KEY=VALUE",
-    help="For from_pretrained, or for vllm.LLM (kv_cache_memory_bytes=1073741824).",
+    help="Argument of from_pretrained or of vllm.LLM.",
 )
 @click.option("--chat", is_flag=True, help="Put prompts into the tokenizer's chat template.")
 @named_device_option
-@click.option("--dtype", help="Dtype of the weights; the checkpoint's own unless given.")
+@click.option("--dtype", help="Dtype of the weights  [default: that of the checkpoint]")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--max-seq-len", type=click.IntRange(min=2), help="Tokens of a prompt.")
+@click.option("--max-seq-len", type=click.IntRange(min=2), help="Longest prompt, in tokens.")
 @click.option("--max-out-len", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option(
     "--share-prefixes/--stock-inferencer",
     default=True,
     show_default=True,
-    help="Score the choices of a question together, or label by label as OpenCompass does.",
+    help="Score the choices of a question together, or one by one as OpenCompass does.",
 )
 @click.option(
-    "--gpus", type=click.IntRange(min=0), help="GPUs per task; one, if the environment has any."
+    "--gpus", type=click.IntRange(min=0), help="GPUs per task  [default: 1 if there is a GPU]"
 )
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--in-process", is_flag=True, help="One process for all tasks: starts faster.")
+@click.option("--in-process", is_flag=True, help="Run all tasks in one process; starts faster.")
 @click.option(
     "--python",
     default=sys.executable,
@@ -110,9 +110,8 @@ def command(
 ) -> None:
     """Evaluate MODEL under several recipes with OpenCompass, and make the report.
 
-    Further compressed checkpoints can be named; they are evaluated as they are. Running the same
-    command again continues an interrupted run. Data is looked for where OpenCompass does:
-    ./data or $COMPASS_DATA_CACHE/data.
+    Compressed checkpoints can be added; they are evaluated as they are. The same command continues
+    an interrupted run. Data is expected in ./data or $COMPASS_DATA_CACHE/data.
     """
     setup_logging(quiet=quiet or as_json)
     progress = not (quiet or as_json)

@@ -37,7 +37,7 @@ def device_option(command: _Command) -> _Command:
         default="auto",
         show_default=True,
         callback=_found_device,
-        help="cpu, cuda or cuda:N; auto: cuda where there is one.",
+        help="cpu, cuda or cuda:N; auto: cuda if there is one.",
     )
     return option(command)
 
@@ -59,7 +59,7 @@ def named_device_option(command: _Command) -> _Command:
         "--device",
         show_default="auto",
         callback=_named_device,
-        help="cpu, cuda or cuda:N; auto: cuda where there is one.",
+        help="cpu, cuda or cuda:N; auto: cuda if there is one.",
     )
     return option(command)
 

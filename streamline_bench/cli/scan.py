@@ -38,12 +38,14 @@ def _sizes(ctx: click.Context, option: click.Parameter, value: str | None) -> li
     help="Text file (.txt, .jsonl, .csv, .parquet, …), data set folder, hub id or preset.",
 )
 @click.option("--text-field", default="text", show_default=True, help="Field that holds the text.")
-@click.option("--samples", type=click.IntRange(1), default=50, show_default=True)
-@click.option("--sequence-length", type=click.IntRange(2), default=2048, show_default=True)
+@click.option("--samples", type=click.IntRange(1), default=50, show_default=True,
+              help="Calibration sequences.")  # fmt: skip
+@click.option("--sequence-length", type=click.IntRange(2), default=2048, show_default=True,
+              help="Tokens per sequence.")  # fmt: skip
 @click.option(
-    "--documents", is_flag=True, help="One document per sequence instead of packed blocks."
+    "--documents", is_flag=True, help="One document per sequence, instead of packed text."
 )
-@click.option("--n", "sizes", callback=_sizes, help="Block sizes to list in full, e.g. 4,8.")
+@click.option("--n", "sizes", callback=_sizes, help="Block sizes to show in detail, such as 4,8.")
 @click.option(
     "--metric", type=click.Choice(["cosine", "angular"]), default="cosine", show_default=True
 )
@@ -52,22 +54,22 @@ def _sizes(ctx: click.Context, option: click.Parameter, value: str | None) -> li
     type=click.Choice(["raw", "postnorm"]),
     default="raw",
     show_default=True,
-    help="Last layer's own output, or that of the final norm as in the reference.",
+    help="Last state: before (raw) or after the final norm.",
 )
-@click.option("--streamed", is_flag=True, help="Hold one layer's weights at a time.")
+@click.option("--streamed", is_flag=True, help="Load one layer at a time; needs little memory.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the data order.")
 @click.option("--revision", help="Revision of a hub model.")
 @device_option
-@dtype_option("Of the weights in memory.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along.")
+@dtype_option("Dtype of the weights in memory.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
     help="Folder for similarity.json and similarity.svg  [default: scan-NAME]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace these two files if they exist.")
+@click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; write files only with -o.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no table.")
 def command(

@@ -32,8 +32,8 @@ QUANTITIES = ["nll_per_byte", "nll_per_char", "nll", "ppl_per_byte", "ppl_per_ch
 @click.command("stability")
 @click.argument("dense", type=click.Path(path_type=Path))
 @click.argument("pruned", type=click.Path(path_type=Path))
-@click.option("--task", "tasks", multiple=True, help="Task or group; may be repeated.")
-@click.option("--common", is_flag=True, help="Compare the tasks that both have.")
+@click.option("--task", "tasks", multiple=True, help="Compare only this task or group.")
+@click.option("--common", is_flag=True, help="Compare the tasks that both runs have.")
 @click.option(
     "--mode",
     type=click.Choice(["paper", "reference_script"]),
@@ -62,7 +62,7 @@ QUANTITIES = ["nll_per_byte", "nll_per_char", "nll", "ppl_per_byte", "ppl_per_ch
     type=click.FloatRange(0, 1),
     default=0.02,
     show_default=True,
-    help="How large a drop of accuracy is tolerated, as a share.",
+    help="Accepted drop of accuracy, as a share.",
 )
 @click.option(
     "--noise",
@@ -90,8 +90,8 @@ def command(
 ) -> None:
     """Compare the answers of DENSE and PRUNED: two folders that lm_eval or OpenCompass wrote.
 
-    lm_eval needs --log_samples. Of OpenCompass give a run, or predictions/<model> in it. Runs that
-    were not asked the same are refused, with the first difference.
+    lm_eval needs --log_samples. For OpenCompass, give a run or its predictions/<model> folder. Both
+    runs must have the same prompts and documents; the first difference is shown otherwise.
     """
     from streamline_bench.report.text import terminal_text
     from streamline_bench.stability.compare_answers import compare_answers

@@ -16,9 +16,9 @@ __all__ = ["command"]
 
 @click.command("tasks")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-@click.option("--path", "only_path", is_flag=True, help="Print the folder for --include_path.")
+@click.option("--path", "only_path", is_flag=True, help="Print the folder, for --include_path.")
 def command(as_json: bool, only_path: bool) -> None:
-    """List the lm-eval tasks and groups that come with the package."""
+    """List the lm-eval tasks and groups in the package."""
     from streamline_bench.resources import resource
 
     root = resource("tasks") / "lm_eval"

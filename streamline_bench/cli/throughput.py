@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
 from streamline_bench.cli.given import refuse_given
 from streamline_bench.cli.options import print_table, setup_logging
+from streamline_bench.core.machine.environment import printable
 
 if TYPE_CHECKING:
     from streamline_bench.throughput.record import ThroughputRecord
@@ -32,7 +33,7 @@ def _list_of(kind: Callable[[str], _Number]) -> Callable[..., tuple[_Number, ...
         except ValueError:
             raise click.BadParameter(f"'{value}' is not a list of numbers such as 1,8") from None
         if not all(number > 0 for number in numbers):
-            raise click.BadParameter(f"'{value}' has a number that is not above 0")
+            raise click.BadParameter(f"'{value}' must hold numbers above 0 only")
         return numbers
 
     return read
@@ -41,78 +42,60 @@ def _list_of(kind: Callable[[str], _Number]) -> Callable[..., tuple[_Number, ...
 @click.command("throughput")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("--dense", help="Label of the reference model  [default: the first]")
-@click.option(
-    "--engine",
-    type=click.Choice(["vllm", "hf"]),
-    help="vLLM or transformers  [default: hf; with --serve: vllm]",
-)
-@click.option("--serve", "serving", is_flag=True, help="vllm serve + vllm bench serve: latencies.")
-@click.option(
-    "--paper", is_flag=True, help="One sequence at a time through transformers, as in the paper."
-)
-@click.option(
-    "--batch",
-    callback=_list_of(int),
-    default="1,8,32",
-    show_default=True,
-    help="Sequences generated at once, one measurement each.",
-)
-@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--output-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=6, show_default=True)
-@click.option("--warmup-rounds", type=click.IntRange(0), default=1, show_default=True)
-@click.option(
-    "--request-rate",
-    callback=_list_of(float),
-    default="1,4,inf",
-    show_default=True,
-    help="With --serve: requests per second.",
-)
-@click.option(
-    "--requests",
-    type=click.IntRange(1),
-    default=32,
-    show_default=True,
-    help="With --serve: at each rate.",
-)
-@click.option("--max-concurrency", type=click.IntRange(1), help="With --serve: in flight at most.")
-@click.option("--port", type=click.IntRange(1, 65535), help="With --serve  [default: a free one]")
-@click.option("--dtype", type=_DTYPES, default="auto", show_default=True)
+@click.option("--engine", type=click.Choice(["vllm", "hf"]),
+              help="vLLM or transformers  [default: hf; with --serve: vllm]")  # fmt: skip
+@click.option("--serve", "serving", is_flag=True,
+              help="Start a vLLM server per model and measure its latencies.")  # fmt: skip
+@click.option("--paper", is_flag=True,
+              help="The paper's setting: transformers, one sequence at a time.")  # fmt: skip
+@click.option("--batch", callback=_list_of(int), default="1,8,32", show_default=True,
+              help="Batch sizes, comma-separated; each is measured.")  # fmt: skip
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True,
+              help="Tokens of each prompt.")  # fmt: skip
+@click.option("--output-tokens", type=click.IntRange(1), default=128, show_default=True,
+              help="Tokens that each sequence generates.")  # fmt: skip
+@click.option("--rounds", type=click.IntRange(1), default=6, show_default=True,
+              help="Measured rounds of every model and batch size.")  # fmt: skip
+@click.option("--warmup-rounds", type=click.IntRange(0), default=1, show_default=True,
+              help="Rounds before them that do not count.")  # fmt: skip
+@click.option("--request-rate", callback=_list_of(float), default="1,4,inf", show_default=True,
+              help="With --serve: requests per second, comma-separated.")  # fmt: skip
+@click.option("--requests", type=click.IntRange(1), default=32, show_default=True,
+              help="With --serve: number of requests at each rate.")  # fmt: skip
+@click.option("--max-concurrency", type=click.IntRange(1),
+              help="With --serve: most requests at the same time.")  # fmt: skip
+@click.option("--port", type=click.IntRange(1, 65535),
+              help="With --serve: port of the server  [default: a free one]")  # fmt: skip
+@click.option("--dtype", type=_DTYPES, default="auto", show_default=True,
+              help="Dtype of the weights; auto: that of the first model.")  # fmt: skip
 # Not the shared option: to try the device, it would hold memory there beside the models.
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    help="cpu, cuda or cuda:N; auto: cuda where there is one.",
-)
-@click.option(
-    "--threads", type=click.IntRange(1), help="Of each model  [default: OMP_NUM_THREADS, or 1]"
-)
-@click.option(
-    "--clock",
-    type=click.Choice(["wall", "cpu"]),
-    help="What tokens are counted against  [default: cpu seconds on a CPU, else wall]",
-)
-@click.option("--eager/--no-eager", default=None, help="vLLM without compilation and CUDA graphs.")
-@click.option("--prefix-caching", is_flag=True, help="Let vLLM reuse prompts it has seen.")
-@click.option("--kv-cache-gib", type=click.FloatRange(0, min_open=True), help="vLLM's cache.")
-@click.option("--one-at-a-time", is_flag=True, help="For models that do not fit beside each other.")
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True)
-@click.option(
-    "--start-timeout", type=click.FloatRange(0, min_open=True), default=900, show_default=True
-)
-@click.option("--revision", help="Of every MODEL that is a hub name.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that the models bring along.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True,
+              help="cpu, cuda or cuda:N; auto: cuda if there is one.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1),
+              help="CPU threads of each model  [default: OMP_NUM_THREADS, or 1]")  # fmt: skip
+@click.option("--clock", type=click.Choice(["wall", "cpu"]),
+              help="Count tokens per second of this clock  [default: cpu on a CPU, else wall]",
+              )  # fmt: skip
+@click.option("--eager/--no-eager", default=None,
+              help="With vLLM: run without compilation and CUDA graphs.")  # fmt: skip
+@click.option("--prefix-caching", is_flag=True,
+              help="With vLLM: reuse the cache of prompts seen before.")  # fmt: skip
+@click.option("--kv-cache-gib", type=click.FloatRange(0, min_open=True),
+              help="With vLLM: size of the cache of keys and values.")  # fmt: skip
+@click.option("--one-at-a-time", is_flag=True,
+              help="Measure one model after the other; needs less memory.")  # fmt: skip
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True,
+              help="Seconds that one round may take.")  # fmt: skip
+@click.option("--start-timeout", type=click.FloatRange(0, min_open=True), default=900,
+              show_default=True, help="Seconds that loading may take.")  # fmt: skip
+@click.option("--revision", help="Revision of the hub models.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a model.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the prompts.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record instead of a table.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    help="Folder for throughput.json and each model's log.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace a throughput.json that is there.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no table.")
+@click.option("-o", "--output", type=click.Path(path_type=Path),
+              help="Folder for throughput.json and the logs.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace an existing throughput.json.")
+@click.option("-q", "--quiet", is_flag=True, help="Print failures only.")
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -128,35 +111,41 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Measure how fast each MODEL generates, beside the first one.
+    """Measure how fast each MODEL generates, compared with the first one.
 
-    MODEL is a folder or hub name, or LABEL=FOLDER. Each runs in a process of its own; they take
-    turns round by round, so that other load on the machine hits all alike. A model that crashes,
-    hangs or does not fit becomes a failed row, and the exit code 1.
+    MODEL is a folder or hub name, or LABEL=FOLDER. Each model runs in its own process. The models
+    take turns, round by round, so that other load on the machine affects all of them. A model that
+    crashes, hangs or does not fit becomes a failed row; the exit code is then 1.
     """
     if serving and (paper or engine == "hf"):
         wrong = "--paper" if paper else "--engine hf"
-        raise click.UsageError(f"--serve runs vLLM's server; it does not go with {wrong}.")
+        raise click.UsageError(f"--serve needs vLLM's server; it cannot be used with {wrong}.")
     if paper and engine == "vllm":
-        raise click.UsageError("--paper runs transformers; it does not go with --engine vllm.")
+        raise click.UsageError("--paper needs transformers; it cannot be used with --engine vllm.")
     _refuse_ignored(ctx, engine or "hf", serving, paper)
     setup_logging(quiet=quiet or as_json)
     named = _named(models, revision)
     _require_free(output, overwrite)
-    record = _measured(
-        named, engine or "hf", serving, paper, output, not (quiet or as_json), **options
-    )
+    how = {"output": output, "progress": not (quiet or as_json)}
+    if serving:
+        record = _served(named, options, how)
+    else:
+        record = _measured(named, engine or "hf", "paper" if paper else "offline", options, how)
+    failures = {model.label: model.reason for model in record.models if model.reason}
     if as_json:
         click.echo(record.model_dump_json(indent=2))
     elif not quiet:
         _show(record)
-    if any(model.reason for model in record.models):
+    if quiet or as_json:
+        for label, reason in failures.items():
+            click.echo(f"{printable(label)} failed: {printable(reason)}", err=True)
+    if failures:
         sys.exit(1)
 
 
 def _refuse_ignored(ctx: click.Context, engine: str, serving: bool, paper: bool) -> None:
     if serving:
-        refuse_given(ctx, "--serve sends requests, model after model", *_OF_BATCHES)
+        refuse_given(ctx, "--serve sends requests to one model at a time", *_OF_BATCHES)
         return
     refuse_given(ctx, "it goes with --serve", *_OF_SERVING)
     if engine == "hf":
@@ -166,7 +155,7 @@ def _refuse_ignored(ctx: click.Context, engine: str, serving: bool, paper: bool)
 
 
 def _named(models: tuple[str, ...], revision: str | None) -> dict[str, str]:
-    """Labels and folders; folders that are not there are refused before anything is started."""
+    """Return label -> folder; a missing folder is an error before anything is started."""
     from streamline_bench.core.checkpoint.folder import resolve_pretrained
 
     named: dict[str, str] = {}
@@ -199,63 +188,57 @@ def _require_free(output: Path | None, overwrite: bool) -> None:
 
 
 def _measured(
-    models: dict[str, str],
+    models: Mapping[str, str],
     engine: str,
-    serving: bool,
-    paper: bool,
-    output: Path | None,
-    progress: bool,
-    *,
-    dense: str | None,
-    batch: tuple[int, ...],
-    prompt_tokens: int,
-    output_tokens: int,
-    rounds: int,
-    warmup_rounds: int,
-    request_rate: tuple[float, ...],
-    requests: int,
-    max_concurrency: int | None,
-    port: int | None,
-    kv_cache_gib: float | None,
-    prefix_caching: bool,
-    seed: int,
-    device: str,
-    **setup: Any,
+    mode: Literal["offline", "paper"],
+    options: Mapping[str, Any],
+    how: Mapping[str, Any],
 ) -> ThroughputRecord:
+    from streamline_bench.throughput import measure
+
+    return measure(models, engine=engine, mode=mode, **_asked(models, options), **how)
+
+
+def _served(
+    models: Mapping[str, str], options: Mapping[str, Any], how: Mapping[str, Any]
+) -> ThroughputRecord:
+    from streamline_bench.throughput import ServingLoad, serve
+
+    load = ServingLoad(
+        request_rates=options["request_rate"],
+        requests=options["requests"],
+        max_concurrency=options["max_concurrency"],
+    )
+    return serve(models, load=load, port=options["port"], **_asked(models, options), **how)
+
+
+def _asked(models: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what both ways of measuring are given."""
     from pydantic import ValidationError
 
-    from streamline_bench.throughput import ServingLoad, Setup, Workload, measure, serve
+    from streamline_bench.throughput import Setup, Workload
     from streamline_bench.throughput.workload import chosen_device
 
-    workload = Workload(
-        batch_sizes=batch,
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
-        rounds=rounds,
-        warmup_rounds=warmup_rounds,
-        seed=seed,
-        prefix_caching=prefix_caching,
-    )
-    cache = None if kv_cache_gib is None else int(kv_cache_gib * _GIB)
+    def chosen(names: str) -> dict[str, Any]:
+        return {name: options[name] for name in names.split()}
+
+    lengths = "prompt_tokens output_tokens rounds warmup_rounds seed prefix_caching"
+    workload = Workload(batch_sizes=options["batch"], **chosen(lengths))
+    cache = options["kv_cache_gib"]
+    limits = "dtype threads clock eager one_at_a_time timeout start_timeout trust_remote_code"
     try:
-        how = Setup(kv_cache_bytes=cache, device=chosen_device(device), **setup)
+        setup = Setup(
+            kv_cache_bytes=None if cache is None else int(cache * _GIB),
+            device=chosen_device(options["device"]),
+            **chosen(limits),
+        )
     except ValidationError:
         raise click.BadParameter(
-            f"'{device}' is none of auto, cpu, cuda, cuda:N", param_hint="--device"
+            f"'{options['device']}' is not a device; give auto, cpu, cuda or cuda:N",
+            param_hint="--device",
         ) from None
-    shared: dict[str, Any] = {
-        "dense": dense or next(iter(models)),
-        "workload": workload,
-        "setup": how,
-        "output": output,
-        "progress": progress,
-    }
-    if serving:
-        load = ServingLoad(
-            request_rates=request_rate, requests=requests, max_concurrency=max_concurrency
-        )
-        return serve(models, load=load, port=port, **shared)
-    return measure(models, engine=engine, mode="paper" if paper else "offline", **shared)
+    dense = options["dense"] or next(iter(models))
+    return {"dense": dense, "workload": workload, "setup": setup}
 
 
 def _show(record: ThroughputRecord) -> None:

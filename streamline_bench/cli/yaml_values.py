@@ -29,7 +29,7 @@ def yaml_assignments(option: str, given: tuple[str, ...]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             reason = " ".join(str(getattr(error, "problem", None) or error).split())
             raise click.BadParameter(
-                f"'{value}' for '{key}' is no YAML value ({reason}); quote it",
+                f"'{value}' for '{key}' is not a YAML value ({reason}); quote it",
                 param_hint=option,
             ) from None
     return parsed

@@ -20,7 +20,7 @@ from streamline_bench.throughput.meters import (
 )
 from streamline_bench.throughput.process import ModelProcess, WorkerError
 from streamline_bench.throughput.record import Round
-from streamline_bench.throughput.workload import Workload, prompts
+from streamline_bench.throughput.workload import Setup, Workload, prompts
 
 __all__ = ["Contender", "OfflineJob", "RunningModel", "process_environment"]
 
@@ -62,19 +62,20 @@ class RunningModel:
 
     Attributes:
         capacity: the largest batch that the engine is started for.
-        visible: the only accelerator that the process sees; None on a processor.
     """
 
     contender: Contender
     engine_name: str
-    engine: type[Engine]
     settings: EngineSettings
-    visible: str | None
-    timeout: float
-    start_timeout: float
+    setup: Setup
     log: Path
     device: Device | None = None
     _process: ModelProcess | None = None
+
+    @property
+    def engine(self) -> type[Engine]:
+        """The engine's class."""
+        return engine_class(self.engine_name)
 
     @property
     def capacity(self) -> int:
@@ -108,7 +109,7 @@ class RunningModel:
                 answer: dict[str, Any] = process.ask(
                     "round",
                     f"generating {batch} x {workload.output_tokens} tokens",
-                    self.timeout,
+                    self.setup.timeout,
                     batch=batch,
                     prompt_tokens=workload.prompt_tokens,
                     output_tokens=workload.output_tokens,
@@ -134,13 +135,13 @@ class RunningModel:
     def _load(self) -> None:
         started = time.perf_counter()
         environment = process_environment(
-            self.engine.environment(self.settings), self.settings, self.visible
+            self.engine.environment(self.settings), self.settings, self.setup.visible_device
         )
         process = ModelProcess(f"{__name__}:OfflineJob", environment, self.log)
         answer = process.ask(
             "load",
             "loading the model",
-            self.start_timeout,
+            self.setup.start_timeout,
             engine=self.engine_name,
             settings=self.settings.model_dump(),
         )
@@ -156,12 +157,9 @@ class RunningModel:
         self.contender.notes.append(
             f"out of memory when started for a batch of {self.capacity}; started for {half}"
         )
-        self.settings = self.settings.model_copy(
-            update={
-                "max_batch": half,
-                "kv_cache_bytes": _half(self.settings.kv_cache_bytes),
-            }
-        )
+        cache = self.settings.kv_cache_bytes
+        smaller = {"max_batch": half, "kv_cache_bytes": max(1, cache // 2) if cache else cache}
+        self.settings = self.settings.model_copy(update=smaller)
         return True
 
 
@@ -217,7 +215,3 @@ def process_environment(
     if visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible
     return environment
-
-
-def _half(size: int | None) -> int | None:
-    return None if size is None else max(1, size // 2)

@@ -8,9 +8,9 @@ import platform
 import re
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from streamline_bench.core.machine.environment import package_versions
 from streamline_bench.throughput.contender import Contender
@@ -31,8 +31,7 @@ HOST_VARIABLE = "STREAMLINE_BENCH_MACHINE"
 """Stands for the host's name where that changes from run to run, as in containers."""
 
 
-@dataclass(frozen=True)
-class Accelerator:
+class Accelerator(NamedTuple):
     """An NVIDIA device as the driver names it."""
 
     name: str

@@ -26,7 +26,7 @@ from streamline_bench.throughput.results import model_result, points_of
 from streamline_bench.throughput.sweep import Measured, sweep
 from streamline_bench.throughput.workload import Setup, Workload
 
-__all__ = ["contenders_of", "log_folder", "measure", "recorded"]
+__all__ = ["contenders_of", "engine_settings", "log_folder", "measure", "recorded"]
 
 
 def measure(
@@ -65,13 +65,23 @@ def measure(
             raise ThroughputError(f"Paper mode runs engine 'hf', not '{engine}'; leave it out.")
         workload = workload.model_copy(update={"batch_sizes": (1,)})
         setup = setup.model_copy(update={"attention": setup.attention or "eager"})
-    kind = engine_class(engine)
-    kind.require()
+    engine_class(engine).require()
     contenders = contenders_of(models, dense, workload)
     dtype = resolved_dtype(setup.dtype, [c.footprint.dtype for c in contenders if c.footprint])
     surroundings = Surroundings(setup)
     with log_folder(output) as logs:
-        running = _running(contenders, engine, workload, setup, dtype, logs, surroundings)
+        largest, tokens = max(workload.batch_sizes), workload.sequence_tokens
+        running = [
+            RunningModel(
+                contender,
+                engine,
+                engine_settings(contender, contenders, workload, setup, dtype, largest, tokens),
+                setup,
+                logs / f"{index:02d}.log",
+                surroundings.nvml,
+            )
+            for index, contender in enumerate(contenders)
+        ]
         measured = _swept(running, workload, setup.one_at_a_time, progress)
     points = {
         label: points_of(
@@ -168,8 +178,8 @@ def _contender(label: str, model: str, workload: Workload) -> Contender:
     contender = Contender(label, model, folder, sizes)
     if sizes.max_tokens is not None and sizes.max_tokens < workload.sequence_tokens:
         contender.fail(
-            f"the model takes {sizes.max_tokens} tokens, prompt and output have "
-            f"{workload.sequence_tokens}; ask for fewer"
+            f"the model takes at most {sizes.max_tokens} tokens, but prompt and output have "
+            f"{workload.sequence_tokens}; give fewer --prompt-tokens or --output-tokens"
         )
     return contender
 
@@ -197,46 +207,32 @@ def log_folder(output: Path | None) -> Iterator[Path]:
     yield logs
 
 
-def _running(
-    contenders: list[Contender],
-    engine: str,
+def engine_settings(
+    contender: Contender,
+    contenders: Sequence[Contender],
     workload: Workload,
     setup: Setup,
     dtype: str,
-    logs: Path,
-    surroundings: Surroundings,
-) -> list[RunningModel]:
-    kind = engine_class(engine)
-    largest = max(workload.batch_sizes)
+    sequences: int,
+    sequence_tokens: int,
+) -> EngineSettings:
+    """Return how one model is loaded, for batches of up to ``sequences``."""
     sizes = [c.footprint for c in contenders if c.footprint is not None]
-    cache = setup.kv_cache_bytes or cache_bytes(sizes, largest, workload.sequence_tokens, dtype)
-    return [
-        RunningModel(
-            contender,
-            engine,
-            kind,
-            EngineSettings(
-                model=str(contender.folder),
-                device=setup.process_device,
-                dtype=dtype,
-                threads=setup.resolved_threads,
-                max_batch=largest,
-                sequence_tokens=workload.sequence_tokens,
-                seed=workload.seed,
-                prefix_caching=workload.prefix_caching,
-                kv_cache_bytes=cache,
-                eager=setup.eager,
-                attention=setup.attention,
-                trust_remote_code=setup.trust_remote_code,
-            ),
-            setup.visible_device,
-            setup.timeout,
-            setup.start_timeout,
-            logs / f"{index:02d}.log",
-            surroundings.nvml,
-        )
-        for index, contender in enumerate(contenders)
-    ]
+    cache = setup.kv_cache_bytes or cache_bytes(sizes, sequences, sequence_tokens, dtype)
+    return EngineSettings(
+        model=str(contender.folder),
+        device=setup.process_device,
+        dtype=dtype,
+        threads=setup.resolved_threads,
+        max_batch=sequences,
+        sequence_tokens=sequence_tokens,
+        seed=workload.seed,
+        prefix_caching=workload.prefix_caching,
+        kv_cache_bytes=cache,
+        eager=setup.eager,
+        attention=setup.attention,
+        trust_remote_code=setup.trust_remote_code,
+    )
 
 
 def _swept(

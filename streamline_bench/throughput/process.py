@@ -19,9 +19,9 @@ import psutil
 
 from streamline_bench.core.machine.environment import printable
 from streamline_bench.core.machine.processes import GRACE, LeashedProcess
-from streamline_bench.throughput.out_of_memory import is_out_of_memory, kernel_kills
+from streamline_bench.throughput.worker import is_out_of_memory
 
-__all__ = ["ModelProcess", "WorkerError"]
+__all__ = ["ModelProcess", "WorkerError", "kernel_kills"]
 
 _LOG_TAIL = 1 << 16
 _POINTS_TO_LOG = re.compile(r"engine ?core|ended with exit code", re.IGNORECASE)
@@ -167,6 +167,15 @@ class ModelProcess(LeashedProcess):
         with self._log.open("rb") as file:
             file.seek(max(self._log_start, self._log.stat().st_size - _LOG_TAIL))
             return file.read().decode("utf-8", "replace")
+
+
+def kernel_kills() -> int | None:
+    """How many processes the kernel has ended for memory since it started; None if unknown."""
+    try:
+        found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) if found else None
 
 
 def _children(pid: int) -> list[psutil.Process]:

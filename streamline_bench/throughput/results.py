@@ -134,22 +134,27 @@ def model_result(
     worked = any(status == "ok" for status, _ in outcomes)
     reasons = [contender.failure, *(reason for _, reason in outcomes)]
     reason = next((reason for reason in reasons if reason), None)
-    values = sizes.kv_values_per_token if sizes is not None else None
+    measured: dict[str, Any] = {}
+    if sizes is not None:
+        values = sizes.kv_values_per_token
+        measured = {
+            "parameters": sizes.parameters,
+            "layers": sizes.layers or None,
+            "weights_bytes": sizes.weights_bytes,
+            "kv_bytes_per_token": values * DTYPE_BYTES[dtype] if values is not None else None,
+            "ideal": ideal(dense, sizes) if dense and dense.flops and sizes.flops else None,
+        }
     return ModelResult(
         label=contender.label,
         model=contender.model,
         status="ok" if worked else "failed",
         reason=reason or (None if worked else "nothing was measured"),
         notes=tuple(contender.notes),
-        parameters=sizes.parameters if sizes is not None else None,
-        layers=(sizes.layers or None) if sizes is not None else None,
-        weights_bytes=sizes.weights_bytes if sizes is not None else None,
-        kv_bytes_per_token=values * DTYPE_BYTES[dtype] if values is not None else None,
         kv_cache_tokens=loaded.kv_cache_tokens if loaded is not None else None,
-        ideal=ideal(dense, sizes) if dense and sizes and dense.flops and sizes.flops else None,
         start_seconds=contender.start_seconds,
         points=points,
         serving=serving,
+        **measured,
     )
 
 

@@ -14,8 +14,13 @@ from streamline_bench.throughput.contender import Contender, process_environment
 from streamline_bench.throughput.engines import EngineSettings, Loaded
 from streamline_bench.throughput.engines.vllm import VLLMEngine, vllm_environment
 from streamline_bench.throughput.environment import Surroundings
-from streamline_bench.throughput.footprint import cache_bytes, resolved_dtype
-from streamline_bench.throughput.measurement import contenders_of, log_folder, recorded
+from streamline_bench.throughput.footprint import resolved_dtype
+from streamline_bench.throughput.measurement import (
+    contenders_of,
+    engine_settings,
+    log_folder,
+    recorded,
+)
 from streamline_bench.throughput.process import ModelProcess, WorkerError
 from streamline_bench.throughput.record import ServingPoint, ThroughputRecord
 from streamline_bench.throughput.serving import HOST, JOB, point_of
@@ -70,8 +75,13 @@ def serve(
         log_folder(output) as logs,
         tqdm(total=total, desc="serving", unit="step", disable=not progress) as bar,
     ):
+        sequences = min(load.max_concurrency or load.requests, _MOST_SEQUENCES)
+        limits = [c.footprint.max_tokens for c in contenders if c.footprint]
+        longest = min(filter(None, [workload.sequence_tokens + _SPARE_TOKENS, *limits]))
         for index, contender in enumerate(contenders):
-            settings = _settings(contender, contenders, workload, load, setup, dtype)
+            settings = engine_settings(
+                contender, contenders, workload, setup, dtype, sequences, longest
+            )
             server = _Server(contender, settings, setup, port, logs / f"{index:02d}.log")
             served[contender.label] = server.sweep(workload, load, bar.update)
     return recorded(
@@ -166,33 +176,6 @@ class _Server:
             self.contender.loaded = Loaded(vocab_size=0, **answer)
             return process
         return None
-
-
-def _settings(
-    contender: Contender,
-    contenders: list[Contender],
-    workload: Workload,
-    load: ServingLoad,
-    setup: Setup,
-    dtype: str,
-) -> EngineSettings:
-    sequences = min(load.max_concurrency or load.requests, _MOST_SEQUENCES)
-    limits = [c.footprint.max_tokens for c in contenders if c.footprint and c.footprint.max_tokens]
-    longest = min([workload.sequence_tokens + _SPARE_TOKENS, *limits])
-    sizes = [c.footprint for c in contenders if c.footprint is not None]
-    return EngineSettings(
-        model=str(contender.folder),
-        device=setup.process_device,
-        dtype=dtype,
-        threads=setup.resolved_threads,
-        max_batch=sequences,
-        sequence_tokens=longest,
-        seed=workload.seed,
-        prefix_caching=workload.prefix_caching,
-        kv_cache_bytes=setup.kv_cache_bytes or cache_bytes(sizes, sequences, longest, dtype),
-        eager=setup.eager,
-        trust_remote_code=setup.trust_remote_code,
-    )
 
 
 def free_port() -> int:

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from streamline_bench.throughput.record import (
         ModelResult,
         Point,
-        ServingPoint,
         ThroughputRecord,
     )
 
@@ -94,13 +93,17 @@ def _largest(model: ModelResult) -> Point | None:
 
 
 def _figures(record: ThroughputRecord, model: ModelResult, batch: int | None) -> ThroughputFigures:
-    point = _point_at(model, batch)
-    served = _slowest_rate(model)
+    if batch is None:
+        point = _largest(model) or next(iter(model.points), None)
+    else:
+        point = next((point for point in model.points if point.batch_requested == batch), None)
+    served = [found for found in model.serving if found.status == "ok"]
+    slowest = min(served, key=lambda found: found.request_rate, default=None)
     rate = point.output_tokens_per_second if point is not None else None
     ratio = point.ratio if point is not None else None
     per_second = rate.median if rate is not None else None
-    if per_second is None and served is not None:
-        per_second = max(p.output_tokens_per_second or 0.0 for p in _served(model))
+    if per_second is None and served:
+        per_second = max(found.output_tokens_per_second or 0.0 for found in served)
     failed = per_second is None
     reason = point.reason if point is not None and point.reason else model.reason
     return ThroughputFigures(
@@ -122,7 +125,7 @@ def _figures(record: ThroughputRecord, model: ModelResult, batch: int | None) ->
         weights_bytes=model.weights_bytes,
         peak_memory_bytes=point.peak_memory_bytes if point is not None else None,
         kv_cache_tokens=model.kv_cache_tokens,
-        ttft_ms=served.ttft.p50 if served is not None and served.ttft is not None else None,
+        ttft_ms=slowest.ttft.p50 if slowest is not None and slowest.ttft is not None else None,
         start_seconds=model.start_seconds,
         mode=record.mode,
         engine_version=record.environment.engine_version,
@@ -131,17 +134,3 @@ def _figures(record: ThroughputRecord, model: ModelResult, batch: int | None) ->
         output_tokens=record.workload.output_tokens,
         request_load=None if record.serving_load is None else record.serving_load.described,
     )
-
-
-def _point_at(model: ModelResult, batch: int | None) -> Point | None:
-    if batch is None:
-        return _largest(model) or next(iter(model.points), None)
-    return next((point for point in model.points if point.batch_requested == batch), None)
-
-
-def _served(model: ModelResult) -> list[ServingPoint]:
-    return [point for point in model.serving if point.status == "ok"]
-
-
-def _slowest_rate(model: ModelResult) -> ServingPoint | None:
-    return min(_served(model), key=lambda point: point.request_rate, default=None)

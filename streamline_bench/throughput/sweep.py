@@ -1,4 +1,4 @@
-"""The sweep over batch sizes: models take turns round by round, memory that runs out halves."""
+"""The sweep over batch sizes: models take turns; after running out of memory, half the batch."""
 
 from __future__ import annotations
 

@@ -10,14 +10,22 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 from typing import Any, BinaryIO
 
 from streamline_bench.core.machine.processes import hold_leash
 from streamline_bench.errors import StreamlineBenchError
-from streamline_bench.throughput.out_of_memory import is_out_of_memory
 
-__all__ = ["main"]
+__all__ = ["is_out_of_memory", "main"]
+
+_SIGNS = re.compile(
+    r"out of memory|outofmemory|can't allocate memory|cannot allocate memory|MemoryError"
+    r"|std::bad_alloc|no available memory for the cache blocks"
+    r"|available memory on node .* is less than requested"
+    r"|larger than the available KV cache memory|less than desired GPU memory utilization",
+    re.IGNORECASE,
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -38,6 +46,11 @@ def main(arguments: list[str]) -> None:
             _reply(replies, {"error": _sentence(error), "out_of_memory": _ran_out(error)})
             raise
         _reply(replies, {"answer": answer})
+
+
+def is_out_of_memory(text: str) -> bool:
+    """Whether the text of an error says that memory ran out (torch, CUDA, C++, vLLM)."""
+    return _SIGNS.search(text) is not None
 
 
 def _reply(replies: BinaryIO, payload: dict[str, Any]) -> None:

@@ -194,7 +194,7 @@ def test_how_it_is_run_is_no_part_of_the_request() -> None:
         (["--ray-address", "auto"], "--ray-address has no effect here; it needs"),
         (["--cpus-per-job", "2"], "--cpus-per-job has no effect here"),
         (["--throughput", "hf", "--workload", "rounds"], "Invalid value for --workload"),
-        (["--throughput", "hf", "--workload", "rounds=[1"], "'[1' for 'rounds' is no YAML value"),
+        (["--throughput", "hf", "--workload", "rounds=[1"], "'[1' for 'rounds'"),
         (["--set", "seed"], "Invalid value for --set"),
         (["--device", "cud"], "Invalid value for '--device': 'cud' is not a device"),
     ],

@@ -131,8 +131,8 @@ def test_mistakes_end_with_a_sentence(
         (["--datasets", "hellaswg"], "no data sets called 'hellaswg'"),
         (["--recipes", "dense,streemline"], "streemline"),
         ([f"dense={tiny_llama}"], "Two models are called 'dense'"),
-        (["--engine-arg", "a=[1"], "'[1' for 'a' is no YAML value"),
-        (["--engine-arg", "a=b: c: d"], "'b: c: d' for 'a' is no YAML value"),
+        (["--engine-arg", "a=[1"], "'[1' for 'a' is not a YAML value"),
+        (["--engine-arg", "a=b: c: d"], "'b: c: d' for 'a' is not a YAML value"),
         (["--engine-arg", "a"], "--engine-arg: 'a' is not KEY=VALUE"),
     ):
         with pytest.raises(SystemExit) as stopped:

