@@ -30,11 +30,11 @@ class Contender:
     """A model in (or before) its process.
 
     Attributes:
-        label, model: what the user calls it, and the folder or hub name given for it.
+        label, model: its name in the record, and the folder or hub name as it was given.
         folder: where it lies; None if it was not found.
         footprint: its sizes; None if the checkpoint could not be read.
         failure: why it can no longer be measured; None while it can.
-        loaded: what the engine said when it was first loaded, ``start_seconds`` after its start.
+        loaded: the engine's facts from the first load, which took ``start_seconds``.
     """
 
     label: str
@@ -52,7 +52,7 @@ class Contender:
         return self.failure is None
 
     def fail(self, reason: str) -> None:
-        """Give this model up; what it has given stays."""
+        """Measure this model no more; its results so far stay."""
         self.failure = reason
 
 
@@ -122,7 +122,7 @@ class RunningModel:
         return Round(index=index, **answer), on_device or peak.bytes
 
     def hang_up(self) -> None:
-        """Tell the process to end, and do not wait for it."""
+        """Ask the process to end, without waiting for it."""
         if self._process is not None:
             self._process.hang_up()
 
@@ -206,7 +206,7 @@ class OfflineJob:
 def process_environment(
     of_engine: Mapping[str, str], settings: EngineSettings, visible: str | None
 ) -> Mapping[str, str]:
-    """Return the variables that a model's process needs beside this process's own."""
+    """Return the additional environment variables of a model's process."""
     environment = {
         "OMP_NUM_THREADS": str(settings.threads),
         "TOKENIZERS_PARALLELISM": "false",

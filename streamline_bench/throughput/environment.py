@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 HOST_VARIABLE = "STREAMLINE_BENCH_MACHINE"
-"""Stands for the host's name where that changes from run to run, as in containers."""
+"""Replaces the host's name, which changes from run to run in containers."""
 
 
 class Accelerator(NamedTuple):
@@ -65,8 +65,8 @@ def accelerators() -> tuple[Accelerator, ...]:
 def machine_id() -> str:
     """Return 16 hex digits, equal where processor, cores, accelerators and host are.
 
-    Figures of different ids must not be compared but as ratios within a run. The host's name goes
-    in as a digest only; ``STREAMLINE_BENCH_MACHINE`` stands for it where it is set.
+    Speeds of different ids compare only as ratios within a run. The host's name (or
+    ``STREAMLINE_BENCH_MACHINE``, if set) enters as a digest only.
     """
     parts = [
         processor_name(),
@@ -103,7 +103,7 @@ class Surroundings:
             self._memory = "NVML, or the peak of torch's allocator for engine hf"
 
     def described(self, contenders: Sequence[Contender]) -> Environment:
-        """Return the record's environment, with what the engines said."""
+        """Return the record's environment, with the facts from the engines."""
         loaded = [c.loaded for c in contenders if c.loaded is not None]
         devices = accelerators()
         named = next((entry.device_name for entry in loaded if entry.device_name), None)

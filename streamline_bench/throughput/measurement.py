@@ -1,4 +1,4 @@
-"""Measures models beside one another and writes the record."""
+"""Measures models side by side and writes the record."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def measure(
     output: Path | None = None,
     progress: bool = True,
 ) -> ThroughputRecord:
-    """Measure the models, each in a process of its own, taking turns round by round.
+    """Measure the models, each in its own process, taking turns round by round.
 
     A model that is missing, crashes, hangs or runs out of memory becomes a failed row with the
-    reason; the others are measured all the same.
+    reason; the others are still measured.
 
     Args:
         models: label -> folder or hub name.
@@ -154,7 +154,7 @@ def recorded(
 def contenders_of(
     models: Mapping[str, Path | str], dense: str | None, workload: Workload
 ) -> list[Contender]:
-    """Read the sizes of every model; one that cannot be read has failed already.
+    """Read the sizes of every model; a model that cannot be read is a failed one.
 
     Raises:
         ThroughputError: no model, or ``dense`` is not among them.
@@ -186,7 +186,7 @@ def _contender(label: str, model: str, workload: Workload) -> Contender:
 
 @contextmanager
 def log_folder(output: Path | None) -> Iterator[Path]:
-    """Yield the folder for the processes' logs, emptied; a passing one without ``output``.
+    """Yield an empty folder for the processes' logs; a temporary one without ``output``.
 
     Raises:
         OutputError: it cannot be written.

@@ -43,7 +43,7 @@ class Device:
     def memory_bytes(self, processes: Iterable[int]) -> int | None:
         """Memory that the given processes hold together; None if NVML sees none of them.
 
-        In a container with process numbers of its own, NVML does not know them.
+        NVML does not know the process ids inside a container.
         """
         wanted = set(processes)
         try:

@@ -1,7 +1,7 @@
 """``throughput.json``: everything that was measured, and on what.
 
-Times are seconds unless a name ends in ``_ms``; sizes are bytes. A value that could not be had is
-null, and the field beside it says why where that is not plain.
+Times are seconds unless a name ends in ``_ms``; sizes are bytes. A value that could not
+be measured is null; where the reason is not obvious, the next field gives it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Ratio(_Recorded):
 class Point(_Recorded):
     """One model at one batch size.
 
-    ``output_tokens_per_second`` counts by the record's clock; the two beside it by each clock.
+    ``output_tokens_per_second`` uses the record's clock; the next two fields use one clock each.
     ``batch_size`` is smaller than ``batch_requested`` where memory ran out (see ``notes``).
     """
 
@@ -206,7 +206,7 @@ class Environment(_Recorded):
 
 
 class PaperFigure(_Recorded):
-    """One row of the paper's table, for reading beside ours."""
+    """One row of the paper's table."""
 
     name: str
     tokens_per_second: float

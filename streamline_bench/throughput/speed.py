@@ -23,8 +23,8 @@ class Speed(Frozen):
     Attributes:
         batch_size: the largest that was measured for the dense model (0: nothing was measured).
         output_tokens_per_second: median by ``clock``; ``low`` and ``high`` are its extremes.
-        ratio: to dense in the same measurement, with the ends of its interval; None for want of a
-            dense figure.
+        ratio: to dense in the same measurement, with the ends of its interval; None without a dense
+            result.
         ideal_ratio: what the ratio would be if only size counted.
         ttft_ms: median time to first token at the lowest request rate, where it was served.
         mode, engine_version, threads, prompt_tokens, output_tokens: how it was measured, and on

@@ -82,7 +82,7 @@ def _point(
         except _OutOfMemoryError as out:
             label = out.model.contender.label
             if batch == 1:
-                # It alone is given up: the others may hold what was asked for.
+                # Only this model fails: the others may hold the requested batch.
                 out.model.contender.fail(f"out of memory with a batch of one: {out.reason}")
                 batch, notes = requested, []
                 continue

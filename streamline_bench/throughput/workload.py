@@ -90,7 +90,7 @@ class Setup(Frozen):
         kv_cache_bytes: vLLM's cache, equal for all models; None: what the largest batch needs.
         timeout: seconds for one round, or for one rate when serving.
         start_timeout: seconds for loading.
-        one_at_a_time: load, measure and end each model before the next, for want of memory.
+        one_at_a_time: load, measure and end each model before the next; needs less memory.
         trust_remote_code: run code that the models bring along.
     """
 

@@ -113,7 +113,7 @@ def test_a_hang_ends_with_its_timeout_and_leaves_no_process(
         setup=SETUP.model_copy(update={"timeout": 3.0}),
     )
     assert found["hanging"].reason is not None
-    assert "no answer within 3 s while generating" in found["hanging"].reason
+    assert "3 s" in found["hanging"].reason and "generating" in found["hanging"].reason
     assert len(found["hanging"].points[0].rounds) == 1  # kept, but no figure is made of it
     assert found["hanging"].points[0].ratio is None
     assert found["dense"].status == "ok"
@@ -134,7 +134,7 @@ def test_a_model_killed_from_outside_while_measuring(
 
     threading.Thread(target=kill, daemon=True).start()
     found = measured({"slow": slow, "dense": fake_model("dense")}, fake_engine)
-    assert "killed by signal 9" in str(found["slow"].reason)
+    assert "signal 9" in str(found["slow"].reason)
     assert found["dense"].status == "ok"
 
 
@@ -148,11 +148,9 @@ def test_memory_that_runs_out_halves_the_batch_for_all(
     for model in found.values():
         (point,) = model.points
         assert (point.status, point.batch_requested, point.batch_size) == ("ok", 16, 4)
-        assert point.notes == tuple(
-            f"dense ran out of memory with a batch of {size}; "
-            f"all models were measured with {size // 2}"
-            for size in (16, 8)
-        )
+        for note, size in zip(point.notes, (16, 8), strict=True):
+            assert note.startswith("dense ") and "memory" in note
+            assert str(size) in note and str(size // 2) in note
     assert found["small"].points[0].ratio is not None
 
 
@@ -162,7 +160,7 @@ def test_a_model_that_cannot_hold_one_sequence_does_not_drag_the_others_down(
     models = {"dense": fake_model("dense"), "huge": fake_model("huge", out_of_memory_above=0)}
     found = measured(models, fake_engine)
     assert found["dense"].points[0].batch_size == 2
-    assert "out of memory with a batch of one" in str(found["huge"].reason)
+    assert "out of memory" in str(found["huge"].reason)
 
 
 def test_memory_that_ran_out_once_does_not_explain_a_later_failure(
@@ -187,8 +185,8 @@ def test_an_engine_that_takes_memory_at_the_start_is_started_for_half(
     workload = ONE.model_copy(update={"batch_sizes": (1, 4)})
     found = measured(models, "fake_engine:SizedEngine", workload=workload)
     assert [p.batch_size for p in found["dense"].points] == [1, 2]
-    assert "big could be started for a batch of 2 only" in found["dense"].points[1].notes[0]
-    assert found["big"].notes == ("out of memory when started for a batch of 4; started for 2",)
+    assert "big" in found["dense"].points[1].notes[0] and "2" in found["dense"].points[1].notes[0]
+    assert [all(w in note for w in ("memory", "4", "2")) for note in found["big"].notes] == [True]
 
 
 def test_one_at_a_time_never_has_two_processes(fake_model: FakeModel, fake_engine: str) -> None:
@@ -204,22 +202,21 @@ def test_every_models_notes_are_shown_once_in_words_of_its_group(
 ) -> None:
     """One at a time, a model that runs out of memory is measured with less, the others are not."""
     models = {"dense": fake_model("dense"), "big": fake_model("big", out_of_memory_above=1)}
-    ran_out = "big ran out of memory with a batch of 2; "
-    for alone, words in ((True, "it was measured with 1"), (False, "all models were measured w")):
+    for alone, words in ((True, "it was"), (False, "all models")):
         setup = SETUP.model_copy(update={"one_at_a_time": alone})
         record = measure(
             models, dense="dense", engine=fake_engine, workload=ONE, setup=setup, progress=False
         )
         assert [bool(model.points[0].notes) for model in record.models] == [not alone, True]
-        shown = [line for line in notes(record).splitlines() if line.startswith(ran_out)]
-        assert len(shown) == 1 and shown[0].startswith(ran_out + words)
+        (shown,) = [line for line in notes(record).splitlines() if "out of memory" in line]
+        assert shown.startswith("big ") and words in shown
         for folder in models.values():
             (folder / "batches.txt").unlink()
 
 
 def test_a_missing_model_is_a_failed_row(fake_model: FakeModel, fake_engine: str) -> None:
     found = measured({"dense": fake_model("dense"), "gone": Path("/no/such")}, fake_engine)
-    assert found["gone"].reason == "Model folder /no/such does not exist."
+    assert "/no/such" in str(found["gone"].reason)
     assert found["dense"].status == "ok"
 
 
@@ -249,14 +246,14 @@ def test_the_models_process_ends_when_the_measuring_one_is_killed(
 
 def test_wrong_requests_are_refused(fake_model: FakeModel, tmp_path: Path) -> None:
     folder = fake_model("dense")
-    with pytest.raises(ThroughputError, match=r"'x' is not among the models: dense"):
+    with pytest.raises(ThroughputError, match=r"'x'.*dense"):
         measure({"dense": folder}, dense="x")
-    with pytest.raises(ThroughputError, match="No model was given"):
+    with pytest.raises(ThroughputError, match=r"[Nn]o model"):
         measure({})
-    with pytest.raises(ThroughputError, match=r"no engine 'vlm'.*vllm"):
+    with pytest.raises(ThroughputError, match=r"'vlm'.*vllm"):
         measure({"dense": folder}, engine="vlm")
-    with pytest.raises(ThroughputError, match="Paper mode runs engine 'hf'"):
+    with pytest.raises(ThroughputError, match=r"'hf'.*'vllm'"):
         measure({"dense": folder}, engine="vllm", mode="paper")
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"file cannot be written"):
+    with pytest.raises(OutputError, match=r"file.*--output"):
         measure({"dense": folder}, output=tmp_path / "file", progress=False)

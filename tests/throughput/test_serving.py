@@ -71,7 +71,7 @@ def test_another_device_than_asked_for_is_a_failed_row(
     folder = fake_model("dense")
     (model,) = served({"dense": folder}).models
     assert model.status == "failed"
-    assert "runs on device 'cuda', and 'cpu' was asked for; give --device cuda" in str(model.reason)
+    assert all(w in str(model.reason) for w in ("'cuda'", "'cpu'", "--device cuda"))
     serving = [
         p for p in psutil.process_iter(["cmdline"]) if str(folder) in (p.info["cmdline"] or [])
     ]
@@ -88,17 +88,15 @@ def test_an_engine_on_another_device_than_asked_for_is_a_failed_row(
         record = measure(models, engine="vllm", workload=WORKLOAD, progress=False)
         reasons[platform] = str(record.models[0].reason)
     assert "the engine was started" in reasons["cpu"]
-    assert "runs on device 'cuda', and 'cpu' was asked for" in reasons["cuda"]
+    assert "'cuda'" in reasons["cuda"] and "'cpu'" in reasons["cuda"]
 
 
 def test_a_port_that_is_always_taken_is_a_failed_row(fake_model: FakeModel) -> None:
     folder = fake_model("dense", taken=99)
     (model,) = served({"dense": folder}).models
     assert model.status == "failed"
-    assert model.reason == (
-        "vllm serve ended with exit code 1 (while starting the server): "
-        "OSError: [Errno 98] Address already in use"
-    )
+    for word in ("vllm serve", "exit code 1", "starting", "Address already in use"):
+        assert word in str(model.reason)
     assert {point.status for point in model.serving} == {"failed"}
     assert len((folder / "ports.txt").read_text().split()) == 3
 
@@ -108,7 +106,7 @@ def test_a_given_port_that_is_taken_is_refused(fake_model: FakeModel) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(ThroughputError, match=rf"Port {port} cannot be used \(Address already"):
+        with pytest.raises(ThroughputError, match=rf"{port}.*in use.*--port"):
             served({"dense": fake_model("dense")}, port=port)
 
 
@@ -118,7 +116,7 @@ def test_a_given_port_that_is_taken_is_refused(fake_model: FakeModel) -> None:
         ({"exit": 7}, "vllm serve ended with exit code 7"),
         ({"bench_exit": 4}, "vllm bench serve ended with exit code 4"),
         ({"requests_fail": 2}, "2 of 4 requests failed"),
-        ({"bench_hang": True}, "no answer within 4 s while serving 2 requests per second"),
+        ({"bench_hang": True}, "4 s while serving 2 requests per second"),
     ],
 )
 def test_failures_are_rows_and_leave_no_process(

@@ -121,12 +121,12 @@ def engine_path(name: str) -> str:
     """Return ``module:Class`` of an engine; a name of that form stands for itself.
 
     Raises:
-        ThroughputError: there is no engine of this name.
+        ThroughputError: the name is unknown.
     """
     if ":" in name:
         return name
     if name not in ENGINES:
-        raise ThroughputError(f"There is no engine '{name}'{suggest(name, list(ENGINES))}")
+        raise ThroughputError(f"Unknown engine '{name}'{suggest(name, list(ENGINES))}")
     return ENGINES[name]
 
 
@@ -134,7 +134,7 @@ def engine_class(name: str) -> type[Engine]:
     """Return the class of an engine.
 
     Raises:
-        ThroughputError: there is no engine of this name.
+        ThroughputError: the name is unknown.
     """
     module, _, attribute = engine_path(name).partition(":")
     found: type[Engine] = getattr(importlib.import_module(module), attribute)
