@@ -1,4 +1,4 @@
-"""Speed of models: tokens per second, latency and memory, each model in a process of its own.
+"""Speed of models: tokens per second, latency and memory, each model in its own process.
 
 The names below are imported on first use: a report that reads figures needs no engine.
 """
