@@ -51,7 +51,7 @@ class CompressedModel(LM):  # type: ignore[misc]
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Return generated texts, as the stock class does."""
         with user_errors():
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return,safe-super]
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
 
     @abstractmethod
     def _identity(self) -> str:

@@ -13,6 +13,7 @@ byte-order mark. Halves of surrogate pairs, which no tokenizer takes, become U+F
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import logging
@@ -165,9 +166,9 @@ def _open(path: Path) -> TextIO:
     if method == "zstd":  # Python has no module for it before 3.14
         import pyarrow
 
-        raw = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+        raw = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path), "rb"), "zstd")
     else:
-        raw = __import__(method).open(path, "rb")
+        raw = importlib.import_module(method).open(path, "rb")
     return io.TextIOWrapper(raw, encoding="utf-8-sig")
 
 

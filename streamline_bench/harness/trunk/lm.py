@@ -52,7 +52,7 @@ class TrunkLM(StreamlineLM):
         """Return generated texts, as the stock class does."""
         if self._walk is not None:
             self._walk.note_per_model("generate_until")
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
         self,
