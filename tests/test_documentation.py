@@ -124,6 +124,16 @@ def test_python_examples_compile_and_import_what_exists(page: Path) -> None:
                 assert not missing, f"{node.module} has no {missing}"
 
 
+def test_names_of_the_api_reference_exist() -> None:
+    text = (DOCS / "reference" / "api.md").read_text("utf-8")
+    names = re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)
+    assert len(names) > 15
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        found = getattr(importlib.import_module(module), attribute, None)
+        assert found is not None or importlib.import_module(name), name
+
+
 def test_plans_and_tasks_in_yaml_are_mappings() -> None:
     for page in PAGES:
         for code in blocks(page, "yaml"):
