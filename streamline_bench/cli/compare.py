@@ -30,7 +30,7 @@ __all__ = ["command", "finish", "stops_with_a_word"]
     "rows",
     multiple=True,
     metavar="LABEL=RECIPE:KEY=VALUE,…",
-    help="A changed recipe.",
+    help="Add a row: a recipe with changes, under this label.",
 )
 @click.option("--tasks", help="Comma-separated lm-eval tasks or groups.")
 @click.option("--include-path", help="Folder with your own task files.")
