@@ -99,7 +99,7 @@ def test_the_worst_comes_first_and_speed_is_relative() -> None:
 
 
 def test_what_is_adjusted_is_said_beside_the_figures() -> None:
-    """An interval without 0 beside "cannot tell": p, which decides, is adjusted over tasks."""
+    """Interval and p of a task are adjusted over the row's tasks, those of a mean are not."""
     found = check("cannot tell", p_value=0.0612)
     assert cells(found)[-2] == "0.061" and cells(check("ok"))[-2] == MISSING
     shown = line(found)

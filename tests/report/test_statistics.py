@@ -158,13 +158,14 @@ def test_it_is_said_which_figures_are_adjusted_over_tasks(board: dict[str, Any])
         assert any(head.split()[0] == title and word in head for head in heads), (title, word)
     line = next(part for part in text.split("## Difference by task")[1].splitlines()
                 if part.startswith("| none"))  # fmt: skip
-    for shown in (points(found["difference"]["value"]), points(found["difference"]["low"]),
+    for shown in (points(found["difference"]["value"]), points(found["adjusted"]["low"]),
                   p_value(found["p_holm"]), found["decision"]):  # fmt: skip
         assert shown in line
     assert "not adjusted" in text and "Holm" in text
     record = list(csv.DictReader(io.StringIO(to_csv(valid(board)))))[1]
     for column, value in (
         ("difference_low_unadjusted:colours", found["difference"]["low"]),
+        ("difference_high_holm:colours", found["adjusted"]["high"]),
         ("p_holm:colours", found["p_holm"]),
     ):
         assert float(record[column]) == value

@@ -1,8 +1,9 @@
 """``leaderboard.csv``: one line per row, numbers unrounded, shares between 0 and 1.
 
 Of each task: ``difference_low_unadjusted`` and ``difference_high_unadjusted`` are the interval of
-that task alone and ``p_unadjusted`` its test; ``p_holm`` is adjusted over the row's tasks, and
-``decision_by_p_holm`` follows from it and the margin.
+that task alone and ``p_unadjusted`` its test; ``difference_low_holm``, ``difference_high_holm`` and
+``p_holm`` are adjusted over the row's tasks; ``decision_by_p_holm`` follows from ``p_holm`` and the
+margin.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ def _task(task: TaskScore) -> dict[str, Any]:
         f"p_method:{name}": found.p_method,
         f"clusters:{name}": found.clusters and found.clusters.count,
         f"p_holm:{name}": found.p_holm,
+        f"difference_low_holm:{name}": found.adjusted.low if found.adjusted else None,
+        f"difference_high_holm:{name}": found.adjusted.high if found.adjusted else None,
         f"decision_by_p_holm:{name}": found.decision,
     }
 

@@ -211,17 +211,25 @@ def _change(task: TaskScore) -> str:
     found = task.comparison
     if found is None:
         return MISSING
-    parts = [with_interval(found.difference, signed=True)]
+    parts = [with_interval(found.adjusted or found.difference, signed=True)]
     if found.p_holm is not None:
         parts.append(f"p {p_value(found.p_holm)}")
     return ", ".join([*parts, *([found.decision] if found.decision else [])])
 
 
 def _change_note(board: Leaderboard) -> str:
+    compared = (task.comparison for row in board.rows for task in row.tasks)
+    if not any(found and found.adjusted for found in compared):
+        return (
+            f"In points. The {board.level} interval is of the one task, not adjusted for the "
+            "number of tasks; p is adjusted by Holm, and the verdict follows from it and the "
+            "margin."
+        )
     return (
-        f"In points. The {board.level} interval is of the one task, not adjusted for the number of "
-        "tasks. p is adjusted by Holm over the row's tasks; the verdict follows from this p and "
-        "the margin. So an interval without 0 can stand beside 'cannot tell'."
+        f"In points. The {board.level} interval and p are adjusted by Holm over the row's tasks: "
+        "the interval excludes 0 exactly where p is significant, and 'better' and 'worse' follow "
+        "from them. Whether a drop of the margin is excluded follows from the interval of the one "
+        "task, which is not adjusted and is in leaderboard.csv."
     )
 
 
