@@ -135,7 +135,7 @@ def _table(result: Comparison) -> Table:
     from rich.table import Table
 
     table = Table(title="Pruned against dense, in %")
-    table.add_column("task", overflow="fold")
+    table.add_column("task", overflow="fold", min_width=16)
     for name in ("n", "dense", "pruned", "change\n(Holm's)\nverdict", "stability", "agreement",
                  "lost/gained", "p\n(Holm's)"):  # fmt: skip
         table.add_column(name, justify="right")
@@ -196,7 +196,7 @@ def _cells(name: str, row: TaskComparison | GroupComparison | Overall) -> list[s
     verdict: str = "no worse" if row.decision == "no worse than margin" else row.decision or ""
     change, p = [points(row.difference.value), interval(difference, signed=True)], [row.p_value]
     if row.adjusted is not None:
-        change.append(f"({interval(row.adjusted, signed=True)})")
+        change.append(interval(row.adjusted, signed=True))
         p.append(row.p_holm)
     cells = [
         terminal_text(name),

@@ -143,7 +143,7 @@ def test_a_run_against_itself(runs: tuple[Samples, Samples]) -> None:
 def test_seed_decides_and_nothing_else_does(runs: tuple[Samples, Samples]) -> None:
     again = compare_answers(*runs, settings=FAST)
     alone = compare_answers(*runs, tasks=["toy_mc"], settings=FAST)
-    of_the_family = {"p_holm": None, "decision": None}
+    of_the_family = {"p_holm": None, "adjusted": None, "decision": None}
     assert task(again, "toy_mc").model_copy(update=of_the_family) == task(
         alone, "toy_mc"
     ).model_copy(update=of_the_family)
