@@ -320,6 +320,15 @@ class RopeGroups:
             return 0
         return length if self.by_length else 1
 
+    def growing(self, length: int, most: int) -> int:
+        """The same for sequences that grow by up to ``most`` tokens.
+
+        Those that cross the limit on the way must cross it together, so that they have one length.
+        """
+        if self.limit is None or length + most <= self.limit:
+            return 0
+        return self(length) or -length
+
 
 ANY_LENGTHS = RopeGroups()
 """Of a model whose rotary frequencies do not depend on lengths, as almost all."""

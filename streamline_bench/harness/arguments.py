@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.recipe.validation import suggest
-from streamline_bench.errors import RecipeError
+from streamline_bench.errors import RecipeError, StreamlineBenchError, library_errors
 from streamline_bench.resources import bundled_model, is_bundled
 
 __all__ = ["ModelArguments", "check_arguments", "parameters_of", "sort_arguments"]
@@ -62,8 +63,9 @@ def check_arguments(model: str, arguments: Mapping[str, Any]) -> None:
         return  # of vLLM's arguments only vLLM knows the names
     own = _parameters_in_source()
     plain = {*own, *_recipe_keys(), *OWN, *_TAKEN_FROM_KEYWORDS}
-    known = all(key in plain or "." in key for key in arguments)
-    found = sort_arguments(arguments, own, _TAKEN_FROM_KEYWORDS if known else None)
+    foreign = [key for key in arguments if key not in plain and "." not in key]
+    ask = bool(foreign) and _may_be_of_transformers(foreign, arguments)
+    found = sort_arguments(arguments, own, None if ask else _TAKEN_FROM_KEYWORDS)
     if found.recipe is not None:
         load_recipe(found.recipe, found.overrides, check=False)
 
@@ -84,6 +86,38 @@ def _parameters_in_source() -> list[str]:
     methods = (node for node in model.body if isinstance(node, ast.FunctionDef))
     made = next(each.args for each in methods if each.name == "__init__")
     return [each.arg for each in (*made.args[1:], *made.kwonlyargs)]
+
+
+def _may_be_of_transformers(keys: list[str], arguments: Mapping[str, Any]) -> bool:
+    """Whether the sources of transformers' configs, or the model's own files, name all the keys.
+
+    A search takes 0.1 s, the import of transformers takes several.
+    """
+    config = _config_file(str(arguments.get("pretrained")), arguments.get("revision"))
+    own = [] if config is None else [config, *config.parent.glob("*.py")]
+    package = importlib.util.find_spec("transformers")
+    home = Path(str(package.origin)).parent if package is not None else Path()
+    sources = [
+        *home.glob("models/*/configuration_*.py"), *home.glob("*.py"),
+        home / "utils" / "quantization_config.py", *Path(__file__).parents[1].glob("modeling/*.py"),
+    ]  # fmt: skip
+    text = "\n".join(path.read_text("utf-8", "replace") for path in (*own, *sources))
+    return all(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", text) for key in keys)
+
+
+def _config_file(pretrained: str, revision: Any) -> Path | None:
+    """The config of a model; None where there is none, so that the model cannot be loaded."""
+    if is_bundled(pretrained):
+        return bundled_model() / "config.json"
+    local = Path(pretrained) / "config.json"
+    if local.is_file():
+        return local
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(pretrained, "config.json", revision=revision))
+    except (OSError, ValueError):
+        return None
 
 
 def sort_arguments(
@@ -154,9 +188,11 @@ def _config_entries(arguments: Mapping[str, Any]) -> set[str]:
     name = str(arguments.get("pretrained"))
     folder = bundled_model() if is_bundled(name) else name
     try:
-        return set(AutoConfig.from_pretrained(folder, revision=arguments.get("revision")).to_dict())
-    except (OSError, ValueError, KeyError):
+        with library_errors("The config cannot be read"):
+            config = AutoConfig.from_pretrained(folder, revision=arguments.get("revision"))
+    except StreamlineBenchError:
         return set()  # the loading of the model says what is wrong with it
+    return set(config.to_dict())
 
 
 def _recipe_keys() -> list[str]:

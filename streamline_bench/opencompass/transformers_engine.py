@@ -150,8 +150,22 @@ class TransformersEngine:
     def generate(self, prompts: Sequence[list[int]], settings: GenerationSettings) -> list[str]:
         """Return the answers, ``num_return_sequences`` for every prompt, in their order.
 
-        The batch is halved where memory runs out.
+        Prompts whose rotary frequencies would change each other are not batched
+        (:class:`.RopeGroups`). A batch is halved where memory runs out.
         """
+        rope = rope_groups(self._config)
+        batches: dict[int, list[int]] = {}
+        for number, ids in enumerate(prompts):
+            batches.setdefault(rope.growing(len(ids), settings.most), []).append(number)
+        answers: dict[int, list[str]] = {}
+        for members in batches.values():
+            texts = self._halved([prompts[number] for number in members], settings)
+            each = len(texts) // len(members)
+            for at, number in enumerate(members):
+                answers[number] = texts[at * each : (at + 1) * each]
+        return [text for number in range(len(prompts)) for text in answers[number]]
+
+    def _halved(self, prompts: Sequence[list[int]], settings: GenerationSettings) -> list[str]:
         try:
             return self._generate(prompts, settings)
         except RuntimeError as error:
@@ -160,8 +174,8 @@ class TransformersEngine:
         logger.info("Out of memory at %d prompts; going on with half of that.", len(prompts))
         middle = len(prompts) // 2
         return [
-            *self.generate(prompts[:middle], settings),
-            *self.generate(prompts[middle:], settings),
+            *self._halved(prompts[:middle], settings),
+            *self._halved(prompts[middle:], settings),
         ]
 
     def _generate(self, prompts: Sequence[list[int]], settings: GenerationSettings) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from streamline_bench.errors import ComparisonError
+from streamline_bench.stability.over_tasks import leaf_tasks
 from streamline_bench.stability.samples import RunInfo, Samples
 
 __all__ = ["AlignedPairs", "align"]
@@ -101,7 +102,11 @@ def _tasks(
     have = {dense.info.run: set(dense.tasks), pruned.info.run: set(pruned.tasks)}
     first, second = set(dense.tasks), set(pruned.tasks)
     if asked is not None:
-        wanted = sorted({name for group in asked for name in _members(group, dense.info)})
+        wanted = sorted({name for each in asked for name in leaf_tasks(each, dense.info.groups)})
+        if not wanted:
+            raise ComparisonError(
+                f"{', '.join(asked)} of run '{dense.info.run}' holds no task; name tasks instead."
+            )
         for run, names in have.items():
             missing = [name for name in wanted if name not in names]
             if missing:
@@ -124,12 +129,6 @@ def _tasks(
             "tasks, name the tasks to compare, or ask for the common ones."
         )
     return sorted(first & second)
-
-
-def _members(name: str, info: RunInfo) -> list[str]:
-    if name not in info.groups:
-        return [name]
-    return [task for part in info.groups[name] for task in _members(part, info)]
 
 
 def _same_setting(task: str, dense: RunInfo, pruned: RunInfo) -> None:

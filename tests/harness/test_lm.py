@@ -115,6 +115,8 @@ class TestArguments:
         [
             ({"sparsity": 0.5}, "recipe="),
             ({"recipe": "streamlin"}, "'streamline'"),
+            ({"sparisty": 0.5}, "'sparsity'"),
+            ({"pretrained": "bundled", "xyzzy": 1}, "'xyzzy=1'"),
             ({"recipe": "streamline", "sparsity": 0.2, "n_layers": 1}, "not both"),
         ],
     )

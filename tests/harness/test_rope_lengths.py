@@ -85,6 +85,9 @@ def test_where_the_limit_is_read() -> None:
         assert sequence_limit({**raw, key: settings}) == 16
         assert rope_groups({**raw, key: {"full_attention": settings}}) == RopeGroups(16)
     assert [RopeGroups(4)(n) for n in (1, 4, 5, 9)] == [0, 0, 1, 1]
+    assert [RopeGroups(8).growing(n, 3) for n in (1, 5, 6, 8, 9, 20)] == [0, 0, -6, -8, 1, 1]
+    assert [RopeGroups(8, by_length=True).growing(n, 3) for n in (5, 6, 9)] == [0, -6, 9]
+    assert ANY_LENGTHS.growing(9, 9) == 0
     assert [RopeGroups(4, by_length=True)(n) for n in (4, 5, 9)] == [0, 5, 9]
 
 

@@ -118,6 +118,37 @@ def test_answers_do_not_depend_on_the_batch(engine: TransformersEngine) -> None:
     assert len(set(together)) > 3
 
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_answers_do_not_cross_a_rope_limit_together(
+    kind: str, make_tiny_model: Callable[..., Path]
+) -> None:
+    """transformers takes the frequencies of a whole batch from its longest sequence."""
+    longrope = kind == "longrope"
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 8.0, 24.0, 40.0]}
+    settings = {"rope_type": kind, "rope_theta": 10000.0}
+    extra = {"original_max_position_embeddings": 32} if longrope else {}
+    engine = make_engine(
+        make_tiny_model(
+            "phi3" if longrope else "llama",
+            num_key_value_heads=4,
+            max_position_embeddings=128 if longrope else 32,
+            rope_parameters=settings | (factors | extra if longrope else {"factor": 8.0}),
+            initializer_range=0.3,
+            **extra,
+        )
+    )
+    draw = random.Random(0)
+    lengths = [10, 40, 12, 28, 28, 30, 45, 20, 8]  # 28 and 30 cross the limit while they grow
+    prompts = [[1, *(draw.randrange(4, 100) for _ in range(n - 1))] for n in lengths]
+    asked = GenerationSettings(most=8, least=8)
+    alone = [engine.generate([prompt], asked)[0] for prompt in prompts]
+    assert engine.generate(prompts, asked) == alone
+    assert engine._generate(prompts, asked) != alone  # the limit matters here
+    twice = GenerationSettings(most=8, options={"num_beams": 2, "num_return_sequences": 2})
+    pairs = [text for prompt in prompts for text in engine.generate([prompt], twice)]
+    assert engine.generate(prompts, twice) == pairs
+
+
 def test_stop_words_and_lengths(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,14 @@ def test_tasks_and_groups_can_be_named(runs: tuple[Samples, Samples]) -> None:
         align(*runs, tasks=["piqa"])
 
 
+def test_groups_may_contain_each_other(runs: tuple[Samples, Samples]) -> None:
+    groups = {"first": ["second", "toy_mc"], "second": ["first", "toy_gen"], "self": ["self"]}
+    dense, pruned = (changed(samples, groups=groups) for samples in runs)
+    assert set(align(dense, pruned, tasks=["first"]).dense["task"]) == {"toy_mc", "toy_gen"}
+    with pytest.raises(ComparisonError):
+        align(dense, pruned, tasks=["self"])
+
+
 def test_different_task_sets(runs: tuple[Samples, Samples]) -> None:
     dense, pruned = runs
     fewer = replace(pruned, frame=pruned.frame[pruned.frame["task"] != "toy_ll"])
