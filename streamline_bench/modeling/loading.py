@@ -11,6 +11,7 @@ from streamline_bench.core.architecture import config_entry
 from streamline_bench.core.checkpoint.folder import VOCABULARY_FILES
 from streamline_bench.core.checkpoint.quantization import is_ignored, quantisation_of
 from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.files.structured import read_json
 from streamline_bench.errors import CalibrationError, CheckpointError, RecipeError, library_errors
 
 __all__ = [
@@ -117,7 +118,27 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     with library_errors(
         f"{folder}: the tokenizer cannot be loaded", "save it again", CalibrationError
     ):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    _name_other_templates(folder, tokenizer.chat_template)
+    return tokenizer
+
+
+def _name_other_templates(folder: Path, used: object) -> None:
+    """transformers takes the template of one file, whatever the others say."""
+    found: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if (folder / name).is_file():
+            payload = read_json(folder / name, CalibrationError, "save the tokenizer again")
+            found[name] = payload.get("chat_template") if isinstance(payload, Mapping) else None
+    if (folder / "chat_template.jinja").is_file():
+        found["chat_template.jinja"] = (folder / "chat_template.jinja").read_text("utf-8")
+    others = [name for name, text in found.items() if isinstance(text, str) and text != used]
+    if others:
+        taken = [name for name, text in found.items() if text == used] or ["none"]
+        log.warning(
+            "%s has several chat templates: that of %s is used; that of %s differs and is left "
+            "out.", folder, taken[0], ", ".join(others),
+        )  # fmt: skip
 
 
 def load_model(

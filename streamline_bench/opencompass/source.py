@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamline_bench.errors import CheckpointError, library_errors
+from streamline_bench.errors import CheckpointError, StreamlineBenchError, library_errors
 from streamline_bench.harness.arguments import parameters_of, sort_arguments
 from streamline_bench.harness.preparation import PreparedModel, prepare
 
@@ -137,11 +137,12 @@ def generation_pad(source: ModelSource) -> int | None:
     from transformers import GenerationConfig
 
     try:
-        config = GenerationConfig.from_pretrained(
-            source.prepared.pretrained, revision=source.revision or "main"
-        )
-    except (OSError, ValueError):
-        return None
+        with library_errors("The generation config"):
+            config = GenerationConfig.from_pretrained(
+                source.prepared.pretrained, revision=source.revision or "main"
+            )
+    except StreamlineBenchError:
+        return None  # most models have none
     return config.pad_token_id  # type: ignore[no-any-return]
 
 

@@ -7,7 +7,7 @@ begin alike share that part, positions are selected before the LM head, the soft
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from streamline_bench.core.architecture import rope_groups
 from streamline_bench.core.checkpoint.quantization import require_package
+from streamline_bench.core.data.calibration import require_known_tokens
 from streamline_bench.errors import CheckpointError, library_errors
 from streamline_bench.harness.scoring.checks import attention_window, head_objection
 from streamline_bench.harness.scoring.forward import Forward, tensors_of
@@ -96,8 +97,18 @@ class TransformersEngine:
             groups=rope_groups(self._config),
         )
 
+    def _require_known(self, prompts: Iterable[Sequence[int]]) -> None:
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        for ids in prompts:
+            require_known_tokens(ids, self.tokenizer, rows, "A prompt")
+
     def logprob_sums(self, texts: Sequence[ScoredText]) -> list[float]:
-        """Return the summed log-probability (nats) of the spans of every text."""
+        """Return the summed log-probability (nats) of the spans of every text.
+
+        Raises:
+            CalibrationError: a text has a token for which the model has no embedding.
+        """
+        self._require_known(text.ids for text in texts)
         if self._scorer is None:
             return [plain_logprob(self._forward, text) for text in texts]
         owners: list[int] = []
@@ -126,6 +137,7 @@ class TransformersEngine:
 
     def last_logits(self, prompts: Sequence[list[int]]) -> torch.Tensor:
         """Return ``[prompts, 1, vocabulary]`` float32 logits behind the last token of each."""
+        self._require_known(prompts)
         if self._scorer is None:
             rows = [self._forward.all_logits(torch.tensor([ids]))[0, -1] for ids in prompts]
             return torch.stack(rows).float().unsqueeze(1)
@@ -153,6 +165,7 @@ class TransformersEngine:
         Prompts whose rotary frequencies would change each other are not batched
         (:class:`.RopeGroups`). A batch is halved where memory runs out.
         """
+        self._require_known(prompts)
         rope = rope_groups(self._config)
         batches: dict[int, list[int]] = {}
         for number, ids in enumerate(prompts):

@@ -80,6 +80,7 @@ def build_leaderboard(
     floor = noise_floor(dense, again, settings=settings) if again else None
     speed = _throughput(_inside(folder, run.throughput)) if run.throughput else {}
     rows = []
+    read = [dense, *again]
     for row in tqdm(
         run.rows, desc="Compared rows", unit="row", delay=2, leave=False, disable=not progress
     ):
@@ -88,9 +89,8 @@ def build_leaderboard(
         elif row.label == run.dense:
             made = _row(dense, itself, row, folder, is_dense=True)
         else:
-            made = _compared_row(
-                dense, given.get(row.label) or answers(row), row, folder, settings, floor
-            )
+            read.append(given.get(row.label) or answers(row))
+            made = _compared_row(dense, read[-1], row, folder, settings, floor)
         rows.append(made.model_copy(update={"throughput": speed.get(row.label)}))
     return Leaderboard(
         title=run.title,
@@ -103,6 +103,11 @@ def build_leaderboard(
         versions={"streamline-bench": __version__, **run.versions},
         failed_jobs=run.failed_jobs,
         ignored_options=run.ignored_options,
+        not_read={
+            f"{one.info.run}: {name}": why
+            for one in read
+            for name, why in one.info.left_out.items()
+        },
     )
 
 

@@ -247,7 +247,10 @@ class Row(Frozen):
 
 
 class Leaderboard(Frozen):
-    """Everything a report shows; the dense row always has a result."""
+    """Everything a report shows; the dense row always has a result.
+
+    ``not_read`` has for files of the evaluations (``row: file``) why they are not read.
+    """
 
     kind: Literal["streamline-bench leaderboard"] = "streamline-bench leaderboard"
     schema_version: Literal[3] = 3
@@ -261,6 +264,7 @@ class Leaderboard(Frozen):
     versions: dict[str, str] = Field(default_factory=dict)
     failed_jobs: dict[str, str] = Field(default_factory=dict)
     ignored_options: list[str] = Field(default_factory=list)
+    not_read: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _dense_row(self) -> Leaderboard:

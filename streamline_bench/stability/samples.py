@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from streamline_bench.core.files.staging import atomic_write_bytes
 from streamline_bench.core.recipe.validation import first_problem
-from streamline_bench.errors import SamplesError
+from streamline_bench.errors import SamplesError, library_errors
 
 __all__ = ["COLUMNS", "Row", "RunInfo", "Samples", "well_formed"]
 
@@ -211,11 +211,11 @@ class Samples:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        try:
+        with library_errors(
+            f"'{path}' is not a readable Parquet file", "evaluate again", SamplesError
+        ):
             table = pq.read_table(path)
             table.validate(full=True)
-        except (OSError, pa.ArrowException) as error:
-            raise SamplesError(f"'{path}' is not a readable Parquet file: {error}") from None
         if set(COLUMNS) - set(table.column_names) == {"cluster"}:  # written by an older release
             table = table.append_column("cluster", pa.nulls(len(table), pa.string()))
         metadata = table.schema.metadata or {}

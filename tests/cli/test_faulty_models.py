@@ -26,6 +26,14 @@ from streamline_bench.errors import (
 from streamline_bench.harness.bridge import MODELS
 from streamline_bench.harness.lm import StreamlineLM
 from streamline_bench.modeling.loading import load_config, load_model, load_tokenizer
+from streamline_bench.opencompass import evaluate as run_folder
+from streamline_bench.opencompass import execution
+from streamline_bench.opencompass.engine import ScoredText
+from streamline_bench.opencompass.prompts import load_prompt_tokenizer
+from streamline_bench.opencompass.source import find_source
+from streamline_bench.opencompass.transformers_engine import TransformersEngine, load_causal_model
+from streamline_bench.runs.run import compare
+from streamline_bench.stability.readers.load import load_samples
 
 WITHOUT_MODEL = {"demo", "gate", "lm-eval", "recipes", "report", "stability", "tasks"}
 """Commands that are given no model folder; their own tests give them faulty files."""
@@ -150,6 +158,117 @@ def test_library_functions_raise_our_errors(faulty: Any, tmp_path: Path) -> None
     for function in functions:
         with pytest.raises(StreamlineBenchError, match=named.replace("\\", ".")):
             function()
+
+
+def test_compare_as_a_library_function(faulty: Any, tmp_path: Path) -> None:
+    """It refuses, or a row fails, with a reason that names the fault."""
+    folder, text, named = faulty
+    small = {"sequence_length": 32, "calibration_samples": 4, "calibration": str(text)}
+    try:
+        result = compare(
+            folder, ["streamline_none"], ["streamline_demo"], tmp_path / "run", until="compress",
+            set={"n_layers": 1, **small}, progress=False,
+        )  # fmt: skip
+        said = " ".join(result.failures.values())
+        assert result.exit_code == 1
+    except StreamlineBenchError as error:
+        said = str(error)
+    assert named in said
+    assert "Traceback" not in said
+
+
+def test_what_opencompass_loads(
+    faulty: Any, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command, with what our class does in OpenCompass's processes done in this one."""
+    folder, text, named = faulty
+    words = json.loads(text.read_text().splitlines()[0])["text"]
+
+    def run(*_: Any, **__: Any) -> Any:
+        source = find_source(str(folder), {"device": "cpu", "dtype": "float32"})
+        tokenizer = load_prompt_tokenizer(str(folder))
+        engine = TransformersEngine(load_causal_model(source), tokenizer, 128)
+        ids = tokenizer(words)["input_ids"]
+        engine.logprob_sums([ScoredText.whole(ids)])
+        raise AssertionError("the fault made no difference")
+
+    environment = execution.Environment("python", {"opencompass": "0.5.4"}, 0)
+    monkeypatch.setattr(execution, "inspect_environment", lambda _: environment)
+    monkeypatch.setattr(run_folder, "run_opencompass", run)
+    given = {"MODEL": str(folder), "OUT": str(tmp_path / "out")}
+    ended = call(*("opencompass", *(given.get(part, part) for part in CALLS["opencompass"])), "-q")
+    lines = [line for line in ended.err.splitlines() if line.strip()]
+    assert ended.code == 2, ended
+    assert lines[-1].startswith("streamline-bench: ")
+    assert named in lines[-1]
+    assert "Traceback" not in ended.err
+
+
+RESULTS = "results_2026-01-02T03-04-05.600000.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("samples.parquet", b"PAR1 not at all"),
+        (f"model/{RESULTS}", b'{"results": '),
+        (f"model/{RESULTS}", b"[]"),
+        (f"model/{RESULTS}", b'{"results": {"\\ud800": {}}}'),
+        (f"model/{RESULTS}", b"[" * 100_000),
+        ("20260102_030405/predictions/m/d.json", b"\xff"),
+        ("20260102_030405/predictions/m/d.json", b'{"0": 7}'),
+        ("nothing.txt", b""),
+    ],
+)
+def test_samples_that_cannot_be_read(
+    name: str, content: bytes, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    """``load_samples`` and the command that calls it."""
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    given = path if path.suffix == ".parquet" else tmp_path / "run"
+    with pytest.raises(StreamlineBenchError) as caught:
+        load_samples(given, progress=False)
+    assert str(given) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    ended = call("stability", given, given, "-q")
+    assert ended.code == 2
+    assert len(ended.err.splitlines()) == 1 and str(given) in ended.err
+
+
+def test_a_model_that_the_device_has_no_memory_for(
+    call: Callable[..., Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every way in which a model is moved to its device."""
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedModel
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
+
+    monkeypatch.setattr(PreTrainedModel, "to", refuse)
+    ways: list[Callable[[], Any]] = [
+        lambda: load_model(tiny_llama, device="cpu"),
+        lambda: load_causal_model(find_source(str(tiny_llama), {"device": "cpu"})),
+    ]
+    for way in ways:
+        with pytest.raises(ResourceError, match=r"Tried to allocate 2\.00 GiB.*smaller") as caught:
+            way()
+        assert str(tiny_llama) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with monkeypatch.context() as patched:  # the harness gives the device to from_pretrained
+        patched.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+        with pytest.raises(ResourceError, match=r"Tried to allocate 2\.00 GiB.*smaller"):
+            StreamlineLM(pretrained=str(tiny_llama), device="cpu")
+    text = tmp_path / "text.txt"
+    text.write_text("w1 w2 w3 w4\n\n" * 40)
+    ended = call("divergence", tiny_llama, tiny_llama, text, "-q")
+    assert ended.code == 2
+    assert [line for line in ended.err.splitlines() if "memory" in line] == [
+        ended.err.splitlines()[-1]
+    ]
+    assert "Traceback" not in ended.err
 
 
 @pytest.mark.parametrize("load", [load_config, load_tokenizer, load_model])

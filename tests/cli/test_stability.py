@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,19 @@ def test_reasons_from_a_run_are_printable(lm_eval_outputs: Path) -> None:
     result = compare_answers(samples, samples, settings=Settings(draws=100))
     shown = _footnote(result.model_copy(update={"not_compared": {"t\x1b[1m": "why\x1b[31m\nnot"}}))
     assert shown.splitlines()[-1] == "Not compared: t\ufffd[1m (why\ufffd[31m not)."
+
+
+def test_what_is_not_read_is_printed(lm_eval_outputs: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(lm_eval_outputs / "pruned", tmp_path / "pruned"))
+    (newest,) = folder.rglob("results_*.json")
+    results = json.loads(newest.read_text())
+    older = newest.with_name("results_2001-01-01T01-01-01.000001.json")
+    older.write_text(json.dumps(results))  # the same evaluation, of which no samples were logged
+    result = call(lm_eval_outputs / "dense", folder, "--draws", 100)
+    assert result.exit_code == 0
+    shown = " ".join(result.stdout.split())
+    assert f"Not read of pruned: {older.name} (no samples were logged)." in shown
+    assert "Not read of dense" not in shown
 
 
 def test_acc_norm_leaves_tasks_out(lm_eval_outputs: Path) -> None:

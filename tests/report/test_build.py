@@ -56,6 +56,25 @@ def board(run: Path) -> dict[str, Any]:
     return build(run)
 
 
+def test_what_is_not_read_is_named(run: Path) -> None:
+    def answers(label: str) -> Samples:
+        path = next(row.eval for row in read_run_file(run).rows if row.label == label)
+        return load_samples(run / str(path), run=label, progress=False)
+
+    dense, none = answers("dense"), answers("none")
+    info = none.info.model_copy(update={"left_out": {"results_old.json": "limit is <b>4</b>"}})
+    given = {"dense": dense, "none": dataclasses.replace(none, info=info)}
+    board = build_leaderboard(
+        read_run_file(run), run, samples=given, settings=Settings(draws=100), progress=False
+    )
+    assert board.not_read == {"none: results_old.json": "limit is <b>4</b>"}
+    markdown = to_markdown(board).partition("How the numbers were made")[2]
+    assert "Not read:" in markdown and "old.json" in markdown and "<b>" not in markdown
+    page = to_html(board).partition("How every number was made")[2]
+    assert "Not read: none: results_old.json (limit is &lt;b&gt;4&lt;/b&gt;)" in page
+    assert "Not read" not in to_html(board.model_copy(update={"not_read": {}}))
+
+
 def test_rows_keep_their_order_and_only_the_dense_has_no_comparison(board: dict) -> None:
     assert [row["label"] for row in board["rows"]] == list(LABELS)
     assert [row["macro"] is None for row in board["rows"]] == [True, False, False]

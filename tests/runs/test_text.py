@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from streamline_bench.cli.divergence import command
 from streamline_bench.divergence import token_divergence
+from streamline_bench.errors import StreamlineBenchError
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.graph import plan_jobs
 from streamline_bench.runs.jobs.kinds import TextJob
@@ -54,6 +56,39 @@ def asking(make: Callable[..., Request], tasks: Path, story_file: Path) -> Calla
         )
 
     return ask
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_conversations_are_written_by_the_chat_template(
+    make: Callable[..., Request], tasks: Path, tiny_llama: Path, tmp_path: Path, template: bool
+) -> None:
+    """As ``divergence`` and calibration do."""
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "chat"))
+    if template:
+        (model / "chat_template.jinja").write_text(
+            "{% for turn in messages %}w1 {{ turn.content }} w2 {% endfor %}"
+        )
+    talks = [[{"role": "user", "content": f"w{i} w4 w5"}] for i in range(5, 9)]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    request = make(
+        model=str(model), recipes=["last_layers"], tasks=["words"], include_path=str(tasks),
+        text=str(path), text_window=8,
+    )  # fmt: skip
+    if not template:
+        with pytest.raises(StreamlineBenchError, match="chat template"):
+            resolve_plan(request)
+        return
+    job = _text_job(resolve_plan(request))
+    run = RunPaths(tmp_path / "run")
+    run.checkpoint(job.label).parent.mkdir(parents=True)
+    shutil.copytree(model, run.checkpoint(job.label))
+    job.work(run)
+    found = json.loads(run.divergence(job.label).read_text(encoding="utf-8"))
+    plain = [f"w1 {talk[0]['content']} w2 " for talk in talks]
+    expected = token_divergence(model, model, plain, window=8, progress=False)
+    assert (found["documents"], found["tokens"]) == (4, expected.tokens)
+    assert found["dense_perplexity"] == pytest.approx(expected.dense_perplexity)
 
 
 def _text_job(plan: Plan) -> TextJob:

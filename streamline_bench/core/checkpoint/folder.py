@@ -20,6 +20,7 @@ __all__ = [
     "find_shards",
     "is_confined",
     "read_config",
+    "read_index",
     "resolve_pretrained",
     "tokenizer_files",
 ]
@@ -80,7 +81,7 @@ def find_shards(folder: Path) -> dict[str, list[str] | None]:
     if (folder / SINGLE_NAME).is_file():
         return {SINGLE_NAME: None}
     if (folder / INDEX_NAME).is_file():
-        return _read_index(folder / INDEX_NAME)
+        return read_index(folder / INDEX_NAME)
     raise _no_weights(folder)
 
 
@@ -104,7 +105,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_index(path: Path) -> dict[str, list[str] | None]:
+def read_index(path: Path) -> dict[str, list[str] | None]:
+    """Return file name -> tensors, of ``model.safetensors.index.json``.
+
+    Raises:
+        CheckpointError: it is damaged or unsafe.
+    """
     mapping = _read_json(path).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
         raise CheckpointError(f"{path} has no weight_map; download it again.")

@@ -6,8 +6,10 @@ cannot know is checked here: that the shards hold what the index promises, each 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Mapping
@@ -23,9 +25,11 @@ from tqdm import tqdm
 from streamline_bench.core.architecture import Architecture, architecture_of, config_entry
 from streamline_bench.core.checkpoint.folder import (
     INDEX_NAME,
+    SINGLE_NAME,
     find_shards,
     is_confined,
     read_config,
+    read_index,
 )
 from streamline_bench.core.files.staging import atomic_write_text
 from streamline_bench.core.machine.environment import user_cache
@@ -41,6 +45,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["CheckpointReader", "TensorEntry", "config_digest", "read_header"]
+
+log = logging.getLogger(__name__)
 
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
@@ -352,7 +358,28 @@ def _read_entries(folder: Path) -> dict[str, TensorEntry]:
                 "download it again."
             )
         entries.update(found)
+    if (folder / SINGLE_NAME).is_file() and (folder / INDEX_NAME).is_file():
+        _leave_shards_out(folder, frozenset(entries))
     return entries
+
+
+@functools.cache
+def _leave_shards_out(folder: Path, read: frozenset[str]) -> None:
+    """Of two sets of weights the single file is read, as transformers does; said once."""
+    shards = read_index(folder / INDEX_NAME)
+    differing = sorted(read ^ {name for names in shards.values() for name in names or ()})
+    if differing:
+        raise CheckpointError(
+            f"{folder} holds {SINGLE_NAME} and {INDEX_NAME}, and only one of them has tensor "
+            f"'{differing[0]}'; remove the one that is not of this model, with its files."
+        )
+    log.warning(
+        "%s holds its weights twice: %s is read, and %s with its %d files is left out.",
+        folder,
+        SINGLE_NAME,
+        INDEX_NAME,
+        len(shards),
+    )
 
 
 def _check_shard(folder: Path, path: Path) -> None:

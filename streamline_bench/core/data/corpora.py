@@ -257,11 +257,32 @@ def _mixed(
 
 
 def _folder(path: Path, spec: CalibrationSpec) -> Iterator[Mapping[str, Any]]:
-    import datasets
 
     if not ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
-        return _loaded(datasets.load_dataset, spec, path=str(path), name=spec.subset)
-    return _loaded(lambda **_: _saved(path, spec.split), spec)
+        return _loaded(lambda split: _files_of(path, spec.subset, split), spec)
+    return _loaded(lambda split: _saved(path, split), spec)
+
+
+def _files_of(path: Path, subset: str | None, split: str) -> Any:
+    """A folder of data files; ``datasets`` reads those of one kind and split."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(str(path), name=subset)
+    chosen = (builder.config.data_files or {}).get(split.partition("[")[0]) or ()
+    read = {Path(file).resolve() for file in chosen}
+    there = (each for each in path.rglob("*") if file_kind(each) and each.is_file())
+    unread = [str(each.relative_to(path)) for each in there if each.resolve() not in read]
+    _name_unread(path, split, sorted(unread))
+    return datasets.load_dataset(str(path), name=subset, split=split)
+
+
+def _name_unread(path: Path, split: str, unread: list[str]) -> None:
+    if unread:
+        more = f" and {len(unread) - 4} more" if len(unread) > 4 else ""
+        _log.warning(
+            "Of calibration folder %s, split '%s' is read; %s%s %s left out.",
+            path, split, ", ".join(unread[:4]), more, "is" if len(unread) == 1 else "are",
+        )  # fmt: skip
 
 
 def _saved(path: Path, split: str) -> Any:
@@ -274,6 +295,7 @@ def _saved(path: Path, split: str) -> Any:
         raise CalibrationError(
             f"Calibration folder {path} has no split '{split}'; it has {', '.join(data)}."
         )
+    _name_unread(path, split, [name for name in data if name != split])
     return data[split]
 
 

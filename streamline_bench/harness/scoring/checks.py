@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 
-from streamline_bench.harness.scoring.forward import Forward, HeadError, tensors_of
+from streamline_bench.errors import (
+    ResourceError,
+    StreamlineBenchError,
+    first_line,
+    library_errors,
+)
+from streamline_bench.harness.scoring.forward import BatchTensors, Forward, tensors_of
 from streamline_bench.harness.scoring.packing import PackedRow, Query
 
 __all__ = ["attention_window", "head_objection", "packing_objection", "synthetic_row"]
@@ -48,21 +54,34 @@ def head_objection(forward: Forward, vocabulary: int) -> str | None:
         rows.append(row)
     batch = tensors_of(rows)
     plain = forward.all_logits(batch.ids)
-    try:
-        chosen = forward.wanted_logits(batch)
-    except (HeadError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        return str(error)
+    chosen, refusal = _tried(forward, batch)
+    if chosen is None:
+        return refusal
     if plain.shape[:2] != batch.ids.shape:
         return f"it gives logits of shape {tuple(plain.shape)} for ids {tuple(batch.ids.shape)}"
     return _difference(chosen, plain.flatten(0, 1)[batch.wanted.to(plain.device)])
 
 
+def _tried(forward: Forward, batch: BatchTensors) -> tuple[torch.Tensor | None, str]:
+    """The logits on chosen positions; None, and why, where the model does not give them.
+
+    Raises:
+        ResourceError: memory ran out, which says nothing about the model.
+    """
+    try:
+        with library_errors("The model was tried"):
+            return forward.wanted_logits(batch), ""
+    except ResourceError:
+        raise
+    except StreamlineBenchError as error:
+        return None, first_line(error.__cause__ or error)
+
+
 def packing_objection(forward: Forward, row: PackedRow) -> str | None:
     """Return why a branching row gives other logits than its longest members alone, or None."""
-    try:
-        packed = forward.wanted_logits(tensors_of([row]))
-    except (HeadError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        return f"it refuses a mask and positions ({error})".replace("\n", " ")
+    packed, refusal = _tried(forward, tensors_of([row]))
+    if packed is None:
+        return f"it refuses a mask and positions ({refusal})"
     wanted = tensors_of([row]).wanted
     longest = sorted(row.scored, key=lambda pair: len(pair[0].inputs))[-2:]
     for query, nodes in longest:

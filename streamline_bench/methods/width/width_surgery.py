@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -21,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layers_prefix
+from streamline_bench.errors import ResourceError, StreamlineBenchError, library_errors
 from streamline_bench.modeling import register, streamline_config
 from streamline_bench.modeling.widths import LayerWidths, head_size, projection_parts
 
@@ -133,11 +133,14 @@ def _stock_config(config: Any, model_type: str, widths: LayerWidths) -> Any | No
     if model_type != config.model_type:
         entries = _translated(entries, type(config), config_class)
     try:
-        made = config_class.from_dict(entries)
-        depth = getattr(config, family.depth_key)
-        own = streamline_config(config, layer_widths=[widths] * depth)
-        same = _shapes(made) == _shapes(own)
-    except (ValueError, StrictDataclassError) as error:
+        with library_errors(f"A config of {model_type}"):
+            made = config_class.from_dict(entries)
+            depth = getattr(config, family.depth_key)
+            own = streamline_config(config, layer_widths=[widths] * depth)
+            same = _shapes(made) == _shapes(own)
+    except ResourceError:
+        raise
+    except StreamlineBenchError as error:
         log.info("%s cannot hold %s: %s", model_type, widths, error)
         return None
     return made if same else None

@@ -62,6 +62,7 @@ def to_markdown(board: Leaderboard) -> str:
         *_headed("### Values other than the recipe's own", _overridden(rows)),
         *_headed("### Commands", *_commands(board)),
         *_headed("Not compared:", _listed(board.not_compared)),
+        *_headed("Not read:", _listed(board.not_read)),
         *(f"Note: {markdown_text(sentence)}" for sentence in board.ignored_options),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.errors import ClusterError, MissingDependencyError, first_line
+from streamline_bench.errors import ClusterError, MissingDependencyError, first_line, library_errors
 from streamline_bench.runs.execution.options import JOB_KINDS, Execution
 from streamline_bench.runs.execution.processes import Ended, JobProcess, time_limit
 from streamline_bench.runs.folder import RunPaths
@@ -98,13 +98,12 @@ class RayExecutor:
 
     def _connect(self) -> None:
         address = self.execution.ray_address
-        try:
+        with library_errors(
+            f"There is no Ray cluster at '{address}'",
+            "start one with 'ray start --head', or give --ray-address",
+            ClusterError,
+        ):
             self._ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ClusterError(
-                f"There is no Ray cluster at '{address}' ({first_line(error)}); start one with "
-                "'ray start --head', or give --ray-address."
-            ) from None
 
     def _check_resources(self) -> None:
         """A request that no machine can ever satisfy would wait for ever."""

@@ -130,13 +130,16 @@ class TextJob(Job):
     def work(self, run: RunPaths) -> Result:
         from streamline_bench.core.checkpoint.folder import resolve_pretrained
         from streamline_bench.divergence import read_texts, token_divergence
+        from streamline_bench.modeling.loading import load_tokenizer
 
         text = self.text
+        folder = resolve_pretrained(self.model, self.revision)
+        tokenizer = load_tokenizer(folder, trust_remote_code=self.trust_remote_code)
         batch_size = max(1, _TOKENS // text.window)
         compared = token_divergence(
-            resolve_pretrained(self.model, self.revision),
+            folder,
             run.checkpoint(self.label),
-            itertools.islice(read_texts(Path(text.file), text.field), text.documents),
+            itertools.islice(read_texts(Path(text.file), text.field, tokenizer), text.documents),
             window=text.window,
             batch_size=batch_size,
             device=self.device,

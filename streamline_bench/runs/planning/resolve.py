@@ -69,7 +69,7 @@ def resolve_plan(request: Request, *, device: str | None = None, progress: bool 
         throughput=request.throughput,
         workload=_workload(request),
         noise=_noise(request),
-        text=_text(request),
+        text=_text(request, source.folder),
         environment=request.environment,
         versions=package_versions(),
     )
@@ -175,14 +175,18 @@ def _require_other(value: str, usual: str | None, option: str) -> None:
         )
 
 
-def _text(request: Request) -> TextPlan | None:
+def _text(request: Request, model: Path) -> TextPlan | None:
     if request.text is None:
         return None
     from streamline_bench.divergence import read_texts
+    from streamline_bench.modeling.loading import load_tokenizer
 
+    tokenizer = load_tokenizer(model, trust_remote_code=request.trust_remote_code)
     path = Path(request.text).expanduser().resolve()
     # Read as far as the rows will, so that what is damaged or missing is said before anything runs.
-    texts = itertools.islice(read_texts(path, request.text_field), request.text_documents)
+    texts = itertools.islice(
+        read_texts(path, request.text_field, tokenizer), request.text_documents
+    )
     if not sum(bool(text.strip()) for text in texts):
         raise RecipeError(f"The text {path} holds no document; give another --text.")
     return TextPlan(

@@ -36,6 +36,29 @@ def test_tensors_equal_those_of_the_safetensors_library(sharded: Path) -> None:
         assert reader.entry(name).shape == tuple(expected[name].shape)
 
 
+def test_of_two_sets_of_weights_the_single_file_is_read_and_the_other_named(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = load_file(folder / "model.safetensors")
+    part = "model-00001-of-00001.safetensors"
+    save_file({name: value + 1 for name, value in weights.items()}, folder / part)
+    index = {"weight_map": dict.fromkeys(weights, part)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    reader = CheckpointReader(folder)
+    assert torch.equal(reader.tensor("model.norm.weight"), weights["model.norm.weight"])
+    (record,) = caplog.records
+    assert "model.safetensors.index.json" in record.getMessage()
+    assert "left out" in record.getMessage()
+
+
+def test_two_sets_of_weights_that_differ_are_refused(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    index = {"weight_map": dict.fromkeys([*weights, "model.layers.99.x"], "other.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.99\.x.*remove"):
+        CheckpointReader(folder)
+
+
 def test_a_tensor_is_a_view_that_cannot_change_the_file(folder: Path) -> None:
     before = (folder / "model.safetensors").read_bytes()
     reader = CheckpointReader(folder)
@@ -170,7 +193,7 @@ def test_missing_shard(sharded: Path) -> None:
 )
 def test_index_that_leaves_the_folder(sharded: Path, where: Any) -> None:
     edit_index(sharded, lambda weight_map: weight_map.update({"lm_head.weight": where}))
-    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' .*outside"):
+    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' .*not a file"):
         CheckpointReader(sharded)
 
 

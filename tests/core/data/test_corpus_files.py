@@ -86,6 +86,29 @@ def test_several_files_and_patterns(tmp_path: Path) -> None:
         list(open_documents(CalibrationSpec(source=str(tmp_path / "*.csv"))))
 
 
+def test_what_is_not_read_of_a_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``datasets`` reads one split of the files of one kind, without a word."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("train-1.jsonl", "train-2.jsonl", "test.jsonl"):
+        (folder / name).write_text(json.dumps({"text": name}) + "\n")
+    (folder / "train-3.csv").write_text("text\nw1\n")
+    spec = CalibrationSpec(source=str(folder))
+    assert sorted(open_documents(spec)) == ["train-1.jsonl", "train-2.jsonl"]
+    (said,) = [record.getMessage() for record in caplog.records if "left out" in record.msg]
+    assert "test.jsonl" in said and "train-3.csv" in said and "train-1" not in said
+    caplog.clear()
+    both = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "held_out")}
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "saved")
+    assert list(open_documents(CalibrationSpec(source=str(tmp_path / "saved")))) == ["train"]
+    assert "held_out" in caplog.text
+
+
 def test_a_folder_of_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
