@@ -85,7 +85,7 @@ def test_unknown_recipe_name_suggests_one(refused: Callable[..., str]) -> None:
 
 
 def test_unknown_recipe_key_suggests_one(refused: Callable[..., str]) -> None:
-    assert "did you mean 'seed'?" in refused("--set", "calibration.sed=1")
+    assert "did you mean 'calibration.seed'?" in refused("--set", "calibration.sed=1")
     assert "did you mean 'sparsity'?" in refused("--set", "sparsty=0.2")
 
 
@@ -100,7 +100,7 @@ def test_unknown_method_and_parameter(refused: Callable[..., str], tmp_path: Pat
     path.write_text("method: steamline\n", encoding="utf-8")
     assert "did you mean 'streamline'?" in refused("--recipe", path)
     path.write_text("method: streamline\nparameters: {metrik: cosine}\n", encoding="utf-8")
-    assert "did you mean 'metric'?" in refused("--recipe", path)
+    assert "did you mean 'parameters.metric'?" in refused("--recipe", path)
 
 
 @pytest.mark.parametrize("text", ["", "\n \n"])

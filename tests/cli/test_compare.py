@@ -143,11 +143,11 @@ def test_options_of_the_text(asked: Callable[..., Request]) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "is no text to read"),
+        (None, "does not exist; give a .txt"),
         ("", "holds no document"),
         ('{"story": "w1 w2"}\n{"story": ', "Line 2"),
-        ('{"other": "w1 w2"}\n', "no text in the field 'story'"),
-        ('{"story": "w1 w2"}\n{"story": 3}\n', "no text in the field 'story'"),
+        ('{"other": "w1 w2"}\n', "no field 'story'; it has other"),
+        ('{"story": "w1 w2"}\n{"story": 3}\n', "holds int, not text"),
     ],
 )
 def test_a_text_that_is_missing_or_damaged_is_refused_before_anything_runs(

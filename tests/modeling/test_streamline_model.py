@@ -289,7 +289,7 @@ def test_tensor_names() -> None:
         ({"after_layer": -2, "kind": "ffn", "intermediate_size": 4}, "outside -1 .. 3"),
         ({"after_layer": 0, "kind": "fnn", "intermediate_size": 4}, "did you mean 'ffn'"),
         ({"after_layer": 0, "kind": "ffn", "intermediate_size": 0}, "at least 1"),
-        ({"after_layer": 0, "kind": "ffn"}, "needs exactly"),
+        ({"after_layer": 0, "kind": "ffn"}, "give exactly.*'intermediate_size'"),
         ({"after_layer": 1, "kind": "linear", "intermediate_size": 32}, "share after_layer 1"),
     ],
 )

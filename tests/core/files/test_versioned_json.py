@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,10 @@ def test_the_first_line_of_an_error(error: Exception, told: str) -> None:
     [
         ({"parst": []}, "unknown key 'parst'; did you mean 'parts'?"),
         ({"zzz": 1}, "unknown key 'zzz'; known: schema_version, parts."),
-        ({"parts": [{"size": 2, "sise": 3}]}, "unknown key 'parts.0.sise'; did you mean 'size'?"),
+        (
+            {"parts": [{"size": 2, "sise": 3}]},
+            "unknown key 'parts.0.sise'; did you mean 'parts.0.size'?",
+        ),
         ({"parts": [{"size": 1}]}, "'parts.0.size' is 1: 1 is odd."),
     ],
 )
@@ -100,5 +104,5 @@ def test_a_wrong_value_is_told_in_a_sentence(payload: dict[str, Any], told: str)
     with pytest.raises(ValidationError) as raised:
         Whole.model_validate(payload)
     assert wrong_value(raised.value, Whole) == told
-    inside = told.replace("key '", "key 'all.").replace("'parts.0.size'", "'all.parts.0.size'")
+    inside = re.sub(r"(key|mean) '", r"\1 'all.", told).replace("'parts.0", "'all.parts.0")
     assert wrong_value(raised.value, Whole, "all") == inside

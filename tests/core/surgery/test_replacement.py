@@ -128,7 +128,7 @@ def test_fresh_weights_can_be_drawn_again(hidden: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("kind", ["none", "layer"])
 def test_other_kinds_are_no_networks(kind: str) -> None:
-    with pytest.raises(RecipeError, match=f"'{kind}' is no network"):
+    with pytest.raises(RecipeError, match=f"'{kind}' has no network.*: ffn, swiglu"):
         network(kind)
 
 

@@ -417,11 +417,11 @@ def test_dropout_depends_on_the_step_alone(make_tiny_model: Callable[..., Path])
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"recovery.kind": "lora", "recovery.rnk": 3}, RecipeError, "did you mean 'rank'"),
+        ({"recovery.kind": "lora", "recovery.rnk": 3}, RecipeError, "did you mean 'recovery.rank'"),
         (
             {"recovery.kind": "lora", "recovery.training.warmup_step": 3},
             RecipeError,
-            "did you mean 'warmup_steps'",
+            "did you mean 'recovery.training.warmup_steps'",
         ),
         ({"recovery": "llm_prunner"}, RecipeError, "did you mean 'llm_pruner'"),
         ({"recovery.kind": "lora", "recovery.training.objective": "mse"}, RecipeError, "'lm'"),

@@ -447,7 +447,7 @@ def test_sparsity_and_ratio_are_alternatives(
         ({"parameters.profile": "uniform", "parameters.protect_first": 2}, "protects no layer"),
         ({"parameters.criterion": "param_third"}, "criterion"),
         ({"parameters.channel_multiple": 0}, "channel_multiple"),
-        ({"parameters.head_unti": "kv_group"}, "did you mean 'head_unit'"),
+        ({"parameters.head_unti": "kv_group"}, "did you mean 'parameters.head_unit'"),
     ],
 )
 def test_wrong_parameters(
