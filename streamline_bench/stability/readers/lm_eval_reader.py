@@ -203,6 +203,11 @@ def read_lm_eval(
         NumericsError: a log-likelihood is NaN or infinite; the document is named.
     """
     found = _joined([_evaluation(file) for file in _results_files(path, timestamp)])
+    if not found.parts:
+        raise SamplesError(
+            f"{path} has results but no samples of their tasks; evaluate again with "
+            "--log_samples, and keep the whole output."
+        )
     wanted = [(part, task) for part in found.parts for task in part.tasks]
     files = [part.samples_file(task) for part, task in wanted]
     rows: list[Row] = []
