@@ -295,7 +295,11 @@ def _class_default(config: Mapping[str, Any], key: str, default: Any) -> Any:
         return default
     kind = CONFIG_MAPPING[model_type]
     alias = kind.attribute_map.get(key, key)
-    return config[alias] if alias in config else getattr(kind, alias, default)
+    if alias in config:
+        return config[alias]
+    value = getattr(kind, alias, default)
+    # A property, such as ``dtype``, has no value on the class itself.
+    return default if isinstance(value, property) else value
 
 
 @dataclass(frozen=True)
