@@ -114,12 +114,12 @@ def test_a_task_without_samples(lm_eval_outputs: Path, tmp_path: Path) -> None:
     shutil.copytree(lm_eval_outputs / "dense", tmp_path / "dense")
     results = find_results(tmp_path / "dense")
     next(results.parent.glob("samples_toy_fill_*.jsonl")).write_text("")
-    with pytest.raises(SamplesError, match=r"holds no samples: task 'toy_fill' asked nothing"):
+    with pytest.raises(SamplesError, match=r"holds no samples: .*'toy_fill'.*--limit"):
         load_samples(tmp_path / "dense", progress=False)
     content = json.loads(results.read_text())
     content["n-samples"]["toy_fill"] = {"original": 0, "effective": 0}
     results.write_text(json.dumps(content))
-    with pytest.raises(SamplesError, match="asked nothing"):
+    with pytest.raises(SamplesError, match=r"'toy_fill'.*--limit"):
         load_samples(tmp_path / "dense", progress=False)
 
 
