@@ -31,6 +31,7 @@ __all__ = [
     "listed_recipes",
     "load_recipe",
     "recipe_groups",
+    "refuse_unknown_key",
 ]
 
 log = logging.getLogger(__name__)
@@ -313,10 +314,19 @@ def _recipe_path(name: str) -> Path:
     return known[name]
 
 
-def _override(payload: dict[str, Any], key: str, value: Any) -> None:
+def refuse_unknown_key(key: str) -> None:
+    """Refuse an override that has no dot and is no short key; no method is imported.
+
+    Raises:
+        RecipeError: naming the key and the nearest that exists.
+    """
     if key not in SHORT_KEYS and key not in OWN_KEYS and "." not in key:
         known = [*OWN_KEYS, *SHORT_KEYS]
         raise RecipeError(f"Unknown recipe key '{key}'{suggest_or_list(key, known)}")
+
+
+def _override(payload: dict[str, Any], key: str, value: Any) -> None:
+    refuse_unknown_key(key)
     if key == "recovery":
         # A preset stands for a whole recovery; none leaves the result as the method made it.
         payload["recovery"] = None if value == "none" else {"preset": value}

@@ -369,7 +369,9 @@ def test_a_finished_comparison_ends_with_its_table(
     assert "--num-fewshot 3" in ended.err
 
 
-@pytest.mark.parametrize("typo", [["--tasks", "piqaa"], ["--recipes", "shortgp"], ["--set", "x=1"]])
+@pytest.mark.parametrize(
+    "typo", [["--tasks", "piqaa"], ["--recipes", "sleb,shortgp"], ["--set", "x=1"]]
+)
 def test_a_typo_costs_no_heavy_import(tmp_path: Path, typo: list[str]) -> None:
     arguments = [
         "compare",

@@ -21,7 +21,7 @@ from streamline_bench.harness.tasks.task_names import refuse_unknown
 from streamline_bench.modeling.loading import dtype_name
 from streamline_bench.runs.planning.plan import Evaluation, NoisePlan, Plan, PlanRow, TextPlan
 from streamline_bench.runs.planning.request import Request
-from streamline_bench.runs.planning.rows import Row, resolve_rows
+from streamline_bench.runs.planning.rows import Row, refuse_unknown_names, resolve_rows
 
 __all__ = ["resolve_plan"]
 
@@ -37,10 +37,11 @@ def resolve_plan(request: Request, *, device: str | None = None, progress: bool 
     Raises:
         StreamlineBenchError: the model, a recipe or the task folder cannot be used.
     """
-    rows = resolve_rows(request)
+    # What was mistyped is refused first: all that follows imports torch.
+    refuse_unknown_names(request)
     own = _own_tasks(request)
     refuse_unknown(request.tasks, task_folders(own))
-    # Not before what was mistyped is refused: these import torch.
+    rows = resolve_rows(request)
     from streamline_bench.compression.key import content_key
     from streamline_bench.modeling.source_model import SourceModel
 

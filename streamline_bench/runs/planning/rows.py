@@ -12,6 +12,7 @@ from streamline_bench.compression.recipes import (
     applicable,
     load_recipe,
     recipe_groups,
+    refuse_unknown_key,
 )
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.recipe.validation import suggest_or_list
@@ -19,7 +20,7 @@ from streamline_bench.errors import RecipeError
 from streamline_bench.runs.folder import is_row_name
 from streamline_bench.runs.planning.request import Request, RowRequest
 
-__all__ = ["GROUPS", "Row", "resolve_rows"]
+__all__ = ["GROUPS", "Row", "refuse_unknown_names", "resolve_rows"]
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,19 @@ class Row:
     def is_dense(self) -> bool:
         """Nothing is compressed: the model itself is scored."""
         return self.recipe.method == "dense" and self.recipe.recovery is None
+
+
+def refuse_unknown_names(request: Request) -> None:
+    """Refuse unknown recipes and short keys before a method, and torch with it, is imported.
+
+    Raises:
+        RecipeError: naming the first of them.
+    """
+    asked = _expanded(request.recipes)
+    for each in asked:
+        load_recipe(each.recipe, check=False)
+    for key in (*request.overrides, *(key for row in asked for key in row.overrides)):
+        refuse_unknown_key(key)
 
 
 def resolve_rows(request: Request) -> list[Row]:
