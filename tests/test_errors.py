@@ -15,8 +15,13 @@ from streamline_bench.resources import resource
 
 def test_the_drawn_tree_is_the_tree() -> None:
     drawn = re.findall(r"^[ │├└─]*(\w+Error)\b", str(errors.__doc__), re.MULTILINE)
-    defined = [name for name, value in vars(errors).items() if isinstance(value, type)]
-    assert sorted(drawn) == sorted(defined) == sorted(errors.__all__)
+    defined = [
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and value.__module__ == errors.__name__
+    ]
+    exported = [name for name in errors.__all__ if isinstance(getattr(errors, name), type)]
+    assert sorted(drawn) == sorted(defined) == sorted(exported)
     assert all(issubclass(getattr(errors, name), StreamlineBenchError) for name in defined)
 
 
