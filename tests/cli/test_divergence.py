@@ -46,14 +46,14 @@ def test_the_table_names_what_it_shows(call: Callable, tiny_llama: Path, text_fi
     assert "KL(dense || pruned)" in ended.out and "perplexity, pruned" in ended.out
 
 
-@pytest.mark.parametrize("name", ["absent.txt", "table.csv"])
+@pytest.mark.parametrize("name", ["absent.txt", "table.pdf"])
 def test_what_is_no_text_is_refused(
     call: Callable, tiny_llama: Path, tmp_path: Path, name: str
 ) -> None:
-    (tmp_path / "table.csv").write_text("a,b\n")
+    (tmp_path / "table.pdf").write_text("a,b\n")
     ended = call("divergence", tiny_llama, tiny_llama, tmp_path / name, "-q")
     assert ended.code == 2
-    assert "give an existing .txt, .jsonl or .parquet file" in ended.err
+    assert name in ended.err and ".jsonl" in ended.err
 
 
 def test_a_missing_field_is_named(call: Callable, tiny_llama: Path, tmp_path: Path) -> None:

@@ -98,7 +98,10 @@ def record_field(record: Mapping[str, Any], field: str, source: str) -> Any:
     for part in field.split("."):
         if not isinstance(value, Mapping) or part not in value:
             there = ", ".join(sorted(map(str, record))) or "no fields"
-            raise CalibrationError(f"{source} has no field '{field}'; it has {there}.")
+            raise CalibrationError(
+                f"{source} has no field '{field}'; it has {there}; name the field that holds the "
+                "text (--text-field, or text_field of the calibration)."
+            )
         value = value[part]
     return value
 
