@@ -182,7 +182,7 @@ def _compress(job: Compression, staging: Path, name: Named) -> None:
         reader, result = job.reader, method.compress(job)
     else:
         reader, result = compress_and_recover(job, method, job.recipe.recovery)
-    write_compressed(staging, reader, result)
+    write_compressed(staging, reader, result, progress=job.progress)
     weights = job.source.weights_sha256
     source = Source(name=name.pretrained, revision=name.revision, weights_sha256=weights)
     write_manifest(staging, _manifest(staging, job, result, source, time.monotonic() - started))

@@ -182,7 +182,9 @@ class Method(ABC):
         return True
 
 
-def write_compressed(folder: Path, reader: CheckpointReader, result: Compressed) -> None:
+def write_compressed(
+    folder: Path, reader: CheckpointReader, result: Compressed, *, progress: bool = True
+) -> None:
     """Write weights, config, tokenizer and artefacts into an existing, empty folder.
 
     Args:
@@ -194,6 +196,9 @@ def write_compressed(folder: Path, reader: CheckpointReader, result: Compressed)
     """
     from streamline_bench.core.checkpoint.writer import compose
 
-    compose(reader, folder, config=dict(result.config), names=result.names, extra=result.tensors)
+    compose(
+        reader, folder, config=dict(result.config), names=result.names, extra=result.tensors,
+        progress=progress,
+    )  # fmt: skip
     for name, text in result.artefacts.items():
         atomic_write_text(folder / name, text)

@@ -147,6 +147,7 @@ def test_the_command_repeats_what_was_compared(
         lambda name, revision: Path(name),
     )
     plan = resolve_plan(asking(trust_remote_code=True))
+    monkeypatch.setattr("streamline_bench.modeling.loading.load_tokenizer", lambda *_, **__: None)
     plan = Plan(**{**plan.model_dump(), "model": "owner/model", "revision": "v2"})
     (tmp_path / "last_layers").mkdir()
     typed = _text_job(plan).work(RunPaths(tmp_path)).command

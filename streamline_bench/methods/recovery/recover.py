@@ -137,7 +137,7 @@ def _compressed(job: Compression, method: Method) -> tuple[CheckpointReader, dic
         gc.collect()
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        write_compressed(folder, job.reader, result)
+        write_compressed(folder, job.reader, result, progress=job.progress)
         facts = {name: getattr(result, name) for name in _FACTS}
         facts["artefacts"] = sorted(result.artefacts)
         del result
