@@ -34,8 +34,6 @@ from streamline_bench.modeling.loading import load_model, load_tokenizer
 from streamline_bench.stability.comparison import TokenDivergence
 from streamline_bench.stability.statistics.intervals import mean_per_unit
 
-__all__ = ["read_texts", "token_divergence"]
-
 _POSITIONS = 256  # whose distributions are in memory at once, in float32
 
 

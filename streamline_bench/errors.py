@@ -31,30 +31,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = [
-    "ArchitectureError",
-    "CacheError",
-    "CalibrationError",
-    "CheckpointError",
-    "ClusterError",
-    "ComparisonError",
-    "EvaluationError",
-    "InstallationError",
-    "MissingDependencyError",
-    "NumericsError",
-    "OpenCompassError",
-    "OutputError",
-    "RecipeError",
-    "ResourceError",
-    "SamplesError",
-    "SparsityError",
-    "StreamlineBenchError",
-    "ThroughputError",
-    "first_line",
-    "library_errors",
-    "out_of_memory",
-]
-
 _LIBRARIES = frozenset(
     "accelerate datasets huggingface_hub jinja2 numpy peft pyarrow safetensors tokenizers torch "
     "transformers".split()

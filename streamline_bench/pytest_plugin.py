@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from streamline_bench.gate.evidence import Evidence, Source
     from streamline_bench.gate.result import GateResult, Thresholds
 
-__all__ = ["StreamlineGate", "streamline_gate"]
-
 _THRESHOLDS = {
     "accuracy": ("accuracy-margin", "tolerated drop of accuracy, as a share (0.02)"),
     "stability": ("stability-margin", "tolerated drop of stability, as a share (0.02)"),

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from streamline_bench.errors import InstallationError
 
-__all__ = ["BUNDLED", "bundled_model", "is_bundled", "resource"]
-
 BUNDLED = "bundled"
 """Names the bundled model wherever a model is asked for."""
 

@@ -12,8 +12,6 @@ import shutil
 import sys
 from pathlib import Path
 
-__all__ = ["main"]
-
 KEPT = ("tmp", "log")
 
 

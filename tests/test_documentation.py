@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import importlib
 import itertools
 import re
@@ -52,8 +53,10 @@ def parse_ours(words: list[str]) -> click.Context:
     """Parse a command line without running it; callbacks that look at the machine are left out."""
     from streamline_bench.cli.main import cli
 
-    command = cli.get_command(click.Context(cli), words[1])
+    # A copy: the command itself keeps its callbacks for other tests.
+    command = copy.copy(cli.get_command(click.Context(cli), words[1]))
     assert command is not None, f"no command {words[1]}"
+    command.params = [copy.copy(option) for option in command.params]
     for option in command.params:
         if option.name == "device":
             option.callback = None

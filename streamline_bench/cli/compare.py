@@ -16,8 +16,6 @@ from streamline_bench.cli.options import named_device_option, setup_logging, unt
 if TYPE_CHECKING:
     from streamline_bench.runs import CompareResult
 
-__all__ = ["command", "finish", "stops_with_a_word"]
-
 
 @click.command("compare")
 @click.argument("model", required=False)

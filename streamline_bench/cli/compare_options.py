@@ -14,8 +14,6 @@ from streamline_bench.resources import is_bundled
 from streamline_bench.runs.execution.options import Execution
 from streamline_bench.runs.planning.request import Request, RowRequest, make_request, read_request
 
-__all__ = ["parse_cpus", "parse_row", "read_execution", "read_options"]
-
 _PLAIN = (
     "include_path limit num_fewshot apply_chat_template batch_size dtype device revision title "
     "trust_remote_code throughput noise_floor noise_batch_size noise_dtype noise_engine text "

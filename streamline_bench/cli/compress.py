@@ -14,8 +14,6 @@ from streamline_bench.cli.options import (
     setup_logging,
 )
 
-__all__ = ["command"]
-
 
 @click.command("compress")
 @click.argument("model")

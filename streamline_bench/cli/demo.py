@@ -8,8 +8,6 @@ import click
 
 from streamline_bench.cli.options import setup_logging, until_option
 
-__all__ = ["command"]
-
 
 @click.command("demo")
 @click.option(

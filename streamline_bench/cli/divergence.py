@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from streamline_bench.stability.comparison import Estimate, TokenDivergence
 
-__all__ = ["command"]
-
 
 @click.command("divergence")
 @click.argument("dense")

@@ -15,8 +15,6 @@ from streamline_bench.cli.options import print_table
 if TYPE_CHECKING:
     from streamline_bench.gate.result import GateResult
 
-__all__ = ["command"]
-
 _OF_WRITING = {"run", "reference", "overwrite", "quiet"}
 _SHARE = click.FloatRange(0, 1, max_open=True)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import click
 from click.core import ParameterSource
 
-__all__ = ["refuse_given"]
-
 _NOT_GIVEN = (None, ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
 
 

@@ -6,8 +6,6 @@ import sys
 
 import click
 
-__all__ = ["command"]
-
 
 @click.command(
     "lm-eval",

@@ -19,8 +19,6 @@ from streamline_bench.core.machine.environment import printable
 from streamline_bench.errors import StreamlineBenchError, library_errors
 from streamline_bench.version import __version__
 
-__all__ = ["cli", "main"]
-
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "compare": ("compare", "Compare recipes on a model: compress, score, leaderboard."),
     "compress": ("compress", "Remove layers from a model and write the result as a checkpoint."),

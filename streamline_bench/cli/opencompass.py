@@ -12,8 +12,6 @@ import click
 from streamline_bench.cli.options import named_device_option, parse_assignments, setup_logging
 from streamline_bench.cli.yaml_values import yaml_assignments
 
-__all__ = ["command"]
-
 
 def _write_configs(context: click.Context, _: click.Parameter, folder: Path | None) -> None:
     """Write the configs and leave, without a model."""

@@ -16,17 +16,6 @@ from streamline_bench.errors import RecipeError
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = [
-    "device_option",
-    "dtype_option",
-    "named_device_option",
-    "parse_assignments",
-    "print_table",
-    "setup_logging",
-    "split_assignments",
-    "until_option",
-]
-
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 

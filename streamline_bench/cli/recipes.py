@@ -8,8 +8,6 @@ import click
 
 from streamline_bench.cli.options import print_table
 
-__all__ = ["command"]
-
 
 @click.command("recipes")
 @click.argument("name", required=False)

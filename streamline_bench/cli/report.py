@@ -7,8 +7,6 @@ from pathlib import Path
 
 import click
 
-__all__ = ["command"]
-
 
 @click.command("report")
 @click.argument("run", type=click.Path(path_type=Path), required=False)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from streamline_bench.core.scan.similarity import Similarity
 
-__all__ = ["command"]
-
 _FILES = ("similarity.json", "similarity.svg")
 _STARTS_SHOWN = 5
 

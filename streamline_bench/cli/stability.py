@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     )
     from streamline_bench.stability.samples import Samples
 
-__all__ = ["command"]
-
 QUANTITIES = ["nll_per_byte", "nll_per_char", "nll", "ppl_per_byte", "ppl_per_char",
               "mean_token_nll"]  # fmt: skip
 

@@ -11,8 +11,6 @@ import yaml
 
 from streamline_bench.cli.options import print_table
 
-__all__ = ["command"]
-
 
 @click.command("tasks")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")

@@ -16,8 +16,6 @@ from streamline_bench.core.machine.environment import printable
 if TYPE_CHECKING:
     from streamline_bench.throughput.record import ThroughputRecord
 
-__all__ = ["command"]
-
 _DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 _GIB = 1 << 30
 _OF_BATCHES = ("batch", "rounds", "warmup_rounds", "clock", "one_at_a_time")

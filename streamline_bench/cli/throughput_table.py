@@ -19,8 +19,6 @@ if TYPE_CHECKING:
         ThroughputRecord,
     )
 
-__all__ = ["notes", "tables"]
-
 _MIB = 1 << 20
 
 

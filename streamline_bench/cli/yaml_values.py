@@ -8,8 +8,6 @@ import click
 
 from streamline_bench.cli.options import split_assignments
 
-__all__ = ["yaml_assignments"]
-
 
 def yaml_assignments(option: str, given: tuple[str, ...]) -> dict[str, Any]:
     """Read what an option was given.

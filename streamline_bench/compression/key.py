@@ -17,8 +17,6 @@ from streamline_bench.methods.registry import method_facts
 from streamline_bench.modeling.loading import dtype_name
 from streamline_bench.modeling.source_model import SourceModel
 
-__all__ = ["content_key"]
-
 SHARED_VERSION = 4
 """Part of every key; raised when what all methods share gives other tensors for the same recipe:
 calibration text, the scan, how tensors are composed and stored. Changes of one method raise its

@@ -31,8 +31,6 @@ from streamline_bench.methods.recovery.recover import compress_and_recover
 from streamline_bench.methods.registry import check_parameters, get_method, method_facts
 from streamline_bench.modeling.source_model import SourceModel
 
-__all__ = ["CachedCheckpoint", "cache_root", "compress", "compress_cached"]
-
 log = logging.getLogger(__name__)
 
 LOCK_TIMEOUT = 24 * 3600

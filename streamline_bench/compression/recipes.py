@@ -24,16 +24,6 @@ from streamline_bench.methods.registry import (
 )
 from streamline_bench.resources import resource
 
-__all__ = [
-    "SIZE_KEYS",
-    "applicable",
-    "list_recipes",
-    "listed_recipes",
-    "load_recipe",
-    "recipe_groups",
-    "refuse_unknown_key",
-]
-
 log = logging.getLogger(__name__)
 
 ENTRY_POINTS = "streamline_bench.recipes"

@@ -15,20 +15,6 @@ from streamline_bench.errors import ArchitectureError
 if TYPE_CHECKING:  # shards are copied in processes that never load torch
     from torch import nn
 
-__all__ = [
-    "ANY_LENGTHS",
-    "ARCHITECTURES",
-    "Architecture",
-    "RopeGroups",
-    "architecture_of",
-    "config_entry",
-    "decoder_layers",
-    "get_submodule",
-    "require_removable_layers",
-    "rope_groups",
-    "sequence_limit",
-]
-
 
 @dataclass(frozen=True)
 class Architecture:

@@ -21,17 +21,6 @@ from torch import Tensor, nn
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.errors import NumericsError
 
-__all__ = [
-    "PartialForward",
-    "PassEnded",
-    "evaluating",
-    "hidden_of",
-    "replaced_forward",
-    "require_finite_states",
-    "run_base",
-    "run_until",
-]
-
 
 class PassEnded(Exception):  # noqa: N818 - a signal, not an error
     """Raised by a hook to end a pass of :func:`run_until`."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamline_bench.demo.preset import BUNDLED, bundled_request
+from streamline_bench.demo.preset import bundled_request
+from streamline_bench.resources import BUNDLED
 from streamline_bench.runs.planning.request import make_request
 from streamline_bench.runs.run import CompareResult, compare_request
-
-__all__ = ["DEMO_ROWS", "DemoOptions", "run_demo"]
 
 DEMO_ROWS: tuple[str, ...] = ("dense", "streamline_none", "streamline", "streamline_ffn_res")
 

@@ -8,8 +8,6 @@ from typing import Any
 from streamline_bench.demo import TASKS, model
 from streamline_bench.resources import BUNDLED
 
-__all__ = ["BUNDLED", "bundled_request"]
-
 _OVERRIDES: Mapping[str, Any] = {"sequence_length": 128}
 """The bundled model was trained on blocks of this length."""
 

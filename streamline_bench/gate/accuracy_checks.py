@@ -20,8 +20,6 @@ from streamline_bench.stability.comparison import Estimate
 from streamline_bench.stability.statistics.score import PairedDifference, holm
 from streamline_bench.stability.task_comparison import paired_sample
 
-__all__ = ["accuracy_checks"]
-
 
 def accuracy_checks(
     run: Evidence, against: Evidence, now: RowReference, before: RowReference, allowed: Thresholds

@@ -19,8 +19,6 @@ from streamline_bench.stability.comparison import Estimate
 from streamline_bench.stability.over_tasks import square_and_add
 from streamline_bench.stability.statistics.score import decide
 
-__all__ = ["Change", "check_of", "excludes_zero", "mean_checks", "shared_tasks"]
-
 
 @dataclass(frozen=True)
 class Change:

@@ -35,8 +35,6 @@ from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.clusters import ClusterLabels, cluster_labels
 from streamline_bench.stability.statistics.stability import choice_spread
 
-__all__ = ["Evidence", "Source", "evidence_of", "open_source", "read_evaluations", "read_evidence"]
-
 LEADERBOARD = "leaderboard.json"
 Key = tuple[str, str]
 

@@ -20,8 +20,6 @@ from streamline_bench.gate.result import Check, GateResult, Quantity, Status, Th
 from streamline_bench.gate.stability_checks import stability_checks
 from streamline_bench.throughput.speed import Speed
 
-__all__ = ["gate", "judge", "require_comparable", "require_rows"]
-
 
 def gate(
     run: Path | str,

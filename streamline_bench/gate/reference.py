@@ -22,17 +22,6 @@ from streamline_bench.report.leaderboard import Procedure
 from streamline_bench.stability.comparison import Estimate
 from streamline_bench.throughput.speed import Speed
 
-__all__ = [
-    "KIND",
-    "Reference",
-    "RowReference",
-    "TaskReference",
-    "pack",
-    "parse_reference",
-    "unpack",
-    "write_reference",
-]
-
 KIND: Literal["streamline-bench gate reference"] = "streamline-bench gate reference"
 
 BoolArray = npt.NDArray[np.bool_]

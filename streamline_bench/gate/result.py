@@ -8,8 +8,6 @@ from pydantic import Field
 
 from streamline_bench.core.recipe.schema import Frozen
 
-__all__ = ["Check", "GateResult", "Quantity", "Status", "Thresholds"]
-
 
 class Thresholds(Frozen):
     """What a gate tolerates, and how sure it must be.

@@ -34,8 +34,6 @@ from streamline_bench.stability.statistics.intervals import (
 from streamline_bench.stability.statistics.paired import wilson
 from streamline_bench.stability.statistics.stability import effective_sample_size, stability_weights
 
-__all__ = ["stability_checks"]
-
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
 

@@ -28,11 +28,6 @@ from streamline_bench.report.text import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = [
-    "NOTE", "append_summary", "brief", "cells", "line", "ordered", "to_markdown", "to_table",
-    "verdict", "workflow_commands",
-]  # fmt: skip
-
 HEADINGS = ("row", "task", "quantity", "reference", "now", "change", "interval", "p", "status")
 _NUMERIC = ("reference", "now", "change", "interval", "p")
 NOTE = (

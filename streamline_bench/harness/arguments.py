@@ -20,8 +20,6 @@ from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import RecipeError, StreamlineBenchError, library_errors
 from streamline_bench.resources import bundled_model, is_bundled
 
-__all__ = ["ModelArguments", "check_arguments", "parameters_of", "sort_arguments"]
-
 _TAKEN_FROM_KEYWORDS = (
     "attn_implementation experts_implementation device_map max_memory offload_buffers "
     "low_cpu_mem_usage variant proxies code_revision kernel_config use_kernels torch_dtype "

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import sys
 
-__all__ = ["MODELS", "MODEL_NAME", "install", "refuse_wrong", "register"]
-
 MODEL_NAME = "streamline"
 MODELS = {
     MODEL_NAME: "streamline_bench.harness.lm:StreamlineLM",

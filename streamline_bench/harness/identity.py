@@ -20,8 +20,6 @@ from huggingface_hub.errors import HFValidationError
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import CacheError
 
-__all__ = ["files_sha256", "model_identity", "separate_cache", "weights_sha256"]
-
 
 def weights_sha256(
     pretrained: str, model: Any, *, revision: str | None = None, patched: bool = False

@@ -41,8 +41,6 @@ from streamline_bench.harness.scoring.scorer import (
     scoring_tokens,
 )
 
-__all__ = ["StreamlineLM", "TokenRequest", "window_sums"]
-
 logger = logging.getLogger(__name__)
 
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]

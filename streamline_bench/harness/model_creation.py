@@ -16,8 +16,6 @@ from streamline_bench.core.machine.environment import printable
 from streamline_bench.errors import StreamlineBenchError, library_errors
 from streamline_bench.harness.identity import separate_cache
 
-__all__ = ["CompressedModel", "share_log", "user_errors"]
-
 Made = TypeVar("Made", bound="CompressedModel")
 
 

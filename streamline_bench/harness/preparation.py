@@ -19,8 +19,6 @@ from streamline_bench.harness.arguments import ModelArguments
 from streamline_bench.modeling.loading import dtype_name
 from streamline_bench.resources import bundled_model, is_bundled
 
-__all__ = ["PreparedModel", "prepare"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -9,8 +9,6 @@ from typing import Any, Protocol
 
 from streamline_bench.core.recipe.schema import Frozen
 
-__all__ = ["Asked", "UsedSettings", "ignored_options", "used_settings"]
-
 
 class Asked(Protocol):
     """What an evaluation is asked, as the options of the harness name it."""

@@ -35,8 +35,6 @@ from streamline_bench.harness.preparation import prepare
 from streamline_bench.modeling.loading import stored_overrides
 from streamline_bench.modeling.vllm import register
 
-__all__ = ["StreamlineVLLM"]
-
 _ENGINE_ARGUMENTS = [*(entry.name for entry in dataclasses.fields(EngineArgs)), "device"]
 _SIZES = ("kv_cache_memory_bytes", "gpu_memory_utilization", "max_num_seqs")
 """Arguments that change how much runs at once, and no answer."""

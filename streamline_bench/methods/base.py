@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from streamline_bench.core.data.calibration import CalibrationTokens
 
-__all__ = ["API_VERSION", "Compressed", "Compression", "Method", "NoParameters", "write_compressed"]
-
 API_VERSION = 1
 """Version of the contract in this module."""
 

@@ -6,8 +6,6 @@ import json
 
 from streamline_bench.methods.base import Compressed, Compression, Method
 
-__all__ = ["Dense"]
-
 
 class Dense(Method):
     """Copy the checkpoint as it is, so that the dense row is made as the others are."""

@@ -19,16 +19,6 @@ from streamline_bench.errors import RecipeError, first_line
 from streamline_bench.methods.base import API_VERSION, Method
 from streamline_bench.version import __version__
 
-__all__ = [
-    "ENTRY_POINTS",
-    "METHODS",
-    "check_parameters",
-    "get_method",
-    "method_facts",
-    "offered",
-    "unread_parts",
-]
-
 ENTRY_POINTS = "streamline_bench.methods"
 """Entry-point group in which other packages name their methods: ``name = "module:Class"``."""
 

@@ -27,15 +27,6 @@ from streamline_bench.core.surgery.replacement import (
 )
 from streamline_bench.errors import CheckpointError
 
-__all__ = [
-    "BEFORE_FIRST",
-    "Attachment",
-    "attach_network",
-    "attached_layer_class",
-    "host_layer_class",
-    "parse_attachments",
-]
-
 BEFORE_FIRST = -1
 """``after_layer`` of a network that runs before layer 0 (the block began at layer 0)."""
 

@@ -21,8 +21,6 @@ from streamline_bench.modeling.attachments import Attachment, parse_attachments
 from streamline_bench.modeling.rotations import Rotations
 from streamline_bench.modeling.widths import LayerWidths, parse_layer_widths, require_narrowable
 
-__all__ = ["MODEL_TYPE", "StreamlineConfig", "config_class_for", "on_new_host", "streamline_config"]
-
 MODEL_TYPE = "streamline"
 _PREFIX = "Streamline"
 _classes: dict[str, type[StreamlineConfig]] = {}

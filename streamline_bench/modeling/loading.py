@@ -14,15 +14,6 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.files.structured import read_json
 from streamline_bench.errors import CalibrationError, CheckpointError, RecipeError, library_errors
 
-__all__ = [
-    "dtype_name",
-    "load_config",
-    "load_model",
-    "load_tokenizer",
-    "require_weights",
-    "stored_overrides",
-]
-
 log = logging.getLogger(__name__)
 
 

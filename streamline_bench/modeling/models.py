@@ -44,8 +44,6 @@ from streamline_bench.modeling.configuration import (
 from streamline_bench.modeling.rotated_layers import rotate_modules
 from streamline_bench.modeling.widths import resize_layer
 
-__all__ = ["StreamlineForCausalLM", "StreamlineModel", "model_class_for", "register"]
-
 _PREFIX = "Streamline"
 _Entrance = TypeVar("_Entrance", bound="_StreamlineHost")
 _classes: dict[tuple[str, str], type[_StreamlineHost]] = {}

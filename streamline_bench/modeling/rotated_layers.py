@@ -22,21 +22,6 @@ from streamline_bench.core.architecture import get_submodule as at
 from streamline_bench.modeling.attachments import host_layer_class
 from streamline_bench.modeling.rotations import Rotations
 
-__all__ = [
-    "StreamNorm",
-    "attention_inputs",
-    "mlp_inputs",
-    "output_maps",
-    "replace_norms",
-    "rotate_layer_class",
-    "rotate_modules",
-    "rotated_layer_class",
-    "set_shortcut",
-    "set_weight",
-    "stack_of",
-    "stream_embeddings",
-]
-
 _PREFIX = "Rotated"
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 

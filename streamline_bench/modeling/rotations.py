@@ -15,8 +15,6 @@ from typing import Any
 from streamline_bench.core.architecture import Architecture, architecture_of, config_entry
 from streamline_bench.errors import ArchitectureError, CheckpointError
 
-__all__ = ["Rotations", "StreamWidths", "require_rotatable"]
-
 
 @dataclass(frozen=True)
 class StreamWidths:

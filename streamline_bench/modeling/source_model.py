@@ -12,8 +12,6 @@ from streamline_bench.core.checkpoint.manifest import file_sha256
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import CheckpointError
 
-__all__ = ["SourceModel"]
-
 
 @dataclass(frozen=True)
 class SourceModel:

@@ -18,17 +18,6 @@ from transformers import PreTrainedConfig
 from streamline_bench.core.architecture import Architecture
 from streamline_bench.errors import ArchitectureError, CheckpointError
 
-__all__ = [
-    "LayerConfig",
-    "LayerWidths",
-    "Part",
-    "head_size",
-    "parse_layer_widths",
-    "projection_parts",
-    "require_narrowable",
-    "resize_layer",
-]
-
 Unit = Literal["query", "key_value", "channel"]
 
 

@@ -6,8 +6,6 @@ from importlib.util import find_spec
 
 from streamline_bench.errors import MissingDependencyError
 
-__all__ = ["OPENCOMPASS_INSTALL", "require_opencompass"]
-
 OPENCOMPASS_INSTALL = (
     "pip install 'streamline-bench[opencompass]' && "
     "pip install --no-deps opencompass==0.5.4 mmengine-lite==0.11.0rc3"

@@ -13,8 +13,6 @@ from opencompass.openicl.icl_evaluator import BaseEvaluator
 from streamline_bench.errors import StreamlineBenchError
 from streamline_bench.resources import resource
 
-__all__ = ["BundledDataset", "ExactMatchEvaluator"]
-
 
 class BundledDataset(BaseDataset):  # type: ignore[misc]
     """One of the bundled tasks (see ``tasks/lm_eval/bundled``); nothing is downloaded.

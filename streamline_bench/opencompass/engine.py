@@ -19,17 +19,6 @@ from transformers import StoppingCriteria
 
 from streamline_bench.errors import StreamlineBenchError
 
-__all__ = [
-    "Engine",
-    "GenerationSettings",
-    "ScoredText",
-    "StopWords",
-    "continuation_start",
-    "cut_at",
-    "mean_nll",
-    "spans_between",
-]
-
 
 @dataclass(frozen=True)
 class ScoredText:

@@ -29,8 +29,6 @@ from streamline_bench.opencompass.run_plan import ModelEntry, RunPlan, config_te
 from streamline_bench.opencompass.source import entry_source
 from streamline_bench.report.run_file import RUN_FILE, RunFile, RunRow, write_run_file
 
-__all__ = ["claimed_folder", "evaluate", "write_config"]
-
 log = logging.getLogger(__name__)
 
 CLAIM = "opencompass.json"

@@ -23,8 +23,6 @@ from streamline_bench.errors import MissingDependencyError, OpenCompassError, St
 from streamline_bench.opencompass.availability import OPENCOMPASS_INSTALL
 from streamline_bench.stability.readers.opencompass_folder import DumpedConfig, read_dumped_config
 
-__all__ = ["Environment", "inspect_environment", "run_opencompass"]
-
 log = logging.getLogger(__name__)
 
 _RUN = re.compile(r"^\d{8}_\d{6}$")

@@ -19,8 +19,6 @@ import numpy.typing as npt
 from opencompass.openicl.icl_inferencer import PPLInferencer
 from tqdm import tqdm
 
-__all__ = ["SharedPrefixPPLInferencer"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -33,15 +33,6 @@ from streamline_bench.opencompass.prompts import (
 )
 from streamline_bench.opencompass.source import entry_source, generation_pad, longest_input
 
-__all__ = [
-    "ChatPrompts",
-    "Prompt",
-    "StreamlineChatModel",
-    "StreamlineModel",
-    "StreamlineVLLM",
-    "StreamlineVLLMChat",
-]
-
 Prompt = str | Sequence[Mapping[str, Any]]
 Floats = npt.NDArray[np.float64]
 

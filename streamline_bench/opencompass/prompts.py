@@ -8,8 +8,6 @@ from typing import Any
 
 from streamline_bench.errors import CheckpointError, StreamlineBenchError, library_errors
 
-__all__ = ["PromptEncoder", "chat_text", "load_prompt_tokenizer", "messages_of", "plain_text"]
-
 ROLES = {"HUMAN": "user", "BOT": "assistant", "SYSTEM": "system"}
 
 

@@ -11,8 +11,6 @@ from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.errors import OutputError
 from streamline_bench.resources import resource
 
-__all__ = ["write_configs"]
-
 MODEL = "meta-llama/Llama-2-7b-hf"  # of the LLM-Streamline paper
 SPARSITY = 0.25
 

@@ -13,8 +13,6 @@ from streamline_bench.core.recipe.validation import suggest_or_list
 from streamline_bench.errors import StreamlineBenchError
 from streamline_bench.opencompass.source import OF_MODEL_CLASS
 
-__all__ = ["DATASETS", "ModelEntry", "RunPlan", "config_text", "entries", "source_keys"]
-
 _CONFIGS = "streamline_bench.opencompass.configs"
 
 DATASETS: Mapping[str, tuple[str, str]] = {

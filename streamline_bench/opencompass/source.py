@@ -10,15 +10,6 @@ from streamline_bench.errors import CheckpointError, StreamlineBenchError, libra
 from streamline_bench.harness.arguments import parameters_of, sort_arguments
 from streamline_bench.harness.preparation import PreparedModel, prepare
 
-__all__ = [
-    "OF_MODEL_CLASS",
-    "ModelSource",
-    "entry_source",
-    "find_source",
-    "generation_pad",
-    "longest_input",
-]
-
 OF_MODEL_CLASS = (
     "max_seq_len tokenizer_path tokenizer_kwargs tokenizer_only meta_template generation_kwargs "
     "pad_token_id stop_words"

@@ -25,8 +25,6 @@ from streamline_bench.modeling.loading import require_weights
 from streamline_bench.opencompass.engine import GenerationSettings, ScoredText, StopWords, cut_at
 from streamline_bench.opencompass.source import ModelSource
 
-__all__ = ["TransformersEngine", "load_causal_model", "plain_logprob"]
-
 logger = logging.getLogger(__name__)
 
 

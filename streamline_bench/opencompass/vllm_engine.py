@@ -10,8 +10,6 @@ from streamline_bench.modeling.vllm.package import require_vllm
 from streamline_bench.opencompass.engine import GenerationSettings, ScoredText, cut_at
 from streamline_bench.opencompass.source import ModelSource
 
-__all__ = ["VLLMEngine"]
-
 RENAMED = {"num_return_sequences": "n", "max_new_tokens": "max_tokens"}
 """Keys of transformers' generation -> vLLM's sampling parameters."""
 

@@ -28,8 +28,6 @@ from streamline_bench.stability.settings import Settings
 from streamline_bench.throughput.speed import Speed, read_figures
 from streamline_bench.version import __version__
 
-__all__ = ["build_leaderboard", "build_report"]
-
 
 def build_report(folder: Path, *, settings: Settings | None = None, progress: bool = True) -> Path:
     """Make the report files of a run folder, in that folder; return ``leaderboard.html``.

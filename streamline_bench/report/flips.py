@@ -11,8 +11,6 @@ import pandas as pd
 from streamline_bench.report.leaderboard import Flip
 from streamline_bench.stability.align import AlignedPairs
 
-__all__ = ["worst_flips"]
-
 _PROMPT_CHARACTERS = 900
 _TEXT_CHARACTERS = 400
 

@@ -25,22 +25,6 @@ from streamline_bench.stability.comparison import (
 )
 from streamline_bench.throughput.speed import Speed
 
-__all__ = [
-    "CurvePoint",
-    "Flip",
-    "Leaderboard",
-    "Procedure",
-    "Provenance",
-    "Published",
-    "Row",
-    "ScanResult",
-    "TaskData",
-    "TaskScore",
-    "json_schema",
-    "parse_leaderboard",
-    "read_leaderboard",
-]
-
 
 class Procedure(Frozen):
     """How the runs were compared (see :class:`streamline_bench.stability.settings.Settings`)."""

@@ -20,8 +20,6 @@ from streamline_bench.errors import SamplesError
 from streamline_bench.report.leaderboard import CurvePoint, Provenance, ScanResult, TaskData
 from streamline_bench.stability.samples import RunInfo
 
-__all__ = ["CheckpointFacts", "is_hub_id", "provenance", "read_checkpoint", "task_data"]
-
 _DECIMALS = 5
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LOADERS = ("arrow", "csv", "json", "parquet", "text")

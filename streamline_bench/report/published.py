@@ -12,8 +12,6 @@ from streamline_bench.errors import SamplesError
 from streamline_bench.report.leaderboard import Published
 from streamline_bench.stability.comparison import Estimate
 
-__all__ = ["benchmark", "published_numbers"]
-
 
 def published_numbers(
     recipe: Mapping[str, Any],

@@ -25,8 +25,6 @@ from streamline_bench.core.files.structured import read_json, validated
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import SamplesError
 
-__all__ = ["RUN_FILE", "NoiseRun", "RunFile", "RunRow", "read_run_file", "write_run_file"]
-
 RUN_FILE = "run.json"
 
 

@@ -15,13 +15,6 @@ from streamline_bench.core.machine.environment import printable
 if TYPE_CHECKING:
     from streamline_bench.stability.comparison import Estimate
 
-__all__ = [
-    "FILTERS", "MISSING", "count", "csv_cell", "decimal", "duration", "interval", "markdown_text",
-    "nats", "p_value", "percent", "points", "rate", "ratio", "significant", "stored",
-    "terminal_text", "times", "visible_text", "with_error",
-]  # fmt: skip
-
-
 # Overrides of the reading direction can make a text show something else than it says.
 _DIRECTION = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")

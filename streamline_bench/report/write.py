@@ -14,8 +14,6 @@ from streamline_bench.report.views.csv_table import to_csv
 from streamline_bench.report.views.markdown import to_markdown
 from streamline_bench.report.views.page import to_html
 
-__all__ = ["to_json", "write_report"]
-
 
 def write_report(board: Leaderboard, output: Path) -> Path:
     """Write leaderboard.json, leaderboard.csv, leaderboard.md and leaderboard.html into ``output``.

@@ -18,8 +18,6 @@ from streamline_bench.runs.jobs.kinds import CompressJob, MeasureJob, TextJob
 from streamline_bench.runs.jobs.score import ScoreJob
 from streamline_bench.runs.planning.plan import Plan, PlanRow, digest
 
-__all__ = ["Results", "write_report_once"]
-
 
 @dataclass(frozen=True)
 class Results:

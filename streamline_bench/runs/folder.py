@@ -24,8 +24,6 @@ from streamline_bench.core.files.locks import check_usable, lock_folder
 from streamline_bench.errors import OutputError
 from streamline_bench.runs.planning.plan import PLAN_FILE, Plan, differences, read_plan, write_plan
 
-__all__ = ["RunPaths", "check_output", "claim", "is_row_name", "locked"]
-
 _FOLDERS = ("jobs", "noise", "throughput")
 _FILES = ("run.json", *(f"leaderboard.{kind}" for kind in ("html", "md", "csv", "json")))
 _PARTS_OF_A_ROW = ("checkpoint", "eval", "divergence.json")

@@ -24,8 +24,6 @@ from streamline_bench.runs.planning.plan import Plan
 from streamline_bench.runs.planning.request import Request, RowRequest, make_request
 from streamline_bench.runs.planning.resolve import resolve_plan
 
-__all__ = ["STAGES", "CompareResult", "Terminated", "compare", "compare_request"]
-
 
 class Terminated(BaseException):
     """The process was asked to end (SIGTERM); no ``except Exception`` may hold it up."""

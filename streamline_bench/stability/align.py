@@ -19,8 +19,6 @@ from streamline_bench.errors import ComparisonError
 from streamline_bench.stability.over_tasks import leaf_tasks
 from streamline_bench.stability.samples import RunInfo, Samples
 
-__all__ = ["AlignedPairs", "align"]
-
 _KEY = ["task", "filter", "doc_id"]
 _BEFORE = 20  # characters shown before a difference
 _HASHES = {

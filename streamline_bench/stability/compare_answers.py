@@ -33,8 +33,6 @@ from streamline_bench.stability.statistics.score import PairedDifference, decide
 from streamline_bench.stability.task_comparison import ComparedTask, compare_task
 from streamline_bench.stability.texts import compare_generations, compare_perplexities
 
-__all__ = ["compare_answers", "compare_pairs", "with_recorded_quantity", "with_script_verdicts"]
-
 _Result = TypeVar("_Result", TaskComparison, GroupComparison)
 
 

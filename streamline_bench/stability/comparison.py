@@ -11,24 +11,6 @@ from typing import Literal
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.stability.settings import Mode, Quantity
 
-__all__ = [
-    "Calibration",
-    "ChoiceShift",
-    "Clusters",
-    "Comparison",
-    "Decision",
-    "Estimate",
-    "Flips",
-    "GenerationComparison",
-    "GroupComparison",
-    "NoiseFloor",
-    "NoiseTask",
-    "Overall",
-    "PerplexityComparison",
-    "TaskComparison",
-    "TokenDivergence",
-]
-
 
 class Estimate(Frozen):
     """A number with what is known of its error; ``method`` names the interval's."""

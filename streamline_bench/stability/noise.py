@@ -27,8 +27,6 @@ from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.paired import wilson
 
-__all__ = ["above_noise", "flips_above", "noise_floor"]
-
 _Compared = TypeVar("_Compared", TaskComparison, GroupComparison, Overall)
 
 

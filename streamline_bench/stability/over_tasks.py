@@ -35,8 +35,6 @@ from streamline_bench.stability.task_comparison import (
     retention_estimate,
 )
 
-__all__ = ["compare_groups", "leaf_tasks", "macro", "micro", "square_and_add"]
-
 
 def macro(compared: Sequence[ComparedTask], settings: Settings) -> Overall:
     """Unweighted means over tasks, which are taken as given; each task's error is of its documents.

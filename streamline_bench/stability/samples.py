@@ -20,8 +20,6 @@ from streamline_bench.core.files.staging import atomic_write_bytes
 from streamline_bench.core.recipe.validation import first_problem
 from streamline_bench.errors import SamplesError, library_errors
 
-__all__ = ["COLUMNS", "Row", "RunInfo", "Samples", "well_formed"]
-
 SCHEMA_VERSION = 1
 
 COLUMNS: Mapping[str, str] = {

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Mode", "Quantity", "Settings", "Verdict"]
-
 Verdict = Literal["correct", "correct_norm"]
 """Which verdict decides right or wrong: the task's own (acc, exact_match) or acc_norm."""
 

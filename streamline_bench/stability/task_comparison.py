@@ -35,16 +35,6 @@ from streamline_bench.stability.statistics.stability import (
     stability_estimate,
 )
 
-__all__ = [
-    "ComparedTask",
-    "accuracy_estimate",
-    "chance_corrected",
-    "compare_task",
-    "paired_estimates",
-    "paired_sample",
-    "retention_estimate",
-]
-
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 

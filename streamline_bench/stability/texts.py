@@ -22,8 +22,6 @@ from streamline_bench.stability.comparison import (
 from streamline_bench.stability.statistics.intervals import mean_per_unit
 from streamline_bench.stability.statistics.paired import wilson
 
-__all__ = ["compare_generations", "compare_perplexities", "first_difference"]
-
 FloatArray = npt.NDArray[np.float64]
 Unit = Literal["word", "byte", "answer"]
 

@@ -22,8 +22,6 @@ from streamline_bench.throughput.process import ModelProcess, WorkerError
 from streamline_bench.throughput.record import Round
 from streamline_bench.throughput.workload import Setup, Workload, prompts
 
-__all__ = ["Contender", "OfflineJob", "RunningModel", "process_environment"]
-
 
 @dataclass
 class Contender:

@@ -18,15 +18,6 @@ from streamline_bench.throughput.meters import open_device, visible_device
 from streamline_bench.throughput.record import Environment
 from streamline_bench.throughput.workload import Setup
 
-__all__ = [
-    "Accelerator",
-    "Surroundings",
-    "accelerators",
-    "load_average",
-    "machine_id",
-    "processor_name",
-]
-
 HOST_VARIABLE = "STREAMLINE_BENCH_MACHINE"
 """Replaces the host's name, which changes from run to run in containers."""
 

@@ -18,8 +18,6 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader, TensorEntr
 from streamline_bench.errors import ArchitectureError, ThroughputError
 from streamline_bench.throughput.record import Ideal
 
-__all__ = ["DTYPE_BYTES", "Footprint", "cache_bytes", "footprint", "ideal", "resolved_dtype"]
-
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -26,8 +26,6 @@ from streamline_bench.throughput.results import model_result, points_of
 from streamline_bench.throughput.sweep import Measured, sweep
 from streamline_bench.throughput.workload import Setup, Workload
 
-__all__ = ["contenders_of", "engine_settings", "log_folder", "measure", "recorded"]
-
 
 def measure(
     models: Mapping[str, Path | str],

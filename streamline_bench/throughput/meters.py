@@ -16,15 +16,6 @@ import psutil
 
 from streamline_bench.errors import ThroughputError
 
-__all__ = [
-    "Device",
-    "PeakMemory",
-    "Reading",
-    "Stopwatch",
-    "open_device",
-    "visible_device",
-]
-
 
 class Device:
     """One device. Every reading is None where the device or the driver cannot give it."""

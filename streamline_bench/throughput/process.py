@@ -21,8 +21,6 @@ from streamline_bench.core.machine.environment import printable
 from streamline_bench.core.machine.processes import GRACE, LeashedProcess
 from streamline_bench.throughput.worker import is_out_of_memory
 
-__all__ = ["ModelProcess", "WorkerError", "kernel_kills"]
-
 _LOG_TAIL = 1 << 16
 _POINTS_TO_LOG = re.compile(r"engine ?core|ended with exit code", re.IGNORECASE)
 _NAMES_ERROR = re.compile(r"\b[A-Za-z]*(Error|Exception)\b: ")

@@ -17,26 +17,6 @@ from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import ThroughputError
 from streamline_bench.throughput.workload import Clock, ServingLoad, Workload
 
-__all__ = [
-    "PAPER_FIGURES",
-    "RECORD_NAME",
-    "SCHEMA_VERSION",
-    "Environment",
-    "Ideal",
-    "Latency",
-    "ModelResult",
-    "PaperFigure",
-    "Point",
-    "Rate",
-    "Ratio",
-    "Round",
-    "ServingPoint",
-    "Status",
-    "ThroughputRecord",
-    "read_record",
-    "write_record",
-]
-
 RECORD_NAME = "throughput.json"
 SCHEMA_VERSION = 1
 

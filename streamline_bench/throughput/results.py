@@ -19,8 +19,6 @@ from streamline_bench.throughput.record import ModelResult, Point, Rate, Ratio, 
 from streamline_bench.throughput.sweep import Measured
 from streamline_bench.throughput.workload import Clock
 
-__all__ = ["model_result", "per_second", "points_of", "rate", "ratio"]
-
 _DRAWS = 10_000
 
 

@@ -23,15 +23,6 @@ from streamline_bench.throughput.engines import EngineSettings
 from streamline_bench.throughput.engines.vllm import memory_flags, require_platform, vllm_version
 from streamline_bench.throughput.record import Latency, ServingPoint
 
-__all__ = [
-    "HOST",
-    "JOB",
-    "ServingJob",
-    "bench_command",
-    "point_of",
-    "server_command",
-]
-
 JOB = f"{__name__}:ServingJob"
 _SERVED_NAME = "model"
 

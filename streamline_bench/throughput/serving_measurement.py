@@ -26,8 +26,6 @@ from streamline_bench.throughput.record import ServingPoint, ThroughputRecord
 from streamline_bench.throughput.serving import HOST, JOB, point_of
 from streamline_bench.throughput.workload import ServingLoad, Setup, Workload
 
-__all__ = ["free_port", "is_port_conflict", "require_free", "serve"]
-
 _ATTEMPTS = 3
 _MOST_SEQUENCES = 256
 _SPARE_TOKENS = 16  # special tokens that the benchmark's prompts get on top

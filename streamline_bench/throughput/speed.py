@@ -14,8 +14,6 @@ if TYPE_CHECKING:
         ThroughputRecord,
     )
 
-__all__ = ["Speed", "ThroughputFigures", "figures_of", "read_figures"]
-
 
 class Speed(Frozen):
     """The speed of a model at one batch size (see ``streamline-bench throughput``).

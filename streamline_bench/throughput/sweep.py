@@ -10,8 +10,6 @@ from streamline_bench.throughput.process import WorkerError
 from streamline_bench.throughput.record import Round
 from streamline_bench.throughput.workload import Workload
 
-__all__ = ["Measured", "sweep", "turns"]
-
 
 @dataclass
 class Measured:

@@ -17,8 +17,6 @@ from typing import Any, BinaryIO
 from streamline_bench.core.machine.processes import hold_leash
 from streamline_bench.errors import StreamlineBenchError
 
-__all__ = ["is_out_of_memory", "main"]
-
 _SIGNS = re.compile(
     r"out of memory|outofmemory|can't allocate memory|cannot allocate memory|MemoryError"
     r"|std::bad_alloc|no available memory for the cache blocks"

@@ -11,8 +11,6 @@ from pydantic import ConfigDict, Field, field_validator
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.throughput.meters import visible_device
 
-__all__ = ["Clock", "ServingLoad", "Setup", "Workload", "chosen_device", "prompts"]
-
 Clock = Literal["wall", "cpu"]
 """What tokens are counted against: seconds that passed, or processor seconds that were spent."""
 

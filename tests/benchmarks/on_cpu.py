@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["OnCPU"]
-
 
 class OnCPU(TorchFunctionMode):
     """Reads every request for a CUDA device as one for the CPU."""

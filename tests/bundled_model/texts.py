@@ -25,8 +25,6 @@ from bundled_model.skills import BUILDERS, weights_at
 from streamline_bench.core.files.staging import atomic_write_text
 from streamline_bench.demo import model
 
-__all__ = ["TEXTS", "Text", "main"]
-
 _AFTER_TRAINING = 10**9
 
 

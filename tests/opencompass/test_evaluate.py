@@ -94,7 +94,7 @@ def test_a_plan_that_cannot_be_run_removes_nothing(tmp_path: Path) -> None:
 def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
     for folder in (tmp_path, tmp_path / "thesis.txt"):
-        with pytest.raises(OutputError, match=r"no OpenCompass run|not a folder"):
+        with pytest.raises(OutputError, match=str(tmp_path)):
             claim(folder, plan(), overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

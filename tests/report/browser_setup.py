@@ -11,8 +11,6 @@ import shutil
 import subprocess
 import sys
 
-__all__ = ["FLAGS", "chromium", "main"]
-
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",

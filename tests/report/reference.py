@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from streamline_bench.report.leaderboard import Leaderboard
 
-__all__ = ["main", "portable", "small"]
-
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DEMO = REPOSITORY / "reports" / "demo"
 PICTURE = REPOSITORY / "reports" / "demo-report.png"

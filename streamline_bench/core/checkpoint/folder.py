@@ -13,18 +13,6 @@ from typing import Any
 from streamline_bench.errors import CheckpointError, first_line, library_errors
 from streamline_bench.resources import bundled_model, is_bundled
 
-__all__ = [
-    "INDEX_NAME",
-    "SINGLE_NAME",
-    "VOCABULARY_FILES",
-    "find_shards",
-    "is_confined",
-    "read_config",
-    "read_index",
-    "resolve_pretrained",
-    "tokenizer_files",
-]
-
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 

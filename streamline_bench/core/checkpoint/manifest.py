@@ -14,18 +14,6 @@ from streamline_bench.core.files.structured import read_json, validated
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import CheckpointError
 
-__all__ = [
-    "MANIFEST_NAME",
-    "Manifest",
-    "Source",
-    "file_sha256",
-    "hash_files",
-    "read_manifest",
-    "update_digest",
-    "verify_files",
-    "write_manifest",
-]
-
 MANIFEST_NAME = "streamline.json"
 SCHEMA_VERSION = 1
 

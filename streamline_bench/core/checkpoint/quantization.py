@@ -20,16 +20,6 @@ from streamline_bench.errors import ArchitectureError, CheckpointError, MissingD
 if TYPE_CHECKING:
     from streamline_bench.core.checkpoint.reader import CheckpointReader, TensorEntry
 
-__all__ = [
-    "MODELOPT_NAME",
-    "Quantisation",
-    "is_ignored",
-    "quantisation_of",
-    "refuse_quantised",
-    "renumbered",
-    "require_package",
-]
-
 MODELOPT_NAME = "hf_quant_config.json"
 
 _PACKAGES = {

@@ -44,8 +44,6 @@ from streamline_bench.errors import (
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CheckpointReader", "TensorEntry", "config_digest", "read_header"]
-
 log = logging.getLogger(__name__)
 
 _ITEM_BYTES = {

@@ -27,8 +27,6 @@ from streamline_bench.errors import CheckpointError, OutputError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LazyTensors", "compose", "copied_files", "layer_dtype", "layer_names", "layers_prefix"]
-
 NOT_COPIED = (
     "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack",
     "*.gguf", "*.onnx", "config.json", "streamline.json", "README*", ".*",

@@ -33,14 +33,6 @@ from streamline_bench.core.data.corpora import open_documents, resolve_source
 from streamline_bench.core.recipe.schema import CalibrationSpec
 from streamline_bench.errors import CalibrationError, library_errors
 
-__all__ = [
-    "CalibrationTokens",
-    "blocks_of",
-    "leading_bos",
-    "load_calibration",
-    "require_known_tokens",
-]
-
 _Ids = npt.NDArray[np.int64]
 _DOCUMENTS_PER_CALL = 64
 

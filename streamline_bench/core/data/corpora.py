@@ -45,16 +45,6 @@ from streamline_bench.core.recipe.schema import CalibrationSpec
 from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import CalibrationError, library_errors
 
-__all__ = [
-    "PRESETS",
-    "SHUFFLE_DOCUMENTS",
-    "CorpusPreset",
-    "local_paths",
-    "open_documents",
-    "open_records",
-    "resolve_source",
-]
-
 _log = logging.getLogger(__name__)
 
 SHUFFLE_DOCUMENTS = 65_536

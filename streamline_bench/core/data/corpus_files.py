@@ -25,8 +25,6 @@ from typing import Any, TextIO
 
 from streamline_bench.errors import CalibrationError, library_errors
 
-__all__ = ["FILE_KINDS", "document_text", "file_kind", "read_file", "record_field"]
-
 log = logging.getLogger(__name__)
 
 FILE_KINDS = ".txt, .jsonl, .json, .csv, .tsv or .parquet (also .gz, .xz, .bz2, .zst)"

@@ -12,15 +12,6 @@ from pathlib import Path
 from streamline_bench.core.files.staging import atomic_write_text
 from streamline_bench.errors import OutputError
 
-__all__ = [
-    "LOCK_FILE",
-    "LockHeld",
-    "LockUnwritable",
-    "check_usable",
-    "file_lock",
-    "lock_folder",
-]
-
 log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from streamline_bench.errors import OutputError
 
-__all__ = ["BatchStore", "create_mapped", "open_mapped"]
-
 
 def create_mapped(path: Path, shape: Sequence[int], dtype: torch.dtype, remedy: str = "") -> Tensor:
     """Return a tensor of a new file; what is written to it is written to the file.

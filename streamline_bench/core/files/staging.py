@@ -24,8 +24,6 @@ from pathlib import Path
 
 from streamline_bench.errors import OutputError
 
-__all__ = ["atomic_write_bytes", "atomic_write_text", "staged_output", "sync_path"]
-
 _FOREIGN_AGE = 7 * 24 * 3600
 """Seconds; a compression opens its output before it trains, and may leave it alone for days."""
 

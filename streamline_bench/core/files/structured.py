@@ -13,8 +13,6 @@ from pydantic_core import from_json
 from streamline_bench.core.recipe.validation import first_problem
 from streamline_bench.errors import RecipeError, StreamlineBenchError
 
-__all__ = ["read_json", "read_yaml_mapping", "validated"]
-
 Model = TypeVar("Model", bound=BaseModel)
 
 

@@ -10,8 +10,6 @@ from pathlib import Path
 from streamline_bench.errors import RecipeError
 from streamline_bench.version import __version__
 
-__all__ = ["found_device", "known_device", "package_versions", "printable", "user_cache"]
-
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "lm_eval")
 _KNOWN = ("cpu", "cuda", "mps", "xpu")
 

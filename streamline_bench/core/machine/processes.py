@@ -19,8 +19,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-__all__ = ["GRACE", "LeashedProcess", "hold_leash"]
-
 _LEASH = "STREAMLINE_BENCH_LEASH"
 GRACE = 5.0
 """Seconds between asking a process to end and killing it."""

@@ -22,8 +22,6 @@ from typing import Any
 from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import RecipeError
 
-__all__ = ["RECOVERY_PRESETS", "TRAINING_PRESETS", "preset_values", "with_preset"]
-
 _COMMON = {"epochs": 1, "lr": 2e-4, "weight_decay": 1e-3, "max_grad_norm": 5.0}
 
 TRAINING_PRESETS: Mapping[str, Mapping[str, Any]] = {

@@ -18,17 +18,6 @@ from streamline_bench.core.recipe.presets import with_preset
 from streamline_bench.core.recipe.validation import wrong_value
 from streamline_bench.errors import RecipeError
 
-__all__ = [
-    "CalibrationSpec",
-    "Frozen",
-    "PublishedResult",
-    "Recipe",
-    "RecoverySpec",
-    "ReplacementSpec",
-    "TrainingSpec",
-    "parse_recipe",
-]
-
 ReplacementKind = Literal["none", "layer", "ffn", "swiglu", "ffn_res", "swiglu_res", "linear"]
 """``none`` drops the block; ``layer`` puts k copies of its first layers in its place; the others
 are feed-forward networks: ``ffn``/``swiglu`` as in the paper (bare: no norm, no residual),

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, get_args
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
-__all__ = ["first_problem", "suggest", "suggest_or_list", "wrong_value"]
-
 _OWN = "Value error, "
 """What pydantic puts in front of a validator's own words."""
 

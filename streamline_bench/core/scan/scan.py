@@ -24,8 +24,6 @@ from streamline_bench.core.forward import evaluating, hidden_of, run_base
 from streamline_bench.core.scan.similarity import LastState, Similarity
 from streamline_bench.errors import ArchitectureError, NumericsError
 
-__all__ = ["BoundaryRecorder", "scan"]
-
 _CHUNK_BYTES = {"cpu": 1 << 22}  # fits a cache; accelerators get more
 _CHUNK_BYTES_ACCELERATOR = 1 << 28
 

@@ -23,8 +23,6 @@ from streamline_bench.errors import CalibrationError, SparsityError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Block", "LastState", "Metric", "Similarity"]
-
 _log = logging.getLogger(__name__)
 
 Matrix: TypeAlias = npt.NDArray[np.float64]

@@ -24,8 +24,6 @@ from streamline_bench.core.scan.scan import scan
 from streamline_bench.core.scan.similarity import LastState, Similarity
 from streamline_bench.errors import CheckpointError
 
-__all__ = ["scan_streamed", "streamed_model"]
-
 
 def scan_streamed(
     folder: Path | str,

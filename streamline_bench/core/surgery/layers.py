@@ -25,8 +25,6 @@ from streamline_bench.errors import ArchitectureError, SparsityError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["block_keep", "check_keep", "keep_layers", "pruned_config"]
-
 
 def block_keep(num_layers: int, start: int, n: int) -> list[int]:
     """Return the layers left when layers ``start .. start + n - 1`` of ``num_layers`` go.

@@ -18,16 +18,6 @@ from torch import nn
 from streamline_bench.core.recipe.schema import ReplacementSpec
 from streamline_bench.errors import RecipeError
 
-__all__ = [
-    "NETWORK_KINDS",
-    "AffineNetwork",
-    "FeedForwardNetwork",
-    "ReplacementNetwork",
-    "build_network",
-    "network_parameters",
-    "network_sizes",
-]
-
 NETWORK_KINDS = ("ffn", "swiglu", "ffn_res", "swiglu_res", "linear")
 _EPS_KEYS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 _DEFAULT_EPS = 1e-5  # torch's own, which is what families without an entry use

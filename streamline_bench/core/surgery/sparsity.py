@@ -17,9 +17,6 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layers_prefix
 from streamline_bench.errors import CheckpointError, SparsityError
 
-__all__ = ["ModelSizes", "SizePlan", "layers_for_sparsity", "model_sizes", "of_layers"]
-
-
 _MOST_LAYERS = 100_000
 """More is a damaged config."""
 

@@ -24,17 +24,6 @@ from streamline_bench.core.forward import PassEnded, hidden_of, run_until
 from streamline_bench.core.recipe.schema import ReplacementSpec
 from streamline_bench.core.surgery.replacement import ReplacementNetwork, build_network
 
-__all__ = [
-    "BlockStates",
-    "LayerCall",
-    "Passthrough",
-    "Student",
-    "StudentSlot",
-    "Teacher",
-    "returns_tuple",
-    "slots",
-]
-
 
 @dataclass(frozen=True)
 class LayerCall:

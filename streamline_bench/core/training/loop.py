@@ -30,8 +30,6 @@ from streamline_bench.core.training.state import (
 )
 from streamline_bench.errors import NumericsError
 
-__all__ = ["DataSet", "Loop", "Trainee", "gradient_fault"]
-
 _IN_LAYER = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")
 _CURVE_ROWS = 400  # about so many, however long the training
 

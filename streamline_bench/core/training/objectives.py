@@ -38,20 +38,6 @@ from streamline_bench.core.training.block import (
 )
 from streamline_bench.errors import OutputError
 
-__all__ = [
-    "ActivationCache",
-    "Batch",
-    "LmObjective",
-    "MseObjective",
-    "Objective",
-    "Rows",
-    "StateSource",
-    "StreamedStates",
-    "cache_bytes",
-    "make_batch",
-    "pruned",
-]
-
 log = logging.getLogger(__name__)
 
 Rows = Tensor

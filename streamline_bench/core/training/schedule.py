@@ -12,8 +12,6 @@ import torch
 
 from streamline_bench.core.recipe.schema import TrainingSpec
 
-__all__ = ["CosineSchedule", "StepPlan", "learning_rate"]
-
 
 @dataclass(frozen=True)
 class CosineSchedule:

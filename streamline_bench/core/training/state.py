@@ -23,8 +23,6 @@ from torch import Tensor
 from streamline_bench.core.files.staging import sync_path
 from streamline_bench.errors import OutputError
 
-__all__ = ["TrainingState", "load_state", "save_state"]
-
 _FILE = "training.safetensors"
 
 

@@ -36,8 +36,6 @@ from streamline_bench.core.training.schedule import CosineSchedule, StepPlan, le
 from streamline_bench.core.training.state import TrainingState, load_state
 from streamline_bench.errors import OutputError, RecipeError, SparsityError
 
-__all__ = ["QUIRKS", "TRAINING_VERSION", "TrainingResult", "train_replacement"]
-
 log = logging.getLogger(__name__)
 
 TRAINING_VERSION = 1

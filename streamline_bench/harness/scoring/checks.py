@@ -21,8 +21,6 @@ from streamline_bench.errors import (
 from streamline_bench.harness.scoring.forward import BatchTensors, Forward, tensors_of
 from streamline_bench.harness.scoring.packing import PackedRow, Query
 
-__all__ = ["attention_window", "head_objection", "packing_objection", "synthetic_row"]
-
 _WINDOW_KEYS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention")
 _TOLERANCE = {torch.bfloat16: 6e-2, torch.float16: 8e-3}
 

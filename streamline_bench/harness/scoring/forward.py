@@ -13,15 +13,6 @@ from torch import nn
 
 from streamline_bench.harness.scoring.packing import PackedRow, Query
 
-__all__ = [
-    "BatchTensors",
-    "Forward",
-    "HeadError",
-    "queries_of",
-    "target_logprobs",
-    "tensors_of",
-]
-
 CHUNK_ELEMENTS_CPU = 2**19
 """Logits per softmax call on a CPU: what stays in its cache."""
 CHUNK_ELEMENTS_DEVICE = 2**26

@@ -18,8 +18,6 @@ import numpy.typing as npt
 
 from streamline_bench.core.architecture import ANY_LENGTHS, RopeGroups
 
-__all__ = ["Layout", "Layouts", "PackedRow", "Query", "build_rows", "make_batches"]
-
 IntArray = npt.NDArray[np.int64]
 
 

@@ -36,15 +36,6 @@ from streamline_bench.harness.scoring.packing import (
     build_rows,
 )
 
-__all__ = [
-    "Answer",
-    "HalvingBatches",
-    "TokenScorer",
-    "cache_bytes_per_token",
-    "generation_batch",
-    "scoring_tokens",
-]
-
 logger = logging.getLogger(__name__)
 
 Answer = tuple[float, bool]

@@ -13,8 +13,6 @@ from streamline_bench.errors import EvaluationError
 from streamline_bench.harness.tasks.task_names import refuse_unknown
 from streamline_bench.resources import resource
 
-__all__ = ["Part", "open_index", "parts_of", "task_folders"]
-
 _PATTERN = frozenset("*?[")
 
 

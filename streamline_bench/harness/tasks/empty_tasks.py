@@ -12,8 +12,6 @@ from typing import Any
 from streamline_bench.errors import EvaluationError
 from streamline_bench.harness.tasks.asked_tasks import Part, parts_of
 
-__all__ = ["EMPTY", "without_empty"]
-
 EMPTY = "it yielded no documents"
 """Why a task is left out."""
 

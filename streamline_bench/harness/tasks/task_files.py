@@ -15,8 +15,6 @@ from tqdm import tqdm
 from streamline_bench.core.checkpoint.manifest import file_sha256, update_digest
 from streamline_bench.errors import EvaluationError
 
-__all__ = ["check_tasks", "data_files", "tasks_sha256"]
-
 _VARIABLE = "STREAMLINE_BENCH_DATA"
 """Names the folder in which the local tasks of this package look for their data."""
 

@@ -14,8 +14,6 @@ from pathlib import Path
 from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import EvaluationError
 
-__all__ = ["refuse_unknown"]
-
 _DEFINED = re.compile(
     rb"""^["']?(?:task|group|tag)["']?:[ \t]*["']?([^\s:#"'\[]+)["']?[ \t]*$""", re.MULTILINE
 )
@@ -51,10 +49,10 @@ def _of_the_harness() -> list[Path]:
 
 
 def _texts(folders: Iterable[Path]) -> Iterator[bytes]:
-    """Task files, and what they include, which need not end in ``.yaml``."""
+    """Task files and what they include: ``.yaml``, ``_default_yaml`` or a name without a suffix."""
     for folder in folders:
-        for path in folder.rglob("*yaml"):
-            if path.is_file():
+        for path in folder.rglob("*"):
+            if (path.name.endswith("yaml") or not path.suffix) and path.is_file():
                 yield path.read_bytes()
 
 

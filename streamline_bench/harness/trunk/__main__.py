@@ -12,8 +12,6 @@ from pathlib import Path
 from streamline_bench.core.machine.environment import printable
 from streamline_bench.errors import StreamlineBenchError
 
-__all__ = ["main"]
-
 
 def main(arguments: list[str]) -> int:
     """Carry out the request in the named file and return the exit code."""

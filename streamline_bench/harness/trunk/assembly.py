@@ -26,8 +26,6 @@ from streamline_bench.harness.trunk.request import TrunkRequest
 from streamline_bench.harness.trunk.stack import Stack
 from streamline_bench.harness.trunk.walk import Walk, Walker
 
-__all__ = ["Assembly", "WeightPool", "assemble", "load_model", "same_weights"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -18,17 +18,6 @@ from streamline_bench.harness.tasks.asked_tasks import task_folders
 from streamline_bench.harness.tasks.empty_tasks import without_empty
 from streamline_bench.harness.trunk.request import TrunkRequest
 
-__all__ = [
-    "MARKER",
-    "Catalogue",
-    "Evaluation",
-    "SameTasks",
-    "is_done",
-    "left_out_of",
-    "model_arguments",
-    "request_digest",
-]
-
 logger = logging.getLogger(__name__)
 
 MARKER = "trunk.json"

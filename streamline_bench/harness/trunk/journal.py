@@ -21,8 +21,6 @@ from streamline_bench.errors import OutputError
 from streamline_bench.harness.scoring.packing import Query
 from streamline_bench.harness.scoring.scorer import Answer
 
-__all__ = ["Journal", "name_of"]
-
 _EVERY = 2.0
 """Seconds after which answers are written, so that quick batches do not wait for the disk."""
 

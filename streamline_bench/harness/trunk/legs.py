@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 from streamline_bench.harness.trunk.stack import Stack, root_difference
 
-__all__ = ["Leg", "legs_of", "solo_reason", "walks_of"]
-
 
 @dataclass(frozen=True)
 class Leg:

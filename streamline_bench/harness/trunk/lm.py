@@ -9,8 +9,6 @@ from streamline_bench.harness.lm import StreamlineLM, TokenRequest, window_sums
 from streamline_bench.harness.scoring.scorer import Answer, TokenScorer
 from streamline_bench.harness.trunk.walk import Walk
 
-__all__ = ["TrunkLM"]
-
 
 class TrunkLM(StreamlineLM):
     """A model whose loglikelihoods come from a walk, once it has joined one.

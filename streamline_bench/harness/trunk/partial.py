@@ -20,8 +20,6 @@ from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.forward import hidden_of, replaced_forward
 from streamline_bench.harness.trunk.stack import Step
 
-__all__ = ["partial_pass"]
-
 States = dict[int, Any]
 """Boundary -> what the layer below it returned: hidden states ``[batch, seq, hidden]``, in some
 families the first of a tuple."""

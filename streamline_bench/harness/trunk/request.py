@@ -13,8 +13,6 @@ from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.recipe.validation import first_problem
 from streamline_bench.errors import RecipeError
 
-__all__ = ["LabelOutcome", "TrunkOutcome", "TrunkRequest"]
-
 SCHEMA_VERSION = 1
 
 MODEL_ARGUMENTS = frozenset(

@@ -37,8 +37,6 @@ from streamline_bench.harness.trunk.stack import Stack, read_stack
 from streamline_bench.harness.trunk.walk import Walk
 from streamline_bench.modeling import register
 
-__all__ = ["score_together"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -22,8 +22,6 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.modeling.attachments import BEFORE_FIRST
 from streamline_bench.modeling.loading import load_config
 
-__all__ = ["Stack", "Step", "read_stack", "root_difference"]
-
 _NO_PART = {
     "_commit_hash",
     "_name_or_path",

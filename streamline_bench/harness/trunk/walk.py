@@ -19,8 +19,6 @@ from streamline_bench.harness.trunk.legs import legs_of
 from streamline_bench.harness.trunk.partial import States, partial_pass
 from streamline_bench.harness.trunk.stack import Stack
 
-__all__ = ["Walk", "Walker"]
-
 logger = logging.getLogger(__name__)
 
 Found = tuple[str, int, Answer]

@@ -37,8 +37,6 @@ from streamline_bench.methods.tools.layer_removal import (
     stored_linear_weights,
 )
 
-__all__ = ["LaCo", "LaCoParameters", "highest_threshold", "mixtures"]
-
 log = logging.getLogger(__name__)
 
 

@@ -23,8 +23,6 @@ from streamline_bench.methods.tools.layer_selection import ProtectedEnds
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Magnitude", "MagnitudeParameters", "layer_magnitudes"]
-
 Norm = Literal["l1", "l2"]
 _CHUNK = 1 << 22  # values held in float64 at a time
 

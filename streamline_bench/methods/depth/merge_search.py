@@ -25,17 +25,6 @@ from streamline_bench.core.forward import PartialForward, require_finite_states
 from streamline_bench.errors import ArchitectureError, CalibrationError, NumericsError
 from streamline_bench.methods.tools.layer_removal import is_linear_weight
 
-__all__ = [
-    "LayerMerger",
-    "Merge",
-    "MergeRange",
-    "MergeRule",
-    "MergeSearch",
-    "Mixture",
-    "merged_mixture",
-    "require_equal_shapes",
-]
-
 _BATCH = 8
 
 

@@ -11,8 +11,6 @@ from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
 from streamline_bench.methods.tools.layer_selection import ProtectedEnds
 
-__all__ = ["FirstLayers", "LastLayers", "RandomLayers"]
-
 
 class FirstLayers(Method):
     """Drop the shallowest layers."""

@@ -20,13 +20,6 @@ from streamline_bench.methods.tools.layer_removal import drop_lowest, is_linear_
 from streamline_bench.methods.tools.layer_selection import ProtectedEnds
 from streamline_bench.methods.tools.likelihood import skip_losses
 
-__all__ = [
-    "ShortenedLlamaPPL",
-    "ShortenedLlamaPPLParameters",
-    "ShortenedLlamaTaylor",
-    "taylor_scores",
-]
-
 
 class ShortenedLlamaPPLParameters(ProtectedEnds):
     """Parameters of the method ``shortened_llama_ppl``.

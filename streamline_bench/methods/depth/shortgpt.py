@@ -16,8 +16,6 @@ from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.layer_removal import drop_lowest, size_plan
 from streamline_bench.methods.tools.layer_selection import ProtectedEnds, scan_once
 
-__all__ = ["ShortGPT", "ShortGPTParameters"]
-
 
 class ShortGPTParameters(ProtectedEnds):
     """Parameters of the method ``shortgpt``.

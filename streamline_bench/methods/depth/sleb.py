@@ -18,8 +18,6 @@ from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
 from streamline_bench.methods.tools.layer_selection import ProtectedEnds, select_lowest
 from streamline_bench.methods.tools.likelihood import skip_losses
 
-__all__ = ["SLEB", "SLEBParameters", "greedy_removal"]
-
 
 class SLEBParameters(ProtectedEnds):
     """Parameters of the method ``sleb``.

@@ -35,8 +35,6 @@ from streamline_bench.methods.tools.layer_removal import (
 )
 from streamline_bench.methods.tools.layer_selection import BlockSearch, scan_artefact, scan_once
 
-__all__ = ["Streamline"]
-
 log = logging.getLogger(__name__)
 
 

@@ -20,8 +20,6 @@ from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
 from streamline_bench.methods.tools.layer_selection import scan_once
 
-__all__ = ["UIDL", "UIDLParameters"]
-
 
 class UIDLParameters(Frozen):
     """Parameters of the method ``uidl``.

@@ -24,8 +24,6 @@ from streamline_bench.core.scan.scan import BoundaryRecorder
 from streamline_bench.core.scan.similarity import Block
 from streamline_bench.errors import ArchitectureError
 
-__all__ = ["BoundaryRows", "boundary_rows", "mlp_scale"]
-
 _ROUNDING = 4  # units of the dtype's epsilon that two sums of the same terms may differ by
 
 

@@ -29,8 +29,6 @@ from streamline_bench.methods.tools.layer_removal import attached, drop_layers, 
 from streamline_bench.methods.tools.layer_selection import BlockSearch, scan_once
 from streamline_bench.methods.tools.normal_equations import NormalEquations
 
-__all__ = ["AffineMap", "BoundaryMap", "BoundaryMapParameters"]
-
 log = logging.getLogger(__name__)
 
 

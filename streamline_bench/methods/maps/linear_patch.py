@@ -18,8 +18,6 @@ from streamline_bench.methods.maps.boundary_activations import BoundaryRows
 from streamline_bench.methods.maps.boundary_map import AffineMap, BoundaryMap
 from streamline_bench.methods.tools.normal_equations import widened
 
-__all__ = ["LinearPatch", "hadamard"]
-
 
 class LinearPatch(BoundaryMap):
     """A symmetric map that matches channel magnitudes across the removed block."""

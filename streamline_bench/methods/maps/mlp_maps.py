@@ -30,17 +30,6 @@ from streamline_bench.methods.tools.normal_equations import (
     widened,
 )
 
-__all__ = [
-    "Gap",
-    "MapErrors",
-    "ReplaceMeParameters",
-    "RowStore",
-    "composed_maps",
-    "find_gaps",
-    "fit_maps",
-    "map_errors",
-]
-
 log = logging.getLogger(__name__)
 
 

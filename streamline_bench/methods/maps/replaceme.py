@@ -46,8 +46,6 @@ from streamline_bench.methods.tools.layer_selection import (
     scan_once,
 )
 
-__all__ = ["ReplaceMe", "fold_into_mlp", "mlp_output_tensors", "refuse_normed_mlp"]
-
 
 class ReplaceMe(Method):
     """Contiguous blocks removed, each replaced by a linear map folded into the MLP before it."""

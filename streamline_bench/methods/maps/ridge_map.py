@@ -16,8 +16,6 @@ from streamline_bench.methods.maps.boundary_activations import BoundaryRows
 from streamline_bench.methods.maps.boundary_map import AffineMap, BoundaryMap, BoundaryMapParameters
 from streamline_bench.methods.tools.normal_equations import NormalEquations, widened
 
-__all__ = ["RidgeMap", "RidgeMapParameters"]
-
 
 class RidgeMapParameters(BoundaryMapParameters):
     """Parameters of the method ``ridge_map``.

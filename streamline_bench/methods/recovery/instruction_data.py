@@ -17,8 +17,6 @@ from streamline_bench.core.data.corpus_files import record_field
 from streamline_bench.core.recipe.schema import CalibrationSpec
 from streamline_bench.errors import CalibrationError
 
-__all__ = ["alpaca_prompt", "load_instructions"]
-
 log = logging.getLogger(__name__)
 
 _REQUIRED = ("instruction", "output")

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from streamline_bench.core.data.calibration import CalibrationTokens
     from streamline_bench.methods.recovery.training import RecoveryResult
 
-__all__ = ["RECOVERY_VERSION", "compress_and_recover", "recovery_data"]
-
 RECOVERY_VERSION = 1
 """Part of the cache key of recipes with a recovery; raised when the same recovery gives other
 weights than before."""

@@ -17,15 +17,6 @@ from streamline_bench.core.checkpoint.writer import LazyTensors
 from streamline_bench.core.recipe.schema import RecoverySpec
 from streamline_bench.errors import ArchitectureError, RecipeError
 
-__all__ = [
-    "LoraParameters",
-    "TrainableParameters",
-    "full_parameters",
-    "partial_parameters",
-    "target_modules",
-    "untie_embeddings",
-]
-
 
 class TrainableParameters:
     """Some parameters of a model, as the training loop wants them.

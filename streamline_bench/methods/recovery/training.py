@@ -28,8 +28,6 @@ from streamline_bench.methods.recovery.trainable_parameters import (
     partial_parameters,
 )
 
-__all__ = ["RecoveryResult", "choose_parameters", "train_recovery"]
-
 log = logging.getLogger(__name__)
 
 

@@ -26,8 +26,6 @@ from streamline_bench.modeling.rotated_layers import (
 )
 from streamline_bench.modeling.rotations import require_rotatable
 
-__all__ = ["fuse_norms"]
-
 _PROBES = 4
 _ROUNDING = 16  # units of the dtype's epsilon by which two ways to normalise may differ
 

@@ -34,8 +34,6 @@ from streamline_bench.methods.tools.layer_removal import config_json
 from streamline_bench.modeling import register, streamline_config
 from streamline_bench.modeling.rotations import Rotations, require_rotatable
 
-__all__ = ["SliceGPT", "SliceGPTParameters", "SlicePlan", "SlicedSizes", "sliced_host"]
-
 log = logging.getLogger(__name__)
 
 _GIB = 2**30

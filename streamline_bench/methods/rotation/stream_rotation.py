@@ -31,15 +31,6 @@ from streamline_bench.modeling.rotated_layers import (
     stream_embeddings,
 )
 
-__all__ = [
-    "Covariance",
-    "PrincipalAxes",
-    "RotationOptions",
-    "StreamRotation",
-    "require_tokens",
-    "turned_at_random",
-]
-
 
 @dataclass(frozen=True)
 class RotationOptions:

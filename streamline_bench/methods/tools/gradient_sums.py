@@ -17,8 +17,6 @@ from streamline_bench.core.training.loop import gradient_fault
 from streamline_bench.errors import NumericsError
 from streamline_bench.methods.tools.likelihood import count_targets, next_token_loss
 
-__all__ = ["GradientSums", "Place", "gradients_only_for", "sum_gradients"]
-
 Place = tuple[int, str]
 """(layer, path of a projection in it)."""
 

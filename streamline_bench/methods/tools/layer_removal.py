@@ -27,18 +27,6 @@ if TYPE_CHECKING:
 
     from streamline_bench.core.data.calibration import CalibrationTokens
 
-__all__ = [
-    "as_stored",
-    "attached",
-    "config_json",
-    "drop_layers",
-    "drop_lowest",
-    "is_linear_weight",
-    "size_plan",
-    "stored_linear_weights",
-    "untied_head_parameters",
-]
-
 
 def size_plan(work: Compression, added_parameters: int = 0) -> SizePlan:
     """Return how many layers the recipe's sparsity (or number of layers) amounts to.

@@ -18,19 +18,6 @@ from streamline_bench.core.surgery.layers import block_keep
 from streamline_bench.errors import NumericsError, SparsityError
 from streamline_bench.methods.base import Compression
 
-__all__ = [
-    "SIMILARITY_FILE",
-    "BlockSearch",
-    "ProtectedEnds",
-    "block_at",
-    "merge_adjacent",
-    "non_overlapping",
-    "proportional_ends",
-    "scan_artefact",
-    "scan_once",
-    "select_lowest",
-]
-
 log = logging.getLogger(__name__)
 
 

@@ -14,8 +14,6 @@ from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.forward import PartialForward, require_finite_states
 from streamline_bench.errors import CalibrationError, NumericsError
 
-__all__ = ["affordable_batch", "count_targets", "next_token_loss", "skip_losses"]
-
 
 def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Return the negative log-likelihood summed over all tokens but each sequence's first, nats.

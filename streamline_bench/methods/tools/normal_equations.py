@@ -13,8 +13,6 @@ from torch import Tensor
 
 from streamline_bench.errors import CalibrationError, NumericsError
 
-__all__ = ["NormalEquations", "warn_of_few_rows", "widened"]
-
 log = logging.getLogger(__name__)
 
 _ROWS_PER_CHANNEL = 4

@@ -40,17 +40,6 @@ from streamline_bench.modeling.widths import (
     require_narrowable,
 )
 
-__all__ = [
-    "Criterion",
-    "LLMPruner",
-    "LLMPrunerParameters",
-    "UnitScores",
-    "keep_units",
-    "needs_gradients",
-    "salience",
-    "score_units",
-]
-
 Criterion = Literal["param_first", "param_second", "param_mix", "vectorize", "l1", "l2", "random"]
 
 

@@ -23,8 +23,6 @@ from streamline_bench.modeling.widths import (
     require_narrowable,
 )
 
-__all__ = ["HeadUnit", "Prunable", "WidthPlan", "plan_widths", "prunable"]
-
 HeadUnit = Literal["kv_group", "q_within"]
 """``kv_group``: a key-value head is removed with all query heads that share it. ``q_within``:
 key-value heads stay, and every group loses equally many query heads. Without sharing both are

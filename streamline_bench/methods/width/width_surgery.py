@@ -24,8 +24,6 @@ from streamline_bench.errors import ResourceError, StreamlineBenchError, library
 from streamline_bench.modeling import register, streamline_config
 from streamline_bench.modeling.widths import LayerWidths, head_size, projection_parts
 
-__all__ = ["KeptUnits", "SlicedTensors", "narrowed_config", "sliced_tensors"]
-
 log = logging.getLogger(__name__)
 
 Slices = Mapping[str, tuple[str, int, Tensor]]

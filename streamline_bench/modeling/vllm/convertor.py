@@ -10,8 +10,6 @@ from streamline_bench.core.architecture import architecture_of
 from streamline_bench.modeling.vllm.routes import architecture_for
 from streamline_bench.modeling.widths import LayerConfig, head_size
 
-__all__ = ["Qwen2Convertor", "StreamlineConvertor"]
-
 _SAVED_AS = ["StreamlineForCausalLM"]
 _STOCK_QWEN2 = ["Qwen2ForCausalLM"]
 _BACKEND = "TransformersForCausalLM"

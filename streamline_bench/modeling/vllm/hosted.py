@@ -16,8 +16,6 @@ from vllm.model_executor.models.utils import maybe_prefix
 from streamline_bench.errors import ArchitectureError
 from streamline_bench.modeling.rotations import Rotations
 
-__all__ = ["StreamlineTransformersForCausalLM"]
-
 
 class StreamlineTransformersForCausalLM(TransformersForCausalLM):  # type: ignore[misc]
     """Any checkpoint of model type ``streamline`` of a host family that is served."""

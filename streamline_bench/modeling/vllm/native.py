@@ -20,13 +20,6 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, 
 
 from streamline_bench.modeling.vllm.networks import Stream, build_served_network, parameter_name
 
-__all__ = [
-    "StreamlineLlamaForCausalLM",
-    "StreamlineMistralForCausalLM",
-    "StreamlineQwen2ForCausalLM",
-    "StreamlineQwen3ForCausalLM",
-]
-
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 

@@ -22,8 +22,6 @@ from vllm.model_executor.layers.linear import (
 from streamline_bench.core.surgery.replacement import FeedForwardNetwork, ReplacementNetwork
 from streamline_bench.modeling.attachments import Attachment
 
-__all__ = ["Stream", "build_served_network", "parameter_name"]
-
 Stream = tuple[Tensor, Tensor | None]
 """``(hidden, residual)``, each ``[tokens, hidden size]``."""
 

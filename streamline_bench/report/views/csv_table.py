@@ -21,8 +21,6 @@ from streamline_bench.stability.comparison import (
     TokenDivergence,
 )
 
-__all__ = ["to_csv"]
-
 
 def to_csv(board: Leaderboard) -> str:
     """Render the leaderboard as CSV (RFC 4180, header line, UTF-8)."""

@@ -31,8 +31,6 @@ from streamline_bench.report.views.overview import (
 )
 from streamline_bench.stability.comparison import Estimate
 
-__all__ = ["markdown_code", "table", "to_markdown", "with_interval"]
-
 
 def to_markdown(board: Leaderboard) -> str:
     """Render the leaderboard as Markdown; every string of a run is escaped."""

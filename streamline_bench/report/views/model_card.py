@@ -44,15 +44,6 @@ from streamline_bench.report.text import (
 )
 from streamline_bench.report.views.markdown import markdown_code, table, with_interval
 
-__all__ = [
-    "evaluation_results",
-    "model_card",
-    "model_index",
-    "write_checkpoint_cards",
-    "write_model_card",
-    "write_model_cards",
-]
-
 
 def write_model_cards(board: Leaderboard, folder: Path) -> list[Path]:
     """Write the card of every compressed model with a result; return their folders.

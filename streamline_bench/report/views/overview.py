@@ -15,8 +15,6 @@ from streamline_bench.report.leaderboard import Leaderboard, Row
 from streamline_bench.report.text import percent, points, significant
 from streamline_bench.stability.comparison import Estimate
 
-__all__ = ["commands_by_stage", "headline", "perplexity_ratio", "ranked"]
-
 _LARGEST = 700.0  # e^709 is the largest float64
 _GUESSING = 0.1
 """Share of the way from guessing to all right; a dense model below it has nothing to lose."""

@@ -33,8 +33,6 @@ from streamline_bench.report.views.overview import (
 from streamline_bench.resources import resource
 from streamline_bench.stability.comparison import Estimate, GroupComparison, Overall, TaskComparison
 
-__all__ = ["Forest", "HeatMap", "forest", "heat_map", "shade", "to_html"]
-
 
 def to_html(board: Leaderboard) -> str:
     """Render the leaderboard as one self-contained page."""

@@ -17,8 +17,6 @@ from streamline_bench.report.text import (
 )
 from streamline_bench.report.views.overview import perplexity_ratio, ranked
 
-__all__ = ["terminal_table"]
-
 _SHOWN = 12
 _LABEL, _REASON = 40, 60
 """Columns of the terminal that a row's name and the reason of a failure may take."""

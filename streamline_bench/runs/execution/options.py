@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from streamline_bench.core.machine.environment import found_device, known_device
 from streamline_bench.errors import RecipeError
 
-__all__ = ["EXECUTORS", "JOB_KINDS", "STAGES", "Execution"]
-
 STAGES: tuple[str, ...] = ("compress", "evaluate", "report")
 """Of a comparison, in order."""
 

@@ -16,8 +16,6 @@ from streamline_bench.runs.execution.options import Execution
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Job
 
-__all__ = ["Ended", "Executor", "JobProcess", "LocalExecutor", "time_limit"]
-
 _POLL = 0.05
 """Seconds between two looks at the processes."""
 

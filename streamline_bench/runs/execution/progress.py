@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["PlainLines", "Watch", "watching"]
-
-
 SILENCE = 60.0
 """Seconds without a line after which what runs is said, where there is no terminal."""
 

@@ -18,8 +18,6 @@ from streamline_bench.runs.execution.processes import Ended, JobProcess, time_li
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Job
 
-__all__ = ["RayExecutor", "run_job_here"]
-
 _POLL = 0.1
 
 

@@ -17,8 +17,6 @@ from streamline_bench.runs.jobs.job import Done, Job, forget_failure, read_done,
 from streamline_bench.runs.jobs.score import ScoreJob, last_line
 from streamline_bench.runs.jobs.together import score_together_job
 
-__all__ = ["Grouping", "JobState", "Scheduler", "Status", "groups_of"]
-
 log = logging.getLogger(__name__)
 
 Status = Literal["waiting", "running", "done", "kept", "failed", "skipped"]

@@ -17,8 +17,6 @@ from streamline_bench.runs.planning.plan import (
     digest,
 )
 
-__all__ = ["measure_job", "plan_jobs"]
-
 
 def plan_jobs(plan: Plan, *, until: str = "report", trunk: bool = True) -> list[Job]:
     """Return the jobs of a plan, each after those it needs; not yet the one that measures.

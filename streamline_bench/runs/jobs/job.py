@@ -23,11 +23,6 @@ from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import OutputError
 from streamline_bench.runs.folder import RunPaths
 
-__all__ = [
-    *("Done", "Facts", "Failed", "Job", "Result", "command_line", "count_attempt"),
-    *("forget_failure", "read_done", "read_failed", "write_done", "write_failed"),
-]
-
 _HASHED_UP_TO = 64 << 20
 
 

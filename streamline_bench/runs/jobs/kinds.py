@@ -14,8 +14,6 @@ from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Job, Result, command_line
 from streamline_bench.runs.planning.plan import TextPlan
 
-__all__ = ["CompressJob", "MeasureJob", "TextJob", "compress_name"]
-
 _TOKENS = 2048
 """Of a text, read at once, in as many windows as that takes; both models' logits are in memory."""
 

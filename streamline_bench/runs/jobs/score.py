@@ -19,8 +19,6 @@ from streamline_bench.runs.jobs.job import Facts, Job, Result
 from streamline_bench.runs.jobs.kinds import compress_name
 from streamline_bench.runs.planning.plan import Evaluation
 
-__all__ = ["ScoreJob", "call_harness", "check_scores", "harness_command", "last_line"]
-
 
 class ScoreJob(Job):
     """Score the model of one row; or the dense model once more, which gives the noise floor.

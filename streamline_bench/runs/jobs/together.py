@@ -23,8 +23,6 @@ from streamline_bench.runs.planning.plan import digest
 if TYPE_CHECKING:
     from streamline_bench.harness.trunk import LabelOutcome, TrunkRequest
 
-__all__ = ["ScoreTogether", "forget_answers", "score_together_job"]
-
 
 class ScoreTogether(Job):
     """Score several rows in one process, and mark each as done or failed.

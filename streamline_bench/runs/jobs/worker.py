@@ -23,8 +23,6 @@ from streamline_bench.runs.jobs.kinds import CompressJob, MeasureJob, TextJob
 from streamline_bench.runs.jobs.score import ScoreJob
 from streamline_bench.runs.jobs.together import ScoreTogether
 
-__all__ = ["AnyJob", "main", "read_job"]
-
 AnyJob = Annotated[
     CompressJob | ScoreJob | ScoreTogether | TextJob | MeasureJob, Field(discriminator="kind")
 ]

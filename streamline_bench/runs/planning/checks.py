@@ -13,8 +13,6 @@ from streamline_bench.errors import CalibrationError, CheckpointError, OutputErr
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.planning.plan import Plan, PlanRow
 
-__all__ = ["check_before"]
-
 _FEW = 8
 """Sequences that are read of a source of which any number will do."""
 

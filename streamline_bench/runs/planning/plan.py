@@ -21,11 +21,6 @@ from streamline_bench.core.recipe.validation import first_problem
 from streamline_bench.errors import OutputError
 from streamline_bench.runs.planning.request import NoiseEngine, ThroughputEngine
 
-__all__ = [
-    *("PLAN_FILE", "Evaluation", "NoisePlan", "Plan", "PlanRow", "TextPlan"),
-    *("differences", "digest", "read_plan", "write_plan"),
-]
-
 PLAN_FILE = "plan.yaml"
 SCHEMA_VERSION = 1
 

@@ -16,11 +16,6 @@ from streamline_bench.core.recipe.validation import suggest, suggest_or_list
 from streamline_bench.errors import RecipeError
 from streamline_bench.resources import resource
 
-__all__ = [
-    *("NoiseEngine", "Request", "RowRequest", "ThroughputEngine"),
-    *("make_request", "read_request"),
-]
-
 ThroughputEngine = Literal["none", "vllm", "hf"]
 NoiseEngine = Literal["vllm"]
 

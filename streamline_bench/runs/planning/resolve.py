@@ -23,8 +23,6 @@ from streamline_bench.runs.planning.plan import Evaluation, NoisePlan, Plan, Pla
 from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.planning.rows import Row, refuse_unknown_names, resolve_rows
 
-__all__ = ["resolve_plan"]
-
 log = logging.getLogger(__name__)
 
 

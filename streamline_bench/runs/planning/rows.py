@@ -20,8 +20,6 @@ from streamline_bench.errors import RecipeError
 from streamline_bench.runs.folder import is_row_name
 from streamline_bench.runs.planning.request import Request, RowRequest
 
-__all__ = ["GROUPS", "Row", "refuse_unknown_names", "resolve_rows"]
-
 log = logging.getLogger(__name__)
 
 GROUPS: tuple[str, ...] = (

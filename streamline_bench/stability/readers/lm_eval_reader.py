@@ -33,8 +33,6 @@ from streamline_bench.stability.readers.lm_eval_rows import (
 from streamline_bench.stability.readers.verdicts import with_verdicts
 from streamline_bench.stability.samples import Row, RunInfo, Samples, well_formed
 
-__all__ = ["find_results", "read_lm_eval"]
-
 _RESULTS = re.compile(r"^(?P<stem>.+)_(?P<timestamp>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)\.json$")
 _LONGEST_NAME = 255  # bytes, of a file
 

@@ -23,8 +23,6 @@ from streamline_bench.stability.readers.verdicts import NORM_METRIC, VERDICT_MET
 from streamline_bench.stability.samples import Row, well_formed
 from streamline_bench.stability.statistics.clusters import cluster_of
 
-__all__ = ["LogFile", "TaskConfig", "TaskFacts", "parse_row"]
-
 Request = tuple[Any, ...]
 
 

@@ -12,8 +12,6 @@ from streamline_bench.stability.readers.lm_eval_reader import read_lm_eval
 from streamline_bench.stability.readers.opencompass_folder import find_predictions
 from streamline_bench.stability.samples import Samples
 
-__all__ = ["load_samples"]
-
 log = logging.getLogger(__name__)
 
 

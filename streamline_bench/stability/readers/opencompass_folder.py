@@ -24,8 +24,6 @@ from typing import Any
 
 from streamline_bench.errors import SamplesError
 
-__all__ = ["DataSet", "DumpedConfig", "Predictions", "find_predictions", "read_dumped_config"]
-
 _RUN = re.compile(r"^\d{8}_\d{6}$")
 _PART = re.compile(r"^(?P<name>.+)_(?P<part>[0-9]{1,9})$")
 _BEGINNING = re.compile(rb'^\s*\{\s*"\d+"\s*:\s*\{')

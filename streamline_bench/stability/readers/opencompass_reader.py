@@ -26,8 +26,6 @@ from streamline_bench.stability.readers.opencompass_results import (
 from streamline_bench.stability.readers.opencompass_rows import Entry, parse_entry, row_of
 from streamline_bench.stability.samples import Row, RunInfo, Samples, well_formed
 
-__all__ = ["ENGINE", "SUBJECT_GROUPS", "read_opencompass"]
-
 ENGINE = "opencompass"
 
 SUBJECT_GROUPS = {

@@ -21,8 +21,6 @@ from streamline_bench.errors import SamplesError
 from streamline_bench.stability.readers.opencompass_rows import Entry
 from streamline_bench.stability.samples import Row, well_formed
 
-__all__ = ["Evaluation", "judge", "read_evaluation"]
-
 _VERDICTS = ("correct", "is_correct", "cascade_correct")
 _ACCURACY = re.compile(r"^accuracy( \(\d+ runs average\))?$")
 _AGAIN = "evaluate again (opencompass --mode eval --reuse)"

@@ -28,8 +28,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from streamline_bench.errors import NumericsError, SamplesError
 from streamline_bench.stability.samples import Row, well_formed
 
-__all__ = ["Entry", "Mode", "parse_entry", "row_of"]
-
 Mode = Literal["PPL", "LL", "CLP", "GEN"]
 """How OpenCompass asks."""
 

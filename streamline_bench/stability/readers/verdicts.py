@@ -11,8 +11,6 @@ from typing import Any
 
 from streamline_bench.stability.samples import Row
 
-__all__ = ["GRADED", "NORM_METRIC", "VERDICT_METRICS", "graded_metrics", "with_verdicts"]
-
 VERDICT_METRICS = ("acc", "exact_match", "em", "acc_mutual_info")
 """Metrics that say right (1) or wrong (0); the first that a task has decides ``correct``."""
 

@@ -20,22 +20,6 @@ from streamline_bench.errors import NumericsError, SamplesError
 from streamline_bench.stability.comparison import Calibration, ChoiceShift
 from streamline_bench.stability.statistics.intervals import mean_estimate
 
-__all__ = [
-    "MAX_BINS",
-    "MIN_PER_BIN",
-    "ChoiceMeasures",
-    "calibration",
-    "calibration_bins",
-    "calibration_error",
-    "choice_counts",
-    "choice_matrix",
-    "choice_shift",
-    "divergences",
-    "measure_choices",
-    "rows_by_count",
-    "scores",
-]
-
 MAX_BINS = 15
 MIN_PER_BIN = 20
 """Fewer documents in a bin and the error measures their noise: even a perfectly calibrated model

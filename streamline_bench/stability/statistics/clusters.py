@@ -19,16 +19,6 @@ import pandas as pd
 
 from streamline_bench.stability.comparison import Clusters
 
-__all__ = [
-    "CLUSTER_FIELDS",
-    "ClusterField",
-    "ClusterLabels",
-    "cluster_kind",
-    "cluster_labels",
-    "cluster_of",
-    "pooled_labels",
-]
-
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 

@@ -17,20 +17,6 @@ import numpy.typing as npt
 
 from streamline_bench.stability.comparison import Estimate
 
-__all__ = [
-    "FEW_UNITS",
-    "MOST_COUNTS",
-    "Interval",
-    "bootstrap_interval",
-    "mean_estimate",
-    "mean_per_unit",
-    "percentile_interval",
-    "ratio_draws",
-    "t_quantile",
-    "t_tail",
-    "task_generator",
-]
-
 FEW_UNITS = 20
 MOST_COUNTS = 4_000_000
 """Counts that a bootstrap holds at once."""

@@ -16,17 +16,6 @@ import numpy.typing as npt
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.statistics.intervals import t_quantile
 
-__all__ = [
-    "Design",
-    "Outcomes",
-    "PairedSample",
-    "kappa",
-    "mcnemar",
-    "retention",
-    "wilson",
-    "wilson_at",
-]
-
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
 

@@ -17,15 +17,6 @@ from streamline_bench.stability.comparison import Decision, Estimate
 from streamline_bench.stability.statistics.intervals import t_quantile, t_tail
 from streamline_bench.stability.statistics.paired import Design, Outcomes, PairedSample
 
-__all__ = [
-    "POWER",
-    "Adjusted",
-    "PairedDifference",
-    "decide",
-    "detectable_difference",
-    "holm",
-]
-
 POWER = 0.8
 _EXACT_POWER_BELOW = 25  # documents; the normal formula is far off there
 

@@ -34,16 +34,6 @@ from streamline_bench.stability.statistics.intervals import (
 )
 from streamline_bench.stability.statistics.paired import wilson
 
-__all__ = [
-    "MAX_CELLS",
-    "choice_spread",
-    "effective_sample_size",
-    "stability",
-    "stability_draws",
-    "stability_estimate",
-    "stability_weights",
-]
-
 MAX_CELLS = 128
 """Above this many distinct pairs of spread and verdict, the bootstrap groups spreads."""
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from streamline_bench.throughput.engines import Engine, EngineSettings, Loaded
 
-__all__ = ["TransformersEngine"]
-
 
 class TransformersEngine(Engine):
     """Any checkpoint that transformers loads, ``streamline`` models included."""

@@ -10,14 +10,6 @@ from streamline_bench.errors import ThroughputError
 from streamline_bench.modeling.vllm.package import require_vllm
 from streamline_bench.throughput.engines import Engine, EngineSettings, Loaded
 
-__all__ = [
-    "VLLMEngine",
-    "memory_flags",
-    "require_platform",
-    "vllm_environment",
-    "vllm_version",
-]
-
 _CHECKED_SHARE = 0.05
 
 

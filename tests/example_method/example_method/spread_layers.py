@@ -11,8 +11,6 @@ from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
 
-__all__ = ["SpreadLayers", "SpreadLayersParameters", "spread"]
-
 
 class SpreadLayersParameters(Frozen):
     """Parameters of the method ``spread_layers``.

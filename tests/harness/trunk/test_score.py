@@ -273,7 +273,7 @@ def test_outputs_of_another_request_are_not_touched(
     foreign = tmp_path / "out" / "dropped"
     foreign.mkdir(parents=True)
     (foreign / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"was not made by scoring models together"):
+    with pytest.raises(OutputError, match="dropped"):
         score_together(ask(checkpoints), progress=False)
     shutil.rmtree(foreign)
     dense = {"dense": checkpoints["dense"]}
@@ -294,7 +294,7 @@ def test_an_unknown_task_and_contradicting_options_are_the_requests_fault(
     with pytest.raises(EvaluationError, match="fewshot_as_multiturn"):
         score_together(ask(checkpoints, fewshot_as_multiturn=True), progress=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(EvaluationError, match="by one process, not by 2"):
+    with pytest.raises(EvaluationError, match=r"2 were started.*torchrun"):
         score_together(ask(checkpoints), progress=False)
     assert not list((tmp_path / "out").glob("*"))
 
