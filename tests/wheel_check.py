@@ -53,7 +53,7 @@ def main(dist: Path, work: Path) -> None:
     work.mkdir(parents=True)
     venv.create(work / "env", with_pip=True)
     binaries = work / "env" / "bin"
-    run(binaries / "pip", "install", "-q", wheels[0], cwd=work)
+    run(binaries / "pip", "install", "-q", "--no-compile", wheels[0], cwd=work)
     command = binaries / "streamline-bench"
     if "demo" not in run(command, "--help", cwd=work):
         sys.exit("--help does not name the demo")
