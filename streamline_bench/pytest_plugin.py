@@ -142,7 +142,7 @@ class StreamlineGate:
         """Everything that is cheap to check was or is checked before ``read`` takes its time."""
         __tracebackhide__ = True
         from streamline_bench.gate.judge import judge
-        from streamline_bench.gate.reference import write_reference
+        from streamline_bench.gate.evidence import write_reference
 
         limits = self._limits(thresholds)
         if against is None:

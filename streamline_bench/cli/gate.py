@@ -70,6 +70,10 @@ def command(
     RUN and the reference are run folders or their leaderboard.json; the reference may also be a
     file of --write-reference. Answers are compared one by one if both sides have them, speeds
     on the same machine only. In GitHub Actions the result also goes to the step summary.
+
+    Of a run folder, the rows of its leaderboard.json count, each with the evaluation that run.json
+    names. If that holds several evaluations, those with the same settings are joined; a warning
+    names what is left out. Answers that the leaderboard was not made from are an error.
     """
     if (against is None) == (reference is None):
         raise click.UsageError("Give either --against or --write-reference.")
@@ -102,8 +106,7 @@ def command(
 def _write_reference(run: Path, reference: Path, overwrite: bool, quiet: bool) -> None:
     from streamline_bench.core.machine.environment import printable
     from streamline_bench.errors import OutputError
-    from streamline_bench.gate.evidence import read_evidence
-    from streamline_bench.gate.reference import write_reference
+    from streamline_bench.gate.evidence import read_evidence, write_reference
 
     if reference.exists() and not overwrite:
         raise OutputError(f"Output {reference} exists; give another path or pass --overwrite.")

@@ -1,44 +1,139 @@
-"""Reads what a gate is given: a run folder, its leaderboard, a reference file or evaluations.
+"""What a gate compares, and how it is read: a run folder, a leaderboard, a reference, evaluations.
 
 A leaderboard has estimates only. If ``run.json`` and the evaluations are in the same folder, the
-answers are read too, in a second step: that takes longer.
+answers are read too, in a second step: that takes longer. Of each row's evaluation,
+:func:`~streamline_bench.stability.readers.load.load_samples` reads what belongs together and logs
+what it leaves out; answers that are not those of the leaderboard are refused.
+
+A reference file keeps the estimates, one bit per answer, and a hash over the questions, so that
+later runs are compared answer by answer although the reference's evaluations are long gone.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from pydantic import Field, model_validator
 
-from streamline_bench.core.files.structured import read_json
+from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.files.structured import read_json, validated
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import SamplesError
-from streamline_bench.gate.reference import (
-    KIND,
-    Reference,
-    RowReference,
-    TaskReference,
-    pack,
-    parse_reference,
-)
 from streamline_bench.report.build import build_leaderboard
-from streamline_bench.report.leaderboard import Leaderboard, Row, TaskScore, parse_leaderboard
+from streamline_bench.report.leaderboard import (
+    Leaderboard,
+    Procedure,
+    Row,
+    TaskScore,
+    parse_leaderboard,
+)
 from streamline_bench.report.run_file import RUN_FILE, RunFile, RunRow, read_run_file
+from streamline_bench.stability.comparison import Estimate
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.clusters import ClusterLabels, cluster_labels
 from streamline_bench.stability.statistics.stability import choice_spread
+from streamline_bench.throughput.speed import Speed
+
+log = logging.getLogger(__name__)
 
 LEADERBOARD = "leaderboard.json"
+KIND: Literal["streamline-bench gate reference"] = "streamline-bench gate reference"
 Key = tuple[str, str]
+"""Task, filter."""
 
+BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
+
+
+class TaskReference(Frozen):
+    """One task of one row, by the filter that summaries use.
+
+    Attributes:
+        stability: None for the dense row and for tasks without choices.
+        documents: hash over documents, prompts and expected answers in order; None without samples.
+        right: a bit per document (:func:`pack`), None without samples.
+    """
+
+    task: str
+    filter: str
+    n: int = Field(ge=1)
+    accuracy: Estimate
+    stability: Estimate | None = None
+    documents: str | None = None
+    right: str | None = None
+
+    @property
+    def key(self) -> Key:
+        """Task and filter."""
+        return self.task, self.filter
+
+    @model_validator(mode="after")
+    def _bits(self) -> TaskReference:
+        if self.right is not None and len(self.right) != 2 * ((self.n + 7) // 8):
+            raise ValueError(f"task '{self.task}' has not one verdict for each of {self.n} answers")
+        return self
+
+
+class RowReference(Frozen):
+    """One model; ``failed`` says why it has no result."""
+
+    label: str
+    is_dense: bool
+    failed: str | None = None
+    tasks: tuple[TaskReference, ...] = ()
+    speed: Speed | None = None
+
+
+class Reference(Frozen):
+    """A run, as far as a gate needs it.
+
+    Attributes:
+        source: folder or file that it was made from.
+        machine: id of the machine on which the speed was measured; None where nothing was.
+    """
+
+    kind: Literal["streamline-bench gate reference"] = KIND
+    schema_version: Literal[1] = 1
+    source: str
+    title: str
+    dense: str
+    method: Procedure
+    rows: tuple[RowReference, ...] = Field(min_length=1)
+    machine: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+def pack(right: BoolArray) -> str:
+    """Verdicts [n] as hexadecimal digits, eight to a byte, the first in the highest bit."""
+    return np.packbits(right).tobytes().hex()
+
+
+def unpack(text: str, n: int) -> BoolArray:
+    """The first ``n`` verdicts of :func:`pack`, bool [n]."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8), count=n)
+    right: BoolArray = bits.astype(np.bool_)
+    return right
+
+
+def write_reference(reference: Reference, path: Path) -> None:
+    """Write atomically.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    payload = reference.model_dump(mode="json", exclude_none=True)
+    atomic_write_text(path, json.dumps(payload, indent=1, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True)
@@ -103,10 +198,17 @@ def open_source(path: Path) -> Source:
     file = path / LEADERBOARD if path.is_dir() else path
     if not file.is_file():
         advice = "make it with streamline-bench report" if path.is_dir() else "check the path"
+        inside = sorted(each.parent.name for each in path.glob(f"*/{LEADERBOARD}"))
+        if inside:
+            advice = f"'{path}' holds the runs {', '.join(inside)}: name one of them"
         raise SamplesError(f"'{file}' does not exist; {advice}.")
     payload = read_json(file, SamplesError, f"give a run folder, a {LEADERBOARD} or a reference")
     if isinstance(payload, dict) and payload.get("kind") == KIND:
-        return Source(path, parse_reference(payload, str(file)))
+        advice = "write the reference again"
+        figures = validated(
+            Reference, payload, str(file), newest=1, error=SamplesError, advice=advice
+        )
+        return Source(path, figures)
     board = parse_leaderboard(payload, str(file))
     run = read_run_file(file.parent) if (file.parent / RUN_FILE).is_file() else None
     return Source(path, evidence_of(board, {}, source=str(path)).figures, board, run)
@@ -177,59 +279,79 @@ def evidence_of(
         SamplesError: the answers are not those that the leaderboard was made from.
         ThroughputError: the record is damaged.
     """
-    dense = samples.get(board.dense)
+    groups = {label: _by_task(each) for label, each in samples.items()}
+    of_dense = groups.get(board.dense, {})
+    quantity: Any = board.method.quantity
     return Evidence(
         Reference(
             source=source,
             title=board.title,
             dense=board.dense,
             method=board.method,
-            rows=tuple(_row(row, samples.get(row.label), board) for row in board.rows),
+            rows=tuple(_row(row, groups.get(row.label), board) for row in board.rows),
             machine=None if throughput is None else _machine(throughput),
             versions=board.versions,
         ),
-        clusters=_clusters(dense),
-        spreads={} if dense is None else _spreads(dense, board),
+        clusters={key: cluster_labels(rows["cluster"]) for key, rows in of_dense.items()},
+        spreads={
+            key: choice_spread(rows, quantity=quantity, ddof=board.method.ddof)
+            for key, rows in of_dense.items()
+            if all(isinstance(choices, list) and len(choices) > 1 for choices in rows["choices"])
+        },
     )
 
 
 def _samples(folder: Path, run: RunFile | None, progress: bool) -> dict[str, Samples]:
     """Answers of the rows whose evaluations are there; a leaderboard may have been moved alone."""
-    if run is None:
-        return {}
+    rows = [] if run is None else [row for row in run.rows if row.failed is None and row.eval]
+    there = {row.label: folder / str(row.eval) for row in rows if (folder / str(row.eval)).exists()}
+    gone = [row.label for row in rows if row.label not in there]
+    if there and gone:
+        log.warning(
+            "%s: the evaluations of %s are not there; these rows are compared by estimates only.",
+            folder,
+            ", ".join(f"'{label}'" for label in gone),
+        )
     return {
-        row.label: load_samples(folder / row.eval, run=row.label, progress=progress)
-        for row in run.rows
-        if row.failed is None and row.eval is not None and (folder / row.eval).exists()
+        label: load_samples(path, run=label, progress=progress) for label, path in there.items()
     }
 
 
-def _row(row: Row, samples: Samples | None, board: Leaderboard) -> RowReference:
+def _by_task(samples: Samples) -> dict[Key, pd.DataFrame]:
+    """The answers to each task, by document."""
+    ordered = samples.frame.sort_values("doc_id", kind="stable")
+    groups = ordered.groupby(["task", "filter"], sort=False)
+    return {(str(task), str(name)): rows.reset_index(drop=True) for (task, name), rows in groups}
+
+
+def _row(row: Row, groups: Mapping[Key, pd.DataFrame] | None, board: Leaderboard) -> RowReference:
     return RowReference(
         label=row.label,
         is_dense=row.is_dense,
         failed=row.failed,
         tasks=tuple(
-            _task(score, samples, board.method.verdict) for score in row.tasks if score.main
+            _task(row, score, groups, board.method.verdict) for score in row.tasks if score.main
         ),
         speed=row.throughput,
     )
 
 
-def _task(score: TaskScore, samples: Samples | None, verdict: str) -> TaskReference:
-    found: dict[str, Any] = {}
-    if samples is not None:
-        rows = _rows(samples, (score.task, score.filter))
-        if len(rows) != score.n or rows[verdict].isna().any():
+def _task(
+    row: Row, score: TaskScore, groups: Mapping[Key, pd.DataFrame] | None, verdict: str
+) -> TaskReference:
+    found = {}
+    if groups is not None:
+        rows = groups.get((score.task, score.filter), pd.DataFrame({verdict: []}))
+        right = rows[verdict].dropna().to_numpy(dtype=np.bool_)
+        same = len(rows) == len(right) == score.n
+        if not same or not np.isclose(right.mean(), score.accuracy.value, rtol=0, atol=1e-9):
             raise SamplesError(
-                f"Row '{samples.info.run}' has {score.n} verdicts on task '{score.task}' in the "
-                f"leaderboard and {int(rows[verdict].notna().sum())} in '{samples.info.source}'; "
-                "make the report again."
+                f"Task '{score.task}' of row '{row.label}' has {score.n} verdicts in the "
+                f"leaderboard, {score.accuracy.value * score.n:.0f} of them right, and "
+                f"{len(right)} in its evaluation, {right.sum()} of them right; "
+                "make the report again (streamline-bench report)."
             )
-        found = {
-            "documents": _digest(rows),
-            "right": pack(rows[verdict].to_numpy(dtype=np.bool_)),
-        }
+        found = {"documents": _digest(rows), "right": pack(right)}
     return TaskReference(
         task=score.task,
         filter=score.filter,
@@ -240,40 +362,10 @@ def _task(score: TaskScore, samples: Samples | None, verdict: str) -> TaskRefere
     )
 
 
-def _rows(samples: Samples, key: Key) -> pd.DataFrame:
-    frame = samples.frame
-    chosen: pd.DataFrame = frame[(frame["task"] == key[0]) & (frame["filter"] == key[1])]
-    ordered: pd.DataFrame = chosen.sort_values("doc_id", kind="stable", ignore_index=True)
-    return ordered
-
-
 def _digest(rows: pd.DataFrame) -> str:
     columns = ["doc_hash", "prompt_hash", "target_hash", "request_hash"]
     text = "\n".join(" ".join(values) for values in rows[columns].to_numpy().tolist())
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def _keys(samples: Samples) -> list[Key]:
-    keys = samples.frame[["task", "filter"]].drop_duplicates()
-    return [(str(task), str(name)) for task, name in keys.to_numpy().tolist()]
-
-
-def _clusters(dense: Samples | None) -> dict[Key, ClusterLabels | None]:
-    if dense is None:
-        return {}
-    return {key: cluster_labels(_rows(dense, key)["cluster"]) for key in _keys(dense)}
-
-
-def _spreads(dense: Samples, board: Leaderboard) -> dict[Key, FloatArray]:
-    """Of the tasks with choices."""
-    found = {}
-    ddof = board.method.ddof
-    for key in _keys(dense):
-        rows = _rows(dense, key)
-        if all(isinstance(choices, list) and len(choices) > 1 for choices in rows["choices"]):
-            quantity: Any = board.method.quantity
-            found[key] = choice_spread(rows, quantity=quantity, ddof=ddof)
-    return found
 
 
 def _machine(throughput: Path) -> str:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import ComparisonError
-from streamline_bench.gate.accuracy_checks import accuracy_checks
-from streamline_bench.gate.evidence import Evidence, open_source
-from streamline_bench.gate.reference import Reference, RowReference
+from streamline_bench.gate.evidence import Evidence, Reference, RowReference, open_source
 from streamline_bench.gate.result import Check, GateResult, Quantity, Status, Thresholds
-from streamline_bench.gate.stability_checks import stability_checks
+from streamline_bench.gate.task_checks import accuracy_checks, stability_checks
 from streamline_bench.throughput.speed import Speed
 
 
@@ -124,9 +123,9 @@ def _new(run: Evidence, chosen: Mapping[str, RowReference], *, every: bool) -> t
             if every and now.failed is None:
                 rows.append(label)
             continue
-        known = {(task.task, task.filter) for task in before.tasks}
+        known = {task.key for task in before.tasks}
         for task in now.tasks:
-            if (task.task, task.filter) not in known:
+            if task.key not in known:
                 tasks.setdefault(task.task, []).append(label)
     return (*rows, *(f"{task} ({', '.join(labels)})" for task, labels in tasks.items()))
 
@@ -141,19 +140,13 @@ def _row_checks(
     if now is None or now.failed is not None:
         reason = "the run does not have this row" if now is None else now.failed
         return [Check(row=before.label, quantity="result", status="missing", reason=reason)]
-    have = {(task.task, task.filter) for task in now.tasks}
+    have = {task.key for task in now.tasks}
     missing = [
-        Check(
-            row=before.label,
-            quantity="accuracy",
-            task=task.task,
-            status="missing",
-            reference=task.accuracy.value,
-            reason="the run does not have this task",
-        )
+        Check(row=before.label, quantity="accuracy", task=task.task, status="missing",
+              reference=task.accuracy.value, reason="the run does not have this task")
         for task in before.tasks
-        if (task.task, task.filter) not in have
-    ]
+        if task.key not in have
+    ]  # fmt: skip
     checks = missing + accuracy_checks(run, against, now, before, thresholds)
     if not now.is_dense:
         checks += stability_checks(run, against, now, before, thresholds)
@@ -161,18 +154,10 @@ def _row_checks(
 
 
 _ALIKE = (
-    "device",
-    "engine",
-    "engine_version",
-    "mode",
-    "dtype",
-    "clock",
-    "threads",
-    "batch_size",
-    "prompt_tokens",
-    "output_tokens",
-    "request_load",
-)
+    "device engine engine_version mode dtype clock threads batch_size prompt_tokens output_tokens "
+    "request_load"
+).split()
+"""Fields of a speed that must agree."""
 
 
 def _speed_checks(
@@ -186,20 +171,40 @@ def _speed_checks(
     old, new = before.speed, now.speed
     if old is None or old.status == "failed":
         return []
+
+    def without(quantity: Quantity, status: Status, reason: str, figure: Any = None) -> Check:
+        return Check(
+            row=now.label, quantity=quantity, status=status, reference=figure, reason=reason
+        )
+
+    had = old.output_tokens_per_second
     if new is None:
-        return [_missing(now, "tokens/s", old, "the run has no throughput")]
+        return [without("tokens/s", "missing", "the run has no throughput", had)]
     if new.status == "failed":
-        return [_missing(now, "tokens/s", old, new.reason or "the measurement failed")]
+        return [without("tokens/s", "missing", new.reason or "the measurement failed", had)]
     reason = _unlike(new, old)
     if reason is not None:
-        return [_left_out(now, "tokens/s", reason)]
-    checks = [_tokens(run, against, now, old, new, tolerated)]
+        return [without("tokens/s", "not compared", reason)]
+    have = new.output_tokens_per_second
+    machines = against.figures.machine, run.figures.machine
+    if None in machines:
+        reason = "the machine is not known on both sides"
+    elif machines[0] != machines[1]:
+        reason = "other machine"
+    elif had is None or have is None:
+        reason = "not measured on both sides"
+    if had is None or have is None or reason is not None:
+        checks = [without("tokens/s", "not compared", str(reason))]
+    else:
+        ends = (old.low, old.high), (new.low, new.high)
+        checks = [_speed_check(now, "tokens/s", (had, have), ends, tolerated)]
     if now.is_dense or old.ratio is None:
         return checks
     if new.ratio is None:
-        return [*checks, _missing(now, "speed-up", old, "the run has no ratio to dense")]
+        gone = without("speed-up", "missing", "the run has no ratio to dense", old.ratio)
+        return [*checks, gone]
     ends = (old.ratio_low, old.ratio_high), (new.ratio_low, new.ratio_high)
-    return [*checks, _check(now, "speed-up", (old.ratio, new.ratio), ends, tolerated)]
+    return [*checks, _speed_check(now, "speed-up", (old.ratio, new.ratio), ends, tolerated)]
 
 
 def _unlike(new: Speed, old: Speed) -> str | None:
@@ -211,29 +216,10 @@ def _unlike(new: Speed, old: Speed) -> str | None:
     return None
 
 
-def _tokens(
-    run: Evidence,
-    against: Evidence,
-    row: RowReference,
-    old: Speed,
-    new: Speed,
-    tolerated: float,
-) -> Check:
-    machines = against.figures.machine, run.figures.machine
-    if None in machines:
-        return _left_out(row, "tokens/s", "the machine is not known on both sides")
-    if machines[0] != machines[1]:
-        return _left_out(row, "tokens/s", "other machine")
-    if old.output_tokens_per_second is None or new.output_tokens_per_second is None:
-        return _left_out(row, "tokens/s", "not measured on both sides")
-    figures = old.output_tokens_per_second, new.output_tokens_per_second
-    return _check(row, "tokens/s", figures, ((old.low, old.high), (new.low, new.high)), tolerated)
-
-
 Ends = tuple[float | None, float | None]
 
 
-def _check(
+def _speed_check(
     row: RowReference,
     quantity: Quantity,
     figures: tuple[float, float],
@@ -242,7 +228,6 @@ def _check(
 ) -> Check:
     old, new = figures
     (old_low, old_high), (new_low, new_high) = ends
-    low = new_low / old_high - 1 if new_low is not None and old_high else None
     high = new_high / old_low - 1 if new_high is not None and old_low else None
     change = new / old - 1
     status: Status = "ok"
@@ -255,21 +240,7 @@ def _check(
         reference=old,
         value=new,
         change=change,
-        low=low,
+        low=new_low / old_high - 1 if new_low is not None and old_high else None,
         high=high,
         how="extremes of the rounds" if quantity == "tokens/s" else "intervals of both ratios",
-    )
-
-
-def _left_out(row: RowReference, quantity: Quantity, reason: str) -> Check:
-    return Check(row=row.label, quantity=quantity, status="not compared", reason=reason)
-
-
-def _missing(row: RowReference, quantity: Quantity, old: Speed, reason: str) -> Check:
-    return Check(
-        row=row.label,
-        quantity=quantity,
-        status="missing",
-        reference=old.ratio if quantity == "speed-up" else old.output_tokens_per_second,
-        reason=reason,
     )

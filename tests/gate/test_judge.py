@@ -234,6 +234,8 @@ def test_other_methods_of_stability_are_not_compared(reference_run: Path, tmp_pa
 def test_what_cannot_be_read(reference_run: Path, tmp_path: Path) -> None:
     with pytest.raises(SamplesError, match=r"leaderboard\.json'.* report"):
         gate(tmp_path, reference_run, progress=False)
+    with pytest.raises(SamplesError, match=rf"{reference_run.name}.*name one"):
+        gate(reference_run.parent, reference_run, progress=False)
     (tmp_path / "leaderboard.json").write_text("{")
     with pytest.raises(SamplesError, match="cannot be read"):
         gate(tmp_path, reference_run, progress=False)
@@ -249,8 +251,31 @@ def test_answers_that_left_their_report(
     shutil.copytree(reference_run, run)
     entries = opencompass_files.ppl(40, seed=1)
     opencompass_files.write(run / "streamline" / "eval", "arc", entries)
-    with pytest.raises(SamplesError, match=r"300 .*'arc'.* 40"):
+    with pytest.raises(SamplesError, match=r"'arc'.* 300 .* 40 .*report"):
         gate(run, reference_run, progress=False)
+
+
+def test_an_evaluation_that_was_made_again(
+    reference_run: Path, make_run: Callable[..., Path], spoil: Any, tmp_path: Path
+) -> None:
+    """As many answers as the leaderboard has, and others: neither side may be such a run."""
+    run = make_run(tmp_path / "run", changes={("streamline", "arc"): spoil(1)})
+    shutil.copy(reference_run / "leaderboard.json", run / "leaderboard.json")
+    for sides in ((run, reference_run), (reference_run, run)):
+        with pytest.raises(SamplesError, match=r"'arc'.*'streamline'.*report"):
+            gate(*sides, progress=False)
+
+
+def test_rows_without_their_evaluation_are_named(
+    reference_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Path(shutil.copytree(reference_run, tmp_path / "run"))
+    shutil.rmtree(run / "streamline")
+    result = gate(run, reference_run, thresholds=FAST, progress=False)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "'streamline'" in caplog.text and "'shortgpt'" not in caplog.text
+    assert check(result, "streamline", "accuracy", "arc").how == "standard errors"
+    assert check(result, "shortgpt", "accuracy", "arc").how == "no answer changed"
 
 
 def test_questions_that_belong_together_widen_the_interval(

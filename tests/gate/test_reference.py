@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from streamline_bench.errors import SamplesError
-from streamline_bench.gate.evidence import read_evidence
+from streamline_bench.gate.evidence import pack, read_evidence, unpack, write_reference
 from streamline_bench.gate.judge import gate
-from streamline_bench.gate.reference import pack, unpack, write_reference
 from streamline_bench.gate.result import Thresholds
 
 FAST = Thresholds(draws=500)

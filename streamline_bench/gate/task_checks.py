@@ -1,0 +1,307 @@
+"""Accuracy and stability of one row against the reference's, per task and as a mean over tasks.
+
+Accuracy: with verdicts of both sides on the same questions, the paired difference and its score
+test, over clusters where questions belong together; else the difference of the two estimates by
+their standard errors. p and interval of a task are adjusted over the row's tasks by Holm, and they
+decide its status.
+
+Stability: with verdicts of the row and of its dense model on both sides, the difference of
+agreement with the dense model, weighted as in the stability itself, with an interval by resampling
+questions (or what they belong to); else the difference of the two estimates, whose intervals add up
+by squares. Intervals are Bonferroni adjusted over the row's tasks.
+
+The mean over tasks is not adjusted. A drop counts as a regression if it is significant and the
+interval does not exclude a drop of the tolerated size or more. If no answer to the same questions
+changed, nothing is a regression.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+from streamline_bench.errors import ComparisonError
+from streamline_bench.gate.evidence import Evidence, RowReference, TaskReference, unpack
+from streamline_bench.gate.result import Check, Quantity, Thresholds
+from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.over_tasks import square_and_add
+from streamline_bench.stability.statistics.clusters import ClusterLabels
+from streamline_bench.stability.statistics.intervals import (
+    bootstrap_interval,
+    ratio_draws,
+    task_generator,
+)
+from streamline_bench.stability.statistics.paired import wilson
+from streamline_bench.stability.statistics.score import PairedDifference, decide, holm
+from streamline_bench.stability.statistics.stability import effective_sample_size, stability_weights
+from streamline_bench.stability.task_comparison import paired_sample
+
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Change:
+    """The change of one task, or of the mean over tasks (``task`` is None).
+
+    Attributes:
+        unchanged: the questions are the same and no answer changed.
+    """
+
+    task: str | None
+    before: float
+    now: float
+    difference: Estimate
+    how: str
+    unchanged: bool
+
+
+def accuracy_checks(
+    run: Evidence, against: Evidence, now: RowReference, before: RowReference, allowed: Thresholds
+) -> list[Check]:
+    """Check the accuracy of every task that both have, and their mean.
+
+    Raises:
+        ComparisonError: a task has other questions now.
+    """
+    shared = _shared_tasks(now, before, against, run)
+    found = [_difference(run, task, old) for task, old in shared]
+    level = 1 - allowed.confidence
+    p_values = [difference.p_value() for difference in found]
+    adjusted = iter(holm([p for p in p_values if p is not None], level))
+    checks, changes = [], []
+    for (task, old), difference, p in zip(shared, found, p_values, strict=True):
+        paired = isinstance(difference, PairedDifference)
+        change = _Change(
+            task.task,
+            old.accuracy.value,
+            task.accuracy.value,
+            difference.interval(allowed.confidence, allowed.accuracy),
+            f"paired, {task.n:,} questions" if paired else "standard errors",
+            unchanged=paired and old.right == task.right,
+        )
+        changes.append(change)
+        holms, comparisons = next(adjusted) if p is not None else (None, 1)
+        shown = difference.interval(allowed.confidence, allowed.accuracy, comparisons)
+        significant = holms is not None and holms < level
+        change = replace(change, difference=shown)
+        checks.append(_check(now, "accuracy", change, allowed.accuracy, significant, holms))
+    return checks + _mean_checks(now, "accuracy", changes, allowed.accuracy)
+
+
+def stability_checks(
+    run: Evidence, against: Evidence, now: RowReference, before: RowReference, allowed: Thresholds
+) -> list[Check]:
+    """Check the stability of every task that has one in the reference, and their mean.
+
+    Raises:
+        ComparisonError: a task has other questions now.
+    """
+    shared = _shared_tasks(now, before, against, run)
+    pairs = [
+        (task, old, task.stability, old.stability)
+        for task, old in shared
+        if task.stability is not None and old.stability is not None
+    ]
+    missing = [
+        Check(row=now.label, quantity="stability", task=old.task, status="missing",
+              reference=old.stability.value, reason="the run has no stability of this task")
+        for task, old in shared
+        if task.stability is None and old.stability is not None
+    ]  # fmt: skip
+    reason = _unlike(run, against) if pairs else None
+    if reason is not None:
+        left_out = Check(row=now.label, quantity="stability", status="not compared", reason=reason)
+        return [*missing, left_out]
+    each = 1 - (1 - allowed.confidence) / max(1, len(pairs))
+    changes = [_stability_change(run, against, *pair, allowed, each) for pair in pairs]
+    checks = [
+        _check(now, "stability", change, allowed.stability, _excludes_zero(change.difference))
+        for change in changes
+    ]
+    plain = [_stability_change(run, against, *pair, allowed, allowed.confidence) for pair in pairs]
+    return missing + checks + _mean_checks(now, "stability", plain, allowed.stability)
+
+
+def _shared_tasks(
+    now: RowReference, before: RowReference, against: Evidence, run: Evidence
+) -> list[tuple[TaskReference, TaskReference]]:
+    """Tasks of both, now and before, which must ask the same."""
+    old = {task.key: task for task in before.tasks}
+    pairs = [(task, old[task.key]) for task in now.tasks if task.key in old]
+    for task, reference in pairs:
+        known = task.documents is not None and reference.documents is not None
+        if (known and task.documents != reference.documents) or task.n != reference.n:
+            raise ComparisonError(
+                f"The questions of task '{task.task}' differ: '{run.figures.source}' has {task.n}, "
+                f"'{against.figures.source}' has {reference.n}, and documents, prompts or answers "
+                "changed; evaluate with the same data and settings, or write a new reference."
+            )
+    return pairs
+
+
+def _excludes_zero(difference: Estimate) -> bool:
+    """Whether the interval says that something changed."""
+    low, high = difference.low, difference.high
+    return low is not None and high is not None and (low > 0 or high < 0)  # NaN is neither
+
+
+def _check(
+    row: RowReference,
+    quantity: Quantity,
+    change: _Change,
+    margin: float,
+    significant: bool,
+    p_value: float | None = None,
+) -> Check:
+    difference, status = change.difference, "ok"
+    if not change.unchanged:
+        decision = decide(difference, margin, significant=significant)
+        status = {"worse": "regressed", "cannot tell": "cannot tell"}.get(decision, "ok")
+    return Check(
+        row=row.label,
+        quantity=quantity,
+        task=change.task,
+        status=status,
+        reference=change.before,
+        value=change.now,
+        change=difference.value,
+        low=None if change.unchanged else difference.low,
+        high=None if change.unchanged else difference.high,
+        p_value=p_value,
+        how="no answer changed" if change.unchanged else change.how,
+    )
+
+
+def _mean_checks(
+    row: RowReference, quantity: Quantity, changes: Sequence[_Change], margin: float
+) -> list[Check]:
+    """The mean over tasks, if there are several; its interval decides."""
+    if len(changes) < 2:
+        return []
+    mean = _Change(
+        None,
+        float(np.mean([change.before for change in changes])),
+        float(np.mean([change.now for change in changes])),
+        square_and_add([change.difference for change in changes]),
+        f"mean of {len(changes)} tasks",
+        unchanged=all(change.unchanged for change in changes),
+    )
+    return [_check(row, quantity, mean, margin, _excludes_zero(mean.difference))]
+
+
+@dataclass(frozen=True)
+class _Independent:
+    """Difference of two estimates by their standard errors; without them, no interval and no p."""
+
+    value: float
+    error: float | None
+
+    def p_value(self) -> float | None:
+        if self.error is None:
+            return None
+        if self.error == 0:
+            return float(self.value == 0)
+        return math.erfc(abs(self.value) / self.error / math.sqrt(2))
+
+    def interval(self, confidence: float, margin: float, comparisons: int = 1) -> Estimate:
+        if self.error is None:
+            return Estimate(value=self.value)
+        half = -NormalDist().inv_cdf((1 - confidence) / comparisons / 2) * self.error
+        low, high = self.value - half, self.value + half
+        return Estimate(value=self.value, standard_error=self.error, low=low, high=high)
+
+
+def _difference(
+    run: Evidence, task: TaskReference, old: TaskReference
+) -> PairedDifference | _Independent:
+    if task.right is None or old.right is None:
+        value = task.accuracy.value - old.accuracy.value
+        errors = task.accuracy.standard_error, old.accuracy.standard_error
+        known = [error for error in errors if error is not None]
+        return _Independent(value, math.hypot(*known) if len(known) == 2 else None)
+    before, now = unpack(old.right, old.n), unpack(task.right, task.n)
+    return PairedDifference((paired_sample(before, now, run.clusters.get(task.key)),))
+
+
+def _unlike(run: Evidence, against: Evidence) -> str | None:
+    """Why the stabilities of the two must not be compared."""
+    ours, theirs = run.figures.method, against.figures.method
+    for name in ("mode", "quantity", "ddof"):
+        if getattr(ours, name) != getattr(theirs, name):
+            return f"{name} is {getattr(ours, name)} here, {getattr(theirs, name)} there"
+    return None if ours.mode == "paper" else f"mode {ours.mode} has no interval"
+
+
+def _stability_change(
+    run: Evidence,
+    against: Evidence,
+    task: TaskReference,
+    old: TaskReference,
+    stability: Estimate,
+    old_stability: Estimate,
+    allowed: Thresholds,
+    confidence: float,
+) -> _Change:
+    before, now = _agreeing(against, old), _agreeing(run, task)
+    spread = run.spreads.get(task.key)
+    if before is None or now is None or spread is None:
+        difference, how, unchanged = _by_intervals(stability, old_stability), "intervals", False
+    else:
+        unchanged = not (before != now).any()
+        clusters = run.clusters.get(task.key)
+        limits = allowed.model_copy(update={"confidence": confidence})
+        difference = _resampled(before, now, spread, clusters, limits, task.task)
+        how = f"paired, {task.n:,} questions"
+    return _Change(task.task, old_stability.value, stability.value, difference, how, unchanged)
+
+
+def _agreeing(side: Evidence, task: TaskReference) -> BoolArray | None:
+    """On which questions a row agrees with its own dense model, bool [n]."""
+    of_dense = {other.key: other for other in side.rows[side.figures.dense].tasks}
+    dense = of_dense.get(task.key)
+    if dense is None or dense.right is None or task.right is None or dense.n != task.n:
+        return None
+    same: BoolArray = unpack(dense.right, dense.n) == unpack(task.right, task.n)
+    return same
+
+
+def _resampled(
+    before: BoolArray,
+    now: BoolArray,
+    spread: FloatArray,
+    clusters: ClusterLabels | None,
+    allowed: Thresholds,
+    task: str,
+) -> Estimate:
+    weights = stability_weights(spread)
+    moved = weights * (now.astype(np.float64) - before.astype(np.float64))
+    value = float(moved.sum())
+    if not (before != now).any():  # a bootstrap would claim certainty
+        n = effective_sample_size(spread)
+        n = n if clusters is None else min(n, clusters.shown.count)
+        most = wilson(0.0, n, allowed.confidence)[1]  # share that may change, of which none did
+        return Estimate(value=value, low=-most, high=most)
+    if clusters is not None:
+        sums = clusters.sums(moved, weights)
+        moved, weights = sums[:, 0], sums[:, 1]
+    draws = ratio_draws(moved, weights, allowed.draws, task_generator(allowed.seed, task, "gate"))
+    (low, high), _ = bootstrap_interval(value, draws, len(weights), allowed.confidence)
+    return Estimate(value=value, low=low, high=high)
+
+
+def _by_intervals(now: Estimate, before: Estimate) -> Estimate:
+    """Difference of independent estimates; distances to their intervals' ends add by squares."""
+    value = now.value - before.value
+    if now.low is None or now.high is None or before.low is None or before.high is None:
+        return Estimate(value=value)
+    return Estimate(
+        value=value,
+        low=value - math.hypot(now.value - now.low, before.high - before.value),
+        high=value + math.hypot(now.high - now.value, before.value - before.low),
+    )
