@@ -141,8 +141,8 @@ class StreamlineGate:
     ) -> GateResult:
         """Everything that is cheap to check was or is checked before ``read`` takes its time."""
         __tracebackhide__ = True
-        from streamline_bench.gate.judge import judge
         from streamline_bench.gate.evidence import write_reference
+        from streamline_bench.gate.judge import judge
 
         limits = self._limits(thresholds)
         if against is None:

@@ -17,7 +17,7 @@ def _write_configs(context: click.Context, _: click.Parameter, folder: Path | No
     """Write the configs and leave, without a model."""
     if folder is None or context.resilient_parsing:
         return
-    from streamline_bench.opencompass.recipe_configs import write_configs
+    from streamline_bench.opencompass.run_plan import write_configs
 
     names = write_configs(folder)
     click.echo(

@@ -15,17 +15,17 @@ import logging
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from streamline_bench.core.checkpoint.manifest import Manifest
 from streamline_bench.core.files.locks import check_usable, lock_folder
 from streamline_bench.core.files.staging import atomic_write_text
 from streamline_bench.core.machine.environment import package_versions
 from streamline_bench.errors import OutputError
+from streamline_bench.harness.preparation import PreparedModel
 from streamline_bench.opencompass.execution import Environment, run_opencompass
-from streamline_bench.opencompass.run_plan import ModelEntry, RunPlan, config_text, source_keys
+from streamline_bench.opencompass.run_plan import RunPlan, config_text, source_keys
 from streamline_bench.opencompass.source import entry_source
 from streamline_bench.report.run_file import RUN_FILE, RunFile, RunRow, write_run_file
 
@@ -116,21 +116,22 @@ def evaluate(
         StreamlineBenchError: a model cannot be compressed, or OpenCompass did not finish.
     """
     folder = folder.resolve()
-    manifests, seconds = _compress_all(plan)
+    prepared = {}
+    for number, entry in enumerate(plan.models, start=1):
+        log.info("[%d/%d] %s", number, len(plan.models), entry.label)
+        # Compressed here and now; the classes find the result in the cache.
+        source = entry_source(**source_keys(plan, entry), for_vllm=plan.engine == "vllm")
+        prepared[entry.label] = source.prepared
     config = write_config(folder, plan)
     started = time.monotonic()
     run, command = run_opencompass(
         environment, config, folder, in_process=in_process, progress=progress
     )
     log.info("OpenCompass finished in %.0f s: %s", time.monotonic() - started, run)
-    rows = [
-        _row(entry, run.relative_to(folder), manifests[entry.label], seconds[entry.label])
-        for entry in plan.models
-    ]
     result = RunFile(
         title="OpenCompass",
         dense=plan.models[0].label,
-        rows=rows,
+        rows=[_row(label, run.relative_to(folder), model) for label, model in prepared.items()],
         commands=[shlex.join(command)],
         versions={**package_versions(), **environment.versions},
     )
@@ -138,32 +139,12 @@ def evaluate(
     return result
 
 
-def _compress_all(
-    plan: RunPlan,
-) -> tuple[dict[str, tuple[str, Manifest | None]], dict[str, Mapping[str, float]]]:
-    """Compress here and now; the classes find the results in the cache."""
-    found: dict[str, tuple[str, Manifest | None]] = {}
-    seconds: dict[str, Mapping[str, float]] = {}
-    for number, entry in enumerate(plan.models, start=1):
-        log.info("[%d/%d] %s", number, len(plan.models), entry.label)
-        keys = source_keys(plan, entry)
-        prepared = entry_source(**keys, for_vllm=plan.engine == "vllm").prepared
-        found[entry.label] = (prepared.pretrained, prepared.manifest)
-        seconds[entry.label] = prepared.manifest.seconds if prepared.manifest else {}
-    return found, seconds
-
-
-def _row(
-    entry: ModelEntry,
-    run: Path,
-    found: tuple[str, Manifest | None],
-    seconds: Mapping[str, float],
-) -> RunRow:
-    path, manifest = found
+def _row(label: str, run: Path, model: PreparedModel) -> RunRow:
+    manifest = model.manifest
     return RunRow(
-        label=entry.label,
-        eval=str(run / "predictions" / entry.label),
-        checkpoint=str(Path(path).resolve()) if manifest else None,
+        label=label,
+        eval=str(run / "predictions" / label),
+        checkpoint=str(Path(model.pretrained).resolve()) if manifest else None,
         recipe=manifest.recipe if manifest else None,
-        seconds=dict(seconds),
+        seconds=dict(manifest.seconds) if manifest else {},
     )

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from streamline_bench.core.machine.processes import LeashedProcess
 from streamline_bench.errors import MissingDependencyError, OpenCompassError, StreamlineBenchError
-from streamline_bench.opencompass.availability import OPENCOMPASS_INSTALL
+from streamline_bench.opencompass import OPENCOMPASS_INSTALL
 from streamline_bench.stability.readers.opencompass_folder import DumpedConfig, read_dumped_config
 
 log = logging.getLogger(__name__)
@@ -105,10 +105,10 @@ def run_opencompass(
 
     Args:
         config: the config file.
-        folder: held by this process (see :mod:`.run_folder`); gets ``work/<time>/``, OpenCompass's
-            own tree, and ``opencompass.log``. OpenCompass is started in ``folder/scratch``, where
-            its ``tmp`` and ``.cache`` stay; a folder ``data`` of the current folder is linked
-            there, as its data sets look for it.
+        folder: held by this process (see :func:`.evaluate.claimed_folder`); gets ``work/<time>/``,
+            OpenCompass's own tree, and ``opencompass.log``. OpenCompass is started in
+            ``folder/scratch``, where its ``tmp`` and ``.cache`` stay; a folder ``data`` of the
+            current folder is linked there, as its data sets look for it.
         in_process: one process for all tasks (OpenCompass's ``--debug``): starts faster, but a
             failing task ends all.
 
@@ -170,7 +170,8 @@ def _call(command: Sequence[str], scratch: Path, work: Path, log_file: Path, pro
     python, *module = command
     leashed = [python, "-m", "streamline_bench.core.machine.processes", *module[1:]]
     environment = {"TOKENIZERS_PARALLELISM": "false"}
-    with log_file.open("ab") as stream, _bar(progress) as bar:
+    shown = tqdm(desc="OpenCompass", unit="file", delay=2, disable=not progress)
+    with log_file.open("ab") as stream, shown as bar:
         process = LeashedProcess(leashed, stream, environment=environment, folder=scratch)
         try:
             while (code := process.poll()) is None:
@@ -181,10 +182,6 @@ def _call(command: Sequence[str], scratch: Path, work: Path, log_file: Path, pro
             raise
         _show(bar, work)
         return code
-
-
-def _bar(progress: bool) -> tqdm[Any]:
-    return tqdm(desc="OpenCompass", unit="file", delay=2, disable=not progress)
 
 
 def _show(bar: tqdm[Any], work: Path) -> None:

@@ -21,8 +21,8 @@ from streamline_bench.opencompass.engine import (
     Engine,
     GenerationSettings,
     ScoredText,
+    VLLMEngine,
     continuation_start,
-    mean_nll,
     spans_between,
 )
 from streamline_bench.opencompass.prompts import (
@@ -35,6 +35,15 @@ from streamline_bench.opencompass.source import entry_source, generation_pad, lo
 
 Prompt = str | Sequence[Mapping[str, Any]]
 Floats = npt.NDArray[np.float64]
+
+_CHAT_ROLES = {
+    "round": [
+        {"role": "HUMAN", "api_role": "HUMAN"},
+        # Few templates take a system message among the examples; OpenCompass maps it so too.
+        {"role": "SYSTEM", "api_role": "HUMAN"},
+        {"role": "BOT", "api_role": "BOT", "generate": True},
+    ]
+}
 
 
 class StreamlineModel(BaseModel):  # type: ignore[misc]
@@ -137,7 +146,7 @@ class StreamlineModel(BaseModel):  # type: ignore[misc]
         Args:
             mask_length: tokens at the beginning of each prompt that are not scored.
         """
-        rows, lost = self._encode_scored(inputs)
+        rows, lost = self._encode([self._score_text(each) for each in inputs], self.max_seq_len)
         masks = [0] * len(rows) if mask_length is None else mask_length
         texts = [
             # What was cut off was masked first.
@@ -147,7 +156,7 @@ class StreamlineModel(BaseModel):  # type: ignore[misc]
             for ids, cut, mask in zip(rows, lost, masks, strict=True)
         ]
         sums = self.engine.logprob_sums(texts)
-        return np.array([mean_nll(text, total) for text, total in zip(texts, sums, strict=True)])
+        return np.array([-total / text.divisor for text, total in zip(texts, sums, strict=True)])
 
     def get_loglikelihood(self, inputs: Sequence[Prompt], conts: Sequence[str]) -> Floats:
         """Return the summed log-probability of each prompt's end, ``[prompts]``.
@@ -275,45 +284,27 @@ class StreamlineModel(BaseModel):  # type: ignore[misc]
     def _generation_text(self, prompt: Prompt) -> str:
         return plain_text(prompt)
 
-    def _encode_scored(self, prompts: Sequence[Prompt]) -> tuple[list[list[int]], list[int]]:
-        return self._encode([self._score_text(each) for each in prompts], self.max_seq_len)
-
     def _encode(self, texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[int]]:
         return self._encoder.encode(texts, limit=limit, special=self._adds_special)
 
 
-class ChatPrompts(StreamlineModel):
-    """Puts prompts into the tokenizer's chat template."""
+class StreamlineChatModel(StreamlineModel):
+    """A chat model: as :class:`StreamlineModel`, with the tokenizer's chat template.
+
+    Scored prompts (PPL) go through the template as well, as finished conversations.
+    """
 
     _adds_special = False
 
     def __init__(self, path: str, *, meta_template: Any = None, **arguments: Any) -> None:
         super().__init__(path, **arguments)
-        self.template_parser = APITemplateParser(meta_template or _chat_roles())
+        self.template_parser = APITemplateParser(meta_template or _CHAT_ROLES)
 
     def _score_text(self, prompt: Prompt) -> str:
         return chat_text(self.tokenizer, prompt, answer_follows=False)
 
     def _generation_text(self, prompt: Prompt) -> str:
         return chat_text(self.tokenizer, prompt, answer_follows=True)
-
-
-class StreamlineChatModel(ChatPrompts):
-    """A chat model: as :class:`StreamlineModel`, with the tokenizer's chat template.
-
-    Scored prompts (PPL) go through the template as well, as finished conversations.
-    """
-
-
-def _chat_roles() -> dict[str, Any]:
-    return {
-        "round": [
-            {"role": "HUMAN", "api_role": "HUMAN"},
-            # Few templates take a system message among the examples; OpenCompass maps it so too.
-            {"role": "SYSTEM", "api_role": "HUMAN"},
-            {"role": "BOT", "api_role": "BOT", "generate": True},
-        ]
-    }
 
 
 class StreamlineVLLM(StreamlineModel):
@@ -330,12 +321,10 @@ class StreamlineVLLM(StreamlineModel):
     for_vllm = True
 
     def _make_engine(self) -> Engine:
-        from streamline_bench.opencompass.vllm_engine import VLLMEngine
-
         engine = VLLMEngine(self.source, self.tokenizer, self.max_seq_len)
         self.max_seq_len = engine.max_length
         return engine
 
 
-class StreamlineVLLMChat(ChatPrompts, StreamlineVLLM):
+class StreamlineVLLMChat(StreamlineChatModel, StreamlineVLLM):
     """A chat model run by vLLM: as :class:`StreamlineVLLM`, with the chat template."""

@@ -1,41 +1,35 @@
-"""What an OpenCompass run evaluates, and the config that says so to OpenCompass."""
+"""Configs for OpenCompass: one for a run of ours, and one per recipe for its own command."""
 
 from __future__ import annotations
 
 import pprint
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streamline_bench.compression.recipes import applicable, listed_recipes, load_recipe
+from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.recipe.validation import suggest_or_list
-from streamline_bench.errors import StreamlineBenchError
-from streamline_bench.opencompass.source import OF_MODEL_CLASS
+from streamline_bench.errors import OutputError, StreamlineBenchError
+from streamline_bench.resources import resource
 
 _CONFIGS = "streamline_bench.opencompass.configs"
 
+_BUNDLED = "bundled bundled_ppl bundled_gen".split()
+_PAPER = (
+    "paper classification generation cmnli hellaswag piqa chid wsc commonsense_qa boolq race mmlu "
+    "cmmlu c3 xsum gsm8k strategyqa"
+).split()
+_VARIABLES = {"wsc": "WSC", "commonsense_qa": "commonsenseqa", "boolq": "BoolQ", "c3": "C3",
+              "xsum": "Xsum"}  # fmt: skip
 DATASETS: Mapping[str, tuple[str, str]] = {
-    "bundled": (f"{_CONFIGS}.bundled", "bundled_datasets"),
-    "bundled_ppl": (f"{_CONFIGS}.bundled", "bundled_ppl_datasets"),
-    "bundled_gen": (f"{_CONFIGS}.bundled", "bundled_gen_datasets"),
-    "paper": (f"{_CONFIGS}.paper", "paper_datasets"),
-    "classification": (f"{_CONFIGS}.paper", "classification_datasets"),
-    "generation": (f"{_CONFIGS}.paper", "generation_datasets"),
-    "cmnli": (f"{_CONFIGS}.paper", "cmnli_datasets"),
-    "hellaswag": (f"{_CONFIGS}.paper", "hellaswag_datasets"),
-    "piqa": (f"{_CONFIGS}.paper", "piqa_datasets"),
-    "chid": (f"{_CONFIGS}.paper", "chid_datasets"),
-    "wsc": (f"{_CONFIGS}.paper", "WSC_datasets"),
-    "commonsense_qa": (f"{_CONFIGS}.paper", "commonsenseqa_datasets"),
-    "boolq": (f"{_CONFIGS}.paper", "BoolQ_datasets"),
-    "race": (f"{_CONFIGS}.paper", "race_datasets"),
-    "mmlu": (f"{_CONFIGS}.paper", "mmlu_datasets"),
-    "cmmlu": (f"{_CONFIGS}.paper", "cmmlu_datasets"),
-    "c3": (f"{_CONFIGS}.paper", "C3_datasets"),
-    "xsum": (f"{_CONFIGS}.paper", "Xsum_datasets"),
-    "gsm8k": (f"{_CONFIGS}.paper", "gsm8k_datasets"),
-    "strategyqa": (f"{_CONFIGS}.paper", "strategyqa_datasets"),
+    name: (f"{_CONFIGS}.{module}", f"{_VARIABLES.get(name, name)}_datasets")
+    for module, names in (("bundled", _BUNDLED), ("paper", _PAPER))
+    for name in names
 }
 """Name on the command line -> (config module, variable)."""
 
@@ -55,6 +49,12 @@ _CLASSES = {
     ("vllm", False): "StreamlineVLLM",
     ("vllm", True): "StreamlineVLLMChat",
 }
+OF_MODEL_CLASS = (
+    "max_seq_len tokenizer_path tokenizer_kwargs tokenizer_only meta_template generation_kwargs "
+    "pad_token_id stop_words"
+).split()
+"""Keys of a model entry that :class:`~.models.StreamlineModel` takes for itself."""
+
 _LABEL = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
 _REFERENCE = re.compile(r"^[A-Za-z_][\w.]*\.[\w.]+:[A-Za-z_]\w*$")
 
@@ -148,6 +148,8 @@ def config_text(plan: RunPlan) -> str:
         for number, (module, variable) in enumerate(references)
     ]
     lists = ", ".join(f"*datasets_{number}" for number in range(len(references)))
+    limit = f'    each["reader_cfg"]["test_range"] = "[0:{plan.limit}]"'
+    limited = ["for each in datasets:", limit, "del each"]
     lines = [
         '"""Written by streamline-bench opencompass."""',
         "",
@@ -161,7 +163,7 @@ def config_text(plan: RunPlan) -> str:
         *_summarizer_import(plan),
         "",
         f"datasets = [{lists}]",
-        *_limit(plan.limit),
+        *([] if plan.limit is None else limited),
         *(_SHARE_PREFIXES if plan.share_prefixes else []),
         "",
         "models = "
@@ -181,30 +183,22 @@ def config_text(plan: RunPlan) -> str:
 
 
 def _summarizer_import(plan: RunPlan) -> list[str]:
-    for names, variable in (
-        (("bundled",), "bundled_summarizer"),
-        (("paper", "classification", "generation"), "paper_summarizer"),
-    ):
-        if any(name in names for name in plan.datasets):
-            return [f"    from {_CONFIGS}.summarizers import {variable} as summarizer"]
-    return []
-
-
-def _limit(limit: int | None) -> list[str]:
-    if limit is None:
-        return []
+    whole = {
+        "bundled": "bundled",
+        **dict.fromkeys(("paper", "classification", "generation"), "paper"),
+    }
+    names = sorted(whole[name] for name in plan.datasets if name in whole)
     return [
-        "for each in datasets:",
-        f'    each["reader_cfg"]["test_range"] = "[0:{limit}]"',
-        "del each",
+        f"    from {_CONFIGS}.summarizers import {name}_summarizer as summarizer"
+        for name in names[:1]
     ]
 
 
 def source_keys(plan: RunPlan, model: ModelEntry) -> dict[str, Any]:
     """Return the keys of a model's entry that decide what is loaded.
 
-    They are what :func:`~.source.entry_source` takes, of which the run's record and the classes in
-    OpenCompass's tasks both get the checkpoint.
+    The run's record and the classes in OpenCompass's tasks both get the checkpoint from them, by
+    :func:`~.source.entry_source`.
     """
     dotted = {key: value for key, value in model.overrides.items() if "." in key}
     plain = {key: value for key, value in model.overrides.items() if "." not in key}
@@ -241,8 +235,6 @@ def entries(
         overrides: keys of recipes; each recipe gets those that it has a use for.
         further: (label, path) of checkpoints evaluated as they are.
     """
-    from streamline_bench.compression.recipes import applicable, load_recipe
-
     model = _absolute(model)
     made = [
         ModelEntry("dense", model)
@@ -269,3 +261,58 @@ def _absolute(name: str) -> str:
 
 def _recipe_label(recipe: str) -> str:
     return recipe.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".yaml")
+
+
+_RECIPE_CONFIG = '''"""Written by streamline-bench opencompass --write-configs."""
+
+import os
+
+models = [
+    dict(
+        type="streamline_bench.opencompass.StreamlineModel",
+        abbr={name!r},
+        path=os.environ.get("STREAMLINE_BENCH_MODEL", "meta-llama/Llama-2-7b-hf"),{keys}
+        max_out_len=256,
+        batch_size=32,
+        run_cfg=dict(num_gpus=1),
+    )
+]
+'''
+
+
+def write_configs(folder: Path) -> list[str]:
+    """Write a folder for ``opencompass --config-dir``: data sets, summarizers and models.
+
+    ``--models recipe_NAME`` then is a recipe with a quarter of the parameters removed; a recipe
+    whose size is a paper's own ratio keeps it. The model is ``$STREAMLINE_BENCH_MODEL``, by default
+    that of the LLM-Streamline paper.
+
+    Returns:
+        The names of the model configs.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    try:
+        shutil.copytree(
+            resource("tasks") / "opencompass",
+            folder,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+    except OSError as error:
+        raise OutputError(
+            f"The folder {folder} cannot be written ({error}); give another one."
+        ) from None
+    texts = {f"recipe_{recipe.name}": _recipe_config(recipe) for recipe in listed_recipes()}
+    for name, text in texts.items():
+        atomic_write_text(folder / "models" / f"{name}.py", text)
+    return list(texts)
+
+
+def _recipe_config(recipe: Recipe) -> str:
+    keys = ""
+    if recipe.method != "dense":
+        keys += f"\n        recipe={recipe.name!r},"
+        keys += "\n        sparsity=0.25," if recipe.sparsity is not None else ""
+    return _RECIPE_CONFIG.format(name=recipe.name, keys=keys)

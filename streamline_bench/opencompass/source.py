@@ -10,12 +10,6 @@ from streamline_bench.errors import CheckpointError, StreamlineBenchError, libra
 from streamline_bench.harness.arguments import parameters_of, sort_arguments
 from streamline_bench.harness.preparation import PreparedModel, prepare
 
-OF_MODEL_CLASS = (
-    "max_seq_len tokenizer_path tokenizer_kwargs tokenizer_only meta_template generation_kwargs "
-    "pad_token_id stop_words"
-).split()
-"""Keys of a model entry that :class:`~.models.StreamlineModel` takes for itself."""
-
 
 class _Loading:
     """Names the keys that say where a model comes from, for :func:`sort_arguments`."""
@@ -54,47 +48,26 @@ def entry_source(
     for_vllm: bool = False,
     **options: Any,
 ) -> ModelSource:
-    """Return what a model entry of a config loads, from its keys but :data:`OF_MODEL_CLASS`.
-
-    Args:
-        model_kwargs: more of ``options``.
-        for_vllm: ``model_kwargs`` go to ``vllm.LLM``, which checks them itself.
-
-    Raises:
-        StreamlineBenchError: as :func:`find_source`.
-    """
-    loading = dict(model_kwargs or {})
-    if for_vllm:
-        return find_source(path, options, overrides=overrides, unchecked=loading)
-    return find_source(path, {**options, **loading}, overrides=overrides)
-
-
-def find_source(
-    path: str,
-    options: Mapping[str, Any],
-    *,
-    overrides: Mapping[str, Any] | None = None,
-    unchecked: Mapping[str, Any] | None = None,
-) -> ModelSource:
     """Compress on first use if a recipe is given, and find the result in the cache afterwards.
 
     Args:
         path: folder or hub id.
-        options: ``recipe``, ``sparsity`` and other keys of recipes, ``cache``, ``device``,
-            ``dtype``, and arguments of ``from_pretrained``.
+        model_kwargs: more of ``options``; for vLLM, arguments of ``vllm.LLM``, which checks them
+            itself.
         overrides: dotted keys of the recipe, which keyword arguments cannot spell.
-        unchecked: more options for loading, of an engine that checks them itself.
+        **options: ``recipe``, ``sparsity`` and other keys of recipes, ``cache``, ``device``,
+            ``dtype``, and arguments of ``from_pretrained``.
 
     Raises:
         StreamlineBenchError: an unknown key, or a recipe or model that cannot be used.
     """
-    given = {**_plain(options), **_plain(overrides or {})}
-    given = {key: value for key, value in given.items() if value is not None}
+    loading = _plain(model_kwargs or {})
+    given = {**options, **({} if for_vllm else loading), **(overrides or {})}
+    given = {key: value for key, value in _plain(given).items() if value is not None}
     arguments = sort_arguments({"pretrained": str(path), **given}, parameters_of(_Loading))
     prepared = prepare(arguments)
-    rest = dict(arguments.harness)
+    rest = {**arguments.harness, **(loading if for_vllm else {})}
     rest.pop("pretrained")
-    rest.update(_plain(unchecked or {}))
     # "dtype" is what transformers calls "torch_dtype" since version 4.56.
     named = rest.pop("torch_dtype", "auto")
     dtype = str(rest.pop("dtype", named)).removeprefix("torch.")
@@ -110,17 +83,11 @@ def find_source(
     )
 
 
-def _plain(mapping: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(value: Any) -> Any:
     """Undo the mapping and list classes of mmengine's configs."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): plain(each) for key, each in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(each) for each in value]
-        return value
-
-    return {str(key): plain(value) for key, value in mapping.items()}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def generation_pad(source: ModelSource) -> int | None:

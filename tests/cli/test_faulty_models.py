@@ -30,7 +30,7 @@ from streamline_bench.opencompass import evaluate as run_folder
 from streamline_bench.opencompass import execution
 from streamline_bench.opencompass.engine import ScoredText
 from streamline_bench.opencompass.prompts import load_prompt_tokenizer
-from streamline_bench.opencompass.source import find_source
+from streamline_bench.opencompass.source import entry_source
 from streamline_bench.opencompass.transformers_engine import TransformersEngine, load_causal_model
 from streamline_bench.runs.run import compare
 from streamline_bench.stability.readers.load import load_samples
@@ -185,7 +185,7 @@ def test_what_opencompass_loads(
     words = json.loads(text.read_text().splitlines()[0])["text"]
 
     def run(*_: Any, **__: Any) -> Any:
-        source = find_source(str(folder), {"device": "cpu", "dtype": "float32"})
+        source = entry_source(str(folder), device="cpu", dtype="float32")
         tokenizer = load_prompt_tokenizer(str(folder))
         engine = TransformersEngine(load_causal_model(source), tokenizer, 128)
         ids = tokenizer(words)["input_ids"]
@@ -250,7 +250,7 @@ def test_a_model_that_the_device_has_no_memory_for(
     monkeypatch.setattr(PreTrainedModel, "to", refuse)
     ways: list[Callable[[], Any]] = [
         lambda: load_model(tiny_llama, device="cpu"),
-        lambda: load_causal_model(find_source(str(tiny_llama), {"device": "cpu"})),
+        lambda: load_causal_model(entry_source(str(tiny_llama), device="cpu")),
     ]
     for way in ways:
         with pytest.raises(ResourceError, match=r"Tried to allocate 2\.00 GiB.*smaller") as caught:

@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.opencompass.recipe_configs import write_configs
-from streamline_bench.opencompass.run_plan import DATASETS, RunPlan, config_text, entries
+from streamline_bench.opencompass.run_plan import (
+    DATASETS,
+    RunPlan,
+    config_text,
+    entries,
+    write_configs,
+)
 
 pytestmark = [
     pytest.mark.opencompass,

@@ -16,8 +16,8 @@ from streamline_bench.errors import OutputError, StreamlineBenchError
 from streamline_bench.opencompass import evaluate as run_folder
 from streamline_bench.opencompass.evaluate import claimed_folder, evaluate
 from streamline_bench.opencompass.execution import Environment
-from streamline_bench.opencompass.run_plan import ModelEntry, RunPlan, config_text
-from streamline_bench.opencompass.source import OF_MODEL_CLASS, find_source
+from streamline_bench.opencompass.run_plan import OF_MODEL_CLASS, ModelEntry, RunPlan, config_text
+from streamline_bench.opencompass.source import entry_source
 
 HOLDER = """
 import sys, time
@@ -107,7 +107,7 @@ def loaded_by_the_config(entry: Mapping[str, Any]) -> str:
     own = {"type", "abbr", "max_out_len", "batch_size", "run_cfg", *OF_MODEL_CLASS}
     keys = {key: value for key, value in entry.items() if key not in own}
     path, overrides, more = (keys.pop(name, None) for name in ("path", "overrides", "model_kwargs"))
-    return find_source(path, {**keys, **(more or {})}, overrides=overrides).prepared.pretrained
+    return entry_source(path, **{**keys, **(more or {})}, overrides=overrides).prepared.pretrained
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_keys_of_the_class_are_those_that_say_nothing_of_the_checkpoint(opencomp
     import inspect
 
     from streamline_bench.opencompass import StreamlineModel
-    from streamline_bench.opencompass.source import OF_MODEL_CLASS
+    from streamline_bench.opencompass.run_plan import OF_MODEL_CLASS
 
     parameters = set(inspect.signature(StreamlineModel).parameters)
     assert parameters == {*OF_MODEL_CLASS, "path", "model_kwargs", "overrides", "options"}

@@ -10,8 +10,13 @@ import pytest
 
 from streamline_bench.compression import list_recipes, load_recipe
 from streamline_bench.errors import OutputError, StreamlineBenchError
-from streamline_bench.opencompass.recipe_configs import write_configs
-from streamline_bench.opencompass.run_plan import ModelEntry, RunPlan, config_text, entries
+from streamline_bench.opencompass.run_plan import (
+    ModelEntry,
+    RunPlan,
+    config_text,
+    entries,
+    write_configs,
+)
 
 
 def plan(**changes: Any) -> RunPlan:

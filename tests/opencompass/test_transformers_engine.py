@@ -14,7 +14,7 @@ from streamline_bench.errors import CheckpointError
 from streamline_bench.opencompass import transformers_engine
 from streamline_bench.opencompass.engine import GenerationSettings, ScoredText
 from streamline_bench.opencompass.prompts import load_prompt_tokenizer
-from streamline_bench.opencompass.source import find_source
+from streamline_bench.opencompass.source import entry_source
 from streamline_bench.opencompass.transformers_engine import TransformersEngine, load_causal_model
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -25,7 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def make_engine(folder: Path) -> TransformersEngine:
-    source = find_source(str(folder), {"device": "cpu", "dtype": "float32"})
+    source = entry_source(str(folder), device="cpu", dtype="float32")
     return TransformersEngine(load_causal_model(source), load_prompt_tokenizer(str(folder)), 128)
 
 
@@ -195,6 +195,6 @@ def test_out_of_memory_halves_the_batch(
 
 
 def test_a_damaged_checkpoint_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    source = find_source(str(tiny_llama), {"device": "cpu", "dtype": "float33"})
+    source = entry_source(str(tiny_llama), device="cpu", dtype="float33")
     with pytest.raises(CheckpointError, match="the model cannot be loaded"):
         load_causal_model(source)

@@ -9,12 +9,11 @@ import pytest
 
 from streamline_bench import opencompass
 from streamline_bench.errors import MissingDependencyError
-from streamline_bench.opencompass import availability
-from streamline_bench.opencompass.availability import OPENCOMPASS_INSTALL
+from streamline_bench.opencompass import OPENCOMPASS_INSTALL
 
 
 def test_sentence_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(availability, "find_spec", lambda name: None)
+    monkeypatch.setattr(opencompass, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="--no-deps opencompass=="):
         opencompass.StreamlineModel  # noqa: B018
     with pytest.raises(AttributeError):

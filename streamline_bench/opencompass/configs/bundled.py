@@ -8,18 +8,8 @@ from opencompass.openicl.icl_retriever import ZeroRetriever
 from streamline_bench.opencompass.datasets import BundledDataset, ExactMatchEvaluator
 from streamline_bench.opencompass.inferencers import SharedPrefixPPLInferencer
 
-_choices = dict(
-    agreement=2,
-    arithmetic=4,
-    attributes=4,
-    compare=2,
-    counting=4,
-    numbers=2,
-    order=4,
-    pairs=4,
-    story=4,
-    verify=2,
-)
+_choices = dict(agreement=2, arithmetic=4, attributes=4, compare=2, counting=4, numbers=2, order=4,
+                pairs=4, story=4, verify=2)  # fmt: skip
 
 bundled_ppl_datasets = [
     dict(

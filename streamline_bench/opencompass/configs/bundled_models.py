@@ -17,11 +17,6 @@ _bundled = dict(
 
 bundled_models = [
     dict(**_bundled, abbr="dense"),
-    dict(
-        **_bundled,
-        abbr="streamline_none",
-        recipe="streamline_none",
-        sparsity=0.25,
-        sequence_length=128,
-    ),
-]
+    dict(**_bundled, abbr="streamline_none", recipe="streamline_none", sparsity=0.25,
+         sequence_length=128),
+]  # fmt: skip

@@ -26,23 +26,9 @@ with read_base():
     from opencompass.configs.datasets.Xsum.Xsum_gen import Xsum_datasets
 
 classification_datasets = [
-    *cmnli_datasets,
-    *hellaswag_datasets,
-    *piqa_datasets,
-    *chid_datasets,
-    *WSC_datasets,
-    *commonsenseqa_datasets,
-    *BoolQ_datasets,
-    *race_datasets,
-    *mmlu_datasets,
-    *cmmlu_datasets,
+    *cmnli_datasets, *hellaswag_datasets, *piqa_datasets, *chid_datasets, *WSC_datasets,
+    *commonsenseqa_datasets, *BoolQ_datasets, *race_datasets, *mmlu_datasets, *cmmlu_datasets,
     *C3_datasets,
-]
-
-generation_datasets = [
-    *Xsum_datasets,
-    *gsm8k_datasets,
-    *strategyqa_datasets,
-]
-
+]  # fmt: skip
+generation_datasets = [*Xsum_datasets, *gsm8k_datasets, *strategyqa_datasets]
 paper_datasets = [*classification_datasets, *generation_datasets]

@@ -7,20 +7,9 @@ with read_base():
     from opencompass.configs.summarizers.groups.mmlu import mmlu_summary_groups
 
 _classification = [
-    "cmnli",
-    "hellaswag",
-    "piqa",
-    "chid-test",
-    "WSC",
-    "commonsense_qa",
-    "BoolQ",
-    "race-middle",
-    "race-high",
-    "mmlu",
-    "cmmlu",
-    "C3",
-]
-
+    "cmnli", "hellaswag", "piqa", "chid-test", "WSC", "commonsense_qa", "BoolQ", "race-middle",
+    "race-high", "mmlu", "cmmlu", "C3",
+]  # fmt: skip
 _generation = [["Xsum", "rouge1"], ["gsm8k", "accuracy"], ["strategyqa", "accuracy"]]
 
 paper_summarizer = dict(
@@ -38,26 +27,9 @@ paper_summarizer = dict(
     ],
 )
 
-_bundled = [
-    "agreement",
-    "arithmetic",
-    "attributes",
-    "compare",
-    "counting",
-    "numbers",
-    "order",
-    "pairs",
-    "story",
-    "verify",
-]
-
+_skills = "agreement arithmetic attributes compare counting numbers order pairs story verify"
+_bundled = [f"streamline_demo_{skill}" for skill in _skills.split()]
 bundled_summarizer = dict(
-    dataset_abbrs=[
-        "streamline_demo",
-        *(f"streamline_demo_{skill}" for skill in _bundled),
-        "streamline_demo_recall",
-    ],
-    summary_groups=[
-        dict(name="streamline_demo", subsets=[f"streamline_demo_{skill}" for skill in _bundled])
-    ],
+    dataset_abbrs=["streamline_demo", *_bundled, "streamline_demo_recall"],
+    summary_groups=[dict(name="streamline_demo", subsets=_bundled)],
 )
