@@ -50,6 +50,14 @@ def interval(estimate: Estimate | None, *, signed: bool = False) -> str:
     return f"[{write(estimate.low)}, {write(estimate.high)}]"
 
 
+def with_interval(estimate: Estimate | None, *, signed: bool = False) -> str:
+    """``−3.1 [−5.0, −1.2]``; nothing without an estimate."""
+    if estimate is None:
+        return ""
+    write = points if signed else percent
+    return f"{write(estimate.value)} {interval(estimate, signed=signed)}".strip()
+
+
 def with_error(estimate: Estimate | None) -> str:
     """``81.2 ± 1.1`` in percent."""
     if estimate is None:
@@ -175,7 +183,7 @@ FILTERS = {
     write.__name__: write
     for write in (
         *(count, decimal, duration, interval, nats, p_value, percent, points, rate, significant),
-        *(ratio, stored, times, with_error),
+        *(ratio, stored, times, with_error, with_interval),
     )
 }
-"""What the templates of the page call by name."""
+"""What the templates call by name."""

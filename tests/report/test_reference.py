@@ -49,6 +49,14 @@ def test_the_committed_views_are_those_of_the_committed_data(
         assert (folder / name).read_bytes() == made.encode(), name
 
 
+def test_every_committed_board_has_every_view(repository: Path) -> None:
+    """Also those without the comparisons of single tasks."""
+    for path in (repository / "reports").glob("*/leaderboard.json"):
+        board = read_leaderboard(path)
+        for render in (to_csv, to_markdown, to_html):
+            assert board.dense in render(board), path
+
+
 def test_no_path_of_a_machine_is_committed(committed: dict[str, Any], repository: Path) -> None:
     for path in (repository / "reports").glob("*/leaderboard.*"):
         text = path.read_text(encoding="utf-8")

@@ -22,27 +22,11 @@ import yaml
 
 from streamline_bench.core.files.staging import atomic_write_text
 from streamline_bench.errors import OutputError
-from streamline_bench.report.leaderboard import (
-    Leaderboard,
-    Provenance,
-    Row,
-    TaskScore,
-    read_leaderboard,
-)
+from streamline_bench.report.leaderboard import Leaderboard, Row, TaskScore, read_leaderboard
 from streamline_bench.report.provenance import is_hub_id
 from streamline_bench.report.run_file import read_run_file
-from streamline_bench.report.text import (
-    MISSING,
-    count,
-    markdown_text,
-    percent,
-    rate,
-    significant,
-    times,
-    visible_text,
-    with_error,
-)
-from streamline_bench.report.views.markdown import markdown_code, table, with_interval
+from streamline_bench.report.text import visible_text
+from streamline_bench.report.views.markdown import render_markdown
 
 
 def write_model_cards(board: Leaderboard, folder: Path) -> list[Path]:
@@ -118,7 +102,9 @@ def model_card(board: Leaderboard, row: Row) -> str:
         "tags": ["pruned", "streamline-bench", *([row.method] if row.method else [])],
         "model-index": model_index(row),
     }
-    return f"---\n{_yaml(metadata)}---\n\n{_text(board, row)}"
+    recipe = json.dumps(row.provenance.recipe, indent=2, ensure_ascii=False).splitlines()
+    given = {"board": board, "row": row, "origin": row.provenance, "recipe": recipe}
+    return f"---\n{_yaml(metadata)}---\n\n{render_markdown('model_card.md.j2', **given)}"
 
 
 def model_index(row: Row) -> list[dict[str, Any]]:
@@ -180,112 +166,6 @@ def _notes(board: Leaderboard, row: Row, task: TaskScore) -> str:
 
 def _percent(share: float) -> float:
     return round(100 * share, 4)
-
-
-# The text below the metadata ---------------------------------------------------------------------
-
-
-def _text(board: Leaderboard, row: Row) -> str:
-    origin = row.provenance
-    parts = [
-        f"# {markdown_text(row.label)}",
-        _what(row),
-        "## Evaluation",
-        _summary(board, row) if row.macro else _perplexities(board, row),
-        *_tasks(board, row),
-        "## How it was made",
-        _origin(origin),
-    ]
-    if origin.recipe:
-        recipe = json.dumps(origin.recipe, indent=2, ensure_ascii=False)
-        parts += ["Recipe:", markdown_code(recipe.splitlines())]
-    if origin.versions:
-        versions = ", ".join(f"{name} {value}" for name, value in origin.versions.items())
-        parts.append(f"Versions: {markdown_text(versions)}.")
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _what(row: Row) -> str:
-    origin = row.provenance
-    made = markdown_text(row.title or row.method or "A compressed model")
-    text = f"{made}, applied to {markdown_text(origin.source or 'an unnamed model')}"
-    if row.layers_before is not None:
-        text += (
-            f": {row.layers_before} → {row.layers} layers, "
-            f"{count(row.parameters_before)} → {count(row.parameters)} parameters "
-            f"({percent(row.sparsity_reached)} % removed)"
-        )
-    paper = (origin.recipe or {}).get("paper")
-    return f"{text}." + (f" Method: {markdown_text(paper)}." if paper else "")
-
-
-def _summary(board: Leaderboard, row: Row) -> str:
-    if row.macro is None or row.micro is None:
-        return ""
-    flips = row.micro.flips
-    text = (
-        f"{with_error(row.accuracy_macro)} % right, mean over {row.macro.tasks} tasks: "
-        f"{with_interval(row.macro.difference, signed=True)} points against "
-        f"{markdown_text(board.dense)}. {flips.right_to_wrong} answers were lost "
-        f"and {flips.wrong_to_right} gained, of {row.micro.n}."
-    )
-    speed = row.speed
-    if speed:
-        text += (
-            f" {rate(speed.output_tokens_per_second)} output tokens per second"
-            + (f", {times(speed.ratio)} of the dense model" if speed.ratio else "")
-            + f" ({markdown_text(speed.engine)} on {markdown_text(speed.device)})."
-        )
-    return text
-
-
-def _perplexities(board: Leaderboard, row: Row) -> str:
-    """Where no task has right or wrong answers."""
-    lines = [
-        f"- {markdown_text(found.task)}, perplexity per {markdown_text(found.unit)}: "
-        f"{significant(found.pruned)}, {markdown_text(board.dense)} has "
-        f"{significant(found.dense)}"
-        for found in row.perplexities
-    ]
-    return "\n".join(["No task has right or wrong answers.", "", *lines]).strip()
-
-
-def _tasks(board: Leaderboard, row: Row) -> list[str]:
-    compared = [(task, task.comparison) for task in row.tasks if task.comparison]
-    if not compared:
-        return []
-    body = [
-        [
-            markdown_text(task.name),
-            str(task.n),
-            with_error(found.dense),
-            with_error(found.pruned),
-            with_interval(found.difference, signed=True),
-            with_interval(found.stability) or MISSING,
-        ]
-        for task, found in compared
-    ]
-    head = ["task", "documents", markdown_text(board.dense), "this model", "difference",
-            "stability"]  # fmt: skip
-    note = f"In % and points; {board.level} intervals, not adjusted for the number of tasks."
-    return [table(head, body), note]
-
-
-def _origin(origin: Provenance) -> str:
-    facts = {
-        "Source weights": origin.source_weights_sha256,
-        "Weights": origin.weights_sha256,
-        "Calibration tokens": origin.calibration.get("tokens"),
-        "Calibration text": origin.calibration.get("sha256"),
-        "Evaluated with": origin.engine,
-        "Seed": origin.seed,
-    }
-    return "\n".join(
-        f"- {name}: {markdown_text(value)}" for name, value in facts.items() if value is not None
-    )
-
-
-# Files -------------------------------------------------------------------------------------------
 
 
 def _yaml(payload: Any) -> str:

@@ -1,4 +1,4 @@
-"""What every view begins with: rows in order, the headline, the commands by what they do.
+"""What several views share: rows in order, the headline, tables by task, commands, templates.
 
 Rows are ordered by accuracy, or by perplexity where no task has right or wrong answers.
 """
@@ -8,17 +8,40 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from streamline_bench.report.leaderboard import Leaderboard, Row
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from streamline_bench.report.leaderboard import Leaderboard, Row, TaskScore
 from streamline_bench.report.text import percent, points, significant
+from streamline_bench.resources import resource
 from streamline_bench.stability.comparison import Estimate
 
 _LARGEST = 700.0  # e^709 is the largest float64
 _GUESSING = 0.1
 """Share of the way from guessing to all right; a dense model below it has nothing to lose."""
 _Row = TypeVar("_Row", bound=Row)
+
+
+def environment(finalize: Callable[[Any], Any], filters: Mapping[str, Any]) -> Environment:
+    """The templates of ``reports/templates``.
+
+    Args:
+        finalize: applied to everything that a template prints, before it is escaped as HTML.
+    """
+    found = Environment(
+        loader=FileSystemLoader(resource("reports") / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    found.filters.update(filters)
+    return found
 
 
 def ranked(rows: Iterable[_Row]) -> list[_Row]:
@@ -140,6 +163,36 @@ def _best_perplexity(board: Leaderboard) -> str:
         f"{none}. Of {_models(len(others))}, {best.label} does best{_removed(best)}: its "
         f"perplexity is {significant(ratio.value, 3)} times {dense}'s{ends}{mean}."
     )
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """One line per row, one column per task and filter; ``prefix`` is common to all task names."""
+
+    prefix: str
+    columns: list[TaskScore]
+    lines: list[tuple[Row, list[TaskScore | None]]]
+
+
+def heat_map(rows: Sequence[Row]) -> HeatMap:
+    """Arrange every task of any row."""
+    columns: dict[tuple[str, str], TaskScore] = {}
+    for task in (task for row in rows for task in row.tasks):
+        columns.setdefault((task.task, task.filter), task)
+    lines = []
+    for row in rows:
+        found = {(task.task, task.filter): task for task in row.tasks}
+        lines.append((row, [found.get(key) for key in columns]))
+    return HeatMap(_prefix([name for name, _ in columns]), list(columns.values()), lines)
+
+
+def _prefix(names: Sequence[str]) -> str:
+    """What all names begin with, up to an underscore; nothing for a single name."""
+    if len(names) < 2:
+        return ""
+    first, last = min(names), max(names)
+    size = next((i for i, letter in enumerate(first) if letter != last[i : i + 1]), len(first))
+    return first[: first.rfind("_", 0, size) + 1]
 
 
 _STAGES = {

@@ -13,20 +13,20 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from streamline_bench.report.figures.pareto import Axis, pareto, ticks
 from streamline_bench.report.figures.similarity import matrix_svg, named_layers
 from streamline_bench.report.figures.training import curve_svg
-from streamline_bench.report.leaderboard import Leaderboard, Row, ScanResult, TaskScore
+from streamline_bench.report.leaderboard import Leaderboard, Row, ScanResult
 from streamline_bench.report.text import FILTERS, visible_text
 from streamline_bench.report.views.overview import (
     commands_by_stage,
+    environment,
     headline,
+    heat_map,
     perplexity_ratio,
     ranked,
 )
@@ -41,8 +41,9 @@ def to_html(board: Leaderboard) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     rows = _rows(board)
     scored = [row for row in rows if row.failed is None]
+    filters = {"pretty": _pretty, "breakable": _breakable, "ending": _ending, "shade": shade}
     return (
-        _environment(templates)
+        environment(_visible, FILTERS | filters)
         .get_template("leaderboard.html.j2")
         .render(
             board=board,
@@ -70,21 +71,6 @@ def to_html(board: Leaderboard) -> str:
             script_hash=digest,
         )
     )
-
-
-def _environment(templates: Path) -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(templates),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_visible,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    filters = {"pretty": _pretty, "breakable": _breakable, "ending": _ending, "shade": shade}
-    environment.filters.update(FILTERS | filters)
-    return environment
 
 
 def _visible(value: Any) -> Any:
@@ -206,36 +192,6 @@ def _metrics(rows: Sequence[Row]) -> list[tuple[str, str]]:
             for name in metrics
         )
     )
-
-
-@dataclass(frozen=True)
-class HeatMap:
-    """One line per row, one column per task and filter; ``prefix`` is common to all task names."""
-
-    prefix: str
-    columns: list[TaskScore]
-    lines: list[tuple[Row, list[TaskScore | None]]]
-
-
-def heat_map(rows: Sequence[Row]) -> HeatMap:
-    """Arrange every task of any row."""
-    columns: dict[tuple[str, str], TaskScore] = {}
-    for task in (task for row in rows for task in row.tasks):
-        columns.setdefault((task.task, task.filter), task)
-    lines = []
-    for row in rows:
-        found = {(task.task, task.filter): task for task in row.tasks}
-        lines.append((row, [found.get(key) for key in columns]))
-    return HeatMap(_prefix([name for name, _ in columns]), list(columns.values()), lines)
-
-
-def _prefix(names: Sequence[str]) -> str:
-    """What all names begin with, up to an underscore; nothing for a single name."""
-    if len(names) < 2:
-        return ""
-    first, last = min(names), max(names)
-    size = next((i for i, letter in enumerate(first) if letter != last[i : i + 1]), len(first))
-    return first[: first.rfind("_", 0, size) + 1]
 
 
 def shade(value: float) -> float:
