@@ -109,24 +109,21 @@ def _speed(row: Row) -> str:
     return f"{rate(row.speed.output_tokens_per_second)}{to_dense}"
 
 
-def _of_macro(name: str, *, signed: bool = False) -> Callable[[Row], str]:
-    return lambda row: with_interval(getattr(row.macro, name, None), signed=signed)
+def _of(scope: str, name: str, *, signed: bool = False) -> Callable[[Row], str]:
+    return lambda row: with_interval(getattr(getattr(row, scope), name, None), signed=signed)
 
 
 _COLUMNS: Sequence[tuple[str, Callable[[Row], str]]] = (
     ("row", lambda row: markdown_text(row.label)),
     ("cost", lambda row: markdown_text(row.cost or "")),
     ("accuracy %", lambda row: with_error(row.accuracy_macro) if row.accuracy_macro else ""),
-    ("difference", _of_macro("difference", signed=True)),
+    ("difference", _of("macro", "difference", signed=True)),
     ("verdict", lambda row: markdown_text((row.macro and row.macro.decision) or "")),
-    ("stability %", _of_macro("stability")),
-    ("retention %", _of_macro("retention")),
-    ("agreement %", _of_macro("agreement")),
+    ("stability %", _of("macro", "stability")),
+    ("retention %", _of("macro", "retention")),
+    ("agreement %", _of("macro", "agreement")),
     ("flips", _flips),
-    (
-        "above noise",
-        lambda row: with_interval(row.micro and row.micro.flips_above_noise, signed=True),
-    ),
+    ("above noise", _of("micro", "flips_above_noise", signed=True)),
     ("p", lambda row: p_value(row.micro.p_value) if row.micro else ""),
     ("perplexity", _perplexity),
     ("token KL", lambda row: decimal(row.divergence.kl.value) if row.divergence else ""),
