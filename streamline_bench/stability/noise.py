@@ -119,8 +119,8 @@ def flips_above(share: float, floor: float, n: int, confidence: float) -> Estima
     Wilson's intervals of both, square-and-add without their correlation: a document that flips by
     noise is likelier to flip by pruning too, so that this errs on the wide side.
     """
-    low, high = wilson(share * n, n, confidence)
-    floor_low, floor_high = wilson(floor * n, n, confidence)
+    low, high = wilson(share, n, confidence)
+    floor_low, floor_high = wilson(floor, n, confidence)
     excess = share - floor
     return Estimate(
         value=excess,
@@ -183,5 +183,5 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _estimate(share: float, n: int, settings: Settings) -> Estimate:
-    low, high = wilson(share * n, n, settings.confidence)
+    low, high = wilson(share, n, settings.confidence)
     return Estimate(value=share, low=low, high=high, method="Wilson")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from streamline_bench.stability.comparison import Estimate, Flips, TaskComparison
 from streamline_bench.stability.settings import Settings, Verdict
+from streamline_bench.stability.statistics import BoolArray, FloatArray
 from streamline_bench.stability.statistics.choices import (
     ChoiceMeasures,
     calibration,
@@ -19,14 +19,14 @@ from streamline_bench.stability.statistics.choices import (
     measure_choices,
 )
 from streamline_bench.stability.statistics.clusters import ClusterLabels, cluster_labels
-from streamline_bench.stability.statistics.intervals import mean_estimate, t_quantile
+from streamline_bench.stability.statistics.intervals import mean_estimate
 from streamline_bench.stability.statistics.paired import (
     Outcomes,
     PairedSample,
     kappa,
     mcnemar,
     retention,
-    wilson_at,
+    wilson,
 )
 from streamline_bench.stability.statistics.score import PairedDifference
 from streamline_bench.stability.statistics.stability import (
@@ -34,9 +34,6 @@ from streamline_bench.stability.statistics.stability import (
     effective_sample_size,
     stability_estimate,
 )
-
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -151,9 +148,7 @@ def paired_estimates(sample: PairedSample, settings: Settings) -> dict[str, Any]
     confidence, outcomes = settings.confidence, sample.outcomes
     difference = PairedDifference((sample,))
     design = sample.design(same=1.0)
-    low, high = wilson_at(
-        outcomes.agreement, outcomes.n / design.effect, t_quantile(confidence, design.freedom)
-    )
+    low, high = wilson(outcomes.agreement, outcomes.n / design.effect, confidence, design.freedom)
     agreement = Estimate(value=outcomes.agreement, low=low, high=high, method="Wilson")
     return {
         "difference": difference.interval(confidence, settings.margin),

@@ -51,7 +51,7 @@ def compare_generations(
     same = [first == second for first, second in texts]
     parted = [index for index in range(n) if not same[index]]
     kept = [first_difference(*pair) for pair in words]
-    low, high = wilson(sum(same), n, confidence)
+    low, high = wilson(sum(same) / n, n, confidence)
     return GenerationComparison(
         task=str(dense.iloc[0]["task"]),
         filter=str(dense.iloc[0]["filter"]),

@@ -10,24 +10,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import chain
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from streamline_bench.errors import NumericsError, SamplesError
 from streamline_bench.stability.comparison import Calibration, ChoiceShift
+from streamline_bench.stability.statistics import FloatArray, IntArray
 from streamline_bench.stability.statistics.intervals import mean_estimate
 
 MAX_BINS = 15
 MIN_PER_BIN = 20
 """Fewer documents in a bin and the error measures their noise: even a perfectly calibrated model
 shows about 0.4 / sqrt(documents in a bin)."""
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-RowIndex = npt.NDArray[np.intp]
 
 
 def choice_counts(frame: pd.DataFrame) -> IntArray:
@@ -36,22 +31,25 @@ def choice_counts(frame: pd.DataFrame) -> IntArray:
     return np.array(sizes, dtype=np.int64)
 
 
-def rows_by_count(counts: IntArray) -> Iterator[tuple[int, RowIndex]]:
-    """Yield each number of choices above one, with its rows."""
+def rows_by_count(counts: IntArray) -> Iterator[tuple[int, IntArray]]:
+    """Yield each number of choices above one, with the rows that have it."""
     for k in np.unique(counts[counts > 1]):
         yield int(k), np.flatnonzero(counts == k)
 
 
-def choice_matrix(frame: pd.DataFrame, column: str, rows: RowIndex, k: int) -> FloatArray:
-    """Values of ``column`` for ``rows``, float64 [rows, k].
+def choice_matrix(frame: pd.DataFrame, column: str, rows: IntArray, k: int) -> FloatArray:
+    """Values of ``column`` for ``rows``, float64 [rows, k]; k is at least 2.
 
     Raises:
         SamplesError: a row has not one value for each of its k choices.
     """
-    values = frame[column].to_numpy()
-    listed = (values if len(rows) == len(values) else values[rows]).tolist()
-    if not _all_of_length(listed, k):
-        place = next(i for i, value in enumerate(listed) if not _all_of_length([value], k))
+    listed = frame[column].to_numpy()[rows].tolist()
+    try:
+        complete = set(map(len, listed)) <= {k}
+    except TypeError:  # None, or NaN for None
+        complete = False
+    if not complete:
+        place = next(i for i, value in enumerate(listed) if np.size(value) != k)
         bad = frame.iloc[int(rows[place])]
         raise SamplesError(
             f"Task '{bad['task']}', document {bad['doc_id']} has no '{column}' for each of its "
@@ -61,15 +59,8 @@ def choice_matrix(frame: pd.DataFrame, column: str, rows: RowIndex, k: int) -> F
     return flat.reshape(-1, k)
 
 
-def _all_of_length(listed: list[Any], k: int) -> bool:
-    try:
-        return set(map(len, listed)) <= {k}
-    except TypeError:  # None, or NaN for None
-        return False
-
-
-def scores(frame: pd.DataFrame, rows: RowIndex, k: int) -> FloatArray:
-    """Log-likelihoods of the choices in nats, float64 [rows, k].
+def _log_shares(frame: pd.DataFrame, rows: IntArray, k: int) -> FloatArray:
+    """Log-softmax of the choices' log-likelihoods, float64 [rows, k].
 
     Raises:
         SamplesError: a row has not one for each of its k choices.
@@ -85,7 +76,9 @@ def scores(frame: pd.DataFrame, rows: RowIndex, k: int) -> FloatArray:
             f"has log-likelihood {found[row, choice]}; check the weights and the dtype of the "
             "model."
         )
-    return found
+    shifted: FloatArray = found - found.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
 
 
 @dataclass(frozen=True)
@@ -117,15 +110,15 @@ class ChoiceMeasures:
     @classmethod
     def joined(cls, parts: list[ChoiceMeasures]) -> ChoiceMeasures:
         """The documents of all parts, in their order."""
-        names = [field.name for field in fields(cls)]
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        columns = ([getattr(part, field.name) for part in parts] for field in fields(cls))
+        return cls(*map(np.concatenate, columns))
 
 
 def measure_choices(dense: pd.DataFrame, pruned: pd.DataFrame) -> ChoiceMeasures | None:
     """Measure aligned rows; None if no row has two choices.
 
     Raises:
-        NumericsError: a log-likelihood is NaN or infinite; run, task and document are named.
+        SamplesError, NumericsError: some log-likelihoods are missing or not finite.
     """
     counts = choice_counts(dense)
     if not (counts > 1).any():
@@ -137,7 +130,7 @@ def measure_choices(dense: pd.DataFrame, pruned: pd.DataFrame) -> ChoiceMeasures
         found.chance[rows] = 1 / k
         if not scored:
             continue
-        first, second = _log_shares(scores(dense, rows, k)), _log_shares(scores(pruned, rows, k))
+        first, second = _log_shares(dense, rows, k), _log_shares(pruned, rows, k)
         found.kl[rows], found.js[rows] = divergences(first, second)
         known = (gold[rows] >= 0) & (gold[rows] < k)  # NaN compares as false
         index, right = rows[known], gold[rows][known].astype(np.int64)
@@ -146,13 +139,6 @@ def measure_choices(dense: pd.DataFrame, pruned: pd.DataFrame) -> ChoiceMeasures
             for name, value in zip(("margin", "brier", "top", "right"), values, strict=True):
                 getattr(found, f"{side}_{name}")[index] = value
     return found
-
-
-def _log_shares(values: FloatArray) -> FloatArray:
-    """Log-softmax over the last axis [rows, k]."""
-    shifted: FloatArray = values - values.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted
 
 
 def divergences(first: FloatArray, second: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -168,14 +154,11 @@ def divergences(first: FloatArray, second: FloatArray) -> tuple[FloatArray, Floa
 def _against_gold(shares: FloatArray, gold: IntArray) -> tuple[FloatArray, ...]:
     """Margin, Brier score, share of the chosen, and whether it is right; [rows] each."""
     row = np.arange(len(gold))
-    right = shares[row, gold]
-    others = shares.copy()
+    others, p, chosen = shares.copy(), np.exp(shares), shares.argmax(axis=1)
     others[row, gold] = -np.inf
-    p = np.exp(shares)
+    margin = shares[row, gold] - others.max(axis=1)
     brier = np.square(p).sum(axis=1) - 2 * p[row, gold] + 1
-    chosen = shares.argmax(axis=1)
-    hit = (chosen == gold).astype(np.float64)
-    return right - others.max(axis=1), np.maximum(brier, 0.0), p[row, chosen], hit
+    return margin, np.maximum(brier, 0.0), p[row, chosen], (chosen == gold).astype(np.float64)
 
 
 def choice_shift(
@@ -186,13 +169,13 @@ def choice_shift(
     Args:
         clusters: int64 [n], which documents belong together; None if all stand alone.
     """
-    counted = ~np.isnan(measures.kl)
-    if not counted.any():
+    n = int((~np.isnan(measures.kl)).sum())
+    if n == 0:
         return None
     known = ~np.isnan(measures.dense_margin)
     shift = measures.pruned_margin - measures.dense_margin
     return ChoiceShift(
-        n=int(counted.sum()),
+        n=n,
         kl=mean_estimate(measures.kl, confidence, clusters, floor=0.0),
         js=mean_estimate(measures.js, confidence, clusters, floor=0.0),
         margin_n=int(known.sum()),
@@ -210,29 +193,17 @@ def calibration(
     if not known.any():
         return None
     n = int(known.sum())
-    bins = calibration_bins(n)
-    errors = [
-        calibration_error(top[known], right[known], bins)
-        for top, right in (
-            (measures.dense_top, measures.dense_right),
-            (measures.pruned_top, measures.pruned_right),
-        )
-    ]
-    shift = measures.pruned_brier - measures.dense_brier
+    bins = max(1, min(MAX_BINS, n // MIN_PER_BIN))
+    m = measures
     return Calibration(
         n=n,
         bins=bins,
-        dense_error=errors[0],
-        pruned_error=errors[1],
-        dense_brier=float(measures.dense_brier[known].mean()),
-        pruned_brier=float(measures.pruned_brier[known].mean()),
-        brier_shift=mean_estimate(shift, confidence, clusters),
+        dense_error=calibration_error(m.dense_top[known], m.dense_right[known], bins),
+        pruned_error=calibration_error(m.pruned_top[known], m.pruned_right[known], bins),
+        dense_brier=float(m.dense_brier[known].mean()),
+        pruned_brier=float(m.pruned_brier[known].mean()),
+        brier_shift=mean_estimate(m.pruned_brier - m.dense_brier, confidence, clusters),
     )
-
-
-def calibration_bins(n: int) -> int:
-    """How many bins ``n`` documents are worth."""
-    return max(1, min(MAX_BINS, n // MIN_PER_BIN))
 
 
 def calibration_error(shares: FloatArray, right: FloatArray, bins: int) -> float:

@@ -11,70 +11,45 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from streamline_bench.stability.comparison import Clusters
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
-
-
-class ClusterField(NamedTuple):
-    """Where a document says what it belongs to.
-
-    Attributes:
-        tasks: pattern of task names (``*`` stands for anything).
-        field: of the document; only its text before ``until`` counts.
-        kind: what a cluster is, in the plural.
-    """
-
-    tasks: str
-    field: str
-    kind: str
-    until: str | None = None
-
+from streamline_bench.stability.statistics import FloatArray, IntArray
 
 CLUSTER_FIELDS = (
-    ClusterField("local_boolq", "query", "passages", until="\nQuestion:"),
-    ClusterField("*boolq*", "passage", "passages"),
-    ClusterField("*race*", "article", "passages"),
-    ClusterField("*c3*", "passage", "passages"),
-    ClusterField("*c3*", "context", "passages"),
-    ClusterField("*multirc*", "paragraph", "passages"),
-    ClusterField("*record*", "passage", "passages"),
-    ClusterField("*squad*", "context", "passages"),
-    ClusterField("drop", "passage", "passages"),
-    ClusterField("*cmmlu*", "subject", "subjects"),
-    ClusterField("*mmlu*", "subject", "subjects"),
-    ClusterField("*ceval*", "subject", "subjects"),
+    ("local_boolq", "query", "passages", "\nQuestion:"),
+    ("*boolq*", "passage", "passages", None),
+    ("*race*", "article", "passages", None),
+    ("*c3*", "passage", "passages", None),
+    ("*c3*", "context", "passages", None),
+    ("*multirc*", "paragraph", "passages", None),
+    ("*record*", "passage", "passages", None),
+    ("*squad*", "context", "passages", None),
+    ("drop", "passage", "passages", None),
+    ("*cmmlu*", "subject", "subjects", None),
+    ("*mmlu*", "subject", "subjects", None),
+    ("*ceval*", "subject", "subjects", None),
 )
-"""The first entry whose pattern fits the task and whose field the document has, counts."""
-
-
-def _entry(task: str, document: Mapping[str, Any]) -> ClusterField | None:
-    fitting = (entry for entry in CLUSTER_FIELDS if fnmatchcase(task, entry.tasks))
-    return next((e for e in fitting if isinstance(document.get(e.field), str | list)), None)
+"""Task names (``*`` stands for anything), field of a document, what a cluster is, in the plural,
+and the text at which the field's value is cut. The first entry counts whose pattern fits the task
+and whose field the document has."""
 
 
 def cluster_of(task: str, document: Any) -> str | None:
     """Short hash of what a document of ``task`` belongs to; None if it stands alone."""
-    entry = _entry(task, document) if isinstance(document, Mapping) else None
-    if entry is None:
+    if not isinstance(document, Mapping):
         return None
-    text = str(document[entry.field])
-    if entry.until is not None:
-        text = text.split(entry.until)[0]
-    return f"{entry.kind}:{hashlib.sha256(text.encode('utf-8')).hexdigest()[:16]}"
-
-
-def cluster_kind(name: str) -> str:
-    """What the cluster of this name is, in the plural."""
-    kind, separator, _ = name.partition(":")
-    return kind if separator else "clusters"
+    for pattern, field, kind, until in CLUSTER_FIELDS:
+        found = document.get(field)
+        if fnmatchcase(task, pattern) and isinstance(found, str | list):
+            text = str(found)
+            text = text if until is None else text.split(until)[0]
+            return f"{kind}:{hashlib.sha256(text.encode('utf-8')).hexdigest()[:16]}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -91,10 +66,8 @@ class ClusterLabels:
 
     def sums(self, *columns: npt.NDArray[Any]) -> FloatArray:
         """Sum each column [n] per cluster, float64 [clusters, columns]."""
-        found = [
-            np.bincount(self.labels, weights=column, minlength=self.shown.count)
-            for column in columns
-        ]
+        count = self.shown.count
+        found = [np.bincount(self.labels, weights=column, minlength=count) for column in columns]
         return np.stack(found, axis=1)
 
 
@@ -116,10 +89,9 @@ def cluster_labels(names: pd.Series[Any]) -> ClusterLabels | None:
     sizes = np.bincount(labels)
     if len(sizes) < 2 or len(sizes) == len(labels):
         return None
-    shown = Clusters(
-        kind=cluster_kind(str(distinct[0])), count=len(sizes), largest=int(sizes.max())
-    )
-    return ClusterLabels(labels, shown)
+    kind, separator, _ = str(distinct[0]).partition(":")
+    kind = kind if separator else "clusters"
+    return ClusterLabels(labels, Clusters(kind=kind, count=len(sizes), largest=int(sizes.max())))
 
 
 def pooled_labels(parts: Sequence[tuple[int, ClusterLabels | None]]) -> ClusterLabels | None:
@@ -130,20 +102,14 @@ def pooled_labels(parts: Sequence[tuple[int, ClusterLabels | None]]) -> ClusterL
     Returns:
         None if no task has clusters.
     """
-    if all(clusters is None for _, clusters in parts):
+    known = [clusters.shown for _, clusters in parts if clusters is not None]
+    if not known:
         return None
-    found, offset, largest = [], 0, 1
-    kinds: set[str] = set()
+    found, count = [], 0
     for n, clusters in parts:
-        if clusters is None:
-            labels, count = np.arange(n), n
-        else:
-            labels, count = clusters.labels, clusters.shown.count
-            largest = max(largest, clusters.shown.largest)
-            kinds.add(clusters.shown.kind)
-        found.append(labels + offset)
-        offset += count
-    alone = any(clusters is None for _, clusters in parts)
-    kind = " and ".join([*sorted(kinds), *(["documents"] if alone else [])])
-    shown = Clusters(kind=kind, count=offset, largest=largest)
+        found.append(count + (np.arange(n) if clusters is None else clusters.labels))
+        count += n if clusters is None else clusters.shown.count
+    kinds = sorted({shown.kind for shown in known}) + ["documents"] * (len(known) < len(parts))
+    largest = max(shown.largest for shown in known)
+    shown = Clusters(kind=" and ".join(kinds), count=count, largest=largest)
     return ClusterLabels(np.concatenate(found).astype(np.int64), shown)

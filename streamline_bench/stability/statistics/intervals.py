@@ -10,19 +10,15 @@ from __future__ import annotations
 import math
 import zlib
 from statistics import NormalDist
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.statistics import FloatArray, IntArray
 
 FEW_UNITS = 20
 MOST_COUNTS = 4_000_000
 """Counts that a bootstrap holds at once."""
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 def t_quantile(confidence: float, freedom: float) -> float:
@@ -52,8 +48,8 @@ def mean_estimate(
 ) -> Estimate:
     """Mean of the values that are not NaN, with its interval.
 
-    With clusters the error is the cluster-robust one (sums of deviations per cluster, CR1). One
-    document, or one cluster, says nothing about its error: then there is no interval.
+    With clusters the error is the cluster-robust one (sums of deviations per cluster, CR1).
+    :func:`mean_per_unit` does the rest.
 
     Args:
         values: float64 [n]; at least one is not NaN.
@@ -61,26 +57,13 @@ def mean_estimate(
         floor: the interval's lower end is not below this.
     """
     counted = ~np.isnan(values)
-    if not counted.all():
-        values = values[counted]
-        clusters = None if clusters is None else clusters[counted]
-    mean = float(values.mean())
-    deviations = values - mean
+    totals, sizes, what = values[counted], np.ones(int(counted.sum())), ""
     if clusters is not None:
-        sums = np.bincount(clusters, weights=deviations).astype(np.float64)
-        deviations = sums[np.bincount(clusters) > 0]
-    units = len(deviations)
-    if units < 2:
-        return Estimate(value=mean)
-    error = math.sqrt(units / (units - 1) * float(np.square(deviations).sum())) / len(values)
-    half = t_quantile(confidence, units - 1) * error
-    return Estimate(
-        value=mean,
-        standard_error=error,
-        low=max(floor, mean - half),
-        high=mean + half,
-        method="Student" if clusters is None else f"Student over {units} clusters",
-    )
+        labels, what = clusters[counted], "clusters"
+        sizes = np.bincount(labels).astype(np.float64)
+        totals = np.bincount(labels, weights=totals).astype(np.float64)[sizes > 0]
+        sizes = sizes[sizes > 0]
+    return mean_per_unit(totals, sizes, confidence, what=what, bounds=(floor, math.inf))
 
 
 def mean_per_unit(
@@ -93,11 +76,11 @@ def mean_per_unit(
 ) -> Estimate:
     """sum(totals) / sum(units), as nats per word of a text, with Student's interval.
 
-    The error of this ratio is that of its linear part, totals - ratio x units, per document. One
-    document has no interval.
+    The error of this ratio is that of its linear part, totals - ratio x units, per row. One row
+    says nothing about its error: then there is no interval.
 
     Args:
-        totals, units: float64 [n], per document.
+        totals, units: float64 [n], per row.
         what: what the rows are, for the name of the method.
         bounds: between which the ratio must lie; the interval does not leave them.
     """
@@ -113,15 +96,8 @@ def mean_per_unit(
         standard_error=error,
         low=max(bounds[0], value - half),
         high=min(bounds[1], value + half),
-        method=f"Student over {n:,} {what}",
+        method=f"Student over {n:,} {what}" if what else "Student",
     )
-
-
-class Interval(NamedTuple):
-    """Lower and upper end."""
-
-    low: float
-    high: float
 
 
 def task_generator(seed: int, *names: str) -> np.random.Generator:
@@ -129,21 +105,16 @@ def task_generator(seed: int, *names: str) -> np.random.Generator:
     return np.random.default_rng([seed, *(zlib.crc32(name.encode("utf-8")) for name in names)])
 
 
-def percentile_interval(draws: FloatArray, confidence: float = 0.95) -> Interval:
-    """Percentile interval of bootstrap draws [draws]."""
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return Interval(float(low), float(high))
-
-
 def bootstrap_interval(
     value: float, draws: FloatArray, units: int, confidence: float
-) -> tuple[Interval, str]:
+) -> tuple[tuple[float, float], str]:
     """Interval of ``value`` from draws over resampled units, and its name."""
     if not 1 < units < FEW_UNITS:
-        return percentile_interval(draws, confidence), "bootstrap"
+        tail = (1 - confidence) / 2
+        low, high = np.quantile(draws, [tail, 1 - tail])
+        return (float(low), float(high)), "bootstrap"
     half = t_quantile(confidence, units - 1) * float(draws.std())
-    return Interval(value - half, value + half), "Student with bootstrap error"
+    return (value - half, value + half), "Student with bootstrap error"
 
 
 def ratio_draws(

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from streamline_bench.errors import SamplesError
+from streamline_bench.stability.statistics import BoolArray, FloatArray
 from streamline_bench.stability.statistics.intervals import t_quantile
 
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
+_CAUTION = 3.0  # see PairedSample.design
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,19 @@ class Outcomes:
         return cls(*(int(count) for count in np.bincount(code, minlength=4)))
 
     @property
-    def n(self) -> int:
-        """Number of pairs."""
-        return self.both_right + self.right_to_wrong + self.wrong_to_right + self.both_wrong
-
-    @property
     def counts(self) -> tuple[int, int, int, int]:
         """The four counts in the order of the fields."""
         return (self.both_right, self.right_to_wrong, self.wrong_to_right, self.both_wrong)
+
+    @property
+    def n(self) -> int:
+        """Number of pairs."""
+        return sum(self.counts)
+
+    @property
+    def flips(self) -> int:
+        """Number of pairs whose verdict changed."""
+        return self.right_to_wrong + self.wrong_to_right
 
     @property
     def dense_accuracy(self) -> float:
@@ -114,9 +118,18 @@ class PairedSample:
 
         J. N. K. Rao and A. J. Scott, Biometrics 48 (1992) 577-585: the cluster-robust variance over
         that of as many documents that stand alone. The robust variance is CR2 and its degrees of
-        freedom are Satterthwaite's (R. M. Bell and D. F. McCaffrey, Survey Methodology 28 (2002)
-        169-181), in closed form for a mean, within each stratum. Half a document that stands alone
-        is added to both variances: clusters in which nothing varies say nothing about the effect.
+        freedom are Satterthwaite's, in closed form for a mean, within each stratum (R. M. Bell and
+        D. F. McCaffrey, Survey Methodology 28 (2002) 169-181; J. E. Pustejovsky and E. Tipton,
+        Journal of Business & Economic Statistics 36 (2018) 672-683). Half a document that stands
+        alone is added to both variances: clusters in which nothing varies show no effect.
+
+        These degrees of freedom take cluster sums for normal (G. W. Imbens and M. Kolesár, Review
+        of Economics and Statistics 98 (2016) 701-712). Where few clusters lose many answers each,
+        a handful of clusters often shows none, so that loss and effect are both estimated too low.
+        Hence 3 (m - 1) / freedom² is added to the robust variance, with m the mean size of a
+        document's cluster: as if 3 / freedom² more flips had each taken a whole cluster along. It
+        is 0 for documents that stand alone and vanishes with many clusters; 3 is from simulation
+        (tests/benchmarks/coverage_of_intervals.py).
         """
         if not self.strata:
             return Design()
@@ -130,12 +143,13 @@ class PairedSample:
             if len(sizes) == 1:
                 continue  # says nothing of how clusters differ
             share = sizes / sizes.sum()
-            deviations = sums - share * sums.sum()
+            deviations, pairs = sums - share * sums.sum(), share**2 / (1 - share)
+            unsure_here = float((share**2).sum() + pairs.sum() ** 2 - (pairs**2).sum())
+            extra = 0.5 + _CAUTION * unsure_here**2 * (float(share @ sizes) - 1)
             variance = float((deviations**2 / (1 - share)).sum())
-            variance += 0.5 * float(sizes.sum()) / self.outcomes.n
-            pairs = share**2 / (1 - share)
+            variance += extra * float(sizes.sum()) / self.outcomes.n
             variances += variance
-            unsure += variance**2 * float((share**2).sum() + pairs.sum() ** 2 - (pairs**2).sum())
+            unsure += variance**2 * unsure_here
         return Design(variances / (alone + 0.5), variances**2 / unsure)
 
 
@@ -161,25 +175,20 @@ def mcnemar(outcomes: Outcomes, *, mid_p: bool = False) -> float:
     """
     from scipy.special import bdtr, gammaln  # scipy.stats takes a second to import
 
-    b, c = outcomes.right_to_wrong, outcomes.wrong_to_right
-    if b + c == 0:
+    b, c, flips = outcomes.right_to_wrong, outcomes.wrong_to_right, outcomes.flips
+    if flips == 0:
         return 1.0
-    tail = float(bdtr(min(b, c), b + c, 0.5))
-    ways = float(gammaln(b + c + 1) - gammaln(b + 1) - gammaln(c + 1))
-    here = math.exp(ways - (b + c) * math.log(2))
+    tail = float(bdtr(min(b, c), flips, 0.5))
+    ways = float(gammaln(flips + 1) - gammaln(b + 1) - gammaln(c + 1))
+    here = math.exp(ways - flips * math.log(2))
     if b == c:
         return 1.0 - here / 2 if mid_p else 1.0
     return min(1.0, 2 * tail - (here if mid_p else 0.0))
 
 
-def wilson(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion; n need not be whole (effective sample sizes)."""
-    return wilson_at(successes / n, n, t_quantile(confidence, math.inf))
-
-
-def wilson_at(p: float, n: float, z: float) -> tuple[float, float]:
-    """The same of a share ``p``, with ``z`` for the quantile."""
-    z2 = z * z
+def wilson(p: float, n: float, confidence: float, freedom: float = math.inf) -> tuple[float, float]:
+    """Wilson's score interval of a share ``p``; n need not be whole (effective sample sizes)."""
+    z2 = t_quantile(confidence, freedom) ** 2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
     low = 0.0 if p <= 0 else max(0.0, centre - half)
@@ -203,48 +212,32 @@ def retention(
     p2 = sum(sample.outcomes.dense_accuracy for sample in samples) / count
     if p2 == 0.0:
         return None
-    lower, upper = np.zeros(3), np.zeros(3)
-    for sample in samples:
-        below, above = _ratio_squares(sample, p1 / p2, confidence)
-        lower += below / count**2
-        upper += above / count**2
-    a, b, c = p2 * p2 - lower[2], p1 * p2 - lower[1], max(0.0, p1 * p1 - lower[0])
+    products = np.array([p1 * p1, p1 * p2, p2 * p2])
+    squares = sum(_ratio_squares(sample, p1 / p2, confidence) / count**2 for sample in samples)
+    (c, b, a), (c_high, b_high, a_high) = (products - squares).tolist()
+    c = max(0.0, c)
     root = math.sqrt(max(0.0, b * b - a * c))
-    low = float(c / (b + root)) if b + root > 0 else 0.0
-    a, b, c = p2 * p2 - upper[2], p1 * p2 - upper[1], p1 * p1 - upper[0]
-    root = math.sqrt(max(0.0, b * b - a * c))
-    return low, float((b + root) / a)
+    root_high = math.sqrt(max(0.0, b_high * b_high - a_high * c_high))
+    return c / (b + root) if b + root > 0 else 0.0, (b_high + root_high) / a_high
 
 
-def _ratio_squares(
-    sample: PairedSample, ratio: float, confidence: float
-) -> tuple[FloatArray, FloatArray]:
-    """Squares and product, [3], of the distances that bound a ratio: its lower end, its upper.
+def _ratio_squares(sample: PairedSample, ratio: float, confidence: float) -> FloatArray:
+    """Squares and product, [2, 3], of the distances that bound a ratio: its lower end, its upper.
 
-    x², phi x y and y²: the interval of p1 - r p2 reaches sqrt(x² - 2 r phi x y + r² y²).
+    x², phi x y and y²: the interval of p1 - r p2 reaches sqrt(x² - 2 r phi x y + r² y²). phi is the
+    correlation of the verdicts; a positive numerator is reduced by n/2, not below 0 (Newcombe,
+    Statistics in Medicine 17 (1998) 2635-2650, method 10).
     """
     outcomes = sample.outcomes
     design = sample.design(dense=-ratio, pruned=1.0)
-    n, z = outcomes.n / design.effect, t_quantile(confidence, design.freedom)
     p1, p2 = outcomes.pruned_accuracy, outcomes.dense_accuracy
-    low1, high1 = wilson_at(p1, n, z)
-    low2, high2 = wilson_at(p2, n, z)
-    phi = _corrected_phi(outcomes, design.effect)
-    ends = (p1 - low1, high2 - p2), (high1 - p1, p2 - low2)
-    lower, upper = (np.array([x * x, phi * x * y, y * y]) for x, y in ends)
-    return lower, upper
-
-
-def _corrected_phi(outcomes: Outcomes, effect: float) -> float:
-    """Correlation of the verdicts; a positive numerator is reduced by n/2 (not below 0).
-
-    The correction is Newcombe's (Statistics in Medicine 17 (1998) 2635-2650, method 10).
-    """
+    (low1, high1), (low2, high2) = (
+        wilson(p, outcomes.n / design.effect, confidence, design.freedom) for p in (p1, p2)
+    )
     a, b, c, d = outcomes.counts
-    margins = (a + b) * (c + d) * (a + c) * (b + d)
-    if margins == 0:
-        return 0.0
-    numerator = float(a * d - b * c)
-    if numerator > 0:
-        numerator = max(0.0, numerator - effect * outcomes.n / 2)
-    return numerator / math.sqrt(margins)
+    margins, product = (a + b) * (c + d) * (a + c) * (b + d), float(a * d - b * c)
+    if product > 0:
+        product = max(0.0, product - design.effect * outcomes.n / 2)
+    phi = product / math.sqrt(margins) if margins else 0.0
+    ends = (p1 - low1, high2 - p2), (high1 - p1, p2 - low2)
+    return np.array([(x * x, phi * x * y, y * y) for x, y in ends])

@@ -49,7 +49,7 @@ class PairedDifference:
     def shares(self) -> tuple[float, ...]:
         """Share of each sample in the variance of the sum; half a flip is added to each."""
         variances = [
-            design.effect * (_flips(sample.outcomes) + 0.5) / (sample.outcomes.n + 1)
+            design.effect * (sample.outcomes.flips + 0.5) / (sample.outcomes.n + 1)
             / sample.outcomes.n
             for sample, design in zip(self.samples, self.designs, strict=True)
         ]  # fmt: skip
@@ -72,20 +72,20 @@ class PairedDifference:
             variance += design.effect * _variance(outcomes, at) / outcomes.n
         return math.sqrt(variance) / count
 
+    def statistic(self, difference: float) -> float:
+        """T at ``difference``."""
+        distance, error = self.value - difference, self.error(difference)
+        if error > 0 or distance == 0.0:
+            return distance and distance / error
+        return math.copysign(math.inf, distance)
+
     def tail(self, difference: float) -> float:
         """One-sided p of the hypothesis that the true mean is ``difference`` or less."""
-        distance, error = self.value - difference, self.error(difference)
-        if distance == 0.0:
-            return 0.5
-        return t_tail(distance / error if error > 0 else math.copysign(math.inf, distance),
-                      self.freedom)  # fmt: skip
+        return t_tail(self.statistic(difference), self.freedom)
 
     def p_value(self, difference: float = 0.0) -> float:
         """Two-sided p of the hypothesis that the true mean is ``difference``."""
-        distance, error = abs(self.value - difference), self.error(difference)
-        if distance == 0.0:
-            return 1.0
-        return 2 * t_tail(distance / error if error > 0 else math.inf, self.freedom)
+        return 2 * t_tail(abs(self.statistic(difference)), self.freedom)
 
     def interval(self, confidence: float, margin: float = 0.0, comparisons: int = 1) -> Estimate:
         """The differences D whose ``comparisons * p_value(D)`` is not below 1 - confidence.
@@ -107,26 +107,27 @@ class PairedDifference:
                 middle = (inner + outer) / 2
                 inner, outer = (inner, middle) if excluded(middle) else (middle, outer)
             ends.append(inner)
-        what = f"{len(self.samples)} tasks"
-        if len(self.samples) == 1:
-            (sample,) = self.samples
-            what = f"{sample.units:,} {sample.kind}"
         return Estimate(
             value=self.value,
             standard_error=self.error(self.value) or None,
             low=ends[0],
             high=ends[1],
-            method=f"Tango's score over {what}",
+            method=f"Tango's score over {self.counted}",
         )
+
+    @property
+    def counted(self) -> str:
+        """What was counted, as "12 passages"."""
+        first = self.samples[0]
+        several = len(self.samples) > 1
+        return f"{len(self.samples)} tasks" if several else f"{first.units:,} {first.kind}"
 
     @property
     def method(self) -> str:
         """Name of the test."""
         if len(self.samples) > 1:
-            return f"score over {len(self.samples)} tasks"
-        (sample,) = self.samples
-        over = f" over {sample.units:,} {sample.kind}" if sample.strata else ""
-        return f"McNemar{over}, score"
+            return f"score over {self.counted}"
+        return f"McNemar over {self.counted}, score" if self.samples[0].strata else "McNemar, score"
 
     def detectable(self, confidence: float) -> float | None:
         """Smallest true difference that the test finds with 80 % power; None if none is."""
@@ -141,10 +142,6 @@ class PairedDifference:
         return smallest if smallest <= 1 else None
 
 
-def _flips(outcomes: Outcomes) -> int:
-    return outcomes.right_to_wrong + outcomes.wrong_to_right
-
-
 def _variance(outcomes: Outcomes, difference: float) -> float:
     """Variance of one document's change if the true difference were this.
 
@@ -152,7 +149,7 @@ def _variance(outcomes: Outcomes, difference: float) -> float:
     """
     n, d = outcomes.n, difference
     lost, gained = outcomes.right_to_wrong, outcomes.wrong_to_right
-    linear = (lost + gained) * (1 - d) + 2 * d * (gained - n)
+    linear = outcomes.flips * (1 - d) + 2 * d * (gained - n)
     root = math.sqrt(max(0.0, linear**2 + 8 * n * lost * d * (1 - d)))
     share = max((linear + root) / (4 * n), 0.0, -d)
     return max(0.0, 2 * share + d - d * d)
@@ -198,7 +195,7 @@ def detectable_difference(
         In (0, 1]; None where n is too small to find any difference.
     """
     n = outcomes.n
-    seen = (_flips(outcomes) + 0.5) / (n + 1)
+    seen = (outcomes.flips + 0.5) / (n + 1)
     effect, freedom = design or Design()
     z_level, z_power = t_quantile(confidence, freedom), t_quantile(2 * POWER - 1, freedom)
     exact = n < _EXACT_POWER_BELOW and math.isinf(freedom)
@@ -211,9 +208,9 @@ def detectable_difference(
         root = z_level * math.sqrt(share) + z_power * math.sqrt(share - difference**2)
         return n * difference**2 >= effect * root**2
 
-    if not found(1.0):
-        return None
     low, high = 0.0, 1.0
+    if not found(high):
+        return None
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if found(middle) else (middle, high)

@@ -14,12 +14,12 @@ from __future__ import annotations
 from typing import get_args
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from streamline_bench.errors import NumericsError, SamplesError
 from streamline_bench.stability.comparison import Estimate
 from streamline_bench.stability.settings import Mode, Quantity, Settings
+from streamline_bench.stability.statistics import BoolArray, FloatArray, IntArray
 from streamline_bench.stability.statistics.choices import (
     choice_counts,
     choice_matrix,
@@ -38,9 +38,6 @@ MAX_CELLS = 128
 """Above this many distinct pairs of spread and verdict, the bootstrap groups spreads."""
 
 _LEAST_EXPONENT = -700.0  # weights are at least e^-700 of the largest: e^-745 is 0 in float64
-
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 
 
 def choice_spread(
@@ -79,7 +76,7 @@ def choice_spread(
     return spread
 
 
-def _quantity(frame: pd.DataFrame, rows: npt.NDArray[np.intp], k: int, name: str) -> FloatArray:
+def _quantity(frame: pd.DataFrame, rows: IntArray, k: int, name: str) -> FloatArray:
     if name == "mean_token_nll":
         return choice_matrix(frame, "mean_nll", rows, k)
     nll = -choice_matrix(frame, "loglikelihoods", rows, k)
@@ -88,11 +85,8 @@ def _quantity(frame: pd.DataFrame, rows: npt.NDArray[np.intp], k: int, name: str
     column = "byte_lengths" if name.endswith("_byte") else "lengths"
     # An empty choice is scored too (its delimiter is): it counts as one character.
     mean: FloatArray = nll / np.maximum(choice_matrix(frame, column, rows, k), 1.0)
-    if not name.startswith("ppl"):
-        return mean
     with np.errstate(over="ignore"):
-        perplexity: FloatArray = np.exp(mean)
-    return perplexity
+        return np.exp(mean) if name.startswith("ppl") else mean
 
 
 def stability_weights(std: FloatArray) -> FloatArray:
@@ -127,18 +121,12 @@ def stability(std: FloatArray, agree: BoolArray, *, mode: Mode = "paper") -> flo
     if not np.isfinite(std).all():
         index = int(np.flatnonzero(~np.isfinite(std))[0])
         raise NumericsError(f"The spread of question {index} is {std[index]}; it must be finite.")
-    if mode == "reference_script":
-        return _reference_script(std, int(agree.sum()))
-    if agree.all():
-        return 1.0  # rounding of the weights must not make it 0.9999999999
-    return float(stability_weights(std)[agree].sum())
-
-
-def _reference_script(std: FloatArray, agreements: int) -> float:
+    if mode == "paper":  # rounding of the weights must not make 1 to 0.9999999999
+        return 1.0 if agree.all() else float(stability_weights(std)[agree].sum())
     with np.errstate(over="ignore", invalid="ignore"):
         weights = np.exp(std)
         # One after the other, as the script adds: pairwise sums differ in the last digit.
-        value = float(np.cumsum(weights / weights.sum())[agreements - 1]) if agreements else 0.0
+        value = float(np.cumsum(weights / weights.sum())[agree.sum() - 1]) if agree.any() else 0.0
     if not np.isfinite(value):
         raise NumericsError(
             f"The reference script's softmax overflows at a spread of {std.max():.4g}; use mode "
@@ -173,7 +161,7 @@ def stability_estimate(
         n = effective_sample_size(std)
         if clusters is not None:
             n = min(n, clusters.shown.count)
-        low, high = wilson(value * n, n, settings.confidence)
+        low, high = wilson(value, n, settings.confidence)
         return Estimate(value=value, low=low, high=high, method="Wilson at the effective n")
     generator = task_generator(settings.seed, *names)
     units, over = len(std), ""
@@ -221,7 +209,7 @@ def stability_draws(
 
 def _cells(
     std: FloatArray, agree: BoolArray, max_cells: int
-) -> tuple[npt.NDArray[np.int64], FloatArray, BoolArray]:
+) -> tuple[IntArray, FloatArray, BoolArray]:
     """Sizes, mean weights and verdicts of the cells that the pairs fall into, each [cells]."""
     # A resample of negligible questions only must still have a ratio.
     shifted = np.maximum(std - std.max(), _LEAST_EXPONENT)

@@ -94,7 +94,7 @@ def test_kappa_is_statsmodels(counts: tuple[int, int, int, int]) -> None:
 def test_wilson_is_statsmodels(n: int, data: st.DataObject) -> None:
     successes = data.draw(st.integers(0, n))
     expected = proportion_confint(successes, n, alpha=0.1, method="wilson")
-    assert wilson(successes, n, 0.9) == pytest.approx(expected, abs=1e-12)
+    assert wilson(successes / n, n, 0.9) == pytest.approx(expected, abs=1e-12)
 
 
 @given(COUNTS)
@@ -112,7 +112,7 @@ def test_retention_is_the_ratio_whose_difference_may_be_zero(
     assert 0.0 <= ends[0] <= ratio + 1e-9 and ratio <= ends[1] + 1e-9
     n = outcomes.n
     p1, p2 = outcomes.pruned_accuracy, outcomes.dense_accuracy
-    (l1, u1), (l2, u2) = wilson(p1 * n, n), wilson(p2 * n, n)
+    (l1, u1), (l2, u2) = wilson(p1, n, 0.95), wilson(p2, n, 0.95)
     a, b, c, d = counts
     margins = (a + b) * (c + d) * (a + c) * (b + d)
     product = a * d - b * c
@@ -162,7 +162,7 @@ def test_mean_retention_is_the_ratio_whose_mean_difference_may_be_zero() -> None
             n, (a, b, c, d) = task.n, task.counts
             margins = (a + b) * (c + d) * (a + c) * (b + d)
             phi = max(0.0, a * d - b * c - n / 2) / math.sqrt(margins) if margins else 0.0
-            now, before = wilson(a + c, n), wilson(a + b, n)
+            now, before = (wilson(right / n, n, 0.95) for right in (a + c, a + b))
             x = now[1] - (a + c) / n if upper else (a + c) / n - now[0]
             y = (a + b) / n - before[0] if upper else before[1] - (a + b) / n
             square += x**2 - 2 * phi * r * x * y + (r * y) ** 2
@@ -214,7 +214,8 @@ def brute_design(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float
     products = np.array([[one @ other for other in vectors] for one in vectors])
     freedom = np.trace(products) ** 2 / (products**2).sum()
     alone = float(np.square(values - values.mean()).sum())
-    return (variance + 0.5) / (alone + 0.5), float(freedom)
+    mates = float(np.mean([(clusters == cluster).sum() for cluster in clusters])) - 1
+    return (variance + 0.5 + 3 * mates / freedom**2) / (alone + 0.5), float(freedom)
 
 
 @pytest.mark.parametrize("weights", [(-1.0, 1.0, 0.0), (0.0, 0.0, 1.0), (-0.8, 1.0, 0.0)])
@@ -244,14 +245,19 @@ def test_design_of_tasks_together_is_within_each() -> None:
     within = sum(12 / 11 * np.square(part - part.mean()).sum() for part in (moved[:12], moved[12:]))
     b, c = both.outcomes.right_to_wrong, both.outcomes.wrong_to_right
     alone = b + c - (b - c) ** 2 / both.outcomes.n
-    assert effects[3].effect == pytest.approx((within + 0.5) / (alone + 0.5))
+    extra = 0.5 + 3 * 9 / 11**2
+    assert effects[3].effect == pytest.approx((within + extra) / (alone + 0.5))
     assert effects[0].freedom == pytest.approx(11)
     assert 11 < effects[3].freedom <= 22
 
 
 def test_clusters_without_change_say_nothing() -> None:
     same = clustered(np.array([[5, 0, 0, 3]] * 6))
-    assert tuple(same.design(dense=-1, pruned=1)) == pytest.approx((1.0, 5.0))
+    assert tuple(same.design(dense=-1, pruned=1)) == pytest.approx((1 + 6 * 7 / 5**2, 5.0))
+    many = clustered(np.array([[5, 0, 0, 3]] * 600))
+    assert many.design(dense=-1, pruned=1).effect == pytest.approx(1.0, abs=2e-4)
+    single = clustered(np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]))
+    assert single.design(dense=-1, pruned=1).effect == pytest.approx((1 + 0.5) / (2 / 3 + 0.5))
     assert tuple(PairedSample(same.outcomes).design(same=1)) == (1.0, math.inf)
     one = PairedSample(same.outcomes, (*same.strata, np.array([[1.0, 1.0, 1.0, 1.0]])))
     assert math.isfinite(one.design(dense=-1, pruned=1).freedom)
