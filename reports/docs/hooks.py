@@ -74,7 +74,7 @@ def commands() -> Iterator[str]:
     sys.path.insert(0, str(ROOT))
     from streamline_bench.cli.main import COMMANDS, cli
 
-    context = click.Context(cli, info_name="streamline-bench")
+    context = click.Context(cli, info_name="streamline-bench", show_default=True)
     for name in sorted(COMMANDS):
         command = cli.get_command(context, name)
         assert command is not None, name

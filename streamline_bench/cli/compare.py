@@ -1,17 +1,22 @@
-"""``streamline-bench compare``."""
+"""``streamline-bench compare`` and ``streamline-bench demo``."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from streamline_bench.cli.options import named_device_option, setup_logging, until_option
+from streamline_bench.cli.options import (
+    named_device_option,
+    refuse_given,
+    setup_logging,
+    until_option,
+)
 
 if TYPE_CHECKING:
     from streamline_bench.runs import CompareResult
@@ -20,16 +25,9 @@ if TYPE_CHECKING:
 @click.command("compare")
 @click.argument("model", required=False)
 @click.option("--plan", help="YAML file with any of these options, or the name of a plan.")
-@click.option(
-    "--recipes", help="Names, YAML files, groups (all, recovered, …) and -NAME to leave out."
-)
-@click.option(
-    "--row",
-    "rows",
-    multiple=True,
-    metavar="LABEL=RECIPE:KEY=VALUE,…",
-    help="Add a row: a recipe with changes, under this label.",
-)
+@click.option("--recipes", help="Names, YAML files, groups (all, recovered, …); -NAME leaves out.")
+@click.option("--row", "rows", multiple=True, metavar="LABEL=RECIPE:KEY=VALUE,…",
+              help="Add a row: a recipe with changes, under this label.")  # fmt: skip
 @click.option("--tasks", help="Comma-separated lm-eval tasks or groups.")
 @click.option("--include-path", help="Folder with your own task files.")
 @click.option("--sparsity", type=float, help="Share of the parameters to remove, in every row.")
@@ -55,27 +53,24 @@ if TYPE_CHECKING:
 @click.option("--noise-dtype", help="Dtype of one more scoring of the dense model.")
 @click.option("--noise-engine", type=click.Choice(["vllm"]),
               help="Engine of one more scoring of the dense model.")  # fmt: skip
-@click.option("--text",
-              help="Also compare next-token distributions on this file; bundled: on our own text.",
-              )  # fmt: skip
+@click.option("--text", help="Also compare next-token distributions on this file, or 'bundled'.")
 @click.option("--text-field", help="Field of its records that holds the text.")
 @click.option("--text-documents", type=click.IntRange(min=1),
               help="Read at most this many documents of it.")  # fmt: skip
 @click.option("--text-window", type=click.IntRange(min=2), help="Tokens per window.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a job.")
 @until_option
-@click.option("--trunk/--no-trunk", default=True, show_default=True,
-              help="Run shared layers once for all models.")  # fmt: skip
-@click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+@click.option("--trunk/--no-trunk", default=True, help="Run shared layers once for all models.")
+@click.option("--executor", type=click.Choice(["local", "ray"]), default="local",
               help="Where the jobs run.")  # fmt: skip
-@click.option("--ray-address", default="auto", show_default=True, help="Address of a Ray cluster.")
-@click.option("--cpus-per-job", default="1", show_default=True, metavar="N[,KIND=N…]",
+@click.option("--ray-address", default="auto", help="Address of a Ray cluster.")
+@click.option("--cpus-per-job", default="1", metavar="N[,KIND=N…]",
               help="CPUs per job on a Ray cluster, such as 8,compress=2; KIND is compress, "
               "score, text or measure.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=1), help="Jobs at a time on this machine.")
 @click.option("--gpus", help="Comma-separated ids of the GPUs to use.")
 @click.option("--gpus-per-job", type=click.IntRange(min=0), help="GPUs per job; 1 with --gpus.")
-@click.option("--retries", type=click.IntRange(min=0), default=2, show_default=True,
+@click.option("--retries", type=click.IntRange(min=0), default=2,
               help="Attempts after a job's process died.")  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds per job.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Run folder.")
@@ -102,7 +97,6 @@ def command(
     """
     setup_logging(quiet=quiet or as_json)
     from streamline_bench.cli.compare_options import read_execution, read_options
-    from streamline_bench.cli.given import refuse_given
     from streamline_bench.runs.run import compare_request
 
     if options["executor"] == "ray":
@@ -114,7 +108,7 @@ def command(
         refuse_given(ctx, "it needs --throughput", "workload")
     if request.text is None:
         refuse_given(ctx, "it needs --text", "text_field", "text_documents", "text_window")
-    with stops_with_a_word():
+    with _stops_with_a_word():
         result = compare_request(
             request, output, execution=read_execution(options), until=until,
             progress=not (quiet or as_json),
@@ -122,11 +116,32 @@ def command(
     if as_json:
         click.echo(json.dumps(result.summary(), indent=2))
         sys.exit(result.exit_code)
-    finish(result)
+    _finish(result)
+
+
+@click.command("demo")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("streamline-demo"),
+              help="Run folder; the same command continues an interrupted demo.")  # fmt: skip
+@click.option("--sparsity", type=float, default=0.25, help="Share of the parameters to remove.")
+@click.option("--rows", help="Comma-separated recipes; dense is added if missing.")
+@click.option("--limit", type=click.IntRange(min=1), help="Documents per task.")
+@until_option
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Of the scoring.")
+@click.option("--overwrite", is_flag=True, help="Delete the results of an earlier demo first.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no log.")
+def demo(output: Path, rows: str | None, quiet: bool, **options: Any) -> None:
+    """Prune, replace, evaluate and compare the bundled model, offline, in a few minutes."""
+    setup_logging(quiet=quiet)
+    from streamline_bench.demo.pipeline import DEMO_ROWS, run_demo
+
+    names = tuple(name.strip() for name in rows.split(",")) if rows else DEMO_ROWS
+    with _stops_with_a_word():
+        result = run_demo(output, rows=names, progress=not quiet, **options)
+    _finish(result)
 
 
 @contextmanager
-def stops_with_a_word() -> Iterator[None]:
+def _stops_with_a_word() -> Iterator[None]:
     """Exit with 130 after Ctrl-C and 143 after SIGTERM, saying how to go on."""
     from streamline_bench.runs.run import Terminated
 
@@ -137,42 +152,26 @@ def stops_with_a_word() -> Iterator[None]:
         sys.exit(130 if isinstance(stopped, KeyboardInterrupt) else 143)
 
 
-def finish(result: CompareResult) -> NoReturn:
+def _finish(result: CompareResult) -> NoReturn:
     """Say what failed and which page to open, and exit: 0 when everything is there, else 1."""
     from streamline_bench.core.machine.environment import printable
 
-    if (table := _table(result)) is not None:
-        click.echo(table)
-    for reason, labels in _by_reason(result.alone).items():
-        rows = ", ".join(map(printable, labels))
+    if result.report is not None and result.report.with_suffix(".json").is_file():
+        from streamline_bench.report.leaderboard import read_leaderboard
+        from streamline_bench.report.views.terminal import terminal_table
+
+        click.echo(terminal_table(read_leaderboard(result.report.with_suffix(".json"))))
+    for reason in dict.fromkeys(result.alone.values()):
+        rows = ", ".join(printable(label) for label, why in result.alone.items() if why == reason)
         click.echo(f"{rows}: scored alone ({printable(reason.rstrip('.'))})", err=True)
     for task, reason in result.left_out.items():
         click.echo(f"{printable(task)} is not compared: {printable(reason)}", err=True)
     for sentence in result.ignored_options:
         click.echo(f"Note: {printable(sentence)}", err=True)
-    for label, reason in result.failures.items():
-        click.echo(f"{printable(label)} failed: {printable(reason)}", err=True)
-    for job, reason in result.reasons.items():
-        click.echo(f"{printable(job)} failed: {printable(reason)}", err=True)
+    for name, reason in [*result.failures.items(), *result.reasons.items()]:
+        click.echo(f"{printable(name)} failed: {printable(reason)}", err=True)
     if result.report is not None:
         click.echo(f"Open {result.report}")
     else:
         click.echo(f"{result.run} has no report yet.", err=True)
     sys.exit(result.exit_code)
-
-
-def _table(result: CompareResult) -> str | None:
-    """The leaderboard as text, the same in a terminal and in a pipe."""
-    if result.report is None or not (board := result.report.with_suffix(".json")).is_file():
-        return None
-    from streamline_bench.report.leaderboard import Leaderboard
-    from streamline_bench.report.views.terminal import terminal_table
-
-    return terminal_table(Leaderboard.model_validate_json(board.read_bytes()))
-
-
-def _by_reason(alone: Mapping[str, str]) -> dict[str, list[str]]:
-    grouped: dict[str, list[str]] = {}
-    for label, reason in alone.items():
-        grouped.setdefault(reason, []).append(label)
-    return grouped

@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streamline_bench.cli.options import parse_assignments
-from streamline_bench.cli.yaml_values import yaml_assignments
+from streamline_bench.cli.options import parse_assignments, yaml_assignments
 from streamline_bench.compression.recipes import SIZE_KEYS
-from streamline_bench.demo.preset import bundled_request
+from streamline_bench.demo.pipeline import bundled_request
 from streamline_bench.errors import RecipeError
 from streamline_bench.resources import is_bundled
 from streamline_bench.runs.execution.options import Execution
 from streamline_bench.runs.planning.request import Request, RowRequest, make_request, read_request
 
-_PLAIN = (
-    "include_path limit num_fewshot apply_chat_template batch_size dtype device revision title "
-    "trust_remote_code throughput noise_floor noise_batch_size noise_dtype noise_engine text "
-    "text_field text_documents text_window threads"
-).split()
-"""Options that are keys of a plan file too."""
+_PLAIN = Request.model_fields.keys() - {"model", "recipes", "tasks", "overrides", "workload"}
+"""Keys of a plan file whose options hold the value itself."""
 
 
 def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]) -> Request:
@@ -90,17 +85,9 @@ def read_execution(options: Mapping[str, Any]) -> Execution:
     """
     gpus = tuple(part.strip() for part in (options["gpus"] or "").split(",") if part.strip())
     cpus, by_kind = parse_cpus(options["cpus_per_job"])
+    same = "executor ray_address workers gpus_per_job retries timeout trunk".split()
     return Execution(
-        executor=options["executor"],
-        ray_address=options["ray_address"],
-        cpus_per_job=cpus,
-        cpus_by_kind=by_kind,
-        workers=options["workers"],
-        gpus=gpus,
-        gpus_per_job=options["gpus_per_job"],
-        retries=options["retries"],
-        timeout=options["timeout"],
-        trunk=options["trunk"],
+        gpus=gpus, cpus_per_job=cpus, cpus_by_kind=by_kind, **{key: options[key] for key in same}
     )
 
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamline_bench.cli.given import refuse_given
-from streamline_bench.cli.options import print_table
+from streamline_bench.cli.options import print_table, refuse_existing, refuse_given
 
 if TYPE_CHECKING:
     from streamline_bench.gate.result import GateResult
@@ -22,29 +21,19 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
 @click.command("gate")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--against", type=click.Path(path_type=Path), help="Reference to compare with.")
-@click.option(
-    "--write-reference",
-    "reference",
-    type=click.Path(path_type=Path),
-    help="Write the results of RUN into a reference file; compare nothing.",
-)
+@click.option("--write-reference", "reference", type=click.Path(path_type=Path),
+              help="Write the results of RUN into a reference file; compare nothing.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an existing reference.")
 @click.option("--row", "rows", multiple=True, help="Check only this row; may be repeated.")
-@click.option("--accuracy-margin", "accuracy", type=_SHARE, default=0.02, show_default=True,
+@click.option("--accuracy-margin", "accuracy", type=_SHARE, default=0.02,
               help="Accepted drop of accuracy, as a share.")  # fmt: skip
-@click.option("--stability-margin", "stability", type=_SHARE, default=0.02, show_default=True,
+@click.option("--stability-margin", "stability", type=_SHARE, default=0.02,
               help="Accepted drop of stability, as a share.")  # fmt: skip
-@click.option(
-    "--speed-tolerance",
-    "speed",
-    type=_SHARE,
-    default=0.05,
-    show_default=True,
-    help="Accepted relative loss of tokens per second.",
-)
-@click.option("--confidence", type=click.FloatRange(0.5, 0.9999), default=0.95, show_default=True)
-@click.option("--draws", type=click.IntRange(min=100), default=10_000, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--speed-tolerance", "speed", type=_SHARE, default=0.05,
+              help="Accepted relative loss of tokens per second.")  # fmt: skip
+@click.option("--confidence", type=click.FloatRange(0.5, 0.9999), default=0.95)
+@click.option("--draws", type=click.IntRange(min=100), default=10_000)
+@click.option("--seed", type=click.IntRange(min=0), default=0)
 @click.option("--strict", is_flag=True, help="Also exit with 1 for checks that cannot tell.")
 @click.option("--all", "every", is_flag=True, help="Show also the tasks that are ok.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -105,11 +94,9 @@ def command(
 
 def _write_reference(run: Path, reference: Path, overwrite: bool, quiet: bool) -> None:
     from streamline_bench.core.machine.environment import printable
-    from streamline_bench.errors import OutputError
     from streamline_bench.gate.evidence import read_evidence, write_reference
 
-    if reference.exists() and not overwrite:
-        raise OutputError(f"Output {reference} exists; give another path or pass --overwrite.")
+    refuse_existing(reference, overwrite, "path")
     figures = read_evidence(run, progress=not quiet).figures
     write_reference(figures, reference)
     if quiet:

@@ -22,19 +22,19 @@ from streamline_bench.version import __version__
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "compare": ("compare", "Compare recipes on a model: compress, score, leaderboard."),
     "compress": ("compress", "Remove layers from a model and write the result as a checkpoint."),
-    "demo": ("demo", "Run the whole pipeline on the bundled model, ending in a report."),
+    "demo": ("compare.demo", "Run the whole pipeline on the bundled model, ending in a report."),
     "divergence": ("divergence", "Compare two models' next-token distributions on a text."),
     "gate": ("gate", "Fail if a run lost accuracy, stability or speed against a reference."),
     "lm-eval": ("lm_eval", "Call the lm-eval harness with our models and tasks registered."),
     "opencompass": ("opencompass", "Evaluate recipes with OpenCompass and make the report."),
-    "recipes": ("recipes", "List the recipes, or show one."),
+    "recipes": ("lists.recipes", "List the recipes, or show one."),
     "report": ("report", "Render the report of a run folder again."),
     "scan": ("scan", "Show which blocks of layers change the hidden states least."),
     "stability": ("stability", "Compare the answers of two evaluated models."),
-    "tasks": ("tasks", "List the evaluation tasks in the package."),
+    "tasks": ("lists.tasks", "List the evaluation tasks in the package."),
     "throughput": ("throughput", "Measure tokens per second, latency and memory of models."),
 }
-"""Subcommand -> (module in ``streamline_bench.cli``, one-line help)."""
+"""Subcommand -> (module in ``streamline_bench.cli``, function if not ``command``; help)."""
 
 
 class LazyGroup(click.Group):
@@ -46,8 +46,9 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"streamline_bench.cli.{COMMANDS[cmd_name][0]}")
-        command: click.Command = module.command
+        module, _, function = COMMANDS[cmd_name][0].partition(".")
+        found = importlib.import_module(f"streamline_bench.cli.{module}")
+        command: click.Command = getattr(found, function or "command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -71,7 +72,10 @@ class LazyGroup(click.Group):
             _end(error)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
+
+
+@click.group(cls=LazyGroup, context_settings=_SETTINGS)
 @click.version_option(__version__, prog_name="streamline-bench")
 def cli() -> None:
     """Measure what large language models lose and gain when layers are removed.

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamline_bench.cli.options import named_device_option, parse_assignments, setup_logging
-from streamline_bench.cli.yaml_values import yaml_assignments
+from streamline_bench.cli.options import (
+    named_device_option,
+    parse_assignments,
+    setup_logging,
+    yaml_assignments,
+)
+
+if TYPE_CHECKING:
+    from streamline_bench.opencompass.run_plan import RunPlan
 
 
 def _write_configs(context: click.Context, _: click.Parameter, folder: Path | None) -> None:
@@ -27,63 +34,38 @@ def _write_configs(context: click.Context, _: click.Parameter, folder: Path | No
 
 
 @click.command("opencompass")
-@click.option(
-    "--write-configs",
-    type=click.Path(path_type=Path, file_okay=False),
-    is_eager=True,
-    expose_value=False,
-    callback=_write_configs,
-    help="Write a folder for opencompass --config-dir, one model per recipe, and stop.",
-)
+@click.option("--write-configs", type=click.Path(path_type=Path, file_okay=False), is_eager=True,
+              expose_value=False, callback=_write_configs,
+              help="Only write a folder for opencompass --config-dir, one model per recipe.",
+              )  # fmt: skip
 @click.argument("model")
 @click.argument("checkpoints", nargs=-1, metavar="[LABEL=CHECKPOINT]...")
-@click.option(
-    "--recipes",
-    default="dense,streamline",
-    show_default=True,
-    help="Comma-separated names; the others are compared with the first one.",
-)
+@click.option("--recipes", default="dense,streamline",
+              help="Comma-separated; the others are compared with the first one.")  # fmt: skip
 @click.option("--sparsity", type=float, help="Share of the parameters to remove, between 0 and 1.")
 @click.option("--n-layers", type=int, help="Net number of layers to remove, instead of --sparsity.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set a recipe key.")
-@click.option(
-    "--datasets",
-    default="bundled",
-    show_default=True,
-    help="bundled, paper, classification, generation, a benchmark, or package.module:variable.",
-)
+@click.option("--datasets", default="bundled",
+              help="bundled, paper, classification, generation, a benchmark, or "
+              "package.module:variable.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=1), help="Questions per data set.")
-@click.option("--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True)
-@click.option(
-    "--engine-arg",
-    "engine_arguments",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Argument of from_pretrained or of vllm.LLM.",
-)
+@click.option("--engine", type=click.Choice(["hf", "vllm"]), default="hf")
+@click.option("--engine-arg", "engine_arguments", multiple=True, metavar="KEY=VALUE",
+              help="Argument of from_pretrained or of vllm.LLM.")  # fmt: skip
 @click.option("--chat", is_flag=True, help="Put prompts into the tokenizer's chat template.")
 @named_device_option
 @click.option("--dtype", help="Dtype of the weights  [default: that of the checkpoint]")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=64)
 @click.option("--max-seq-len", type=click.IntRange(min=2), help="Longest prompt, in tokens.")
-@click.option("--max-out-len", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option(
-    "--share-prefixes/--stock-inferencer",
-    default=True,
-    show_default=True,
-    help="Score the choices of a question together, or one by one as OpenCompass does.",
-)
-@click.option(
-    "--gpus", type=click.IntRange(min=0), help="GPUs per task  [default: 1 if there is a GPU]"
-)
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--max-out-len", type=click.IntRange(min=1), default=256)
+@click.option("--share-prefixes/--stock-inferencer", default=True,
+              help="Score the choices of a question together, or one by one (stock).")  # fmt: skip
+@click.option("--gpus", type=click.IntRange(min=0),
+              help="GPUs per task  [default: 1 if there is a GPU]")  # fmt: skip
+@click.option("--workers", type=click.IntRange(min=1), default=1)
 @click.option("--in-process", is_flag=True, help="Run all tasks in one process; starts faster.")
-@click.option(
-    "--python",
-    default=sys.executable,
-    show_default="this one",
-    help="Interpreter of the environment that has OpenCompass.",
-)
+@click.option("--python", default=sys.executable, show_default="this one",
+              help="Interpreter of the environment that has OpenCompass.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Run folder.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in that folder.")
 @click.option("--config-only", is_flag=True, help="Write the config, print the command, stop.")
@@ -115,20 +97,16 @@ def command(
     progress = not (quiet or as_json)
     from streamline_bench.opencompass.evaluate import claimed_folder, evaluate, write_config
     from streamline_bench.opencompass.execution import inspect_environment
+    from streamline_bench.opencompass.run_plan import entries
 
     # A config alone, for given GPUs, can be written where OpenCompass is not installed.
     environment = None if config_only and gpus is not None else inspect_environment(python)
     if gpus is None and environment is not None:
         gpus = min(1, environment.gpus)
-    overrides = {"sparsity": sparsity, "n_layers": n_layers, **parse_assignments(assignments)}
-    plan = _plan(
-        model,
-        checkpoints,
-        [name.strip() for name in recipes.split(",") if name.strip()],
-        {key: value for key, value in overrides.items() if value is not None},
-        settings,
-        gpus=gpus or 0,
-    )
+    given = {"sparsity": sparsity, "n_layers": n_layers, **parse_assignments(assignments)}
+    overrides = {key: value for key, value in given.items() if value is not None}
+    models = entries(model, _names(recipes), overrides, [_labelled(each) for each in checkpoints])
+    plan = _plan(models, gpus or 0, **settings)
     with claimed_folder(output, plan, overwrite=overwrite):
         if environment is None or config_only:
             config = write_config(output, plan)
@@ -145,33 +123,36 @@ def command(
 
 
 def _plan(
-    model: str,
-    checkpoints: tuple[str, ...],
-    recipes: list[str],
-    overrides: dict[str, Any],
-    settings: dict[str, Any],
-    *,
+    models: Any,
     gpus: int,
-) -> Any:
-    from streamline_bench.opencompass.run_plan import RunPlan, entries
+    *,
+    datasets: str,
+    engine_arguments: tuple[str, ...],
+    device: str | None,
+    dtype: str | None,
+    max_seq_len: int | None,
+    **settings: Any,
+) -> RunPlan:
+    from streamline_bench.opencompass.run_plan import RunPlan
 
-    device = settings.pop("device")
     device = None if device == "auto" else device
-    engine = yaml_assignments("--engine-arg", settings.pop("engine_arguments"))
     options = {
-        "model_kwargs": engine or None,
+        "model_kwargs": yaml_assignments("--engine-arg", engine_arguments) or None,
         "device": device or (None if gpus else "cpu"),
-        "dtype": settings.pop("dtype"),
-        "max_seq_len": settings.pop("max_seq_len"),
+        "dtype": dtype,
+        "max_seq_len": max_seq_len,
     }
-    datasets = settings.pop("datasets")
     return RunPlan(
-        models=entries(model, recipes, overrides, [_labelled(each) for each in checkpoints]),
-        datasets=tuple(name.strip() for name in datasets.split(",") if name.strip()),
+        models=models,
+        datasets=tuple(_names(datasets)),
         options={key: value for key, value in options.items() if value is not None},
         gpus=0 if (device or "").startswith("cpu") else gpus,
         **settings,
     )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _labelled(argument: str) -> tuple[str, str]:

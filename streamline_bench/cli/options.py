@@ -1,4 +1,4 @@
-"""What the commands share: logging, the device, ``KEY=VALUE`` options, safe output."""
+"""What the commands share: logging, common options, ``KEY=VALUE``, refusals, tables."""
 
 from __future__ import annotations
 
@@ -7,49 +7,40 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
-from streamline_bench.errors import RecipeError
+from streamline_bench.errors import OutputError, RecipeError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
+DEVICE_HELP = "cpu, cuda or cuda:N; auto: cuda if there is one."
+
+_NOT_GIVEN = (None, ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+
 
 def device_option(command: _Command) -> _Command:
     """Add ``--device``; the command gets a torch device that is there, ``auto`` resolved."""
-    option = click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        callback=_found_device,
-        help="cpu, cuda or cuda:N; auto: cuda if there is one.",
-    )
+    option = click.option("--device", default="auto", callback=_found_device, help=DEVICE_HELP)
     return option(command)
 
 
 def dtype_option(what: str) -> Callable[[_Command], _Command]:
     """Add ``--dtype``: float32 unless given; ``what`` says of which tensors."""
-    return click.option(
-        "--dtype",
-        type=click.Choice(["float32", "bfloat16", "float16"]),
-        default="float32",
-        show_default=True,
-        help=what,
-    )
+    dtypes = click.Choice(["float32", "bfloat16", "float16"])
+    return click.option("--dtype", type=dtypes, default="float32", help=what)
 
 
 def named_device_option(command: _Command) -> _Command:
     """Add ``--device`` for work that may be done elsewhere; None: not given, as good as auto."""
-    option = click.option(
-        "--device",
-        show_default="auto",
-        callback=_named_device,
-        help="cpu, cuda or cuda:N; auto: cuda if there is one.",
-    )
+    option = click.option("--device", show_default="auto", callback=_named_device, help=DEVICE_HELP)
     return option(command)
 
 
@@ -57,32 +48,31 @@ def until_option(command: _Command) -> _Command:
     """Add ``--until``: the last stage of a comparison that is run."""
     from streamline_bench.runs.execution.options import STAGES
 
-    option = click.option(
-        "--until",
-        type=click.Choice(STAGES),
-        default=STAGES[-1],
-        show_default=True,
-        help="Last stage to run.",
-    )
+    stages = click.Choice(STAGES)
+    option = click.option("--until", type=stages, default=STAGES[-1], help="Last stage to run.")
     return option(command)
 
 
 def _found_device(ctx: click.Context, option: click.Parameter, value: str) -> str:
     from streamline_bench.core.machine.environment import found_device
 
-    try:
+    with _bad_parameter():
         return found_device(value)
-    except RecipeError as error:
-        raise click.BadParameter(str(error)) from None
 
 
 def _named_device(ctx: click.Context, option: click.Parameter, value: str | None) -> str | None:
-    if value in (None, "auto"):
+    if value is None or value == "auto":
         return value
     from streamline_bench.core.machine.environment import known_device
 
+    with _bad_parameter():
+        return known_device(value)
+
+
+@contextmanager
+def _bad_parameter() -> Iterator[None]:
     try:
-        return known_device(str(value))
+        yield
     except RecipeError as error:
         raise click.BadParameter(str(error)) from None
 
@@ -116,12 +106,56 @@ def split_assignments(assignments: tuple[str, ...], option: str) -> Iterator[tup
 
 
 def parse_assignments(assignments: tuple[str, ...]) -> dict[str, str]:
-    """Read ``--set key=value`` options; of a key that is given twice, the last value counts.
+    """Read ``--set key=value`` options as text; of a key given twice, the last value counts."""
+    return dict(split_assignments(assignments, "--set"))
+
+
+def yaml_assignments(option: str, given: tuple[str, ...]) -> dict[str, Any]:
+    """Read ``KEY=VALUE`` options whose values are YAML: numbers, true and false, lists, text.
 
     Raises:
-        click.BadParameter: an option without ``=``.
+        click.BadParameter: an option has no ``=``, or a value is not YAML.
     """
-    return dict(split_assignments(assignments, "--set"))
+    import yaml
+
+    parsed: dict[str, Any] = {}
+    for key, value in split_assignments(given, option):
+        try:
+            parsed[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(getattr(error, "problem", None) or error).split())
+            raise click.BadParameter(
+                f"'{value}' for '{key}' is not a YAML value ({reason}); quote it",
+                param_hint=option,
+            ) from None
+    return parsed
+
+
+def refuse_given(ctx: click.Context, why: str, *names: str) -> None:
+    """Refuse options that the command line gives although they have no effect.
+
+    Args:
+        why: what the option needs: "it goes with --serve".
+        names: as the command's function calls them.
+
+    Raises:
+        click.UsageError: one of them was given; defaults do not count.
+    """
+    for option in ctx.command.params:
+        given = ctx.get_parameter_source(option.name or "")
+        if option.name in names and given not in _NOT_GIVEN:
+            raise click.UsageError(f"{max(option.opts, key=len)} has no effect here; {why}.")
+
+
+def refuse_existing(file: Path, overwrite: bool, option: str = "--output") -> None:
+    """Refuse, before any work, an output that exists (OutputError), unless it may be replaced."""
+    try:
+        if not overwrite and file.exists():
+            raise OutputError(f"Output {file} exists; give another {option} or pass --overwrite.")
+    except OSError as error:
+        raise OutputError(
+            f"Output {file} cannot be used ({error.strerror}); give another {option}."
+        ) from None
 
 
 def print_table(table: Table) -> None:

@@ -10,10 +10,8 @@ import click
 
 @click.command("report")
 @click.argument("run", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "--model-cards", "cards", is_flag=True,
-    help="Also write a model card per compressed model into RUN/model-cards.",
-)  # fmt: skip
+@click.option("--model-cards", "cards", is_flag=True,
+              help="Also write a card of each compressed model into RUN/model-cards.")  # fmt: skip
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of leaderboard.json instead.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def command(run: Path | None, cards: bool, schema: bool, quiet: bool) -> None:

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamline_bench.cli.options import device_option, dtype_option, print_table, setup_logging
+from streamline_bench.cli.options import (
+    device_option,
+    dtype_option,
+    print_table,
+    refuse_existing,
+    setup_logging,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,44 +35,27 @@ def _sizes(ctx: click.Context, option: click.Parameter, value: str | None) -> li
 
 @click.command("scan")
 @click.argument("model")
-@click.option(
-    "--calibration",
-    default="auto",
-    show_default=True,
-    help="Text file (.txt, .jsonl, .csv, .parquet, …), data set folder, hub id or preset.",
-)
-@click.option("--text-field", default="text", show_default=True, help="Field that holds the text.")
-@click.option("--samples", type=click.IntRange(1), default=50, show_default=True,
-              help="Calibration sequences.")  # fmt: skip
-@click.option("--sequence-length", type=click.IntRange(2), default=2048, show_default=True,
+@click.option("--calibration", default="auto",
+              help="Text, jsonl, parquet, saved data set, hub id or preset.")  # fmt: skip
+@click.option("--text-field", default="text", help="Field that holds the text.")
+@click.option("--samples", type=click.IntRange(1), default=50, help="Calibration sequences.")
+@click.option("--sequence-length", type=click.IntRange(2), default=2048,
               help="Tokens per sequence.")  # fmt: skip
-@click.option(
-    "--documents", is_flag=True, help="One document per sequence, instead of packed text."
-)
+@click.option("--documents", is_flag=True,
+              help="One document per sequence, instead of packed text.")  # fmt: skip
 @click.option("--n", "sizes", callback=_sizes, help="Block sizes to show in detail, such as 4,8.")
-@click.option(
-    "--metric", type=click.Choice(["cosine", "angular"]), default="cosine", show_default=True
-)
-@click.option(
-    "--last-state",
-    type=click.Choice(["raw", "postnorm"]),
-    default="raw",
-    show_default=True,
-    help="Last state: before (raw) or after the final norm.",
-)
+@click.option("--metric", type=click.Choice(["cosine", "angular"]), default="cosine")
+@click.option("--last-state", type=click.Choice(["raw", "postnorm"]), default="raw",
+              help="Last state: before (raw) or after the final norm.")  # fmt: skip
 @click.option("--streamed", is_flag=True, help="Load one layer at a time; needs little memory.")
-@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the data order.")
+@click.option("--batch-size", type=click.IntRange(1), default=1)
+@click.option("--seed", type=int, default=0, help="Seed of the data order.")
 @click.option("--revision", help="Revision of a hub model.")
 @device_option
 @dtype_option("Dtype of the weights in memory.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    help="Folder for similarity.json and similarity.svg  [default: scan-NAME]",
-)
+@click.option("-o", "--output", type=click.Path(path_type=Path),
+              help="Folder for similarity.json and .svg  [default: scan-NAME]")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; write files only with -o.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no table.")
@@ -109,36 +98,15 @@ def _require_free(output: Path | None, overwrite: bool) -> None:
         return
     if output.exists() and not output.is_dir():
         raise OutputError(f"Output {output} is a file; give the name of a folder with --output.")
-    there = [file for file in _FILES if (output / file).exists()]
-    if there and not overwrite:
-        raise OutputError(
-            f"Output {output / there[0]} exists; give another --output or pass --overwrite."
-        )
+    for file in _FILES:
+        refuse_existing(output / file, overwrite)
     # Nothing is made yet, so that a scan that fails leaves nothing behind.
     nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise OutputError(f"Output {output} cannot be made in {nearest}; give another --output.")
 
 
-def _scanned(
-    model: str,
-    sizes: list[int],
-    *,
-    calibration: str,
-    text_field: str,
-    samples: int,
-    sequence_length: int,
-    documents: bool,
-    last_state: Any,
-    streamed: bool,
-    batch_size: int,
-    seed: int,
-    revision: str | None,
-    device: str,
-    dtype: str,
-    trust_remote_code: bool,
-    progress: bool,
-) -> Similarity:
+def _scanned(model: str, sizes: list[int], *, progress: bool, **asked: Any) -> Similarity:
     import torch
 
     from streamline_bench.core.architecture import architecture_of, sequence_limit
@@ -149,16 +117,14 @@ def _scanned(
     from streamline_bench.core.scan.streaming import scan_streamed
     from streamline_bench.modeling.loading import load_config, load_model, load_tokenizer
 
-    folder = resolve_pretrained(model, revision)
+    folder = resolve_pretrained(model, asked["revision"])
+    same = ("text_field", "samples", "sequence_length", "seed")
     spec = CalibrationSpec(
-        source=calibration,
-        text_field=text_field,
-        samples=samples,
-        sequence_length=sequence_length,
-        form="documents" if documents else "packed",
-        seed=seed,
+        source=asked["calibration"],
+        form="documents" if asked["documents"] else "packed",
+        **{key: asked[key] for key in same},
     )
-    trust = {"trust_remote_code": trust_remote_code}
+    trust = {"trust_remote_code": asked["trust_remote_code"]}
     config = load_config(folder, **trust)
     _require_sizes(sizes, getattr(config, architecture_of(config).depth_key))
     tokens = load_calibration(
@@ -169,15 +135,13 @@ def _scanned(
         vocabulary=config.vocab_size,
         progress=progress,
     )
-    how: dict[str, Any] = {
-        "last_state": last_state,
-        "batch_size": batch_size,
-        "progress": progress,
-    }
-    if streamed:
-        how.update(trust, device=device, dtype=getattr(torch, dtype))
-        return scan_streamed(folder, tokens, **how)
-    return scan(load_model(folder, device=device, dtype=dtype, **trust), tokens, **how)
+    how = {"last_state": asked["last_state"], "batch_size": asked["batch_size"]}
+    device, dtype = asked["device"], asked["dtype"]
+    if asked["streamed"]:
+        memory = {"device": device, "dtype": getattr(torch, dtype)}
+        return scan_streamed(folder, tokens, progress=progress, **how, **trust, **memory)
+    loaded = load_model(folder, device=device, dtype=dtype, **trust)
+    return scan(loaded, tokens, progress=progress, **how)
 
 
 def _require_sizes(sizes: list[int], num_layers: int) -> None:

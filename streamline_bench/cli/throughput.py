@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
-from streamline_bench.cli.given import refuse_given
-from streamline_bench.cli.options import print_table, setup_logging
+from streamline_bench.cli.options import (
+    DEVICE_HELP,
+    print_table,
+    refuse_existing,
+    refuse_given,
+    setup_logging,
+)
 from streamline_bench.core.machine.environment import printable
-
-if TYPE_CHECKING:
-    from streamline_bench.throughput.record import ThroughputRecord
 
 _DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 _GIB = 1 << 30
@@ -46,34 +48,31 @@ def _list_of(kind: Callable[[str], _Number]) -> Callable[..., tuple[_Number, ...
               help="Start a vLLM server per model and measure its latencies.")  # fmt: skip
 @click.option("--paper", is_flag=True,
               help="The paper's setting: transformers, one sequence at a time.")  # fmt: skip
-@click.option("--batch", callback=_list_of(int), default="1,8,32", show_default=True,
+@click.option("--batch", callback=_list_of(int), default="1,8,32",
               help="Batch sizes, comma-separated; each is measured.")  # fmt: skip
-@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True,
-              help="Tokens of each prompt.")  # fmt: skip
-@click.option("--output-tokens", type=click.IntRange(1), default=128, show_default=True,
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, help="Tokens of each prompt.")
+@click.option("--output-tokens", type=click.IntRange(1), default=128,
               help="Tokens that each sequence generates.")  # fmt: skip
-@click.option("--rounds", type=click.IntRange(1), default=6, show_default=True,
+@click.option("--rounds", type=click.IntRange(1), default=6,
               help="Measured rounds of every model and batch size.")  # fmt: skip
-@click.option("--warmup-rounds", type=click.IntRange(0), default=1, show_default=True,
+@click.option("--warmup-rounds", type=click.IntRange(0), default=1,
               help="Rounds before them that do not count.")  # fmt: skip
-@click.option("--request-rate", callback=_list_of(float), default="1,4,inf", show_default=True,
+@click.option("--request-rate", callback=_list_of(float), default="1,4,inf",
               help="With --serve: requests per second, comma-separated.")  # fmt: skip
-@click.option("--requests", type=click.IntRange(1), default=32, show_default=True,
+@click.option("--requests", type=click.IntRange(1), default=32,
               help="With --serve: number of requests at each rate.")  # fmt: skip
 @click.option("--max-concurrency", type=click.IntRange(1),
               help="With --serve: most requests at the same time.")  # fmt: skip
 @click.option("--port", type=click.IntRange(1, 65535),
               help="With --serve: port of the server  [default: a free one]")  # fmt: skip
-@click.option("--dtype", type=_DTYPES, default="auto", show_default=True,
+@click.option("--dtype", type=_DTYPES, default="auto",
               help="Dtype of the weights; auto: that of the first model.")  # fmt: skip
 # Not the shared option: to try the device, it would hold memory there beside the models.
-@click.option("--device", default="auto", show_default=True,
-              help="cpu, cuda or cuda:N; auto: cuda if there is one.")  # fmt: skip
+@click.option("--device", default="auto", help=DEVICE_HELP)
 @click.option("--threads", type=click.IntRange(1),
               help="CPU threads of each model  [default: OMP_NUM_THREADS, or 1]")  # fmt: skip
 @click.option("--clock", type=click.Choice(["wall", "cpu"]),
-              help="Count tokens per second of this clock  [default: cpu on a CPU, else wall]",
-              )  # fmt: skip
+              help="Clock of tokens per second  [default: cpu on a CPU, else wall]")  # fmt: skip
 @click.option("--eager/--no-eager", default=None,
               help="With vLLM: run without compilation and CUDA graphs.")  # fmt: skip
 @click.option("--prefix-caching", is_flag=True,
@@ -82,13 +81,13 @@ def _list_of(kind: Callable[[str], _Number]) -> Callable[..., tuple[_Number, ...
               help="With vLLM: size of the cache of keys and values.")  # fmt: skip
 @click.option("--one-at-a-time", is_flag=True,
               help="Measure one model after the other; needs less memory.")  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True,
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600,
               help="Seconds that one round may take.")  # fmt: skip
 @click.option("--start-timeout", type=click.FloatRange(0, min_open=True), default=900,
-              show_default=True, help="Seconds that loading may take.")  # fmt: skip
+              help="Seconds that loading may take.")  # fmt: skip
 @click.option("--revision", help="Revision of the hub models.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a model.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the prompts.")
+@click.option("--seed", type=int, default=0, help="Seed of the prompts.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record instead of a table.")
 @click.option("-o", "--output", type=click.Path(path_type=Path),
               help="Folder for throughput.json and the logs.")  # fmt: skip
@@ -123,17 +122,31 @@ def command(
     _refuse_ignored(ctx, engine or "hf", serving, paper)
     setup_logging(quiet=quiet or as_json)
     named = _named(models, revision)
-    _require_free(output, overwrite)
-    how = {"output": output, "progress": not (quiet or as_json)}
+    from streamline_bench.throughput import ServingLoad, measure, serve
+    from streamline_bench.throughput.record import RECORD_NAME
+
+    if output is not None:
+        refuse_existing(output / RECORD_NAME, overwrite)
+    how = {**_asked(named, options), "output": output, "progress": not (quiet or as_json)}
     if serving:
-        record = _served(named, options, how)
+        load = ServingLoad(
+            request_rates=options["request_rate"],
+            requests=options["requests"],
+            max_concurrency=options["max_concurrency"],
+        )
+        record = serve(named, load=load, port=options["port"], **how)
     else:
-        record = _measured(named, engine or "hf", "paper" if paper else "offline", options, how)
+        mode: Literal["paper", "offline"] = "paper" if paper else "offline"
+        record = measure(named, engine=engine or "hf", mode=mode, **how)
     failures = {model.label: model.reason for model in record.models if model.reason}
     if as_json:
         click.echo(record.model_dump_json(indent=2))
     elif not quiet:
-        _show(record)
+        from streamline_bench.cli.tables import throughput_notes, throughput_tables
+
+        for table in throughput_tables(record):
+            print_table(table)
+        click.echo(throughput_notes(record))
     if quiet or as_json:
         for label, reason in failures.items():
             click.echo(f"{printable(label)} failed: {printable(reason)}", err=True)
@@ -167,49 +180,6 @@ def _named(models: tuple[str, ...], revision: str | None) -> dict[str, str]:
     return named
 
 
-def _require_free(output: Path | None, overwrite: bool) -> None:
-    from streamline_bench.errors import OutputError
-    from streamline_bench.throughput.record import RECORD_NAME
-
-    if output is None or overwrite:
-        return
-    try:
-        there = (output / RECORD_NAME).exists()
-    except OSError as error:
-        raise OutputError(
-            f"Output {output} cannot be read ({error.strerror}); give another --output."
-        ) from None
-    if there:
-        raise OutputError(
-            f"Output {output / RECORD_NAME} exists; give another --output or pass --overwrite."
-        )
-
-
-def _measured(
-    models: Mapping[str, str],
-    engine: str,
-    mode: Literal["offline", "paper"],
-    options: Mapping[str, Any],
-    how: Mapping[str, Any],
-) -> ThroughputRecord:
-    from streamline_bench.throughput import measure
-
-    return measure(models, engine=engine, mode=mode, **_asked(models, options), **how)
-
-
-def _served(
-    models: Mapping[str, str], options: Mapping[str, Any], how: Mapping[str, Any]
-) -> ThroughputRecord:
-    from streamline_bench.throughput import ServingLoad, serve
-
-    load = ServingLoad(
-        request_rates=options["request_rate"],
-        requests=options["requests"],
-        max_concurrency=options["max_concurrency"],
-    )
-    return serve(models, load=load, port=options["port"], **_asked(models, options), **how)
-
-
 def _asked(models: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what both ways of measuring are given."""
     from pydantic import ValidationError
@@ -237,11 +207,3 @@ def _asked(models: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, A
         ) from None
     dense = options["dense"] or next(iter(models))
     return {"dense": dense, "workload": workload, "setup": setup}
-
-
-def _show(record: ThroughputRecord) -> None:
-    from streamline_bench.cli.throughput_table import notes, tables
-
-    for table in tables(record):
-        print_table(table)
-    click.echo(notes(record))

@@ -44,7 +44,8 @@ class Results:
         return {
             name: state.reason or "It failed."
             for name, state in self.states.items()
-            if state.status == "failed" and not _is_of_a_row(state.job)
+            if state.status == "failed"
+            and not (state.job.labels and isinstance(state.job, CompressJob | ScoreJob))
         }
 
     def left_out(self) -> dict[str, str]:
@@ -57,12 +58,12 @@ class Results:
 
     def alone(self) -> dict[str, str]:
         """Return label -> why it was scored by itself, where others were scored together."""
-        found: dict[str, str] = {}
-        for row in self.plan.rows:
-            for state in self._of(row.label, ScoreJob):
-                if state.done is not None and state.done.facts.alone:
-                    found[row.label] = state.done.facts.alone
-        return found
+        return {
+            row.label: state.done.facts.alone
+            for row in self.plan.rows
+            for state in self._of(row.label, ScoreJob)
+            if state.done is not None and state.done.facts.alone
+        }
 
     def scored(self, label: str) -> bool:
         """Whether a row has its evaluation."""
@@ -168,11 +169,6 @@ class Results:
         ]
         shareable = [job for job in jobs if isinstance(job, ScoreJob) and job.shareable]
         return groups_of(self.run, shareable, one_process=False)
-
-
-def _is_of_a_row(job: Job) -> bool:
-    """Whether a row has no result without it."""
-    return bool(job.labels) and isinstance(job, CompressJob | ScoreJob)
 
 
 def write_report_once(run: RunPaths, description: RunFile, *, progress: bool) -> Path:

@@ -44,6 +44,7 @@ class RunPaths:
     """Every path of the run folder ``root``.
 
     Attributes:
+        there: the folder itself, or the nearest one above it that exists.
         run_file: ``run.json``, which the report reads.
         page: the report.
         answers: what unfinished rows have answered, for the attempt after an interruption.
@@ -60,6 +61,10 @@ class RunPaths:
         self.scored = self.job(".scored")
         self.compressing = self.job(".compressing")
         self.throughput = root / "throughput"
+
+    @property
+    def there(self) -> Path:
+        return next(path for path in (self.root, *self.root.parents) if path.exists())
 
     def job(self, name: str) -> Path:
         """Folder of a job."""

@@ -126,7 +126,11 @@ def compare_request(
         plan = resolve_plan(request, device=execution.device, progress=progress)
         execution.check_device(plan.device)
         execution.check_threads(plan.threads)
-        executor = _executor(execution)
+        executor: Executor = LocalExecutor(execution)
+        if execution.executor == "ray":
+            from streamline_bench.runs.execution.ray_executor import RayExecutor
+
+            executor = RayExecutor(execution)
         try:
             paths = RunPaths(output)
             here = execution.job_slots if execution.executor == "local" else None
@@ -180,14 +184,6 @@ def _run(
         ignored_options=results.ignored_options(),
         jobs={name: state.status for name, state in scheduler.states.items()},
     )
-
-
-def _executor(execution: Execution) -> Executor:
-    if execution.executor == "ray":
-        from streamline_bench.runs.execution.ray_executor import RayExecutor
-
-        return RayExecutor(execution)
-    return LocalExecutor(execution)
 
 
 @contextmanager

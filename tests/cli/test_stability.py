@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from streamline_bench.cli.main import main
-from streamline_bench.cli.stability import QUANTITIES, _footnote, command
+from streamline_bench.cli.stability import QUANTITIES, command
+from streamline_bench.cli.tables import stability_notes
 from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.settings import Settings
@@ -46,6 +47,8 @@ def test_margin_and_noise(lm_eval_outputs: Path) -> None:
     assert micro["flips_above_noise"]["value"] == pytest.approx(flips / micro["n"])
     shown = call(dense, pruned, "--draws", 200, "--noise", dense, "--noise", dense)
     assert "% above" in shown.output
+    rows = [line for line in shown.output.splitlines() if line[:1] in ("│", "┃")]
+    assert len(rows) > 5 and all(line[-1] == line[0] for line in rows)  # none is cut off
 
 
 def test_perplexities_alone(lm_eval_outputs: Path) -> None:
@@ -61,7 +64,9 @@ def test_perplexities_alone(lm_eval_outputs: Path) -> None:
 def test_reasons_from_a_run_are_printable(lm_eval_outputs: Path) -> None:
     samples = load_samples(lm_eval_outputs / "dense", run="dense", progress=False)
     result = compare_answers(samples, samples, settings=Settings(draws=100))
-    shown = _footnote(result.model_copy(update={"not_compared": {"t\x1b[1m": "why\x1b[31m\nnot"}}))
+    shown = stability_notes(
+        result.model_copy(update={"not_compared": {"t\x1b[1m": "why\x1b[31m\nnot"}})
+    )
     assert shown.splitlines()[-1] == "Not compared: t\ufffd[1m (why\ufffd[31m not)."
 
 

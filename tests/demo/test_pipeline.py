@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from streamline_bench.demo.pipeline import DemoOptions, run_demo
+from streamline_bench.demo.pipeline import run_demo
 from streamline_bench.errors import OutputError, RecipeError
+from streamline_bench.runs import CompareResult
 
 
-def _options(output: Path, until: str = "report") -> DemoOptions:
-    return DemoOptions(
-        output, rows=("dense", "streamline_none"), limit=4, until=until, progress=False
+def _demo(output: Path, **options: Any) -> CompareResult:
+    return run_demo(
+        output, **{"rows": ("dense", "streamline_none"), "limit": 4, "progress": False, **options}
     )
 
 
 @pytest.mark.slow
 def test_two_rows_from_compression_to_report(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    run_demo(_options(output, until="compress"))
+    _demo(output, until="compress")
     checkpoint = output / "streamline_none" / "checkpoint"
     written = (checkpoint / "streamline.json").stat().st_mtime_ns
     assert not (output / "dense" / "eval").exists()
-    result = run_demo(_options(output))
+    result = _demo(output)
     assert result.exit_code == 0
     report = result.report
     assert (checkpoint / "streamline.json").stat().st_mtime_ns == written
@@ -35,19 +36,19 @@ def test_two_rows_from_compression_to_report(tmp_path: Path) -> None:
     for name in ("leaderboard.html", "leaderboard.md", "leaderboard.csv"):
         assert (output / name).stat().st_size > 0
     with pytest.raises(OutputError, match="other options"):
-        run_demo(DemoOptions(output, rows=("dense",), limit=5, progress=False))
+        _demo(output, rows=("dense",), limit=5)
 
 
 def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(OutputError, match="run folder"):
-        run_demo(_options(tmp_path))
+        _demo(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_unknown_stage_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="known: compress, evaluate, report"):
-        run_demo(_options(tmp_path / "run", until="reprot"))
+        _demo(tmp_path / "run", until="reprot")
     assert not (tmp_path / "run").exists()
 
 
@@ -56,9 +57,8 @@ def test_overwriting_leaves_a_project_of_someone_else_alone(tmp_path: Path, text
     (tmp_path / "plan.yaml").write_text(text, encoding="utf-8")
     (tmp_path / "train.py").write_text("mine", encoding="utf-8")
     (tmp_path / "jobs").mkdir()
-    options = replace(_options(tmp_path), overwrite=True)
     with pytest.raises(OutputError, match=r"plan\.yaml is damaged"):
-        run_demo(options)
+        _demo(tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} == {
         "plan.yaml", "train.py", "jobs"
     }  # fmt: skip
@@ -67,11 +67,11 @@ def test_overwriting_leaves_a_project_of_someone_else_alone(tmp_path: Path, text
 @pytest.mark.slow
 def test_overwriting_starts_afresh(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    run_demo(_options(output, until="compress"))
+    _demo(output, until="compress")
     (output / "notes.txt").write_text("mine", encoding="utf-8")
-    other = replace(_options(output, until="compress"), sparsity=0.5)
+    other = {"until": "compress", "sparsity": 0.5}
     with pytest.raises(OutputError, match="other options"):
-        run_demo(other)
-    result = run_demo(replace(other, overwrite=True))
+        _demo(output, **other)
+    result = _demo(output, overwrite=True, **other)
     assert result.jobs == {"compress-streamline_none": "done"}
     assert (output / "notes.txt").read_text(encoding="utf-8") == "mine"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.cli.throughput_table import notes
+from streamline_bench.cli.tables import throughput_notes
 from streamline_bench.errors import OutputError, ThroughputError
 from streamline_bench.throughput import Setup, Workload, measure, read_record
 from streamline_bench.throughput.record import ModelResult
@@ -208,7 +208,9 @@ def test_every_models_notes_are_shown_once_in_words_of_its_group(
             models, dense="dense", engine=fake_engine, workload=ONE, setup=setup, progress=False
         )
         assert [bool(model.points[0].notes) for model in record.models] == [not alone, True]
-        (shown,) = [line for line in notes(record).splitlines() if "out of memory" in line]
+        (shown,) = [
+            line for line in throughput_notes(record).splitlines() if "out of memory" in line
+        ]
         assert shown.startswith("big ") and words in shown
         for folder in models.values():
             (folder / "batches.txt").unlink()

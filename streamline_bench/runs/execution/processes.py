@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from streamline_bench.core.machine.processes import LeashedProcess
 from streamline_bench.errors import OutputError
@@ -107,8 +107,17 @@ class JobProcess(LeashedProcess):
         return time.monotonic() - self._started
 
 
-@dataclass(frozen=True)
-class _Running:
+def outcome(process: JobProcess, limit: float | None) -> tuple[int, str | None] | None:
+    """Return exit code and, where it is ended here after ``limit`` seconds, the reason."""
+    if (code := process.poll()) is not None:
+        return code, None
+    if limit is None or process.seconds < limit:
+        return None
+    process.end()
+    return 1, f"It ran longer than {limit:g} s (--timeout)."
+
+
+class _Running(NamedTuple):
     process: JobProcess
     gpu: str | None
     limit: float | None
@@ -133,9 +142,8 @@ class LocalExecutor:
     def submit(self, run: RunPaths, job: Job) -> None:
         """Start the job's process (OutputError: its log cannot be written)."""
         gpu = self._free.pop(0) if self._free else None
-        environment = {"OMP_NUM_THREADS": str(self.execution.threads_per_job)}
-        environment |= {k: v for k, v in os.environ.items() if k == "OMP_NUM_THREADS"}
-        environment |= job.environment
+        threads = os.environ.get("OMP_NUM_THREADS", str(self.execution.threads_per_job))
+        environment = {"OMP_NUM_THREADS": threads, **job.environment}
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         elif self.execution.device == "cpu":
@@ -158,16 +166,10 @@ class LocalExecutor:
             self._running.pop(name).process.end()
 
     def _look(self, name: str) -> Ended | None:
-        running = self._running[name]
-        code = running.process.poll()
-        limit = running.limit
-        reason = None
-        if code is None:
-            if limit is None or running.process.seconds < limit:
-                return None
-            running.process.end()
-            code, reason = 1, f"It ran longer than {limit:g} s (--timeout)."
+        process, gpu, limit = self._running[name]
+        if (found := outcome(process, limit)) is None:
+            return None
         del self._running[name]
-        if running.gpu is not None:
-            self._free.append(running.gpu)
-        return Ended(name, code, reason)
+        if gpu is not None:
+            self._free.append(gpu)
+        return Ended(name, *found)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from streamline_bench.core.machine.environment import printable
 from streamline_bench.runs.execution.scheduler import JobState
@@ -16,20 +16,15 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+Watch = Callable[[Mapping[str, JobState]], None]
+
 SILENCE = 60.0
 """Seconds without a line after which what runs is said, where there is no terminal."""
 
 
-class Watch(Protocol):
-    """Is shown where every job stands, again and again."""
-
-    def __call__(self, states: Mapping[str, JobState]) -> None:
-        """Show it."""
-
-
 @contextmanager
 def watching(run: RunPaths, *, quiet: bool, title: str) -> Iterator[Watch]:
-    """Yield what the scheduler calls; it shows nothing when ``quiet``."""
+    """Yield what the scheduler calls with the state of every job; ``quiet`` shows nothing."""
     if quiet:
         yield lambda states: None
         return
@@ -103,7 +98,7 @@ class _Clock:
         if state.done is not None:
             return state.done.seconds
         started = self._started.get(state.job.name)
-        running = state.status == "running" and started is not None
+        running = state.status == "running"
         return time.monotonic() - started if running and started is not None else None
 
     def total(self) -> float:
@@ -143,18 +138,12 @@ def _line(state: JobState, states: Mapping[str, JobState], clock: _Clock) -> str
         return f"{name}: {state.status}: {printable(state.reason)}"
     took = f" in {_span(seconds)}" if seconds is not None and state.status == "done" else ""
     words = {"done": "done", "waiting": "lost, will be tried again"}
-    how = _company(state)
+    how = ""
+    if state.done is not None and state.done.facts.together:
+        how = f", one walk of {len(state.done.facts.together)} models"
+    elif state.done is not None and state.done.facts.alone:
+        how = f", by itself: {printable(state.done.facts.alone)}"
     return f"{name}: {words[state.status]}{took}{how} ({_counted(states, clock)})"
-
-
-def _company(state: JobState) -> str:
-    """How a row was scored: with which others in one walk, or why by itself."""
-    if state.done is None:
-        return ""
-    facts = state.done.facts
-    if facts.together:
-        return f", one walk of {len(facts.together)} models"
-    return f", by itself: {printable(facts.alone)}" if facts.alone else ""
 
 
 def _table(states: Mapping[str, JobState], title: str, clock: _Clock) -> Table:

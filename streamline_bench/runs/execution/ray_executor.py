@@ -14,7 +14,7 @@ from typing import Any
 
 from streamline_bench.errors import ClusterError, MissingDependencyError, first_line, library_errors
 from streamline_bench.runs.execution.options import JOB_KINDS, Execution
-from streamline_bench.runs.execution.processes import Ended, JobProcess, time_limit
+from streamline_bench.runs.execution.processes import Ended, JobProcess, outcome, time_limit
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Job
 
@@ -130,15 +130,12 @@ def run_job_here(
     """
     process = JobProcess(RunPaths(Path(run)), name, environment, Path(folder))
     try:
-        while (code := process.poll()) is None:
-            if timeout is not None and process.seconds > timeout:
-                process.end()
-                return 1, f"It ran longer than {timeout:g} s (--timeout)."
+        while (found := outcome(process, timeout)) is None:
             time.sleep(_POLL)
     except BaseException:
         process.end()
         raise
-    return code, None
+    return found
 
 
 def _own_variables() -> dict[str, str]:

@@ -133,7 +133,9 @@ class Scheduler:
         self._alone.update(found.alone)
         for group in ([job for job in group if job in jobs] for group in found.groups):
             if len(group) == 1:
-                self._alone.setdefault(group[0].name, self._left_over())
+                several = len(self._all_shareable()) > 1  # else there is no company to miss
+                why = "no other row was left to score it with" if several else None
+                self._alone.setdefault(group[0].name, why)
             elif group and self._executor.has_room():
                 self._start(score_together_job(group))
 
@@ -156,11 +158,6 @@ class Scheduler:
 
     def _dense(self) -> ScoreJob:
         return next(job for job in self._all_shareable() if job.dense)
-
-    def _left_over(self) -> str | None:
-        """Why a row that could share layers has no company; of a run's only row, nothing."""
-        several = len(self._all_shareable()) > 1
-        return "no other row was left to score it with" if several else None
 
     def _start(self, job: Job) -> None:
         for part in job.parts:
@@ -224,7 +221,6 @@ def groups_of(run: RunPaths, jobs: Sequence[ScoreJob], *, one_process: bool) -> 
     """
     if one_process or len(jobs) < 2:
         return Grouping([list(jobs)])
-    from streamline_bench.core.checkpoint.folder import resolve_pretrained
     from streamline_bench.harness.trunk.legs import solo_reason, walks_of
     from streamline_bench.harness.trunk.stack import read_stack
 
@@ -232,7 +228,7 @@ def groups_of(run: RunPaths, jobs: Sequence[ScoreJob], *, one_process: bool) -> 
     for job in jobs:
         try:
             stacks[job.name] = read_stack(
-                resolve_pretrained(job.pretrained(run), job.revision if job.dense else None),
+                job.folder(run),
                 dtype=job.evaluation.dtype,
                 trust_remote_code=job.trust_remote_code,
                 progress=False,

@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 
@@ -93,6 +93,12 @@ class Job(Frozen):
         """The jobs that its process does: itself, or several that are scored together."""
         return (self,)
 
+    def source(self) -> Path:
+        """Return the folder of the dense model (CheckpointError: it is not there)."""
+        from streamline_bench.core.checkpoint.folder import resolve_pretrained
+
+        return resolve_pretrained(self.model, self.revision)
+
     @abstractmethod
     def products(self, run: RunPaths) -> list[Path]:
         """Files and folders that it makes."""
@@ -152,15 +158,14 @@ class Failed(Frozen):
     attempts: int
 
 
+_Marker = TypeVar("_Marker", Done, Failed)
+
+
 def read_done(run: RunPaths, name: str, key: str) -> Done | None:
     """Return the marker of a job whose result is there and whole, else None."""
-    try:
-        text = (run.job(name) / "done.json").read_text(encoding="utf-8")
-        done = Done.model_validate_json(text)
-    except (OSError, UnicodeDecodeError, ValidationError):
-        return None  # not finished, damaged, or of another release: the job is done again
-    whole = all(_is_whole(run.root / path, mark) for path, mark in done.files.items())
-    return done if done.key == key and whole else None
+    done = _read(Done, run.job(name) / "done.json", key)
+    whole = done and all(_is_whole(run.root / path, mark) for path, mark in done.files.items())
+    return done if whole else None
 
 
 def write_done(
@@ -196,12 +201,16 @@ def write_failed(run: RunPaths, name: str, *, key: str, reason: str) -> None:
 
 def read_failed(run: RunPaths, name: str, key: str) -> Failed | None:
     """Return why this job's last attempt failed, None if it did not say."""
+    return _read(Failed, run.job(name) / "failed.json", key)
+
+
+def _read(kind: type[_Marker], path: Path, key: str) -> _Marker | None:
+    """A marker of this key; None: not there, damaged, or of another release."""
     try:
-        text = (run.job(name) / "failed.json").read_text(encoding="utf-8")
-        failed = Failed.model_validate_json(text)
+        marker = kind.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError):
         return None
-    return failed if failed.key == key else None
+    return marker if marker.key == key else None
 
 
 def forget_failure(run: RunPaths, name: str) -> None:

@@ -49,15 +49,13 @@ class CompressJob(Job):
         import torch
 
         from streamline_bench.compression.pipeline import compress
-        from streamline_bench.core.checkpoint.folder import resolve_pretrained
         from streamline_bench.core.checkpoint.reader import CheckpointReader
         from streamline_bench.core.recipe.schema import parse_recipe
 
         if "OMP_NUM_THREADS" in os.environ:
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         recipe = parse_recipe(self.recipe, "The row's recipe")
-        folder = resolve_pretrained(self.model, self.revision)
-        found = CheckpointReader(folder).fingerprint(progress=False)
+        found = CheckpointReader(self.source()).fingerprint(progress=False)
         if found != self.weights_sha256:
             raise CheckpointError(
                 f"{self.model} is not the model this run was started with (its weights differ); "
@@ -126,12 +124,10 @@ class TextJob(Job):
         return [run.divergence(self.label)]
 
     def work(self, run: RunPaths) -> Result:
-        from streamline_bench.core.checkpoint.folder import resolve_pretrained
         from streamline_bench.divergence import read_texts, token_divergence
         from streamline_bench.modeling.loading import load_tokenizer
 
-        text = self.text
-        folder = resolve_pretrained(self.model, self.revision)
+        text, folder = self.text, self.source()
         tokenizer = load_tokenizer(folder, trust_remote_code=self.trust_remote_code)
         batch_size = max(1, _TOKENS // text.window)
         compared = token_divergence(
@@ -184,16 +180,13 @@ class MeasureJob(Job):
         return [run.throughput]
 
     def work(self, run: RunPaths) -> Result:
-        from streamline_bench.core.checkpoint.folder import resolve_pretrained
         from streamline_bench.throughput import Setup, Workload, measure
 
         workload = Workload.model_validate(self.workload)
         with staged_output(run.throughput, overwrite=True) as staging:
             measure(
                 {
-                    label: run.checkpoint(label)
-                    if compressed
-                    else resolve_pretrained(self.model, self.revision)
+                    label: run.checkpoint(label) if compressed else self.source()
                     for label, compressed in self.rows.items()
                 },
                 dense=self.dense,
@@ -207,15 +200,12 @@ class MeasureJob(Job):
                 ),
                 output=staging,
             )
+        asked = ("prompt_tokens", "output_tokens", "rounds", "warmup_rounds", "seed")
         options = {
             "--dense": self.dense,
             "--engine": self.engine,
             "--batch": ",".join(map(str, workload.batch_sizes)),
-            "--prompt-tokens": workload.prompt_tokens,
-            "--output-tokens": workload.output_tokens,
-            "--rounds": workload.rounds,
-            "--warmup-rounds": workload.warmup_rounds,
-            "--seed": workload.seed,
+            **{f"--{name.replace('_', '-')}": getattr(workload, name) for name in asked},
             "--device": self.device,
             "--dtype": self.dtype or "auto",
             "--threads": self.threads,

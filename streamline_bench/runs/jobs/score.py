@@ -64,17 +64,46 @@ class ScoreJob(Job):
         """Return what the harness loads."""
         return self.model if self.dense else str(run.checkpoint(self.label))
 
+    def folder(self, run: RunPaths) -> Path:
+        """Return the folder of the model that is scored (CheckpointError: it is not whole)."""
+        from streamline_bench.core.checkpoint.folder import resolve_pretrained
+
+        return resolve_pretrained(self.pretrained(run), self.revision if self.dense else None)
+
     def harness_command(self, run: RunPaths, output: Path) -> list[str]:
-        """Return the command line that scores into ``output``."""
+        """Return the command line that scores into ``output``, as a reader can type it too.
+
+        It is the stock harness's; with the user's own task folder it is ours, which passes
+        everything on: the stock one takes a single folder, and the packaged tasks must stay known
+        beside the user's.
+        """
+        asked, own = self.evaluation, self.evaluation.include_path
         model = {
             "pretrained": self.pretrained(run),
             "revision": self.revision if self.dense else None,
-            "dtype": self.evaluation.dtype,
+            "dtype": asked.dtype,
             "trust_remote_code": self.trust_remote_code or None,
         }
-        return harness_command(
-            model, output, self.evaluation, device=self.device, engine=self.engine
-        )
+        command = [
+            sys.executable, "-m",
+            *(["lm_eval"] if own is None else ["streamline_bench", "lm-eval"]),
+            "--model", f"streamline-{self.engine}" if self.engine else "streamline",
+            "--model_args", _model_arguments(model),
+            "--include_path", own or task_folders(None)[0],
+            "--tasks", ",".join(asked.tasks),
+            "--batch_size", asked.batch_size,
+            "--device", self.device,
+            "--output_path", str(output),
+            "--log_samples",
+        ]  # fmt: skip
+        if asked.limit is not None:
+            whole = asked.limit.is_integer()
+            command += ["--limit", str(int(asked.limit) if whole else asked.limit)]
+        if asked.num_fewshot is not None:
+            command += ["--num_fewshot", str(asked.num_fewshot)]
+        if asked.apply_chat_template:
+            command.append("--apply_chat_template")
+        return command
 
     def reader_command(self, run: RunPaths) -> str:
         """Return the command that gives these answers, for a reader to type."""
@@ -111,49 +140,14 @@ class ScoreJob(Job):
         return Result(job.reader_command(run), Facts(alone=self.alone, not_compared=left_out))
 
     def _call(self, run: RunPaths, staging: Path) -> None:
+        """Run the harness, whose output goes to this process's own, which the job's log keeps."""
         command = self.harness_command(run, staging)
         print(shlex.join(command), flush=True)
-        call_harness(command, run.log(self.name))
-
-
-def harness_command(
-    model: Mapping[str, Any],
-    output: Path,
-    evaluation: Evaluation,
-    *,
-    device: str,
-    engine: str | None = None,
-) -> list[str]:
-    """Return the command line, as a reader can type it too.
-
-    It is the stock harness's; with the user's own task folder it is ours, which passes everything
-    on: the stock one takes a single folder, and the packaged tasks must stay known beside the
-    user's.
-
-    Args:
-        model: ``pretrained`` and what else belongs into ``--model_args``; None is left out.
-        engine: None: transformers.
-    """
-    own = evaluation.include_path
-    command = [
-        sys.executable, "-m", *(["lm_eval"] if own is None else ["streamline_bench", "lm-eval"]),
-        "--model", f"streamline-{engine}" if engine else "streamline",
-        "--model_args", _model_arguments(model),
-        "--include_path", own or task_folders(None)[0],
-        "--tasks", ",".join(evaluation.tasks),
-        "--batch_size", evaluation.batch_size,
-        "--device", device,
-        "--output_path", str(output),
-        "--log_samples",
-    ]  # fmt: skip
-    if evaluation.limit is not None:
-        limit = evaluation.limit
-        command += ["--limit", str(int(limit) if limit.is_integer() else limit)]
-    if evaluation.num_fewshot is not None:
-        command += ["--num_fewshot", str(evaluation.num_fewshot)]
-    if evaluation.apply_chat_template:
-        command.append("--apply_chat_template")
-    return command
+        environment = {"TOKENIZERS_PARALLELISM": "false", "LMEVAL_LOG_LEVEL": "WARNING"}
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, env={**environment, **os.environ})
+        if done.returncode:
+            why = last_line(run.log(self.name))
+            raise EvaluationError(f"{command[2]} ended with exit code {done.returncode}: {why}")
 
 
 def _model_arguments(model: Mapping[str, Any]) -> str:
@@ -169,20 +163,6 @@ def check_scores(folder: Path) -> None:
     from streamline_bench.stability.readers.lm_eval_reader import read_lm_eval
 
     read_lm_eval(folder, progress=False)
-
-
-def call_harness(command: list[str], log: Path) -> None:
-    """Run a command whose output goes to this process's own, which ``log`` keeps.
-
-    Raises:
-        EvaluationError: it failed; the last line of the log says why.
-    """
-    environment = {"TOKENIZERS_PARALLELISM": "false", "LMEVAL_LOG_LEVEL": "WARNING"}
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, env={**environment, **os.environ})
-    if done.returncode:
-        raise EvaluationError(
-            f"{command[2]} ended with exit code {done.returncode}: {last_line(log)}"
-        )
 
 
 def last_line(log: Path) -> str:

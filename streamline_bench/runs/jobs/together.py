@@ -71,18 +71,12 @@ class ScoreTogether(Job):
         return Result()
 
     def _request(self, run: RunPaths, outputs: Mapping[str, Path]) -> TrunkRequest:
-        from streamline_bench.core.checkpoint.folder import resolve_pretrained
         from streamline_bench.harness.trunk import TrunkRequest
 
         evaluation = self.jobs[0].evaluation
         size = evaluation.batch_size
         return TrunkRequest(
-            checkpoints={
-                job.label: resolve_pretrained(
-                    job.pretrained(run), job.revision if job.dense else None
-                )
-                for job in self.jobs
-            },
+            checkpoints={job.label: job.folder(run) for job in self.jobs},
             outputs=dict(outputs),
             journal=run.answers,
             tasks=evaluation.tasks,
@@ -98,10 +92,8 @@ class ScoreTogether(Job):
 
 
 def score_together_job(jobs: Sequence[ScoreJob]) -> Job:
-    """Return the job that does these in one process; a single one is done as it is."""
+    """Return the job that does these, at least two, in one process."""
     first = jobs[0]
-    if len(jobs) == 1:
-        return first
     return ScoreTogether(
         key=digest(["together", [job.key for job in jobs]]),
         model=first.model,

@@ -29,20 +29,16 @@ AnyJob = Annotated[
 """A job as ``job.json`` holds it."""
 
 
-def read_job(run: RunPaths, name: str) -> Job:
-    """Read what the scheduler wrote just before it started this process."""
-    adapter: TypeAdapter[Job] = TypeAdapter(AnyJob)
-    return adapter.validate_json((run.job(name) / "job.json").read_bytes())
-
-
 def main(arguments: list[str]) -> int:
     """Do the job; return the exit code."""
     hold_leash()
     signal.signal(signal.SIGTERM, _stop)
     run, name = RunPaths(Path(arguments[0])), arguments[1]
-    job = read_job(run, name)
+    adapter: TypeAdapter[Job] = TypeAdapter(AnyJob)
+    job = adapter.validate_json((run.job(name) / "job.json").read_bytes())
     number = count_attempt(run, name)
-    _set_up_log()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
+    logging.getLogger("streamline_bench").setLevel(logging.INFO)
     print(f"== {name}, attempt {number}", flush=True)
     started = time.monotonic()
     try:
@@ -67,11 +63,6 @@ def _sentence(error: Exception, name: str) -> str:
         return f"{error.strerror or error}{where}; see jobs/{name}/log.txt."
     text = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {text}; see jobs/{name}/log.txt."
-
-
-def _set_up_log() -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
-    logging.getLogger("streamline_bench").setLevel(logging.INFO)
 
 
 def _stop(*_: object) -> NoReturn:

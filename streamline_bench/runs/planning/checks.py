@@ -49,8 +49,7 @@ def check_before(plan: Plan, run: RunPaths, *, jobs_at_a_time: int | None, until
 
 def _check_names(plan: Plan, run: RunPaths) -> None:
     """The harness makes one file name of a model's whole path."""
-    there = next(path for path in (run.root, *run.root.parents) if path.exists())
-    most = os.pathconf(there, "PC_NAME_MAX")
+    most = os.pathconf(run.there, "PC_NAME_MAX")
     for row in plan.rows:
         model = plan.model if row.dense else str(run.checkpoint(row.label))
         # As lm_eval.utils.sanitize_model_name does, without importing it.
@@ -64,9 +63,8 @@ def _check_names(plan: Plan, run: RunPaths) -> None:
 
 
 def _check_disk(plan: Plan, run: RunPaths, size: int, todo: Sequence[PlanRow]) -> None:
-    needed = sum(size * (1 - _removed(row, plan)) for row in todo)
-    there = next(path for path in (run.root, *run.root.parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    needed = sum(size * (1 - _removed(row)) for row in todo)
+    free = shutil.disk_usage(run.there).free
     if needed > free:
         raise OutputError(
             f"{run.root} needs about {_size(needed)} for {len(todo)} checkpoints, and "
@@ -74,8 +72,8 @@ def _check_disk(plan: Plan, run: RunPaths, size: int, todo: Sequence[PlanRow]) -
         )
 
 
-def _removed(row: PlanRow, plan: Plan) -> float:
-    """The share that a recipe removes; half, where it says that in a way of its own."""
+def _removed(row: PlanRow) -> float:
+    """The share of the parameters that a recipe removes; half if it names no sparsity."""
     recipe = Recipe.model_validate(row.recipe)
     return recipe.sparsity if recipe.sparsity is not None else 0.5
 

@@ -141,12 +141,11 @@ def read_plan(folder: Path) -> Plan | None:
         plan = Plan.model_validate(payload)
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        first = first_problem(error)
-        raise OutputError(f"{path} is damaged ({first}); give another --output.") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        first = " ".join(str(error).split())[:160]
-        raise OutputError(f"{path} is damaged ({first}); give another --output.") from None
+        why = " ".join(str(error).split())[:160]
+        if isinstance(error, ValidationError):
+            why = first_problem(error)
+        raise OutputError(f"{path} is damaged ({why}); give another --output.") from None
     if plan.schema_version != SCHEMA_VERSION:
         raise OutputError(
             f"{path} has schema version {plan.schema_version}, this release writes "

@@ -53,24 +53,26 @@ def resolve_plan(request: Request, *, device: str | None = None, progress: bool 
         recipe = row.recipe.model_dump(mode="json")
         return PlanRow(label=row.label, dense=row.is_dense, recipe=recipe, key=key)
 
+    def same(names: str) -> dict[str, Any]:
+        return {name: getattr(request, name) for name in names.split()}
+
     return Plan(
         title=request.title or f"{Path(request.model).name} without some of its layers",
         model=str(source.folder.resolve()) if local else request.model,
-        revision=request.revision,
         weights_sha256=source.weights_sha256,
         reference=next(row.label for row in rows if row.is_dense),
         rows=tuple(planned(row) for row in rows),
-        evaluation=_evaluation(request, own),
+        evaluation=Evaluation(
+            include_path=str(own) if own else None,
+            tasks_sha256=_task_files(request, own),
+            **same("tasks limit num_fewshot apply_chat_template batch_size dtype"),
+        ),
         device=where,
-        dtype=request.dtype,
-        trust_remote_code=request.trust_remote_code,
-        threads=request.threads,
-        throughput=request.throughput,
         workload=_workload(request),
         noise=_noise(request),
         text=_text(request, source.folder),
-        environment=request.environment,
         versions=package_versions(),
+        **same("revision dtype trust_remote_code threads throughput environment"),
     )
 
 
@@ -79,19 +81,6 @@ def _own_tasks(request: Request) -> Path | None:
     if own is not None and not own.is_dir():
         raise RecipeError(f"The task folder {own} does not exist; correct --include-path.")
     return own
-
-
-def _evaluation(request: Request, own: Path | None) -> Evaluation:
-    return Evaluation(
-        tasks=request.tasks,
-        include_path=str(own) if own else None,
-        tasks_sha256=_task_files(request, own),
-        limit=request.limit,
-        num_fewshot=request.num_fewshot,
-        apply_chat_template=request.apply_chat_template,
-        batch_size=request.batch_size,
-        dtype=request.dtype,
-    )
 
 
 def _task_files(request: Request, own: Path | None) -> str:

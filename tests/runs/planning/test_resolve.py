@@ -14,7 +14,7 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import EvaluationError, RecipeError
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.graph import plan_jobs
-from streamline_bench.runs.jobs.score import ScoreJob, harness_command
+from streamline_bench.runs.jobs.score import ScoreJob
 from streamline_bench.runs.planning.plan import Evaluation
 from streamline_bench.runs.planning.request import Request, make_request
 from streamline_bench.runs.planning.resolve import resolve_plan
@@ -114,7 +114,9 @@ def test_a_request_that_is_none(changes: dict[str, Any], sentence: str) -> None:
 )
 def test_a_limit_is_handed_on_exactly(limit: float, written: str) -> None:
     evaluation = Evaluation(tasks=("t",), tasks_sha256="", batch_size="1", limit=limit)
-    command = harness_command({"pretrained": "m"}, Path("o"), evaluation, device="cpu")
+    job = ScoreJob(key="k", model="m", label="dense", dense=True, device="cpu",
+                   evaluation=evaluation)  # fmt: skip
+    command = job.harness_command(RunPaths(Path("run")), Path("o"))
     assert command[command.index("--limit") + 1] == written
     assert float(written) == limit
 

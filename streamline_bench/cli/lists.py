@@ -1,0 +1,78 @@
+"""``streamline-bench recipes`` and ``streamline-bench tasks``: what comes with the package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from streamline_bench.cli.options import print_table
+
+
+@click.command("recipes")
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def recipes(name: str | None, as_json: bool) -> None:
+    """List the recipes, or show the recipe NAME (a name or the path of a YAML file)."""
+    from streamline_bench.compression.recipes import list_recipes, listed_recipes, load_recipe
+
+    if name is not None:
+        payload = load_recipe(name).model_dump(mode="json", exclude={"overridden"})
+        as_yaml = yaml.safe_dump(payload, sort_keys=False, allow_unicode=True).removesuffix("\n")
+        click.echo(json.dumps(payload, indent=2) if as_json else as_yaml)
+    elif as_json:
+        known = [load_recipe(each).model_dump(mode="json") for each in list_recipes()]
+        click.echo(json.dumps(known, indent=2))
+    else:
+        rows = ((each.name, each.cost, each.method, each.title) for each in listed_recipes())
+        _print_list(("recipe", "cost", "method", "what"), rows)
+
+
+@click.command("tasks")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--path", "only_path", is_flag=True, help="Print the folder, for --include_path.")
+def tasks(as_json: bool, only_path: bool) -> None:
+    """List the lm-eval tasks and groups in the package."""
+    from streamline_bench.resources import resource
+
+    root = resource("tasks") / "lm_eval"
+    if only_path:
+        click.echo(root)
+    elif as_json:
+        click.echo(json.dumps(_tasks_in(root), indent=2))
+    else:
+        _print_list(("name", "kind", "set"), (row.values() for row in _tasks_in(root)))
+        click.echo(f"\nlm_eval --include_path {root} --tasks NAME ...")
+
+
+def _print_list(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(*header, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    print_table(table)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads ``!function`` tags as plain text, so that listing tasks runs no code."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: str(node.value))
+
+
+def _tasks_in(root: Path) -> list[dict[str, str]]:
+    rows = []
+    for path in sorted(root.rglob("*.yaml")):
+        payload: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        if not isinstance(payload, dict):
+            continue
+        kind = "group" if isinstance(payload.get("task"), list) or "group" in payload else "task"
+        name = payload.get("group") if kind == "group" else payload.get("task")
+        if isinstance(name, str):
+            rows.append({"name": name, "kind": kind, "set": str(path.parent.relative_to(root))})
+    return rows

@@ -1,0 +1,279 @@
+"""The tables that commands print: stability, divergence, throughput."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from streamline_bench.report.text import (
+    MISSING,
+    interval,
+    p_value,
+    percent,
+    points,
+    terminal_text,
+    with_error,
+)
+from streamline_bench.stability.readers.verdicts import GRADED
+
+if TYPE_CHECKING:
+    from streamline_bench.stability.comparison import (
+        Comparison,
+        Estimate,
+        GenerationComparison,
+        GroupComparison,
+        Overall,
+        PerplexityComparison,
+        TaskComparison,
+        TokenDivergence,
+    )
+    from streamline_bench.throughput.record import (
+        Latency,
+        ModelResult,
+        Point,
+        ServingPoint,
+        ThroughputRecord,
+    )
+
+_MIB = 1 << 20
+
+
+def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    table = Table(title=title)
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def stability_table(result: Comparison) -> Table:
+    """Return accuracies, stability and flips of every task, with means below."""
+    names = ("n", "dense", "pruned", "change\n(Holm's)\nverdict", "stability", "agreement",
+             "lost/\ngained", "p\n(Holm's)")  # fmt: skip
+    table = _table("Pruned against dense, in %", ("task",), names)
+    for task in result.tasks:
+        name = task.task if task.filter == "none" else f"{task.task} ({task.filter})"
+        table.add_row(*_cells(name, task))
+    if result.groups:
+        table.add_section()
+    for group in result.groups:
+        table.add_row(*_group_mean(group))
+        table.add_row(*_cells(f"{group.group}, documents", group))
+    if len(result.tasks) > 1 and result.macro is not None and result.micro is not None:
+        table.add_section()
+        table.add_row(*_cells("mean over tasks", result.macro))
+        table.add_row(*_cells("all documents", result.micro))
+    return table
+
+
+def _group_mean(group: GroupComparison) -> list[str]:
+    """The unweighted mean over the tasks of a group, of which only stability has an interval."""
+    dense, pruned = group.macro_dense, group.macro_pruned
+    change = None if dense is None or pruned is None else pruned - dense
+    return [
+        escape(terminal_text(f"{group.group}, mean of {len(group.tasks)} tasks")),
+        str(group.n),
+        percent(dense),
+        percent(pruned),
+        points(change),
+        escape(_with_interval(group.macro_stability)),
+    ]
+
+
+def _with_interval(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return percent(None)
+    return f"{percent(estimate.value)}\n{interval(estimate)}".strip()
+
+
+def _cells(name: str, row: TaskComparison | GroupComparison | Overall) -> list[str]:
+    difference = row.difference
+    verdict: str = "no worse" if row.decision == "no worse than margin" else row.decision or ""
+    change, p = [points(row.difference.value), interval(difference, signed=True)], [row.p_value]
+    if row.adjusted is not None:
+        change.append(interval(row.adjusted, signed=True))
+        p.append(row.p_holm)
+    cells = [
+        terminal_text(name),
+        str(row.n),
+        with_error(row.dense),
+        with_error(row.pruned),
+        "\n".join([*change, verdict]),
+        _with_interval(row.stability),
+        percent(row.agreement.value),
+        f"{row.flips.right_to_wrong}/{row.flips.wrong_to_right}\n{_above_noise(row)}",
+        "\n".join(map(p_value, p)),
+    ]
+    return [escape(cell.strip()) for cell in cells]
+
+
+def _above_noise(row: TaskComparison | GroupComparison | Overall) -> str:
+    excess = row.flips_above_noise
+    if excess is None:
+        return ""
+    return f"{points(excess.value)} % above\n{interval(excess, signed=True)}"
+
+
+def _perplexity(found: PerplexityComparison) -> str:
+    name = f"{terminal_text(found.task)}, perplexity per {found.unit}"
+    ratio = found.ratio
+    if found.dense is None or found.pruned is None or ratio is None:
+        return f"{name}: {found.nats_per_unit.value:+.4g} nats."
+    ends = "" if ratio.low is None else f" [{ratio.low:.4g}, {ratio.high:.4g}]"
+    return f"{name}: {found.dense:.4g}, {found.pruned:.4g}, ratio {ratio.value:.4g}{ends}."
+
+
+def _generation(found: GenerationComparison) -> str:
+    name = f"{terminal_text(found.task)} ({terminal_text(found.filter)})"
+    parted = "" if found.first_word is None else f", the others part at word {found.first_word:g}"
+    return f"{name}: {percent(found.identical.value)} % of the texts are identical{parted}."
+
+
+_WITHOUT_VERDICTS = (
+    "No task has right or wrong answers: no accuracy, flips or stability. Intervals are over "
+    "documents."
+)
+
+
+def _of_verdicts(result: Comparison) -> str:
+    return (
+        f"Stability: {result.mode}, spread of {result.quantity} over the choices "
+        f"(ddof {result.ddof}). {100 * result.confidence:g} % intervals. Change and p: one score "
+        "test (McNemar's; Tango's interval), over clusters of documents where there are some. "
+        "Verdict: by Holm's interval and p, adjusted over the tasks (over the groups for groups). "
+        f"'no worse': the interval of the change excludes a drop of "
+        f"{100 * (result.margin or 0):g} points or more."
+    )
+
+
+def stability_notes(result: Comparison) -> str:
+    """Return how the figures were made, and what the table has no place for."""
+    lines = [_of_verdicts(result) if result.tasks else _WITHOUT_VERDICTS]
+    lines += [_perplexity(found) for found in result.perplexities]
+    lines += [_generation(found) for found in result.generations]
+    shown = {found.task for found in result.perplexities}
+    shown |= {found.task for found in result.generations}
+    lines += [
+        f"Not compared: {terminal_text(task)} ({terminal_text(reason)})."
+        for task, reason in result.not_compared.items()
+        if task not in shown or reason == GRADED
+    ]
+    return "\n".join(lines)
+
+
+def divergence_table(result: TokenDivergence) -> Table:
+    """Return both perplexities, and how far the distributions are apart."""
+    title = f"{result.tokens} tokens of {result.documents} documents, windows of {result.window}"
+    table = _table(title, ("",), ("value", "interval"))
+    for name in ("dense", "pruned"):
+        value = getattr(result, f"{name}_perplexity")
+        shown = "beyond float64" if value is None else f"{value:.4f}"
+        table.add_row(f"perplexity, {name}", shown, "")
+    for name, found in (
+        ("more nats per token", result.nats_per_token),
+        ("KL(dense || pruned), nats per token", result.kl),
+        ("same first token, share", result.same_top),
+    ):
+        known = found.low is not None and found.high is not None
+        interval = f"[{found.low:.4f}, {found.high:.4f}]" if known else ""
+        table.add_row(name, f"{found.value:.4f}", interval)
+    return table
+
+
+def throughput_tables(record: ThroughputRecord) -> Iterator[Table]:
+    """Yield the tables that a record fills: batches, served rates, the paper's figures."""
+    if record.mode == "serving":
+        yield _serving(record)
+        return
+    yield _batches(record)
+    if record.paper:
+        paper = _table("The paper's figures (Llama-2-7B)", ("model",), ("tokens/s", "to dense"))
+        for row in record.paper:
+            paper.add_row(escape(row.name), f"{row.tokens_per_second:.2f}", f"{row.ratio:.2f}")
+        yield paper
+
+
+def throughput_notes(record: ThroughputRecord) -> str:
+    """Return what the figures count against, where they come from, and every failure."""
+    where = record.environment
+    clock = "processor seconds" if record.clock == "cpu" else "wall seconds"
+    version = f" {where.engine_version}" if where.engine_version else ""
+    lines = [
+        f"{terminal_text(record.engine)}{terminal_text(version)}, {record.dtype}, "
+        f"{terminal_text(where.device_name)}, {where.threads} thread(s); "
+        f"{record.workload.prompt_tokens} + {record.workload.output_tokens} tokens."
+    ]
+    if record.mode != "serving":
+        lines.append(
+            f"Output tokens per second of {clock}: median of {record.workload.rounds} rounds "
+            f"[lowest, highest]; ratio to dense with its {100 * record.confidence:g} % interval."
+        )
+    of_points = [note for model in record.models for point in model.points for note in point.notes]
+    lines += [f"{terminal_text(note)}." for note in dict.fromkeys(of_points)]  # shared in a group
+    for model in record.models:
+        name = terminal_text(model.label)
+        lines += [f"{name}: {terminal_text(note)}." for note in model.notes]
+        if model.reason:
+            lines.append(f"{name} failed: {terminal_text(model.reason)}")
+    return "\n".join(lines)
+
+
+def _batches(record: ThroughputRecord) -> Table:
+    names = ("batch", "tokens/s", "to dense", "ideal", "of ideal", "weights", "peak", "KV tokens")
+    table = _table("Throughput", ("model",), names)
+    for model in record.models:
+        for point in model.points:
+            table.add_row(*map(escape, _batch_cells(model, point)))
+    return table
+
+
+def _batch_cells(model: ModelResult, point: Point) -> list[str]:
+    rate, ratio, ideal = point.output_tokens_per_second, point.ratio, model.ideal
+    if rate is None:
+        return [terminal_text(model.label), str(point.batch_requested), "failed", *[MISSING] * 6]
+    low = ratio.low if ratio is not None else None
+    ends = f"\n[{low:.2f}, {ratio.high:.2f}]" if ratio and low is not None and ratio.high else ""
+    reduced = "" if point.batch_size == point.batch_requested else f" (of {point.batch_requested})"
+    return [
+        terminal_text(model.label),
+        f"{point.batch_size}{reduced}",
+        f"{rate.median:.1f}\n[{rate.low:.1f}, {rate.high:.1f}]",
+        f"{ratio.value:.2f}{ends}" if ratio is not None else MISSING,
+        f"{ideal.ratio:.2f} ({ideal.kind})" if ideal is not None else MISSING,
+        f"{ratio.value / ideal.ratio:.2f}" if ratio is not None and ideal is not None else MISSING,
+        _mebibytes(model.weights_bytes),
+        _mebibytes(point.peak_memory_bytes),
+        MISSING if model.kv_cache_tokens is None else f"{model.kv_cache_tokens:,}",
+    ]
+
+
+def _serving(record: ThroughputRecord) -> Table:
+    names = ("requests/s", "tokens/s", "TTFT", "TPOT", "ITL", "E2EL")
+    table = _table("Serving: milliseconds at p50 / p90 / p99", ("model",), names)
+    for model in record.models:
+        for point in model.serving:
+            table.add_row(*map(escape, _serving_cells(model, point)))
+    return table
+
+
+def _serving_cells(model: ModelResult, point: ServingPoint) -> list[str]:
+    rate = "all at once" if point.request_rate == float("inf") else f"{point.request_rate:g}"
+    if point.output_tokens_per_second is None:
+        return [terminal_text(model.label), rate, "failed", *[MISSING] * 4]
+    latencies = (point.ttft, point.tpot, point.itl, point.e2el)
+    speed = f"{point.output_tokens_per_second:.1f}"
+    return [terminal_text(model.label), rate, speed, *map(_latency, latencies)]
+
+
+def _latency(found: Latency | None) -> str:
+    if found is None:
+        return MISSING
+    return " / ".join(f"{value:.3g}" for value in (found.p50, found.p90, found.p99))
+
+
+def _mebibytes(size: int | None) -> str:
+    return MISSING if size is None else f"{size / _MIB:,.0f} MiB"
