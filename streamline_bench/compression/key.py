@@ -12,8 +12,8 @@ from streamline_bench.core.data.corpora import local_paths
 from streamline_bench.core.data.corpus_files import file_kind
 from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe
 from streamline_bench.core.training.trainer import TRAINING_VERSION
+from streamline_bench.methods.base import method_facts
 from streamline_bench.methods.recovery.recover import RECOVERY_VERSION, recovery_data
-from streamline_bench.methods.registry import method_facts
 from streamline_bench.modeling.loading import dtype_name
 from streamline_bench.modeling.source_model import SourceModel
 

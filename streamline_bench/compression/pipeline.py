@@ -26,9 +26,15 @@ from streamline_bench.core.files.staging import staged_output
 from streamline_bench.core.machine.environment import package_versions, user_cache
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.errors import CacheError, RecipeError
-from streamline_bench.methods.base import Compressed, Compression, write_compressed
+from streamline_bench.methods.base import (
+    Compressed,
+    Compression,
+    check_parameters,
+    get_method,
+    method_facts,
+    write_compressed,
+)
 from streamline_bench.methods.recovery.recover import compress_and_recover
-from streamline_bench.methods.registry import check_parameters, get_method, method_facts
 from streamline_bench.modeling.source_model import SourceModel
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from streamline_bench.core.files.structured import read_yaml_mapping
 from streamline_bench.core.recipe.schema import Recipe, parse_recipe
 from streamline_bench.core.recipe.validation import suggest, suggest_or_list
 from streamline_bench.errors import RecipeError, first_line
-from streamline_bench.methods.registry import ENTRY_POINTS as METHOD_ENTRY_POINTS
-from streamline_bench.methods.registry import (
+from streamline_bench.methods.base import ENTRY_POINTS as METHOD_ENTRY_POINTS
+from streamline_bench.methods.base import (
     METHODS,
     check_parameters,
     get_method,

@@ -1,27 +1,37 @@
-"""The contract between streamline-bench and a compression method, whoever wrote it.
+"""The contract between streamline-bench and a compression method, and the methods by name.
 
 A method is a class derived from :class:`Method`. It is given a :class:`Compression` (source model,
 recipe, scratch folder) and hands back a :class:`Compressed` (config, copied tensors, new tensors,
 facts). Writing, hashing, the manifest, the cache and any recovery are done for it.
 :data:`API_VERSION` is raised when one of the three changes so that older methods would break.
+
+:func:`get_method` finds our own methods by name, those of other packages by entry point or as
+``module:Class``.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from streamline_bench.core.architecture import sequence_limit
+from streamline_bench.core.checkpoint.manifest import file_sha256
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.files.staging import atomic_write_text
 from streamline_bench.core.recipe.schema import CalibrationSpec, Frozen, Recipe
+from streamline_bench.core.recipe.validation import suggest_or_list, wrong_value
+from streamline_bench.errors import RecipeError, first_line
 from streamline_bench.modeling.source_model import SourceModel
+from streamline_bench.version import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -200,3 +210,169 @@ def write_compressed(
     )  # fmt: skip
     for name, text in result.artefacts.items():
         atomic_write_text(folder / name, text)
+
+
+ENTRY_POINTS = "streamline_bench.methods"
+"""Entry-point group in which other packages name their methods: ``name = "module:Class"``."""
+
+METHODS: Mapping[str, str] = {
+    "dense": "dense:Dense",
+    "first_layers": "depth.positional:FirstLayers",
+    "laco": "depth.laco:LaCo",
+    "last_layers": "depth.positional:LastLayers",
+    "linear_patch": "maps.linear_patch:LinearPatch",
+    "llm_pruner": "width.llm_pruner:LLMPruner",
+    "magnitude": "depth.magnitude:Magnitude",
+    "random_layers": "depth.positional:RandomLayers",
+    "replaceme": "maps.replaceme:ReplaceMe",
+    "ridge_map": "maps.ridge_map:RidgeMap",
+    "shortened_llama_ppl": "depth.shortened_llama:ShortenedLlamaPPL",
+    "shortened_llama_taylor": "depth.shortened_llama:ShortenedLlamaTaylor",
+    "shortgpt": "depth.shortgpt:ShortGPT",
+    "sleb": "depth.sleb:SLEB",
+    "slicegpt": "rotation.slicegpt:SliceGPT",
+    "streamline": "depth.streamline:Streamline",
+    "uidl": "depth.uidl:UIDL",
+}
+"""Our own methods: name -> ``"module:Class"``, the module below ``streamline_bench.methods``."""
+
+
+@cache
+def offered(group: str) -> Mapping[str, tuple[metadata.EntryPoint, ...]]:
+    """Return what other packages offer in an entry-point group: name -> entry points of it."""
+    found: dict[str, tuple[metadata.EntryPoint, ...]] = {}
+    for entry in metadata.entry_points(group=group):
+        found[entry.name] = (*found.get(entry.name, ()), entry)
+    return found
+
+
+def get_method(name: str) -> Method:
+    """Return an instance of a method.
+
+    Args:
+        name: one of :data:`METHODS`, which come first; a name that another package offers; or
+            ``module:Class``.
+
+    Raises:
+        RecipeError: no such method, two packages offer it, or it cannot be used here.
+    """
+    if name in METHODS:
+        module, _, attribute = METHODS[name].partition(":")
+        own = importlib.import_module(f"streamline_bench.methods.{module}")
+        built_in: type[Method] = getattr(own, attribute)
+        return built_in()
+    return _foreign_class(name, _target(name))()
+
+
+def _target(name: str) -> str:
+    """Return ``module:Class`` of a method that is not ours."""
+    if ":" in name:
+        return name
+    entries = offered(ENTRY_POINTS).get(name, ())
+    if not entries:
+        known = sorted({*METHODS, *offered(ENTRY_POINTS)})
+        raise RecipeError(f"Unknown method '{name}'{suggest_or_list(name, known)}")
+    if len(entries) > 1:
+        owners = " and ".join(f"{_owner(entry)} ({entry.value})" for entry in entries)
+        raise RecipeError(
+            f"Two packages offer a method '{name}': {owners}; uninstall one of them, or write "
+            f"'method: {entries[0].value}' in the recipe."
+        )
+    return entries[0].value
+
+
+def _owner(entry: metadata.EntryPoint) -> str:
+    return entry.dist.name if entry.dist else "an unnamed package"
+
+
+def _foreign_class(name: str, target: str) -> type[Method]:
+    """Import a method of another package and check that it keeps to the contract."""
+    module, _, attribute = target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    # A stranger's module may raise anything while it is imported.
+    except Exception as error:
+        raise RecipeError(
+            f"Method '{name}' cannot be imported: {module} ends with {type(error).__name__} "
+            f"({first_line(error)}); install the package that has it, or correct the name."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Method)) or inspect.isabstract(found):
+        raise RecipeError(
+            f"Method '{name}': {module} has no class '{attribute}' that derives from "
+            "streamline_bench.methods.base.Method and defines compress; correct the name."
+        )
+    written = (each.__dict__.get("api") for each in found.__mro__ if not _is_ours(each))
+    api = found.api if _is_ours(found) else next((each for each in written if each), None)
+    if api != API_VERSION:
+        raise RecipeError(
+            f"Method '{name}' states {f'version {api}' if api else 'no version'} of the method "
+            f"contract (attribute 'api'), and streamline-bench {__version__} has version "
+            f"{API_VERSION}; install a version of {module.partition('.')[0]} for it."
+        )
+    return found
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "streamline_bench"
+
+
+def method_facts(name: str) -> dict[str, Any]:
+    """Return who wrote a method and in which version: part of the manifest and of the cache key.
+
+    A method of another package is also known by the version of that package and the SHA-256 of its
+    source file, so that the cache does not return what an earlier state of the file made.
+
+    Raises:
+        RecipeError: as :func:`get_method`.
+    """
+    method = get_method(name)
+    facts: dict[str, Any] = {"name": method.name, "version": method.version}
+    if name in METHODS:
+        return {**facts, "package": "streamline-bench"}
+    kind = type(method)
+    entries = offered(ENTRY_POINTS).get(name, ())
+    source = inspect.getsourcefile(kind)
+    facts["class"] = f"{kind.__module__}:{kind.__qualname__}"
+    facts["source_sha256"] = file_sha256(Path(source)) if source else None
+    package = kind.__module__.partition(".")[0]
+    if entries and entries[0].dist:
+        package = entries[0].dist.name
+    else:
+        package = next(iter(metadata.packages_distributions().get(package, ())), package)
+    try:
+        return {**facts, "package": package, "package_version": metadata.version(package)}
+    except metadata.PackageNotFoundError:  # a module on the path that no package brought
+        return {**facts, "package": package, "package_version": None}
+
+
+def unread_parts(method: str) -> frozenset[str]:
+    """Return the parts of a recipe that some methods read and this one does not.
+
+    Raises:
+        RecipeError: no such method.
+    """
+    return frozenset({"replacement", "training", "reference_quirks"}) - get_method(method).reads
+
+
+def check_parameters(recipe: Recipe) -> None:
+    """Validate ``recipe.parameters`` against the method's own schema.
+
+    Raises:
+        RecipeError: unknown method, unknown parameter (with a suggestion), wrong value, or a part
+            that the method would ignore.
+    """
+    for part in sorted(unread_parts(recipe.method)):
+        if (given := getattr(recipe, part)) != Recipe.model_fields[part].default:
+            shown = (
+                given.model_dump(exclude_defaults=True) if isinstance(given, BaseModel) else given
+            )
+            raise RecipeError(
+                f"Recipe '{recipe.name}': method '{recipe.method}' does not read '{part}', which "
+                f"is {shown!r}; leave it out, or take a recipe of method 'streamline'."
+            )
+    schema = get_method(recipe.method).parameters
+    try:
+        schema.model_validate(recipe.parameters)
+    except ValidationError as error:
+        problem = wrong_value(error, schema, "parameters")
+        raise RecipeError(f"Recipe '{recipe.name}' (method '{recipe.method}'): {problem}") from None

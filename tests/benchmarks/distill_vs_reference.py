@@ -223,8 +223,8 @@ def deployed_loss(options: argparse.Namespace, role: str | None) -> float:
     """Causal mean squared error on the held-out tokens; None: of the untrained layer."""
     from streamline_bench.core.data.calibration import CalibrationTokens
     from streamline_bench.core.recipe.schema import ReplacementSpec
-    from streamline_bench.core.training.block import Student, Teacher
-    from streamline_bench.core.training.objectives import MseObjective, StreamedStates, make_batch
+    from streamline_bench.core.training.block import Student, Teacher, make_batch
+    from streamline_bench.core.training.loop import MseObjective
 
     model = load_model(options).eval()
     student = Student(model, options.start, ReplacementSpec(kind="layer"), SEED)
@@ -232,7 +232,7 @@ def deployed_loss(options: argparse.Namespace, role: str | None) -> float:
         student.load(load_file(options.work / f"{role}.safetensors"))
     ids = load_file(options.work / "tokens.safetensors")["validation"]
     tokens = CalibrationTokens.from_tensors(ids)
-    source = StreamedStates(Teacher(model, options.start, options.n, student.num_calls))
+    source = Teacher(model, options.start, options.n, student.num_calls)
     total = 0.0
     with torch.no_grad():
         for part in torch.split(torch.arange(len(tokens)), options.batch):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from streamline_bench.methods.registry import get_method
+from streamline_bench.methods.base import get_method
 
 
 def test_recipes_lists_every_file_with_its_cost(call: Callable[..., Any], repository: Path) -> None:

@@ -21,8 +21,8 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.training.trainer import TRAINING_VERSION
 from streamline_bench.harness.lm import StreamlineLM
+from streamline_bench.methods.base import get_method
 from streamline_bench.methods.recovery.recover import RECOVERY_VERSION
-from streamline_bench.methods.registry import get_method
 from streamline_bench.modeling import register
 
 

@@ -12,8 +12,8 @@ import pytest
 from streamline_bench.compression import key, recipes
 from streamline_bench.compression.recipes import list_recipes, load_recipe
 from streamline_bench.errors import RecipeError
-from streamline_bench.methods import registry
-from streamline_bench.methods.registry import METHODS, get_method, method_facts
+from streamline_bench.methods import base
+from streamline_bench.methods.base import METHODS, get_method, method_facts
 from streamline_bench.modeling.source_model import SourceModel
 
 SOURCE = """
@@ -69,14 +69,14 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Offer]:
 
 def _forget() -> None:
     importlib.invalidate_caches()
-    registry.offered.cache_clear()
+    base.offered.cache_clear()
     recipes._offered_recipes.cache_clear()
 
 
 def test_every_method_of_ours_keeps_to_the_contract() -> None:
     for name in METHODS:
         method = get_method(name)
-        assert (method.name, method.api) == (name, registry.API_VERSION)
+        assert (method.name, method.api) == (name, base.API_VERSION)
         assert method.version >= 1
 
 

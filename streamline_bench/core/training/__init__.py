@@ -1,8 +1,8 @@
 """Training of the replacement networks.
 
-``trainer`` is the entrance; ``block`` says how hidden states are made and used, ``objectives``
-what is minimised, ``schedule`` in which order and at which rate; ``loop`` does the steps (also for
-recoveries), ``state`` makes it resumable.
+``trainer`` is the entrance; ``block`` says how hidden states are made and used; ``loop`` what is
+minimised, and the steps (of recoveries too); ``state`` in which order, at which rate, and how a
+training resumes.
 """
 
 from __future__ import annotations

@@ -5,39 +5,74 @@ rotary angles. So nothing is rebuilt by hand. The parent itself runs, a hook tak
 with which it calls the block's first layers, and the pass ends after the block's last layer: later
 layers, final norm and LM head are never run. The student's weights are float32, and it is called
 as the parent calls its layers.
+
+The teacher gives the states around the block anew each time, or they come from a file that it
+filled once. The file is keyed by weights, tokens and block. A small JSON describes it and is
+written last, so that a half-written file is never taken for a whole one.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
+from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.files.mapped_tensors import create_mapped, open_mapped
+from streamline_bench.core.files.staging import atomic_write_text, sync_path
 from streamline_bench.core.forward import PassEnded, hidden_of, run_until
 from streamline_bench.core.recipe.schema import ReplacementSpec
 from streamline_bench.core.surgery.replacement import ReplacementNetwork, build_network
+from streamline_bench.errors import OutputError
+
+log = logging.getLogger(__name__)
+
+LayerCall: TypeAlias = dict[str, Any]
+"""The keyword arguments of one layer's call, without the hidden states."""
+
+
+def layer_call(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
+    """Name the positional arguments too; the first argument is the hidden states."""
+    names = list(inspect.signature(layer.forward).parameters)
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    named.pop(names[0])
+    return named
 
 
 @dataclass(frozen=True)
-class LayerCall:
-    """The keyword arguments of one layer's call, without the hidden states."""
+class Batch:
+    """Sequences on the model's device; columns in which all are padding are cut.
 
-    kwargs: dict[str, Any]
+    Attributes:
+        ids: int64 ``[batch, seq]``; mask: bool ``[batch, seq]``, true where there is a token.
+        rows: which sequences of their set they are, int64 ``[batch]``.
+        targets: bool ``[batch, seq]``, true for the tokens to predict; None: all.
+    """
 
-    @classmethod
-    def of(cls, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
-        """Name the positional arguments too; the first argument is the hidden states."""
-        names = list(inspect.signature(layer.forward).parameters)
-        named = {**dict(zip(names, args, strict=False)), **kwargs}
-        named.pop(names[0])
-        return cls(named)
+    ids: Tensor
+    mask: Tensor
+    rows: Tensor
+    targets: Tensor | None = None
+
+
+def make_batch(tokens: CalibrationTokens, rows: Tensor, device: torch.device) -> Batch:
+    """Gather sequences, ``rows`` int64 ``[batch]``."""
+    mask = tokens.attention_mask[rows]
+    used = int(mask.any(dim=0).nonzero().max()) + 1
+    ids = tokens.input_ids[rows, :used]
+    targets = None if tokens.target_mask is None else tokens.target_mask[rows, :used].to(device)
+    return Batch(ids.to(device), mask[:, :used].to(device), rows, targets)
 
 
 @dataclass(frozen=True)
@@ -47,6 +82,12 @@ class BlockStates:
     hidden: Tensor
     target: Tensor
     calls: tuple[LayerCall, ...]
+
+
+class StateSource(Protocol):
+    """Gives the states around the block for a batch of one set of sequences."""
+
+    def states(self, batch: Batch) -> BlockStates: ...
 
 
 class Passthrough(nn.Module):
@@ -65,7 +106,7 @@ class Passthrough(nn.Module):
             return getattr(self.__dict__["_host"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.call = LayerCall.of(self._host[0], args, kwargs)
+        self.call = layer_call(self._host[0], args, kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden,) if self._as_tuple else hidden
 
@@ -90,6 +131,10 @@ class Teacher:
         ends_model = start + n == len(self._layers)
         self._norm = model.get_submodule(row.final_norm) if postnorm and ends_model else None
 
+    def states(self, batch: Batch) -> BlockStates:
+        """Return the states for a batch, as a :class:`StateSource`."""
+        return self.run(batch.ids, batch.mask)
+
     @torch.no_grad()
     def run(self, ids: Tensor, mask: Tensor) -> BlockStates:
         """Run one batch, ids and mask ``[batch, seq]``."""
@@ -99,7 +144,7 @@ class Teacher:
         def before(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if not calls:
                 ends.append(args[0] if args else kwargs["hidden_states"])
-            calls.append(LayerCall.of(layer, args, kwargs))
+            calls.append(layer_call(layer, args, kwargs))
 
         def after(layer: nn.Module, args: Any, output: Any) -> None:
             ends.append(hidden_of(output))
@@ -136,6 +181,70 @@ class Teacher:
         run_until(
             lambda: self._stack(input_ids=ids, attention_mask=mask.long(), use_cache=False), handles
         )
+
+
+class ActivationCache:
+    """States of all sequences of a set, ``[2, n, T, d]`` in a memory-mapped file.
+
+    ``[0]`` holds the states before the block, ``[1]`` those behind it, in the dtype in which the
+    teacher gives them. An earlier attempt's file with the same key is taken up.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+
+    def __init__(
+        self, path: Path, key: str, tokens: CalibrationTokens, teacher: Teacher,
+        *, device: torch.device, batch_size: int, progress: bool,
+    ) -> None:  # fmt: skip
+        self._teacher = teacher
+        description_file = path.with_suffix(".json")
+        described = _read_description(description_file)
+        if described.get("key") == key and path.is_file():
+            log.info("activations: reusing %s", path.name)
+            dtype = getattr(torch, described["dtype"])
+            self._values = open_mapped(path, described["shape"], dtype)
+            return
+        description_file.unlink(missing_ok=True)
+        values: Tensor | None = None
+        batches = torch.split(torch.arange(len(tokens)), batch_size)
+        for rows in tqdm(batches, desc="activations", unit="batch", disable=not progress):
+            batch = make_batch(tokens, rows, device)
+            states = teacher.states(batch)
+            if values is None:
+                shape = (2, *tokens.input_ids.shape, states.hidden.shape[-1])
+                values = create_mapped(path, shape, states.hidden.dtype, "lower training.cache_gb")
+            used = batch.ids.shape[1]
+            values[0, rows, :used] = states.hidden.cpu()
+            values[1, rows, :used] = states.target.cpu()
+        if values is None:
+            raise OutputError(f"No sequences to store in {path}.")
+        sync_path(path)
+        name = str(values.dtype).removeprefix("torch.")
+        description = {"key": key, "shape": list(values.shape), "dtype": name}
+        atomic_write_text(description_file, json.dumps(description))
+        self._values = values
+
+    def states(self, batch: Batch) -> BlockStates:
+        """Return the stored states of a batch, as a :class:`StateSource`."""
+        used = batch.ids.shape[1]
+        hidden, target = (
+            part[batch.rows, :used].to(batch.ids.device) for part in self._values.unbind(0)
+        )
+        return BlockStates(hidden, target, self._teacher.replay_calls(batch.ids, batch.mask))
+
+
+def cache_bytes(sets: Sequence[CalibrationTokens], hidden_size: int, item_size: int) -> int:
+    """Return the size in bytes of the caches of several sets."""
+    return 2 * sum(tokens.input_ids.numel() for tokens in sets) * hidden_size * item_size
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return described if isinstance(described, dict) else {}
 
 
 @contextmanager
@@ -212,15 +321,10 @@ class Student:
                 self.module = build_network(spec, model.config)
             parts = [self.module]
         self.module.to(device=device, dtype=torch.float32).eval().requires_grad_(True)
-        self._parts = parts
         self.slots = [StudentSlot(part) for part in parts]
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return all weights of the replacement."""
-        return list(self.module.parameters())
-
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Return them by name; kind ``layer``: beginning with the index among the new layers."""
+        """Return all weights; kind ``layer``: names begin with the index among the new layers."""
         return dict(self.module.named_parameters())
 
     def begin(self, step: int | None) -> None:
@@ -229,13 +333,13 @@ class Student:
     @property
     def num_calls(self) -> int:
         """Number of layer calls that must be known to run it (none for a network)."""
-        return len(self._parts) if isinstance(self.module, nn.ModuleList) else 0
+        return len(self.slots) if isinstance(self.module, nn.ModuleList) else 0
 
     def run(self, hidden: Tensor, calls: tuple[LayerCall, ...]) -> Tensor:
         """Map the state before the block ``[batch, seq, d]`` to the one behind it, in float32."""
         hidden = hidden.float()
         for index, slot in enumerate(self.slots):
-            hidden = slot(hidden, **(calls[index].kwargs if calls else {}))
+            hidden = slot(hidden, **(calls[index] if calls else {}))
         return hidden
 
     def state_on_cpu(self) -> dict[str, Tensor]:
@@ -246,6 +350,27 @@ class Student:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over weights given by :meth:`state_on_cpu`."""
         self.module.load_state_dict(dict(state))
+
+
+@contextmanager
+def pruned(model: nn.Module, start: int, n: int, student: Student) -> Iterator[None]:
+    """Let ``model`` compute as if the block were replaced by the student.
+
+    The student takes the first slots of the block and the others hand the states on: every layer
+    keeps its index, so that per-layer masks and rotary angles stay right without a new config.
+    """
+    layers = decoder_layers(model)
+    as_tuple = returns_tuple(model)
+    replaced: dict[int, nn.Module] = {
+        start + i: Passthrough(layers[start + i], as_tuple) for i in range(n)
+    }
+    for offset, slot in enumerate(student.slots):
+        slot.as_tuple = as_tuple
+        replaced[start + offset] = slot
+    with slots(layers, replaced):
+        yield
+    for slot in student.slots:
+        slot.as_tuple = False
 
 
 def _widen(value: Any) -> Any:

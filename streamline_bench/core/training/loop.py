@@ -1,37 +1,118 @@
-"""The training loop, the same for every objective: steps, validation, checkpoints.
+"""What is minimised, hidden states (``mse``) or next tokens (``lm``), and the training loop.
 
-It runs in one process, as all of a compression does.
+An objective gives, per micro-batch, a *sum* of losses and knows how many terms it has, so that
+steps of several micro-batches of unequal length weigh every token alike. The loop is the same for
+every objective: steps, validation, checkpoints. It runs in one process, as all of a compression
+does.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
+import logging
 import math
 import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.files.staging import atomic_write_text
 from streamline_bench.core.recipe.schema import TrainingSpec
-from streamline_bench.core.training.objectives import Batch, Objective, StateSource, make_batch
-from streamline_bench.core.training.schedule import CosineSchedule, StepPlan
+from streamline_bench.core.training.block import Batch, StateSource, Student, make_batch
 from streamline_bench.core.training.state import (
+    CosineSchedule,
+    StepPlan,
     TrainingState,
     load_moments,
+    load_state,
     optimizer_moments,
     save_state,
 )
-from streamline_bench.errors import NumericsError
+from streamline_bench.errors import NumericsError, OutputError
+
+log = logging.getLogger(__name__)
 
 _IN_LAYER = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")
 _CURVE_ROWS = 400  # about so many, however long the training
+
+
+class Objective(Protocol):
+    """A training objective."""
+
+    def loss_sum(self, batch: Batch, source: StateSource | None) -> Tensor:
+        """Return the sum of the losses of all terms of a batch, a float32 scalar."""
+        ...
+
+    def terms(self, mask: Tensor, targets: Tensor | None = None) -> int:
+        """Return the number of terms of a batch with these masks ``[batch, seq]``."""
+        ...
+
+
+class MseObjective:
+    """Mean squared error between the student's output and the state behind the block.
+
+    arXiv:2403.19135, eq. 4. One term per token: the mean over its ``d`` elements, in float32;
+    padding has no term.
+
+    Args:
+        bidirectional: let every token see every other (a quirk of the reference).
+    """
+
+    def __init__(self, student: Student, *, bidirectional: bool = False) -> None:
+        self._student = student
+        self._bidirectional = bidirectional
+
+    def loss_sum(self, batch: Batch, source: StateSource | None) -> Tensor:
+        if source is None:
+            raise ValueError("mse needs the states around the block")
+        states = source.states(batch)
+        calls = states.calls
+        if self._bidirectional:
+            length = batch.mask.shape[1]
+            open_mask = torch.zeros((len(batch.mask), 1, length, length), device=batch.mask.device)
+            calls = tuple({**call, "attention_mask": open_mask} for call in calls)
+        output = self._student.run(states.hidden, calls)
+        errors = (output.float() - states.target.float()).pow(2).mean(dim=-1)
+        # Not multiplied by the mask: what stands in padding may be infinite.
+        return errors[batch.mask].sum()
+
+    def terms(self, mask: Tensor, targets: Tensor | None = None) -> int:
+        return int(mask.sum())
+
+
+class LmObjective:
+    """Next-token cross entropy of a model; a replacement's must be inside :func:`.block.pruned`.
+
+    One term per token that has a predecessor (and is a target, where the batch names targets).
+    Frozen layers before the replacement record nothing for the backward pass, because nothing
+    before them asks for gradients.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def loss_sum(self, batch: Batch, source: StateSource | None) -> Tensor:
+        output = self._model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
+        counted = _predicted(batch.mask, batch.targets)
+        logits = output.logits[:, :-1][counted].float()
+        labels = batch.ids[:, 1:][counted]
+        return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+    def terms(self, mask: Tensor, targets: Tensor | None = None) -> int:
+        return int(_predicted(mask, targets).sum())
+
+
+def _predicted(mask: Tensor, targets: Tensor | None) -> Tensor:
+    predicted = mask[:, 1:] & mask[:, :-1]
+    return predicted if targets is None else predicted & targets[:, 1:]
 
 
 class Trainee(Protocol):
@@ -45,12 +126,8 @@ class Trainee(Protocol):
     label: str
     task: str
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return what the optimizer changes, always in the same order."""
-        ...
-
     def named_parameters(self) -> Mapping[str, nn.Parameter]:
-        """Return the same by name, from the bottom of the model to its top."""
+        """Return what the optimizer changes, from the bottom of the model to its top."""
         ...
 
     def state_on_cpu(self) -> dict[str, Tensor]:
@@ -75,7 +152,7 @@ class DataSet:
     """Sequences and, for ``mse``, where the states around the block come from."""
 
     tokens: CalibrationTokens
-    source: StateSource | None
+    source: StateSource | None = None
 
     def terms(self, objective: Objective, rows: Tensor | slice = slice(None)) -> int:
         """Return the number of terms that an objective has for some rows (default: all)."""
@@ -84,9 +161,26 @@ class DataSet:
         return objective.terms(mask, None if targets is None else targets[rows])
 
 
+def open_work_folder(work: Path) -> None:
+    """Make the folder of a training.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The folder {work} cannot be written: {error.strerror}.") from None
+
+
 @dataclass
 class Loop:
-    """Trains a student. All that changes while it runs is in ``state`` and in the student."""
+    """Trains a student. All that changes while it runs is in ``state`` and in the student.
+
+    Attributes:
+        work: folder of checkpoint and ``curve.jsonl``.
+        key: of the training; the checkpoint of another one is left alone.
+    """
 
     student: Trainee
     objective: Objective
@@ -98,48 +192,64 @@ class Loop:
     device: torch.device
     work: Path
     key: str
-    state: TrainingState
     progress: bool = True
 
     def run(self) -> TrainingState:
-        """Train to the end and return the final state.
+        """Train to the end, from the last checkpoint if there is one; return the final state.
 
         Raises:
             NumericsError: a loss or gradient is not finite; the message names the step.
+            OutputError: ``work`` cannot be written.
         """
+        self.state = load_state(self.work, self.key) or TrainingState()
         self._began = time.monotonic() - self.state.seconds
-        parameters = self.student.parameters()
-        optimizer = self._optimizer(parameters)
+        parameters = list(self.student.named_parameters().values())
+        spec = self.training
+        optimizer = torch.optim.AdamW(
+            parameters, lr=self.schedule.peak, betas=spec.betas, weight_decay=spec.weight_decay
+        )
         if self.state.step:
+            log.info(
+                "training the %s: continuing after step %d of %d",
+                self.student.label, self.state.step, self.plan.steps,
+            )  # fmt: skip
             self.student.load(self.state.weights)
             load_moments(optimizer, self.state.moments)
             self.state.forget_copies()
         else:
             self._validate(lr=None)
-        bar = tqdm(
-            total=self.plan.steps,
-            initial=self.state.step,
-            desc=f"{self.student.task} ({self.training.objective})",
-            unit="step",
-            disable=not self.progress,
-        )
-        with bar:
+        with tqdm(
+            total=self.plan.steps, initial=self.state.step, unit="step",
+            desc=f"{self.student.task} ({spec.objective})", disable=not self.progress,
+        ) as bar:  # fmt: skip
             while self.state.step < self.plan.steps:
                 loss = self._step(optimizer, parameters)
                 bar.set_postfix(loss=f"{loss:.4g}", best=f"{self.state.best_loss:.4g}")
                 bar.update()
-                if self._checkpoint_is_due():
+                step = self.state.step
+                if step % spec.checkpoint_every == 0 or step == self.plan.steps:
                     self._checkpoint(optimizer)
         optimizer.zero_grad(set_to_none=True)  # as large as what was trained
+        rows = "".join(json.dumps(row) + "\n" for row in self.state.curve)
+        atomic_write_text(self.work / "curve.jsonl", rows)
         return self.state
 
-    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            parameters,
-            lr=self.schedule.peak,
-            betas=self.training.betas,
-            weight_decay=self.training.weight_decay,
-        )
+    def summary(self) -> dict[str, Any]:
+        """Return what the manifest records of a finished training; JSON."""
+        state = self.state
+        return {
+            "steps": self.plan.steps,
+            "epochs": self.plan.epochs,
+            "sequences": len(self.train.tokens),
+            "validation_sequences": len(self.validation.tokens),
+            "tokens": state.tokens,
+            "lr": self.schedule.peak,
+            "final_lr": self.schedule.at(self.plan.steps - 1),
+            "initial_loss": state.curve[0]["val_loss"],
+            "best_loss": state.best_loss,
+            "best_step": state.best_step,
+            "seconds": round(state.seconds, 3),
+        }
 
     def _step(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> float:
         state = self.state
@@ -149,7 +259,11 @@ class Loop:
         optimizer.zero_grad(set_to_none=True)
         self.student.begin(state.step)
         total, terms, tokens = self._backward(self.plan.micro_batches_of(state.step))
-        self._require_finite(total / terms)
+        if not math.isfinite(total / terms):
+            raise NumericsError(
+                f"The loss of the {self.student.label} is {total / terms} {self._at_step}; lower "
+                "training.lr or use autocast 'none'."
+            )
         try:
             torch.nn.utils.clip_grad_norm_(
                 parameters, self.training.max_grad_norm, error_if_nonfinite=True
@@ -179,13 +293,6 @@ class Loop:
         enabled = self.training.autocast == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             return self.objective.loss_sum(batch, source)
-
-    def _require_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise NumericsError(
-                f"The loss of the {self.student.label} is {loss} {self._at_step}; lower "
-                "training.lr or use autocast 'none'."
-            )
 
     def _refuse_gradients(self) -> None:
         """Name the gradient at fault, where it is one."""
@@ -217,29 +324,24 @@ class Loop:
         elif step % max(steps // _CURVE_ROWS, 1) == 0:
             self._add_row(lr, None)
 
-    def _validate(self, lr: float | None) -> None:
-        loss = self._validation_loss()
-        if not math.isfinite(loss):
-            raise NumericsError(
-                f"The validation loss of the {self.student.label} is {loss} after step "
-                f"{self.state.step}; "
-                "lower training.lr or check the model's weights."
-            )
-        if loss < self.state.best_loss:
-            self.state.best_loss, self.state.best_step = loss, self.state.step
-            self.state.best = self.student.state_on_cpu()
-        self._add_row(lr, loss)
-
     @torch.no_grad()
-    def _validation_loss(self) -> float:
-        tokens = self.validation.tokens
+    def _validate(self, lr: float | None) -> None:
+        tokens, state = self.validation.tokens, self.state
         self.student.begin(None)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for rows in torch.split(torch.arange(len(tokens)), self.training.batch_size):
             batch = make_batch(tokens, rows, self.device)
             total += self._loss(batch, self.validation.source).double()
-        terms = self.validation.terms(self.objective)
-        return float(total) / max(terms, 1)
+        loss = float(total) / max(self.validation.terms(self.objective), 1)
+        if not math.isfinite(loss):
+            raise NumericsError(
+                f"The validation loss of the {self.student.label} is {loss} after step "
+                f"{state.step}; lower training.lr or check the model's weights."
+            )
+        if loss < state.best_loss:
+            state.best_loss, state.best_step = loss, state.step
+            state.best = self.student.state_on_cpu()
+        self._add_row(lr, loss)
 
     def _add_row(self, lr: float | None, validation_loss: float | None) -> None:
         state = self.state
@@ -250,20 +352,13 @@ class Loop:
             "train_loss": total / terms if terms else None,
             "val_loss": validation_loss,
             "tokens": state.tokens,
-            "seconds": round(self._elapsed(), 3),
+            "seconds": round(time.monotonic() - self._began, 3),
         }
         state.curve.append(row)
         state.pending = (0.0, 0)
 
-    def _elapsed(self) -> float:
-        return time.monotonic() - self._began
-
-    def _checkpoint_is_due(self) -> bool:
-        step = self.state.step
-        return step % self.training.checkpoint_every == 0 or step == self.plan.steps
-
     def _checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
-        self.state.seconds = self._elapsed()
+        self.state.seconds = time.monotonic() - self._began
         self.state.weights = self.student.state_on_cpu()
         self.state.moments = optimizer_moments(optimizer)
         save_state(self.work, self.key, self.state)

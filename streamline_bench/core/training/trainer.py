@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,25 +17,27 @@ from torch import Tensor, nn
 
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.files.staging import atomic_write_text
 from streamline_bench.core.forward import evaluating
 from streamline_bench.core.recipe.schema import ReplacementSpec, TrainingSpec
 from streamline_bench.core.recipe.validation import suggest
-from streamline_bench.core.training.block import Student, Teacher
-from streamline_bench.core.training.loop import DataSet, Loop
-from streamline_bench.core.training.objectives import (
+from streamline_bench.core.training.block import (
     ActivationCache,
-    LmObjective,
-    MseObjective,
-    Objective,
     StateSource,
-    StreamedStates,
+    Student,
+    Teacher,
     cache_bytes,
     pruned,
 )
-from streamline_bench.core.training.schedule import CosineSchedule, StepPlan, learning_rate
-from streamline_bench.core.training.state import TrainingState, load_state
-from streamline_bench.errors import OutputError, RecipeError, SparsityError
+from streamline_bench.core.training.loop import (
+    DataSet,
+    LmObjective,
+    Loop,
+    MseObjective,
+    Objective,
+    open_work_folder,
+)
+from streamline_bench.core.training.state import CosineSchedule, StepPlan
+from streamline_bench.errors import RecipeError, SparsityError
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +122,7 @@ def train_replacement(
     if training.objective == "none":
         summary = {"objective": "none", "kind": spec.kind, "steps": 0}
         return TrainingResult(student.state_on_cpu(), [], 0, None, summary)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"The folder {work} cannot be written: {error.strerror}.") from None
+    open_work_folder(work)
     job = _Job(model, start, n, spec, training, tokens, work, seed, device, progress, tuple(quirks))
     with evaluating(model, frozen=True):
         return job.run(student, weights_sha256)
@@ -145,11 +145,7 @@ class _Job:
     def run(self, student: Student, weights: str | None) -> TrainingResult:
         training, validation = self.tokens.split(self.training.validation_share, self.seed)
         plan = StepPlan.of(self.training, len(training), self.seed)
-        schedule = self._schedule(plan)
         data_key, key = self._keys(weights)
-        state = load_state(self.work, key) or TrainingState()
-        if state.step:
-            log.info("training: continuing after step %d of %d", state.step, plan.steps)
         with ExitStack() as stack:
             objective = stack.enter_context(self._objective(student))
             sources, storage = self._sources([training, validation], plan, student, data_key)
@@ -158,19 +154,24 @@ class _Job:
                 objective=objective,
                 training=self.training,
                 plan=plan,
-                schedule=schedule,
+                schedule=self._schedule(plan),
                 train=DataSet(training, sources[0]),
                 validation=DataSet(validation, sources[1]),
                 device=self.device,
                 work=self.work,
                 key=key,
-                state=state,
                 progress=self.progress,
             )
             state = loop.run()
-        rows = "".join(json.dumps(row) + "\n" for row in state.curve)
-        atomic_write_text(self.work / "curve.jsonl", rows)
-        summary = self._summary(plan, schedule, state, storage, len(training), len(validation))
+        summary = {
+            "objective": self.training.objective,
+            "kind": self.spec.kind,
+            "block": [self.start, self.n],
+            **loop.summary(),
+            "parameters": sum(tensor.numel() for tensor in state.best.values()),
+            "hidden_states": storage,
+            "quirks": list(self.quirks),
+        }
         return TrainingResult(state.best, state.curve, state.best_step, state.best_loss, summary)
 
     @property
@@ -179,23 +180,15 @@ class _Job:
         return int(config.hidden_size)
 
     def _schedule(self, plan: StepPlan) -> CosineSchedule:
-        peak = learning_rate(self.training, self._hidden_size)
         spec = self.training
+        usual = CosineSchedule.of(spec, plan.steps, self._hidden_size)
         if "schedule_per_accumulation" not in self.quirks:
-            return CosineSchedule.over(
-                plan.steps,
-                peak=peak,
-                min_ratio=spec.min_lr_ratio,
-                warmup_ratio=spec.warmup_ratio,
-                warmup_steps=spec.warmup_steps,
-                decay=spec.decay,
-            )
+            return usual
         horizon = 0.5 * plan.micro_batches
         stride = spec.gradient_accumulation if spec.objective == "lm" else 1
         share = plan.micro_batches if spec.objective == "lm" else horizon
         warmup = round(spec.warmup_ratio * share)
-        minimum = peak * spec.min_lr_ratio
-        return CosineSchedule(peak, minimum, plan.steps, warmup, stride, horizon)
+        return CosineSchedule(usual.peak, usual.minimum, plan.steps, warmup, stride, horizon)
 
     def _keys(self, weights: str | None) -> tuple[str, str]:
         """Return the keys of the activation cache and of the whole training."""
@@ -225,8 +218,7 @@ class _Job:
     @contextmanager
     def _objective(self, student: Student) -> Iterator[Objective]:
         if self.training.objective == "mse":
-            bidirectional = "bidirectional_layer" in self.quirks
-            yield MseObjective(student, bidirectional=bidirectional)
+            yield MseObjective(student, bidirectional="bidirectional_layer" in self.quirks)
             return
         with pruned(self.model, self.start, self.n, student):
             yield LmObjective(self.model)
@@ -239,7 +231,7 @@ class _Job:
             return [None for _ in sets], "no hidden states needed"
         postnorm = "postnorm_target" in self.quirks
         teacher = Teacher(self.model, self.start, self.n, student.num_calls, postnorm)
-        streamed: list[StateSource | None] = [StreamedStates(teacher) for _ in sets]
+        streamed: list[StateSource | None] = [teacher for _ in sets]
         if plan.epochs == 1:
             return streamed, "streamed"
         item = 2 if self.training.autocast == "bf16" else next(self.model.parameters()).itemsize
@@ -251,56 +243,21 @@ class _Job:
             )
             log.warning("activations: %s", reason)
             return streamed, reason
-        return [
-            self._cache(name, tokens, teacher, key)
-            for name, tokens in zip(("training", "validation"), sets, strict=True)
-        ], f"memory-mapped, {needed:.3g} GB"
-
-    def _cache(
-        self, name: str, tokens: CalibrationTokens, teacher: Teacher, key: str
-    ) -> StateSource:
         with torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.training.autocast == "bf16"
         ):
-            return ActivationCache.open(
-                self.work / f"activations_{name}.bin",
-                key,
-                tokens,
-                teacher,
-                device=self.device,
-                batch_size=self.training.batch_size,
-                progress=self.progress,
-            )
-
-    def _summary(
-        self,
-        plan: StepPlan,
-        schedule: CosineSchedule,
-        state: TrainingState,
-        storage: str,
-        training: int,
-        validation: int,
-    ) -> dict[str, Any]:
-        first = state.curve[0]["val_loss"]
-        return {
-            "objective": self.training.objective,
-            "kind": self.spec.kind,
-            "block": [self.start, self.n],
-            "steps": plan.steps,
-            "epochs": plan.epochs,
-            "sequences": training,
-            "validation_sequences": validation,
-            "tokens": state.tokens,
-            "lr": schedule.peak,
-            "final_lr": schedule.at(plan.steps - 1),
-            "initial_loss": first,
-            "best_loss": state.best_loss,
-            "best_step": state.best_step,
-            "parameters": sum(t.numel() for t in state.best.values()),
-            "hidden_states": storage,
-            "quirks": list(self.quirks),
-            "seconds": round(state.seconds, 3),
-        }
+            return [
+                ActivationCache(
+                    self.work / f"activations_{name}.bin",
+                    key,
+                    tokens,
+                    teacher,
+                    device=self.device,
+                    batch_size=self.training.batch_size,
+                    progress=self.progress,
+                )
+                for name, tokens in zip(("training", "validation"), sets, strict=True)
+            ], f"memory-mapped, {needed:.3g} GB"
 
 
 def check_quirks(quirks: Sequence[str], spec: ReplacementSpec, training: TrainingSpec) -> None:
@@ -354,7 +311,7 @@ def weights_digest(model: nn.Module, stop: int | None) -> str:
     if stop is not None:
         unused = {id(t) for layer in decoder_layers(model)[stop:] for t in layer.parameters()}
     digest = hashlib.sha256()
-    for name, tensor in _tensors(model):
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if id(tensor) not in unused:
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
@@ -366,8 +323,3 @@ def key_of(**facts: Any) -> str:
     """Return the SHA-256 (hex) of facts that JSON can express."""
     payload = json.dumps({**facts, "version": TRAINING_VERSION}, sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()

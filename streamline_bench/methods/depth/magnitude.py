@@ -6,19 +6,19 @@ layer of ``|w|`` (``l1``) or ``w²`` (``l2``).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel
 from tqdm import tqdm
 
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.base import Compression
 from streamline_bench.methods.tools.layer_removal import (
-    drop_lowest,
-    size_plan,
+    ProtectedEnds,
+    RankedLayers,
     stored_linear_weights,
 )
-from streamline_bench.methods.tools.layer_selection import ProtectedEnds
 
 if TYPE_CHECKING:
     import torch
@@ -37,21 +37,20 @@ class MagnitudeParameters(ProtectedEnds):
     norm: Norm = "l1"
 
 
-class Magnitude(Method):
+class Magnitude(RankedLayers):
     """One-shot ranking by the size of a layer's weights."""
 
     name = "magnitude"
     parameters: ClassVar[type[BaseModel]] = MagnitudeParameters
     calibrated = False
 
-    def compress(self, work: Compression) -> Compressed:
-        """Sum up each layer's weights, tensor by tensor, and drop the smallest."""
-        options = MagnitudeParameters.model_validate(work.recipe.parameters)
-        plan = size_plan(work)
-        candidates = options.candidates(plan.num_layers, plan.n_layers)
-        sums = layer_magnitudes(work.reader, plan.num_layers, options.norm, progress=work.progress)
-        what = f"{options.norm} magnitude"
-        return drop_lowest(work, plan, dict(enumerate(sums)), candidates, what)
+    def scores(
+        self, work: Compression, options: Any, candidates: range, tokens: object
+    ) -> tuple[Mapping[str, Any], Mapping[int, float]]:
+        """Sum up each layer's weights, tensor by tensor."""
+        depth = work.config.num_hidden_layers
+        sums = layer_magnitudes(work.reader, depth, options.norm, progress=work.progress)
+        return {"score": f"{options.norm} magnitude"}, dict(enumerate(sums))
 
 
 def layer_magnitudes(

@@ -8,8 +8,7 @@ from typing import ClassVar
 from pydantic import BaseModel
 
 from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
-from streamline_bench.methods.tools.layer_selection import ProtectedEnds
+from streamline_bench.methods.tools.layer_removal import ProtectedEnds, drop_layers, size_plan
 
 
 class FirstLayers(Method):

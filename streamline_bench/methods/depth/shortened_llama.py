@@ -1,11 +1,13 @@
-"""Shortened LLaMA by perplexity (arXiv 2402.02834): removes the layers without which the
-likelihood falls least. Each is left out alone, and they are ranked once.
+"""Shortened LLaMA (arXiv 2402.02834): scores each layer by its effect on the loss and removes the
+lowest, ranked once.
 
-Perplexity is ``exp`` of the mean loss that is compared here, so that the order is the same.
+``ppl`` leaves each layer out alone. Perplexity is ``exp`` of the mean loss that is compared here,
+so that the order is the same. ``taylor`` estimates the effect from gradients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +16,13 @@ from torch import nn
 
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.base import Compression
 from streamline_bench.methods.tools.gradient_sums import Place, sum_gradients
-from streamline_bench.methods.tools.layer_removal import drop_lowest, is_linear_weight, size_plan
-from streamline_bench.methods.tools.layer_selection import ProtectedEnds
+from streamline_bench.methods.tools.layer_removal import (
+    ProtectedEnds,
+    RankedLayers,
+    is_linear_weight,
+)
 from streamline_bench.methods.tools.likelihood import skip_losses
 
 
@@ -31,44 +36,34 @@ class ShortenedLlamaPPLParameters(ProtectedEnds):
     activations_gb: float = Field(8.0, gt=0)
 
 
-class ShortenedLlamaPPL(Method):
+class ShortenedLlamaPPL(RankedLayers):
     """One-shot ranking by the loss without each layer."""
 
     name = "shortened_llama_ppl"
     parameters: ClassVar[type[BaseModel]] = ShortenedLlamaPPLParameters
 
-    def compress(self, work: Compression) -> Compressed:
-        """Evaluate the model without each layer and drop those of least effect."""
-        options = ShortenedLlamaPPLParameters.model_validate(work.recipe.parameters)
-        plan = size_plan(work)
-        candidates = options.candidates(plan.num_layers, plan.n_layers)
-        tokens = work.tokens(work.recipe.calibration)
+    def scores(
+        self, work: Compression, options: Any, candidates: range, tokens: Any
+    ) -> tuple[Mapping[str, Any], Mapping[int, float]]:
+        """Evaluate the model without each layer."""
+        limit, progress = options.activations_gb, work.progress
         losses = skip_losses(
-            work.model,
-            tokens,
-            candidates,
-            activations_gb=options.activations_gb,
-            progress=work.progress,
+            work.model, tokens, candidates, activations_gb=limit, progress=progress
         )
-        what = "nats per token without the layer"
-        return drop_lowest(work, plan, losses, candidates, what, tokens)
+        return {"score": "nats per token without the layer"}, losses
 
 
-class ShortenedLlamaTaylor(Method):
+class ShortenedLlamaTaylor(RankedLayers):
     """One-shot ranking by first-order Taylor expansion of the loss."""
 
     name = "shortened_llama_taylor"
-    parameters: ClassVar[type[BaseModel]] = ProtectedEnds
 
-    def compress(self, work: Compression) -> Compressed:
-        """Accumulate gradients, score the layers and drop the lowest."""
-        options = ProtectedEnds.model_validate(work.recipe.parameters)
-        plan = size_plan(work)
-        candidates = options.candidates(plan.num_layers, plan.n_layers)
-        tokens = work.tokens(work.recipe.calibration)
+    def scores(
+        self, work: Compression, options: Any, candidates: range, tokens: Any
+    ) -> tuple[Mapping[str, Any], Mapping[int, float]]:
+        """Accumulate gradients."""
         scores = taylor_scores(work.model, tokens, progress=work.progress)
-        what = "sum of |w dL/dw|"
-        return drop_lowest(work, plan, dict(enumerate(scores)), candidates, what, tokens)
+        return {"score": "sum of |w dL/dw|"}, dict(enumerate(scores))
 
 
 def taylor_scores(model: Any, tokens: CalibrationTokens, *, progress: bool = True) -> list[float]:

@@ -7,14 +7,14 @@ layer. For the last layer the choice of its output matters: before or after the 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
 from streamline_bench.core.scan.similarity import LastState
-from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.tools.layer_removal import drop_lowest, size_plan
-from streamline_bench.methods.tools.layer_selection import ProtectedEnds, scan_once
+from streamline_bench.methods.base import Compression
+from streamline_bench.methods.tools.layer_removal import ProtectedEnds, RankedLayers, scan_once
 
 
 class ShortGPTParameters(ProtectedEnds):
@@ -28,20 +28,16 @@ class ShortGPTParameters(ProtectedEnds):
     last_state: LastState = "raw"
 
 
-class ShortGPT(Method):
+class ShortGPT(RankedLayers):
     """One-shot ranking by block influence."""
 
     name = "shortgpt"
     parameters: ClassVar[type[BaseModel]] = ShortGPTParameters
 
-    def compress(self, work: Compression) -> Compressed:
-        """Scan once and drop the layers of lowest influence."""
-        options = ShortGPTParameters.model_validate(work.recipe.parameters)
-        plan = size_plan(work)
-        candidates = options.candidates(plan.num_layers, plan.n_layers)
-        tokens = work.tokens(work.recipe.calibration)
+    def scores(
+        self, work: Compression, options: Any, candidates: range, tokens: Any
+    ) -> tuple[Mapping[str, Any], Mapping[int, float]]:
+        """Scan once."""
         similarity = scan_once(work, tokens, options.last_state)
-        influence = similarity.block_influence.tolist()
-        scores, what = dict(enumerate(influence)), "block influence"
-        state = options.last_state
-        return drop_lowest(work, plan, scores, candidates, what, tokens, last_state=state)
+        facts = {"score": "block influence", "last_state": options.last_state}
+        return facts, dict(enumerate(similarity.block_influence.tolist()))

@@ -14,8 +14,12 @@ from pydantic import BaseModel, Field
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.files.staging import atomic_write_text
 from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
-from streamline_bench.methods.tools.layer_selection import ProtectedEnds, select_lowest
+from streamline_bench.methods.tools.layer_removal import (
+    ProtectedEnds,
+    drop_layers,
+    select_lowest,
+    size_plan,
+)
 from streamline_bench.methods.tools.likelihood import skip_losses
 
 

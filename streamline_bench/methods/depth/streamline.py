@@ -28,12 +28,14 @@ from streamline_bench.core.training import TrainingResult
 from streamline_bench.errors import NumericsError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.layer_removal import (
+    BlockSearch,
     as_stored,
     attached,
     config_json,
+    scan_artefact,
+    scan_once,
     size_plan,
 )
-from streamline_bench.methods.tools.layer_selection import BlockSearch, scan_artefact, scan_once
 
 log = logging.getLogger(__name__)
 

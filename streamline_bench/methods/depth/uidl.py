@@ -17,8 +17,7 @@ from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.scan.similarity import LastState
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
-from streamline_bench.methods.tools.layer_selection import scan_once
+from streamline_bench.methods.tools.layer_removal import drop_layers, scan_once, size_plan
 
 
 class UIDLParameters(Frozen):

@@ -25,8 +25,13 @@ from streamline_bench.core.surgery.replacement import network_parameters
 from streamline_bench.errors import NumericsError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.maps.boundary_activations import BoundaryRows, boundary_rows
-from streamline_bench.methods.tools.layer_removal import attached, drop_layers, size_plan
-from streamline_bench.methods.tools.layer_selection import BlockSearch, scan_once
+from streamline_bench.methods.tools.layer_removal import (
+    BlockSearch,
+    attached,
+    drop_layers,
+    scan_once,
+    size_plan,
+)
 from streamline_bench.methods.tools.normal_equations import NormalEquations
 
 log = logging.getLogger(__name__)

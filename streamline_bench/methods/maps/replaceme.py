@@ -39,11 +39,12 @@ from streamline_bench.methods.maps.mlp_maps import (
     fit_maps,
     map_errors,
 )
-from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
-from streamline_bench.methods.tools.layer_selection import (
+from streamline_bench.methods.tools.layer_removal import (
+    drop_layers,
     merge_adjacent,
     non_overlapping,
     scan_once,
+    size_plan,
 )
 
 

@@ -1,8 +1,12 @@
-"""Trains a compressed model on the next token, with the loop that trains replacements."""
+"""Trains a compressed model on the next token, with the loop that trains replacements.
+
+A recovery trains LoRA's low-rank updates, the last layers, or everything. Trained parameters are
+float32: a step of 1e-5 is lost in bfloat16.
+"""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,23 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from streamline_bench.core.architecture import Architecture, architecture_of, decoder_layers
+from streamline_bench.core.checkpoint.writer import LazyTensors
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.files.staging import atomic_write_text
-from streamline_bench.core.recipe.schema import RecoverySpec, TrainingSpec
-from streamline_bench.core.training.loop import DataSet, Loop
-from streamline_bench.core.training.objectives import LmObjective
-from streamline_bench.core.training.schedule import CosineSchedule, StepPlan, learning_rate
-from streamline_bench.core.training.state import TrainingState, load_state
+from streamline_bench.core.recipe.schema import RecoverySpec
+from streamline_bench.core.training.loop import DataSet, LmObjective, Loop, open_work_folder
+from streamline_bench.core.training.state import CosineSchedule, StepPlan
 from streamline_bench.core.training.trainer import key_of
-from streamline_bench.errors import OutputError
-from streamline_bench.methods.recovery.trainable_parameters import (
-    LoraParameters,
-    TrainableParameters,
-    full_parameters,
-    partial_parameters,
-)
+from streamline_bench.errors import ArchitectureError, RecipeError
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +52,9 @@ def choose_parameters(model: Any, spec: RecoverySpec, seed: int) -> TrainablePar
     """
     if spec.kind == "lora":
         return LoraParameters(model, spec, seed)
-    return partial_parameters(model, spec) if spec.kind == "partial" else full_parameters(model)
+    if spec.kind == "partial":
+        return partial_parameters(model, spec)
+    return TrainableParameters(model, dict(model.named_parameters()))  # a tied head stays tied
 
 
 def train_recovery(
@@ -86,54 +85,38 @@ def train_recovery(
     """
     training, validation = tokens.split(spec.training.validation_share, seed)
     plan = StepPlan.of(spec.training, len(training), seed)
-    schedule = _schedule(spec.training, plan, int(model.config.hidden_size))
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"The folder {work} cannot be written: {error.strerror}.") from None
-    key = _key(model, spec, tokens, seed, weights_sha256)
-    state = load_state(work, key) or TrainingState()
-    if state.step:
-        log.info("recovery: going on after step %d of %d", state.step, plan.steps)
-    loop = Loop(
-        student=trainable,
-        objective=LmObjective(model),
-        training=spec.training,
-        plan=plan,
-        schedule=schedule,
-        train=DataSet(training, None),
-        validation=DataSet(validation, None),
-        device=model.device,
-        work=work,
-        key=key,
-        state=state,
-        progress=progress,
-    )
-    with torch.random.fork_rng():  # steps seed the generators for their dropout
-        state = loop.run()
-    atomic_write_text(work / "curve.jsonl", "".join(json.dumps(r) + "\n" for r in state.curve))
-    trainable.load(state.best)
-    sizes = {"sequences": len(training), "validation_sequences": len(validation)}
-    summary = {**_summary(spec, plan, schedule, state, trainable), **sizes}
-    return RecoveryResult(trainable.merged(), state.curve, summary)
-
-
-def _schedule(training: TrainingSpec, plan: StepPlan, hidden_size: int) -> CosineSchedule:
-    schedule = CosineSchedule.over(
-        plan.steps,
-        peak=learning_rate(training, hidden_size),
-        min_ratio=training.min_lr_ratio,
-        warmup_ratio=training.warmup_ratio,
-        warmup_steps=training.warmup_steps,
-        decay=training.decay,
-    )
+    schedule = CosineSchedule.of(spec.training, plan.steps, int(model.config.hidden_size))
     if schedule.warmup >= plan.steps:
         log.warning(
             "recovery: the warm-up (%d steps) is not over when the training (%d steps) ends",
             schedule.warmup,
             plan.steps,
         )
-    return schedule
+    open_work_folder(work)
+    loop = Loop(
+        student=trainable,
+        objective=LmObjective(model),
+        training=spec.training,
+        plan=plan,
+        schedule=schedule,
+        train=DataSet(training),
+        validation=DataSet(validation),
+        device=model.device,
+        work=work,
+        key=_key(model, spec, tokens, seed, weights_sha256),
+        progress=progress,
+    )
+    with torch.random.fork_rng():  # steps seed the generators for their dropout
+        state = loop.run()
+    trainable.load(state.best)
+    summary = {
+        "kind": spec.kind,
+        "preset": spec.preset,
+        "trained_parameters": sum(p.numel() for p in trainable.named_parameters().values()),
+        "changed_tensors": len(trainable.weights),
+        **loop.summary(),
+    }
+    return RecoveryResult(trainable.merged(), state.curve, summary)
 
 
 def _key(model: Any, spec: RecoverySpec, tokens: CalibrationTokens, seed: int, weights: str) -> str:
@@ -150,25 +133,190 @@ def _key(model: Any, spec: RecoverySpec, tokens: CalibrationTokens, seed: int, w
     )
 
 
-def _summary(
-    spec: RecoverySpec,
-    plan: StepPlan,
-    schedule: CosineSchedule,
-    state: TrainingState,
-    trainable: TrainableParameters,
-) -> dict[str, Any]:
-    return {
-        "kind": spec.kind,
-        "preset": spec.preset,
-        "trained_parameters": trainable.count,
-        "changed_tensors": len(trainable.weights),
-        "steps": plan.steps,
-        "epochs": plan.epochs,
-        "tokens": state.tokens,
-        "lr": schedule.peak,
-        "final_lr": schedule.at(plan.steps - 1),
-        "initial_loss": state.curve[0]["val_loss"],
-        "best_loss": state.best_loss,
-        "best_step": state.best_step,
-        "seconds": round(state.seconds, 3),
+class TrainableParameters:
+    """Some parameters of a model, as the training loop wants them.
+
+    Args:
+        model: all its other parameters are frozen, in place.
+        chosen: name -> parameter.
+
+    Attributes:
+        weights: names, in the model, of the tensors that the training changes.
+    """
+
+    label, task = "recovered model", "recover"
+
+    def __init__(self, model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
+        model.eval().requires_grad_(False)
+        self._chosen = dict(chosen)
+        self.weights = tuple(self._chosen)
+        for parameter in self._chosen.values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what the optimizer changes."""
+        return dict(self._chosen)
+
+    def state_on_cpu(self) -> dict[str, Tensor]:
+        """Return a copy of the trained parameters on the CPU."""
+        return {name: p.detach().to("cpu", copy=True) for name, p in self._chosen.items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over parameters given by :meth:`state_on_cpu`."""
+        for name, parameter in self._chosen.items():
+            parameter.copy_(state[name])
+
+    def begin(self, step: int | None) -> None:
+        """Nothing to prepare: there is no dropout."""
+
+    def merged(self) -> LazyTensors:
+        """Return name in the model -> trained weight, float32 on the CPU, where it stands now."""
+        return LazyTensors(self._chosen, lambda name: self._chosen[name].detach().cpu())
+
+
+def partial_parameters(model: Any, spec: RecoverySpec) -> TrainableParameters:
+    """Choose the LM head, the final norm and the last layers (arXiv 2411.15558).
+
+    An LM head that shares the embeddings gets a copy of its own, or the embeddings would change.
+
+    Raises:
+        RecipeError: there are fewer layers than ``last_layers``.
+    """
+    family = architecture_of(model.config)
+    depth = len(decoder_layers(model))
+    if spec.last_layers > depth:
+        raise RecipeError(
+            f"recovery.last_layers is {spec.last_layers}, and the compressed model has {depth} "
+            "layers; lower it."
+        )
+    model.config.tie_word_embeddings = False
+    head = model.get_submodule(family.lm_head)
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    paths = [f"{family.layers}.{index}" for index in range(depth - spec.last_layers, depth)]
+    chosen = {
+        f"{path}.{name}": parameter
+        for path in (*paths, family.final_norm, family.lm_head)
+        if (module := _existing(model, path)) is not None
+        for name, parameter in module.named_parameters()
     }
+    return TrainableParameters(model, chosen)
+
+
+def _existing(parent: nn.Module, path: str) -> nn.Module | None:
+    """Return a module; None where it is missing.
+
+    OPT-350m has no final norm, and a layer of a mixture has experts in place of projections.
+    """
+    try:
+        return parent.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+_ADAPTER = "default"  # peft's own name for the first one
+
+
+class LoraParameters(TrainableParameters):
+    """Low-rank updates put into a model, in place.
+
+    Their dropout is the only thing that draws random numbers. It is on in training steps only, and
+    its generator is seeded by the number of the step.
+    """
+
+    def __init__(self, model: Any, spec: RecoverySpec, seed: int) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+        from transformers.pytorch_utils import Conv1D
+
+        modules = target_modules(model, spec)
+        stored_transposed = any(isinstance(module, Conv1D) for module in modules.values())
+        config = LoraConfig(
+            r=spec.rank,
+            lora_alpha=spec.alpha,  # type: ignore[arg-type]  # peft only divides it by the rank
+            lora_dropout=spec.dropout,
+            target_modules=list(modules),
+            bias="none",
+            fan_in_fan_out=stored_transposed,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, model)
+        self._seed = seed
+        self._layers: dict[str, Any] = {path: model.get_submodule(path) for path in modules}
+        self._dropouts = [
+            layer.lora_dropout[_ADAPTER]
+            for layer in self._layers.values()
+            if isinstance(layer.lora_dropout[_ADAPTER], nn.Dropout)
+        ]
+        chosen: dict[str, nn.Parameter] = {}
+        for path, layer in self._layers.items():
+            chosen[f"{path}.lora_A"] = layer.lora_A[_ADAPTER].weight
+            chosen[f"{path}.lora_B"] = layer.lora_B[_ADAPTER].weight
+        super().__init__(model, chosen)
+        self.weights = tuple(f"{path}.weight" for path in self._layers)
+
+    def begin(self, step: int | None) -> None:
+        """Switch dropout on and seed it for a training step; switch it off for a validation."""
+        for dropout in self._dropouts:
+            dropout.train(step is not None)
+        if step is not None and self._dropouts:
+            digest = hashlib.sha256(f"{self._seed} {step}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def merged(self) -> LazyTensors:
+        """Return name in the model -> weight with its update added, float32 on the CPU.
+
+        Each is added up when it is asked for: together they are a second model.
+        """
+        return LazyTensors(self.weights, self._merged)
+
+    @torch.no_grad()
+    def _merged(self, name: str) -> Tensor:
+        layer = self._layers[name.removesuffix(".weight")]
+        merged: Tensor = layer.get_base_layer().weight.float() + layer.get_delta_weight(_ADAPTER)
+        return merged.cpu()
+
+
+def target_modules(model: Any, spec: RecoverySpec) -> dict[str, nn.Module]:
+    """Return path -> projection for the roles in ``spec.targets``, in the order of the layers.
+
+    A plain MLP has no gate, so that this role asks for nothing there.
+
+    Raises:
+        ArchitectureError: the family has no projection of that role.
+    """
+    family = architecture_of(model.config)
+    paths = {role: _path(family, role) for role in spec.targets}
+    found: dict[str, nn.Module] = {}
+    used: set[str] = set()
+    for index, layer in enumerate(decoder_layers(model)):
+        for role, path in paths.items():
+            module = _existing(layer, path) if path else None
+            if module is not None:
+                used.add(role)
+                found[f"{family.layers}.{index}.{path}"] = module
+    plain = not family.experts and not family.gate and not family.fused_gate_up
+    missing = [role for role in paths if role not in used and not (role == "gate" and plain)]
+    if missing or not found:
+        role = (missing or list(paths))[0]
+        raise ArchitectureError(
+            f"Model type '{family.model_type}' has no projection '{role}' that LoRA can update; "
+            "choose others in recovery.targets."
+        )
+    return found
+
+
+def _path(family: Architecture, role: str) -> str:
+    """Return where a layer has the projection of a role; empty if nowhere."""
+    parent, name = {
+        "q": (family.attention, family.query or family.fused_qkv),
+        "k": (family.attention, family.key or family.fused_qkv),
+        "v": (family.attention, family.value or family.fused_qkv),
+        "o": (family.attention, family.output),
+        "gate": (family.mlp, family.gate or family.fused_gate_up),
+        "up": (family.mlp, family.up or family.fused_gate_up),
+        "down": (family.mlp, family.down),
+    }[role]
+    return f"{parent}.{name}" if parent and name else name

@@ -28,8 +28,11 @@ from streamline_bench.core.recipe.schema import Frozen, Recipe
 from streamline_bench.errors import NumericsError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.gradient_sums import GradientSums, sum_gradients
-from streamline_bench.methods.tools.layer_removal import config_json, untied_head_parameters
-from streamline_bench.methods.tools.layer_selection import proportional_ends
+from streamline_bench.methods.tools.layer_removal import (
+    config_json,
+    proportional_ends,
+    untied_head_parameters,
+)
 from streamline_bench.methods.width.width_plan import HeadUnit, WidthPlan, plan_widths, prunable
 from streamline_bench.methods.width.width_surgery import KeptUnits, narrowed_config, sliced_tensors
 from streamline_bench.modeling.widths import (

@@ -143,8 +143,8 @@ def _check_calibration(plan: Plan, folder: Path, todo: Sequence[PlanRow]) -> Non
 
 def _sources(recipe: Recipe) -> Iterator[CalibrationSpec]:
     """What a recipe reads from: to look at the model, to train a replacement, to recover."""
+    from streamline_bench.methods.base import get_method, unread_parts
     from streamline_bench.methods.recovery.recover import recovery_data
-    from streamline_bench.methods.registry import get_method, unread_parts
 
     if get_method(recipe.method).reads_calibration(recipe.parameters):
         yield recipe.calibration

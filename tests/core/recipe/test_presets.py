@@ -9,7 +9,7 @@ import pytest
 from streamline_bench.core.recipe.presets import TRAINING_PRESETS, preset_values
 from streamline_bench.core.recipe.schema import ReplacementSpec, TrainingSpec
 from streamline_bench.core.training import QUIRKS
-from streamline_bench.core.training.schedule import learning_rate
+from streamline_bench.core.training.state import learning_rate
 from streamline_bench.core.training.trainer import check_quirks
 from streamline_bench.errors import RecipeError
 

@@ -13,14 +13,8 @@ from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.forward import evaluating
 from streamline_bench.core.recipe.schema import ReplacementSpec
 from streamline_bench.core.surgery.layers import block_keep, keep_layers
-from streamline_bench.core.training.block import Student, Teacher
-from streamline_bench.core.training.objectives import (
-    LmObjective,
-    MseObjective,
-    StreamedStates,
-    make_batch,
-    pruned,
-)
+from streamline_bench.core.training.block import Student, Teacher, make_batch, pruned
+from streamline_bench.core.training.loop import LmObjective, MseObjective
 
 LAYER = ReplacementSpec(kind="layer")
 START, N = 2, 3
@@ -106,7 +100,7 @@ def test_loss_is_the_mean_squared_error_of_real_tokens(
 ) -> None:
     ids, mask = padded_tokens.input_ids, padded_tokens.attention_mask
     student = student_of(teacher_model, ReplacementSpec(kind="ffn"))
-    source = StreamedStates(Teacher(teacher_model, START, N, 0))
+    source = Teacher(teacher_model, START, N, 0)
     objective = MseObjective(student)
     batch = make_batch(padded_tokens, torch.arange(len(padded_tokens)), torch.device("cpu"))
     loss = float(objective.loss_sum(batch, source).detach()) / objective.terms(mask)
@@ -128,7 +122,7 @@ def test_padding_does_not_influence_the_loss(
     teacher_model: Any, padded_tokens: Any, kind: str
 ) -> None:
     student = student_of(teacher_model, ReplacementSpec.model_validate({"kind": kind}))
-    source = StreamedStates(Teacher(teacher_model, START, N, student.num_calls))
+    source = Teacher(teacher_model, START, N, student.num_calls)
     losses = []
     for filler in (0, 57):
         mask = padded_tokens.attention_mask

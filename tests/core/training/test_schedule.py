@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 
-from streamline_bench.core.training.schedule import CosineSchedule
+from streamline_bench.core.recipe.schema import TrainingSpec
+from streamline_bench.core.training.state import CosineSchedule
 
 
-def rates(steps: int, **changes: float) -> list[float]:
-    settings = {"peak": 2e-4, "min_ratio": 0.25, "warmup_ratio": 0.1, **changes}
-    schedule = CosineSchedule.over(steps, **settings)  # type: ignore[arg-type]
+def rates(steps: int, **changes: Any) -> list[float]:
+    settings = {"lr": 2e-4, "min_lr_ratio": 0.25, "warmup_ratio": 0.1, **changes}
+    schedule = CosineSchedule.of(TrainingSpec.model_validate(settings), steps, hidden_size=64)
     return [schedule.at(step) for step in range(steps)]
 
 
@@ -50,14 +52,12 @@ def test_reference_wraps_when_stepped_per_micro_batch() -> None:
 
 
 def test_a_straight_line_with_a_warm_up_counted_in_steps() -> None:
-    settings = {"peak": 1.0, "min_ratio": 0.0, "warmup_ratio": 0.5, "warmup_steps": 4}
-    schedule = CosineSchedule.over(13, **settings, decay="linear")  # type: ignore[arg-type]
-    lrs = [schedule.at(step) for step in range(13)]
+    settings = {"lr": 1.0, "min_lr_ratio": 0.0, "warmup_ratio": 0.5, "warmup_steps": 4}
+    lrs = rates(13, **settings, decay="linear")
     assert lrs[:4] == [0.25, 0.5, 0.75, 1.0]
     assert lrs[4:] == pytest.approx([1 - i / 8 for i in range(9)])
 
 
 def test_a_warm_up_longer_than_the_training_never_reaches_the_peak() -> None:
-    settings = {"peak": 1.0, "min_ratio": 0.0, "warmup_ratio": 0.0, "warmup_steps": 10}
-    schedule = CosineSchedule.over(5, **settings)  # type: ignore[arg-type]
-    assert [schedule.at(step) for step in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    settings = {"lr": 1.0, "min_lr_ratio": 0.0, "warmup_ratio": 0.0, "warmup_steps": 10}
+    assert rates(5, **settings) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])

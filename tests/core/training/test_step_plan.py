@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from streamline_bench.core.recipe.schema import TrainingSpec
-from streamline_bench.core.training.schedule import StepPlan
+from streamline_bench.core.training.state import StepPlan
 
 
 @pytest.mark.parametrize(("sequences", "batch", "accumulation"), [(23, 4, 2), (8, 4, 2), (3, 8, 4)])

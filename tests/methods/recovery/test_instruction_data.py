@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from streamline_bench.compression import compress
 from streamline_bench.core.recipe.schema import CalibrationSpec
-from streamline_bench.core.training.objectives import LmObjective, make_batch
+from streamline_bench.core.training.block import make_batch
+from streamline_bench.core.training.loop import LmObjective
 from streamline_bench.errors import CalibrationError
 from streamline_bench.methods.recovery.instruction_data import alpaca_prompt, load_instructions
 

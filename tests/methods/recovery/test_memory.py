@@ -15,7 +15,6 @@ from streamline_bench.compression import compress
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.training import loop
 from streamline_bench.methods.recovery import recover as recovery
-from streamline_bench.methods.recovery import training as recovery_training
 
 OPTIONS: dict[str, Any] = {
     "recovery.training.data.sequence_length": 16,
@@ -76,7 +75,7 @@ def test_copies_for_a_checkpoint_are_let_go(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     copies, alive_in_steps = Alive(), []
-    save, load, step = loop.save_state, recovery_training.load_state, loop.Loop._step
+    save, load, step = loop.save_state, loop.load_state, loop.Loop._step
 
     def saved(folder: Path, key: str, state: Any) -> None:
         save(folder, key, state)
@@ -98,7 +97,7 @@ def test_copies_for_a_checkpoint_are_let_go(
 
     stopped: list[bool] = []
     monkeypatch.setattr(loop, "save_state", saved)
-    monkeypatch.setattr(recovery_training, "load_state", loaded)
+    monkeypatch.setattr(loop, "load_state", loaded)
     monkeypatch.setattr(loop.Loop, "_step", stepped)
     recipe = make_recipe("last_layers", **OPTIONS, **{"recovery.kind": kind})
     with pytest.raises(KeyboardInterrupt):

@@ -99,7 +99,7 @@ def test_lora_merged_equals_lora_applied(
     trainable = choose_parameters(adapted, RecoverySpec(kind="lora", rank=3, alpha=7.0), seed=0)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in trainable.parameters():
+        for parameter in trainable.named_parameters().values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
         applied, before = adapted(IDS).logits, plain(IDS).logits
         plain.load_state_dict(trainable.merged(), strict=False)
@@ -162,7 +162,7 @@ def test_lora_is_the_published_rank_one_formula() -> None:
     before = model.model.layers[0].mlp.down_proj.weight.detach().clone()
     spec = RecoverySpec(kind="lora", rank=2, alpha=5.0, targets=("down",))
     trainable = choose_parameters(model, spec, seed=0)
-    a, b = trainable.parameters()
+    a, b = trainable.named_parameters().values()
     with torch.no_grad():
         b.normal_()
     expected = before + 5.0 / 2 * b.detach() @ a.detach()
@@ -343,10 +343,12 @@ def test_lora_of_a_half_precision_model_is_trained_in_full_precision(
     folder = make_tiny_model("llama", num_hidden_layers=2)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     trainable = choose_parameters(model, RecoverySpec(kind="lora"), seed=0)
-    assert {parameter.dtype for parameter in trainable.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in trainable.named_parameters().values()} == {
+        torch.float32
+    }
     trainable.begin(0)
     model(IDS, labels=IDS).loss.backward()
-    trained = {id(parameter) for parameter in trainable.parameters()}
+    trained = {id(parameter) for parameter in trainable.named_parameters().values()}
     for parameter in model.parameters():
         assert (parameter.grad is not None) is (id(parameter) in trained)
     assert {weight.dtype for weight in trainable.merged().values()} == {torch.float32}
@@ -399,7 +401,7 @@ def test_dropout_depends_on_the_step_alone(make_tiny_model: Callable[..., Path])
     model = AutoModelForCausalLM.from_pretrained(folder)
     trainable = choose_parameters(model, RecoverySpec(kind="lora", dropout=0.5), seed=0)
     with torch.no_grad():
-        for parameter in trainable.parameters():
+        for parameter in trainable.named_parameters().values():
             parameter.fill_(0.1)
 
         def logits(step: int | None) -> torch.Tensor:

@@ -11,7 +11,7 @@ import pytest
 
 from streamline_bench.core.scan.similarity import Similarity
 from streamline_bench.errors import NumericsError, SparsityError
-from streamline_bench.methods.tools.layer_selection import (
+from streamline_bench.methods.tools.layer_removal import (
     ProtectedEnds,
     block_at,
     merge_adjacent,
