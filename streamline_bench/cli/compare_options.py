@@ -32,7 +32,13 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
             payload[key] = [part.strip() for part in options[key].split(",") if part.strip()]
     if options["rows"]:
         payload["recipes"] = [*payload.get("recipes", []), *map(parse_row, options["rows"])]
-    payload["set"] = _laid_over(payload.get("set") or {}, _overrides(options))
+    given: dict[str, Any] = dict(parse_assignments(options["assignments"]))
+    own = ("sparsity", "n_layers", "calibration")
+    given |= {key: options[key] for key in own if options.get(key) is not None}
+    # Sizes are alternatives: one that is given replaces the plan's, whichever it was.
+    replaced = set(SIZE_KEYS) if given.keys() & set(SIZE_KEYS) else set()
+    planned = payload.get("set") or {}
+    payload["set"] = {k: v for k, v in planned.items() if k not in replaced} | given
     if options["workload"]:
         payload["workload"] = {
             **(payload.get("workload") or {}),
@@ -89,21 +95,6 @@ def read_execution(options: Mapping[str, Any]) -> Execution:
     return Execution(
         gpus=gpus, cpus_per_job=cpus, cpus_by_kind=by_kind, **{key: options[key] for key in same}
     )
-
-
-def _overrides(options: Mapping[str, Any]) -> dict[str, Any]:
-    given: dict[str, Any] = dict(parse_assignments(options["assignments"]))
-    for key in ("sparsity", "n_layers", "calibration"):
-        if options.get(key) is not None:
-            given[key] = options[key]
-    return given
-
-
-def _laid_over(plan: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes are alternatives: one that is given replaces the plan's, whichever it was."""
-    sizes = set(SIZE_KEYS)
-    kept = {k: v for k, v in plan.items() if not (k in sizes and sizes & given.keys())}
-    return {**kept, **given}
 
 
 def parse_cpus(text: str) -> tuple[int, dict[str, int]]:

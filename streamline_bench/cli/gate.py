@@ -58,7 +58,7 @@ def command(
 
     RUN and the reference are run folders or their leaderboard.json; the reference may also be a
     file of --write-reference. Answers are compared one by one if both sides have them, speeds
-    on the same machine only. In GitHub Actions the result also goes to the step summary.
+    on the same machine only. GitHub Actions also gets the result in the step summary.
 
     Of a run folder, the rows of its leaderboard.json count, each with the evaluation that run.json
     names. If that holds several evaluations, those with the same settings are joined; a warning

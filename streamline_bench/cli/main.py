@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _end(error: StreamlineBenchError | OSError) -> NoReturn:
-    """Print the sentence and exit with 2; what the user cannot correct goes on as it is."""
+    """Print the sentence and exit with 2; an error that the user cannot correct is raised again."""
     foreign = isinstance(error, OSError) and error.errno not in _OF_THE_FILE_SYSTEM
     if foreign or os.environ.get("STREAMLINE_BENCH_TRACEBACK"):
         raise error

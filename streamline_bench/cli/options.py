@@ -135,7 +135,7 @@ def refuse_given(ctx: click.Context, why: str, *names: str) -> None:
     """Refuse options that the command line gives although they have no effect.
 
     Args:
-        why: what the option needs: "it goes with --serve".
+        why: what the option needs: "it needs --serve".
         names: as the command's function calls them.
 
     Raises:

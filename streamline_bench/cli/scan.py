@@ -84,7 +84,16 @@ def command(
         _write(similarity, sizes, metric, output, name)
     table = _table(similarity, sizes, metric)
     if as_json:
-        click.echo(json.dumps(_payload(model, similarity, table, output), indent=2))
+        files = [str(output / file) for file in _FILES] if output is not None else []
+        numbers = ("num_layers", "num_tokens", "num_samples", "last_state")
+        payload = {
+            "model": model,
+            **{name: getattr(similarity, name) for name in numbers},
+            **similarity.details,
+            "blocks": json.loads(table.to_json(orient="records", double_precision=15)),
+            "files": files,
+        }
+        click.echo(json.dumps(payload, indent=2))
     elif not quiet:
         _show(table, metric, similarity)
         click.echo(f"\nWritten: {', '.join(str(output / file) for file in _FILES if output)}")
@@ -186,21 +195,6 @@ def _write(similarity: Similarity, sizes: list[int], metric: Any, output: Path, 
         ) from None
     atomic_write_text(output / "similarity.svg", picture)
     similarity.save(output / "similarity.json")
-
-
-def _payload(
-    model: str, similarity: Similarity, table: pd.DataFrame, output: Path | None
-) -> dict[str, Any]:
-    return {
-        "model": model,
-        "num_layers": similarity.num_layers,
-        "num_tokens": similarity.num_tokens,
-        "num_samples": similarity.num_samples,
-        "last_state": similarity.last_state,
-        **similarity.details,
-        "blocks": json.loads(table.to_json(orient="records", double_precision=15)),
-        "files": [str(output / file) for file in _FILES] if output is not None else [],
-    }
 
 
 def _show(table: pd.DataFrame, metric: str, similarity: Similarity) -> None:

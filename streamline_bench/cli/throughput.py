@@ -67,7 +67,7 @@ def _list_of(kind: Callable[[str], _Number]) -> Callable[..., tuple[_Number, ...
               help="With --serve: port of the server  [default: a free one]")  # fmt: skip
 @click.option("--dtype", type=_DTYPES, default="auto",
               help="Dtype of the weights; auto: that of the first model.")  # fmt: skip
-# Not the shared option: to try the device, it would hold memory there beside the models.
+# Not the shared option: it tries the device, and would hold memory that the models need.
 @click.option("--device", default="auto", help=DEVICE_HELP)
 @click.option("--threads", type=click.IntRange(1),
               help="CPU threads of each model  [default: OMP_NUM_THREADS, or 1]")  # fmt: skip
@@ -158,9 +158,9 @@ def _refuse_ignored(ctx: click.Context, engine: str, serving: bool, paper: bool)
     if serving:
         refuse_given(ctx, "--serve sends requests to one model at a time", *_OF_BATCHES)
         return
-    refuse_given(ctx, "it goes with --serve", *_OF_SERVING)
+    refuse_given(ctx, "it needs --serve", *_OF_SERVING)
     if engine == "hf":
-        refuse_given(ctx, "it goes with --engine vllm", *_OF_VLLM)
+        refuse_given(ctx, "it needs --engine vllm", *_OF_VLLM)
     if paper:
         refuse_given(ctx, "--paper runs one sequence at a time", "batch")
 

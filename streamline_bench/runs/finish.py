@@ -146,12 +146,10 @@ class Results:
             if not self._has(row.label, CompressJob):
                 continue
             try:
-                manifest = read_manifest(self.run.checkpoint(row.label))
+                if (manifest := read_manifest(self.run.checkpoint(row.label))) is not None:
+                    found[row.label] = manifest
             except CheckpointError as error:
                 damaged[row.label] = str(error)
-                continue
-            if manifest is not None:
-                found[row.label] = manifest
         return found, damaged
 
     def _shared_layers(self) -> Grouping:

@@ -37,7 +37,7 @@ class CompareResult:
         run: the run folder.
         report: the page to open; None where no report was asked for, or the dense row failed.
         failures: label -> reason, of the rows that have no result.
-        reasons: job -> reason, of what failed beside them: noise floor, text, speed.
+        reasons: job -> reason, of other jobs that failed: noise floor, text, speed.
         alone: label -> why it was scored by itself, where others were scored together.
         left_out: task -> why no row was asked it.
         ignored_options: a sentence for each option that the harness did not follow.
@@ -88,7 +88,7 @@ def compare(
         options: other keys of :class:`Request`, such as ``limit=100``.
 
     Raises:
-        StreamlineBenchError: nothing could be run. A row that fails is no error: see
+        StreamlineBenchError: nothing could be run. A row that fails raises nothing: see
             :attr:`CompareResult.failures`.
     """
     payload = {"model": str(model), "recipes": list(recipes), "tasks": list(tasks), **options}

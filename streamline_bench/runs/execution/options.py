@@ -164,7 +164,7 @@ class Execution:
 
     @property
     def threads_alone(self) -> int:
-        """CPU threads of a job beside which no other runs, where the plan does not say."""
+        """CPU threads of a job that runs alone, where the plan does not say."""
         if self.executor == "ray":
             return self.cpus_of("measure")
         given = os.environ.get("OMP_NUM_THREADS", "")

@@ -77,7 +77,7 @@ class JobProcess(LeashedProcess):
         folder: Path | None = None,
         command: Sequence[str] = ("-m", "streamline_bench.runs.jobs.worker"),
     ) -> None:
-        """Start the process; its output goes to the job's log.
+        """Start the process; the job's log keeps its output.
 
         Args:
             folder: where it starts; None: where this process is.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Watch = Callable[[Mapping[str, JobState]], None]
 
 SILENCE = 60.0
-"""Seconds without a line after which what runs is said, where there is no terminal."""
+"""Seconds without a line after which the running jobs are printed (without a terminal)."""
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Jobs on an existing Ray cluster.
 
 Every machine of the cluster must see the run folder, the model and the task files under the same
-paths and have this package installed; what a job makes goes into the run folder, so that Ray moves
+paths and have this package installed; a job writes into the run folder, so that Ray moves
 no data. A job asks for CPUs and GPUs; Ray chooses the machine and sets ``CUDA_VISIBLE_DEVICES``.
 """
 

@@ -125,7 +125,7 @@ class Scheduler:
         return all(self.states[name].succeeded for name in job.needs)
 
     def _start_together(self, jobs: list[ScoreJob]) -> None:
-        # Dense may have its result already; what the others share is told in comparison with it.
+        # Dense may have its result already; the others are compared with it.
         dense = self._dense()
         among = [dense, *(job for job in jobs if job is not dense)]
         found = groups_of(self._run, among, one_process=self._one_process)
@@ -154,7 +154,7 @@ class Scheduler:
                 self._start(job)
 
     def _all_shareable(self) -> list[ScoreJob]:
-        return _shareable([state.job for state in self.states.values()])
+        return _shareable(state.job for state in self.states.values())
 
     def _dense(self) -> ScoreJob:
         return next(job for job in self._all_shareable() if job.dense)

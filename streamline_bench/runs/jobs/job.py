@@ -35,7 +35,7 @@ class Facts(Frozen):
         not_compared: task -> why it was not scored although it was asked for.
     """
 
-    model_config = ConfigDict(extra="ignore")  # what an earlier version said is no damage
+    model_config = ConfigDict(extra="ignore")  # earlier versions wrote other facts
 
     together: tuple[str, ...] = ()
     alone: str | None = None
@@ -44,14 +44,14 @@ class Facts(Frozen):
 
 @dataclass(frozen=True)
 class Result:
-    """What the work of a job gives beside its files: the command that repeats it, and facts."""
+    """What the work of a job gives in addition to its files."""
 
     command: str | None = None
     facts: Facts = field(default_factory=Facts)
 
 
 class Job(Frozen):
-    """One unit of work, done by a process of its own.
+    """One step of a comparison, done by a process of its own.
 
     A key covers everything that decides the result, through the keys of the jobs before it; where
     and with how many workers the job runs does not enter.

@@ -77,7 +77,7 @@ class CompressJob(Job):
         return Result(self._command(run))
 
     def _command(self, run: RunPaths) -> str:
-        """What a reader can type; the complete recipe is written beside the job for it."""
+        """What a reader can type; its recipe is written into the job's folder."""
         import yaml
 
         path = run.job(self.name) / "recipe.yaml"

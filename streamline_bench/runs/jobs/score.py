@@ -75,7 +75,7 @@ class ScoreJob(Job):
 
         It is the stock harness's; with the user's own task folder it is ours, which passes
         everything on: the stock one takes a single folder, and the packaged tasks must stay known
-        beside the user's.
+        as well.
         """
         asked, own = self.evaluation, self.evaluation.include_path
         model = {
@@ -140,7 +140,7 @@ class ScoreJob(Job):
         return Result(job.reader_command(run), Facts(alone=self.alone, not_compared=left_out))
 
     def _call(self, run: RunPaths, staging: Path) -> None:
-        """Run the harness, whose output goes to this process's own, which the job's log keeps."""
+        """Run the harness; its output is this process's output, which the job's log keeps."""
         command = self.harness_command(run, staging)
         print(shlex.join(command), flush=True)
         environment = {"TOKENIZERS_PARALLELISM": "false", "LMEVAL_LOG_LEVEL": "WARNING"}

@@ -49,7 +49,7 @@ class PlanRow(Frozen):
 
 
 class Evaluation(Frozen):
-    """What the harness is asked; ``tasks_sha256`` covers the task files beside the harness's."""
+    """What the harness is asked; ``tasks_sha256`` covers task files outside the harness."""
 
     tasks: tuple[str, ...]
     include_path: str | None = None

@@ -43,7 +43,7 @@ class Request(Frozen):
         recipes: rows; a string is a recipe's name or path, or a group of recipes
             (see :func:`.recipe_groups`); with a minus before it, it is left out.
         tasks: names of lm-eval tasks or groups.
-        include_path: folder with the user's own task files, beside those of this package and of
+        include_path: folder with the user's own task files, used with those of this package and of
             the harness; of tasks with the same name, the user's counts.
         overrides: recipe keys for every row but the dense one (``set`` in a plan file).
         limit: documents per task (a share of them below 1), None for all.
