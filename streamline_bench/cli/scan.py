@@ -86,7 +86,7 @@ def command(
     if as_json:
         files = [str(output / file) for file in _FILES] if output is not None else []
         numbers = ("num_layers", "num_tokens", "num_samples", "last_state")
-        payload = {
+        payload: dict[str, Any] = {
             "model": model,
             **{name: getattr(similarity, name) for name in numbers},
             **similarity.details,
