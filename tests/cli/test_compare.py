@@ -77,6 +77,7 @@ def test_the_bundled_model_brings_its_tasks_and_block_length(
     assert request.tasks == ("streamline_demo", "streamline_demo_generation")
     assert request.overrides == {"sequence_length": 128, "sparsity": 0.5}
     assert request.threads == 1
+    assert request.text is None  # compared only if asked for
     own = asked("bundled", "--recipes", "shortgpt", "--tasks", "piqa", "--threads", 2)
     assert (own.tasks, own.threads) == (("piqa",), 2)
 
