@@ -165,7 +165,7 @@ def clustered(scenario: Scenario, draws: int) -> dict[str, float]:
     robust = ((c - b - share * change[:, None]) ** 2 / (1 - share)).sum(axis=1)
     pairs = share**2 / (1 - share)
     freedom = 1 / ((share**2).sum(axis=1) + pairs.sum(axis=1) ** 2 - (pairs**2).sum(axis=1))
-    robust += 0.5 + 3 * ((share * sizes).sum(axis=1) - 1) / freedom**2
+    robust += 0.5
     found = n, b.sum(axis=1), c.sum(axis=1), robust / (alone_ + 0.5), freedom
     truth = gained - lost
     at_truth, at_zero = p_values(*found, truth), p_values(*found, 0.0)
