@@ -83,7 +83,7 @@ def test_training(
             device=device,
             progress=False,
         )
-        losses[device] = result.best_loss
+        losses[device] = result.summary["best_loss"]
     assert losses[DEVICE] == pytest.approx(losses["cpu"], rel=1e-2)
 
 

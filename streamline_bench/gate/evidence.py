@@ -43,7 +43,7 @@ from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.clusters import ClusterLabels, cluster_labels
 from streamline_bench.stability.statistics.stability import choice_spread
-from streamline_bench.throughput.speed import Speed
+from streamline_bench.throughput.record import Speed
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from streamline_bench.errors import ComparisonError
 from streamline_bench.gate.evidence import Evidence, Reference, RowReference, open_source
 from streamline_bench.gate.result import Check, GateResult, Quantity, Status, Thresholds
 from streamline_bench.gate.task_checks import accuracy_checks, stability_checks
-from streamline_bench.throughput.speed import Speed
+from streamline_bench.throughput.record import Speed
 
 
 def gate(

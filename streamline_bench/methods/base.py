@@ -129,12 +129,12 @@ class Compressed:
         config: the new ``config.json`` as a mapping.
         names: new tensor name -> name in the source. These bytes are copied and never loaded.
         tensors: new or changed tensors, in the dtype to store. A mapping that makes each tensor
-            when it is asked for keeps memory small.
+            on access keeps memory small.
         layers_after: decoder layers of the result.
         chosen: what the method decided (block, scores, sizes reached); JSON.
         calibration: facts about the calibration tokens, ``CalibrationTokens.summary()``.
         training: facts about the training, if there was any; JSON.
-        artefacts: file name -> text, written beside the weights (similarity, training curve).
+        artefacts: file name -> text, written next to the weights (similarity, training curve).
     """
 
     config: Mapping[str, Any]
@@ -170,7 +170,7 @@ class Method(ABC):
     calibrated: ClassVar[bool] = True
 
     def reads_calibration(self, parameters: Mapping[str, Any]) -> bool:
-        """Whether it looks at calibration text with these values of its own parameters."""
+        """Whether the method reads calibration text with these parameters."""
         return self.calibrated
 
     @abstractmethod
@@ -196,7 +196,7 @@ def write_compressed(
     """Write weights, config, tokenizer and artefacts into an existing, empty folder.
 
     Args:
-        reader: the checkpoint that ``result.names`` speaks of.
+        reader: the checkpoint in which the names of ``result.names`` are.
 
     Raises:
         CheckpointError: a named tensor is not in it.
@@ -273,16 +273,15 @@ def _target(name: str) -> str:
         known = sorted({*METHODS, *offered(ENTRY_POINTS)})
         raise RecipeError(f"Unknown method '{name}'{suggest_or_list(name, known)}")
     if len(entries) > 1:
-        owners = " and ".join(f"{_owner(entry)} ({entry.value})" for entry in entries)
+        owners = " and ".join(
+            f"{entry.dist.name if entry.dist else 'an unnamed package'} ({entry.value})"
+            for entry in entries
+        )
         raise RecipeError(
             f"Two packages offer a method '{name}': {owners}; uninstall one of them, or write "
             f"'method: {entries[0].value}' in the recipe."
         )
     return entries[0].value
-
-
-def _owner(entry: metadata.EntryPoint) -> str:
-    return entry.dist.name if entry.dist else "an unnamed package"
 
 
 def _foreign_class(name: str, target: str) -> type[Method]:

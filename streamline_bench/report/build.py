@@ -25,7 +25,7 @@ from streamline_bench.stability.noise import above_noise, noise_floor
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
-from streamline_bench.throughput.speed import Speed, read_figures
+from streamline_bench.throughput.record import Speed, read_figures
 from streamline_bench.version import __version__
 
 

@@ -23,7 +23,7 @@ from streamline_bench.stability.comparison import (
     TaskComparison,
     TokenDivergence,
 )
-from streamline_bench.throughput.speed import Speed
+from streamline_bench.throughput.record import Speed
 
 
 class Procedure(Frozen):

@@ -9,9 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from streamline_bench.throughput.measurement import measure
-    from streamline_bench.throughput.record import ThroughputRecord, read_record, write_record
-    from streamline_bench.throughput.serving_measurement import serve
-    from streamline_bench.throughput.speed import ThroughputFigures, figures_of, read_figures
+    from streamline_bench.throughput.record import (
+        ThroughputFigures,
+        ThroughputRecord,
+        figures_of,
+        read_figures,
+        read_record,
+        write_record,
+    )
+    from streamline_bench.throughput.serving import serve
     from streamline_bench.throughput.workload import ServingLoad, Setup, Workload
 
 __all__ = [
@@ -30,16 +36,14 @@ __all__ = [
 
 _WHERE = {
     "measure": "measurement",
-    "serve": "serving_measurement",
-    **dict.fromkeys(("ThroughputRecord", "read_record", "write_record"), "record"),
-    **dict.fromkeys(("ThroughputFigures", "figures_of", "read_figures"), "speed"),
+    "serve": "serving",
     **dict.fromkeys(("ServingLoad", "Setup", "Workload"), "workload"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE.get(name, 'record')}"), name)

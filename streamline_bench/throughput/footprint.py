@@ -81,8 +81,7 @@ def footprint(folder: Path, context: int) -> Footprint:
 def ideal(dense: Footprint, pruned: Footprint) -> Ideal:
     """Return by how much ``pruned`` would be faster if only its size counted.
 
-    Layers are the measure where whole layers are gone and those that stay are dense's own; else
-    operations are.
+    Layers are compared where the remaining layers equal dense's own, else operations.
     """
     flops = dense.flops / pruned.flops
     layers = dense.layers / pruned.layers if dense.layers and pruned.layers else flops

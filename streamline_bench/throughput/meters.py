@@ -7,10 +7,8 @@ import os
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import takewhile
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -74,7 +72,8 @@ def visible_device(device: str) -> str:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is None:
         return str(number)
-    listed = list(takewhile(_names_device, (entry.strip() for entry in given.split(","))))
+    entries = (entry.strip() for entry in given.split(","))
+    listed = list(takewhile(lambda entry: entry not in ("", "-1"), entries))
     if number >= len(listed):
         raise ThroughputError(
             f"Device '{device}' is not visible: CUDA_VISIBLE_DEVICES='{given}' lists "
@@ -84,12 +83,7 @@ def visible_device(device: str) -> str:
     return listed[number]
 
 
-def _names_device(entry: str) -> bool:
-    return bool(entry) and entry != "-1"
-
-
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """Seconds of wall and processor time, and joules where a device counts them."""
 
     seconds: float
@@ -148,12 +142,7 @@ class PeakMemory:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
 
@@ -165,7 +154,7 @@ class PeakMemory:
                 return
 
     def _sample(self) -> None:
-        found = _tree(self._pid)
+        found = process_tree(self._pid)
         if self._device is not None:
             held = self._device.memory_bytes(process.pid for process in found)
         else:
@@ -185,7 +174,8 @@ def _resident_bytes(processes: list[psutil.Process]) -> int:
     return total
 
 
-def _tree(pid: int) -> list[psutil.Process]:
+def process_tree(pid: int) -> list[psutil.Process]:
+    """Return a process and all below it; none if it has ended."""
     try:
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]

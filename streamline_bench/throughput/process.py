@@ -19,6 +19,7 @@ import psutil
 
 from streamline_bench.core.machine.environment import printable
 from streamline_bench.core.machine.processes import GRACE, LeashedProcess
+from streamline_bench.throughput.meters import process_tree
 from streamline_bench.throughput.worker import is_out_of_memory
 
 _LOG_TAIL = 1 << 16
@@ -87,7 +88,7 @@ class ModelProcess(LeashedProcess):
         """Tell the process to end, and do not wait for it."""
         if self._closed:
             return
-        self._children += _children(self.pid)  # while it can still be asked for them
+        self._children += process_tree(self.pid)[1:]  # while it can still be asked for them
         with contextlib.suppress(OSError):
             if self._process.stdin is not None:
                 self._process.stdin.close()
@@ -174,13 +175,6 @@ def kernel_kills() -> int | None:
     except OSError:
         return None
     return int(found[1]) if found else None
-
-
-def _children(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.Error:
-        return []
 
 
 def _last_error(log: str, but: str | None = None) -> str:

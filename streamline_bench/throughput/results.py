@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from streamline_bench.throughput.contender import Contender
 from streamline_bench.throughput.footprint import DTYPE_BYTES, Footprint, ideal
 from streamline_bench.throughput.record import ModelResult, Point, Rate, Ratio, Round, ServingPoint
-from streamline_bench.throughput.sweep import Measured
+from streamline_bench.throughput.sweep import Contender, Measured
 from streamline_bench.throughput.workload import Clock
 
 _DRAWS = 10_000
@@ -99,7 +98,8 @@ def points_of(
     for point in measured:
         fields = _rates(point.rounds, clock) if point.reason is None else {}
         peer = reference.get(point.batch_requested)
-        if fields and peer is not None and _comparable(point, peer):
+        comparable = peer is not None and peer.reason is None and bool(peer.rounds)
+        if fields and peer and comparable and peer.batch_size == point.batch_size:
             fields["ratio"] = ratio(
                 point.rounds, peer.rounds, clock, paired=paired, confidence=confidence, seed=seed
             )
@@ -154,10 +154,6 @@ def model_result(
         serving=serving,
         **measured,
     )
-
-
-def _comparable(point: Measured, dense: Measured) -> bool:
-    return dense.reason is None and bool(dense.rounds) and dense.batch_size == point.batch_size
 
 
 def _rates(rounds: Sequence[Round], clock: Clock) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The process of one model: ``python -m streamline_bench.throughput.worker JOB``.
 
-JOB is ``module:Class``. Requests come in on stdin,
-replies go out on what was stdout, one JSON object a line. What libraries print goes to stderr. The
-process ends, with all its children, when stdin closes or its parent is gone.
+JOB is ``module:Class``. Requests arrive on stdin and replies leave on the original stdout, one JSON
+object a line. Prints of libraries land on stderr. The process and all its children end when stdin
+closes or its parent ends.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class Setup(Frozen):
         threads: of each process; None: ``OMP_NUM_THREADS``, or one. One is the steady setting on
             a busy machine.
         clock: None: processor time on a processor, wall time on an accelerator.
-        eager: no compilation and no captured graphs; None: as the engine sees fit.
+        eager: no compilation and no captured graphs; None: the engine's default.
         attention: attention implementation of the ``hf`` engine; None: its default.
         kv_cache_bytes: vLLM's cache, equal for all models; None: what the largest batch needs.
         timeout: seconds for one round, or for one rate when serving.

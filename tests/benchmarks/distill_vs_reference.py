@@ -167,7 +167,7 @@ def train_ours(options: argparse.Namespace) -> None:
         seed=SEED,
     )
     measurement.save(tokens["training"].numel() * options.epochs)
-    save_file(result.state, options.work / "ours.safetensors")
+    save_file(dict(result.state), options.work / "ours.safetensors")
 
 
 def train_reference(options: argparse.Namespace) -> None:

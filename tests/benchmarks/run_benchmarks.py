@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from streamline_bench.throughput.environment import machine_id
+from streamline_bench.throughput.measurement import machine_id
 
 
 class Limit(NamedTuple):

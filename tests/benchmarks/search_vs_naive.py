@@ -117,6 +117,7 @@ def naive_laco(
     dense = last_hidden(model, tokens)
     depth, merges, alive = len(model.model.layers), list[Merge](), {}
     current, order = model, list(range(depth))
+    assert span.highest is not None
     base = span.highest - span.layers_per_merge
     while base >= span.lowest and depth - len(order) < most:
         room = most - (depth - len(order))
@@ -231,7 +232,7 @@ def main() -> None:
         lambda: naive_sleb(model, tokens, options.steps),
         options,
     )
-    span = MergeRange(4, 0, options.layers, 2)
+    span = MergeRange(highest=options.layers)
     for label, threshold, copies in (
         ("LaCo, loose, peer copies", 0.5, True),
         ("LaCo, loose, peer in place", 0.5, False),

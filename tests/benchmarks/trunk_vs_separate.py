@@ -88,9 +88,12 @@ def build_dense(model: str, folder: Path) -> Path:
 def build_variant(dense: Path, folder: Path, start: int, n: int, network: str | None) -> Path:
     """Save ``dense`` without layers ``start .. start + n - 1``, with a random network instead."""
     import torch
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from surgery_in_memory import keep_layers
     from transformers import AutoModelForCausalLM
 
-    from streamline_bench.core.surgery.layers import block_keep, keep_layers
+    from streamline_bench.core.surgery.layers import block_keep
     from streamline_bench.modeling import Attachment, StreamlineForCausalLM, streamline_config
 
     with quiet():

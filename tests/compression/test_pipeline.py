@@ -21,12 +21,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from surgery_in_memory import keep_layers
 from transformers import AutoModelForCausalLM
 
 from streamline_bench.compression import compress, compress_cached
 from streamline_bench.compression.key import content_key
 from streamline_bench.core.checkpoint.manifest import read_manifest, verify_files
-from streamline_bench.core.surgery.layers import keep_layers
 from streamline_bench.errors import CacheError, RecipeError
 from streamline_bench.methods.depth import streamline
 from streamline_bench.modeling import register

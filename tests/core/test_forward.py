@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from surgery_in_memory import keep_layers
 from transformers import AutoModelForCausalLM
 
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.forward import PartialForward
-from streamline_bench.core.surgery.layers import keep_layers
 
 IDS = torch.tensor([[1, 5, 9, 40, 22, 7, 11], [3, 8, 2, 60, 0, 0, 0]])
 MASK = torch.tensor([[1] * 7, [1, 1, 1, 1, 0, 0, 0]]).bool()

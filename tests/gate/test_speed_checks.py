@@ -11,7 +11,7 @@ import pytest
 from streamline_bench.gate.evidence import read_evidence
 from streamline_bench.gate.judge import _unlike, judge
 from streamline_bench.gate.result import Check, Thresholds
-from streamline_bench.throughput.speed import Speed
+from streamline_bench.throughput.record import Speed
 from streamline_bench.throughput.workload import ServingLoad
 
 

@@ -19,9 +19,8 @@ def same_as_surgery() -> Callable[[Path, Path, list[int]], None]:
 
     def check(folder: Path, source: Path, removed: list[int]) -> None:
         import torch
+        from surgery_in_memory import keep_layers
         from transformers import AutoModelForCausalLM
-
-        from streamline_bench.core.surgery.layers import keep_layers
 
         written, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not any(report[key] for key in ("missing_keys", "unexpected_keys"))

@@ -88,7 +88,7 @@ def test_models_take_turns_and_the_record_holds_every_round(
         ({"exit": 3}, r"exit code 3 while generating.*: OSError: something dreadful happened"),
         ({"signal": signal.SIGSEGV}, r"signal 11 \(SIGSEGV\)"),
         ({"signal": signal.SIGKILL}, r"signal 9 \(SIGKILL\)"),
-        ({"tokens_missing": 1}, r"2 sequences of 5 tokens were asked for.*2 of 4 to 4"),
+        ({"tokens_missing": 1}, r"2 sequences of 5 tokens.*2 of 4 to 4"),
     ],
 )
 def test_a_failure_is_a_row_and_the_others_go_on(

@@ -12,10 +12,10 @@ import pytest
 
 from streamline_bench.errors import ThroughputError
 from streamline_bench.throughput import Setup, measure
-from streamline_bench.throughput.contender import process_environment
 from streamline_bench.throughput.engines import EngineSettings
 from streamline_bench.throughput.engines.vllm import VLLMEngine
 from streamline_bench.throughput.meters import PeakMemory, Stopwatch, open_device, visible_device
+from streamline_bench.throughput.sweep import process_environment
 
 
 def test_visible_device(monkeypatch: pytest.MonkeyPatch) -> None:

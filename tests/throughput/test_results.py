@@ -7,11 +7,10 @@ import statistics
 
 import pytest
 
-from streamline_bench.throughput.contender import Contender
 from streamline_bench.throughput.footprint import Footprint
 from streamline_bench.throughput.record import Round
 from streamline_bench.throughput.results import model_result, per_second, points_of, rate, ratio
-from streamline_bench.throughput.sweep import Measured
+from streamline_bench.throughput.sweep import Contender, Measured
 
 
 def measured(batch: int, *seconds: float, size: int | None = None, **changes: object) -> Measured:

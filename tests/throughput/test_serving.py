@@ -13,7 +13,7 @@ import pytest
 from streamline_bench.errors import ThroughputError
 from streamline_bench.throughput import ServingLoad, Setup, Workload, measure, read_record, serve
 from streamline_bench.throughput.record import ThroughputRecord
-from streamline_bench.throughput.serving_measurement import (
+from streamline_bench.throughput.serving import (
     free_port,
     is_port_conflict,
     require_free,

@@ -10,9 +10,10 @@ from streamline_bench.throughput.record import (
     Latency,
     ServingPoint,
     ThroughputRecord,
+    figures_of,
+    read_figures,
     write_record,
 )
-from streamline_bench.throughput.speed import figures_of, read_figures
 
 Make = Callable[..., ThroughputRecord]
 

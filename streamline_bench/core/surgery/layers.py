@@ -1,8 +1,8 @@
-"""Removes decoder layers of a model in memory, together with everything that counts them.
+"""Removes decoder layers from a config, together with everything that counts them.
 
-Layer numbers live in four places: the list of layers, each attention's ``layer_idx`` (its slot in
-the KV cache), the config's depth, and config entries per layer. Missing one gives a model that
-runs and is wrong, or reloads with random weights. The same for files: :mod:`.shards`.
+Layers are counted by the config's depth and by config entries per layer. Missing one gives a model
+that runs and is wrong, or reloads with random weights. The tensors are renamed by
+:mod:`~streamline_bench.core.checkpoint.writer`.
 """
 
 from __future__ import annotations
@@ -10,20 +10,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamline_bench.core.architecture import (
     Architecture,
     config_entry,
-    decoder_layers,
-    get_submodule,
     require_removable_layers,
 )
 from streamline_bench.core.checkpoint.quantization import renumbered
 from streamline_bench.errors import ArchitectureError, SparsityError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def block_keep(num_layers: int, start: int, n: int) -> list[int]:
@@ -81,37 +76,6 @@ def pruned_config(config: Any, keep: Sequence[int]) -> Any:
     if hasattr(pruned, "validate"):
         pruned.validate()
     return pruned
-
-
-def keep_layers(model: nn.Module, keep: Sequence[int]) -> None:
-    """Remove all layers but ``keep`` from a causal LM, in place.
-
-    For programs that hold a model in memory. The commands write files instead
-    (:mod:`~streamline_bench.core.checkpoint.writer`), which load as what this makes.
-
-    Weights are neither copied nor changed. The model gets a new config object.
-
-    Raises:
-        ArchitectureError, SparsityError: see :func:`pruned_config`.
-    """
-    from torch import nn
-
-    old: Any = model.config
-    new = pruned_config(old, keep)
-    row = require_removable_layers(old)
-    layers = decoder_layers(model)
-    kept = [layers[index] for index in keep]
-    setattr(get_submodule(model, row.stack), row.layers.rpartition(".")[2], nn.ModuleList(kept))
-    for position, layer in enumerate(kept):
-        _assign(layer, "layer_idx", int, position)
-    _assign(model, "config", type(old), new)
-
-
-def _assign(root: nn.Module, attribute: str, kind: type, value: Any) -> None:
-    """Set an attribute on every module below ``root`` that has it already, of that kind."""
-    for module in root.modules():
-        if isinstance(getattr(module, attribute, None), kind):
-            setattr(module, attribute, value)
 
 
 def _changes(row: Architecture, config: Any, keep: list[int], depth: int) -> dict[str, Any]:

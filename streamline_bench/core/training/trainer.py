@@ -57,7 +57,7 @@ QUIRKS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """A trained replacement.
+    """A trained replacement or model.
 
     Attributes:
         state: its weights with the lowest validation loss, float32 on the CPU. Kind ``layer``:
@@ -65,14 +65,12 @@ class TrainingResult:
             ``up_proj.weight``.
         curve: rows with step, lr, train_loss, val_loss, tokens, seconds; entries that were not
             measured at that step are None.
-        best_step, best_loss: step and value of the lowest validation loss (None: not trained).
-        summary: what the manifest records; JSON.
+        summary: what the manifest records; JSON. ``best_step`` and ``best_loss`` are step and value
+            of the lowest validation loss.
     """
 
-    state: dict[str, Tensor]
+    state: Mapping[str, Tensor]
     curve: list[dict[str, Any]]
-    best_step: int
-    best_loss: float | None
     summary: dict[str, Any]
 
 
@@ -121,7 +119,7 @@ def train_replacement(
     student = Student(model, start, spec, seed)
     if training.objective == "none":
         summary = {"objective": "none", "kind": spec.kind, "steps": 0}
-        return TrainingResult(student.state_on_cpu(), [], 0, None, summary)
+        return TrainingResult(student.state_on_cpu(), [], summary)
     open_work_folder(work)
     job = _Job(model, start, n, spec, training, tokens, work, seed, device, progress, tuple(quirks))
     with evaluating(model, frozen=True):
@@ -172,7 +170,7 @@ class _Job:
             "hidden_states": storage,
             "quirks": list(self.quirks),
         }
-        return TrainingResult(state.best, state.curve, state.best_step, state.best_loss, summary)
+        return TrainingResult(state.best, state.curve, summary)
 
     @property
     def _hidden_size(self) -> int:

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layers_prefix
-from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.depth.merge_search import (
@@ -40,25 +39,18 @@ from streamline_bench.methods.tools.layer_removal import (
 log = logging.getLogger(__name__)
 
 
-class LaCoParameters(Frozen):
+class LaCoParameters(MergeRange):
     """Parameters of the method ``laco``.
 
     Attributes:
         merge: ``reference`` (what the authors' code computes: the last merged layer's projections
             take the base's place) or ``rdsc`` (the paper's sum of differences).
-        layers_per_merge: the paper's C.
-        lowest, highest: range of layers; None: up to the last layer.
-        interval: the paper's I.
         threshold: least cosine at which a merge stays; None: the highest that reaches the size.
         bisections: how finely that one is found (each halves the range from -1 to 1).
         activations_gb: most memory for the dense model's states, in 10^9 bytes.
     """
 
     merge: MergeRule = "reference"
-    layers_per_merge: int = Field(4, ge=2)
-    lowest: int = Field(0, ge=0)
-    highest: int | None = Field(None, ge=2)
-    interval: int = Field(2, ge=1)
     threshold: float | None = Field(None, ge=-1, lt=1)
     bisections: int = Field(12, ge=1)
     activations_gb: float = Field(8.0, gt=0)
@@ -78,9 +70,11 @@ class LaCo(Method):
         require_equal_shapes(
             [{n: work.reader.entry(full).shape for n, full in layer.items()} for layer in stored]
         )
-        span = _span(options, plan.num_layers)
+        _require_range(options, plan.num_layers)
         tokens = work.tokens(work.recipe.calibration)
-        with MergeSearch(work.model, tokens, span, options.merge, options.activations_gb) as search:
+        with MergeSearch(
+            work.model, tokens, options, options.merge, options.activations_gb
+        ) as search:
             threshold = options.threshold
             if threshold is None:
                 threshold = highest_threshold(
@@ -88,11 +82,11 @@ class LaCo(Method):
                 )
             merges = search.run(threshold, plan.n_layers)
             trials = search.trials
-        removed = [layer for merge in merges for layer in merge.others]
+        removed = _removed(merges)
         if len(removed) < plan.n_layers:
             raise SparsityError(
                 f"LaCo with threshold {threshold} removes {len(removed)} layers of the "
-                f"{plan.n_layers} asked for; lower it, or leave it out to have it found."
+                f"{plan.n_layers} asked for; lower it, or leave it out, and it is searched for."
             )
         chosen = {
             "merge": options.merge,
@@ -113,7 +107,7 @@ def highest_threshold(
         SparsityError: not even merging everything in the range removes as many.
     """
     reaching, failing = -1.0, 1.0
-    most = _removed(search.run(reaching, n))
+    most = len(_removed(search.run(reaching, n)))
     if most < n:
         raise SparsityError(
             f"LaCo can merge away {most} layers in its range, and {n} are asked for; widen lowest "
@@ -121,7 +115,7 @@ def highest_threshold(
         )
     for _ in tqdm(range(bisections), unit="threshold", desc="laco", delay=2, disable=not progress):
         middle = (reaching + failing) / 2
-        if _removed(search.run(middle, n)) == n:
+        if len(_removed(search.run(middle, n))) == n:
             reaching = middle
         else:
             failing = middle
@@ -135,11 +129,15 @@ def mixtures(merges: Sequence[Merge], rule: MergeRule) -> dict[int, Mixture]:
     for merge in merges:
         of = [mixed.get(layer, {layer: 1.0}) for layer in (merge.base, *merge.others)]
         mixed[merge.base] = merged_mixture(of[0], of[1:], rule)
-    removed = {layer for merge in merges for layer in merge.others}
+    removed = _removed(merges)
     return {base: mixture for base, mixture in mixed.items() if base not in removed}
 
 
-def _span(options: LaCoParameters, num_layers: int) -> MergeRange:
+def _removed(merges: Sequence[Merge]) -> list[int]:
+    return [layer for merge in merges for layer in merge.others]
+
+
+def _require_range(options: LaCoParameters, num_layers: int) -> None:
     highest = num_layers if options.highest is None else options.highest
     if highest > num_layers:
         raise SparsityError(
@@ -151,11 +149,6 @@ def _span(options: LaCoParameters, num_layers: int) -> MergeRange:
             f"{options.lowest} to highest {highest}, holds {highest - options.lowest} layers; give "
             "at most that."
         )
-    return MergeRange(options.layers_per_merge, options.lowest, highest, options.interval)
-
-
-def _removed(merges: Sequence[Merge]) -> int:
-    return sum(len(merge.others) for merge in merges)
 
 
 def _with_merged(

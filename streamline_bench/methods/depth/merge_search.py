@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.forward import PartialForward, require_finite_states
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import ArchitectureError, CalibrationError, NumericsError
 from streamline_bench.methods.tools.layer_removal import is_linear_weight
 
@@ -37,21 +39,20 @@ class Merge:
     cosine: float
 
 
-@dataclass(frozen=True)
-class MergeRange:
+class MergeRange(Frozen):
     """Where and how far LaCo merges (its C, L, H and I).
 
     Attributes:
         layers_per_merge: C, layers that become one.
         lowest: no merge into a layer below it.
-        highest: one above the topmost layer merged at first.
+        highest: one above the topmost layer merged at first; None: the number of layers.
         interval: least distance from one merge's base down to the next one's.
     """
 
-    layers_per_merge: int
-    lowest: int
-    highest: int
-    interval: int
+    layers_per_merge: int = Field(4, ge=2)
+    lowest: int = Field(0, ge=0)
+    highest: int | None = Field(None, ge=2)
+    interval: int = Field(2, ge=1)
 
 
 class MergeSearch:
@@ -84,7 +85,15 @@ class MergeSearch:
         self._states: list[dict[int, Tensor]] = []
         self._dense: list[Tensor] = []
         self._cosines: dict[tuple[Any, ...], float] = {}
-        _require_memory(model, tokens, self._depth, activations_gb)
+        embedding: Tensor = model.get_input_embeddings().weight
+        size = max(embedding.element_size(), torch.float32.itemsize)
+        needed = tokens.input_ids.numel() * (self._depth + 2) * embedding.shape[1] * size / 1e9
+        if needed > activations_gb:
+            raise CalibrationError(
+                f"LaCo keeps the states of all {len(tokens)} calibration sequences, {needed:.3g} "
+                f"GB, and activations_gb is {activations_gb}; give fewer or shorter sequences, or "
+                "raise it."
+            )
 
     @property
     def trials(self) -> int:
@@ -119,7 +128,7 @@ class MergeSearch:
         self._merger.undo()
         span, merges = self._span, list[Merge]()
         alive = list(range(self._depth))
-        base = span.highest - span.layers_per_merge
+        base = (span.highest or self._depth) - span.layers_per_merge
         while base >= span.lowest and len(alive) > self._depth - most:
             room = most - (self._depth - len(alive))
             count = min(span.layers_per_merge - 1, len(alive) - 1 - base, room)
@@ -152,7 +161,10 @@ class MergeSearch:
             # Merges proceed from the top downwards, so that no layer below the base has changed.
             where = {"start": base, "state": states[base]} if base else {}
             hidden = self._forward.hidden(ids, mask, skip=gone, **where)
-            total += _cosines(dense, hidden, mask)
+            keep = mask.to(dense.device)[..., None]  # pads do not count
+            a, b = ((states.double() * keep).flatten(1) for states in (dense, hidden))
+            cosines = nn.functional.cosine_similarity(a, b, dim=1, eps=1e-300)
+            total += float(cosines.sum())
         mean = total / sum(len(ids) for ids, _ in self._batches)
         if not -1.01 < mean < 1.01:
             raise NumericsError(
@@ -160,24 +172,6 @@ class MergeSearch:
                 "the weights, or try another dtype."
             )
         return mean
-
-
-def _cosines(dense: Tensor, merged: Tensor, mask: Tensor) -> float:
-    """Return the sum over sequences of the cosine of flattened states, pads left out."""
-    keep = mask.to(dense.device)[..., None]
-    a, b = ((states.double() * keep).flatten(1) for states in (dense, merged))
-    return float(nn.functional.cosine_similarity(a, b, dim=1, eps=1e-300).sum())
-
-
-def _require_memory(model: Any, tokens: CalibrationTokens, depth: int, budget: float) -> None:
-    embedding: Tensor = model.get_input_embeddings().weight
-    size = max(embedding.element_size(), torch.float32.itemsize)
-    needed = tokens.input_ids.numel() * (depth + 2) * embedding.shape[1] * size / 1e9
-    if needed > budget:
-        raise CalibrationError(
-            f"LaCo keeps the states of all {len(tokens)} calibration sequences, {needed:.3g} GB, "
-            f"and activations_gb is {budget}; give fewer or shorter sequences, or raise it."
-        )
 
 
 MergeRule: TypeAlias = Literal["reference", "rdsc"]

@@ -17,13 +17,12 @@ from torch import nn
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.methods.base import Compression
-from streamline_bench.methods.tools.gradient_sums import Place, sum_gradients
 from streamline_bench.methods.tools.layer_removal import (
     ProtectedEnds,
     RankedLayers,
     is_linear_weight,
 )
-from streamline_bench.methods.tools.likelihood import skip_losses
+from streamline_bench.methods.tools.likelihood import Place, skip_losses, sum_gradients
 
 
 class ShortenedLlamaPPLParameters(ProtectedEnds):

@@ -1,7 +1,7 @@
-"""SLEB (arXiv 2402.09025): removes one layer after another, each time the one whose removal leaves
-the model that is left with the lowest loss.
+"""SLEB (arXiv 2402.09025): removes one layer after another. Each step removes the layer without
+which the remaining model has the lowest loss.
 
-Unlike a one-shot ranking this sees that of two redundant neighbours only one can be spared.
+Of two redundant neighbours only one can be removed. A one-shot ranking misses that.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -20,11 +19,11 @@ from pydantic import BaseModel
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.checkpoint.writer import layer_names, layers_prefix
 from streamline_bench.core.recipe.schema import Recipe
-from streamline_bench.core.scan.similarity import Block, Similarity
+from streamline_bench.core.scan.similarity import Block
 from streamline_bench.core.surgery.layers import block_keep, pruned_config
 from streamline_bench.core.surgery.replacement import network_parameters
 from streamline_bench.core.surgery.sparsity import SizePlan, of_layers
-from streamline_bench.core.training import TrainingResult
+from streamline_bench.core.training import TrainingResult, train_replacement
 from streamline_bench.errors import NumericsError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.layer_removal import (
@@ -62,15 +61,30 @@ class Streamline(Method):
         result = _train(work, block)
         gone = range(block.start + _slots(work), block.stop)
         config, names, tensors, layers_after = _assemble(work, block, result)
+        scores = similarity.scores(block.n, options.metric)
+        artefacts = scan_artefact(work)
+        if result is not None:
+            curve = "".join(json.dumps(row) + "\n" for row in result.curve)
+            artefacts["training_curve.jsonl"] = curve
         return Compressed(
             config=config,
             names=names,
             tensors=tensors,
             layers_after=layers_after,
-            chosen=_chosen(similarity, block, options, of_layers(plan, work.reader, gone)),
+            chosen={
+                "start": block.start,
+                "removed_layers": list(range(block.start, block.stop)),
+                "score": block.score,
+                "metric": options.metric,
+                "last_state": options.last_state,
+                "best_start_without_guard": int(
+                    scores.argmax() if options.metric == "cosine" else scores.argmin()
+                ),
+                "size": asdict(of_layers(plan, work.reader, gone)),
+            },
             calibration=tokens.summary(),
             training=dict(result.summary) if result else None,
-            artefacts=_artefacts(work, result),
+            artefacts=artefacts,
         )
 
 
@@ -99,8 +113,6 @@ def _train(work: Compression, block: Block) -> TrainingResult | None:
     recipe = work.recipe
     if recipe.replacement.kind == "none":
         return None
-    from streamline_bench.core.training import train_replacement
-
     data = recipe.training.data
     if data.source == "auto":
         data = data.model_copy(update={"source": recipe.calibration.source})
@@ -131,55 +143,21 @@ def _assemble(
     slots = _slots(work)
     depth = work.config.num_hidden_layers
     keep = block_keep(depth, block.start + slots, block.n - slots)
-    names = dict(layer_names(work.reader, architecture_of(work.config), keep))
+    family = architecture_of(work.config)
+    names = dict(layer_names(work.reader, family, keep))
     host = pruned_config(work.config, keep)
     if result is None:
         return config_json(host), names, {}, len(keep)
     if slots:
-        tensors = _layer_tensors(work, block.start, result.state)
+        prefix = layers_prefix(work.reader, family)
+        tensors = {}
+        for key, tensor in result.state.items():
+            index, _, rest = key.partition(".")
+            tensors[f"{prefix}.{block.start + int(index)}.{rest}"] = tensor
         # Whole layers, not name by name: a checkpoint may store experts one by one that are fused
         # in the model.
-        replaced = tuple(f"{_layers_prefix(work)}.{block.start + i}." for i in range(slots))
+        replaced = tuple(f"{prefix}.{block.start + i}." for i in range(slots))
         names = {new: old for new, old in names.items() if not new.startswith(replaced)}
-        return config_json(host), names, tensors, len(keep)
+        return config_json(host), names, as_stored(work, block.start, tensors), len(keep)
     config, tensors = attached(work, block.start, host, work.recipe.replacement, result.state)
     return config, names, tensors, len(keep)
-
-
-def _layers_prefix(work: Compression) -> str:
-    """Return the path of the layers as this checkpoint spells it."""
-    return layers_prefix(work.reader, architecture_of(work.config))
-
-
-def _layer_tensors(
-    work: Compression, start: int, state: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    prefix = _layers_prefix(work)
-    named = {}
-    for key, tensor in state.items():
-        index, _, rest = key.partition(".")
-        named[f"{prefix}.{start + int(index)}.{rest}"] = tensor
-    return as_stored(work, start, named)
-
-
-def _chosen(
-    similarity: Similarity, block: Block, options: BlockSearch, plan: SizePlan
-) -> dict[str, Any]:
-    scores = similarity.scores(block.n, options.metric)
-    unguarded = int(scores.argmax() if options.metric == "cosine" else scores.argmin())
-    return {
-        "start": block.start,
-        "removed_layers": list(range(block.start, block.start + block.n)),
-        "score": block.score,
-        "metric": options.metric,
-        "last_state": options.last_state,
-        "best_start_without_guard": unguarded,
-        "size": asdict(plan),
-    }
-
-
-def _artefacts(work: Compression, result: TrainingResult | None) -> dict[str, str]:
-    texts = scan_artefact(work)
-    if result is not None:
-        texts["training_curve.jsonl"] = "".join(json.dumps(row) + "\n" for row in result.curve)
-    return texts

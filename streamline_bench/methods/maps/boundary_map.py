@@ -1,30 +1,40 @@
-"""What LinearPatch and the ridge map share: one block is replaced by an affine map.
+"""States at the two ends of a removed block, and what LinearPatch and the ridge map share.
 
-The map acts on the whole residual stream, so that it cannot be folded into a stock layer; the
-result is of model type ``streamline`` with one attachment of kind ``linear``.
+For a block of layers ``s .. s + n - 1`` the stream that reaches what follows is ``h_s`` where it
+used to be ``h_{s+n}``. Layer ``s - 1`` wrote its MLP's output M into it last: ``h_s = Y + c M``,
+with c = 1 in most families. Rows stream by batch after batch; nothing is kept, and pads are left
+out.
+
+A :class:`BoundaryMap` replaces one block by an affine map of the whole residual stream. No stock
+layer can take it up; the result is of model type ``streamline`` with one attachment of kind
+``linear``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, Field
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
+from streamline_bench.core.architecture import architecture_of, decoder_layers, get_submodule
 from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.forward import hidden_of, run_base
 from streamline_bench.core.recipe.schema import Recipe, ReplacementSpec
+from streamline_bench.core.scan.scan import BoundaryRecorder
 from streamline_bench.core.scan.similarity import Block
 from streamline_bench.core.surgery.layers import block_keep, pruned_config
 from streamline_bench.core.surgery.replacement import network_parameters
-from streamline_bench.errors import NumericsError
+from streamline_bench.errors import ArchitectureError, NumericsError
 from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.maps.boundary_activations import BoundaryRows, boundary_rows
 from streamline_bench.methods.tools.layer_removal import (
     BlockSearch,
     attached,
@@ -33,8 +43,6 @@ from streamline_bench.methods.tools.layer_removal import (
     size_plan,
 )
 from streamline_bench.methods.tools.normal_equations import NormalEquations
-
-log = logging.getLogger(__name__)
 
 
 class BoundaryMapParameters(BlockSearch):
@@ -87,28 +95,39 @@ class BoundaryMap(Method):
         options: Any = self.parameters.model_validate(work.recipe.parameters)
         hidden = int(work.config.hidden_size)
         self.prepare(hidden)
-        plan = size_plan(work, network_parameters(ReplacementSpec(kind="linear"), work.config))
+        linear = ReplacementSpec(kind="linear")
+        plan = size_plan(work, network_parameters(linear, work.config))
         tokens = work.tokens(work.recipe.calibration)
         block = options.choose(scan_once(work, tokens, options.last_state), plan.n_layers)
         fit, held_out = tokens.split(options.validation_share, work.recipe.seed)
-        found = self.fit(_rows(work, block, fit, options, "fit"), hidden, options, work.device)
+        found = self.fit(
+            _block_rows(work, block, fit, options, "fit"), hidden, options, work.device
+        )
         if not bool(found.weight.isfinite().all()):
             raise NumericsError(f"The map of {self.name} is not finite; check the model's states.")
+        sums = NormalEquations(hidden, work.device)
+        for rows in _block_rows(work, block, held_out, options, "held out"):
+            sums.add(rows.stream, rows.target)
         removed = range(block.start, block.stop)
         chosen = {
             "start": block.start,
             "score": block.score,
             "metric": block.metric,
-            "boundary_mse": _errors(work, block, found, held_out, options),
+            "boundary_mse": sums.errors(found.weight, found.bias),
             "tokens_fitted": fit.num_tokens,
             "tokens_held_out": held_out.num_tokens,
             **found.facts,
         }
         result = drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)
-        return _attached(work, result, block, found)
+        bias = torch.zeros(hidden) if found.bias is None else found.bias
+        state = {"proj.weight": found.weight.T, "proj.bias": bias}
+        keep = block_keep(work.config.num_hidden_layers, block.start, block.n)
+        host = pruned_config(work.config, keep)
+        config, tensors = attached(work, block.start, host, linear, state)
+        return dataclasses.replace(result, config=config, tensors=tensors)
 
 
-def _rows(
+def _block_rows(
     work: Compression, block: Block, tokens: CalibrationTokens, options: Any, what: str
 ) -> Iterable[BoundaryRows]:
     batches = boundary_rows(
@@ -122,25 +141,130 @@ def _rows(
     return (batch[0] for batch in batches)
 
 
-def _errors(
-    work: Compression, block: Block, found: AffineMap, tokens: CalibrationTokens, options: Any
-) -> dict[str, float]:
-    """Mean squared error at the boundary on held-out tokens, without and with the map."""
-    hidden = len(found.weight)
-    sums = NormalEquations(hidden, work.device)
-    for rows in _rows(work, block, tokens, options, "held out"):
-        sums.add(rows.stream, rows.target)
-    return {
-        "none": sums.mean_squared_error(torch.eye(hidden)),
-        "mapped": sums.mean_squared_error(found.weight, found.bias),
-    }
+_ROUNDING = 4  # units of the dtype's epsilon that two sums of the same terms may differ by
 
 
-def _attached(work: Compression, result: Compressed, block: Block, found: AffineMap) -> Compressed:
-    """Return the result with the map behind the layer before the block."""
-    keep = block_keep(work.config.num_hidden_layers, block.start, block.n)
-    bias = torch.zeros(len(found.weight)) if found.bias is None else found.bias
-    state = {"proj.weight": found.weight.T, "proj.bias": bias}
-    host, spec = pruned_config(work.config, keep), ReplacementSpec(kind="linear")
-    config, tensors = attached(work, block.start, host, spec, state)
-    return dataclasses.replace(result, config=config, tensors=tensors)
+@dataclass(frozen=True)
+class BoundaryRows:
+    """States of some tokens around one block, each ``[rows, hidden]`` in the model's dtype.
+
+    Attributes:
+        stream: ``h_s``, what enters the block.
+        target: ``h_{s+n}``, what leaves it, before any final norm.
+        mlp: what the MLP of layer ``s - 1`` added to the stream (c M); None for a block at layer 0
+            or where it was not asked for.
+    """
+
+    stream: Tensor
+    target: Tensor
+    mlp: Tensor | None = None
+
+
+def boundary_rows(
+    model: Any,
+    tokens: CalibrationTokens,
+    blocks: Sequence[Block],
+    *,
+    scales: Sequence[float] | None = None,
+    batch_size: int = 1,
+    progress: bool = True,
+    description: str = "boundaries",
+) -> Iterator[list[BoundaryRows]]:
+    """Run the model over the tokens and yield, per batch, the rows of every block.
+
+    Args:
+        model: the intact causal LM, in evaluation mode. Its LM head is not run.
+        scales: c of :func:`mlp_scale` per block; None: the MLPs are not looked at.
+    """
+    layers = decoder_layers(model)
+    hosts = [layers[block.start - 1] for block in blocks] if scales is not None else []
+    with (
+        torch.no_grad(),
+        BoundaryRecorder(model) as recorder,
+        _mlp_outputs(model, hosts) as outputs,
+        tqdm(
+            total=tokens.num_tokens, unit="tok", desc=description, delay=2, disable=not progress
+        ) as bar,
+    ):
+        for ids, mask in tokens.batches(batch_size, trim=True):
+            run_base(model, ids, mask)
+            states, kept = recorder.states, mask.reshape(-1)
+            rows = []
+            for number, block in enumerate(blocks):
+                stream = _rows(states[block.start], kept)
+                mlp = None
+                if scales is not None:
+                    mlp = _rows(outputs[number], kept) * scales[number]
+                rows.append(BoundaryRows(stream, _rows(states[block.stop], kept), mlp))
+            yield rows
+            bar.update(int(mask.sum()))
+
+
+def mlp_scale(model: Any, layer: int, tokens: CalibrationTokens) -> float:
+    """Return c of ``output = Y + c M`` for one layer, measured on the first sequence.
+
+    The layer is run with its MLP's output as it is and set to zero: the difference must be a
+    multiple of M, or else something stands between the MLP and the stream.
+
+    Args:
+        layer: index of a decoder layer.
+
+    Raises:
+        ArchitectureError: the layer does not add its MLP's output to the stream.
+    """
+    ids, mask = next(tokens.batches(1, trim=True))
+    kept = mask.reshape(-1)
+    host = decoder_layers(model)[layer]
+    with torch.no_grad(), BoundaryRecorder(model) as recorder:
+        with _mlp_outputs(model, [host]) as outputs:
+            run_base(model, ids, mask)
+        mlp = _rows(outputs[0], kept).double()
+        whole = _rows(recorder.states[layer + 1], kept)
+        epsilon = torch.finfo(whole.dtype).eps
+        whole = whole.double()
+        with _mlp_outputs(model, [host], silenced=True):
+            run_base(model, ids, mask)
+        rest = _rows(recorder.states[layer + 1], kept).double()
+    if not bool(mlp.any()):
+        return 1.0
+    scale = float(((whole - rest) * mlp).sum() / mlp.square().sum())
+    size = max(float(whole.norm()), float(rest.norm()))
+    if float((whole - rest - scale * mlp).norm()) > _ROUNDING * epsilon * size:
+        model_type = architecture_of(model.config).model_type
+        raise ArchitectureError(
+            f"Layer {layer} of this '{model_type}' model does not add its MLP's output to the "
+            "residual stream (something acts on it first), so that no map can be folded into the "
+            "MLP; use linear_patch or ridge_map, which put it behind the layer."
+        )
+    return 1.0 if abs(scale - 1) <= _ROUNDING * epsilon else scale
+
+
+@contextmanager
+def _mlp_outputs(
+    model: Any, hosts: Sequence[nn.Module], *, silenced: bool = False
+) -> Iterator[dict[int, Tensor]]:
+    """Yield number of a host -> the last output of its MLP; silenced MLPs give zeros.
+
+    Where a layer has no MLP module, the output is that of its last projection.
+    """
+    family, latest = architecture_of(model.config), dict[int, Tensor]()
+
+    def hook(number: int, module: nn.Module, args: Any, output: Any) -> Any:
+        latest[number] = hidden_of(output)
+        if not silenced:
+            return None
+        zeros = torch.zeros_like(latest[number])
+        return (zeros, *output[1:]) if isinstance(output, tuple) else zeros
+
+    modules = [get_submodule(host, family.mlp or family.down) for host in hosts]
+    handles = [m.register_forward_hook(partial(hook, i)) for i, m in enumerate(modules)]
+    try:
+        yield latest
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows(states: Tensor, kept: Tensor) -> Tensor:
+    """Return a copy of the states ``[rows, hidden]`` without those of padding."""
+    return states.reshape(len(kept), -1)[kept.to(states.device)]

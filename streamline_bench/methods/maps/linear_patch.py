@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from streamline_bench.errors import ArchitectureError, NumericsError
-from streamline_bench.methods.maps.boundary_activations import BoundaryRows
-from streamline_bench.methods.maps.boundary_map import AffineMap, BoundaryMap
+from streamline_bench.methods.maps.boundary_map import AffineMap, BoundaryMap, BoundaryRows
 from streamline_bench.methods.tools.normal_equations import widened
 
 

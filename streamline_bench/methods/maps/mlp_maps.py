@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -19,7 +20,7 @@ from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.scan.similarity import Block, LastState
 from streamline_bench.errors import CalibrationError, NumericsError
 from streamline_bench.methods.base import Compression
-from streamline_bench.methods.maps.boundary_activations import (
+from streamline_bench.methods.maps.boundary_map import (
     BoundaryRows,
     boundary_rows,
     mlp_scale,
@@ -109,14 +110,12 @@ def fit_maps(
 def _fit_by_cosine(
     work: Compression, gaps: list[Gap], tokens: CalibrationTokens, options: ReplaceMeParameters
 ) -> tuple[list[Tensor], list[list[float]]]:
-    hidden = int(work.config.hidden_size)
+    shape = (tokens.num_tokens, 3 if options.accurate else 2, int(work.config.hidden_size))
     dtype = next(work.model.parameters()).dtype
-    parts = 3 if options.accurate else 2
     maps, curves = [], []
     for number, gap in enumerate(gaps):
         path = work.work / f"rows-{number}.bin"
-        budget = options.cache_gb * 1e9
-        store = RowStore(path, tokens.num_tokens, parts, hidden, dtype, budget)
+        store = RowStore(path, shape, dtype, options.cache_gb * 1e9)
         try:
             for (rows,) in _all_rows(work, [gap], tokens, options.batch_size, "activations"):
                 m, y = _parts(gap, rows)
@@ -159,35 +158,21 @@ def composed_maps(gaps: list[Gap], maps: list[Tensor]) -> dict[int, Tensor]:
     return composed
 
 
-@dataclass(frozen=True)
-class MapErrors:
-    """Mean squared errors at boundaries on held-out tokens, each without and with the map.
-
-    Attributes:
-        blocks: per block, of its own map on what the intact model computes there.
-        composed: host of several adjacent blocks -> of the product of their maps, which is what
-            is folded, behind the last of them.
-    """
-
-    blocks: list[dict[str, float]]
-    composed: dict[int, dict[str, float]]
-
-
 def map_errors(
     work: Compression, gaps: list[Gap], maps: list[Tensor], tokens: CalibrationTokens, batch: int
-) -> MapErrors:
-    """Measure the maps, one by one and as they are folded."""
+) -> tuple[list[dict[str, float]], dict[int, dict[str, float]]]:
+    """Return mean squared errors at boundaries on held-out tokens, each without and with the map.
+
+    Returns:
+        (per block, of its own map on what the intact model computes there; host of several adjacent
+        blocks -> of the product of their maps, which is what is folded, behind the last of them).
+    """
     sums, whole = _sums(work, gaps, tokens, batch, "held out")
     composed = composed_maps(gaps, maps)
-    return MapErrors(
-        [_errors(one, a) for one, a in zip(sums, maps, strict=True)],
-        {host: _errors(one, composed[host]) for host, one in whole.items()},
+    return (
+        [one.errors(a) for one, a in zip(sums, maps, strict=True)],
+        {host: one.errors(composed[host]) for host, one in whole.items()},
     )
-
-
-def _errors(sums: NormalEquations, found: Tensor) -> dict[str, float]:
-    identity = torch.eye(len(found), dtype=torch.float64)
-    return {"none": sums.mean_squared_error(identity), "mapped": sums.mean_squared_error(found)}
 
 
 class ReplaceMeParameters(Frozen):
@@ -229,10 +214,7 @@ class RowStore:
 
     Args:
         path: file to create; :meth:`close` removes it.
-        rows: capacity.
-        parts: tensors per row.
-        hidden: width of each.
-        dtype: what they are stored in.
+        shape: capacity.
         budget: most bytes the file may take.
 
     Raises:
@@ -240,17 +222,17 @@ class RowStore:
     """
 
     def __init__(
-        self, path: Path, rows: int, parts: int, hidden: int, dtype: torch.dtype, budget: float
+        self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, budget: float
     ) -> None:
-        size = rows * parts * hidden
-        if size * dtype.itemsize > budget:
+        size = math.prod(shape) * dtype.itemsize
+        if size > budget:
             raise CalibrationError(
-                f"The cosine objective keeps {size * dtype.itemsize / 1e9:.3g} GB of activations "
-                f"of {rows} tokens and parameters.cache_gb allows {budget / 1e9:.3g}; raise it, "
-                "give fewer calibration samples, or take objective lstsq, which keeps none."
+                f"The cosine objective keeps {size / 1e9:.3g} GB of activations of {shape[0]} "
+                f"tokens and parameters.cache_gb allows {budget / 1e9:.3g}; raise it, give fewer "
+                "calibration samples, or take objective lstsq, which keeps none."
             )
         self._path = path
-        self._data = create_mapped(path, (rows, parts, hidden), dtype)
+        self._data = create_mapped(path, shape, dtype)
         self._used = 0
 
     def __len__(self) -> int:
@@ -299,9 +281,11 @@ def _fit_cosine(
         for _ in range(options.epochs):
             total = 0.0
             for part in rows.shuffled(batch, generator):
-                loss = _cosine_loss(part.to(work.device), weight)
+                x, z, *y = part.to(work.device).unbind(1)
+                mapped = sum(y, x * weight if options.diagonal else x @ weight)
+                loss = (1 - torch.nn.functional.cosine_similarity(mapped, z, dim=-1)).mean()
                 optimizer.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
                 total += float(loss.detach()) * len(part)
                 bar.update()
@@ -310,10 +294,3 @@ def _fit_cosine(
     if not bool(found.isfinite().all()):
         raise NumericsError("The cosine objective gave a map that is not finite; lower lr.")
     return torch.diag(found) if options.diagonal else found, losses
-
-
-def _cosine_loss(part: Tensor, weight: Tensor) -> Any:
-    mapped = part[:, 0] * weight if weight.ndim == 1 else part[:, 0] @ weight
-    if part.shape[1] == 3:
-        mapped = mapped + part[:, 2]
-    return (1 - torch.nn.functional.cosine_similarity(mapped, part[:, 1], dim=-1)).mean()

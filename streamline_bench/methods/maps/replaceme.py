@@ -78,7 +78,7 @@ class ReplaceMe(Method):
         }
         fit, held_out = tokens.split(options.validation_share, work.recipe.seed)
         maps, curves = fit_maps(work, gaps, fit, options)
-        errors = map_errors(work, gaps, maps, held_out, options.batch_size)
+        errors, composed = map_errors(work, gaps, maps, held_out, options.batch_size)
         removed = [layer for block in blocks for layer in range(block.start, block.stop)]
         result = drop_layers(
             work,
@@ -86,8 +86,8 @@ class ReplaceMe(Method):
             plan,
             chosen={
                 "objective": options.objective,
-                "blocks": _described(gaps, errors.blocks, curves),
-                **_described_chains(gaps, errors.composed),
+                "blocks": _described(gaps, errors, curves),
+                **_described_chains(gaps, composed),
                 "tokens_fitted": fit.num_tokens,
                 "tokens_held_out": held_out.num_tokens,
             },

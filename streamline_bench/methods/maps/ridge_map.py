@@ -12,8 +12,12 @@ from typing import Any, ClassVar
 import torch
 from pydantic import BaseModel, Field
 
-from streamline_bench.methods.maps.boundary_activations import BoundaryRows
-from streamline_bench.methods.maps.boundary_map import AffineMap, BoundaryMap, BoundaryMapParameters
+from streamline_bench.methods.maps.boundary_map import (
+    AffineMap,
+    BoundaryMap,
+    BoundaryMapParameters,
+    BoundaryRows,
+)
 from streamline_bench.methods.tools.normal_equations import NormalEquations, widened
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from streamline_bench.core.data.calibration import CalibrationTokens, leading_bos
@@ -135,9 +136,7 @@ def _padded(
     end = tokenizer.eos_token_id
     pad = next((i for i in (tokenizer.pad_token_id, end) if i is not None), 0)
     lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.full((len(rows), int(lengths.max())), pad, dtype=torch.long)
-    for row, target in zip(rows, ids, strict=True):
-        target[: len(row)] = torch.tensor(row)
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
     positions = torch.arange(ids.shape[1])[None, :]
     mask = positions < lengths[:, None]
     targets = None if answers is None else mask & (positions >= torch.tensor(answers)[:, None])

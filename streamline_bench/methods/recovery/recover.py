@@ -12,7 +12,6 @@ import json
 import logging
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from streamline_bench.core.architecture import Architecture, architecture_of, sequence_limit
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from streamline_bench.core.data.calibration import CalibrationTokens
-    from streamline_bench.methods.recovery.training import RecoveryResult
+    from streamline_bench.core.training import TrainingResult
 
 RECOVERY_VERSION = 1
 """Part of the cache key of recipes with a recovery; raised when the same recovery gives other
@@ -41,7 +40,7 @@ _FACTS = ("layers_after", "chosen", "calibration", "training")
 def compress_and_recover(
     job: Compression, method: Method, spec: RecoverySpec
 ) -> tuple[CheckpointReader, Compressed]:
-    """Compress, train the result, and return it with the checkpoint that its names speak of.
+    """Compress, train the result, and return it with the checkpoint that has its tensors.
 
     Raises:
         StreamlineBenchError: one of its kinds, with one sentence for the user.
@@ -164,16 +163,16 @@ def _tokens(job: Compression, spec: RecoverySpec) -> CalibrationTokens:
 def _recovered(
     reader: CheckpointReader,
     facts: Mapping[str, Any],
-    result: RecoveryResult,
+    result: TrainingResult,
     stored: Mapping[str, str],
     summary: Mapping[str, Any],
     untied: bool,
 ) -> Compressed:
     from streamline_bench.modeling.loading import stored_overrides
 
-    in_model = {stored[name]: name for name in result.weights}
+    in_model = {stored[name]: name for name in result.state}
     tensors = LazyTensors(
-        in_model, lambda name: _as_stored(reader, name, result.weights[in_model[name]])
+        in_model, lambda name: _as_stored(reader, name, result.state[in_model[name]])
     )
     config = {**reader.config, **stored_overrides(str(reader.folder))}
     if untied:
@@ -186,16 +185,15 @@ def _recovered(
         name: (reader.folder / name).read_text(encoding="utf-8") for name in facts["artefacts"]
     }
     artefacts["recovery_curve.jsonl"] = "".join(json.dumps(row) + "\n" for row in result.curve)
-    described = {name: facts[name] for name in _FACTS if name != "training"}
-    return replace(
-        Compressed(
-            config=config,
-            names={new: old for new, old in names.items() if new not in {*tensors, *shared}},
-        ),
+    return Compressed(
+        config=config,
+        names={new: old for new, old in names.items() if new not in {*tensors, *shared}},
         tensors=tensors,
+        layers_after=facts["layers_after"],
+        chosen=facts["chosen"],
+        calibration=facts["calibration"],
         training={**(facts["training"] or {}), "recovery": dict(summary)},
         artefacts=artefacts,
-        **described,
     )
 
 
@@ -256,13 +254,10 @@ def _spelled(family: Architecture, name: str) -> str:
 def _as_stored(reader: CheckpointReader, name: str, weight: Tensor) -> Tensor:
     """Cast a trained weight to the dtype in which the checkpoint stores it, and check it."""
     family = architecture_of(reader.config)
-    source = next(
-        (n for n in (name, name.removeprefix(f"{family.base}.")) if n in reader.names), None
-    )
     # A head that was untied has no entry yet: it is stored as the embeddings are.
-    spelling = family.embeddings[0] + ".weight"
-    twins = (spelling, spelling.removeprefix(f"{family.base}."))
-    source = source or next(n for n in twins if n in reader.names)
+    spellings = (name, f"{family.embeddings[0]}.weight")
+    bare = [spelling.removeprefix(f"{family.base}.") for spelling in spellings]
+    source = next(n for n in (name, bare[0], spellings[1], bare[1]) if n in reader.names)
     cast = weight.to(reader.tensor(source).dtype).contiguous()
     if not bool(cast.isfinite().all()):
         raise NumericsError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +21,10 @@ from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.recipe.schema import RecoverySpec
 from streamline_bench.core.training.loop import DataSet, LmObjective, Loop, open_work_folder
 from streamline_bench.core.training.state import CosineSchedule, StepPlan
-from streamline_bench.core.training.trainer import key_of
+from streamline_bench.core.training.trainer import TrainingResult, key_of
 from streamline_bench.errors import ArchitectureError, RecipeError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RecoveryResult:
-    """A trained model, as what changed in it.
-
-    Attributes:
-        weights: name in the model -> weight, float32 on the CPU: those with the lowest validation
-            loss, updates of LoRA merged. Made from the model on each access; it is kept alive.
-        curve: rows with step, lr, train_loss, val_loss, tokens, seconds.
-        summary: what the manifest records; JSON.
-    """
-
-    weights: Mapping[str, Tensor]
-    curve: list[dict[str, Any]]
-    summary: dict[str, Any]
 
 
 def choose_parameters(model: Any, spec: RecoverySpec, seed: int) -> TrainableParameters:
@@ -67,7 +50,7 @@ def train_recovery(
     seed: int,
     weights_sha256: str,
     progress: bool = True,
-) -> RecoveryResult:
+) -> TrainingResult:
     """Train the chosen parameters of ``model`` where it stands; the model is used up.
 
     A training that was killed continues from its last checkpoint in ``work``; on CPU the result is
@@ -77,6 +60,10 @@ def train_recovery(
         trainable: from :func:`choose_parameters`, of this model.
         tokens: training data; ``validation_share`` of the sequences is held out.
         weights_sha256: hash of the model's weights before the training.
+
+    Returns:
+        Its state has name in the model -> weight, float32 on the CPU, updates of LoRA merged. It is
+        made from the model on each access; the model is kept alive.
 
     Raises:
         CalibrationError: there are fewer than two sequences.
@@ -116,7 +103,7 @@ def train_recovery(
         "changed_tensors": len(trainable.weights),
         **loop.summary(),
     }
-    return RecoveryResult(trainable.merged(), state.curve, summary)
+    return TrainingResult(trainable.merged(), state.curve, summary)
 
 
 def _key(model: Any, spec: RecoverySpec, tokens: CalibrationTokens, seed: int, weights: str) -> str:

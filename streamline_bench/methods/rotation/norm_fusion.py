@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from streamline_bench.core.architecture import Architecture, decoder_layers, get_submodule
 from streamline_bench.errors import ArchitectureError
@@ -96,21 +96,18 @@ def _absorb(norm: Any, reader: nn.Linear, *, is_head: bool) -> None:
     weight = widened(reader.weight)
     shift = getattr(norm, "bias", None)
     if shift is not None:
-        _add_bias(reader, weight @ widened(shift), is_head=is_head)
+        moved = weight @ widened(shift)
+        if reader.bias is not None:
+            reader.bias.copy_(widened(reader.bias) + moved)
+        elif is_head:
+            reader.bias = nn.Parameter(moved.to(reader.weight))
+        elif bool(moved.any()):
+            raise ArchitectureError(
+                "The norms of this model have biases, and the linear maps after them have no bias "
+                "to move them to; choose a depth method."
+            )
     if getattr(norm, "weight", None) is not None:  # elementwise_affine=False has none
         reader.weight.copy_(weight * widened(norm.weight))
-
-
-def _add_bias(reader: nn.Linear, shift: Tensor, *, is_head: bool) -> None:
-    if reader.bias is not None:
-        reader.bias.copy_(widened(reader.bias) + shift)
-    elif is_head:
-        reader.bias = nn.Parameter(shift.to(reader.weight))
-    elif bool(shift.any()):
-        raise ArchitectureError(
-            "The norms of this model have biases, and the linear maps after them have no bias that "
-            "could take them up; choose a depth method."
-        )
 
 
 def _centre_writers(model: Any, family: Architecture) -> None:

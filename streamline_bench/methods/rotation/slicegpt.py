@@ -1,8 +1,9 @@
-"""SliceGPT (arXiv 2401.15024): the residual stream loses the directions that carry least.
+"""SliceGPT (arXiv 2401.15024): removes the directions of the residual stream with least energy.
 
-Norms give their gains to the linear maps behind them, the stream is turned into its principal axes
-at every boundary, and the last axes are cut from all that reads or writes them. The result is of
-model type ``streamline``, with the widths in ``rotations`` and shortcut matrices in its layers.
+The gains of norms move into the linear maps behind them. Behind every sub-layer the stream is
+turned into its principal axes, and the last axes are cut from all that reads or writes them. The
+result is of model type ``streamline``, with the widths in ``rotations`` and shortcut matrices in
+its layers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.checkpoint.writer import LazyTensors, layer_dtype
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.files.mapped_tensors import BatchStore
-from streamline_bench.core.recipe.schema import Frozen, Recipe
+from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.surgery.sparsity import model_sizes
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
@@ -41,7 +42,7 @@ _FAST_STEP = 8
 _LEAST_STEPS = 50
 
 
-class SliceGPTParameters(Frozen):
+class SliceGPTParameters(RotationOptions):
     """Parameters of SliceGPT.
 
     Attributes:
@@ -50,17 +51,12 @@ class SliceGPTParameters(Frozen):
         round_to: widths are multiples of this; ``auto``: 8, as in the authors' code, but 1 where 8
             channels are more than a fiftieth of the stream.
         slice_head: slice the stream before the LM head as well.
-        signal, final_orientation, damping, batch_size: see :class:`.RotationOptions`.
         activation_gb: signals larger than this (GiB) are kept on disk instead of in memory.
     """
 
     slicing: float | None = Field(None, ge=0, lt=1)
     round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     slice_head: bool = False
-    signal: Literal["stream", "normalised"] = "stream"
-    final_orientation: Literal["pca", "random"] = "pca"
-    damping: float = Field(0.01, ge=0)
-    batch_size: int = Field(1, ge=1)
     activation_gb: float = Field(16.0, ge=0)
 
 
@@ -75,7 +71,7 @@ class SliceGPT(Method):
         return False
 
     def compress(self, work: Compression) -> Compressed:
-        """Solve for the width, fuse the norms, rotate and slice one boundary after the other."""
+        """Solve for the width, fuse the norms, rotate and slice one sub-layer after the other."""
         options = SliceGPTParameters.model_validate(work.recipe.parameters)
         hidden = int(work.config.hidden_size)
         # Fast on hardware, and fine enough to reach a share.
@@ -90,19 +86,21 @@ class SliceGPT(Method):
         tokens = work.tokens(work.recipe.calibration)
         require_tokens(tokens.num_tokens, hidden)
         log.info("width: %d of %d channels", plan.width, hidden)
-        # The model is taken apart in place, so that there is never a second one; whoever asks for
-        # the source after this loads it again.
+        # The model is changed in place, so that memory holds one. A later use of work.model loads
+        # the source again.
         model = work.model
         work.release_model()
         fuse_norms(model)
         kept = _rotate(work, model, tokens, plan, options)
+        dtype = layer_dtype(work.reader, architecture_of(work.config), 0)
+        state: dict[str, Tensor] = model.state_dict()
         config = streamline_config(sliced_host(work.config), rotations=sizes.rotations(plan.width))
         return Compressed(
             config=config_json(config),
             names={},
-            tensors=_stored(work, model),
+            tensors=LazyTensors(state, lambda name: state[name].to("cpu", dtype).contiguous()),
             layers_after=int(work.config.num_hidden_layers),
-            chosen={"size": plan.to_dict(), "signal": options.signal, "energy_kept": kept},
+            chosen={"size": asdict(plan), "signal": options.signal, "energy_kept": kept},
             calibration=tokens.summary(),
         )
 
@@ -134,17 +132,7 @@ def _rotate(
     size = tokens.input_ids.numel() * int(work.config.hidden_size) * model.dtype.itemsize
     store = BatchStore(work.work / "signals", size, int(options.activation_gb * _GIB))
     rotation = StreamRotation(
-        model,
-        tokens,
-        store,
-        RotationOptions(
-            signal=options.signal,
-            orientation=options.final_orientation,
-            damping=options.damping,
-            batch_size=options.batch_size,
-            seed=work.recipe.seed,
-        ),
-        progress=work.progress,
+        model, tokens, store, options, seed=work.recipe.seed, progress=work.progress
     )
     try:
         rotation.run(plan.width, plan.head_width)
@@ -153,19 +141,12 @@ def _rotate(
     return [round(share, 6) for share in rotation.kept]
 
 
-def _stored(work: Compression, model: Any) -> LazyTensors:
-    """Return the tensors to write, in the dtype that the source's layers are stored in."""
-    dtype = layer_dtype(work.reader, architecture_of(work.config), 0)
-    state: dict[str, Tensor] = model.state_dict()
-    return LazyTensors(state, lambda name: state[name].to("cpu", dtype).contiguous())
-
-
 @dataclass(frozen=True)
 class SlicePlan:
     """A width and what it amounts to. Shares are of the source model's parameters.
 
     Attributes:
-        width: channels kept at every boundary.
+        width: channels kept behind every sub-layer.
         head_width: channels kept before the LM head.
         slicing: share of the channels cut, ``1 - width / hidden``.
         parameters: of the result, shortcut matrices counted.
@@ -181,10 +162,6 @@ class SlicePlan:
     total: int
     reached: float
     requested: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the form that the manifest holds."""
-        return asdict(self)
 
 
 class SlicedSizes:

@@ -1,6 +1,7 @@
-"""Rotates a model's residual stream into its principal axes and slices it, boundary by boundary.
+"""Rotates a model's residual stream into its principal axes and slices it, from point to point.
 
-Each boundary's signal is computed by the layers below it as they already are: rotated and sliced
+The points are behind the embeddings and behind each layer's attention and MLP. The layers below a
+point compute its signal as they already are: rotated and sliced
 (SliceGPT, arXiv 2401.15024, section 3.3). Signals are kept in the model's own basis: a sub-layer
 first gets its inputs rotated, its shortcut leads back to the whole width, and its output is rotated
 once the axes behind it are known. The tokens pass through every sub-layer once.
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,6 +22,7 @@ from streamline_bench.core.architecture import architecture_of, decoder_layers, 
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.files.mapped_tensors import BatchStore
 from streamline_bench.core.forward import PartialForward
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import CalibrationError, NumericsError
 from streamline_bench.methods.tools.normal_equations import widened
 from streamline_bench.modeling.rotated_layers import (
@@ -32,24 +35,21 @@ from streamline_bench.modeling.rotated_layers import (
 )
 
 
-@dataclass(frozen=True)
-class RotationOptions:
+class RotationOptions(Frozen):
     """How axes are found.
 
     Attributes:
         signal: what the axes are those of: the ``stream`` itself, as in the authors' code, or the
             ``normalised`` stream, which is what the paper's equations name.
-        orientation: ``pca``, or ``random``: the kept axes are turned among themselves.
+        final_orientation: ``pca``, or ``random``: the kept axes are turned among themselves.
         damping: see :meth:`Covariance.axes`.
         batch_size: sequences per pass.
-        seed: of the random orientation.
     """
 
     signal: Literal["stream", "normalised"] = "stream"
-    orientation: Literal["pca", "random"] = "pca"
-    damping: float = 0.01
-    batch_size: int = 1
-    seed: int = 0
+    final_orientation: Literal["pca", "random"] = "pca"
+    damping: float = Field(0.01, ge=0)
+    batch_size: int = Field(1, ge=1)
 
 
 class StreamRotation:
@@ -58,11 +58,12 @@ class StreamRotation:
     Args:
         model: causal LM, in evaluation mode.
         tokens: calibration tokens; pads do not count.
-        store: where the signals of one boundary are held.
+        store: where the signals of one point are held.
+        seed: of the random orientation.
 
     Attributes:
-        kept: share of the signal's energy kept at each boundary: embeddings, then per layer the
-            one behind attention and the one behind the MLP.
+        kept: share of the signal's energy kept at each point: behind the embeddings, then per
+            layer behind attention and behind the MLP.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class StreamRotation:
         tokens: CalibrationTokens,
         store: BatchStore,
         options: RotationOptions,
+        *,
+        seed: int = 0,
         progress: bool = True,
     ) -> None:
         self.kept: list[float] = []
@@ -78,6 +81,7 @@ class StreamRotation:
         self._tokens = tokens
         self._store = store
         self._options = options
+        self._seed = seed
         self._progress = progress
         self._row = architecture_of(model.config)
         self._layers: list[Any] = list(decoder_layers(model))
@@ -167,8 +171,8 @@ class StreamRotation:
             covariance.add(self._norm(rows) if options.signal == "normalised" else rows)
         found = covariance.axes(options.damping, where)
         axes = found.axes
-        if options.orientation == "random":
-            axes = turned_at_random(axes, width, options.seed + len(self.kept))
+        if options.final_orientation == "random":
+            axes = turned_at_random(axes, width, self._seed + len(self.kept))
         self.kept.append(found.kept(width))
         return axes[:, :width]
 

@@ -101,9 +101,9 @@ class ProtectedEnds(Frozen):
         allowed = range(first, num_layers - last)
         if len(allowed) < n:
             raise SparsityError(
-                f"{n} of {num_layers} layers are to be removed, and with protect_first={first} and "
-                f"protect_last={last} only {len(allowed)} may be; protect fewer layers or remove "
-                "fewer."
+                f"Cannot remove {n} of {num_layers} layers: with protect_first={first} and "
+                f"protect_last={last} only {len(allowed)} are unprotected; protect fewer layers or "
+                "remove fewer."
             )
         if first or last:
             log.info(
@@ -111,7 +111,7 @@ class ProtectedEnds(Frozen):
             )
         if len(allowed) == n:
             log.warning(
-                "All %d layers that may be removed are removed, so that there is no choice; "
+                "All %d unprotected layers are removed, so that the scores decide nothing; "
                 "protect fewer layers or remove fewer.",
                 n,
             )
@@ -158,7 +158,7 @@ def scan_once(work: Compression, tokens: CalibrationTokens, last_state: LastStat
 
 
 def scan_artefact(work: Compression) -> dict[str, str]:
-    """Return the file of the scan, to be written beside the weights; empty without a scan."""
+    """Return the file of the scan, to be written next to the weights; empty without a scan."""
     path = work.work / SIMILARITY_FILE
     return {SIMILARITY_FILE: path.read_text(encoding="utf-8")} if path.exists() else {}
 
@@ -222,9 +222,8 @@ def non_overlapping(similarity: Similarity, n: int, count: int, metric: Metric) 
             taken.append(Block(int(start), n, float(scores[start]), metric))
     if len(taken) < count:
         raise SparsityError(
-            f"Only {len(taken)} separate blocks of {n} layers without layer 0 fit into "
-            f"{similarity.num_layers} layers, and {count} were asked for; take fewer blocks or "
-            "remove fewer layers."
+            f"{similarity.num_layers} layers hold only {len(taken)} of {count} separate blocks of "
+            f"{n} layers (layer 0 stays); take fewer blocks or remove fewer layers."
         )
     return sorted(taken, key=lambda block: block.start)
 

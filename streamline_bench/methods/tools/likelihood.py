@@ -1,8 +1,14 @@
-"""The next-token loss that likelihood-based selections minimise."""
+"""The next-token loss that likelihood-based selections minimise, and its gradients.
+
+Gradients are summed over calibration tokens in float32, whatever the model's dtype.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +17,8 @@ from tqdm import tqdm
 
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.forward import PartialForward, require_finite_states
+from streamline_bench.core.forward import PartialForward, evaluating, require_finite_states
+from streamline_bench.core.training.loop import gradient_fault
 from streamline_bench.errors import CalibrationError, NumericsError
 
 
@@ -122,3 +129,116 @@ def affordable_batch(
             "sequence_length."
         )
     return int(min(limit, len(tokens), activations_gb * 1e9 // each))
+
+
+Place = tuple[int, str]
+"""(layer, path of a projection in it)."""
+
+
+@dataclass
+class GradientSums:
+    """Of one weight, float32, shaped like it.
+
+    Attributes:
+        mean: gradient of the mean loss per token over all sequences.
+        squares: mean over the sequences of the squared gradient of each one's own mean loss.
+    """
+
+    mean: Tensor
+    squares: Tensor | None
+
+    def add(self, gradient: Tensor, scale: float) -> None:
+        """Add one sequence's share of the gradient; its own gradient is ``scale`` times that."""
+        self.mean.add_(gradient)
+        if self.squares is not None:
+            own = gradient.to(self.squares.dtype) * scale
+            self.squares.addcmul_(own, own)
+
+
+def sum_gradients(
+    model: Any,
+    weights: Mapping[Place, nn.Parameter],
+    tokens: CalibrationTokens,
+    *,
+    squares: bool = False,
+    progress: bool = True,
+) -> dict[Place, GradientSums]:
+    """Return the gradients of the chosen weights.
+
+    Sequences pass one at a time, and each weight's gradient is added up and dropped as soon as it
+    is there: besides the model, memory holds one float32 tensor per chosen weight (two with
+    ``squares``). Gradients the model had are discarded.
+
+    Raises:
+        CalibrationError: no token follows another.
+        NumericsError: the loss or a gradient is NaN or infinite; the layer is named.
+    """
+    targets = count_targets(tokens)
+    device = model.get_input_embeddings().weight.device
+    sums: dict[Place, GradientSums] = {}
+    for place, weight in weights.items():
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        zeros = torch.zeros_like(weight, dtype=dtype)
+        sums[place] = GradientSums(zeros, zeros.clone() if squares else None)
+    share = 1.0
+    with gradients_only_for(model, weights.values()):
+
+        def collect(place: Place, weight: nn.Parameter) -> None:
+            if weight.grad is not None:
+                sums[place].add(weight.grad, 1 / share)
+            weight.grad = None
+
+        hooks = [
+            weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                partial(collect, place)
+            )
+            for place, weight in weights.items()
+        ]
+        try:
+            for ids, mask in tqdm(
+                tokens.batches(1, trim=True),
+                total=len(tokens), unit="seq", desc="gradients", delay=2, disable=not progress,
+            ):  # fmt: skip
+                share = (int(mask.sum()) - 1) / targets
+                if share <= 0:  # one token: nothing is predicted
+                    continue
+                logits = model(input_ids=ids.to(device), use_cache=False).logits
+                loss = next_token_loss(logits, ids, mask) / targets
+                if not bool(torch.isfinite(loss)):
+                    # Names the layer at which the way up, not the way down, left the numbers.
+                    with PartialForward(model) as forward:
+                        logits = forward.logits(ids, mask, record=True)
+                        require_finite_states(forward.states, logits, mask)
+                torch.autograd.backward(loss)
+        finally:
+            for handle in hooks:
+                handle.remove()
+    upwards = sorted(sums, key=lambda place: place[0])
+    for each in ("mean", "squares"):
+        fault = gradient_fault({f"{at[0]}.{at[1]}": getattr(sums[at], each) for at in upwards})
+        if fault is not None:
+            raise NumericsError(
+                f"The gradient of {fault} is NaN or infinite; check the weights there and the "
+                "calibration text, or compute in float32 or bfloat16."
+            )
+    for summed in sums.values():
+        if summed.squares is not None:
+            summed.squares /= len(tokens)
+    return sums
+
+
+@contextmanager
+def gradients_only_for(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let gradients reach the given weights only, in evaluation mode; then restore the model.
+
+    Gradients that the model had or gets meanwhile are discarded.
+    """
+    with evaluating(model, frozen=True):
+        model.zero_grad(set_to_none=True)
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            model.zero_grad(set_to_none=True)

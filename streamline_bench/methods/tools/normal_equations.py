@@ -110,6 +110,14 @@ class NormalEquations:
         # Cancellation of large sums may leave a tiny negative number for a perfect fit.
         return max(float(total), 0.0) / (self.num_rows * self._size)
 
+    def errors(self, weight: Tensor, bias: Tensor | None = None) -> dict[str, float]:
+        """Return the mean squared error without a map (``none``) and with it (``mapped``)."""
+        identity = torch.eye(self._size, dtype=torch.float64)
+        return {
+            "none": self.mean_squared_error(identity),
+            "mapped": self.mean_squared_error(weight, bias),
+        }
+
     def _cholesky_solve(self, left: Tensor, right: Tensor, ridge: float) -> Tensor:
         if self.num_rows < self._size:
             raise CalibrationError(

@@ -1,9 +1,10 @@
 """LLM-Pruner (arXiv 2305.11627): removes the heads and MLP channels of least effect on the loss.
 
 A head is its rows of queries, keys and values with its columns of the output projection; a channel
-is its rows of gate and up with its column of down. Every prunable layer loses equally many, its own
-lowest. Profile ``paper`` does not prune the ends of the model, so that layers differ in width and
-the result is of model type ``streamline``; ``uniform`` prunes all layers alike: a stock checkpoint.
+is its rows of gate and up with its column of down. A unit is one or the other. Every prunable layer
+loses equally many units, its own lowest. Profile ``paper`` does not prune the ends of the model, so
+that layers differ in width and the result is of model type ``streamline``; ``uniform`` prunes all
+layers alike: a stock checkpoint.
 
 Differences from the published implementation: query heads that share a key-value head are scored
 with that one (its ``llama3.py`` adds up channels of other heads); gradients are summed in float32;
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,14 +29,21 @@ from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.recipe.schema import Frozen, Recipe
 from streamline_bench.errors import NumericsError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.tools.gradient_sums import GradientSums, sum_gradients
 from streamline_bench.methods.tools.layer_removal import (
     config_json,
     proportional_ends,
     untied_head_parameters,
 )
-from streamline_bench.methods.width.width_plan import HeadUnit, WidthPlan, plan_widths, prunable
-from streamline_bench.methods.width.width_surgery import KeptUnits, narrowed_config, sliced_tensors
+from streamline_bench.methods.tools.likelihood import GradientSums, Place, sum_gradients
+from streamline_bench.methods.width.width_plan import (
+    HeadUnit,
+    KeptUnits,
+    WidthPlan,
+    narrowed_config,
+    plan_widths,
+    prunable,
+    sliced_tensors,
+)
 from streamline_bench.modeling.widths import (
     LayerWidths,
     Part,
@@ -63,10 +72,6 @@ class UnitScores:
     def groups(self) -> Tensor:
         """Return ``[key-value heads]``: each with all query heads that share it."""
         return self.key_value + self.query.view(len(self.key_value), -1).sum(dim=1)
-
-    def within_groups(self) -> Tensor:
-        """Return ``[key-value heads, query heads sharing each]``: the query heads alone."""
-        return self.query.view(len(self.key_value), -1)
 
 
 def needs_gradients(criterion: Criterion) -> bool:
@@ -108,7 +113,12 @@ def score_units(
     for module in dict.fromkeys(part.module for part in parts):
         values = counted(module)
         for part in (part for part in parts if part.module == module):
-            sums[part.unit] += _sum(values, part, vectorize)
+            own = values.narrow(part.axis, part.offset, part.count * part.size)
+            if vectorize:
+                lines = own.sum(dim=1 - part.axis, dtype=torch.float64).abs()
+            else:
+                lines = own.abs().sum(dim=1 - part.axis, dtype=torch.float64)
+            sums[part.unit] += lines.view(part.count, part.size).sum(dim=1).cpu()
     for kind, scores in sums.items():
         if not bool(torch.isfinite(scores).all()):
             raise NumericsError(
@@ -116,15 +126,6 @@ def score_units(
                 "another dtype."
             )
     return UnitScores(sums["query"], sums["key_value"], sums["channel"])
-
-
-def _sum(values: Tensor, part: Part, vectorize: bool) -> Tensor:
-    own = values.narrow(part.axis, part.offset, part.count * part.size)
-    if vectorize:
-        lines = own.sum(dim=1 - part.axis, dtype=torch.float64).abs()
-    else:
-        lines = own.abs().sum(dim=1 - part.axis, dtype=torch.float64)
-    return lines.view(part.count, part.size).sum(dim=1).cpu()
 
 
 UNITS_FILE = "pruned_units.json"
@@ -221,10 +222,11 @@ class LLMPruner(Method):
 
 def keep_units(scores: UnitScores, plan: WidthPlan, unit: HeadUnit = "kv_group") -> KeptUnits:
     """Return the units that one layer keeps; of equal scores the lower index is removed first."""
-    groups, shared = scores.within_groups().shape
+    within_groups = scores.query.view(len(scores.key_value), -1)
+    groups, shared = within_groups.shape
     heads = torch.arange(groups * shared).view(groups, shared)
     if unit == "q_within" and shared > 1:
-        stay = torch.stack([_highest(group, plan.head_units) for group in scores.within_groups()])
+        stay = torch.stack([_highest(group, plan.head_units) for group in within_groups])
         query, key_value = heads.gather(1, stay), torch.arange(groups)
     else:
         key_value = _highest(scores.groups(), plan.head_units)
@@ -266,68 +268,42 @@ def _scores(
     options: LLMPrunerParameters,
     tokens: CalibrationTokens | None,
 ) -> dict[int, UnitScores]:
-    widths = LayerWidths.of(work.config, family)
-    if options.criterion == "random":
-        return _random_scores(plan.layers, widths, work.recipe.seed)
+    widths, criterion = LayerWidths.of(work.config, family), options.criterion
+    if criterion == "random":
+        generator = torch.Generator().manual_seed(work.recipe.seed)
+        sizes = (widths.num_attention_heads, widths.num_key_value_heads, widths.intermediate_size)
+        return {
+            layer: UnitScores(
+                *(torch.rand(n, generator=generator, dtype=torch.float64) for n in sizes)
+            )
+            for layer in plan.layers
+        }
     parts = projection_parts(family, widths, head_size(work.config))
-    counted = _stored(work, family, options.criterion)
+    weights: dict[Place, Any] = {}
+    sums: dict[Place, GradientSums] = {}
     if tokens is not None:
-        counted = _by_gradients(work, plan, parts, options.criterion, tokens)
-    vectorize = options.criterion == "vectorize"
-    return {
-        layer: score_units(layer, parts, counted(layer), vectorize=vectorize)
-        for layer in plan.layers
-    }
-
-
-def _random_scores(
-    layers: tuple[int, ...], widths: LayerWidths, seed: int
-) -> dict[int, UnitScores]:
-    generator = torch.Generator().manual_seed(seed)
-    sizes = (widths.num_attention_heads, widths.num_key_value_heads, widths.intermediate_size)
-    return {
-        layer: UnitScores(*(torch.rand(n, generator=generator, dtype=torch.float64) for n in sizes))
-        for layer in layers
-    }
-
-
-Counted = Callable[[int], Callable[[str], Tensor]]
-"""Layer -> path of a projection in it -> what each of its weights counts."""
-
-
-def _stored(work: Compression, family: Architecture, criterion: Criterion) -> Counted:
-    """Count the stored weights; the model is never built."""
+        layers = decoder_layers(work.model)
+        weights = {
+            (layer, module): layers[layer].get_submodule(module).weight
+            for layer in plan.layers
+            for module in dict.fromkeys(part.module for part in parts)
+        }
+        squares = criterion in ("param_second", "param_mix")
+        sums = sum_gradients(work.model, weights, tokens, squares=squares, progress=work.progress)
     prefix = layers_prefix(work.reader, family)
 
-    def of_layer(layer: int) -> Callable[[str], Tensor]:
-        return lambda module: salience(
-            work.reader.tensor(f"{prefix}.{layer}.{module}.weight"), criterion
+    def counted(layer: int, module: str) -> Tensor:
+        if tokens is None:  # the stored weights: the model is never built
+            stored = work.reader.tensor(f"{prefix}.{layer}.{module}.weight")
+            return salience(stored, criterion)
+        return salience(weights[layer, module], criterion, sums[layer, module])
+
+    return {
+        layer: score_units(
+            layer, parts, partial(counted, layer), vectorize=criterion == "vectorize"
         )
-
-    return of_layer
-
-
-def _by_gradients(
-    work: Compression,
-    plan: WidthPlan,
-    parts: tuple[Part, ...],
-    criterion: Criterion,
-    tokens: CalibrationTokens,
-) -> Counted:
-    """Count weights by their effect on the loss."""
-    layers = decoder_layers(work.model)
-    weights: dict[tuple[int, str], Any] = {
-        (layer, module): layers[layer].get_submodule(module).weight
         for layer in plan.layers
-        for module in dict.fromkeys(part.module for part in parts)
     }
-    squares = criterion in ("param_second", "param_mix")
-    sums = sum_gradients(work.model, weights, tokens, squares=squares, progress=work.progress)
-
-    def of_layer(layer: int) -> Callable[[str], Tensor]:
-        return lambda module: salience(weights[layer, module], criterion, sums[layer, module])
-
-    return of_layer
 
 
 def _removed_units(kept: Mapping[int, KeptUnits], before: LayerWidths) -> str:

@@ -1,20 +1,39 @@
-"""From "a quarter fewer parameters" to numbers of heads and channels per layer.
+"""From "a quarter fewer parameters" to fewer heads and channels per layer, and to a checkpoint.
 
 Every layer that may be pruned loses the same ratio of heads and of channels (LLM-Pruner,
 arXiv 2305.11627, prunes each layer by itself). Heads are whole and channels stay a multiple, so the
 ratios differ a little: the heads come as close as they can, and the channels make up the rest.
+
+Tensors are sliced. Where all layers have the same widths, a stock config is tried first; then a
+stock family with the same modules that takes any number of heads (Llama's config insists that they
+divide the hidden size, Mistral's does not); all else is of model type ``streamline``.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from streamline_bench.core.architecture import architecture_of, decoder_layers
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.checkpoint.writer import LazyTensors, layers_prefix
 from streamline_bench.core.surgery.sparsity import model_sizes
-from streamline_bench.errors import ArchitectureError, SparsityError
+from streamline_bench.errors import (
+    ArchitectureError,
+    ResourceError,
+    SparsityError,
+    StreamlineBenchError,
+    library_errors,
+)
+from streamline_bench.modeling import register, streamline_config
 from streamline_bench.modeling.widths import (
     LayerWidths,
     Part,
@@ -50,6 +69,16 @@ class Prunable:
     total: int
     embeddings: int
     num_layers: int
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of all heads and channels of one layer."""
+        return self.head_units * self.head_cost + self.widths.intermediate_size * self.channel_cost
+
+    def whole(self, channels: float, multiple: int) -> int:
+        """Return the closest multiple, at least one and at most what there is."""
+        closest = max(1, math.floor(channels / multiple + 0.5)) * multiple
+        return min(closest, self.widths.intermediate_size)
 
 
 @dataclass(frozen=True)
@@ -124,12 +153,8 @@ def prunable(
 
 def layer_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Return parameter name within a layer -> shape, from the model on the meta device."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        layer = decoder_layers(AutoModelForCausalLM.from_config(config))[0]
-    return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    prefix = f"{architecture_of(config).layers}.0."
+    return {n.removeprefix(prefix): s for n, s in _shapes(config).items() if n.startswith(prefix)}
 
 
 def plan_widths(
@@ -141,11 +166,9 @@ def plan_widths(
     multiple: int = 8,
     added_parameters: int = 0,
 ) -> WidthPlan:
-    """Return how many units each of ``layers`` loses.
+    """Return how many heads and channels each of ``layers`` loses.
 
     Args:
-        units: from :func:`prunable`.
-        layers: those that may be pruned.
         sparsity: share of the model's parameters to remove.
         ratio: share of units to remove instead, rounded down to whole heads.
         multiple: the channels that stay are a multiple of this.
@@ -163,22 +186,34 @@ def plan_widths(
     for name, value in (("Sparsity", sparsity), ("Ratio", ratio)):
         if value is not None and not 0 < value < 1:
             raise SparsityError(f"{name} {value} is not a share between 0 and 1 (both excluded).")
-    _require_layers(units, layers)
+    if not layers:
+        raise SparsityError(
+            f"All {units.num_layers} layers are protected, so that nothing can be removed; lower "
+            "protect_first or protect_last."
+        )
+    channels = units.widths.intermediate_size
     if ratio is not None:
         heads = math.floor(ratio * units.head_units + 1e-9)
-        kept = _whole((1 - ratio) * units.widths.intermediate_size, units, multiple)
+        kept = units.whole((1 - ratio) * channels, multiple)
         return _plan(units, layers, None, ratio, heads, kept, added_parameters)
     assert sparsity is not None
     per_layer = (sparsity * units.total + added_parameters) / len(layers)
-    ratio = per_layer / _prunable_parameters(units)
+    ratio = per_layer / units.layer_parameters
     for heads in sorted(range(units.head_units), key=lambda u: abs(u - ratio * units.head_units)):
-        left = (per_layer - heads * units.head_cost) / units.channel_cost
-        kept = _whole(units.widths.intermediate_size - left, units, multiple)
-        if abs(units.widths.intermediate_size - left - kept) <= multiple / 2:
+        left = channels - (per_layer - heads * units.head_cost) / units.channel_cost
+        kept = units.whole(left, multiple)
+        if abs(left - kept) <= multiple / 2:
             plan = _plan(units, layers, sparsity, ratio, heads, kept, added_parameters)
             if plan.removed > 0:
                 return plan
-    raise _out_of_reach(units, layers, sparsity, multiple, added_parameters)
+    least = (len(layers) * multiple * units.channel_cost - added_parameters) / units.total
+    stay = units.head_cost + min(multiple, channels) * units.channel_cost
+    most = (len(layers) * (units.layer_parameters - stay) - added_parameters) / units.total
+    raise SparsityError(
+        f"Sparsity {sparsity} is out of reach: with {len(layers)} of {units.num_layers} layers "
+        f"prunable, removing heads and channels reaches {max(0.0, least):.4f} to {most:.4f}; "
+        "choose a share in that range or protect fewer layers."
+    )
 
 
 def _require_shapes(
@@ -204,16 +239,6 @@ def _cost(part: Part, shapes: Mapping[str, Sequence[int]]) -> int:
     weight = shapes[f"{part.module}.weight"]
     bias = 1 if part.axis == 0 and f"{part.module}.bias" in shapes else 0
     return part.size * (math.prod(weight) // weight[part.axis] + bias)
-
-
-def _prunable_parameters(units: Prunable) -> int:
-    return units.head_units * units.head_cost + units.widths.intermediate_size * units.channel_cost
-
-
-def _whole(channels: float, units: Prunable, multiple: int) -> int:
-    """Return the closest multiple, at least one and at most what there is."""
-    closest = max(1, math.floor(channels / multiple + 0.5)) * multiple
-    return min(closest, units.widths.intermediate_size)
 
 
 def _plan(
@@ -250,22 +275,122 @@ def _plan(
     )
 
 
-def _require_layers(units: Prunable, layers: tuple[int, ...]) -> None:
-    if not layers:
-        raise SparsityError(
-            f"All {units.num_layers} layers are protected, so that nothing can be removed; lower "
-            "protect_first or protect_last."
-        )
+log = logging.getLogger(__name__)
 
 
-def _out_of_reach(
-    units: Prunable, layers: tuple[int, ...], sparsity: float, multiple: int, added: int
-) -> SparsityError:
-    least = max(0.0, (len(layers) * multiple * units.channel_cost - added) / units.total)
-    kept = units.head_cost + min(multiple, units.widths.intermediate_size) * units.channel_cost
-    most = (len(layers) * (_prunable_parameters(units) - kept) - added) / units.total
-    return SparsityError(
-        f"Sparsity {sparsity} is out of reach: with {len(layers)} of {units.num_layers} layers "
-        f"prunable, removing heads and channels reaches {least:.4f} to {most:.4f}; choose a share "
-        "in that range or protect fewer layers."
-    )
+@dataclass(frozen=True)
+class KeptUnits:
+    """Indices of the heads and channels that a layer keeps, in increasing order, int64."""
+
+    query: Tensor
+    key_value: Tensor
+    channel: Tensor
+
+    @property
+    def widths(self) -> LayerWidths:
+        """How many of each there are."""
+        return LayerWidths(len(self.query), len(self.key_value), len(self.channel))
+
+
+def sliced_tensors(
+    reader: CheckpointReader, config: Any, kept: Mapping[int, KeptUnits]
+) -> LazyTensors:
+    """Return the tensors that change when some layers keep some of their heads and channels.
+
+    Each is sliced from the checkpoint when it is asked for, so that memory holds one at a time.
+    Rows of biases follow those of weights; biases of output projections stay whole.
+
+    Args:
+        reader: the source.
+        config: its transformers config.
+        kept: layer -> what it keeps; layers that are not listed keep all.
+    """
+    family = architecture_of(config)
+    widths, prefix = LayerWidths.of(config, family), layers_prefix(reader, family)
+    present = set(reader.names)
+    slices: dict[str, tuple[int, Tensor]] = {}  # along one axis only
+    for layer, units in kept.items():
+        if units.widths == widths:
+            continue
+        pieces: dict[tuple[str, int], list[Tensor]] = {}
+        for part in projection_parts(family, widths, head_size(config)):
+            indices: Tensor = getattr(units, part.unit)
+            if part.unit != "channel" and units.query.numel() == widths.num_attention_heads:
+                continue
+            lines = part.offset + (indices[:, None] * part.size + torch.arange(part.size)).view(-1)
+            pieces.setdefault((part.module, part.axis), []).append(lines)
+        for (module, axis), lines_of in pieces.items():
+            for kind in ("weight",) if axis else ("weight", "bias"):
+                name = f"{prefix}.{layer}.{module}.{kind}"
+                if name in present:
+                    slices[name] = (axis, torch.cat(lines_of))
+    return LazyTensors(slices, lambda name: reader.tensor(name).index_select(*slices[name]))
+
+
+def narrowed_config(config: Any, widths: Mapping[int, LayerWidths]) -> Any:
+    """Return the config of the result, of the most widely understood kind that can hold it.
+
+    Args:
+        config: of the source.
+        widths: layer -> its widths; layers that are not listed keep theirs.
+    """
+    register()
+    family = architecture_of(config)
+    source = LayerWidths.of(config, family)
+    depth = getattr(config, family.depth_key)
+    layers = [widths.get(layer, source) for layer in range(depth)]
+    if len(set(layers)) == 1:
+        for model_type in (family.model_type, family.any_heads):
+            found = _stock_config(config, model_type, layers[0]) if model_type else None
+            if found is not None:
+                return found
+        log.warning(
+            "No stock class holds %d heads and %d channels of model type '%s'; the result is of "
+            "model type 'streamline'.",
+            layers[0].num_attention_heads, layers[0].intermediate_size, family.model_type,
+        )  # fmt: skip
+    return streamline_config(config, layer_widths=layers)
+
+
+def _stock_config(config: Any, model_type: str, widths: LayerWidths) -> Any | None:
+    """Return a stock config with these widths in all layers; None if its model is another one."""
+    family = architecture_of(config)
+    entries = config.to_dict() | widths.entries(family)
+    if widths.num_attention_heads != config.num_attention_heads:
+        entries["head_dim"] = head_size(config)
+    config_class: Any = CONFIG_MAPPING[model_type]
+    if model_type != config.model_type:
+        entries = _translated(entries, type(config), config_class)
+    try:
+        with library_errors(f"A config of {model_type}"):
+            made = config_class.from_dict(entries)
+            depth = getattr(config, family.depth_key)
+            own = streamline_config(config, layer_widths=[widths] * depth)
+            same = _shapes(made) == _shapes(own)
+    except ResourceError:
+        raise
+    except StreamlineBenchError as error:
+        log.info("%s cannot hold %s: %s", model_type, widths, error)
+        return None
+    return made if same else None
+
+
+def _translated(entries: Mapping[str, Any], source: Any, target: Any) -> dict[str, Any]:
+    """Return a config's entries for a family with the same modules.
+
+    What only the source family knows is dropped; what only the target knows is set to None.
+    """
+    known, other = target().to_dict(), source().to_dict()
+    kept = {key: value for key, value in entries.items() if key in known or key not in other}
+    kept.pop("model_type", None)
+    return {
+        **kept,
+        **{key: None for key in known if key not in other},
+        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[target.model_type]],
+    }
+
+
+def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -25,16 +25,15 @@ ENGINES: Mapping[str, str] = {
 class EngineSettings(Frozen):
     """How one model is loaded; it travels to the model's process as JSON.
 
+    Other fields are those of :class:`~streamline_bench.throughput.workload.Setup`.
+
     Attributes:
         model: folder of the checkpoint.
-        device: ``cpu``, or ``cuda`` (the process sees one device only).
+        device: ``cpu``, or ``cuda`` (one device is visible to the process).
         dtype: torch's name of the dtype of weights and activations.
-        max_batch: the largest batch that will be asked for.
+        max_batch: the largest batch.
         sequence_tokens: prompt and output of one sequence.
         kv_cache_bytes: size of a preallocated cache, for engines that have one.
-        eager: run without compilation and captured graphs; None: as the engine sees fit.
-        attention: attention implementation, for engines that let one choose.
-        trust_remote_code: run code that the model brings along.
     """
 
     model: str
@@ -60,7 +59,7 @@ class Loaded(BaseModel):
     """What an engine says of a model once it is loaded.
 
     Attributes:
-        reserved: token ids that must not stand in a prompt.
+        reserved: token ids that prompts must not contain.
         kv_cache_tokens: tokens its preallocated cache holds; None if it has none.
         device_name: the accelerator's model; None on a processor.
         flags: the settings it really runs with.

@@ -80,10 +80,7 @@ class VLLMEngine(Engine):
         from vllm import SamplingParams, TokensPrompt
 
         sampling = SamplingParams(
-            temperature=0.0,
-            max_tokens=output_tokens,
-            ignore_eos=True,
-            detokenize=False,
+            temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False
         )
         asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         outputs = self._llm.generate(asked, sampling, use_tqdm=False)

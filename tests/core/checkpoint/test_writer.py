@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from surgery_in_memory import keep_layers
 from transformers import AutoModelForCausalLM
 
 from streamline_bench.core.architecture import ARCHITECTURES, architecture_of
@@ -29,7 +30,7 @@ from streamline_bench.core.checkpoint.writer import (
     layer_names,
     layers_prefix,
 )
-from streamline_bench.core.surgery.layers import keep_layers, pruned_config
+from streamline_bench.core.surgery.layers import pruned_config
 from streamline_bench.errors import CheckpointError, OutputError
 
 KEEP = [0, 2, 3, 5]

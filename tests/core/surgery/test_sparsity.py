@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from surgery_in_memory import keep_layers
 from transformers import AutoConfig
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.core.surgery.layers import block_keep, keep_layers
+from streamline_bench.core.surgery.layers import block_keep
 from streamline_bench.core.surgery.sparsity import layers_for_sparsity, model_sizes, of_layers
 from streamline_bench.errors import CheckpointError, SparsityError
 

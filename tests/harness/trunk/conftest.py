@@ -30,9 +30,9 @@ def make_variant(tmp_path_factory: pytest.TempPathFactory) -> Variant:
         **saving: Any,
     ) -> Path:
         import torch
+        from surgery_in_memory import keep_layers
         from transformers import AutoModelForCausalLM
 
-        from streamline_bench.core.surgery.layers import keep_layers
         from streamline_bench.modeling import Attachment, StreamlineForCausalLM, streamline_config
 
         model = AutoModelForCausalLM.from_pretrained(dense)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from surgery_in_memory import keep_layers
 from transformers import AutoModelForCausalLM
 
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.surgery.layers import keep_layers
 from streamline_bench.errors import ArchitectureError, CalibrationError, NumericsError
 from streamline_bench.methods.depth.merge_search import (
     LayerMerger,
@@ -69,10 +69,15 @@ def _similarity(dense: Any, model: Any, tokens: CalibrationTokens) -> float:
     return total / len(tokens)
 
 
+def merge_range(layers: int, lowest: int, highest: int, interval: int) -> MergeRange:
+    return MergeRange(layers_per_merge=layers, lowest=lowest, highest=highest, interval=interval)
+
+
 def _straightforward(
     dense: Any, tokens: CalibrationTokens, span: MergeRange, rule: str, threshold: float, most: int
 ) -> tuple[list[tuple[int, int, float]], Any]:
     model, accepted = dense, []
+    assert span.highest is not None
     base = span.highest - span.layers_per_merge
     while base >= span.lowest and DEPTH - len(model.model.layers) < most:
         depth = len(model.model.layers)
@@ -92,10 +97,10 @@ def _straightforward(
 @pytest.mark.parametrize(
     ("span", "threshold", "most"),
     [
-        (MergeRange(3, 0, DEPTH, 1), 0.5, 4),
-        (MergeRange(3, 0, DEPTH, 1), -1.0, 5),
-        (MergeRange(2, 1, DEPTH, 2), 0.3, 3),
-        (MergeRange(4, 0, DEPTH - 1, 1), 0.0, 6),
+        (merge_range(3, 0, DEPTH, 1), 0.5, 4),
+        (merge_range(3, 0, DEPTH, 1), -1.0, 5),
+        (merge_range(2, 1, DEPTH, 2), 0.3, 3),
+        (merge_range(4, 0, DEPTH - 1, 1), 0.0, 6),
     ],
 )
 def test_equals_a_search_over_copies(
@@ -119,7 +124,7 @@ def test_runs_do_not_see_each_other_and_leave_the_model(
 ) -> None:
     model = _load(folder)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    span = MergeRange(3, 0, DEPTH, 1)
+    span = merge_range(3, 0, DEPTH, 1)
     with MergeSearch(model, tokens, span, "rdsc") as search:
         first = search.run(0.4, 4)
         trials = search.trials
@@ -134,7 +139,7 @@ def test_runs_do_not_see_each_other_and_leave_the_model(
 
 def test_states_beyond_the_memory_are_refused(folder: Path, tokens: CalibrationTokens) -> None:
     with pytest.raises(CalibrationError, match="9 calibration sequences"):
-        MergeSearch(_load(folder), tokens, MergeRange(3, 0, DEPTH, 1), "rdsc", 1e-6)
+        MergeSearch(_load(folder), tokens, merge_range(3, 0, DEPTH, 1), "rdsc", 1e-6)
 
 
 def test_a_model_that_is_no_numbers_itself(folder: Path, tokens: CalibrationTokens) -> None:
@@ -142,7 +147,7 @@ def test_a_model_that_is_no_numbers_itself(folder: Path, tokens: CalibrationToke
     model.model.layers[2].mlp.up_proj.weight.data[0, 0] = torch.nan
     with (
         pytest.raises(NumericsError, match=r"NaN.*layer 2\b"),
-        MergeSearch(model, tokens, MergeRange(3, 0, DEPTH, 1), "reference"),
+        MergeSearch(model, tokens, merge_range(3, 0, DEPTH, 1), "reference"),
     ):
         pass
     assert not any("forward" in vars(layer) for layer in model.model.layers)
@@ -156,7 +161,7 @@ def test_a_merge_that_leaves_no_numbers(folder: Path, tokens: CalibrationTokens)
         mlp.gate_proj.weight.data.zero_()
         mlp.down_proj.weight.data.fill_(value)
     with (
-        MergeSearch(model, tokens, MergeRange(3, 0, DEPTH, 1), "rdsc") as search,
+        MergeSearch(model, tokens, merge_range(3, 0, DEPTH, 1), "rdsc") as search,
         pytest.raises(NumericsError, match=r"not finite.*layer 5\b"),
     ):
         search.run(0.5, 2)

@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from surgery_in_memory import keep_layers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from streamline_bench.compression import compress
 from streamline_bench.core.checkpoint.manifest import read_manifest
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.surgery.layers import keep_layers
 from streamline_bench.errors import CalibrationError, NumericsError, SparsityError
 from streamline_bench.methods.base import Compression
 from streamline_bench.methods.depth import shortened_llama as shortened_llama_taylor
 from streamline_bench.methods.depth.shortened_llama import taylor_scores
-from streamline_bench.methods.tools import gradient_sums
+from streamline_bench.methods.tools import likelihood
 from streamline_bench.modeling.source_model import SourceModel
 
 
@@ -120,7 +120,7 @@ def test_only_linear_weights_of_layers_get_gradients(
         held.update(n for n, p in model.named_parameters() if p.grad is not None)
 
     weight.register_hook(look)
-    asked = gradient_sums.sum_gradients
+    asked = likelihood.sum_gradients
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def spied(model: Any, weights: Any, *rest: Any, **options: Any) -> Any:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from surgery_in_memory import keep_layers
 from transformers import AutoModelForCausalLM
 
 from streamline_bench.compression import compress
 from streamline_bench.core.checkpoint.manifest import read_manifest
-from streamline_bench.core.surgery.layers import keep_layers
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compression
 from streamline_bench.methods.depth import sleb

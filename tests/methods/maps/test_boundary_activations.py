@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.scan.similarity import Block
 from streamline_bench.errors import ArchitectureError
-from streamline_bench.methods.maps.boundary_activations import boundary_rows, mlp_scale
+from streamline_bench.methods.maps.boundary_map import boundary_rows, mlp_scale
 
 
 def _tokens() -> CalibrationTokens:

@@ -194,13 +194,13 @@ def test_a_step_equals_one_written_out(
     rows = tokens.split(0.1, 4)[0]
     assert rows.target_mask is not None
     labels = rows.input_ids.where(rows.target_mask, -100)
-    chosen = {n: p for n, p in stock.named_parameters() if n in result.weights}
+    chosen = {n: p for n, p in stock.named_parameters() if n in result.state}
     stock(rows.input_ids, labels=labels).loss.backward()
     torch.nn.utils.clip_grad_norm_(chosen.values(), training.max_grad_norm)
     torch.optim.AdamW(chosen.values(), lr=1e-3, weight_decay=training.weight_decay).step()
     for name, parameter in chosen.items():
         # The first step of AdamW has about the sign of the gradient, which rounding may turn.
-        torch.testing.assert_close(result.weights[name], parameter.data, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(result.state[name], parameter.data, rtol=1e-4, atol=2e-5)
 
 
 def test_lora_changes_its_targets_alone(tiny_llama: Path, recovered: Callable[..., Any]) -> None:

@@ -46,7 +46,9 @@ def rotate(
 ) -> StreamRotation:
     store = BatchStore(folder / "signals", 1, budget=options.pop("budget", 1))
     fuse_norms(model)
-    rotation = StreamRotation(model, tokens, store, RotationOptions(**options), progress=False)
+    seed = options.pop("seed", 0)
+    chosen = RotationOptions(**options)
+    rotation = StreamRotation(model, tokens, store, chosen, seed=seed, progress=False)
     rotation.run(width, head)
     store.close()
     return rotation
@@ -165,7 +167,7 @@ def test_a_random_orientation_gives_the_same_function(
 ) -> None:
     models = [double_model("qwen3") for _ in range(2)]
     rotate(models[0], tokens, tmp_path, 24, HIDDEN)
-    rotate(models[1], tokens, tmp_path, 24, HIDDEN, orientation="random", seed=5)
+    rotate(models[1], tokens, tmp_path, 24, HIDDEN, final_orientation="random", seed=5)
     torch.testing.assert_close(logits(models[0], ids), logits(models[1], ids))
     shortcuts = [m.model.layers[1].mlp_shortcut.weight for m in models]
     assert not torch.allclose(shortcuts[0], shortcuts[1])

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from surgery_in_memory import keep_layers
 from transformers import AutoModelForCausalLM
 
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.surgery.layers import keep_layers
 from streamline_bench.errors import CalibrationError, NumericsError
 from streamline_bench.methods.tools.likelihood import (
     affordable_batch,

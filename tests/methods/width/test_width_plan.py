@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from streamline_bench.errors import ArchitectureError, SparsityError
 from streamline_bench.methods.width.llm_pruner import LLMPrunerParameters
-from streamline_bench.methods.width.width_plan import plan_widths, prunable
-from streamline_bench.methods.width.width_surgery import narrowed_config
+from streamline_bench.methods.width.width_plan import narrowed_config, plan_widths, prunable
 from streamline_bench.modeling import LayerWidths
 
 SIZES: dict[str, Any] = {

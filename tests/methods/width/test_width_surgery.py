@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.methods.width.width_surgery import KeptUnits, narrowed_config, sliced_tensors
+from streamline_bench.methods.width.width_plan import KeptUnits, narrowed_config, sliced_tensors
 from streamline_bench.modeling import LayerWidths
 
 SIZES: dict[str, Any] = {
