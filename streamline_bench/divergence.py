@@ -31,7 +31,7 @@ from streamline_bench.errors import (
     library_errors,
 )
 from streamline_bench.modeling.loading import load_model, load_tokenizer
-from streamline_bench.stability.comparison import TokenDivergence
+from streamline_bench.stability.comparison import TokenDivergence, exponential
 from streamline_bench.stability.statistics.intervals import mean_per_unit
 
 _POSITIONS = 256  # whose distributions are in memory at once, in float32
@@ -218,11 +218,7 @@ def _result(sums: _Sums, window: int, confidence: float, begins: str = "") -> To
         begins_with=begins,
         kl=estimates[0],
         same_top=estimates[1],
-        dense_perplexity=_perplexity(-float(dense.sum()) / count),
-        pruned_perplexity=_perplexity(-float(pruned.sum()) / count),
+        dense_perplexity=exponential(-float(dense.sum()) / count),
+        pruned_perplexity=exponential(-float(pruned.sum()) / count),
         nats_per_token=estimates[2],
     )
-
-
-def _perplexity(nats: float) -> float | None:
-    return math.exp(nats) if nats < 700 else None  # e^709 is the largest float64

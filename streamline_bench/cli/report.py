@@ -28,11 +28,10 @@ def command(run: Path | None, cards: bool, schema: bool, quiet: bool) -> None:
         return
     if run is None:
         raise click.UsageError("Give the run folder, or --schema.")
-    from streamline_bench.report.build import build_report
+    from streamline_bench.report.build import build_report, write_report
     from streamline_bench.report.leaderboard import read_leaderboard
     from streamline_bench.report.run_file import RUN_FILE
     from streamline_bench.report.views.terminal import terminal_table
-    from streamline_bench.report.write import write_report
 
     folder = run.parent if run.is_file() else run
     file = run if run.is_file() else run / "leaderboard.json"

@@ -28,8 +28,7 @@ import numpy.typing as npt
 from streamline_bench.errors import ComparisonError
 from streamline_bench.gate.evidence import Evidence, RowReference, TaskReference, unpack
 from streamline_bench.gate.result import Check, Quantity, Thresholds
-from streamline_bench.stability.comparison import Estimate
-from streamline_bench.stability.over_tasks import square_and_add
+from streamline_bench.stability.comparison import Estimate, square_and_add
 from streamline_bench.stability.statistics.clusters import ClusterLabels
 from streamline_bench.stability.statistics.intervals import (
     bootstrap_interval,

@@ -12,11 +12,23 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from streamline_bench.core.checkpoint.manifest import Manifest, read_manifest
-from streamline_bench.errors import CheckpointError, SamplesError
+from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.errors import CheckpointError, OutputError, SamplesError
 from streamline_bench.report.flips import worst_flips
-from streamline_bench.report.leaderboard import Leaderboard, Procedure, Provenance, Row, TaskScore
-from streamline_bench.report.provenance import provenance, read_checkpoint, task_data
-from streamline_bench.report.published import published_numbers
+from streamline_bench.report.leaderboard import (
+    Leaderboard,
+    Procedure,
+    Provenance,
+    Row,
+    TaskScore,
+    to_json,
+)
+from streamline_bench.report.provenance import (
+    provenance,
+    published_numbers,
+    read_checkpoint,
+    task_data,
+)
 from streamline_bench.report.run_file import RUN_FILE, NoiseRun, RunFile, RunRow, read_run_file
 from streamline_bench.stability.align import align
 from streamline_bench.stability.compare_answers import compare_pairs
@@ -35,12 +47,45 @@ def build_report(folder: Path, *, settings: Settings | None = None, progress: bo
     Raises:
         OutputError: the folder is not writable; otherwise as :func:`build_leaderboard`.
     """
-    # The views need Jinja, which a gate that builds a leaderboard does not.
-    from streamline_bench.report.write import write_report
-
     folder = Path(folder)
     board = build_leaderboard(read_run_file(folder), folder, settings=settings, progress=progress)
     return write_report(board, folder)
+
+
+def write_report(board: Leaderboard, output: Path) -> Path:
+    """Write the four files of a report, each atomically, ``leaderboard.html`` last.
+
+    Args:
+        output: folder, made if missing; files of an earlier report are replaced.
+
+    Returns:
+        The path of ``leaderboard.html``.
+
+    Raises:
+        SamplesError: the leaderboard holds a number that is not finite.
+        OutputError: the folder cannot be written.
+    """
+    # The views need Jinja, which a gate that builds a leaderboard does not.
+    from streamline_bench.report.views.csv_table import to_csv
+    from streamline_bench.report.views.markdown import to_markdown
+    from streamline_bench.report.views.page import to_html
+
+    output = Path(output)
+    views = {
+        "leaderboard.json": to_json(board),
+        "leaderboard.csv": to_csv(board),
+        "leaderboard.md": to_markdown(board),
+        "leaderboard.html": to_html(board),
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, text in views.items():
+            atomic_write_text(output / name, text)
+    except OSError as error:
+        raise OutputError(
+            f"The report cannot be written to '{output}' ({error.strerror or error})."
+        ) from None
+    return output / "leaderboard.html"
 
 
 def build_leaderboard(
@@ -93,7 +138,7 @@ def build_leaderboard(
     return Leaderboard(
         title=run.title,
         dense=run.dense,
-        method=_procedure(settings),
+        method=Procedure(**settings.used()),
         rows=_with_original_size(rows),
         noise=floor,
         not_compared={**itself.not_compared, **run.not_compared},
@@ -143,19 +188,6 @@ def _compared_row(
         result = above_noise(result, floor)
     row = _row(samples, result, source, folder, is_dense=False)
     return row.model_copy(update={"worst_flips": worst_flips(pairs, settings.verdict)})
-
-
-def _procedure(settings: Settings) -> Procedure:
-    return Procedure(
-        mode=settings.mode,
-        ddof=settings.spread_ddof,
-        quantity=settings.spread_quantity,
-        verdict=settings.verdict,
-        confidence=settings.confidence,
-        draws=settings.draws,
-        seed=settings.seed,
-        margin=settings.margin,
-    )
 
 
 def _row(
@@ -230,7 +262,6 @@ def _accuracies(samples: Samples, result: Comparison) -> dict[str, Estimate]:
 
 def _tasks(samples: Samples, result: Comparison, is_dense: bool) -> list[TaskScore]:
     first = samples.first_filters
-    data = task_data(samples.info)
     return [
         TaskScore(
             task=task.task,
@@ -241,7 +272,7 @@ def _tasks(samples: Samples, result: Comparison, is_dense: bool) -> list[TaskSco
             n=task.n,
             accuracy=task.pruned,
             comparison=None if is_dense else task,
-            data=data.get(task.task),
+            data=task_data(samples.info, task.task),
         )
         for task in result.tasks
     ]

@@ -1,10 +1,13 @@
-"""``leaderboard.json``, the source of every view of a report: its schema and how it is read.
+"""``leaderboard.json``, the source of every view of a report: schema, reader and writer.
 
 :func:`json_schema` gives it as JSON Schema; ``reports/leaderboard.schema.json`` holds the result.
 """
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -289,6 +292,38 @@ def parse_leaderboard(payload: Any, origin: str) -> Leaderboard:
         SamplesError: see :func:`read_leaderboard`.
     """
     return validated(Leaderboard, payload, origin, newest=3, error=SamplesError, advice=_ADVICE)
+
+
+def to_json(board: Leaderboard) -> str:
+    """The leaderboard as JSON without blanks, every number unrounded.
+
+    Raises:
+        SamplesError: a number is not finite; its place is named.
+    """
+    payload = board.model_dump(mode="json")
+    try:
+        return (
+            json.dumps(payload, separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n"
+        )
+    except ValueError:
+        raise SamplesError(
+            f"The leaderboard holds a number that is not finite, in {_not_finite(payload)}; no "
+            "report is written."
+        ) from None
+
+
+def _not_finite(value: object, where: str = "") -> str:
+    """The first place of such a number, e.g. ``rows.2.scan.cosine.0.1``."""
+    if isinstance(value, float):
+        return where if not math.isfinite(value) else ""
+    if isinstance(value, Mapping):
+        parts = list(value.items())
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        parts = list(enumerate(value))
+    else:
+        return ""
+    inside = (_not_finite(part, f"{where}.{key}".lstrip(".")) for key, part in parts)
+    return next(filter(None, inside), "")
 
 
 def json_schema() -> dict[str, Any]:

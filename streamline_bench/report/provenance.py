@@ -1,7 +1,7 @@
-"""What a checkpoint and an evaluation say about themselves.
+"""What a checkpoint, an evaluation and a recipe say about themselves.
 
 Of a checkpoint: manifest, similarity matrix, training curves. Of an evaluation: where the documents
-of its tasks come from.
+of its tasks come from. Of a recipe: its published numbers, with what its row reached.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from streamline_bench.core.checkpoint.manifest import Manifest, read_manifest
 from streamline_bench.errors import SamplesError
-from streamline_bench.report.leaderboard import CurvePoint, Provenance, ScanResult, TaskData
+from streamline_bench.report.leaderboard import (
+    CurvePoint,
+    Provenance,
+    Published,
+    ScanResult,
+    TaskData,
+)
+from streamline_bench.stability.comparison import Estimate
 from streamline_bench.stability.samples import RunInfo
 
 _DECIMALS = 5
@@ -147,45 +154,16 @@ def _iso(timestamp: str | None) -> str | None:
     return f"{found[1]}{found[2]}:{found[3]}:{found[4]}" if found else None
 
 
-class _TaskConfig(BaseModel):
-    """What lm-eval's results say of a task's data; any of it may be of another type or missing."""
-
-    dataset_path: Any = None
-    dataset_name: Any = None
-    test_split: Any = None
-    validation_split: Any = None
-
-
-class _Results(BaseModel):
-    """The part of lm-eval's results that this module reads."""
-
-    configs: dict[str, Any] | None = None
-
-
-def task_data(info: RunInfo) -> dict[str, TaskData]:
-    """Return task -> its data; empty for engines whose results do not say."""
-    source = Path(info.source)
-    if source.suffix != ".json" or not source.is_file():
-        return {}
-    try:
-        configs = _Results.model_validate_json(source.read_bytes()).configs or {}
-    except (OSError, ValidationError):
-        # The reader of the samples has read this file; another process took it away since.
-        return {}
-    return {
-        task: _data(_TaskConfig.model_validate(dict(config)), info.n_shot.get(task))
-        for task, config in configs.items()
-        if isinstance(config, Mapping)
-    }
-
-
-def _data(config: _TaskConfig, shots: Any) -> TaskData:
-    name = str(config.dataset_path or "")
-    split = config.test_split or config.validation_split
+def task_data(info: RunInfo, task: str) -> TaskData | None:
+    """Where the documents of a task come from; None for engines that do not say."""
+    found, shots = info.data.get(task), info.n_shot.get(task)
+    if found is None:
+        return None
+    name = found.get("dataset", "")
     return TaskData(
         dataset=name if is_hub_id(name) else None,
-        subset=str(config.dataset_name) if config.dataset_name else None,
-        split=str(split) if split else None,
+        subset=found.get("subset"),
+        split=found.get("split"),
         shots=shots if isinstance(shots, int) else None,
     )
 
@@ -193,3 +171,80 @@ def _data(config: _TaskConfig, shots: Any) -> TaskData:
 def is_hub_id(name: str) -> bool:
     """Whether a name can be a data set of the Hugging Face Hub: ``name`` or ``owner/name``."""
     return bool(_HUB_ID.fullmatch(name)) and name not in _LOADERS and ".." not in name
+
+
+def published_numbers(
+    recipe: Mapping[str, Any],
+    accuracies: Mapping[str, Estimate],
+    *,
+    stability: Estimate | None = None,
+    retention: Estimate | None = None,
+) -> list[Published]:
+    """Return the recipe's ``published`` section; a metric finds the task or group of its name.
+
+    ``PIQA`` finds ``piqa`` and ``local_piqa``, ``MMLU`` the group ``mmlu``; ``stability`` and
+    ``retained average`` are the row's own, over its tasks; ``average of 13`` finds nothing, because
+    its tasks differ. A number that is not in percent is compared with none of ours.
+
+    Args:
+        recipe: with ``published``, a list of mappings (see
+            :class:`~streamline_bench.core.recipe.schema.PublishedResult`).
+        accuracies: name of a task or group -> the row's accuracy, what is preferred first.
+        stability, retention: of the row, over its tasks.
+
+    Raises:
+        SamplesError: an entry is not a published number.
+    """
+    named: dict[str, str] = {}
+    for name in accuracies:
+        named.setdefault(benchmark(name), name)
+    own = {"stability": stability, "retainedaverage": retention}
+    found = []
+    for entry in _entries(recipe):
+        key = benchmark(entry.metric)
+        task = named.get(key) if entry.unit == "%" else None
+        ours = accuracies[task] if task is not None else own.get(key)
+        found.append(entry.model_copy(update={"task": task, "ours": ours}))
+    return found
+
+
+def _entries(recipe: Mapping[str, Any]) -> list[Published]:
+    try:
+        return [
+            Published.model_validate({**entry, "task": None, "ours": None})
+            for entry in recipe.get("published") or ()
+        ]
+    except (ValidationError, TypeError) as error:
+        raise SamplesError(
+            f"The recipe '{recipe.get('name')}' has a published number that cannot be read "
+            f"({' '.join(str(error).split())}); it needs model, metric, value and source."
+        ) from None
+
+
+_PREFIXES = ("local_", "streamline_")
+"""Of this project's own tasks (``tasks/lm_eval``)."""
+
+_ALIASES = {
+    "arcc": "arcchallenge",
+    "arce": "arceasy",
+    "chiddev": "chid",
+    "csqa": "commonsenseqa",
+    "hesw": "hellaswag",
+    "obqa": "openbookqa",
+    "raceh": "racehigh",
+    "racem": "racemiddle",
+    "winogrand": "winogrande",
+}
+"""Letters and digits of a name in tables of papers -> those of the name in the harnesses."""
+
+
+def benchmark(name: str) -> str:
+    """Return the benchmark that a task, a group or a metric names, in letters and digits.
+
+    ``ARC-e``, ``arc_easy`` and ``local_arc_easy`` are one; CoQA and CommonsenseQA are two, though
+    tables made with OpenCompass call the second by the first's name.
+    """
+    bare = name.strip().lower()
+    prefix = next((prefix for prefix in _PREFIXES if bare.startswith(prefix)), "")
+    letters = re.sub(r"[^a-z0-9]", "", bare[len(prefix) :])
+    return _ALIASES.get(letters, letters)

@@ -20,7 +20,7 @@ from streamline_bench.stability.comparison import (
     TaskComparison,
 )
 from streamline_bench.stability.over_tasks import compare_groups, macro, micro
-from streamline_bench.stability.readers.verdicts import (
+from streamline_bench.stability.readers.lm_eval_rows import (
     GRADED,
     NORM_METRIC,
     VERDICT_METRICS,
@@ -88,16 +88,11 @@ def compare_pairs(pairs: AlignedPairs, settings: Settings | None = None) -> Comp
     ]
     results = _decided([(item.result, item.sample) for item in main], settings)
     decided = {(task.task, task.filter): task for task in results}
+    used = {name: value for name, value in settings.used().items() if name != "verdict"}
     return Comparison(
         dense_run=dense.run,
         pruned_run=pruned.run,
-        mode=settings.mode,
-        ddof=settings.spread_ddof,
-        quantity=settings.spread_quantity,
-        confidence=settings.confidence,
-        draws=settings.draws,
-        seed=settings.seed,
-        margin=settings.margin,
+        **used,
         tasks=tuple(
             decided.get((item.result.task, item.result.filter), item.result)
             for item in found.compared

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any, TypeVar
 
 from streamline_bench.errors import SamplesError
@@ -15,14 +16,13 @@ from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.comparison import (
     Comparison,
     Estimate,
-    Flips,
     GroupComparison,
     NoiseFloor,
     NoiseTask,
     Overall,
     TaskComparison,
+    square_and_add,
 )
-from streamline_bench.stability.over_tasks import square_and_add
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.paired import wilson
@@ -80,8 +80,8 @@ def noise_floor(
         n=n,
         flips=_estimate(share, n, settings),
         agreement=_estimate(1 - share, n, settings),
-        macro_flips=_mean([task.flips.value for task in counted]),
-        choice_kl=_mean(divergences) if divergences else None,
+        macro_flips=fmean([task.flips.value for task in counted]),
+        choice_kl=fmean(divergences) if divergences else None,
     )
 
 
@@ -131,7 +131,7 @@ def flips_above(share: float, floor: float, n: int, confidence: float) -> Estima
 
 
 def _filled(found: _Compared, floor: float, confidence: float) -> _Compared:
-    excess = flips_above(_share(found.flips, found.n), floor, found.n, confidence)
+    excess = flips_above(found.flips.verdicts / found.n, floor, found.n, confidence)
     return found.model_copy(update={"noise_flips": floor, "flips_above_noise": excess})
 
 
@@ -149,13 +149,13 @@ def _macro(macro: Overall, members: Sequence[TaskComparison]) -> Overall:
     if len(floors) < len(members):
         return macro
     return macro.model_copy(
-        update={"noise_flips": _mean(floors), "flips_above_noise": square_and_add(excess)}
+        update={"noise_flips": fmean(floors), "flips_above_noise": square_and_add(excess)}
     )
 
 
 def _task(parts: list[TaskComparison], settings: Settings) -> NoiseTask:
     first = parts[0]
-    share = _mean([_share(part.flips, part.n) for part in parts])
+    share = fmean([part.flips.verdicts / part.n for part in parts])
     choices = [part.same_choice for part in parts if part.same_choice is not None]
     divergences = [part.choices.kl.value for part in parts if part.choices is not None]
     return NoiseTask(
@@ -164,22 +164,14 @@ def _task(parts: list[TaskComparison], settings: Settings) -> NoiseTask:
         n=first.n,
         flips=_estimate(share, first.n, settings),
         agreement=_estimate(1 - share, first.n, settings),
-        same_choice=_mean(choices) if choices else None,
-        choice_kl=_mean(divergences) if divergences else None,
+        same_choice=fmean(choices) if choices else None,
+        choice_kl=fmean(divergences) if divergences else None,
     )
-
-
-def _share(flips: Flips, n: int) -> float:
-    return (flips.right_to_wrong + flips.wrong_to_right) / n
 
 
 def _pooled(shares: Sequence[tuple[int, float]]) -> float:
     """Share over all documents, given (documents, share) of each task."""
     return sum(n * share for n, share in shares) / sum(n for n, _ in shares)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _estimate(share: float, n: int, settings: Settings) -> Estimate:

@@ -20,6 +20,7 @@ from streamline_bench.stability.comparison import (
     Flips,
     GroupComparison,
     Overall,
+    square_and_add,
 )
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.choices import ChoiceMeasures, calibration, choice_shift
@@ -109,26 +110,6 @@ def _strata(item: ComparedTask) -> tuple[npt.NDArray[np.float64], ...]:
         return item.sample.strata
     columns = [np.ones(len(item.right)), item.right, item.right_now, item.agree]
     return (np.stack(columns, axis=1).astype(np.float64),)
-
-
-def square_and_add(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean of independent estimates; distances to their intervals' ends add up by squares.
-
-    G. Y. Zou and A. Donner, Statistics in Medicine 27 (2008) 1693-1702. No interval where one of
-    the estimates has none.
-    """
-    count = len(estimates)
-    value = sum(item.value for item in estimates) / count
-    below = [item.value - item.low for item in estimates if item.low is not None]
-    above = [item.high - item.value for item in estimates if item.high is not None]
-    if len(below) < count or len(above) < count:
-        return Estimate(value=value)
-    return Estimate(
-        value=value,
-        low=value - math.hypot(*below) / count,
-        high=value + math.hypot(*above) / count,
-        method="square-and-add over tasks",
-    )
 
 
 def _total_flips(compared: Sequence[ComparedTask]) -> Flips:

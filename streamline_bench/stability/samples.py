@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +21,6 @@ from streamline_bench.core.recipe.validation import first_problem
 from streamline_bench.errors import SamplesError, library_errors
 
 SCHEMA_VERSION = 1
-
-COLUMNS: Mapping[str, str] = {
-    "run": "str",
-    "task": "str",
-    "task_version": "str",
-    "output_type": "str",
-    "filter": "str",
-    "doc_id": "int64",
-    "doc_hash": "str",
-    "prompt_hash": "str",
-    "target_hash": "str",
-    "request_hash": "str",
-    "prompt": "str",
-    "choices": "object",
-    "loglikelihoods": "object",
-    "lengths": "object",
-    "byte_lengths": "object",
-    "mean_nll": "object",
-    "prediction": "Int64",
-    "prediction_norm": "Int64",
-    "gold": "Int64",
-    "target": "str",
-    "text": "object",
-    "correct": "boolean",
-    "correct_norm": "boolean",
-    "verdict_metric": "object",
-    "cluster": "object",
-    "metrics": "object",
-}
-"""Column name -> pandas dtype; :class:`Row` says what each column means."""
 
 
 @dataclass(kw_only=True)
@@ -80,18 +50,17 @@ class Row:
         metrics: every numeric metric of the row.
     """
 
+    run: str = ""
     task: str
+    task_version: str = ""
     output_type: str
+    filter: str = "none"
+    doc_id: int = 0
     doc_hash: str
     prompt_hash: str
     target_hash: str
     request_hash: str
     prompt: str
-    target: str
-    run: str = ""
-    task_version: str = ""
-    filter: str = "none"
-    doc_id: int = 0
     choices: list[str] | None = None
     loglikelihoods: list[float] | None = None
     lengths: list[int] | None = None
@@ -100,12 +69,19 @@ class Row:
     prediction: int | None = None
     prediction_norm: int | None = None
     gold: int | None = None
+    target: str
     text: str | None = None
     correct: bool | None = None
     correct_norm: bool | None = None
     verdict_metric: str | None = None
     cluster: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+_DTYPES = {"str": "str", "int": "int64", "int | None": "Int64", "bool | None": "boolean"}
+
+COLUMNS = {column.name: _DTYPES.get(str(column.type), "object") for column in fields(Row)}
+"""Column of the table -> pandas dtype: the fields of :class:`Row`."""
 
 
 class RunInfo(BaseModel):
@@ -116,6 +92,7 @@ class RunInfo(BaseModel):
         config: the engine's own record of the model (``model_args``, ``limit``, seeds, and the
             extra keys that ``--model streamline`` adds: recipe, hashes, sizes).
         results: aggregated metrics per task, as the engine printed them.
+        data: task -> the data set, its subset and its split, where the engine reports them.
         seconds: wall-clock time of the evaluation, where the engine reports it.
         files: task -> the file that its answers were read from, for messages.
         missing: task -> why it has no answers although the run was to have them.
@@ -142,6 +119,7 @@ class RunInfo(BaseModel):
     config: dict[str, Any] = {}
     results: dict[str, dict[str, Any]] = {}
     higher_is_better: dict[str, dict[str, bool | None]] = {}
+    data: dict[str, dict[str, str]] = {}
     seconds: float | None = None
     versions: dict[str, str] = {}
     files: dict[str, str] = {}
@@ -158,7 +136,7 @@ class Samples:
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row | Mapping[str, Any]], info: RunInfo) -> Samples:
-        """Build the table; columns that a mapping leaves out become None.
+        """Build the table of ``info.run``; columns that a mapping leaves out become None.
 
         Raises:
             SamplesError: there is no row, or a row has a column that the table does not know.
@@ -169,7 +147,8 @@ class Samples:
         unknown = {name for row in found for name in row} - set(COLUMNS)
         if unknown:
             raise SamplesError(f"{info.source}: the samples table has no column {sorted(unknown)}.")
-        return cls(_frame({name: [row.get(name) for row in found] for name in COLUMNS}), info)
+        columns = {name: [row.get(name) for row in found] for name in COLUMNS}
+        return cls(_frame({**columns, "run": [info.run] * len(found)}), info)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -182,6 +161,11 @@ class Samples:
         first = self.frame.drop_duplicates("task")
         return dict(zip(first["task"], first["filter"], strict=True))
 
+    def relabelled(self, run: str) -> Samples:
+        """The same answers under another label."""
+        labels = pd.Series(run, index=self.frame.index, dtype="str")
+        return Samples(self.frame.assign(run=labels), self.info.model_copy(update={"run": run}))
+
     def save(self, path: Path) -> None:
         """Write table and metadata as one Parquet file; a reader sees the old file or the new one.
 
@@ -191,8 +175,10 @@ class Samples:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        types = _arrow_types()
-        arrays = [pa.array(_plain(self.frame[name]), type=types[name]) for name in COLUMNS]
+        arrays = [
+            pa.array([_plain(value) for value in self.frame[name].tolist()], type=kind)
+            for name, kind in _arrow_types().items()
+        ]
         table = pa.Table.from_arrays(arrays, names=list(COLUMNS))
         metadata = {_METADATA_KEY: self.info.model_dump_json().encode("utf-8")}
         sink = pa.BufferOutputStream()
@@ -222,7 +208,15 @@ class Samples:
             raise SamplesError(
                 f"'{path}' is not a samples table; give a file that Samples.save wrote."
             )
-        info = _parse_info(metadata[_METADATA_KEY], path)
+        try:
+            info = RunInfo.model_validate_json(metadata[_METADATA_KEY])
+        except ValidationError:
+            raise SamplesError(f"{path}: the metadata of the samples table is damaged.") from None
+        if info.schema_version != SCHEMA_VERSION:
+            raise SamplesError(
+                f"{path} has samples schema {info.schema_version}, this release reads "
+                f"{SCHEMA_VERSION}; read the original evaluation again."
+            )
         columns = {name: table.column(name).to_pylist() for name in COLUMNS}
         columns["metrics"] = [dict(pairs or ()) for pairs in columns["metrics"]]
         return cls(_frame(columns), info)
@@ -257,14 +251,16 @@ _METADATA_KEY = b"streamline_bench.samples"
 def _arrow_types() -> dict[str, Any]:
     import pyarrow as pa
 
-    plain = {"str": pa.string(), "int64": pa.int64(), "Int64": pa.int64(), "boolean": pa.bool_()}
-    return {
-        **{name: plain.get(dtype, pa.string()) for name, dtype in COLUMNS.items()},
-        "choices": pa.list_(pa.string()),
-        **{name: pa.list_(pa.float64()) for name in ("loglikelihoods", "mean_nll")},
-        **{name: pa.list_(pa.int64()) for name in ("lengths", "byte_lengths")},
-        "metrics": pa.map_(pa.string(), pa.float64()),
+    kinds = {
+        "int": pa.int64(),
+        "bool": pa.bool_(),
+        "list[str]": pa.list_(pa.string()),
+        "list[int]": pa.list_(pa.int64()),
+        "list[float]": pa.list_(pa.float64()),
+        "dict[str, float]": pa.map_(pa.string(), pa.float64()),
     }
+    types = {column.name: str(column.type).removesuffix(" | None") for column in fields(Row)}
+    return {name: kinds.get(kind, pa.string()) for name, kind in types.items()}
 
 
 def _frame(columns: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
@@ -273,24 +269,7 @@ def _frame(columns: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
     )
 
 
-def _parse_info(payload: bytes, path: Path) -> RunInfo:
-    try:
-        info = RunInfo.model_validate_json(payload)
-    except ValidationError:
-        raise SamplesError(f"{path}: the metadata of the samples table is damaged.") from None
-    if info.schema_version != SCHEMA_VERSION:
-        raise SamplesError(
-            f"{path} has samples schema {info.schema_version}, this release reads "
-            f"{SCHEMA_VERSION}; read the original evaluation again."
-        )
-    return info
-
-
-def _plain(column: pd.Series[Any]) -> list[Any]:
-    return [_none_if_missing(value) for value in column.tolist()]
-
-
-def _none_if_missing(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     if value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return None
     return list(value.items()) if isinstance(value, dict) else value

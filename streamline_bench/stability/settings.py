@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 Verdict = Literal["correct", "correct_norm"]
 """Which verdict decides right or wrong: the task's own (acc, exact_match) or acc_norm."""
@@ -34,6 +34,10 @@ class Settings:
     def spread_ddof(self) -> int:
         """The degrees of freedom really used."""
         return 0 if self.mode == "reference_script" else self.ddof
+
+    def used(self) -> dict[str, Any]:
+        """Name -> the value really used."""
+        return asdict(self) | {"ddof": self.spread_ddof, "quantity": self.spread_quantity}
 
     @property
     def spread_quantity(self) -> Quantity:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from operator import eq
@@ -18,6 +17,8 @@ from streamline_bench.stability.comparison import (
     Estimate,
     GenerationComparison,
     PerplexityComparison,
+    exponential,
+    exponentiated,
 )
 from streamline_bench.stability.statistics.intervals import mean_per_unit
 from streamline_bench.stability.statistics.paired import wilson
@@ -31,8 +32,6 @@ _METRICS: dict[Unit, tuple[str, ...]] = {
     "byte": ("byte_perplexity", "bits_per_byte"),
 }
 _ANSWER = "perplexity"  # one log-likelihood per document
-
-_LARGEST = 700.0  # e^709 is the largest float64
 
 
 def compare_generations(
@@ -100,27 +99,13 @@ def compare_perplexities(
                 unit=unit,
                 n=len(dense),
                 units=float(units.sum()),
-                dense=_exp(-float(first.sum() / units.sum())),
-                pruned=_exp(-float(second.sum() / units.sum())),
-                ratio=_exponentiated(log),
+                dense=exponential(-float(first.sum() / units.sum())),
+                pruned=exponential(-float(second.sum() / units.sum())),
+                ratio=exponentiated(log),
                 nats_per_unit=log,
             )
         )
     return found
-
-
-def _exp(value: float) -> float | None:
-    return math.exp(value) if value < _LARGEST else None
-
-
-def _exponentiated(log: Estimate) -> Estimate | None:
-    value = _exp(log.value)
-    if value is None:
-        return None
-    if log.low is None or log.high is None or log.high >= _LARGEST:
-        return Estimate(value=value)
-    low, high = math.exp(log.low), math.exp(log.high)
-    return Estimate(value=value, low=low, high=high, method=f"exp of: {log.method}")
 
 
 def _recorded(frame: pd.DataFrame) -> Iterator[tuple[Unit, str]]:

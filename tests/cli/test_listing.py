@@ -102,7 +102,7 @@ def test_numbers_of_papers_and_re_runs(
 def test_published_numbers_stand_beside_the_tasks_of_a_packaged_plan(
     recipes: dict[str, dict[str, Any]], repository: Path
 ) -> None:
-    from streamline_bench.report.published import published_numbers
+    from streamline_bench.report.provenance import published_numbers
     from streamline_bench.stability.comparison import Estimate
 
     plan = yaml.safe_load(

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 from streamline_bench.cli.main import main
 from streamline_bench.cli.report import command
+from streamline_bench.report.build import write_report
 from streamline_bench.report.leaderboard import Leaderboard
-from streamline_bench.report.write import write_report
 
 BOARD = Leaderboard.model_validate({
     "title": "Kept", "dense": "d",

@@ -77,8 +77,8 @@ def _compact(board: Leaderboard) -> str:
 
 
 def _update(run: Path) -> None:
+    from streamline_bench.report.build import write_report
     from streamline_bench.report.leaderboard import Leaderboard, json_schema, read_leaderboard
-    from streamline_bench.report.write import write_report
 
     board = read_leaderboard(run / "leaderboard.json").model_dump(mode="json")
     write_report(Leaderboard.model_validate(portable(board, run)), DEMO)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from streamline_bench.report.figures.pareto import Axis, Point, frontier, pareto, points_of, ticks
 from streamline_bench.report.leaderboard import Row
-from streamline_bench.report.published import published_numbers
+from streamline_bench.report.provenance import published_numbers
 from streamline_bench.report.views.overview import commands_by_stage, heat_map, ranked
 from streamline_bench.report.views.page import forest, shade
 from streamline_bench.stability.comparison import Estimate

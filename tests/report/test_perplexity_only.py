@@ -30,7 +30,6 @@ from streamline_bench.report.views.model_card import model_card
 from streamline_bench.report.views.overview import headline, perplexity_ratio, ranked
 from streamline_bench.report.views.page import to_html
 from streamline_bench.stability.comparison import Estimate
-from streamline_bench.stability.readers.lm_eval_reader import find_results
 from streamline_bench.stability.settings import Settings
 
 valid = Leaderboard.model_validate
@@ -41,7 +40,7 @@ TASK = "toy_roll"
 def only_rolling(source: Path, target: Path) -> Path:
     """What lm_eval would have written if it had been asked for one text only."""
     shutil.copytree(source, target)
-    file = find_results(target)
+    file = max(target.rglob("results_*.json"))
     results = json.loads(file.read_text(encoding="utf-8"))
     for name in ("results", "configs", "versions", "n-shot", "n-samples", "task_hashes"):
         results[name] = {task: value for task, value in results[name].items() if task == TASK}
@@ -80,7 +79,7 @@ def test_the_board_says_what_there_is(board: dict[str, Any], run: Path) -> None:
     assert dense["accuracy_macro"] is None and dense["macro"] is None
     assert pruned["accuracy_macro"] is None and pruned["tasks"] == []
     (found,) = pruned["perplexities"]
-    results = json.loads(find_results(run / "pruned").read_text(encoding="utf-8"))
+    results = json.loads(max((run / "pruned").rglob("results_*.json")).read_text(encoding="utf-8"))
     assert found["pruned"] == pytest.approx(results["results"][TASK]["word_perplexity,none"])
     assert board["noise"] is None, "nothing can flip"
     assert Leaderboard.model_validate(board).model_dump(mode="json") == board

@@ -20,8 +20,8 @@ from streamline_bench.report import (
     read_run_file,
     write_run_file,
 )
+from streamline_bench.report.build import write_report
 from streamline_bench.report.leaderboard import read_leaderboard
-from streamline_bench.report.write import write_report
 from streamline_bench.stability.settings import Settings
 
 FEW = Settings(draws=100)

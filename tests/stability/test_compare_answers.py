@@ -15,7 +15,6 @@ from streamline_bench.errors import NumericsError, SamplesError
 from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.comparison import Comparison, TaskComparison
 from streamline_bench.stability.noise import noise_floor
-from streamline_bench.stability.readers.lm_eval_reader import find_results
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
@@ -41,7 +40,7 @@ def task(result: Comparison, name: str, filter_name: str = "none") -> TaskCompar
 
 
 def raw_lines(folder: Path, name: str) -> list[dict]:
-    file = next(find_results(folder).parent.glob(f"samples_{name}_*.jsonl"))
+    file = next(max(folder.rglob("results_*.json")).parent.glob(f"samples_{name}_*.jsonl"))
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 

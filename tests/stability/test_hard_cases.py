@@ -14,7 +14,6 @@ import pytest
 from streamline_bench.errors import NumericsError, SamplesError
 from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.comparison import Comparison
-from streamline_bench.stability.readers.lm_eval_reader import find_results
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
@@ -112,7 +111,7 @@ def test_nan_is_an_error_that_names_run_task_and_document(questions: Make) -> No
 
 def test_a_task_without_samples(lm_eval_outputs: Path, tmp_path: Path) -> None:
     shutil.copytree(lm_eval_outputs / "dense", tmp_path / "dense")
-    results = find_results(tmp_path / "dense")
+    results = max((tmp_path / "dense").rglob("results_*.json"))
     next(results.parent.glob("samples_toy_fill_*.jsonl")).write_text("")
     with pytest.raises(SamplesError, match=r"holds no samples: .*'toy_fill'.*--limit"):
         load_samples(tmp_path / "dense", progress=False)

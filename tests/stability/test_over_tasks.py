@@ -10,8 +10,7 @@ import pytest
 from scipy.stats import norm
 
 from streamline_bench.stability.compare_answers import compare_answers
-from streamline_bench.stability.comparison import Comparison, Estimate
-from streamline_bench.stability.over_tasks import square_and_add
+from streamline_bench.stability.comparison import Comparison, Estimate, square_and_add
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.choices import calibration_error

@@ -17,9 +17,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from streamline_bench.report.leaderboard import Leaderboard, Row, TaskScore
 from streamline_bench.report.text import percent, points, significant
 from streamline_bench.resources import resource
-from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.comparison import Estimate, exponentiated, square_and_add
 
-_LARGEST = 700.0  # e^709 is the largest float64
 _GUESSING = 0.1
 """Share of the way from guessing to all right; a dense model below it has nothing to lose."""
 _Row = TypeVar("_Row", bound=Row)
@@ -52,17 +51,14 @@ def ranked(rows: Iterable[_Row]) -> list[_Row]:
     """
     every = list(rows)
     scored = [row for row in every if row.failed is None]
-    key = _by_accuracy if any(row.accuracy_macro for row in scored) else _by_perplexity
-    return [*sorted(scored, key=key), *(row for row in every if row.failed is not None)]
+    by_accuracy = any(row.accuracy_macro for row in scored)
 
+    def place(row: Row) -> float:
+        if by_accuracy:
+            return -row.accuracy_macro.value if row.accuracy_macro else math.inf
+        return nats.value if (nats := _nats(row)) else math.inf
 
-def _by_accuracy(row: Row) -> float:
-    return -row.accuracy_macro.value if row.accuracy_macro else math.inf
-
-
-def _by_perplexity(row: Row) -> float:
-    nats = _nats(row)
-    return math.inf if nats is None else nats.value
+    return [*sorted(scored, key=place), *(row for row in every if row.failed is not None)]
 
 
 def perplexity_ratio(row: Row) -> Estimate | None:
@@ -75,12 +71,7 @@ def perplexity_ratio(row: Row) -> Estimate | None:
         1 for the dense row; None for a row without perplexities, or if the ratio exceeds float64.
     """
     nats = _nats(row)
-    if nats is None or nats.value >= _LARGEST:
-        return None
-    value = math.exp(nats.value)
-    if nats.low is None or nats.high is None or nats.high >= _LARGEST:
-        return Estimate(value=value)
-    return Estimate(value=value, low=math.exp(nats.low), high=math.exp(nats.high))
+    return exponentiated(nats) if nats else None
 
 
 def _nats(row: Row) -> Estimate | None:
@@ -89,16 +80,7 @@ def _nats(row: Row) -> Estimate | None:
     tasks: dict[tuple[str, str], Estimate] = {}
     for found in row.perplexities:
         tasks.setdefault((found.task, found.filter), found.nats_per_unit)
-    if not tasks:
-        return None
-    parts = list(tasks.values())
-    value = sum(part.value for part in parts) / len(parts)
-    ends = [(p.value, p.low, p.high) for p in parts if p.low is not None and p.high is not None]
-    if len(ends) < len(parts):
-        return Estimate(value=value)
-    below = math.hypot(*(middle - low for middle, low, _ in ends)) / len(parts)
-    above = math.hypot(*(high - middle for middle, _, high in ends)) / len(parts)
-    return Estimate(value=value, low=value - below, high=value + above)
+    return square_and_add(list(tasks.values())) if tasks else None
 
 
 def headline(board: Leaderboard) -> str:

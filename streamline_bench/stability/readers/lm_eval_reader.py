@@ -29,8 +29,8 @@ from streamline_bench.stability.readers.lm_eval_rows import (
     TaskConfig,
     TaskFacts,
     parse_row,
+    with_verdicts,
 )
-from streamline_bench.stability.readers.verdicts import with_verdicts
 from streamline_bench.stability.samples import Row, RunInfo, Samples, well_formed
 
 _RESULTS = re.compile(r"^(?P<stem>.+)_(?P<timestamp>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)\.json$")
@@ -217,18 +217,7 @@ def read_lm_eval(
             rows += part.rows(task, bar)
     names = {task: str(file) for (_, task), file in zip(wanted, files, strict=True)}
     info = _run_info(found, names, run)
-    for row in rows:
-        row.run = info.run
     return Samples.from_rows(rows, info)
-
-
-def find_results(path: Path, timestamp: str | None = None) -> Path:
-    """Return the results file that ``path`` means: itself, or the newest below the folder.
-
-    Raises:
-        SamplesError: there is none, or the folder holds the results of several models.
-    """
-    return _results_files(path, timestamp)[0]
 
 
 def _results_files(path: Path, timestamp: str | None) -> list[Path]:
@@ -394,6 +383,7 @@ def _run_info(found: _Run, files: dict[str, str], run: str | None) -> RunInfo:
             config=about.config,
             results=of_tasks("results"),
             higher_is_better=of_tasks("higher_is_better"),
+            data={name: config.data for name, config in of_tasks("configs").items()},
             seconds=sum(part.results.seconds or 0 for part in found.parts) or None,
             versions={name: value for name, value in versions.items() if value},
             files=files,

@@ -3,6 +3,10 @@
 lm-eval logs no chosen option: it is the argmax of the log-likelihoods (strings such as
 ``["-23.55", "False"]``), for acc_norm divided by the choice's length in characters without the
 delimiter. The verdicts themselves are lm-eval's own metrics.
+
+Metrics of one name are verdicts in one task and grades in another (``acc`` of truthfulqa_mc2 is a
+probability, ``em`` of coqa a mean over references), and a grade may happen to be 0 or 1: which of
+them says right or wrong is decided once per task, not answer by answer.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -19,11 +23,19 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from streamline_bench.errors import NumericsError
-from streamline_bench.stability.readers.verdicts import NORM_METRIC, VERDICT_METRICS
 from streamline_bench.stability.samples import Row, well_formed
 from streamline_bench.stability.statistics.clusters import cluster_of
 
 Request = tuple[Any, ...]
+
+VERDICT_METRICS = ("acc", "exact_match", "em", "acc_mutual_info")
+"""Metrics that say right (1) or wrong (0); the first that a task has decides ``correct``."""
+
+NORM_METRIC = "acc_norm"
+"""The metric that decides ``correct_norm``."""
+
+GRADED = "graded, no right or wrong"
+"""Why a task whose verdict metrics are grades is not compared."""
 
 
 class LogFile(BaseModel):
@@ -47,6 +59,17 @@ class TaskConfig(LogFile):
     gen_prefix: str = ""
     metric_list: list[dict[str, Any]] = []
     filter_list: list[dict[str, Any]] = []
+    dataset_path: Any = None
+    dataset_name: Any = None
+    test_split: Any = None
+    validation_split: Any = None
+
+    @property
+    def data(self) -> dict[str, str]:
+        """The data set, its subset and the split that is asked, where they are named."""
+        split = self.test_split or self.validation_split
+        named = {"dataset": self.dataset_path, "subset": self.dataset_name, "split": split}
+        return {key: str(value) for key, value in named.items() if value}
 
 
 @dataclass(frozen=True)
@@ -129,7 +152,7 @@ def parse_row(line: bytes, facts: TaskFacts, where: str) -> Row:
     """Turn a line into a row of the samples table; one without a filter has filter "".
 
     Its verdict is preliminary: whether a metric is one, all rows of the task say
-    (:func:`streamline_bench.stability.readers.verdicts.with_verdicts`).
+    (:func:`with_verdicts`).
 
     Args:
         where: file and line, for messages.
@@ -239,3 +262,43 @@ def _gold(target: str, options: _Options, prediction: int, right: bool | None) -
     if options.contexts_differ and right is not None and len(options.shown) == 2:
         return prediction if right else 1 - prediction
     return None
+
+
+def graded_metrics(records: Iterable[Any]) -> set[str]:
+    """Those of the verdict metrics that are neither 0 nor 1 for some answer.
+
+    Args:
+        records: metrics of each answer, name -> value; anything but a mapping counts as empty.
+    """
+    return {
+        name
+        for record in records
+        if isinstance(record, Mapping)
+        for name in (*VERDICT_METRICS, NORM_METRIC)
+        if name in record and record[name] not in (0.0, 1.0)
+    }
+
+
+def with_verdicts(rows: Sequence[Row]) -> None:
+    """Take the verdicts by metrics that are graded in their filter from the rows of one task.
+
+    A graded metric says nothing of the right choice either: where ``gold`` was read with its help,
+    it is unknown.
+    """
+    by_filter: dict[str, list[Row]] = {}
+    for row in rows:
+        by_filter.setdefault(row.filter, []).append(row)
+    for part in by_filter.values():
+        graded = graded_metrics(row.metrics for row in part)
+        for row in part if graded else ():
+            _judge_again(row, graded)
+
+
+def _judge_again(row: Row, graded: set[str]) -> None:
+    if NORM_METRIC in graded:
+        row.correct_norm = None
+    if row.verdict_metric in graded:
+        left = (name for name in VERDICT_METRICS if name in row.metrics and name not in graded)
+        row.verdict_metric = next(left, None)
+        row.correct = bool(row.metrics[row.verdict_metric]) if row.verdict_metric else None
+        row.gold = None

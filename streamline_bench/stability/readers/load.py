@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import pandas as pd
-
 from streamline_bench.errors import SamplesError, first_line
 from streamline_bench.stability.readers.lm_eval_reader import read_lm_eval
 from streamline_bench.stability.readers.opencompass_folder import find_predictions
@@ -55,15 +53,10 @@ def _load(path: Path, run: str | None, timestamp: str | None, progress: bool) ->
         )
     if path.suffix == ".parquet":
         samples = Samples.load(path)
-        return samples if run is None else _relabel(samples, run)
+        return samples if run is None else samples.relabelled(run)
     predictions = find_predictions(path, timestamp)
     if predictions is not None:
         from streamline_bench.stability.readers.opencompass_reader import read_opencompass
 
         return read_opencompass(predictions, run=run, progress=progress)
     return read_lm_eval(path, run=run, timestamp=timestamp, progress=progress)
-
-
-def _relabel(samples: Samples, run: str) -> Samples:
-    frame = samples.frame.assign(run=pd.Series(run, index=samples.frame.index, dtype="str"))
-    return Samples(frame, samples.info.model_copy(update={"run": run}))

@@ -73,8 +73,6 @@ def read_opencompass(
             found = _joined(found, older, answers, bar)
     rows = [row for name in sorted(answers) for row in answers[name].rows]
     info = _run_info(found, run or found.model, answers)
-    for row in rows:
-        row.run = info.run
     return Samples.from_rows(rows, info)
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from streamline_bench.errors import NumericsError, SamplesError
-from streamline_bench.stability.readers.lm_eval_reader import find_results, read_lm_eval
+from streamline_bench.stability.readers.lm_eval_reader import read_lm_eval
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.samples import Samples
 
@@ -31,7 +31,7 @@ def dense(lm_eval_outputs: Path) -> Samples:
 def copied(lm_eval_outputs: Path, tmp_path: Path) -> Path:
     """A copy of the dense output, to damage; returns the model's folder."""
     shutil.copytree(lm_eval_outputs / "dense", tmp_path / "out")
-    return find_results(tmp_path / "out").parent
+    return max((tmp_path / "out").rglob("results_*.json")).parent
 
 
 def samples_file(folder: Path, task: str) -> Path:
@@ -47,7 +47,7 @@ def edit_line(file: Path, number: int, change: Callable[[dict], None]) -> None:
 
 
 def test_any_level_of_the_output_is_understood(lm_eval_outputs: Path, dense: Samples) -> None:
-    file = find_results(lm_eval_outputs / "dense")
+    file = max((lm_eval_outputs / "dense").rglob("results_*.json"))
     for path in (lm_eval_outputs / "dense", file.parent, file):
         assert read(path).info.source == dense.info.source == str(file)
 
@@ -118,7 +118,7 @@ def evaluate_again(
     folder: Path, tasks: tuple[str, ...], change: Callable[[dict], None] = lambda results: None
 ) -> Path:
     """Put an older evaluation of some tasks beside the one that is there; its results file."""
-    newest = find_results(folder)
+    newest = max(folder.rglob("results_*.json"))
     time = newest.name.removeprefix("results_").removesuffix(".json")
     results = json.loads(newest.read_text())
     results["configs"] = {task: results["configs"][task] for task in tasks}
@@ -133,7 +133,7 @@ def evaluate_again(
 
 def keep_only(folder: Path, tasks: tuple[str, ...]) -> None:
     """The newest evaluation asked these tasks only."""
-    newest = find_results(folder)
+    newest = max(folder.rglob("results_*.json"))
     results = json.loads(newest.read_text())
     results["configs"] = {task: results["configs"][task] for task in tasks}
     newest.write_text(json.dumps(results))
@@ -207,7 +207,9 @@ def test_evaluations_that_contradict_each_other_are_refused(
     older = evaluate_again(copied, ("toy_fill",), change)
     with pytest.raises(SamplesError, match=rf"{older.name}.*contradict.*{named}.*give one"):
         read(copied)
-    assert "toy_fill" in read(find_results(copied)).tasks, "a file that is named is read alone"
+    assert "toy_fill" in read(max(copied.rglob("results_*.json"))).tasks, (
+        "a file that is named is read alone"
+    )
 
 
 def test_other_settings_of_another_task_are_left_out_by_name(copied: Path) -> None:
@@ -242,7 +244,7 @@ def test_an_evaluation_without_samples_is_left_out_by_name(copied: Path) -> None
 
 def older_version(folder: Path, *, filters: bool = True) -> None:
     """As lm-eval wrote before 0.4.5: lines name no filter, single tasks are groups."""
-    file = find_results(folder)
+    file = max(folder.rglob("results_*.json"))
     results = json.loads(file.read_text())
     results["group_subtasks"] |= {"toy_mc": [], "toy_ll": ["toy_ll"]}
     if not filters:
@@ -269,7 +271,7 @@ def test_filters_that_nothing_names_are_refused(copied: Path) -> None:
 
 
 def rename_task(folder: Path, name: str, file_name: str | None) -> None:
-    file = find_results(folder)
+    file = max(folder.rglob("results_*.json"))
     text = file.read_text().replace('"toy_ll"', json.dumps(name))
     file.write_text(text)
     samples = samples_file(folder, "toy_ll")
@@ -300,7 +302,7 @@ def test_names_that_no_file_can_have(copied: Path, name: str) -> None:
      ("config", {"limit": 10**400})],
 )  # fmt: skip
 def test_a_damaged_results_file_is_one_sentence(copied: Path, key: str, value: object) -> None:
-    file = find_results(copied)
+    file = max(copied.rglob("results_*.json"))
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     with pytest.raises(SamplesError, match=re.escape(str(file))):
         read(copied)
@@ -318,13 +320,13 @@ def test_no_results(tmp_path: Path) -> None:
 
 
 def test_foreign_json(copied: Path) -> None:
-    find_results(copied).write_text("[]")
+    max(copied.rglob("results_*.json")).write_text("[]")
     with pytest.raises(SamplesError, match="not a results file"):
         read(copied)
 
 
 def test_truncated_results(copied: Path) -> None:
-    file = find_results(copied)
+    file = max(copied.rglob("results_*.json"))
     file.write_text(file.read_text()[:500])
     with pytest.raises(SamplesError, match=r"cannot be read .*line"):
         read(copied)
@@ -381,7 +383,7 @@ def test_nan_names_the_document(copied: Path) -> None:
 
 
 def test_task_names_cannot_leave_the_folder(copied: Path) -> None:
-    file = find_results(copied)
+    file = max(copied.rglob("results_*.json"))
     payload = json.loads(file.read_text())
     payload["configs"]["../../etc"] = {}
     payload["versions"]["../../etc"] = 1

@@ -12,9 +12,8 @@ import pytest
 from streamline_bench.report.build import build_leaderboard
 from streamline_bench.report.run_file import RunFile, RunRow
 from streamline_bench.stability.compare_answers import compare_answers
-from streamline_bench.stability.readers.lm_eval_reader import find_results
+from streamline_bench.stability.readers.lm_eval_rows import graded_metrics, with_verdicts
 from streamline_bench.stability.readers.load import load_samples
-from streamline_bench.stability.readers.verdicts import graded_metrics, with_verdicts
 from streamline_bench.stability.samples import Row
 from streamline_bench.stability.settings import Settings
 
@@ -73,7 +72,7 @@ def test_verdicts_stay() -> None:
 def graded_run(source: Path, target: Path, grade: Callable[[int], float]) -> Path:
     """A run whose generation task is scored by a mean over references."""
     shutil.copytree(source, target)
-    file = next(find_results(target).parent.glob("samples_toy_gen_*.jsonl"))
+    file = next(max(target.rglob("results_*.json")).parent.glob("samples_toy_gen_*.jsonl"))
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     for line in lines:
         line["metrics"] = ["em"]
