@@ -17,7 +17,7 @@ from streamline_bench.report.text import (
     terminal_text,
     with_error,
 )
-from streamline_bench.stability.readers.verdicts import GRADED
+from streamline_bench.stability.readers.lm_eval_rows import GRADED
 
 if TYPE_CHECKING:
     from streamline_bench.stability.comparison import (

@@ -154,7 +154,9 @@ def _no_verdict(
     for frame, info in ((dense, pairs.dense_info), (pruned, pairs.pruned_info)):
         missing = frame[verdict].isna()
         if missing.all():
-            return _why_none(frame, verdict)
+            names = {NORM_METRIC} if verdict == "correct_norm" else set(VERDICT_METRICS)
+            graded = names & graded_metrics(frame["metrics"])
+            return GRADED if graded else f"no right or wrong answers by '{verdict}'"
         if missing.any():
             document = frame.loc[missing, "doc_id"].iloc[0]
             raise SamplesError(
@@ -165,13 +167,6 @@ def _no_verdict(
     if verdict == "correct" and before != after:
         return f"judged by {', '.join(before)} in one run, by {', '.join(after)} in the other"
     return None
-
-
-def _why_none(frame: pd.DataFrame, verdict: str) -> str:
-    names = {NORM_METRIC} if verdict == "correct_norm" else set(VERDICT_METRICS)
-    if names & graded_metrics(frame["metrics"]):
-        return GRADED
-    return f"no right or wrong answers by '{verdict}'"
 
 
 def with_recorded_quantity(settings: Settings, frame: pd.DataFrame) -> Settings:
@@ -195,7 +190,8 @@ def with_recorded_quantity(settings: Settings, frame: pd.DataFrame) -> Settings:
         rows["task"], rows["choices"], rows["mean_nll"], rows["byte_lengths"], strict=True
     ):
         if isinstance(choices, list) and len(choices) > 1:
-            found.setdefault(_recorded(mean, sizes), str(task))
+            recorded: Quantity = "nll_per_byte" if isinstance(sizes, list) else "nll"
+            found.setdefault("mean_token_nll" if isinstance(mean, list) else recorded, str(task))
     if len(found) > 1:
         named = ", ".join(f"{quantity} of '{task}'" for quantity, task in found.items())
         raise SamplesError(
@@ -203,12 +199,6 @@ def with_recorded_quantity(settings: Settings, frame: pd.DataFrame) -> Settings:
             "averaged; compare them apart (--task)."
         )
     return replace(settings, quantity=next(iter(found), None))
-
-
-def _recorded(mean: object, sizes: object) -> Quantity:
-    if isinstance(mean, list):
-        return "mean_token_nll"
-    return "nll_per_byte" if isinstance(sizes, list) else "nll"
 
 
 def with_script_verdicts(pairs: AlignedPairs, settings: Settings) -> AlignedPairs:

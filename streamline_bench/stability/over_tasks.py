@@ -6,7 +6,7 @@ The tasks of a group (MMLU's subjects) are clusters of its documents.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import Any
@@ -74,34 +74,47 @@ def macro(compared: Sequence[ComparedTask], settings: Settings) -> Overall:
 def micro(compared: Sequence[ComparedTask], settings: Settings) -> Overall:
     """All documents as if of one task; clusters stay together."""
     outcomes: Outcomes = reduce(add, (item.sample.outcomes for item in compared))
-    stable = [item for item in compared if item.std is not None]
-    chosen = [item for item in compared if item.measures is not None]
     clusters = _pooled(compared)
     sample = PairedSample(outcomes)
     if clusters is not None:
         strata = tuple(table for item in compared for table in _strata(item))
         sample = PairedSample(outcomes, strata, clusters.shown.kind)
-    paired = paired_estimates(sample, settings)
-    dense, pruned = _pooled_accuracies(compared, clusters)
+    found = _over_documents(compared, sample, _pooled, settings)
+    significant = found["p_value"] < 1 - settings.confidence
     return Overall(
         tasks=len(compared),
-        n=outcomes.n,
-        stability_tasks=len(stable),
-        dense=dense,
-        pruned=pruned,
-        stability=_pooled_stability(stable, settings),
-        flips=_total_flips(compared),
+        stability_tasks=_count(item.std for item in compared),
         mcnemar_p=mcnemar(outcomes),
-        kappa=kappa(outcomes),
-        clusters=None if clusters is None else clusters.shown,
-        decision=decide(
-            paired["difference"],
-            settings.margin,
-            significant=paired["p_value"] < 1 - settings.confidence,
-        ),
-        **paired,
-        **_pooled_choices(chosen, _pooled(chosen) if chosen else None, settings),
+        decision=decide(found["difference"], settings.margin, significant=significant),
+        **found,
     )
+
+
+def _over_documents(
+    members: Sequence[ComparedTask],
+    sample: PairedSample,
+    labels: Callable[[Sequence[ComparedTask]], ClusterLabels | None],
+    settings: Settings,
+) -> dict[str, Any]:
+    """What is computed over the documents of several tasks, for micro and for groups.
+
+    Args:
+        labels: the clusters of the documents of some of the tasks.
+    """
+    clusters = labels(members)
+    chosen = [item for item in members if item.measures is not None]
+    dense, pruned = _pooled_accuracies(members, clusters)
+    return {
+        "n": sample.outcomes.n,
+        "dense": dense,
+        "pruned": pruned,
+        "stability": _pooled_stability(members, settings),
+        "flips": _total_flips(members),
+        "kappa": kappa(sample.outcomes),
+        "clusters": None if clusters is None else clusters.shown,
+        **paired_estimates(sample, settings),
+        **_pooled_choices(chosen, labels(chosen) if chosen else None, settings),
+    }
 
 
 def _strata(item: ComparedTask) -> tuple[npt.NDArray[np.float64], ...]:
@@ -148,11 +161,12 @@ def _pooled(compared: Sequence[ComparedTask]) -> ClusterLabels | None:
     return pooled_labels([(item.sample.outcomes.n, item.clusters) for item in compared])
 
 
-def _pooled_stability(stable: Sequence[ComparedTask], settings: Settings) -> Estimate | None:
+def _pooled_stability(members: Sequence[ComparedTask], settings: Settings) -> Estimate | None:
     """Stability over the documents of all tasks that have one.
 
     None for the reference script, which never pools tasks.
     """
+    stable = [item for item in members if item.std is not None]
     spreads = [item.std for item in stable if item.std is not None]
     if not spreads or settings.mode == "reference_script":
         return None
@@ -265,25 +279,13 @@ def _compare(
         dtype=np.float64,
     )  # fmt: skip
     sample = PairedSample(outcomes, (table,), "tasks")
-    clusters = _by_task(members)
-    dense, pruned = _pooled_accuracies(members, clusters)
-    chosen = [item for item in members if item.measures is not None]
-    stable = [item for item in members if item.std is not None]
     result = GroupComparison(
         group=group,
         tasks=tuple(item.result.task for item in members),
-        n=outcomes.n,
-        dense=dense,
-        pruned=pruned,
-        flips=_total_flips(members),
-        clusters=clusters.shown,
-        kappa=kappa(outcomes),
         macro_dense=float(np.mean([item.dense_accuracy for item in rows])),
         macro_pruned=float(np.mean([item.pruned_accuracy for item in rows])),
-        stability=_pooled_stability(stable, settings),
-        macro_stability=_over_tasks(item.result.stability for item in stable),
-        **paired_estimates(sample, settings),
-        **_pooled_choices(chosen, _by_task(chosen) if chosen else None, settings),
+        macro_stability=_over_tasks(item.result.stability for item in members),
+        **_over_documents(members, sample, _by_task, settings),
     )
     return result, sample
 

@@ -6,6 +6,7 @@ A reader (lm-eval, OpenCompass) makes :class:`Row` after :class:`Row`; everythin
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -220,6 +221,12 @@ class Samples:
         columns = {name: table.column(name).to_pylist() for name in COLUMNS}
         columns["metrics"] = [dict(pairs or ()) for pairs in columns["metrics"]]
         return cls(_frame(columns), info)
+
+
+def task_hash(rows: Sequence[Row]) -> str:
+    """SHA-256 over the documents, prompts and expected answers of a task, as lm-eval makes it."""
+    text = "".join(row.doc_hash + row.prompt_hash + row.target_hash for row in rows)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 @contextmanager

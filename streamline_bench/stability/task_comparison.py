@@ -73,15 +73,16 @@ def compare_task(dense: pd.DataFrame, pruned: pd.DataFrame, settings: Settings) 
     names = (str(first["task"]), str(first["filter"]))
     right = dense[settings.verdict].to_numpy(dtype=np.bool_)
     right_now = pruned[settings.verdict].to_numpy(dtype=np.bool_)
-    agree: BoolArray = right == right_now
     measures = measure_choices(dense, pruned)
-    std = None
+    clusters = cluster_labels(dense["cluster"])
+    std = stable = None
     if measures is not None:
         std = choice_spread(dense, quantity=settings.spread_quantity, ddof=settings.spread_ddof)
-    clusters = cluster_labels(dense["cluster"])
+        stable = stability_estimate(std, right == right_now, settings, *names, clusters=clusters)
     sample = paired_sample(right, right_now, clusters)
     outcomes = sample.outcomes
     same = _same_choice(dense, pruned, settings.verdict)
+    moved = None if same is None else int((~right & ~right_now & ~same).sum())
     verdict = first["verdict_metric"] if settings.verdict == "correct" else "acc_norm"
     accuracies = accuracy_estimate(right, clusters), accuracy_estimate(right_now, clusters)
     result = TaskComparison(
@@ -94,11 +95,15 @@ def compare_task(dense: pd.DataFrame, pruned: pd.DataFrame, settings: Settings) 
         pruned=accuracies[1],
         mcnemar_p=mcnemar(outcomes),
         mcnemar_mid_p=mcnemar(outcomes, mid_p=True),
-        stability=_stability(std, agree, clusters, settings, names),
+        stability=stable,
         effective_n=effective_sample_size(std) if std is not None else None,
         same_choice=None if same is None else float(same.mean()),
         kappa=kappa(outcomes),
-        flips=_flips(outcomes, right, right_now, same),
+        flips=Flips(
+            right_to_wrong=outcomes.right_to_wrong,
+            wrong_to_right=outcomes.wrong_to_right,
+            wrong_to_other_wrong=moved,
+        ),
         clusters=None if clusters is None else clusters.shown,
         **paired_estimates(sample, settings),
         **_of_choices(measures, accuracies, clusters, settings),
@@ -172,18 +177,6 @@ def retention_estimate(samples: Sequence[PairedSample], confidence: float) -> Es
     return Estimate(value=value, low=ends[0], high=ends[1], method="paired ratio (square-and-add)")
 
 
-def _stability(
-    std: FloatArray | None,
-    agree: BoolArray,
-    clusters: ClusterLabels | None,
-    settings: Settings,
-    names: tuple[str, str],
-) -> Estimate | None:
-    if std is None:
-        return None
-    return stability_estimate(std, agree, settings, *names, clusters=clusters)
-
-
 def _of_choices(
     measures: ChoiceMeasures | None,
     accuracies: tuple[Estimate, Estimate],
@@ -212,14 +205,3 @@ def _same_choice(dense: pd.DataFrame, pruned: pd.DataFrame, verdict: Verdict) ->
             same: BoolArray = dense[column].to_numpy() == pruned[column].to_numpy()
             return np.asarray(same, dtype=np.bool_)
     return None
-
-
-def _flips(
-    outcomes: Outcomes, right: BoolArray, right_now: BoolArray, same: BoolArray | None
-) -> Flips:
-    moved = None if same is None else int((~right & ~right_now & ~same).sum())
-    return Flips(
-        right_to_wrong=outcomes.right_to_wrong,
-        wrong_to_right=outcomes.wrong_to_right,
-        wrong_to_other_wrong=moved,
-    )

@@ -50,6 +50,11 @@ def compare_generations(
     same = [first == second for first, second in texts]
     parted = [index for index in range(n) if not same[index]]
     kept = [first_difference(*pair) for pair in words]
+    # Without words, texts differ in white space only.
+    shares = [
+        1.0 if equal or not (longer := max(map(len, pair))) else begin / longer
+        for equal, begin, pair in zip(same, kept, words, strict=True)
+    ]
     low, high = wilson(sum(same) / n, n, confidence)
     return GenerationComparison(
         task=str(dense.iloc[0]["task"]),
@@ -60,8 +65,7 @@ def compare_generations(
         first_character=(
             float(median(first_difference(*texts[index]) for index in parted)) if parted else None
         ),
-        shared=sum(1.0 if same[index] else _share(kept[index], words[index]) for index in range(n))
-        / n,
+        shared=sum(shares) / n,
         dense_words=sum(len(first) for first, _ in words) / n,
         pruned_words=sum(len(second) for _, second in words) / n,
         exact_match=exact_match,
@@ -71,11 +75,6 @@ def compare_generations(
 def first_difference(first: Sequence[str], second: Sequence[str]) -> int:
     """How many items (words, characters) are shared before the first that differs or is missing."""
     return sum(1 for _ in takewhile(bool, map(eq, first, second)))
-
-
-def _share(kept: int, pair: tuple[Sequence[str], Sequence[str]]) -> float:
-    longer = max(len(words) for words in pair)
-    return kept / longer if longer else 1.0  # texts that differ in white space only
 
 
 def compare_perplexities(

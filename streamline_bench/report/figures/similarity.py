@@ -24,17 +24,9 @@ Matrix = Sequence[Sequence[float]]
 
 # A dark-to-light ramp of even steps in lightness (purple, blue, green, yellow).
 _RAMP = (
-    (68, 1, 84),
-    (71, 39, 119),
-    (62, 73, 137),
-    (49, 104, 142),
-    (38, 130, 142),
-    (31, 157, 137),
-    (53, 183, 121),
-    (109, 205, 89),
-    (180, 222, 44),
-    (253, 231, 37),
-)
+    (68, 1, 84), (71, 39, 119), (62, 73, 137), (49, 104, 142), (38, 130, 142),
+    (31, 157, 137), (53, 183, 121), (109, 205, 89), (180, 222, 44), (253, 231, 37),
+)  # fmt: skip
 _LEFT, _TOP, _GAP, _PROFILE, _BOTTOM = 72, 92, 120, 330, 64
 # Plain colours, no CSS variables: several viewers of SVG do not know them.
 _STYLE = """

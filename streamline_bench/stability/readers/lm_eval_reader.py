@@ -11,10 +11,9 @@ A folder may hold several evaluations of one model, made task by task: they are 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from streamline_bench.stability.readers.lm_eval_rows import (
     parse_row,
     with_verdicts,
 )
-from streamline_bench.stability.samples import Row, RunInfo, Samples, well_formed
+from streamline_bench.stability.samples import Row, RunInfo, Samples, task_hash, well_formed
 
 _RESULTS = re.compile(r"^(?P<stem>.+)_(?P<timestamp>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)\.json$")
 _LONGEST_NAME = 255  # bytes, of a file
@@ -117,7 +116,8 @@ class _Evaluation:
                 f"{self.file}: the name has no timestamp, so its samples cannot be found; keep the "
                 "name that lm-eval gave it."
             )
-        names = [f"samples_{name}_{self.timestamp}.jsonl" for name in (task, _sanitised(task))]
+        plain = re.sub(r"\W", "_", task)  # as lm-eval writes some names
+        names = [f"samples_{name}_{self.timestamp}.jsonl" for name in (task, plain)]
         usable = [name for name in names if _can_be_a_file(name)]
         found = [path for name in usable if (path := self.file.with_name(name)).is_file()]
         if found:
@@ -153,7 +153,7 @@ class _Evaluation:
                 f"{file} has {documents} documents, the results of task '{task}' were made from "
                 f"{counts.effective}; the file looks truncated, evaluate again."
             )
-        if self.results.task_hashes.get(task) not in (None, _task_hash(rows)):
+        if self.results.task_hashes.get(task) not in (None, task_hash(rows)):
             raise SamplesError(
                 f"{file} does not belong to its results file: the hash of task '{task}' differs; "
                 "evaluate again."
@@ -166,7 +166,7 @@ class _Evaluation:
         digest = self.results.task_hashes.get(task)
         if digest is None:
             with tqdm(disable=True) as bar:
-                digest = _task_hash(self.rows(task, bar))
+                digest = task_hash(self.rows(task, bar))
         return str(self.results.versions[task]), self.results.n_shot.get(task), digest
 
     def has_samples(self, task: str) -> bool:
@@ -175,14 +175,6 @@ class _Evaluation:
             return self.samples_file(task).is_file()
         except SamplesError:
             return False
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Evaluations that are read as one run, the newest first."""
-
-    parts: tuple[_Evaluation, ...]
-    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def read_lm_eval(
@@ -200,13 +192,13 @@ def read_lm_eval(
             are named.
         NumericsError: a log-likelihood is NaN or infinite; the document is named.
     """
-    found = _joined([_evaluation(file) for file in _results_files(path, timestamp)])
-    if not found.parts:
+    parts, left_out = _joined([_evaluation(file) for file in _results_files(path, timestamp)])
+    if not parts:
         raise SamplesError(
             f"{path} has results but no samples of their tasks; evaluate again with "
             "--log_samples, and keep the whole output."
         )
-    wanted = [(part, task) for part in found.parts for task in part.tasks]
+    wanted = [(part, task) for part in parts for task in part.tasks]
     files = [part.samples_file(task) for part, task in wanted]
     rows: list[Row] = []
     with tqdm(
@@ -216,8 +208,7 @@ def read_lm_eval(
         for part, task in wanted:
             rows += part.rows(task, bar)
     names = {task: str(file) for (_, task), file in zip(wanted, files, strict=True)}
-    info = _run_info(found, names, run)
-    return Samples.from_rows(rows, info)
+    return Samples.from_rows(rows, _run_info(parts, left_out, names, run))
 
 
 def _results_files(path: Path, timestamp: str | None) -> list[Path]:
@@ -252,12 +243,12 @@ def _evaluation(file: Path) -> _Evaluation:
         return _Evaluation(file, results, tuple(results.tasks))
 
 
-def _joined(found: Sequence[_Evaluation]) -> _Run:
-    """Join evaluations, the newest first, that were made with the same settings.
+def _joined(found: Sequence[_Evaluation]) -> tuple[list[_Evaluation], dict[str, str]]:
+    """The evaluations that are read as one run, the newest first, and why others are left out.
 
-    A task that several of them asked the same way counts once, from the newest. One with other
-    settings is left out, unless it asked a task that is read: which of the two is meant, nobody
-    can know.
+    They were made with the same settings. A task that several asked the same way counts once, from
+    the newest. An evaluation with other settings is left out. If it asked a task that is read, it
+    is refused: nobody can know which of the two is meant.
 
     Raises:
         SamplesError: evaluations of other models, or contradictory ones.
@@ -285,7 +276,7 @@ def _joined(found: Sequence[_Evaluation]) -> _Run:
                 left_out[name] = f"a newer evaluation has the same tasks ({', '.join(twice)})"
             kept = tuple(task for task in evaluation.tasks if task not in twice)
             parts.append(replace(evaluation, tasks=kept))
-    return _Run(tuple(part for part in parts if part.tasks), left_out)
+    return [part for part in parts if part.tasks], left_out
 
 
 def _difference(newest: _Evaluation, other: _Evaluation) -> tuple[str, Any, Any] | None:
@@ -306,11 +297,6 @@ def _contradiction(newest: _Evaluation, other: _Evaluation, values: str, what: s
         f"{newest.file} and {other.file.name} beside it contradict each other in {what} "
         f"({values}); give one of these files instead of the folder, or move the other away."
     )
-
-
-def _sanitised(task: str) -> str:
-    """A task's name as lm-eval writes it where it must be a plain word."""
-    return re.sub(r"\W", "_", task)
 
 
 def _can_be_a_file(name: str) -> bool:
@@ -342,24 +328,20 @@ def _name_filters(rows: Sequence[Row], facts: TaskFacts, file: Path) -> None:
         seen[row.doc_id] = seen.get(row.doc_id, 0) + 1
 
 
-def _task_hash(rows: Sequence[Row]) -> str:
-    text = "".join(row.doc_hash + row.prompt_hash + row.target_hash for row in rows)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def _run_info(found: _Run, files: dict[str, str], run: str | None) -> RunInfo:
+def _run_info(
+    parts: Sequence[_Evaluation], left_out: dict[str, str], files: dict[str, str], run: str | None
+) -> RunInfo:
     """What the evaluations say together; each task is described by the one it is read from."""
-    newest = found.parts[0]
+    newest = parts[0]
     about = newest.results
     limit = about.config.get("limit")
     versions = {"lm_eval": about.lm_eval_version, "transformers": about.transformers_version}
 
     def of_tasks(name: str) -> dict[str, Any]:
         """The entries of a mapping by task, of a group, or of anything else that is not read."""
-        older_first = reversed(found.parts)
         return {
             key: value
-            for part in older_first
+            for part in reversed(parts)  # the newest last, so that it wins
             for key, value in getattr(part.results, name).items()
             if key in part.tasks or key not in part.results.tasks
         }
@@ -384,8 +366,8 @@ def _run_info(found: _Run, files: dict[str, str], run: str | None) -> RunInfo:
             results=of_tasks("results"),
             higher_is_better=of_tasks("higher_is_better"),
             data={name: config.data for name, config in of_tasks("configs").items()},
-            seconds=sum(part.results.seconds or 0 for part in found.parts) or None,
+            seconds=sum(part.results.seconds or 0 for part in parts) or None,
             versions={name: value for name, value in versions.items() if value},
             files=files,
-            left_out=found.left_out,
+            left_out=left_out,
         )

@@ -6,7 +6,6 @@ must follow each other, and an evaluation beside the predictions must be of thes
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from streamline_bench.stability.readers.opencompass_results import (
     read_evaluation,
 )
 from streamline_bench.stability.readers.opencompass_rows import Entry, parse_entry, row_of
-from streamline_bench.stability.samples import Row, RunInfo, Samples, well_formed
+from streamline_bench.stability.samples import Row, RunInfo, Samples, task_hash, well_formed
 
 ENGINE = "opencompass"
 
@@ -201,7 +200,7 @@ def _run_info(found: Predictions, label: str, answers: dict[str, _Answers]) -> R
         source=str(found.folder),
         timestamp=found.timestamp,
         model=found.model,
-        task_hashes={name: _task_hash(each.rows) for name, each in answers.items()},
+        task_hashes={name: task_hash(each.rows) for name, each in answers.items()},
         groups={group: names for group, names in groups.items() if len(names) > 1},
         config=dict(found.settings or {}),
         # Named as lm-eval names its own: metric, then filter.
@@ -213,10 +212,3 @@ def _run_info(found: Predictions, label: str, answers: dict[str, _Answers]) -> R
         missing=dict(found.missing),
         left_out=dict(found.left_out),
     )
-
-
-def _task_hash(rows: Sequence[Row]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(f"{row.doc_hash}{row.prompt_hash}{row.target_hash}".encode("ascii"))
-    return digest.hexdigest()

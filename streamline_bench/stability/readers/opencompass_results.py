@@ -65,9 +65,9 @@ class Evaluation(BaseModel):
 
     @property
     def accuracy(self) -> float | None:
-        """Per cent."""
-        found = [value for name, value in self.numbers.items() if _ACCURACY.match(name)]
-        return found[0] if found else None
+        """Per cent; None where several are reported and differ."""
+        found = {value for name, value in self.numbers.items() if _ACCURACY.match(name)}
+        return found.pop() if len(found) == 1 else None
 
     @property
     def stated(self) -> list[bool] | None:

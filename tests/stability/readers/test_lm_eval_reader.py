@@ -144,6 +144,8 @@ def test_a_run_made_task_by_task_is_one_run(copied: Path, dense: Samples) -> Non
     keep_only(copied, ("toy_mc", "toy_gen", "toy_roll"))
     joined = read(copied)
     assert joined.tasks == dense.tasks and not joined.info.left_out
+    assert set(joined.info.data) == set(dense.tasks), "each task's data, of either evaluation"
+    assert joined.info.data == dense.info.data
     left, right = (
         each.frame.drop(columns="run").sort_values(["task", "filter", "doc_id"], ignore_index=True)
         for each in (joined, dense)

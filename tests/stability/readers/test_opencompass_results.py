@@ -10,6 +10,7 @@ import pytest
 
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.readers.load import load_samples
+from streamline_bench.stability.readers.opencompass_results import Evaluation
 from streamline_bench.stability.samples import Samples
 
 RIGHT = [True, False, True, False]
@@ -39,6 +40,12 @@ def test_list_of_details(opencompass_files: Any, run: Path) -> None:
     assert samples.info.results["qa"] == {"accuracy,none": 50.0}
     rows = samples.frame[samples.frame["task"] == "qa"]
     assert set(rows["verdict_metric"]) == {"accuracy"}
+
+
+@pytest.mark.parametrize(("second", "counted"), [(50.0, 50.0), (60.0, None)])
+def test_of_accuracies_that_differ_none_is_taken(second: float, counted: float | None) -> None:
+    payload = {"accuracy": 50.0, "accuracy (4 runs average)": second}
+    assert Evaluation.model_validate(payload).accuracy == counted
 
 
 def test_details_of_repetitions(opencompass_files: Any, run: Path) -> None:
