@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Any, TypeVar
 
 from streamline_bench.errors import SamplesError
@@ -80,8 +79,8 @@ def noise_floor(
         n=n,
         flips=_estimate(share, n, settings),
         agreement=_estimate(1 - share, n, settings),
-        macro_flips=fmean([task.flips.value for task in counted]),
-        choice_kl=fmean(divergences) if divergences else None,
+        macro_flips=_mean([task.flips.value for task in counted]),
+        choice_kl=_mean(divergences) if divergences else None,
     )
 
 
@@ -149,13 +148,13 @@ def _macro(macro: Overall, members: Sequence[TaskComparison]) -> Overall:
     if len(floors) < len(members):
         return macro
     return macro.model_copy(
-        update={"noise_flips": fmean(floors), "flips_above_noise": square_and_add(excess)}
+        update={"noise_flips": _mean(floors), "flips_above_noise": square_and_add(excess)}
     )
 
 
 def _task(parts: list[TaskComparison], settings: Settings) -> NoiseTask:
     first = parts[0]
-    share = fmean([part.flips.verdicts / part.n for part in parts])
+    share = _mean([part.flips.verdicts / part.n for part in parts])
     choices = [part.same_choice for part in parts if part.same_choice is not None]
     divergences = [part.choices.kl.value for part in parts if part.choices is not None]
     return NoiseTask(
@@ -164,14 +163,18 @@ def _task(parts: list[TaskComparison], settings: Settings) -> NoiseTask:
         n=first.n,
         flips=_estimate(share, first.n, settings),
         agreement=_estimate(1 - share, first.n, settings),
-        same_choice=fmean(choices) if choices else None,
-        choice_kl=fmean(divergences) if divergences else None,
+        same_choice=_mean(choices) if choices else None,
+        choice_kl=_mean(divergences) if divergences else None,
     )
 
 
 def _pooled(shares: Sequence[tuple[int, float]]) -> float:
     """Share over all documents, given (documents, share) of each task."""
     return sum(n * share for n, share in shares) / sum(n for n, _ in shares)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _estimate(share: float, n: int, settings: Settings) -> Estimate:
