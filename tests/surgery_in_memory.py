@@ -9,10 +9,9 @@ from torch import nn
 
 from streamline_bench.core.architecture import (
     decoder_layers,
-    get_submodule,
     require_removable_layers,
 )
-from streamline_bench.core.surgery.layers import pruned_config
+from streamline_bench.core.surgery import pruned_config
 
 
 def keep_layers(model: nn.Module, keep: Sequence[int]) -> None:
@@ -22,7 +21,7 @@ def keep_layers(model: nn.Module, keep: Sequence[int]) -> None:
     row = require_removable_layers(old)
     layers = decoder_layers(model)
     kept = [layers[index] for index in keep]
-    setattr(get_submodule(model, row.stack), row.layers.rpartition(".")[2], nn.ModuleList(kept))
+    setattr(model.get_submodule(row.stack), row.layers.rpartition(".")[2], nn.ModuleList(kept))
     for position, layer in enumerate(kept):
         _assign(layer, "layer_idx", int, position)
     _assign(model, "config", type(old), new)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from streamline_bench import errors
+from streamline_bench.core.machine.environment import resource
 from streamline_bench.errors import InstallationError, StreamlineBenchError
-from streamline_bench.resources import resource
 
 
 def test_the_drawn_tree_is_the_tree() -> None:

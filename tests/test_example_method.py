@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from streamline_bench.core.checkpoint.manifest import read_manifest
-from streamline_bench.resources import resource
+from streamline_bench.core.checkpoint.folder import read_manifest
+from streamline_bench.core.machine.environment import resource
 
 pytestmark = pytest.mark.slow
 

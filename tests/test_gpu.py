@@ -11,7 +11,7 @@ import torch
 
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.recipe.schema import ReplacementSpec, TrainingSpec
-from streamline_bench.core.scan.scan import scan
+from streamline_bench.core.scan import scan
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,7 +13,6 @@ import pytest
 LEVELS = {
     "errors": 0,
     "version": 0,
-    "resources": 1,
     "core": 2,
     "modeling": 3,
     "methods": 4,

@@ -7,9 +7,9 @@ from typing import Any
 
 from streamline_bench.cli.options import parse_assignments, yaml_assignments
 from streamline_bench.compression.recipes import SIZE_KEYS
+from streamline_bench.core.machine.environment import is_bundled
 from streamline_bench.demo.pipeline import bundled_request
 from streamline_bench.errors import RecipeError
-from streamline_bench.resources import is_bundled
 from streamline_bench.runs.execution.options import Execution
 from streamline_bench.runs.planning.request import Request, RowRequest, make_request, read_request
 

@@ -80,7 +80,7 @@ def command(
     )
     payload = result.model_dump_json(indent=2)
     if output is not None:
-        from streamline_bench.core.files.staging import atomic_write_text
+        from streamline_bench.core.files import atomic_write_text
 
         atomic_write_text(output, payload + "\n")
     if as_json:

@@ -37,7 +37,7 @@ def recipes(name: str | None, as_json: bool) -> None:
 @click.option("--path", "only_path", is_flag=True, help="Print the folder, for --include_path.")
 def tasks(as_json: bool, only_path: bool) -> None:
     """List the lm-eval tasks and groups in the package."""
-    from streamline_bench.resources import resource
+    from streamline_bench.core.machine.environment import resource
 
     root = resource("tasks") / "lm_eval"
     if only_path:

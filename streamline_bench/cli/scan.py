@@ -20,7 +20,7 @@ from streamline_bench.cli.options import (
 if TYPE_CHECKING:
     import pandas as pd
 
-    from streamline_bench.core.scan.similarity import Similarity
+    from streamline_bench.core.similarity import Similarity
 
 _FILES = ("similarity.json", "similarity.svg")
 _STARTS_SHOWN = 5
@@ -122,8 +122,7 @@ def _scanned(model: str, sizes: list[int], *, progress: bool, **asked: Any) -> S
     from streamline_bench.core.checkpoint.folder import resolve_pretrained
     from streamline_bench.core.data.calibration import load_calibration
     from streamline_bench.core.recipe.schema import CalibrationSpec
-    from streamline_bench.core.scan.scan import scan
-    from streamline_bench.core.scan.streaming import scan_streamed
+    from streamline_bench.core.scan import scan, scan_streamed
     from streamline_bench.modeling.loading import load_config, load_model, load_tokenizer
 
     folder = resolve_pretrained(model, asked["revision"])
@@ -181,7 +180,7 @@ def _table(similarity: Similarity, sizes: list[int], metric: str) -> pd.DataFram
 
 
 def _write(similarity: Similarity, sizes: list[int], metric: Any, output: Path, name: str) -> None:
-    from streamline_bench.core.files.staging import atomic_write_text
+    from streamline_bench.core.files import atomic_write_text
     from streamline_bench.errors import OutputError
     from streamline_bench.report.figures.similarity import similarity_svg
 

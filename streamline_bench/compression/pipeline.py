@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from streamline_bench.compression.key import content_key
-from streamline_bench.core.checkpoint.manifest import (
+from streamline_bench.core.checkpoint.folder import (
     Manifest,
     Source,
     hash_files,
     read_manifest,
+    tokenizer_files,
     write_manifest,
 )
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.core.files.locks import LockHeld, LockUnwritable, file_lock
-from streamline_bench.core.files.staging import staged_output
+from streamline_bench.core.data.corpora import local_paths
+from streamline_bench.core.data.corpus_files import file_kind
+from streamline_bench.core.files import LockHeld, LockUnwritable, file_lock, staged_output
 from streamline_bench.core.machine.environment import package_versions, user_cache
-from streamline_bench.core.recipe.schema import Recipe
+from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe
+from streamline_bench.core.training.trainer import TRAINING_VERSION
 from streamline_bench.errors import CacheError, RecipeError
 from streamline_bench.methods.base import (
     Compressed,
@@ -34,12 +37,16 @@ from streamline_bench.methods.base import (
     method_facts,
     write_compressed,
 )
-from streamline_bench.methods.recovery.recover import compress_and_recover
-from streamline_bench.modeling.source_model import SourceModel
+from streamline_bench.modeling.loading import SourceModel, dtype_name
 
 log = logging.getLogger(__name__)
 
 LOCK_TIMEOUT = 24 * 3600
+
+SHARED_VERSION = 4
+"""Part of every key; raised when what all methods share gives other tensors for the same recipe:
+calibration text, the scan, how tensors are composed and stored. Changes of one method raise its
+``Method.version``, of training ``TRAINING_VERSION``, of recovery ``RECOVERY_VERSION``."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,6 @@ class CachedCheckpoint:
     path: Path
     reused: bool
     key: str
-
-
-class Named(NamedTuple):
-    """What a user called the source model."""
-
-    pretrained: str
-    revision: str | None
 
 
 def cache_root(cache: Path | None = None) -> Path:
@@ -105,10 +105,7 @@ def compress(
     source = SourceModel.find(
         pretrained, revision, trust_remote_code=trust_remote_code, progress=progress
     )
-    name = Named(str(pretrained), revision)
-    return _compress_into(
-        Path(output), source, name, recipe, cache, device, dtype, overwrite, progress
-    )
+    return _compress_into(Path(output), source, recipe, cache, device, dtype, overwrite)
 
 
 def compress_cached(
@@ -144,21 +141,18 @@ def compress_cached(
     with _alone(target.with_name(f"{key}.lock")):
         reused = read_manifest(target) is not None
         if not reused:
-            name = Named(str(pretrained), revision)
-            _compress_into(target, source, name, recipe, cache, device, dtype, False, progress)
+            _compress_into(target, source, recipe, cache, device, dtype, overwrite=False)
     return CachedCheckpoint(target, reused, key)
 
 
 def _compress_into(
     output: Path,
     source: SourceModel,
-    name: Named,
     recipe: Recipe,
     cache: Path | None,
     device: str,
     dtype: str | None,
     overwrite: bool,
-    progress: bool,
 ) -> Path:
     _refuse_compressed(source.folder)
     with ExitStack() as lock:
@@ -169,13 +163,13 @@ def _compress_into(
             # output is published and that folder is gone.
             lock.enter_context(_alone(root / "locks" / f"{key}.lock"))
             with _scratch(root / "work" / key) as work:
-                job = Compression(source, recipe, work, device, dtype, progress)
-                _compress(job, staging, name)
+                job = Compression(source, recipe, work, device, dtype, source.progress)
+                _compress(job, staging)
         shutil.rmtree(work, ignore_errors=True)
     return output
 
 
-def _compress(job: Compression, staging: Path, name: Named) -> None:
+def _compress(job: Compression, staging: Path) -> None:
     """Do the work, and write its result and manifest into ``staging``."""
     job.reader.check_finite(progress=job.progress)
     for key, (own, given) in job.recipe.overridden.items():
@@ -185,21 +179,21 @@ def _compress(job: Compression, staging: Path, name: Named) -> None:
     if job.recipe.recovery is None:
         reader, result = job.reader, method.compress(job)
     else:
+        from streamline_bench.methods.recovery.recover import compress_and_recover
+
         reader, result = compress_and_recover(job, method, job.recipe.recovery)
     write_compressed(staging, reader, result, progress=job.progress)
-    weights = job.source.weights_sha256
-    source = Source(name=name.pretrained, revision=name.revision, weights_sha256=weights)
-    write_manifest(staging, _manifest(staging, job, result, source, time.monotonic() - started))
+    write_manifest(staging, _manifest(staging, job, result, time.monotonic() - started))
 
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Hold a file lock; whoever wants the same waits.
+    """Hold a file lock; another process that wants it waits.
 
     Raises:
         CacheError: it cannot be made, or another process holds it for a day.
     """
-    _made(path.parent)
+    _make(path.parent)
     try:
         with file_lock(path, patience=LOCK_TIMEOUT, waiting_for="makes the same checkpoint"):
             yield
@@ -212,7 +206,7 @@ def _alone(path: Path) -> Iterator[None]:
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
     """Make a folder that survives an interruption, unless nothing was left in it."""
-    _made(folder)
+    _make(folder)
     try:
         yield folder
     finally:
@@ -220,12 +214,11 @@ def _scratch(folder: Path) -> Iterator[Path]:
             folder.rmdir()  # an empty one only: what a refusal leaves
 
 
-def _made(folder: Path) -> Path:
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(folder, error) from None
-    return folder
 
 
 def _unwritable(folder: Path, error: OSError | str) -> CacheError:
@@ -256,15 +249,17 @@ def _refuse_compressed(folder: Path) -> None:
         )
 
 
-def _manifest(
-    staging: Path, job: Compression, result: Compressed, source: Source, seconds: float
-) -> Manifest:
+def _manifest(staging: Path, job: Compression, result: Compressed, seconds: float) -> Manifest:
     before = job.reader.num_parameters
     after = CheckpointReader(staging).num_parameters
     if after >= before and job.recipe.method != "dense":
         log.warning("the result is not smaller than the source: %d >= %d", after, before)
     return Manifest(
-        source=source,
+        source=Source(
+            name=job.source.name,
+            revision=job.source.revision,
+            weights_sha256=job.source.weights_sha256,
+        ),
         recipe=job.recipe.model_dump(mode="json"),
         method=method_facts(job.recipe.method),
         chosen=dict(result.chosen),
@@ -281,3 +276,58 @@ def _manifest(
         seconds={"compress": round(seconds, 3)},
         files=hash_files(staging),
     )
+
+
+def content_key(
+    source: SourceModel, recipe: Recipe, *, device: str = "cpu", dtype: str | None = None
+) -> str:
+    """Return a SHA-256 (hex) of weights, tokenizer, recipe, data, method and computation.
+
+    Args:
+        device: that computes; only its type counts (``cuda:1`` gives the same as ``cuda``).
+        dtype: of the source model in memory; None for float32.
+
+    Raises:
+        RecipeError: there is no such dtype.
+        CheckpointError: a file cannot be read.
+    """
+    folder = source.folder
+    payload = {
+        "shared": SHARED_VERSION,
+        "method": method_facts(recipe.method),
+        "weights": source.weights_sha256,
+        # Where generation stops is stored with the tokenizer, and copied into the result.
+        "tokenizer": _digests(
+            source, folder, [*tokenizer_files(folder), *folder.glob("generation_config.json")]
+        ),
+        "recipe": recipe.content_hash(),
+        "calibration": _data_identity(recipe.calibration, source),
+        "training": _data_identity(recipe.training.data, source),
+        "device": device.partition(":")[0],
+        "dtype": dtype_name(dtype),
+    }
+    if recipe.replacement.kind != "none":
+        payload["training_version"] = TRAINING_VERSION
+    if recipe.recovery_data is not None:
+        from streamline_bench.methods.recovery.recover import RECOVERY_VERSION
+
+        payload["recovery"] = _data_identity(recipe.recovery_data, source)
+        payload["recovery_version"] = [TRAINING_VERSION, RECOVERY_VERSION]
+    return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+
+def _data_identity(spec: CalibrationSpec, source: SourceModel) -> str | dict[str, str]:
+    """Content of a local source, name of a remote one; read without tokenising anything."""
+    paths = local_paths(spec.source, source.folder)
+    if not paths or not all(path.is_dir() or (path.exists() and file_kind(path)) for path in paths):
+        return spec.source  # on the hub; or not to be read, as its reader will say
+    if paths[0].is_dir():
+        return _digests(source, paths[0], sorted(p for p in paths[0].rglob("*") if p.is_file()))
+    if len(paths) == 1:
+        return _digests(source, paths[0].parent, paths)
+    return {f"{n} {path.name}": source.file_sha256(path) for n, path in enumerate(paths)}
+
+
+def _digests(source: SourceModel, root: Path, paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 (hex) of files, by path below ``root``."""
+    return {path.relative_to(root).as_posix(): source.file_sha256(path) for path in paths}

@@ -10,7 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.core.files.structured import read_yaml_mapping
+import yaml
+
+from streamline_bench.core.files import read_yaml_mapping
+from streamline_bench.core.machine.environment import resource
+from streamline_bench.core.recipe.presets import preset_values
 from streamline_bench.core.recipe.schema import Recipe, parse_recipe
 from streamline_bench.core.recipe.validation import suggest, suggest_or_list
 from streamline_bench.errors import RecipeError, first_line
@@ -22,7 +26,6 @@ from streamline_bench.methods.base import (
     offered,
     unread_parts,
 )
-from streamline_bench.resources import resource
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +94,7 @@ def listed_recipes() -> list[Recipe]:
     """Return the recipes that have a name, for a list: without the values of training presets.
 
     Raises:
-        RecipeError: a file is no recipe.
+        RecipeError: a file is not a recipe.
     """
     found = []
     for name, path in list_recipes().items():
@@ -143,8 +146,8 @@ def load_recipe(
     sizes = [key for key in SIZE_KEYS if key in given]
     if len(sizes) > 1:
         raise RecipeError(f"Give {sizes[0]} or {sizes[1]}, not both.")
-    # A preset stands for a whole way of training: it replaces the recipe's own, and the caller's
-    # other keys are laid over it.
+    # A preset stands for a whole way of training: it replaces the recipe's own. The caller's other
+    # keys then change it.
     for key in sorted(given, key=lambda key: key not in (*_PRESET_KEYS, "recovery")):
         if key in _PRESET_KEYS:
             training = payload.get("training") or {}
@@ -240,7 +243,7 @@ def _require_recovery(payload: Mapping[str, Any], given: Mapping[str, Any]) -> N
 
 
 def _restate(payload: dict[str, Any], written: Mapping[str, Any]) -> None:
-    """Put right what overrides made untrue: cost, title, and what the literature says of it."""
+    """Correct what overrides changed: cost, title, and published results."""
     before, after = (str(_value(each, "replacement.kind") or "none") for each in (written, payload))
     changed = [f"replacement {after}"] if before != after else []
     if written.get("recovery") and not payload.get("recovery"):
@@ -266,14 +269,11 @@ def _value(payload: Mapping[str, Any], dotted: str) -> Any:
 
 
 def _expand_preset(payload: dict[str, Any]) -> None:
-    """Put the values of ``training.preset`` in place; keys written beside it win."""
+    """Put the values of ``training.preset`` in place; other keys of the recipe win."""
     training = payload.get("training")
-    if not isinstance(training, dict) or "preset" not in training:
-        return
-    from streamline_bench.core.recipe.presets import preset_values
-
-    given = dict(training)
-    payload["training"] = {**preset_values(str(given.pop("preset"))), **given}
+    if isinstance(training, dict) and "preset" in training:
+        given = dict(training)
+        payload["training"] = {**preset_values(str(given.pop("preset"))), **given}
 
 
 def _recipe_path(name: str) -> Path:
@@ -305,7 +305,7 @@ def _recipe_path(name: str) -> Path:
 
 
 def refuse_unknown_key(key: str) -> None:
-    """Refuse an override that has no dot and is no short key; no method is imported.
+    """Refuse an unknown override without a dot; no method is imported.
 
     Raises:
         RecipeError: naming the key and the nearest that exists.
@@ -356,19 +356,13 @@ def _plain(value: Any) -> Any:
     """Read ``"1e-3"``, ``"null"`` and ``"[0.9, 0.95]"``, which the command line gives as text."""
     if isinstance(value, str):
         if value == "null" or (value.startswith("[") and value.endswith("]")):
-            return _yaml(value)
+            try:
+                return yaml.safe_load(value)
+            except yaml.YAMLError:
+                return value
         for kind in (int, float):
             try:
                 return kind(value)
             except ValueError:
                 continue
     return value
-
-
-def _yaml(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text

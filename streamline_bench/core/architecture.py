@@ -58,10 +58,10 @@ class Architecture:
         transposed: projections store their weight as ``[in, out]`` (GPT-2's ``Conv1D``).
         intermediate_key: name of the config entry that holds the MLP's inner width.
         fixed_widths: why heads and channels cannot be removed; empty if they can. (Those of
-            mixtures cannot, whatever this says.)
+            mixtures never can.)
         any_heads: model type of a stock family with the same modules that takes any number of
             heads, where this one insists that it divides the hidden size.
-        notes: remarks for whoever extends this row.
+        notes: remarks on settings of the family, by config entry.
     """
 
     model_type: str
@@ -123,6 +123,7 @@ def _gemma(model_type: str) -> Architecture:
     )
 
 
+# fmt: off
 _ROWS = (
     Architecture("llama", any_heads="mistral"),
     Architecture("mistral"),
@@ -131,98 +132,45 @@ _ROWS = (
     _gemma("gemma2"),
     _gemma("gemma3_text"),
     Architecture(
-        "phi",
-        final_norm="model.final_layernorm",
-        output="dense",
-        gate="",
-        up="fc1",
-        down="fc2",
-        mlp_norm="",
-        parallel_residual=True,
+        "phi", final_norm="model.final_layernorm", output="dense", gate="", up="fc1", down="fc2",
+        mlp_norm="", parallel_residual=True,
     ),
     Architecture(
-        "phi3",
-        query="",
-        key="",
-        value="",
-        fused_qkv="qkv_proj",
-        gate="",
-        up="",
+        "phi3", query="", key="", value="", fused_qkv="qkv_proj", gate="", up="",
         fused_gate_up="gate_up_proj",
     ),
     Architecture(
-        "opt",
-        layers="model.decoder.layers",
-        embeddings=(
-            "model.decoder.embed_tokens",
-            "model.decoder.embed_positions",
-            "model.decoder.project_in",
-        ),
-        final_norm="model.decoder.final_layer_norm",
-        output="out_proj",
-        mlp="",
-        gate="",
-        up="fc1",
-        down="fc2",
-        input_norm="self_attn_layer_norm",
-        mlp_norm="final_layer_norm",
+        "opt", layers="model.decoder.layers",
+        embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions",
+                    "model.decoder.project_in"),
+        final_norm="model.decoder.final_layer_norm", output="out_proj", mlp="", gate="", up="fc1",
+        down="fc2", input_norm="self_attn_layer_norm", mlp_norm="final_layer_norm",
         intermediate_key="ffn_dim",
         notes={"do_layer_norm_before": "OPT-350m has post-norm layers and no final norm"},
     ),
     Architecture(
-        "gpt2",
-        base="transformer",
-        layers="transformer.h",
-        embeddings=("transformer.wte", "transformer.wpe"),
-        final_norm="transformer.ln_f",
-        depth_key="n_layer",
-        attention="attn",
-        query="",
-        key="",
-        value="",
-        output="c_proj",
-        fused_qkv="c_attn",
-        gate="",
-        up="c_fc",
-        down="c_proj",
-        input_norm="ln_1",
-        mlp_norm="ln_2",
-        refused={
-            "scale_attn_by_inverse_layer_idx": "attention is scaled by the layer's index, which "
-            "changes when layers before it are removed",
-        },
-        buffers=(".attn.bias", ".attn.masked_bias"),
-        transposed=True,
-        intermediate_key="n_inner",
+        "gpt2", base="transformer", layers="transformer.h",
+        embeddings=("transformer.wte", "transformer.wpe"), final_norm="transformer.ln_f",
+        depth_key="n_layer", attention="attn", query="", key="", value="", output="c_proj",
+        fused_qkv="c_attn", gate="", up="c_fc", down="c_proj", input_norm="ln_1", mlp_norm="ln_2",
+        refused={"scale_attn_by_inverse_layer_idx": "attention is scaled by the layer's index, "
+                 "which changes when layers before it are removed"},
+        buffers=(".attn.bias", ".attn.masked_bias"), transposed=True, intermediate_key="n_inner",
         fixed_widths="its attention splits queries, keys and values at multiples of the hidden "
         "size",
     ),
     Architecture(
-        "gpt_neox",
-        base="gpt_neox",
-        layers="gpt_neox.layers",
-        embeddings=("gpt_neox.embed_in",),
-        final_norm="gpt_neox.final_layer_norm",
-        attention="attention",
-        query="",
-        key="",
-        value="",
-        output="dense",
-        fused_qkv="query_key_value",
-        gate="",
-        up="dense_h_to_4h",
-        down="dense_4h_to_h",
-        stored_as={"lm_head": "embed_out"},
+        "gpt_neox", base="gpt_neox", layers="gpt_neox.layers", embeddings=("gpt_neox.embed_in",),
+        final_norm="gpt_neox.final_layer_norm", attention="attention", query="", key="", value="",
+        output="dense", fused_qkv="query_key_value", gate="", up="dense_h_to_4h",
+        down="dense_4h_to_h", stored_as={"lm_head": "embed_out"},
         fixed_widths="its fused projection interleaves the heads' queries, keys and values",
         buffers=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
         parallel_residual=True,
         notes={"use_parallel_residual": "False in a few models: the layer is then sequential"},
     ),
     Architecture(
-        "olmo2",
-        input_norm="",
-        attention_output_norm="post_attention_layernorm",
-        mlp_norm="",
+        "olmo2", input_norm="", attention_output_norm="post_attention_layernorm", mlp_norm="",
         mlp_output_norm="post_feedforward_layernorm",
         fixed_widths="its query and key norms run over all heads at once, so that removing one "
         "changes the others",
@@ -231,22 +179,12 @@ _ROWS = (
     Architecture("granite"),
     Architecture("mixtral", gate="", up="", down="", experts="experts", router="gate"),
     Architecture(
-        "qwen3_moe",
-        experts="experts",
-        router="gate",
-        index_lists=("mlp_only_layers",),
-        prefix_counts=("max_window_layers",),
-        periods={"decoder_sparse_step": "mlp_only_layers"},
+        "qwen3_moe", experts="experts", router="gate", index_lists=("mlp_only_layers",),
+        prefix_counts=("max_window_layers",), periods={"decoder_sparse_step": "mlp_only_layers"},
     ),
     Architecture(
-        "deepseek_v3",
-        query="",
-        key="",
-        value="",
-        experts="experts",
-        router="gate",
-        layer_lists=("layer_types", "mlp_layer_types"),
-        prefix_counts=("first_k_dense_replace",),
+        "deepseek_v3", query="", key="", value="", experts="experts", router="gate",
+        layer_lists=("layer_types", "mlp_layer_types"), prefix_counts=("first_k_dense_replace",),
         extra_layers="num_nextn_predict_layers",
         fixed_widths="its latent attention shares low-rank projections between the heads",
         buffers=(".rotary_emb.inv_freq", ".e_score_correction_bias"),
@@ -254,12 +192,13 @@ _ROWS = (
     ),
     Architecture("gpt_oss", gate="", up="", down="", experts="experts", router="router"),
 )
+# fmt: on
 
 ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in _ROWS}
 
 _REFUSED_EVERYWHERE = {
     "num_kv_shared_layers": "its last layers reuse keys and values computed by earlier ones, so "
-    "that no layer can be removed alone",
+    "that no layer can be removed alone"
 }
 
 
@@ -396,11 +335,6 @@ def _refuse(model_type: str, config: Any, reasons: Mapping[str, str]) -> None:
                 )
 
 
-def get_submodule(module: nn.Module, path: str) -> nn.Module:
-    """Return ``module.path``; an empty path is the module itself."""
-    return module.get_submodule(path)
-
-
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Return the list of decoder layers of a causal LM (shared, not a copy).
 
@@ -411,7 +345,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
     row = architecture_of(model.config)
     try:
-        layers = get_submodule(model, row.layers)
+        layers = model.get_submodule(row.layers)
     except AttributeError:
         layers = None
     if not isinstance(layers, nn.ModuleList):

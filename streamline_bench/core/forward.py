@@ -1,17 +1,21 @@
-"""Runs parts of a causal LM: from any layer boundary, up to one, with layers left out.
+"""Runs parts of a causal LM, from any layer boundary or up to one, and keeps hidden states.
 
 Nothing of a model's own pass is rebuilt: it runs itself, and the layers' ``forward`` is replaced
 where a part is left out. So masks, rotary embeddings, per-layer attention types, scalings and the
 head are right for every family; what a bypassed layer costs is one function call.
 
 Boundary ``l`` is the input of layer ``l``; boundary ``L`` the output of the last layer before the
-final norm.
+final norm. States that do not fit into memory lie in memory-mapped files, which are reserved before
+they are filled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
-from streamline_bench.errors import NumericsError
+from streamline_bench.errors import NumericsError, OutputError
 
 
 class PassEnded(Exception):  # noqa: N818 - a signal, not an error
@@ -195,7 +199,7 @@ def require_finite_states(states: Mapping[int, Tensor], last: Tensor, mask: Tens
 
     Args:
         states: boundary -> hidden states ``[batch, seq, hidden]``, from the bottom upwards.
-        last: what comes out at the top, ``[batch, seq, …]``: states behind the final norm, or
+        last: what comes out at the top, ``[batch, seq, …]``: states after the final norm, or
             logits.
         mask: bool ``[batch, seq]``; pads do not count.
 
@@ -213,3 +217,76 @@ def require_finite_states(states: Mapping[int, Tensor], last: Tensor, mask: Tens
                 f"The model computes NaN or infinity from {place} on; check the weights there and "
                 "the calibration text, or compute in float32 or bfloat16."
             )
+
+
+def create_mapped(path: Path, shape: Sequence[int], dtype: torch.dtype, remedy: str = "") -> Tensor:
+    """Return a tensor of a new file; what is written to it is written to the file.
+
+    Args:
+        remedy: what else helps where the file does not fit (``lower training.cache_gb``).
+
+    Raises:
+        OutputError: the file cannot be written, or the disk is too full for it.
+    """
+    size = torch.Size(shape).numel() * dtype.itemsize
+    try:
+        path.unlink(missing_ok=True)  # left by an attempt that was killed
+        with path.open("xb") as file:
+            # Reserved at once, so that a full disk is an error now and not a SIGBUS later.
+            if size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OutputError(
+            f"The activations in {path} ({size / 1e9:.1f} GB) cannot be written "
+            f"({error.strerror}); free space{remedy and ' or '}{remedy}."
+        ) from error
+    return open_mapped(path, shape, dtype)
+
+
+def open_mapped(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return the tensor of a file that :func:`create_mapped` made."""
+    count = torch.Size(shape).numel()
+    if not count:
+        return torch.empty(tuple(shape), dtype=dtype)
+    return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(*shape)
+
+
+class BatchStore:
+    """Tensors by batch number: in memory, or on disk where there are many.
+
+    Each may be replaced by one of another width.
+
+    Args:
+        folder: of the files; made when needed.
+        size: bytes that all tensors together will take.
+        budget: bytes that may be held in memory; beyond it every tensor is on disk.
+    """
+
+    def __init__(self, folder: Path, size: int, budget: int) -> None:
+        self.on_disk = size > budget
+        self._folder = folder
+        self._held: dict[int, Tensor] = {}
+        if self.on_disk:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+    def __setitem__(self, number: int, tensor: Tensor) -> None:
+        tensor = tensor.detach().to("cpu").contiguous()
+        if self.on_disk:
+            # Held is a view of the file: its pages count as the file's.
+            mapped = create_mapped(self._folder / f"{number}.bin", tensor.shape, tensor.dtype)
+            tensor = mapped.copy_(tensor)
+        self._held[number] = tensor
+
+    def __getitem__(self, number: int) -> Tensor:
+        """Return the tensor of a batch, on the CPU; treat it as read-only."""
+        return self._held[number]
+
+    def close(self) -> None:
+        """Drop all tensors and the files that held them."""
+        self._held.clear()
+        if self.on_disk:
+            shutil.rmtree(self._folder, ignore_errors=True)

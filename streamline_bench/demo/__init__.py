@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamline_bench.resources import bundled_model as model
+from streamline_bench.core.machine.environment import bundled_model as model
 
 __all__ = ["TASKS", "model"]
 

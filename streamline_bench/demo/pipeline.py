@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from streamline_bench.core.machine.environment import BUNDLED
 from streamline_bench.demo import TASKS, model
-from streamline_bench.resources import BUNDLED
 from streamline_bench.runs.planning.request import make_request
 from streamline_bench.runs.run import CompareResult, compare_request
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streamline_bench.core.machine.environment import bundled_model, is_bundled
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import RecipeError, StreamlineBenchError, library_errors
-from streamline_bench.resources import bundled_model, is_bundled
 
 _TAKEN_FROM_KEYWORDS = (
     "attn_implementation experts_implementation device_map max_memory offload_buffers "

@@ -2,7 +2,8 @@
 
 lm-eval 0.4.13 reads a fixed table of models; later versions read the entry-point group
 ``lm_eval.models``, which this package declares as well. A ``.pth`` line of the wheel calls
-:func:`install` at every interpreter start, so nothing here may import anything that is not
+:func:`install` at every interpreter start but those of ``streamline-bench``, whose commands call
+:func:`register` where they run the harness. So nothing here may import anything that is not
 imported by then: a finder is put in front of the others, waits for ``lm_eval.models`` and, once
 that has run, adds lazy ``"module:Class"`` strings to its registry. When the harness's command
 imports its evaluator, its arguments are known and nothing heavy is imported yet: wrong arguments of
@@ -106,7 +107,7 @@ def _check_command() -> None:
 
 
 def _after(module: object) -> None:
-    # A harness must start whatever became of us: it then says that it does not know the model.
+    # The harness must start even if this package is broken; it then does not know the model.
     try:
         if not _discovers_plugins():
             _add(module)

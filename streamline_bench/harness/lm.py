@@ -18,7 +18,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from streamline_bench.core.architecture import RopeGroups, rope_groups
-from streamline_bench.core.checkpoint.quantization import require_package
 from streamline_bench.core.data.calibration import require_known_tokens
 from streamline_bench.core.machine.environment import known_device
 from streamline_bench.errors import (
@@ -40,6 +39,7 @@ from streamline_bench.harness.scoring.scorer import (
     generation_batch,
     scoring_tokens,
 )
+from streamline_bench.modeling.loading import require_package
 
 logger = logging.getLogger(__name__)
 

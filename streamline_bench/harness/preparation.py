@@ -12,12 +12,11 @@ import torch
 
 from streamline_bench.compression.pipeline import compress_cached
 from streamline_bench.compression.recipes import load_recipe
-from streamline_bench.core.checkpoint.folder import resolve_pretrained
-from streamline_bench.core.checkpoint.manifest import Manifest, read_manifest
+from streamline_bench.core.checkpoint.folder import Manifest, read_manifest, resolve_pretrained
+from streamline_bench.core.machine.environment import bundled_model, is_bundled
 from streamline_bench.errors import CheckpointError, RecipeError
 from streamline_bench.harness.arguments import ModelArguments
 from streamline_bench.modeling.loading import dtype_name
-from streamline_bench.resources import bundled_model, is_bundled
 
 logger = logging.getLogger(__name__)
 

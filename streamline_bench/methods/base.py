@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ValidationError
 
 from streamline_bench.core.architecture import sequence_limit
-from streamline_bench.core.checkpoint.manifest import file_sha256
+from streamline_bench.core.checkpoint.folder import file_sha256
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.recipe.schema import CalibrationSpec, Frozen, Recipe
 from streamline_bench.core.recipe.validation import suggest_or_list, wrong_value
 from streamline_bench.errors import RecipeError, first_line
-from streamline_bench.modeling.source_model import SourceModel
+from streamline_bench.modeling.loading import SourceModel
 from streamline_bench.version import __version__
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING
 from streamline_bench.core.architecture import ARCHITECTURES, Architecture, architecture_of
 from streamline_bench.core.recipe.schema import ReplacementSpec
 from streamline_bench.core.recipe.validation import suggest
-from streamline_bench.core.surgery.replacement import (
+from streamline_bench.core.replacement import (
     NETWORK_KINDS,
     ReplacementNetwork,
     build_network,

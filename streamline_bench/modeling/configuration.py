@@ -8,8 +8,8 @@ level. Classes are made once per host and found again by name, which lets instan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -17,9 +17,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from streamline_bench.core.architecture import ARCHITECTURES, architecture_of
 from streamline_bench.errors import ArchitectureError, CheckpointError
-from streamline_bench.modeling.attachments import Attachment, parse_attachments
-from streamline_bench.modeling.rotations import Rotations
-from streamline_bench.modeling.widths import LayerWidths, parse_layer_widths, require_narrowable
+
+if TYPE_CHECKING:  # each is imported by the configs that have such entries
+    from streamline_bench.modeling.attachments import Attachment
+    from streamline_bench.modeling.rotations import Rotations
+    from streamline_bench.modeling.widths import LayerWidths
 
 MODEL_TYPE = "streamline"
 _PREFIX = "Streamline"
@@ -59,16 +61,11 @@ class StreamlineConfig(PreTrainedConfig):  # type: ignore[misc]
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.host_model_type:
-            self.attachments = [
-                a.to_dict() for a in parse_attachments(self.attachments or [], self)
-            ]
+            self.attachments = [a.to_dict() for a in self.parsed_attachments()]
             rotations = self.parsed_rotations()
             self.rotations = None if rotations is None else rotations.to_dict()
             if self.layer_widths is not None:
-                require_narrowable(architecture_of(self))
-                self.layer_widths = [
-                    w.to_dict() for w in parse_layer_widths(self.layer_widths, self)
-                ]
+                self.layer_widths = [w.to_dict() for w in self.parsed_layer_widths()]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -92,12 +89,19 @@ class StreamlineConfig(PreTrainedConfig):  # type: ignore[misc]
 
     def parsed_attachments(self) -> tuple[Attachment, ...]:
         """Return the attachments in order of their places."""
-        return parse_attachments(self.attachments or [], self)
+        if not self.attachments:
+            return ()
+        from streamline_bench.modeling.attachments import parse_attachments
+
+        return parse_attachments(self.attachments, self)
 
     def parsed_layer_widths(self) -> tuple[LayerWidths, ...]:
         """Return the widths of each layer; nothing if all have those of the host's entries."""
         if self.layer_widths is None:
             return ()
+        from streamline_bench.modeling.widths import parse_layer_widths, require_narrowable
+
+        require_narrowable(architecture_of(self))
         return parse_layer_widths(self.layer_widths, self)
 
     def parsed_rotations(self) -> Rotations | None:
@@ -109,6 +113,8 @@ class StreamlineConfig(PreTrainedConfig):  # type: ignore[misc]
                 "A config has rotations together with attachments or layer_widths, which is not "
                 "supported; write the checkpoint again."
             )
+        from streamline_bench.modeling.rotations import Rotations
+
         return Rotations.parse(self.rotations, self)
 
 
@@ -140,7 +146,7 @@ def streamline_config(
     entries["host_model_type"] = host_config.model_type
     entries["architectures"] = ["StreamlineForCausalLM"]
     entries["attachments"] = [
-        a.to_dict() if isinstance(a, Attachment) else dict(a) for a in attachments
+        dict(a) if isinstance(a, Mapping) else a.to_dict() for a in attachments
     ]
     if layer_widths is not None:
         entries["layer_widths"] = [widths.to_dict() for widths in layer_widths]

@@ -1,20 +1,47 @@
-"""Loads configs, tokenizers and models from a local folder: safetensors only, no remote code."""
+"""Loads configs, tokenizers and models from a local folder: safetensors only, no remote code.
+
+:class:`SourceModel` is the model that is compressed: found once, each part read and hashed once.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from streamline_bench.core.architecture import config_entry
-from streamline_bench.core.checkpoint.folder import VOCABULARY_FILES
-from streamline_bench.core.checkpoint.quantization import is_ignored, quantisation_of
+from streamline_bench.core.checkpoint.folder import (
+    VOCABULARY_FILES,
+    file_sha256,
+    resolve_pretrained,
+)
+from streamline_bench.core.checkpoint.quantization import is_known
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.core.files.structured import read_json
-from streamline_bench.errors import CalibrationError, CheckpointError, RecipeError, library_errors
+from streamline_bench.core.files import read_json
+from streamline_bench.errors import (
+    CalibrationError,
+    CheckpointError,
+    MissingDependencyError,
+    RecipeError,
+    library_errors,
+)
 
 log = logging.getLogger(__name__)
+
+_PACKAGES = {
+    "gptq": ("gptqmodel", "gptqmodel optimum"), "awq": ("gptqmodel", "gptqmodel"),
+    "bitsandbytes": ("bitsandbytes", "bitsandbytes"), "aqlm": ("aqlm", "'aqlm[gpu,cpu]'"),
+    "compressed-tensors": ("compressed_tensors", "compressed-tensors"), "eetq": ("eetq", "eetq"),
+    "auto-round": ("auto_round", "auto-round"), "fbgemm_fp8": ("fbgemm_gpu", "fbgemm-gpu"),
+    "hqq": ("hqq", "hqq"), "quanto": ("optimum.quanto", "optimum-quanto"),
+    "quark": ("quark", "amd-quark"), "spqr": ("spqr_quant", "'spqr_quant[gpu]'"),
+    "torchao": ("torchao", "torchao"), "vptq": ("vptq", "vptq"),
+}  # fmt: skip
+"""Method -> module that transformers needs to load it, and what ``pip install`` takes."""
 
 
 def dtype_name(dtype: object) -> str:
@@ -68,8 +95,8 @@ def _agree(config: Any, reader: CheckpointReader) -> None:
             reader.folder,
         )
         config.tie_word_embeddings = False
-    found = quantisation_of(reader)
-    if found is not None and is_ignored(found):
+    found = reader.quantisation
+    if found is not None and found.ignored:
         log.warning(
             "%s has plain weights: the quantisation settings (%s) are ignored, as transformers "
             "ignores them.",
@@ -83,7 +110,7 @@ def _agree(config: Any, reader: CheckpointReader) -> None:
 def stored_overrides(pretrained: str) -> dict[str, Any]:
     """Return the entries in which a local ``config.json`` contradicts the stored weights.
 
-    vLLM believes the config: it would drop an LM head that is stored beside the embeddings.
+    vLLM believes the config: it would drop an LM head that is stored as well as the embeddings.
     """
     folder = Path(pretrained)
     if not (folder / "config.json").is_file():
@@ -115,7 +142,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def _name_other_templates(folder: Path, used: object) -> None:
-    """transformers takes the template of one file, whatever the others say."""
+    """Warn of chat templates that differ from the one that transformers took."""
     found: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "chat_template.json"):
         if (folder / name).is_file():
@@ -173,3 +200,109 @@ def require_weights(name: object, report: Mapping[str, Any]) -> None:
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise CheckpointError(f"{name}: the checkpoint lacks weights that the model needs: {some}.")
+
+
+def require_package(pretrained: str | Path) -> None:
+    """Refuse a quantised checkpoint that transformers cannot load here.
+
+    Args:
+        pretrained: folder; a name on the hub is left to transformers.
+
+    Raises:
+        MissingDependencyError: the package that reads it is not installed; with the pip line.
+        CheckpointError: transformers would read its codes as weights.
+    """
+    folder = Path(pretrained)
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        return
+    found = CheckpointReader(folder).quantisation
+    if found is None:
+        return
+    if found.stored and not is_known(found.method):
+        raise CheckpointError(
+            f"{folder} is quantised ({found.method}), which transformers does not read: it "
+            "would use the codes as weights; evaluate it with --model streamline-vllm, or give "
+            "the model without quantisation."
+        )
+    module, pip = _PACKAGES.get(found.method, ("", ""))
+    if module and not _is_installed(module):
+        raise MissingDependencyError(
+            f"{folder} is quantised ({found.method}), and the package that reads it is not "
+            f"installed; run: pip install {pip}."
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A model folder, handed along so that nobody looks at it twice.
+
+    Attributes:
+        folder: the local folder.
+        trust_remote_code: let config and tokenizer run code from the folder.
+        progress: show how far the work is.
+        name, revision: what a user called it.
+    """
+
+    folder: Path
+    trust_remote_code: bool = False
+    progress: bool = True
+    name: str = ""
+    revision: str | None = None
+    _digests: dict[Path, str] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def find(
+        cls,
+        name: str | Path,
+        revision: str | None = None,
+        *,
+        trust_remote_code: bool = False,
+        progress: bool = True,
+    ) -> SourceModel:
+        """Return the model of a folder, a hub id or ``bundled``.
+
+        Raises:
+            CheckpointError: there is no such model.
+        """
+        folder = resolve_pretrained(name, revision)
+        return cls(folder, trust_remote_code, progress, str(name), revision)
+
+    @cached_property
+    def reader(self) -> CheckpointReader:
+        """The tensors, lazily read."""
+        return CheckpointReader(self.folder)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """SHA-256 (hex) of config and weights, however they are sharded."""
+        return self.reader.fingerprint(progress=self.progress)
+
+    @cached_property
+    def config(self) -> Any:
+        """The transformers config."""
+        return load_config(self.folder, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+
+    def file_sha256(self, path: Path) -> str:
+        """Return the SHA-256 (hex) of a file of the model or of its data; each is read once.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        if path not in self._digests:
+            try:
+                self._digests[path] = file_sha256(path)
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from None
+        return self._digests[path]

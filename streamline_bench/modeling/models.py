@@ -11,17 +11,10 @@ through transformers' attention interface, which is what lets other engines host
 from __future__ import annotations
 
 import importlib
-from functools import cache
 from typing import Any, TypeVar
 
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -33,15 +26,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from streamline_bench.core.architecture import ARCHITECTURES, architecture_of
-from streamline_bench.core.surgery.replacement import ReplacementNetwork
+from streamline_bench.core.replacement import ReplacementNetwork
 from streamline_bench.modeling.attachments import BEFORE_FIRST, attach_network
-from streamline_bench.modeling.configuration import (
-    MODEL_TYPE,
-    StreamlineConfig,
-    config_class_for,
-    on_new_host,
-)
-from streamline_bench.modeling.rotated_layers import rotate_modules
+from streamline_bench.modeling.configuration import StreamlineConfig, config_class_for
+from streamline_bench.modeling.rotations import rotate_modules
 from streamline_bench.modeling.widths import resize_layer
 
 _PREFIX = "Streamline"
@@ -87,7 +75,9 @@ class _StreamlineHost(PreTrainedModel):  # type: ignore[misc]
             return super().from_pretrained(pretrained, *args, config=config, **kwargs)
         if not isinstance(config, StreamlineConfig):
             config = StreamlineConfig.from_pretrained(config or pretrained)
-        return _host_class(cls, config).from_pretrained(pretrained, *args, config=config, **kwargs)
+        return model_class_for(cls, config.host_model_type).from_pretrained(
+            pretrained, *args, config=config, **kwargs
+        )
 
     @classmethod
     def from_config(cls, config: StreamlineConfig, **kwargs: Any) -> Any:
@@ -98,7 +88,7 @@ class _StreamlineHost(PreTrainedModel):  # type: ignore[misc]
     def _from_config(cls, config: StreamlineConfig, **kwargs: Any) -> Any:
         if cls not in (StreamlineForCausalLM, StreamlineModel):
             return super()._from_config(config, **kwargs)
-        return _host_class(cls, config)._from_config(config, **kwargs)
+        return model_class_for(cls, config.host_model_type)._from_config(config, **kwargs)
 
 
 class StreamlineForCausalLM(_StreamlineHost):
@@ -146,10 +136,6 @@ def _share_conversions(name: str, host_name: str, host_model_type: str) -> None:
         register_checkpoint_conversion_mapping(name, rules, overwrite=True)
 
 
-def _host_class(entrance: type[_Entrance], config: StreamlineConfig) -> type[_Entrance]:
-    return model_class_for(entrance, config.host_model_type)
-
-
 def _host_model_class(name: str, model_type: str) -> type[Any]:
     source = CONFIG_MAPPING[model_type].__module__.replace("configuration_", "modeling_")
     found: type[Any] = getattr(importlib.import_module(source), name)
@@ -178,22 +164,3 @@ def __getattr__(name: str) -> Any:
                 if entrance._host_names.get(model_type) == host_name:
                     return model_class_for(entrance, model_type)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-
-
-@cache
-def register() -> None:
-    """Register config and models with AutoConfig, AutoModel and AutoModelForCausalLM.
-
-    Idempotent. Afterwards ``AutoModelForCausalLM.from_pretrained(folder)`` loads any checkpoint of
-    model type ``streamline``.
-    """
-    AutoConfig.register(MODEL_TYPE, StreamlineConfig, exist_ok=True)
-    _register_models(StreamlineConfig)
-    on_new_host(_register_models)
-
-
-def _register_models(config_class: type[StreamlineConfig]) -> None:
-    # The Auto classes look models up by the config's exact class, hence once per host. Their own
-    # ``register`` insists on equal class names, which made classes cannot have.
-    AutoModel._model_mapping.register(config_class, StreamlineModel, exist_ok=True)
-    AutoModelForCausalLM._model_mapping.register(config_class, StreamlineForCausalLM, exist_ok=True)

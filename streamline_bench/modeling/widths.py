@@ -19,6 +19,7 @@ from streamline_bench.core.architecture import Architecture
 from streamline_bench.errors import ArchitectureError, CheckpointError
 
 Unit = Literal["query", "key_value", "channel"]
+"""What is removed as one: a query head, a key-value head, or a channel of the MLP."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from datasets import Dataset
 from opencompass.datasets.base import BaseDataset
 from opencompass.openicl.icl_evaluator import BaseEvaluator
 
+from streamline_bench.core.machine.environment import resource
 from streamline_bench.errors import StreamlineBenchError
-from streamline_bench.resources import resource
 
 
 class BundledDataset(BaseDataset):  # type: ignore[misc]

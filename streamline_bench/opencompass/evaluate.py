@@ -19,8 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from streamline_bench.core.files.locks import check_usable, lock_folder
-from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.files import atomic_write_text, check_usable, lock_folder
 from streamline_bench.core.machine.environment import package_versions
 from streamline_bench.errors import OutputError
 from streamline_bench.harness.preparation import PreparedModel

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from streamline_bench.compression.recipes import applicable, listed_recipes, load_recipe
-from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.files import atomic_write_text
+from streamline_bench.core.machine.environment import resource
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.recipe.validation import suggest_or_list
 from streamline_bench.errors import OutputError, StreamlineBenchError
-from streamline_bench.resources import resource
 
 _CONFIGS = "streamline_bench.opencompass.configs"
 

@@ -14,14 +14,13 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from streamline_bench.core.architecture import rope_groups
-from streamline_bench.core.checkpoint.quantization import require_package
 from streamline_bench.core.data.calibration import require_known_tokens
 from streamline_bench.errors import CheckpointError, library_errors
 from streamline_bench.harness.scoring.checks import attention_window, head_objection
 from streamline_bench.harness.scoring.forward import Forward, tensors_of
 from streamline_bench.harness.scoring.packing import Query, build_rows, make_batches
 from streamline_bench.harness.scoring.scorer import TokenScorer, scoring_tokens
-from streamline_bench.modeling.loading import require_weights
+from streamline_bench.modeling.loading import require_package, require_weights
 from streamline_bench.opencompass.engine import GenerationSettings, ScoredText, StopWords, cut_at
 from streamline_bench.opencompass.source import ModelSource
 

@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from streamline_bench.core.checkpoint.manifest import Manifest, read_manifest
-from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.checkpoint.folder import Manifest, read_manifest
+from streamline_bench.core.files import atomic_write_text
 from streamline_bench.errors import CheckpointError, OutputError, SamplesError
 from streamline_bench.report.flips import worst_flips
 from streamline_bench.report.leaderboard import (

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from streamline_bench.core.files.structured import read_json, validated
+from streamline_bench.core.files import read_json, validated
 from streamline_bench.core.recipe.schema import Frozen, PublishedResult
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.comparison import (

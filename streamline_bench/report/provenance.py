@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from streamline_bench.core.checkpoint.manifest import Manifest, read_manifest
+from streamline_bench.core.checkpoint.folder import Manifest, read_manifest
 from streamline_bench.errors import SamplesError
 from streamline_bench.report.leaderboard import (
     CurvePoint,
@@ -73,7 +73,7 @@ def _scan(folder: Path, manifest: Manifest | None) -> ScanResult | None:
     path = folder / "similarity.json"
     if not path.is_file():
         return None
-    from streamline_bench.core.scan.similarity import Similarity
+    from streamline_bench.core.similarity import Similarity
 
     similarity = Similarity.load(path)
     removed = sorted((manifest.chosen if manifest else {}).get("removed_layers") or ())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from streamline_bench.core.checkpoint.manifest import Manifest, read_manifest
+from streamline_bench.core.checkpoint.folder import Manifest, read_manifest
 from streamline_bench.errors import CheckpointError, ComparisonError
 from streamline_bench.harness.used_settings import UsedSettings, ignored_options, used_settings
 from streamline_bench.report.run_file import NoiseRun, RunFile, RunRow, write_run_file

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from streamline_bench.core.files.locks import check_usable, lock_folder
+from streamline_bench.core.files import check_usable, lock_folder
 from streamline_bench.errors import OutputError
 from streamline_bench.runs.planning.plan import PLAN_FILE, Plan, differences, read_plan, write_plan
 

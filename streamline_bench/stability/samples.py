@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from streamline_bench.core.files.staging import atomic_write_bytes
+from streamline_bench.core.files import atomic_write_bytes
 from streamline_bench.core.recipe.validation import first_problem
 from streamline_bench.errors import SamplesError, library_errors
 

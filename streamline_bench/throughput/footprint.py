@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from streamline_bench.core.architecture import Architecture, architecture_of, config_entry
-from streamline_bench.core.checkpoint.reader import CheckpointReader, TensorEntry
+from streamline_bench.core.checkpoint.folder import TensorEntry
+from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import ArchitectureError, ThroughputError
 from streamline_bench.throughput.record import Ideal
 

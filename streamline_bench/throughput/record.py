@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from streamline_bench.core.files.staging import atomic_write_text
-from streamline_bench.core.files.structured import read_json, validated
+from streamline_bench.core.files import atomic_write_text, read_json, validated
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import ThroughputError
 from streamline_bench.throughput.workload import Clock, ServingLoad, Workload

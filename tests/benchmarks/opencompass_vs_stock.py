@@ -23,7 +23,7 @@ import numpy as np
 
 def texts_of(count: int) -> list[str]:
     """Bundled questions with four choices, as OpenCompass asks: label by label."""
-    from streamline_bench.resources import resource
+    from streamline_bench.core.machine.environment import resource
 
     data = resource("tasks") / "lm_eval" / "bundled" / "data"
     questions = []

@@ -34,7 +34,7 @@ from on_cpu import OnCPU
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamline_bench.compression import compress, load_recipe
-from streamline_bench.core.checkpoint.manifest import read_manifest
+from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.data.calibration import CalibrationTokens, load_calibration
 

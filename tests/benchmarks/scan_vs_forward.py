@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.scan.scan import scan
+from streamline_bench.core.scan import scan
 
 
 def build(options: argparse.Namespace, samples: int) -> tuple[Any, CalibrationTokens]:

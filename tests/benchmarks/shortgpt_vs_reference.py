@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamline_bench.core.data.calibration import CalibrationTokens, load_calibration
 from streamline_bench.core.recipe.schema import CalibrationSpec
-from streamline_bench.core.scan.scan import scan
-from streamline_bench.core.scan.similarity import Similarity
+from streamline_bench.core.scan import scan
+from streamline_bench.core.similarity import Similarity
 from streamline_bench.methods.tools.layer_removal import select_lowest
 
 TOLERANCE = 1e-4

@@ -28,8 +28,8 @@ from pathlib import Path
 from streamline_bench.core.architecture import ARCHITECTURES
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import compose, layer_names
-from streamline_bench.core.files.staging import staged_output, sync_path
-from streamline_bench.core.surgery.layers import block_keep
+from streamline_bench.core.files import staged_output, sync_path
+from streamline_bench.core.surgery import block_keep
 
 LAYERS = 24
 SHARDS = 4

@@ -30,7 +30,7 @@ import surgery_vs_copy
 
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.recipe.schema import ReplacementSpec, TrainingSpec
-from streamline_bench.core.scan.scan import scan
+from streamline_bench.core.scan import scan
 from streamline_bench.stability.statistics.stability import stability
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 LAYERS = 12
 TARGET = 2.5
@@ -93,7 +93,7 @@ def build_variant(dense: Path, folder: Path, start: int, n: int, network: str | 
     from surgery_in_memory import keep_layers
     from transformers import AutoModelForCausalLM
 
-    from streamline_bench.core.surgery.layers import block_keep
+    from streamline_bench.core.surgery import block_keep
     from streamline_bench.modeling import Attachment, StreamlineForCausalLM, streamline_config
 
     with quiet():
@@ -312,7 +312,7 @@ def main() -> int:
         scratch = Path(name)
         dense = build_dense(arguments.model, scratch / "dense")
         if arguments.model == "bundled":
-            from streamline_bench.resources import resource as data
+            from streamline_bench.core.machine.environment import resource as data
 
             task, tasks = "streamline_demo", Path(data("tasks")) / "lm_eval"
             limit = arguments.questions

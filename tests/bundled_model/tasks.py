@@ -16,7 +16,7 @@ from pathlib import Path
 from bundled_model.language import Document, draw
 from bundled_model.skills import BUILDERS, EVALUATED
 
-from streamline_bench.resources import resource
+from streamline_bench.core.machine.environment import resource
 
 TASK_PREFIX = "streamline_demo"
 DOCUMENTS_PER_TASK = 250

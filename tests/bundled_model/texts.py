@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from bundled_model.language import Document, Split, draw_mixed
 from bundled_model.skills import BUILDERS, weights_at
 
-from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.files import atomic_write_text
 from streamline_bench.demo import model
 
 _AFTER_TRAINING = 10**9

@@ -22,7 +22,7 @@ from bundled_model.stream import Batch, batch_at
 from bundled_model.tokenizer import save_tokenizer
 from bundled_model.vocabulary import BOS, EOS, PAD, tokens
 
-from streamline_bench.core.files.staging import atomic_write_bytes
+from streamline_bench.core.files import atomic_write_bytes
 from streamline_bench.errors import NumericsError, OutputError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 
 from streamline_bench.core.checkpoint.folder import resolve_pretrained
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.resources import bundled_model
+from streamline_bench.core.machine.environment import bundled_model
 
 MODEL = bundled_model()
 

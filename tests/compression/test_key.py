@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.compression.key import content_key
+from streamline_bench.compression.pipeline import content_key
 from streamline_bench.core.data.corpora import open_documents
 from streamline_bench.core.recipe.schema import CalibrationSpec
 from streamline_bench.errors import CalibrationError
-from streamline_bench.modeling.source_model import SourceModel
+from streamline_bench.modeling.loading import SourceModel
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_content_counts_and_where_it_lies_does_not(
 
 
 def test_data_is_known_by_name_and_digest(folder: Path) -> None:
-    from streamline_bench.compression.key import _data_identity
+    from streamline_bench.compression.pipeline import _data_identity
 
     Path("deep").mkdir()
     for name in ("a.txt", "deep/a.txt", "deep/b.txt"):

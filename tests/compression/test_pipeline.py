@@ -25,12 +25,12 @@ from surgery_in_memory import keep_layers
 from transformers import AutoModelForCausalLM
 
 from streamline_bench.compression import compress, compress_cached
-from streamline_bench.compression.key import content_key
-from streamline_bench.core.checkpoint.manifest import read_manifest, verify_files
+from streamline_bench.compression.pipeline import content_key
+from streamline_bench.core.checkpoint.folder import read_manifest, verify_files
 from streamline_bench.errors import CacheError, RecipeError
 from streamline_bench.methods.depth import streamline
 from streamline_bench.modeling import register
-from streamline_bench.modeling.source_model import SourceModel
+from streamline_bench.modeling.loading import SourceModel
 
 IDS = torch.tensor([[1, 5, 9, 40, 22, 7]])
 STREAMLINE_KINDS = ("ffn", "swiglu", "ffn_res", "swiglu_res", "linear")

@@ -9,7 +9,7 @@ import pytest
 
 from streamline_bench.compression import compress, list_recipes, load_recipe
 from streamline_bench.compression.recipes import applicable
-from streamline_bench.core.checkpoint.manifest import read_manifest
+from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.errors import RecipeError
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from streamline_bench.core.architecture import (
     ARCHITECTURES,
     architecture_of,
+    config_entry,
     decoder_layers,
-    get_submodule,
     require_removable_layers,
 )
 from streamline_bench.errors import ArchitectureError
@@ -27,7 +28,7 @@ EXPECTED = (
 
 def has(module: nn.Module, path: str) -> bool:
     try:
-        get_submodule(module, path)
+        module.get_submodule(path)
     except AttributeError:
         return False
     return True
@@ -42,9 +43,9 @@ def test_paths_outside_the_layers(variant: str, random_model: Callable[..., Any]
     row = architecture_of(model.config)
     assert getattr(model.config, row.depth_key) == len(decoder_layers(model)) == 6
     assert row.base == model.base_model_prefix
-    assert get_submodule(model, row.lm_head) is model.get_output_embeddings()
-    assert get_submodule(model, row.embeddings[0]) is model.get_input_embeddings()
-    stack = get_submodule(model, row.stack)
+    assert model.get_submodule(row.lm_head) is model.get_output_embeddings()
+    assert model.get_submodule(row.embeddings[0]) is model.get_input_embeddings()
+    stack = model.get_submodule(row.stack)
     assert has(model, row.final_norm) or getattr(stack, "final_layer_norm", 0) is None
     weights = {n for n, _ in model.named_parameters() if not n.startswith(f"{row.layers}.")}
     named = (*row.embeddings, row.final_norm, row.lm_head)
@@ -56,7 +57,7 @@ def test_paths_inside_the_layers(variant: str, random_model: Callable[..., Any])
     model = random_model(variant)
     row = architecture_of(model.config)
     for layer in decoder_layers(model):
-        attention, mlp = get_submodule(layer, row.attention), get_submodule(layer, row.mlp)
+        attention, mlp = layer.get_submodule(row.attention), layer.get_submodule(row.mlp)
         for path in (row.query, row.key, row.value, row.output, row.fused_qkv):
             assert has(attention, path)
         norms = (row.input_norm, row.mlp_norm, row.attention_output_norm, row.mlp_output_norm)
@@ -85,15 +86,15 @@ def test_residual_form(variant: str, random_model: Callable[..., Any], token_ids
     layer = decoder_layers(model)[0]
     seen: list[torch.Tensor] = []
     # The first projection of the MLP; a mixture is seen at its router.
-    mlp = get_submodule(layer, row.mlp)
+    mlp = layer.get_submodule(row.mlp)
     mixture = bool(row.experts) and has(mlp, row.experts)
     path = row.router if mixture else row.up or row.fused_gate_up
-    handle = get_submodule(mlp, path).register_forward_pre_hook(
+    handle = mlp.get_submodule(path).register_forward_pre_hook(
         lambda _module, args: seen.append(args[0].detach().clone())
     )
     with torch.no_grad():
         model(token_ids, use_cache=False)
-        for parameter in get_submodule(layer, f"{row.attention}.{row.output}").parameters():
+        for parameter in layer.get_submodule(f"{row.attention}.{row.output}").parameters():
             parameter.zero_()
         model(token_ids, use_cache=False)
     handle.remove()
@@ -105,7 +106,7 @@ def test_residual_form(variant: str, random_model: Callable[..., Any], token_ids
 def test_transposed_projections(variant: str, random_model: Callable[..., Any]) -> None:
     model = random_model(variant)
     row = architecture_of(model.config)
-    output = get_submodule(decoder_layers(model)[0], f"{row.attention}.{row.output}")
+    output = decoder_layers(model)[0].get_submodule(f"{row.attention}.{row.output}")
     assert isinstance(output, nn.Linear) != row.transposed
 
 
@@ -134,3 +135,14 @@ def test_a_model_without_its_layers_is_refused(random_model: Callable[..., Any])
     bare = random_model("llama").model
     with pytest.raises(ArchitectureError, match=r"no list of layers at 'model\.layers'"):
         decoder_layers(bare)
+
+
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+def test_a_silent_config_gives_no_property_of_its_class(family: str) -> None:
+    """A property is computed from an instance: the class holds no value that could stand in."""
+    kind = CONFIG_MAPPING[family]
+    properties = [name for name, _ in inspect.getmembers(kind, lambda v: isinstance(v, property))]
+    assert properties
+    for name in properties:
+        assert config_entry({"model_type": family}, name, "nothing") == "nothing"
+        assert config_entry({"model_type": family, name: 3}, name) == 3

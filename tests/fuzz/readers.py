@@ -207,7 +207,7 @@ def _read_config(folder: Path) -> object:
     from streamline_bench.core.architecture import require_removable_layers
     from streamline_bench.core.checkpoint.folder import resolve_pretrained
     from streamline_bench.core.checkpoint.reader import CheckpointReader
-    from streamline_bench.core.surgery.sparsity import model_sizes
+    from streamline_bench.core.surgery import model_sizes
 
     reader = CheckpointReader(resolve_pretrained(folder))
     require_removable_layers(reader.config)
@@ -261,7 +261,7 @@ def _read_yaml(folder: Path) -> object:
 
 
 def _read_records(folder: Path) -> object:
-    from streamline_bench.core.checkpoint.manifest import read_manifest
+    from streamline_bench.core.checkpoint.folder import read_manifest
     from streamline_bench.gate.evidence import read_evidence
     from streamline_bench.report.run_file import read_run_file
     from streamline_bench.throughput.record import read_figures

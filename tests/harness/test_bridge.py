@@ -70,6 +70,28 @@ def test_the_line_is_silent_when_the_package_is_gone(line: str) -> None:
     assert run("-I", "-S", "-c", line) == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "watches"),
+    [
+        (["/x/bin/streamline-bench", "compress"], False),
+        (["-m", "streamline_bench", "compress"], False),
+        (["/x/bin/lm_eval", "run"], True),
+        (["-m", "lm_eval", "run"], True),
+        (["/x/streamline-bench/evaluate.py", "--model"], True),
+        (["-m", "streamline_bench.core.machine.processes", "streamline_bench.harness.trunk"], True),
+    ],
+)
+def test_commands_of_ours_start_without_the_bridge(
+    line: str, repository: Path, arguments: list[str], watches: bool
+) -> None:
+    program = (
+        f"import sys; sys.path.insert(0, {str(repository)!r})\n"
+        f"sys.orig_argv[1:] = {arguments!r}\n{line}\n"
+        "print('streamline_bench.harness.bridge' in sys.modules)"
+    )
+    assert run("-I", "-S", "-c", program).strip() == str(watches)
+
+
 def fake_harness(folder: Path, registry: str) -> None:
     """A package named lm_eval with a registry and no models."""
     for package in ("", "api", "models"):

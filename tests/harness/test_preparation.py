@@ -10,12 +10,12 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from streamline_bench.compression import load_recipe
-from streamline_bench.compression.key import content_key
+from streamline_bench.compression.pipeline import content_key
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import RecipeError
 from streamline_bench.harness.arguments import parameters_of, sort_arguments
 from streamline_bench.harness.preparation import PreparedModel, prepare
-from streamline_bench.modeling.source_model import SourceModel
+from streamline_bench.modeling.loading import SourceModel
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from streamline_bench.core.machine.environment import resource
 from streamline_bench.errors import SamplesError
 from streamline_bench.harness.lm import StreamlineLM
-from streamline_bench.resources import resource
 
 ROOT = resource("tasks") / "lm_eval"
 FILES = sorted(path for kind in ("paper", "local") for path in (ROOT / kind).rglob("*.yaml"))

@@ -15,8 +15,8 @@ from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM
 
 from streamline_bench.compression import list_recipes, load_recipe
-from streamline_bench.compression.key import SHARED_VERSION
-from streamline_bench.core.checkpoint.manifest import read_manifest
+from streamline_bench.compression.pipeline import SHARED_VERSION
+from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.training.trainer import TRAINING_VERSION

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from streamline_bench.compression import key, recipes
+from streamline_bench.compression import pipeline, recipes
 from streamline_bench.compression.recipes import list_recipes, load_recipe
 from streamline_bench.errors import RecipeError
 from streamline_bench.methods import base
 from streamline_bench.methods.base import METHODS, get_method, method_facts
-from streamline_bench.modeling.source_model import SourceModel
+from streamline_bench.methods.recovery import recover
+from streamline_bench.modeling.loading import SourceModel
 
 SOURCE = """
 from streamline_bench.methods.base import Compressed, Method
@@ -157,7 +158,7 @@ def test_versions_and_an_edited_source_change_the_key(
 
     def keys() -> tuple[str, str]:
         source = SourceModel.find(tiny_llama)
-        return key.content_key(source, theirs), key.content_key(source, ours)
+        return pipeline.content_key(source, theirs), pipeline.content_key(source, ours)
 
     first = keys()
     assert keys() == first
@@ -168,5 +169,5 @@ def test_versions_and_an_edited_source_change_the_key(
     assert keys()[0] not in (edited[0], first[0])
     for name in ("TRAINING_VERSION", "RECOVERY_VERSION", "SHARED_VERSION"):
         with monkeypatch.context() as patch:
-            patch.setattr(key, name, 99)
+            patch.setattr(recover if name == "RECOVERY_VERSION" else pipeline, name, 99)
             assert keys()[1] != first[1]

@@ -14,12 +14,16 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from streamline_bench.core.architecture import ARCHITECTURES, decoder_layers
-from streamline_bench.core.scan.scan import BoundaryRecorder
+from streamline_bench.core.scan import BoundaryRecorder
 from streamline_bench.errors import ArchitectureError, CheckpointError
 from streamline_bench.modeling import StreamlineForCausalLM, register, streamline_config
 from streamline_bench.modeling.attachments import Attachment
-from streamline_bench.modeling.rotated_layers import StreamNorm
-from streamline_bench.modeling.rotations import Rotations, StreamWidths, require_rotatable
+from streamline_bench.modeling.rotations import (
+    Rotations,
+    StreamNorm,
+    StreamWidths,
+    require_rotatable,
+)
 
 register()
 

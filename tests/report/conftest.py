@@ -85,9 +85,9 @@ def write_checkpoint(folder: Path, **changes: Any) -> None:
     """Write streamline.json, similarity.json and training_curve.jsonl of a 12-layer model."""
     import torch
 
-    from streamline_bench.core.checkpoint.manifest import Manifest, Source, write_manifest
+    from streamline_bench.core.checkpoint.folder import Manifest, Source, write_manifest
     from streamline_bench.core.data.calibration import CalibrationTokens
-    from streamline_bench.core.scan.similarity import Similarity
+    from streamline_bench.core.similarity import Similarity
 
     folder.mkdir(parents=True)
     tokens = CalibrationTokens.from_tensors(torch.arange(65536).reshape(128, 512))

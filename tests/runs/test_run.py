@@ -20,7 +20,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from streamline_bench.compression import load_recipe
-from streamline_bench.core.checkpoint.manifest import read_manifest, verify_files
+from streamline_bench.core.checkpoint.folder import read_manifest, verify_files
 from streamline_bench.errors import ComparisonError, OutputError, StreamlineBenchError
 from streamline_bench.report.run_file import RunFile, RunRow, read_run_file
 from streamline_bench.runs import Execution, RowRequest, compare

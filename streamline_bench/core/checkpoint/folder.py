@@ -1,20 +1,44 @@
-"""The folder of a model: found or downloaded, and which files in it may be read.
+"""The folder of a model: found or downloaded, the tensors that its files hold, and its manifest.
 
 Nothing in a downloaded folder is trusted: an index names plain files of the folder, links stay in
-it, and pickles are never opened.
+it, and pickles are never opened. The safetensors library checks the headers of the shards (sizes,
+overlaps, lengths). What it cannot know is checked here: that the shards hold what the index
+promises, each tensor once.
+
+``streamline.json``, the manifest, says what a compressed checkpoint is. It is written last, so that
+it vouches for the rest.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
+import logging
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
+from streamline_bench.core.files import atomic_write_text, read_json, validated
+from streamline_bench.core.machine.environment import bundled_model, is_bundled
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import CheckpointError, first_line, library_errors
-from streamline_bench.resources import bundled_model, is_bundled
+
+log = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+
+_ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+"""Bytes per element of the dtypes that are read; packed four- and six-bit ones are refused."""
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "tf_model.h5", "flax_model.msgpack")
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
@@ -33,6 +57,26 @@ _TOKENIZER_FILES = (
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 """A folder with a tokenizer has at least one of these."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One stored tensor: its file ``shard``, dtype as safetensors spells it, and shape."""
+
+    name: str
+    shard: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * _ITEM_BYTES[self.dtype]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
 
 
 def resolve_pretrained(name: str | Path, revision: str | None = None) -> Path:
@@ -61,7 +105,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def find_shards(folder: Path) -> dict[str, list[str] | None]:
-    """Return file name -> tensors its index expects in it (None: whatever it holds).
+    """Return file name -> tensors its index expects in it (None: no index, all count).
 
     Raises:
         CheckpointError: there are no safetensors weights, or the index is damaged or unsafe.
@@ -77,17 +121,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json; give a model folder.")
-    config = _read_json(path)
+    config = _read_object(path)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path} names no model_type; download it again.")
     return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); download it again.") from error
+def _read_object(path: Path) -> dict[str, Any]:
+    value = read_json(path, CheckpointError, "download it again")
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object; download it again.")
     return value
@@ -99,7 +140,7 @@ def read_index(path: Path) -> dict[str, list[str] | None]:
     Raises:
         CheckpointError: it is damaged or unsafe.
     """
-    mapping = _read_json(path).get("weight_map")
+    mapping = _read_object(path).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
         raise CheckpointError(f"{path} has no weight_map; download it again.")
     shards: dict[str, list[str] | None] = {}
@@ -179,3 +220,208 @@ def _download(name: str, revision: str | None) -> Path:
                 name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
             )
         )
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of one safetensors file, by name, in the order of their bytes.
+
+    Raises:
+        CheckpointError: the file is truncated, its header is damaged, or a dtype is not supported.
+    """
+    with open_shard(path, "np") as file:  # which loads no torch
+        slices = {name: file.get_slice(name) for name in file.offset_keys()}
+        entries = {
+            name: TensorEntry(name, path, part.get_dtype(), tuple(part.get_shape()))
+            for name, part in slices.items()
+        }
+    for entry in entries.values():
+        if entry.dtype not in _ITEM_BYTES:
+            raise CheckpointError(
+                f"{path}: tensor '{entry.name}' has dtype {entry.dtype}, which is not supported; "
+                "convert it to one of " + ", ".join(_ITEM_BYTES) + "."
+            )
+    return entries
+
+
+def open_shard(path: Path, framework: str) -> Any:
+    """Return an open safetensors file.
+
+    Raises:
+        CheckpointError: it is truncated or its header is damaged.
+    """
+    from safetensors import safe_open
+
+    size = path.stat().st_size if path.is_file() else 0
+    with library_errors(
+        f"{path} ({size} bytes) cannot be read",
+        "it is truncated or damaged: download it again",
+        CheckpointError,
+    ):
+        return safe_open(path, framework)
+
+
+def read_entries(folder: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of a folder by name, in the order of their bytes.
+
+    Raises:
+        CheckpointError: a shard is missing, damaged or outside the folder, or it does not hold
+            what the index promises, each tensor once.
+    """
+    entries: dict[str, TensorEntry] = {}
+    for shard, expected in find_shards(folder).items():
+        path = folder / shard
+        _check_shard(folder, path)
+        found = read_header(path)
+        missing = sorted(set(expected or ()) - found.keys())
+        if missing:
+            raise CheckpointError(
+                f"{path} lacks tensor '{missing[0]}', which {INDEX_NAME} places there; "
+                "download it again."
+            )
+        double = sorted(found.keys() & entries.keys())
+        if double:
+            raise CheckpointError(
+                f"{path} holds tensor '{double[0]}', which another shard holds too; "
+                "download it again."
+            )
+        entries.update(found)
+    if (folder / SINGLE_NAME).is_file() and (folder / INDEX_NAME).is_file():
+        _leave_shards_out(folder, frozenset(entries))
+    return entries
+
+
+@functools.cache
+def _leave_shards_out(folder: Path, read: frozenset[str]) -> None:
+    """Of two sets of weights the single file is read, as transformers does; said once."""
+    shards = read_index(folder / INDEX_NAME)
+    differing = sorted(read ^ {name for names in shards.values() for name in names or ()})
+    if differing:
+        raise CheckpointError(
+            f"{folder} holds {SINGLE_NAME} and {INDEX_NAME}, and only one of them has tensor "
+            f"'{differing[0]}'; remove the one that is not of this model, with its files."
+        )
+    log.warning(
+        "%s holds its weights twice: %s is read, and %s with its %d files is left out.",
+        folder,
+        SINGLE_NAME,
+        INDEX_NAME,
+        len(shards),
+    )
+
+
+def _check_shard(folder: Path, path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: {INDEX_NAME} lists it; download it again.")
+    if not is_confined(folder, path):
+        raise CheckpointError(
+            f"{path} is a link to {path.resolve()}, outside the model's folder; "
+            "copy the file itself into the folder."
+        )
+
+
+MANIFEST_NAME = "streamline.json"
+SCHEMA_VERSION = 1
+
+
+class Source(Frozen):
+    """The model that was compressed."""
+
+    name: str
+    revision: str | None = None
+    weights_sha256: str
+
+
+class Manifest(Frozen):
+    """Where a checkpoint comes from and what was done to it.
+
+    ``method`` says who wrote the method and in which version;
+    ``chosen`` holds what the method decided (block, similarities); ``files`` the SHA-256 of every
+    other file in the folder, by name; ``seconds`` wall time by stage. Sparsities are shares of all
+    parameters, embeddings included, of the source model.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    source: Source
+    recipe: dict[str, Any]
+    method: dict[str, Any] = Field(default_factory=dict)
+    chosen: dict[str, Any] = Field(default_factory=dict)
+    parameters_before: int
+    parameters_after: int
+    layers_before: int
+    layers_after: int
+    sparsity_requested: float | None = None
+    sparsity_reached: float
+    calibration: dict[str, Any] = Field(default_factory=dict)
+    training: dict[str, Any] | None = None
+    seed: int = 0
+    versions: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, str] = Field(default_factory=dict)
+    seconds: dict[str, float] = Field(default_factory=dict)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``streamline.json``; call it after every other file of ``folder`` is there.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    payload = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True)
+    atomic_write_text(Path(folder) / MANIFEST_NAME, payload + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of a folder, or None if it has none (it is not one of ours).
+
+    Raises:
+        CheckpointError: there is one, and it is damaged or of a newer schema.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    if not path.exists():
+        return None
+    return validated(
+        Manifest, read_json(path, CheckpointError, "compress again"), str(path),
+        newest=SCHEMA_VERSION, error=CheckpointError, advice="compress again",
+    )  # fmt: skip
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 (hex) of every file in ``folder`` but the manifest, by relative path."""
+    folder = Path(folder)
+    return {
+        path.relative_to(folder).as_posix(): file_sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_NAME
+    }
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Check every file the manifest names against its SHA-256.
+
+    Raises:
+        CheckpointError: one is missing or differs; the message names it.
+    """
+    for name, expected in manifest.files.items():
+        path = Path(folder) / name
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} is missing from a compressed checkpoint; compress again."
+            )
+        if file_sha256(path) != expected:
+            raise CheckpointError(
+                f"{path} was changed after compression (its SHA-256 differs from "
+                f"{MANIFEST_NAME}); compress again."
+            )
+
+
+def update_digest(digest: hashlib._Hash, path: Path) -> None:
+    """Feed a file to a digest, a few megabytes at a time."""
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    digest = hashlib.sha256()
+    update_digest(digest, path)
+    return digest.hexdigest()

@@ -1,44 +1,25 @@
 """Recognises quantised checkpoints: whose tensors are codes that mean nothing without scales.
 
-One place decides, from ``config.json``, ``hf_quant_config.json`` and the tensors themselves. What
-only copies bytes may go on with such a checkpoint, after its lists of layers were renumbered
-(:func:`renumbered`); what reads or runs the weights refuses it by name (:func:`refuse_quantised`).
+One place decides, from ``config.json``, ``hf_quant_config.json`` and the tensors themselves. Work
+that only copies bytes accepts such a checkpoint and renumbers its lists of layers
+(:func:`renumbered`); work that reads or runs the weights refuses it
+(:meth:`.CheckpointReader.refuse_quantised`).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from streamline_bench.errors import ArchitectureError, CheckpointError, MissingDependencyError
-
-if TYPE_CHECKING:
-    from streamline_bench.core.checkpoint.reader import CheckpointReader, TensorEntry
+from streamline_bench.core.checkpoint.folder import TensorEntry
+from streamline_bench.errors import ArchitectureError, CheckpointError
 
 MODELOPT_NAME = "hf_quant_config.json"
-
-_PACKAGES = {
-    "gptq": ("gptqmodel", "gptqmodel optimum"),
-    "awq": ("gptqmodel", "gptqmodel"),
-    "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
-    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
-    "aqlm": ("aqlm", "'aqlm[gpu,cpu]'"),
-    "auto-round": ("auto_round", "auto-round"),
-    "eetq": ("eetq", "eetq"),
-    "fbgemm_fp8": ("fbgemm_gpu", "fbgemm-gpu"),
-    "hqq": ("hqq", "hqq"),
-    "quanto": ("optimum.quanto", "optimum-quanto"),
-    "quark": ("quark", "amd-quark"),
-    "spqr": ("spqr_quant", "'spqr_quant[gpu]'"),
-    "torchao": ("torchao", "torchao"),
-    "vptq": ("vptq", "vptq"),
-}
-"""Method -> module that transformers needs to load it, and what ``pip install`` takes."""
 
 _CODES = (".qweight", ".weight_packed", "_blocks", ".weight_q", ".codes")
 _SCALES = re.compile(
@@ -69,6 +50,16 @@ class Quantisation:
     bits: int
     stored: bool
 
+    @property
+    def ignored(self) -> bool:
+        """Whether a config announces codes over plain weights, and transformers loads it all the
+        same.
+
+        It does for ``mxfp4`` (left in the configs of fine-tuned gpt-oss models) and for methods
+        that it does not know, such as modelopt's.
+        """
+        return not self.stored and (self.method == "mxfp4" or not is_known(self.method))
+
     def numel(self, entry: TensorEntry) -> int:
         """Return how many parameters of the model a stored tensor holds."""
         if not self.stored:
@@ -81,11 +72,17 @@ class Quantisation:
         )
 
 
-def quantisation_of(reader: CheckpointReader) -> Quantisation | None:
-    """Return how a checkpoint is quantised; None for one with plain weights and no word of it."""
-    settings = _settings(reader)
-    # Buffers are left out: old GPT-2 files keep their causal mask as bytes.
-    codes = [e for e in map(reader.entry, reader.parameter_names) if _is_code(e)]
+def quantisation_of(
+    folder: Path, config: Mapping[str, Any], parameters: Iterable[TensorEntry]
+) -> Quantisation | None:
+    """Return how a checkpoint is quantised; None if neither its files nor its tensors say so.
+
+    Args:
+        parameters: the stored tensors without buffers: old GPT-2 files keep their causal mask as
+            bytes.
+    """
+    settings = _settings(folder, config)
+    codes = [entry for entry in parameters if _is_code(entry)]
     if settings is None and not codes:
         return None
     settings = settings or {}
@@ -97,76 +94,11 @@ def quantisation_of(reader: CheckpointReader) -> Quantisation | None:
     return Quantisation(method, _bits(settings, codes), bool(codes))
 
 
-def is_ignored(found: Quantisation) -> bool:
-    """Whether a config announces codes over plain weights, and transformers loads these as such.
-
-    It does for ``mxfp4`` (left in the configs of fine-tuned gpt-oss models) and for methods that it
-    does not know, such as modelopt's.
-    """
-    return not found.stored and (found.method == "mxfp4" or not _is_known(found.method))
-
-
-def refuse_quantised(reader: CheckpointReader, what: str) -> None:
-    """Refuse a checkpoint whose weights must not be used without their scales.
-
-    Args:
-        what: what would go wrong: ``the streamed scan reads the weights``.
-
-    Raises:
-        CheckpointError: it is quantised, or its config says so and its weights are plain.
-    """
-    found = quantisation_of(reader)
-    if found is None:
-        return
-    if found.stored:
-        raise CheckpointError(
-            f"{reader.folder} is quantised ({found.method}), and {what}: this is not supported; "
-            "give the model without quantisation. (Recipes that only drop layers by their place, "
-            "such as first_layers and last_layers, accept it.)"
-        )
-    if not is_ignored(found):
-        raise CheckpointError(
-            f"The config of {reader.folder} says quant_method '{found.method}', and its weights "
-            "are not quantised; remove quantization_config from config.json."
-        )
-
-
-def require_package(pretrained: str | Path) -> None:
-    """Refuse a quantised checkpoint that transformers cannot load here.
-
-    Args:
-        pretrained: folder; a name on the hub is left to transformers.
-
-    Raises:
-        MissingDependencyError: the package that reads it is not installed; with the pip line.
-        CheckpointError: transformers would read its codes as weights.
-    """
-    from streamline_bench.core.checkpoint.reader import CheckpointReader
-
-    folder = Path(pretrained)
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        return
-    found = quantisation_of(CheckpointReader(folder))
-    if found is None:
-        return
-    if found.stored and not _is_known(found.method):
-        raise CheckpointError(
-            f"{folder} is quantised ({found.method}), which transformers does not read: it "
-            "would use the codes as weights; evaluate it with --model streamline-vllm, or give "
-            "the model without quantisation."
-        )
-    module, pip = _PACKAGES.get(found.method, ("", ""))
-    if module and not _is_installed(module):
-        raise MissingDependencyError(
-            f"{folder} is quantised ({found.method}), and the package that reads it is not "
-            f"installed; run: pip install {pip}."
-        )
-
-
 def renumbered(settings: Any, keep: Sequence[int]) -> Any:
     """Return quantisation settings for a model with only the layers in ``keep``.
 
-    Names of modules, in lists and as keys, follow their layers; those of removed layers go.
+    Names of modules, in lists and as keys, follow their layers. Those of removed layers are left
+    out.
 
     Args:
         settings: ``quantization_config`` or any part of it.
@@ -199,21 +131,21 @@ def _renamed(name: str, keep: Sequence[int]) -> str | None:
     return f"{name[: found.end('before')]}{number}{name[found.start('after') :]}"
 
 
-def _settings(reader: CheckpointReader) -> Mapping[str, Any] | None:
+def _settings(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What the files say: the config's entry, an older spelling of it, or modelopt's own file."""
-    text = reader.config.get("text_config")
-    for config in (reader.config, text if isinstance(text, Mapping) else {}):
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
         for key in ("quantization_config", "compression_config"):
-            if isinstance(config.get(key), Mapping) and config[key]:
-                return dict(config[key])
-    path = reader.folder / MODELOPT_NAME
+            if isinstance(part.get(key), Mapping) and part[key]:
+                return dict(part[key])
+    path = folder / MODELOPT_NAME
     if not path.is_file():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["quantization"]
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path} is not readable; download it again.") from None
-    # transformers does not look at this file; plain weights beside it are plain weights.
+    # transformers does not look at this file; so that plain weights stay plain.
     return found if isinstance(found, Mapping) and found.get("quant_algo") else None
 
 
@@ -237,16 +169,11 @@ def _bits(settings: Mapping[str, Any], codes: Sequence[TensorEntry]) -> int:
     return 8 if not codes or codes[0].dtype.startswith("F8") or codes[0].dtype == "I8" else 4
 
 
-def _is_known(method: str) -> bool:
+@cache
+def is_known(method: str) -> bool:
+    """Whether transformers knows a quantisation method."""
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     return method in {
         name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZER_MAPPING
     }
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a parent package
-        return False

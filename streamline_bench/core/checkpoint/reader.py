@@ -1,22 +1,18 @@
 """Reads checkpoints: single tensors without loading the rest, and hashes that name the content.
 
-The safetensors library maps the files and checks their headers (sizes, overlaps, lengths). What it
-cannot know is checked here: that the shards hold what the index promises, each tensor once.
+The safetensors library maps the files. Whether they hold what the index promises is checked when
+they are opened (:func:`.folder.read_entries`).
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import logging
 import os
 from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,59 +20,28 @@ from tqdm import tqdm
 
 from streamline_bench.core.architecture import Architecture, architecture_of, config_entry
 from streamline_bench.core.checkpoint.folder import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    find_shards,
-    is_confined,
+    TensorEntry,
+    open_shard,
     read_config,
-    read_index,
+    read_entries,
 )
-from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.checkpoint.quantization import Quantisation, quantisation_of
+from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.machine.environment import user_cache
 from streamline_bench.errors import (
     ArchitectureError,
     CheckpointError,
     NumericsError,
     OutputError,
-    first_line,
+    library_errors,
 )
 
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
-
-_ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
-    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4,
-    "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
-"""Bytes per element of the dtypes that are read; packed four- and six-bit ones are refused."""
-
 _NOTES = {"_name_or_path", "transformers_version", "use_cache", "_commit_hash"}
 _FINITE_PIECE = 1 << 23
 """Elements that are checked for NaN at a time."""
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One stored tensor: its file ``shard``, dtype as safetensors spells it, and shape."""
-
-    name: str
-    shard: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.numel * _ITEM_BYTES[self.dtype]
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
 
 
 class CheckpointReader:
@@ -95,10 +60,9 @@ class CheckpointReader:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.config = read_config(self.folder)
-        self.entries = _read_entries(self.folder)
+        self.entries = read_entries(self.folder)
         self._sizes = {e.shard: e.shard.stat().st_size for e in self.entries.values()}
         self._open: dict[Path, Any] = {}
-        self._plain = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -128,13 +92,35 @@ class CheckpointReader:
         self.refuse_quantised("its weights would be read without their scales")
         return self.stored(name)
 
-    def refuse_quantised(self, what: str) -> None:
-        """See :func:`.quantization.refuse_quantised`; what is not quantised is asked once."""
-        if not self._plain:
-            from streamline_bench.core.checkpoint.quantization import refuse_quantised
+    @cached_property
+    def quantisation(self) -> Quantisation | None:
+        """How the weights are quantised; None for plain weights."""
+        parameters = [self.entries[name] for name in self.parameter_names]
+        return quantisation_of(self.folder, self.config, parameters)
 
-            refuse_quantised(self, what)
-            self._plain = True
+    def refuse_quantised(self, what: str) -> None:
+        """Refuse a checkpoint whose weights must not be used without their scales.
+
+        Args:
+            what: what would go wrong: ``the streamed scan reads the weights``.
+
+        Raises:
+            CheckpointError: it is quantised, or its config says so and its weights are plain.
+        """
+        found = self.quantisation
+        if found is None:
+            return
+        if found.stored:
+            raise CheckpointError(
+                f"{self.folder} is quantised ({found.method}), and {what}: this is not supported; "
+                "give the model without quantisation. (Recipes that only drop layers by their "
+                "place, such as first_layers and last_layers, accept it.)"
+            )
+        if not found.ignored:
+            raise CheckpointError(
+                f"The config of {self.folder} says quant_method '{found.method}', and its weights "
+                "are not quantised; remove quantization_config from config.json."
+            )
 
     def stored(self, name: str) -> torch.Tensor:
         """Return what :meth:`tensor` returns, also of a quantised checkpoint: its codes."""
@@ -146,18 +132,17 @@ class CheckpointReader:
                 "was read; start again with files that nobody changes."
             )
         if entry.shard not in self._open:
-            self._open[entry.shard] = _opened(entry.shard, "pt")
-        try:
+            self._open[entry.shard] = open_shard(entry.shard, "pt")
+        with library_errors(
+            f"{entry.shard}: tensor '{name}' of dtype {entry.dtype} cannot be read",
+            "upgrade torch, or download the file again",
+            CheckpointError,
+        ):
             tensor: torch.Tensor = self._open[entry.shard].get_tensor(name)
-        except AttributeError:
-            raise CheckpointError(
-                f"Tensor '{name}' has dtype {entry.dtype}, which this torch does not know; upgrade "
-                "torch."
-            ) from None
         return tensor
 
     def release(self) -> None:
-        """Let go of the mapped files; the pages of a tensor stay as long as the tensor."""
+        """Close the mapped files; the pages of a tensor stay as long as the tensor."""
         self._open.clear()
 
     @cached_property
@@ -168,9 +153,7 @@ class CheckpointReader:
     @cached_property
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of the model by name of the tensor that holds them, packed ones unpacked."""
-        from streamline_bench.core.checkpoint.quantization import quantisation_of
-
-        found = quantisation_of(self)
+        found = self.quantisation
         entries = (self.entries[name] for name in self.parameter_names)
         return {e.name: e.numel if found is None else found.numel(e) for e in entries}
 
@@ -242,8 +225,9 @@ class CheckpointReader:
         for entry in self.entries.values():
             shards[entry.shard].append(entry)
         digests: dict[str, str] = {}
+        total = sum(entry.nbytes for entry in self.entries.values())
         with (
-            self._bar("Hashing weights", list(self.entries.values()), progress) as bar,
+            byte_bar("Hashing weights", total, progress) as bar,
             ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
         ):
             for path, entries in shards.items():
@@ -259,7 +243,8 @@ class CheckpointReader:
         import torch
 
         floating = [e for e in self.entries.values() if "F" in e.dtype]
-        with self._bar("Checking weights", floating, progress) as bar:
+        total = sum(entry.nbytes for entry in floating)
+        with byte_bar("Checking weights", total, progress) as bar:
             for entry in floating:
                 for piece in self.stored(entry.name).reshape(-1).split(_FINITE_PIECE):  # type: ignore[no-untyped-call]
                     # One byte formats have no isfinite of their own.
@@ -270,12 +255,6 @@ class CheckpointReader:
                             "sound checkpoint."
                         )
                     bar.update(piece.nbytes)
-
-    def _bar(self, what: str, entries: list[TensorEntry], progress: bool) -> tqdm[Any]:
-        total = sum(entry.nbytes for entry in entries)
-        return tqdm(
-            total=total, unit="B", unit_scale=True, desc=what, delay=2, disable=not progress
-        )
 
     def _shard_digests(
         self, path: Path, entries: list[TensorEntry], pool: ThreadPoolExecutor, bar: tqdm[Any]
@@ -295,99 +274,17 @@ class CheckpointReader:
         return digests
 
 
+def byte_bar(what: str, total: int, progress: bool) -> tqdm[Any]:
+    """Return a progress bar in bytes."""
+    return tqdm(total=total, unit="B", unit_scale=True, desc=what, delay=2, disable=not progress)
+
+
 def config_digest(config: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of a config as canonical JSON, without notes such as the writer's version."""
     kept = {key: value for key, value in config.items() if key not in _NOTES}
     if "torch_dtype" in kept:  # the older spelling
         kept.setdefault("dtype", kept.pop("torch_dtype"))
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Return the tensors of one safetensors file, by name, in the order of their bytes.
-
-    Raises:
-        CheckpointError: the file is truncated, its header is damaged, or a dtype is not supported.
-    """
-    with _opened(path, "np") as file:  # which loads no torch
-        slices = {name: file.get_slice(name) for name in file.offset_keys()}
-        entries = {
-            name: TensorEntry(name, path, part.get_dtype(), tuple(part.get_shape()))
-            for name, part in slices.items()
-        }
-    for entry in entries.values():
-        if entry.dtype not in _ITEM_BYTES:
-            raise CheckpointError(
-                f"{path}: tensor '{entry.name}' has dtype {entry.dtype}, which is not supported; "
-                "convert it to one of " + ", ".join(_ITEM_BYTES) + "."
-            )
-    return entries
-
-
-def _opened(path: Path, framework: str) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework)
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size if path.is_file() else 0
-        raise CheckpointError(
-            f"{path} ({size} bytes) cannot be read ({first_line(error)}); it is truncated or "
-            "damaged: download it again."
-        ) from None
-
-
-def _read_entries(folder: Path) -> dict[str, TensorEntry]:
-    entries: dict[str, TensorEntry] = {}
-    for shard, expected in find_shards(folder).items():
-        path = folder / shard
-        _check_shard(folder, path)
-        found = read_header(path)
-        missing = sorted(set(expected or ()) - found.keys())
-        if missing:
-            raise CheckpointError(
-                f"{path} lacks tensor '{missing[0]}', which {INDEX_NAME} places there; "
-                "download it again."
-            )
-        double = sorted(found.keys() & entries.keys())
-        if double:
-            raise CheckpointError(
-                f"{path} holds tensor '{double[0]}', which another shard holds too; "
-                "download it again."
-            )
-        entries.update(found)
-    if (folder / SINGLE_NAME).is_file() and (folder / INDEX_NAME).is_file():
-        _leave_shards_out(folder, frozenset(entries))
-    return entries
-
-
-@functools.cache
-def _leave_shards_out(folder: Path, read: frozenset[str]) -> None:
-    """Of two sets of weights the single file is read, as transformers does; said once."""
-    shards = read_index(folder / INDEX_NAME)
-    differing = sorted(read ^ {name for names in shards.values() for name in names or ()})
-    if differing:
-        raise CheckpointError(
-            f"{folder} holds {SINGLE_NAME} and {INDEX_NAME}, and only one of them has tensor "
-            f"'{differing[0]}'; remove the one that is not of this model, with its files."
-        )
-    log.warning(
-        "%s holds its weights twice: %s is read, and %s with its %d files is left out.",
-        folder,
-        SINGLE_NAME,
-        INDEX_NAME,
-        len(shards),
-    )
-
-
-def _check_shard(folder: Path, path: Path) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: {INDEX_NAME} lists it; download it again.")
-    if not is_confined(folder, path):
-        raise CheckpointError(
-            f"{path} is a link to {path.resolve()}, outside the model's folder; "
-            "copy the file itself into the folder."
-        )
 
 
 def _identity(path: Path) -> list[str | int]:

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from streamline_bench.core.architecture import Architecture
 from streamline_bench.core.checkpoint.folder import INDEX_NAME, SINGLE_NAME, is_confined
-from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.core.files.staging import sync_path
-from streamline_bench.errors import CheckpointError, OutputError
+from streamline_bench.core.checkpoint.reader import CheckpointReader, byte_bar
+from streamline_bench.core.files import sync_path
+from streamline_bench.errors import CheckpointError, OutputError, library_errors
 
 if TYPE_CHECKING:
     import torch
@@ -131,12 +131,14 @@ def compose(
     names: Mapping[str, str],
     extra: Mapping[str, torch.Tensor] | None = None,
     max_shard_bytes: float = 5e9,
-    copy_files: bool = True,
     progress: bool = True,
 ) -> None:
     """Write a checkpoint into an existing folder; when it returns, every file is on disk.
 
-    The files appear one by one: build in a folder of :func:`.staging.staged_output`.
+    Tokenizer, generation config, chat templates, licence and the like are copied
+    (:func:`copied_files`).
+
+    The files appear one by one: build in a folder of :func:`.files.staged_output`.
 
     Args:
         reader: the source checkpoint.
@@ -146,8 +148,6 @@ def compose(
         extra: new tensors; their names must not be in ``names``. At most ``max_shard_bytes`` of
             them are held where they are :class:`LazyTensors`.
         max_shard_bytes: size at which a new shard begins.
-        copy_files: copy tokenizer, generation config, chat templates, licence and the like
-            (see :func:`copied_files`).
 
     Raises:
         CheckpointError: a named tensor is not in the source, or a source file changes meanwhile.
@@ -161,16 +161,12 @@ def compose(
     order = {name: number for number, name in enumerate(reader.names)}
     copied = sorted(names.items(), key=lambda item: order[item[1]])
     tensors = chain(((new, reader.stored(old)) for new, old in copied), extra.items())
-    bar = tqdm(
-        total=total, unit="B", unit_scale=True, desc="Writing weights", delay=2,
-        disable=not progress,
-    )  # fmt: skip
+    bar = byte_bar("Writing weights", total, progress)
     try:
         _write_json(output_folder / "config.json", dict(config))
         with bar:
             _write_shards(output_folder, _shards(tensors, max_shard_bytes), bar)
-        if copy_files:
-            _copy(reader.folder, output_folder)
+        _copy(reader.folder, output_folder)
         sync_path(output_folder)
     except OSError as error:
         raise OutputError(
@@ -180,7 +176,7 @@ def compose(
 
 
 def copied_files(folder: Path) -> list[Path]:
-    """Return the files that go along with the weights, relative to ``folder``.
+    """Return the files that are copied with the weights, relative to ``folder``.
 
     All small files of the folder itself and its chat templates, without those in ``NOT_COPIED``.
 
@@ -257,14 +253,15 @@ def _write_shards(folder: Path, shards: Iterable[dict[str, torch.Tensor]], bar: 
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    try:
+    with library_errors(
+        f"Output {path.parent} cannot be written",
+        "free space or give another --output",
+        OutputError,
+    ):
         # transformers refuses files that do not say which framework's layout they have.
         save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

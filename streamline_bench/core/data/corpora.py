@@ -89,7 +89,7 @@ PRESETS: dict[str, CorpusPreset] = {
             "RedPajamaGithub": 0.008,
         },
         reference="LLM-Streamline (arXiv 2403.19135), the domain mix of its released code",
-    ),
+    )
 }
 
 

@@ -1,4 +1,4 @@
-"""Where this runs: torch devices, package versions, the user's cache, text for a terminal."""
+"""This installation and the machine it runs on: data folders, devices, versions, the cache."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from streamline_bench.errors import RecipeError
+from streamline_bench.errors import InstallationError, RecipeError
 from streamline_bench.version import __version__
 
+BUNDLED = "bundled"
+"""Names the bundled model wherever a model is asked for."""
+
+_PACKAGE = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "lm_eval")
 _KNOWN = ("cpu", "cuda", "mps", "xpu")
 
@@ -73,3 +77,30 @@ def user_cache() -> Path:
 def printable(value: object, *, keep: str = "") -> str:
     """Return the text with every character that is neither printable nor in ``keep`` as U+FFFD."""
     return "".join(c if c.isprintable() or c in keep else "\ufffd" for c in str(value))
+
+
+def resource(name: str) -> Path:
+    """Return the folder ``baselines``, ``tasks`` or ``reports``.
+
+    A wheel carries them as ``streamline_bench/_data/<name>``; in a checkout they lie next to
+    the package.
+
+    Raises:
+        InstallationError: the installation is incomplete.
+    """
+    for folder in (_PACKAGE / "_data" / name, _PACKAGE.parent / name):
+        if folder.is_dir():
+            return folder
+    raise InstallationError(
+        f"The data folder '{name}' of streamline-bench is missing; reinstall the package."
+    )
+
+
+def is_bundled(name: object) -> bool:
+    """Whether a model's name stands for the bundled one; a folder of that name comes first."""
+    return str(name) == BUNDLED and not Path(BUNDLED).is_dir()
+
+
+def bundled_model() -> Path:
+    """Return the folder of the bundled model (safetensors, config, tokenizer, calibration text)."""
+    return _PACKAGE / "demo" / "model"

@@ -24,35 +24,19 @@ from streamline_bench.errors import RecipeError
 
 _COMMON = {"epochs": 1, "lr": 2e-4, "weight_decay": 1e-3, "max_grad_norm": 5.0}
 
+# fmt: off
 TRAINING_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper_mse": {
-        **_COMMON,
-        "objective": "mse",
-        "batch_size": 8,
-        "gradient_accumulation": 16,
-        "min_lr_ratio": 0.25,
-        "warmup_ratio": 0.01,
-        "betas": (0.9, 0.999),
+        **_COMMON, "objective": "mse", "batch_size": 8, "gradient_accumulation": 16,
+        "min_lr_ratio": 0.25, "warmup_ratio": 0.01, "betas": (0.9, 0.999),
     },
     "paper_lm": {
-        **_COMMON,
-        "objective": "lm",
-        "batch_size": 8,
-        "gradient_accumulation": 16,
-        "min_lr_ratio": 0.25,
-        "warmup_ratio": 0.01,
-        "betas": (0.9, 0.95),
-        "autocast": "bf16",
+        **_COMMON, "objective": "lm", "batch_size": 8, "gradient_accumulation": 16,
+        "min_lr_ratio": 0.25, "warmup_ratio": 0.01, "betas": (0.9, 0.95), "autocast": "bf16",
     },
     "paper_memory_efficient": {
-        **_COMMON,
-        "objective": "mse",
-        "batch_size": 32,
-        "gradient_accumulation": 2,
-        "min_lr_ratio": 0.025,
-        "warmup_ratio": 0.03,
-        "betas": (0.9, 0.95),
-        "autocast": "bf16",
+        **_COMMON, "objective": "mse", "batch_size": 32, "gradient_accumulation": 2,
+        "min_lr_ratio": 0.025, "warmup_ratio": 0.03, "betas": (0.9, 0.95), "autocast": "bf16",
     },
 }
 
@@ -61,16 +45,9 @@ _ALPACA_ROWS, _ALPACA_VALIDATION = 51_760, 2_000
 _ALPACA: Mapping[str, Any] = {
     "objective": "lm",
     "data": {"source": "yahma/alpaca-cleaned", "form": "instruction", "sequence_length": 256},
-    "epochs": 2,
-    "batch_size": 4,
-    "gradient_accumulation": 16,
-    "warmup_steps": 100,
-    "decay": "linear",
-    "min_lr_ratio": 0.0,
-    "weight_decay": 0.0,
-    "max_grad_norm": 1.0,
-    "autocast": "bf16",
-    "validation_share": _ALPACA_VALIDATION / _ALPACA_ROWS,
+    "epochs": 2, "batch_size": 4, "gradient_accumulation": 16, "warmup_steps": 100,
+    "decay": "linear", "min_lr_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0,
+    "autocast": "bf16", "validation_share": _ALPACA_VALIDATION / _ALPACA_ROWS,
 }
 
 _LORA: Mapping[str, Any] = {"kind": "lora", "rank": 8, "alpha": 16, "dropout": 0.05}
@@ -81,28 +58,18 @@ RECOVERY_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "last_layers_lora": {**_LORA, "training": {**_ALPACA, "lr": 1e-5}},
     "last_layers_lora_1e-4": {**_LORA, "training": {**_ALPACA, "lr": 1e-4}},
     "slicegpt": {
-        "kind": "lora",
-        "rank": 32,
-        "alpha": 10,
-        "dropout": 0.05,
+        "kind": "lora", "rank": 32, "alpha": 10, "dropout": 0.05,
         "targets": ("q", "k", "v", "o", "gate", "up", "down"),
         "training": {
             "objective": "lm",
             "data": {"source": "tatsu-lab/alpaca", "sequence_length": 1024, "samples": 8_128},
-            "epochs": 1,
-            "batch_size": 3,
-            "lr": 2e-4,
-            "warmup_steps": 400,
-            "decay": "linear",
-            "min_lr_ratio": 0.0,
-            "weight_decay": 1e-2,
-            "betas": (0.9, 0.95),
-            "max_grad_norm": 1.0,
-            "autocast": "bf16",
-            "validation_share": 128 / 8_128,
+            "epochs": 1, "batch_size": 3, "lr": 2e-4, "warmup_steps": 400, "decay": "linear",
+            "min_lr_ratio": 0.0, "weight_decay": 1e-2, "betas": (0.9, 0.95), "max_grad_norm": 1.0,
+            "autocast": "bf16", "validation_share": 128 / 8_128,
         },
     },
 }
+# fmt: on
 
 
 def preset_values(name: str) -> Mapping[str, Any]:
@@ -111,12 +78,7 @@ def preset_values(name: str) -> Mapping[str, Any]:
     Raises:
         RecipeError: there is no such preset.
     """
-    if name not in TRAINING_PRESETS:
-        raise RecipeError(
-            f"Unknown training preset '{name}'{suggest(name, TRAINING_PRESETS) or ';'} "
-            f"known presets: {', '.join(TRAINING_PRESETS)}."
-        )
-    return TRAINING_PRESETS[name]
+    return _preset("training", name, TRAINING_PRESETS)
 
 
 def with_preset(payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,15 +88,16 @@ def with_preset(payload: Mapping[str, Any]) -> dict[str, Any]:
         RecipeError: there is no such preset.
     """
     name = payload.get("preset")
-    if name is None:
-        return dict(payload)
-    if name not in RECOVERY_PRESETS:
-        known = ", ".join(RECOVERY_PRESETS)
+    return _merged({} if name is None else _preset("recovery", name, RECOVERY_PRESETS), payload)
+
+
+def _preset(kind: str, name: Any, known: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    if name not in known:
         raise RecipeError(
-            f"Recovery preset '{name}' is unknown{suggest(str(name), RECOVERY_PRESETS)} "
-            f"(known: {known})."
+            f"Unknown {kind} preset '{name}'{suggest(str(name), known) or ';'} "
+            f"known presets: {', '.join(known)}."
         )
-    return _merged(RECOVERY_PRESETS[name], payload)
+    return known[name]
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class CalibrationSpec(Frozen):
 
     ``packing`` says what a packed sequence begins with where the tokenizer puts a BOS token in
     front of texts: ``bos``: each one with BOS, as the model has seen texts in its training;
-    ``stream``: with whatever token follows the cut, as most reference implementations have it.
+    ``stream``: with the token that follows the cut, as in most reference implementations.
     """
 
     source: str = "auto"
@@ -94,7 +94,7 @@ class TrainingSpec(Frozen):
 
 
 ProjectionRole = Literal["q", "k", "v", "o", "gate", "up", "down"]
-"""A projection of a decoder layer, whatever a family calls it; fused ones count for each part."""
+"""A projection of a decoder layer in any family; fused ones count for each part."""
 
 
 class RecoverySpec(Frozen):
@@ -212,6 +212,19 @@ class Recipe(Frozen):
         if self.recovery is not None:
             specs.append(self.recovery.training.data)
         return tuple(spec.source for spec in specs)
+
+    @property
+    def recovery_data(self) -> CalibrationSpec | None:
+        """The data that the recovery trains on; None if there is no recovery.
+
+        The source ``auto`` of texts stands for the calibration source.
+        """
+        if self.recovery is None:
+            return None
+        data = self.recovery.training.data
+        if data.source == "auto" and data.form != "instruction":
+            return data.model_copy(update={"source": self.calibration.source})
+        return data
 
     def decisive(self) -> dict[str, Any]:
         """Return everything that decides the result as JSON; titles and citations do not."""

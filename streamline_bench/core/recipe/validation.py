@@ -47,7 +47,7 @@ def wrong_value(error: ValidationError, schema: type[BaseModel], within: str = "
         parent = where.rpartition(".")[0]
         return f"unknown key '{where}'{suggest_or_list(str(path[-1]), known, parent)}"
     reason = problem["msg"].removeprefix(_OWN)
-    # Of values that do not go together, the sentence names what it is about.
+    # A sentence about values that contradict each other names them itself.
     return f"'{where}' is {problem.get('input')!r}: {reason}." if path else f"{reason}."
 
 

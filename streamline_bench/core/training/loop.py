@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.recipe.schema import TrainingSpec
 from streamline_bench.core.training.block import Batch, StateSource, Student, make_batch
 from streamline_bench.core.training.state import (

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from streamline_bench.core.files.staging import sync_path
+from streamline_bench.core.files import sync_path
 from streamline_bench.core.recipe.schema import TrainingSpec
 from streamline_bench.errors import CheckpointError, OutputError, library_errors
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamline_bench.core.machine.environment import resource
 from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import EvaluationError
 from streamline_bench.harness.tasks.task_names import refuse_unknown
-from streamline_bench.resources import resource
 
 _PATTERN = frozenset("*?[")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from streamline_bench.core.checkpoint.manifest import file_sha256, update_digest
+from streamline_bench.core.checkpoint.folder import file_sha256, update_digest
 from streamline_bench.errors import EvaluationError
 
 _VARIABLE = "STREAMLINE_BENCH_DATA"

@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.core.checkpoint.manifest import update_digest
+from streamline_bench.core.checkpoint.folder import update_digest
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.core.files.staging import atomic_write_text, staged_output
+from streamline_bench.core.files import atomic_write_text, staged_output
 from streamline_bench.errors import EvaluationError, OutputError
 from streamline_bench.harness.bridge import MODEL_NAME
 from streamline_bench.harness.tasks.asked_tasks import task_folders

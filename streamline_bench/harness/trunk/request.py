@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.recipe.validation import first_problem
 from streamline_bench.errors import RecipeError

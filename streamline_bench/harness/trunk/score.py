@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.files import atomic_write_text
 from streamline_bench.errors import (
     ArchitectureError,
     EvaluationError,

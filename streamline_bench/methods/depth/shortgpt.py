@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
-from streamline_bench.core.scan.similarity import LastState
+from streamline_bench.core.similarity import LastState
 from streamline_bench.methods.base import Compression
 from streamline_bench.methods.tools.layer_removal import ProtectedEnds, RankedLayers, scan_once
 

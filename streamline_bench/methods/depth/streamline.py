@@ -19,10 +19,9 @@ from pydantic import BaseModel
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.checkpoint.writer import layer_names, layers_prefix
 from streamline_bench.core.recipe.schema import Recipe
-from streamline_bench.core.scan.similarity import Block
-from streamline_bench.core.surgery.layers import block_keep, pruned_config
-from streamline_bench.core.surgery.replacement import network_parameters
-from streamline_bench.core.surgery.sparsity import SizePlan, of_layers
+from streamline_bench.core.replacement import network_parameters
+from streamline_bench.core.similarity import Block
+from streamline_bench.core.surgery import SizePlan, block_keep, of_layers, pruned_config
 from streamline_bench.core.training import TrainingResult, train_replacement
 from streamline_bench.errors import NumericsError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel
 
 from streamline_bench.core.recipe.schema import Frozen
-from streamline_bench.core.scan.similarity import LastState
+from streamline_bench.core.similarity import LastState
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.layer_removal import drop_layers, scan_once, size_plan

@@ -25,14 +25,14 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from streamline_bench.core.architecture import architecture_of, decoder_layers, get_submodule
+from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.forward import hidden_of, run_base
 from streamline_bench.core.recipe.schema import Recipe, ReplacementSpec
-from streamline_bench.core.scan.scan import BoundaryRecorder
-from streamline_bench.core.scan.similarity import Block
-from streamline_bench.core.surgery.layers import block_keep, pruned_config
-from streamline_bench.core.surgery.replacement import network_parameters
+from streamline_bench.core.replacement import network_parameters
+from streamline_bench.core.scan import BoundaryRecorder
+from streamline_bench.core.similarity import Block
+from streamline_bench.core.surgery import block_keep, pruned_config
 from streamline_bench.errors import ArchitectureError, NumericsError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.layer_removal import (
@@ -256,7 +256,7 @@ def _mlp_outputs(
         zeros = torch.zeros_like(latest[number])
         return (zeros, *output[1:]) if isinstance(output, tuple) else zeros
 
-    modules = [get_submodule(host, family.mlp or family.down) for host in hosts]
+    modules = [host.get_submodule(family.mlp or family.down) for host in hosts]
     handles = [m.register_forward_hook(partial(hook, i)) for i, m in enumerate(modules)]
     try:
         yield latest

@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.files.mapped_tensors import create_mapped
+from streamline_bench.core.forward import create_mapped
 from streamline_bench.core.recipe.schema import Frozen
-from streamline_bench.core.scan.similarity import Block, LastState
+from streamline_bench.core.similarity import Block, LastState
 from streamline_bench.errors import CalibrationError, NumericsError
 from streamline_bench.methods.base import Compression
 from streamline_bench.methods.maps.boundary_map import (

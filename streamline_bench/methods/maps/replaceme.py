@@ -25,7 +25,6 @@ from streamline_bench.core.architecture import (
     Architecture,
     architecture_of,
     decoder_layers,
-    get_submodule,
 )
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layers_prefix
@@ -178,7 +177,7 @@ def mlp_output_tensors(
     """
     prefix = f"{layers_prefix(reader, family)}.{layer}."
     names = {name[len(prefix) :] for name in reader.names if name.startswith(prefix)}
-    mlp = get_submodule(decoder_layers(model)[layer], family.mlp) if family.experts else None
+    mlp = decoder_layers(model)[layer].get_submodule(family.mlp) if family.experts else None
     experts = mlp._modules.get(family.experts) if mlp is not None else None  # None: a dense layer
     found = _dense(family, names) if experts is None else _mixture(names, experts)
     if not found:

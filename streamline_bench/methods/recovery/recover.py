@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from streamline_bench.core.architecture import Architecture, architecture_of, sequence_limit
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import LazyTensors, layers_prefix
-from streamline_bench.core.files.staging import atomic_write_text
-from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe, RecoverySpec
+from streamline_bench.core.files import atomic_write_text
+from streamline_bench.core.recipe.schema import RecoverySpec
 from streamline_bench.errors import ArchitectureError, NumericsError
 from streamline_bench.methods.base import Compressed, Compression, Method, write_compressed
 
@@ -112,19 +112,6 @@ def _refuse_unstored(job: Compression, spec: RecoverySpec) -> None:
         raise _unstored(lacking[max(lacking)])
 
 
-def recovery_data(recipe: Recipe) -> CalibrationSpec | None:
-    """Return the data that a recipe's recovery trains on; None if there is no recovery.
-
-    The source ``auto`` of texts stands for the calibration source.
-    """
-    if recipe.recovery is None:
-        return None
-    data = recipe.recovery.training.data
-    if data.source == "auto" and data.form != "instruction":
-        return data.model_copy(update={"source": recipe.calibration.source})
-    return data
-
-
 def _compressed(job: Compression, method: Method) -> tuple[CheckpointReader, dict[str, Any]]:
     """Compress into the work folder, or take up what an interrupted attempt left there."""
     folder, described = job.work / "compressed", job.work / "compressed.json"
@@ -145,7 +132,7 @@ def _compressed(job: Compression, method: Method) -> tuple[CheckpointReader, dic
 
 
 def _tokens(job: Compression, spec: RecoverySpec) -> CalibrationTokens:
-    data = recovery_data(job.recipe) or spec.training.data
+    data = job.recipe.recovery_data or spec.training.data
     if data.form != "instruction":
         return job.tokens(data)
     from streamline_bench.methods.recovery.instruction_data import load_instructions

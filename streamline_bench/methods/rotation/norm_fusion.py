@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamline_bench.core.architecture import Architecture, decoder_layers, get_submodule
+from streamline_bench.core.architecture import Architecture, decoder_layers
 from streamline_bench.errors import ArchitectureError
 from streamline_bench.methods.tools.normal_equations import widened
-from streamline_bench.modeling.rotated_layers import (
+from streamline_bench.modeling.rotations import (
     attention_inputs,
     mlp_inputs,
     output_maps,
     replace_norms,
+    require_rotatable,
     rotate_layer_class,
     stream_embeddings,
 )
-from streamline_bench.modeling.rotations import require_rotatable
 
 _PROBES = 4
 _ROUNDING = 16  # units of the dtype's epsilon by which two ways to normalise may differ
@@ -41,7 +41,7 @@ def fuse_norms(model: Any) -> None:
         ArchitectureError: the residual stream of this model cannot be rotated.
     """
     family = require_rotatable(model.config)
-    head: Any = get_submodule(model, family.lm_head)
+    head: Any = model.get_submodule(family.lm_head)
     head.weight = nn.Parameter(head.weight.detach().clone())
     model.config.tie_word_embeddings = False
     norms = list(_norms_and_readers(model, family))
@@ -60,9 +60,9 @@ def fuse_norms(model: Any) -> None:
 
 def _norms_and_readers(model: Any, family: Architecture) -> Iterable[tuple[Any, list[Any]]]:
     for layer in decoder_layers(model):
-        yield get_submodule(layer, family.input_norm), attention_inputs(layer, family)
-        yield get_submodule(layer, family.mlp_norm), mlp_inputs(layer, family)
-    yield get_submodule(model, family.final_norm), [get_submodule(model, family.lm_head)]
+        yield layer.get_submodule(family.input_norm), attention_inputs(layer, family)
+        yield layer.get_submodule(family.mlp_norm), mlp_inputs(layer, family)
+    yield model.get_submodule(family.final_norm), [model.get_submodule(family.lm_head)]
 
 
 def _check_norm(norm: Any, readers: list[Any], family: Architecture) -> None:

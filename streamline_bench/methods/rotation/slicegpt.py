@@ -20,9 +20,9 @@ from torch import Tensor
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.checkpoint.writer import LazyTensors, layer_dtype
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.files.mapped_tensors import BatchStore
+from streamline_bench.core.forward import BatchStore
 from streamline_bench.core.recipe.schema import Recipe
-from streamline_bench.core.surgery.sparsity import model_sizes
+from streamline_bench.core.surgery import model_sizes
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.rotation.norm_fusion import fuse_norms

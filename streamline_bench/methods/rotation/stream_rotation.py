@@ -18,14 +18,13 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from streamline_bench.core.architecture import architecture_of, decoder_layers, get_submodule
+from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.files.mapped_tensors import BatchStore
-from streamline_bench.core.forward import PartialForward
+from streamline_bench.core.forward import BatchStore, PartialForward
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import CalibrationError, NumericsError
 from streamline_bench.methods.tools.normal_equations import widened
-from streamline_bench.modeling.rotated_layers import (
+from streamline_bench.modeling.rotations import (
     attention_inputs,
     mlp_inputs,
     output_maps,
@@ -85,7 +84,7 @@ class StreamRotation:
         self._progress = progress
         self._row = architecture_of(model.config)
         self._layers: list[Any] = list(decoder_layers(model))
-        self._norm: Any = get_submodule(model, self._row.final_norm)
+        self._norm: Any = model.get_submodule(self._row.final_norm)
 
     @torch.no_grad()
     def run(self, width: int, head_width: int) -> None:
@@ -108,7 +107,7 @@ class StreamRotation:
                 is_last = index == len(self._layers) - 1
                 basis = self._mlp(index, basis, head_width if is_last else width)
                 bar.update()
-        _turn_inputs([get_submodule(self._model, self._row.lm_head)], basis)
+        _turn_inputs([self._model.get_submodule(self._row.lm_head)], basis)
 
     def _embed(self, forward: PartialForward, width: int) -> Tensor:
         everything = range(len(self._layers))

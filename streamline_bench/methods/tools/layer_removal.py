@@ -23,10 +23,15 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layer_dtype, layer_names, layers_prefix
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.recipe.schema import Frozen, ReplacementSpec
-from streamline_bench.core.scan.scan import scan
-from streamline_bench.core.scan.similarity import Block, LastState, Metric, Similarity
-from streamline_bench.core.surgery.layers import block_keep, pruned_config
-from streamline_bench.core.surgery.sparsity import SizePlan, layers_for_sparsity, of_layers
+from streamline_bench.core.scan import scan
+from streamline_bench.core.similarity import Block, LastState, Metric, Similarity
+from streamline_bench.core.surgery import (
+    SizePlan,
+    block_keep,
+    layers_for_sparsity,
+    of_layers,
+    pruned_config,
+)
 from streamline_bench.errors import NumericsError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 

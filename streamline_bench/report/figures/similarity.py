@@ -18,7 +18,7 @@ from markupsafe import Markup
 from streamline_bench.report.leaderboard import ScanResult
 
 if TYPE_CHECKING:
-    from streamline_bench.core.scan.similarity import Block, Similarity
+    from streamline_bench.core.similarity import Block, Similarity
 
 Matrix = Sequence[Sequence[float]]
 

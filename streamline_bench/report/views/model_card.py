@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.files import atomic_write_text
 from streamline_bench.errors import OutputError
 from streamline_bench.report.leaderboard import Leaderboard, Row, TaskScore, read_leaderboard
 from streamline_bench.report.provenance import is_hub_id

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from streamline_bench.core.machine.environment import resource
 from streamline_bench.report.leaderboard import Leaderboard, Row, TaskScore
 from streamline_bench.report.text import percent, points, significant
-from streamline_bench.resources import resource
 from streamline_bench.stability.comparison import Estimate, exponentiated, square_and_add
 
 _GUESSING = 0.1

@@ -17,6 +17,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from streamline_bench.core.machine.environment import resource
 from streamline_bench.report.figures.pareto import Axis, pareto, ticks
 from streamline_bench.report.figures.similarity import matrix_svg, named_layers
 from streamline_bench.report.figures.training import curve_svg
@@ -30,7 +31,6 @@ from streamline_bench.report.views.overview import (
     perplexity_ratio,
     ranked,
 )
-from streamline_bench.resources import resource
 from streamline_bench.stability.comparison import Estimate, GroupComparison, Overall, TaskComparison
 
 

@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from streamline_bench.core.checkpoint.manifest import file_sha256
-from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.checkpoint.folder import file_sha256
+from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import OutputError
 from streamline_bench.runs.folder import RunPaths

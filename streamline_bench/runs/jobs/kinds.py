@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from streamline_bench.core.files.staging import atomic_write_text, staged_output
+from streamline_bench.core.files import atomic_write_text, staged_output
 from streamline_bench.errors import CheckpointError
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Job, Result, command_line
@@ -96,7 +96,7 @@ class CompressJob(Job):
 
 def _is_published(output: Path, recipe: Mapping[str, Any], weights: str) -> bool:
     """Whether an attempt was stopped between publishing the checkpoint and saying so."""
-    from streamline_bench.core.checkpoint.manifest import read_manifest, verify_files
+    from streamline_bench.core.checkpoint.folder import read_manifest, verify_files
 
     try:
         manifest = read_manifest(output)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from streamline_bench.core.files.staging import staged_output
+from streamline_bench.core.files import staged_output
 from streamline_bench.errors import EvaluationError
 from streamline_bench.harness.tasks.asked_tasks import task_folders
 from streamline_bench.runs.folder import RunPaths

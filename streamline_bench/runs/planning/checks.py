@@ -144,7 +144,6 @@ def _check_calibration(plan: Plan, folder: Path, todo: Sequence[PlanRow]) -> Non
 def _sources(recipe: Recipe) -> Iterator[CalibrationSpec]:
     """What a recipe reads from: to look at the model, to train a replacement, to recover."""
     from streamline_bench.methods.base import get_method, unread_parts
-    from streamline_bench.methods.recovery.recover import recovery_data
 
     if get_method(recipe.method).reads_calibration(recipe.parameters):
         yield recipe.calibration
@@ -152,9 +151,8 @@ def _sources(recipe: Recipe) -> Iterator[CalibrationSpec]:
         data = recipe.training.data
         own = data.source if data.source != "auto" else recipe.calibration.source
         yield data.model_copy(update={"source": own})
-    recovery = recovery_data(recipe)
-    if recovery is not None:
-        yield recovery
+    if recipe.recovery_data is not None:
+        yield recipe.recovery_data
 
 
 def _size(number: float) -> str:

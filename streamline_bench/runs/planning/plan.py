@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 
-from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.recipe.validation import first_problem
 from streamline_bench.errors import OutputError

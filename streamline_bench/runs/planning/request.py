@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from streamline_bench.core.files.structured import read_yaml_mapping
+from streamline_bench.core.files import read_yaml_mapping
+from streamline_bench.core.machine.environment import resource
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.recipe.validation import suggest, suggest_or_list
 from streamline_bench.errors import RecipeError
-from streamline_bench.resources import resource
 
 ThroughputEngine = Literal["none", "vllm", "hf"]
 NoiseEngine = Literal["vllm"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from streamline_bench.core.checkpoint.manifest import file_sha256
+from streamline_bench.core.checkpoint.folder import file_sha256
 from streamline_bench.core.machine.environment import found_device, known_device, package_versions
 from streamline_bench.core.recipe.validation import wrong_value
 from streamline_bench.errors import RecipeError
@@ -40,8 +40,8 @@ def resolve_plan(request: Request, *, device: str | None = None, progress: bool 
     own = _own_tasks(request)
     refuse_unknown(request.tasks, task_folders(own))
     rows = resolve_rows(request)
-    from streamline_bench.compression.key import content_key
-    from streamline_bench.modeling.source_model import SourceModel
+    from streamline_bench.compression.pipeline import content_key
+    from streamline_bench.modeling.loading import SourceModel
 
     source = SourceModel.find(request.model, request.revision, progress=progress)
     local = Path(request.model).expanduser().is_dir()

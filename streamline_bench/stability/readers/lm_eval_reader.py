@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import Field
 from tqdm import tqdm
 
-from streamline_bench.core.files.structured import read_json
+from streamline_bench.core.files import read_json
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.readers.lm_eval_rows import (
     LogFile,

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from streamline_bench.core.files.structured import read_json
+from streamline_bench.core.files import read_json
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.readers.opencompass_folder import DataSet, Predictions
 from streamline_bench.stability.readers.opencompass_results import (

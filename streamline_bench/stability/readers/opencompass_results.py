@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from streamline_bench.core.files.structured import read_json
+from streamline_bench.core.files import read_json
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.readers.opencompass_rows import Entry
 from streamline_bench.stability.samples import Row, well_formed

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamline_bench.core.checkpoint.reader import read_header
+from streamline_bench.core.checkpoint.folder import read_header
 from streamline_bench.errors import (
     CheckpointError,
 )
@@ -76,7 +76,7 @@ def test_the_header_is_read_without_torch(tmp_path: Path) -> None:
     write_raw(tmp_path / "x.safetensors", {"a": GOOD}, bytes(8))
     code = (
         "import sys; from pathlib import Path\n"
-        "from streamline_bench.core.checkpoint.reader import read_header\n"
+        "from streamline_bench.core.checkpoint.folder import read_header\n"
         "print(read_header(Path(sys.argv[1]))['a'].nbytes, 'torch' in sys.modules)"
     )
     shown = subprocess.run(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from streamline_bench.core.checkpoint.manifest import (
+from streamline_bench.core.checkpoint.folder import (
     Manifest,
     hash_files,
     read_manifest,

@@ -12,15 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from streamline_bench.compression import compress, load_recipe
-from streamline_bench.core.checkpoint.quantization import (
-    quantisation_of,
-    renumbered,
-    require_package,
-)
+from streamline_bench.core.checkpoint.quantization import renumbered
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.core.scan.streaming import streamed_model
+from streamline_bench.core.scan import streamed_model
 from streamline_bench.errors import ArchitectureError, CheckpointError, MissingDependencyError
-from streamline_bench.modeling.loading import load_config, load_model
+from streamline_bench.modeling.loading import load_config, load_model, require_package
 
 EXEMPT = (0, 5)
 NAMES = [f"model.layers.{layer}.mlp.up_proj" for layer in EXEMPT]
@@ -58,17 +54,17 @@ def fp8(plain: Path) -> Path:
 def test_an_fp8_checkpoint_is_recognised_and_counted(
     make_tiny_model: Callable[..., Path], fp8: Path
 ) -> None:
-    found = quantisation_of(CheckpointReader(fp8))
+    found = CheckpointReader(fp8).quantisation
     assert found is not None
     assert (found.method, found.bits, found.stored) == ("fp8", 8, True)
     dense = CheckpointReader(make_tiny_model("llama"))
-    assert quantisation_of(dense) is None
+    assert dense.quantisation is None
     assert CheckpointReader(fp8).num_parameters == dense.num_parameters
     # Without a word in its config, the tensors tell.
     config = json.loads((fp8 / "config.json").read_text())
     del config["quantization_config"]
     (fp8 / "config.json").write_text(json.dumps(config))
-    found = quantisation_of(CheckpointReader(fp8))
+    found = CheckpointReader(fp8).quantisation
     assert found is not None and found.method == "float8"
 
 
@@ -99,7 +95,7 @@ def test_packed_codes_are_counted_as_the_weights_they_hold(
         weights[prefix + name] = torch.zeros(4, 4)
     save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
     reader = CheckpointReader(_say(plain, settings))
-    found = quantisation_of(reader)
+    found = reader.quantisation
     assert found is not None and found.bits == bits
     assert reader.num_parameters == before - gone + parameters
 

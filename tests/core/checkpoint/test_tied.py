@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from streamline_bench.compression import compress, load_recipe
 from streamline_bench.core.architecture import ARCHITECTURES, config_entry
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.core.surgery.sparsity import model_sizes
+from streamline_bench.core.surgery import model_sizes
 from streamline_bench.modeling.loading import load_config, load_model, stored_overrides
 
 HEADS: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = {

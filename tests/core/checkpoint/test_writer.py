@@ -30,7 +30,7 @@ from streamline_bench.core.checkpoint.writer import (
     layer_names,
     layers_prefix,
 )
-from streamline_bench.core.surgery.layers import pruned_config
+from streamline_bench.core.surgery import pruned_config
 from streamline_bench.errors import CheckpointError, OutputError
 
 KEEP = [0, 2, 3, 5]

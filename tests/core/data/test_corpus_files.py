@@ -18,14 +18,14 @@ import pytest
 from click.testing import CliRunner
 
 from streamline_bench.cli.main import cli
-from streamline_bench.compression.key import content_key
+from streamline_bench.compression.pipeline import content_key
 from streamline_bench.compression.recipes import load_recipe
 from streamline_bench.core.data.calibration import load_calibration
 from streamline_bench.core.data.corpora import local_paths, open_documents
 from streamline_bench.core.data.corpus_files import document_text, read_file
 from streamline_bench.core.recipe.schema import CalibrationSpec
 from streamline_bench.errors import CalibrationError
-from streamline_bench.modeling.source_model import SourceModel
+from streamline_bench.modeling.loading import SourceModel
 
 TEXTS = [f'w{i} w{i + 1}, "w{i + 2}"\nw{i}' for i in range(9)]
 RECORDS = [{"text": text, "id": str(i)} for i, text in enumerate(TEXTS)]

@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from streamline_bench.core.files import staging
-from streamline_bench.core.files.staging import atomic_write_bytes, atomic_write_text, staged_output
+from streamline_bench.core import files
+from streamline_bench.core.files import (
+    atomic_write_bytes,
+    atomic_write_text,
+    staged_output,
+)
 from streamline_bench.errors import (
     OutputError,
 )
@@ -48,7 +52,7 @@ def test_overwrite_keeps_the_old_until_the_new_is_whole(
     tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchange:
-        monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(files, "_exchange", lambda first, second: False)
     output = tmp_path / "out"
     output.mkdir()
     (output / "old").write_text("old")
@@ -94,7 +98,7 @@ def dead_process() -> int:
 
 def hidden(output: Path, kind: str, process: int, machine: str | None = None) -> Path:
     """Make what a killed process would leave."""
-    where = staging._machine() if machine is None else machine
+    where = files._machine() if machine is None else machine
     leftover = output.parent / f".{output.name}.{kind}-{where}-{process}-0123abcd"
     leftover.mkdir()
     (leftover / "x").write_text("old")
@@ -137,10 +141,10 @@ def test_a_process_of_another_machine_is_left_alone_for_a_week(
 
 
 def test_names_tell_machines_and_containers_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = staging._machine()
-    assert here == staging._machine()
+    here = files._machine()
+    assert here == files._machine()
     monkeypatch.setattr("platform.node", lambda: "elsewhere")
-    assert staging._machine.__wrapped__() != here
+    assert files._machine.__wrapped__() != here
 
 
 def test_a_folder_moved_aside_by_a_killed_overwrite_comes_back(tmp_path: Path) -> None:
@@ -153,7 +157,7 @@ def test_a_folder_moved_aside_by_a_killed_overwrite_comes_back(tmp_path: Path) -
 WRITER = """
 import sys, time
 from pathlib import Path
-from streamline_bench.core.files.staging import staged_output
+from streamline_bench.core.files import staged_output
 
 output = Path(sys.argv[1])
 while True:
@@ -208,7 +212,7 @@ def test_kill_in_the_middle_leaves_no_output(tmp_path: Path, repository: Path) -
     process.stdout.close()
     assert not output.exists()
     (left,) = tmp_path.iterdir()
-    assert left.name.startswith(f".out.partial-{staging._machine()}-{process.pid}-")
+    assert left.name.startswith(f".out.partial-{files._machine()}-{process.pid}-")
 
 
 def test_atomic_write_replaces_whole_files(tmp_path: Path) -> None:
@@ -226,7 +230,7 @@ def test_atomic_write_replaces_whole_files(tmp_path: Path) -> None:
 FILE_WRITER = """
 import sys
 from pathlib import Path
-from streamline_bench.core.files.staging import atomic_write_bytes
+from streamline_bench.core.files import atomic_write_bytes
 
 while True:
     atomic_write_bytes(Path(sys.argv[1]), b"x" * 3_000_000)
@@ -239,7 +243,7 @@ def test_what_a_killed_writer_of_a_file_left_goes_with_the_next_writing(
 ) -> None:
     path = tmp_path / "x"
     dead, alive = (
-        tmp_path / f".x.partial-{staging._machine()}-{process}-0123abcd"
+        tmp_path / f".x.partial-{files._machine()}-{process}-0123abcd"
         for process in (dead_process(), os.getpid())
     )
     for leftover in (dead, alive):
@@ -265,7 +269,7 @@ def test_a_leftover_that_cannot_be_removed_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As another user's in a folder like /tmp."""
-    leftover = tmp_path / f".x.partial-{staging._machine()}-{dead_process()}-0123abcd"
+    leftover = tmp_path / f".x.partial-{files._machine()}-{dead_process()}-0123abcd"
     leftover.write_bytes(b"a part")
     unlink = Path.unlink
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from streamline_bench.core.files.structured import read_yaml_mapping
+from streamline_bench.core.files import read_yaml_mapping
 from streamline_bench.errors import RecipeError
 
 EXPECTED = "a plan: it must hold a mapping"

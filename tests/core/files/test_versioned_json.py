@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError, field_validator
 
-from streamline_bench.core.files.structured import read_json, validated
+from streamline_bench.core.files import read_json, validated
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.recipe.validation import first_problem, wrong_value
 from streamline_bench.errors import SamplesError, first_line

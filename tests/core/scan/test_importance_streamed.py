@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.scan.scan import scan
-from streamline_bench.core.scan.streaming import scan_streamed, streamed_model
+from streamline_bench.core.scan import scan, scan_streamed, streamed_model
 from streamline_bench.errors import CheckpointError
 
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 
+from streamline_bench.core import scan as importance
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.scan import scan as importance
-from streamline_bench.core.scan.scan import scan
-from streamline_bench.core.scan.similarity import Similarity
+from streamline_bench.core.scan import scan
+from streamline_bench.core.similarity import Similarity
 from streamline_bench.errors import CalibrationError, NumericsError, SparsityError
 
 LENGTHS = (11, 3, 9, 1, 11)

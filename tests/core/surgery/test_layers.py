@@ -13,7 +13,7 @@ from surgery_in_memory import keep_layers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
-from streamline_bench.core.surgery.layers import block_keep, check_keep, pruned_config
+from streamline_bench.core.surgery import block_keep, check_keep, pruned_config
 from streamline_bench.errors import ArchitectureError, SparsityError
 
 KEEPS = {"block": [0, 1, 4, 5], "scattered": [0, 2, 3, 5], "head": [2, 3, 4], "single": [3]}

@@ -10,7 +10,7 @@ import torch
 from accelerate import init_empty_weights
 
 from streamline_bench.core.recipe.schema import ReplacementSpec
-from streamline_bench.core.surgery.replacement import (
+from streamline_bench.core.replacement import (
     NETWORK_KINDS,
     build_network,
     network_parameters,

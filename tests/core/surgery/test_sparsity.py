@@ -12,8 +12,7 @@ from transformers import AutoConfig
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.core.surgery.layers import block_keep
-from streamline_bench.core.surgery.sparsity import layers_for_sparsity, model_sizes, of_layers
+from streamline_bench.core.surgery import block_keep, layers_for_sparsity, model_sizes, of_layers
 from streamline_bench.errors import CheckpointError, SparsityError
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {

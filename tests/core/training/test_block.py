@@ -13,7 +13,7 @@ from surgery_in_memory import keep_layers
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.forward import evaluating
 from streamline_bench.core.recipe.schema import ReplacementSpec
-from streamline_bench.core.surgery.layers import block_keep
+from streamline_bench.core.surgery import block_keep
 from streamline_bench.core.training.block import Student, Teacher, make_batch, pruned
 from streamline_bench.core.training.loop import LmObjective, MseObjective
 

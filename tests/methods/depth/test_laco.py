@@ -13,7 +13,7 @@ from surgery_in_memory import keep_layers
 from transformers import AutoModelForCausalLM
 
 from streamline_bench.compression import compress
-from streamline_bench.core.checkpoint.manifest import read_manifest
+from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.depth.laco import mixtures
 from streamline_bench.methods.depth.merge_search import LayerMerger, Merge

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from streamline_bench.compression import compress
 from streamline_bench.core.architecture import decoder_layers
-from streamline_bench.core.checkpoint.manifest import read_manifest
+from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.depth.magnitude import layer_magnitudes

@@ -13,14 +13,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from streamline_bench.compression import compress
-from streamline_bench.core.checkpoint.manifest import read_manifest
+from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.errors import CalibrationError, NumericsError, SparsityError
 from streamline_bench.methods.base import Compression
 from streamline_bench.methods.depth import shortened_llama as shortened_llama_taylor
 from streamline_bench.methods.depth.shortened_llama import taylor_scores
 from streamline_bench.methods.tools import likelihood
-from streamline_bench.modeling.source_model import SourceModel
+from streamline_bench.modeling.loading import SourceModel
 
 
 def _perplexities(work: Compression) -> list[float]:

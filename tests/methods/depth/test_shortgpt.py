@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from streamline_bench.compression import compress
 from streamline_bench.core.architecture import decoder_layers
-from streamline_bench.core.checkpoint.manifest import read_manifest
+from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compression
-from streamline_bench.modeling.source_model import SourceModel
+from streamline_bench.modeling.loading import SourceModel
 
 
 def _brute_force(work: Compression, postnorm: bool) -> list[float]:

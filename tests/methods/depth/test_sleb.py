@@ -14,11 +14,11 @@ from surgery_in_memory import keep_layers
 from transformers import AutoModelForCausalLM
 
 from streamline_bench.compression import compress
-from streamline_bench.core.checkpoint.manifest import read_manifest
+from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compression
 from streamline_bench.methods.depth import sleb
-from streamline_bench.modeling.source_model import SourceModel
+from streamline_bench.modeling.loading import SourceModel
 
 
 def _greedy(work: Compression, n: int) -> tuple[list[int], list[float]]:
@@ -91,8 +91,7 @@ def test_an_interrupted_search_goes_on(
 
 
 def _kept(recipe: Any, folder: Path) -> list[Path]:
-    from streamline_bench.compression.key import content_key
-    from streamline_bench.compression.pipeline import cache_root
+    from streamline_bench.compression.pipeline import cache_root, content_key
 
     return list(
         (cache_root() / "work" / content_key(SourceModel(folder), recipe)).glob("sleb.json")

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.scan.similarity import Block
+from streamline_bench.core.similarity import Block
 from streamline_bench.errors import ArchitectureError
 from streamline_bench.methods.maps.boundary_map import boundary_rows, mlp_scale
 

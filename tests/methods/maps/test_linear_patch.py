@@ -12,7 +12,7 @@ from scipy.linalg import hadamard as sylvester
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamline_bench.compression import compress
-from streamline_bench.core.checkpoint.manifest import read_manifest
+from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.data.calibration import load_calibration
 from streamline_bench.errors import ArchitectureError

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamline_bench.compression import compress
-from streamline_bench.core.checkpoint.manifest import read_manifest
+from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.core.data.calibration import load_calibration
 from streamline_bench.errors import CalibrationError, SparsityError
 from streamline_bench.modeling import register

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from streamline_bench.compression import compress, load_recipe
-from streamline_bench.compression.key import content_key
-from streamline_bench.core.checkpoint.manifest import read_manifest, verify_files
+from streamline_bench.compression.pipeline import content_key
+from streamline_bench.core.checkpoint.folder import read_manifest, verify_files
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.recipe.presets import RECOVERY_PRESETS
 from streamline_bench.core.recipe.schema import Recipe, RecoverySpec, TrainingSpec
@@ -35,7 +35,7 @@ from streamline_bench.errors import (
 from streamline_bench.methods.recovery import training as recovery_training
 from streamline_bench.methods.recovery.training import choose_parameters, train_recovery
 from streamline_bench.modeling import register
-from streamline_bench.modeling.source_model import SourceModel
+from streamline_bench.modeling.loading import SourceModel
 
 IDS = torch.tensor([[1, 5, 9, 40, 22, 7]])
 FAST: dict[str, Any] = {

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.errors import ArchitectureError
 from streamline_bench.methods.rotation.norm_fusion import fuse_norms
-from streamline_bench.modeling.rotated_layers import StreamNorm
+from streamline_bench.modeling.rotations import StreamNorm
 
 IDS = torch.tensor([[1, 5, 9, 40, 22, 7, 81], [1, 77, 3, 3, 60, 12, 11]])
 

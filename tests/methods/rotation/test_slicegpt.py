@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from streamline_bench.compression import compress
-from streamline_bench.core.checkpoint.manifest import read_manifest
+from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.errors import ArchitectureError, CalibrationError, RecipeError, SparsityError
@@ -20,7 +20,7 @@ from streamline_bench.methods.base import Compression
 from streamline_bench.methods.rotation.slicegpt import SlicedSizes, SliceGPT
 from streamline_bench.methods.rotation.stream_rotation import Covariance, PrincipalAxes
 from streamline_bench.modeling import register
-from streamline_bench.modeling.source_model import SourceModel
+from streamline_bench.modeling.loading import SourceModel
 
 LLAMA_2_7B: dict[str, Any] = {}
 LLAMA_2_13B = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from streamline_bench.compression import compress
-from streamline_bench.core.checkpoint.manifest import read_manifest
+from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.methods.tools.layer_removal import is_linear_weight, stored_linear_weights
 

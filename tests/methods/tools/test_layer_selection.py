@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from streamline_bench.core.scan.similarity import Similarity
+from streamline_bench.core.similarity import Similarity
 from streamline_bench.errors import NumericsError, SparsityError
 from streamline_bench.methods.tools.layer_removal import (
     ProtectedEnds,

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from streamline_bench.compression import compress
 from streamline_bench.core.architecture import ARCHITECTURES, architecture_of, decoder_layers
-from streamline_bench.core.checkpoint.manifest import read_manifest
+from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.errors import (

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from streamline_bench.core.scan.similarity import Similarity
+from streamline_bench.core.similarity import Similarity
 from streamline_bench.report.figures.similarity import matrix_svg, named_layers, similarity_svg
 from streamline_bench.report.leaderboard import ScanResult
 

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from streamline_bench.core.checkpoint.manifest import (
+from streamline_bench.core.checkpoint.folder import (
     hash_files,
     read_manifest,
     verify_files,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.core.checkpoint.manifest import file_sha256
+from streamline_bench.core.checkpoint.folder import file_sha256
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import EvaluationError, RecipeError
 from streamline_bench.runs.folder import RunPaths
@@ -78,7 +78,7 @@ def test_a_plan_of_several_rows_reads_each_file_of_the_model_once(
         fingerprints.append(reader.folder)
         return fingerprint(reader, progress)
 
-    monkeypatch.setattr("streamline_bench.modeling.source_model.file_sha256", counted)
+    monkeypatch.setattr("streamline_bench.modeling.loading.file_sha256", counted)
     monkeypatch.setattr(CheckpointReader, "fingerprint", of_weights)
     rows = ["streamline_none", "shortgpt", "sleb", "last_layers", "random_layers"]
     plan = resolve_plan(

@@ -10,6 +10,7 @@ arXiv:2505.02819). Kind ``layer`` is not built here: it is a copy of the model's
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ def build_network(spec: ReplacementSpec, config: Any) -> ReplacementNetwork:
         intermediate_size,
         gated=spec.kind.startswith("swiglu"),
         residual=spec.kind.endswith("_res"),
-        eps=_norm_eps(config),
+        eps=float(_first_entry(config, _EPS_KEYS, _DEFAULT_EPS)),
     )
 
 
@@ -158,20 +159,12 @@ def network_sizes(spec: ReplacementSpec, config: Any) -> tuple[int, int]:
         return hidden, hidden
     if spec.intermediate_size is not None:
         return hidden, spec.intermediate_size
-    return hidden, _mlp_width(config, hidden) if spec.kind.startswith("swiglu") else 4 * hidden
+    if spec.kind.startswith("swiglu"):
+        # Families such as gpt2 mean 4 x hidden by an absent entry.
+        return hidden, int(_first_entry(config, _WIDTH_KEYS, 4 * hidden))
+    return hidden, 4 * hidden
 
 
-def _mlp_width(config: Any, hidden: int) -> int:
-    for key in _WIDTH_KEYS:
-        value = getattr(config, key, None)
-        if value is not None:
-            return int(value)
-    return 4 * hidden  # families such as gpt2 mean this by an absent entry
-
-
-def _norm_eps(config: Any) -> float:
-    for key in _EPS_KEYS:
-        value = getattr(config, key, None)
-        if value is not None:
-            return float(value)
-    return _DEFAULT_EPS
+def _first_entry(config: Any, keys: Iterable[str], default: float) -> float:
+    found = (getattr(config, key, None) for key in keys)
+    return next((value for value in found if value is not None), default)

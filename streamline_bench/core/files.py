@@ -1,6 +1,7 @@
-"""Atomic output: a file or folder appears whole or not at all, also after ``kill -9``.
+"""Files: written whole or not at all, locked while in use, read by their schema.
 
-It is written under a hidden name next to its target (same file system), synced to disk and renamed.
+An output appears whole or not at all, also after ``kill -9``. It is written under a hidden name
+next to its target (same file system), synced to disk and renamed.
 What a killed process leaves is hidden and named after its machine and process id; the next writer
 to the same place on that machine removes it once that process is gone. On a shared file system it
 may as well be at work on another machine (or in another container), where nobody here can see it:
@@ -12,6 +13,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import json
+import logging
 import os
 import platform
 import re
@@ -21,8 +24,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
-from streamline_bench.errors import OutputError
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+
+from streamline_bench.core.recipe.validation import first_problem
+from streamline_bench.errors import OutputError, RecipeError, StreamlineBenchError
+
+log = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+
+Model = TypeVar("Model", bound=BaseModel)
 
 _FOREIGN_AGE = 7 * 24 * 3600
 """Seconds; a compression opens its output before it trains, and may leave it alone for days."""
@@ -125,7 +140,7 @@ def _publish(staging: Path, output: Path, overwrite: bool) -> None:
         if overwrite and output.is_dir():
             _replace(staging, output)
         else:
-            # Fails where another process has made a folder with content meanwhile, as it should.
+            # Fails, rightly, where another process has made a folder with content meanwhile.
             staging.rename(output)
         sync_path(output.parent)
     except OSError as error:
@@ -214,3 +229,179 @@ def _age(path: Path) -> float:
     except OSError:
         return 0.0
     return time.time() - newest
+
+
+def check_usable(folder: Path, claim: str, what: str) -> None:
+    """Refuse a folder that holds something other than a run; it may be missing.
+
+    Args:
+        claim: the file that a run writes first.
+        what: what the folder should be, for the message: ``a run folder``.
+
+    Raises:
+        OutputError: it is a file, cannot be read, or holds something without that file.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder} is not a folder; give another --output.")
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be read ({error.strerror}); give another --output."
+        ) from None
+    # A run that was killed before its claim was written leaves only hidden files.
+    if claim not in names and any(not name.startswith(".") for name in names):
+        raise OutputError(
+            f"{folder} exists and is not {what} (it has no {claim}); give another --output."
+        )
+
+
+class LockHeld(Exception):  # noqa: N818 - callers say what it means
+    """Another process holds the lock."""
+
+
+class LockUnwritable(Exception):  # noqa: N818 - callers say what it means
+    """The lock's file cannot be written, for ``reason``."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@contextmanager
+def file_lock(path: Path, *, patience: float = 0, waiting_for: str = "") -> Iterator[None]:
+    """Hold a lock file; the system frees it when its process ends, however.
+
+    Args:
+        patience: seconds to wait for another process that holds it.
+        waiting_for: what that process does, for the log.
+
+    Raises:
+        LockHeld: another process holds it, for longer than that.
+        LockUnwritable: the file cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if patience:
+                log.info("waiting for another process that %s (%s)", waiting_for, path)
+            lock.acquire(timeout=patience)
+    except Timeout:
+        raise LockHeld from None
+    except (OSError, NotImplementedError) as error:
+        raise LockUnwritable(str(getattr(error, "strerror", None) or error)) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made if it is missing.
+
+    Raises:
+        OutputError: another run holds it (the message says which), or it cannot be written.
+    """
+    with suppress(OSError):  # the lock's file then says why
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with file_lock(folder / LOCK_FILE):
+            _note_holder(folder)
+            yield
+    except LockHeld:
+        raise OutputError(
+            f"Another run is at work in {folder}{_holder(folder)}; wait for it, or give another "
+            "--output."
+        ) from None
+    except LockUnwritable as error:
+        raise OutputError(
+            f"{folder} cannot be written ({error.reason}); give another --output."
+        ) from None
+
+
+def _note_holder(folder: Path) -> None:
+    holder = f"process {os.getpid()} on {platform.node()}\n"
+    atomic_write_text(folder / f"{LOCK_FILE}.holder", holder)
+
+
+def _holder(folder: Path) -> str:
+    try:
+        text = (folder / f"{LOCK_FILE}.holder").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return f" ({text})"
+
+
+def read_json(path: Path, error: type[StreamlineBenchError], advice: str) -> Any:
+    """Return what a file holds.
+
+    Args:
+        error: what to raise.
+        advice: what to do then: ``make the report again``.
+
+    Raises:
+        StreamlineBenchError: ``error``, where the file is missing or is not JSON.
+    """
+    try:
+        # Unlike json, it refuses half a surrogate pair and nesting without end.
+        return from_json(path.read_bytes())
+    except (OSError, ValueError) as failure:
+        raise error(f"{path} cannot be read ({failure}); {advice}.") from None
+
+
+def validated(
+    model: type[Model],
+    payload: Any,
+    origin: str,
+    *,
+    newest: int,
+    error: type[StreamlineBenchError],
+    advice: str,
+) -> Model:
+    """Return what a file holds as a model.
+
+    Args:
+        origin: the file, for the message.
+        newest: the highest ``schema_version`` that is known.
+        error, advice: as for :func:`read_json`.
+
+    Raises:
+        StreamlineBenchError: ``error``, where the version is newer or the content does not follow
+            the schema; the first problem is named.
+    """
+    version = payload.get("schema_version") if isinstance(payload, dict) else None
+    if isinstance(version, int) and version > newest:
+        raise error(
+            f"{origin} has schema version {version}, newer than {newest}; upgrade streamline-bench."
+        )
+    try:
+        return model.model_validate(payload)
+    except ValidationError as failure:
+        raise error(f"{origin}: {first_problem(failure)}; {advice}.") from None
+
+
+def read_yaml_mapping(path: Path, expected: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Args:
+        expected: what the file is and must hold, for the message if it holds something else
+            (``a plan: it must hold a mapping such as 'tasks: [piqa]'``).
+
+    Raises:
+        RecipeError: it cannot be read, is not YAML or holds no mapping.
+    """
+    try:
+        payload = yaml.safe_load(path.read_text(encoding="utf-8"))
+        json.dumps(payload, default=str, skipkeys=True)  # fails if a list holds itself
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise RecipeError(
+            f"{path} cannot be read as YAML ({' '.join(str(error).split())})."
+        ) from None
+    if not isinstance(payload, dict):
+        raise RecipeError(f"{path} is not {expected}.")
+    return payload

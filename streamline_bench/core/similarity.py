@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from streamline_bench.core.files.staging import atomic_write_text
+from streamline_bench.core.files import atomic_write_text
 from streamline_bench.errors import CalibrationError, SparsityError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Block:
     Attributes:
         score: mean cosine (higher is more alike) or mean angular distance (lower is).
         contains_first_layer: layer 0 is in the block; it maps embeddings to the residual stream
-            and removing it often ruins a model whatever the score says.
+            and removing it often ruins a model even at a good score.
     """
 
     start: int

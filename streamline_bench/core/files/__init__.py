@@ -1,1 +1,0 @@
-"""Files and folders: atomic writes, locks, YAML, versioned JSON, the cache."""

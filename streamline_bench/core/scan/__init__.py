@@ -1,1 +1,0 @@
-"""The similarity of hidden states at pairs of layer boundaries."""

@@ -1,1 +1,0 @@
-"""Removing layers, sizes of models, replacement networks."""
