@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +23,7 @@ from streamline_bench.core.architecture import sequence_limit
 from streamline_bench.core.checkpoint.folder import resolve_pretrained
 from streamline_bench.core.data.calibration import blocks_of, leading_bos, require_known_tokens
 from streamline_bench.core.data.corpus_files import document_text, file_kind, read_file
-from streamline_bench.errors import (
-    CalibrationError,
-    ComparisonError,
-    NumericsError,
-    library_errors,
-)
+from streamline_bench.errors import CalibrationError, ComparisonError, NumericsError, library_errors
 from streamline_bench.modeling.loading import load_model, load_tokenizer
 from streamline_bench.stability.comparison import TokenDivergence, exponential
 from streamline_bench.stability.statistics.intervals import mean_per_unit
@@ -40,22 +34,6 @@ _POSITIONS = 256  # whose distributions are in memory at once, in float32
 class _Window(NamedTuple):
     document: int
     ids: list[int]
-
-
-@dataclass
-class _Sums:
-    """One row per window: document, tokens, KL, equal first tokens, both log-likelihoods."""
-
-    rows: list[tuple[float, ...]] = field(default_factory=list)
-
-    def by_document(self) -> tuple[np.ndarray[Any, np.dtype[np.float64]], str]:
-        """Sums per document, [documents, 5]; of one document, per window."""
-        table = np.array(self.rows, dtype=np.float64)
-        _, labels = np.unique(table[:, 0], return_inverse=True)
-        if labels.max() == 0:
-            return table[:, 1:], "windows"
-        columns = [np.bincount(labels, weights=column) for column in table[:, 1:].T]
-        return np.stack(columns, axis=1), "documents"
 
 
 def read_texts(path: Path, field: str = "text", tokenizer: Any = None) -> Iterator[str]:
@@ -118,18 +96,18 @@ def token_divergence(
     limits = [sequence_limit(model.config.get_text_config()) for model in models]
     window = min([window, *(limit for limit in limits if limit)])
     vocabulary = min(model.get_input_embeddings().weight.shape[0] for model in models)
-    sums = _Sums()
+    rows: list[tuple[float, ...]] = []
     with tqdm(desc="token divergence", unit="window", delay=2, disable=not progress) as bar:
         windows = _windows(texts, tokenizer, window, vocabulary)
         while batch := list(itertools.islice(windows, batch_size)):
-            sums.rows += _compare(models, batch, device)
+            rows += _compare(models, batch, device)
             bar.update(len(batch))
-    if not sums.rows:
+    if not rows:
         raise CalibrationError(
             "None of the texts has two tokens, so that no token can be predicted; give more text."
         )
     begins = "text" if leading_bos(tokenizer) is None else str(tokenizer.bos_token)
-    return _result(sums, window, confidence, begins)
+    return _result(rows, window, confidence, begins)
 
 
 def _windows(
@@ -198,9 +176,17 @@ def _window_sums(dense: Tensor, pruned: Tensor, window: _Window) -> list[float]:
     return [float(value) for value in total.tolist()]
 
 
-def _result(sums: _Sums, window: int, confidence: float, begins: str = "") -> TokenDivergence:
-    table, what = sums.by_document()
-    tokens, kl, same, dense, pruned = table.T
+def _result(
+    rows: list[tuple[float, ...]], window: int, confidence: float, begins: str = ""
+) -> TokenDivergence:
+    """From document, tokens and :func:`_window_sums` of each window."""
+    columns, what = np.array(rows, dtype=np.float64).T, "windows"
+    _, labels = np.unique(columns[0], return_inverse=True)
+    documents = int(labels.max()) + 1
+    if documents > 1:
+        columns = np.stack([np.bincount(labels, weights=column) for column in columns])
+        what = "documents"
+    tokens, kl, same, dense, pruned = columns[1:]
     estimates = [
         mean_per_unit(column, tokens, confidence, what=what, bounds=bounds)
         for column, bounds in (
@@ -211,8 +197,8 @@ def _result(sums: _Sums, window: int, confidence: float, begins: str = "") -> To
     ]
     count = float(tokens.sum())
     return TokenDivergence(
-        documents=len({row[0] for row in sums.rows}),
-        windows=len(sums.rows),
+        documents=documents,
+        windows=len(rows),
         tokens=int(count),
         window=window,
         begins_with=begins,

@@ -12,7 +12,7 @@ import torch
 from scipy.special import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from streamline_bench.divergence import TokenDivergence, _result, _Sums, token_divergence
+from streamline_bench.divergence import TokenDivergence, _result, token_divergence
 from streamline_bench.errors import CalibrationError, ComparisonError, NumericsError
 
 SOURCE = np.random.default_rng(0)
@@ -141,9 +141,9 @@ def test_nan_names_the_model_and_the_document(models: tuple[Path, Path], tmp_pat
 def test_intervals_stay_where_the_numbers_can_be() -> None:
     """Two documents give Student's interval with one degree of freedom: 13 errors wide."""
     rows = [(0.0, 10.0, 0.02, 9.0, -30.0, -31.0), (1.0, 10.0, 0.9, 4.0, -28.0, -33.0)]
-    found = _result(_Sums(list(rows)), 2048, 0.95)
+    found = _result(list(rows), 2048, 0.95)
     assert found.kl.low == 0.0 < found.kl.value < found.kl.high
     assert (found.same_top.low, found.same_top.high) == (0.0, 1.0)
     assert found.nats_per_token.low < 0 < found.nats_per_token.high
-    alike = _result(_Sums([(*row[:3], 10.0, *row[4:]) for row in rows]), 2048, 0.95)
+    alike = _result([(*row[:3], 10.0, *row[4:]) for row in rows], 2048, 0.95)
     assert alike.same_top.value == alike.same_top.high == 1.0

@@ -113,7 +113,7 @@ def command(
             click.echo(f"opencompass {config} -w {output / 'work'}")
             return
         run = evaluate(output, plan, environment, in_process=in_process, progress=progress)
-        from streamline_bench.report import build_report
+        from streamline_bench.report.build import build_report
 
         report = build_report(output, progress=progress)
     if as_json:

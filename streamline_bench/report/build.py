@@ -8,14 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
 from pydantic import ValidationError
 from tqdm import tqdm
 
 from streamline_bench.core.checkpoint.folder import Manifest, read_manifest
 from streamline_bench.core.files import atomic_write_text
 from streamline_bench.errors import CheckpointError, OutputError, SamplesError
-from streamline_bench.report.flips import worst_flips
 from streamline_bench.report.leaderboard import (
+    Flip,
     Leaderboard,
     Procedure,
     Provenance,
@@ -30,15 +33,18 @@ from streamline_bench.report.provenance import (
     task_data,
 )
 from streamline_bench.report.run_file import RUN_FILE, NoiseRun, RunFile, RunRow, read_run_file
-from streamline_bench.stability.align import align
+from streamline_bench.stability.align import AlignedPairs, align
 from streamline_bench.stability.compare_answers import compare_pairs
-from streamline_bench.stability.comparison import Comparison, Estimate, NoiseFloor, TokenDivergence
+from streamline_bench.stability.comparison import Comparison, Estimate, TokenDivergence
 from streamline_bench.stability.noise import above_noise, noise_floor
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 from streamline_bench.throughput.record import Speed, read_figures
 from streamline_bench.version import __version__
+
+_PROMPT_CHARACTERS = 900  # of a flip
+_TEXT_CHARACTERS = 400
 
 
 def build_report(folder: Path, *, settings: Settings | None = None, progress: bool = True) -> Path:
@@ -121,7 +127,8 @@ def build_leaderboard(
     # Without verdicts nothing flips, so that there is no floor of flips either.
     again = [answers(noise) for noise in run.noise] if itself.tasks else []
     floor = noise_floor(dense, again, settings=settings) if again else None
-    speed = _throughput(_inside(folder, run.throughput)) if run.throughput else {}
+    figures = read_figures(_inside(folder, run.throughput)) if run.throughput else {}
+    speed = {name: Speed(**each.model_dump(exclude={"label"})) for name, each in figures.items()}
     rows = []
     read = [dense, *again]
     for row in tqdm(
@@ -133,7 +140,11 @@ def build_leaderboard(
             made = _row(dense, itself, row, folder, is_dense=True)
         else:
             read.append(given.get(row.label) or answers(row))
-            made = _compared_row(dense, read[-1], row, folder, settings, floor)
+            pairs = align(dense, read[-1])
+            result = compare_pairs(pairs, settings)
+            result = above_noise(result, floor) if floor is not None else result
+            made = _row(read[-1], result, row, folder, is_dense=False)
+            made = made.model_copy(update={"worst_flips": worst_flips(pairs, settings.verdict)})
         rows.append(made.model_copy(update={"throughput": speed.get(row.label)}))
     return Leaderboard(
         title=run.title,
@@ -174,27 +185,10 @@ def _dense_row(run: RunFile) -> RunRow:
     return row
 
 
-def _compared_row(
-    dense: Samples,
-    samples: Samples,
-    source: RunRow,
-    folder: Path,
-    settings: Settings,
-    floor: NoiseFloor | None,
-) -> Row:
-    pairs = align(dense, samples)
-    result = compare_pairs(pairs, settings)
-    if floor is not None:
-        result = above_noise(result, floor)
-    row = _row(samples, result, source, folder, is_dense=False)
-    return row.model_copy(update={"worst_flips": worst_flips(pairs, settings.verdict)})
-
-
 def _row(
     samples: Samples, result: Comparison, source: RunRow, folder: Path, *, is_dense: bool
 ) -> Row:
-    facts = read_checkpoint(folder / source.checkpoint if source.checkpoint else None)
-    manifest = facts.manifest
+    manifest, artefacts = read_checkpoint(folder / source.checkpoint if source.checkpoint else None)
     recipe = source.recipe or (manifest.recipe if manifest else None) or {}
     counted = samples.info.config.get("model_num_parameters")
     parameters = counted if isinstance(counted, int) and counted > 0 else None
@@ -218,10 +212,7 @@ def _row(
         generations=list(shown.generations) if shown else [],
         divergence=_divergence(_inside(folder, source.divergence)) if source.divergence else None,
         other_metrics=_other_metrics(samples, result),
-        scan=facts.scan,
-        curve=facts.curve,
-        recovery_curve=facts.recovery_curve,
-        curve_notes=facts.curve_notes,
+        **artefacts,
         published=published_numbers(
             recipe,
             _accuracies(samples, result),
@@ -336,8 +327,92 @@ def _divergence(path: Path) -> TokenDivergence:
         raise SamplesError(f"{path} cannot be read ({first}); make the run again.") from None
 
 
-def _throughput(path: Path) -> dict[str, Speed]:
-    return {
-        label: Speed(**found.model_dump(exclude={"label"}))
-        for label, found in read_figures(path).items()
-    }
+def worst_flips(pairs: AlignedPairs, verdict: str, limit: int = 8) -> list[Flip]:
+    """Return at most ``limit`` answers that were right in the dense run and are wrong now.
+
+    Choices come first, by how far the share of the right choice fell; then generated answers in
+    the order of the documents, at least two of them where there are any. Of a task with several
+    filters only the first one counts, so that no document is listed twice.
+    """
+    right = pairs.dense[verdict].fillna(False).to_numpy(dtype=np.bool_)
+    wrong = (~pairs.pruned[verdict].fillna(True)).to_numpy(dtype=np.bool_)
+    first = pairs.dense["task"].map(pairs.first_filters)
+    index = np.flatnonzero(right & wrong & (pairs.dense["filter"] == first).to_numpy(np.bool_))
+    drops = _drops(pairs, index)
+    sure = sorted(
+        (place for place, drop in drops.items() if drop is not None),
+        key=lambda place: -(drops[place] or 0.0),
+    )
+    others = [place for place, drop in drops.items() if drop is None]
+    kept = min(len(others), max(2, limit - len(sure)))
+    places = [*sure[: limit - kept], *others[:kept]]
+    before, after = (frame.iloc[places].itertuples() for frame in (pairs.dense, pairs.pruned))
+    return [
+        _flip(dense, pruned, drops[place])
+        for place, dense, pruned in zip(places, before, after, strict=True)
+    ]
+
+
+def _drops(pairs: AlignedPairs, index: npt.NDArray[np.intp]) -> dict[int, float | None]:
+    """Row -> by how much the share of the right choice fell; None where there are no choices."""
+    columns = [
+        frame[name].to_numpy()[index]
+        for frame, name in (
+            (pairs.dense, "gold"),
+            (pairs.dense, "loglikelihoods"),
+            (pairs.pruned, "loglikelihoods"),
+        )
+    ]
+    drops: dict[int, float | None] = {}
+    for place, value, dense, pruned in zip(index.tolist(), *columns, strict=True):
+        gold, before, after = _index(value), _shares(dense), _shares(pruned)
+        drops[place] = None
+        if gold is not None and before is not None and after is not None:
+            drops[place] = round(before[gold] - after[gold], 4)
+    return drops
+
+
+def _flip(dense: Any, pruned: Any, drop: float | None) -> Flip:
+    """From one row of either table, as named tuples."""
+    before, after = _shares(dense.loglikelihoods), _shares(pruned.loglikelihoods)
+    choices = dense.choices
+    has_choices = isinstance(choices, list) and len(choices) > 1
+    return Flip(
+        task=dense.task,
+        doc_id=int(dense.doc_id),
+        prompt=_end(dense.prompt),
+        choices=[_start(choice) for choice in choices] if has_choices else None,
+        gold=_index(dense.gold),
+        target=_start(dense.target),
+        dense_choice=_index(dense.prediction),
+        pruned_choice=_index(pruned.prediction),
+        dense_shares=before if has_choices else None,
+        pruned_shares=after if has_choices else None,
+        dense_text=_text(dense.text),
+        pruned_text=_text(pruned.text),
+        drop=drop,
+    )
+
+
+def _index(value: Any) -> int | None:
+    return None if pd.isna(value) else int(value)
+
+
+def _text(value: Any) -> str | None:
+    return _start(value) if isinstance(value, str) else None
+
+
+def _shares(loglikelihoods: Any) -> list[float] | None:
+    if not isinstance(loglikelihoods, list) or len(loglikelihoods) < 2:
+        return None
+    values = np.exp(np.array(loglikelihoods) - max(loglikelihoods))
+    return [round(float(value), 4) for value in values / values.sum()]
+
+
+def _start(text: str) -> str:
+    return text if len(text) <= _TEXT_CHARACTERS else f"{text[:_TEXT_CHARACTERS]} […]"
+
+
+def _end(text: str) -> str:
+    """The end of a prompt is the question; few-shot examples come before it."""
+    return text if len(text) <= _PROMPT_CHARACTERS else f"[…] {text[-_PROMPT_CHARACTERS:]}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +32,14 @@ _LOADERS = ("arrow", "csv", "json", "parquet", "text")
 """Loaders of local files; lm-eval writes their names where a data set's id would stand."""
 
 
-@dataclass(frozen=True)
-class CheckpointFacts:
-    """The artefacts of a checkpoint; all empty for a model that was not made here."""
-
-    manifest: Manifest | None = None
-    scan: ScanResult | None = None
-    curve: list[CurvePoint] = field(default_factory=list)
-    recovery_curve: list[CurvePoint] = field(default_factory=list)
-    curve_notes: list[str] = field(default_factory=list)
-
-
-def read_checkpoint(folder: Path | None) -> CheckpointFacts:
+def read_checkpoint(folder: Path | None) -> tuple[Manifest | None, dict[str, Any]]:
     """Read ``streamline.json``, ``similarity.json`` and the training curves, where present.
 
     ``training_curve.jsonl`` is the replacement's training, ``recovery_curve.jsonl`` the recovery's.
+
+    Returns:
+        The manifest, and the fields of a :class:`Row` that the others fill. Nothing without folder,
+        for a model that was not made here.
 
     Raises:
         CheckpointError: the manifest is damaged.
@@ -55,7 +47,7 @@ def read_checkpoint(folder: Path | None) -> CheckpointFacts:
         SamplesError: the folder is missing, or a training curve is damaged.
     """
     if folder is None:
-        return CheckpointFacts()
+        return None, {}
     if not folder.is_dir():
         raise SamplesError(f"The checkpoint '{folder}' is missing; make the run again.")
     manifest = read_manifest(folder)
@@ -66,7 +58,10 @@ def read_checkpoint(folder: Path | None) -> CheckpointFacts:
         for training, steps in (("replacement", lost), ("recovery", lost_again))
         if steps
     ]
-    return CheckpointFacts(manifest, _scan(folder, manifest), curve, recovery, notes)
+    scan = _scan(folder, manifest)
+    return manifest, {
+        "scan": scan, "curve": curve, "recovery_curve": recovery, "curve_notes": notes
+    }  # fmt: skip
 
 
 def _scan(folder: Path, manifest: Manifest | None) -> ScanResult | None:
@@ -124,27 +119,24 @@ def provenance(
     """Collect what leads back from a row's numbers to weights, tokens and versions."""
     ours = info.config.get("streamline") or {}
     weights = ours.get("weights_sha256")
-    common: dict[str, Any] = {
-        "results_file": Path(info.source).name,
-        "date": _iso(info.timestamp),
-        "model": info.model,
-        "engine": f"{info.engine} {info.engine_version or ''}".strip(),
-        "model_args": info.config.get("model_args"),
-        "weights_sha256": str(weights) if weights else None,
-        "recipe": recipe,
-    }
-    if manifest is None:
-        return Provenance(**common, versions=info.versions)
+    made: dict[str, Any] = {}
+    if manifest is not None:
+        made = {
+            "source": manifest.source.name,
+            "source_revision": manifest.source.revision,
+            "source_weights_sha256": manifest.source.weights_sha256,
+            **{n: getattr(manifest, n) for n in ("chosen", "calibration", "training", "seed")},
+        }
     return Provenance(
-        **common,
-        source=manifest.source.name,
-        source_revision=manifest.source.revision,
-        source_weights_sha256=manifest.source.weights_sha256,
-        chosen=manifest.chosen,
-        calibration=manifest.calibration,
-        training=manifest.training,
-        seed=manifest.seed,
-        versions={**manifest.versions, **info.versions},
+        results_file=Path(info.source).name,
+        date=_iso(info.timestamp),
+        model=info.model,
+        engine=f"{info.engine} {info.engine_version or ''}".strip(),
+        model_args=info.config.get("model_args"),
+        weights_sha256=str(weights) if weights else None,
+        recipe=recipe,
+        versions={**(manifest.versions if manifest else {}), **info.versions},
+        **made,
     )
 
 
@@ -199,18 +191,8 @@ def published_numbers(
     for name in accuracies:
         named.setdefault(benchmark(name), name)
     own = {"stability": stability, "retainedaverage": retention}
-    found = []
-    for entry in _entries(recipe):
-        key = benchmark(entry.metric)
-        task = named.get(key) if entry.unit == "%" else None
-        ours = accuracies[task] if task is not None else own.get(key)
-        found.append(entry.model_copy(update={"task": task, "ours": ours}))
-    return found
-
-
-def _entries(recipe: Mapping[str, Any]) -> list[Published]:
     try:
-        return [
+        entries = [
             Published.model_validate({**entry, "task": None, "ours": None})
             for entry in recipe.get("published") or ()
         ]
@@ -219,6 +201,13 @@ def _entries(recipe: Mapping[str, Any]) -> list[Published]:
             f"The recipe '{recipe.get('name')}' has a published number that cannot be read "
             f"({' '.join(str(error).split())}); it needs model, metric, value and source."
         ) from None
+    found = []
+    for entry in entries:
+        key = benchmark(entry.metric)
+        task = named.get(key) if entry.unit == "%" else None
+        ours = accuracies[task] if task is not None else own.get(key)
+        found.append(entry.model_copy(update={"task": task, "ours": ours}))
+    return found
 
 
 _PREFIXES = ("local_", "streamline_")

@@ -139,11 +139,5 @@ def read_run_file(folder: Path) -> RunFile:
             "again continues an unfinished one)."
         )
     advice = "make the run again"
-    return validated(
-        RunFile,
-        read_json(path, SamplesError, advice),
-        str(path),
-        newest=1,
-        error=SamplesError,
-        advice=advice,
-    )
+    payload = read_json(path, SamplesError, advice)
+    return validated(RunFile, payload, str(path), newest=1, error=SamplesError, advice=advice)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from streamline_bench.core.machine.environment import printable
@@ -21,7 +22,6 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _WWW = re.compile(r"(?<=www)\.", re.IGNORECASE)
 _MARKDOWN = re.compile(r"([\\`*_\[\]{}()#+!|~$-])")
 
-
 MISSING = "\N{EN DASH}"
 """What stands where there is no number."""
 MINUS = "\N{MINUS SIGN}"
@@ -34,20 +34,23 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def points(value: float | None, digits: int = 1) -> str:
     """-0.031 -> ``−3.1`` percentage points, always with a sign."""
-    if value is None:
-        return MISSING
-    text = f"{abs(100 * value):.{digits}f}"
-    if float(text) == 0:
-        return text
-    return f"{MINUS if value < 0 else '+'}{text}"
+    return decimal(None if value is None else 100 * value, digits, signed=True)
+
+
+def _ends(estimate: Estimate | None, write: Callable[..., str], **options: bool) -> str:
+    if estimate is None or estimate.low is None:
+        return ""
+    return f"[{write(estimate.low, **options)}, {write(estimate.high, **options)}]"
 
 
 def interval(estimate: Estimate | None, *, signed: bool = False) -> str:
     """``[70.1, 84.2]`` in percent, or an empty string without one."""
-    if estimate is None or estimate.low is None:
-        return ""
-    write = points if signed else percent
-    return f"[{write(estimate.low)}, {write(estimate.high)}]"
+    return _ends(estimate, points if signed else percent)
+
+
+def nats(estimate: Estimate | None, *, signed: bool = False) -> str:
+    """``[0.011, 0.042]``: the interval of a number in nats, or an empty string without one."""
+    return _ends(estimate, decimal, signed=signed)
 
 
 def with_interval(estimate: Estimate | None, *, signed: bool = False) -> str:
@@ -149,9 +152,8 @@ def markdown_text(value: object) -> str:
     """Text that Markdown (GitHub's, inside a table too) shows as it is, on one line."""
     line = " ".join(visible_text(value).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    line = _MARKDOWN.sub(r"\\\1", line)
     # GitHub makes links of bare addresses, with and without a scheme.
-    line = _WWW.sub(r"\\.", line)
+    line = _WWW.sub(r"\\.", _MARKDOWN.sub(r"\\\1", line))
     return line.replace("://", ":&#47;&#47;").replace("@", "&#64;")
 
 
@@ -167,16 +169,7 @@ def ratio(estimate: Estimate | None) -> str:
     """``1.31× [1.25×, 1.38×]``; nothing without one."""
     if estimate is None:
         return ""
-    ends = f" [{times(estimate.low)}, {times(estimate.high)}]" if estimate.low is not None else ""
-    return times(estimate.value) + ends
-
-
-def nats(estimate: Estimate | None, *, signed: bool = False) -> str:
-    """``[0.011, 0.042]``: the interval of a number in nats, or an empty string without one."""
-    if estimate is None or estimate.low is None:
-        return ""
-    low, high = decimal(estimate.low, signed=signed), decimal(estimate.high, signed=signed)
-    return f"[{low}, {high}]"
+    return f"{times(estimate.value)} {_ends(estimate, times)}".strip()
 
 
 FILTERS = {

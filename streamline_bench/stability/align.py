@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -46,9 +46,6 @@ class AlignedPairs:
     pruned_info: RunInfo
     first_filters: Mapping[str, str]
 
-    def __len__(self) -> int:
-        return len(self.dense)
-
 
 def align(
     dense: Samples,
@@ -69,21 +66,13 @@ def align(
     """
     _same_engine(dense.info, pruned.info)
     chosen = _tasks(dense, pruned, tasks, common_only)
-    for task in chosen:
-        _same_setting(task, dense.info, pruned.info)
-    _same_run_settings(dense.info, pruned.info)
+    _same_settings(chosen, dense.info, pruned.info)
     first, second = _sorted(dense, chosen), _sorted(pruned, chosen)
     for task in chosen:
-        _same_documents(
-            task,
-            first[first["task"] == task],
-            second[second["task"] == task],
-            dense.info,
-            pruned.info,
-        )
+        _same_documents(task, first, second)
     for column in _HASHES:
-        _same_column(column, first, second, dense.info, pruned.info)
-    return AlignedPairs(first, second, dense.info, pruned.info, dense.first_filters)
+        _same_column(column, first, second)
+    return AlignedPairs(first.frame, second.frame, dense.info, pruned.info, dense.first_filters)
 
 
 def _same_engine(dense: RunInfo, pruned: RunInfo) -> None:
@@ -97,7 +86,6 @@ def _same_engine(dense: RunInfo, pruned: RunInfo) -> None:
 def _tasks(
     dense: Samples, pruned: Samples, asked: Sequence[str] | None, common_only: bool
 ) -> list[str]:
-    have = {dense.info.run: set(dense.tasks), pruned.info.run: set(pruned.tasks)}
     first, second = set(dense.tasks), set(pruned.tasks)
     if asked is not None:
         wanted = sorted({name for each in asked for name in leaf_tasks(each, dense.info.groups)})
@@ -105,7 +93,7 @@ def _tasks(
             raise ComparisonError(
                 f"{', '.join(asked)} of run '{dense.info.run}' holds no task; name tasks instead."
             )
-        for run, names in have.items():
+        for run, names in ((dense.info.run, first), (pruned.info.run, second)):
             missing = [name for name in wanted if name not in names]
             if missing:
                 raise ComparisonError(
@@ -129,19 +117,18 @@ def _tasks(
     return sorted(first & second)
 
 
-def _same_setting(task: str, dense: RunInfo, pruned: RunInfo) -> None:
-    for what, first, second in (
-        ("version", dense.task_versions.get(task), pruned.task_versions.get(task)),
-        ("number of few-shot examples", dense.n_shot.get(task), pruned.n_shot.get(task)),
-    ):
-        if first != second:
-            raise ComparisonError(
-                f"Task '{task}' has {what} {first} in run '{dense.run}' and {second} in run "
-                f"'{pruned.run}'; evaluate both with the same setting."
-            )
-
-
-def _same_run_settings(dense: RunInfo, pruned: RunInfo) -> None:
+def _same_settings(tasks: Sequence[str], dense: RunInfo, pruned: RunInfo) -> None:
+    for task in tasks:
+        for what, field in (
+            ("version", "task_versions"),
+            ("number of few-shot examples", "n_shot"),
+        ):
+            first, second = (getattr(info, field).get(task) for info in (dense, pruned))
+            if first != second:
+                raise ComparisonError(
+                    f"Task '{task}' has {what} {first} in run '{dense.run}' and {second} in run "
+                    f"'{pruned.run}'; evaluate both with the same setting."
+                )
     for field, option in (
         ("chat_template", "the same --apply_chat_template and template"),
         ("system_instruction", "the same --system_instruction"),
@@ -161,7 +148,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _sorted(samples: Samples, tasks: list[str]) -> pd.DataFrame:
+def _sorted(samples: Samples, tasks: list[str]) -> Samples:
     frame: pd.DataFrame = samples.frame[samples.frame["task"].isin(tasks)]
     frame = frame.sort_values(_KEY, kind="stable", ignore_index=True)
     twice = frame.duplicated(_KEY)
@@ -171,53 +158,43 @@ def _sorted(samples: Samples, tasks: list[str]) -> pd.DataFrame:
             f"Run '{samples.info.run}' answers document {row['doc_id']} of task '{row['task']}' "
             f"(filter '{row['filter']}') more than once; evaluate again into an empty folder."
         )
-    return frame
+    return replace(samples, frame=frame)
 
 
-def _same_documents(
-    task: str, first: pd.DataFrame, second: pd.DataFrame, dense: RunInfo, pruned: RunInfo
-) -> None:
-    filters = set(first["filter"]), set(second["filter"])
+def _same_documents(task: str, dense: Samples, pruned: Samples) -> None:
+    first, second = (each.frame[each.frame["task"] == task] for each in (dense, pruned))
+    here, there = dense.info, pruned.info
+    filters = sorted(set(first["filter"])), sorted(set(second["filter"]))
     if filters[0] != filters[1]:
         raise ComparisonError(
-            f"Task '{task}' has the filters {sorted(filters[0])} in run '{dense.run}' and "
-            f"{sorted(filters[1])} in run '{pruned.run}'; use the same task files for both runs."
+            f"Task '{task}' has the filters {filters[0]} in run '{here.run}' and {filters[1]} in "
+            f"run '{there.run}'; use the same task files for both runs."
         )
     counts = first["doc_id"].nunique(), second["doc_id"].nunique()
     if counts[0] != counts[1]:
+        hashes = enumerate(zip(first["doc_hash"], second["doc_hash"], strict=False))
+        place = next((index for index, (one, other) in hashes if one != other), None)
+        if place is None:
+            difference = f"the first {min(len(first), len(second))} are the same"
+        else:
+            difference = f"the first difference is document {first['doc_id'].iloc[place]}"
         raise ComparisonError(
-            f"Task '{task}' has {counts[0]} documents in run '{dense.run}' (limit {dense.limit}) "
-            f"and {counts[1]} in run '{pruned.run}' (limit {pruned.limit}); "
-            f"{_first_different(first, second)}{_files(task, dense, pruned)}; evaluate both on the "
-            "same documents."
+            f"Task '{task}' has {counts[0]} documents in run '{here.run}' (limit {here.limit}) "
+            f"and {counts[1]} in run '{there.run}' (limit {there.limit}); "
+            f"{difference}{_files(task, here, there)}; evaluate both on the same documents."
         )
-    same_size = len(first) == len(second)
-    if same_size and (first["doc_id"].to_numpy() == second["doc_id"].to_numpy()).all():
-        return  # both are sorted by filter and document
-    keys = (
-        set(zip(first["filter"], first["doc_id"], strict=True)),
-        set(zip(second["filter"], second["doc_id"], strict=True)),
-    )
-    if keys[0] != keys[1]:
-        name, document = min(keys[0] ^ keys[1])
-        owner = dense.run if (name, document) in keys[0] else pruned.run
+    keys = [frame.set_index(["filter", "doc_id"]).index for frame in (first, second)]
+    if not keys[0].equals(keys[1]):  # both are sorted
+        name, document = keys[0].symmetric_difference(keys[1])[0]
+        owner = here.run if (name, document) in keys[0] else there.run
         raise ComparisonError(
             f"Document {document} of task '{task}' (filter '{name}') is in run '{owner}' only; "
             "evaluate both on the same documents."
         )
 
 
-def _first_different(first: pd.DataFrame, second: pd.DataFrame) -> str:
-    pairs = zip(first["doc_hash"], second["doc_hash"], strict=False)
-    for index, (one, other) in enumerate(pairs):
-        if one != other:
-            return f"the first difference is document {first['doc_id'].iloc[index]}"
-    return f"the first {min(len(first), len(second))} are the same"
-
-
-def _same_column(
-    column: str, first: pd.DataFrame, second: pd.DataFrame, dense: RunInfo, pruned: RunInfo
-) -> None:
+def _same_column(column: str, dense: Samples, pruned: Samples) -> None:
+    first, second = dense.frame, pruned.frame
     differs = (first[column] != second[column]).to_numpy()
     if not differs.any():
         return
@@ -230,9 +207,9 @@ def _same_column(
             what, advice = "the order of the documents", "use the same order for both runs"
     raise ComparisonError(
         f"Task '{task}', document {row['doc_id']}: {what} differs "
-        f"({column} {row[column][:12]} in run '{dense.run}', {other[column][:12]} in run "
-        f"'{pruned.run}'{_difference(row['prompt'], other['prompt'])}; {int(differs.sum())} of "
-        f"{len(first)} rows differ{_files(task, dense, pruned)}); {advice}."
+        f"({column} {row[column][:12]} in run '{dense.info.run}', {other[column][:12]} in run "
+        f"'{pruned.info.run}'{_difference(row['prompt'], other['prompt'])}; {int(differs.sum())} "
+        f"of {len(first)} rows differ{_files(task, dense.info, pruned.info)}); {advice}."
     )
 
 

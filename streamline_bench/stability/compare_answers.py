@@ -1,9 +1,9 @@
-"""Compare two runs: ``compare(load_samples("dense"), load_samples("pruned"))``."""
+"""Compare two runs: ``compare_answers(load_samples("dense"), load_samples("pruned"))``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import TypeVar
 
@@ -30,20 +30,14 @@ from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Quantity, Settings
 from streamline_bench.stability.statistics.paired import PairedSample
 from streamline_bench.stability.statistics.score import PairedDifference, decide, holm
-from streamline_bench.stability.task_comparison import ComparedTask, compare_task
-from streamline_bench.stability.texts import compare_generations, compare_perplexities
+from streamline_bench.stability.task_comparison import (
+    ComparedTask,
+    compare_generations,
+    compare_perplexities,
+    compare_task,
+)
 
 _Result = TypeVar("_Result", TaskComparison, GroupComparison)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What the tasks gave; ``skipped`` are those without verdicts, with the reason."""
-
-    compared: list[ComparedTask] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    perplexities: list[PerplexityComparison] = field(default_factory=list)
-    generations: list[GenerationComparison] = field(default_factory=list)
 
 
 def compare_answers(
@@ -75,17 +69,27 @@ def compare_pairs(pairs: AlignedPairs, settings: Settings | None = None) -> Comp
     settings = with_recorded_quantity(settings or Settings(), pairs.dense)
     pairs = with_script_verdicts(pairs, settings)
     dense, pruned = pairs.dense_info, pairs.pruned_info
-    found = _every_task(pairs, settings)
-    if not (found.compared or found.perplexities or found.generations):
+    compared: list[ComparedTask] = []
+    skipped: dict[str, str] = {}
+    perplexities: list[PerplexityComparison] = []
+    generations: list[GenerationComparison] = []
+    for task, first, second in _tasks(pairs):
+        perplexities += compare_perplexities(first, second, settings.confidence)
+        reason = _no_verdict(pairs, first, second, task, settings.verdict)
+        if reason:
+            skipped[task] = reason
+        else:
+            compared.append(compare_task(first, second, settings))
+        exact_match = None if reason else compared[-1].result.difference
+        generated = compare_generations(first, second, settings.confidence, exact_match)
+        generations += [generated] if generated else []
+    if not (compared or perplexities or generations):
         raise SamplesError(
             f"No task of '{dense.run}' has right or wrong answers by '{settings.verdict}', "
             "perplexities or texts; add a task with acc, exact_match or a perplexity."
         )
-    main = [
-        item
-        for item in found.compared
-        if item.result.filter == pairs.first_filters[item.result.task]
-    ]
+    first_filters = pairs.first_filters
+    main = [item for item in compared if item.result.filter == first_filters[item.result.task]]
     results = _decided([(item.result, item.sample) for item in main], settings)
     decided = {(task.task, task.filter): task for task in results}
     used = {name: value for name, value in settings.used().items() if name != "verdict"}
@@ -94,32 +98,15 @@ def compare_pairs(pairs: AlignedPairs, settings: Settings | None = None) -> Comp
         pruned_run=pruned.run,
         **used,
         tasks=tuple(
-            decided.get((item.result.task, item.result.filter), item.result)
-            for item in found.compared
+            decided.get((item.result.task, item.result.filter), item.result) for item in compared
         ),
         macro=macro(main, settings) if main else None,
         micro=micro(main, settings) if main else None,
-        not_compared={**dense.missing, **pruned.missing, **found.skipped},
+        not_compared={**dense.missing, **pruned.missing, **skipped},
         groups=tuple(_decided(compare_groups(main, dense.groups, settings), settings)),
-        perplexities=tuple(found.perplexities),
-        generations=tuple(found.generations),
+        perplexities=tuple(perplexities),
+        generations=tuple(generations),
     )
-
-
-def _every_task(pairs: AlignedPairs, settings: Settings) -> _Found:
-    found = _Found()
-    for task, first, second in _tasks(pairs):
-        found.perplexities.extend(compare_perplexities(first, second, settings.confidence))
-        reason = _no_verdict(pairs, first, second, task, settings.verdict)
-        if reason:
-            found.skipped[task] = reason
-        else:
-            found.compared.append(compare_task(first, second, settings))
-        exact_match = None if reason else found.compared[-1].result.difference
-        generated = compare_generations(first, second, settings.confidence, exact_match)
-        if generated is not None:
-            found.generations.append(generated)
-    return found
 
 
 def _tasks(pairs: AlignedPairs) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
@@ -212,7 +199,4 @@ def _strict(frame: pd.DataFrame) -> pd.DataFrame:
     same = [metrics.get("same_value") for metrics in frame["metrics"]]
     known = pd.Series(same, index=frame.index, dtype="Float64").astype("boolean")
     metric = frame["verdict_metric"].mask(known.notna().to_numpy(), "same value")
-    strict: pd.DataFrame = frame.assign(
-        correct=known.fillna(frame["correct"]), verdict_metric=metric
-    )
-    return strict
+    return frame.assign(correct=known.fillna(frame["correct"]), verdict_metric=metric)

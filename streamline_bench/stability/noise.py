@@ -24,7 +24,7 @@ from streamline_bench.stability.comparison import (
 )
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
-from streamline_bench.stability.statistics.paired import wilson
+from streamline_bench.stability.statistics.paired import wilson, wilson_estimate
 
 _Compared = TypeVar("_Compared", TaskComparison, GroupComparison, Overall)
 
@@ -77,8 +77,8 @@ def noise_floor(
         repeats=tuple(again.info.run for again in repeats),
         tasks=tuple(floor.values()),
         n=n,
-        flips=_estimate(share, n, settings),
-        agreement=_estimate(1 - share, n, settings),
+        flips=wilson_estimate(share, n, settings.confidence),
+        agreement=wilson_estimate(1 - share, n, settings.confidence),
         macro_flips=_mean([task.flips.value for task in counted]),
         choice_kl=_mean(divergences) if divergences else None,
     )
@@ -161,8 +161,8 @@ def _task(parts: list[TaskComparison], settings: Settings) -> NoiseTask:
         task=first.task,
         filter=first.filter,
         n=first.n,
-        flips=_estimate(share, first.n, settings),
-        agreement=_estimate(1 - share, first.n, settings),
+        flips=wilson_estimate(share, first.n, settings.confidence),
+        agreement=wilson_estimate(1 - share, first.n, settings.confidence),
         same_choice=_mean(choices) if choices else None,
         choice_kl=_mean(divergences) if divergences else None,
     )
@@ -175,8 +175,3 @@ def _pooled(shares: Sequence[tuple[int, float]]) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _estimate(share: float, n: int, settings: Settings) -> Estimate:
-    low, high = wilson(share, n, settings.confidence)
-    return Estimate(value=share, low=low, high=high, method="Wilson")

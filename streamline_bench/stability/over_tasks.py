@@ -23,7 +23,8 @@ from streamline_bench.stability.comparison import (
     square_and_add,
 )
 from streamline_bench.stability.settings import Settings
-from streamline_bench.stability.statistics.choices import ChoiceMeasures, calibration, choice_shift
+from streamline_bench.stability.statistics import BoolArray
+from streamline_bench.stability.statistics.choices import ChoiceMeasures
 from streamline_bench.stability.statistics.clusters import ClusterLabels, pooled_labels
 from streamline_bench.stability.statistics.paired import Outcomes, PairedSample, kappa, mcnemar
 from streamline_bench.stability.statistics.score import PairedDifference, decide
@@ -31,8 +32,9 @@ from streamline_bench.stability.statistics.stability import stability_estimate
 from streamline_bench.stability.task_comparison import (
     ComparedTask,
     accuracy_estimate,
-    chance_corrected,
+    choice_estimates,
     paired_estimates,
+    paired_sample,
     retention_estimate,
 )
 
@@ -103,7 +105,7 @@ def _over_documents(
     """
     clusters = labels(members)
     chosen = [item for item in members if item.measures is not None]
-    dense, pruned = _pooled_accuracies(members, clusters)
+    dense, pruned = (accuracy_estimate(right, clusters) for right in _verdicts(members))
     return {
         "n": sample.outcomes.n,
         "dense": dense,
@@ -126,15 +128,12 @@ def _strata(item: ComparedTask) -> tuple[npt.NDArray[np.float64], ...]:
 
 
 def _total_flips(compared: Sequence[ComparedTask]) -> Flips:
-    """Flips of all tasks."""
     flips = [item.result.flips for item in compared]
-    moved = [item.wrong_to_other_wrong for item in flips]
+    moved = [item.wrong_to_other_wrong for item in flips if item.wrong_to_other_wrong is not None]
     return Flips(
         right_to_wrong=sum(item.right_to_wrong for item in flips),
         wrong_to_right=sum(item.wrong_to_right for item in flips),
-        wrong_to_other_wrong=(
-            None if None in moved else sum(value for value in moved if value is not None)
-        ),
+        wrong_to_other_wrong=sum(moved) if len(moved) == len(flips) else None,
     )
 
 
@@ -197,13 +196,11 @@ def _macro_choices(compared: Sequence[ComparedTask]) -> dict[str, Any]:
     }
 
 
-def _pooled_accuracies(
-    compared: Sequence[ComparedTask], clusters: ClusterLabels | None
-) -> tuple[Estimate, Estimate]:
-    """Accuracy over the documents of all tasks, of the dense and of the pruned model."""
+def _verdicts(members: Sequence[ComparedTask]) -> tuple[BoolArray, BoolArray]:
+    """Verdicts of the dense and of the pruned model over the documents of all tasks."""
     return (
-        accuracy_estimate(np.concatenate([item.right for item in compared]), clusters),
-        accuracy_estimate(np.concatenate([item.right_now for item in compared]), clusters),
+        np.concatenate([item.right for item in members]),
+        np.concatenate([item.right_now for item in members]),
     )
 
 
@@ -215,15 +212,13 @@ def _pooled_choices(
     if not parts:
         return {}
     measures = ChoiceMeasures.joined(parts)
-    chance = float(np.nanmean(measures.chance))
-    dense, pruned = _pooled_accuracies(chosen, clusters)
-    labels = None if clusters is None else clusters.labels
-    shift = choice_shift(measures, settings.confidence, labels)
-    calibrated = calibration(measures, settings.confidence, labels)
+    accuracies = tuple(accuracy_estimate(right, clusters) for right in _verdicts(chosen))
+    found = choice_estimates(measures, accuracies, clusters, settings)
+    shift, calibrated = found["choices"], found["calibration"]
     return {
         "corrected_tasks": len(chosen),
-        "dense_corrected": chance_corrected(dense, chance),
-        "pruned_corrected": chance_corrected(pruned, chance),
+        "dense_corrected": found["dense_corrected"],
+        "pruned_corrected": found["pruned_corrected"],
         "choice_tasks": _count(item.result.choices for item in chosen),
         "choice_kl": shift and shift.kl,
         "choice_js": shift and shift.js,
@@ -268,22 +263,12 @@ def _leaves(name: str, groups: Mapping[str, Sequence[str]], above: frozenset[str
 def _compare(
     group: str, members: list[ComparedTask], settings: Settings
 ) -> tuple[GroupComparison, PairedSample]:
-    rows = [item.sample.outcomes for item in members]
-    outcomes: Outcomes = reduce(add, rows)
-    table = np.array(
-        [
-            [o.n, o.both_right + o.right_to_wrong, o.both_right + o.wrong_to_right,
-             o.both_right + o.both_wrong]
-            for o in rows
-        ],
-        dtype=np.float64,
-    )  # fmt: skip
-    sample = PairedSample(outcomes, (table,), "tasks")
+    sample = paired_sample(*_verdicts(members), _by_task(members))
     result = GroupComparison(
         group=group,
         tasks=tuple(item.result.task for item in members),
-        macro_dense=float(np.mean([item.dense_accuracy for item in rows])),
-        macro_pruned=float(np.mean([item.pruned_accuracy for item in rows])),
+        macro_dense=float(np.mean([item.sample.outcomes.dense_accuracy for item in members])),
+        macro_pruned=float(np.mean([item.sample.outcomes.pruned_accuracy for item in members])),
         macro_stability=_over_tasks(item.result.stability for item in members),
         **_over_documents(members, sample, _by_task, settings),
     )

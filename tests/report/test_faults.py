@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from streamline_bench.errors import ComparisonError, SamplesError, StreamlineBenchError
-from streamline_bench.report import RunFile, RunRow, build_report, read_run_file, write_run_file
+from streamline_bench.report.build import build_report
 from streamline_bench.report.leaderboard import read_leaderboard
+from streamline_bench.report.run_file import RunFile, RunRow, read_run_file, write_run_file
 from streamline_bench.stability.settings import Settings
 
 FEW = Settings(draws=50)

@@ -12,16 +12,15 @@ import pytest
 from pydantic import ValidationError
 
 from streamline_bench.errors import OutputError, SamplesError
-from streamline_bench.report import (
+from streamline_bench.report.build import build_report, write_report
+from streamline_bench.report.leaderboard import read_leaderboard
+from streamline_bench.report.run_file import (
     NoiseRun,
     RunFile,
     RunRow,
-    build_report,
     read_run_file,
     write_run_file,
 )
-from streamline_bench.report.build import write_report
-from streamline_bench.report.leaderboard import read_leaderboard
 from streamline_bench.stability.settings import Settings
 
 FEW = Settings(draws=100)

@@ -36,7 +36,7 @@ def test_rows_are_paired_whatever_their_order(runs: tuple[Samples, Samples]) -> 
     dense, pruned = runs
     mixed = replace(pruned, frame=pruned.frame.sample(frac=1, random_state=3))
     pairs = align(dense, mixed)
-    assert len(pairs) == len(dense.frame)
+    assert len(pairs.dense) == len(dense.frame)
     for column in ("task", "filter", "doc_id", "doc_hash", "request_hash"):
         pd.testing.assert_series_equal(pairs.dense[column], pairs.pruned[column])
     assert set(pairs.dense["run"]) == {"dense"} and set(pairs.pruned["run"]) == {"pruned"}

@@ -16,7 +16,7 @@ from streamline_bench.stability.comparison import Estimate, PerplexityComparison
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
-from streamline_bench.stability.texts import (
+from streamline_bench.stability.task_comparison import (
     compare_generations,
     compare_perplexities,
     first_difference,

@@ -189,7 +189,9 @@ def _steps(best: list[Point], across: Axis, up: Axis) -> str:
 
 def _mark(point: Point, on: bool, label: Markup | None, across: Axis, up: Axis) -> list[str]:
     x, y = across.place(point.x), up.place(point.y)
-    top, bottom = up.place(point.y + point.error), up.place(point.y - point.error)
+    whisker = f"M{x} {up.place(point.y + point.error)}V{up.place(point.y - point.error)}"
+    if point.low is not None and point.high is not None:
+        whisker += f"M{across.place(point.low)} {y}H{across.place(point.high)}"
     shape = {
         "no-training": f"M{x - 5} {y + 4.5}L{x} {y - 5}L{x + 5} {y + 4.5}Z",
         "calibrated": f"M{x - 4.2} {y - 4.2}h8.4v8.4h-8.4Z",
@@ -197,17 +199,11 @@ def _mark(point: Point, on: bool, label: Markup | None, across: Axis, up: Axis) 
     return [
         f'<g class="{escape(point.group)}{" best" if on else ""}" data-row="{point.index}">'
         f"<title>{escape(point.label)}: {point.text}</title>",
-        f'<path class="whisker" d="M{x} {top}V{bottom}{_extent(point, across, y)}"/>',
+        f'<path class="whisker" d="{whisker}"/>',
         f'<path class="shape" d="{shape}"/>',
         label or "",
         "</g>",
     ]
-
-
-def _extent(point: Point, across: Axis, y: float) -> str:
-    if point.low is None or point.high is None:
-        return ""
-    return f"M{across.place(point.low)} {y}H{across.place(point.high)}"
 
 
 def _labels(points: list[Point], best: list[Point], across: Axis, up: Axis) -> dict[int, Markup]:

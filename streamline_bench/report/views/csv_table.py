@@ -14,12 +14,7 @@ from typing import Any
 
 from streamline_bench.report.leaderboard import Leaderboard, Row, TaskScore
 from streamline_bench.report.text import csv_cell
-from streamline_bench.stability.comparison import (
-    Estimate,
-    Overall,
-    PerplexityComparison,
-    TokenDivergence,
-)
+from streamline_bench.stability.comparison import Estimate, Overall
 
 
 def to_csv(board: Leaderboard) -> str:
@@ -43,13 +38,19 @@ def _record(row: Row) -> dict[str, Any]:
         record[f"accuracy_{scope}"] = accuracy and accuracy.value
         record[f"accuracy_{scope}_se"] = accuracy and accuracy.standard_error
     record |= _overall(row.macro, "macro") | _overall(row.micro, "micro")
-    record |= _divergence(row.divergence)
+    for name, field in (("token_kl", "kl"), ("same_top_token", "same_top"),
+                        ("nats_per_token", "nats_per_token")):  # fmt: skip
+        record |= _with_ends(name, getattr(row.divergence, field, None))
+    record["text_perplexity"] = row.divergence and row.divergence.pruned_perplexity
     for name, value in row.throughput or ():
         record[f"throughput_{name}"] = value
     for task in row.tasks:
         record |= _task(task)
     for found in row.perplexities:
-        record |= _perplexity(found)
+        name = f":{found.task}/{found.unit}"
+        record[f"perplexity{name}"] = found.pruned
+        record |= _with_ends("perplexity_ratio", found.ratio, name)
+        record[f"nats_per_unit{name}"] = found.nats_per_unit.value
     for name, metrics in row.other_metrics.items():
         record |= {f"{metric}:{name}": value for metric, value in metrics.items()}
     return record
@@ -57,19 +58,13 @@ def _record(row: Row) -> dict[str, Any]:
 
 def _with_ends(name: str, estimate: Estimate | None, end: str = "") -> dict[str, float | None]:
     """Value and interval as three columns."""
-    return {
-        f"{name}{end}": estimate.value if estimate else None,
-        f"{name}_low{end}": estimate.low if estimate else None,
-        f"{name}_high{end}": estimate.high if estimate else None,
-    }
+    fields = (("", "value"), ("_low", "low"), ("_high", "high"))
+    return {f"{name}{column}{end}": getattr(estimate, key, None) for column, key in fields}
 
 
 def _task(task: TaskScore) -> dict[str, Any]:
     name = task.task if task.main else f"{task.task}/{task.filter}"
-    record: dict[str, Any] = {
-        f"accuracy:{name}": task.accuracy.value,
-        f"shots:{name}": task.shots,
-    }
+    record: dict[str, Any] = {f"accuracy:{name}": task.accuracy.value, f"shots:{name}": task.shots}
     found = task.comparison
     if found is None:
         return record
@@ -83,27 +78,9 @@ def _task(task: TaskScore) -> dict[str, Any]:
         f"p_method:{name}": found.p_method,
         f"clusters:{name}": found.clusters and found.clusters.count,
         f"p_holm:{name}": found.p_holm,
-        f"difference_low_holm:{name}": found.adjusted.low if found.adjusted else None,
-        f"difference_high_holm:{name}": found.adjusted.high if found.adjusted else None,
+        f"difference_low_holm:{name}": found.adjusted and found.adjusted.low,
+        f"difference_high_holm:{name}": found.adjusted and found.adjusted.high,
         f"decision_by_p_holm:{name}": found.decision,
-    }
-
-
-def _perplexity(found: PerplexityComparison) -> dict[str, Any]:
-    name = f":{found.task}/{found.unit}"
-    return {
-        f"perplexity{name}": found.pruned,
-        **_with_ends("perplexity_ratio", found.ratio, name),
-        f"nats_per_unit{name}": found.nats_per_unit.value,
-    }
-
-
-def _divergence(found: TokenDivergence | None) -> dict[str, Any]:
-    return {
-        **_with_ends("token_kl", found.kl if found else None),
-        **_with_ends("same_top_token", found.same_top if found else None),
-        **_with_ends("nats_per_token", found.nats_per_token if found else None),
-        "text_perplexity": found.pruned_perplexity if found else None,
     }
 
 
@@ -116,13 +93,11 @@ def _overall(overall: Overall | None, scope: str) -> dict[str, Any]:
     for name in ("decision", "detectable", "noninferiority_p", "pruned_calibration_error"):
         record[f"{name}_{scope}"] = getattr(overall, name, None)
     if scope == "macro":
-        for name in ("p_value", "p_method", "kappa"):
-            record[f"{name}_macro"] = getattr(overall, name, None)
-        return record
+        names = ("p_value", "p_method", "kappa")
+        return record | {f"{name}_macro": getattr(overall, name, None) for name in names}
     for name in ("right_to_wrong", "wrong_to_right", "wrong_to_other_wrong"):
         record[name] = overall and getattr(overall.flips, name)
     for name in ("mcnemar_p", "p_value", "p_method"):
         record[name] = getattr(overall, name, None)
-    record["clusters"] = overall and overall.clusters and overall.clusters.count
-    record["kappa"] = overall and overall.kappa
-    return record
+    clusters = overall and overall.clusters and overall.clusters.count
+    return record | {"clusters": clusters, "kappa": overall and overall.kappa}

@@ -12,36 +12,14 @@ from typing import Any
 
 from markupsafe import Markup
 
+from streamline_bench.report import text
 from streamline_bench.report.leaderboard import Leaderboard, Row
-from streamline_bench.report.text import (
-    FILTERS,
-    MISSING,
-    count,
-    decimal,
-    duration,
-    markdown_text,
-    p_value,
-    percent,
-    rate,
-    ratio,
-    times,
-    visible_text,
-    with_error,
-    with_interval,
-)
-from streamline_bench.report.views.overview import (
-    commands_by_stage,
-    environment,
-    headline,
-    heat_map,
-    perplexity_ratio,
-    ranked,
-)
+from streamline_bench.report.views import overview
 
 
 def to_markdown(board: Leaderboard) -> str:
     """Render the leaderboard as Markdown; every string of a run is escaped."""
-    rows = [row for row in ranked(board.rows) if row.failed is None]
+    rows = [row for row in overview.ranked(board.rows) if row.failed is None]
     compared = [task.comparison for row in board.rows for task in row.tasks if task.comparison]
     return render_markdown(
         "leaderboard.md.j2",
@@ -51,21 +29,23 @@ def to_markdown(board: Leaderboard) -> str:
         tested=[row.micro for row in rows if row.micro],
         adjusted=any(found.adjusted for found in compared),
         ranks_perplexity=any(_perplexity(row) for row in rows),
-        headline=headline(board),
+        headline=overview.headline(board),
         leaderboard=_leaderboard(rows),
-        heat_map=heat_map,
-        commands=commands_by_stage(board.commands),
+        heat_map=overview.heat_map,
+        commands=overview.commands_by_stage(board.commands),
     )
 
 
 def render_markdown(template: str, **given: Any) -> str:
     """Fill a template; several blank lines become one."""
-    filled = environment(_escaped, _MARKDOWN_FILTERS).get_template(template).render(**given)
+    filled = (
+        overview.environment(_escaped, _MARKDOWN_FILTERS).get_template(template).render(**given)
+    )
     return re.sub(r"\n{3,}", "\n\n", filled).strip("\n") + "\n"
 
 
 def _escaped(value: Any) -> Markup:
-    return value if isinstance(value, Markup) else Markup(markdown_text(value))
+    return value if isinstance(value, Markup) else Markup(text.markdown_text(value))
 
 
 def _as_it_is(write: Callable[..., str]) -> Callable[..., Markup]:
@@ -73,9 +53,9 @@ def _as_it_is(write: Callable[..., str]) -> Callable[..., Markup]:
 
 
 _MARKDOWN_FILTERS = {
-    **{name: _as_it_is(write) for name, write in FILTERS.items()},
-    "stored": FILTERS["stored"],
-    "code": _as_it_is(visible_text),
+    **{name: _as_it_is(write) for name, write in text.FILTERS.items()},
+    "stored": text.FILTERS["stored"],
+    "code": _as_it_is(text.visible_text),
 }
 
 
@@ -85,7 +65,7 @@ def _leaderboard(rows: Sequence[Row]) -> Markup:
     lines = [
         [name for name, _ in columns],
         ["---", *["---:"] * (len(columns) - 1)],
-        *([cell(row) or MISSING for _, cell in columns] for row in rows),
+        *([cell(row) or text.MISSING for _, cell in columns] for row in rows),
     ]
     return Markup("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
@@ -97,7 +77,7 @@ def _flips(row: Row) -> str:
 
 def _perplexity(row: Row) -> str:
     """Only where it ranks the rows; a table of its own shows it in any case."""
-    return "" if row.accuracy_macro or row.is_dense else ratio(perplexity_ratio(row))
+    return "" if row.accuracy_macro or row.is_dense else text.ratio(overview.perplexity_ratio(row))
 
 
 def _speed(row: Row) -> str:
@@ -105,32 +85,32 @@ def _speed(row: Row) -> str:
         return ""
     if row.speed is None:
         return "failed"
-    to_dense = f" ({times(row.speed.ratio)})" if row.speed.ratio is not None else ""
-    return f"{rate(row.speed.output_tokens_per_second)}{to_dense}"
+    to_dense = f" ({text.times(row.speed.ratio)})" if row.speed.ratio is not None else ""
+    return f"{text.rate(row.speed.output_tokens_per_second)}{to_dense}"
 
 
 def _of(scope: str, name: str, *, signed: bool = False) -> Callable[[Row], str]:
-    return lambda row: with_interval(getattr(getattr(row, scope), name, None), signed=signed)
+    return lambda row: text.with_interval(getattr(getattr(row, scope), name, None), signed=signed)
 
 
 _COLUMNS: Sequence[tuple[str, Callable[[Row], str]]] = (
-    ("row", lambda row: markdown_text(row.label)),
-    ("cost", lambda row: markdown_text(row.cost or "")),
-    ("accuracy %", lambda row: with_error(row.accuracy_macro) if row.accuracy_macro else ""),
+    ("row", lambda row: text.markdown_text(row.label)),
+    ("cost", lambda row: text.markdown_text(row.cost or "")),
+    ("accuracy %", lambda row: text.with_error(row.accuracy_macro) if row.accuracy_macro else ""),
     ("difference", _of("macro", "difference", signed=True)),
-    ("verdict", lambda row: markdown_text((row.macro and row.macro.decision) or "")),
+    ("verdict", lambda row: text.markdown_text((row.macro and row.macro.decision) or "")),
     ("stability %", _of("macro", "stability")),
     ("retention %", _of("macro", "retention")),
     ("agreement %", _of("macro", "agreement")),
     ("flips", _flips),
     ("above noise", _of("micro", "flips_above_noise", signed=True)),
-    ("p", lambda row: p_value(row.micro.p_value) if row.micro else ""),
+    ("p", lambda row: text.p_value(row.micro.p_value) if row.micro else ""),
     ("perplexity", _perplexity),
-    ("token KL", lambda row: decimal(row.divergence.kl.value) if row.divergence else ""),
+    ("token KL", lambda row: text.decimal(row.divergence.kl.value) if row.divergence else ""),
     ("tokens/s", _speed),
-    ("parameters", lambda row: count(row.parameters) if row.parameters else ""),
-    ("removed %", lambda row: percent(row.sparsity_reached) if row.sparsity_reached else ""),
+    ("parameters", lambda row: text.count(row.parameters) if row.parameters else ""),
+    ("removed %", lambda row: text.percent(row.sparsity_reached) if row.sparsity_reached else ""),
     ("layers", lambda row: str(row.layers or "")),
-    ("time", lambda row: duration(row.total_seconds) if row.seconds else ""),
+    ("time", lambda row: text.duration(row.total_seconds) if row.seconds else ""),
 )
 """Heading and cell."""

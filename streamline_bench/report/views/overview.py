@@ -6,6 +6,7 @@ Rows are ordered by accuracy, or by perplexity where no task has right or wrong 
 from __future__ import annotations
 
 import math
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -170,11 +171,8 @@ def heat_map(rows: Sequence[Row]) -> HeatMap:
 
 def _prefix(names: Sequence[str]) -> str:
     """What all names begin with, up to an underscore; nothing for a single name."""
-    if len(names) < 2:
-        return ""
-    first, last = min(names), max(names)
-    size = next((i for i, letter in enumerate(first) if letter != last[i : i + 1]), len(first))
-    return first[: first.rfind("_", 0, size) + 1]
+    shared = os.path.commonprefix(list(names))  # noqa: RUF071 - characters are meant
+    return shared[: shared.rfind("_") + 1] if len(names) > 1 else ""
 
 
 _STAGES = {

@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from unicodedata import east_asian_width
 
+from streamline_bench.report import text
 from streamline_bench.report.leaderboard import Leaderboard, Row
-from streamline_bench.report.text import (
-    MISSING,
-    interval,
-    percent,
-    points,
-    terminal_text,
-    times,
-    with_error,
-)
 from streamline_bench.report.views.overview import perplexity_ratio, ranked
 
 _SHOWN = 12
@@ -50,23 +42,23 @@ _PERPLEXITY = ("row", "perplexity", "interval")
 def _of_accuracy(row: Row) -> tuple[str, ...]:
     accuracy, macro = row.accuracy_macro, row.macro
     if accuracy is None:
-        return (_name(row), *[MISSING] * 4)
+        return (_name(row), *[text.MISSING] * 4)
     if macro is None:
-        change = "reference" if row.is_dense else MISSING
-        return _name(row), with_error(accuracy), change, "", ""
-    change = f"{points(macro.difference.value)} {interval(macro.difference, signed=True)}".strip()
-    stability = percent(macro.stability.value) if macro.stability else MISSING
-    return _name(row), with_error(accuracy), change, stability, macro.decision or ""
+        change = "reference" if row.is_dense else text.MISSING
+        return _name(row), text.with_error(accuracy), change, "", ""
+    change = text.with_interval(macro.difference, signed=True)
+    stability = text.percent(macro.stability.value) if macro.stability else text.MISSING
+    return _name(row), text.with_error(accuracy), change, stability, macro.decision or ""
 
 
 def _of_perplexity(row: Row) -> tuple[str, ...]:
     ratio = perplexity_ratio(row)
     if ratio is None:
-        return _name(row), MISSING, ""
+        return _name(row), text.MISSING, ""
     if row.is_dense:
         return _name(row), "reference", ""
-    ends = f"[{times(ratio.low)}, {times(ratio.high)}]" if ratio.low is not None else ""
-    return _name(row), times(ratio.value), ends
+    ends = f"[{text.times(ratio.low)}, {text.times(ratio.high)}]" if ratio.low is not None else ""
+    return _name(row), text.times(ratio.value), ends
 
 
 def _note(board: Leaderboard, has_accuracy: bool) -> str:
@@ -81,8 +73,8 @@ def _name(row: Row) -> str:
 
 
 def _cut(value: object, most: int) -> str:
-    text = terminal_text(value)
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    line = text.terminal_text(value)
+    return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
@@ -91,16 +83,15 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
     left = {0} | ({4} if len(widths) == len(_ACCURACY) else set())
     lines = []
     for line in table:
+        blanks = [" " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)]
         cells = [
-            cell + " " * (width - _width(cell))
-            if index in left
-            else " " * (width - _width(cell)) + cell
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell + blank if index in left else blank + cell
+            for index, (cell, blank) in enumerate(zip(line, blanks, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
 
 
-def _width(text: str) -> int:
+def _width(line: str) -> int:
     """Columns that a terminal needs: two for wide letters of East Asian scripts."""
-    return sum(2 if east_asian_width(letter) in "WF" else 1 for letter in text)
+    return sum(2 if east_asian_width(letter) in "WF" else 1 for letter in line)

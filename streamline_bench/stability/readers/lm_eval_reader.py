@@ -106,11 +106,7 @@ class _Evaluation:
         return match["timestamp"] if match else None
 
     def samples_file(self, task: str) -> Path:
-        """Where a task's samples must lie.
-
-        Raises:
-            SamplesError: they are not there; the message says why, where the name tells.
-        """
+        """Where a task's samples lie; the error says why they cannot, where the name tells."""
         if self.timestamp is None:
             raise SamplesError(
                 f"{self.file}: the name has no timestamp, so its samples cannot be found; keep the "
@@ -134,11 +130,7 @@ class _Evaluation:
         )
 
     def rows(self, task: str, bar: tqdm[Any]) -> list[Row]:
-        """Read a task's samples.
-
-        Raises:
-            SamplesError, NumericsError: see :func:`read_lm_eval`.
-        """
+        """Read a task's samples; errors are those of :func:`read_lm_eval`."""
         file, facts = self.samples_file(task), self.results.facts(task)
         rows = list(_parsed(file, facts, bar))
         if not rows:
@@ -313,19 +305,19 @@ def _parsed(file: Path, facts: TaskFacts, bar: tqdm[Any]) -> Iterator[Row]:
 def _name_filters(rows: Sequence[Row], facts: TaskFacts, file: Path) -> None:
     """Name the filters of older versions, whose lines do not: they list them filter by filter."""
     unnamed = [row for row in rows if not row.filter]
-    seen: dict[int, int] = {}
+    by_document: dict[int, list[Row]] = {}
     for row in unnamed:
-        seen[row.doc_id] = seen.get(row.doc_id, 0) + 1
-    if unnamed and (len(unnamed) < len(rows) or set(seen.values()) != {len(facts.filters)}):
+        by_document.setdefault(row.doc_id, []).append(row)
+    counts = set(map(len, by_document.values()))
+    if unnamed and (len(unnamed) < len(rows) or counts != {len(facts.filters)}):
         raise SamplesError(
             f"{file}: the lines do not name their filter, and there are not as many for each "
             f"document as task '{facts.name}' has filters ({', '.join(facts.filters)}); evaluate "
             "again with a newer lm-eval."
         )
-    seen.clear()
-    for row in unnamed:
-        row.filter = facts.filters[seen.get(row.doc_id, 0)]
-        seen[row.doc_id] = seen.get(row.doc_id, 0) + 1
+    for part in by_document.values():
+        for row, name in zip(part, facts.filters, strict=True):
+            row.filter = name
 
 
 def _run_info(

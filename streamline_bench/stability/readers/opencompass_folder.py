@@ -123,17 +123,11 @@ def find_predictions(path: Path, timestamp: str | None = None) -> Predictions | 
 
 def _runs(path: Path, timestamp: str | None) -> list[Path]:
     """The folders ``predictions`` of a work folder's runs, the newest first."""
-    runs = sorted(
-        (
-            folder
-            for folder in path.iterdir()
-            if _RUN.match(folder.name) and (folder / "predictions").is_dir()
-        ),
-        reverse=True,
-    )
-    chosen = [run / "predictions" for run in runs if timestamp in (None, run.name)]
+    found = (folder.parent for folder in path.glob("*/predictions") if folder.is_dir())
+    runs = sorted(folder for folder in found if _RUN.match(folder.name))
+    chosen = [run / "predictions" for run in reversed(runs) if timestamp in (None, run.name)]
     if runs and not chosen:
-        times = ", ".join(run.name for run in reversed(runs))
+        times = ", ".join(run.name for run in runs)
         raise SamplesError(f"'{path}' has no OpenCompass run of {timestamp}; it has: {times}.")
     return chosen
 
@@ -155,12 +149,9 @@ def _only_model(roots: list[Path]) -> Path:
     if len(models) > 1:
         names = ", ".join(f"'{model}'" for model in sorted(models.values())[:4])
         more = f" and {len(models) - 4} more" if len(models) > 4 else ""
+        hold = "holds" if len(roots) == 1 else "and the runs beside it hold"
         raise SamplesError(
-            f"'{roots[0]}' and the runs beside it hold predictions of several models "
-            f"({names}{more}); name one of them."
-            if len(roots) > 1
-            else f"'{roots[0]}' holds predictions of several models ({names}{more}); name one of "
-            "them."
+            f"'{roots[0]}' {hold} predictions of several models ({names}{more}); name one of them."
         )
     return next(iter(models.values()))
 
@@ -202,12 +193,7 @@ def _one_file(path: Path) -> Predictions:
     whole = _collect(path.parent)
     for name, found in whole.sets.items():
         if path in found.files:
-            return Predictions(
-                folder=whole.folder,
-                sets={name: found},
-                timestamp=whole.timestamp,
-                settings=whole.settings,
-            )
+            return replace(whole, sets={name: found}, missing={}, left_out={})
     raise SamplesError(
         f"'{path}' is a part of a data set of which '{path.parent}' holds the whole; give that."
     )
@@ -223,11 +209,8 @@ def _files(
     Returns:
         Data set -> files; parts that are not read -> why.
     """
-    stems = {
-        file.stem: file
-        for file in sorted(folder.glob("*.json"))
-        if all_json or _looks_like_predictions(file)
-    }
+    found = sorted(folder.glob("*.json"))
+    stems = {file.stem: file for file in found if all_json or _looks_like_predictions(file)}
     files: dict[str, tuple[Path, ...]] = {}
     left_out: dict[str, str] = {}
     for stem, file in stems.items():
@@ -247,11 +230,8 @@ def _is_part(name: str, stems: Mapping[str, Path], known: set[str]) -> bool:
 
 
 def _parts(folder: Path, name: str, stems: Mapping[str, Path]) -> tuple[Path, ...]:
-    numbers = sorted(
-        int(match["part"])
-        for stem in stems
-        if (match := _PART.match(stem)) and match["name"] == name
-    )
+    parts = filter(None, map(_PART.match, stems))
+    numbers = sorted(int(match["part"]) for match in parts if match["name"] == name)
     for expected, number in enumerate(numbers):
         if number != expected or f"{name}_{number}" not in stems:
             raise SamplesError(

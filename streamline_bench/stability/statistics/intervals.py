@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
 from statistics import NormalDist
 
 import numpy as np
@@ -17,7 +18,7 @@ from streamline_bench.stability.comparison import Estimate
 from streamline_bench.stability.statistics import FloatArray, IntArray
 
 FEW_UNITS = 20
-MOST_COUNTS = 4_000_000
+_MOST_COUNTS = 4_000_000
 """Counts that a bootstrap holds at once."""
 
 
@@ -117,6 +118,14 @@ def bootstrap_interval(
     return (value - half, value + half), "Student with bootstrap error"
 
 
+def resamples(sizes: IntArray, draws: int, generator: np.random.Generator) -> Iterator[IntArray]:
+    """Yield counts [some draws, cells] of as many units as there are, drawn from cells of these
+    sizes; all draws together are ``draws``."""
+    units, step = int(sizes.sum()), max(1, _MOST_COUNTS // len(sizes))
+    for begin in range(0, draws, step):
+        yield generator.multinomial(units, sizes / units, size=min(step, draws - begin))
+
+
 def ratio_draws(
     numerators: FloatArray,
     denominators: FloatArray,
@@ -139,10 +148,9 @@ def ratio_draws(
         sizes = np.diff(np.append(edges, units))
         numerators = np.add.reduceat(numerators[order], edges) / sizes
         denominators = np.add.reduceat(denominators[order], edges) / sizes
-    values = np.empty(draws)
-    step = max(1, MOST_COUNTS // len(sizes))
-    for begin in range(0, draws, step):
-        count = min(step, draws - begin)
-        drawn = generator.multinomial(units, sizes / units, size=count)
-        values[begin : begin + count] = (drawn @ numerators) / (drawn @ denominators)
-    return values
+    return np.concatenate(
+        [
+            (drawn @ numerators) / (drawn @ denominators)
+            for drawn in resamples(sizes, draws, generator)
+        ]
+    )

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from streamline_bench.errors import SamplesError
+from streamline_bench.stability.comparison import Estimate
 from streamline_bench.stability.statistics import BoolArray, FloatArray
 from streamline_bench.stability.statistics.intervals import t_quantile
 
@@ -189,6 +190,12 @@ def wilson(p: float, n: float, confidence: float, freedom: float = math.inf) -> 
     low = 0.0 if p <= 0 else max(0.0, centre - half)
     high = 1.0 if p >= 1 else min(1.0, centre + half)
     return low, high
+
+
+def wilson_estimate(p: float, n: float, confidence: float, freedom: float = math.inf) -> Estimate:
+    """A share with Wilson's interval."""
+    low, high = wilson(p, n, confidence, freedom)
+    return Estimate(value=p, low=low, high=high, method="Wilson")
 
 
 def retention(

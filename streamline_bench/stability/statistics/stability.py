@@ -27,9 +27,9 @@ from streamline_bench.stability.statistics.choices import (
 )
 from streamline_bench.stability.statistics.clusters import ClusterLabels
 from streamline_bench.stability.statistics.intervals import (
-    MOST_COUNTS,
     bootstrap_interval,
     ratio_draws,
+    resamples,
     task_generator,
 )
 from streamline_bench.stability.statistics.paired import wilson
@@ -197,14 +197,8 @@ def stability_draws(
         max_cells: above this many distinct (spread, verdict) pairs, spreads are grouped.
     """
     sizes, weights, agreeing = _cells(std, agree, max_cells)
-    n = int(sizes.sum())
-    values = np.empty(draws)
-    step = max(1, MOST_COUNTS // len(sizes))
-    for begin in range(0, draws, step):
-        count = min(step, draws - begin)
-        drawn = generator.multinomial(n, sizes / n, size=count) * weights
-        values[begin : begin + count] = drawn[:, agreeing].sum(axis=1) / drawn.sum(axis=1)
-    return values
+    drawn = (counts * weights for counts in resamples(sizes, draws, generator))
+    return np.concatenate([each[:, agreeing].sum(axis=1) / each.sum(axis=1) for each in drawn])
 
 
 def _cells(

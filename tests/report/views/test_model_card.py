@@ -17,9 +17,9 @@ from streamline_bench.core.checkpoint.folder import (
     verify_files,
     write_manifest,
 )
-from streamline_bench.report import build_report, read_run_file, write_run_file
-from streamline_bench.report.build import build_leaderboard
+from streamline_bench.report.build import build_leaderboard, build_report
 from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.report.run_file import read_run_file, write_run_file
 from streamline_bench.report.views.model_card import (
     evaluation_results,
     model_card,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from streamline_bench.report import build_report
+from streamline_bench.report.build import build_report
 from streamline_bench.report.leaderboard import Leaderboard, read_leaderboard
 from streamline_bench.report.views.terminal import terminal_table
 from streamline_bench.stability.settings import Settings

@@ -10,7 +10,7 @@ import pytest
 
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.readers.load import load_samples
-from streamline_bench.stability.readers.opencompass_results import Evaluation
+from streamline_bench.stability.readers.opencompass_reader import Evaluation
 from streamline_bench.stability.samples import Samples
 
 RIGHT = [True, False, True, False]
