@@ -14,7 +14,6 @@ class Dense(Method):
     calibrated = False
 
     def compress(self, work: Compression) -> Compressed:
-        """Copy every tensor under its own name."""
         config = json.loads((work.folder / "config.json").read_text(encoding="utf-8"))
         return Compressed(
             config=config,

@@ -21,18 +21,9 @@ if TYPE_CHECKING:
     from streamline_bench.throughput.workload import ServingLoad, Setup, Workload
 
 __all__ = [
-    "ServingLoad",
-    "Setup",
-    "ThroughputFigures",
-    "ThroughputRecord",
-    "Workload",
-    "figures_of",
-    "measure",
-    "read_figures",
-    "read_record",
-    "serve",
-    "write_record",
-]
+    "ServingLoad", "Setup", "ThroughputFigures", "ThroughputRecord", "Workload", "figures_of",
+    "measure", "read_figures", "read_record", "serve", "write_record",
+]  # fmt: skip
 
 _WHERE = {
     "measure": "measurement",

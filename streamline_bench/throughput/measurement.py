@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
@@ -71,22 +71,13 @@ def measure(
         workload = workload.model_copy(update={"batch_sizes": (1,)})
         setup = setup.model_copy(update={"attention": setup.attention or "eager"})
     engine_class(engine).require()
-    contenders = contenders_of(models, dense, workload)
-    dtype = resolved_dtype(setup.dtype, [c.footprint.dtype for c in contenders if c.footprint])
-    surroundings = Surroundings(setup)
+    compared = Comparison(models, dense, workload, setup)
     with log_folder(output) as logs:
         largest, tokens = max(workload.batch_sizes), workload.sequence_tokens
-        running = [
-            RunningModel(
-                contender,
-                engine,
-                engine_settings(contender, contenders, workload, setup, dtype, largest, tokens),
-                setup,
-                logs / f"{index:02d}.log",
-                surroundings.nvml,
-            )
-            for index, contender in enumerate(contenders)
-        ]
+        running = []
+        for index, contender in enumerate(compared.contenders):
+            settings, log = compared.settings(contender, largest, tokens), logs / f"{index:02d}.log"
+            running.append(RunningModel(contender, engine, settings, setup, log, compared.nvml))
         measured = _swept(running, workload, setup.one_at_a_time, progress)
     points = {
         label: points_of(
@@ -99,78 +90,114 @@ def measure(
         )
         for label, found in measured.items()
     }
-    return recorded(
-        contenders,
-        surroundings,
+    return compared.record(
         output,
         points=points,
         engine=engine,
         mode=mode,
-        dense=dense,
-        dtype=dtype,
         clock=setup.resolved_clock,
         confidence=confidence,
         interleaved=not setup.one_at_a_time,
-        workload=workload,
         paper=PAPER_FIGURES if mode == "paper" else (),
     )
 
 
-def recorded(
-    contenders: Sequence[Contender],
-    surroundings: Surroundings,
-    output: Path | None,
-    *,
-    points: Mapping[str, tuple[Point, ...]] | None = None,
-    served: Mapping[str, tuple[ServingPoint, ...]] | None = None,
-    dense: str | None,
-    dtype: str,
-    **fields: Any,
-) -> ThroughputRecord:
-    """Return the record of what was measured, by label, and write it where ``output`` is given.
-
-    Raises:
-        OutputError: the record cannot be written.
-    """
-    reference = next((c.footprint for c in contenders if c.label == dense), None)
-    record = ThroughputRecord(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        dense=dense,
-        dtype=dtype,
-        flags=next((c.loaded.flags for c in contenders if c.loaded is not None), {}),
-        environment=surroundings.described(contenders),
-        models=tuple(
-            model_result(
-                contender,
-                dtype=dtype,
-                dense=reference,
-                points=(points or {}).get(contender.label, ()),
-                serving=(served or {}).get(contender.label, ()),
-            )
-            for contender in contenders
-        ),
-        **fields,
-    )
-    if output is not None:
-        write_record(record, output)
-    return record
-
-
-def contenders_of(
-    models: Mapping[str, Path | str], dense: str | None, workload: Workload
-) -> list[Contender]:
-    """Read the sizes of every model; a model that cannot be read is a failed one.
+class Comparison:
+    """The models of one record, and the machine as it was when measuring began.
 
     Raises:
         ThroughputError: no model, or ``dense`` is not among them.
+
+    Attributes:
+        contenders: with the sizes of every model; one that cannot be read is a failed one.
+        dtype: in which all of them run.
+        nvml: the accelerator's readings; None on a processor or without NVML.
     """
-    if not models:
-        raise ThroughputError("No model was given; name at least one folder.")
-    if dense is not None and dense not in models:
-        raise ThroughputError(
-            f"The dense model '{dense}' is not among the models: {', '.join(models)}."
+
+    def __init__(
+        self, models: Mapping[str, Path | str], dense: str | None, workload: Workload, setup: Setup
+    ) -> None:
+        if not models:
+            raise ThroughputError("No model was given; name at least one folder.")
+        if dense is not None and dense not in models:
+            raise ThroughputError(
+                f"The dense model '{dense}' is not among the models: {', '.join(models)}."
+            )
+        self.contenders = [_contender(name, str(model), workload) for name, model in models.items()]
+        self._sizes = [c.footprint for c in self.contenders if c.footprint is not None]
+        self.dtype = resolved_dtype(setup.dtype, [sizes.dtype for sizes in self._sizes])
+        self._dense, self._workload, self._setup = dense, workload, setup
+        self._load = load_average()
+        if setup.on_cpu:
+            self.nvml, self._energy = None, "not read: processors report none here"
+            self._memory = "resident memory of the process and its children, sampled"
+        else:
+            self.nvml, self._energy = open_device(visible_device(setup.device))
+            self._memory = "NVML, or the peak of torch's allocator for engine hf"
+
+    def settings(self, contender: Contender, sequences: int, tokens: int) -> EngineSettings:
+        """Return how one model is loaded, for up to so many sequences of so many tokens."""
+        workload, setup = self._workload, self._setup
+        cache = setup.kv_cache_bytes or cache_bytes(self._sizes, sequences, tokens, self.dtype)
+        return EngineSettings(
+            model=str(contender.folder), device=setup.process_device, dtype=self.dtype,
+            threads=setup.resolved_threads, max_batch=sequences, sequence_tokens=tokens,
+            seed=workload.seed, prefix_caching=workload.prefix_caching, kv_cache_bytes=cache,
+            eager=setup.eager, attention=setup.attention, trust_remote_code=setup.trust_remote_code,
+        )  # fmt: skip
+
+    def record(
+        self,
+        output: Path | None,
+        *,
+        points: Mapping[str, tuple[Point, ...]] | None = None,
+        served: Mapping[str, tuple[ServingPoint, ...]] | None = None,
+        **fields: Any,
+    ) -> ThroughputRecord:
+        """Return the record of what was measured, by label; written where ``output`` is given.
+
+        Raises:
+            OutputError: the record cannot be written.
+        """
+        found = self.contenders
+        record = ThroughputRecord(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            dense=self._dense,
+            dtype=self.dtype,
+            workload=self._workload,
+            flags=next((c.loaded.flags for c in found if c.loaded is not None), {}),
+            environment=self._environment(),
+            models=tuple(
+                model_result(
+                    contender,
+                    dtype=self.dtype,
+                    dense=next((c.footprint for c in found if c.label == self._dense), None),
+                    points=(points or {}).get(contender.label, ()),
+                    serving=(served or {}).get(contender.label, ()),
+                )
+                for contender in found
+            ),
+            **fields,
         )
-    return [_contender(label, str(model), workload) for label, model in models.items()]
+        if output is not None:
+            write_record(record, output)
+        return record
+
+    def _environment(self) -> Environment:
+        """Return the record's environment, with the facts from the engines."""
+        loaded = [c.loaded for c in self.contenders if c.loaded is not None]
+        devices, on_cpu = accelerators(), self._setup.on_cpu
+        named = next((entry.device_name for entry in loaded if entry.device_name), None)
+        versions = {key: value for entry in loaded for key, value in entry.versions.items()}
+        return Environment(
+            machine_id=machine_id(), device=self._setup.device,
+            device_name=named or (processor_name() if on_cpu else "unknown"),
+            driver=devices[0].driver if devices and not on_cpu else None,
+            cpu_count=os.cpu_count() or 1, threads=self._setup.resolved_threads,
+            engine_version=next((e.engine_version for e in loaded if e.engine_version), None),
+            versions={**package_versions(), **versions}, load_average=(self._load, load_average()),
+            memory=self._memory, energy=self._energy,
+        )  # fmt: skip
 
 
 def _contender(label: str, model: str, workload: Workload) -> Contender:
@@ -182,7 +209,7 @@ def _contender(label: str, model: str, workload: Workload) -> Contender:
         return Contender(label, model, None, None, failure=str(error))
     contender = Contender(label, model, folder, sizes)
     if sizes.max_tokens is not None and sizes.max_tokens < workload.sequence_tokens:
-        contender.fail(
+        contender.failure = (
             f"the model takes at most {sizes.max_tokens} tokens, but prompt and output have "
             f"{workload.sequence_tokens}; give fewer --prompt-tokens or --output-tokens"
         )
@@ -210,34 +237,6 @@ def log_folder(output: Path | None) -> Iterator[Path]:
             f"Output {output} cannot be written ({error.strerror}); give another --output."
         ) from None
     yield logs
-
-
-def engine_settings(
-    contender: Contender,
-    contenders: Sequence[Contender],
-    workload: Workload,
-    setup: Setup,
-    dtype: str,
-    sequences: int,
-    sequence_tokens: int,
-) -> EngineSettings:
-    """Return how one model is loaded, for batches of up to ``sequences``."""
-    sizes = [c.footprint for c in contenders if c.footprint is not None]
-    cache = setup.kv_cache_bytes or cache_bytes(sizes, sequences, sequence_tokens, dtype)
-    return EngineSettings(
-        model=str(contender.folder),
-        device=setup.process_device,
-        dtype=dtype,
-        threads=setup.resolved_threads,
-        max_batch=sequences,
-        sequence_tokens=sequence_tokens,
-        seed=workload.seed,
-        prefix_caching=workload.prefix_caching,
-        kv_cache_bytes=cache,
-        eager=setup.eager,
-        attention=setup.attention,
-        trust_remote_code=setup.trust_remote_code,
-    )
 
 
 def _swept(
@@ -311,41 +310,3 @@ def load_average() -> float | None:
         return os.getloadavg()[0]
     except (OSError, AttributeError):
         return None
-
-
-class Surroundings:
-    """The machine as it was when measuring began.
-
-    Attributes:
-        nvml: the accelerator's readings; None on a processor or without NVML.
-    """
-
-    def __init__(self, setup: Setup) -> None:
-        self._setup = setup
-        self._load = load_average()
-        if setup.on_cpu:
-            self.nvml, self._energy = None, "not read: processors report none here"
-            self._memory = "resident memory of the process and its children, sampled"
-        else:
-            self.nvml, self._energy = open_device(visible_device(setup.device))
-            self._memory = "NVML, or the peak of torch's allocator for engine hf"
-
-    def described(self, contenders: Sequence[Contender]) -> Environment:
-        """Return the record's environment, with the facts from the engines."""
-        loaded = [c.loaded for c in contenders if c.loaded is not None]
-        devices = accelerators()
-        named = next((entry.device_name for entry in loaded if entry.device_name), None)
-        versions = {key: value for entry in loaded for key, value in entry.versions.items()}
-        return Environment(
-            machine_id=machine_id(),
-            device=self._setup.device,
-            device_name=named or (processor_name() if self._setup.on_cpu else "unknown"),
-            driver=devices[0].driver if devices and not self._setup.on_cpu else None,
-            cpu_count=os.cpu_count() or 1,
-            threads=self._setup.resolved_threads,
-            engine_version=next((e.engine_version for e in loaded if e.engine_version), None),
-            versions={**package_versions(), **versions},
-            load_average=(self._load, load_average()),
-            memory=self._memory,
-            energy=self._energy,
-        )

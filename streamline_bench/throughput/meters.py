@@ -48,12 +48,10 @@ def open_device(visible: str) -> tuple[Device | None, str]:
     library = importlib.import_module("pynvml")
     try:
         library.nvmlInit()
-        by_index = visible.isdigit()
-        handle = (
-            library.nvmlDeviceGetHandleByIndex(int(visible))
-            if by_index
-            else library.nvmlDeviceGetHandleByUUID(visible)
-        )
+        if visible.isdigit():
+            handle = library.nvmlDeviceGetHandleByIndex(int(visible))
+        else:
+            handle = library.nvmlDeviceGetHandleByUUID(visible)
     except library.NVMLError as error:
         return None, f"not read: NVML: {error}"
     return Device(library, handle), "NVML"
@@ -147,20 +145,16 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while True:
+        last = False
+        while not last:
             last = self._done.wait(INTERVAL_SECONDS if self.bytes is not None else 0)
-            self._sample()
-            if last:
-                return
-
-    def _sample(self) -> None:
-        found = process_tree(self._pid)
-        if self._device is not None:
-            held = self._device.memory_bytes(process.pid for process in found)
-        else:
-            held = _resident_bytes(found) or None
-        if held is not None:
-            self.bytes = max(self.bytes or 0, held)
+            found = process_tree(self._pid)
+            if self._device is not None:
+                held = self._device.memory_bytes(process.pid for process in found)
+            else:
+                held = _resident_bytes(found) or None
+            if held is not None:
+                self.bytes = max(self.bytes or 0, held)
 
 
 def _resident_bytes(processes: list[psutil.Process]) -> int:

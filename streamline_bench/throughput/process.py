@@ -149,11 +149,8 @@ class ModelProcess(LeashedProcess):
         code = self._process.returncode
         if code >= 0:
             log = self.log_tail()
-            said, ran_out = _last_error(log), is_out_of_memory(log)
-            return WorkerError(
-                f"the process ended with exit code {code} while {doing}: {said}",
-                out_of_memory=ran_out,
-            )
+            reason = f"the process ended with exit code {code} while {doing}: {_last_error(log)}"
+            return WorkerError(reason, out_of_memory=is_out_of_memory(log))
         for_memory = code == -signal.SIGKILL and kernel_kills() != self._kills
         return WorkerError(
             f"the process was killed by signal {-code} ({signal.Signals(-code).name}) while {doing}"

@@ -359,13 +359,10 @@ def _figures(record: ThroughputRecord, model: ModelResult, batch: int | None) ->
         rate, ratio = point.output_tokens_per_second, point.ratio
         measured = {"batch_size": point.batch_size, "peak_memory_bytes": point.peak_memory_bytes}
         if rate is not None:
-            measured |= {
-                "output_tokens_per_second": rate.median, "low": rate.low, "high": rate.high,
-            }  # fmt: skip
+            measured |= {"output_tokens_per_second": rate.median}
+            measured |= {"low": rate.low, "high": rate.high}
         if ratio is not None:
-            measured |= {
-                "ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high,
-            }  # fmt: skip
+            measured |= {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
     served = [found for found in model.serving if found.status == "ok"]
     if served:
         slowest = min(served, key=lambda found: found.request_rate)
@@ -375,22 +372,13 @@ def _figures(record: ThroughputRecord, model: ModelResult, batch: int | None) ->
     failed = "output_tokens_per_second" not in measured
     reason = point.reason if point is not None and point.reason else model.reason
     return ThroughputFigures(
-        label=model.label,
-        status="failed" if failed else "ok",
-        reason=(reason or "nothing was measured") if failed else None,
-        engine=record.engine,
-        device=record.environment.device_name,
-        dtype=record.dtype,
-        clock=record.clock,
-        **measured,
+        label=model.label, status="failed" if failed else "ok",
+        reason=(reason or "nothing was measured") if failed else None, engine=record.engine,
+        device=record.environment.device_name, dtype=record.dtype, clock=record.clock, **measured,
         ideal_ratio=model.ideal.ratio if model.ideal is not None else None,
-        weights_bytes=model.weights_bytes,
-        kv_cache_tokens=model.kv_cache_tokens,
-        start_seconds=model.start_seconds,
-        mode=record.mode,
-        engine_version=record.environment.engine_version,
-        threads=record.environment.threads,
-        prompt_tokens=record.workload.prompt_tokens,
-        output_tokens=record.workload.output_tokens,
+        weights_bytes=model.weights_bytes, kv_cache_tokens=model.kv_cache_tokens,
+        start_seconds=model.start_seconds, mode=record.mode,
+        engine_version=record.environment.engine_version, threads=record.environment.threads,
+        prompt_tokens=record.workload.prompt_tokens, output_tokens=record.workload.output_tokens,
         request_load=None if record.serving_load is None else record.serving_load.described,
-    )
+    )  # fmt: skip

@@ -62,10 +62,8 @@ def ratio(
         if not ours or not theirs:
             return None
         above, below = list(ours.values()), list(theirs.values())
-        value, count = (
-            statistics.median(above) / statistics.median(below),
-            min(len(ours), len(theirs)),
-        )
+        value = statistics.median(above) / statistics.median(below)
+        count = min(len(ours), len(theirs))
         draws = _resampled_medians(generator, above) / _resampled_medians(generator, below)
     if count < 2:
         return Ratio(value=value, low=None, high=None)
@@ -93,28 +91,18 @@ def points_of(
     seed: int,
 ) -> tuple[Point, ...]:
     """Return the points of one model; ratios where dense ran the same batch size."""
-    reference: Mapping[int, Measured] = {m.batch_requested: m for m in dense or ()}
+    reference: Mapping[int, Measured] = {
+        m.batch_requested: m for m in dense or () if m.reason is None and m.rounds
+    }
     found = []
     for point in measured:
         fields = _rates(point.rounds, clock) if point.reason is None else {}
         peer = reference.get(point.batch_requested)
-        comparable = peer is not None and peer.reason is None and bool(peer.rounds)
-        if fields and peer and comparable and peer.batch_size == point.batch_size:
+        if fields and peer is not None and peer.batch_size == point.batch_size:
             fields["ratio"] = ratio(
                 point.rounds, peer.rounds, clock, paired=paired, confidence=confidence, seed=seed
             )
-        found.append(
-            Point(
-                batch_requested=point.batch_requested,
-                batch_size=point.batch_size,
-                status="ok" if fields else "failed",
-                reason=point.reason,
-                notes=tuple(point.notes),
-                rounds=tuple(point.rounds),
-                peak_memory_bytes=point.peak_memory_bytes,
-                **fields,
-            )
-        )
+        found.append(Point(status="ok" if fields else "failed", **vars(point), **fields))
     return tuple(found)
 
 
@@ -128,9 +116,9 @@ def model_result(
 ) -> ModelResult:
     """Return one model's part of the record."""
     sizes, loaded = contender.footprint, contender.loaded
-    outcomes = [(p.status, p.reason) for p in points] + [(p.status, p.reason) for p in serving]
-    worked = any(status == "ok" for status, _ in outcomes)
-    reasons = [contender.failure, *(reason for _, reason in outcomes)]
+    outcomes: list[Point | ServingPoint] = [*points, *serving]
+    worked = any(outcome.status == "ok" for outcome in outcomes)
+    reasons = [contender.failure, *(outcome.reason for outcome in outcomes)]
     reason = next((reason for reason in reasons if reason), None)
     measured: dict[str, Any] = {}
     if sizes is not None:
@@ -143,17 +131,11 @@ def model_result(
             "ideal": ideal(dense, sizes) if dense and dense.flops and sizes.flops else None,
         }
     return ModelResult(
-        label=contender.label,
-        model=contender.model,
-        status="ok" if worked else "failed",
-        reason=reason or (None if worked else "nothing was measured"),
-        notes=tuple(contender.notes),
+        label=contender.label, model=contender.model, status="ok" if worked else "failed",
+        reason=reason or (None if worked else "nothing was measured"), notes=tuple(contender.notes),
         kv_cache_tokens=loaded.kv_cache_tokens if loaded is not None else None,
-        start_seconds=contender.start_seconds,
-        points=points,
-        serving=serving,
-        **measured,
-    )
+        start_seconds=contender.start_seconds, points=points, serving=serving, **measured,
+    )  # fmt: skip
 
 
 def _rates(rounds: Sequence[Round], clock: Clock) -> dict[str, Any]:

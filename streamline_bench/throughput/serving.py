@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from streamline_bench.errors import ThroughputError
-from streamline_bench.throughput.engines import EngineSettings, Loaded
+from streamline_bench.throughput.engines import EngineSettings
 from streamline_bench.throughput.engines.vllm import (
     VLLMEngine,
     memory_flags,
@@ -30,17 +30,10 @@ from streamline_bench.throughput.engines.vllm import (
     vllm_environment,
     vllm_version,
 )
-from streamline_bench.throughput.footprint import resolved_dtype
-from streamline_bench.throughput.measurement import (
-    Surroundings,
-    contenders_of,
-    engine_settings,
-    log_folder,
-    recorded,
-)
-from streamline_bench.throughput.process import ModelProcess, WorkerError
+from streamline_bench.throughput.measurement import Comparison, log_folder
+from streamline_bench.throughput.process import WorkerError
 from streamline_bench.throughput.record import Latency, ServingPoint, ThroughputRecord
-from streamline_bench.throughput.sweep import Contender, process_environment
+from streamline_bench.throughput.sweep import RunningModel
 from streamline_bench.throughput.workload import ServingLoad, Setup, Workload
 
 _SERVED_NAME = "model"
@@ -49,7 +42,6 @@ _POLL_SECONDS = 0.5
 _WARM_UPS = 2
 _VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 _METRICS = ("ttft", "tpot", "itl", "e2el")
-_ATTEMPTS = 3
 _MOST_SEQUENCES = 256
 _SPARE_TOKENS = 16  # special tokens that the benchmark's prompts get on top
 
@@ -87,9 +79,8 @@ def serve(
     VLLMEngine.require()
     if port is not None:
         require_free(port)
-    contenders = contenders_of(models, dense, workload)
-    dtype = resolved_dtype(setup.dtype, [c.footprint.dtype for c in contenders if c.footprint])
-    surroundings = Surroundings(setup)
+    compared = Comparison(models, dense, workload, setup)
+    contenders = compared.contenders
     served: dict[str, tuple[ServingPoint, ...]] = {}
     total = len(contenders) * (1 + len(load.request_rates))
     with (
@@ -100,58 +91,64 @@ def serve(
         limits = [c.footprint.max_tokens for c in contenders if c.footprint]
         longest = min(filter(None, [workload.sequence_tokens + _SPARE_TOKENS, *limits]))
         for index, contender in enumerate(contenders):
-            settings = engine_settings(
-                contender, contenders, workload, setup, dtype, sequences, longest
-            )
-            server = _Server(contender, settings, setup, port, logs / f"{index:02d}.log")
+            settings = compared.settings(contender, sequences, longest)
+            log = logs / f"{index:02d}.log"
+            server = _Server(contender, "vllm", settings, setup, log, port=port)
             served[contender.label] = server.sweep(workload, load, bar.update)
-    return recorded(
-        contenders,
-        surroundings,
+    return compared.record(
         output,
         served=served,
         engine="vllm",
         mode="serving",
-        dense=dense,
-        dtype=dtype,
         clock="wall",
         confidence=0.95,
         interleaved=False,
-        workload=workload,
         serving_load=load,
     )
 
 
 @dataclass
-class _Server:
+class _Server(RunningModel):
     """One model's server, and the requests sent to it."""
 
-    contender: Contender
-    settings: EngineSettings
-    setup: Setup
-    port: int | None
-    log: Path
+    job = f"{__name__}:ServingJob"
+    doing = "starting the server"
+
+    port: int | None = None
+    attempts: int = 3
+
+    def environment(self) -> Mapping[str, str]:
+        return vllm_environment(self.settings, in_process=False)
+
+    def arguments(self) -> dict[str, Any]:
+        return {"port": self.port or free_port()}
+
+    def may_retry(self, failure: WorkerError) -> bool:
+        """Whether to start again: on another port, where the free one was taken meanwhile."""
+        self.attempts -= 1
+        printed = self.log.read_text("utf-8", "replace")
+        retry = self.port is None and self.attempts > 0 and is_port_conflict(printed)
+        if retry:
+            self.log.unlink()
+        return retry
 
     def sweep(
         self, workload: Workload, load: ServingLoad, advance: Callable[[], object]
     ) -> tuple[ServingPoint, ...]:
         """Measure every rate; after a failure the rest fails with its reason."""
-        process = self._started()
+        self.start()
         advance()
         points = []
         try:
             for rate in load.request_rates:
-                points.append(self._at(rate, process, workload, load))
+                points.append(self._at(rate, workload, load))
                 advance()
         finally:
-            if process is not None:
-                process.close()
+            self.close()
         return tuple(points)
 
-    def _at(
-        self, rate: float, process: ModelProcess | None, workload: Workload, load: ServingLoad
-    ) -> ServingPoint:
-        if process is None or not self.contender.alive:
+    def _at(self, rate: float, workload: Workload, load: ServingLoad) -> ServingPoint:
+        if self._process is None or not self.contender.alive:
             return ServingPoint(request_rate=rate, status="failed", reason=self.contender.failure)
         arguments = {
             "prompt_tokens": workload.prompt_tokens,
@@ -161,42 +158,11 @@ class _Server:
         }
         doing = f"serving {rate:g} requests per second"
         try:
-            found = process.ask("bench", doing, self.setup.timeout, rate=rate, load=arguments)
+            found = self._process.ask("bench", doing, self.setup.timeout, rate=rate, load=arguments)
         except WorkerError as failure:
-            self.contender.fail(failure.reason)
+            self.contender.failure = failure.reason
             return ServingPoint(request_rate=rate, status="failed", reason=failure.reason)
         return point_of(rate, found)
-
-    def _started(self) -> ModelProcess | None:
-        """Start the server; where its free port was taken meanwhile, on another one."""
-        attempts = _ATTEMPTS if self.port is None else 1
-        while attempts and self.contender.alive:
-            attempts -= 1
-            started = time.perf_counter()
-            environment = process_environment(
-                vllm_environment(self.settings, in_process=False),
-                self.settings,
-                self.setup.visible_device,
-            )
-            process = ModelProcess(f"{__name__}:ServingJob", environment, self.log)
-            try:
-                answer = process.ask(
-                    "load",
-                    "starting the server",
-                    self.setup.start_timeout,
-                    settings=self.settings.model_dump(),
-                    port=self.port or free_port(),
-                )
-            except WorkerError as failure:
-                if attempts and is_port_conflict(process.log_tail()):
-                    self.log.unlink()
-                    continue
-                self.contender.fail(failure.reason)
-                return None
-            self.contender.start_seconds = time.perf_counter() - started
-            self.contender.loaded = Loaded(vocab_size=0, **answer)
-            return process
-        return None
 
 
 def free_port() -> int:
@@ -254,6 +220,7 @@ class ServingJob:
                 raise ThroughputError(f"vllm serve ended with exit code {code}")
             time.sleep(_POLL_SECONDS)
         return {
+            "vocab_size": 0,
             "engine_version": vllm_version(),
             "kv_cache_tokens": self._cache_tokens(),
             "flags": {"serve": command[len(_VLLM) :]},
@@ -359,12 +326,8 @@ def point_of(rate: float, found: dict[str, Any]) -> ServingPoint:
         for name in _METRICS
     }
     return ServingPoint(
-        request_rate=rate,
-        status="ok",
-        completed=found["completed"],
-        seconds=found["duration"],
+        request_rate=rate, status="ok", completed=found["completed"], seconds=found["duration"],
         requests_per_second=found["request_throughput"],
         output_tokens_per_second=found["output_throughput"],
-        total_tokens_per_second=found["total_token_throughput"],
-        **latencies,
-    )
+        total_tokens_per_second=found["total_token_throughput"], **latencies,
+    )  # fmt: skip

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from streamline_bench.errors import ThroughputError
 from streamline_bench.throughput.engines import Engine, EngineSettings, Loaded, engine_class
@@ -51,14 +51,17 @@ class Contender:
         """Whether it can still be measured."""
         return self.failure is None
 
-    def fail(self, reason: str) -> None:
-        """Measure this model no more; its results so far stay."""
-        self.failure = reason
-
 
 @dataclass
 class RunningModel:
-    """A contender's engine process, started when it is first needed and again after a failure."""
+    """A contender's process, started when it is first needed and again after a failure.
+
+    Attributes:
+        job: ``module:Class`` of what the process does, and ``doing``: its start, in words.
+    """
+
+    job: ClassVar[str] = f"{__name__}:OfflineJob"
+    doing: ClassVar[str] = "loading the model"
 
     contender: Contender
     engine_name: str
@@ -74,16 +77,13 @@ class RunningModel:
         return engine_class(self.engine_name)
 
     def start(self) -> None:
-        """Load the model; where its memory runs out, again for half the batch, down to one.
-
-        A failure ends up in the contender.
-        """
+        """Load the model; a failure that cannot be mended ends up in the contender."""
         while self._process is None and self.contender.alive:
             try:
                 self._load()
             except WorkerError as failure:
-                if not self._can_shrink(failure):
-                    self.contender.fail(failure.reason)
+                if not self.may_retry(failure):
+                    self.contender.failure = failure.reason
 
     def round(self, batch: int, workload: Workload, index: int) -> tuple[Round, int | None]:
         """Run one round; return it and the peak of memory in bytes.
@@ -123,24 +123,27 @@ class RunningModel:
             self._process.close()
             self._process = None
 
+    def environment(self) -> Mapping[str, str]:
+        """Return the variables that the engine needs."""
+        return self.engine.environment(self.settings)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what the job has to know to load the model, besides its settings."""
+        return {"engine": self.engine_name}
+
     def _load(self) -> None:
-        started = time.perf_counter()
-        of_engine = self.engine.environment(self.settings)
-        environment = process_environment(of_engine, self.settings, self.setup.visible_device)
-        process = ModelProcess(f"{__name__}:OfflineJob", environment, self.log)
-        answer = process.ask(
-            "load",
-            "loading the model",
-            self.setup.start_timeout,
-            engine=self.engine_name,
-            settings=self.settings.model_dump(),
-        )
+        started, limit = time.perf_counter(), self.setup.start_timeout
+        visible, settings = self.setup.visible_device, self.settings.model_dump()
+        environment = process_environment(self.environment(), self.settings, visible)
+        process = ModelProcess(self.job, environment, self.log)
+        answer = process.ask("load", self.doing, limit, settings=settings, **self.arguments())
         self._process = process
         if self.contender.loaded is None:
             self.contender.start_seconds = time.perf_counter() - started
         self.contender.loaded = Loaded.model_validate(answer)
 
-    def _can_shrink(self, failure: WorkerError) -> bool:
+    def may_retry(self, failure: WorkerError) -> bool:
+        """Whether to start again: for half the batch, where memory ran out for the whole one."""
         batch = self.settings.max_batch
         if not (failure.out_of_memory and self.engine.sized_at_load and batch > 1):
             return False
@@ -186,12 +189,9 @@ class OfflineJob:
                 f"{len(lengths)} of {min(lengths, default=0)} to {max(lengths, default=0)} tokens."
             )
         return {
-            **reading._asdict(),
-            "requests": len(lengths),
-            "prompt_tokens": sum(map(len, asked)),
-            "output_tokens": sum(lengths),
-            "device_peak_bytes": self._engine.device_peak_bytes(),
-        }
+            **reading._asdict(), "requests": len(lengths), "prompt_tokens": sum(map(len, asked)),
+            "output_tokens": sum(lengths), "device_peak_bytes": self._engine.device_peak_bytes(),
+        }  # fmt: skip
 
 
 def process_environment(
@@ -255,12 +255,6 @@ def sweep(
     return points
 
 
-def turns(models: Sequence[RunningModel], index: int) -> list[RunningModel]:
-    """Return the order of a round: it rotates, so that no model always follows another."""
-    first = index % len(models)
-    return [*models[first:], *models[:first]]
-
-
 def _point(
     models: Sequence[RunningModel],
     requested: int,
@@ -278,7 +272,7 @@ def _point(
             label = out.model.contender.label
             if batch == 1:
                 # Only this model fails: the others may hold the requested batch.
-                out.model.contender.fail(f"out of memory with a batch of one: {out.reason}")
+                out.model.contender.failure = f"out of memory with a batch of one: {out.reason}"
                 batch, notes = requested, []
                 continue
             notes.append(
@@ -313,7 +307,8 @@ def _rounds(
     advance: Callable[[], object],
 ) -> None:
     for index in range(-workload.warmup_rounds, workload.rounds):
-        for model in turns(models, index):
+        first = index % len(models)  # rotates, so that no model always follows another
+        for model in [*models[first:], *models[:first]]:
             point = measured[model.contender.label]
             if model.contender.alive:
                 _one_round(model, point, workload, index)
@@ -327,7 +322,7 @@ def _one_round(model: RunningModel, point: Measured, workload: Workload, index: 
     except WorkerError as failure:
         if failure.out_of_memory:
             raise _OutOfMemoryError(model, failure.reason) from failure
-        model.contender.fail(failure.reason)
+        model.contender.failure = failure.reason
         return
     if index >= 0:
         point.rounds.append(found)

@@ -17,11 +17,11 @@ import copy
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -87,12 +87,6 @@ class BlockStates:
     hidden: Tensor
     target: Tensor
     calls: tuple[LayerCall, ...]
-
-
-class StateSource(Protocol):
-    """Gives the states around the block for a batch of one set of sequences."""
-
-    def states(self, batch: Batch) -> BlockStates: ...
 
 
 class Passthrough(nn.Module):
@@ -239,17 +233,16 @@ class ActivationCache:
         return BlockStates(hidden, target, self._teacher.replay_calls(batch.ids, batch.mask))
 
 
-def cache_bytes(sets: Sequence[CalibrationTokens], hidden_size: int, item_size: int) -> int:
-    """Return the size in bytes of the caches of several sets."""
-    return 2 * sum(tokens.input_ids.numel() for tokens in sets) * hidden_size * item_size
-
-
 def _read_description(path: Path) -> dict[str, Any]:
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return described if isinstance(described, dict) else {}
+
+
+StateSource: TypeAlias = Teacher | ActivationCache
+"""Gives the states around the block for a batch of one set of sequences."""
 
 
 @contextmanager
@@ -353,7 +346,6 @@ class Student:
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over weights given by :meth:`state_on_cpu`."""
         self.module.load_state_dict(dict(state))
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -44,18 +44,6 @@ _IN_LAYER = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")
 _CURVE_ROWS = 400  # about so many, however long the training
 
 
-class Objective(Protocol):
-    """A training objective."""
-
-    def loss_sum(self, batch: Batch, source: StateSource | None) -> Tensor:
-        """Return the sum of the losses of all terms of a batch, a float32 scalar."""
-        ...
-
-    def terms(self, mask: Tensor, targets: Tensor | None = None) -> int:
-        """Return the number of terms of a batch with these masks ``[batch, seq]``."""
-        ...
-
-
 class MseObjective:
     """Mean squared error between the student's output and the state behind the block.
 
@@ -71,6 +59,7 @@ class MseObjective:
         self._bidirectional = bidirectional
 
     def loss_sum(self, batch: Batch, source: StateSource | None) -> Tensor:
+        """Return the sum of the losses of all terms of a batch, a float32 scalar."""
         if source is None:
             raise ValueError("mse needs the states around the block")
         states = source.states(batch)
@@ -85,6 +74,7 @@ class MseObjective:
         return errors[batch.mask].sum()
 
     def terms(self, mask: Tensor, targets: Tensor | None = None) -> int:
+        """Return the number of terms of a batch with these masks ``[batch, seq]``."""
         return int(mask.sum())
 
 
@@ -110,6 +100,9 @@ class LmObjective:
         return int(_predicted(mask, targets).sum())
 
 
+Objective: TypeAlias = MseObjective | LmObjective
+
+
 def _predicted(mask: Tensor, targets: Tensor | None) -> Tensor:
     predicted = mask[:, 1:] & mask[:, :-1]
     return predicted if targets is None else predicted & targets[:, 1:]
@@ -128,15 +121,12 @@ class Trainee(Protocol):
 
     def named_parameters(self) -> Mapping[str, nn.Parameter]:
         """Return what the optimizer changes, from the bottom of the model to its top."""
-        ...
 
     def state_on_cpu(self) -> dict[str, Tensor]:
         """Return a copy of all weights on the CPU."""
-        ...
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over weights given by :meth:`state_on_cpu`."""
-        ...
 
     def begin(self, step: int | None) -> None:
         """Prepare for a training step (0-based), or, with None, for a validation.
@@ -144,7 +134,6 @@ class Trainee(Protocol):
         Whatever is drawn at random during a step must be a function of its number, so that a
         killed training continues to the same result.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -238,18 +227,13 @@ class Loop:
         """Return what the manifest records of a finished training; JSON."""
         state = self.state
         return {
-            "steps": self.plan.steps,
-            "epochs": self.plan.epochs,
+            "steps": self.plan.steps, "epochs": self.plan.epochs,
             "sequences": len(self.train.tokens),
-            "validation_sequences": len(self.validation.tokens),
-            "tokens": state.tokens,
-            "lr": self.schedule.peak,
-            "final_lr": self.schedule.at(self.plan.steps - 1),
-            "initial_loss": state.curve[0]["val_loss"],
-            "best_loss": state.best_loss,
-            "best_step": state.best_step,
-            "seconds": round(state.seconds, 3),
-        }
+            "validation_sequences": len(self.validation.tokens), "tokens": state.tokens,
+            "lr": self.schedule.peak, "final_lr": self.schedule.at(self.plan.steps - 1),
+            "initial_loss": state.curve[0]["val_loss"], "best_loss": state.best_loss,
+            "best_step": state.best_step, "seconds": round(state.seconds, 3),
+        }  # fmt: skip
 
     def _step(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> float:
         state = self.state
@@ -347,13 +331,10 @@ class Loop:
         state = self.state
         total, terms = state.pending
         row = {
-            "step": state.step,
-            "lr": lr,
-            "train_loss": total / terms if terms else None,
-            "val_loss": validation_loss,
-            "tokens": state.tokens,
+            "step": state.step, "lr": lr, "train_loss": total / terms if terms else None,
+            "val_loss": validation_loss, "tokens": state.tokens,
             "seconds": round(time.monotonic() - self._began, 3),
-        }
+        }  # fmt: skip
         state.curve.append(row)
         state.pending = (0.0, 0)
 

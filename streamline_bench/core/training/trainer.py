@@ -25,7 +25,6 @@ from streamline_bench.core.training.block import (
     StateSource,
     Student,
     Teacher,
-    cache_bytes,
     pruned,
 )
 from streamline_bench.core.training.loop import (
@@ -162,14 +161,11 @@ class _Job:
             )
             state = loop.run()
         summary = {
-            "objective": self.training.objective,
-            "kind": self.spec.kind,
-            "block": [self.start, self.n],
-            **loop.summary(),
+            "objective": self.training.objective, "kind": self.spec.kind,
+            "block": [self.start, self.n], **loop.summary(),
             "parameters": sum(tensor.numel() for tensor in state.best.values()),
-            "hidden_states": storage,
-            "quirks": list(self.quirks),
-        }
+            "hidden_states": storage, "quirks": list(self.quirks),
+        }  # fmt: skip
         return TrainingResult(state.best, state.curve, summary)
 
     @property
@@ -194,15 +190,11 @@ class _Job:
         mse = self.training.objective == "mse"
         data: dict[str, Any] = {
             "weights": weights or weights_digest(self.model, stop if mse else None),
-            "tokens": self.tokens.sha256,
-            "block": [self.start, self.n],
-            "dtype": str(next(self.model.parameters()).dtype),
-            "autocast": self.training.autocast,
-            "share": self.training.validation_share,
-            "seed": self.seed,
-            "device": self.device.type,
+            "tokens": self.tokens.sha256, "block": [self.start, self.n],
+            "dtype": str(next(self.model.parameters()).dtype), "autocast": self.training.autocast,
+            "share": self.training.validation_share, "seed": self.seed, "device": self.device.type,
             "postnorm": "postnorm_target" in self.quirks,
-        }
+        }  # fmt: skip
         result = {
             **data,
             "spec": self.spec.model_dump(mode="json"),
@@ -233,7 +225,8 @@ class _Job:
         if plan.epochs == 1:
             return streamed, "streamed"
         item = 2 if self.training.autocast == "bf16" else next(self.model.parameters()).itemsize
-        needed = cache_bytes(sets, self._hidden_size, item) / 1e9
+        count = sum(tokens.input_ids.numel() for tokens in sets)
+        needed = 2 * count * self._hidden_size * item / 1e9
         if needed > self.training.cache_gb:
             reason = (
                 f"recomputed each epoch: a cache of {needed:.3g} GB exceeds training.cache_gb "

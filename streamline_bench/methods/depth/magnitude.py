@@ -7,7 +7,7 @@ layer of ``|w|`` (``l1``) or ``w²`` (``l2``).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 from tqdm import tqdm
@@ -19,9 +19,6 @@ from streamline_bench.methods.tools.layer_removal import (
     RankedLayers,
     stored_linear_weights,
 )
-
-if TYPE_CHECKING:
-    import torch
 
 Norm = Literal["l1", "l2"]
 _CHUNK = 1 << 22  # values held in float64 at a time
@@ -47,7 +44,6 @@ class Magnitude(RankedLayers):
     def scores(
         self, work: Compression, options: Any, candidates: range, tokens: object
     ) -> tuple[Mapping[str, Any], Mapping[int, float]]:
-        """Sum up each layer's weights, tensor by tensor."""
         depth = work.config.num_hidden_layers
         sums = layer_magnitudes(work.reader, depth, options.norm, progress=work.progress)
         return {"score": f"{options.norm} magnitude"}, dict(enumerate(sums))
@@ -68,16 +64,10 @@ def layer_magnitudes(
     ) as bar:
         for index, layer in enumerate(layers):
             for name in layer.values():
-                weight = reader.tensor(name)
-                sums[index] += _magnitude(weight, norm)
-                bar.update(weight.numel())
+                flat, magnitude = reader.tensor(name).reshape(-1), 0.0
+                for piece in flat.split(_CHUNK):
+                    wide = piece.double()
+                    magnitude += float((wide.abs() if norm == "l1" else wide.square()).sum())
+                sums[index] += magnitude
+                bar.update(flat.numel())
     return sums
-
-
-def _magnitude(weight: torch.Tensor, norm: Norm) -> float:
-    total = 0.0
-    flat = weight.reshape(-1)
-    for start in range(0, flat.numel(), _CHUNK):
-        wide = flat[start : start + _CHUNK].double()
-        total += float((wide.abs() if norm == "l1" else wide.square()).sum())
-    return total

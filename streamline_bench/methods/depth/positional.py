@@ -18,7 +18,6 @@ class FirstLayers(Method):
     calibrated = False
 
     def compress(self, work: Compression) -> Compressed:
-        """Drop the first n layers."""
         plan = size_plan(work)
         removed = list(range(plan.n_layers))
         return drop_layers(work, removed, plan, chosen={"order": removed})
@@ -31,7 +30,6 @@ class LastLayers(Method):
     calibrated = False
 
     def compress(self, work: Compression) -> Compressed:
-        """Drop the last n layers."""
         plan = size_plan(work)
         removed = list(range(plan.num_layers - 1, plan.num_layers - 1 - plan.n_layers, -1))
         return drop_layers(work, removed, plan, chosen={"order": removed})
@@ -45,7 +43,6 @@ class RandomLayers(Method):
     calibrated = False
 
     def compress(self, work: Compression) -> Compressed:
-        """Draw n layers without replacement and drop them."""
         options = ProtectedEnds.model_validate(work.recipe.parameters)
         plan = size_plan(work)
         candidates = options.candidates(plan.num_layers, plan.n_layers)

@@ -44,7 +44,6 @@ class ShortenedLlamaPPL(RankedLayers):
     def scores(
         self, work: Compression, options: Any, candidates: range, tokens: Any
     ) -> tuple[Mapping[str, Any], Mapping[int, float]]:
-        """Evaluate the model without each layer."""
         limit, progress = options.activations_gb, work.progress
         losses = skip_losses(
             work.model, tokens, candidates, activations_gb=limit, progress=progress
@@ -60,7 +59,6 @@ class ShortenedLlamaTaylor(RankedLayers):
     def scores(
         self, work: Compression, options: Any, candidates: range, tokens: Any
     ) -> tuple[Mapping[str, Any], Mapping[int, float]]:
-        """Accumulate gradients."""
         scores = taylor_scores(work.model, tokens, progress=work.progress)
         return {"score": "sum of |w dL/dw|"}, dict(enumerate(scores))
 

@@ -37,7 +37,6 @@ class ShortGPT(RankedLayers):
     def scores(
         self, work: Compression, options: Any, candidates: range, tokens: Any
     ) -> tuple[Mapping[str, Any], Mapping[int, float]]:
-        """Scan once."""
         similarity = scan_once(work, tokens, options.last_state)
         facts = {"score": "block influence", "last_state": options.last_state}
         return facts, dict(enumerate(similarity.block_influence.tolist()))

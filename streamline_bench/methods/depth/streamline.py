@@ -8,20 +8,17 @@ the feed-forward kinds are not decoder layers, so that a block of n is removed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import logging
-from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from pydantic import BaseModel
 
 from streamline_bench.core.architecture import architecture_of
-from streamline_bench.core.checkpoint.writer import layer_names, layers_prefix
+from streamline_bench.core.checkpoint.writer import layers_prefix
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.replacement import network_parameters
 from streamline_bench.core.similarity import Block
-from streamline_bench.core.surgery import SizePlan, block_keep, of_layers, pruned_config
 from streamline_bench.core.training import TrainingResult, train_replacement
 from streamline_bench.errors import NumericsError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
@@ -29,13 +26,10 @@ from streamline_bench.methods.tools.layer_removal import (
     BlockSearch,
     as_stored,
     attached,
-    config_json,
-    scan_artefact,
+    drop_layers,
     scan_once,
     size_plan,
 )
-
-log = logging.getLogger(__name__)
 
 
 class Streamline(Method):
@@ -52,60 +46,35 @@ class Streamline(Method):
     def compress(self, work: Compression) -> Compressed:
         """Scan, choose the block, train the replacement if there is one."""
         options = BlockSearch.model_validate(work.recipe.parameters)
-        plan = _size_plan(work)
-        block_size = plan.n_layers + _slots(work)
+        replacement, slots = work.recipe.replacement, _slots(work)
+        network = replacement.kind not in ("none", "layer")
+        plan = size_plan(work, network_parameters(replacement, work.config) if network else 0)
+        if plan.n_layers + slots > plan.num_layers:
+            raise SparsityError(
+                f"Removing {plan.n_layers} layers and replacing {slots} more needs "
+                f"{plan.n_layers + slots} layers, and the model has {plan.num_layers}; remove "
+                "fewer."
+            )
         tokens = work.tokens(work.recipe.calibration)
         similarity = scan_once(work, tokens, options.last_state)
-        block = options.choose(similarity, block_size)
-        result = _train(work, block)
-        gone = range(block.start + _slots(work), block.stop)
-        config, names, tensors, layers_after = _assemble(work, block, result)
+        block = options.choose(similarity, plan.n_layers + slots)
+        trained = _train(work, block)
         scores = similarity.scores(block.n, options.metric)
-        artefacts = scan_artefact(work)
-        if result is not None:
-            curve = "".join(json.dumps(row) + "\n" for row in result.curve)
-            artefacts["training_curve.jsonl"] = curve
-        return Compressed(
-            config=config,
-            names=names,
-            tensors=tensors,
-            layers_after=layers_after,
-            chosen={
-                "start": block.start,
-                "removed_layers": list(range(block.start, block.stop)),
-                "score": block.score,
-                "metric": options.metric,
-                "last_state": options.last_state,
-                "best_start_without_guard": int(
-                    scores.argmax() if options.metric == "cosine" else scores.argmin()
-                ),
-                "size": asdict(of_layers(plan, work.reader, gone)),
-            },
-            calibration=tokens.summary(),
-            training=dict(result.summary) if result else None,
-            artefacts=artefacts,
-        )
+        best = scores.argmax() if options.metric == "cosine" else scores.argmin()
+        chosen = {
+            "start": block.start, "removed_layers": list(range(block.start, block.stop)),
+            "score": block.score, "metric": options.metric, "last_state": options.last_state,
+            "best_start_without_guard": int(best),
+        }  # fmt: skip
+        gone = range(block.start + slots, block.stop)
+        result = drop_layers(work, gone, plan, chosen=chosen, tokens=tokens)
+        return result if trained is None else _with_trained(work, block, result, trained)
 
 
 def _slots(work: Compression) -> int:
     """Decoder layers that the replacement itself puts in."""
     replacement = work.recipe.replacement
     return replacement.layers if replacement.kind == "layer" else 0
-
-
-def _size_plan(work: Compression) -> SizePlan:
-    replacement = work.recipe.replacement
-    added = 0
-    if replacement.kind not in ("none", "layer"):
-        added = network_parameters(replacement, work.config)
-    plan = size_plan(work, added)
-    total = work.config.num_hidden_layers
-    if plan.n_layers + _slots(work) > total:
-        raise SparsityError(
-            f"Removing {plan.n_layers} layers and replacing {_slots(work)} more needs "
-            f"{plan.n_layers + _slots(work)} layers, and the model has {total}; remove fewer."
-        )
-    return plan
 
 
 def _train(work: Compression, block: Block) -> TrainingResult | None:
@@ -135,28 +104,30 @@ def _train(work: Compression, block: Block) -> TrainingResult | None:
     return result
 
 
-def _assemble(
-    work: Compression, block: Block, result: TrainingResult | None
-) -> tuple[dict[str, Any], dict[str, str], dict[str, torch.Tensor], int]:
-    """Return (config, copied names, new tensors, layers after)."""
-    slots = _slots(work)
-    depth = work.config.num_hidden_layers
-    keep = block_keep(depth, block.start + slots, block.n - slots)
-    family = architecture_of(work.config)
-    names = dict(layer_names(work.reader, family, keep))
-    host = pruned_config(work.config, keep)
-    if result is None:
-        return config_json(host), names, {}, len(keep)
+def _with_trained(
+    work: Compression, block: Block, result: Compressed, trained: TrainingResult
+) -> Compressed:
+    """Put the trained replacement into a result that merely drops layers."""
+    config, names, slots = result.config, result.names, _slots(work)
     if slots:
-        prefix = layers_prefix(work.reader, family)
-        tensors = {}
-        for key, tensor in result.state.items():
+        prefix = layers_prefix(work.reader, architecture_of(work.config))
+        state = {}
+        for key, tensor in trained.state.items():
             index, _, rest = key.partition(".")
-            tensors[f"{prefix}.{block.start + int(index)}.{rest}"] = tensor
+            state[f"{prefix}.{block.start + int(index)}.{rest}"] = tensor
         # Whole layers, not name by name: a checkpoint may store experts one by one that are fused
         # in the model.
         replaced = tuple(f"{prefix}.{block.start + i}." for i in range(slots))
         names = {new: old for new, old in names.items() if not new.startswith(replaced)}
-        return config_json(host), names, as_stored(work, block.start, tensors), len(keep)
-    config, tensors = attached(work, block.start, host, work.recipe.replacement, result.state)
-    return config, names, tensors, len(keep)
+        tensors = as_stored(work, block.start, state)
+    else:
+        config, tensors = attached(work, block, work.recipe.replacement, trained.state)
+    curve = "".join(json.dumps(row) + "\n" for row in trained.curve)
+    return dataclasses.replace(
+        result,
+        config=config,
+        names=names,
+        tensors=tensors,
+        training=dict(trained.summary),
+        artefacts={**result.artefacts, "training_curve.jsonl": curve},
+    )

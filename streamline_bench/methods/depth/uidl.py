@@ -45,7 +45,6 @@ class UIDL(Method):
     parameters: ClassVar[type[BaseModel]] = UIDLParameters
 
     def compress(self, work: Compression) -> Compressed:
-        """Choose the block and drop it."""
         options = UIDLParameters.model_validate(work.recipe.parameters)
         plan = size_plan(work)
         if options.variant == "simple":
@@ -68,11 +67,8 @@ class UIDL(Method):
         )
         scores = similarity.scores(plan.n_layers, "angular")
         chosen = {
-            **asdict(block),
-            "variant": "angular",
-            "last_state": options.last_state,
-            "scores": scores.tolist(),
-            "best_start_without_guard": int(scores.argmin()),
-        }
+            **asdict(block), "variant": "angular", "last_state": options.last_state,
+            "scores": scores.tolist(), "best_start_without_guard": int(scores.argmin()),
+        }  # fmt: skip
         removed = list(range(block.start, block.stop))
         return drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)

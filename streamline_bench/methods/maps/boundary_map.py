@@ -32,7 +32,6 @@ from streamline_bench.core.recipe.schema import Recipe, ReplacementSpec
 from streamline_bench.core.replacement import network_parameters
 from streamline_bench.core.scan import BoundaryRecorder
 from streamline_bench.core.similarity import Block
-from streamline_bench.core.surgery import block_keep, pruned_config
 from streamline_bench.errors import ArchitectureError, NumericsError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.layer_removal import (
@@ -100,45 +99,28 @@ class BoundaryMap(Method):
         tokens = work.tokens(work.recipe.calibration)
         block = options.choose(scan_once(work, tokens, options.last_state), plan.n_layers)
         fit, held_out = tokens.split(options.validation_share, work.recipe.seed)
-        found = self.fit(
-            _block_rows(work, block, fit, options, "fit"), hidden, options, work.device
-        )
+        rows_of = partial(
+            boundary_rows, work.model, blocks=[block], batch_size=options.batch_size,
+            progress=work.progress,
+        )  # fmt: skip
+        rows = (batch[0] for batch in rows_of(tokens=fit, description="fit"))
+        found = self.fit(rows, hidden, options, work.device)
         if not bool(found.weight.isfinite().all()):
             raise NumericsError(f"The map of {self.name} is not finite; check the model's states.")
         sums = NormalEquations(hidden, work.device)
-        for rows in _block_rows(work, block, held_out, options, "held out"):
-            sums.add(rows.stream, rows.target)
+        for (held,) in rows_of(tokens=held_out, description="held out"):
+            sums.add(held.stream, held.target)
         removed = range(block.start, block.stop)
         chosen = {
-            "start": block.start,
-            "score": block.score,
-            "metric": block.metric,
-            "boundary_mse": sums.errors(found.weight, found.bias),
-            "tokens_fitted": fit.num_tokens,
-            "tokens_held_out": held_out.num_tokens,
-            **found.facts,
-        }
+            "start": block.start, "score": block.score, "metric": block.metric,
+            "boundary_mse": sums.errors(found.weight, found.bias), "tokens_fitted": fit.num_tokens,
+            "tokens_held_out": held_out.num_tokens, **found.facts,
+        }  # fmt: skip
         result = drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)
         bias = torch.zeros(hidden) if found.bias is None else found.bias
         state = {"proj.weight": found.weight.T, "proj.bias": bias}
-        keep = block_keep(work.config.num_hidden_layers, block.start, block.n)
-        host = pruned_config(work.config, keep)
-        config, tensors = attached(work, block.start, host, linear, state)
+        config, tensors = attached(work, block, linear, state)
         return dataclasses.replace(result, config=config, tensors=tensors)
-
-
-def _block_rows(
-    work: Compression, block: Block, tokens: CalibrationTokens, options: Any, what: str
-) -> Iterable[BoundaryRows]:
-    batches = boundary_rows(
-        work.model,
-        tokens,
-        [block],
-        batch_size=options.batch_size,
-        progress=work.progress,
-        description=what,
-    )
-    return (batch[0] for batch in batches)
 
 
 _ROUNDING = 4  # units of the dtype's epsilon that two sums of the same terms may differ by

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,11 +19,7 @@ from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.similarity import Block, LastState
 from streamline_bench.errors import CalibrationError, NumericsError
 from streamline_bench.methods.base import Compression
-from streamline_bench.methods.maps.boundary_map import (
-    BoundaryRows,
-    boundary_rows,
-    mlp_scale,
-)
+from streamline_bench.methods.maps.boundary_map import BoundaryRows, boundary_rows, mlp_scale
 from streamline_bench.methods.tools.normal_equations import (
     NormalEquations,
     warn_of_few_rows,
@@ -110,22 +105,30 @@ def fit_maps(
 def _fit_by_cosine(
     work: Compression, gaps: list[Gap], tokens: CalibrationTokens, options: ReplaceMeParameters
 ) -> tuple[list[Tensor], list[list[float]]]:
-    shape = (tokens.num_tokens, 3 if options.accurate else 2, int(work.config.hidden_size))
+    count, hidden = tokens.num_tokens, int(work.config.hidden_size)
+    shape = (count, 3 if options.accurate else 2, hidden)
     dtype = next(work.model.parameters()).dtype
+    size = math.prod(shape) * dtype.itemsize / 1e9
+    if size > options.cache_gb:
+        raise CalibrationError(
+            f"The cosine objective keeps {size:.3g} GB of activations of {count} tokens and "
+            f"parameters.cache_gb allows {options.cache_gb:.3g}; raise it, give fewer calibration "
+            "samples, or take objective lstsq, which keeps none."
+        )
     maps, curves = [], []
     for number, gap in enumerate(gaps):
         path = work.work / f"rows-{number}.bin"
-        store = RowStore(path, shape, dtype, options.cache_gb * 1e9)
+        stored, used = create_mapped(path, shape, dtype), 0
         try:
             for (rows,) in _all_rows(work, [gap], tokens, options.batch_size, "activations"):
                 m, y = _parts(gap, rows)
-                if options.accurate:
-                    store.append(m, rows.target, y)
-                else:
-                    store.append(m, rows.target - y)
-            found, losses = _fit_cosine(store, work, options)
+                parts = (m, rows.target, y) if options.accurate else (m, rows.target - y)
+                stored[used : used + len(m)] = torch.stack([p.to("cpu", dtype) for p in parts], 1)
+                used += len(m)
+            found, losses = _fit_cosine(stored[:used], work, options)
         finally:
-            store.close()
+            del stored
+            path.unlink(missing_ok=True)
         maps.append(found)
         curves.append(losses)
     return maps, curves
@@ -209,58 +212,13 @@ class ReplaceMeParameters(Frozen):
     batch_size: int = Field(1, ge=1)
 
 
-class RowStore:
-    """Rows of several tensors side by side in one file, ``[rows, parts, hidden]``.
+def _fit_cosine(
+    rows: Tensor, work: Compression, options: ReplaceMeParameters
+) -> tuple[Tensor, list[float]]:
+    """Minimise ``mean(1 - cos(x A + y, z))`` over A, from the identity.
 
     Args:
-        path: file to create; :meth:`close` removes it.
-        shape: capacity.
-        budget: most bytes the file may take.
-
-    Raises:
-        CalibrationError: it would take more.
-    """
-
-    def __init__(
-        self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, budget: float
-    ) -> None:
-        size = math.prod(shape) * dtype.itemsize
-        if size > budget:
-            raise CalibrationError(
-                f"The cosine objective keeps {size / 1e9:.3g} GB of activations of {shape[0]} "
-                f"tokens and parameters.cache_gb allows {budget / 1e9:.3g}; raise it, give fewer "
-                "calibration samples, or take objective lstsq, which keeps none."
-            )
-        self._path = path
-        self._data = create_mapped(path, shape, dtype)
-        self._used = 0
-
-    def __len__(self) -> int:
-        return self._used
-
-    def append(self, *parts: Tensor) -> None:
-        """Add rows: one ``[n, hidden]`` tensor per part."""
-        stop = self._used + len(parts[0])
-        for number, part in enumerate(parts):
-            self._data[self._used : stop, number] = part.to("cpu", self._data.dtype)
-        self._used = stop
-
-    def shuffled(self, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Yield float32 ``[batch, parts, hidden]`` in random order; the last batch may be short."""
-        order = torch.randperm(self._used, generator=generator)
-        for start in range(0, self._used, batch):
-            yield self._data[order[start : start + batch]].float()
-
-    def close(self) -> None:
-        """Drop the file."""
-        self._data = torch.empty(0)
-        self._path.unlink(missing_ok=True)
-
-
-def _fit_cosine(
-    rows: RowStore, work: Compression, options: ReplaceMeParameters
-) -> tuple[Tensor, list[float]]:
-    """Minimise ``mean(1 - cos(x A + y, z))`` over A, from the identity; rows are x, z and maybe y.
+        rows: x, z and maybe y, ``[rows, 2 or 3, hidden]``.
 
     Returns:
         (A as float64 ``[hidden, hidden]``, mean loss of each epoch).
@@ -280,14 +238,14 @@ def _fit_cosine(
     with tqdm(total=steps, desc="cosine map", delay=2, disable=not work.progress) as bar:
         for _ in range(options.epochs):
             total = 0.0
-            for part in rows.shuffled(batch, generator):
-                x, z, *y = part.to(work.device).unbind(1)
+            for chosen in torch.randperm(len(rows), generator=generator).split(batch):
+                x, z, *y = rows[chosen].float().to(work.device).unbind(1)
                 mapped = sum(y, x * weight if options.diagonal else x @ weight)
                 loss = (1 - torch.nn.functional.cosine_similarity(mapped, z, dim=-1)).mean()
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 optimizer.step()
-                total += float(loss.detach()) * len(part)
+                total += float(loss.detach()) * len(chosen)
                 bar.update()
             losses.append(total / len(rows))
     found = weight.detach().to("cpu", torch.float64)

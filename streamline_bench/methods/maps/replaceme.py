@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -100,17 +99,13 @@ def _described(
 ) -> list[dict[str, Any]]:
     return [
         {
-            "start": gap.block.start,
-            "stop": gap.block.stop,
-            "angular_distance": gap.block.score,
-            "map_in_layer": gap.host,
-            "on_whole_stream": gap.follows,
-            "residual_multiplier": gap.scale,
-            "boundary_mse": error,
+            "start": gap.block.start, "stop": gap.block.stop, "angular_distance": gap.block.score,
+            "map_in_layer": gap.host, "on_whole_stream": gap.follows,
+            "residual_multiplier": gap.scale, "boundary_mse": error,
             **({"loss_per_epoch": curve} if curve else {}),
         }
         for gap, error, curve in zip(gaps, errors, curves, strict=True)
-    ]
+    ]  # fmt: skip
 
 
 def _described_chains(gaps: list[Gap], errors: dict[int, dict[str, float]]) -> dict[str, Any]:
@@ -134,14 +129,18 @@ def _folded(
     maps: list[Tensor],
     targets: dict[int, dict[str, int]],
 ) -> Compressed:
-    """Return the result with each host's MLP output tensors replaced by folded ones."""
-    composed = composed_maps(gaps, [a.cpu() for a in maps])
+    """Return the result with the maps folded into each host's MLP output tensors, in their dtype.
+
+    Computed in float64. A map ``[hidden, hidden]`` is for row vectors (``y A``).
+    """
     new_name = {old: new for new, old in result.names.items()}
-    tensors = {
-        new_name[old]: tensor
-        for host, a in composed.items()
-        for old, tensor in fold_into_mlp(work.reader, targets[host], a).items()
-    }
+    tensors = {}
+    for host, a in composed_maps(gaps, [a.to("cpu", torch.float64) for a in maps]).items():
+        for old, axis in targets[host].items():
+            source = work.reader.tensor(old)
+            wide = source.to(torch.float64)
+            mapped = a.T @ wide if axis == -2 else wide @ a
+            tensors[new_name[old]] = mapped.to(source.dtype).contiguous()
     names = {new: old for new, old in result.names.items() if new not in tensors}
     return dataclasses.replace(result, names=names, tensors=tensors)
 
@@ -193,25 +192,6 @@ def mlp_output_tensors(
                 "weights; give an unquantised checkpoint."
             )
     return {prefix + name: axis for name, axis in sorted(found.items())}
-
-
-def fold_into_mlp(
-    reader: CheckpointReader, tensors: Mapping[str, int], weight: Tensor
-) -> dict[str, Tensor]:
-    """Return the tensors with the map folded in, in their own dtype; computed in float64.
-
-    Args:
-        tensors: from :func:`mlp_output_tensors`.
-        weight: A, ``[hidden, hidden]``, for row vectors (``y A``).
-    """
-    a = weight.to("cpu", torch.float64)
-    folded = {}
-    for name, axis in tensors.items():
-        source = reader.tensor(name)
-        wide = source.to(torch.float64)
-        mapped = a.T @ wide if axis == -2 else wide @ a
-        folded[name] = mapped.to(source.dtype).contiguous()
-    return folded
 
 
 def _dense(family: Architecture, names: set[str]) -> dict[str, int]:

@@ -28,12 +28,9 @@ _REQUEST = "Write a response that appropriately completes the request."
 
 def alpaca_prompt(instruction: str, given: str = "") -> str:
     """Return the prompt of the Alpaca data set, up to where the answer begins."""
-    if not given:
-        return f"{_INTRODUCTION}. {_REQUEST}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-    return (
-        f"{_INTRODUCTION}{_WITH_INPUT}. {_REQUEST}\n\n### Instruction:\n{instruction}\n\n"
-        f"### Input:\n{given}\n\n### Response:\n"
-    )
+    begin = f"{_INTRODUCTION}{_WITH_INPUT if given else ''}. {_REQUEST}"
+    question = f"### Input:\n{given}\n\n" if given else ""
+    return f"{begin}\n\n### Instruction:\n{instruction}\n\n{question}### Response:\n"
 
 
 def load_instructions(
@@ -58,7 +55,17 @@ def load_instructions(
         CalibrationError: the source is missing or no instruction data, nothing is left of it, or
             ``spec.tokens`` is set, which would cut answers.
     """
-    source = _instruction_source(spec, model_folder)
+    source = resolve_source(spec.source, model_folder)
+    if source in PRESETS:
+        raise CalibrationError(
+            f"Data source '{source}' holds texts, not instructions; give records with instruction "
+            "and output, e.g. recovery.training.data.source=yahma/alpaca-cleaned."
+        )
+    if spec.tokens is not None:
+        raise CalibrationError(
+            f"tokens={spec.tokens} cannot be used with instruction data, which is counted in "
+            "records; give samples instead."
+        )
     length = min(spec.sequence_length, max_length or spec.sequence_length)
     rows: list[list[int]] = []
     answers: list[int] = []
@@ -85,21 +92,6 @@ def load_instructions(
     requested = spec.sequence_length if length < spec.sequence_length else None
     begins = "text" if leading_bos(tokenizer) is None else str(tokenizer.bos_token)
     return dataclasses.replace(tokens, requested_length=requested, begins_with=begins)
-
-
-def _instruction_source(spec: CalibrationSpec, model_folder: Path | None) -> str:
-    source = resolve_source(spec.source, model_folder)
-    if source in PRESETS:
-        raise CalibrationError(
-            f"Data source '{source}' holds texts, not instructions; give records with instruction "
-            "and output, e.g. recovery.training.data.source=yahma/alpaca-cleaned."
-        )
-    if spec.tokens is not None:
-        raise CalibrationError(
-            f"tokens={spec.tokens} cannot be used with instruction data, which is counted in "
-            "records; give samples instead."
-        )
-    return source
 
 
 def _texts(records: Iterable[Mapping[str, Any]], source: str) -> Iterator[tuple[str, str]]:

@@ -175,13 +175,10 @@ def _recovered(
     return Compressed(
         config=config,
         names={new: old for new, old in names.items() if new not in {*tensors, *shared}},
-        tensors=tensors,
-        layers_after=facts["layers_after"],
-        chosen=facts["chosen"],
+        tensors=tensors, layers_after=facts["layers_after"], chosen=facts["chosen"],
         calibration=facts["calibration"],
-        training={**(facts["training"] or {}), "recovery": dict(summary)},
-        artefacts=artefacts,
-    )
+        training={**(facts["training"] or {}), "recovery": dict(summary)}, artefacts=artefacts,
+    )  # fmt: skip
 
 
 def _copied_names(reader: CheckpointReader, untied: bool) -> dict[str, str]:

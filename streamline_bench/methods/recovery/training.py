@@ -80,6 +80,15 @@ def train_recovery(
             plan.steps,
         )
     open_work_folder(work)
+    outside = {"training": {"data", "cache_gb", "checkpoint_every"}}
+    key = key_of(
+        weights=weights_sha256,
+        tokens=tokens.sha256,
+        recovery=spec.model_dump(mode="json", exclude=outside),
+        seed=seed,
+        dtype=str(model.dtype),
+        device=model.device.type,
+    )
     loop = Loop(
         student=trainable,
         objective=LmObjective(model),
@@ -90,7 +99,7 @@ def train_recovery(
         validation=DataSet(validation),
         device=model.device,
         work=work,
-        key=_key(model, spec, tokens, seed, weights_sha256),
+        key=key,
         progress=progress,
     )
     with torch.random.fork_rng():  # steps seed the generators for their dropout
@@ -104,20 +113,6 @@ def train_recovery(
         **loop.summary(),
     }
     return TrainingResult(trainable.merged(), state.curve, summary)
-
-
-def _key(model: Any, spec: RecoverySpec, tokens: CalibrationTokens, seed: int, weights: str) -> str:
-    settings = spec.model_dump(
-        mode="json", exclude={"training": {"data", "cache_gb", "checkpoint_every"}}
-    )
-    return key_of(
-        weights=weights,
-        tokens=tokens.sha256,
-        recovery=settings,
-        seed=seed,
-        dtype=str(model.dtype),
-        device=model.device.type,
-    )
 
 
 class TrainableParameters:
@@ -142,16 +137,13 @@ class TrainableParameters:
             parameter.requires_grad_(True)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Return what the optimizer changes."""
         return dict(self._chosen)
 
     def state_on_cpu(self) -> dict[str, Tensor]:
-        """Return a copy of the trained parameters on the CPU."""
         return {name: p.detach().to("cpu", copy=True) for name, p in self._chosen.items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over parameters given by :meth:`state_on_cpu`."""
         for name, parameter in self._chosen.items():
             parameter.copy_(state[name])
 

@@ -186,14 +186,7 @@ class SlicedSizes:
         self._hidden = int(config.hidden_size)
         self._round_to = round_to
         self._slice_head = slice_head
-        self._given_total = total
-
-    @cached_property
-    def total(self) -> int:
-        """Parameters of the source."""
-        if self._given_total is not None:
-            return self._given_total
-        return model_sizes(self._config).total
+        self.total = model_sizes(config).total if total is None else total
 
     def of_slicing(self, slicing: float) -> SlicePlan:
         """Return the plan that cuts at least the share ``slicing`` of the channels.
@@ -255,14 +248,10 @@ class SlicedSizes:
     def _plan(self, width: int, requested: float | None) -> SlicePlan:
         parameters = self._parameters(width)
         return SlicePlan(
-            width=width,
-            head_width=self.rotations(width).head_width,
-            slicing=1 - width / self._hidden,
-            parameters=parameters,
-            total=self.total,
-            reached=1 - parameters / self.total,
-            requested=requested,
-        )
+            width=width, head_width=self.rotations(width).head_width,
+            slicing=1 - width / self._hidden, parameters=parameters, total=self.total,
+            reached=1 - parameters / self.total, requested=requested,
+        )  # fmt: skip
 
     def _reached(self, steps: int) -> float:
         return 1 - self._parameters(steps * self._round_to) / self.total

@@ -9,7 +9,7 @@ once the axes behind it are known. The tokens pass through every sub-layer once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -112,12 +112,11 @@ class StreamRotation:
     def _embed(self, forward: PartialForward, width: int) -> Tensor:
         everything = range(len(self._layers))
 
-        def signals() -> Iterator[tuple[int, Tensor, Tensor]]:
-            for number, (ids, mask) in self._batches():
-                forward.hidden(ids, mask, skip=everything, record=True)
-                yield number, forward.states[0], mask
+        def signal(number: int, ids: Tensor, mask: Tensor) -> Tensor:
+            forward.hidden(ids, mask, skip=everything, record=True)
+            return forward.states[0]
 
-        basis = self._axes(signals(), width, "of the embeddings")
+        basis = self._axes(signal, width, "of the embeddings")
         _turn_inputs(stream_embeddings(self._model, self._row), basis)
         return basis
 
@@ -127,16 +126,15 @@ class StreamRotation:
         set_shortcut(layer, "attention_shortcut", basis.to(self._like(layer)))
         others = [other for other in range(len(self._layers)) if other != index]
 
-        def signals() -> Iterator[tuple[int, Tensor, Tensor]]:
-            for number, (ids, mask) in self._batches():
-                # A pass for layer 0 begins at the embeddings, which are run again.
-                state = {"start": index, "state": self._turned(number, basis)} if index else {}
-                forward.hidden(ids, mask, skip=others, record=True, **state)
-                yield number, forward.states[len(self._layers)], mask
+        def signal(number: int, ids: Tensor, mask: Tensor) -> Tensor:
+            # A pass for layer 0 begins at the embeddings, which are run again.
+            state = {"start": index, "state": self._turned(number, basis)} if index else {}
+            forward.hidden(ids, mask, skip=others, record=True, **state)
+            return forward.states[len(self._layers)]
 
         layer.feed = lambda hidden: hidden
         try:
-            found = self._axes(signals(), width, f"behind attention of layer {index}")
+            found = self._axes(signal, width, f"behind attention of layer {index}")
         finally:
             del layer.feed
         _turn_output(output_maps(layer, self._row)[0], found)
@@ -148,23 +146,24 @@ class StreamRotation:
         _turn_inputs(mlp_inputs(layer, self._row), basis)
         set_shortcut(layer, "mlp_shortcut", basis.to(self._like(layer)))
 
-        def signals() -> Iterator[tuple[int, Tensor, Tensor]]:
-            for number, (_, mask) in self._batches():
-                yield number, layer.feed(self._turned(number, basis)), mask
+        def signal(number: int, ids: Tensor, mask: Tensor) -> Tensor:
+            fed: Tensor = layer.feed(self._turned(number, basis))
+            return fed
 
-        found = self._axes(signals(), width, f"behind the MLP of layer {index}")
+        found = self._axes(signal, width, f"behind the MLP of layer {index}")
         _turn_output(output_maps(layer, self._row)[1], found)
         set_shortcut(layer, "mlp_shortcut", (found.T @ basis).to(self._like(layer)))
         return found
 
     def _axes(
-        self, signals: Iterator[tuple[int, Tensor, Tensor]], width: int, where: str
+        self, signal_of: Callable[[int, Tensor, Tensor], Tensor], width: int, where: str
     ) -> Tensor:
         """Return the first ``width`` axes ``[hidden, width]``, float64; the signals are stored."""
         options = self._options
         device = self._like(self._layers[0]).device
         covariance = Covariance(int(self._model.config.hidden_size), device)
-        for number, signal, mask in signals:
+        for number, (ids, mask) in enumerate(self._tokens.batches(options.batch_size, trim=True)):
+            signal = signal_of(number, ids, mask)
             self._store[number] = signal
             rows = signal[mask.to(signal.device)]
             covariance.add(self._norm(rows) if options.signal == "normalised" else rows)
@@ -174,9 +173,6 @@ class StreamRotation:
             axes = turned_at_random(axes, width, self._seed + len(self.kept))
         self.kept.append(found.kept(width))
         return axes[:, :width]
-
-    def _batches(self) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        return enumerate(self._tokens.batches(self._options.batch_size, trim=True))
 
     def _turned(self, number: int, basis: Tensor) -> Tensor:
         like = self._like(self._layers[0])

@@ -102,7 +102,10 @@ class ProtectedEnds(Frozen):
         Raises:
             SparsityError: they are fewer than the ``n`` to remove.
         """
-        first, last = self._ends(num_layers, n)
+        first, last = proportional_ends(num_layers)
+        spare = max(0, num_layers - n)
+        first = min(first, spare) if self.protect_first is None else self.protect_first
+        last = min(last, max(0, spare - first)) if self.protect_last is None else self.protect_last
         allowed = range(first, num_layers - last)
         if len(allowed) < n:
             raise SparsityError(
@@ -126,13 +129,6 @@ class ProtectedEnds(Frozen):
     def protected(candidates: range, num_layers: int) -> dict[str, int]:
         """Return for the manifest how many layers at each end were protected."""
         return {"first": candidates.start, "last": num_layers - candidates.stop}
-
-    def _ends(self, num_layers: int, n: int) -> tuple[int, int]:
-        first, last = proportional_ends(num_layers)
-        spare = max(0, num_layers - n)
-        first = min(first, spare) if self.protect_first is None else self.protect_first
-        last = min(last, max(0, spare - first)) if self.protect_last is None else self.protect_last
-        return first, last
 
 
 def select_lowest(scores: Mapping[int, float], n: int) -> list[int]:
@@ -160,12 +156,6 @@ def scan_once(work: Compression, tokens: CalibrationTokens, last_state: LastStat
     similarity = scan(work.model, tokens, last_state=last_state, progress=work.progress)
     similarity.save(path)
     return similarity
-
-
-def scan_artefact(work: Compression) -> dict[str, str]:
-    """Return the file of the scan, to be written next to the weights; empty without a scan."""
-    path = work.work / SIMILARITY_FILE
-    return {SIMILARITY_FILE: path.read_text(encoding="utf-8")} if path.exists() else {}
 
 
 class BlockSearch(Frozen):
@@ -270,7 +260,7 @@ def drop_layers(
         layers_after=len(keep),
         chosen={"removed_layers": gone, **chosen, "size": size},
         calibration=tokens.summary() if tokens is not None else {},
-        artefacts={**scan_artefact(work), **_modelopt_file(work, keep)},
+        artefacts=_files(work, keep),
     )
 
 
@@ -309,23 +299,24 @@ class RankedLayers(Method):
 
 
 def attached(
-    work: Compression, start: int, config: Any, spec: ReplacementSpec, state: Mapping[str, Tensor]
+    work: Compression, block: Block, spec: ReplacementSpec, state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the config and the tensors of a network in the place of a removed block.
 
     Args:
-        start: first layer of the block.
-        config: of the model without the block.
         state: tensors of the network by name.
     """
     from streamline_bench.modeling import Attachment, streamline_config
 
     family = architecture_of(work.config)
-    attachment = Attachment.of(spec, work.config, start - 1)
+    keep = block_keep(work.config.num_hidden_layers, block.start, block.n)
+    config = pruned_config(work.config, keep)
+    attachment = Attachment.of(spec, work.config, block.start - 1)
     layers = layers_prefix(work.reader, family)
     prefix = attachment.tensor_prefix(config).replace(family.layers, layers, 1)
     tensors = {prefix + name: tensor for name, tensor in state.items()}
-    return config_json(streamline_config(config, [attachment])), as_stored(work, start, tensors)
+    stored = as_stored(work, block.start, tensors)
+    return config_json(streamline_config(config, [attachment])), stored
 
 
 def as_stored(work: Compression, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -334,13 +325,19 @@ def as_stored(work: Compression, layer: int, tensors: Mapping[str, Tensor]) -> d
     return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
 
 
-def _modelopt_file(work: Compression, keep: Sequence[int]) -> dict[str, str]:
-    """Return the settings that modelopt keeps in a file of its own, for the layers that stay."""
-    path = work.folder / MODELOPT_NAME
-    if not path.is_file():
-        return {}
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    return {MODELOPT_NAME: json.dumps(renumbered(settings, keep), indent=4) + "\n"}
+def _files(work: Compression, keep: Sequence[int]) -> dict[str, str]:
+    """Return the scan, and the settings that modelopt keeps in a file of its own, where they are.
+
+    The settings are those of the layers that stay.
+    """
+    scanned, modelopt = work.work / SIMILARITY_FILE, work.folder / MODELOPT_NAME
+    found = {}
+    if scanned.exists():
+        found[SIMILARITY_FILE] = scanned.read_text(encoding="utf-8")
+    if modelopt.is_file():
+        settings = renumbered(json.loads(modelopt.read_text(encoding="utf-8")), keep)
+        found[MODELOPT_NAME] = json.dumps(settings, indent=4) + "\n"
+    return found
 
 
 def config_json(config: Any) -> dict[str, Any]:

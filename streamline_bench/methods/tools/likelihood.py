@@ -147,13 +147,6 @@ class GradientSums:
     mean: Tensor
     squares: Tensor | None
 
-    def add(self, gradient: Tensor, scale: float) -> None:
-        """Add one sequence's share of the gradient; its own gradient is ``scale`` times that."""
-        self.mean.add_(gradient)
-        if self.squares is not None:
-            own = gradient.to(self.squares.dtype) * scale
-            self.squares.addcmul_(own, own)
-
 
 def sum_gradients(
     model: Any,
@@ -185,7 +178,11 @@ def sum_gradients(
 
         def collect(place: Place, weight: nn.Parameter) -> None:
             if weight.grad is not None:
-                sums[place].add(weight.grad, 1 / share)
+                mean, squares = sums[place].mean, sums[place].squares
+                mean.add_(weight.grad)
+                if squares is not None:  # of the sequence's own loss, not of its share in all
+                    own = weight.grad.to(squares.dtype) * (1 / share)
+                    squares.addcmul_(own, own)
             weight.grad = None
 
         hooks = [

@@ -177,7 +177,6 @@ class LLMPruner(Method):
     parameters: ClassVar[type[BaseModel]] = LLMPrunerParameters
 
     def reads_calibration(self, parameters: Mapping[str, Any]) -> bool:
-        """See :class:`Method`: only where the criterion needs gradients."""
         return needs_gradients(LLMPrunerParameters.model_validate(parameters).criterion)
 
     def stock(self, recipe: Recipe) -> bool:

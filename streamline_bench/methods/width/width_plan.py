@@ -129,7 +129,10 @@ def prunable(
     family = architecture_of(config)
     require_narrowable(family)
     widths = LayerWidths.of(config, family)
-    shapes = shapes or layer_shapes(config)
+    if not shapes:
+        prefix = f"{family.layers}.0."
+        everything = _shapes(config).items()
+        shapes = {name.removeprefix(prefix): s for name, s in everything if name.startswith(prefix)}
     parts = projection_parts(family, widths, head_size(config))
     _require_shapes(parts, shapes, family.model_type)
     query, key_value, channel = (
@@ -140,21 +143,11 @@ def prunable(
     within = unit == "q_within" and shared > 1
     sizes = model_sizes(config)
     return Prunable(
-        widths=widths,
-        head_units=shared if within else groups,
-        head_cost=groups * query if within else shared * query + key_value,
-        channel_cost=channel,
-        per_unit=(groups, 0) if within else (shared, 1),
-        total=sizes.total,
-        embeddings=sizes.embeddings,
-        num_layers=len(sizes.layers),
-    )
-
-
-def layer_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Return parameter name within a layer -> shape, from the model on the meta device."""
-    prefix = f"{architecture_of(config).layers}.0."
-    return {n.removeprefix(prefix): s for n, s in _shapes(config).items() if n.startswith(prefix)}
+        widths=widths, head_units=shared if within else groups,
+        head_cost=groups * query if within else shared * query + key_value, channel_cost=channel,
+        per_unit=(groups, 0) if within else (shared, 1), total=sizes.total,
+        embeddings=sizes.embeddings, num_layers=len(sizes.layers),
+    )  # fmt: skip
 
 
 def plan_widths(

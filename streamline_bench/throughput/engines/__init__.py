@@ -13,7 +13,7 @@ from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import ThroughputError
 
-__all__ = ["ENGINES", "Engine", "EngineSettings", "Loaded", "engine_class", "engine_path"]
+__all__ = ["ENGINES", "Engine", "EngineSettings", "Loaded", "engine_class"]
 
 ENGINES: Mapping[str, str] = {
     "hf": "streamline_bench.throughput.engines.hf:TransformersEngine",
@@ -116,25 +116,14 @@ class Engine(ABC):
         return None
 
 
-def engine_path(name: str) -> str:
-    """Return ``module:Class`` of an engine; a name of that form stands for itself.
-
-    Raises:
-        ThroughputError: the name is unknown.
-    """
-    if ":" in name:
-        return name
-    if name not in ENGINES:
-        raise ThroughputError(f"Unknown engine '{name}'{suggest(name, list(ENGINES))}")
-    return ENGINES[name]
-
-
 def engine_class(name: str) -> type[Engine]:
-    """Return the class of an engine.
+    """Return the class of an engine, given its name or ``module:Class``.
 
     Raises:
         ThroughputError: the name is unknown.
     """
-    module, _, attribute = engine_path(name).partition(":")
+    if ":" not in name and name not in ENGINES:
+        raise ThroughputError(f"Unknown engine '{name}'{suggest(name, list(ENGINES))}")
+    module, _, attribute = ENGINES.get(name, name).partition(":")
     found: type[Engine] = getattr(importlib.import_module(module), attribute)
     return found

@@ -21,11 +21,6 @@ class VLLMEngine(Engine):
 
     @classmethod
     def require(cls) -> None:
-        """Check that vLLM is installed.
-
-        Raises:
-            MissingDependencyError: with the line that installs it.
-        """
         require_vllm("--engine vllm")
 
     @classmethod
@@ -61,9 +56,10 @@ class VLLMEngine(Engine):
             **flags,
         )
         config = self._llm.llm_engine.vllm_config
+        blocks = getattr(config.cache_config, "num_gpu_blocks", None)
         return Loaded(
             vocab_size=config.model_config.get_vocab_size(),
-            kv_cache_tokens=_cache_tokens(config.cache_config),
+            kv_cache_tokens=int(blocks) * int(config.cache_config.block_size) if blocks else None,
             device_name=None if settings.on_cpu else str(current_platform.get_device_name()),
             engine_version=vllm_version(),
             flags={
@@ -141,8 +137,3 @@ def memory_flags(settings: EngineSettings) -> dict[str, Any]:
         if not settings.on_cpu:
             flags["gpu_memory_utilization"] = _CHECKED_SHARE
     return flags
-
-
-def _cache_tokens(cache: Any) -> int | None:
-    blocks = getattr(cache, "num_gpu_blocks", None)
-    return None if not blocks else int(blocks) * int(cache.block_size)
