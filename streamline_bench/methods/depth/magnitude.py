@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel
 from tqdm import tqdm
 
@@ -65,7 +66,7 @@ def layer_magnitudes(
         for index, layer in enumerate(layers):
             for name in layer.values():
                 flat, magnitude = reader.tensor(name).reshape(-1), 0.0
-                for piece in flat.split(_CHUNK):
+                for piece in torch.split(flat, _CHUNK):
                     wide = piece.double()
                     magnitude += float((wide.abs() if norm == "l1" else wide.square()).sum())
                 sums[index] += magnitude

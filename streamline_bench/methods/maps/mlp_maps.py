@@ -238,7 +238,7 @@ def _fit_cosine(
     with tqdm(total=steps, desc="cosine map", delay=2, disable=not work.progress) as bar:
         for _ in range(options.epochs):
             total = 0.0
-            for chosen in torch.randperm(len(rows), generator=generator).split(batch):
+            for chosen in torch.split(torch.randperm(len(rows), generator=generator), batch):
                 x, z, *y = rows[chosen].float().to(work.device).unbind(1)
                 mapped = sum(y, x * weight if options.diagonal else x @ weight)
                 loss = (1 - torch.nn.functional.cosine_similarity(mapped, z, dim=-1)).mean()
