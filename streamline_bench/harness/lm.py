@@ -27,19 +27,23 @@ from streamline_bench.errors import (
     library_errors,
 )
 from streamline_bench.harness.arguments import parameters_of, sort_arguments
-from streamline_bench.harness.identity import model_identity, weights_sha256
-from streamline_bench.harness.model_creation import CompressedModel, user_errors
+from streamline_bench.harness.model_creation import (
+    CompressedModel,
+    model_identity,
+    user_errors,
+    weights_sha256,
+)
 from streamline_bench.harness.preparation import prepare
-from streamline_bench.harness.scoring.checks import attention_window, head_objection
 from streamline_bench.harness.scoring.forward import Forward
 from streamline_bench.harness.scoring.packing import Query
 from streamline_bench.harness.scoring.scorer import (
     Answer,
     TokenScorer,
     generation_batch,
+    scorer_of,
     scoring_tokens,
 )
-from streamline_bench.modeling.loading import require_package
+from streamline_bench.modeling.loading import name_other_templates, require_package
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +95,7 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
             CheckpointError,
         ):
             super()._create_tokenizer(pretrained, tokenizer, **options)
+        name_other_templates(tokenizer or pretrained, self.tokenizer)
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what the stock class reports, and ``streamline``: recipe, hashes and sizes."""
@@ -203,20 +208,11 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
                 "The model is not a decoder-only one: it is scored as --model hf scores it."
             )
             return None
-        forward = Forward(lambda: self.model, self.device, self._call_context)
         config = self.model.config.get_text_config()
-        objection = head_objection(forward, config.vocab_size)
-        if objection:
-            logger.info(
-                "The model is scored as --model hf scores it: with chosen positions only, %s.",
-                objection,
-            )
-            return None
-        return TokenScorer(
-            forward,
-            vocabulary=config.vocab_size,
-            hidden_size=config.hidden_size,
-            window=attention_window(config),
+        return scorer_of(
+            Forward(lambda: self.model, self.device, self._call_context),
+            config,
+            "The model is scored as --model hf scores it",
             softmax_dtype=self.softmax_dtype or torch.float32,
             groups=_said(rope_groups(config)),
         )

@@ -29,10 +29,9 @@ from vllm.platforms import current_platform
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import CheckpointError
 from streamline_bench.harness.arguments import parameters_of, sort_arguments
-from streamline_bench.harness.identity import files_sha256, model_identity
-from streamline_bench.harness.model_creation import CompressedModel
+from streamline_bench.harness.model_creation import CompressedModel, files_sha256, model_identity
 from streamline_bench.harness.preparation import prepare
-from streamline_bench.modeling.loading import stored_overrides
+from streamline_bench.modeling.loading import name_other_templates, stored_overrides
 from streamline_bench.modeling.vllm import register
 
 _ENGINE_ARGUMENTS = [*(entry.name for entry in dataclasses.fields(EngineArgs)), "device"]
@@ -75,6 +74,7 @@ class StreamlineVLLM(CompressedModel, VLLM):  # type: ignore[misc]
         if overrides and "hf_overrides" not in harness:
             harness["hf_overrides"] = overrides
         super().__init__(**_with_cache_size(harness))
+        name_other_templates(harness.get("tokenizer") or harness["pretrained"], self.tokenizer)
 
     @cached_property
     def _weights(self) -> str | None:

@@ -137,12 +137,19 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         f"{folder}: the tokenizer cannot be loaded", "save it again", CalibrationError
     ):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    _name_other_templates(folder, tokenizer.chat_template)
+    name_other_templates(folder, tokenizer)
     return tokenizer
 
 
-def _name_other_templates(folder: Path, used: object) -> None:
-    """Warn of chat templates that differ from the one that transformers took."""
+def name_other_templates(name: object, tokenizer: Any) -> None:
+    """Warn if the tokenizer's folder has chat templates that differ: transformers takes one.
+
+    Args:
+        name: what the tokenizer was loaded from; only a folder is looked at.
+    """
+    if not isinstance(name, str | Path) or not Path(name).is_dir():
+        return
+    folder, used = Path(name), getattr(tokenizer, "chat_template", None)
     found: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "chat_template.json"):
         if (folder / name).is_file():

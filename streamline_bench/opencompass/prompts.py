@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamline_bench.errors import CheckpointError, StreamlineBenchError, library_errors
+from streamline_bench.modeling.loading import name_other_templates
 
 ROLES = {"HUMAN": "user", "BOT": "assistant", "SYSTEM": "system"}
 
@@ -109,6 +110,7 @@ def load_prompt_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             name, **{"padding_side": "left", "truncation_side": "left", **options}
         )
+    name_other_templates(name, tokenizer)
     if pad_token_id is not None:
         tokenizer.pad_token_id = pad_token_id
     elif tokenizer.pad_token_id is None:

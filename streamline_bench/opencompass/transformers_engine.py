@@ -16,10 +16,9 @@ from accelerate.utils.memory import should_reduce_batch_size
 from streamline_bench.core.architecture import rope_groups
 from streamline_bench.core.data.calibration import require_known_tokens
 from streamline_bench.errors import CheckpointError, library_errors
-from streamline_bench.harness.scoring.checks import attention_window, head_objection
-from streamline_bench.harness.scoring.forward import Forward, tensors_of
-from streamline_bench.harness.scoring.packing import Query, build_rows, make_batches
-from streamline_bench.harness.scoring.scorer import TokenScorer, scoring_tokens
+from streamline_bench.harness.scoring.forward import Forward, queries_of, tensors_of
+from streamline_bench.harness.scoring.packing import Layout, Layouts, Query
+from streamline_bench.harness.scoring.scorer import LOGITS_PER_BATCH, scorer_of, scoring_tokens
 from streamline_bench.modeling.loading import require_package, require_weights
 from streamline_bench.opencompass.engine import GenerationSettings, ScoredText, StopWords, cut_at
 from streamline_bench.opencompass.source import ModelSource
@@ -79,18 +78,10 @@ class TransformersEngine:
         self.max_length = max_length
         self._forward = Forward(lambda: self.model, model.device, torch.no_grad)
         self._config = model.config.get_text_config()
-        self._scorer = self._make_scorer()
-
-    def _make_scorer(self) -> TokenScorer | None:
-        objection = head_objection(self._forward, self._config.vocab_size)
-        if objection:
-            logger.info("Every text is scored by itself: on chosen positions only, %s.", objection)
-            return None
-        return TokenScorer(
+        self._scorer = scorer_of(
             self._forward,
-            vocabulary=self._config.vocab_size,
-            hidden_size=self._config.hidden_size,
-            window=attention_window(self._config),
+            self._config,
+            "Every text is scored by itself",
             groups=rope_groups(self._config),
         )
 
@@ -139,19 +130,14 @@ class TransformersEngine:
             rows = [self._forward.all_logits(torch.tensor([ids]))[0, -1] for ids in prompts]
             return torch.stack(rows).float().unsqueeze(1)
         queries = [Query(number, ids, [0]) for number, ids in enumerate(prompts)]
-        layout = build_rows(queries, share_up_to=0, row_tokens=0, pair_cost=0.0)
+        # Nothing is shared: prompts of one batch only stand side by side.
+        positions = max(1, LOGITS_PER_BATCH // self._config.vocab_size)
+        layout = Layout(0, 0.0, positions, self._scorer.groups)
         found: dict[int, torch.Tensor] = {}
-        positions = max(1, 2**26 // self._config.vocab_size)
-        budget = self._batch_tokens(queries)
-        for batch in make_batches(
-            layout,
-            batch_tokens=budget,
-            batch_positions=positions,
-            group_of=self._scorer.groups,
-        ):
+        for batch in Layouts(queries, batch_tokens=self._batch_tokens(queries)).batches(layout):
             tensors = tensors_of(batch)
             logits = self._forward.wanted_logits(tensors).float()
-            order = [query.index for row in batch for query, _ in row.scored]
+            order = [query.index for query in queries_of(batch)]
             for at, owner in zip(tensors.target_at.tolist(), tensors.owner.tolist(), strict=True):
                 found[order[owner]] = logits[at]
         return torch.stack([found[number] for number in range(len(prompts))]).unsqueeze(1)

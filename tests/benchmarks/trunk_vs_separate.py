@@ -2,8 +2,8 @@
 
 Two figures per case, both in CPU seconds (of the process and its children):
 
-- ``runs``: five processes of the stock command ``lm_eval --model streamline`` against one process
-  ``python -m streamline_bench.harness.trunk``, from start to written files. The files are compared:
+- ``runs``: five processes of the stock command ``lm_eval --model streamline`` against one
+  with one call of ``score_together``, from start to written files. The files are compared:
   samples byte by byte, results without dates and durations.
 - ``scoring``: the same requests within one process, models loaded and tasks built beforehand, so
   that what is left is the models' work. The answers are compared bit by bit.
@@ -54,6 +54,13 @@ CASES: dict[str, list[tuple[int, int, str | None]]] = {
     "chosen": [(4, 3, None), (4, 3, "swiglu_res"), (3, 4, None), (5, 2, None)],
     "middle": [(4, 3, None), (4, 3, "ffn"), (5, 3, None), (5, 3, "ffn")],
 }
+TOGETHER = """
+import sys
+from pathlib import Path
+from streamline_bench.harness.trunk.request import TrunkRequest
+from streamline_bench.harness.trunk.score import score_together
+score_together(TrunkRequest.model_validate_json(Path(sys.argv[1]).read_text()))
+"""
 TASK = """
 task: trunk_benchmark
 dataset_path: json
@@ -149,7 +156,7 @@ def cpu_of(command: list[str], log: Path) -> float:
 def make_request(
     checkpoints: Mapping[str, Path], output: Path, task: str, tasks: Path, limit: int | None
 ) -> Any:
-    from streamline_bench.harness.trunk import TrunkRequest
+    from streamline_bench.harness.trunk.request import TrunkRequest
 
     return TrunkRequest(
         checkpoints=dict(checkpoints),
@@ -181,13 +188,8 @@ def whole_runs(request: Any, scratch: Path) -> dict[str, float]:
         if request.limit is not None:
             command += ["--limit", str(request.limit)]
         separate += cpu_of(command, scratch / f"{label}.log")
-    request.write(scratch / "request.json")
-    command = [
-        sys.executable,
-        "-m",
-        "streamline_bench.harness.trunk",
-        str(scratch / "request.json"),
-    ]
+    (scratch / "request.json").write_text(request.model_dump_json(), encoding="utf-8")
+    command = [sys.executable, "-c", TOGETHER, str(scratch / "request.json")]
     together = cpu_of(command, scratch / "together.log")
     for label in request.checkpoints:
         require_same_files(scratch / "separate" / label, request.outputs[label])
@@ -222,8 +224,7 @@ def scoring_alone(request: Any, repeats: int) -> dict[str, float]:
     """CPU seconds of the models' own work, separate and together; the answers must agree."""
     from streamline_bench.harness.lm import StreamlineLM
     from streamline_bench.harness.trunk.assembly import assemble
-    from streamline_bench.harness.trunk.legs import walks_of
-    from streamline_bench.harness.trunk.stack import read_stack
+    from streamline_bench.harness.trunk.stack import read_stack, walks_of
 
     instances = requests_of(request)
     options = {"device": "cpu", "dtype": "float32", "batch_size": request.batch_size}

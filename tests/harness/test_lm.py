@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import subprocess
@@ -23,8 +24,8 @@ from streamline_bench.harness.arguments import (
     parameters_of,
     sort_arguments,
 )
-from streamline_bench.harness.identity import separate_cache
 from streamline_bench.harness.lm import StreamlineLM
+from streamline_bench.harness.model_creation import separate_cache
 
 CPU = {"device": "cpu", "dtype": "float32", "batch_size": 4}
 REQUESTS = [
@@ -285,3 +286,18 @@ def test_where_no_device_is_asked_for_it_is_the_harness_s_choice(
 ) -> None:
     # Its command line says cuda:0 where its user says nothing.
     assert StreamlineLM(pretrained=str(tiny_llama), device=device).device.type == "cpu"
+
+
+def test_chat_templates_that_differ_are_named(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers takes the template of one file without a word; so would the harness."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ messages[0]['content'] }}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    StreamlineLM(str(folder), **CPU)
+    assert "tokenizer_config.json" not in caplog.text
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['role'] }}")
+    StreamlineLM(str(folder), **CPU)
+    assert "chat_template.jinja" in caplog.text and "tokenizer_config.json" in caplog.text

@@ -2,7 +2,7 @@
 
 Contexts shared by several requests are encoded once (:mod:`.packing`), the LM head runs on the
 positions that predict a continuation only (:mod:`.forward`), and the softmax is taken in float32
-over these. Each short cut is checked against the model itself first (:mod:`.checks`).
+over these. Each short cut is checked against the model itself first.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from tqdm import tqdm
 
 from streamline_bench.core.architecture import ANY_LENGTHS, RopeGroups
 from streamline_bench.errors import NumericsError
-from streamline_bench.harness.scoring.checks import packing_objection, synthetic_row
 from streamline_bench.harness.scoring.forward import (
     BatchTensors,
     Forward,
+    attention_window,
+    head_objection,
+    packing_objection,
     queries_of,
+    synthetic_row,
     target_logprobs,
     tensors_of,
 )
@@ -51,7 +54,7 @@ class TokenScorer:
     """Scores queries with one model.
 
     Args:
-        forward: runs the model; its head has passed :func:`.checks.head_objection`.
+        forward: runs the model; its head has passed :func:`.forward.head_objection`.
         vocabulary: number of logits per position.
         hidden_size: width of the model; decides when a longer row costs more than it saves.
         window: attention window in tokens, beyond which rows do not branch; None if there is none.
@@ -79,11 +82,6 @@ class TokenScorer:
         self._memory = HalvingBatches()
         self._share_up_to = self._initial_share(window)
         self._verified = 0
-
-    @property
-    def packs(self) -> bool:
-        """Whether requests with a common beginning share a row."""
-        return self._share_up_to > 0
 
     def _initial_share(self, window: int | None) -> int:
         objection = packing_objection(self._forward, synthetic_row(self._vocabulary))
@@ -117,7 +115,9 @@ class TokenScorer:
             total=len(queries), disable=not progress, desc="Running loglikelihood requests"
         ) as bar:
             for batch in layouts.batches(self.settle(layouts)):
-                for index, answer in self._memory.run(batch, self._answers):
+                for index, answer in self._memory.run(
+                    batch, lambda rows: self.answers(tensors_of(rows), queries_of(rows))
+                ):
                     answers[index] = answer
                     on_answer(index, answer)
                     bar.update(1)
@@ -150,9 +150,6 @@ class TokenScorer:
         )
         self._share_up_to = self._verified
 
-    def _answers(self, batch: list[PackedRow]) -> list[tuple[int, Answer]]:
-        return self.answers(tensors_of(batch), queries_of(batch))
-
     def answers(self, tensors: BatchTensors, queries: Sequence[Query]) -> list[tuple[int, Answer]]:
         """Return ``(query.index, answer)`` of one batch, in the order of ``queries``.
 
@@ -174,6 +171,34 @@ class TokenScorer:
             (query.index, (float(total), bool(best)))
             for query, total, best in zip(queries, sums, all_greedy, strict=True)
         ]
+
+
+def scorer_of(
+    forward: Forward,
+    config: Any,
+    otherwise: str,
+    *,
+    softmax_dtype: torch.dtype = torch.float32,
+    groups: RopeGroups,
+) -> TokenScorer | None:
+    """Return what scores tokens with a model; None if its LM head needs all positions.
+
+    Args:
+        config: of the language model.
+        otherwise: what happens with None, for the log.
+    """
+    objection = head_objection(forward, config.vocab_size)
+    if objection:
+        logger.info("%s: with chosen positions only, %s.", otherwise, objection)
+        return None
+    return TokenScorer(
+        forward,
+        vocabulary=config.vocab_size,
+        hidden_size=config.hidden_size,
+        window=attention_window(config),
+        softmax_dtype=softmax_dtype,
+        groups=groups,
+    )
 
 
 class HalvingBatches:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,16 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.files import atomic_write_text, staged_output
 from streamline_bench.errors import EvaluationError, OutputError
 from streamline_bench.harness.bridge import MODEL_NAME
-from streamline_bench.harness.tasks.asked_tasks import task_folders
-from streamline_bench.harness.tasks.empty_tasks import without_empty
+from streamline_bench.harness.tasks.asked_tasks import task_folders, without_empty
 from streamline_bench.harness.trunk.request import TrunkRequest
 
 logger = logging.getLogger(__name__)
+
+_PASSED_ON = (
+    "model_args tasks num_fewshot batch_size max_batch_size device limit system_instruction "
+    "apply_chat_template fewshot_as_multiturn gen_kwargs metadata"
+).split()
+"""What the harness's command hands from its configuration to ``simple_evaluate``."""
 
 MARKER = "trunk.json"
 """File in an output that names the request it answers; written last."""
@@ -83,9 +89,7 @@ def _marks(folder: Path) -> dict[str, str]:
 
 def request_digest(request: TrunkRequest, label: str) -> str:
     """Name everything that decides what a label's output says."""
-    settings = request.model_dump(
-        mode="json", exclude={"checkpoints", "outputs", "outcome", "journal"}
-    )
+    settings = request.model_dump(mode="json", exclude={"checkpoints", "outputs", "journal"})
     weights = CheckpointReader(request.checkpoints[label]).fingerprint()
     payload = json.dumps([settings, model_arguments(request, label), weights], sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()
@@ -139,30 +143,14 @@ class Evaluation:
         except ValueError as error:
             raise EvaluationError(f"The harness refuses the evaluation: {error}.") from error
         tracker = EvaluationTracker(output_path=str(folder))
-        seeds = dict(
-            zip(
-                ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"),
-                config.seed,
-                strict=True,
-            )
-        )
+        kinds = ("random", "numpy_random", "torch_random", "fewshot_random")
+        seeds = dict(zip((f"{kind}_seed" for kind in kinds), config.seed, strict=True))
         results = simple_evaluate(
             model=model,
-            model_args=config.model_args,
-            tasks=config.tasks,
-            num_fewshot=config.num_fewshot,
-            batch_size=config.batch_size,
-            max_batch_size=config.max_batch_size,
-            device=config.device,
-            limit=config.limit,
             log_samples=True,
             evaluation_tracker=tracker,
-            system_instruction=config.system_instruction,
-            apply_chat_template=config.apply_chat_template,
-            fewshot_as_multiturn=config.fewshot_as_multiturn,
-            gen_kwargs=config.gen_kwargs,
             task_manager=self._tasks,
-            metadata=config.metadata,
+            **{name: getattr(config, name) for name in _PASSED_ON},
             **seeds,
         )
         # The harness names a model in hand by its class; a separate run names the registered one.
@@ -300,7 +288,7 @@ class SameTasks:
             self._require_model()
             return self._loaded
         for task in self._loaded["tasks"].values():
-            task.build_all_requests = _Again(task)
+            task.build_all_requests = partial(_ask_again, task)
             task.config.metadata["pretrained"] = self._model
         return self._loaded
 
@@ -315,13 +303,8 @@ class SameTasks:
                 )
 
 
-class _Again:
+def _ask_again(task: Any, **_: Any) -> None:
     """Stands for a task's ``build_all_requests``: the same requests, without answers."""
-
-    def __init__(self, task: Any) -> None:
-        self._task = task
-
-    def __call__(self, **_: Any) -> None:
-        for instance in self._task.instances:
-            instance.resps = []
-            instance.filtered_resps = {}
+    for instance in task.instances:
+        instance.resps = []
+        instance.filtered_resps = {}

@@ -1,19 +1,13 @@
-"""What is asked of a shared walk, and what came of it; both travel as JSON."""
+"""What is asked of a shared walk, and what came of it."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.recipe.schema import Frozen
-from streamline_bench.core.recipe.validation import first_problem
-from streamline_bench.errors import RecipeError
-
-SCHEMA_VERSION = 1
 
 MODEL_ARGUMENTS = frozenset(
     "add_bos_token attn_implementation chat_template_args enable_thinking max_length "
@@ -32,7 +26,6 @@ class TrunkRequest(Frozen):
             ``--output_path`` would. It appears whole or not at all; one that is there already,
             made by the same request, is kept and its label not evaluated again.
         include_path: folder with the user's own task files, in addition to those of this package.
-        outcome: file for the :class:`TrunkOutcome`, written last.
         journal: folder for the answers of labels whose outputs are not there yet; an interrupted
             call that is repeated goes on with them. None: answers are only kept in memory.
         model_args: further arguments of the model, as in ``--model_args``; possible are those in
@@ -56,7 +49,6 @@ class TrunkRequest(Frozen):
     apply_chat_template: bool | str = False
     fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
-    outcome: Path | None = None
     journal: Path | None = None
 
     @field_validator("model_args")
@@ -84,28 +76,6 @@ class TrunkRequest(Frozen):
     def dense(self) -> str:
         """Label of the dense model."""
         return next(iter(self.checkpoints))
-
-    @classmethod
-    def read(cls, path: Path) -> TrunkRequest:
-        """Read a request from a JSON file.
-
-        Raises:
-            RecipeError: it is missing, no JSON or not a valid request; the field is named.
-        """
-        try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise RecipeError(f"{path} cannot be read as a request ({error}).") from None
-        except ValidationError as error:
-            raise RecipeError(f"{path}: {first_problem(error, 'request')}.") from None
-
-    def write(self, path: Path) -> None:
-        """Write the request as JSON.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
-        atomic_write_text(path, self.model_dump_json(indent=2) + "\n")
 
 
 class LabelOutcome(Frozen):
@@ -147,7 +117,6 @@ class TrunkOutcome(Frozen):
         seconds: wall time by stage.
     """
 
-    schema_version: int = SCHEMA_VERSION
     labels: dict[str, LabelOutcome]
     walks: tuple[tuple[str, ...], ...] = ()
     per_model: tuple[str, ...] = ()

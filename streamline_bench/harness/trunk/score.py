@@ -8,11 +8,9 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.core.files import atomic_write_text
 from streamline_bench.errors import (
     ArchitectureError,
     EvaluationError,
@@ -31,9 +29,8 @@ from streamline_bench.harness.trunk.evaluation import (
     request_digest,
 )
 from streamline_bench.harness.trunk.journal import Journal
-from streamline_bench.harness.trunk.legs import solo_reason, walks_of
 from streamline_bench.harness.trunk.request import LabelOutcome, TrunkOutcome, TrunkRequest
-from streamline_bench.harness.trunk.stack import Stack, read_stack
+from streamline_bench.harness.trunk.stack import Stack, read_stack, solo_reason, walks_of
 from streamline_bench.harness.trunk.walk import Walk
 from streamline_bench.modeling import register
 
@@ -69,10 +66,7 @@ def score_together(
     share_log()
     bridge.register()
     register()
-    outcome = _Scoring(request, progress=progress, on_label=on_label).run()
-    if request.outcome is not None:
-        atomic_write_text(request.outcome, outcome.model_dump_json(indent=2) + "\n")
-    return outcome
+    return _Scoring(request, progress=progress, on_label=on_label).run()
 
 
 class _Scoring:
@@ -158,9 +152,13 @@ class _Scoring:
             logger.info("Scored together: %s.", ", ".join(company))
         evaluation = Evaluation(self._request, self._catalogue)
         for label in [each for each in self._request.checkpoints if each in party.models]:
-            share = load() / len(party.models)
-            facts = _Facts(company, party.shared_layers[label], share)
-            self._evaluate(evaluation, label, party.models[label], facts, party.walk)
+            expected = LabelOutcome(
+                status="ok",
+                company=company,
+                shared_layers=party.shared_layers[label],
+                seconds=load() / len(party.models),
+            )
+            self._evaluate(evaluation, label, party.models[label], expected, party.walk)
             if label in journals:
                 journals.pop(label).discard()
         self._per_model.update(party.walk.per_model)
@@ -188,18 +186,22 @@ class _Scoring:
         except StreamlineBenchError as error:
             self._fail(label, error)
             return
-        evaluation = Evaluation(self._request, self._catalogue)
-        facts = _Facts((), 0, load(), self._alone[label])
-        self._evaluate(evaluation, label, model, facts)
+        expected = LabelOutcome(status="ok", reason=self._alone[label], seconds=load())
+        self._evaluate(Evaluation(self._request, self._catalogue), label, model, expected)
 
     def _evaluate(
         self,
         evaluation: Evaluation,
         label: str,
         model: Any,
-        facts: _Facts,
+        expected: LabelOutcome,
         walk: Walk | None = None,
     ) -> None:
+        """Evaluate a label.
+
+        Args:
+            expected: its outcome if it does not fail; ``seconds`` are those of its loading.
+        """
         walked = walk.seconds if walk is not None else 0.0
         try:
             with self._timed("evaluate") as own, library_errors():
@@ -209,22 +211,13 @@ class _Scoring:
         except StreamlineBenchError as error:
             self._fail(label, error)
             return
-        seconds = facts.load_seconds + own()
+        seconds = expected.seconds + own()
         if walk is not None:
             # The first one to be asked walks for all.
             seconds += walk.seconds / walk.count - (walk.seconds - walked)
-        self._settle(
-            label,
-            LabelOutcome(
-                status="ok",
-                company=facts.company,
-                shared_layers=facts.shared_layers,
-                layers=self._stacks[label].layers if label in self._stacks else 0,
-                reason=facts.reason,
-                seconds=round(seconds, 3),
-                left_out=left_out,
-            ),
-        )
+        layers = self._stacks[label].layers if label in self._stacks else 0
+        known = {"layers": layers, "seconds": round(seconds, 3), "left_out": left_out}
+        self._settle(label, expected.model_copy(update=known))
 
     def _fail(self, label: str, error: StreamlineBenchError) -> None:
         logger.error("'%s' cannot be scored: %s", label, error)
@@ -244,13 +237,3 @@ class _Scoring:
         finally:
             spent.append(time.perf_counter() - begin)
             self._seconds[stage] = self._seconds.get(stage, 0.0) + spent[0]
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What is known of a label before it is evaluated."""
-
-    company: tuple[str, ...]
-    shared_layers: int
-    load_seconds: float
-    reason: str | None = None

@@ -1,17 +1,22 @@
-"""A checkpoint as a sequence of steps, each named by its content.
+"""A checkpoint as a sequence of steps, each named by its content; which models walk together.
 
 Two models share their first steps as far as these names agree: the same tensor bytes in the same
 order under the same configuration. Names of checkpoints, manifests and recipes play no part.
+
+In the order of a depth-first walk through the trie of their steps, every model's longest beginning
+in common with any model before it is the one in common with the model right before it. So a stack
+of hidden states, one for each boundary where a later model sets out, is all there is to keep.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +28,11 @@ from streamline_bench.modeling.attachments import BEFORE_FIRST
 from streamline_bench.modeling.loading import load_config
 
 _NO_PART = {
-    "_commit_hash",
-    "_name_or_path",
-    "architectures",
+    "_commit_hash", "_name_or_path", "architectures", "host_model_type", "model_type",
+    "transformers_version", "use_cache",
     "attachments",  # named in the steps they belong to
-    "host_model_type",
     "layer_widths",  # seen in the shapes of tensors
-    "model_type",
-    "transformers_version",
-    "use_cache",
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,20 @@ class Stack:
     def layers_below(self, boundary: int) -> int:
         """Number of decoder layers among the first ``boundary`` steps."""
         return sum(not step.attachment for step in self.steps[:boundary])
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One model's part of a walk.
+
+    Attributes:
+        start: boundary it sets out from: that many of its steps were run by others.
+        keep: boundaries above ``start`` where later models set out.
+    """
+
+    label: str
+    start: int
+    keep: frozenset[int]
 
 
 def read_stack(
@@ -125,7 +139,8 @@ def _sorted_tensors(
     digests = reader.tensor_digests(progress)
     inner = re.escape(row.layers.rpartition(".")[2])
     pattern = re.compile(rf"(?:^|\.){inner}\.(\d+)\.")
-    ends = tuple(f"{_short(path, row)}." for path in _ends(row))
+    last = row.final_norm, row.lm_head, row.stored_as.get(row.lm_head, row.lm_head)
+    ends = tuple(f"{_short(path, row)}." for path in last)
     outside: dict[str, Any] = {}
     of_layer: dict[int, dict[str, Any]] = defaultdict(dict)
     for name, entry in reader.entries.items():
@@ -138,10 +153,6 @@ def _sorted_tensors(
         elif not _short(name, row).startswith(ends):
             outside[_short(name, row)] = value
     return outside, of_layer
-
-
-def _ends(row: Architecture) -> tuple[str, ...]:
-    return row.final_norm, row.lm_head, row.stored_as.get(row.lm_head, row.lm_head)
 
 
 def _short(name: str, row: Architecture) -> str:
@@ -168,16 +179,15 @@ def _root_config(
 
 
 def _tokenizer(folder: Path) -> dict[str, str]:
-    return {f"tokenizer file {path.name}": _content(path) for path in tokenizer_files(folder)}
-
-
-def _content(path: Path) -> str:
-    data = path.read_bytes()
-    if path.suffix == ".json":
-        # Saved by another version, it may be spaced or ordered otherwise.
-        with contextlib.suppress(ValueError):
-            data = json.dumps(json.loads(data), sort_keys=True).encode()
-    return hashlib.sha256(data).hexdigest()
+    found = {}
+    for path in tokenizer_files(folder):
+        data = path.read_bytes()
+        if path.suffix == ".json":
+            # Saved by another version, it may be spaced or ordered otherwise.
+            with contextlib.suppress(ValueError):
+                data = json.dumps(json.loads(data), sort_keys=True).encode()
+        found[f"tokenizer file {path.name}"] = hashlib.sha256(data).hexdigest()
+    return found
 
 
 def _steps(
@@ -212,3 +222,59 @@ def _name(tensors: Mapping[str, Any], network: Any, about: Any) -> str:
     kind = None if network is None else [network["kind"], network["intermediate_size"]]
     payload = json.dumps([sorted(tensors.items()), kind, about], sort_keys=True, default=str)
     return hashlib.sha256(payload.encode()).hexdigest()
+
+
+def walks_of(stacks: Mapping[str, Stack]) -> list[list[str]]:
+    """Group labels whose models have the same first step, each group in walking order.
+
+    Groups come in the order of ``stacks``; a group of one shares nothing.
+    """
+    groups: dict[object, list[str]] = {}
+    for label, stack in stacks.items():
+        first = stack.steps[0].name if stack.steps else ""
+        groups.setdefault((tuple(sorted(stack.root.items())), first), []).append(label)
+    return [_walking_order(labels, stacks) for labels in groups.values()]
+
+
+def legs_of(labels: Sequence[str], stacks: Mapping[str, Stack]) -> list[Leg]:
+    """Return the legs of models in walking order (any part of one is in walking order, too)."""
+    starts = [0]
+    for before, label in itertools.pairwise(labels):
+        starts.append(_in_common(stacks[before], stacks[label]))
+    legs = []
+    for number, label in enumerate(labels):
+        lowest = len(stacks[label].steps)
+        keep = set()
+        for later in starts[number + 1 :]:
+            if later <= lowest:
+                lowest = later
+                keep.add(later)
+        legs.append(Leg(label, starts[number], frozenset(b for b in keep if b > starts[number])))
+    return legs
+
+
+def solo_reason(label: str, dense: str, stacks: Mapping[str, Stack]) -> str:
+    """Say why a model shares no layer with another one, compared with the dense model."""
+    if len(stacks) == 1:
+        return "no other model has to be scored"
+    if label == dense or dense not in stacks:
+        return "no other model has the same first layer"
+    difference = root_difference(stacks[label], stacks[dense]) or "its first layer differs"
+    return f"it shares no layer with '{dense}': {difference}"
+
+
+def _walking_order(labels: Sequence[str], stacks: Mapping[str, Stack]) -> list[str]:
+    seen: dict[str, int] = {}
+    for label in labels:
+        for step in stacks[label].steps:
+            seen.setdefault(step.name, len(seen))
+    return sorted(labels, key=lambda label: [seen[step.name] for step in stacks[label].steps])
+
+
+def _in_common(first: Stack, second: Stack) -> int:
+    count = 0
+    for one, other in zip(first.steps, second.steps, strict=False):
+        if (one.name, one.layer, one.attachment) != (other.name, other.layer, other.attachment):
+            break
+        count += 1
+    return count

@@ -15,9 +15,8 @@ from streamline_bench.harness.scoring.forward import queries_of, tensors_of
 from streamline_bench.harness.scoring.packing import Layout, Layouts, PackedRow, Query
 from streamline_bench.harness.scoring.scorer import Answer, HalvingBatches, TokenScorer
 from streamline_bench.harness.trunk.journal import Journal, name_of
-from streamline_bench.harness.trunk.legs import legs_of
 from streamline_bench.harness.trunk.partial import States, partial_pass
-from streamline_bench.harness.trunk.stack import Stack
+from streamline_bench.harness.trunk.stack import Stack, legs_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class Walk:
     """Answers of several models.
 
     Args:
-        walkers: label -> model, in walking order (see :func:`.legs.walks_of`).
+        walkers: label -> model, in walking order (see :func:`.stack.walks_of`).
         journals: label -> file that its answers go to as they come, and that those of an earlier,
             interrupted walk are taken from.
 
@@ -130,25 +129,20 @@ class Walk:
             for layout, labels in self._settled(layouts).items():
                 asked = name_of(queries, layout, batch_tokens)
                 for label in labels:
-                    found[label] = self._known(label, asked)
+                    if label in self._journals:
+                        found[label] = self._journals[label].known(asked)
                     bar.update(len(found[label]))
                 for batch in layouts.batches(layout):
                     for label, answers in self._answered(batch, labels, found).items():
                         found[label].update(answers)
-                        self._keep(label, asked, answers)
+                        if label in self._journals:
+                            self._journals[label].add(asked, answers.items())
                         bar.update(len(answers))
         return {
             label: [answers[index] for index in sorted(answers)]
             for label, answers in found.items()
             if label not in self.failed
         }
-
-    def _known(self, label: str, asked: str) -> dict[int, Answer]:
-        return self._journals[label].known(asked) if label in self._journals else {}
-
-    def _keep(self, label: str, asked: str, answers: Mapping[int, Answer]) -> None:
-        if label in self._journals:
-            self._journals[label].add(asked, answers.items())
 
     def _answered(
         self,

@@ -221,8 +221,7 @@ def groups_of(run: RunPaths, jobs: Sequence[ScoreJob], *, one_process: bool) -> 
     """
     if one_process or len(jobs) < 2:
         return Grouping([list(jobs)])
-    from streamline_bench.harness.trunk.legs import solo_reason, walks_of
-    from streamline_bench.harness.trunk.stack import read_stack
+    from streamline_bench.harness.trunk.stack import read_stack, solo_reason, walks_of
 
     stacks, alone = {}, {}
     for job in jobs:

@@ -112,8 +112,7 @@ class ScoreJob(Job):
 
     def without_empty_tasks(self) -> tuple[ScoreJob, dict[str, str]]:
         """Return the job without tasks that have no documents, and task -> why it is left out."""
-        from streamline_bench.harness.tasks.asked_tasks import open_index
-        from streamline_bench.harness.tasks.empty_tasks import without_empty
+        from streamline_bench.harness.tasks.asked_tasks import open_index, without_empty
 
         asked = self.evaluation
         index = open_index(asked.tasks, asked.include_path)

@@ -21,7 +21,7 @@ from streamline_bench.runs.jobs.score import ScoreJob, check_scores
 from streamline_bench.runs.planning.plan import digest
 
 if TYPE_CHECKING:
-    from streamline_bench.harness.trunk import LabelOutcome, TrunkRequest
+    from streamline_bench.harness.trunk.request import LabelOutcome, TrunkRequest
 
 
 class ScoreTogether(Job):
@@ -52,7 +52,7 @@ class ScoreTogether(Job):
 
     def work(self, run: RunPaths) -> Result:
         """Score the rows; those without a mark are scored alone if the walk cannot be made."""
-        from streamline_bench.harness.trunk import score_together
+        from streamline_bench.harness.trunk.score import score_together
 
         by_label = {job.label: job for job in self.jobs}
         # A key in the name: an output of other options is never taken for this one's.
@@ -71,7 +71,7 @@ class ScoreTogether(Job):
         return Result()
 
     def _request(self, run: RunPaths, outputs: Mapping[str, Path]) -> TrunkRequest:
-        from streamline_bench.harness.trunk import TrunkRequest
+        from streamline_bench.harness.trunk.request import TrunkRequest
 
         evaluation = self.jobs[0].evaluation
         size = evaluation.batch_size

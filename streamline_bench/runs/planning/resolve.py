@@ -15,9 +15,8 @@ from streamline_bench.core.checkpoint.folder import file_sha256
 from streamline_bench.core.machine.environment import found_device, known_device, package_versions
 from streamline_bench.core.recipe.validation import wrong_value
 from streamline_bench.errors import RecipeError
-from streamline_bench.harness.tasks.asked_tasks import task_folders
+from streamline_bench.harness.tasks.asked_tasks import refuse_unknown, task_folders
 from streamline_bench.harness.tasks.task_files import check_tasks, tasks_sha256
-from streamline_bench.harness.tasks.task_names import refuse_unknown
 from streamline_bench.modeling.loading import dtype_name
 from streamline_bench.runs.planning.plan import Evaluation, NoisePlan, Plan, PlanRow, TextPlan
 from streamline_bench.runs.planning.request import Request

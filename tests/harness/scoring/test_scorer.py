@@ -100,7 +100,7 @@ def test_choices_get_the_stock_scores(
     elif family in WINDOWED:
         assert scorer._share_up_to == 16
     else:
-        assert not scorer.packs
+        assert scorer._share_up_to == 0
         assert "scored one by one" in caplog.text
 
 

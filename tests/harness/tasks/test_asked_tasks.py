@@ -9,8 +9,13 @@ from pathlib import Path
 import pytest
 
 from streamline_bench.errors import EvaluationError
-from streamline_bench.harness.tasks.asked_tasks import open_index, parts_of, task_folders
-from streamline_bench.harness.tasks.empty_tasks import EMPTY, without_empty
+from streamline_bench.harness.tasks.asked_tasks import (
+    EMPTY,
+    open_index,
+    parts_of,
+    task_folders,
+    without_empty,
+)
 
 CODE = """
 import datasets

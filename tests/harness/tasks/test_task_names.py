@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 
 from streamline_bench.errors import EvaluationError
-from streamline_bench.harness.tasks.asked_tasks import task_folders
-from streamline_bench.harness.tasks.task_names import _stands_in, _texts, refuse_unknown
+from streamline_bench.harness.tasks.asked_tasks import (
+    _stands_in,
+    _texts,
+    refuse_unknown,
+    task_folders,
+)
 
 
 def test_names_of_ours_of_the_users_and_of_the_harness_are_known(tmp_path: Path) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_bench.harness.trunk.legs import legs_of, solo_reason, walks_of
-from streamline_bench.harness.trunk.stack import Stack, Step
+from streamline_bench.harness.trunk.stack import Stack, Step, legs_of, solo_reason, walks_of
 
 
 def stack(names: str, root: str = "r") -> Stack:

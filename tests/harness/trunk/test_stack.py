@@ -13,8 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from streamline_bench.errors import ArchitectureError, CheckpointError
-from streamline_bench.harness.trunk.legs import legs_of, walks_of
-from streamline_bench.harness.trunk.stack import Stack, read_stack, root_difference
+from streamline_bench.harness.trunk.stack import (
+    Stack,
+    legs_of,
+    read_stack,
+    root_difference,
+    walks_of,
+)
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},

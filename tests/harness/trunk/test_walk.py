@@ -14,9 +14,8 @@ from lm_eval.api.instance import Instance
 from streamline_bench.errors import ComparisonError, NumericsError
 from streamline_bench.harness.lm import StreamlineLM
 from streamline_bench.harness.trunk.assembly import Assembly, assemble
-from streamline_bench.harness.trunk.legs import walks_of
 from streamline_bench.harness.trunk.request import TrunkRequest
-from streamline_bench.harness.trunk.stack import read_stack
+from streamline_bench.harness.trunk.stack import read_stack, walks_of
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},

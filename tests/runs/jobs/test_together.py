@@ -103,7 +103,7 @@ def test_every_row_is_published_or_failed_by_itself(
             assert read_done(paths, name, key) or read_failed(paths, name, key)
         return TrunkOutcome(labels=outcomes, walks=(walk,))
 
-    monkeypatch.setattr("streamline_bench.harness.trunk.score_together", score)
+    monkeypatch.setattr("streamline_bench.harness.trunk.score.score_together", score)
     stale = run / "dense" / "eval"
     stale.mkdir(parents=True)
     (stale / "results_2099-01-01T00-00-00.000000.json").write_text("{}", encoding="utf-8")
