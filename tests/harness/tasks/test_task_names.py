@@ -43,7 +43,7 @@ def test_a_part_of_a_name_or_a_typo_is_unknown(tmp_path: Path, name: str, meant:
 def test_the_harness_is_not_imported() -> None:
     code = (
         "import sys\n"
-        "from streamline_bench.harness.tasks.task_names import refuse_unknown\n"
+        "from streamline_bench.harness.tasks.asked_tasks import refuse_unknown\n"
         "try:\n    refuse_unknown(['piqaa'], [])\n"
         "except Exception as error:\n    print(error)\n"
         "assert not {'lm_eval', 'torch', 'datasets', 'transformers'} & set(sys.modules)\n"
