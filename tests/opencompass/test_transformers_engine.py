@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from streamline_bench.errors import CheckpointError
-from streamline_bench.opencompass import transformers_engine
+from streamline_bench.harness.scoring import scorer
 from streamline_bench.opencompass.engine import GenerationSettings, ScoredText
 from streamline_bench.opencompass.prompts import load_prompt_tokenizer
 from streamline_bench.opencompass.source import entry_source
@@ -90,7 +90,7 @@ def test_spans_and_masks(engine: TransformersEngine) -> None:
 def test_a_model_whose_head_cannot_be_reached_is_scored_plainly(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transformers_engine, "head_objection", lambda *_: "it is odd")
+    monkeypatch.setattr(scorer, "head_objection", lambda *_: "it is odd")
     plain = TransformersEngine(engine.model, engine.tokenizer, 128)
     texts = [ScoredText.whole(ids, masked=1) for ids in texts_of_many_lengths(3)[:4]]
     assert plain.logprob_sums(texts) == pytest.approx(engine.logprob_sums(texts), abs=1e-4)
