@@ -34,6 +34,12 @@ _THRESHOLDS = {
 }
 """Field of ``Thresholds`` -> option (without its prefix) and its help."""
 
+_FLAGS = {
+    "skip": "skip the tests that use streamline_gate, instead of failing without a reference",
+    "write-reference": "write --streamline-reference from what the tests give, compare nothing",
+    "strict": "fail also on checks that cannot tell",
+}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options and their ini values."""
@@ -41,27 +47,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     text = "file (or run folder) that the fixture streamline_gate compares with"
     group.addoption("--streamline-reference", metavar="PATH", help=text)
     parser.addini("streamline_reference", text)
-    group.addoption(
-        "--streamline-skip",
-        action="store_true",
-        help="skip the tests that use streamline_gate, instead of failing without a reference",
-    )
-    group.addoption(
-        "--streamline-write-reference",
-        action="store_true",
-        help="write --streamline-reference from what the tests give, instead of comparing",
-    )
-    group.addoption(
-        "--streamline-strict",
-        action="store_true",
-        help="fail also on checks that cannot tell",
-    )
+    for flag, text in _FLAGS.items():
+        group.addoption(f"--streamline-{flag}", action="store_true", help=text)
     for option, text in _THRESHOLDS.values():
         group.addoption(f"--streamline-{option}", type=float, metavar="SHARE", help=text)
         parser.addini(f"streamline_{option.replace('-', '_')}", text)
 
 
-@dataclass
+@dataclass(eq=False)  # a plugin of pytest must be hashable
 class StreamlineGate:
     """What the fixture ``streamline_gate`` gives.
 
@@ -143,6 +136,7 @@ class StreamlineGate:
         __tracebackhide__ = True
         from streamline_bench.gate.evidence import write_reference
         from streamline_bench.gate.judge import judge
+        from streamline_bench.gate.table import line, verdict
 
         limits = self._limits(thresholds)
         if against is None:
@@ -151,7 +145,8 @@ class StreamlineGate:
         result = judge(read(), against.evidence(progress=False), limits, rows)
         self.results.append(result)
         if not result.passed:
-            raise AssertionError(_message(result))
+            lines = [verdict(result), *(f"  {line(check)}" for check in result.closing)]
+            raise AssertionError("\n".join(lines))
         return result
 
     def _limits(self, own: Mapping[str, Any]) -> Thresholds:
@@ -166,11 +161,18 @@ class StreamlineGate:
         except ValidationError as error:
             raise ComparisonError(f"Threshold {first_problem(error)}.") from None
 
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Print a line per gate and per check that is not ok, if the fixture was used."""
+        if not self.results:
+            return
+        from streamline_bench.gate.table import line, ordered, verdict
 
-def _message(result: GateResult) -> str:
-    from streamline_bench.gate.table import line, verdict
-
-    return "\n".join([verdict(result), *(f"  {line(check)}" for check in result.closing)])
+        terminalreporter.section("streamline-bench gate")
+        for result in self.results:
+            terminalreporter.write_line(verdict(result))
+            for check in ordered(result):
+                if check.status != "ok":
+                    terminalreporter.write_line(f"  {line(check)}")
 
 
 @pytest.fixture(scope="session")
@@ -194,7 +196,7 @@ def streamline_gate(request: pytest.FixtureRequest) -> StreamlineGate:
         write=bool(config.getoption("--streamline-write-reference")),
         thresholds=_thresholds(config),
     )
-    config.pluginmanager.register(_Summary(gate), "streamline-bench-summary")
+    config.pluginmanager.register(gate, "streamline-bench-summary")
     return gate
 
 
@@ -208,23 +210,3 @@ def _thresholds(config: pytest.Config) -> dict[str, Any]:
         if value not in (None, ""):
             found[name] = value
     return found
-
-
-class _Summary:
-    """Shows after the tests what the gates found; registered only if the fixture was used."""
-
-    def __init__(self, gate: StreamlineGate) -> None:
-        self._gate = gate
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Print a line per gate and per check that is not ok."""
-        if not self._gate.results:
-            return
-        from streamline_bench.gate.table import line, ordered, verdict
-
-        terminalreporter.section("streamline-bench gate")
-        for result in self._gate.results:
-            terminalreporter.write_line(verdict(result))
-            for check in ordered(result):
-                if check.status != "ok":
-                    terminalreporter.write_line(f"  {line(check)}")

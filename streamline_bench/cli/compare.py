@@ -1,10 +1,10 @@
-"""``streamline-bench compare`` and ``streamline-bench demo``."""
+"""``streamline-bench compare`` and ``demo``: from options to a request and an execution."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -13,13 +13,20 @@ import click
 
 from streamline_bench.cli.options import (
     named_device_option,
+    names_in,
+    parse_assignments,
     refuse_given,
     setup_logging,
     until_option,
+    yaml_assignments,
 )
+from streamline_bench.core.machine.environment import is_bundled
+from streamline_bench.errors import RecipeError
 
 if TYPE_CHECKING:
-    from streamline_bench.runs import CompareResult
+    from streamline_bench.runs.execution.options import Execution
+    from streamline_bench.runs.planning.request import Request, RowRequest
+    from streamline_bench.runs.run import CompareResult
 
 
 @click.command("compare")
@@ -96,7 +103,6 @@ def command(
     SIGTERM.
     """
     setup_logging(quiet=quiet or as_json)
-    from streamline_bench.cli.compare_options import read_execution, read_options
     from streamline_bench.runs.run import compare_request
 
     if options["executor"] == "ray":
@@ -132,7 +138,7 @@ def command(
 def demo(output: Path, rows: str | None, quiet: bool, **options: Any) -> None:
     """Prune, replace, evaluate and compare the bundled model, offline, in a few minutes."""
     setup_logging(quiet=quiet)
-    from streamline_bench.demo.pipeline import DEMO_ROWS, run_demo
+    from streamline_bench.demo import DEMO_ROWS, run_demo
 
     names = tuple(name.strip() for name in rows.split(",")) if rows else DEMO_ROWS
     with _stops_with_a_word():
@@ -175,3 +181,100 @@ def _finish(result: CompareResult) -> NoReturn:
     else:
         click.echo(f"{result.run} has no report yet.", err=True)
     sys.exit(result.exit_code)
+
+
+def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]) -> Request:
+    """Lay the options over the plan file, and both over what the bundled model presets.
+
+    RecipeError: something is missing or wrong.
+    """
+    from streamline_bench.compression.recipes import SIZE_KEYS
+    from streamline_bench.demo import bundled_request
+    from streamline_bench.runs.planning.request import Request, make_request, read_request
+
+    payload = _checked(read_request(plan), plan) if plan else {}
+    # Options of other keys do not hold the value itself.
+    plain = Request.model_fields.keys() - {"model", "recipes", "tasks", "overrides", "workload"}
+    payload |= {key: options[key] for key in plain if options.get(key) is not None}
+    if model is not None:
+        payload["model"] = model
+    for key in ("recipes", "tasks"):
+        if options.get(key):
+            payload[key] = names_in(options[key])
+    if options["rows"]:
+        payload["recipes"] = [*payload.get("recipes", []), *map(parse_row, options["rows"])]
+    given: dict[str, Any] = dict(parse_assignments(options["assignments"]))
+    own = ("sparsity", "n_layers", "calibration")
+    given |= {key: options[key] for key in own if options.get(key) is not None}
+    # Sizes are alternatives: one that is given replaces the plan's, whichever it was.
+    replaced = set(SIZE_KEYS) if given.keys() & set(SIZE_KEYS) else set()
+    planned = payload.get("set") or {}
+    payload["set"] = {k: v for k, v in planned.items() if k not in replaced} | given
+    if options["workload"]:
+        payload["workload"] = {
+            **(payload.get("workload") or {}),
+            **yaml_assignments("--workload", options["workload"]),
+        }
+    if is_bundled(payload.get("model")):
+        payload = bundled_request(payload)
+    for key, what in (("model", "MODEL"), ("recipes", "--recipes"), ("tasks", "--tasks")):
+        if not payload.get(key):
+            raise RecipeError(f"Nothing to compare: give {what}, or a --plan that has '{key}'.")
+    return make_request(payload, f"Plan {plan}" if plan else "The comparison")
+
+
+def _checked(payload: dict[str, Any], plan: str) -> dict[str, Any]:
+    """Refuse kinds of values that options could not be laid over."""
+    for key in ("recipes", "tasks"):
+        if not isinstance(payload.get(key, []), list):
+            example = f"{key}: [{payload[key]}]"
+            raise RecipeError(f"Plan {plan}: '{key}' must be a list, such as '{example}'.")
+    for key in ("set", "workload"):
+        if not isinstance(payload.get(key) or {}, dict):
+            raise RecipeError(f"Plan {plan}: '{key}' must be a mapping such as '{key}: {{k: v}}'.")
+    return payload
+
+
+def parse_row(text: str) -> RowRequest:
+    """Read ``LABEL=RECIPE`` or ``LABEL=RECIPE:KEY=VALUE,KEY=VALUE`` (RecipeError: another form)."""
+    from streamline_bench.runs.planning.request import RowRequest
+
+    label, equals, rest = text.partition("=")
+    recipe, colon, assignments = rest.partition(":")
+    overrides: dict[str, Any] = {}
+    for each in assignments.split(",") if colon else []:
+        key, separator, value = each.partition("=")
+        if not separator or not key.strip():
+            raise RecipeError(f"'{each}' in row '{text}' is not KEY=VALUE.")
+        overrides[key.strip()] = value
+    if not equals or not label or not recipe:
+        raise RecipeError(f"'{text}' is not a row; write LABEL=RECIPE:KEY=VALUE,KEY=VALUE.")
+    return RowRequest(recipe=recipe, label=label, overrides=overrides)
+
+
+def read_execution(options: Mapping[str, Any]) -> Execution:
+    """Return how to run it (RecipeError: values that cannot be)."""
+    from streamline_bench.runs.execution.options import Execution
+
+    cpus, by_kind = parse_cpus(options["cpus_per_job"])
+    same = "executor ray_address workers gpus_per_job retries timeout trunk".split()
+    return Execution(
+        gpus=tuple(names_in(options["gpus"] or "")), cpus_per_job=cpus, cpus_by_kind=by_kind,
+        **{key: options[key] for key in same},
+    )  # fmt: skip
+
+
+def parse_cpus(text: str) -> tuple[int, dict[str, int]]:
+    """Read ``8`` or ``8,compress=2``: CPUs of all jobs, of one kind (RecipeError: another form)."""
+    common, by_kind = 1, {}
+    for part in text.split(","):
+        kind, separator, number = part.rpartition("=")
+        if not number.strip().isdecimal() or (separator and not kind.strip()):
+            raise RecipeError(
+                f"--cpus-per-job '{text}' is neither a number nor such as '8,compress=2'."
+            )
+        if separator:
+            by_kind[kind.strip()] = int(number)
+        else:
+            common = int(number)
+    return common, by_kind

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamline_bench.cli.options import print_table, refuse_existing, refuse_given
+from streamline_bench.cli.options import print_table, refuse_existing, refuse_given, write_json
 
 if TYPE_CHECKING:
     from streamline_bench.gate.result import GateResult
@@ -78,14 +78,8 @@ def command(
     result = gate(
         run, against or run, thresholds=Thresholds(**thresholds), rows=rows, progress=not quiet
     )
-    payload = result.model_dump_json(indent=2)
-    if output is not None:
-        from streamline_bench.core.files import atomic_write_text
-
-        atomic_write_text(output, payload + "\n")
-    if as_json:
-        click.echo(payload)
-    else:
+    write_json(result, output, as_json)
+    if not as_json:
         _show(result, every)
     _tell_github(result, to_stderr=as_json)
     if not result.passed:

@@ -23,9 +23,9 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "compare": ("compare", "Compare recipes on a model: compress, score, leaderboard."),
     "compress": ("compress", "Remove layers from a model and write the result as a checkpoint."),
     "demo": ("compare.demo", "Run the whole pipeline on the bundled model, ending in a report."),
-    "divergence": ("divergence", "Compare two models' next-token distributions on a text."),
+    "divergence": ("stability.by_text", "Compare two models' next-token distributions on a text."),
     "gate": ("gate", "Fail if a run lost accuracy, stability or speed against a reference."),
-    "lm-eval": ("lm_eval", "Call the lm-eval harness with our models and tasks registered."),
+    "lm-eval": ("lists.lm_eval", "Call the lm-eval harness with our models and tasks registered."),
     "opencompass": ("opencompass", "Evaluate recipes with OpenCompass and make the report."),
     "recipes": ("lists.recipes", "List the recipes, or show one."),
     "report": ("report", "Render the report of a run folder again."),
@@ -104,14 +104,11 @@ def _end(error: StreamlineBenchError | OSError) -> NoReturn:
     foreign = isinstance(error, OSError) and error.errno not in _OF_THE_FILE_SYSTEM
     if foreign or os.environ.get("STREAMLINE_BENCH_TRACEBACK"):
         raise error
-    click.echo(f"streamline-bench: {printable(_sentence(error), keep=chr(10))}", err=True)
-    sys.exit(2)
-
-
-def _sentence(error: StreamlineBenchError | OSError) -> str:
+    text = str(error)
     if isinstance(error, OSError):
-        return f"{error.filename or 'A file'} cannot be used ({error.strerror}); give another path."
-    return str(error)
+        text = f"{error.filename or 'A file'} cannot be used ({error.strerror}); give another path."
+    click.echo(f"streamline-bench: {printable(text, keep=chr(10))}", err=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

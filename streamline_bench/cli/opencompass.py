@@ -11,6 +11,7 @@ import click
 
 from streamline_bench.cli.options import (
     named_device_option,
+    names_in,
     parse_assignments,
     setup_logging,
     yaml_assignments,
@@ -105,8 +106,8 @@ def command(
         gpus = min(1, environment.gpus)
     given = {"sparsity": sparsity, "n_layers": n_layers, **parse_assignments(assignments)}
     overrides = {key: value for key, value in given.items() if value is not None}
-    models = entries(model, _names(recipes), overrides, [_labelled(each) for each in checkpoints])
-    plan = _plan(models, gpus or 0, **settings)
+    models = entries(model, names_in(recipes), overrides, [_labelled(each) for each in checkpoints])
+    plan = _plan(models, gpus or 0, settings)
     with claimed_folder(output, plan, overwrite=overwrite):
         if environment is None or config_only:
             config = write_config(output, plan)
@@ -122,37 +123,24 @@ def command(
         click.echo(report)
 
 
-def _plan(
-    models: Any,
-    gpus: int,
-    *,
-    datasets: str,
-    engine_arguments: tuple[str, ...],
-    device: str | None,
-    dtype: str | None,
-    max_seq_len: int | None,
-    **settings: Any,
-) -> RunPlan:
+def _plan(models: Any, gpus: int, settings: dict[str, Any]) -> RunPlan:
     from streamline_bench.opencompass.run_plan import RunPlan
 
-    device = None if device == "auto" else device
+    given = settings.pop("device")
+    device = None if given == "auto" else given
     options = {
-        "model_kwargs": yaml_assignments("--engine-arg", engine_arguments) or None,
+        "model_kwargs": yaml_assignments("--engine-arg", settings.pop("engine_arguments")) or None,
         "device": device or (None if gpus else "cpu"),
-        "dtype": dtype,
-        "max_seq_len": max_seq_len,
+        "dtype": settings.pop("dtype"),
+        "max_seq_len": settings.pop("max_seq_len"),
     }
     return RunPlan(
         models=models,
-        datasets=tuple(_names(datasets)),
+        datasets=tuple(names_in(settings.pop("datasets"))),
         options={key: value for key, value in options.items() if value is not None},
         gpus=0 if (device or "").startswith("cpu") else gpus,
         **settings,
     )
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _labelled(argument: str) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +17,7 @@ from click.core import ParameterSource
 from streamline_bench.errors import OutputError, RecipeError
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from rich.table import Table
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -28,8 +29,8 @@ _NOT_GIVEN = (None, ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
 
 def device_option(command: _Command) -> _Command:
     """Add ``--device``; the command gets a torch device that is there, ``auto`` resolved."""
-    option = click.option("--device", default="auto", callback=_found_device, help=DEVICE_HELP)
-    return option(command)
+    checked = partial(_device, elsewhere=False)
+    return click.option("--device", default="auto", callback=checked, help=DEVICE_HELP)(command)
 
 
 def dtype_option(what: str) -> Callable[[_Command], _Command]:
@@ -40,8 +41,8 @@ def dtype_option(what: str) -> Callable[[_Command], _Command]:
 
 def named_device_option(command: _Command) -> _Command:
     """Add ``--device`` for work that may be done elsewhere; None: not given, as good as auto."""
-    option = click.option("--device", show_default="auto", callback=_named_device, help=DEVICE_HELP)
-    return option(command)
+    named = partial(_device, elsewhere=True)
+    return click.option("--device", show_default="auto", callback=named, help=DEVICE_HELP)(command)
 
 
 def until_option(command: _Command) -> _Command:
@@ -49,30 +50,19 @@ def until_option(command: _Command) -> _Command:
     from streamline_bench.runs.execution.options import STAGES
 
     stages = click.Choice(STAGES)
-    option = click.option("--until", type=stages, default=STAGES[-1], help="Last stage to run.")
-    return option(command)
+    add = click.option("--until", type=stages, default=STAGES[-1], help="Last stage to run.")
+    return add(command)
 
 
-def _found_device(ctx: click.Context, option: click.Parameter, value: str) -> str:
-    from streamline_bench.core.machine.environment import found_device
+def _device(
+    ctx: click.Context, option: click.Parameter, value: str | None, *, elsewhere: bool
+) -> str | None:
+    from streamline_bench.core.machine.environment import found_device, known_device
 
-    with _bad_parameter():
-        return found_device(value)
-
-
-def _named_device(ctx: click.Context, option: click.Parameter, value: str | None) -> str | None:
-    if value is None or value == "auto":
+    if value is None or (elsewhere and value == "auto"):
         return value
-    from streamline_bench.core.machine.environment import known_device
-
-    with _bad_parameter():
-        return known_device(value)
-
-
-@contextmanager
-def _bad_parameter() -> Iterator[None]:
     try:
-        yield
+        return known_device(value) if elsewhere else found_device(value)
     except RecipeError as error:
         raise click.BadParameter(str(error)) from None
 
@@ -90,14 +80,7 @@ def setup_logging(*, quiet: bool) -> None:
 
 
 def split_assignments(assignments: tuple[str, ...], option: str) -> Iterator[tuple[str, str]]:
-    """Yield key and value of each ``KEY=VALUE`` that an option was given.
-
-    Args:
-        option: its name, for the message.
-
-    Raises:
-        click.BadParameter: one has no ``=``, or nothing before it.
-    """
+    """Yield key and value of each ``KEY=VALUE`` (click.BadParameter: no ``=``, or no key)."""
     for assignment in assignments:
         key, separator, value = assignment.partition("=")
         if not separator or not key.strip():
@@ -111,11 +94,7 @@ def parse_assignments(assignments: tuple[str, ...]) -> dict[str, str]:
 
 
 def yaml_assignments(option: str, given: tuple[str, ...]) -> dict[str, Any]:
-    """Read ``KEY=VALUE`` options whose values are YAML: numbers, true and false, lists, text.
-
-    Raises:
-        click.BadParameter: an option has no ``=``, or a value is not YAML.
-    """
+    """Read ``KEY=VALUE`` options with YAML values (click.BadParameter: another form, not YAML)."""
     import yaml
 
     parsed: dict[str, Any] = {}
@@ -125,21 +104,17 @@ def yaml_assignments(option: str, given: tuple[str, ...]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             reason = " ".join(str(getattr(error, "problem", None) or error).split())
             raise click.BadParameter(
-                f"'{value}' for '{key}' is not a YAML value ({reason}); quote it",
-                param_hint=option,
+                f"'{value}' for '{key}' is not a YAML value ({reason}); quote it", param_hint=option
             ) from None
     return parsed
 
 
 def refuse_given(ctx: click.Context, why: str, *names: str) -> None:
-    """Refuse options that the command line gives although they have no effect.
+    """Refuse options that were given (defaults do not count) although they have no effect.
 
     Args:
         why: what the option needs: "it needs --serve".
         names: as the command's function calls them.
-
-    Raises:
-        click.UsageError: one of them was given; defaults do not count.
     """
     for option in ctx.command.params:
         given = ctx.get_parameter_source(option.name or "")
@@ -156,6 +131,22 @@ def refuse_existing(file: Path, overwrite: bool, option: str = "--output") -> No
         raise OutputError(
             f"Output {file} cannot be used ({error.strerror}); give another {option}."
         ) from None
+
+
+def names_in(text: str) -> list[str]:
+    """Return the parts of a comma-separated list; empty ones do not count."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def write_json(result: BaseModel, output: Path | None, as_json: bool) -> None:
+    """Write a result as JSON where ``--output`` says, and print it where ``--json`` asks for it."""
+    payload = result.model_dump_json(indent=2)
+    if output is not None:
+        from streamline_bench.core.files import atomic_write_text
+
+        atomic_write_text(output, payload + "\n")
+    if as_json:
+        click.echo(payload)
 
 
 def print_table(table: Table) -> None:

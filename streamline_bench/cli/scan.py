@@ -123,6 +123,7 @@ def _scanned(model: str, sizes: list[int], *, progress: bool, **asked: Any) -> S
     from streamline_bench.core.data.calibration import load_calibration
     from streamline_bench.core.recipe.schema import CalibrationSpec
     from streamline_bench.core.scan import scan, scan_streamed
+    from streamline_bench.errors import SparsityError
     from streamline_bench.modeling.loading import load_config, load_model, load_tokenizer
 
     folder = resolve_pretrained(model, asked["revision"])
@@ -134,7 +135,13 @@ def _scanned(model: str, sizes: list[int], *, progress: bool, **asked: Any) -> S
     )
     trust = {"trust_remote_code": asked["trust_remote_code"]}
     config = load_config(folder, **trust)
-    _require_sizes(sizes, getattr(config, architecture_of(config).depth_key))
+    num_layers = getattr(config, architecture_of(config).depth_key)
+    for n in sizes:
+        if not 1 <= n <= num_layers:
+            raise SparsityError(
+                f"A block of {n} layers cannot be removed from {num_layers}; give --n from 1 to "
+                f"{num_layers}."
+            )
     tokens = load_calibration(
         spec,
         load_tokenizer(folder, **trust),
@@ -150,18 +157,6 @@ def _scanned(model: str, sizes: list[int], *, progress: bool, **asked: Any) -> S
         return scan_streamed(folder, tokens, progress=progress, **how, **trust, **memory)
     loaded = load_model(folder, device=device, dtype=dtype, **trust)
     return scan(loaded, tokens, progress=progress, **how)
-
-
-def _require_sizes(sizes: list[int], num_layers: int) -> None:
-    """Before the scan as well."""
-    from streamline_bench.errors import SparsityError
-
-    for n in sizes:
-        if not 1 <= n <= num_layers:
-            raise SparsityError(
-                f"A block of {n} layers cannot be removed from {num_layers}; give --n from 1 to "
-                f"{num_layers}."
-            )
 
 
 def _table(similarity: Similarity, sizes: list[int], metric: str) -> pd.DataFrame:

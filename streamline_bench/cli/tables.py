@@ -97,6 +97,9 @@ def _cells(name: str, row: TaskComparison | GroupComparison | Overall) -> list[s
     if row.adjusted is not None:
         change.append(interval(row.adjusted, signed=True))
         p.append(row.p_holm)
+    excess, above = row.flips_above_noise, ""
+    if excess is not None:
+        above = f"{points(excess.value)} % above\n{interval(excess, signed=True)}"
     cells = [
         terminal_text(name),
         str(row.n),
@@ -105,17 +108,10 @@ def _cells(name: str, row: TaskComparison | GroupComparison | Overall) -> list[s
         "\n".join([*change, verdict]),
         _with_interval(row.stability),
         percent(row.agreement.value),
-        f"{row.flips.right_to_wrong}/{row.flips.wrong_to_right}\n{_above_noise(row)}",
+        f"{row.flips.right_to_wrong}/{row.flips.wrong_to_right}\n{above}",
         "\n".join(map(p_value, p)),
     ]
     return [escape(cell.strip()) for cell in cells]
-
-
-def _above_noise(row: TaskComparison | GroupComparison | Overall) -> str:
-    excess = row.flips_above_noise
-    if excess is None:
-        return ""
-    return f"{points(excess.value)} % above\n{interval(excess, signed=True)}"
 
 
 def _perplexity(found: PerplexityComparison) -> str:
@@ -133,13 +129,12 @@ def _generation(found: GenerationComparison) -> str:
     return f"{name}: {percent(found.identical.value)} % of the texts are identical{parted}."
 
 
-_WITHOUT_VERDICTS = (
-    "No task has right or wrong answers: no accuracy, flips or stability. Intervals are over "
-    "documents."
-)
-
-
-def _of_verdicts(result: Comparison) -> str:
+def _how_made(result: Comparison) -> str:
+    if not result.tasks:
+        return (
+            "No task has right or wrong answers: no accuracy, flips or stability. Intervals are "
+            "over documents."
+        )
     return (
         f"Stability: {result.mode}, spread of {result.quantity} over the choices "
         f"(ddof {result.ddof}). {100 * result.confidence:g} % intervals. Change and p: one score "
@@ -152,7 +147,7 @@ def _of_verdicts(result: Comparison) -> str:
 
 def stability_notes(result: Comparison) -> str:
     """Return how the figures were made, and what the table has no place for."""
-    lines = [_of_verdicts(result) if result.tasks else _WITHOUT_VERDICTS]
+    lines = [_how_made(result)]
     lines += [_perplexity(found) for found in result.perplexities]
     lines += [_generation(found) for found in result.generations]
     shown = {found.task for found in result.perplexities}
@@ -186,14 +181,22 @@ def divergence_table(result: TokenDivergence) -> Table:
 
 def throughput_tables(record: ThroughputRecord) -> Iterator[Table]:
     """Yield the tables that a record fills: batches, served rates, the paper's figures."""
-    if record.mode == "serving":
-        yield _serving(record)
-        return
-    yield _batches(record)
-    if record.paper:
+    serving = record.mode == "serving"
+    if serving:
+        names = "requests/s|tokens/s|TTFT|TPOT|ITL|E2EL"
+        table = _table("Serving: milliseconds at p50 / p90 / p99", ("model",), (*names.split("|"),))
+        cells = [_serving_cells(model, each) for model in record.models for each in model.serving]
+    else:
+        names = "batch|tokens/s|to dense|ideal|of ideal|weights|peak|KV tokens"
+        table = _table("Throughput", ("model",), (*names.split("|"),))
+        cells = [_batch_cells(model, point) for model in record.models for point in model.points]
+    for row in cells:
+        table.add_row(*map(escape, row))
+    yield table
+    if record.paper and not serving:
         paper = _table("The paper's figures (Llama-2-7B)", ("model",), ("tokens/s", "to dense"))
-        for row in record.paper:
-            paper.add_row(escape(row.name), f"{row.tokens_per_second:.2f}", f"{row.ratio:.2f}")
+        for each in record.paper:
+            paper.add_row(escape(each.name), f"{each.tokens_per_second:.2f}", f"{each.ratio:.2f}")
         yield paper
 
 
@@ -222,15 +225,6 @@ def throughput_notes(record: ThroughputRecord) -> str:
     return "\n".join(lines)
 
 
-def _batches(record: ThroughputRecord) -> Table:
-    names = ("batch", "tokens/s", "to dense", "ideal", "of ideal", "weights", "peak", "KV tokens")
-    table = _table("Throughput", ("model",), names)
-    for model in record.models:
-        for point in model.points:
-            table.add_row(*map(escape, _batch_cells(model, point)))
-    return table
-
-
 def _batch_cells(model: ModelResult, point: Point) -> list[str]:
     rate, ratio, ideal = point.output_tokens_per_second, point.ratio, model.ideal
     if rate is None:
@@ -249,15 +243,6 @@ def _batch_cells(model: ModelResult, point: Point) -> list[str]:
         _mebibytes(point.peak_memory_bytes),
         MISSING if model.kv_cache_tokens is None else f"{model.kv_cache_tokens:,}",
     ]
-
-
-def _serving(record: ThroughputRecord) -> Table:
-    names = ("requests/s", "tokens/s", "TTFT", "TPOT", "ITL", "E2EL")
-    table = _table("Serving: milliseconds at p50 / p90 / p99", ("model",), names)
-    for model in record.models:
-        for point in model.serving:
-            table.add_row(*map(escape, _serving_cells(model, point)))
-    return table
 
 
 def _serving_cells(model: ModelResult, point: ServingPoint) -> list[str]:

@@ -20,9 +20,6 @@ from streamline_bench.core.machine.environment import printable
 
 _DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 _GIB = 1 << 30
-_OF_BATCHES = ("batch", "rounds", "warmup_rounds", "clock", "one_at_a_time")
-_OF_SERVING = ("request_rate", "requests", "max_concurrency", "port")
-_OF_VLLM = ("eager", "prefix_caching", "kv_cache_gib")
 _Number = TypeVar("_Number", int, float)
 
 
@@ -129,11 +126,8 @@ def command(
         refuse_existing(output / RECORD_NAME, overwrite)
     how = {**_asked(named, options), "output": output, "progress": not (quiet or as_json)}
     if serving:
-        load = ServingLoad(
-            request_rates=options["request_rate"],
-            requests=options["requests"],
-            max_concurrency=options["max_concurrency"],
-        )
+        same = {key: options[key] for key in ("requests", "max_concurrency")}
+        load = ServingLoad(request_rates=options["request_rate"], **same)
         record = serve(named, load=load, port=options["port"], **how)
     else:
         mode: Literal["paper", "offline"] = "paper" if paper else "offline"
@@ -156,11 +150,12 @@ def command(
 
 def _refuse_ignored(ctx: click.Context, engine: str, serving: bool, paper: bool) -> None:
     if serving:
-        refuse_given(ctx, "--serve sends requests to one model at a time", *_OF_BATCHES)
+        why = "--serve sends requests to one model at a time"
+        refuse_given(ctx, why, "batch", "rounds", "warmup_rounds", "clock", "one_at_a_time")
         return
-    refuse_given(ctx, "it needs --serve", *_OF_SERVING)
+    refuse_given(ctx, "it needs --serve", "request_rate", "requests", "max_concurrency", "port")
     if engine == "hf":
-        refuse_given(ctx, "it needs --engine vllm", *_OF_VLLM)
+        refuse_given(ctx, "it needs --engine vllm", "eager", "prefix_caching", "kv_cache_gib")
     if paper:
         refuse_given(ctx, "--paper runs one sequence at a time", "batch")
 

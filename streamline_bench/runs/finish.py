@@ -172,10 +172,8 @@ class Results:
 def write_report_once(run: RunPaths, description: RunFile, *, progress: bool) -> Path:
     """Write ``run.json``, the report and a model card into every checkpoint of the run.
 
-    Those there are kept if they were made from the same results.
-
-    Raises:
-        StreamlineBenchError: what building a report raises.
+    Those there are kept if they were made from the same results. Raises what building a report
+    raises.
     """
     from streamline_bench.report.build import build_report
     from streamline_bench.report.run_file import read_run_file

@@ -113,11 +113,7 @@ class RunPaths:
 
 
 def check_output(run: Path) -> None:
-    """Refuse an output folder that holds something else than a run, before anything is made.
-
-    Raises:
-        OutputError: it holds something else, or cannot be read.
-    """
+    """Refuse an output folder that cannot be read or holds something else (OutputError)."""
     check_usable(run, PLAN_FILE, "a run folder")
 
 
@@ -125,8 +121,7 @@ def check_output(run: Path) -> None:
 def locked(run: Path) -> Iterator[None]:
     """Hold the run folder (made if missing); the system frees it when the process ends, however.
 
-    Raises:
-        OutputError: another run holds it, or it cannot be written or holds something else.
+    OutputError: another run holds it, or it cannot be written or holds something else.
     """
     check_output(run)
     with lock_folder(run):
@@ -134,14 +129,10 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def claim(run: Path, plan: Plan, *, overwrite: bool = False) -> None:
-    """Make the locked folder belong to this plan, or check that it does already.
+    """Make the locked folder belong to this plan, or check that it does already (OutputError).
 
     Args:
         overwrite: what an earlier run of the same model made there is removed, and nothing else.
-
-    Raises:
-        OutputError: it was started with another plan (the differences are named), or, with
-            ``overwrite``, for another model.
     """
     there = read_plan(run)
     if there is not None and overwrite:

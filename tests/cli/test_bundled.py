@@ -73,7 +73,7 @@ def test_throughput_opencompass_and_lm_eval(call: Callable[..., Any]) -> None:
 
 
 def test_a_folder_of_that_name_comes_first(tiny_llama: Path, tmp_path: Path) -> None:
-    from streamline_bench.cli.compare_options import is_bundled
+    from streamline_bench.cli.compare import is_bundled
     from streamline_bench.harness.arguments import parameters_of, sort_arguments
     from streamline_bench.harness.preparation import prepare
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.cli.compare_options import (
+from streamline_bench.cli.compare import (
     parse_cpus,
     parse_row,
     read_execution,

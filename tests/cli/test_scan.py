@@ -134,7 +134,7 @@ def test_bad_options_leave_nothing_behind(
 
 
 def test_sizes_are_checked_before_the_scan(scanned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamline_bench.core.scan.scan", None)
+    monkeypatch.setattr("streamline_bench.core.scan", None)
     ended = scanned("--n", "4,40")
     assert ended.code == 2
     assert "A block of 40 layers cannot be removed from 6; give --n from 1 to 6." in ended.err

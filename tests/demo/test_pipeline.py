@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.demo.pipeline import run_demo
+from streamline_bench.demo import run_demo
 from streamline_bench.errors import OutputError, RecipeError
 from streamline_bench.runs import CompareResult
 

@@ -200,7 +200,7 @@ def test_our_own_command_adds_our_tasks_and_calls_the_harness(
     from lm_eval._cli import HarnessCLI
     from lm_eval.api.registry import model_registry
 
-    from streamline_bench.cli.lm_eval import command
+    from streamline_bench.cli.lists import lm_eval as command
 
     seen: list[Any] = []
     monkeypatch.setattr(sys, "argv", ["x"])

@@ -16,8 +16,6 @@ from streamline_bench.errors import RecipeError
 STAGES: tuple[str, ...] = ("compress", "evaluate", "report")
 """Of a comparison, in order."""
 
-EXECUTORS: tuple[str, ...] = ("local", "ray")
-
 JOB_KINDS: tuple[str, ...] = ("compress", "score", "text", "measure")
 """Kinds of jobs that may ask for different numbers of CPUs; the noise floor is scoring."""
 
@@ -54,17 +52,9 @@ class Execution:
     trunk: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse impossible values.
-
-        Raises:
-            RecipeError: an unknown executor, or more GPUs per job than there are.
-        """
-        if self.executor not in EXECUTORS:
-            raise RecipeError(f"Unknown executor '{self.executor}'; known: {', '.join(EXECUTORS)}.")
-        self._check_cpus()
-        self._check_gpus()
-
-    def _check_cpus(self) -> None:
+        """Refuse an unknown executor, and impossible numbers of CPUs or GPUs (RecipeError)."""
+        if self.executor not in ("local", "ray"):
+            raise RecipeError(f"Unknown executor '{self.executor}'; known: local, ray.")
         fewest = min((self.cpus_per_job, *self.cpus_by_kind.values()))
         if fewest < 1:
             raise RecipeError(f"--cpus-per-job gives a job {fewest} CPUs; give at least 1.")
@@ -74,8 +64,6 @@ class Execution:
                 f"--cpus-per-job names the unknown kind of job '{min(unknown)}'; known: "
                 f"{', '.join(JOB_KINDS)}."
             )
-
-    def _check_gpus(self) -> None:
         twice = {gpu for gpu in self.gpus if self.gpus.count(gpu) > 1}
         if twice:
             raise RecipeError(f"--gpus names GPU {min(twice)} twice; name each GPU once.")
@@ -93,11 +81,7 @@ class Execution:
             raise RecipeError("--gpus names GPUs and --gpus-per-job 0 uses none; leave one out.")
 
     def check_threads(self, threads: int | None) -> None:
-        """Refuse more CPU threads than a job asks the cluster's CPUs for; they would crowd others.
-
-        Raises:
-            RecipeError: saying for which kind of jobs.
-        """
+        """Refuse more threads than a job asks the cluster CPUs for: they crowd (RecipeError)."""
         short = [kind for kind in JOB_KINDS if self.cpus_of(kind) < (threads or 0)]
         if self.executor == "ray" and short:
             raise RecipeError(
@@ -109,10 +93,7 @@ class Execution:
     def check_device(self, device: str) -> None:
         """Refuse a torch device that is none, that jobs could not have, or would share unasked.
 
-        What this machine has is known; a cluster's machines may have others.
-
-        Raises:
-            RecipeError: saying which option to change.
+        What this machine has is known; a cluster's machines may have others (RecipeError).
         """
         if self.gpus_of_a_job and device != "cuda":
             raise RecipeError(

@@ -77,14 +77,11 @@ class JobProcess(LeashedProcess):
         folder: Path | None = None,
         command: Sequence[str] = ("-m", "streamline_bench.runs.jobs.worker"),
     ) -> None:
-        """Start the process; the job's log keeps its output.
+        """Start the process; the job's log keeps its output (OutputError: it cannot be written).
 
         Args:
             folder: where it starts; None: where this process is.
             command: what Python is to run, with the run folder and the name behind it.
-
-        Raises:
-            OutputError: the log cannot be written.
         """
         self.name = name
         # Of progress bars, a line now and then is enough for a log.

@@ -31,16 +31,29 @@ class RayExecutor:
     def __init__(self, execution: Execution) -> None:
         """Connect to the cluster, unless this process is connected already.
 
-        Raises:
-            MissingDependencyError: Ray is not installed.
-            ClusterError: there is no cluster at that address, or no machine of it is large enough.
+        Raises MissingDependencyError without Ray, and ClusterError if there is no cluster at that
+        address, or no machine of it is large enough.
         """
         self.execution = execution
-        self._ray = _import_ray()
+        try:
+            import ray
+        except ImportError:
+            raise MissingDependencyError(
+                "--executor ray needs Ray, which is not installed; run: "
+                "pip install 'streamline-bench[ray]'"
+            ) from None
+        self._ray: Any = ray
         self._names: dict[Any, str] = {}
         self._connected_here = not self._ray.is_initialized()
         if self._connected_here:
-            self._connect()
+            with library_errors(
+                f"There is no Ray cluster at '{execution.ray_address}'",
+                "start one with 'ray start --head', or give --ray-address",
+                ClusterError,
+            ):
+                self._ray.init(
+                    address=execution.ray_address, log_to_driver=False, logging_level="ERROR"
+                )
         try:
             self._check_resources()
         except ClusterError:
@@ -61,8 +74,14 @@ class RayExecutor:
             num_gpus=execution.gpus_of_a_job,
             max_retries=0,  # attempts are counted, and limited, by the scheduler
         )
-        environment = {"OMP_NUM_THREADS": str(cpus), **_own_variables()}
-        environment |= job.environment
+        # Settings of data and caches, which the machines of a cluster do not have.
+        named = ("HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+        own = {
+            key: value
+            for key, value in os.environ.items()
+            if key.startswith("STREAMLINE_BENCH_") or key in named
+        }
+        environment = {"OMP_NUM_THREADS": str(cpus), **own, **job.environment}
         here = str(Path.cwd())
         limit = time_limit(job, execution.timeout)
         reference = remote.remote(str(run.root), job.name, environment, limit, here)
@@ -93,15 +112,6 @@ class RayExecutor:
             # The worker's process or its machine is gone.
             return Ended(name, None, f"Its worker was lost ({first_line(error)}).")
         return Ended(name, code, reason)
-
-    def _connect(self) -> None:
-        address = self.execution.ray_address
-        with library_errors(
-            f"There is no Ray cluster at '{address}'",
-            "start one with 'ray start --head', or give --ray-address",
-            ClusterError,
-        ):
-            self._ray.init(address=address, log_to_driver=False, logging_level="ERROR")
 
     def _check_resources(self) -> None:
         """A request that no machine can ever satisfy would wait for ever."""
@@ -136,20 +146,3 @@ def run_job_here(
         process.end()
         raise
     return found
-
-
-def _own_variables() -> dict[str, str]:
-    """Settings of data and caches, which the machines of a cluster do not have."""
-    named = ("HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    return {k: v for k, v in os.environ.items() if k.startswith("STREAMLINE_BENCH_") or k in named}
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise MissingDependencyError(
-            "--executor ray needs Ray, which is not installed; run: "
-            "pip install 'streamline-bench[ray]'"
-        ) from None
-    return ray

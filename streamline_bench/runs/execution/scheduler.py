@@ -14,15 +14,12 @@ from streamline_bench.errors import StreamlineBenchError
 from streamline_bench.runs.execution.processes import Ended, Executor
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Done, Job, forget_failure, read_done, read_failed
-from streamline_bench.runs.jobs.score import ScoreJob, last_line
-from streamline_bench.runs.jobs.together import score_together_job
+from streamline_bench.runs.jobs.score import ScoreJob, last_line, score_together_job
 
 log = logging.getLogger(__name__)
 
 Status = Literal["waiting", "running", "done", "kept", "failed", "skipped"]
 """``kept``: an earlier run did it; ``skipped``: a job it needs failed."""
-
-ENDED: frozenset[Status] = frozenset({"done", "kept", "failed", "skipped"})
 
 
 @dataclass
@@ -46,7 +43,7 @@ class JobState:
     @property
     def ended(self) -> bool:
         """Nothing more will happen to it."""
-        return self.status in ENDED
+        return self.status not in ("waiting", "running")
 
     @property
     def succeeded(self) -> bool:
@@ -86,11 +83,7 @@ class Scheduler:
         self._looked_at: set[str] = set()
 
     def do(self, jobs: Sequence[Job]) -> None:
-        """Run these jobs; return when all have ended. ``watch`` is called all the while.
-
-        Raises:
-            OutputError: the run folder cannot be written.
-        """
+        """Run these jobs until all have ended (OutputError: the run folder cannot be written)."""
         for job in jobs:
             done = read_done(self._run, job.name, job.key)
             self.states[job.name] = JobState(job, "waiting" if done is None else "kept", done=done)

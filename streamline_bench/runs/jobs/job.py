@@ -113,12 +113,10 @@ class Job(Frozen):
         atomic_write_text(run.make_job(self.name) / "job.json", text)
 
 
-def command_line(
-    words: Sequence[object], options: Mapping[str, object], flags: Mapping[str, bool]
-) -> str:
+def command_line(words: Sequence[object], options: Mapping[str, object], **flags: bool) -> str:
     """Return a command that a reader can type; options that are None are left out."""
     given = [each for pair in options.items() if pair[1] is not None for each in pair]
-    given += [flag for flag, is_set in flags.items() if is_set]
+    given += [f"--{flag.replace('_', '-')}" for flag, is_set in flags.items() if is_set]
     return shlex.join(["streamline-bench", *map(str, words), *map(str, given)])
 
 
@@ -179,13 +177,13 @@ def write_done(
 ) -> None:
     """Write the marker of a finished job and remove that of an earlier failure."""
     result = result or Result()
-    made = [path for product in products for path in _files(product)]
+    found = (each for path in products for each in [path, *sorted(path.rglob("*"))])
     done = Done(
         key=key,
         seconds=round(max(0.0, seconds), 3),
         attempts=max(1, _attempts(run, name)),
         command=result.command,
-        files={run.relative(path): _mark(path) for path in made},
+        files={run.relative(path): _mark(path) for path in found if path.is_file()},
         facts=result.facts,
     )
     atomic_write_text(run.job(name) / "done.json", done.model_dump_json(indent=2) + "\n")
@@ -237,10 +235,6 @@ def _attempts(run: RunPaths, name: str) -> int:
     return number if isinstance(number, int) and number > 0 else 0
 
 
-def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-
-
 def _mark(path: Path) -> FileMark:
     size = path.stat().st_size
     return FileMark(size, file_sha256(path) if size <= _HASHED_UP_TO else None)
@@ -248,8 +242,6 @@ def _mark(path: Path) -> FileMark:
 
 def _is_whole(path: Path, mark: FileMark) -> bool:
     try:
-        if path.stat().st_size != mark.size:
-            return False
-        return mark.sha256 is None or file_sha256(path) == mark.sha256
+        return _mark(path) == mark
     except OSError:
         return False

@@ -90,8 +90,8 @@ class CompressJob(Job):
             "--dtype": self.dtype,
             "--output": run.checkpoint(self.label),
         }
-        flags = {"--trust-remote-code": self.trust_remote_code}
-        return command_line(["compress", self.model], options, flags)
+        trust = self.trust_remote_code
+        return command_line(["compress", self.model], options, trust_remote_code=trust)
 
 
 def _is_published(output: Path, recipe: Mapping[str, Any], weights: str) -> bool:
@@ -151,8 +151,7 @@ class TextJob(Job):
             "--revision": self.revision,
         }
         words = ["divergence", self.model, run.checkpoint(self.label), text.file]
-        flags = {"--trust-remote-code": self.trust_remote_code}
-        return Result(command_line(words, options, flags))
+        return Result(command_line(words, options, trust_remote_code=self.trust_remote_code))
 
 
 class MeasureJob(Job):
@@ -215,8 +214,6 @@ class MeasureJob(Job):
             f"{label}={run.checkpoint(label) if compressed else self.model}"
             for label, compressed in self.rows.items()
         ]
-        flags = {
-            "--prefix-caching": workload.prefix_caching,
-            "--trust-remote-code": self.trust_remote_code,
-        }
-        return Result(command_line(["throughput", *models], options, flags))
+        flags = {"prefix_caching": workload.prefix_caching,
+                 "trust_remote_code": self.trust_remote_code}  # fmt: skip
+        return Result(command_line(["throughput", *models], options, **flags))

@@ -20,8 +20,7 @@ from streamline_bench.errors import StreamlineBenchError
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Job, count_attempt, write_done, write_failed
 from streamline_bench.runs.jobs.kinds import CompressJob, MeasureJob, TextJob
-from streamline_bench.runs.jobs.score import ScoreJob
-from streamline_bench.runs.jobs.together import ScoreTogether
+from streamline_bench.runs.jobs.score import ScoreJob, ScoreTogether
 
 AnyJob = Annotated[
     CompressJob | ScoreJob | ScoreTogether | TextJob | MeasureJob, Field(discriminator="kind")

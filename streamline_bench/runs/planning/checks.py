@@ -18,14 +18,11 @@ _FEW = 8
 
 
 def check_before(plan: Plan, run: RunPaths, *, jobs_at_a_time: int | None, until: str) -> None:
-    """Refuse a plan that this machine, its disk or the data cannot serve.
+    """Refuse a plan that this machine, its disk or the data cannot serve (StreamlineBenchError).
 
     Args:
         jobs_at_a_time: on this machine; None where the jobs run on others.
         until: ``compress`` needs nothing that only the evaluation needs.
-
-    Raises:
-        StreamlineBenchError: saying what is missing and which option to change.
     """
     from streamline_bench.core.checkpoint.folder import resolve_pretrained
     from streamline_bench.core.checkpoint.reader import CheckpointReader
@@ -63,19 +60,15 @@ def _check_names(plan: Plan, run: RunPaths) -> None:
 
 
 def _check_disk(plan: Plan, run: RunPaths, size: int, todo: Sequence[PlanRow]) -> None:
-    needed = sum(size * (1 - _removed(row)) for row in todo)
+    shares = (Recipe.model_validate(row.recipe).sparsity for row in todo)
+    # Half of the parameters, if a recipe names no sparsity.
+    needed = sum(size * (1 - (0.5 if share is None else share)) for share in shares)
     free = shutil.disk_usage(run.there).free
     if needed > free:
         raise OutputError(
             f"{run.root} needs about {_size(needed)} for {len(todo)} checkpoints, and "
             f"{_size(free)} are free there; free some space, or give another --output."
         )
-
-
-def _removed(row: PlanRow) -> float:
-    """The share of the parameters that a recipe removes; half if it names no sparsity."""
-    recipe = Recipe.model_validate(row.recipe)
-    return recipe.sparsity if recipe.sparsity is not None else 0.5
 
 
 def _check_memory(plan: Plan, size: int, jobs_at_a_time: int) -> None:

@@ -33,11 +33,6 @@ _CHANGED_FILES = {
 }
 """What a hash that differs says to a reader."""
 
-_OF_A_KEY = (
-    "row {}: its calibration data changed, or this version of streamline-bench computes it in "
-    "another way"
-)
-
 
 class PlanRow(Frozen):
     """A row: its label, its complete recipe, and the content key of the checkpoint it gives."""
@@ -130,11 +125,7 @@ def write_plan(folder: Path, plan: Plan) -> None:
 
 
 def read_plan(folder: Path) -> Plan | None:
-    """Return the plan of a run folder, None if it has none.
-
-    Raises:
-        OutputError: it is damaged, or of another schema version.
-    """
+    """Return the plan of a run folder, if any (OutputError: damaged, another schema version)."""
     path = folder / PLAN_FILE
     try:
         payload = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -165,7 +156,8 @@ def differences(there: Plan, here: Plan) -> list[str]:
     # The key of a row follows from what else is said to differ; alone it needs words.
     said = [key for key in changed if not _is_key_of_a_row(key)] or changed[:1]
     return [
-        _OF_A_KEY.format(key[5:-4])
+        f"row {key[5:-4]}: its calibration data changed, or this version of streamline-bench "
+        "computes it in another way"
         if _is_key_of_a_row(key)
         else f"{key}: {_CHANGED_FILES[key]}"
         if key in _CHANGED_FILES

@@ -42,7 +42,6 @@ class Request(Frozen):
         model: folder or hub id of the dense model.
         recipes: rows; a string is a recipe's name or path, or a group of recipes
             (see :func:`.recipe_groups`); with a minus before it, it is left out.
-        tasks: names of lm-eval tasks or groups.
         include_path: folder with the user's own task files, used with those of this package and of
             the harness; of tasks with the same name, the user's counts.
         overrides: recipe keys for every row but the dense one (``set`` in a plan file).
@@ -59,7 +58,6 @@ class Request(Frozen):
         noise_engine: score it again with this engine, all else being equal.
         text: file (.txt, .jsonl, .parquet) on which every row's next-token distributions are
             compared with the dense model's; None: no such comparison.
-        text_field: of a record with fields, the one that holds the text.
         text_documents: at most this many documents of it.
         text_window: tokens that are read at once.
         threads: CPU threads of every job; None: the cores divided by the workers.
@@ -97,11 +95,7 @@ class Request(Frozen):
 
 
 def make_request(payload: Mapping[str, Any], origin: str = "The comparison") -> Request:
-    """Validate a mapping as a request.
-
-    Raises:
-        RecipeError: one sentence naming the first wrong key or value.
-    """
+    """Validate a mapping as a request (RecipeError: naming the first wrong key or value)."""
     try:
         return Request.model_validate(dict(payload))
     except ValidationError as error:
@@ -111,10 +105,8 @@ def make_request(payload: Mapping[str, Any], origin: str = "The comparison") -> 
 def read_request(path_or_name: str) -> dict[str, Any]:
     """Return the keys of a plan file: a path, or the name of one in ``reports/plans``.
 
-    ``$NAME`` in its strings stands for an environment variable.
-
-    Raises:
-        RecipeError: no such file, not YAML, or a variable that is not set.
+    ``$NAME`` in its strings stands for an environment variable (RecipeError: one that is not set,
+    no such file, not YAML).
     """
     path = _plan_path(path_or_name)
     payload = read_yaml_mapping(path, "a plan: it must hold a mapping such as 'tasks: [piqa]'")
@@ -122,8 +114,7 @@ def read_request(path_or_name: str) -> dict[str, Any]:
     for key in payload:
         if key not in known:
             raise RecipeError(f"{path}: unknown key '{key}'{suggest_or_list(str(key), known)}")
-    expanded: dict[str, Any] = _expanded(payload, path)
-    return expanded
+    return {key: _expanded(value, path) for key, value in payload.items()}
 
 
 def _plan_path(name: str) -> Path:

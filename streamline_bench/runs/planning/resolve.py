@@ -1,42 +1,52 @@
-"""From a request to a plan: every name looked up, every default filled in, every content hashed."""
+"""From a request to a plan: every name looked up, every default filled in, every content hashed.
+
+Names and groups of recipes become rows, each with a label that can be a folder's name.
+"""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from streamline_bench.compression.recipes import (
+    SIZE_KEYS,
+    applicable,
+    load_recipe,
+    recipe_groups,
+    refuse_unknown_key,
+)
 from streamline_bench.core.checkpoint.folder import file_sha256
 from streamline_bench.core.machine.environment import found_device, known_device, package_versions
-from streamline_bench.core.recipe.validation import wrong_value
+from streamline_bench.core.recipe.schema import Recipe
+from streamline_bench.core.recipe.validation import suggest_or_list, wrong_value
 from streamline_bench.errors import RecipeError
 from streamline_bench.harness.tasks.asked_tasks import refuse_unknown, task_folders
 from streamline_bench.harness.tasks.task_files import check_tasks, tasks_sha256
 from streamline_bench.modeling.loading import dtype_name
+from streamline_bench.runs.folder import is_row_name
 from streamline_bench.runs.planning.plan import Evaluation, NoisePlan, Plan, PlanRow, TextPlan
-from streamline_bench.runs.planning.request import Request
-from streamline_bench.runs.planning.rows import Row, refuse_unknown_names, resolve_rows
+from streamline_bench.runs.planning.request import Request, RowRequest
 
 log = logging.getLogger(__name__)
 
 
 def resolve_plan(request: Request, *, device: str | None = None, progress: bool = True) -> Plan:
-    """Return the plan of a request.
+    """Return the plan of a request; ``device`` is used where the request leaves it open.
 
-    Args:
-        device: used where the request leaves the device open.
-
-    Raises:
-        StreamlineBenchError: the model, a recipe or the task folder cannot be used.
+    StreamlineBenchError: the model, a recipe or the task folder cannot be used.
     """
     # What was mistyped is refused first: all that follows imports torch.
     refuse_unknown_names(request)
-    own = _own_tasks(request)
+    own = Path(request.include_path).expanduser().resolve() if request.include_path else None
+    if own is not None and not own.is_dir():
+        raise RecipeError(f"The task folder {own} does not exist; correct --include-path.")
     refuse_unknown(request.tasks, task_folders(own))
     rows = resolve_rows(request)
     from streamline_bench.compression.pipeline import content_key
@@ -75,19 +85,8 @@ def resolve_plan(request: Request, *, device: str | None = None, progress: bool 
     )
 
 
-def _own_tasks(request: Request) -> Path | None:
-    own = Path(request.include_path).expanduser().resolve() if request.include_path else None
-    if own is not None and not own.is_dir():
-        raise RecipeError(f"The task folder {own} does not exist; correct --include-path.")
-    return own
-
-
 def _task_files(request: Request, own: Path | None) -> str:
-    """Look the tasks up, and hash what they are made of.
-
-    Raises:
-        EvaluationError: a name of a task stands for nothing.
-    """
+    """Look the tasks up (EvaluationError: unknown), and hash what they are made of."""
     from streamline_bench.harness.tasks.asked_tasks import open_index, parts_of
 
     index = open_index(request.tasks, own)
@@ -131,35 +130,32 @@ def _workload(request: Request) -> dict[str, Any]:
 
 def _noise(request: Request) -> tuple[NoisePlan, ...]:
     """Every way of scoring the dense model again changes one thing only."""
+    other = _other_batch_size(request.batch_size) if request.noise_floor else None
+    changes = {
+        "batch_size": request.noise_batch_size or other,
+        "dtype": request.noise_dtype,
+        "engine": request.noise_engine,
+    }
+    usual = {"batch_size": request.batch_size, "dtype": request.dtype}
     found = []
-    if request.noise_floor or request.noise_batch_size:
-        size = request.noise_batch_size or _other_batch_size(request.batch_size)
-        _require_other(size, request.batch_size, "--noise-batch-size")
-        found.append(_again(request, f"batch size {size}", batch_size=size))
+    for key, value in changes.items():
+        if not value:
+            continue
+        if value == usual.get(key):
+            raise RecipeError(
+                f"--noise-{key.replace('_', '-')} is {value}, which is the value of all rows; give "
+                "another one, so that it shows the noise."
+            )
+        label = f"batch size {value}" if key == "batch_size" else value
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", label)
+        found.append(NoisePlan.model_validate({"name": name, "label": label, **usual, key: value}))
     if request.noise_dtype:
-        _require_other(request.noise_dtype, request.dtype, "--noise-dtype")
         dtype_name(request.noise_dtype)  # refused here as --dtype is
-        found.append(_again(request, request.noise_dtype, dtype=request.noise_dtype))
     if request.noise_engine:
         from streamline_bench.modeling.vllm.package import require_vllm
 
         require_vllm(f"--noise-engine {request.noise_engine}")
-        found.append(_again(request, request.noise_engine, engine=request.noise_engine))
     return tuple(found)
-
-
-def _again(request: Request, label: str, **change: Any) -> NoisePlan:
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", label)
-    same = {"batch_size": request.batch_size, "dtype": request.dtype}
-    return NoisePlan(name=name, label=label, **{**same, **change})
-
-
-def _require_other(value: str, usual: str | None, option: str) -> None:
-    if value == usual:
-        raise RecipeError(
-            f"{option} is {value}, which is the value of all rows; give another one, so that it "
-            "shows the noise."
-        )
 
 
 def _text(request: Request, model: Path) -> TextPlan | None:
@@ -189,3 +185,116 @@ def _other_batch_size(size: str) -> str:
     if not size.isdigit():
         return "8"
     return "4" if size == "1" else str(max(1, int(size) // 4))
+
+
+GROUPS: tuple[str, ...] = (
+    *("all", "no-training", "calibrated", "recovered"),
+    *("paper-settings", "hub-data"),
+)
+"""Groups of recipes, see :func:`.recipe_groups`; with a minus before it, a group is taken away."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A label and its complete recipe."""
+
+    label: str
+    recipe: Recipe
+
+    @property
+    def is_dense(self) -> bool:
+        """Nothing is compressed: the model itself is scored."""
+        return self.recipe.method == "dense" and self.recipe.recovery is None
+
+
+def refuse_unknown_names(request: Request) -> None:
+    """Refuse unknown recipes and keys (RecipeError) before a method imports torch."""
+    asked = _expanded(request.recipes)
+    for each in asked:
+        load_recipe(each.recipe, check=False)
+    for key in (*request.overrides, *(key for row in asked for key in row.overrides)):
+        refuse_unknown_key(key)
+
+
+def resolve_rows(request: Request) -> list[Row]:
+    """Return the rows of a request in its order; the dense model is put first if it is missing.
+
+    RecipeError: an unknown recipe or key, a label that is taken or cannot name a folder.
+    """
+    rows = [_row(each, request.overrides) for each in _expanded(request.recipes)]
+    _require_used(request.overrides, [row for row in rows if row.recipe.method != "dense"])
+    if not any(row.is_dense for row in rows):
+        rows.insert(0, Row("dense", load_recipe("dense")))
+    seen: set[str] = set()
+    for row in rows:
+        if not is_row_name(row.label):
+            raise RecipeError(
+                f"The row label '{row.label}' cannot name a folder here; use letters, digits, '.', "
+                "'_', '+' and '-', and no name of the run's own files, such as jobs, noise or "
+                "run.json."
+            )
+        if row.label.lower() in seen:
+            raise RecipeError(
+                f"Two rows are called '{row.label}'; give one of them another label (--row "
+                "LABEL=RECIPE)."
+            )
+        seen.add(row.label.lower())
+    return rows
+
+
+def _expanded(recipes: Sequence[str | RowRequest]) -> list[RowRequest]:
+    """Replace groups by their recipes, and take away what has a minus before it (RecipeError).
+
+    A recipe that a group repeats is taken once.
+    """
+    wanted = {each.removeprefix("-") for each in recipes if isinstance(each, str)}
+    groups = recipe_groups() if wanted & {*GROUPS} else {}
+    found: list[RowRequest] = []
+    for each in recipes:
+        if isinstance(each, RowRequest):
+            found.append(each)
+        elif each.startswith("-"):
+            name = each.removeprefix("-")
+            gone = groups.get(name, (name,))
+            kept = [row for row in found if row.recipe not in gone]
+            if len(kept) == len(found):
+                known = [*GROUPS, *(row.recipe for row in found)]
+                raise RecipeError(f"'{each}' takes nothing away{suggest_or_list(name, known)}")
+            found = kept
+        elif each in GROUPS:
+            known_rows = {row.recipe for row in found if row.label is None}
+            names = sorted(groups.get(each, ()), key=lambda name: (name != "dense", name))
+            found += [RowRequest(recipe=name) for name in names if name not in known_rows]
+        else:
+            found.append(RowRequest(recipe=each))
+    return found
+
+
+def _row(request: RowRequest, common: Mapping[str, Any]) -> Row:
+    own = request.overrides
+    sizes = set(SIZE_KEYS)
+    shared = {
+        key: value
+        for key, value in common.items()
+        # A row that names its own size is not given the other one as well.
+        if not (key in sizes and sizes & own.keys())
+    }
+    written = load_recipe(request.recipe)
+    label = request.label or written.name
+    given = {**applicable(shared, written), **own} if written.method != "dense" else own
+    recipe = load_recipe(request.recipe, given)
+    for key, (before, after) in recipe.overridden.items():
+        if key not in SIZE_KEYS and before is not None:
+            log.info("%s: %s is %s, the recipe's own is %s", label, key, after, before)
+    return Row(label, recipe)
+
+
+def _require_used(common: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    used = [applicable(common, row.recipe).keys() for row in rows]
+    unused = sorted(common.keys() - set().union(*used)) if used else []
+    if unused:
+        labels = ", ".join(row.label for row in rows)
+        raise RecipeError(
+            f"'{unused[0]}' has no effect, because none of the rows ({labels}) reads it; leave it "
+            "out, or add a row that reads it."
+        )

@@ -21,7 +21,7 @@ from streamline_bench.runs.execution.options import Execution
 from streamline_bench.runs.execution.processes import Ended, JobProcess, LocalExecutor
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Job
-from streamline_bench.runs.jobs.together import score_together_job
+from streamline_bench.runs.jobs.score import score_together_job
 
 # Stands for a job: it holds the leash, starts a child as the harness would be, and waits.
 SLEEPER = """

@@ -11,11 +11,11 @@ import pytest
 
 from streamline_bench.cli.throughput import command
 from streamline_bench.runs.folder import RunPaths
-from streamline_bench.runs.jobs.graph import measure_job
 from streamline_bench.runs.jobs.job import Job
 from streamline_bench.runs.planning.plan import Plan
 from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.planning.resolve import resolve_plan
+from streamline_bench.runs.run import measure_job
 
 
 @pytest.fixture

@@ -15,13 +15,12 @@ from streamline_bench.harness.trunk.request import LabelOutcome, TrunkOutcome, T
 from streamline_bench.harness.trunk.walk import Walk
 from streamline_bench.runs.execution.scheduler import groups_of
 from streamline_bench.runs.folder import RunPaths
-from streamline_bench.runs.jobs.graph import plan_jobs
 from streamline_bench.runs.jobs.job import read_done, read_failed
-from streamline_bench.runs.jobs.score import ScoreJob, check_scores
-from streamline_bench.runs.jobs.together import score_together_job
+from streamline_bench.runs.jobs.score import ScoreJob, check_scores, score_together_job
 from streamline_bench.runs.planning.plan import Plan
 from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.planning.resolve import resolve_plan
+from streamline_bench.runs.run import plan_jobs
 
 
 def _scoring(plan: Plan) -> list[ScoreJob]:
@@ -175,7 +174,7 @@ def test_a_scored_row_that_was_damaged_before_it_was_published_is_scored_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("streamline_bench.runs.jobs.together._publish", killed)
+        patch.setattr("streamline_bench.runs.jobs.score._publish", killed)
         with pytest.raises(KeyboardInterrupt):
             walking.score()
     (made,) = walking.outputs()

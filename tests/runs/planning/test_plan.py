@@ -13,12 +13,12 @@ import pytest
 
 from streamline_bench.errors import MissingDependencyError, OutputError, RecipeError
 from streamline_bench.runs.folder import RunPaths, claim, locked
-from streamline_bench.runs.jobs.graph import measure_job, plan_jobs
 from streamline_bench.runs.jobs.job import read_done
 from streamline_bench.runs.jobs.score import ScoreJob
 from streamline_bench.runs.planning.plan import Plan, differences, read_plan, write_plan
 from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.planning.resolve import resolve_plan
+from streamline_bench.runs.run import measure_job, plan_jobs
 
 
 def test_written_and_read_it_is_the_same(plan: Plan, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from streamline_bench.compression.recipes import list_recipes, load_recipe, recipe_groups
 from streamline_bench.errors import RecipeError
 from streamline_bench.runs.planning.request import Request, RowRequest, make_request, read_request
-from streamline_bench.runs.planning.rows import GROUPS, resolve_rows
+from streamline_bench.runs.planning.resolve import GROUPS, resolve_rows
 
 
 def _labels(request: Request) -> list[str]:
