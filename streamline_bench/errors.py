@@ -1,5 +1,26 @@
 """Every error that a user can cause, in one hierarchy.
 
+::
+
+    StreamlineBenchError
+    ├── RecipeError              unknown name or key, value out of range
+    ├── ArchitectureError        a model family or feature that cannot be handled
+    ├── CheckpointError          a model folder that is missing, damaged or unsafe
+    ├── CalibrationError         calibration text that is missing, empty or too short
+    ├── SparsityError            a sparsity or layer count that is out of reach
+    ├── NumericsError            NaN or infinity in weights, activations or losses
+    ├── OutputError              an output that exists already or cannot be written
+    ├── SamplesError             samples that cannot be read
+    │   └── ComparisonError      two runs that must not be compared
+    ├── ThroughputError          a speed measurement that cannot be made or read
+    ├── EvaluationError          the harness, or another job of a comparison, failed
+    │   └── OpenCompassError     OpenCompass did not finish its tasks
+    ├── ClusterError             a Ray cluster that cannot be reached or is too small
+    ├── CacheError               a cache entry or lock that cannot be used
+    ├── ResourceError            memory that ran out
+    ├── MissingDependencyError   an optional package that is not installed
+    └── InstallationError        files of this package that are missing
+
 Each message is one sentence that says what was wrong, with the value, and what to do next.
 The command line prints the message and exits with code 2.
 """
@@ -141,7 +162,11 @@ def first_line(error: object, most: int = 200) -> str:
 
     A line that ends with a colon says nothing without the next one.
 
-    There is no full stop, and at most ``most`` characters.
+    Args:
+        most: characters.
+
+    Returns:
+        Without a full stop.
     """
     lines = [" ".join(line.split()) for line in str(error).strip().splitlines()]
     said = lines[0] if lines else type(error).__name__
