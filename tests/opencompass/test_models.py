@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from streamline_bench.errors import (
     CheckpointError,
@@ -125,6 +128,42 @@ def test_recipe_and_unknown_keys(folder: Path) -> None:
         StreamlineModel(path=str(folder), tokenizer_only=True).get_ppl(["w1"])
     with pytest.raises(StreamlineBenchError, match="set max_out_len"):
         pruned.generate(["w1"])
+
+
+def _cut_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"] = weights["model.norm.weight"][:3]
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def _change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (_cut_weights, "model.norm.weight|faulty"),
+        (lambda folder: _change_config(folder, hidden_size="wide"), "hidden_size"),
+        (
+            lambda folder: _change_config(folder, quantization_config={"quant_method": "gptq"}),
+            "gptq",
+        ),
+    ],
+    ids=["weights of another shape", "value of another type", "quantised"],
+)
+def test_a_faulty_model_is_one_sentence(
+    folder: Path, tmp_path: Path, damage: Callable[[Path], None], named: str
+) -> None:
+    from streamline_bench.opencompass import StreamlineModel
+
+    faulty = Path(shutil.copytree(folder, tmp_path / "faulty"))
+    damage(faulty)
+    with pytest.raises(StreamlineBenchError, match=named) as refused:
+        StreamlineModel(path=str(faulty), device="cpu", dtype="float32").get_ppl(["w1 w2"])
+    assert "\n" not in str(refused.value)
 
 
 def test_chat_model(folder: Path) -> None:
