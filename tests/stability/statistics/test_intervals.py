@@ -166,9 +166,10 @@ def test_quantiles_and_tails_are_scipys(freedom: float) -> None:
 
 def test_few_units_have_students_interval() -> None:
     draws = np.random.default_rng(0).normal(0.6, 0.05, size=5000)
-    (low, high), method = bootstrap_interval(0.6, draws, 6, 0.9)
-    half = stats.t.ppf(0.95, 5) * draws.std()
-    assert (low, high) == pytest.approx((0.6 - half, 0.6 + half)) and "Student" in method
+    for units in (2, 6, 19):
+        ends, method = bootstrap_interval(0.6, draws, units, 0.9)
+        half = stats.t.ppf(0.95, units - 1) * draws.std()
+        assert ends == pytest.approx((0.6 - half, 0.6 + half)) and "Student" in method
     for units in (1, 20):
         ends, method = bootstrap_interval(0.6, draws, units, 0.9)
         assert ends == pytest.approx(np.quantile(draws, [0.05, 0.95])) and method == "bootstrap"
