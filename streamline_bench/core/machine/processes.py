@@ -8,8 +8,10 @@ ARGUMENT...`` puts any module on the leash, as ``python -m MODULE`` would run it
 
 from __future__ import annotations
 
+import atexit
 import os
 import runpy
+import select
 import signal
 import subprocess
 import sys
@@ -115,6 +117,12 @@ def hold_leash() -> None:
             pass
         os.killpg(0, signal.SIGKILL)
 
+    def at_exit() -> None:
+        # A process that ends because its starter is gone may be quicker than the thread.
+        if select.select([far_end], [], [], 0.05)[0]:
+            os.killpg(0, signal.SIGKILL)
+
+    atexit.register(at_exit)
     threading.Thread(target=wait, daemon=True).start()
 
 
