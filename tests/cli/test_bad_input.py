@@ -213,11 +213,11 @@ def _set(*assignments: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("recipe", "options", "words"),
     [
-        ("sleb", ("--n-layers", 5), ["5 of 6", "only 4 may be", "remove fewer"]),
+        ("sleb", ("--n-layers", 5), ["5 of 6", "only 4 are", "remove fewer"]),
         (
             "shortened_llama_taylor_plus",
             ("--n-layers", 2, *_set("parameters.protect_first=4", "parameters.protect_last=2")),
-            ["protect_first=4", "only 0 may be"],
+            ["protect_first=4", "only 0 are"],
         ),
         ("llm_pruner", ("--sparsity", 0.9), ["0.9 is out of reach", "4 of 6 layers"]),
         (

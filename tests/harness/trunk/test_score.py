@@ -155,7 +155,7 @@ def test_files_are_those_of_separate_runs_of_the_stock_command(
     }
     assert all(each.status == "ok" and each.together for each in outcome.labels.values())
     pairs = align(read_lm_eval(request.outputs["dense"]), read_lm_eval(request.outputs["network"]))
-    assert len(pairs) == 4 * 8
+    assert len(pairs.dense) == 4 * 8
 
 
 def test_models_that_share_nothing_are_scored_alone_and_it_is_said_why(
