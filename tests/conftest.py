@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
     """No test reads or writes the user's own compression cache."""
     monkeypatch.setenv("STREAMLINE_BENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def ended() -> Callable[..., bool]:
+    """Return a function that waits until processes have ended; a zombie has."""
+    import psutil
+
+    def alive(pid: int) -> bool:
+        try:
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+    def wait(*pids: int, seconds: float = 20) -> bool:
+        deadline = time.monotonic() + seconds
+        while any(map(alive, pids)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return not any(map(alive, pids))
+
+    return wait
 
 
 @pytest.fixture(autouse=True)

@@ -118,24 +118,11 @@ def fake_engine(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
-def gone() -> Callable[[Path], bool]:
+def gone(ended: Callable[..., bool]) -> Callable[[Path], bool]:
     """Return a function that waits until all processes noted in a model's folder are gone."""
     import json
-    import time
-
-    import psutil
-
-    def alive(pid: int) -> bool:
-        try:
-            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
 
     def wait(folder: Path, seconds: float = 20) -> bool:
-        pids = json.loads((folder / "pids.json").read_text())
-        deadline = time.monotonic() + seconds
-        while any(map(alive, pids)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return not any(map(alive, pids))
+        return ended(*json.loads((folder / "pids.json").read_text()), seconds=seconds)
 
     return wait
