@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.harness.tasks.task_files import data_files, tasks_sha256
+from streamline_bench.errors import EvaluationError
+from streamline_bench.harness.tasks.task_files import check_tasks, data_files, tasks_sha256
 
 
 def _named(config: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> list[str]:
@@ -75,3 +76,17 @@ def test_only_content_and_names_count(data: Path, tmp_path: Path) -> None:
         (data / name).write_text("changed", encoding="utf-8")
         assert key() != first
         first = key()
+
+
+def test_a_task_name_that_cannot_name_a_file_is_refused(tmp_path: Path) -> None:
+    """The harness writes ``samples_TASK_DATE.jsonl`` after all the work is done."""
+    longest = 255 - len("samples__2026-11-29T16-49-33.123456.jsonl")
+    for name in ("t" * longest, "é" * (longest // 2)):
+        check_tasks({name: {}}, {})
+        (tmp_path / f"samples_{name}_2026-11-29T16-49-33.123456.jsonl").touch()
+    for name in ("t" * (longest + 3), "é" * (longest // 2 + 2)):
+        over = len(name.encode()) - longest
+        with pytest.raises(EvaluationError, match=f"{over} bytes too long.*at most {longest}"):
+            check_tasks({name: {}}, {})
+        with pytest.raises(OSError, match="too long"):
+            (tmp_path / f"samples_{name}_2026-11-29T16-49-33.123456.jsonl").touch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,31 @@ def test_nothing_is_claimed_for_what_cannot_be_run(
     with pytest.raises(error, match=sentence):
         compare_request(make(**changes), tmp_path / "run", until="compress", progress=False)
     assert not (tmp_path / "run" / "plan.yaml").exists()
+
+
+def test_a_number_of_examples_that_only_some_tasks_take_is_said(
+    make: Callable[..., Request], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tmp_path / "questions.jsonl"
+    data.write_text('{"question": "one", "answer": "two"}\n')
+    task = f"""
+        task: takes_examples
+        dataset_path: json
+        dataset_kwargs: {{data_files: {{train: {data}, test: {data}}}}}
+        training_split: train
+        test_split: test
+        output_type: generate_until
+        doc_to_text: "{{{{question}}}}"
+        doc_to_target: "{{{{answer}}}}"
+    """
+    (tmp_path / "takes_examples.yaml").write_text(textwrap.dedent(task), encoding="utf-8")
+    asked = make(tasks=["streamline_demo_pairs", "takes_examples"], include_path=str(tmp_path))
+    for number, said in ((None, 0), (3, 1)):
+        caplog.clear()
+        resolve_plan(asked.model_copy(update={"num_fewshot": number}))
+        found = [r.getMessage() for r in caplog.records if "--num-fewshot 3" in r.getMessage()]
+        assert len(found) == said
+    assert "streamline_demo_pairs" in found[0] and "takes_examples" not in found[0]
 
 
 def test_auto_is_what_the_machine_has(
