@@ -305,7 +305,11 @@ def streamed_model(
 
     reader = CheckpointReader(folder)
     reader.refuse_quantised("the streamed scan reads its weights without their scales")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = (
+        reader.wrapper.text
+        if reader.wrapper
+        else AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    )
     architecture_of(config)
     wanted = {} if dtype is None and config.dtype is None else {"dtype": dtype or config.dtype}
     # Buffers are made for real: rotary frequencies are computed, not stored.

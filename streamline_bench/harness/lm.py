@@ -43,7 +43,13 @@ from streamline_bench.harness.scoring.scorer import (
     scorer_of,
     scoring_tokens,
 )
-from streamline_bench.modeling.loading import name_other_templates, require_package
+from streamline_bench.modeling.loading import (
+    CausalLM,
+    load_config,
+    multimodal_folder,
+    name_other_templates,
+    require_package,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +83,7 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
         self._scorer: TokenScorer | None = None
         self._scorer_refused = False
         self._weights: str | None = None
+        self._text_model = False
         harness = dict(sorted_arguments.harness)
         if isinstance(pretrained, str):
             harness["pretrained"] = self._prepared.pretrained
@@ -96,6 +103,17 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
         ):
             super()._create_tokenizer(pretrained, tokenizer, **options)
         name_other_templates(tokenizer or pretrained, self.tokenizer)
+
+    def _get_config(self, pretrained: str, **options: Any) -> None:
+        super()._get_config(pretrained, **options)
+        if not options.get("gguf_file") and (folder := multimodal_folder(pretrained, options)):
+            self._config = load_config(folder)
+            self._text_model = True
+
+    def _get_backend(self, config: Any, backend: Any = "default", **options: Any) -> None:
+        if self._text_model and backend == "default":
+            backend, self.AUTO_MODEL_CLASS = "causal", CausalLM
+        super()._get_backend(config, backend, **options)
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what the stock class reports, and ``streamline``: recipe, hashes and sizes."""

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +24,7 @@ from streamline_bench.core.checkpoint.folder import (
 )
 from streamline_bench.core.checkpoint.quantization import is_known
 from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.checkpoint.wrapper import Wrapper, may_be_wrapper
 from streamline_bench.core.files import read_json
 from streamline_bench.errors import (
     CalibrationError,
@@ -66,6 +70,8 @@ def dtype_name(dtype: object) -> str:
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Return the transformers config of a checkpoint folder, made to agree with its weights.
 
+    That of a multimodal folder is the config of its text model.
+
     ``tie_word_embeddings`` is what transformers makes of the stored tensors
     (:attr:`.CheckpointReader.tied`), and a ``quantization_config`` over plain weights that
     transformers ignores is left out.
@@ -78,12 +84,18 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from streamline_bench.modeling import register
 
     register()
-    with library_errors(
-        f"{folder}: the config cannot be loaded", "correct config.json", CheckpointError
-    ):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if next(folder.glob("*.safetensors"), None) is not None:
-        _agree(config, CheckpointReader(folder))
+    stored = next(folder.glob("*.safetensors"), None) is not None
+    reader = CheckpointReader(folder) if stored else None
+    if reader is not None and reader.wrapper is not None:
+        config = copy.deepcopy(reader.wrapper.text)
+        config.name_or_path = str(folder)
+    else:
+        with library_errors(
+            f"{folder}: the config cannot be loaded", "correct config.json", CheckpointError
+        ):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if reader is not None:
+        _agree(config, reader)
     return config
 
 
@@ -176,13 +188,12 @@ def load_model(
         ResourceError: the memory of the device does not suffice.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     CheckpointReader(folder).refuse_quantised("its weights would be changed or computed with")
     config = load_config(folder, trust_remote_code=trust_remote_code)
     what = f"{folder}: the model cannot be loaded"
     with library_errors(what, "check the files of the model", CheckpointError):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = CausalLM.from_pretrained(
             folder,
             config=config,
             dtype=getattr(torch, dtype_name(dtype)),
@@ -193,6 +204,72 @@ def load_model(
     require_weights(folder, report)
     with library_errors(f"{folder}: the model cannot be moved to {device}", kind=CheckpointError):
         return model.to(device).eval()
+
+
+class CausalLM:
+    """Loads what ``AutoModelForCausalLM`` does, and of a multimodal folder its text model alone."""
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *args: Any, config: Any = None, **options: Any
+    ) -> Any:
+        """Return the model; arguments are those of ``AutoModelForCausalLM.from_pretrained``."""
+        from transformers import AutoModelForCausalLM
+
+        folder = None if options.get("gguf_file") else multimodal_folder(name, options)
+        if folder is None:
+            given = {} if config is None else {"config": config}
+            return AutoModelForCausalLM.from_pretrained(name, *args, **given, **options)
+        wrapper = CheckpointReader(folder).wrapper
+        assert wrapper is not None
+        config = load_config(folder) if config is None else config
+        for key in ("revision", "subfolder", "gguf_file"):
+            options.pop(key, None)
+        return _text_class(config, wrapper).from_pretrained(
+            folder, *args, config=config, key_mapping=wrapper.key_mapping(), **options
+        )
+
+
+def multimodal_folder(name: str | Path, options: Mapping[str, Any]) -> Path | None:
+    """Return the folder of a multimodal model, downloaded if need be; None for any other model.
+
+    Args:
+        name: folder or hub id.
+        options: what else ``from_pretrained`` is given: ``revision`` and ``subfolder`` count.
+
+    Raises:
+        CheckpointError: it is one, and cannot be downloaded or read.
+    """
+    from transformers.utils import cached_file
+
+    from streamline_bench.modeling import register
+
+    place = {key: options[key] for key in ("revision", "subfolder") if options.get(key)}
+    with suppress(OSError):  # no config: the caller's loader says so
+        path = cached_file(str(name), "config.json", **place)
+        config = read_json(Path(path), CheckpointError, "download it again")
+        if isinstance(config, Mapping) and may_be_wrapper(config):
+            register()
+            folder = Path(path).parent
+            if not Path(name).is_dir():
+                folder = resolve_pretrained(name, place.get("revision"))
+            return folder if CheckpointReader(folder).wrapper else None
+    return None
+
+
+def _text_class(config: Any, wrapper: Wrapper) -> Any:
+    """The class of a text model; the wrapper's other tensors are none of its business."""
+    from transformers import AutoModelForCausalLM
+
+    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    if getattr(config, "host_model_type", None):
+        from streamline_bench.modeling.models import StreamlineForCausalLM, model_class_for
+
+        kind = model_class_for(StreamlineForCausalLM, config.host_model_type)
+    patterns = [rf"^{re.escape(path)}(\.|$)" for path in wrapper.outer_modules]
+    ignored = [*(kind._keys_to_ignore_on_load_unexpected or ()), *patterns]
+    same = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), {**same, "_keys_to_ignore_on_load_unexpected": ignored})
 
 
 def require_weights(name: object, report: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from streamline_bench.errors import CheckpointError, library_errors
 from streamline_bench.harness.scoring.forward import Forward, queries_of, tensors_of
 from streamline_bench.harness.scoring.packing import Layout, Layouts, Query
 from streamline_bench.harness.scoring.scorer import LOGITS_PER_BATCH, scorer_of, scoring_tokens
-from streamline_bench.modeling.loading import require_package, require_weights
+from streamline_bench.modeling.loading import CausalLM, require_package, require_weights
 from streamline_bench.opencompass.engine import GenerationSettings, ScoredText, StopWords, cut_at
 from streamline_bench.opencompass.source import ModelSource
 
@@ -32,8 +32,6 @@ def load_causal_model(source: ModelSource) -> Any:
     Raises:
         CheckpointError: it cannot be loaded, or weights are missing for it.
     """
-    from transformers import AutoModelForCausalLM
-
     from streamline_bench.modeling import register
 
     register()
@@ -45,7 +43,7 @@ def load_causal_model(source: ModelSource) -> Any:
     with library_errors(
         f"{name}: the model cannot be loaded", "check its files and options", CheckpointError
     ):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = CausalLM.from_pretrained(
             name,
             dtype=source.dtype if source.dtype == "auto" else getattr(torch, source.dtype),
             trust_remote_code=source.trust_remote_code,

@@ -41,7 +41,16 @@ _ITEM_BYTES = {
 """Bytes per element of the dtypes that are read; packed four- and six-bit ones are refused."""
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "tf_model.h5", "flax_model.msgpack")
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
+_WANTED = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "tokenizer*",
+    "*.py",
+    "*.tiktoken",
+]
 _UNWANTED = ["*/*", "consolidated*"]  # second copies of the weights in other layouts
 
 _TOKENIZER_FILES = (
@@ -82,7 +91,8 @@ class TensorEntry:
 def resolve_pretrained(name: str | Path, revision: str | None = None) -> Path:
     """Return the local folder of a model: as it is, ``bundled``, or a hub id downloaded if need be.
 
-    Only safetensors, JSON and tokenizer files are fetched; no pickle is ever read.
+    Safetensors, JSON (processors included), templates, tokenizer and code files are fetched; no
+    pickle is ever read, and code runs only where remote code is trusted.
 
     Raises:
         CheckpointError: no such folder or hub model, or it has no config or no safetensors weights.

@@ -12,6 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from streamline_bench.core.checkpoint.folder import (
     read_entries,
 )
 from streamline_bench.core.checkpoint.quantization import Quantisation, quantisation_of
+from streamline_bench.core.checkpoint.wrapper import wrapper_of
 from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.machine.environment import user_cache
 from streamline_bench.errors import (
@@ -47,10 +49,15 @@ _FINITE_PIECE = 1 << 23
 class CheckpointReader:
     """One model folder with safetensors weights, checked when it is opened.
 
+    A multimodal folder is read as its text model (see :mod:`.wrapper`).
+
     Attributes:
         folder: the model's folder.
-        config: the parsed ``config.json``.
-        entries: what is stored, by name, in the order of the shards' bytes.
+        wrapper: how the text model is wrapped; None for a text model's own folder.
+        config: the parsed ``config.json``, or that of the text model.
+        files: everything that is stored, by the names in the files, in the order of the shards'
+            bytes.
+        entries: the same without what is not of the text model, by the model's names.
 
     Raises:
         CheckpointError: config or weights are missing, truncated, damaged, or point outside the
@@ -59,9 +66,18 @@ class CheckpointReader:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self.config = read_config(self.folder)
-        self.entries = read_entries(self.folder)
-        self._sizes = {e.shard: e.shard.stat().st_size for e in self.entries.values()}
+        config = read_config(self.folder)
+        self.files = read_entries(self.folder)
+        self._whole_config = config
+        self.wrapper = wrapper_of(self.folder, config, self.files)
+        self.config = config if self.wrapper is None else self.wrapper.text_json
+        self.entries = self.files
+        if self.wrapper is not None:
+            self.entries = {
+                name: replace(self.files[key], name=name)
+                for name, key in self.wrapper.stored.items()
+            }
+        self._sizes = {e.shard: e.shard.stat().st_size for e in self.files.values()}
         self._open: dict[Path, Any] = {}
 
     @property
@@ -124,7 +140,12 @@ class CheckpointReader:
 
     def stored(self, name: str) -> torch.Tensor:
         """Return what :meth:`tensor` returns, also of a quantised checkpoint: its codes."""
-        entry = self.entry(name)
+        name = self.entry(name).name
+        return self.in_file(name if self.wrapper is None else self.wrapper.stored[name])
+
+    def in_file(self, name: str) -> torch.Tensor:
+        """Return what the files hold under a name of theirs (:attr:`files`)."""
+        entry = self.files[name]
         size = entry.shard.stat().st_size
         if size != self._sizes[entry.shard]:  # a mapped file that shrank would end the process
             raise CheckpointError(
@@ -207,12 +228,12 @@ class CheckpointReader:
         It covers the config without notes that do not change what the model computes, and every
         tensor's name, dtype, shape and bytes.
         """
-        digests = self.tensor_digests(progress)
+        digests = self._file_digests(progress)
         rows = [
             [name, entry.dtype, list(entry.shape), digests[name]]
-            for name, entry in sorted(self.entries.items())
+            for name, entry in sorted(self.files.items())
         ]
-        payload = json.dumps([config_digest(self.config), rows])
+        payload = json.dumps([config_digest(self._whole_config), rows])
         return hashlib.sha256(payload.encode()).hexdigest()
 
     def tensor_digests(self, progress: bool = True) -> dict[str, str]:
@@ -221,11 +242,16 @@ class CheckpointReader:
         They are kept in the user's cache, keyed by path, size and time of change of the shard, so
         that a second call reads no weights.
         """
+        digests = self._file_digests(progress)
+        stored = self.wrapper.stored if self.wrapper else dict(zip(digests, digests, strict=True))
+        return {name: digests[key] for name, key in stored.items()}
+
+    def _file_digests(self, progress: bool) -> dict[str, str]:
         shards: dict[Path, list[TensorEntry]] = defaultdict(list)
-        for entry in self.entries.values():
+        for entry in self.files.values():
             shards[entry.shard].append(entry)
         digests: dict[str, str] = {}
-        total = sum(entry.nbytes for entry in self.entries.values())
+        total = sum(entry.nbytes for entry in self.files.values())
         with (
             byte_bar("Hashing weights", total, progress) as bar,
             ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
@@ -242,11 +268,11 @@ class CheckpointReader:
         """
         import torch
 
-        floating = [e for e in self.entries.values() if "F" in e.dtype]
+        floating = [e for e in self.files.values() if "F" in e.dtype]
         total = sum(entry.nbytes for entry in floating)
         with byte_bar("Checking weights", total, progress) as bar:
             for entry in floating:
-                for piece in self.stored(entry.name).reshape(-1).split(_FINITE_PIECE):  # type: ignore[no-untyped-call]
+                for piece in self.in_file(entry.name).reshape(-1).split(_FINITE_PIECE):  # type: ignore[no-untyped-call]
                     # One byte formats have no isfinite of their own.
                     widened = piece.float() if piece.itemsize == 1 else piece
                     if not bool(torch.isfinite(widened).all()):
@@ -266,7 +292,7 @@ class CheckpointReader:
         if known is not None:
             bar.update(sum(entry.nbytes for entry in entries))
             return known
-        tensors = [self.stored(entry.name) for entry in entries]
+        tensors = [self.in_file(entry.name) for entry in entries]
         hashes = pool.map(lambda tensor: _tensor_digest(tensor, bar), tensors)  # drops the GIL
         digests = {entry.name: value for entry, value in zip(entries, hashes, strict=True)}
         if _identity(path) == before:

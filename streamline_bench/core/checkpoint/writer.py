@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from streamline_bench.core.architecture import Architecture
+from streamline_bench.core.architecture import Architecture, architecture_of
 from streamline_bench.core.checkpoint.folder import INDEX_NAME, SINGLE_NAME, is_confined
 from streamline_bench.core.checkpoint.reader import CheckpointReader, byte_bar
+from streamline_bench.core.checkpoint.wrapper import Wrapper
 from streamline_bench.core.files import sync_path
 from streamline_bench.errors import CheckpointError, OutputError, library_errors
 
@@ -136,7 +137,8 @@ def compose(
     """Write a checkpoint into an existing folder; when it returns, every file is on disk.
 
     Tokenizer, generation config, chat templates, licence and the like are copied
-    (:func:`copied_files`).
+    (:func:`copied_files`). Into a multimodal folder the text model is put back (see
+    :mod:`.wrapper`).
 
     The files appear one by one: build in a folder of :func:`.files.staged_output`.
 
@@ -157,10 +159,14 @@ def compose(
     double = sorted(names.keys() & extra.keys())
     if double:
         raise CheckpointError(f"Tensor '{double[0]}' is both copied and given anew.")
-    total = sum(reader.entry(old).nbytes for old in names.values())
-    order = {name: number for number, name in enumerate(reader.names)}
+    if reader.wrapper is not None:
+        config, names, extra = _wrapped(reader, reader.wrapper, config, names, extra)
+    else:
+        names = {new: reader.entry(old).name for new, old in names.items()}
+    total = sum(reader.files[old].nbytes for old in names.values())
+    order = {name: number for number, name in enumerate(reader.files)}
     copied = sorted(names.items(), key=lambda item: order[item[1]])
-    tensors = chain(((new, reader.stored(old)) for new, old in copied), extra.items())
+    tensors = chain(((new, reader.in_file(old)) for new, old in copied), extra.items())
     bar = byte_bar("Writing weights", total, progress)
     try:
         _write_json(output_folder / "config.json", dict(config))
@@ -173,6 +179,22 @@ def compose(
             f"Output {output_folder} cannot be written ({error.strerror or error}); free space or "
             "give another --output."
         ) from error
+
+
+def _wrapped(
+    reader: CheckpointReader,
+    wrapper: Wrapper,
+    config: Mapping[str, Any],
+    names: Mapping[str, str],
+    extra: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, Any], dict[str, str], Mapping[str, torch.Tensor]]:
+    """Return config, copied names and new tensors of the text model as its folder has them."""
+    wrapper.warn_of_taps(names, architecture_of(wrapper.text).layers)
+    copied = {name: name for name in wrapper.outer}
+    for new, old in names.items():
+        copied[wrapper.stored_name(new)] = wrapper.stored[reader.entry(old).name]
+    fresh = {wrapper.stored_name(name): name for name in extra}
+    return wrapper.written(config), copied, LazyTensors(fresh, lambda name: extra[fresh[name]])
 
 
 def copied_files(folder: Path) -> list[Path]:

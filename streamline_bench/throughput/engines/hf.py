@@ -23,14 +23,15 @@ class TransformersEngine(Engine):
     def load(self, settings: EngineSettings) -> Loaded:
         """Load the model and drop its generation settings, so that every model generates alike."""
         import torch
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
         from streamline_bench.modeling import register
+        from streamline_bench.modeling.loading import CausalLM
 
         register()
         torch.manual_seed(settings.seed)
         chosen = {"attn_implementation": settings.attention} if settings.attention else {}
-        model = AutoModelForCausalLM.from_pretrained(
+        model = CausalLM.from_pretrained(
             settings.model,
             dtype=getattr(torch, settings.dtype),
             use_safetensors=True,
