@@ -319,10 +319,10 @@ def content_key(
 def _data_identity(spec: CalibrationSpec, source: SourceModel) -> str | dict[str, str]:
     """Content of a local source, name of a remote one; read without tokenising anything."""
     paths = local_paths(spec.source, source.folder)
-    if not paths or not all(path.is_dir() or (path.exists() and file_kind(path)) for path in paths):
-        return spec.source  # on the hub; or not to be read, as its reader will say
-    if paths[0].is_dir():
+    if len(paths) == 1 and paths[0].is_dir():
         return _digests(source, paths[0], sorted(p for p in paths[0].rglob("*") if p.is_file()))
+    if not paths or not all(path.is_file() and file_kind(path) for path in paths):
+        return spec.source  # on the hub; or not to be read, as its reader will say
     if len(paths) == 1:
         return _digests(source, paths[0].parent, paths)
     return {f"{n} {path.name}": source.file_sha256(path) for n, path in enumerate(paths)}

@@ -113,11 +113,11 @@ def local_paths(source: str, model_folder: Path | None = None) -> list[Path]:
 
 def _local(source: str) -> list[Path]:
     path = Path(source).expanduser()
-    if _exists(path):
+    if source.strip() and _exists(path):
         return [path]
     parts = [part.strip() for part in source.split(",") if part.strip()]
-    if len(parts) > 1:
-        return [found for part in parts for found in _local(part)]
+    if len(parts) > 1:  # what is not found stays in the list, so that reading names it
+        return [found for part in parts for found in _local(part) or [Path(part)]]
     if glob.has_magic(source):
         return sorted(Path(found) for found in glob.glob(str(path), recursive=True))  # noqa: PTH207
     return [path] if file_kind(source) else []
@@ -177,7 +177,7 @@ def _records(spec: CalibrationSpec) -> Iterator[Mapping[str, Any]]:
         # A name that ends like an archive is a file that is not there.
         on_hub = _HUB_ID.fullmatch(spec.source) and not spec.source.endswith(_ARCHIVES)
         return _hub(spec) if on_hub else _unknown(spec.source)
-    if paths[0].is_dir():
+    if len(paths) == 1 and paths[0].is_dir():
         return _folder(paths[0], spec)
     return _shuffled(itertools.chain.from_iterable(map(read_file, paths)), spec.seed)
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from streamline_bench.errors import CalibrationError, library_errors
+from streamline_bench.errors import CalibrationError, first_line, library_errors
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +44,9 @@ _ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "
 def file_kind(source: str | Path) -> str:
     """Return text, json, csv, tsv or parquet by the name's ending, or an empty string."""
     path = Path(source)
-    suffix = Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
-    kind = _KINDS.get(suffix.lower(), "")
-    return "" if kind == "parquet" and path.suffix in _COMPRESSED else kind
+    compressed = path.suffix.lower() in _COMPRESSED
+    kind = _KINDS.get((Path(path.stem).suffix if compressed else path.suffix).lower(), "")
+    return "" if kind == "parquet" and compressed else kind
 
 
 def read_file(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -56,6 +56,11 @@ def read_file(path: Path) -> Iterator[Mapping[str, Any]]:
         CalibrationError: the file is missing, of another kind or damaged, or holds something else
             than records (the line is named).
     """
+    if path.is_dir():
+        raise CalibrationError(
+            f"{path} is a folder, which is read alone only; give it as the one source, or name its "
+            "files (a pattern such as folder/*.jsonl)."
+        )
     if not path.is_file():
         raise CalibrationError(f"The file {path} does not exist; give a {FILE_KINDS} file.")
     kind = file_kind(path)
@@ -153,16 +158,17 @@ def _conversation(turns: list[dict[str, Any]], field: str, source: str, tokenize
 
 
 def _what_it_is(path: Path) -> str:
-    if path.suffix in _COMPRESSED:
+    if path.suffix.lower() in _COMPRESSED:
         return f"is compressed ({path.suffix}), and its name does not say what is in it"
     return f"is a {path.suffix} file, which is not read" if path.suffix else "has no ending"
 
 
 def _open(path: Path) -> TextIO:
     """Open for reading as UTF-8; a byte-order mark is skipped."""
-    method = _COMPRESSED.get(path.suffix)
+    method = _COMPRESSED.get(path.suffix.lower())
+    newline = "" if "sv" in file_kind(path) else None  # the csv module reads line ends itself
     if method is None:
-        return path.open(encoding="utf-8-sig", newline="" if "sv" in file_kind(path) else None)
+        return path.open(encoding="utf-8-sig", newline=newline)
     raw: Any
     if method == "zstd":  # Python has no module for it before 3.14
         import pyarrow
@@ -170,7 +176,7 @@ def _open(path: Path) -> TextIO:
         raw = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path), "rb"), "zstd")
     else:
         raw = importlib.import_module(method).open(path, "rb")
-    return io.TextIOWrapper(raw, encoding="utf-8-sig")
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline)
 
 
 def _read_text(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -204,7 +210,8 @@ def _parsed(text: str, place: str, path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         whole = " (a file with one JSON object over several lines is not read)"
         hint = whole if text.strip() == "{" else ""
-        said = getattr(error, "msg", "nested too deeply")
+        deep = isinstance(error, RecursionError)
+        said = "nested too deeply" if deep else getattr(error, "msg", first_line(error))
         raise CalibrationError(
             f"{place} is not JSON ({said}){hint}; correct or remove it."
         ) from None
@@ -239,6 +246,12 @@ def _read_table(path: Path, delimiter: str) -> Iterator[Mapping[str, Any]]:
     with _open(path) as stream:
         rows = csv.reader(stream, delimiter=delimiter, strict=True)
         names = next(rows, [])
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise CalibrationError(
+                f"The first line of {path} names '{twice}' twice, so that nobody can know which "
+                "column is meant; rename one."
+            )
         for row in rows:
             if row and len(row) != len(names):
                 raise CalibrationError(

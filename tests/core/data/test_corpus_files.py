@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,40 @@ def test_several_files_and_patterns(tmp_path: Path) -> None:
         list(open_documents(CalibrationSpec(source=str(tmp_path / "*.csv"))))
 
 
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("DIR/a.jsonl,DIR/folder", "folder"),
+        ("DIR/folder,DIR/a.jsonl", "folder"),
+        ("DIR/folder*", "folder"),
+        ("DIR/a.jsonl,owner/name", "owner/name"),
+        ("slimpajama,DIR/a.jsonl", "slimpajama"),
+        ("DIR/b*.jsonl,DIR/a.jsonl", "b*.jsonl"),
+        ("DIR/a.jsonl,typo", "typo"),
+        ("", "calibration source ''"),
+        (" ", "calibration source ' '"),
+    ],
+)
+def test_nothing_of_a_list_is_dropped_without_a_word(
+    tmp_path: Path, source: str, named: str
+) -> None:
+    """A part that is not a file of text is named; none at all is not the current folder."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "w1"}))
+    for name in ("folder", "folder2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(json.dumps({"text": "w2"}))
+    with pytest.raises(CalibrationError, match=re.escape(named)):
+        list(open_documents(CalibrationSpec(source=source.replace("DIR", str(tmp_path)))))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "A.CSV.GZ"])
+def test_line_ends_of_tables_do_not_depend_on_the_compression(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    content = b'text,id\r\n"w1\r\nw2",1\r\n'
+    path.write_bytes(content if name == "a.csv" else gzip.compress(content))
+    assert [record["text"] for record in read_file(path)] == ["w1\r\nw2"]
+
+
 def test_what_is_not_read_of_a_folder_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -151,7 +186,9 @@ def test_the_content_key_is_of_the_bytes(tiny_llama: Path, tmp_path: Path) -> No
         ("a.json", b"[1, 2]", ["Item 1", "not a JSON object"]),
         ("a.json", b'[{"text": "w1"}', ["array", "not JSON"]),
         ("a.csv", b"text,id\nw1\n", ["Line 2", "1 fields"]),
-        ("a.jsonl", b"[" * 100_000, ["not JSON"]),
+        ("a.jsonl", b"[" * 100_000, ["not JSON", "deep"]),
+        ("a.jsonl", b'{"text": "w1", "n": ' + b"9" * 5000 + b"}", ["Line 1", "digits"]),
+        ("a.csv", b"text,text\nw1,w2\n", ["'text' twice"]),
     ],
 )
 def test_what_is_not_read_is_named(
