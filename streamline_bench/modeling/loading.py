@@ -200,6 +200,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by name below
         )
     require_weights(folder, report)
     with library_errors(f"{folder}: the model cannot be moved to {device}", kind=CheckpointError):
@@ -273,7 +274,7 @@ def _text_class(config: Any, wrapper: Wrapper) -> Any:
 
 
 def require_weights(name: object, report: Mapping[str, Any]) -> None:
-    """Refuse a model some of whose weights were not in its checkpoint, and are random.
+    """Refuse a model some of whose weights are random: not in its checkpoint, or of other shapes.
 
     Args:
         report: what ``from_pretrained`` returns with ``output_loading_info``.
@@ -281,6 +282,12 @@ def require_weights(name: object, report: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: naming some of them.
     """
+    if report.get("mismatched_keys"):
+        name_of, stored, wanted = sorted(report["mismatched_keys"])[0]
+        raise CheckpointError(
+            f"{name}: '{name_of}' is stored with shape {list(stored)}, and the config makes it "
+            f"{list(wanted)}; correct config.json, or download the files again."
+        )
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise CheckpointError(f"{name}: the checkpoint lacks weights that the model needs: {some}.")

@@ -48,6 +48,7 @@ def load_causal_model(source: ModelSource) -> Any:
             dtype=source.dtype if source.dtype == "auto" else getattr(torch, source.dtype),
             trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by name below
             **options,
         )
     require_weights(name, report)

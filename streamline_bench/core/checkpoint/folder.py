@@ -70,12 +70,17 @@ VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One stored tensor: its file ``shard``, dtype as safetensors spells it, and shape."""
+    """One stored tensor: its file ``shard``, dtype as safetensors spells it, and shape.
+
+    Attributes:
+        stored_as: its name in the file, where that is another than ``name``.
+    """
 
     name: str
     shard: Path
     dtype: str
     shape: tuple[int, ...]
+    stored_as: str = ""
 
     @property
     def nbytes(self) -> int:

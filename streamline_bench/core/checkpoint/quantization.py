@@ -23,12 +23,12 @@ MODELOPT_NAME = "hf_quant_config.json"
 
 _CODES = (".qweight", ".weight_packed", "_blocks", ".weight_q", ".codes")
 _SCALES = re.compile(
-    r"(\.|_)(weight_)?(scales?|scale_inv|scale_2|scb|absmax|qzeros|zero_points?|zeros|g_idx|shape"
+    r"(\.|_)(weight_)?(scales?|scale_inv|scale_2|scb|absmax|qzeros|zero_points?|zeros|biases|g_idx|shape"
     r"|quant_map|nested_absmax|nested_quant_map|quant_state(\.\w+)*|input_scale|k_scale|v_scale"
     r"|weight_scale|weight_shape|weight_zero_point|weight_g_idx)$",
     re.IGNORECASE,
 )
-_BITS = {"I32": 32, "U8": 8, "I8": 8}
+_BITS = {"I32": 32, "U32": 32, "U8": 8, "I8": 8}
 _LAYER = re.compile(
     r"(?P<before>(?:^|[.:\\])(?:layers|h|blocks)\\?\.)(?P<layer>\d+)(?P<after>\\?\.|$)"
 )
@@ -41,7 +41,7 @@ class Quantisation:
 
     Attributes:
         method: as ``quant_method`` names it (``fp8``, ``gptq``, ``modelopt``, …); ``float8`` or
-            ``integer`` where only the tensors tell.
+            ``integer`` or ``mlx`` where only the tensors tell.
         bits: per weight.
         stored: the tensors hold codes; False for a config that announces them over plain weights.
     """
@@ -89,6 +89,8 @@ def quantisation_of(
     method = str(settings.get("quant_method") or settings.get("quant_algo") or "").lower()
     if settings.get("quant_algo"):
         method = "modelopt"
+    if not method and any(entry.dtype == "U32" for entry in codes):
+        method = "mlx"
     if not method:
         method = "float8" if codes and codes[0].dtype.startswith("F8") else "integer"
     return Quantisation(method, _bits(settings, codes), bool(codes))
@@ -135,7 +137,7 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | No
     """What the files say: the config's entry, an older spelling of it, or modelopt's own file."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
-        for key in ("quantization_config", "compression_config"):
+        for key in ("quantization_config", "compression_config", "quantization"):  # the last: MLX
             if isinstance(part.get(key), Mapping) and part[key]:
                 return dict(part[key])
     path = folder / MODELOPT_NAME
@@ -152,7 +154,7 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | No
 def _is_code(entry: TensorEntry) -> bool:
     if entry.name.endswith(_CODES):
         return True
-    whole = entry.dtype in ("I8", "U8") or entry.dtype.startswith("F8")
+    whole = entry.dtype in ("I8", "U8", "U32") or entry.dtype.startswith("F8")
     return whole and len(entry.shape) > 1 and not _SCALES.search(entry.name)
 
 

@@ -79,6 +79,7 @@ class CheckpointReader:
             }
         self._sizes = {e.shard: e.shard.stat().st_size for e in self.files.values()}
         self._open: dict[Path, Any] = {}
+        self._name_the_embeddings()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -159,7 +160,7 @@ class CheckpointReader:
             "upgrade torch, or download the file again",
             CheckpointError,
         ):
-            tensor: torch.Tensor = self._open[entry.shard].get_tensor(name)
+            tensor: torch.Tensor = self._open[entry.shard].get_tensor(entry.stored_as or name)
         return tensor
 
     def release(self) -> None:
@@ -195,6 +196,22 @@ class CheckpointReader:
         if self._head_name not in self.entries:
             return bool(self._row is None or config_entry(self.config, "tie_word_embeddings"))
         return bool(config_entry(self.config, "tie_word_embeddings")) and self._equals_embeddings()
+
+    def _name_the_embeddings(self) -> None:
+        """Call tied weights the embeddings where they are stored as the LM head only.
+
+        So does what keeps the first name of shared tensors, such as ``safetensors.save_model``.
+        """
+        row, head = self._row, self._head_name
+        if row is None or head not in self.entries:
+            return
+        table = f"{row.embeddings[0]}.weight"
+        if self.entries.keys() & {table, table.removeprefix(f"{row.base}.")}:
+            return
+        if config_entry(self.config, "tie_word_embeddings"):
+            renamed = replace(self.entries[head], name=table, stored_as=head)
+            entries = (renamed if name == head else each for name, each in self.entries.items())
+            self.entries = {entry.name: entry for entry in entries}
 
     @cached_property
     def _row(self) -> Architecture | None:

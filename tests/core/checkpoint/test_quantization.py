@@ -183,3 +183,40 @@ def test_a_missing_package_is_named_with_its_pip_line(
     with pytest.raises(MissingDependencyError, match="pip install gptqmodel"):
         require_package(_say(plain, {"quant_method": "gptq", "bits": 4}))
     require_package("owner/name")
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_the_packed_weights_of_mlx_are_recognised(plain: Path, said: bool) -> None:
+    """Eight codes of four bits in an unsigned integer, a scale and a bias for each 32 of them."""
+    count = CheckpointReader(plain).num_parameters
+    stored: dict[str, torch.Tensor] = {}
+    for name, value in load_file(plain / "model.safetensors").items():
+        if value.dim() == 2:
+            rows, columns = value.shape
+            stored[name] = torch.zeros(rows, columns // 8, dtype=torch.uint32)
+            for part in ("scales", "biases"):
+                stored[f"{name.removesuffix('weight')}{part}"] = torch.ones(rows, columns // 32)
+        else:
+            stored[name] = value
+    save_file(stored, plain / "model.safetensors", metadata={"format": "pt"})
+    if said:
+        config = json.loads((plain / "config.json").read_text())
+        config["quantization"] = {"group_size": 32, "bits": 4}
+        (plain / "config.json").write_text(json.dumps(config))
+    reader = CheckpointReader(plain)
+    assert reader.quantisation is not None
+    assert (reader.quantisation.method, reader.quantisation.bits) == ("mlx", 4)
+    assert reader.num_parameters == count
+    with pytest.raises(CheckpointError, match="mlx"):
+        load_model(plain, device="cpu")
+    with pytest.raises(CheckpointError, match="mlx"):
+        require_package(plain)
+
+
+def test_a_weight_of_another_shape_is_named(plain: Path) -> None:
+    path, name = plain / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(path)
+    weights[name] = weights[name][:7].clone()
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{name}' is stored with shape \[7, "):
+        load_model(plain, device="cpu")
