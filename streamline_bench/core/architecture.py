@@ -30,11 +30,18 @@ class Architecture:
         layers: path of the ``ModuleList`` of decoder layers, from the causal LM.
         embeddings: paths of all modules run before the first layer that hold weights; some may be
             absent in a particular model (OPT's ``project_in``).
+        embedding_output: path of the module that runs last before the first layer, where the model
+            gives its last states the width of that module's output (GPT-2); otherwise empty.
         final_norm: path of the norm between the last layer and the LM head.
         lm_head: path of the LM head.
         depth_key: name of the config entry that counts the layers.
         attention, query, key, value, output: attention module and its projections; where they
             are fused, ``fused_qkv`` names the one projection and the three others are empty.
+        fused_by_head: the fused projection holds queries, keys and values of head 0, then those of
+            head 1, and so on; otherwise all queries, then all keys, then all values.
+        latent: attention is multi-head latent: ``q_a_proj`` and ``q_b_proj`` (``q_proj`` where the
+            config has no ``q_lora_rank``), ``kv_a_proj_with_mqa`` and ``kv_b_proj``.
+        head_vectors: parameters of the attention module with one number per head.
         mlp, gate, up, down: MLP module and its projections; ``gate`` is empty for a plain MLP,
             ``fused_gate_up`` names a fused one.
         experts, router: inside ``mlp``, the module of routed experts and the one choosing them.
@@ -54,11 +61,11 @@ class Architecture:
         stored_as: path of a module -> the path its tensors have in checkpoints, where they differ.
             Inside layers, mixtures store one tensor per expert and may name the MLP otherwise.
         buffers: endings of tensor names that are not parameters.
-        parallel_residual: attention and MLP read the same input.
+        parallel_residual: attention and MLP read the same input (see :meth:`is_parallel`).
         transposed: projections store their weight as ``[in, out]`` (GPT-2's ``Conv1D``).
         intermediate_key: name of the config entry that holds the MLP's inner width.
-        fixed_widths: why heads and channels cannot be removed; empty if they can. (Those of
-            mixtures never can.)
+        fixed_heads: why heads cannot be removed; empty if they can. (Channels of mixtures never
+            can.)
         any_heads: model type of a stock family with the same modules that takes any number of
             heads, where this one insists that it divides the hidden size.
         notes: remarks on settings of the family, by config entry.
@@ -68,6 +75,7 @@ class Architecture:
     base: str = "model"
     layers: str = "model.layers"
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
+    embedding_output: str = ""
     final_norm: str = "model.norm"
     lm_head: str = "lm_head"
     depth_key: str = "num_hidden_layers"
@@ -77,6 +85,9 @@ class Architecture:
     value: str = "v_proj"
     output: str = "o_proj"
     fused_qkv: str = ""
+    fused_by_head: bool = False
+    latent: bool = False
+    head_vectors: tuple[str, ...] = ()
     mlp: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -99,7 +110,7 @@ class Architecture:
     parallel_residual: bool = False
     transposed: bool = False
     intermediate_key: str = "intermediate_size"
-    fixed_widths: str = ""
+    fixed_heads: str = ""
     any_heads: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)
 
@@ -107,6 +118,10 @@ class Architecture:
     def output_norms(self) -> bool:
         """Whether norms sit between a sub-layer's output and the residual stream."""
         return bool(self.attention_output_norm or self.mlp_output_norm)
+
+    def is_parallel(self, config: Any) -> bool:
+        """Whether attention and MLP of a model with this config read the same input."""
+        return self.parallel_residual and bool(config_entry(config, "use_parallel_residual", True))
 
     @property
     def stack(self) -> str:
@@ -150,21 +165,19 @@ _ROWS = (
     ),
     Architecture(
         "gpt2", base="transformer", layers="transformer.h",
-        embeddings=("transformer.wte", "transformer.wpe"), final_norm="transformer.ln_f",
+        embeddings=("transformer.wte", "transformer.wpe"), embedding_output="transformer.drop",
+        final_norm="transformer.ln_f",
         depth_key="n_layer", attention="attn", query="", key="", value="", output="c_proj",
         fused_qkv="c_attn", gate="", up="c_fc", down="c_proj", input_norm="ln_1", mlp_norm="ln_2",
         refused={"scale_attn_by_inverse_layer_idx": "attention is scaled by the layer's index, "
                  "which changes when layers before it are removed"},
         buffers=(".attn.bias", ".attn.masked_bias"), transposed=True, intermediate_key="n_inner",
-        fixed_widths="its attention splits queries, keys and values at multiples of the hidden "
-        "size",
     ),
     Architecture(
         "gpt_neox", base="gpt_neox", layers="gpt_neox.layers", embeddings=("gpt_neox.embed_in",),
         final_norm="gpt_neox.final_layer_norm", attention="attention", query="", key="", value="",
-        output="dense", fused_qkv="query_key_value", gate="", up="dense_h_to_4h",
-        down="dense_4h_to_h", stored_as={"lm_head": "embed_out"},
-        fixed_widths="its fused projection interleaves the heads' queries, keys and values",
+        output="dense", fused_qkv="query_key_value", fused_by_head=True, gate="",
+        up="dense_h_to_4h", down="dense_4h_to_h", stored_as={"lm_head": "embed_out"},
         buffers=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
         parallel_residual=True,
         notes={"use_parallel_residual": "False in a few models: the layer is then sequential"},
@@ -172,7 +185,7 @@ _ROWS = (
     Architecture(
         "olmo2", input_norm="", attention_output_norm="post_attention_layernorm", mlp_norm="",
         mlp_output_norm="post_feedforward_layernorm",
-        fixed_widths="its query and key norms run over all heads at once, so that removing one "
+        fixed_heads="its query and key norms run over all heads at once, so that removing one "
         "changes the others",
     ),
     Architecture("smollm3", layer_lists=("layer_types", "no_rope_layers")),
@@ -183,14 +196,16 @@ _ROWS = (
         prefix_counts=("max_window_layers",), periods={"decoder_sparse_step": "mlp_only_layers"},
     ),
     Architecture(
-        "deepseek_v3", query="", key="", value="", experts="experts", router="gate",
+        "deepseek_v3", query="", key="", value="", latent=True, experts="experts", router="gate",
         layer_lists=("layer_types", "mlp_layer_types"), prefix_counts=("first_k_dense_replace",),
         extra_layers="num_nextn_predict_layers",
-        fixed_widths="its latent attention shares low-rank projections between the heads",
         buffers=(".rotary_emb.inv_freq", ".e_score_correction_bias"),
         notes={"attention": "multi-head latent attention: low-rank q_a/q_b and kv_a/kv_b"},
     ),
-    Architecture("gpt_oss", gate="", up="", down="", experts="experts", router="router"),
+    Architecture(
+        "gpt_oss", head_vectors=("sinks",), gate="", up="", down="", experts="experts",
+        router="router",
+    ),
 )
 # fmt: on
 
@@ -318,6 +333,29 @@ def require_removable_layers(config: Any) -> Architecture:
     row = architecture_of(config)
     _refuse(row.model_type, config, row.refused)
     return row
+
+
+_FUSED = {
+    **dict.fromkeys(("query", "key", "value"), ("fused_qkv", "latent")),
+    **dict.fromkeys(("gate", "up"), ("fused_gate_up",)),
+}
+
+
+def undecided(row: Architecture, *roles: str) -> str:
+    """Return why a method that needs these modules of a layer cannot work; empty if it can.
+
+    Args:
+        roles: names of fields (``query``, ``down``, ``input_norm``). Fused projections serve each
+            of the roles that they hold.
+    """
+    lacking = [
+        role
+        for role in roles
+        if not any(getattr(row, name) for name in (role, *_FUSED.get(role, ())))
+    ]
+    if not lacking:
+        return ""
+    return f"it is not known which of its modules are its {', '.join(lacking)}"
 
 
 def _written(config: Any, key: str) -> Any:

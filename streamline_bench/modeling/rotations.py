@@ -11,10 +11,16 @@ stays the host's, and so do caches, hooks and gradient checkpointing. Only the s
     output = shortcut(middle) + mlp(norm(middle))
 
 The norms have lost their weights to the linear maps behind them.
+
+Where attention and MLP of a layer read the same input, there is no point between them and one
+shortcut::
+
+    output = shortcut(input) + attention(norm(input)) + mlp(norm(input))
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -22,8 +28,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from streamline_bench.core.architecture import Architecture, architecture_of, config_entry
+from streamline_bench.core.architecture import (
+    Architecture,
+    architecture_of,
+    config_entry,
+    undecided,
+)
 from streamline_bench.errors import ArchitectureError, CheckpointError
 from streamline_bench.modeling.attachments import host_layer_class
 
@@ -33,7 +45,10 @@ _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 @dataclass(frozen=True)
 class StreamWidths:
-    """Widths of the stream in one layer: before attention, between attention and MLP, after it."""
+    """Widths of the stream in one layer: before attention, between attention and MLP, after it.
+
+    Attention and MLP that read the same input write to the same output: ``middle`` is the output's.
+    """
 
     input: int
     middle: int
@@ -58,11 +73,19 @@ class Rotations:
 
     @classmethod
     def uniform(
-        cls, depth: int, width: int, *, norm_divisor: int, head_width: int, head_bias: bool = False
+        cls,
+        depth: int,
+        width: int,
+        *,
+        norm_divisor: int,
+        head_width: int,
+        head_bias: bool = False,
+        parallel: bool = False,
     ) -> Rotations:
         """Return the form of the paper: one width everywhere, another one before the LM head."""
         inner = [StreamWidths(width, width, width)] * (depth - 1)
-        return cls((*inner, StreamWidths(width, width, head_width)), norm_divisor, head_bias)
+        last = StreamWidths(width, head_width if parallel else width, head_width)
+        return cls((*inner, last), norm_divisor, head_bias)
 
     @classmethod
     def parse(cls, entry: Any, config: Any) -> Rotations:
@@ -73,7 +96,7 @@ class Rotations:
                 the widths of two layers do not meet.
             ArchitectureError: the family cannot have a rotated stream.
         """
-        require_rotatable(config)
+        row = require_rotatable(config)
         if isinstance(entry, Rotations):
             entry = entry.to_dict()
         expected = {"layers", "norm_divisor", "head_bias"}
@@ -94,6 +117,7 @@ class Rotations:
                     f"The config's rotations give layer {index} an output of width {left.output}, "
                     f"the next layer an input of {right.input}; write the checkpoint again."
                 )
+        _check_family(row, config, layers)
         return cls(layers, _width(entry["norm_divisor"]), bool(entry["head_bias"]))
 
     @property
@@ -119,7 +143,7 @@ def require_rotatable(config: Any) -> Architecture:
     """Return the table row of a config whose residual stream may be rotated.
 
     A rotation passes through a layer only where every norm stands right before linear maps, which
-    take its gain, and attention and MLP follow one another.
+    take its gain.
 
     Raises:
         ArchitectureError: the family, or a setting of this model, does not allow it.
@@ -140,13 +164,9 @@ def _structural_reason(row: Architecture) -> str:
             "it has norms between a sub-layer's output and the stream, and no linear map follows "
             "that could take their gain"
         )
-    if row.parallel_residual:
-        return "its attention and MLP read the same input, so that nothing can turn between them"
     if row.experts:
         return "its MLPs are mixtures of experts, which are not supported"
-    if row.transposed:
-        return "its projections store their weights as [in, out]"
-    return ""
+    return undecided(row, "input_norm", "query", "output", "up", "down")
 
 
 def _reason_in(config: Any) -> str:
@@ -159,6 +179,22 @@ def _reason_in(config: Any) -> str:
             "projection stands between embeddings and stream"
         )
     return ""
+
+
+def _check_family(row: Architecture, config: Any, layers: tuple[StreamWidths, ...]) -> None:
+    for index, widths in enumerate(layers if row.is_parallel(config) else ()):
+        if widths.middle != widths.output:
+            raise CheckpointError(
+                f"The config's rotations give layer {index} a middle of {widths.middle} and an "
+                f"output of {widths.output}; attention and MLP of this family read the same input, "
+                "so that the two must be equal; write the checkpoint again."
+            )
+    if row.embedding_output and layers[-1].output < layers[0].input:
+        raise CheckpointError(
+            f"The config's rotations give the embeddings a width of {layers[0].input} and the LM "
+            f"head {layers[-1].output}; this family needs an LM head at least as wide; write the "
+            "checkpoint again."
+        )
 
 
 def _layer(item: Any) -> StreamWidths:
@@ -206,7 +242,7 @@ def rotated_layer_class(host_class: type[nn.Module], row: Architecture) -> type[
             "__module__": __name__,
             "__qualname__": name,
             "__doc__": f"{host_class.__name__} on a rotated residual stream.",
-            "attend": _make_attend(row),
+            "attend": _make_attend(row, host_class),
             "feed": _make_feed(row),
             "forward": _forward,
         }
@@ -214,15 +250,23 @@ def rotated_layer_class(host_class: type[nn.Module], row: Architecture) -> type[
     return _classes[host_class]
 
 
-def rotate_layer_class(layer: nn.Module, row: Architecture) -> None:
-    """Make ``layer`` run on a rotated stream, in place; its shortcuts pass their input on."""
+def rotate_layer_class(layer: nn.Module, row: Architecture, *, parallel: bool = False) -> None:
+    """Make ``layer`` run on a rotated stream, in place; its shortcuts pass their input on.
+
+    Args:
+        parallel: attention and MLP read the same input: there is one shortcut, past both.
+    """
     layer.__class__ = rotated_layer_class(type(layer), row)
+    layer.stream_width = None  # type: ignore[assignment]  # all there is
     layer.add_module("attention_shortcut", nn.Identity())
-    layer.add_module("mlp_shortcut", nn.Identity())
+    if not parallel:
+        layer.add_module("mlp_shortcut", nn.Identity())
 
 
-def set_shortcut(layer: nn.Module, name: str, weight: Tensor) -> None:
+def set_shortcut(layer: Any, name: str, weight: Tensor) -> None:
     """Let the shortcut ``name`` of a layer multiply with ``weight`` ``[out, in]``."""
+    if name == "attention_shortcut":
+        layer.stream_width = weight.shape[1]
     shortcut = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     shortcut.weight = nn.Parameter(weight)
     layer.add_module(name, shortcut)
@@ -235,28 +279,59 @@ def rotate_modules(model: nn.Module, rotations: Rotations) -> None:
         model: causal LM or bare decoder stack of a family that is rotatable.
     """
     row = architecture_of(model.config)
-    stack = stack_of(model, row)
+    stack, parallel = stack_of(model, row), row.is_parallel(model.config)
     for embedding in stream_embeddings(model, row):
-        _resize(embedding, embedding.weight.shape[0], rotations.embedding_width)
+        _resize(embedding, None, rotations.embedding_width)
     replace_norms(model, rotations.norm_divisor)
     for layer, widths in zip(stack.get_submodule(_layers(row)), rotations.layers, strict=True):
-        rotate_layer_class(layer, row)
+        rotate_layer_class(layer, row, parallel=parallel)
         like = attention_inputs(layer, row)[0].weight
-        inner, outer = (widths.middle, widths.input), (widths.output, widths.middle)
-        set_shortcut(layer, "attention_shortcut", like.new_empty(inner))
-        set_shortcut(layer, "mlp_shortcut", like.new_empty(outer))
+        set_shortcut(layer, "attention_shortcut", like.new_empty(widths.middle, widths.input))
+        if not parallel:
+            set_shortcut(layer, "mlp_shortcut", like.new_empty(widths.output, widths.middle))
         for linear in attention_inputs(layer, row):
-            _resize(linear, linear.weight.shape[0], widths.input)
+            _resize(linear, None, widths.input)
         attention_output, mlp_output = output_maps(layer, row)
         _resize(attention_output, widths.middle, None)
         for linear in mlp_inputs(layer, row):
-            _resize(linear, linear.weight.shape[0], widths.middle)
+            _resize(linear, None, widths.input if parallel else widths.middle)
         _resize(mlp_output, widths.output, None)
     head = _optional(model, row.lm_head)
     if head is not None:
-        _resize(head, head.weight.shape[0], rotations.head_width)
+        _resize(head, None, rotations.head_width)
         if rotations.head_bias:
             head.bias = nn.Parameter(head.weight.new_empty(head.weight.shape[0]))
+    pad_embeddings(model, rotations.head_width)
+
+
+class Padded(nn.Module):
+    """A module whose output ``[..., n]`` gets zeros behind it, up to ``width``."""
+
+    def __init__(self, inner: nn.Module, width: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.width = width
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return ``[..., width]``."""
+        output: Tensor = self.inner(hidden_states)
+        return nn.functional.pad(output, (0, self.width - output.shape[-1]))
+
+
+def pad_embeddings(model: nn.Module, head_width: int) -> None:
+    """Let the first layer get states as wide as the last ones, where the family asks for that.
+
+    The layer reads the part that it has use for. Needed where the model gives its last states the
+    shape of the first (:attr:`Architecture.embedding_output`); in place.
+    """
+    row = architecture_of(model.config)
+    if not row.embedding_output:
+        return
+    stack = stack_of(model, row)
+    path = row.embedding_output.removeprefix(f"{row.stack}.")
+    module = stack.get_submodule(path)
+    inner = module.inner if isinstance(module, Padded) else module
+    stack.set_submodule(path, Padded(inner, head_width))
 
 
 def replace_norms(model: nn.Module, divisor: int) -> None:
@@ -266,7 +341,8 @@ def replace_norms(model: nn.Module, divisor: int) -> None:
     _replace_norm(stack, row.final_norm.removeprefix(f"{row.stack}."), divisor)
     for layer in stack.get_submodule(_layers(row)):
         _replace_norm(layer, row.input_norm, divisor)
-        _replace_norm(layer, row.mlp_norm, divisor)
+        if row.mlp_norm:
+            _replace_norm(layer, row.mlp_norm, divisor)
 
 
 def stack_of(model: nn.Module, row: Architecture) -> Any:
@@ -299,52 +375,76 @@ def mlp_inputs(layer: nn.Module, row: Architecture) -> list[Any]:
     return _present(layer.get_submodule(row.mlp), (row.gate, row.up, row.fused_gate_up))
 
 
+def weight_of(module: Any) -> Tensor:
+    """Return a view of the weight of a linear map, ``[out, in]``, or of an embedding."""
+    weight: Tensor = module.weight
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
 def set_weight(module: Any, weight: Tensor) -> None:
-    """Replace the weight of a linear map or an embedding, of any shape, in place."""
-    module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+    """Replace the weight of a linear map ``[out, in]`` or of an embedding, of any shape, in place.
+
+    GPT-2's ``Conv1D`` keeps it as ``[in, out]``.
+    """
+    stored = weight.T.contiguous() if isinstance(module, Conv1D) else weight
+    module.weight = nn.Parameter(stored, requires_grad=module.weight.requires_grad)
     if isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, Conv1D):
+        module.nf, module.nx = weight.shape
     else:
         module.out_features, module.in_features = weight.shape
 
 
 def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return self.feed(self.attend(hidden_states, *args, **kwargs))  # type: ignore[no-any-return]
+    hidden_states = hidden_states[..., : self.stream_width]  # see pad_embeddings
+    middle: Tensor = self.attend(hidden_states, *args, **kwargs)
+    if "mlp_shortcut" not in self._modules:  # the shortcut past attention leads past both
+        return middle + self.feed(hidden_states)  # type: ignore[no-any-return]
+    return self.mlp_shortcut(middle) + self.feed(middle)  # type: ignore[no-any-return]
 
 
-def _make_attend(row: Architecture) -> Any:
+def _make_attend(row: Architecture, host_class: type[nn.Module]) -> Any:
+    positional = tuple(inspect.signature(host_class.forward).parameters)[2:]
+
     def attend(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run attention: ``[batch, seq, input]`` -> ``[batch, seq, middle]``."""
-        if args:  # the hosts of transformers 5 pass all but the states by name
-            kwargs["attention_mask"] = args[0]
+        """Run attention and its shortcut: ``[batch, seq, input]`` -> ``[batch, seq, middle]``."""
+        kwargs.update(zip(positional, args, strict=False))
         normed = self.get_submodule(row.input_norm)(hidden_states)
-        attended = self.get_submodule(row.attention)(hidden_states=normed, **kwargs)[0]
+        attended = self.get_submodule(row.attention)(normed, **kwargs)[0]
         shortcut: Tensor = self.attention_shortcut(hidden_states)
-        return shortcut + _dropped(self, attended, "resid_attn_dropout")
+        return shortcut + _dropped(self, attended, _ATTENTION_DROPOUTS)
 
     return attend
 
 
 def _make_feed(row: Architecture) -> Any:
-    def feed(self: Any, middle: Tensor) -> Tensor:
-        """Run the MLP: ``[batch, seq, middle]`` -> ``[batch, seq, output]``."""
-        normed = self.get_submodule(row.mlp_norm)(middle)
+    def feed(self: Any, states: Tensor) -> Tensor:
+        """Run the MLP without its shortcut: what it adds, ``[batch, seq, output]``."""
+        normed = self.get_submodule(row.mlp_norm or row.input_norm)(states)
         if row.mlp:
             fed = self.get_submodule(row.mlp)(normed)
         else:
             inner = self.activation_fn(self.get_submodule(row.up)(normed))
             fed = self.get_submodule(row.down)(inner)
-        shortcut: Tensor = self.mlp_shortcut(middle)
-        return shortcut + _dropped(self, fed, "resid_mlp_dropout")
+        return _dropped(self, fed, _MLP_DROPOUTS)
 
     return feed
 
 
-def _dropped(layer: Any, hidden: Tensor, module: str) -> Tensor:
+_ATTENTION_DROPOUTS = ("resid_attn_dropout", "post_attention_dropout", "resid_dropout")
+_MLP_DROPOUTS = ("resid_mlp_dropout", "post_mlp_dropout", "resid_dropout")
+
+
+def _dropped(layer: Any, hidden: Tensor, modules: Iterable[str]) -> Tensor:
     """Apply the host's dropout of a sub-layer's output, a module or a rate, where it has one."""
-    if module in layer._modules:
-        return layer._modules[module](hidden)  # type: ignore[no-any-return]
-    return nn.functional.dropout(hidden, getattr(layer, "dropout", 0.0), layer.training)
+    for name in modules:
+        if name in layer._modules:
+            return layer._modules[name](hidden)  # type: ignore[no-any-return]
+    rate = getattr(layer, "dropout", 0.0)
+    if isinstance(rate, nn.Module):
+        return rate(hidden)  # type: ignore[no-any-return]
+    return nn.functional.dropout(hidden, rate, layer.training)
 
 
 def _replace_norm(parent: nn.Module, path: str, divisor: int) -> None:
@@ -353,12 +453,14 @@ def _replace_norm(parent: nn.Module, path: str, divisor: int) -> None:
     parent.set_submodule(path, StreamNorm(divisor, eps))
 
 
-def _resize(module: Any, rows: int, columns: int | None) -> None:
-    size = (rows, module.weight.shape[1] if columns is None else columns)
+def _resize(module: Any, rows: int | None, columns: int | None) -> None:
+    """Give a weight ``[rows, columns]`` another size; None: as it is."""
+    now = weight_of(module).shape
+    size = (rows or now[0], columns or now[1])
     bias = getattr(module, "bias", None)
-    if bias is not None and len(bias) != rows:
-        module.bias = nn.Parameter(bias.new_empty(rows))
-    if module.weight.shape != size:
+    if bias is not None and len(bias) != size[0]:
+        module.bias = nn.Parameter(bias.new_empty(size[0]))
+    if now != size:
         set_weight(module, module.weight.new_empty(size))
     # transformers then initialises it again (from_config) or fills it from the file.
     module._is_hf_initialized = False

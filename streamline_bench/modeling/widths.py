@@ -9,13 +9,15 @@ resized, so that families whose constructors know one width only (OPT) can be na
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
-from streamline_bench.core.architecture import Architecture
+from streamline_bench.core.architecture import Architecture, architecture_of, undecided
 from streamline_bench.errors import ArchitectureError, CheckpointError
 
 Unit = Literal["query", "key_value", "channel"]
@@ -35,7 +37,12 @@ class LayerWidths:
         """Return the widths that a config gives all its layers."""
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        return cls(heads, kv_heads, getattr(config, row.intermediate_key))
+        if row.latent or row.fused_by_head:  # the keys and values of every head are its own
+            kv_heads = heads
+        channels = getattr(config, row.intermediate_key)
+        if channels is None and row.intermediate_key == "n_inner":
+            channels = 4 * config.hidden_size
+        return cls(heads, kv_heads, channels)
 
     @property
     def heads_per_group(self) -> int:
@@ -58,12 +65,14 @@ class Part:
     """Rows (axis 0) or columns (axis 1) of one projection, as equal pieces, one per unit.
 
     Attributes:
-        module: path of the projection in the layer.
+        module: path of the projection in the layer; of the parameter itself for a vector.
         unit: what the pieces belong to.
-        axis: 0: rows of the weight, and items of the bias; 1: columns of the weight.
+        axis: 0: rows of the weight ``[out, in]``, and items of the bias; 1: its columns.
         offset: first row or column; 0 but for fused projections.
         count: number of units.
         size: rows or columns per unit: the head size, or 1 for channels.
+        transposed: the weight is stored as ``[in, out]``.
+        vector: the part is a parameter of its own, with one number per unit, not a projection.
     """
 
     module: str
@@ -72,6 +81,18 @@ class Part:
     offset: int
     count: int
     size: int
+    transposed: bool = False
+    vector: bool = False
+
+    @property
+    def tensor(self) -> str:
+        """Name of the weight in the layer."""
+        return self.module if self.vector else f"{self.module}.weight"
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the stored weight that the pieces lie along."""
+        return 1 - self.axis if self.transposed else self.axis
 
 
 def head_size(config: Any) -> int:
@@ -80,56 +101,90 @@ def head_size(config: Any) -> int:
     return int(explicit or config.hidden_size // config.num_attention_heads)
 
 
-def projection_parts(row: Architecture, widths: LayerWidths, head_dim: int) -> tuple[Part, ...]:
+def projection_parts(row: Architecture, widths: LayerWidths, config: Any) -> tuple[Part, ...]:
     """Return which rows and columns of a layer's projections belong to heads and channels.
 
-    Fused projections hold queries, then keys, then values; and gates, then the rest of the MLP's
-    input.
+    Heads, or channels, that cannot be removed have no parts. Fused projections hold queries, then
+    keys, then values (or the three of head 0, then those of head 1, ...); and gates, then the rest
+    of the MLP's input.
     """
-    heads, kv_heads = widths.num_attention_heads, widths.num_key_value_heads
-    channels = widths.intermediate_size
-    attention = f"{row.attention}." if row.attention else ""
-    mlp = f"{row.mlp}." if row.mlp else ""
-    if row.fused_qkv:
-        fused = attention + row.fused_qkv
-        inputs = [
-            Part(fused, "query", 0, 0, heads, head_dim),
-            Part(fused, "key_value", 0, heads * head_dim, kv_heads, head_dim),
-            Part(fused, "key_value", 0, (heads + kv_heads) * head_dim, kv_heads, head_dim),
-        ]
-    else:
-        inputs = [
-            Part(attention + row.query, "query", 0, 0, heads, head_dim),
-            Part(attention + row.key, "key_value", 0, 0, kv_heads, head_dim),
-            Part(attention + row.value, "key_value", 0, 0, kv_heads, head_dim),
-        ]
-    if row.fused_gate_up:
-        fused = mlp + row.fused_gate_up
-        inner = [Part(fused, "channel", 0, start, channels, 1) for start in (0, channels)]
-    else:
-        inner = [
-            Part(mlp + name, "channel", 0, 0, channels, 1) for name in (row.gate, row.up) if name
-        ]
     return (
-        *inputs,
-        Part(attention + row.output, "query", 1, 0, heads, head_dim),
-        *inner,
-        Part(mlp + row.down, "channel", 1, 0, channels, 1),
+        *(() if fixed_heads(row) else _head_parts(row, widths, config)),
+        *(() if fixed_channels(row) else _channel_parts(row, widths)),
     )
 
 
+def _head_parts(row: Architecture, widths: LayerWidths, config: Any) -> Iterable[Part]:
+    heads, kv_heads = widths.num_attention_heads, widths.num_key_value_heads
+    size = value_size = head_size(config)
+    # module, unit, first row, units, rows per unit
+    rows: list[tuple[str, Unit, int, int, int]]
+    if row.latent:
+        value_size = config.v_head_dim
+        query = "q_b_proj" if config.q_lora_rank else "q_proj"
+        query_size = config.qk_nope_head_dim + config.qk_rope_head_dim
+        rows = [
+            (query, "query", 0, heads, query_size),
+            ("kv_b_proj", "query", 0, heads, config.qk_nope_head_dim + value_size),
+        ]
+    elif row.fused_qkv and row.fused_by_head:
+        rows = [(row.fused_qkv, "query", 0, heads, 3 * size)]
+    elif row.fused_qkv:
+        rows = [
+            (row.fused_qkv, "query", 0, heads, size),
+            (row.fused_qkv, "key_value", heads * size, kv_heads, size),
+            (row.fused_qkv, "key_value", (heads + kv_heads) * size, kv_heads, size),
+        ]
+    else:
+        rows = [
+            (row.query, "query", 0, heads, size),
+            (row.key, "key_value", 0, kv_heads, size),
+            (row.value, "key_value", 0, kv_heads, size),
+        ]
+    path = f"{row.attention}." if row.attention else ""
+    for name, unit, offset, count, of_unit in rows:
+        yield Part(path + name, unit, 0, offset, count, of_unit, row.transposed)
+    for name in row.head_vectors:
+        yield Part(path + name, "query", 0, 0, heads, 1, vector=True)
+    yield Part(path + row.output, "query", 1, 0, heads, value_size, row.transposed)
+
+
+def _channel_parts(row: Architecture, widths: LayerWidths) -> Iterable[Part]:
+    channels = widths.intermediate_size
+    path = f"{row.mlp}." if row.mlp else ""
+    if row.fused_gate_up:
+        for start in (0, channels):
+            yield Part(path + row.fused_gate_up, "channel", 0, start, channels, 1, row.transposed)
+    else:
+        for name in (row.gate, row.up):
+            if name:
+                yield Part(path + name, "channel", 0, 0, channels, 1, row.transposed)
+    yield Part(path + row.down, "channel", 1, 0, channels, 1, row.transposed)
+
+
+def fixed_heads(row: Architecture) -> str:
+    """Return why heads of a family cannot be removed one by one; empty if they can."""
+    return row.fixed_heads or undecided(row, "attention", "query", "key", "value", "output")
+
+
+def fixed_channels(row: Architecture) -> str:
+    """Return why channels of a family cannot be removed one by one; empty if they can."""
+    if row.experts:
+        return "its MLPs are mixtures of experts, whose channels cannot be removed one by one yet"
+    return undecided(row, "up", "down")
+
+
 def require_narrowable(row: Architecture) -> None:
-    """Refuse families whose heads or channels cannot be removed one by one.
+    """Refuse families of which neither heads nor channels can be removed one by one.
 
     Raises:
-        ArchitectureError: with the reason.
+        ArchitectureError: with the reasons.
     """
-    reason = row.fixed_widths
-    if row.experts and not reason:
-        reason = "its MLPs are mixtures of experts, whose channels cannot be removed one by one yet"
-    if reason:
+    heads, channels = fixed_heads(row), fixed_channels(row)
+    if heads and channels:
+        reasons = heads if heads == channels else f"{heads}; {channels}"
         raise ArchitectureError(
-            f"Heads and channels of model type '{row.model_type}' cannot be removed: {reason}; "
+            f"Heads and channels of model type '{row.model_type}' cannot be removed: {reasons}; "
             "use a method that removes layers."
         )
 
@@ -138,7 +193,8 @@ def parse_layer_widths(entries: Iterable[Any], config: Any) -> tuple[LayerWidths
     """Validate the entries of a config: one per layer, with exactly the three numbers.
 
     Raises:
-        CheckpointError: a number is missing, below 1, or the heads cannot be shared out.
+        CheckpointError: a number is missing, below 1, not the host's where the family allows no
+            other, or the heads cannot be shared out.
     """
     parsed = tuple(_parse(entry) for entry in entries)
     depth = int(config.num_hidden_layers)
@@ -146,7 +202,25 @@ def parse_layer_widths(entries: Iterable[Any], config: Any) -> tuple[LayerWidths
         raise CheckpointError(
             f"layer_widths has {len(parsed)} entries for {depth} layers; give one for each."
         )
+    row = architecture_of(config)
+    own = LayerWidths.of(config, row)
+    for widths in parsed:
+        if widths != _possible(widths, own, row):
+            raise CheckpointError(
+                f"Layer widths {widths.to_dict()} are not possible for host family "
+                f"'{row.model_type}' with {own.to_dict()}: "
+                f"{fixed_heads(row) or fixed_channels(row)}; write the checkpoint again."
+            )
     return parsed
+
+
+def _possible(widths: LayerWidths, own: LayerWidths, row: Architecture) -> LayerWidths:
+    if fixed_heads(row):
+        widths = replace(widths, num_attention_heads=own.num_attention_heads,
+                         num_key_value_heads=own.num_key_value_heads)  # fmt: skip
+    if fixed_channels(row):
+        widths = replace(widths, intermediate_size=own.intermediate_size)
+    return widths
 
 
 def resize_layer(layer: nn.Module, row: Architecture, config: Any, widths: LayerWidths) -> None:
@@ -155,27 +229,42 @@ def resize_layer(layer: nn.Module, row: Architecture, config: Any, widths: Layer
     What the layer's modules remember of the old widths follows, and their ``config`` becomes a
     view of the shared one with the layer's own numbers.
     """
+    parts = projection_parts(row, widths, config)
     sizes: dict[str, dict[int, int]] = {}
-    for part in projection_parts(row, widths, head_size(config)):
+    for part in parts:
+        if part.vector:
+            parent, name = _parent_of(layer, part.module)
+            parameter: Any = getattr(parent, name)
+            setattr(parent, name, nn.Parameter(parameter.new_empty(part.count)))
+            continue
         of_module = sizes.setdefault(part.module, {})
         of_module[part.axis] = of_module.get(part.axis, 0) + part.count * part.size
     for path, size in sizes.items():
-        parent = layer.get_submodule(path.rpartition(".")[0])
-        setattr(parent, path.rpartition(".")[2], _resized(layer.get_submodule(path), size))
+        parent, name = _parent_of(layer, path)
+        setattr(parent, name, _resized(layer.get_submodule(path), size))
     view = LayerConfig(config, widths.entries(row))
-    remembered = {
-        "num_heads": widths.num_attention_heads,
-        "num_attention_heads": widths.num_attention_heads,
-        "num_key_value_heads": widths.num_key_value_heads,
-        "num_key_value_groups": widths.heads_per_group,
-        "intermediate_size": widths.intermediate_size,
-    }
+    remembered: dict[str, int] = {}
+    if any(part.unit == "channel" for part in parts):
+        remembered["intermediate_size"] = widths.intermediate_size
+    if any(part.unit != "channel" for part in parts):
+        remembered |= {
+            "num_heads": widths.num_attention_heads,
+            "num_attention_heads": widths.num_attention_heads,
+            "num_key_value_heads": widths.num_key_value_heads,
+            "num_key_value_groups": widths.heads_per_group,
+            "split_size": widths.num_attention_heads * head_size(config),  # of GPT-2
+        }
     for module in layer.modules():
         for name, value in remembered.items():
             if isinstance(module.__dict__.get(name), int):
                 setattr(module, name, value)
         if isinstance(module.__dict__.get("config"), PreTrainedConfig):
             module.__dict__["config"] = view
+
+
+def _parent_of(layer: nn.Module, path: str) -> tuple[nn.Module, str]:
+    parent, _, name = path.rpartition(".")
+    return layer.get_submodule(parent), name
 
 
 class LayerConfig:
@@ -193,6 +282,10 @@ class LayerConfig:
 
 
 def _resized(linear: Any, size: Mapping[int, int]) -> nn.Module:
+    if isinstance(linear, Conv1D):
+        with torch.device(linear.weight.device):
+            narrow: nn.Module = Conv1D(size.get(0, linear.nf), size.get(1, linear.nx))
+        return narrow.to(linear.weight.dtype)
     return nn.Linear(
         size.get(1, linear.in_features),
         size.get(0, linear.out_features),

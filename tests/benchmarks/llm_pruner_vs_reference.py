@@ -143,11 +143,11 @@ def our_units(
     from streamline_bench.methods.tools.likelihood import sum_gradients
     from streamline_bench.methods.width.llm_pruner import keep_units, salience, score_units
     from streamline_bench.methods.width.width_plan import plan_widths, prunable
-    from streamline_bench.modeling.widths import LayerWidths, head_size, projection_parts
+    from streamline_bench.modeling.widths import LayerWidths, projection_parts
 
     row = architecture_of(model.config)
     widths = LayerWidths.of(model.config, row)
-    parts = projection_parts(row, widths, head_size(model.config))
+    parts = projection_parts(row, widths, model.config)
     plan = plan_widths(prunable(model.config), chosen, ratio=RATIO, multiple=1)
     layers = decoder_layers(model)
     weights: dict[Any, Any] = {
@@ -162,6 +162,7 @@ def our_units(
         scores = score_units(
             layer,
             parts,
+            widths,
             lambda module, at=layer: salience(weights[at, module], criterion, sums[at, module]),
             vectorize=criterion == "vectorize",
         )

@@ -50,6 +50,10 @@ ROTATABLE: dict[str, dict[str, Any]] = {
     },
     "smollm3": {"no_rope_layer_interval": 2},
     "granite": {"residual_multiplier": 0.7, "embedding_multiplier": 2.0, "logits_scaling": 3.0},
+    "phi": {},
+    "gpt_neox": {},
+    "gpt_neox-sequential": {"use_parallel_residual": False},
+    "gpt2": {"n_inner": 48},
 }
 """Families whose residual stream can be rotated, and features of theirs that it must survive."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from streamline_bench.core.architecture import ARCHITECTURES, decoder_layers
 from streamline_bench.core.scan import BoundaryRecorder
@@ -49,9 +50,16 @@ EXTRA: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "smollm3": {},
     "granite": {},
+    "phi": {},
+    "gpt_neox": {},
+    "gpt2": {"n_inner": 48},
 }
 WIDTHS = (StreamWidths(24, 16, 20), StreamWidths(20, 32, 8), StreamWidths(8, 28, 12))
 """Six different widths: whatever takes one for another fails."""
+PARALLEL = tuple(StreamWidths(w.input, w.output, w.output) for w in WIDTHS)
+PARALLEL_FAMILIES = ("phi", "gpt_neox")
+WIDE_HEAD = (*WIDTHS[:2], StreamWidths(8, 28, 32))
+"""GPT-2 gives its last states the width of its first."""
 
 
 def host(family: str, **changes: Any) -> Any:
@@ -60,7 +68,10 @@ def host(family: str, **changes: Any) -> Any:
 
 
 def spec(family: str) -> Rotations:
-    return Rotations(WIDTHS, norm_divisor=32, head_bias=family == "opt")
+    widths = PARALLEL if family in PARALLEL_FAMILIES else WIDTHS
+    widths = WIDE_HEAD if family == "gpt2" else widths
+    biased = ("opt", "gpt2", "gpt_neox", "phi")
+    return Rotations(widths, norm_divisor=32, head_bias=family in biased)
 
 
 def build(family: str) -> Any:
@@ -89,13 +100,18 @@ def test_widths_are_those_of_the_config(family: str) -> None:
     model = build(family)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     first, last = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    assert (first.shape[1], last.shape[1]) == (24, 12)
-    for layer, widths in zip(decoder_layers(model), WIDTHS, strict=True):
+    assert (first.shape[1], last.shape[1]) == (24, spec(family).head_width)
+    for layer, widths in zip(decoder_layers(model), spec(family).layers, strict=True):
         assert layer.attention_shortcut.weight.shape == (widths.middle, widths.input)
-        assert layer.mlp_shortcut.weight.shape == (widths.output, widths.middle)
+        if family in PARALLEL_FAMILIES:
+            assert not hasattr(layer, "mlp_shortcut")
+        else:
+            assert layer.mlp_shortcut.weight.shape == (widths.output, widths.middle)
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             assert tuple(module.weight.shape) == (module.out_features, module.in_features)
+        if isinstance(module, Conv1D):
+            assert tuple(module.weight.shape) == (module.nx, module.nf)
     norms = [name for name in shapes if "norm" in name and "q_norm" not in name]
     assert not [name for name in norms if "k_norm" not in name]
 
@@ -105,8 +121,9 @@ def test_saved_and_loaded_by_auto_classes(family: str, ids: torch.Tensor, tmp_pa
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert (written["model_type"], written["host_model_type"]) == ("streamline", family)
-    assert written["rotations"]["layers"][0] == {"input": 24, "middle": 16, "output": 20}
-    assert written["hidden_size"] == 32
+    middle = 20 if family in PARALLEL_FAMILIES else 16
+    assert written["rotations"]["layers"][0] == {"input": 24, "middle": middle, "output": 20}
+    assert written.get("hidden_size", written.get("n_embd")) == 32
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     assert isinstance(loaded, StreamlineForCausalLM)
@@ -115,7 +132,8 @@ def test_saved_and_loaded_by_auto_classes(family: str, ids: torch.Tensor, tmp_pa
         states = model(ids, output_hidden_states=True).hidden_states
         stack = AutoModel.from_pretrained(tmp_path)
         torch.testing.assert_close(stack(ids).last_hidden_state, states[-1])
-    assert [state.shape[-1] for state in states] == [24, 20, 8, 12]
+    widths = [32, 20, 8, 32] if family == "gpt2" else [24, 20, 8, 12]
+    assert [state.shape[-1] for state in states] == widths
 
 
 def test_cache_and_generate_equal_full_forwards(family: str, ids: torch.Tensor) -> None:
@@ -157,14 +175,17 @@ def test_the_norm_divides_by_the_width_before_slicing() -> None:
     assert half.isfinite().all()
 
 
-@pytest.mark.parametrize("family", ["opt", "phi3"])
+@pytest.mark.parametrize("family", ["opt", "phi3", "phi", "gpt_neox"])
 def test_dropout_is_the_hosts(family: str, ids: torch.Tensor) -> None:
     model = build(family).train()
     for layer in decoder_layers(model):
         if family == "opt":
             layer.dropout = 0.5
         else:
-            layer.resid_attn_dropout.p = layer.resid_mlp_dropout.p = 0.5
+            dropouts = [m for n, m in layer.named_children() if n.endswith("dropout")]
+            assert dropouts
+            for dropout in dropouts:
+                dropout.p = 0.5
     with torch.no_grad():
         assert not torch.equal(model(ids).logits, model(ids).logits)
         model.eval()
@@ -235,9 +256,6 @@ REASONS = {
     "gemma2": "norms between a sub-layer's output and the stream",
     "gemma3_text": "norms between a sub-layer's output and the stream",
     "olmo2": "norms between a sub-layer's output and the stream",
-    "phi": "attention and MLP read the same input",
-    "gpt_neox": "attention and MLP read the same input",
-    "gpt2": r"weights as \[in, out\]",
     "mixtral": "mixtures of experts",
     "qwen3_moe": "mixtures of experts",
     "deepseek_v3": "mixtures of experts",
@@ -299,6 +317,23 @@ def _rename(entry: dict[str, Any]) -> None:
 def test_damaged_entries_are_refused(damage: Callable[[Any], None], message: str) -> None:
     entries = streamline_config(host("llama"), rotations=spec("llama")).to_dict()
     damage(entries["rotations"])
+    entries.pop("model_type")
+    with pytest.raises(CheckpointError, match=message):
+        AutoConfig.for_model("streamline", **entries)
+
+
+@pytest.mark.parametrize(
+    ("family", "place", "message"),
+    [
+        ("phi", (0, "middle"), "middle of 16 and an output of 20"),
+        ("gpt2", (2, "output"), "a width of 24 and the LM head 16"),
+    ],
+)
+def test_widths_that_the_family_cannot_have_are_refused(
+    family: str, place: tuple[int, str], message: str
+) -> None:
+    entries = streamline_config(host(family), rotations=spec(family)).to_dict()
+    entries["rotations"]["layers"][place[0]][place[1]] = 16
     entries.pop("model_type")
     with pytest.raises(CheckpointError, match=message):
         AutoConfig.for_model("streamline", **entries)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from streamline_bench.core.architecture import Architecture, decoder_layers
 from streamline_bench.errors import ArchitectureError
@@ -20,10 +21,12 @@ from streamline_bench.modeling.rotations import (
     attention_inputs,
     mlp_inputs,
     output_maps,
+    pad_embeddings,
     replace_norms,
     require_rotatable,
     rotate_layer_class,
     stream_embeddings,
+    weight_of,
 )
 
 _PROBES = 4
@@ -54,20 +57,26 @@ def fuse_norms(model: Any) -> None:
         for reader in readers:
             _absorb(norm, reader, is_head=reader is head)
     replace_norms(model, int(model.config.hidden_size))
+    pad_embeddings(model, int(model.config.hidden_size))
+    parallel = family.is_parallel(model.config)
     for layer in decoder_layers(model):
-        rotate_layer_class(layer, family)
+        rotate_layer_class(layer, family, parallel=parallel)
 
 
 def _norms_and_readers(model: Any, family: Architecture) -> Iterable[tuple[Any, list[Any]]]:
     for layer in decoder_layers(model):
-        yield layer.get_submodule(family.input_norm), attention_inputs(layer, family)
-        yield layer.get_submodule(family.mlp_norm), mlp_inputs(layer, family)
+        attention, mlp = attention_inputs(layer, family), mlp_inputs(layer, family)
+        if family.mlp_norm:
+            yield layer.get_submodule(family.input_norm), attention
+            yield layer.get_submodule(family.mlp_norm), mlp
+        else:  # one norm for both
+            yield layer.get_submodule(family.input_norm), attention + mlp
     yield model.get_submodule(family.final_norm), [model.get_submodule(family.lm_head)]
 
 
 def _check_norm(norm: Any, readers: list[Any], family: Architecture) -> None:
     """Refuse a norm that is neither LayerNorm nor a gain times x over its root mean square."""
-    if not all(isinstance(reader, nn.Linear) for reader in readers):
+    if not all(isinstance(reader, (nn.Linear, Conv1D)) for reader in readers):
         kinds = sorted({type(reader).__name__ for reader in readers})
         raise ArchitectureError(
             f"The norms of this '{family.model_type}' model feed {', '.join(kinds)}, which cannot "
@@ -91,9 +100,9 @@ def _check_norm(norm: Any, readers: list[Any], family: Architecture) -> None:
         )
 
 
-def _absorb(norm: Any, reader: nn.Linear, *, is_head: bool) -> None:
+def _absorb(norm: Any, reader: Any, *, is_head: bool) -> None:
     """Move the gain and bias of a norm into a linear map that reads it."""
-    weight = widened(reader.weight)
+    weight = widened(weight_of(reader))
     shift = getattr(norm, "bias", None)
     if shift is not None:
         moved = weight @ widened(shift)
@@ -107,7 +116,7 @@ def _absorb(norm: Any, reader: nn.Linear, *, is_head: bool) -> None:
                 "to move them to; choose a depth method."
             )
     if getattr(norm, "weight", None) is not None:  # elementwise_affine=False has none
-        reader.weight.copy_(weight * widened(norm.weight))
+        weight_of(reader).copy_(weight * widened(norm.weight))
 
 
 def _centre_writers(model: Any, family: Architecture) -> None:
@@ -117,8 +126,8 @@ def _centre_writers(model: Any, family: Architecture) -> None:
         embedding.weight.copy_(wide - wide.mean(1, keepdim=True))
     for layer in decoder_layers(model):
         for linear in output_maps(layer, family):
-            wide = widened(linear.weight)
-            linear.weight.copy_(wide - wide.mean(0, keepdim=True))
+            wide = widened(weight_of(linear))
+            weight_of(linear).copy_(wide - wide.mean(0, keepdim=True))
             if linear.bias is not None:
                 linear.bias.copy_(linear.bias - linear.bias.mean())
 

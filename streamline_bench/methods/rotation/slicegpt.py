@@ -243,6 +243,7 @@ class SlicedSizes:
             norm_divisor=self._hidden,
             head_width=width if self._slice_head else self._hidden,
             head_bias=self._head_bias,
+            parallel=architecture_of(self._config).is_parallel(self._config),
         )
 
     def _plan(self, width: int, requested: float | None) -> SlicePlan:

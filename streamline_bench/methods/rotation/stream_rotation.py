@@ -1,6 +1,7 @@
 """Rotates a model's residual stream into its principal axes and slices it, from point to point.
 
-The points are behind the embeddings and behind each layer's attention and MLP. The layers below a
+The points are behind the embeddings and behind each layer's attention and MLP; behind the whole
+layer where both read the same input. The layers below a
 point compute its signal as they already are: rotated and sliced
 (SliceGPT, arXiv 2401.15024, section 3.3). Signals are kept in the model's own basis: a sub-layer
 first gets its inputs rotated, its shortcut leads back to the whole width, and its output is rotated
@@ -28,9 +29,11 @@ from streamline_bench.modeling.rotations import (
     attention_inputs,
     mlp_inputs,
     output_maps,
+    pad_embeddings,
     set_shortcut,
     set_weight,
     stream_embeddings,
+    weight_of,
 )
 
 
@@ -62,7 +65,8 @@ class StreamRotation:
 
     Attributes:
         kept: share of the signal's energy kept at each point: behind the embeddings, then per
-            layer behind attention and behind the MLP.
+            layer behind attention and behind the MLP (or behind both, where they read the same
+            input).
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class StreamRotation:
         self._seed = seed
         self._progress = progress
         self._row = architecture_of(model.config)
+        self._parallel = self._row.is_parallel(model.config)
         self._layers: list[Any] = list(decoder_layers(model))
         self._norm: Any = model.get_submodule(self._row.final_norm)
 
@@ -94,7 +99,7 @@ class StreamRotation:
             CalibrationError: there are fewer tokens than channels.
             NumericsError: a signal is zero or not finite; the layer is named.
         """
-        steps = 2 * len(self._layers) + 1
+        steps = (1 if self._parallel else 2) * len(self._layers) + 1
         with (
             PartialForward(self._model) as forward,
             tqdm(total=steps, desc="rotating", delay=2, disable=not self._progress) as bar,
@@ -102,12 +107,17 @@ class StreamRotation:
             basis = self._embed(forward, width)
             bar.update()
             for index in range(len(self._layers)):
-                basis = self._attention(forward, index, basis, width)
-                bar.update()
                 is_last = index == len(self._layers) - 1
-                basis = self._mlp(index, basis, head_width if is_last else width)
+                last_width = head_width if is_last else width
+                if self._parallel:
+                    basis = self._both(forward, index, basis, last_width)
+                else:
+                    basis = self._attention(forward, index, basis, width)
+                    bar.update()
+                    basis = self._mlp(index, basis, last_width)
                 bar.update()
         _turn_inputs([self._model.get_submodule(self._row.lm_head)], basis)
+        pad_embeddings(self._model, head_width)
 
     def _embed(self, forward: PartialForward, width: int) -> Tensor:
         everything = range(len(self._layers))
@@ -124,6 +134,32 @@ class StreamRotation:
         layer = self._layers[index]
         _turn_inputs(attention_inputs(layer, self._row), basis)
         set_shortcut(layer, "attention_shortcut", basis.to(self._like(layer)))
+        layer.feed = lambda hidden: 0.0
+        try:
+            signal = self._layer_signal(forward, index, basis)
+            found = self._axes(signal, width, f"behind attention of layer {index}")
+        finally:
+            del layer.feed
+        _turn_output(output_maps(layer, self._row)[0], found)
+        set_shortcut(layer, "attention_shortcut", (found.T @ basis).to(self._like(layer)))
+        return found
+
+    def _both(self, forward: PartialForward, index: int, basis: Tensor, width: int) -> Tensor:
+        """Turn a layer whose attention and MLP read the same input: nothing lies between them."""
+        layer = self._layers[index]
+        _turn_inputs(attention_inputs(layer, self._row) + mlp_inputs(layer, self._row), basis)
+        set_shortcut(layer, "attention_shortcut", basis.to(self._like(layer)))
+        signal = self._layer_signal(forward, index, basis)
+        found = self._axes(signal, width, f"behind layer {index}")
+        for linear in output_maps(layer, self._row):
+            _turn_output(linear, found)
+        set_shortcut(layer, "attention_shortcut", (found.T @ basis).to(self._like(layer)))
+        return found
+
+    def _layer_signal(
+        self, forward: PartialForward, index: int, basis: Tensor
+    ) -> Callable[[int, Tensor, Tensor], Tensor]:
+        """Return a function that runs one layer on the signals stored last."""
         others = [other for other in range(len(self._layers)) if other != index]
 
         def signal(number: int, ids: Tensor, mask: Tensor) -> Tensor:
@@ -132,14 +168,7 @@ class StreamRotation:
             forward.hidden(ids, mask, skip=others, record=True, **state)
             return forward.states[len(self._layers)]
 
-        layer.feed = lambda hidden: hidden
-        try:
-            found = self._axes(signal, width, f"behind attention of layer {index}")
-        finally:
-            del layer.feed
-        _turn_output(output_maps(layer, self._row)[0], found)
-        set_shortcut(layer, "attention_shortcut", (found.T @ basis).to(self._like(layer)))
-        return found
+        return signal
 
     def _mlp(self, index: int, basis: Tensor, width: int) -> Tensor:
         layer = self._layers[index]
@@ -147,7 +176,8 @@ class StreamRotation:
         set_shortcut(layer, "mlp_shortcut", basis.to(self._like(layer)))
 
         def signal(number: int, ids: Tensor, mask: Tensor) -> Tensor:
-            fed: Tensor = layer.feed(self._turned(number, basis))
+            states = self._turned(number, basis)
+            fed: Tensor = layer.mlp_shortcut(states) + layer.feed(states)
             return fed
 
         found = self._axes(signal, width, f"behind the MLP of layer {index}")
@@ -187,14 +217,14 @@ class StreamRotation:
 def _turn_inputs(modules: list[Any], basis: Tensor) -> None:
     """Let linear maps read, or embeddings write, the stream in another basis ``[d, width]``."""
     for module in modules:
-        turned = widened(module.weight) @ basis
+        turned = widened(weight_of(module)) @ basis
         set_weight(module, turned.to(module.weight))
 
 
 def _turn_output(linear: Any, basis: Tensor) -> None:
     """Let a linear map write the stream in another basis ``[d, width]``."""
     bias = linear.bias
-    set_weight(linear, (basis.T @ widened(linear.weight)).to(linear.weight))
+    set_weight(linear, (basis.T @ widened(weight_of(linear))).to(linear.weight))
     if bias is not None:
         linear.bias = torch.nn.Parameter((widened(bias) @ basis).to(bias))
 

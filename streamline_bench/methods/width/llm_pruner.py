@@ -2,9 +2,10 @@
 
 A head is its rows of queries, keys and values with its columns of the output projection; a channel
 is its rows of gate and up with its column of down. A unit is one or the other. Every prunable layer
-loses equally many units, its own lowest. Profile ``paper`` does not prune the ends of the model, so
-that layers differ in width and the result is of model type ``streamline``; ``uniform`` prunes all
-layers alike: a stock checkpoint.
+loses equally many units, its own lowest. Where a family lets only heads go, or only channels, the
+others stay, and the log and the manifest say why. Profile ``paper`` does not prune the ends of the
+model, so that layers differ in width and the result is of model type ``streamline``; ``uniform``
+prunes all layers alike: a stock checkpoint.
 
 Differences from the published implementation: query heads that share a key-value head are scored
 with that one (its ``llama3.py`` adds up channels of other heads); gradients are summed in float32;
@@ -14,7 +15,8 @@ the ratio is solved for the wanted share of the model's parameters; the result c
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -27,7 +29,7 @@ from streamline_bench.core.architecture import Architecture, architecture_of, de
 from streamline_bench.core.checkpoint.writer import layer_names, layers_prefix
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.recipe.schema import Frozen, Recipe
-from streamline_bench.errors import NumericsError, SparsityError
+from streamline_bench.errors import ArchitectureError, NumericsError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.layer_removal import (
     config_json,
@@ -47,10 +49,13 @@ from streamline_bench.methods.width.width_plan import (
 from streamline_bench.modeling.widths import (
     LayerWidths,
     Part,
-    head_size,
+    fixed_channels,
+    fixed_heads,
     projection_parts,
     require_narrowable,
 )
+
+log = logging.getLogger(__name__)
 
 Criterion = Literal["param_first", "param_second", "param_mix", "vectorize", "l1", "l2", "random"]
 
@@ -95,29 +100,39 @@ def salience(weight: Tensor, criterion: Criterion, sums: GradientSums | None = N
 
 
 def score_units(
-    layer: int, parts: Sequence[Part], counted: Callable[[str], Tensor], *, vectorize: bool = False
+    layer: int,
+    parts: Sequence[Part],
+    widths: LayerWidths,
+    counted: Callable[[str], Tensor],
+    *,
+    vectorize: bool = False,
 ) -> UnitScores:
-    """Return the scores of a layer's units.
+    """Return the scores of a layer's units; zero where they have no part in ``parts``.
 
     Args:
         layer: named in errors.
-        parts: what belongs to whom.
-        counted: path of a projection -> what its weights count, ``[out, in]``.
+        parts: what belongs to whom; vectors do not count.
+        widths: how many units there are.
+        counted: path of a projection -> what its weights count, as they are stored.
         vectorize: sum over each row (column) before taking the absolute value.
 
     Raises:
         NumericsError: a score is NaN or infinite; the layer is named.
     """
-    counts = {part.unit: part.count for part in parts}
+    counts = {
+        "query": widths.num_attention_heads,
+        "key_value": widths.num_key_value_heads,
+        "channel": widths.intermediate_size,
+    }
     sums = {kind: torch.zeros(count, dtype=torch.float64) for kind, count in counts.items()}
-    for module in dict.fromkeys(part.module for part in parts):
+    for module in _projections(parts):
         values = counted(module)
         for part in (part for part in parts if part.module == module):
-            own = values.narrow(part.axis, part.offset, part.count * part.size)
+            own = values.narrow(part.dim, part.offset, part.count * part.size)
             if vectorize:
-                lines = own.sum(dim=1 - part.axis, dtype=torch.float64).abs()
+                lines = own.sum(dim=1 - part.dim, dtype=torch.float64).abs()
             else:
-                lines = own.abs().sum(dim=1 - part.axis, dtype=torch.float64)
+                lines = own.abs().sum(dim=1 - part.dim, dtype=torch.float64)
             sums[part.unit] += lines.view(part.count, part.size).sum(dim=1).cpu()
     for kind, scores in sums.items():
         if not bool(torch.isfinite(scores).all()):
@@ -126,6 +141,10 @@ def score_units(
                 "another dtype."
             )
     return UnitScores(sums["query"], sums["key_value"], sums["channel"])
+
+
+def _projections(parts: Sequence[Part]) -> list[str]:
+    return list(dict.fromkeys(part.module for part in parts if not part.vector))
 
 
 UNITS_FILE = "pruned_units.json"
@@ -188,6 +207,7 @@ class LLMPruner(Method):
         options = LLMPrunerParameters.model_validate(work.recipe.parameters)
         family = architecture_of(work.config)
         require_narrowable(family)
+        stays = _staying(family)
         plan = _plan(work, family, options)
         looks = needs_gradients(options.criterion)
         tokens = work.tokens(work.recipe.calibration) if looks else None
@@ -213,6 +233,7 @@ class LLMPruner(Method):
                 "head_unit": options.head_unit,
                 "model_type": config.model_type,
                 "size": asdict(plan),
+                **({"stays": stays} if stays else {}),
             },
             calibration=tokens.summary() if tokens is not None else {},
             artefacts={UNITS_FILE: _removed_units(kept, LayerWidths.of(work.config, family))},
@@ -238,6 +259,15 @@ def _highest(scores: Tensor, removed: int) -> Tensor:
     return torch.sort(torch.argsort(scores, stable=True)[removed:]).values
 
 
+def _staying(family: Architecture) -> dict[str, str]:
+    """Return what of each layer cannot be removed -> why, and log it."""
+    reasons = {"heads": fixed_heads(family), "channels": fixed_channels(family)}
+    stays = {kind: reason for kind, reason in reasons.items() if reason}
+    for kind, reason in stays.items():
+        log.warning("all %s stay: %s", kind, reason)
+    return stays
+
+
 def _plan(work: Compression, family: Architecture, options: LLMPrunerParameters) -> WidthPlan:
     if work.recipe.n_layers is not None:
         raise SparsityError(
@@ -250,14 +280,31 @@ def _plan(work: Compression, family: Architecture, options: LLMPrunerParameters)
         for name in work.reader.names
         if name.startswith(prefix)
     }
+    units = prunable(work.config, options.head_unit, shapes)
+    layers = options.layers(getattr(work.config, family.depth_key))
+    _require_parts(work, family, layers)
     return plan_widths(
-        prunable(work.config, options.head_unit, shapes),
-        options.layers(getattr(work.config, family.depth_key)),
+        units,
+        layers,
         sparsity=work.recipe.sparsity,
         ratio=options.ratio,
         multiple=options.channel_multiple,
         added_parameters=untied_head_parameters(work),
     )
+
+
+def _require_parts(work: Compression, family: Architecture, layers: Iterable[int]) -> None:
+    """Refuse a model some of whose layers are of another kind (linear attention, dense MLPs)."""
+    parts = projection_parts(family, LayerWidths.of(work.config, family), work.config)
+    prefix, present = layers_prefix(work.reader, family), set(work.reader.names)
+    for layer in layers:
+        for part in parts:
+            if f"{prefix}.{layer}.{part.tensor}" not in present:
+                raise ArchitectureError(
+                    f"Layer {layer} of this '{family.model_type}' model has no '{part.tensor}', so "
+                    "that its heads and channels cannot be removed; use a method that removes "
+                    "layers."
+                )
 
 
 def _scores(
@@ -277,7 +324,7 @@ def _scores(
             )
             for layer in plan.layers
         }
-    parts = projection_parts(family, widths, head_size(work.config))
+    parts = projection_parts(family, widths, work.config)
     weights: dict[Place, Any] = {}
     sums: dict[Place, GradientSums] = {}
     if tokens is not None:
@@ -285,7 +332,7 @@ def _scores(
         weights = {
             (layer, module): layers[layer].get_submodule(module).weight
             for layer in plan.layers
-            for module in dict.fromkeys(part.module for part in parts)
+            for module in _projections(parts)
         }
         squares = criterion in ("param_second", "param_mix")
         sums = sum_gradients(work.model, weights, tokens, squares=squares, progress=work.progress)
@@ -299,7 +346,7 @@ def _scores(
 
     return {
         layer: score_units(
-            layer, parts, partial(counted, layer), vectorize=criterion == "vectorize"
+            layer, parts, widths, partial(counted, layer), vectorize=criterion == "vectorize"
         )
         for layer in plan.layers
     }

@@ -37,6 +37,7 @@ from streamline_bench.modeling import register, streamline_config
 from streamline_bench.modeling.widths import (
     LayerWidths,
     Part,
+    fixed_heads,
     head_size,
     projection_parts,
     require_narrowable,
@@ -54,8 +55,9 @@ class Prunable:
 
     Attributes:
         widths: of the source.
-        head_units: how many head units there are, and ``head_cost``: parameters of each.
-        channel_cost: parameters of one MLP channel.
+        head_units: how many head units there are, and ``head_cost``: parameters of each; 0 where
+            heads cannot be removed.
+        channel_cost: parameters of one MLP channel; 0 where channels cannot be removed.
         per_unit: change of (query heads, key-value heads) when a head unit is removed.
         total, embeddings: parameters of the whole model, and of embeddings and LM head.
         num_layers: layers of the model.
@@ -71,12 +73,23 @@ class Prunable:
     num_layers: int
 
     @property
+    def removable(self) -> str:
+        """What can be removed, in words."""
+        kinds = (("heads", self.head_units), ("channels", self.channel_cost))
+        return " and ".join(name for name, there in kinds if there)
+
+    @property
     def layer_parameters(self) -> int:
         """Parameters of all heads and channels of one layer."""
         return self.head_units * self.head_cost + self.widths.intermediate_size * self.channel_cost
 
     def whole(self, channels: float, multiple: int) -> int:
-        """Return the closest multiple, at least one and at most what there is."""
+        """Return the closest multiple, at least one and at most what there is.
+
+        Channels that cannot be removed all stay.
+        """
+        if not self.channel_cost:
+            return self.widths.intermediate_size
         closest = max(1, math.floor(channels / multiple + 0.5)) * multiple
         return min(closest, self.widths.intermediate_size)
 
@@ -129,11 +142,12 @@ def prunable(
     family = architecture_of(config)
     require_narrowable(family)
     widths = LayerWidths.of(config, family)
+    heads_stay = bool(fixed_heads(family))
     if not shapes:
         prefix = f"{family.layers}.0."
         everything = _shapes(config).items()
         shapes = {name.removeprefix(prefix): s for name, s in everything if name.startswith(prefix)}
-    parts = projection_parts(family, widths, head_size(config))
+    parts = projection_parts(family, widths, config)
     _require_shapes(parts, shapes, family.model_type)
     query, key_value, channel = (
         sum(_cost(part, shapes) for part in parts if part.unit == kind)
@@ -143,7 +157,7 @@ def prunable(
     within = unit == "q_within" and shared > 1
     sizes = model_sizes(config)
     return Prunable(
-        widths=widths, head_units=shared if within else groups,
+        widths=widths, head_units=0 if heads_stay else shared if within else groups,
         head_cost=groups * query if within else shared * query + key_value, channel_cost=channel,
         per_unit=(groups, 0) if within else (shared, 1), total=sizes.total,
         embeddings=sizes.embeddings, num_layers=len(sizes.layers),
@@ -163,7 +177,8 @@ def plan_widths(
 
     Args:
         sparsity: share of the model's parameters to remove.
-        ratio: share of units to remove instead, rounded down to whole heads.
+        ratio: share of units to remove instead, rounded down to whole heads. What cannot be
+            removed stays.
         multiple: the channels that stay are a multiple of this.
         added_parameters: parameters that are added: an LM head that a recovery unties.
 
@@ -188,23 +203,34 @@ def plan_widths(
     if ratio is not None:
         heads = math.floor(ratio * units.head_units + 1e-9)
         kept = units.whole((1 - ratio) * channels, multiple)
-        return _plan(units, layers, None, ratio, heads, kept, added_parameters)
+        plan = _plan(units, layers, None, ratio, heads, kept, added_parameters)
+        if not plan.head_units and not plan.channels:
+            raise SparsityError(
+                f"Ratio {ratio} removes nothing: a layer has {units.head_units} removable heads or "
+                f"groups and {channels if units.channel_cost else 0} channels in steps of "
+                f"{multiple}; give a larger ratio."
+            )
+        return plan
     assert sparsity is not None
     per_layer = (sparsity * units.total + added_parameters) / len(layers)
     ratio = per_layer / units.layer_parameters
-    for heads in sorted(range(units.head_units), key=lambda u: abs(u - ratio * units.head_units)):
-        left = channels - (per_layer - heads * units.head_cost) / units.channel_cost
+    counts = range(max(units.head_units, 1))
+    for heads in sorted(counts, key=lambda u: abs(u - ratio * units.head_units)):
+        missed = per_layer - heads * units.head_cost
+        left = channels - missed / units.channel_cost if units.channel_cost else channels
         kept = units.whole(left, multiple)
-        if abs(left - kept) <= multiple / 2:
+        step = multiple * units.channel_cost or units.head_cost
+        if abs(missed - (channels - kept) * units.channel_cost) <= step / 2:
             plan = _plan(units, layers, sparsity, ratio, heads, kept, added_parameters)
             if plan.removed > 0:
                 return plan
-    least = (len(layers) * multiple * units.channel_cost - added_parameters) / units.total
+    step = multiple * units.channel_cost or units.head_cost
+    least = (len(layers) * step - added_parameters) / units.total
     stay = units.head_cost + min(multiple, channels) * units.channel_cost
     most = (len(layers) * (units.layer_parameters - stay) - added_parameters) / units.total
     raise SparsityError(
         f"Sparsity {sparsity} is out of reach: with {len(layers)} of {units.num_layers} layers "
-        f"prunable, removing heads and channels reaches {max(0.0, least):.4f} to {most:.4f}; "
+        f"prunable, removing {units.removable} reaches {max(0.0, least):.4f} to {most:.4f}; "
         "choose a share in that range or protect fewer layers."
     )
 
@@ -213,15 +239,20 @@ def _require_shapes(
     parts: Sequence[Part], shapes: Mapping[str, Sequence[int]], model_type: str
 ) -> None:
     """Refuse a config whose numbers its family does not read (key-value heads of an OPT)."""
-    expected: dict[tuple[str, int], int] = {}
+    expected: dict[tuple[str, int, int], int] = {}
     for part in parts:
-        key = (part.module, part.axis)
+        key = (part.tensor, part.axis, part.dim)
         expected[key] = expected.get(key, 0) + part.count * part.size
-    for (module, axis), size in expected.items():
-        found = shapes[f"{module}.weight"][axis]
+    for (tensor, axis, dim), size in expected.items():
+        if tensor not in shapes:
+            raise ArchitectureError(
+                f"Layer 0 of this '{model_type}' model has no '{tensor}', so that its heads and "
+                "channels cannot be removed; use a method that removes layers."
+            )
+        found = shapes[tensor][dim]
         if found != size:
             raise ArchitectureError(
-                f"The weights of '{module}' have {found} {'columns' if axis else 'rows'} and the "
+                f"The weights of '{tensor}' have {found} {'columns' if axis else 'rows'} and the "
                 f"config of this '{model_type}' model makes it {size}; correct its numbers of "
                 "heads and channels (num_attention_heads, num_key_value_heads, head_dim, "
                 "intermediate size)."
@@ -229,9 +260,9 @@ def _require_shapes(
 
 
 def _cost(part: Part, shapes: Mapping[str, Sequence[int]]) -> int:
-    weight = shapes[f"{part.module}.weight"]
+    weight = shapes[part.tensor]
     bias = 1 if part.axis == 0 and f"{part.module}.bias" in shapes else 0
-    return part.size * (math.prod(weight) // weight[part.axis] + bias)
+    return part.size * (math.prod(weight) // weight[part.dim] + bias)
 
 
 def _plan(
@@ -249,7 +280,7 @@ def _plan(
     return WidthPlan(
         layers=layers,
         ratio=ratio,
-        head_ratio=heads / units.head_units,
+        head_ratio=heads / max(units.head_units, 1),
         channel_ratio=channels / before.intermediate_size,
         head_units=heads,
         channels=channels,
@@ -306,17 +337,20 @@ def sliced_tensors(
         if units.widths == widths:
             continue
         pieces: dict[tuple[str, int], list[Tensor]] = {}
-        for part in projection_parts(family, widths, head_size(config)):
+        for part in projection_parts(family, widths, config):
             indices: Tensor = getattr(units, part.unit)
             if part.unit != "channel" and units.query.numel() == widths.num_attention_heads:
                 continue
             lines = part.offset + (indices[:, None] * part.size + torch.arange(part.size)).view(-1)
-            pieces.setdefault((part.module, part.axis), []).append(lines)
-        for (module, axis), lines_of in pieces.items():
-            for kind in ("weight",) if axis else ("weight", "bias"):
-                name = f"{prefix}.{layer}.{module}.{kind}"
-                if name in present:
-                    slices[name] = (axis, torch.cat(lines_of))
+            places = {part.tensor: part.dim}
+            if part.axis == 0 and not part.vector:
+                places[f"{part.module}.bias"] = 0
+            for tensor, dim in places.items():
+                pieces.setdefault((tensor, dim), []).append(lines)
+        for (tensor, dim), lines_of in pieces.items():
+            name = f"{prefix}.{layer}.{tensor}"
+            if name in present:
+                slices[name] = (dim, torch.cat(lines_of))
     return LazyTensors(slices, lambda name: reader.tensor(name).index_select(*slices[name]))
 
 

@@ -24,7 +24,7 @@ def test_logits_stay_the_same(rotatable: str, double_model: Callable[..., Any]) 
         fuse_norms(model)
         torch.testing.assert_close(model(IDS).logits, before, rtol=1e-11, atol=1e-11)
     norms = [m for m in model.modules() if isinstance(m, StreamNorm)]
-    assert len(norms) == 2 * 3 + 1
+    assert len(norms) == (3 if rotatable == "phi" else 2 * 3) + 1
     assert not [p for norm in norms for p in norm.parameters()]
 
 

@@ -62,7 +62,8 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 class ProjectedModel:
     """The unfused model, whose stream is projected at boundary after boundary; brute force.
 
-    Boundaries: 0 behind the embeddings, 2l + 1 behind attention of layer l, 2l + 2 behind its MLP.
+    Boundaries: 0 behind the embeddings, 2l + 1 behind attention of layer l, 2l + 2 behind its MLP;
+    l + 1 behind layer l where both read the same input.
     """
 
     def __init__(self, model: Any, *, normalised: bool) -> None:
@@ -72,10 +73,14 @@ class ProjectedModel:
         self._signals: dict[int, Tensor] = {}
         self._middles: dict[int, tuple[Tensor, Tensor]] = {}
         row = architecture_of(model.config)
-        self._centred = row.model_type == "opt"
+        self._centred = isinstance(model.get_submodule(row.final_norm), torch.nn.LayerNorm)
+        parallel = row.is_parallel(model.config)
         for index, layer in enumerate(decoder_layers(model)):
             if index == 0:
                 layer.register_forward_pre_hook(lambda _, args: (self._at(0, args[0]), *args[1:]))
+            if parallel:
+                layer.register_forward_hook(self._after_parallel_layer(index))
+                continue
             norm = layer.get_submodule(row.mlp_norm)
             norm.register_forward_pre_hook(self._before_mlp(index))
             layer.register_forward_hook(self._after_layer(index))
@@ -117,6 +122,15 @@ class ProjectedModel:
 
         return hook
 
+    def _after_parallel_layer(self, index: int) -> Any:
+        return lambda layer, args, output: self._at(index + 1, output)
+
+
+def boundaries(model: Any) -> int:
+    """Places where the stream is turned, but for the one behind the embeddings."""
+    parallel = architecture_of(model.config).is_parallel(model.config)
+    return DEPTH if parallel else 2 * DEPTH
+
 
 def test_a_rotation_without_slicing_leaves_the_logits(
     rotatable: str,
@@ -131,7 +145,7 @@ def test_a_rotation_without_slicing_leaves_the_logits(
     rotation = rotate(model, tokens, tmp_path, HIDDEN, HIDDEN)
     torch.testing.assert_close(logits(model, ids), before, rtol=1e-10, atol=1e-10)
     assert not torch.allclose(model.get_input_embeddings().weight, embeddings)
-    assert rotation.kept == pytest.approx([1.0] * (2 * DEPTH + 1))
+    assert rotation.kept == pytest.approx([1.0] * (boundaries(model) + 1))
 
 
 @pytest.mark.parametrize("head", [24, HIDDEN])
@@ -145,7 +159,7 @@ def test_slicing_equals_projecting_the_stream(
 ) -> None:
     whole = double_model(rotatable)
     projected = ProjectedModel(whole, normalised=False)
-    projected.fit(tokens, [24] * (2 * DEPTH) + [head])
+    projected.fit(tokens, [24] * boundaries(whole) + [head])
     model = double_model(rotatable)
     rotate(model, tokens, tmp_path, 24, head)
     torch.testing.assert_close(logits(model, ids), logits(whole, ids), rtol=1e-8, atol=1e-8)

@@ -38,7 +38,8 @@ from streamline_bench.modeling.widths import LayerWidths, head_size, projection_
 
 IDS = torch.tensor([[1, 5, 9, 40, 22, 7, 63, 88], [1, 71, 3, 3, 12, 90, 31, 4]])
 WIDTHS = LayerWidths(8, 4, 64)
-PARTS = projection_parts(ARCHITECTURES["llama"], WIDTHS, 4)
+CONFIG = LlamaConfig(head_dim=4)
+PARTS = projection_parts(ARCHITECTURES["llama"], WIDTHS, CONFIG)
 CRITERIA = ("param_first", "param_second", "param_mix", "vectorize", "l1", "l2")
 
 
@@ -69,6 +70,7 @@ def test_scores_equal_a_loop_over_weights(
     scores = score_units(
         2,
         PARTS,
+        WIDTHS,
         lambda path: salience(weights[2, path], criterion, sums[2, path]),
         vectorize=criterion == "vectorize",
     )
@@ -138,11 +140,11 @@ def test_fused_projections_score_like_separate_ones() -> None:
         "self_attn.o_proj": output,
         "mlp.down_proj": down,
     }
-    parts = projection_parts(ARCHITECTURES["phi3"], WIDTHS, 4)
-    of_fused = score_units(0, parts, fused.__getitem__)
+    parts = projection_parts(ARCHITECTURES["phi3"], WIDTHS, CONFIG)
+    of_fused = score_units(0, parts, WIDTHS, fused.__getitem__)
     plain = {f"self_attn.{k}_proj": v for k, v in {**separate, "o": output}.items()}
     plain |= {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": down}
-    of_plain = score_units(0, PARTS, plain.__getitem__)
+    of_plain = score_units(0, PARTS, WIDTHS, plain.__getitem__)
     for kind in ("query", "key_value", "channel"):
         torch.testing.assert_close(getattr(of_fused, kind), getattr(of_plain, kind))
 
@@ -151,7 +153,7 @@ def test_scores_that_are_not_finite_name_the_layer() -> None:
     values = {part.module: torch.ones(64, 64) for part in PARTS}
     values["mlp.down_proj"][0, 0] = float("nan")
     with pytest.raises(NumericsError, match=r"channel.*layer 3\b.*NaN"):
-        score_units(3, PARTS, values.__getitem__)
+        score_units(3, PARTS, WIDTHS, values.__getitem__)
 
 
 register()
@@ -177,6 +179,8 @@ def config_of(family: str, **changes: Any) -> Any:
     if family == "opt":
         sizes |= {"ffn_dim": 64, "word_embed_proj_dim": 32}
         del sizes["num_key_value_heads"], sizes["head_dim"], sizes["intermediate_size"]
+    if family == "gpt2":
+        del sizes["num_key_value_heads"]
     if family == "qwen2":
         sizes["vocab_size"] = 264  # all bytes, see byte_tokenizer
     return AutoConfig.for_model(family, **sizes)
@@ -239,19 +243,27 @@ def load(folder: Path) -> Any:
 def with_units_zeroed(folder: Path, pruned: Path) -> Any:
     """Return the source with the removed units' columns of its output projections zeroed."""
     model = load(folder)
-    row, size = architecture_of(model.config), head_size(model.config)
+    row = architecture_of(model.config)
+    size = getattr(model.config, "v_head_dim", None) or head_size(model.config)
     for layer, gone in json.loads((pruned / UNITS_FILE).read_text()).items():
         module = decoder_layers(model)[int(layer)]
         output = module.get_submodule(f"{row.attention}.{row.output}").weight
-        down = module.get_submodule(f"{row.mlp}.{row.down}".lstrip(".")).weight
+        output = output.T if row.transposed else output
         with torch.no_grad():
             for head in gone["heads"]:
                 output[:, head * size : (head + 1) * size] = 0
             for channel in gone["channels"]:
-                down[:, channel] = 0
+                down = module.get_submodule(f"{row.mlp}.{row.down}".lstrip(".")).weight
+                (down.T if row.transposed else down)[:, channel] = 0
     return model
 
 
+MIXTURE = {"num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+LATENT = {
+    "num_key_value_heads": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2,
+    "topk_group": 1, "moe_intermediate_size": 8, "first_k_dense_replace": 1, "kv_lora_rank": 8,
+    "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6,
+}  # fmt: skip
 CASES = [
     ("llama", "kv_group", {}),
     ("llama", "q_within", {}),
@@ -270,7 +282,17 @@ CASES = [
     ("smollm3", "kv_group", {"no_rope_layer_interval": 2}),
     ("granite", "kv_group", {"residual_multiplier": 0.7, "embedding_multiplier": 2.0}),
     ("llama", "kv_group", {"attention_bias": True, "mlp_bias": True}),
+    ("gpt2", "kv_group", {"n_inner": 64}),
+    ("gpt_neox", "kv_group", {}),
+    ("mixtral", "kv_group", MIXTURE),
+    ("qwen3_moe", "q_within", {**MIXTURE, "moe_intermediate_size": 8, "mlp_only_layers": [1]}),
+    ("gpt_oss", "kv_group", {**MIXTURE, "intermediate_size": 8}),
+    ("deepseek_v3", "kv_group", LATENT),
+    ("deepseek_v3", "kv_group", {**LATENT, "q_lora_rank": None}),
+    ("olmo2", "kv_group", {}),
 ]
+ONLY_HEADS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
+ONLY_CHANNELS = ("olmo2",)
 
 
 @pytest.mark.parametrize("recipe", ["llm_pruner", "llm_pruner_uniform"])
@@ -284,7 +306,9 @@ def test_slicing_computes_what_zeroing_does(
     prune: Callable[..., Path],
 ) -> None:
     folder = source(family, **changes)
-    pruned = prune(folder, recipe, **{"parameters.head_unit": unit})
+    # Heads alone are few of a mixture's parameters, and they are whole.
+    sparsity = {"mixtral": 0.1, "qwen3_moe": 0.12, "deepseek_v3": 0.12}.get(family, 0.2)
+    pruned = prune(folder, recipe, sparsity=sparsity, **{"parameters.head_unit": unit})
     model = load(pruned)
     with torch.no_grad():
         expected = with_units_zeroed(folder, pruned)(IDS).logits
@@ -292,13 +316,19 @@ def test_slicing_computes_what_zeroing_does(
         assert not torch.allclose(expected, load(folder)(IDS).logits, atol=0.1)
     removed = json.loads((pruned / UNITS_FILE).read_text())
     assert set(removed) == {str(i) for i in (range(6) if "uniform" in recipe else range(1, 5))}
-    assert all(layer["heads"] and layer["channels"] for layer in removed.values())
-    assert all(bool(layer["key_value_heads"]) == (unit == "kv_group") for layer in removed.values())
+    for layer in removed.values():
+        assert bool(layer["heads"]) == (family not in ONLY_CHANNELS)
+        assert bool(layer["channels"]) == (family not in ONLY_HEADS)
+        groups = unit == "kv_group" and family not in ONLY_CHANNELS
+        assert bool(layer["key_value_heads"]) == groups
     manifest = read_manifest(pruned)
     assert manifest is not None
+    stays = {"channels"} if family in ONLY_HEADS else {"heads"} if family in ONLY_CHANNELS else {}
+    assert set(manifest.chosen.get("stays", ())) == set(stays)
     before = CheckpointReader(folder).num_parameters
     assert manifest.parameters_after == before - manifest.chosen["size"]["removed"]
-    assert manifest.sparsity_reached == pytest.approx(0.2, abs=0.02)
+    coarse = family in ONLY_HEADS
+    assert manifest.sparsity_reached == pytest.approx(sparsity, abs=0.08 if coarse else 0.02)
     generated = model.generate(IDS, max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert torch.equal(generated, greedy(model, 4))
 
@@ -457,9 +487,22 @@ def test_wrong_parameters(
         make_recipe("llm_pruner", sparsity=0.2, **changes)
 
 
-@pytest.mark.parametrize(("family", "reason"), [("olmo2", "norms"), ("gpt2", "multiples")])
-def test_families_that_do_not_fit(
-    family: str, reason: str, make_tiny_model: Callable[..., Path], prune: Callable[..., Path]
+def test_a_ratio_that_removes_nothing(source: Source, prune: Callable[..., Path]) -> None:
+    """Channels of a mixture stay, and a twentieth of eight heads is none."""
+    with pytest.raises(SparsityError, match=r"0\.05 removes nothing"):
+        plan_widths(prunable(config_of("mixtral", **MIXTURE)), range(6), ratio=0.05)
+
+
+def test_heads_of_a_mixture_reach_less(source: Source, prune: Callable[..., Path]) -> None:
+    with pytest.raises(SparsityError, match=r"removing heads reaches 0\.\d+ to 0\.\d+"):
+        prune(source("mixtral", **MIXTURE), sparsity=0.9)
+
+
+def test_a_layer_of_another_kind_is_named(
+    source: Source, prune: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ArchitectureError, match=f"'{family}'.*{reason}"):
-        prune(make_tiny_model(family))
+    names = CheckpointReader(source("llama")).names
+    lacking = [name for name in names if "layers.2.self_attn.k_proj" not in name]
+    monkeypatch.setattr(CheckpointReader, "names", lacking)
+    with pytest.raises(ArchitectureError, match=r"Layer 2\b.*'self_attn\.k_proj\.weight'"):
+        prune(source("llama"), **{"parameters.criterion": "random"})

@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from streamline_bench.core.architecture import Architecture
 from streamline_bench.errors import ArchitectureError, SparsityError
 from streamline_bench.methods.width.llm_pruner import LLMPrunerParameters
 from streamline_bench.methods.width.width_plan import narrowed_config, plan_widths, prunable
 from streamline_bench.modeling import LayerWidths
+from streamline_bench.modeling.widths import require_narrowable
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,
@@ -147,8 +149,17 @@ def test_protecting_everything() -> None:
 
 
 def test_families_without_units() -> None:
-    with pytest.raises(ArchitectureError, match="'mixtral'"):
-        prunable(AutoConfig.for_model("mixtral"))
+    row = Architecture("unheard", query="", down="")
+    with pytest.raises(ArchitectureError, match=r"'unheard'.*query; .*down"):
+        require_narrowable(row)
+
+
+def test_families_of_which_one_kind_goes() -> None:
+    mixture = prunable(config_of("mixtral", num_local_experts=2))
+    assert (mixture.head_units, mixture.channel_cost) == (4, 0)
+    assert mixture.whole(10, 8) == 64
+    normed = prunable(config_of("olmo2"))
+    assert (normed.head_units, normed.head_cost, normed.channel_cost) == (0, 0, 3 * 32)
 
 
 def test_a_config_with_numbers_that_the_weights_do_not_have() -> None:
