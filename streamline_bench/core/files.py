@@ -385,6 +385,19 @@ def validated(
         raise error(f"{origin}: {first_problem(failure)}; {advice}.") from None
 
 
+class _NoTwins(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping: of its two values the last would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        own = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in own if key != "<<" and own.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"'{twice}' stands twice in one mapping; remove one"
+            )
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml_mapping(path: Path, expected: str) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
@@ -396,7 +409,7 @@ def read_yaml_mapping(path: Path, expected: str) -> dict[str, Any]:
         RecipeError: it cannot be read, is not YAML or holds no mapping.
     """
     try:
-        payload = yaml.safe_load(path.read_text(encoding="utf-8"))
+        payload = yaml.load(path.read_text(encoding="utf-8"), _NoTwins)  # noqa: S506: it is safe
         json.dumps(payload, default=str, skipkeys=True)  # fails if a list holds itself
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(

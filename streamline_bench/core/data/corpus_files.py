@@ -58,8 +58,8 @@ def read_file(path: Path) -> Iterator[Mapping[str, Any]]:
     """
     if path.is_dir():
         raise CalibrationError(
-            f"{path} is a folder, which is read alone only; give it as the one source, or name its "
-            "files (a pattern such as folder/*.jsonl)."
+            f"{path} is a folder where a file is needed; give a {FILE_KINDS} file (a calibration "
+            "folder is read only as the one source)."
         )
     if not path.is_file():
         raise CalibrationError(f"The file {path} does not exist; give a {FILE_KINDS} file.")

@@ -27,3 +27,17 @@ def test_anything_else_is_refused(tmp_path: Path, text: str, message: str) -> No
     path.write_text(text)
     with pytest.raises(RecipeError, match=message):
         read_yaml_mapping(path, EXPECTED)
+
+
+@pytest.mark.parametrize("text", ["limit: 3\nlimit: 5\n", "set: {n_layers: 2, n_layers: 3}\n"])
+def test_a_key_that_stands_twice_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"plan\.yaml.*'(limit|n_layers)' stands twice"):
+        read_yaml_mapping(path, EXPECTED)
+
+
+def test_a_merged_key_may_be_given_again(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n", encoding="utf-8")
+    assert read_yaml_mapping(path, EXPECTED)["b"] == {"x": 1, "y": 3}
