@@ -19,7 +19,7 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import LazyTensors, layers_prefix
 from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.recipe.schema import RecoverySpec
-from streamline_bench.errors import ArchitectureError, NumericsError
+from streamline_bench.errors import ArchitectureError, NumericsError, library_errors
 from streamline_bench.methods.base import Compressed, Compression, Method, write_compressed
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ RECOVERY_VERSION = 1
 weights than before."""
 
 log = logging.getLogger(__name__)
+
+_HELD = 2
+"""Experts are written one after the other, gate, up and down of each: parts of two weights."""
 
 _FACTS = ("layers_after", "chosen", "calibration", "training")
 
@@ -63,7 +66,7 @@ def compress_and_recover(
     tied = bool(model.config.tie_word_embeddings)
     trainable = choose_parameters(model, spec, job.recipe.seed)
     untied = tied and not model.config.tie_word_embeddings
-    stored = _stored_names(reader, trainable.weights, untied)
+    stored = StoredForm(reader, model, trainable.weights, untied)
     result = train_recovery(
         model,
         trainable,
@@ -80,13 +83,10 @@ def compress_and_recover(
 
 
 def _refuse_unstored(job: Compression, spec: RecoverySpec) -> None:
-    """Refuse, before anything costly, to train experts that the checkpoint stores one by one.
-
-    Partial recovery trains the last layers of the result: it is refused here where every layer is a
-    mixture, and otherwise when it is known which layers those are.
+    """Refuse, before anything costly, to train experts in a form that cannot be written back.
 
     Raises:
-        ArchitectureError: a weight to train is stored in another form.
+        ArchitectureError: no tensor of the checkpoint is the weight to train, or a part of it.
     """
     family = architecture_of(job.config)
     if (
@@ -100,16 +100,14 @@ def _refuse_unstored(job: Compression, spec: RecoverySpec) -> None:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(job.config)
-    known = set(_copied_names(job.reader, untied=True))
     depth = int(getattr(job.config, family.depth_key))
-    lacking: dict[int, str] = {}
-    for layer in range(depth):
-        prefix = f"{family.layers}.{layer}"
-        for name, _ in model.get_submodule(prefix).named_parameters(prefix=prefix):
-            if _match(family, name, known) is None:
-                lacking.setdefault(layer, name)
-    if lacking and (spec.kind == "full" or len(lacking) == depth):
-        raise _unstored(lacking[max(lacking)])
+    weights = [
+        name
+        for layer in range(depth)
+        for name, _ in model.named_parameters()
+        if name.startswith(f"{family.layers}.{layer}.")
+    ]
+    StoredForm(job.reader, model, tuple(weights), untied=False)
 
 
 def _compressed(job: Compression, method: Method) -> tuple[CheckpointReader, dict[str, Any]]:
@@ -151,15 +149,14 @@ def _recovered(
     reader: CheckpointReader,
     facts: Mapping[str, Any],
     result: TrainingResult,
-    stored: Mapping[str, str],
+    stored: StoredForm,
     summary: Mapping[str, Any],
     untied: bool,
 ) -> Compressed:
     from streamline_bench.modeling.loading import stored_overrides
 
-    in_model = {stored[name]: name for name in result.state}
     tensors = LazyTensors(
-        in_model, lambda name: _as_stored(reader, name, result.state[in_model[name]])
+        stored.names, lambda name: _as_stored(reader, name, stored.tensor(name, result.state))
     )
     config = {**reader.config, **stored_overrides(str(reader.folder))}
     if untied:
@@ -193,26 +190,67 @@ def _copied_names(reader: CheckpointReader, untied: bool) -> dict[str, str]:
     return {prefix + name: name for name in reader.names}
 
 
-def _stored_names(
-    reader: CheckpointReader, weights: tuple[str, ...], untied: bool
-) -> dict[str, str]:
-    """Return name in the model -> name in the checkpoint to write.
+class StoredForm:
+    """In which tensors a checkpoint stores trained weights of a model.
+
+    A weight has the name that it has in the model, or the family's older spelling; experts that
+    the model holds in one tensor may be stored one by one. They are written back as they were read
+    (transformers' own conversion, backwards).
+
+    Args:
+        model: the weights' model, as transformers loads it; may be on the meta device.
+        weights: names in the model.
 
     Raises:
-        ArchitectureError: the checkpoint stores a weight in another form (fused experts).
+        ArchitectureError: the checkpoint stores a weight in another form.
     """
-    family = architecture_of(reader.config)
-    known = set(_copied_names(reader, untied))
-    head = _spelled(family, f"{family.lm_head}.weight")
-    if untied:
-        known.add(head)
-    found: dict[str, str] = {}
-    for name in weights:
-        match = _match(family, name, known)
-        if match is None:
-            raise _unstored(name)
-        found[name] = match
-    return found
+
+    def __init__(
+        self, reader: CheckpointReader, model: Any, weights: tuple[str, ...], untied: bool
+    ) -> None:
+        self._model = model
+        self._weights: dict[str, str] = {}  # name in the checkpoint -> name in the model
+        self._parts: dict[str, str] = {}  # the same -> transformers' spelling, where it is a part
+        self._converted_last: dict[str, dict[str, Tensor]] = {}
+        family = architecture_of(reader.config)
+        known = set(_copied_names(reader, untied))
+        if untied:
+            known.add(_spelled(family, f"{family.lm_head}.weight"))
+        shapes = dict(model.named_parameters())
+        for name in weights:
+            match = _match(family, name, known)
+            if match is not None:
+                self._weights[match] = name
+                continue
+            for part in self._converted(name, shapes[name].detach().to("meta")):
+                match = _match(family, part, known)
+                if match is None:
+                    raise _unstored(name)
+                self._weights[match], self._parts[match] = name, part
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in the checkpoint of all tensors that the training changes."""
+        return tuple(self._weights)
+
+    def tensor(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
+        """Return one of them; ``state`` has name in the model -> trained weight."""
+        weight = self._weights[name]
+        if name not in self._parts:
+            return state[weight]
+        if weight not in self._converted_last:
+            while len(self._converted_last) >= _HELD:
+                del self._converted_last[next(iter(self._converted_last))]
+            self._converted_last[weight] = self._converted(weight, state[weight])
+        return self._converted_last[weight][self._parts[name]]
+
+    def _converted(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        what = f"Weight '{name}' in the form of the checkpoint"
+        with library_errors(what, kind=ArchitectureError):
+            parts: dict[str, Tensor] = revert_weight_conversion(self._model, {name: weight})
+        return parts
 
 
 def _match(family: Architecture, name: str, known: Collection[str]) -> str | None:

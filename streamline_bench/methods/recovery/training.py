@@ -110,6 +110,7 @@ def train_recovery(
         "preset": spec.preset,
         "trained_parameters": sum(p.numel() for p in trainable.named_parameters().values()),
         "changed_tensors": len(trainable.weights),
+        **({"targets_left_out": dict(trainable.left_out)} if trainable.left_out else {}),
         **loop.summary(),
     }
     return TrainingResult(trainable.merged(), state.curve, summary)
@@ -124,8 +125,10 @@ class TrainableParameters:
 
     Attributes:
         weights: names, in the model, of the tensors that the training changes.
+        left_out: target of the recipe -> why it is not trained, or not everywhere.
     """
 
+    left_out: Mapping[str, str] = {}
     label, task = "recovered model", "recover"
 
     def __init__(self, model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
@@ -190,9 +193,10 @@ def _existing(parent: nn.Module, path: str) -> nn.Module | None:
     OPT-350m has no final norm, and a layer of a mixture has experts in place of projections.
     """
     try:
-        return parent.get_submodule(path)
+        module = parent.get_submodule(path)
     except AttributeError:
         return None
+    return module if isinstance(module, nn.Module) else None  # an unused one may be None
 
 
 _ADAPTER = "default"  # peft's own name for the first one
@@ -209,19 +213,23 @@ class LoraParameters(TrainableParameters):
         from peft import LoraConfig, inject_adapter_in_model
         from transformers.pytorch_utils import Conv1D
 
-        modules = target_modules(model, spec)
+        modules, self.left_out = target_modules(model, spec)
+        for role, reason in self.left_out.items():
+            log.warning("LoRA leaves the target '%s' out: %s", role, reason)
+        layers = architecture_of(model.config).layers
         stored_transposed = any(isinstance(module, Conv1D) for module in modules.values())
         config = LoraConfig(
             r=spec.rank,
             lora_alpha=spec.alpha,  # type: ignore[arg-type]  # peft only divides it by the rank
             lora_dropout=spec.dropout,
-            target_modules=list(modules),
+            target_modules=[path.removeprefix(f"{layers}.") for path in modules],
             bias="none",
             fan_in_fan_out=stored_transposed,
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            inject_adapter_in_model(config, model)
+            # Given the whole model, peft takes the names of dense MLPs for those of experts.
+            inject_adapter_in_model(config, model.get_submodule(layers))
         self._seed = seed
         self._layers: dict[str, Any] = {path: model.get_submodule(path) for path in modules}
         self._dropouts = [
@@ -258,37 +266,67 @@ class LoraParameters(TrainableParameters):
         return merged.cpu()
 
 
-def target_modules(model: Any, spec: RecoverySpec) -> dict[str, nn.Module]:
+def target_modules(model: Any, spec: RecoverySpec) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Return path -> projection for the roles in ``spec.targets``, in the order of the layers.
 
-    A plain MLP has no gate, so that this role asks for nothing there.
+    A plain MLP has no gate, so that this role asks for nothing there. Experts of a mixture are left
+    as they are: its attention is trained, and the MLPs of its dense layers.
+
+    Returns:
+        The projections, and role -> why it is left out (of some layers).
 
     Raises:
         ArchitectureError: the family has no projection of that role.
     """
     family = architecture_of(model.config)
-    paths = {role: _path(family, role) for role in spec.targets}
+    paths = {role: _paths(family, role) for role in spec.targets}
     found: dict[str, nn.Module] = {}
-    used: set[str] = set()
+    layers_of: dict[str, set[int]] = {role: set() for role in paths}
     for index, layer in enumerate(decoder_layers(model)):
-        for role, path in paths.items():
-            module = _existing(layer, path) if path else None
-            if module is not None:
-                used.add(role)
-                found[f"{family.layers}.{index}.{path}"] = module
-    plain = not family.experts and not family.gate and not family.fused_gate_up
-    missing = [role for role in paths if role not in used and not (role == "gate" and plain)]
-    if missing or not found:
-        role = (missing or list(paths))[0]
-        raise ArchitectureError(
-            f"Model type '{family.model_type}' has no projection '{role}' that LoRA can update; "
-            "choose others in recovery.targets."
-        )
-    return found
+        for role, candidates in paths.items():
+            for path in candidates:
+                if _existing(layer, path) is not None:
+                    layers_of[role].add(index)
+                    found[f"{family.layers}.{index}.{path}"] = layer.get_submodule(path)
+    depth = len(decoder_layers(model))
+    left_out: dict[str, str] = {}
+    for role, layers in layers_of.items():
+        if len(layers) == depth or (layers and role not in _MLP_ROLES):
+            continue
+        if family.experts and role in _MLP_ROLES and found:
+            where = f"of {depth - len(layers)} of the layers " if layers else ""
+            left_out[role] = f"the MLPs {where}are mixtures of experts, which LoRA leaves alone"
+        elif not layers and not (role == "gate" and _plain(family)):
+            raise _no_projection(family, role)
+    if not found:
+        raise _no_projection(family, next(iter(paths)))
+    return found, left_out
 
 
-def _path(family: Architecture, role: str) -> str:
-    """Return where a layer has the projection of a role; empty if nowhere."""
+_MLP_ROLES = ("gate", "up", "down")
+
+
+def _plain(family: Architecture) -> bool:
+    return not family.experts and not family.gate and not family.fused_gate_up
+
+
+def _no_projection(family: Architecture, role: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"Model type '{family.model_type}' has no projection '{role}' that LoRA can update; "
+        "choose others in recovery.targets, or another kind of recovery."
+    )
+
+
+_LATENT = {
+    "q": ("q_proj", "q_a_proj", "q_b_proj"),
+    **dict.fromkeys(("k", "v"), ("kv_a_proj_with_mqa", "kv_b_proj")),
+}
+
+
+def _paths(family: Architecture, role: str) -> tuple[str, ...]:
+    """Return where a layer may have the projections of a role; empty if nowhere."""
+    if family.latent and role in _LATENT:
+        return tuple(f"{family.attention}.{name}" for name in _LATENT[role])
     parent, name = {
         "q": (family.attention, family.query or family.fused_qkv),
         "k": (family.attention, family.key or family.fused_qkv),
@@ -298,4 +336,6 @@ def _path(family: Architecture, role: str) -> str:
         "up": (family.mlp, family.up or family.fused_gate_up),
         "down": (family.mlp, family.down),
     }[role]
-    return f"{parent}.{name}" if parent and name else name
+    if not name:
+        return ()
+    return (f"{parent}.{name}" if parent else name,)

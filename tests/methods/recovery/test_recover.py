@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from streamline_bench.compression import compress, load_recipe
 from streamline_bench.compression.pipeline import content_key
 from streamline_bench.core.checkpoint.folder import read_manifest, verify_files
+from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.recipe.presets import RECOVERY_PRESETS
 from streamline_bench.core.recipe.schema import Recipe, RecoverySpec, TrainingSpec
@@ -445,7 +446,7 @@ def test_what_is_not_there_is_refused(
         make_tiny_model("mixtral", num_hidden_layers=2, num_local_experts=2)
     )
     with pytest.raises(ArchitectureError, match="no projection 'gate'"):
-        choose_parameters(model, RecoverySpec(kind="lora"), seed=0)
+        choose_parameters(model, RecoverySpec(kind="lora", targets=("gate",)), seed=0)
     deep = make_recipe("last_layers_partial", **{**FAST, "recovery.last_layers": 9})
     with pytest.raises(RecipeError, match="has 4 layers"):
         compress(tiny_llama, deep, tmp_path / "out", progress=False)
@@ -454,22 +455,102 @@ def test_what_is_not_there_is_refused(
         compress(tiny_llama, make_recipe("last_layers", **texts), tmp_path / "out", progress=False)
 
 
-@pytest.mark.parametrize(("kind", "period"), [("full", 1), ("full", 2), ("partial", 1)])
-def test_experts_stored_one_by_one_are_refused_before_compressing(
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+                  "head_dim": 8, "mlp_only_layers": [1]},
+    "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8},
+    "deepseek_v3": {"n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+                    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8,
+                    "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+                    "v_head_dim": 4, "num_key_value_heads": 4, "head_dim": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["partial", "full"])
+@pytest.mark.parametrize("family", list(MIXTURES))
+def test_experts_are_written_as_they_were_stored(
+    family: str,
+    kind: str,
+    make_tiny_model: Callable[..., Path],
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+) -> None:
+    """Steps of nothing leave every byte where it was, whether experts are fused or one by one."""
+    source = make_tiny_model(family, num_hidden_layers=4, **MIXTURES[family])
+    still = {"recovery.kind": kind, "recovery.training.lr": 1e-30, "n_layers": 1,
+             "recovery.training.min_lr_ratio": 0.0,
+             "recovery.training.weight_decay": 0.0, "recovery.training.min_steps": 1}  # fmt: skip
+    out = compress(
+        source, make_recipe("last_layers", **{**FAST, **still}), tmp_path / "out", progress=False
+    )
+    model = _load(out)
+    before, after = CheckpointReader(source), CheckpointReader(out)
+    assert set(after.names) == {name for name in before.names if ".layers.3." not in name}
+    for name in after.names:
+        assert torch.equal(after.tensor(name), before.tensor(name)), name
+    assert sum(p.numel() for p in model.parameters()) == after.num_parameters
+
+
+def test_experts_are_trained(
+    make_tiny_model: Callable[..., Path], make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    source = make_tiny_model("qwen3_moe", num_hidden_layers=4, **MIXTURES["qwen3_moe"])
+    partial = {"recovery.kind": "partial", "recovery.last_layers": 1, "n_layers": 1}
+    recipe = make_recipe("last_layers", **{**FAST, "recovery.training.min_steps": 2, **partial})
+    out = compress(source, recipe, tmp_path / "out", progress=False)
+    before, after = CheckpointReader(source), CheckpointReader(out)
+    names = [
+        name for name in after.names if not torch.equal(before.tensor(name), after.tensor(name))
+    ]
+    assert {name.split(".")[2] for name in names if ".layers." in name} == {"2"}
+    assert any("experts.0.gate_proj" in name for name in names)
+
+
+def test_experts_in_an_unknown_form_are_refused_before_compressing(
     make_tiny_model: Callable[..., Path],
     make_recipe: Callable[..., Recipe],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    kind: str,
-    period: int,
 ) -> None:
-    sizes = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8}
-    source = make_tiny_model("qwen3_moe", num_hidden_layers=4, decoder_sparse_step=period, **sizes)
+    source = make_tiny_model("qwen3_moe", num_hidden_layers=4, **MIXTURES["qwen3_moe"])
+    names = [n.replace("experts.0", "experts.x") for n in CheckpointReader(source).names]
+    monkeypatch.setattr(CheckpointReader, "names", names)
     method = "streamline_bench.methods.depth.positional.LastLayers.compress"
     monkeypatch.setattr(method, lambda *_: pytest.fail("was compressed"))
-    recipe = make_recipe("last_layers", **{**FAST, "recovery.kind": kind})
-    with pytest.raises(ArchitectureError, match=r"model\.layers\.3\.mlp\.experts"):
+    recipe = make_recipe("last_layers", **{**FAST, "recovery.kind": "full"})
+    with pytest.raises(ArchitectureError, match=r"model\.layers\.\d\.mlp\.experts"):
         compress(source, recipe, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("family", list(MIXTURES))
+def test_lora_trains_the_attention_of_a_mixture_and_its_dense_layers(
+    family: str,
+    make_tiny_model: Callable[..., Path],
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = make_tiny_model(family, num_hidden_layers=4, **MIXTURES[family])
+    lora = {"recovery.kind": "lora", "recovery.dropout": 0.05, "n_layers": 1}
+    recipe = make_recipe("last_layers", **{**FAST, **lora, "recovery.training.min_steps": 2})
+    out = compress(source, recipe, tmp_path / "out", progress=False)
+    _load(out)
+    before, after = CheckpointReader(source), CheckpointReader(out)
+    changed = {n for n in after.names if not torch.equal(before.tensor(n), after.tensor(n))}
+    dense = {"qwen3_moe": "layers.1.mlp", "deepseek_v3": "layers.0.mlp"}.get(family)
+    assert {name for name in changed if "self_attn" not in name} == {
+        name for name in after.names if dense and dense in name
+    }
+    attention = {n.split("self_attn.")[1].split(".")[0] for n in changed if "self_attn" in n}
+    latent = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+    usual = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert attention == (latent if family == "deepseek_v3" else usual)
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest.training is not None
+    assert set(manifest.training["recovery"]["targets_left_out"]) == {"gate", "up", "down"}
+    assert "leaves the target 'down' out" in caplog.text
 
 
 def test_a_dense_last_layer_of_a_mixture_is_trained(
