@@ -370,7 +370,7 @@ class _LayerStream:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        weights = {name: self._reader.tensor(name) for name in names}
+        weights = {name: self._reader.tensor(name, self._model.dtype) for name in names}
         self._reader.release()  # when the last tensor goes, its pages leave this process
         load = LoadStateDictConfig(
             device_map={"": self._device}, dtype=self._model.dtype, weight_mapping=self._conversions

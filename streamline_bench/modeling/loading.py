@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -183,25 +183,36 @@ def load_model(
 ) -> Any:
     """Return the causal LM of a folder on ``device``, in evaluation mode.
 
+    Quantised weights are decoded (:mod:`.codes`): the model is a plain one.
+
     Raises:
-        CheckpointError: it cannot be loaded, is quantised, or lacks weights.
+        CheckpointError: it cannot be loaded, is quantised in an unknown format, or lacks weights.
         ResourceError: the memory of the device does not suffice.
     """
     import torch
 
-    CheckpointReader(folder).refuse_quantised("its weights would be changed or computed with")
+    reader = CheckpointReader(folder)
+    reader.refuse_quantised("its weights would be changed or computed with")
     config = load_config(folder, trust_remote_code=trust_remote_code)
     what = f"{folder}: the model cannot be loaded"
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, dtype_name(dtype)), "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are refused by name below
+    }  # fmt: skip
+    trust = {"trust_remote_code": trust_remote_code}
     with library_errors(what, "check the files of the model", CheckpointError):
-        model, report = CausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=getattr(torch, dtype_name(dtype)),
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused by name below
-        )
+        if reader.coded:
+            from transformers import AutoModelForCausalLM
+
+            config = plain_config(config)
+            with torch.device("meta"):
+                kind = type(AutoModelForCausalLM.from_config(config, **trust))
+            state = {name: _Decoded(reader, name, options["dtype"]) for name in reader.names}
+            model, report = kind.from_pretrained(None, config=config, state_dict=state, **options)
+        else:
+            model, report = CausalLM.from_pretrained(
+                folder, config=config, use_safetensors=True, **options, **trust
+            )
     require_weights(folder, report)
     with library_errors(f"{folder}: the model cannot be moved to {device}", kind=CheckpointError):
         return model.to(device).eval()
@@ -271,6 +282,24 @@ def _text_class(config: Any, wrapper: Wrapper) -> Any:
     ignored = [*(kind._keys_to_ignore_on_load_unexpected or ()), *patterns]
     same = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (kind,), {**same, "_keys_to_ignore_on_load_unexpected": ignored})
+
+
+def plain_config(config: Any) -> Any:
+    """Return a transformers config without settings of quantisation."""
+    plain = copy.deepcopy(config)
+    if getattr(plain, "quantization_config", None) is not None:
+        del plain.quantization_config
+    return plain
+
+
+class _Decoded:
+    """A tensor that is read, and decoded, when transformers asks for it."""
+
+    def __init__(self, reader: CheckpointReader, name: str, dtype: Any) -> None:
+        self._read = partial(reader.tensor, name, dtype)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._read()[index]
 
 
 def require_weights(name: object, report: Mapping[str, Any]) -> None:

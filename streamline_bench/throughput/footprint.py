@@ -68,7 +68,7 @@ def footprint(folder: Path, context: int) -> Footprint:
     outside = sum(names.flops(e) for e in reader.entries.values() if names.is_outer(e))
     return Footprint(
         parameters=reader.num_parameters,
-        weights_bytes=sum(entry.nbytes for entry in reader.entries.values()),
+        weights_bytes=reader.stored_bytes,
         layers=layers,
         layer_flops=in_layers / layers if layers else 0.0,
         flops=in_layers + outside + 4.0 * names.attention_channels * context,

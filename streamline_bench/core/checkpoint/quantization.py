@@ -1,9 +1,10 @@
 """Recognises quantised checkpoints: whose tensors are codes that mean nothing without scales.
 
 One place decides, from ``config.json``, ``hf_quant_config.json`` and the tensors themselves. Work
-that only copies bytes accepts such a checkpoint and renumbers its lists of layers
-(:func:`renumbered`); work that reads or runs the weights refuses it
-(:meth:`.CheckpointReader.refuse_quantised`).
+that only copies bytes renumbers the lists of layers (:func:`renumbered`). Work that reads or runs
+the weights gets them decoded (:mod:`.codes`); formats that are not known are refused
+(:meth:`.CheckpointReader.refuse_quantised`). A result that keeps some codes names the modules
+without them in its config (:func:`with_exceptions`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,15 @@ from streamline_bench.core.checkpoint.folder import TensorEntry
 from streamline_bench.errors import ArchitectureError, CheckpointError
 
 MODELOPT_NAME = "hf_quant_config.json"
+
+_EXCEPTIONS = {
+    "fp8": "modules_to_not_convert", "fbgemm_fp8": "modules_to_not_convert",
+    "mxfp4": "modules_to_not_convert", "awq": "modules_to_not_convert",
+    "compressed-tensors": "ignore", "bitsandbytes": "llm_int8_skip_modules",
+}  # fmt: skip
+"""Method -> its list of modules that are not quantised. The others have none that all readers know.
+"""
+_KEYS = ("quantization_config", "compression_config", "quantization")  # the last: MLX
 
 _CODES = (".qweight", ".weight_packed", "_blocks", ".weight_q", ".codes")
 _SCALES = re.compile(
@@ -44,11 +54,18 @@ class Quantisation:
             ``integer`` or ``mlx`` where only the tensors tell.
         bits: per weight.
         stored: the tensors hold codes; False for a config that announces them over plain weights.
+        settings: what the config says.
     """
 
     method: str
     bits: int
     stored: bool
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def exceptions(self) -> str | None:
+        """Name of the list of modules that are not quantised; None where there is no such list."""
+        return _EXCEPTIONS.get(self.method)
 
     @property
     def ignored(self) -> bool:
@@ -61,10 +78,10 @@ class Quantisation:
         return not self.stored and (self.method == "mxfp4" or not is_known(self.method))
 
     def numel(self, entry: TensorEntry) -> int:
-        """Return how many parameters of the model a stored tensor holds."""
+        """Return how many parameters a tensor holds, of a format that is not decoded."""
         if not self.stored:
             return entry.numel
-        if _SCALES.search(entry.name):
+        if is_scale(entry.name):
             return 0
         packed = len(entry.shape) > 1 or entry.name.endswith(_CODES)
         return (
@@ -73,16 +90,14 @@ class Quantisation:
 
 
 def quantisation_of(
-    folder: Path, config: Mapping[str, Any], parameters: Iterable[TensorEntry]
+    folder: Path, config: Mapping[str, Any], codes: Sequence[TensorEntry]
 ) -> Quantisation | None:
     """Return how a checkpoint is quantised; None if neither its files nor its tensors say so.
 
     Args:
-        parameters: the stored tensors without buffers: old GPT-2 files keep their causal mask as
-            bytes.
+        codes: the stored tensors of which :func:`is_code` says so.
     """
     settings = _settings(folder, config)
-    codes = [entry for entry in parameters if _is_code(entry)]
     if settings is None and not codes:
         return None
     settings = settings or {}
@@ -93,7 +108,39 @@ def quantisation_of(
         method = "mlx"
     if not method:
         method = "float8" if codes and codes[0].dtype.startswith("F8") else "integer"
-    return Quantisation(method, _bits(settings, codes), bool(codes))
+    return Quantisation(method, _bits(settings, codes), bool(codes), settings)
+
+
+def is_scale(name: str) -> bool:
+    """Whether a tensor goes with codes and is no weight itself."""
+    return _SCALES.search(name) is not None
+
+
+def without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a ``config.json`` as that of a model with plain weights."""
+    return {
+        key: without_settings(value) if key == "text_config" else value
+        for key, value in config.items()
+        if key not in _KEYS
+    }
+
+
+def with_exceptions(config: Mapping[str, Any], key: str, modules: Iterable[str]) -> dict[str, Any]:
+    """Return the content of a ``config.json`` that names modules which are not quantised.
+
+    Args:
+        key: name of the list, see :attr:`Quantisation.exceptions`.
+        modules: whole names.
+    """
+    changed = dict(config)
+    for where in _KEYS:
+        if isinstance(changed.get(where), Mapping):
+            listed = list(changed[where].get(key) or ())
+            listed += [name for name in modules if name not in listed]
+            changed[where] = {**changed[where], key: listed}
+    if isinstance(changed.get("text_config"), Mapping):
+        changed["text_config"] = with_exceptions(changed["text_config"], key, modules)
+    return changed
 
 
 def renumbered(settings: Any, keep: Sequence[int]) -> Any:
@@ -137,7 +184,7 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | No
     """What the files say: the config's entry, an older spelling of it, or modelopt's own file."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
-        for key in ("quantization_config", "compression_config", "quantization"):  # the last: MLX
+        for key in _KEYS:
             if isinstance(part.get(key), Mapping) and part[key]:
                 return dict(part[key])
     path = folder / MODELOPT_NAME
@@ -151,11 +198,12 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | No
     return found if isinstance(found, Mapping) and found.get("quant_algo") else None
 
 
-def _is_code(entry: TensorEntry) -> bool:
+def is_code(entry: TensorEntry) -> bool:
+    """Whether a tensor holds codes."""
     if entry.name.endswith(_CODES):
         return True
     whole = entry.dtype in ("I8", "U8", "U32") or entry.dtype.startswith("F8")
-    return whole and len(entry.shape) > 1 and not _SCALES.search(entry.name)
+    return whole and len(entry.shape) > 1 and not is_scale(entry.name)
 
 
 def _bits(settings: Mapping[str, Any], codes: Sequence[TensorEntry]) -> int:

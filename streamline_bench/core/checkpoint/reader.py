@@ -1,5 +1,8 @@
 """Reads checkpoints: single tensors without loading the rest, and hashes that name the content.
 
+A quantised checkpoint is read as the plain one that it stands for: names, shapes and tensors are
+those of the weights; codes and scales are seen by what copies or hashes bytes only.
+
 The safetensors library maps the files. Whether they hold what the index promises is checked when
 they are opened (:func:`.folder.read_entries`).
 """
@@ -20,13 +23,19 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from streamline_bench.core.architecture import Architecture, architecture_of, config_entry
+from streamline_bench.core.checkpoint.codes import CodedWeight, coded_weights
 from streamline_bench.core.checkpoint.folder import (
     TensorEntry,
     open_shard,
     read_config,
     read_entries,
 )
-from streamline_bench.core.checkpoint.quantization import Quantisation, quantisation_of
+from streamline_bench.core.checkpoint.quantization import (
+    Quantisation,
+    is_code,
+    is_scale,
+    quantisation_of,
+)
 from streamline_bench.core.checkpoint.wrapper import wrapper_of
 from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.machine.environment import user_cache
@@ -42,6 +51,7 @@ if TYPE_CHECKING:
     import torch
 
 _NOTES = {"_name_or_path", "transformers_version", "use_cache", "_commit_hash"}
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _FINITE_PIECE = 1 << 23
 """Elements that are checked for NaN at a time."""
 
@@ -57,7 +67,7 @@ class CheckpointReader:
         config: the parsed ``config.json``, or that of the text model.
         files: everything that is stored, by the names in the files, in the order of the shards'
             bytes.
-        entries: the same without what is not of the text model, by the model's names.
+        stored_entries: the same without what is not of the text model, by the model's names.
 
     Raises:
         CheckpointError: config or weights are missing, truncated, damaged, or point outside the
@@ -71,9 +81,9 @@ class CheckpointReader:
         self._whole_config = config
         self.wrapper = wrapper_of(self.folder, config, self.files)
         self.config = config if self.wrapper is None else self.wrapper.text_json
-        self.entries = self.files
+        self.stored_entries = self.files
         if self.wrapper is not None:
-            self.entries = {
+            self.stored_entries = {
                 name: replace(self.files[key], name=name)
                 for name, key in self.wrapper.stored.items()
             }
@@ -86,52 +96,115 @@ class CheckpointReader:
         """Names of all tensors, in the order they lie in the shards."""
         return tuple(self.entries)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(entry.nbytes for entry in self.files.values())
+
+    @cached_property
+    def coded(self) -> dict[str, CodedWeight]:
+        """The weights that are stored as codes in a format that can be decoded, by name."""
+        found = self.quantisation
+        if found is None or not found.stored:
+            return {}
+        return coded_weights(self.stored_entries, found.method, found.settings, self.stored)
+
+    @cached_property
+    def entries(self) -> dict[str, TensorEntry]:
+        """The tensors by name, as a plain checkpoint would hold them, in the order of the bytes.
+
+        Decoded weights have the config's dtype, bfloat16 where it names none.
+        """
+        if not self.coded:
+            return self.stored_entries
+        by_codes = {next(iter(w.parts.values())): w for w in self.coded.values()}
+        scales = {part for w in self.coded.values() for part in w.parts.values()} - by_codes.keys()
+        plain: dict[str, TensorEntry] = {}
+        for name, entry in self.stored_entries.items():
+            if name in by_codes:
+                weight = by_codes[name]
+                plain[weight.name] = replace(
+                    entry, name=weight.name, dtype=self._plain_dtype, shape=weight.shape
+                )
+            elif name not in scales:
+                plain[name] = entry
+        return plain
+
+    @property
+    def _plain_dtype(self) -> str:
+        named = self.config.get("dtype") or self.config.get("torch_dtype")
+        return _DTYPES.get(str(named).removeprefix("torch."), "BF16")
+
+    def stored_parts(self, name: str) -> tuple[str, ...]:
+        """Return the stored tensors that hold a tensor: the same one, or codes and scales."""
+        return tuple(self.coded[name].parts.values()) if name in self.coded else (name,)
+
     def entry(self, name: str) -> TensorEntry:
         """Return what is stored under a name.
 
         Raises:
             CheckpointError: there is no tensor of this name.
         """
-        try:
-            return self.entries[name]
-        except KeyError:
-            raise CheckpointError(f"{self.folder} has no tensor '{name}'.") from None
+        if name not in self.entries:
+            raise CheckpointError(f"{self.folder} has no tensor '{name}'.")
+        return self.entries[name]
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor as a view of the mapped file, in its stored dtype; treat it as read-only.
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return a tensor; treat it as read-only.
 
-        Pages are read on first touch. Writing to the view changes private pages, not the file.
+        What is stored as it is comes as a view of the mapped file. Pages are read on first touch.
+        Writing to the view changes private pages, not the file. A quantised weight is decoded anew
+        on each call.
+
+        Args:
+            dtype: of a decoded weight; None: that of its entry.
 
         Raises:
-            CheckpointError: there is no such tensor, its file changed since it was opened, or the
-                checkpoint is quantised.
+            CheckpointError: there is no such tensor, its file changed since it was opened, or it
+                is stored as codes of an unknown format.
         """
-        self.refuse_quantised("its weights would be read without their scales")
-        return self.stored(name)
+        import torch
+
+        if name not in self.coded:
+            self.refuse_quantised("its weights would be read without their scales")
+            return self.stored(name)
+        assert self.quantisation is not None
+        decoded = self.coded[name].decoded(self.stored, self.quantisation.settings)
+        kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+        return decoded.to(dtype or kinds[self.entry(name).dtype])
 
     @cached_property
     def quantisation(self) -> Quantisation | None:
         """How the weights are quantised; None for plain weights."""
-        parameters = [self.entries[name] for name in self.parameter_names]
-        return quantisation_of(self.folder, self.config, parameters)
+        return quantisation_of(self.folder, self.config, self._codes)
+
+    @cached_property
+    def _codes(self) -> list[TensorEntry]:
+        """The stored tensors that hold codes; old GPT-2 files keep their causal mask as bytes."""
+        found = [entry for entry in self.stored_entries.values() if is_code(entry)]
+        buffers = self._row.buffers if found and self._row else ()
+        return [entry for entry in found if not entry.name.endswith(buffers)]
 
     def refuse_quantised(self, what: str) -> None:
-        """Refuse a checkpoint whose weights must not be used without their scales.
+        """Refuse a checkpoint with codes that cannot be decoded.
 
         Args:
             what: what would go wrong: ``the streamed scan reads the weights``.
 
         Raises:
-            CheckpointError: it is quantised, or its config says so and its weights are plain.
+            CheckpointError: it has such codes, or its config says so and its weights are plain.
         """
         found = self.quantisation
         if found is None:
             return
         if found.stored:
+            if self._unread is None:
+                return
             raise CheckpointError(
-                f"{self.folder} is quantised ({found.method}), and {what}: this is not supported; "
-                "give the model without quantisation. (Recipes that only drop layers by their "
-                "place, such as first_layers and last_layers, accept it.)"
+                f"{self.folder} is quantised ({found.method}), and {what}: the format of "
+                f"'{self._unread}' cannot be decoded; give the model without quantisation. "
+                "(Recipes that only drop layers by their place, such as first_layers and "
+                "last_layers, accept it.)"
             )
         if not found.ignored:
             raise CheckpointError(
@@ -139,10 +212,26 @@ class CheckpointReader:
                 "are not quantised; remove quantization_config from config.json."
             )
 
+    @cached_property
+    def _unread(self) -> str | None:
+        """A tensor with codes that cannot be decoded."""
+        known = {part for weight in self.coded.values() for part in weight.parts.values()}
+        return next((entry.name for entry in self._codes if entry.name not in known), None)
+
     def stored(self, name: str) -> torch.Tensor:
-        """Return what :meth:`tensor` returns, also of a quantised checkpoint: its codes."""
-        name = self.entry(name).name
-        return self.in_file(name if self.wrapper is None else self.wrapper.stored[name])
+        """Return a stored tensor as it is: codes, scales or a plain weight.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its file changed since it was opened.
+        """
+        return self.in_file(self.file_name(name))
+
+    def file_name(self, name: str) -> str:
+        """Return what the files call a stored tensor (:attr:`files`)."""
+        if name not in self.stored_entries:
+            raise CheckpointError(f"{self.folder} has no tensor '{name}'.")
+        name = self.stored_entries[name].stored_as or name
+        return name if self.wrapper is None else self.wrapper.stored[name]
 
     def in_file(self, name: str) -> torch.Tensor:
         """Return what the files hold under a name of theirs (:attr:`files`)."""
@@ -160,7 +249,7 @@ class CheckpointReader:
             "upgrade torch, or download the file again",
             CheckpointError,
         ):
-            tensor: torch.Tensor = self._open[entry.shard].get_tensor(entry.stored_as or name)
+            tensor: torch.Tensor = self._open[entry.shard].get_tensor(name)
         return tensor
 
     def release(self) -> None:
@@ -176,15 +265,59 @@ class CheckpointReader:
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of the model by name of the tensor that holds them, packed ones unpacked."""
         found = self.quantisation
-        entries = (self.entries[name] for name in self.parameter_names)
-        return {e.name: e.numel if found is None else found.numel(e) for e in entries}
+        return {
+            name: self.entries[name].numel
+            if found is None or name in self.coded
+            else found.numel(self.entries[name])
+            for name in self.parameter_names
+        }
 
     @cached_property
     def parameter_names(self) -> tuple[str, ...]:
-        """Names of the tensors that are parameters; a tied LM head stored twice is left out."""
+        """Names of the tensors that are parameters of the model that transformers builds.
+
+        Left out are buffers, a tied LM head stored twice, scales, and :attr:`extra_names`.
+        """
         buffers = self._row.buffers if self._row else ()
-        dropped = {self._head_name} if self.tied else set()
-        return tuple(n for n in self.entries if n not in dropped and not n.endswith(buffers))
+        dropped = {*self.extra_names, *([self._head_name] if self.tied else [])}
+        scaled = self.quantisation is not None and self.quantisation.stored
+        return tuple(
+            name
+            for name in self.entries
+            if name not in dropped
+            and not name.endswith(buffers)
+            and not (scaled and is_scale(name))
+        )
+
+    @cached_property
+    def extra_names(self) -> tuple[str, ...]:
+        """Names of tensors that the model of the config does not have.
+
+        These are layers beyond the config's depth (multi-token prediction) and whatever lies
+        outside of decoder and LM head (``mtp.…``, ``vision_tower.…``).
+        """
+        if self._row is None:
+            return ()
+        row, depth = self._row, self.depth
+        within = f"{row.layers.removeprefix(f'{row.base}.')}."
+        paths = (*row.embeddings, row.final_norm, row.layers, self._head_name, row.lm_head)
+        bare = {path.removeprefix(f"{row.base}.") for path in paths if path}
+        roots = {row.base, *(path.partition(".")[0] for path in bare)}
+
+        def is_extra(name: str) -> bool:
+            if name.partition(".")[0] not in roots:
+                return True
+            _, found, rest = f".{name}".partition(f".{within}")
+            number = rest.partition(".")[0]
+            return bool(found) and depth is not None and number.isdigit() and int(number) >= depth
+
+        return tuple(name for name in self.entries if is_extra(name))
+
+    @property
+    def depth(self) -> int | None:
+        """Number of decoder layers that the config names; None for an unknown family."""
+        depth = config_entry(self.config, self._row.depth_key) if self._row else None
+        return depth if isinstance(depth, int) else None
 
     @cached_property
     def tied(self) -> bool:
@@ -203,15 +336,17 @@ class CheckpointReader:
         So does what keeps the first name of shared tensors, such as ``safetensors.save_model``.
         """
         row, head = self._row, self._head_name
-        if row is None or head not in self.entries:
+        if row is None or head not in self.stored_entries:
             return
         table = f"{row.embeddings[0]}.weight"
-        if self.entries.keys() & {table, table.removeprefix(f"{row.base}.")}:
+        if self.stored_entries.keys() & {table, table.removeprefix(f"{row.base}.")}:
             return
         if config_entry(self.config, "tie_word_embeddings"):
-            renamed = replace(self.entries[head], name=table, stored_as=head)
-            entries = (renamed if name == head else each for name, each in self.entries.items())
-            self.entries = {entry.name: entry for entry in entries}
+            renamed = replace(self.stored_entries[head], name=table, stored_as=head)
+            entries = (
+                renamed if name == head else each for name, each in self.stored_entries.items()
+            )
+            self.stored_entries = {entry.name: entry for entry in entries}
 
     @cached_property
     def _row(self) -> Architecture | None:
@@ -234,10 +369,11 @@ class CheckpointReader:
         head = self.entries[self._head_name]
         if head.shape != table.shape:
             return False
+        read = self.tensor if self.coded else self.stored
         if head.dtype != table.dtype:
-            both = (self.stored(entry.name).float() for entry in (head, table))
+            both = (read(entry.name).float() for entry in (head, table))
             return bool(next(both).equal(next(both)))
-        return bool(self.stored(head.name).equal(self.stored(table.name)))
+        return bool(read(head.name).equal(read(table.name)))
 
     def fingerprint(self, progress: bool = True) -> str:
         """Return a SHA-256 (hex) of config and weights that does not depend on the sharding.
@@ -260,8 +396,7 @@ class CheckpointReader:
         that a second call reads no weights.
         """
         digests = self._file_digests(progress)
-        stored = self.wrapper.stored if self.wrapper else dict(zip(digests, digests, strict=True))
-        return {name: digests[key] for name, key in stored.items()}
+        return {name: digests[self.file_name(name)] for name in self.stored_entries}
 
     def _file_digests(self, progress: bool) -> dict[str, str]:
         shards: dict[Path, list[TensorEntry]] = defaultdict(list)

@@ -2,13 +2,19 @@
 
 No model is built. Tensors of the source are views of its mapped files, so that only what is new
 takes memory, and of that one shard at a time.
+
+Of a quantised source, codes and scales are copied as they are. A layer of which a method changes
+some weights is written plain as a whole, and the config names its modules as not quantised. Where
+no codes are left, or the format has no list for that, all is written plain.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
@@ -20,6 +26,11 @@ from tqdm import tqdm
 
 from streamline_bench.core.architecture import Architecture, architecture_of
 from streamline_bench.core.checkpoint.folder import INDEX_NAME, SINGLE_NAME, is_confined
+from streamline_bench.core.checkpoint.quantization import (
+    MODELOPT_NAME,
+    with_exceptions,
+    without_settings,
+)
 from streamline_bench.core.checkpoint.reader import CheckpointReader, byte_bar
 from streamline_bench.core.checkpoint.wrapper import Wrapper
 from streamline_bench.core.files import sync_path
@@ -28,6 +39,8 @@ from streamline_bench.errors import CheckpointError, OutputError, library_errors
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 NOT_COPIED = (
     "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack",
     "*.gguf", "*.onnx", "config.json", "streamline.json", "README*", ".*",
@@ -35,6 +48,7 @@ NOT_COPIED = (
 """Weights, what is written anew, and the model card, which describes another model."""
 
 _LARGEST_COPY = 256 * 2**20  # no tokenizer is larger; what is, holds weights in some other format
+_IN_LAYER = re.compile(r"((?:.+?\.)?(?:layers|h|blocks)\.\d+)\.(.+)")
 _COPIED_FOLDERS = ("additional_chat_templates",)
 
 
@@ -159,10 +173,11 @@ def compose(
     double = sorted(names.keys() & extra.keys())
     if double:
         raise CheckpointError(f"Tensor '{double[0]}' is both copied and given anew.")
+    config, names, extra = _plain_where_changed(reader, config, names, extra)
+    without = _settings_file(reader, names)
+    names = _file_names(reader, names)
     if reader.wrapper is not None:
-        config, names, extra = _wrapped(reader, reader.wrapper, config, names, extra)
-    else:
-        names = {new: reader.entry(old).name for new, old in names.items()}
+        config, names, extra = _wrapped(reader.wrapper, config, names, extra)
     total = sum(reader.files[old].nbytes for old in names.values())
     order = {name: number for number, name in enumerate(reader.files)}
     copied = sorted(names.items(), key=lambda item: order[item[1]])
@@ -172,7 +187,7 @@ def compose(
         _write_json(output_folder / "config.json", dict(config))
         with bar:
             _write_shards(output_folder, _shards(tensors, max_shard_bytes), bar)
-        _copy(reader.folder, output_folder)
+        _copy(reader.folder, output_folder, without=without)
         sync_path(output_folder)
     except OSError as error:
         raise OutputError(
@@ -182,19 +197,111 @@ def compose(
 
 
 def _wrapped(
-    reader: CheckpointReader,
     wrapper: Wrapper,
     config: Mapping[str, Any],
     names: Mapping[str, str],
     extra: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, Any], dict[str, str], Mapping[str, torch.Tensor]]:
     """Return config, copied names and new tensors of the text model as its folder has them."""
-    wrapper.warn_of_taps(names, architecture_of(wrapper.text).layers)
+    inside = {key: name for name, key in wrapper.stored.items()}
+    wrapper.warn_of_taps(
+        {new: inside[key] for new, key in names.items()}, architecture_of(wrapper.text).layers
+    )
     copied = {name: name for name in wrapper.outer}
-    for new, old in names.items():
-        copied[wrapper.stored_name(new)] = wrapper.stored[reader.entry(old).name]
+    copied |= {wrapper.stored_name(new): key for new, key in names.items()}
     fresh = {wrapper.stored_name(name): name for name in extra}
     return wrapper.written(config), copied, LazyTensors(fresh, lambda name: extra[fresh[name]])
+
+
+def _plain_where_changed(
+    reader: CheckpointReader,
+    config: Mapping[str, Any],
+    names: Mapping[str, str],
+    extra: Mapping[str, torch.Tensor],
+) -> tuple[Mapping[str, Any], Mapping[str, str], Mapping[str, torch.Tensor]]:
+    """Return config, names and tensors in which no layer is partly of codes and partly changed.
+
+    Raises:
+        CheckpointError: weights change and the source's codes cannot be decoded.
+    """
+    found = reader.quantisation
+    if found is None or not found.stored or not (extra or _mixed_layers(names)):
+        return config, names, extra
+    reader.refuse_quantised("weights would be changed")
+    inside = {_split(name)[1]: len(entry.shape) for name, entry in reader.entries.items()}
+    replaced = {layer for layer, rest in map(_split, extra) if layer and rest in inside}
+    replaced |= _mixed_layers(names)
+    coded = {new: old for new, old in names.items() if old in reader.coded}
+    decoded = {new: old for new, old in coded.items() if _split(new)[0] in replaced}
+    if len(decoded) == len(coded) or found.exceptions is None:
+        if len(decoded) < len(coded):
+            log.warning(
+                "The result is written without quantisation: the settings of '%s' cannot name "
+                "single layers that are not quantised.", found.method,
+            )  # fmt: skip
+        decoded, config = coded, without_settings(config)
+    else:
+        given = [*extra, *(new for new in names if _split(new)[0] in replaced)]
+        # Weights of modules have two dimensions or more; what is new in a layer counts as one.
+        weights = [name for name in given if inside.get(_split(name)[1], 2) > 1]
+        config = with_exceptions(config, found.exceptions, _modules(weights))
+    new = LazyTensors(
+        (*decoded, *extra), lambda n: reader.tensor(decoded[n]) if n in decoded else extra[n]
+    )
+    return config, {n: old for n, old in names.items() if n not in decoded}, new
+
+
+def _mixed_layers(names: Mapping[str, str]) -> set[str]:
+    """Return the layers whose tensors come from several layers of the source."""
+    origins: dict[str, set[str]] = defaultdict(set)
+    for new, old in names.items():
+        origins[_split(new)[0]].add(_split(old)[0])
+    return {layer for layer, several in origins.items() if layer and len(several) > 1}
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Return the path of the layer that a tensor lies in, empty outside, and the name in it."""
+    found = _IN_LAYER.match(name)
+    return (found[1], found[2]) if found else ("", name)
+
+
+def _modules(names: Iterable[str]) -> list[str]:
+    """Return the modules of weights, those of all experts of a layer as well."""
+    found: dict[str, None] = {}
+    for name in names:
+        module = name.rpartition(".")[0]
+        experts, dot, _ = module.partition(".experts.")
+        found |= {f"{experts}.experts": None} if dot else {}
+        found[module] = None
+    return list(found)
+
+
+def _file_names(reader: CheckpointReader, names: Mapping[str, str]) -> dict[str, str]:
+    """Return new name -> name in the source's files, of all tensors that hold those in ``names``.
+
+    Codes and scales follow the module of their weight.
+    """
+    stored: dict[str, str] = {}
+    for new, old in names.items():
+        reader.entry(old)
+        parts = reader.stored_parts(old)
+        if parts == (old,):
+            stored[new] = reader.file_name(old)
+            continue
+        module, target = old.rpartition(".")[0], new.rpartition(".")[0]
+        stored |= {target + part[len(module) :]: reader.file_name(part) for part in parts}
+    return stored
+
+
+def _settings_file(reader: CheckpointReader, names: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the file with quantisation settings where no codes are written."""
+    found = reader.quantisation
+    coded = (
+        found is not None
+        and found.stored
+        and (not reader.coded or any(old in reader.coded for old in names.values()))
+    )
+    return () if coded else (MODELOPT_NAME,)
 
 
 def copied_files(folder: Path) -> list[Path]:
@@ -292,8 +399,10 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     sync_path(path)
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path, without: Sequence[str]) -> None:
     for name in copied_files(source):
+        if name.as_posix() in without:
+            continue
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)
         sync_path(target / name)

@@ -143,7 +143,7 @@ def _sorted_tensors(
     ends = tuple(f"{_short(path, row)}." for path in last)
     outside: dict[str, Any] = {}
     of_layer: dict[int, dict[str, Any]] = defaultdict(dict)
-    for name, entry in reader.entries.items():
+    for name, entry in reader.stored_entries.items():
         value = [entry.dtype, list(entry.shape), digests[name]]
         found = pattern.search(name)
         if name.endswith(row.buffers):

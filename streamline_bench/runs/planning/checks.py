@@ -28,7 +28,7 @@ def check_before(plan: Plan, run: RunPaths, *, jobs_at_a_time: int | None, until
     from streamline_bench.core.checkpoint.reader import CheckpointReader
 
     folder = resolve_pretrained(plan.model, plan.revision)
-    size = sum(entry.nbytes for entry in CheckpointReader(folder).entries.values())
+    size = CheckpointReader(folder).stored_bytes
     todo = [row for row in plan.rows if not row.dense and not run.checkpoint(row.label).exists()]
     _check_disk(plan, run, size, todo)
     if until != "compress":

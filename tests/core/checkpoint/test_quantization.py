@@ -100,24 +100,31 @@ def test_packed_codes_are_counted_as_the_weights_they_hold(
     assert reader.num_parameters == before - gone + parameters
 
 
-def test_whatever_reads_weights_refuses(fp8: Path, tmp_path: Path, text_file: Path) -> None:
+def test_whatever_reads_codes_of_an_unknown_format_refuses(
+    plain: Path, tmp_path: Path, text_file: Path
+) -> None:
+    weights = load_file(plain / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.codes"] = torch.zeros(4, 4, dtype=torch.int16)
+    save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
+    _say(plain, {"quant_method": "aqlm"})
+
     def compressed(recipe: str) -> Any:
-        size = "sparsity" if recipe == "llm_pruner" else "n_layers"
-        given = {size: 0.2 if size == "sparsity" else 1, "calibration": str(text_file)}
-        return compress(fp8, load_recipe(recipe, given), tmp_path / recipe, progress=False)
+        given = {"n_layers": 1, "calibration": str(text_file)}
+        return compress(plain, load_recipe(recipe, given), tmp_path / recipe, progress=False)
 
     attempts: list[Callable[[], Any]] = [
-        lambda: load_model(fp8, device="cpu"),
-        lambda: streamed_model(fp8),
-        lambda: CheckpointReader(fp8).tensor("lm_head.weight"),
+        lambda: load_model(plain, device="cpu"),
+        lambda: streamed_model(plain),
+        lambda: CheckpointReader(plain).tensor("lm_head.weight"),
         *(
             lambda r=r: compressed(r)
             for r in ("magnitude_l2", "streamline_none", "last_layers_lora")
         ),
     ]
     for attempt in attempts:
-        with pytest.raises(CheckpointError, match=r"quantised \(fp8\)"):
+        with pytest.raises(CheckpointError, match=r"quantised \(aqlm\).*up_proj.codes"):
             attempt()
+    assert compressed("last_layers").is_dir()
 
 
 def test_dropping_layers_by_place_renumbers_the_exceptions(fp8: Path, tmp_path: Path) -> None:
