@@ -6,7 +6,8 @@ refused with the list of those that are; adding one means adding a row (see CONT
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,7 @@ class Architecture:
         any_heads: model type of a stock family with the same modules that takes any number of
             heads, where this one insists that it divides the hidden size.
         notes: remarks on settings of the family, by config entry.
+        inferred: found by looking at the model, not written by hand.
     """
 
     model_type: str
@@ -113,6 +115,7 @@ class Architecture:
     fixed_heads: str = ""
     any_heads: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)
+    inferred: bool = False
 
     @property
     def output_norms(self) -> bool:
@@ -211,11 +214,6 @@ _ROWS = (
 
 ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in _ROWS}
 
-_REFUSED_EVERYWHERE = {
-    "num_kv_shared_layers": "its last layers reuse keys and values computed by earlier ones, so "
-    "that no layer can be removed alone"
-}
-
 
 def config_entry(config: Any, key: str, default: Any = None) -> Any:
     """Return one entry of a transformers config or of the dict read from ``config.json``.
@@ -309,19 +307,35 @@ def _length_dependent_rope(config: Any) -> tuple[str, Mapping[str, Any]]:
 
 
 def architecture_of(config: Any) -> Architecture:
-    """Return the table row of a transformers config, or of a parsed ``config.json``.
+    """Return the row of a transformers config, or of a parsed ``config.json``.
+
+    It is that of the table, or an inferred one (:mod:`.architecture_inference`), which each process
+    makes once for each config.
 
     Raises:
-        ArchitectureError: the family is not in the table, or its layers share keys and values.
+        ArchitectureError: the type is unknown to transformers, or is not a causal decoder.
     """
     model_type = _written(config, "host_model_type") or _written(config, "model_type")
-    _refuse(model_type, config, _REFUSED_EVERYWHERE)
-    if model_type not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise ArchitectureError(
-            f"Model type '{model_type}' is not supported; supported are: {known}."
-        )
-    return ARCHITECTURES[model_type]
+    if model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type]
+    known = _inferred.get(id(config))
+    if known is not None and known[0]() is config:
+        return known[1]
+    from streamline_bench.core.architecture_inference import infer  # torch and transformers
+
+    row = infer(config)
+    remember(config, row)
+    return row
+
+
+_inferred: dict[int, tuple[Callable[[], Any], Architecture]] = {}
+
+
+def remember(config: Any, row: Architecture) -> None:
+    """Let :func:`architecture_of` give this row for this very object as long as it lives."""
+    if not isinstance(config, Mapping):
+        key = id(config)
+        _inferred[key] = (weakref.ref(config, lambda _: _inferred.pop(key, None)), row)
 
 
 def require_removable_layers(config: Any) -> Architecture:

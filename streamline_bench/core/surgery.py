@@ -10,7 +10,6 @@ what serving speed follows; label results by it as well.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from streamline_bench.core.architecture import (
     Architecture,
     architecture_of,
     config_entry,
+    remember,
     require_removable_layers,
 )
 from streamline_bench.core.checkpoint.quantization import renumbered
@@ -67,22 +67,23 @@ def pruned_config(config: Any, keep: Sequence[int]) -> Any:
     """Return a new transformers config with only the layers in ``keep``.
 
     Lists with one item per layer are sliced, lists of layer indices renumbered, counts of leading
-    layers recounted, and periodic rules turned into lists. The new config is validated.
+    layers recounted, and periodic rules turned into lists. The new config is validated. Then both
+    models are built without weights and compared (:mod:`.architecture_guard`): a layer that would
+    become another one in its new place is mended through the config, or the removal is refused.
 
     Raises:
-        ArchitectureError: the family is unknown, or layers cannot be removed from this model.
+        ArchitectureError: the family is unknown, or these layers cannot be removed from this model.
         SparsityError: ``keep`` is not a strictly increasing list of existing layers.
     """
+    from streamline_bench.core.architecture_mends import mended
+
     row = require_removable_layers(config)
     depth = getattr(config, row.depth_key)
     kept = check_keep(depth, keep)
-    _refuse_unknown_lists(row, config)
-    changes = _changes(row, config, kept, depth)
-    pruned = copy.deepcopy(config)
-    for key, value in changes.items():
-        setattr(pruned, key, value)
-    if hasattr(pruned, "validate"):
-        pruned.validate()
+    if not row.inferred:
+        _refuse_unknown_lists(row, config)
+    pruned = mended(config, _changes(row, config, kept, depth), kept, row)
+    remember(pruned, row)
     return pruned
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 from transformers import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from streamline_bench.core.architecture import ARCHITECTURES, Architecture, architecture_of
 from streamline_bench.core.recipe.schema import ReplacementSpec
@@ -76,7 +78,7 @@ def parse_attachments(entries: Iterable[Any], config: Any) -> tuple[Attachment, 
         CheckpointError: an entry has an unknown kind or key, points outside the model, or shares
             its place with another.
     """
-    depth = int(config.num_hidden_layers)
+    depth = int(getattr(config, architecture_of(config).depth_key))
     parsed = sorted((_parse(entry, depth) for entry in entries), key=lambda a: a.after_layer)
     for left, right in itertools.pairwise(parsed):
         if left.after_layer == right.after_layer:
@@ -155,12 +157,26 @@ def host_layer_class(name: str) -> tuple[type[nn.Module], Architecture]:
     Raises:
         AttributeError: no family has it.
     """
-    for model_type, row in ARCHITECTURES.items():
+    for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, key=_unlike(name)):
         source = CONFIG_MAPPING[model_type].__module__.replace("configuration_", "modeling_")
         found = getattr(importlib.import_module(source), name, None)
         if found is not None:
-            return found, row
+            row = ARCHITECTURES.get(model_type)
+            return found, row or architecture_of({"model_type": model_type})
     raise AttributeError(f"no model family has a class '{name}'")
+
+
+def _unlike(name: str) -> Callable[[str], int]:
+    """Order model types so that the first ones' classes are called like ``name``.
+
+    ``BambaDecoderLayer`` belongs to the type of ``BambaConfig``; all others are a last resort.
+    """
+
+    def rank(model_type: str) -> int:
+        stem = CONFIG_MAPPING_NAMES[model_type].removesuffix("Config")
+        return -len(stem) if name.startswith(stem) else 0
+
+    return rank
 
 
 def __getattr__(name: str) -> Any:

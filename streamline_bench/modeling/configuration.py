@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from streamline_bench.core.architecture import ARCHITECTURES, architecture_of
+from streamline_bench.core.architecture import architecture_of
 from streamline_bench.errors import ArchitectureError, CheckpointError
 
 if TYPE_CHECKING:  # each is imported by the configs that have such entries
@@ -42,7 +43,7 @@ class StreamlineConfig(PreTrainedConfig):  # type: ignore[misc]
 
     Raises:
         CheckpointError: ``host_model_type`` is missing, or an attachment or width is not valid.
-        ArchitectureError: the host family is not in the architecture table.
+        ArchitectureError: transformers has no causal language model of the host's type.
     """
 
     model_type: ClassVar[str] = MODEL_TYPE
@@ -134,7 +135,7 @@ def streamline_config(
         rotations: widths of a residual stream that was rotated and sliced.
 
     Raises:
-        ArchitectureError: the family is not in the table, its widths are fixed, or the model has
+        ArchitectureError: the family is not supported, its widths are fixed, or the model has
             attachments or widths of its own already.
     """
     if isinstance(host_config, StreamlineConfig):
@@ -160,12 +161,12 @@ def config_class_for(host_model_type: str) -> type[StreamlineConfig]:
     """Return (making it on first use) the config class of a host family.
 
     Raises:
-        ArchitectureError: the family is not in the architecture table.
+        ArchitectureError: transformers has no causal language model of this type.
     """
-    if host_model_type not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(host_model_type) is None:
         raise ArchitectureError(
-            f"Host model type '{host_model_type}' is not supported; supported are: {known}."
+            f"Host model type '{host_model_type}' is not supported: transformers has no causal "
+            "language model of this type; upgrade transformers."
         )
     if host_model_type not in _classes:
         made = _make_class(CONFIG_MAPPING[host_model_type])
@@ -207,7 +208,7 @@ def __getattr__(name: str) -> Any:
     """Find a made class by name, so that a pickle can be read in a new process."""
     host_name = name.removeprefix(_PREFIX)
     if host_name != name:
-        for model_type in ARCHITECTURES:
-            if CONFIG_MAPPING_NAMES.get(model_type) == host_name:
+        for model_type, class_name in CONFIG_MAPPING_NAMES.items():
+            if class_name == host_name and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
                 return config_class_for(model_type)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -20,12 +20,13 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
 
-from streamline_bench.core.architecture import ARCHITECTURES, architecture_of
+from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.replacement import ReplacementNetwork
 from streamline_bench.modeling.attachments import BEFORE_FIRST, attach_network
 from streamline_bench.modeling.configuration import StreamlineConfig, config_class_for
@@ -113,7 +114,7 @@ def model_class_for(entrance: type[_Entrance], host_model_type: str) -> type[_En
     if key not in _classes:
         config_class = config_class_for(host_model_type)
         host_class = _host_model_class(entrance._host_names[host_model_type], host_model_type)
-        name = _PREFIX + host_class.__name__
+        name = _made_name(host_class.__name__, host_model_type)
         namespace = {
             "__module__": __name__,
             "__qualname__": name,
@@ -123,6 +124,12 @@ def model_class_for(entrance: type[_Entrance], host_model_type: str) -> type[_En
         _classes[key] = type(name, (entrance, host_class), namespace)
         _share_conversions(name, host_class.__name__, host_model_type)
     return _classes[key]
+
+
+def _made_name(host_name: str, host_model_type: str) -> str:
+    """Name the class after the host's; some types use another type's class under their own name."""
+    stem = CONFIG_MAPPING_NAMES[host_model_type].removesuffix("Config")
+    return _PREFIX + ("" if host_name.startswith(stem) else stem) + host_name
 
 
 def _share_conversions(name: str, host_name: str, host_model_type: str) -> None:
@@ -157,10 +164,9 @@ def _done(network: nn.Module) -> bool:
 
 def __getattr__(name: str) -> Any:
     """Find a made class by name, so that a pickle can be read in a new process."""
-    host_name = name.removeprefix(_PREFIX)
-    if host_name != name:
+    if name.startswith(_PREFIX):
         for entrance in (StreamlineForCausalLM, StreamlineModel):
-            for model_type in ARCHITECTURES:
-                if entrance._host_names.get(model_type) == host_name:
+            for model_type, host_name in entrance._host_names.items():
+                if isinstance(host_name, str) and _made_name(host_name, model_type) == name:
                     return model_class_for(entrance, model_type)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

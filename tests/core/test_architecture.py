@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING
 
 from streamline_bench.core.architecture import (
     ARCHITECTURES,
@@ -119,9 +119,16 @@ def test_a_host_decides_over_the_wrapper() -> None:
     assert architecture_of(wrapped) is ARCHITECTURES["qwen2"]
 
 
-def test_unknown_families_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(ArchitectureError, match=r"'t5' is not supported.*deepseek"):
-        architecture_of(AutoConfig.for_model("t5"))
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("t5", "encoder-decoder"), ("bert", "reads in both directions"), ("clip", "no causal"),
+     ("nothing", "no such type; upgrade")],
+)  # fmt: skip
+def test_types_that_are_no_decoders_are_refused_as_what_they_are(
+    model_type: str, reason: str
+) -> None:
+    with pytest.raises(ArchitectureError, match=f"'{model_type}' is not supported.*{reason}"):
+        architecture_of({"model_type": model_type})
 
 
 def test_features_that_tie_weights_to_layer_numbers_are_refused_for_removal_only() -> None:

@@ -299,8 +299,8 @@ def test_wrong_attachments_are_refused(entry: dict[str, Any], message: str) -> N
 
 
 def test_unknown_or_missing_hosts_are_refused() -> None:
-    with pytest.raises(ArchitectureError, match="'mamba' is not supported"):
-        StreamlineConfig(host_model_type="mamba")
+    with pytest.raises(ArchitectureError, match="'t5' is not supported"):
+        StreamlineConfig(host_model_type="t5")
     with pytest.raises(CheckpointError, match="no 'host_model_type'"):
         StreamlineConfig.from_dict({"model_type": "streamline"})
     with pytest.raises(ArchitectureError, match="dense model"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from families.tiny_models import tiny_config
 from surgery_in_memory import keep_layers
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -169,13 +170,14 @@ def test_config_entries_follow_the_layers(
     assert {key: getattr(config, key) for key in expected} == expected
 
 
-def test_shared_keys_and_values_are_refused() -> None:
-    text = AutoConfig.for_model("gemma3n_text", num_hidden_layers=30, num_kv_shared_layers=10)
-    with pytest.raises(ArchitectureError, match=r"num_kv_shared_layers=10.*reuse keys and values"):
-        pruned_config(text, [0, 1])
-    both = AutoConfig.for_model("gemma3n")
-    with pytest.raises(ArchitectureError, match="num_kv_shared_layers"):
-        pruned_config(both, [0, 1])
+def test_a_layer_whose_keys_and_values_others_reuse_must_stay() -> None:
+    """The last two layers reuse those of layers 2 and 3, the last of their types before them."""
+    config = tiny_config("gemma3n_text", num_kv_shared_layers=2)
+    assert pruned_config(config, [1, 2, 3, 5]).num_kv_shared_layers == 1
+    for gone in (2, 3):
+        keep = [index for index in range(6) if index != gone]
+        with pytest.raises(ArchitectureError, match=rf"Layers {gone} cannot.*full_length_kv"):
+            pruned_config(config, keep)
 
 
 def test_scaling_by_layer_index_is_refused() -> None:
