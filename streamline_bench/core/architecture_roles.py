@@ -164,7 +164,7 @@ def layer_roles(layers: nn.ModuleList, calls: Calls, entries: Mapping[str, Any])
     output = _get(layer, f"{roles['attention']}.{roles['output']}" if roles["output"] else "")
     roles["transposed"] = type(output).__name__ == "Conv1D"
     roles["intermediate_key"] = _intermediate_key(roles, layers, entries)
-    roles["fixed_widths"] = _fixed_widths(roles, layers, entries)
+    roles["fixed_heads"] = _fixed_heads(roles, layers, entries)
     return roles
 
 
@@ -337,12 +337,12 @@ def _intermediate_key(
     return min(names, key=lambda name: (name != "intermediate_size", name), default="")
 
 
-def _fixed_widths(
+def _fixed_heads(
     roles: Mapping[str, str], layers: nn.ModuleList, entries: Mapping[str, Any]
 ) -> str:
-    """Say why heads and channels cannot be removed: whatever is not the plain form."""
-    if not (roles["attention"] and roles["query"] and roles["down"] and roles["intermediate_key"]):
-        return "its projections are not all known"
+    """Say why heads cannot be removed, though the projections are known."""
+    if not (roles["attention"] and roles["query"]):
+        return ""
     attention = layers[0].get_submodule(roles["attention"])
     heads = entries.get("num_attention_heads")
     size = entries.get("head_dim") or (
