@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from streamline_bench.compression.pipeline import compress, compress_cached
     from streamline_bench.compression.recipes import list_recipes, load_recipe
     from streamline_bench.core.recipe.schema import Recipe
+    from streamline_bench.report.frame import results
     from streamline_bench.runs.run import CompareResult, compare
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "compress_cached",
     "list_recipes",
     "load_recipe",
+    "results",
 ]
 
 _WHERE = {
@@ -39,6 +41,7 @@ _WHERE = {
     "compress_cached": "compression.pipeline",
     "list_recipes": "compression.recipes",
     "load_recipe": "compression.recipes",
+    "results": "report.frame",
 }
 
 

@@ -16,7 +16,7 @@ HEAVY = ("torch", "transformers", "numpy", "pandas", "pydantic", "lm_eval")
 def test_the_names_of_the_front_door() -> None:
     assert set(streamline_bench.__all__) == {
         "CompareResult", "Recipe", "__version__", "compare", "compress", "compress_cached",
-        "list_recipes", "load_recipe",
+        "list_recipes", "load_recipe", "results",
     }  # fmt: skip
     assert set(streamline_bench.__all__) <= set(dir(streamline_bench))
 

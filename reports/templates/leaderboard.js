@@ -80,13 +80,62 @@ function reveal() {
 addEventListener("hashchange", reveal);
 reveal();
 
-// On paper nothing opens: all parts are printed open, and afterwards they are as they were.
-let closed = [];
-addEventListener("beforeprint", () => {
-  closed.push(...document.querySelectorAll("details:not([open])"));
-  for (const part of closed) part.open = true;
-});
-addEventListener("afterprint", () => {
-  for (const part of closed) part.open = false;
-  closed = [];
-});
+// A figure is saved as it is seen: every style that the page gives it is written into the copy.
+const STYLES = ["fill", "fill-opacity", "stroke", "stroke-width", "stroke-dasharray", "stroke-opacity",
+  "stroke-linejoin", "opacity", "color", "font-family", "font-size", "font-weight", "text-anchor", "display"];
+
+function standalone(figure) {
+  const copy = figure.cloneNode(true);
+  const [from, to] = [[figure, ...figure.querySelectorAll("*")], [copy, ...copy.querySelectorAll("*")]];
+  from.forEach((one, place) => {
+    const style = getComputedStyle(one);
+    to[place].setAttribute("style", STYLES.map((name) => `${name}:${style.getPropertyValue(name)}`).join(";"));
+  });
+  const box = figure.viewBox.baseVal;
+  copy.setAttribute("xmlns", "http://www.w3.org/2000/svg");
+  copy.setAttribute("width", box.width);
+  copy.setAttribute("height", box.height);
+  const paper = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+  paper.setAttribute("width", "100%");
+  paper.setAttribute("height", "100%");
+  paper.setAttribute("fill", getComputedStyle(document.body).backgroundColor);
+  copy.prepend(paper);
+  return new XMLSerializer().serializeToString(copy);
+}
+
+function save(name, address) {
+  const link = document.createElement("a");
+  link.download = name;
+  link.href = address;
+  link.click();
+}
+
+function saved(figure, name, kind) {
+  const address = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(standalone(figure))}`;
+  if (kind === "SVG") return save(`${name}.svg`, address);
+  const picture = new Image();
+  picture.addEventListener("load", () => {
+    const canvas = document.createElement("canvas");
+    const box = figure.viewBox.baseVal;
+    [canvas.width, canvas.height] = [2 * box.width, 2 * box.height];
+    canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
+    save(`${name}.png`, canvas.toDataURL("image/png"));
+  });
+  picture.src = address;
+}
+
+for (const figure of document.querySelectorAll("figure[data-name]")) {
+  const picture = figure.querySelector("svg");
+  if (!picture) continue;
+  const line = document.createElement("div");
+  line.className = "save";
+  for (const kind of ["SVG", "PNG"]) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "plain";
+    button.textContent = `Save as ${kind}`;
+    button.addEventListener("click", () => saved(picture, figure.dataset.name, kind));
+    line.append(button);
+  }
+  figure.append(line);
+}

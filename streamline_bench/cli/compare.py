@@ -80,7 +80,10 @@ if TYPE_CHECKING:
 @click.option("--retries", type=click.IntRange(min=0), default=2,
               help="Attempts after a job's process died.")  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds per job.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Run folder.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder.")
+@click.option("--plan-size", metavar="difference=D,discordance=Q",
+              help="Run nothing: say how many documents a difference of D takes, where one of two "
+              "models alone is right on a share Q of them (power=P: 0.8).")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no log.")
 @click.pass_context
@@ -89,8 +92,9 @@ def command(
     /,
     model: str | None,
     plan: str | None,
-    output: Path,
+    output: Path | None,
     until: str,
+    plan_size: str | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -103,6 +107,11 @@ def command(
     SIGTERM.
     """
     setup_logging(quiet=quiet or as_json)
+    if plan_size is not None:
+        click.echo(planned_size(plan_size))
+        return
+    if output is None:
+        raise click.UsageError("Missing option '-o' / '--output': the run folder.")
     from streamline_bench.runs.run import compare_request
 
     if options["executor"] == "ray":
@@ -123,6 +132,36 @@ def command(
         click.echo(json.dumps(result.summary(), indent=2))
         sys.exit(result.exit_code)
     _finish(result)
+
+
+def planned_size(text: str) -> str:
+    """Say how many documents it takes (RecipeError: a value is missing or no share)."""
+    from streamline_bench.stability.statistics.score import documents_needed
+
+    given: dict[str, float] = {"power": 0.8}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        try:
+            given[name.strip()] = float(value)
+        except ValueError:
+            raise RecipeError(
+                f"--plan-size '{text}': '{part}' has no number; write "
+                "difference=0.02,discordance=0.12."
+            ) from None
+    known = {"difference", "discordance", "power"}
+    if given.keys() != known:
+        wrong = sorted(given.keys() ^ known)[0]
+        raise RecipeError(
+            f"--plan-size '{text}': '{wrong}' is missing or unknown; write "
+            "difference=0.02,discordance=0.12."
+        )
+    needed = documents_needed(given["difference"], given["discordance"], power=given["power"])
+    return (
+        f"{needed:,} documents: a difference of {100 * given['difference']:g} points is found with "
+        f"{100 * given['power']:g} % power at 95 % confidence, where "
+        f"{100 * given['discordance']:g} % of the documents are discordant. Documents that belong "
+        "together (one passage, one subject) count for less."
+    )
 
 
 @click.command("demo")

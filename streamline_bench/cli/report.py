@@ -12,9 +12,12 @@ import click
 @click.argument("run", type=click.Path(path_type=Path), required=False)
 @click.option("--model-cards", "cards", is_flag=True,
               help="Also write a card of each compressed model into RUN/model-cards.")  # fmt: skip
+@click.option("--exports", is_flag=True,
+              help="Also write tables (LaTeX, Markdown, CSV), BibTeX and figures (SVG, PDF) into "
+              "RUN/exports.")  # fmt: skip
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of leaderboard.json instead.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def command(run: Path | None, cards: bool, schema: bool, quiet: bool) -> None:
+def command(run: Path | None, cards: bool, exports: bool, schema: bool, quiet: bool) -> None:
     """Make the report of the run folder RUN again.
 
     RUN holds run.json. Without run.json, the leaderboard.json (the file or its folder) is rendered
@@ -45,4 +48,8 @@ def command(run: Path | None, cards: bool, schema: bool, quiet: bool) -> None:
 
         for card in write_model_cards(board, folder / "model-cards"):
             click.echo(f"Model card: {card / 'README.md'}")
+    if exports:
+        from streamline_bench.report.views.exports import write_exports
+
+        click.echo(f"Exports: {write_exports(board, folder / 'exports')}")
     click.echo(f"{terminal_table(board)}\n\nOpen {page}")

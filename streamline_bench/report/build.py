@@ -33,6 +33,7 @@ from streamline_bench.report.provenance import (
     task_data,
 )
 from streamline_bench.report.run_file import RUN_FILE, NoiseRun, RunFile, RunRow, read_run_file
+from streamline_bench.report.standing import Answers, answers_of, standing
 from streamline_bench.stability.align import AlignedPairs, align
 from streamline_bench.stability.compare_answers import compare_pairs
 from streamline_bench.stability.comparison import Comparison, Estimate, TokenDivergence
@@ -130,6 +131,7 @@ def build_leaderboard(
     figures = read_figures(_inside(folder, run.throughput)) if run.throughput else {}
     speed = {name: Speed(**each.model_dump(exclude={"label"})) for name, each in figures.items()}
     rows = []
+    answered: dict[str, Answers] = {}
     read = [dense, *again]
     for row in tqdm(
         run.rows, desc="Compared rows", unit="row", delay=2, leave=False, disable=not progress
@@ -142,15 +144,23 @@ def build_leaderboard(
             read.append(given.get(row.label) or answers(row))
             pairs = align(dense, read[-1])
             result = compare_pairs(pairs, settings)
+            counted = [task.task for task in result.tasks if task.p_holm is not None]
+            answered[row.label] = answers_of(pairs, counted, settings)
             result = above_noise(result, floor) if floor is not None else result
             made = _row(read[-1], result, row, folder, is_dense=False)
             made = made.model_copy(update={"worst_flips": worst_flips(pairs, settings.verdict)})
         rows.append(made.model_copy(update={"throughput": speed.get(row.label)}))
+    rows = _with_original_size(rows)
+    stood = standing(rows, answered, settings)
     return Leaderboard(
         title=run.title,
         dense=run.dense,
         method=Procedure(**settings.used()),
-        rows=_with_original_size(rows),
+        rows=rows,
+        ranks=stood.ranks,
+        folded=stood.folded,
+        neighbours=stood.neighbours,
+        contests=stood.contests,
         noise=floor,
         not_compared={**itself.not_compared, **run.not_compared},
         commands=run.commands,
@@ -199,6 +209,9 @@ def _row(
         is_dense=is_dense,
         **{"parameters": parameters, **_made(recipe, manifest)},
         cost=None if is_dense else recipe.get("cost"),
+        bytes=_weight_bytes(source, folder),
+        group=getattr(source, "group", None),
+        axes=getattr(source, "axes", {}),
         seconds={**evaluation, **(manifest.seconds if manifest else {}), **source.seconds},
         scored_with=source.scored_with,
         scored_alone=source.scored_alone,
@@ -221,6 +234,15 @@ def _row(
         ),
         provenance=provenance(samples.info, manifest, recipe or None),
     )
+
+
+def _weight_bytes(source: RunRow, folder: Path) -> int | None:
+    """Bytes of a row's weights: as its run noted them, else of its checkpoint's files."""
+    noted = getattr(source, "bytes", None)
+    if noted is not None or source.checkpoint is None:
+        return noted
+    files = (folder / source.checkpoint).glob("*.safetensors")
+    return sum(path.stat().st_size for path in files) or None
 
 
 def _made(recipe: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:

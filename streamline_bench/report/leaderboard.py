@@ -17,6 +17,7 @@ from streamline_bench.core.files import read_json, validated
 from streamline_bench.core.recipe.schema import Frozen, PublishedResult
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.comparison import (
+    Decision,
     Estimate,
     GenerationComparison,
     GroupComparison,
@@ -25,6 +26,7 @@ from streamline_bench.stability.comparison import (
     PerplexityComparison,
     TaskComparison,
     TokenDivergence,
+    VarianceParts,
 )
 from streamline_bench.throughput.record import Speed
 
@@ -157,6 +159,83 @@ class Provenance(Frozen):
     versions: dict[str, str] = Field(default_factory=dict)
 
 
+class Rank(Frozen):
+    """Place by accuracy among the compressed rows, rows of seeds and calibrations folded.
+
+    Attributes:
+        low, high: its interval: paired bootstrap over documents.
+        first: share of the draws in which no other is better.
+    """
+
+    place: int
+    low: int
+    high: int
+    first: float
+
+
+class Between(Frozen):
+    """Two entries (rows, or folded rows) tested on the same documents.
+
+    Attributes:
+        n: documents, all tasks together.
+        discordance: share of them on which exactly one is right (folded rows: mean distance of
+            their shares of right answers).
+        difference: first - second, mean over tasks.
+        p_holm: adjusted over the tests that it stands among.
+        needed: documents at which the difference seen would be found with 80 % power; None where
+            no number of documents would do.
+    """
+
+    first: str
+    second: str
+    n: int
+    discordance: float
+    difference: Estimate
+    p_value: float
+    p_holm: float
+    p_method: str
+    needed: int | None = None
+
+
+class Contest(Frozen):
+    """Entries of equal cost and about equal size, best first, each tested against the first.
+
+    Attributes:
+        removed: least and largest share of the dense model's parameters that is missing.
+        accuracy: of the first.
+        tests: the first against each of the others, in their order; ``p_holm`` is over them.
+    """
+
+    cost: str | None
+    removed: tuple[float, float]
+    entries: list[str] = Field(min_length=2)
+    accuracy: float
+    tests: list[Between]
+
+
+class Folded(Frozen):
+    """Rows of one recipe and size that differ in seed or calibration text, as one.
+
+    Attributes:
+        members: labels of the runs; one may have the weights of another, and its row.
+        accuracy, difference, stability: means over tasks; their intervals hold the choice of
+            questions and the method's own variance
+            (:mod:`streamline_bench.stability.statistics.crossed`).
+        token_kl: as a row's ``divergence.kl``.
+        variance: why one run differs from the next.
+    """
+
+    label: str
+    members: list[str]
+    accuracy: Estimate
+    difference: Estimate
+    p_value: float
+    decision: Decision
+    stability: Estimate | None = None
+    token_kl: Estimate | None = None
+    variance: VarianceParts
+
+
 class Row(Frozen):
     """One model of the leaderboard.
 
@@ -165,6 +244,9 @@ class Row(Frozen):
         cost: "no training", "calibrated" or "recovered"; None for the dense model.
         parameters: of the evaluated model; ``sparsity_reached`` is the share removed.
         accuracy_macro, accuracy_micro: over tasks with verdicts; None where there are none.
+        bytes: of the files of its weights, where they are known.
+        group: label of the row before axes (sizes, seeds, calibrations) spanned it.
+        axes: axis -> value of this row.
         scored_with: rows that share their lower layers with this one, itself included; numbers do
             not depend on it. Empty where none does.
         scored_alone: why the row shares no layer with the dense one or with any other.
@@ -193,6 +275,9 @@ class Row(Frozen):
     parameters_before: int | None = None
     sparsity_requested: float | None = None
     sparsity_reached: float | None = None
+    bytes: int | None = None
+    group: str | None = None
+    axes: dict[str, Any] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)
     scored_with: list[str] = Field(default_factory=list)
     scored_alone: str | None = None
@@ -236,7 +321,12 @@ class Row(Frozen):
 class Leaderboard(Frozen):
     """Everything a report shows; the dense row always has a result.
 
-    ``not_read`` has for files of the evaluations (``row: file``) why they are not read.
+    Attributes:
+        ranks: entry (row or folded row) -> its place.
+        folded: rows over seeds and calibrations.
+        neighbours: every entry against the next one of the ranking, Holm's adjustment over all.
+        contests: entries that may be compared, the largest group first.
+        not_read: for files of the evaluations (``row: file``) why they are not read.
     """
 
     kind: Literal["streamline-bench leaderboard"] = "streamline-bench leaderboard"
@@ -245,6 +335,10 @@ class Leaderboard(Frozen):
     dense: str
     method: Procedure
     rows: list[Row] = Field(min_length=1)
+    ranks: dict[str, Rank] = Field(default_factory=dict)
+    folded: list[Folded] = Field(default_factory=list)
+    neighbours: list[Between] = Field(default_factory=list)
+    contests: list[Contest] = Field(default_factory=list)
     noise: NoiseFloor | None = None
     not_compared: dict[str, str] = Field(default_factory=dict)
     commands: list[str] = Field(default_factory=list)
@@ -261,6 +355,15 @@ class Leaderboard(Frozen):
         if found[0].failed is not None or (found[0].tasks and found[0].accuracy_macro is None):
             raise ValueError(f"the dense row '{self.dense}' has no result")
         return self
+
+    @property
+    def shown_as(self) -> dict[str, Row]:
+        """Label -> the row that shows it: runs that gave the same weights share one."""
+        found = {row.label: row for row in self.rows}
+        for row in self.rows:
+            for twin in getattr(row, "same_weights", ()):
+                found.setdefault(twin.label, row)
+        return found
 
     @property
     def dense_row(self) -> Row:

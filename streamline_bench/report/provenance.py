@@ -20,6 +20,7 @@ from streamline_bench.report.leaderboard import (
     CurvePoint,
     Provenance,
     Published,
+    Row,
     ScanResult,
     TaskData,
 )
@@ -208,6 +209,17 @@ def published_numbers(
         ours = accuracies[task] if task is not None else own.get(key)
         found.append(entry.model_copy(update={"task": task, "ours": ours}))
     return found
+
+
+def is_model(row: Row, name: str) -> bool:
+    """Whether a name in a paper's table is that of the row's dense model (Llama-2-7B)."""
+    source = row.provenance.source or ""
+    return bool(source) and _bare(source) == _bare(name)
+
+
+def _bare(name: str) -> str:
+    """Letters and digits of a model's name, without what hubs add to it."""
+    return re.sub(r"[^a-z0-9]", "", name.rstrip("/").split("/")[-1].lower()).removesuffix("hf")
 
 
 _PREFIXES = ("local_", "streamline_")

@@ -157,6 +157,19 @@ def markdown_text(value: object) -> str:
     return line.replace("://", ":&#47;&#47;").replace("@", "&#64;")
 
 
+_LATEX = str.maketrans(
+    {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
+     "^": r"\textasciicircum{}", MINUS: "$-$", "\N{PLUS-MINUS SIGN}": r"$\pm$",
+     "\N{MULTIPLICATION SIGN}": r"$\times$", MISSING: "--", "<": r"\textless{}",
+     ">": r"\textgreater{}", "[": "{[}", "]": "{]}", **{sign: f"\\{sign}" for sign in "$&#%_"}}
+)  # fmt: skip
+
+
+def latex_text(value: object) -> str:
+    """Text that LaTeX sets as it is, on one line: no command of a string is run."""
+    return " ".join(visible_text(value, keep="").split()).translate(_LATEX)
+
+
 def csv_cell(value: object) -> object:
     """Numbers as they are; text that a spreadsheet would run as a formula gets a quote in front."""
     if value is None or isinstance(value, bool | int | float):

@@ -7,8 +7,9 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from streamline_bench.errors import OutputError, RecipeError
 from streamline_bench.runs.execution.options import STAGES, Execution
@@ -31,6 +32,9 @@ from streamline_bench.runs.planning.plan import (
 )
 from streamline_bench.runs.planning.request import Request, RowRequest, make_request
 from streamline_bench.runs.planning.resolve import resolve_plan
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Terminated(BaseException):
@@ -67,10 +71,42 @@ class CompareResult:
         failed = any(status in ("failed", "skipped") for status in self.jobs.values())
         return int(bool(self.failures) or failed)
 
+    def results(self) -> pd.DataFrame:
+        """Return the results as a tidy table: one line per row, scope and metric.
+
+        Raises:
+            SamplesError: the comparison has no report.
+        """
+        from streamline_bench.report.frame import results
+
+        return results(self.run)
+
+    def ranking(self) -> pd.DataFrame:
+        """Return the ranking as a table, one line per row (SamplesError: as :meth:`results`)."""
+        from streamline_bench.report.frame import ranking
+
+        return ranking(self.run)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        if self.report is None:
+            return f"<p>{escape(str(self.run))} has no report yet.</p>"
+        from streamline_bench.report.frame import html_table
+
+        return html_table(self.run)
+
     def summary(self) -> dict[str, Any]:
-        """Return the same as JSON-ready values."""
+        """Return the same as JSON-ready values, with the ranking where there is a report."""
         report = str(self.report) if self.report else None
-        return {**asdict(self), "run": str(self.run), "report": report}
+        found = {**asdict(self), "run": str(self.run), "report": report}
+        data = self.run / "leaderboard.json"
+        if self.report is None or not data.is_file():
+            return found
+        from streamline_bench.report.frame import ranking_records
+        from streamline_bench.report.leaderboard import read_leaderboard
+
+        board = read_leaderboard(data)
+        return {**found, "results": ranking_records(board)}
 
 
 def compare(

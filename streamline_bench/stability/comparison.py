@@ -212,6 +212,24 @@ class TokenDivergence(Frozen):
     nats_per_token: Estimate
 
 
+class VarianceParts(Frozen):
+    """Why one run of a recipe gives another number than the next: variances of a mean over tasks.
+
+    Attributes:
+        seeds, calibrations: runs are their combinations.
+        question: that other questions would give, in one run.
+        seed, calibration: between seeds, between calibration texts; None where there is one.
+        both: what a seed does with one text and not with another; None likewise.
+    """
+
+    seeds: int
+    calibrations: int
+    question: float
+    seed: float | None = None
+    calibration: float | None = None
+    both: float | None = None
+
+
 class NoiseTask(Frozen):
     """Dense against dense again on one (task, filter), mean over the repetitions."""
 

@@ -21,6 +21,7 @@ from streamline_bench.errors import RecipeError
 from streamline_bench.runs.execution.options import Execution
 from streamline_bench.runs.planning.request import Request, RowRequest
 from streamline_bench.runs.run import CompareResult
+from streamline_bench.stability.statistics.score import documents_needed
 
 
 @pytest.fixture
@@ -393,3 +394,26 @@ def test_a_typo_costs_no_heavy_import(tmp_path: Path, typo: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
     assert done.stderr.startswith("streamline-bench: Unknown")
+
+
+def test_the_size_of_a_run_is_planned(call: Callable[..., Any]) -> None:
+    ended = call("compare", "--plan-size", "difference=0.02,discordance=0.12")
+    needed = documents_needed(0.02, 0.12)
+    assert ended.code == 0 and ended.out.startswith(f"{needed:,} documents")
+    more = call("compare", "--plan-size", "difference=0.02,discordance=0.12,power=0.95")
+    assert int(more.out.split()[0].replace(",", "")) > needed
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("difference=0.02", "discordance"),
+        ("difference=2 points,discordance=0.1", "2 points"),
+        ("difference=0,discordance=0.1", "difference 0"),
+        ("difference=0.02,discordance=12", "discordance 12"),
+        ("difference=0.02,discordance=0.1,powr=0.9", "powr"),
+    ],
+)
+def test_a_wrong_size_is_named(call: Callable[..., Any], given: str, named: str) -> None:
+    ended = call("compare", "--plan-size", given)
+    assert ended.code == 2 and named in ended.err

@@ -12,6 +12,7 @@ from streamline_bench.cli.main import main
 from streamline_bench.cli.report import command
 from streamline_bench.report.build import write_report
 from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.runs.run import CompareResult
 
 BOARD = Leaderboard.model_validate({
     "title": "Kept", "dense": "d",
@@ -45,6 +46,30 @@ def test_model_cards_are_written_beside(tmp_path: Path) -> None:
     write_report(BOARD, tmp_path)
     result = CliRunner().invoke(command, [str(tmp_path), "--model-cards"], catch_exceptions=False)
     assert result.exit_code == 0 and "Model card" not in result.output, "dense alone has none"
+
+
+def test_exports_are_written_beside(tmp_path: Path) -> None:
+    write_report(BOARD, tmp_path)
+    result = CliRunner().invoke(command, [str(tmp_path), "--exports"], catch_exceptions=False)
+    assert result.exit_code == 0 and str(tmp_path / "exports") in result.output
+    made = {path.name for path in (tmp_path / "exports").iterdir()}
+    assert made == {"table.tex", "table.md", "results.csv", "citations.bib", "figures"}
+
+
+def test_a_comparison_carries_its_results(tmp_path: Path) -> None:
+    page = write_report(BOARD, tmp_path)
+    done = CompareResult(run=tmp_path, report=page)
+    assert done.ranking().accuracy.tolist() == [0.5]
+    assert done.results().query("metric == 'accuracy'").value.tolist() == [0.5, 0.5]
+    assert json.loads(json.dumps(done.summary()))["results"][0]["row"] == "d"
+    shown = done._repr_html_()
+    assert "<table>" in shown and "50.0" in shown
+    hostile = BOARD.model_dump(mode="json")
+    hostile["dense"] = hostile["rows"][0]["label"] = "<script>x</script>"
+    write_report(Leaderboard.model_validate(hostile), tmp_path)
+    assert "<script" not in done._repr_html_()
+    without = CompareResult(run=tmp_path / "<b>", report=None)
+    assert "results" not in without.summary() and "<b>" not in without._repr_html_()
 
 
 def test_user_errors_end_with_exit_code_2(

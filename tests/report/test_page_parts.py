@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_bench.report.figures.pareto import Axis, Point, frontier, pareto, points_of, ticks
+from streamline_bench.report.figures.pareto import (
+    Axis,
+    Point,
+    frontier,
+    points_of,
+    ticks,
+    tradeoffs,
+)
 from streamline_bench.report.leaderboard import Row
 from streamline_bench.report.provenance import published_numbers
 from streamline_bench.report.views.overview import commands_by_stage, heat_map, ranked
@@ -130,7 +137,7 @@ def speed(value: float | None) -> dict[str, Any]:
             "dtype": "float32", "batch_size": 1}  # fmt: skip
 
 
-def test_throughput_is_shown_where_two_rows_have_it_else_size() -> None:
+def test_rows_are_drawn_against_what_they_differ_in() -> None:
     rows = [
         row("dense", 0.9, parameters=100, throughput=speed(10.0)),
         row(
@@ -140,23 +147,57 @@ def test_throughput_is_shown_where_two_rows_have_it_else_size() -> None:
             throughput={**speed(15.0), "low": 14.0, "high": 16.0},
             cost="no training",
         ),
-        row("b", 0.7, parameters=70, throughput=speed(None), cost="calibrated"),
+        row("b", 0.7, parameters=80, throughput=speed(12.0), cost="calibrated"),
+        row("c", 0.6, parameters=80, throughput=speed(None), cost="calibrated"),
         row("lost", None, parameters=60),
     ]
-    kind, points = points_of(rows)
-    assert kind == "throughput" and [point.x for point in points] == [10.0, 15.0]
-    found = pareto(rows)
-    assert found is not None
-    assert found.frontier == ["a<b>", "dense"]
+    assert [point.x for point in points_of(rows, "throughput")] == [10.0, 15.0, 12.0]
+    (found,) = tradeoffs(rows)
+    assert found.kind == "throughput" and found.frontier == ["a<b>", "dense"]
     root = ElementTree.fromstring(found.svg)
-    assert {group.get("data-row") for group in root.iter("g")} == {"0", "1"}
+    assert {group.get("data-row") for group in root.iter("g")} == {"0", "1", "2"}
     whiskers = [p.get("d") for p in root.iter("path") if p.get("class") == "whisker"]
-    assert ["H" in whisker for whisker in whiskers] == [False, True], "where rounds are known"
+    assert sum("H" in whisker for whisker in whiskers) == 1, "where rounds are known"
     labels = {text.text for text in root.iter("text")}
     assert {"a<b>", "dense"} <= labels, "escaped once"
-    kind, points = points_of([rows[0], rows[2]])
-    assert kind == "parameters" and [point.x for point in points] == [100.0, 70.0]
-    assert pareto(rows[:1]) is None
+    assert tradeoffs(rows[:1]) == []
+    alike = [rows[0], rows[3], row("d", 0.5, parameters=80)]
+    assert [drawn.kind for drawn in tradeoffs(alike)] == ["parameters"], "if nothing differs"
+
+
+def test_the_paired_ratio_counts_and_the_reference_is_one() -> None:
+    rows = [
+        row("dense", 0.9, throughput=speed(10.0)),
+        *(
+            row(name, 0.8, throughput={**speed(rate), "ratio": ratio, "ratio_low": ratio - 0.1,
+                                       "ratio_high": ratio + 0.1})
+            for name, rate, ratio in (("a", 2926.0, 1.49), ("b", 2973.0, 1.44))
+        ),
+    ]  # fmt: skip
+    (found,) = tradeoffs(rows)
+    assert found.kind == "ratio"
+    assert [point.x for point in points_of(rows, "ratio")] == [1.0, 1.49, 1.44]
+    assert found.frontier == ["a", "dense"]
+
+
+def test_bytes_are_drawn_only_where_they_say_more_than_parameters() -> None:
+    def sized(label: str, parameters: int, weights: int) -> Row:
+        return row(label, 0.5, parameters=parameters, bytes=weights)
+
+    plain = [row("dense", 0.9, parameters=100), sized("a", 80, 160), sized("b", 60, 120)]
+    assert [drawn.kind for drawn in tradeoffs(plain)] == ["parameters"]
+    quantised = [*plain, sized("c", 100, 50)]
+    assert [drawn.kind for drawn in tradeoffs(quantised)] == ["parameters", "bytes"]
+
+
+def test_every_point_of_the_frontier_has_a_name() -> None:
+    """Also in a crowd at the left edge, and no name covers another."""
+    rows = [row("dense", 0.9, parameters=1000)]
+    rows += [row(f"long_name_{n}", 0.5 + n / 60, parameters=700 + n) for n in range(20)]
+    (found,) = tradeoffs(rows)
+    root = ElementTree.fromstring(found.svg)
+    named = {text.text for text in root.iter("text") if "label" in (text.get("class") or "")}
+    assert set(found.frontier) <= named
 
 
 def number(metric: str, **more: Any) -> dict[str, Any]:

@@ -25,9 +25,10 @@ from streamline_bench.report.run_file import (
 )
 from streamline_bench.report.text import times
 from streamline_bench.report.views.csv_table import to_csv
+from streamline_bench.report.views.headline import headline
 from streamline_bench.report.views.markdown import to_markdown
 from streamline_bench.report.views.model_card import model_card
-from streamline_bench.report.views.overview import headline, perplexity_ratio, ranked
+from streamline_bench.report.views.overview import perplexity_ratio, ranked
 from streamline_bench.report.views.page import to_html
 from streamline_bench.stability.comparison import Estimate
 from streamline_bench.stability.settings import Settings

@@ -1,20 +1,26 @@
-"""Accuracy against speed (or size, where no speed was measured), with the Pareto frontier."""
+"""Accuracy against what rows differ in (speed, size, bytes, time to make), with its frontier."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 from markupsafe import Markup, escape
 
 from streamline_bench.report.leaderboard import Row
-from streamline_bench.report.text import count, percent, visible_text, with_error
+from streamline_bench.report.text import (
+    count,
+    duration,
+    percent,
+    times,
+    visible_text,
+    with_error,
+)
 
 _WIDTH, _HEIGHT = 1000.0, 400.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48.0, 20.0, 14.0, 44.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48.0, 44.0, 14.0, 44.0
 _LETTER = 6.4
 """Width of a label's letter in the picture's units, a little generous."""
 
@@ -56,9 +62,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
-    """One row of the picture: ``x`` is tokens per second or parameters, ``y`` accuracy.
+    """One row of the picture: ``x`` by the picture's kind, ``y`` accuracy.
 
-    ``low`` and ``high`` are the extremes of x, where it was measured more than once.
+    ``low`` and ``high`` are the ends of x, where it has an interval.
     """
 
     index: int
@@ -72,32 +78,100 @@ class Point:
     high: float | None = None
 
 
-Kind = Literal["throughput", "parameters"]
+@dataclass(frozen=True)
+class Measure:
+    """What accuracy is drawn against.
+
+    Attributes:
+        heading: of the section, after "Accuracy against".
+        axis: name of the axis, with the direction that is better.
+        words: for the caption.
+        x: of a row; None where it has none.
+        ends: interval of x.
+        written: a value for a tick or a title.
+        more: whether more is better.
+        log: draw the axis by the logarithm.
+    """
+
+    heading: str
+    axis: str
+    words: str
+    x: Callable[[Row], float | None]
+    written: Callable[[float], str]
+    ends: Callable[[Row], tuple[float | None, float | None]] = lambda row: (None, None)
+    more: bool = False
+    log: bool = False
+
+
+def _ratio(row: Row) -> float | None:
+    if row.speed is None:
+        return None
+    return 1.0 if row.is_dense and row.speed.ratio is None else row.speed.ratio
+
+
+def _bytes(row: Row) -> float | None:
+    return row.bytes or (row.speed.weights_bytes if row.speed else None)
+
+
+def _making(row: Row) -> float | None:
+    """Seconds that making the row took, evaluations aside."""
+    spent = sum(value for stage, value in row.seconds.items() if stage != "evaluate")
+    return None if row.is_dense else spent or None
+
+
+MEASURES: dict[str, Measure] = {
+    "ratio": Measure(
+        "measured speed", "output tokens per second, \N{MULTIPLICATION SIGN} reference →",
+        "speed as a ratio to the reference in the same rounds, bars: its interval",
+        _ratio, times,
+        lambda row: (row.speed.ratio_low, row.speed.ratio_high) if row.speed else (None, None),
+        more=True,
+    ),
+    "throughput": Measure(
+        "measured speed", "output tokens per second →",
+        "output tokens per second, bars from slowest to fastest round",
+        lambda row: row.speed.output_tokens_per_second if row.speed else None,
+        lambda value: f"{value:,.4g}",
+        lambda row: (row.speed.low, row.speed.high) if row.speed else (None, None),
+        more=True,
+    ),
+    "parameters": Measure(
+        "size", "← parameters", "parameters", lambda row: row.parameters, count
+    ),
+    "bytes": Measure("bytes", "← bytes of the weights", "bytes of the weights", _bytes,
+                     lambda value: f"{count(value)}B"),
+    "making": Measure("time to make", "← time to make the model (log scale)",
+                      "wall-clock time of compression and training", _making, duration, log=True),
+}  # fmt: skip
+"""Kind of picture -> what is across."""
+
+_DIFFERS = 0.02
+"""Rows differ where their extremes are at least this share of the largest apart."""
 
 
 @dataclass(frozen=True)
 class Pareto:
     """The picture as inline SVG, with what its caption says."""
 
-    kind: Kind
+    kind: str
     svg: Markup
     frontier: list[str]
     groups: list[str]
 
+    @property
+    def measure(self) -> Measure:
+        """What is across."""
+        return MEASURES[self.kind]
 
-def points_of(rows: Sequence[Row]) -> tuple[Kind, list[Point]]:
-    """Return what x is and a point for each row that has it; a point's index is its row's.
 
-    Throughput is taken where at least two rows were measured, else the number of parameters.
-    """
-    speeds = [row.speed.output_tokens_per_second if row.speed else None for row in rows]
-    by_speed = sum(bool(row.accuracy_macro and s) for row, s in zip(rows, speeds, strict=True)) >= 2
-    points = []
-    for index, (row, speed) in enumerate(zip(rows, speeds, strict=True)):
-        accuracy, x = row.accuracy_macro, speed if by_speed else row.parameters
+def points_of(rows: Sequence[Row], kind: str) -> list[Point]:
+    """Return a point for each row that has accuracy and x; a point's index is its row's."""
+    measure, points = MEASURES[kind], []
+    for index, row in enumerate(rows):
+        accuracy, x = row.accuracy_macro, measure.x(row)
         if accuracy is None or not x:
             continue
-        written = f"{x:.4g} tokens/s" if by_speed else f"{count(x)} parameters"
+        low, high = measure.ends(row)
         points.append(
             Point(
                 index=index,
@@ -106,12 +180,12 @@ def points_of(rows: Sequence[Row]) -> tuple[Kind, list[Point]]:
                 x=float(x),
                 y=accuracy.value,
                 error=accuracy.standard_error or 0.0,
-                text=f"{written}, {with_error(accuracy)} % right",
-                low=row.speed.low if by_speed and row.speed else None,
-                high=row.speed.high if by_speed and row.speed else None,
+                text=f"{measure.written(x)}, {with_error(accuracy)} % right",
+                low=low,
+                high=high,
             )
         )
-    return ("throughput" if by_speed else "parameters"), points
+    return points
 
 
 def frontier(points: Sequence[Point], *, more_is_better: bool) -> list[Point]:
@@ -124,31 +198,72 @@ def frontier(points: Sequence[Point], *, more_is_better: bool) -> list[Point]:
     return kept
 
 
-def pareto(rows: Sequence[Row]) -> Pareto | None:
+def tradeoffs(rows: Sequence[Row]) -> list[Pareto]:
+    """Draw accuracy against everything in which the compressed rows differ, speed first.
+
+    Where they differ in nothing, the size is drawn. Bytes are left out where they say what the
+    parameters say. Nothing with fewer than two points.
+    """
+    differing = [kind for kind in MEASURES if _differs(rows, kind)]
+    if "ratio" in differing:
+        differing = [kind for kind in differing if kind != "throughput"]
+    if "parameters" in differing and not _differs(rows, "bytes", per="parameters"):
+        differing = [kind for kind in differing if kind != "bytes"]
+    return [
+        drawn for kind in differing or ["parameters"] if (drawn := pareto(rows, kind)) is not None
+    ]
+
+
+def _differs(rows: Sequence[Row], kind: str, per: str | None = None) -> bool:
+    values = []
+    for row in rows:
+        x, unit = MEASURES[kind].x(row), MEASURES[per].x(row) if per else 1.0
+        if row.accuracy_macro and not row.is_dense and x and unit:
+            values.append(x / unit)
+    return len(values) > 1 and max(values) - min(values) > _DIFFERS * max(values)
+
+
+def pareto(rows: Sequence[Row], kind: str) -> Pareto | None:
     """Draw the rows; None with fewer than two points."""
-    kind, points = points_of(rows)
+    points = points_of(rows, kind)
     if len(points) < 2:
         return None
-    best = frontier(points, more_is_better=kind == "throughput")
+    best = frontier(points, more_is_better=MEASURES[kind].more)
+    dense = next((row.accuracy_macro.value for row in rows if row.is_dense and row.accuracy_macro),
+                 None)  # fmt: skip
     return Pareto(
         kind=kind,
-        svg=_svg(kind, points, best),
+        svg=_svg(MEASURES[kind], points, best, dense),
         frontier=[point.label for point in best],
         groups=sorted({point.group for point in points}),
     )
 
 
-def _svg(kind: Kind, points: list[Point], best: list[Point]) -> Markup:
+@dataclass(frozen=True)
+class LogAxis(Axis):
+    """An axis by the logarithm; its ends are logarithms."""
+
+    def place(self, value: float) -> float:
+        return super().place(math.log10(value))
+
+
+def _across(measure: Measure, points: Sequence[Point]) -> Axis:
     wide = [x for p in points for x in (p.low, p.x, p.high) if x is not None]
-    across = Axis.around(wide, _LEFT, _WIDTH - _RIGHT, pad=0.1)
+    ends = (_LEFT, _WIDTH - _RIGHT)
+    if not measure.log:
+        return Axis.around(wide, *ends, pad=0.1)
+    return LogAxis.around([math.log10(x) for x in wide], *ends, pad=0.1)
+
+
+def _svg(measure: Measure, points: list[Point], best: list[Point], dense: float | None) -> Markup:
+    across = _across(measure, points)
     ends = [p.y + sign * p.error for p in points for sign in (-1, 1)]
     up = Axis.around(ends, _HEIGHT - _BOTTOM, _TOP)
     names = escape(", ".join(point.label for point in best))
-    what = "tokens per second" if kind == "throughput" else "parameters"
     parts = [
         f'<svg class="pareto" viewBox="0 0 {_WIDTH:.0f} {_HEIGHT:.0f}" role="img" '
-        f'aria-label="Accuracy against {what}; on the frontier: {names}">',
-        *_axes(kind, across, up),
+        f'aria-label="Accuracy against {measure.heading}; on the frontier: {names}">',
+        *_axes(measure, across, up, dense),
         f'<path class="frontier" d="{_steps(best, across, up)}"/>',
     ]
     labels = _labels(points, best, across, up)
@@ -157,7 +272,7 @@ def _svg(kind: Kind, points: list[Point], best: list[Point]) -> Markup:
     return Markup("".join([*parts, "</svg>"]))
 
 
-def _axes(kind: Kind, across: Axis, up: Axis) -> list[str]:
+def _axes(measure: Measure, across: Axis, up: Axis, dense: float | None) -> list[str]:
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     parts = []
     for value in ticks(up.low, up.high, 6):
@@ -166,17 +281,30 @@ def _axes(kind: Kind, across: Axis, up: Axis) -> list[str]:
         parts.append(
             f'<text x="{_LEFT - 8}" y="{y + 4:.2f}" class="end">{percent(value, 0)}</text>'
         )
-    for value in ticks(across.low, across.high, 6):
+        if dense:
+            kept = percent(value / dense, 0)
+            parts.append(f'<text x="{right + 8}" y="{y + 4:.2f}">{kept}</text>')
+    for value in _ticks_across(measure, across):
         x = across.place(value)
-        written = f"{value:,.4g}" if kind == "throughput" else count(value)
         parts.append(f'<path class="axis" d="M{x} {bottom}v5"/>')
+        written = measure.written(value)
         parts.append(f'<text x="{x}" y="{bottom + 18}" class="mid">{written}</text>')
-    name = "output tokens per second \u2192" if kind == "throughput" else "\u2190 parameters"
-    place, end = (right, "end") if kind == "throughput" else (_LEFT, "")
+    place, end = (right, "end") if measure.more else (_LEFT, "")
     parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>')
-    parts.append(f'<text x="{place}" y="{_HEIGHT - 6}" class="{end}">{name}</text>')
+    parts.append(f'<text x="{place}" y="{_HEIGHT - 6}" class="{end}">{measure.axis}</text>')
     parts.append(f'<text x="{_LEFT + 6}" y="{_TOP + 8}" class="name">accuracy, %</text>')
+    if dense:
+        words = "share of the reference's, %"
+        parts.append(f'<text x="{right - 6}" y="{_TOP + 8}" class="name end">{words}</text>')
     return parts
+
+
+def _ticks_across(measure: Measure, across: Axis) -> list[float]:
+    if not measure.log:
+        return ticks(across.low, across.high, 6)
+    whole = range(math.floor(across.low), math.ceil(across.high) + 1)
+    found = [size * 10.0**power for power in whole for size in (1, 2, 5)]
+    return [value for value in found if across.low <= math.log10(value) <= across.high]
 
 
 def _steps(best: list[Point], across: Axis, up: Axis) -> str:
@@ -224,24 +352,52 @@ def _labels(points: list[Point], best: list[Point], across: Axis, up: Axis) -> d
         x, y = across.place(point.x), up.place(point.y)
         name = point.label if len(point.label) <= 28 else f"{point.label[:27]}\u2026"
         width = _LETTER * len(name)
-        for left, middle, anchor in (
-            (x + 9, y, ""),
-            (x - 9 - width, y, "end"),
-            (x - width / 2, y - 15, "mid"),
-            (x - width / 2, y + 15, "mid"),
-            (x + 8, y - 12, ""),
-            (x - 8 - width, y - 12, "end"),
-        ):
+        # Points of the frontier always have a name, if need be at the end of a line.
+        far = _RINGS if point in best or point.group == "dense" else ()
+        for left, middle, anchor, line in [*_near(x, y, width), *_far(x, y, width, far)]:
             box = _box(left, middle - 7, width, 14.0)
-            inside = left >= _LEFT and left + width <= _WIDTH and middle < _HEIGHT - _BOTTOM - 6
+            inside = (
+                left >= _LEFT and left + width <= _WIDTH - _RIGHT
+                and _TOP + 14 < middle < _HEIGHT - _BOTTOM - 6
+            )  # fmt: skip
             if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
                 at = left + {"": 0.0, "mid": width / 2, "end": width}[anchor]
                 placed[point.index] = Markup(
-                    '<text class="{} label" x="{:.1f}" y="{:.1f}">{}</text>'
-                ).format(anchor, at, middle + 4, name)
+                    '{}<text class="{} label" x="{:.1f}" y="{:.1f}">{}</text>'
+                ).format(Markup(line), anchor, at, middle + 4, name)
                 break
     return placed
+
+
+_RINGS = (26, 42, 60, 80, 104, 132, 164, 200)
+"""Distances from a point at which its name may stand."""
+_Spot = tuple[float, float, str, str]
+"""Left end and middle of a name, its anchor, and the line that leads to it."""
+
+
+def _near(x: float, y: float, width: float) -> list[_Spot]:
+    return [
+        (x + 9, y, "", ""),
+        (x - 9 - width, y, "end", ""),
+        (x - width / 2, y - 15, "mid", ""),
+        (x - width / 2, y + 15, "mid", ""),
+        (x + 8, y - 12, "", ""),
+        (x - 8 - width, y - 12, "end", ""),
+    ]
+
+
+def _far(x: float, y: float, width: float, rings: Sequence[int]) -> list[_Spot]:
+    found = []
+    for ring in rings:
+        for across, down in ((0.7, -0.7), (-0.7, -0.7), (0.7, 0.7), (-0.7, 0.7), (0, -1), (0, 1)):
+            end, middle = x + across * ring, y + down * ring
+            left = end + 3 if across > 0 else end - 3 - width if across < 0 else end - width / 2
+            anchor = "" if across > 0 else "end" if across < 0 else "mid"
+            touch = middle if across else middle - 8 * down
+            line = f'<path class="leader" d="M{x:.1f} {y:.1f}L{end:.1f} {touch:.1f}"/>'
+            found.append((left, middle, anchor, line))
+    return found
 
 
 _Box = tuple[float, float, float, float]

@@ -15,11 +15,14 @@ from markupsafe import Markup
 from streamline_bench.report import text
 from streamline_bench.report.leaderboard import Leaderboard, Row
 from streamline_bench.report.views import overview
+from streamline_bench.report.views.entries import shown
+from streamline_bench.report.views.headline import headline, needed
+from streamline_bench.stability.comparison import Estimate
 
 
 def to_markdown(board: Leaderboard) -> str:
     """Render the leaderboard as Markdown; every string of a run is escaped."""
-    rows = [row for row in overview.ranked(board.rows) if row.failed is None]
+    rows = [row for row in overview.ranked(shown(board)) if row.failed is None]
     compared = [task.comparison for row in board.rows for task in row.tasks if task.comparison]
     return render_markdown(
         "leaderboard.md.j2",
@@ -29,8 +32,9 @@ def to_markdown(board: Leaderboard) -> str:
         tested=[row.micro for row in rows if row.micro],
         adjusted=any(found.adjusted for found in compared),
         ranks_perplexity=any(_perplexity(row) for row in rows),
-        headline=overview.headline(board),
-        leaderboard=_leaderboard(rows),
+        headline=headline(board),
+        leaderboard=_leaderboard(board, rows),
+        needed=needed,
         heat_map=overview.heat_map,
         commands=overview.commands_by_stage(board.commands),
     )
@@ -59,9 +63,16 @@ _MARKDOWN_FILTERS = {
 }
 
 
-def _leaderboard(rows: Sequence[Row]) -> Markup:
+def _leaderboard(board: Leaderboard, rows: Sequence[Row]) -> Markup:
     """One line per row; a column in which every cell is empty is left out."""
-    columns = [(name, cell) for name, cell in _COLUMNS if any(cell(row) for row in rows)]
+
+    def rank(row: Row) -> str:
+        found = board.ranks.get(row.label)
+        return f"{found.place} [{found.low}, {found.high}]" if found else ""
+
+    first, *others = _COLUMNS
+    every = [first, ("rank", rank), *others]
+    columns = [(name, cell) for name, cell in every if any(cell(row) for row in rows)]
     lines = [
         [name for name, _ in columns],
         ["---", *["---:"] * (len(columns) - 1)],
@@ -85,8 +96,12 @@ def _speed(row: Row) -> str:
         return ""
     if row.speed is None:
         return "failed"
-    to_dense = f" ({text.times(row.speed.ratio)})" if row.speed.ratio is not None else ""
-    return f"{text.rate(row.speed.output_tokens_per_second)}{to_dense}"
+    if row.is_dense:
+        return text.times(1.0)
+    if row.speed.ratio is None:
+        return f"{text.rate(row.speed.output_tokens_per_second)} tokens/s"
+    ends = Estimate(value=row.speed.ratio, low=row.speed.ratio_low, high=row.speed.ratio_high)
+    return text.ratio(ends)
 
 
 def _of(scope: str, name: str, *, signed: bool = False) -> Callable[[Row], str]:
@@ -107,7 +122,7 @@ _COLUMNS: Sequence[tuple[str, Callable[[Row], str]]] = (
     ("p", lambda row: text.p_value(row.micro.p_value) if row.micro else ""),
     ("perplexity", _perplexity),
     ("token KL", lambda row: text.decimal(row.divergence.kl.value) if row.divergence else ""),
-    ("tokens/s", _speed),
+    ("speed", _speed),
     ("parameters", lambda row: text.count(row.parameters) if row.parameters else ""),
     ("removed %", lambda row: text.percent(row.sparsity_reached) if row.sparsity_reached else ""),
     ("layers", lambda row: str(row.layers or "")),

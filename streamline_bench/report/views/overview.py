@@ -1,4 +1,4 @@
-"""What several views share: rows in order, the headline, tables by task, commands, templates.
+"""What several views share: rows in order, tables by task, commands, templates.
 
 Rows are ordered by accuracy, or by perplexity where no task has right or wrong answers.
 """
@@ -16,12 +16,9 @@ from typing import Any, TypeVar
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from streamline_bench.core.machine.environment import resource
-from streamline_bench.report.leaderboard import Leaderboard, Row, TaskScore
-from streamline_bench.report.text import percent, points, significant
+from streamline_bench.report.leaderboard import Row, TaskScore
 from streamline_bench.stability.comparison import Estimate, exponentiated, square_and_add
 
-_GUESSING = 0.1
-"""Share of the way from guessing to all right; a dense model below it has nothing to lose."""
 _Row = TypeVar("_Row", bound=Row)
 
 
@@ -82,70 +79,6 @@ def _nats(row: Row) -> Estimate | None:
     for found in row.perplexities:
         tasks.setdefault((found.task, found.filter), found.nats_per_unit)
     return square_and_add(list(tasks.values())) if tasks else None
-
-
-def headline(board: Leaderboard) -> str:
-    """One or two sentences on the best row against the dense model. Not escaped."""
-    failed = sum(row.failed is not None for row in board.rows)
-    return _best(board) + (f" {failed} more failed." if failed else "")
-
-
-def _best(board: Leaderboard) -> str:
-    dense = board.dense_row
-    if dense.accuracy_macro is None:
-        return _best_perplexity(board)
-    before = percent(dense.accuracy_macro.value)
-    others = [(row, row.macro) for row in ranked(board.rows) if row.macro]
-    if not others:
-        return f"{dense.label} answers {before} % right, averaged over tasks."
-    best, macro = others[0]
-    corrected = macro.dense_corrected
-    if corrected is not None and corrected.value < _GUESSING:
-        return (
-            f"{dense.label} is close to guessing on these tasks: {before} % right is "
-            f"{percent(corrected.value)} % of the way from guessing to all right. The order of the "
-            f"{_models(len(others))} therefore says little; stability and flips still show how "
-            "much their verdicts changed."
-        )
-    change = macro.difference
-    return (
-        f"Of {_models(len(others))}, {best.label} keeps most: {percent(macro.pruned.value)} % "
-        f"right{_removed(best)}, against {before} % of {dense.label} "
-        f"({points(change.value)} points, {board.level} interval {points(change.low)} to "
-        f"{points(change.high)}). {percent(macro.agreement.value)} % of its verdicts are unchanged."
-    )
-
-
-def _models(count: int) -> str:
-    return f"{count} compressed {'model' if count == 1 else 'models'}"
-
-
-def _removed(row: Row) -> str:
-    if row.sparsity_reached is None:
-        return ""
-    return f" with {percent(row.sparsity_reached)} % of the parameters removed"
-
-
-def _best_perplexity(board: Leaderboard) -> str:
-    """What happened to perplexity, where no task has right or wrong answers."""
-    none, dense = "No task has right or wrong answers", board.dense
-    others = [row for row in ranked(board.rows) if not row.is_dense and row.failed is None]
-    known = [(row, ratio) for row in others if (ratio := perplexity_ratio(row)) is not None]
-    if not others:
-        return f"{none}, and there is no row to compare {dense} with."
-    if not known:
-        return f"{none}, and no model has a perplexity to compare with {dense}'s."
-    best, ratio = known[0]
-    ends = ""
-    if ratio.low is not None:
-        low, high = significant(ratio.low, 3), significant(ratio.high, 3)
-        ends = f" ({board.level} interval {low} to {high})"
-    tasks = len({found.task for found in best.perplexities})
-    mean = f", geometric mean over {tasks} texts" if tasks > 1 else ""
-    return (
-        f"{none}. Of {_models(len(others))}, {best.label} does best{_removed(best)}: its "
-        f"perplexity is {significant(ratio.value, 3)} times {dense}'s{ends}{mean}."
-    )
 
 
 @dataclass(frozen=True)

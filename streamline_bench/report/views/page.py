@@ -9,21 +9,32 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 from markupsafe import Markup, escape
 
 from streamline_bench.core.machine.environment import resource
-from streamline_bench.report.figures.pareto import Axis, pareto, ticks
+from streamline_bench.report.figures.pareto import Axis, ticks, tradeoffs
 from streamline_bench.report.figures.similarity import matrix_svg, named_layers
-from streamline_bench.report.leaderboard import CurvePoint, Leaderboard, Row, ScanResult
-from streamline_bench.report.text import FILTERS, visible_text
+from streamline_bench.report.figures.sizes import at_equal_size, series_of, size_curves
+from streamline_bench.report.figures.training import curve_svg
+from streamline_bench.report.leaderboard import (
+    Leaderboard,
+    Published,
+    Rank,
+    Row,
+    ScanResult,
+)
+from streamline_bench.report.provenance import is_model
+from streamline_bench.report.text import FILTERS, duration, visible_text
 from streamline_bench.report.views import overview
+from streamline_bench.report.views.citations import citations
+from streamline_bench.report.views.entries import shown
+from streamline_bench.report.views.headline import headline, needed
 from streamline_bench.stability.comparison import Estimate, GroupComparison, Overall, TaskComparison
 
 
@@ -33,6 +44,7 @@ def to_html(board: Leaderboard) -> str:
     script = (templates / "leaderboard.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     rows = _rows(board)
+    runs = _runs(board, rows)
     scored = [row for row in rows if row.failed is None]
     filters = {"pretty": _pretty, "breakable": _breakable, "ending": _ending, "shade": shade}
     return (
@@ -41,22 +53,31 @@ def to_html(board: Leaderboard) -> str:
         .render(
             board=board,
             rows=rows,
+            runs=runs,
             scored=scored,
-            compared=[row for row in rows if row.macro],
-            measured=[row for row in scored if not row.is_dense],
+            compared=[row for row in runs if row.macro],
+            measured=[row for row in runs if row.failed is None and not row.is_dense],
             lines=_lines,
             perplexity_ratio=overview.perplexity_ratio,
             groups=Counter(row.cost for row in rows if not row.is_dense),
-            has=_has(rows),
+            has=_has(runs),
+            same_verdict=next((row.macro.decision for row in rows if row.macro), None),
             throughput=next((row.throughput for row in rows if row.throughput), None),
-            headline=overview.headline(board),
-            pareto=pareto(rows),
+            headline=headline(board),
+            tradeoffs=tradeoffs(rows),
+            sizes=size_curves(board, rows),
+            sizes_of=series_of(rows),
+            equal=at_equal_size(rows),
             forest=forest(rows),
             heat=overview.heat_map(scored),
             metrics=_metrics(scored),
-            scans=_scans(rows),
-            curves=_curves(rows),
-            literature=[row for row in rows if row.published],
+            setup=_setup(board, scored),
+            scans=_scans(runs),
+            curves=_curves(runs),
+            literature=_literature(rows),
+            citations=citations(board),
+            needed=needed,
+            places={row.label: row.index for row in rows},
             commands=overview.commands_by_stage(board.commands),
             level=board.level,
             style=Markup((templates / "leaderboard.css").read_text(encoding="utf-8")),
@@ -110,20 +131,40 @@ class Bar:
 
 
 class PageRow(Row):
-    """A row with its place on the page; ``bar`` is its accuracy ± one standard error."""
+    """A row with its place on the page.
+
+    Attributes:
+        index: its number in the ranking; a run that is folded has that of its entry.
+        id: its anchor.
+        bar: its accuracy ± one standard error.
+        place: its rank, where the rows were ranked.
+    """
 
     index: int
+    id: str
     bar: Any = None
+    place: Rank | None = None
 
-    @property
-    def id(self) -> str:
-        """Its anchor."""
-        return f"row-{self.index}"
+
+def _runs(board: Leaderboard, rows: Sequence[PageRow]) -> list[PageRow]:
+    """Every row that was run, in the order of the entries that they are shown as."""
+    single = board.shown_as
+    folds = {fold.label: fold.members for fold in board.folded}
+    found: dict[str, PageRow] = {}
+    for row in rows:
+        members = [single[label] for label in folds.get(row.label, ()) if label in single]
+        for number, one in enumerate(members):
+            anchor = f"{row.id}-{number}" if number else row.id
+            made = PageRow.model_construct(**dict(one), index=row.index, id=anchor)
+            found.setdefault(one.label, made)
+        if not members:
+            found[row.id] = row
+    return list(found.values())
 
 
 def _rows(board: Leaderboard) -> list[PageRow]:
-    """Rows as ranked. They are valid already, so that nothing is validated again."""
-    rows = overview.ranked(board.rows)
+    """Entries as ranked. They are valid already, so that nothing is validated again."""
+    rows = overview.ranked(shown(board))
     ends = {
         index: _around(row.accuracy_macro) for index, row in enumerate(rows) if row.accuracy_macro
     }
@@ -133,6 +174,8 @@ def _rows(board: Leaderboard) -> list[PageRow]:
         PageRow.model_construct(
             **dict(row),
             index=index,
+            id=f"row-{index}",
+            place=board.ranks.get(row.label),
             bar=Bar.of(row.accuracy_macro, ends[index], axis) if row.accuracy_macro else None,
         )
         for index, row in enumerate(rows)
@@ -144,12 +187,30 @@ def _around(estimate: Estimate) -> tuple[float, float]:
     return estimate.value - error, estimate.value + error
 
 
+def _literature(
+    rows: Sequence[PageRow],
+) -> list[tuple[bool, list[tuple[PageRow, list[Published]]]]]:
+    """Published numbers on the same model, then those on others, by row; neither if empty."""
+    found = []
+    for wanted in (True, False):
+        parts = [
+            (row, [one for one in row.published if is_model(row, one.model) is wanted])
+            for row in rows
+        ]
+        kept = [(row, numbers) for row, numbers in parts if numbers]
+        if kept:
+            found.append((wanted, kept))
+    return found
+
+
 def _has(rows: Sequence[Row]) -> dict[str, bool]:
     """Which optional columns have something to show."""
     macros = [row.macro for row in rows if row.macro]
     return {
         "accuracy": any(row.accuracy_macro for row in rows),
         "decision": any(macro.decision for macro in macros),
+        # A column in which every row says the same helps nobody choose.
+        "verdict": len({macro.decision for macro in macros}) > 1 or len(macros) == 1,
         "retention": any(macro.retention for macro in macros),
         "choices": any(macro.choice_kl for macro in macros),
         "calibration": any(macro.pruned_calibration_error is not None for macro in macros),
@@ -173,6 +234,33 @@ def _lines(row: Row) -> list[tuple[str, str | None, TaskComparison | GroupCompar
     ]
     groups = [(group.group, f"{len(group.tasks)} tasks together", group) for group in row.groups]
     return [*tasks, *groups]
+
+
+def _setup(board: Leaderboard, rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """What a paper's reader looks for: tasks with shots, machine, time, tokens seen."""
+    tasks = [task for task in board.dense_row.tasks if task.main]
+    asked = [
+        f"{task.task} ({task.n:,}{f', {task.shots}-shot' if task.shots is not None else ''})"
+        for task in tasks
+    ]
+    seconds = sum(row.total_seconds or 0.0 for row in board.rows)
+    tokens = sorted({
+        int(found) for row in rows
+        if isinstance(found := row.provenance.calibration.get("tokens"), int)
+    })  # fmt: skip
+    machine = next((row.throughput.device for row in rows if row.throughput), None)
+    origin = board.dense_row.provenance
+    found = [
+        ("Tasks", ", ".join(asked)),
+        ("Model", str(next((row.provenance.source for row in rows if row.provenance.source),
+                           origin.model) or "")),
+        ("Machine", machine or ""),
+        ("Engine", origin.engine or ""),
+        ("Calibration", " to ".join(f"{n:,}" for n in dict.fromkeys((tokens[0], tokens[-1])))
+         + " tokens" if tokens else ""),
+        ("Time in all", duration(seconds) if seconds else ""),
+    ]  # fmt: skip
+    return [(name, value) for name, value in found if value]
 
 
 def _metrics(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -274,88 +362,4 @@ def _curves(rows: Sequence[PageRow]) -> list[Figure]:
         for row in rows
         for training, curve in (("replacement", row.curve), ("recovery", row.recovery_curve))
         if curve
-    ]
-
-
-# Losses -------------------------------------------------------------------------------------------
-
-_POINTS = 120
-"""Points of a curve's line: more could not be seen in its width."""
-_WIDTH, _HEIGHT = 460.0, 220.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 12.0, 12.0, 32.0
-_Line = list[tuple[int, float]]
-
-
-def curve_svg(curve: Sequence[CurvePoint], training: str = "replacement") -> Markup:
-    """Training and validation loss over steps, logarithmic where the losses allow it.
-
-    Empty without a finite loss.
-    """
-    lines: dict[str, _Line] = {
-        "train_loss": [(p.step, p.train_loss) for p in curve if _is_drawn(p.train_loss)],
-        "val_loss": [(p.step, p.val_loss) for p in curve if _is_drawn(p.val_loss)],
-    }
-    values = [value for line in lines.values() for _, value in line]
-    if not values:
-        return Markup("")
-    logarithmic = min(values) > 0
-    scale = math.log10 if logarithmic else float
-    low, high = scale(min(values)), scale(max(values))
-    last = max(point.step for point in curve) or 1
-
-    def place(step: float, value: float) -> tuple[str, str]:
-        x = _LEFT + (step / last) * (_WIDTH - _LEFT - _RIGHT)
-        share = (scale(value) - low) / (high - low) if high > low else 0.5
-        return f"{x:.1f}", f"{_HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM):.1f}"
-
-    parts = [
-        f'<svg class="curve" viewBox="0 0 {_WIDTH:.0f} {_HEIGHT:.0f}" role="img" '
-        f'aria-label="{_curve_words(lines, last, training)}">'
-    ]
-    parts += _curve_axes(min(values), max(values), last, "log" if logarithmic else "")
-    for name, line in lines.items():
-        shown = _thinned(line)
-        path = " ".join(",".join(place(step, value)) for step, value in shown)
-        parts.append(f'<polyline class="{name}" points="{path}"/>')
-        for step, value in shown if name == "val_loss" else ():
-            x, y = place(step, value)
-            parts.append(
-                f'<circle class="{name}" cx="{x}" cy="{y}" r="2.5"><title>step {step}: '
-                f"{value:.5g}</title></circle>"
-            )
-    return Markup("".join([*parts, "</svg>"]))
-
-
-def _is_drawn(loss: float | None) -> TypeGuard[float]:
-    return loss is not None and math.isfinite(loss)
-
-
-def _curve_words(lines: Mapping[str, _Line], last: int, training: str) -> str:
-    """First, best and last loss, of the validation where it was measured."""
-    name, kind = ("val_loss", "validation") if lines["val_loss"] else ("train_loss", "training")
-    line = lines[name]
-    best = min(line, key=lambda point: point[1])
-    words = [
-        f"{which} {value:.4g} at step {step}"
-        for which, (step, value) in (("first", line[0]), ("best", best), ("last", line[-1]))
-    ]
-    return f"Training of the {training}, {last} steps; {kind} loss: {', '.join(words)}"
-
-
-def _thinned(line: _Line) -> _Line:
-    """At most some hundred points, among them the first and the last."""
-    step = max(1, math.ceil(len(line) / _POINTS))
-    return [point for index, point in enumerate(line) if index % step == 0 or point is line[-1]]
-
-
-def _curve_axes(low: float, high: float, last: int, kind: str) -> list[str]:
-    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    label = f"step{', loss on a log scale' if kind else ''}"
-    return [
-        f'<path class="axis" d="M{_LEFT} {_TOP}V{bottom}H{right}"/>',
-        f'<text x="{_LEFT - 6}" y="{_TOP + 8}" class="end">{high:.3g}</text>',
-        f'<text x="{_LEFT - 6}" y="{bottom}" class="end">{low:.3g}</text>',
-        f'<text x="{_LEFT}" y="{bottom + 16}">0</text>',
-        f'<text x="{right}" y="{bottom + 16}" class="end">{last}</text>',
-        f'<text x="{(_LEFT + right) / 2}" y="{bottom + 24}" class="mid">{label}</text>',
     ]

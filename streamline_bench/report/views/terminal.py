@@ -7,6 +7,7 @@ from unicodedata import east_asian_width
 
 from streamline_bench.report import text
 from streamline_bench.report.leaderboard import Leaderboard, Row
+from streamline_bench.report.views.entries import shown
 from streamline_bench.report.views.overview import perplexity_ratio, ranked
 
 _SHOWN = 12
@@ -20,15 +21,15 @@ def terminal_table(board: Leaderboard) -> str:
     Plain text without colours or control characters, no newline at the end. The dense row is always
     shown; a board without right or wrong answers shows perplexities instead.
     """
-    rows = ranked(board.rows)
+    rows = ranked(shown(board))
     has_accuracy = any(row.accuracy_macro for row in rows)
     head, cells = (_ACCURACY, _of_accuracy) if has_accuracy else (_PERPLEXITY, _of_perplexity)
     scored = [row for row in rows if row.failed is None]
-    shown = scored[:_SHOWN]
-    shown += [row for row in scored[_SHOWN:] if row.is_dense]
-    lines = _aligned([head, *(cells(row) for row in shown)])
-    if len(shown) < len(scored):
-        lines.append(f"{len(scored) - len(shown)} more rows are in the report.")
+    best = scored[:_SHOWN]
+    best += [row for row in scored[_SHOWN:] if row.is_dense]
+    lines = _aligned([head, *(cells(row) for row in best)])
+    if len(best) < len(scored):
+        lines.append(f"{len(scored) - len(best)} more rows are in the report.")
     lines += [f"{_name(row)} failed: {_cut(row.failed, _REASON)}" for row in rows if row.failed]
     if len(scored) > 1:
         lines.append(_note(board, has_accuracy))

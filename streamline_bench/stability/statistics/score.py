@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from streamline_bench.errors import SamplesError
 from streamline_bench.stability.comparison import Decision, Estimate
 from streamline_bench.stability.statistics.intervals import t_quantile, t_tail
 from streamline_bench.stability.statistics.paired import Design, Outcomes, PairedSample
@@ -141,6 +142,19 @@ class PairedDifference:
         smallest = found * (ends.high - ends.low) / 2
         return smallest if smallest <= 1 else None
 
+    def needed(self, confidence: float, power: float = POWER) -> int | None:
+        """Documents, all tasks together, at which the test would find the difference that was seen.
+
+        Tasks keep their proportions, and discordance what was seen (:func:`documents_needed`). None
+        where no difference was seen.
+        """
+        if self.value == 0.0:
+            return None
+        levels = t_quantile(confidence, self.freedom), t_quantile(2 * power - 1, self.freedom)
+        root = levels[0] * self.error(0.0) + levels[1] * self.error(self.value)
+        documents = sum(sample.outcomes.n for sample in self.samples)
+        return math.ceil(documents * (root / self.value) ** 2)
+
 
 def _variance(outcomes: Outcomes, difference: float) -> float:
     """Variance of one document's change if the true difference were this.
@@ -178,6 +192,40 @@ def holm(p_values: Sequence[float], level: float) -> list[Adjusted]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = Adjusted(largest, comparisons)
     return adjusted
+
+
+def documents_needed(
+    difference: float,
+    discordance: float,
+    *,
+    confidence: float = 0.95,
+    power: float = POWER,
+    effect: float = 1.0,
+) -> int:
+    """Documents at which the paired test finds a true difference with this power.
+
+    n = (z_a sqrt(s) + z_b sqrt(s - d^2))^2 / d^2, with s the share of documents on which exactly
+    one of two models is right (R. J. Connor, Biometrics 43 (1987) 207-211).
+
+    Args:
+        difference: of accuracy, not 0; its sign does not matter.
+        discordance: s; a difference needs at least as many discordant documents.
+        effect: design effect of clusters.
+
+    Raises:
+        SamplesError: a share is not between 0 and 1, or the difference is 0.
+    """
+    size = abs(difference)
+    for name, value in (("difference", size), ("discordance", discordance), ("power", power)):
+        if not 0 < value <= 1 or (name == "power" and value == 1):
+            raise SamplesError(
+                f"The {name} {value:g} is not a share above 0 and at most 1; give 0.02 for two "
+                "points."
+            )
+    share = max(discordance, size)
+    levels = t_quantile(confidence, math.inf), t_quantile(2 * power - 1, math.inf)
+    root = levels[0] * math.sqrt(share) + levels[1] * math.sqrt(share - size**2)
+    return math.ceil(effect * (root / size) ** 2)
 
 
 def detectable_difference(

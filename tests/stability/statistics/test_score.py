@@ -15,12 +15,14 @@ from scipy.stats import t as student
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
 
+from streamline_bench.errors import SamplesError
 from streamline_bench.stability.comparison import Estimate
 from streamline_bench.stability.statistics.paired import Outcomes, PairedSample, mcnemar
 from streamline_bench.stability.statistics.score import (
     PairedDifference,
     decide,
     detectable_difference,
+    documents_needed,
     holm,
 )
 
@@ -405,3 +407,38 @@ def test_more_documents_detect_smaller_differences(counts: Counts) -> None:
 )
 def test_decisions(value: float, low: float | None, significant: bool, decision: str) -> None:
     assert decide(Estimate(value=value, low=low), 0.02, significant=significant) == decision
+
+
+@pytest.mark.parametrize(("difference", "discordance"), [(0.02, 0.1), (0.05, 0.3), (0.1, 0.3)])
+def test_documents_needed_give_the_power_in_a_simulation(
+    difference: float, discordance: float
+) -> None:
+    n = documents_needed(-difference, discordance)
+    lost, gained = (discordance + difference) / 2, (discordance - difference) / 2
+    draws = np.random.default_rng(0).multinomial(n, [lost, gained, 1 - lost - gained], size=4000)
+    statistic = np.abs(draws[:, 0] - draws[:, 1]) / np.sqrt(draws[:, 0] + draws[:, 1])
+    power = (statistic > norm.isf(0.025)).mean()
+    assert power == pytest.approx(0.8, abs=0.03)
+    first = of((int(draws[0, 2]), int(draws[0, 0]), int(draws[0, 1]), 0))
+    assert abs(first.statistic(0.0)) == pytest.approx(statistic[0])
+
+
+def test_documents_needed_are_those_at_which_the_difference_is_detectable() -> None:
+    seen = Outcomes(500, 60, 40, 400)
+    wanted = detectable_difference(seen, 0.95)
+    assert documents_needed(wanted, 100.5 / 1001) == pytest.approx(1000, rel=0.01)
+    assert documents_needed(wanted, 100.5 / 1001, effect=3) == pytest.approx(3000, rel=0.01)
+
+
+@pytest.mark.parametrize(("difference", "discordance"), [(0.0, 0.1), (0.02, 0.0), (1.5, 0.1)])
+def test_documents_needed_refuses_what_is_no_share(difference: float, discordance: float) -> None:
+    with pytest.raises(SamplesError, match="share"):
+        documents_needed(difference, discordance)
+
+
+def test_a_difference_seen_says_how_many_documents_it_needs() -> None:
+    outcomes = (500, 60, 40, 400)
+    assert of(outcomes).needed(0.95) == pytest.approx(documents_needed(0.02, 0.1), abs=1)
+    twice = of(outcomes, outcomes).needed(0.95)
+    assert twice == pytest.approx(documents_needed(0.02, 0.1), abs=1), "in all, not of each task"
+    assert of((10, 5, 5, 10)).needed(0.95) is None

@@ -1,0 +1,205 @@
+"""The results of a board as tables: tidy, one line per row of the ranking, and for a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamline_bench.report import text
+from streamline_bench.report.leaderboard import Leaderboard, Row, TaskScore, read_leaderboard
+from streamline_bench.report.views.entries import shown
+from streamline_bench.report.views.headline import headline
+from streamline_bench.report.views.overview import ranked
+from streamline_bench.stability.comparison import Estimate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = (
+    *("row", "group", "cost", "method", "seed", "calibration", "sparsity", "runs", "scope", "n"),
+    *("shots", "metric", "value", "standard_error", "low", "high", "p", "decision"),
+)
+"""``scope``: a task, ``mean over tasks``, ``all documents`` or ``model``. Shares are below 1.
+``runs`` counts the runs that a folded row is the mean of."""
+
+
+def results(source: Leaderboard | Path | str) -> pd.DataFrame:
+    """Return the results of a board as a tidy table (see :data:`COLUMNS`).
+
+    Args:
+        source: a run folder, its ``leaderboard.json``, or a board that was read.
+
+    Raises:
+        SamplesError: there is no board, or it is damaged.
+    """
+    import pandas as pd
+
+    board = _board(source)
+    lines = [line for row in board.rows for line in _of_row(board, row)]
+    lines += _of_folds(board)
+    return pd.DataFrame(lines, columns=list(COLUMNS))
+
+
+def ranking(source: Leaderboard | Path | str) -> pd.DataFrame:
+    """Return the ranking as a table: one line per row, those of seeds and calibrations folded.
+
+    Shares are below 1; a row that failed has its reason in ``failed``. Raises as :func:`results`.
+    """
+    import pandas as pd
+
+    return pd.DataFrame(ranking_records(_board(source)))
+
+
+def ranking_records(board: Leaderboard) -> list[dict[str, Any]]:
+    """The lines of :func:`ranking` as JSON-ready values."""
+    return [_summary(board, row) for row in ranked(shown(board))]
+
+
+def _summary(board: Leaderboard, row: Row) -> dict[str, Any]:
+    rank, macro = board.ranks.get(row.label), row.macro
+    estimates = {
+        "accuracy": row.accuracy_macro,
+        "difference": macro and macro.difference,
+        "stability": macro and macro.stability,
+        "retention": macro and macro.retention,
+        "token_kl": row.divergence and row.divergence.kl,
+    }
+    line: dict[str, Any] = {"row": row.label, "cost": row.cost}
+    line |= {"rank": rank and rank.place, "rank_low": rank and rank.low}
+    line |= {"rank_high": rank and rank.high}
+    for name, estimate in estimates.items():
+        line[name] = estimate.value if estimate else None
+        line[f"{name}_low"] = estimate.low if estimate else None
+        line[f"{name}_high"] = estimate.high if estimate else None
+    error = row.accuracy_macro and row.accuracy_macro.standard_error
+    return line | {
+        "accuracy_standard_error": error,
+        "verdict": macro.decision if macro else None,
+        "speed_ratio": row.speed.ratio if row.speed else None,
+        "parameters": row.parameters,
+        "bytes": row.bytes,
+        "sparsity_reached": row.sparsity_reached,
+        "seconds": row.total_seconds,
+        "failed": row.failed,
+    }
+
+
+def html_table(source: Leaderboard | Path | str) -> str:
+    """The ranking as HTML for a notebook: the headline and a table; every string is escaped."""
+    board = _board(source)
+    heads = ("model", "cost", "rank", "accuracy %", "difference", "stability %", "verdict")
+    lines = []
+    for row in ranked(shown(board)):
+        rank, macro = board.ranks.get(row.label), row.macro
+        cells = [
+            row.label,
+            row.cost or ("reference" if row.is_dense else ""),
+            f"{rank.place} [{rank.low}, {rank.high}]" if rank else "",
+            row.failed or text.with_error(row.accuracy_macro),
+            text.with_interval(macro.difference if macro else None, signed=True),
+            text.with_interval(macro.stability if macro else None),
+            (macro.decision if macro else None) or "",
+        ]
+        lines.append("".join(f"<td>{escape(text.visible_text(cell))}</td>" for cell in cells))
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    said = escape(text.visible_text(headline(board)))
+    return f"<p>{said}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _board(source: Leaderboard | Path | str) -> Leaderboard:
+    if isinstance(source, Leaderboard):
+        return source
+    path = Path(source)
+    return read_leaderboard(path / "leaderboard.json" if path.is_dir() else path)
+
+
+def _of_row(board: Leaderboard, row: Row) -> Iterator[dict[str, Any]]:
+    common = {
+        "row": row.label, "group": row.group or row.label, "cost": row.cost,
+        "method": "dense" if row.is_dense else row.method, "runs": 1,
+        "seed": row.axes.get("seed", row.provenance.seed),
+        "calibration": row.axes.get("calibration"),
+        "sparsity": row.axes.get("sparsity", row.sparsity_requested),
+    }  # fmt: skip
+    for task in row.tasks:
+        yield from (common | line for line in _of_task(task))
+    for scope, accuracy, overall in (
+        ("mean over tasks", row.accuracy_macro, row.macro),
+        ("all documents", row.accuracy_micro, row.micro),
+    ):
+        here = common | {"scope": scope, "n": overall.n if overall else None}
+        if accuracy:
+            yield here | _line("accuracy", accuracy)
+        if overall:
+            decided = {"p": overall.p_value, "decision": overall.decision}
+            yield here | _line("difference", overall.difference) | decided
+            for name in ("stability", "retention", "agreement", "choice_kl", "flips_above_noise"):
+                if (found := getattr(overall, name)) is not None:
+                    yield here | _line(name, found)
+    yield from (common | line for line in _of_model(board, row))
+
+
+def _of_task(task: TaskScore) -> Iterator[dict[str, Any]]:
+    here = {"scope": task.name, "n": task.n, "shots": task.shots}
+    yield here | _line("accuracy", task.accuracy)
+    found = task.comparison
+    if found is None:
+        return
+    decided = {"p": found.p_holm, "decision": found.decision}
+    yield here | _line("difference", found.difference) | decided
+    for name in ("stability", "retention", "agreement"):
+        if (estimate := getattr(found, name)) is not None:
+            yield here | _line(name, estimate)
+
+
+def _of_model(board: Leaderboard, row: Row) -> Iterator[dict[str, Any]]:
+    here = {"scope": "model"}
+    for name in ("parameters", "bytes", "layers", "sparsity_reached"):
+        if (value := getattr(row, name)) is not None:
+            yield here | {"metric": name, "value": float(value)}
+    for stage, spent in row.seconds.items():
+        yield here | {"metric": f"seconds: {stage}", "value": spent}
+    if row.label in board.ranks:
+        rank = board.ranks[row.label]
+        yield here | {"metric": "rank", "value": rank.place, "low": rank.low, "high": rank.high}
+    if row.divergence:
+        for name, field in (("token_kl", "kl"), ("same_top_token", "same_top")):
+            yield here | _line(name, getattr(row.divergence, field))
+    if (speed := row.speed) is not None:
+        yield here | {"metric": "tokens_per_second", "value": speed.output_tokens_per_second,
+                      "low": speed.low, "high": speed.high}  # fmt: skip
+        yield here | {"metric": "speed_ratio", "value": speed.ratio, "low": speed.ratio_low,
+                      "high": speed.ratio_high}  # fmt: skip
+    for found in row.perplexities:
+        if found.ratio:
+            yield (
+                here | {"scope": found.task} | _line(f"perplexity_ratio_{found.unit}", found.ratio)
+            )
+
+
+def _of_folds(board: Leaderboard) -> Iterator[dict[str, Any]]:
+    rows = board.shown_as
+    for fold in board.folded:
+        first = rows[fold.members[0]]
+        here = {
+            "row": fold.label, "group": first.group, "cost": first.cost, "method": first.method,
+            "sparsity": first.axes.get("sparsity", first.sparsity_requested),
+            "runs": len(fold.members), "scope": "mean over tasks",
+        }  # fmt: skip
+        yield here | _line("accuracy", fold.accuracy)
+        decided = {"p": fold.p_value, "decision": fold.decision}
+        yield here | _line("difference", fold.difference) | decided
+        for name in ("stability", "token_kl"):
+            if (found := getattr(fold, name)) is not None:
+                yield here | _line(name, found)
+        for part in ("question", "seed", "calibration", "both"):
+            if (value := getattr(fold.variance, part)) is not None:
+                yield here | {"metric": f"variance: {part}", "value": value}
+
+
+def _line(metric: str, estimate: Estimate) -> dict[str, Any]:
+    ends = {name: getattr(estimate, name) for name in ("standard_error", "low", "high")}
+    return {"metric": metric, "value": estimate.value, **ends}

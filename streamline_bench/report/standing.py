@@ -1,0 +1,405 @@
+"""How the rows of a board stand to each other: folded, ranked, and tested against one another.
+
+Every row has answered the same documents as its dense model, so that any two rows are a pair, too.
+Rows of one recipe that differ in seed or calibration text only are folded into one entry. A leader
+is named among entries of about equal size and equal cost, and each of them is tested against it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Any
+
+import numpy as np
+
+from streamline_bench.report.leaderboard import Between, Contest, Folded, Rank, Row
+from streamline_bench.stability.align import AlignedPairs
+from streamline_bench.stability.compare_answers import with_script_verdicts
+from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.settings import Settings
+from streamline_bench.stability.statistics import BoolArray, FloatArray
+from streamline_bench.stability.statistics.choices import measure_choices
+from streamline_bench.stability.statistics.clusters import ClusterLabels, cluster_labels
+from streamline_bench.stability.statistics.crossed import (
+    CrossedError,
+    CrossedTask,
+    crossed_difference,
+    crossed_error,
+    crossed_estimate,
+)
+from streamline_bench.stability.statistics.intervals import task_generator
+from streamline_bench.stability.statistics.ranks import bootstrap_ranks
+from streamline_bench.stability.statistics.score import POWER, PairedDifference, decide, holm
+from streamline_bench.stability.statistics.stability import choice_spread, stability_weights
+from streamline_bench.stability.task_comparison import paired_sample
+
+SAME_SIZE = 0.02
+"""Entries are of about equal size if their parameters differ by at most this share of the dense
+model's, and their bytes, where both are known, by this share of the larger one's."""
+
+_RANK_DRAWS = 2000
+_FOLDED = ("seed", "calibration")
+
+
+@dataclass(frozen=True)
+class TaskAnswers:
+    """Verdicts of a row and of its dense model on one task, in the order of the documents.
+
+    Attributes:
+        documents: hashes of the documents.
+        right, dense: bool [n].
+        weights: float64 [n], of equation 6's stability; None for a task without choices.
+    """
+
+    documents: tuple[str, ...]
+    right: BoolArray
+    dense: BoolArray
+    clusters: ClusterLabels | None
+    weights: FloatArray | None
+
+    @property
+    def labels(self) -> Any:
+        """Clusters as int64 [n]; None if documents stand alone."""
+        return None if self.clusters is None else self.clusters.labels
+
+
+Answers = Mapping[str, TaskAnswers]
+"""Task -> answers, of the tasks that a row's summaries are over."""
+
+
+def answers_of(pairs: AlignedPairs, tasks: Iterable[str], settings: Settings) -> Answers:
+    """The verdicts on these tasks, each by the filter that the summaries use."""
+    pairs = with_script_verdicts(pairs, settings)
+    found = {}
+    for task in tasks:
+        rows = (pairs.dense["task"] == task) & (pairs.dense["filter"] == pairs.first_filters[task])
+        dense, pruned = pairs.dense[rows.to_numpy()], pairs.pruned[rows.to_numpy()]
+        weights = None
+        if settings.mode == "paper" and measure_choices(dense, pruned) is not None:
+            weights = stability_weights(
+                choice_spread(dense, quantity=settings.spread_quantity, ddof=settings.spread_ddof)
+            )
+        found[task] = TaskAnswers(
+            documents=tuple(dense["doc_hash"]),
+            right=pruned[settings.verdict].to_numpy(dtype=np.bool_),
+            dense=dense[settings.verdict].to_numpy(dtype=np.bool_),
+            clusters=cluster_labels(dense["cluster"]),
+            weights=weights,
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is ranked: a row, or the rows of one recipe over seeds and calibrations.
+
+    Attributes:
+        row: the first of its rows.
+        grid: answers by seed and calibration.
+        members: labels of its runs.
+    """
+
+    label: str
+    row: Row
+    grid: tuple[tuple[Answers, ...], ...]
+    members: tuple[str, ...]
+
+    @property
+    def single(self) -> Answers | None:
+        """The answers of an entry that is one row."""
+        return self.grid[0][0] if len(self.grid) == len(self.grid[0]) == 1 else None
+
+    @property
+    def answers(self) -> Answers:
+        """Of any of its rows: documents, clusters and the dense model's verdicts are the same."""
+        return self.grid[0][0]
+
+    def crossed(self, of: str = "right") -> list[CrossedTask]:
+        """Scores by task: ``right``, ``difference`` to the dense model, or ``stable``."""
+        found = []
+        for task, first in self.answers.items():
+            scores = np.array([[_scores(one[task], of) for one in line] for line in self.grid])
+            if of == "stable" and first.weights is None:
+                continue
+            weights = first.weights if of == "stable" else None
+            found.append(CrossedTask(scores, first.labels, weights))
+        return found
+
+    def mean(self) -> float:
+        """Accuracy, mean over tasks."""
+        return float(np.mean([task.scores.mean() for task in self.crossed()]))
+
+
+def _scores(answers: TaskAnswers, of: str) -> FloatArray:
+    if of == "stable":
+        stable: FloatArray = (answers.right == answers.dense).astype(np.float64)
+        return stable
+    right = answers.right.astype(np.float64)
+    found: FloatArray = right - answers.dense if of == "difference" else right
+    return found
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What :func:`standing` finds, as the fields of a leaderboard."""
+
+    ranks: dict[str, Rank]
+    folded: list[Folded]
+    neighbours: list[Between]
+    contests: list[Contest]
+
+
+def standing(rows: Sequence[Row], answers: Mapping[str, Answers], settings: Settings) -> Standing:
+    """Fold, rank and test the rows that have answers; rows asked other documents are left out."""
+    known = _of_one_board([row for row in rows if answers.get(row.label)], answers)
+    dense = next((row for row in rows if row.is_dense), None)
+    entries = [
+        entry
+        for found in _groups(_runs([row for row in known if not row.is_dense])).items()
+        for entry in _entries(*found, answers)
+    ]
+    entries.sort(key=lambda entry: -entry.mean())
+    ranks = _ranks(entries, settings)
+    shown = {run.label: run.row for run in _runs(known)}
+    pairs = [between(one, two, settings) for one, two in pairwise(entries)]
+    return Standing(
+        ranks=ranks,
+        folded=[
+            _folded(entry, [shown[label] for label in entry.members], settings)
+            for entry in entries
+            if entry.single is None
+        ],
+        neighbours=_adjusted(pairs, settings),
+        contests=[_contest(found, dense, settings) for found in contests_of(entries, dense)],
+    )
+
+
+def _of_one_board(rows: Sequence[Row], answers: Mapping[str, Answers]) -> list[Row]:
+    """The rows that were asked the same documents as the first."""
+    if not rows:
+        return []
+    asked = {task: found.documents for task, found in answers[rows[0].label].items()}
+    return [
+        row
+        for row in rows
+        if {task: found.documents for task, found in answers[row.label].items()} == asked
+    ]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of a recipe: its label and axes, and the row that shows what it gave.
+
+    Runs that gave the same weights share a row.
+    """
+
+    label: str
+    group: str | None
+    axes: Mapping[str, Any]
+    row: Row
+
+
+def _runs(rows: Sequence[Row]) -> list[_Run]:
+    """The rows, and those of the same weights that are shown with them."""
+    found = []
+    for row in rows:
+        found.append(_Run(row.label, row.group, row.axes, row))
+        found += [
+            _Run(twin.label, twin.group, twin.axes, row)
+            for twin in getattr(row, "same_weights", ())
+            if _is_spanned(twin.group, twin.axes)
+        ]
+    return found
+
+
+def _is_spanned(group: str | None, axes: Mapping[str, Any]) -> bool:
+    return group is not None and bool(axes.keys() & set(_FOLDED))
+
+
+def _groups(runs: Sequence[_Run]) -> dict[tuple[Any, ...], list[_Run]]:
+    """Runs of one recipe and size, in the order of the board."""
+    found: dict[tuple[Any, ...], list[_Run]] = {}
+    for run in runs:
+        fixed = tuple((k, str(v)) for k, v in sorted(run.axes.items()) if k not in _FOLDED)
+        spanned = _is_spanned(run.group, run.axes)
+        key = (run.group, fixed) if spanned else (run.label, None)
+        found.setdefault(key, []).append(run)
+    return found
+
+
+def _entries(
+    key: tuple[Any, ...], runs: Sequence[_Run], answers: Mapping[str, Answers]
+) -> list[Entry]:
+    """One entry of runs that form a whole grid of seeds and calibrations, else one of each row."""
+    places = {tuple(str(run.axes.get(axis, "")) for axis in _FOLDED): run for run in runs}
+    seeds, calibrations = (list(dict.fromkeys(place[axis] for place in places)) for axis in (0, 1))
+    whole = len(places) == len(runs) and all(
+        place in places for place in product(seeds, calibrations)
+    )
+    if len(runs) < 2 or not whole:
+        return [
+            Entry(run.label, run.row, ((answers[run.label],),), (run.label,))
+            for run in runs
+            if run.label == run.row.label
+        ]
+    grid = tuple(
+        tuple(answers[places[seed, text].row.label] for text in calibrations) for seed in seeds
+    )
+    group, fixed = key
+    named = ", ".join(f"{name} {value}" for name, value in fixed)
+    members = tuple(run.label for run in runs)
+    return [Entry(f"{group} ({named})" if named else group, runs[0].row, grid, members)]
+
+
+def between(first: Entry, second: Entry, settings: Settings) -> Between:
+    """Test two entries on the same documents; ``p_holm`` is of this one test until adjusted."""
+    one, two = first.single, second.single
+    n = sum(len(task.documents) for task in first.answers.values())
+    apart = [
+        np.abs(a.scores.mean(axis=(0, 1)) - b.scores.mean(axis=(0, 1)))
+        for a, b in zip(first.crossed(), second.crossed(), strict=True)
+    ]
+    fields: dict[str, Any] = {
+        "first": first.label, "second": second.label, "n": n,
+        "discordance": float(np.concatenate(apart).mean()),
+    }  # fmt: skip
+    if one is not None and two is not None:
+        paired = PairedDifference(
+            tuple(
+                paired_sample(two[task].right, one[task].right, one[task].clusters) for task in one
+            )
+        )
+        p = paired.p_value()
+        return Between(
+            **fields, difference=paired.interval(settings.confidence), p_value=p, p_holm=p,
+            p_method=paired.method, needed=paired.needed(settings.confidence),
+        )  # fmt: skip
+    value, error = crossed_difference(first.crossed(), second.crossed())
+    name = "Student over questions, seeds and calibrations"
+    p = error.p_value(value)
+    return Between(
+        **fields, difference=error.interval(value, settings.confidence, name), p_value=p, p_holm=p,
+        p_method=name, needed=error.needed(value, n, settings.confidence, POWER) if value else None,
+    )  # fmt: skip
+
+
+def _adjusted(pairs: Sequence[Between], settings: Settings) -> list[Between]:
+    """Holm's adjustment over the tests of one family."""
+    found = holm([pair.p_value for pair in pairs], 1 - settings.confidence)
+    return [
+        pair.model_copy(update={"p_holm": p}) for pair, (p, _) in zip(pairs, found, strict=True)
+    ]
+
+
+def _ranks(entries: Sequence[Entry], settings: Settings) -> dict[str, Rank]:
+    if not entries:
+        return {}
+    errors = [
+        math.sqrt(sum(variance for variance, _ in crossed_error(entry.crossed()).methods))
+        for entry in entries
+    ]
+    every = [entry.crossed() for entry in entries]
+    tasks = [
+        (np.array([task.scores.mean(axis=(0, 1)) for task in same]), same[0].clusters)
+        for same in zip(*every, strict=True)
+    ]
+    found = bootstrap_ranks(
+        tasks,
+        np.array(errors),
+        draws=_RANK_DRAWS,
+        confidence=settings.confidence,
+        generator=task_generator(settings.seed, "ranks"),
+    )
+    means = [round(entry.mean(), 12) for entry in entries]
+    return {
+        entry.label: Rank(
+            place=1 + sum(other > mean for other in means),
+            low=int(low), high=int(high), first=float(first),
+        )
+        for entry, mean, low, high, first in zip(
+            entries, means, found.low, found.high, found.first, strict=True
+        )
+    }  # fmt: skip
+
+
+def contests_of(entries: Sequence[Entry], dense: Row | None) -> list[list[Entry]]:
+    """Entries of equal cost and about equal size, best first; the largest such group first.
+
+    An entry of unknown size is in no group.
+    """
+    found: dict[str, list[list[Entry]]] = {}
+    whole = dense.parameters if dense is not None else None
+    sized = [entry for entry in entries if whole and entry.row.parameters]
+    for entry in sorted(sized, key=lambda entry: entry.row.parameters or 0):
+        groups = found.setdefault(entry.row.cost or "", [])
+        if groups and all(_same_size(entry.row, other.row, whole or 1) for other in groups[-1]):
+            groups[-1].append(entry)
+        else:
+            groups.append([entry])
+    order = {entry.label: place for place, entry in enumerate(entries)}
+    every = [group for groups in found.values() for group in groups if len(group) > 1]
+    for group in every:
+        group.sort(key=lambda entry: order[entry.label])
+    return sorted(every, key=lambda group: (-len(group), order[group[0].label]))
+
+
+def _same_size(one: Row, two: Row, whole: int) -> bool:
+    if abs((one.parameters or 0) - (two.parameters or 0)) > SAME_SIZE * whole:
+        return False
+    sizes = sorted(row.bytes for row in (one, two) if row.bytes)
+    return len(sizes) < 2 or sizes[1] - sizes[0] <= SAME_SIZE * sizes[1]
+
+
+def _contest(entries: Sequence[Entry], dense: Row | None, settings: Settings) -> Contest:
+    leader, *others = entries
+    tests = _adjusted([between(leader, other, settings) for other in others], settings)
+    parameters = [entry.row.parameters or 0 for entry in entries]
+    whole = (dense.parameters if dense is not None else None) or 1
+    return Contest(
+        cost=leader.row.cost,
+        removed=(1 - max(parameters) / whole, 1 - min(parameters) / whole),
+        entries=[entry.label for entry in entries],
+        accuracy=leader.mean(),
+        tests=tests,
+    )
+
+
+def _folded(entry: Entry, rows: Sequence[Row], settings: Settings) -> Folded:
+    confidence, stable = settings.confidence, entry.crossed("stable")
+    accuracy, parts = crossed_estimate(entry.crossed(), confidence)
+    change = crossed_error(entry.crossed("difference"))
+    name = f"Student over questions, {parts.seeds} seeds and {parts.calibrations} calibrations"
+    value = accuracy.value - _dense_mean(entry.answers)
+    difference = change.interval(value, confidence, name)
+    p = change.p_value(value)
+    return Folded(
+        label=entry.label,
+        members=list(entry.members),
+        accuracy=accuracy,
+        difference=difference,
+        p_value=p,
+        decision=decide(difference, settings.margin, significant=p < 1 - confidence),
+        stability=crossed_estimate(stable, confidence)[0] if stable else None,
+        token_kl=_mean_of([row.divergence.kl for row in rows if row.divergence], confidence),
+        variance=parts,
+    )
+
+
+def _dense_mean(answers: Answers) -> float:
+    return float(np.mean([task.dense.mean() for task in answers.values()]))
+
+
+def _mean_of(estimates: Sequence[Estimate], confidence: float) -> Estimate | None:
+    """Mean of one number of several runs on the same text, with what the text and runs add."""
+    count = len(estimates)
+    if count < 2:
+        return estimates[0] if estimates else None
+    values = np.array([one.value for one in estimates])
+    errors = [one.standard_error for one in estimates]
+    text = max((error for error in errors if error is not None), default=0.0)
+    error = CrossedError((text**2, math.inf), ((float(values.var(ddof=1)) / count, count - 1),))
+    name = f"Student over {count} runs, and the text"
+    return error.interval(float(values.mean()), confidence, name)

@@ -1,0 +1,88 @@
+"""The entries of a ranking: rows, and rows of seeds and calibrations folded into one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from streamline_bench.report.leaderboard import Folded, Leaderboard, Row, TaskScore
+from streamline_bench.stability.comparison import Estimate
+
+
+def shown(board: Leaderboard) -> list[Row]:
+    """The rows of a board, those of one recipe over seeds and calibrations as one row."""
+    runs = board.shown_as
+    folds = {label: fold for fold in board.folded for label in fold.members}
+    found = [row for row in board.rows if row.label not in folds]
+    for fold in board.folded:
+        members = [runs[label] for label in fold.members if label in runs]
+        if members:
+            found.append(_one_row(fold, members))
+    return found
+
+
+def _one_row(fold: Folded, members: Sequence[Row]) -> Row:
+    """The folded rows as one: means, with the intervals that the fold has."""
+    first = members[0]
+    macros = [row.macro for row in members if row.macro]
+    retained = [macro.retention.value for macro in macros if macro.retention]
+    macro = macros[0].model_copy(
+        update={
+            "pruned": fold.accuracy,
+            "difference": fold.difference,
+            "p_value": fold.p_value,
+            "decision": fold.decision,
+            "stability": fold.stability,
+            "agreement": _mean([macro.agreement.value for macro in macros]),
+            "retention": _mean(retained) if retained else None,
+        }
+    )
+    divergence = first.divergence
+    if divergence and fold.token_kl:
+        divergence = divergence.model_copy(update={"kl": fold.token_kl})
+    distinct = list({row.label: row for row in members}.values())
+    stages = dict.fromkeys(stage for row in distinct for stage in row.seconds)
+    return first.model_copy(
+        update={
+            "label": fold.label,
+            "title": f"{first.title or first.label}: {len(members)} runs",
+            "accuracy_macro": fold.accuracy,
+            "accuracy_micro": None,
+            "macro": macro,
+            "micro": None,
+            "tasks": [
+                _one_task(list(same)) for same in zip(*(row.tasks for row in members), strict=True)
+            ],
+            "divergence": divergence,
+            "seconds": {
+                stage: sum(row.seconds.get(stage, 0.0) for row in distinct) for stage in stages
+            },
+            **{name: [] for name in ("worst_flips", "curve", "recovery_curve", "perplexities")},
+            "scan": None,
+            "groups": [],
+            "generations": [],
+        }
+    )
+
+
+def _one_task(same: Sequence[TaskScore]) -> TaskScore:
+    """One task of several runs: means without intervals."""
+    compared = [task.comparison for task in same if task.comparison]
+    comparison = compared[0] if compared else None
+    if comparison is not None:
+        stable = [found.stability.value for found in compared if found.stability]
+        comparison = comparison.model_copy(
+            update={
+                "difference": _mean([found.difference.value for found in compared]),
+                "agreement": _mean([found.agreement.value for found in compared]),
+                "stability": _mean(stable) if stable else None,
+                "adjusted": None,
+                "p_holm": None,
+                "decision": None,
+            }
+        )
+    accuracy = _mean([task.accuracy.value for task in same])
+    return same[0].model_copy(update={"accuracy": accuracy, "comparison": comparison})
+
+
+def _mean(values: Sequence[float]) -> Estimate:
+    return Estimate(value=sum(values) / len(values))

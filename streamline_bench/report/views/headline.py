@@ -1,0 +1,156 @@
+"""The first sentences of a report: who leads among equals, and what telling the rest apart takes.
+
+A leader is named among rows of equal cost and about equal size only, and as the first only where
+the paired tests against all of them say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from streamline_bench.report.leaderboard import Between, Contest, Leaderboard, Row
+from streamline_bench.report.text import p_value, percent, points, significant
+from streamline_bench.report.views.entries import shown
+from streamline_bench.report.views.overview import perplexity_ratio, ranked
+
+_GUESSING = 0.1
+"""Share of the way from guessing to all right; a dense model below it has nothing to lose."""
+
+
+def headline(board: Leaderboard) -> str:
+    """One or two sentences on the best row against the dense model. Not escaped."""
+    failed = sum(row.failed is not None for row in board.rows)
+    return _best(board) + (f" {failed} more failed." if failed else "")
+
+
+def _best(board: Leaderboard) -> str:
+    dense = board.dense_row
+    if dense.accuracy_macro is None:
+        return _best_perplexity(board)
+    before = percent(dense.accuracy_macro.value)
+    others = [(row, row.macro) for row in ranked(shown(board)) if row.macro]
+    if not others:
+        return f"{dense.label} answers {before} % right, averaged over tasks."
+    best, macro = others[0]
+    corrected = macro.dense_corrected
+    if corrected is not None and corrected.value < _GUESSING:
+        return (
+            f"{dense.label} is close to guessing on these tasks: {before} % right is "
+            f"{percent(corrected.value)} % of the way from guessing to all right. The order of the "
+            f"{_models(len(others))} therefore says little; stability and flips still show how "
+            "much their verdicts changed."
+        )
+    alone = f"{best.label} answers {percent(macro.pruned.value)} % right{_removed(best)}, against "
+    change = macro.difference
+    if len(others) == 1:
+        return (
+            f"{alone}{before} % of {dense.label} ({points(change.value)} points, {board.level} "
+            f"interval {points(change.low)} to {points(change.high)}). "
+            f"{percent(macro.agreement.value)} % of its verdicts are unchanged."
+        )
+    if board.contests:
+        told = " ".join(_leader(board, contest) for contest in board.contests[:_CONTESTS])
+        return f"{dense.label} answers {before} % right. {told}"
+    low, high = (
+        percent(row.accuracy_macro.value)
+        for row, _ in (others[-1], others[0])
+        if row.accuracy_macro
+    )
+    return (
+        f"{dense.label} answers {before} % right, the {_models(len(others))} {low} to {high} %. "
+        f"{_why_no_winner(board)}"
+    )
+
+
+_CONTESTS = 3
+"""Groups of rows of which the headline speaks."""
+
+
+def _leader(board: Leaderboard, contest: Contest) -> str:
+    """Who is first of equal size and cost, and what it takes to tell the others apart."""
+    level = 1 - board.method.confidence
+    first, count = contest.entries[0], len(contest.entries)
+    cost = f"{contest.cost}, " if contest.cost else ""
+    among = f"{count} models ({cost}{_range(contest.removed)} % removed)"
+    tied = [test for test in contest.tests if test.p_holm >= level]
+    nearest = contest.tests[0]
+    if not tied:
+        return (
+            f"Of {among}, {first} is first with {percent(contest.accuracy)} %: "
+            f"{points(nearest.difference.value)} points before {nearest.second} "
+            f"({board.level} interval {points(nearest.difference.low)} to "
+            f"{points(nearest.difference.high)}, p {p_value(nearest.p_holm)})."
+        )
+    return (
+        f"Of {among}, {first} has most right ({percent(contest.accuracy)} %), but cannot be told "
+        f"apart from {_names([test.second for test in tied])}. {needed(tied[0])}"
+    )
+
+
+def needed(test: Between) -> str:
+    """A sentence: how many documents it would take to tell two entries apart."""
+    if test.difference.value == 0:
+        return f"{test.first} and {test.second} have equally many right."
+    seen = (
+        f"For the difference of {points(abs(test.difference.value)).lstrip('+')} points from "
+        f"{test.second}, with {percent(test.discordance)} % of the documents discordant,"
+    )
+    if test.needed is None:
+        return f"{seen} more documents do not help, but more seeds do; {test.n:,} were asked."
+    return f"{seen} it takes about {_rounded(test.needed):,} documents; {test.n:,} were asked."
+
+
+def _rounded(count: int) -> int:
+    """Two significant digits: the discordance seen is no more exact."""
+    step = int("1" + "0" * max(0, len(str(count)) - 2))
+    return -(-count // step) * step
+
+
+def _range(ends: tuple[float, float]) -> str:
+    low, high = map(percent, ends)
+    return low if low == high else f"{low} to {high}"
+
+
+def _names(labels: Sequence[str], most: int = 3) -> str:
+    """``a, b and c``, or ``a, b, c and 4 more``."""
+    if len(labels) > most + 1:
+        return f"{', '.join(labels[:most])} and {len(labels) - most} more"
+    return " and ".join(filter(None, [", ".join(labels[:-1]), labels[-1]]))
+
+
+def _why_no_winner(board: Leaderboard) -> str:
+    if board.ranks:
+        return "No two of them are of about equal size and equal cost, so that none is named first."
+    return "They were not tested against each other, so that none is named first."
+
+
+def _models(count: int) -> str:
+    return f"{count} compressed {'model' if count == 1 else 'models'}"
+
+
+def _removed(row: Row) -> str:
+    if row.sparsity_reached is None:
+        return ""
+    return f" with {percent(row.sparsity_reached)} % of the parameters removed"
+
+
+def _best_perplexity(board: Leaderboard) -> str:
+    """What happened to perplexity, where no task has right or wrong answers."""
+    none, dense = "No task has right or wrong answers", board.dense
+    others = [row for row in ranked(board.rows) if not row.is_dense and row.failed is None]
+    known = [(row, ratio) for row in others if (ratio := perplexity_ratio(row)) is not None]
+    if not others:
+        return f"{none}, and there is no row to compare {dense} with."
+    if not known:
+        return f"{none}, and no model has a perplexity to compare with {dense}'s."
+    best, ratio = known[0]
+    ends = ""
+    if ratio.low is not None:
+        low, high = significant(ratio.low, 3), significant(ratio.high, 3)
+        ends = f" ({board.level} interval {low} to {high})"
+    tasks = len({found.task for found in best.perplexities})
+    mean = f", geometric mean over {tasks} texts" if tasks > 1 else ""
+    return (
+        f"{none}. Of {_models(len(others))}, {best.label} does best{_removed(best)}: its "
+        f"perplexity is {significant(ratio.value, 3)} times {dense}'s{ends}{mean}."
+    )

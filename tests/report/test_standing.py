@@ -1,0 +1,255 @@
+"""Rows against each other: folded over seeds, ranked, and tested on the same documents."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from streamline_bench.report.figures.sizes import interpolated
+from streamline_bench.report.frame import results
+from streamline_bench.report.leaderboard import Leaderboard, Row
+from streamline_bench.report.standing import Answers, TaskAnswers, standing
+from streamline_bench.report.views.headline import headline
+from streamline_bench.report.views.page import to_html
+from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.settings import Settings
+from streamline_bench.stability.statistics.crossed import CrossedTask, crossed_estimate
+from streamline_bench.stability.statistics.paired import Outcomes, PairedSample
+from streamline_bench.stability.statistics.score import PairedDifference
+
+SETTINGS = Settings(draws=100)
+N = 400
+ASKED = np.random.default_rng(0)
+HARD = ASKED.random(N)
+DENSE = HARD < 0.9
+
+
+def answered(skill: float, seed: int, documents: str = "") -> Answers:
+    """Verdicts of a model on two tasks; what is hard is hard for all."""
+    noise = np.random.default_rng(seed).normal(0, 0.1, N)
+    right = noise + HARD < skill
+    named = tuple(f"{documents}{index}" for index in range(N))
+    return {
+        task: TaskAnswers(named[part], right[part], DENSE[part], None, np.ones(N // 2))
+        for task, part in (("a", slice(0, N // 2)), ("b", slice(N // 2, N)))
+    }
+
+
+def row(label: str, parameters: int | None = 750, **fields: Any) -> Row:
+    given = {"cost": "calibrated", **fields}
+    return Row.model_validate(
+        {"label": label, "is_dense": label == "dense", "parameters": parameters,
+         "accuracy_macro": {"value": 0.5}, "accuracy_micro": None, "macro": None,
+         "micro": None, "tasks": [],
+         "provenance": {"results_file": None, "model": None, "engine": None}, **given}
+    )  # fmt: skip
+
+
+DENSE_ROW = row("dense", 1000, cost=None)
+
+
+def stand(skills: dict[str, float], **fields: dict[str, Any]) -> Any:
+    rows = [row(label, **fields.get(label, {})) for label in skills]
+    answers = {label: answered(skill, seed) for seed, (label, skill) in enumerate(skills.items())}
+    return standing([DENSE_ROW, *rows], answers, SETTINGS), answers
+
+
+def outcomes(first: Answers, second: Answers) -> PairedDifference:
+    """Pairs counted one by one: the second is the base."""
+    samples = []
+    for task in first:
+        counts = [0, 0, 0, 0]
+        for one, two in zip(second[task].right, first[task].right, strict=True):
+            counts[2 * (not one) + (not two)] += 1
+        samples.append(PairedSample(Outcomes(*counts)))
+    return PairedDifference(tuple(samples))
+
+
+def test_neighbours_are_tested_on_the_same_documents() -> None:
+    found, answers = stand({"x": 0.5, "best": 0.8, "y": 0.505})
+    assert [(pair.first, pair.second) for pair in found.neighbours] == [("best", "y"), ("y", "x")]
+    pair, wanted = found.neighbours[0], outcomes(answers["best"], answers["y"])
+    assert pair.difference.value == pytest.approx(wanted.value)
+    assert pair.p_value == pytest.approx(wanted.p_value()) and pair.p_holm <= 2 * pair.p_value
+    apart = sum((answers["best"][t].right != answers["y"][t].right).sum() for t in "ab")
+    assert pair.discordance == pytest.approx(apart / N) and pair.n == N
+    assert pair.needed == wanted.needed(0.95)
+    assert found.neighbours[1].p_holm >= 0.05
+
+
+def test_every_entry_has_a_rank_with_an_interval() -> None:
+    found, _ = stand({"x": 0.5, "best": 0.8, "y": 0.505})
+    assert {label: rank.place for label, rank in found.ranks.items()} == {"best": 1, "y": 2, "x": 3}
+    assert (found.ranks["best"].low, found.ranks["best"].high) == (1, 1)
+    assert (found.ranks["y"].low, found.ranks["y"].high) == (2, 3)
+    assert "dense" not in found.ranks
+
+
+def test_a_leader_is_named_among_equal_size_and_cost_only() -> None:
+    skills = {"a": 0.8, "b": 0.6, "larger": 0.85, "dear": 0.86, "unknown": 0.87}
+    found, answers = stand(
+        skills,
+        larger={"parameters": 771},
+        dear={"cost": "recovered"},
+        unknown={"parameters": None},
+    )
+    assert [contest.entries for contest in found.contests] == [["a", "b"]]
+    contest = found.contests[0]
+    assert contest.removed == pytest.approx((0.25, 0.25)) and contest.cost == "calibrated"
+    test = contest.tests[0]
+    assert test.difference.value == pytest.approx(outcomes(answers["a"], answers["b"]).value)
+
+
+def test_bytes_tell_sizes_apart() -> None:
+    quantised = {"parameters": 750, "bytes": 400}
+    found, _ = stand(
+        {"a": 0.8, "b": 0.6, "c": 0.7}, a=quantised, b={"bytes": 1500}, c={"bytes": 1510}
+    )
+    assert [contest.entries for contest in found.contests] == [["c", "b"]]
+
+
+def test_rows_that_were_asked_other_documents_are_left_out() -> None:
+    answers = {"a": answered(0.8, 0), "b": answered(0.7, 1), "c": answered(0.6, 2, "other ")}
+    found = standing([DENSE_ROW, *map(row, answers)], answers, SETTINGS)
+    assert list(found.ranks) == ["a", "b"]
+
+
+def seeds(count: int = 3, texts: tuple[str, ...] = ("one", "two"), lost: bool = False) -> Any:
+    rows, answers = [], {}
+    for seed in range(count):
+        for text in texts:
+            label = f"r-{seed}-{text}"
+            axes = {"sparsity": 0.25, "seed": seed, "calibration": text}
+            rows.append(row(label, group="r", axes=axes))
+            answers[label] = answered(0.6 + 0.05 * seed, 7 * seed + len(text) + (text == "two"))
+    rows.append(row("plain"))
+    answers["plain"] = answered(0.5, 99)
+    if lost:
+        del answers["r-0-one"]
+    return standing([DENSE_ROW, *rows], answers, SETTINGS), answers
+
+
+def test_seeds_and_calibrations_fold_into_one_entry() -> None:
+    found, answers = seeds()
+    label = "r (sparsity 0.25)"
+    assert list(found.ranks) == [label, "plain"]
+    folded = found.folded[0]
+    assert folded.label == label and len(folded.members) == 6
+    scores = [
+        np.array([[answers[f"r-{s}-{t}"][task].right for t in ("one", "two")] for s in range(3)])
+        for task in "ab"
+    ]
+    wanted, parts = crossed_estimate([CrossedTask(each.astype(float)) for each in scores])
+    assert folded.accuracy.value == pytest.approx(wanted.value)
+    assert folded.accuracy.low == pytest.approx(wanted.low)
+    assert folded.variance == parts and parts.seed > 0
+    dense = np.mean([DENSE[: N // 2].mean(), DENSE[N // 2 :].mean()])
+    assert folded.difference.value == pytest.approx(wanted.value - dense)
+    agree = np.mean([(each == DENSE[i * N // 2 : (i + 1) * N // 2]).mean()
+                     for i, each in enumerate(scores)])  # fmt: skip
+    assert folded.stability.value == pytest.approx(agree)
+    assert found.neighbours[0].p_method.startswith("Student")
+
+
+def test_a_grid_with_a_hole_stays_apart() -> None:
+    found, _ = seeds(lost=True)
+    assert not found.folded and len(found.ranks) == 6
+
+
+HALF = {"value": 0.5}
+MACRO = {
+    "difference": HALF, "tasks": 1, "n": 5, "stability_tasks": 0, "dense": HALF, "pruned": HALF,
+    "agreement": HALF, "stability": None,
+    "flips": {"right_to_wrong": 0, "wrong_to_right": 0, "wrong_to_other_wrong": None},
+}  # fmt: skip
+
+
+def board(found: Any, rows: list[Row] | None = None) -> Leaderboard:
+    shown = rows or [row(label, macro=MACRO) for label in found.ranks]
+    return Leaderboard.model_validate(
+        {"title": "t", "dense": "dense", "rows": [one.model_dump() for one in [DENSE_ROW, *shown]],
+         "method": SETTINGS.used(), "ranks": found.ranks, "neighbours": found.neighbours,
+         "contests": found.contests, "folded": found.folded, "versions": {"streamline-bench": "0"}}
+    )  # fmt: skip
+
+
+def test_the_headline_names_a_winner_that_the_test_finds() -> None:
+    found, _ = stand({"a": 0.8, "b": 0.6})
+    text = headline(board(found))
+    assert "a is first" in text and "25.0 % removed" in text and "calibrated" in text
+
+
+def test_the_headline_says_what_it_would_take() -> None:
+    found, _ = stand({"a": 0.63, "b": 0.6, "far": 0.2})
+    text = headline(board(found))
+    assert "cannot be told apart from b" in text and "far" not in text
+    test = found.contests[0].tests[0]
+    digits = max(0, len(str(test.needed)) - 2)
+    rounded = -(-test.needed // 10**digits) * 10**digits
+    assert f"{rounded:,} documents" in text and f"{N:,} were asked" in text
+
+
+def test_the_headline_of_rows_without_tests_names_no_winner() -> None:
+    found, _ = stand({"a": 0.8, "b": 0.6})
+    shown = board(found).model_copy(update={"contests": [], "ranks": {}, "neighbours": []})
+    assert "not tested" in headline(shown)
+
+
+def test_folded_rows_are_one_row_of_the_page() -> None:
+    """At three sizes and beside another recipe, so that there are curves and equal sizes."""
+    rows, answers = [], {}
+    for sparsity in (0.125, 0.25, 0.5):
+        for group, skill in (("r", 0.9), ("q <u>", 0.7)):
+            for seed in range(3):
+                label = f"{group}-{sparsity}-{seed}"
+                axes = {"sparsity": sparsity, "seed": seed}
+                parameters = round(1000 * (1 - sparsity))
+                rows.append(
+                    row(label, parameters, group=group, axes=axes, macro=MACRO, micro=MACRO)
+                )
+                answers[label] = answered(skill - sparsity, 10 * seed + int(8 * sparsity))
+    found = standing([DENSE_ROW, *rows], answers, SETTINGS)
+    shown = board(found, rows)
+    page = to_html(shown)
+    assert found.folded[0].label == "r (sparsity 0.125)"
+    assert page.count('class="board') == 1
+    ranking = page.partition('id="leaderboard"')[2].partition("</table>")[0]
+    assert ranking.count("<tr data-row") == 1 + 6 and "r-0.25-1" not in ranking
+    assert "Where the variance comes from" in page and len(found.folded) == 6
+    assert page.count('class="sizes"') >= 1 and "<u>" not in page
+    equal = page.partition("At equal size")[2].partition("</table>")[0]
+    assert "12.5 % removed" in equal and "50.0 % removed" in equal
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert "r-0.25-1" in page, "every run is described"
+    frame = results(shown)
+    variance = frame[(frame.row == "r (sparsity 0.25)") & (frame.metric == "variance: seed")]
+    assert variance.value.tolist() == [
+        next(fold for fold in found.folded if fold.label == "r (sparsity 0.25)").variance.seed
+    ]
+
+
+def test_runs_of_the_same_weights_complete_a_grid() -> None:
+    """A seed that changes nothing counts as a run like the others."""
+    twin = {"label": "r-1", "group": "r", "axes": {"seed": 1}}
+    rows = [row(f"r-{seed}", group="r", axes={"seed": seed}) for seed in (0, 2)]
+    rows[0] = rows[0].model_copy(update={"same_weights": [SimpleNamespace(**twin)]})
+    answers = {one.label: answered(0.7, seed) for seed, one in enumerate(rows)}
+    found = standing([DENSE_ROW, *rows], answers, SETTINGS)
+    assert found.folded[0].members == ["r-0", "r-1", "r-2"]
+    assert found.folded[0].variance.seeds == 3
+
+
+def test_what_lies_between_own_sizes_is_interpolated_and_nothing_beyond() -> None:
+    points = [
+        (0.1, Estimate(value=0.8, low=0.7, high=0.9)),
+        (0.3, Estimate(value=0.4, low=0.2, high=0.6)),
+    ]
+    found = interpolated(points, 0.15)
+    assert (found.value, found.low, found.high) == pytest.approx((0.7, 0.575, 0.825))
+    assert interpolated(points, 0.3).value == pytest.approx(0.4)
+    assert interpolated(points, 0.31) is None and interpolated(points, 0.05) is None
