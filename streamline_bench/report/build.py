@@ -33,7 +33,7 @@ from streamline_bench.report.provenance import (
     task_data,
 )
 from streamline_bench.report.run_file import RUN_FILE, NoiseRun, RunFile, RunRow, read_run_file
-from streamline_bench.report.standing import Answers, answers_of, standing
+from streamline_bench.report.standing import FOLDED_AXES, Answers, answers_of, standing
 from streamline_bench.stability.align import AlignedPairs, align
 from streamline_bench.stability.compare_answers import compare_pairs
 from streamline_bench.stability.comparison import Comparison, Estimate, TokenDivergence
@@ -145,7 +145,8 @@ def build_leaderboard(
             pairs = align(dense, read[-1])
             result = compare_pairs(pairs, settings)
             counted = [task.task for task in result.tasks if task.p_holm is not None]
-            answered[row.label] = answers_of(pairs, counted, settings)
+            spanned = bool(getattr(row, "axes", {}).keys() & set(FOLDED_AXES))
+            answered[row.label] = answers_of(pairs, counted, settings, stable=spanned)
             result = above_noise(result, floor) if floor is not None else result
             made = _row(read[-1], result, row, folder, is_dense=False)
             made = made.model_copy(update={"worst_flips": worst_flips(pairs, settings.verdict)})

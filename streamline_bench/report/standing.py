@@ -21,7 +21,7 @@ from streamline_bench.stability.compare_answers import with_script_verdicts
 from streamline_bench.stability.comparison import Estimate
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics import BoolArray, FloatArray
-from streamline_bench.stability.statistics.choices import measure_choices
+from streamline_bench.stability.statistics.choices import choice_counts
 from streamline_bench.stability.statistics.clusters import ClusterLabels, cluster_labels
 from streamline_bench.stability.statistics.crossed import (
     CrossedError,
@@ -41,7 +41,8 @@ SAME_SIZE = 0.02
 model's, and their bytes, where both are known, by this share of the larger one's."""
 
 _RANK_DRAWS = 2000
-_FOLDED = ("seed", "calibration")
+FOLDED_AXES = ("seed", "calibration")
+"""Rows that differ in these alone are folded."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,21 @@ Answers = Mapping[str, TaskAnswers]
 """Task -> answers, of the tasks that a row's summaries are over."""
 
 
-def answers_of(pairs: AlignedPairs, tasks: Iterable[str], settings: Settings) -> Answers:
-    """The verdicts on these tasks, each by the filter that the summaries use."""
+def answers_of(
+    pairs: AlignedPairs, tasks: Iterable[str], settings: Settings, *, stable: bool = True
+) -> Answers:
+    """The verdicts on these tasks, each by the filter that the summaries use.
+
+    Args:
+        stable: with the weights of stability, which folded rows need.
+    """
     pairs = with_script_verdicts(pairs, settings)
     found = {}
     for task in tasks:
         rows = (pairs.dense["task"] == task) & (pairs.dense["filter"] == pairs.first_filters[task])
         dense, pruned = pairs.dense[rows.to_numpy()], pairs.pruned[rows.to_numpy()]
         weights = None
-        if settings.mode == "paper" and measure_choices(dense, pruned) is not None:
+        if stable and settings.mode == "paper" and (choice_counts(dense) > 1).any():
             weights = stability_weights(
                 choice_spread(dense, quantity=settings.spread_quantity, ddof=settings.spread_ddof)
             )
@@ -216,14 +223,14 @@ def _runs(rows: Sequence[Row]) -> list[_Run]:
 
 
 def _is_spanned(group: str | None, axes: Mapping[str, Any]) -> bool:
-    return group is not None and bool(axes.keys() & set(_FOLDED))
+    return group is not None and bool(axes.keys() & set(FOLDED_AXES))
 
 
 def _groups(runs: Sequence[_Run]) -> dict[tuple[Any, ...], list[_Run]]:
     """Runs of one recipe and size, in the order of the board."""
     found: dict[tuple[Any, ...], list[_Run]] = {}
     for run in runs:
-        fixed = tuple((k, str(v)) for k, v in sorted(run.axes.items()) if k not in _FOLDED)
+        fixed = tuple((k, str(v)) for k, v in sorted(run.axes.items()) if k not in FOLDED_AXES)
         spanned = _is_spanned(run.group, run.axes)
         key = (run.group, fixed) if spanned else (run.label, None)
         found.setdefault(key, []).append(run)
@@ -234,7 +241,7 @@ def _entries(
     key: tuple[Any, ...], runs: Sequence[_Run], answers: Mapping[str, Answers]
 ) -> list[Entry]:
     """One entry of runs that form a whole grid of seeds and calibrations, else one of each row."""
-    places = {tuple(str(run.axes.get(axis, "")) for axis in _FOLDED): run for run in runs}
+    places = {tuple(str(run.axes.get(axis, "")) for axis in FOLDED_AXES): run for run in runs}
     seeds, calibrations = (list(dict.fromkeys(place[axis] for place in places)) for axis in (0, 1))
     whole = len(places) == len(runs) and all(
         place in places for place in product(seeds, calibrations)

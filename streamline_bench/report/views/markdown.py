@@ -104,6 +104,14 @@ def _speed(row: Row) -> str:
     return text.ratio(ends)
 
 
+def _removed(row: Row) -> str:
+    """What was reached, and what was asked for where that is another share."""
+    if not row.sparsity_reached:
+        return ""
+    reached, asked = text.percent(row.sparsity_reached), text.percent(row.sparsity_requested)
+    return reached if asked in (reached, text.MISSING) else f"{reached} (asked {asked})"
+
+
 def _of(scope: str, name: str, *, signed: bool = False) -> Callable[[Row], str]:
     return lambda row: text.with_interval(getattr(getattr(row, scope), name, None), signed=signed)
 
@@ -124,7 +132,7 @@ _COLUMNS: Sequence[tuple[str, Callable[[Row], str]]] = (
     ("token KL", lambda row: text.decimal(row.divergence.kl.value) if row.divergence else ""),
     ("speed", _speed),
     ("parameters", lambda row: text.count(row.parameters) if row.parameters else ""),
-    ("removed %", lambda row: text.percent(row.sparsity_reached) if row.sparsity_reached else ""),
+    ("removed %", _removed),
     ("layers", lambda row: str(row.layers or "")),
     ("time", lambda row: text.duration(row.total_seconds) if row.seconds else ""),
 )
