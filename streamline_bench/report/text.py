@@ -167,7 +167,7 @@ _LATEX = str.maketrans(
 
 def latex_text(value: object) -> str:
     """Text that LaTeX sets as it is, on one line: no command of a string is run."""
-    return " ".join(visible_text(value, keep="").split()).translate(_LATEX)
+    return visible_text(" ".join(str(value).split()), keep="").translate(_LATEX)
 
 
 def csv_cell(value: object) -> object:

@@ -39,16 +39,13 @@ def scores(
 ) -> tuple[Scores, float]:
     """Scores [seeds, calibrations, n] around 0, and the standard deviation of one of them."""
     spread = ratio * QUESTION / math.sqrt(n)
-    shapes = {
-        (1, 1, n): QUESTION,
-        (seeds, 1, 1): spread,
-        (1, calibrations, 1): spread if calibrations > 1 else 0.0,
-        (seeds, calibrations, 1): 0.3 * spread if calibrations > 1 else 0.0,
-    }
-    made = sum(generator.normal(0, size, shape) for shape, size in shapes.items())
+    effects = [((1, 1, n), QUESTION), ((seeds, 1, 1), spread)]
+    if calibrations > 1:
+        effects += [((1, calibrations, 1), spread), ((seeds, calibrations, 1), 0.3 * spread)]
+    made = sum(generator.normal(0, size, shape) for shape, size in effects)
     for shape in ((seeds, 1, n), (1, calibrations, n), (seeds, calibrations, n)):
         made = made + generator.normal(0, WITH_QUESTION / math.sqrt(3), shape)
-    variance = sum(size**2 for size in shapes.values()) + WITH_QUESTION**2
+    variance = sum(size**2 for _, size in effects) + WITH_QUESTION**2
     return made, math.sqrt(variance)
 
 
