@@ -139,7 +139,7 @@ class Published(PublishedResult):
 class Provenance(Frozen):
     """Where the numbers of a row come from; the first ones are None without an evaluation.
 
-    ``date`` is when the evaluation ended (ISO 8601).
+    ``date`` is when the evaluation ended (ISO 8601), ``machine`` what it ran on.
     """
 
     results_file: str | None
@@ -156,6 +156,7 @@ class Provenance(Frozen):
     calibration: dict[str, Any] = Field(default_factory=dict)
     training: dict[str, Any] | None = None
     seed: int | None = None
+    machine: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
 
 

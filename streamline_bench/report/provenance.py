@@ -131,6 +131,7 @@ def provenance(
     return Provenance(
         results_file=Path(info.source).name,
         date=_iso(info.timestamp),
+        machine=info.machine,
         model=info.model,
         engine=f"{info.engine} {info.engine_version or ''}".strip(),
         model_args=info.config.get("model_args"),

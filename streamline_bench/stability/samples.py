@@ -95,6 +95,7 @@ class RunInfo(BaseModel):
         results: aggregated metrics per task, as the engine printed them.
         data: task -> the data set, its subset and its split, where the engine reports them.
         seconds: wall-clock time of the evaluation, where the engine reports it.
+        machine: accelerators or processor, where the engine reports them.
         files: task -> the file that its answers were read from, for messages.
         missing: task -> why it has no answers although the run was to have them.
         left_out: evaluation in the same folder -> why all or a part of it was not read.
@@ -122,6 +123,7 @@ class RunInfo(BaseModel):
     higher_is_better: dict[str, dict[str, bool | None]] = {}
     data: dict[str, dict[str, str]] = {}
     seconds: float | None = None
+    machine: str | None = None
     versions: dict[str, str] = {}
     files: dict[str, str] = {}
     missing: dict[str, str] = {}

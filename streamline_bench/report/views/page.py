@@ -248,8 +248,9 @@ def _setup(board: Leaderboard, rows: Sequence[Row]) -> list[tuple[str, str]]:
         int(found) for row in rows
         if isinstance(found := row.provenance.calibration.get("tokens"), int)
     })  # fmt: skip
-    machine = next((row.throughput.device for row in rows if row.throughput), None)
     origin = board.dense_row.provenance
+    measured = next((row.throughput.device for row in rows if row.throughput), None)
+    machine = origin.machine or measured
     found = [
         ("Tasks", ", ".join(asked)),
         ("Model", str(next((row.provenance.source for row in rows if row.provenance.source),

@@ -63,6 +63,16 @@ class _Results(LogFile):
     lm_eval_version: str | None = None
     transformers_version: str | None = None
     seconds: float | None = Field(None, alias="total_evaluation_time_seconds")
+    environment: str | None = Field(None, alias="pretty_env_info")
+
+    @property
+    def machine(self) -> str | None:
+        """The accelerators, or the processor where the model ran on it, as torch names them."""
+        on_cpu = str(self.config.get("device") or "cpu").startswith("cpu")
+        pattern = r"^Model name: *(.+)$" if on_cpu else r"^GPU \d+: (.+)$"
+        named = [name.strip() for name in re.findall(pattern, self.environment or "", re.MULTILINE)]
+        counted = (f"{named.count(name)} x {name}" for name in dict.fromkeys(named))
+        return ", ".join(name.removeprefix("1 x ") for name in counted) or None
 
     @property
     def tasks(self) -> list[str]:
@@ -359,6 +369,7 @@ def _run_info(
             higher_is_better=of_tasks("higher_is_better"),
             data={name: config.data for name, config in of_tasks("configs").items()},
             seconds=sum(part.results.seconds or 0 for part in parts) or None,
+            machine=about.machine,
             versions={name: value for name, value in versions.items() if value},
             files=files,
             left_out=left_out,

@@ -7,13 +7,14 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from streamline_bench.errors import NumericsError, SamplesError
-from streamline_bench.stability.readers.lm_eval_reader import read_lm_eval
+from streamline_bench.stability.readers.lm_eval_reader import _Results, read_lm_eval
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.samples import Samples
 
@@ -392,3 +393,18 @@ def test_task_names_cannot_leave_the_folder(copied: Path) -> None:
     file.write_text(json.dumps(payload))
     with pytest.raises(SamplesError, match="etc"):
         read(copied)
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("cpu", "AMD EPYC 7"), (None, "AMD EPYC 7"), ("cuda:0", "2 x NVIDIA H200")],
+)
+def test_the_machine_is_what_the_model_ran_on(device: str | None, expected: str) -> None:
+    environment = (
+        "PyTorch version: 2\nGPU 0: NVIDIA H200\nGPU 1: NVIDIA H200\n\nCPU:\n"
+        "Model name:                AMD EPYC 7\nVersions of relevant libraries:"
+    )
+    empty: dict[str, Any] = {"results": {}, "configs": {}, "versions": {}, "n-shot": {}}
+    given = {**empty, "config": {"device": device}, "pretty_env_info": environment}
+    assert _Results.model_validate(given).machine == expected
+    assert _Results.model_validate(empty).machine is None
