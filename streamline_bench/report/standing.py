@@ -165,7 +165,7 @@ def standing(rows: Sequence[Row], answers: Mapping[str, Answers], settings: Sett
     dense = next((row for row in rows if row.is_dense), None)
     entries = [
         entry
-        for found in _groups(_runs([row for row in known if not row.is_dense])).items()
+        for found in _groups(_runs([row for row in known if row is not dense])).items()
         for entry in _entries(*found, answers)
     ]
     entries.sort(key=lambda entry: -entry.mean())
@@ -335,17 +335,20 @@ def _ranks(entries: Sequence[Entry], settings: Settings) -> dict[str, Rank]:
 def contests_of(entries: Sequence[Entry], dense: Row | None) -> list[list[Entry]]:
     """Entries of equal cost and about equal size, best first; the largest such group first.
 
-    An entry of unknown size is in no group.
+    An entry of unknown size is in no group. Another dense model costs nothing to make: it stands
+    with every cost, so that a pruned large model meets a small one.
     """
     found: dict[str, list[list[Entry]]] = {}
     whole = dense.parameters if dense is not None else None
     sized = [entry for entry in entries if whole and entry.row.parameters]
+    costs = dict.fromkeys(entry.row.cost or "" for entry in sized if not entry.row.is_dense)
     for entry in sorted(sized, key=lambda entry: entry.row.parameters or 0):
-        groups = found.setdefault(entry.row.cost or "", [])
-        if groups and all(_same_size(entry.row, other.row, whole or 1) for other in groups[-1]):
-            groups[-1].append(entry)
-        else:
-            groups.append([entry])
+        for cost in costs if entry.row.is_dense else [entry.row.cost or ""]:
+            groups = found.setdefault(cost, [])
+            if groups and all(_same_size(entry.row, other.row, whole or 1) for other in groups[-1]):
+                groups[-1].append(entry)
+            else:
+                groups.append([entry])
     order = {entry.label: place for place, entry in enumerate(entries)}
     every = [group for groups in found.values() for group in groups if len(group) > 1]
     for group in every:
@@ -366,7 +369,7 @@ def _contest(entries: Sequence[Entry], dense: Row | None, settings: Settings) ->
     parameters = [entry.row.parameters or 0 for entry in entries]
     whole = (dense.parameters if dense is not None else None) or 1
     return Contest(
-        cost=leader.row.cost,
+        cost=next((entry.row.cost for entry in entries if not entry.row.is_dense), None),
         removed=(1 - max(parameters) / whole, 1 - min(parameters) / whole),
         entries=[entry.label for entry in entries],
         accuracy=leader.mean(),

@@ -112,6 +112,18 @@ def test_bytes_tell_sizes_apart() -> None:
     assert [contest.entries for contest in found.contests] == [["c", "b"]]
 
 
+def test_a_small_dense_model_meets_the_pruned_large_one() -> None:
+    small = row("small", 745).model_copy(update={"is_dense": True, "cost": None})
+    rows = [row("a"), row("b", cost="recovered"), small]
+    answers = {one.label: answered(0.6, seed) for seed, one in enumerate(rows)}
+    answers["small"] = answered(0.8, 9)
+    found = standing([DENSE_ROW, *rows], answers, SETTINGS)
+    assert sorted((one.cost, one.entries) for one in found.contests) == [
+        ("calibrated", ["small", "a"]), ("recovered", ["small", "b"]),
+    ]  # fmt: skip
+    assert found.ranks["small"].place == 1
+
+
 def test_rows_that_were_asked_other_documents_are_left_out() -> None:
     answers = {"a": answered(0.8, 0), "b": answered(0.7, 1), "c": answered(0.6, 2, "other ")}
     found = standing([DENSE_ROW, *map(row, answers)], answers, SETTINGS)
