@@ -143,3 +143,18 @@ def test_more_documents_help_as_far_as_seeds_allow() -> None:
     assert far is not None
     at = math.sqrt(error.question[0] * 5000 / far + method**2)
     assert 3 * method / at == pytest.approx(1.959964 + 0.8416212, rel=0.01)
+
+
+def test_the_interval_holds_the_true_mean_as_often_as_it_says() -> None:
+    """Known variances; all kinds of designs are in tests/benchmarks/coverage_of_seeds.py."""
+    source, hits, draws = np.random.default_rng(11), 0, 400
+    for _ in range(draws):
+        y = (
+            source.normal(0, 0.4, 100)
+            + source.normal(0, 0.04, (3, 1, 1))
+            + source.normal(0, 0.04, (1, 2, 1))
+            + source.normal(0, 0.2, (3, 2, 100))
+        )
+        estimate, _ = crossed_estimate([CrossedTask(y)])
+        hits += estimate.low <= 0 <= estimate.high
+    assert 0.92 <= hits / draws <= 0.985
