@@ -210,9 +210,6 @@ def _row(
         is_dense=is_dense,
         **{"parameters": parameters, **_made(recipe, manifest)},
         cost=None if is_dense else recipe.get("cost"),
-        bytes=_weight_bytes(source, folder),
-        group=getattr(source, "group", None),
-        axes=getattr(source, "axes", {}),
         seconds={**evaluation, **(manifest.seconds if manifest else {}), **source.seconds},
         scored_with=source.scored_with,
         scored_alone=source.scored_alone,
@@ -235,15 +232,6 @@ def _row(
         ),
         provenance=provenance(samples.info, manifest, recipe or None),
     )
-
-
-def _weight_bytes(source: RunRow, folder: Path) -> int | None:
-    """Bytes of a row's weights: as its run noted them, else of its checkpoint's files."""
-    noted = getattr(source, "bytes", None)
-    if noted is not None or source.checkpoint is None:
-        return noted
-    files = (folder / source.checkpoint).glob("*.safetensors")
-    return sum(path.stat().st_size for path in files) or None
 
 
 def _made(recipe: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:

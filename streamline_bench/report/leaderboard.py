@@ -241,13 +241,13 @@ class Row(Frozen):
     """One model of the leaderboard.
 
     Attributes:
+        group: label of the row before axes spanned it; rows of one group differ in ``axes`` only.
+        axes: axis (sparsity, n_layers, seed, calibration, model) -> value of this row.
+        bytes: of the files of its weights.
         failed: why there is no result; then accuracies are None and ``tasks`` is empty.
         cost: "no training", "calibrated" or "recovered"; None for the dense model.
         parameters: of the evaluated model; ``sparsity_reached`` is the share removed.
         accuracy_macro, accuracy_micro: over tasks with verdicts; None where there are none.
-        bytes: of the files of its weights, where they are known.
-        group: label of the row before axes (sizes, seeds, calibrations) spanned it.
-        axes: axis -> value of this row.
         scored_with: rows that share their lower layers with this one, itself included; numbers do
             not depend on it. Empty where none does.
         scored_alone: why the row shares no layer with the dense one or with any other.
@@ -265,6 +265,9 @@ class Row(Frozen):
 
     label: str
     is_dense: bool
+    group: str | None = None
+    axes: dict[str, Any] = Field(default_factory=dict)
+    bytes: int | None = None
     failed: str | None = None
     title: str = ""
     method: str | None = None
@@ -276,9 +279,6 @@ class Row(Frozen):
     parameters_before: int | None = None
     sparsity_requested: float | None = None
     sparsity_reached: float | None = None
-    bytes: int | None = None
-    group: str | None = None
-    axes: dict[str, Any] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)
     scored_with: list[str] = Field(default_factory=list)
     scored_alone: str | None = None
