@@ -74,3 +74,9 @@ def command(
             f"{manifest.parameters_before:,} -> {manifest.parameters_after:,} parameters "
             f"({manifest.sparsity_reached:.1%} removed)"
         )
+        if whole := manifest.whole_folder:
+            click.echo(
+                f"These are of the text model; the whole folder ({whole['model_type']}): "
+                f"{whole['parameters_before']:,} -> {whole['parameters_after']:,} parameters "
+                f"({whole['sparsity_reached']:.1%} removed)"
+            )

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from streamline_bench.core.checkpoint.folder import (
     Manifest,
@@ -105,6 +106,7 @@ def compress(
     source = SourceModel.find(
         pretrained, revision, trust_remote_code=trust_remote_code, progress=progress
     )
+    _refuse_other_text(source, recipe)
     return _compress_into(Path(output), source, recipe, cache, device, dtype, overwrite)
 
 
@@ -133,6 +135,7 @@ def compress_cached(
     source = SourceModel.find(
         pretrained, revision, trust_remote_code=trust_remote_code, progress=progress
     )
+    _refuse_other_text(source, recipe)
     key = content_key(source, recipe, device=device, dtype=dtype)
     target = cache_root(cache) / "compressed" / key
     if read_manifest(target) is not None:
@@ -249,9 +252,20 @@ def _refuse_compressed(folder: Path) -> None:
         )
 
 
+def _refuse_other_text(source: SourceModel, recipe: Recipe) -> None:
+    """Refuse, before anything costly, a result that a multimodal folder cannot hold."""
+    wrapper, method = source.reader.wrapper, get_method(recipe.method)
+    if wrapper is None:
+        return
+    if not method.keeps_stream:
+        wrapper.refuse_other_stream()
+    if not method.stock(recipe):
+        wrapper.require_text_type("streamline")
+
+
 def _manifest(staging: Path, job: Compression, result: Compressed, seconds: float) -> Manifest:
-    before = job.reader.num_parameters
-    after = CheckpointReader(staging).num_parameters
+    before, result_reader = job.reader.num_parameters, CheckpointReader(staging)
+    after = result_reader.num_parameters
     if after >= before and job.recipe.method != "dense":
         log.warning("the result is not smaller than the source: %d >= %d", after, before)
     return Manifest(
@@ -269,6 +283,7 @@ def _manifest(staging: Path, job: Compression, result: Compressed, seconds: floa
         layers_after=result.layers_after,
         sparsity_requested=job.recipe.sparsity,
         sparsity_reached=1 - after / before,
+        whole_folder=_whole_folder(job.reader, result_reader),
         calibration=dict(result.calibration),
         training=dict(result.training) if result.training else None,
         seed=job.recipe.seed,
@@ -276,6 +291,19 @@ def _manifest(staging: Path, job: Compression, result: Compressed, seconds: floa
         seconds={"compress": round(seconds, 3)},
         files=hash_files(staging),
     )
+
+
+def _whole_folder(before: CheckpointReader, after: CheckpointReader) -> dict[str, Any] | None:
+    """Sizes of a multimodal folder; those of the manifest itself are its text model's."""
+    if before.wrapper is None:
+        return None
+    counts = [reader.num_parameters + reader.num_outer for reader in (before, after)]
+    return {
+        "model_type": before.wrapper.model_type,
+        "parameters_before": counts[0],
+        "parameters_after": counts[1],
+        "sparsity_reached": 1 - counts[1] / counts[0],
+    }
 
 
 def content_key(

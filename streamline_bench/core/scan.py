@@ -306,7 +306,7 @@ def streamed_model(
     reader = CheckpointReader(folder)
     reader.refuse_quantised("the streamed scan reads its weights without their scales")
     config = (
-        reader.wrapper.text
+        reader.wrapper.text_config()
         if reader.wrapper
         else AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     )

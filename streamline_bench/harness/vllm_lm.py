@@ -70,6 +70,7 @@ class StreamlineVLLM(CompressedModel, VLLM):  # type: ignore[misc]
         if self._prepared.key is not None:
             harness["revision"] = None  # The revision was that of the source.
         self._revision = harness.get("revision")
+        _refuse_networks_in_wrappers(self._prepared.pretrained)
         overrides = stored_overrides(self._prepared.pretrained)
         if overrides and "hf_overrides" not in harness:
             harness["hf_overrides"] = overrides
@@ -114,6 +115,18 @@ class StreamlineVLLM(CompressedModel, VLLM):  # type: ignore[misc]
         engine = {k: v for k, v in self.model_args.items() if v is not None and k not in _SIZES}
         weights = self._weights or f"{self._prepared.pretrained}@{self._revision}"
         return model_identity(weights, {"engine": "vllm", **engine, **settings})
+
+
+def _refuse_networks_in_wrappers(pretrained: str) -> None:
+    """Refuse a multimodal folder whose text model vLLM's class of the folder cannot build."""
+    if not (Path(pretrained) / "config.json").is_file():
+        return
+    wrapper = CheckpointReader(pretrained).wrapper
+    if wrapper is not None and wrapper.text_type == "streamline":
+        raise CheckpointError(
+            f"{pretrained} is a '{wrapper.model_type}' whose text model is of type 'streamline', "
+            "which vLLM does not serve inside another model; use --model streamline."
+        )
 
 
 def _with_cache_size(harness: dict[str, Any]) -> dict[str, Any]:

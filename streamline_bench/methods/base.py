@@ -160,6 +160,8 @@ class Method(ABC):
         reads: which of ``replacement``, ``training`` and ``reference_quirks`` the method reads. A
             recipe that sets another one is refused.
         calibrated: whether the method reads calibration text.
+        keeps_stream: the residual stream keeps its basis and width. Else features of images, which
+            a multimodal model puts between the embeddings, would not fit.
     """
 
     name: ClassVar[str]
@@ -168,6 +170,7 @@ class Method(ABC):
     parameters: ClassVar[type[BaseModel]] = NoParameters
     reads: ClassVar[frozenset[str]] = frozenset()
     calibrated: ClassVar[bool] = True
+    keeps_stream: ClassVar[bool] = True
 
     def reads_calibration(self, parameters: Mapping[str, Any]) -> bool:
         """Whether the method reads calibration text with these parameters."""

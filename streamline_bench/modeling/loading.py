@@ -20,11 +20,12 @@ from streamline_bench.core.architecture import config_entry
 from streamline_bench.core.checkpoint.folder import (
     VOCABULARY_FILES,
     file_sha256,
+    read_config,
     resolve_pretrained,
 )
 from streamline_bench.core.checkpoint.quantization import is_known
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.core.checkpoint.wrapper import Wrapper, may_be_wrapper
+from streamline_bench.core.checkpoint.wrapper import Wrapper, may_be_wrapper, text_config_of
 from streamline_bench.core.files import read_json
 from streamline_bench.errors import (
     CalibrationError,
@@ -86,8 +87,11 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     register()
     stored = next(folder.glob("*.safetensors"), None) is not None
     reader = CheckpointReader(folder) if stored else None
-    if reader is not None and reader.wrapper is not None:
-        config = copy.deepcopy(reader.wrapper.text)
+    if reader is None:
+        config = text_config_of(folder, read_config(folder))
+    else:
+        config = reader.wrapper.text_config() if reader.wrapper else None
+    if config is not None:
         config.name_or_path = str(folder)
     else:
         with library_errors(

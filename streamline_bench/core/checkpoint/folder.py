@@ -352,7 +352,8 @@ class Manifest(Frozen):
     ``method`` says who wrote the method and in which version;
     ``chosen`` holds what the method decided (block, similarities); ``files`` the SHA-256 of every
     other file in the folder, by name; ``seconds`` wall time by stage. Sparsities are shares of all
-    parameters, embeddings included, of the source model.
+    parameters, embeddings included, of the source model; of a multimodal folder, of its text model.
+    ``whole_folder`` then has the sizes with the towers included.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -366,6 +367,7 @@ class Manifest(Frozen):
     layers_after: int
     sparsity_requested: float | None = None
     sparsity_reached: float
+    whole_folder: dict[str, Any] | None = None
     calibration: dict[str, Any] = Field(default_factory=dict)
     training: dict[str, Any] | None = None
     seed: int = 0

@@ -80,7 +80,7 @@ class CheckpointReader:
         self.files = read_entries(self.folder)
         self._whole_config = config
         self.wrapper = wrapper_of(self.folder, config, self.files)
-        self.config = config if self.wrapper is None else self.wrapper.text_json
+        self.config = config if self.wrapper is None else dict(self.wrapper.text_json)
         self.stored_entries = self.files
         if self.wrapper is not None:
             self.stored_entries = {
@@ -260,6 +260,11 @@ class CheckpointReader:
     def num_parameters(self) -> int:
         """Number of parameters; tied weights count once, buffers not at all."""
         return sum(self.parameter_counts.values())
+
+    @property
+    def num_outer(self) -> int:
+        """Number of elements of what a multimodal folder holds besides its text model."""
+        return sum(self.files[name].numel for name in self.wrapper.outer) if self.wrapper else 0
 
     @cached_property
     def parameter_counts(self) -> dict[str, int]:

@@ -15,13 +15,13 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.architecture import architecture_of, config_entry
 from streamline_bench.core.text_models import ensure_causal_lm
 from streamline_bench.errors import ArchitectureError, CheckpointError, library_errors
 
@@ -59,14 +59,14 @@ class Wrapper:
 
     Attributes:
         config: the folder's ``config.json``.
-        text: the transformers config of the text model.
+        text_json: the text model's config as its own ``config.json`` would hold it.
         stored: name of a tensor of the text model -> its name in the folder.
         prefixes: prefix of the text model's names -> prefix in the folder.
         outer: names of all other tensors: tower, projector, layers for multi-token prediction.
     """
 
     config: Mapping[str, Any]
-    text: Any
+    text_json: Mapping[str, Any]
     stored: Mapping[str, str]
     prefixes: Mapping[str, str]
     outer: tuple[str, ...]
@@ -76,11 +76,21 @@ class Wrapper:
         """Model type of the folder."""
         return str(self.config["model_type"])
 
-    @cached_property
-    def text_json(self) -> dict[str, Any]:
-        """The text model's config as its own ``config.json`` would hold it."""
-        parsed: dict[str, Any] = json.loads(self.text.to_json_string(use_diff=True))
-        return parsed
+    @property
+    def text_type(self) -> str:
+        """Model type of the text model."""
+        return str(self.text_json["model_type"])
+
+    def text_config(self) -> Any:
+        """Return a new transformers config of the text model.
+
+        One of type ``streamline`` has to be registered with transformers.
+        """
+        text = _text_of(_parsed(self.config), self.config)
+        settings = getattr(text, "quantization_config", None)
+        if settings:
+            text.quantization_config = self.text_settings(settings)
+        return text
 
     @cached_property
     def takes_any_text(self) -> bool:
@@ -96,12 +106,25 @@ class Wrapper:
         Raises:
             ArchitectureError: it is another type.
         """
-        if model_type != self.text.model_type and not self.takes_any_text:
+        if model_type != self.text_type and not self.takes_any_text:
             raise ArchitectureError(
                 f"A model of type '{self.model_type}' builds its text model as "
-                f"'{self.text.model_type}' only, so that it cannot hold one of type "
-                f"'{model_type}'; use a recipe that removes layers and puts nothing in their place."
+                f"'{self.text_type}' only, so that it cannot hold one of type "
+                f"'{model_type}'; use a recipe whose result is a stock model, such as streamline "
+                "or shortgpt."
             )
+
+    def refuse_other_stream(self) -> NoReturn:
+        """Refuse a text model with another residual stream than the one that images enter.
+
+        Raises:
+            ArchitectureError: always.
+        """
+        raise ArchitectureError(
+            f"A model of type '{self.model_type}' puts features of images between the embeddings, "
+            "where they would no longer fit a rotated and sliced residual stream; use a recipe "
+            "that keeps the residual stream."
+        )
 
     def stored_name(self, name: str) -> str:
         """Return what a tensor of the text model, also a new one, is called in the folder."""
@@ -127,13 +150,14 @@ class Wrapper:
         """
         model_type = str(config["model_type"])
         self.require_text_type(model_type)
+        if config.get("rotations"):
+            self.refuse_other_stream()
         outer = copy.deepcopy(dict(self.config))
         inner = outer.get("text_config", outer)
         if model_type != self.text_json["model_type"]:
             inner.clear()
             inner.update({k: v for k, v in config.items() if k not in _NOTES[:2]})
-            if config.get(_TIED) != self.text_json.get(_TIED):
-                outer[_TIED] = bool(config.get(_TIED, self.text.tie_word_embeddings))
+            outer[_TIED] = bool(config_entry(config, _TIED))
             return outer
         for key in sorted({*config, *self.text_json} - {*_NOTES}):
             if key in config and config[key] == self.text_json.get(key):
@@ -149,10 +173,10 @@ class Wrapper:
         part.pop("torch_dtype" if key == "dtype" else key, None)
         if key == "quantization_config" and key in config:
             part[key] = self.outer_settings(config[key], self._quantisation)
+        elif key == _TIED:
+            part[key] = bool(config_entry(config, key))  # the wrapper's own default may differ
         elif key in config:
             part[key] = config[key]
-        elif key == _TIED:
-            part[key] = bool(type(self.text)().tie_word_embeddings)
 
     @property
     def _quantisation(self) -> Any:
@@ -187,19 +211,22 @@ class Wrapper:
             known = before if isinstance(before, Mapping) else {}
             spelled = {self._text_name(str(key)): value for key, value in known.items()}
             made = {
-                self.stored_name(key): self.outer_settings(value, spelled.get(key))
+                self._module_name(key): self.outer_settings(value, spelled.get(key))
                 for key, value in settings.items()
             }
             return made | {k: v for k, v in known.items() if self._text_name(str(k)) is None}
         if isinstance(settings, list | tuple):
             items = [
-                self.stored_name(i) if isinstance(i, str) else self.outer_settings(i, None)
+                self._module_name(i) if isinstance(i, str) else self.outer_settings(i, None)
                 for i in settings
             ]
             listed = before if isinstance(before, list | tuple) else ()
             outside = [i for i in listed if isinstance(i, str) and self._text_name(i) is None]
             return [*items, *outside]
         return settings
+
+    def _module_name(self, name: str) -> str:
+        return self.stored_name(f"{name}.").removesuffix(".")
 
     def _text_name(self, name: str) -> str | None:
         """Name of a module of the text model; None for one outside it."""
@@ -225,7 +252,7 @@ class Wrapper:
         taps = tower.get("deepstack_visual_indexes") if isinstance(tower, Mapping) else None
         kept = re.compile(rf"{re.escape(layers)}\.(\d+)\.")
         moved = {int(n[1]): int(o[1]) for n, o in _pairs(kept, names)}
-        shifted = [tap for tap in range(len(taps or ())) if moved.get(tap, tap) != tap]
+        shifted = [tap for tap in range(len(taps or ())) if moved and moved.get(tap) != tap]
         if shifted:
             log.warning(
                 "Image features are added behind the first %d text layers (deepstack); some of "
@@ -259,13 +286,15 @@ def wrapper_of(folder: Path, config: Mapping[str, Any], names: Iterable[str]) ->
     """
     if not may_be_wrapper(config):
         return None
-    whole = _parsed(folder, config)
-    text = None if whole is None else whole.get_text_config(decoder=True)
-    if text is None or text is whole or whole.is_encoder_decoder:
-        return None
-    _refuse(config, text)
-    ensure_causal_lm(text, config["model_type"])
-    prefixes = _prefixes(folder, text, names)
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping) and inner.get("host_model_type"):
+        found = dict(inner)  # of a type that is not transformers' own
+    else:
+        text = text_config_of(folder, config)
+        if text is None:
+            return None
+        found = json.loads(text.to_json_string(use_diff=True))
+    prefixes = _prefixes(folder, found, names)
     stored: dict[str, str] = {}
     outer: list[str] = []
     for name in names:
@@ -274,20 +303,70 @@ def wrapper_of(folder: Path, config: Mapping[str, Any], names: Iterable[str]) ->
             outer.append(name)
         else:
             stored[inside + name.removeprefix(prefixes[inside])] = name
-    wrapper = Wrapper(config, text, stored, prefixes, tuple(outer))
-    _complete(wrapper, whole)
+    wrapper = Wrapper(config, found, stored, prefixes, tuple(outer))
+    if found.get("quantization_config"):
+        found["quantization_config"] = wrapper.text_settings(found["quantization_config"])
     return wrapper
 
 
-def _parsed(folder: Path, config: Mapping[str, Any]) -> Any:
-    from transformers import CONFIG_MAPPING
+def text_config_of(folder: Path, config: Mapping[str, Any]) -> Any:
+    """Return the transformers config of a folder's text model; None if it is no multimodal one.
 
-    if config["model_type"] not in CONFIG_MAPPING:
+    Args:
+        config: the parsed ``config.json``.
+
+    Raises:
+        CheckpointError: the config cannot be read.
+        ArchitectureError: the text model cannot be looked at alone.
+    """
+    if not may_be_wrapper(config):
         return None
     with library_errors(
         f"{folder}: the config cannot be loaded", "correct config.json", CheckpointError
     ):
-        return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
+        whole = _parsed(config)
+        text = None if whole is None else whole.get_text_config(decoder=True)
+        if text is None or text is whole or whole.is_encoder_decoder:
+            return None
+        _refuse(config, text)
+        ensure_causal_lm(text, str(config["model_type"]))
+        return _text_of(whole, config)
+
+
+def _parsed(config: Mapping[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    if config["model_type"] not in CONFIG_MAPPING:
+        return None
+    return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
+
+
+def _text_of(whole: Any, config: Mapping[str, Any]) -> Any:
+    """Return the text config, which then says what the wrapper says in its place."""
+    text = whole.get_text_config(decoder=True)
+    for key in _INHERITED:
+        if getattr(text, key, None) is None and getattr(whole, key, None) is not None:
+            setattr(text, key, getattr(whole, key))
+    text.tie_word_embeddings = bool(getattr(whole, _TIED, False))
+    changed = [key for key, value in _NEUTRAL.items() if getattr(text, key, value) != value]
+    used = _names_in_forward(config) if changed else set()
+    for key in changed:
+        if "lm_head" in used and key not in used:  # else the head is the text model's own
+            setattr(text, key, _NEUTRAL[key])
+    return text
+
+
+def _names_in_forward(config: Mapping[str, Any]) -> set[str]:
+    """Names that the forward pass of the folder's class mentions."""
+    import inspect
+
+    import transformers
+
+    kind = getattr(transformers, next(iter(config.get("architectures") or ()), ""), None)
+    if kind is None:
+        return set()
+    code = inspect.unwrap(kind.forward).__code__
+    return {*code.co_names, *(text for text in code.co_consts if isinstance(text, str))}
 
 
 def _refuse(config: Mapping[str, Any], text: Any) -> None:
@@ -299,62 +378,35 @@ def _refuse(config: Mapping[str, Any], text: Any) -> None:
             )
 
 
-def _prefixes(folder: Path, text: Any, names: Iterable[str]) -> dict[str, str]:
-    try:
-        row = architecture_of(text)
-        base, layers = row.base, row.layers.removeprefix(f"{row.base}.")
-        own = (layers, *row.embeddings, row.final_norm)
-    except ArchitectureError:  # whoever works on layers will say so
-        base, layers, own = "model", "layers", ("layers", "embed_tokens", "norm")
+def _prefixes(folder: Path, text: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
     known = list(names)
-    for place in _PLACES:
-        outside = place.format(base=base)
-        if not any(name.startswith(f"{outside}{layers}.0.") for name in known):
-            continue
-        if outside == f"{base}.":  # towers may stand next to the layers
-            found = {f"{base}.{path.removeprefix(f'{base}.')}.": "" for path in own}
-            prefixes = {path: path for path in found}
-        else:
-            prefixes = {f"{base}.": outside}
-        head = next((h for h in _HEADS if any(n.startswith(f"{h}lm_head.") for n in known)), None)
-        if head is None:
-            head = "language_model." if outside.startswith("language_model.") else ""
-        return {**prefixes, "lm_head.": f"{head}lm_head."}
+    for own in (_own_paths(text, guess) for guess in (True, False)):
+        base, layers = own[0].split(".", 1)
+        for place in _PLACES:
+            outside = place.format(base=base)
+            if any(name.startswith(f"{outside}{layers}.0.") for name in known):
+                head = _head(known, outside)
+                if outside != f"{base}.":
+                    return {f"{base}.": outside, "lm_head.": head}
+                # Towers may stand next to the layers.
+                return {**{f"{path}.": f"{path}." for path in own}, "lm_head.": head}
     raise CheckpointError(
-        f"{folder} has no layers of a text model under any of "
-        f"{', '.join(place.format(base=base) for place in _PLACES)}; save it again with "
+        f"{folder} has no layers of a text model at any place where they are looked for "
+        f"({', '.join(place.format(base='model') for place in _PLACES)}); save it again with "
         "save_pretrained."
     )
 
 
-def _complete(wrapper: Wrapper, whole: Any) -> None:
-    """Let the text config say what the wrapper says in its place."""
-    text = wrapper.text
-    for key in _INHERITED:
-        if getattr(text, key, None) is None and getattr(whole, key, None) is not None:
-            setattr(text, key, getattr(whole, key))
-    text.tie_word_embeddings = bool(getattr(whole, _TIED, False))
-    settings = getattr(text, "quantization_config", None)
-    if settings:
-        text.quantization_config = wrapper.text_settings(settings)
-    _follow_head(wrapper)
+def _own_paths(text: Mapping[str, Any], guess: bool) -> tuple[str, ...]:
+    """Return the paths of layers, embeddings and final norm; a guess costs nothing."""
+    if guess:
+        return ("model.layers", "model.embed_tokens", "model.norm")
+    row = architecture_of(text)
+    return (row.layers, *row.embeddings, row.final_norm)
 
 
-def _follow_head(wrapper: Wrapper) -> None:
-    """Leave out what the text model's own head does to logits and the wrapper's does not."""
-    changed = [k for k, v in _NEUTRAL.items() if getattr(wrapper.text, k, v) != v]
-    if not changed:
-        return
-    import inspect
-
-    import transformers
-
-    name = next(iter(wrapper.config.get("architectures") or ()), "")
-    kind = getattr(transformers, name, None)
-    if kind is None:
-        return
-    code = inspect.unwrap(kind.forward).__code__
-    used = {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
-    for key in changed:
-        if "lm_head" in used and key not in used:  # else the head is the text model's own
-            setattr(wrapper.text, key, _NEUTRAL[key])
+def _head(names: Sequence[str], outside: str) -> str:
+    for place in _HEADS:
+        if any(name.startswith(f"{place}lm_head.") for name in names):
+            return f"{place}lm_head."
+    return "language_model.lm_head." if outside.startswith("language_model.") else "lm_head."

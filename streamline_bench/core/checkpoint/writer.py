@@ -205,7 +205,7 @@ def _wrapped(
     """Return config, copied names and new tensors of the text model as its folder has them."""
     inside = {key: name for name, key in wrapper.stored.items()}
     wrapper.warn_of_taps(
-        {new: inside[key] for new, key in names.items()}, architecture_of(wrapper.text).layers
+        {new: inside[key] for new, key in names.items()}, architecture_of(wrapper.text_json).layers
     )
     copied = {name: name for name in wrapper.outer}
     copied |= {wrapper.stored_name(new): key for new, key in names.items()}

@@ -65,6 +65,7 @@ class SliceGPT(Method):
 
     name = "slicegpt"
     parameters: ClassVar[type[BaseModel]] = SliceGPTParameters
+    keeps_stream = False
 
     def stock(self, recipe: Recipe) -> bool:
         """No stock class has shortcut matrices."""

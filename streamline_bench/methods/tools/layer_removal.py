@@ -335,7 +335,14 @@ def _files(work: Compression, keep: Sequence[int]) -> dict[str, str]:
     if scanned.exists():
         found[SIMILARITY_FILE] = scanned.read_text(encoding="utf-8")
     if modelopt.is_file():
-        settings = renumbered(json.loads(modelopt.read_text(encoding="utf-8")), keep)
+        settings = json.loads(modelopt.read_text(encoding="utf-8"))
+        wrapper = work.reader.wrapper
+        if wrapper is None:
+            settings = renumbered(settings, keep)
+        else:  # which names layers of towers as well
+            settings = wrapper.outer_settings(
+                renumbered(wrapper.text_settings(settings), keep), settings
+            )
         found[MODELOPT_NAME] = json.dumps(settings, indent=4) + "\n"
     return found
 
