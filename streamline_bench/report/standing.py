@@ -168,7 +168,8 @@ def standing(rows: Sequence[Row], answers: Mapping[str, Answers], settings: Sett
         for found in _groups(_runs([row for row in known if row is not dense])).items()
         for entry in _entries(*found, answers)
     ]
-    entries.sort(key=lambda entry: -entry.mean())
+    # Not by the order of the rows: a merged board is that of one run.
+    entries.sort(key=lambda entry: (-round(entry.mean(), 12), entry.label))
     ranks = _ranks(entries, settings)
     shown = {run.label: run.row for run in _runs(known)}
     pairs = [between(one, two, settings) for one, two in pairwise(entries)]
@@ -242,7 +243,7 @@ def _entries(
 ) -> list[Entry]:
     """One entry of runs that form a whole grid of seeds and calibrations, else one of each row."""
     places = {tuple(str(run.axes.get(axis, "")) for axis in FOLDED_AXES): run for run in runs}
-    seeds, calibrations = (list(dict.fromkeys(place[axis] for place in places)) for axis in (0, 1))
+    seeds, calibrations = (sorted({place[axis] for place in places}) for axis in (0, 1))
     whole = len(places) == len(runs) and all(
         place in places for place in product(seeds, calibrations)
     )
@@ -257,8 +258,9 @@ def _entries(
     )
     group, fixed = key
     named = ", ".join(f"{name} {value}" for name, value in fixed)
-    members = tuple(run.label for run in runs)
-    return [Entry(f"{group} ({named})" if named else group, runs[0].row, grid, members)]
+    members = [places[place] for place in product(seeds, calibrations)]
+    label = f"{group} ({named})" if named else group
+    return [Entry(label, members[0].row, grid, tuple(run.label for run in members))]
 
 
 def between(first: Entry, second: Entry, settings: Settings) -> Between:

@@ -124,6 +124,15 @@ def test_a_small_dense_model_meets_the_pruned_large_one() -> None:
     assert found.ranks["small"].place == 1
 
 
+def test_the_order_of_the_rows_changes_nothing() -> None:
+    """So that a merged board is that of one run."""
+    rows = [row(f"r-{seed}", group="r", axes={"seed": seed}) for seed in range(3)]
+    rows += [row("x"), row("a"), row("b")]
+    answers = {one.label: answered(0.5, seed % 4) for seed, one in enumerate(rows)}
+    forwards = standing([DENSE_ROW, *rows], answers, SETTINGS)
+    assert standing([DENSE_ROW, *reversed(rows)], answers, SETTINGS) == forwards
+
+
 def test_rows_that_were_asked_other_documents_are_left_out() -> None:
     answers = {"a": answered(0.8, 0), "b": answered(0.7, 1), "c": answered(0.6, 2, "other ")}
     found = standing([DENSE_ROW, *map(row, answers)], answers, SETTINGS)
