@@ -104,8 +104,9 @@ def compress(
     check_parameters(recipe)
     _refuse_several_processes()
     source = SourceModel.find(
-        pretrained, revision, trust_remote_code=trust_remote_code, progress=progress
-    )
+        pretrained, revision, trust_remote_code=trust_remote_code, progress=progress,
+        changed=recipe.method != "dense",
+    )  # fmt: skip
     _refuse_other_text(source, recipe)
     return _compress_into(Path(output), source, recipe, cache, device, dtype, overwrite)
 
@@ -133,8 +134,9 @@ def compress_cached(
     """
     check_parameters(recipe)
     source = SourceModel.find(
-        pretrained, revision, trust_remote_code=trust_remote_code, progress=progress
-    )
+        pretrained, revision, trust_remote_code=trust_remote_code, progress=progress,
+        changed=recipe.method != "dense",
+    )  # fmt: skip
     _refuse_other_text(source, recipe)
     key = content_key(source, recipe, device=device, dtype=dtype)
     target = cache_root(cache) / "compressed" / key

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 
 from streamline_bench.core.architecture import sequence_limit
 from streamline_bench.core.checkpoint.folder import file_sha256
+from streamline_bench.core.checkpoint.quantization import MODELOPT_NAME
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.recipe.schema import CalibrationSpec, Frozen, Recipe
@@ -207,11 +208,13 @@ def write_compressed(
     """
     from streamline_bench.core.checkpoint.writer import compose
 
-    compose(
+    plain = compose(
         reader, folder, config=dict(result.config), names=result.names, extra=result.tensors,
         progress=progress,
     )  # fmt: skip
     for name, text in result.artefacts.items():
+        if plain and name == MODELOPT_NAME:
+            continue
         atomic_write_text(folder / name, text)
 
 

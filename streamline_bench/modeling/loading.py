@@ -16,7 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.core.architecture import config_entry
+from streamline_bench.core.architecture import architecture_of, config_entry
 from streamline_bench.core.checkpoint.folder import (
     VOCABULARY_FILES,
     file_sha256,
@@ -26,6 +26,7 @@ from streamline_bench.core.checkpoint.folder import (
 from streamline_bench.core.checkpoint.quantization import is_known
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.wrapper import Wrapper, may_be_wrapper, text_config_of
+from streamline_bench.core.checkpoint.writer import layers_prefix
 from streamline_bench.core.files import read_json
 from streamline_bench.errors import (
     CalibrationError,
@@ -363,6 +364,46 @@ def _is_installed(module: str) -> bool:
         return False
 
 
+def _refuse_unsupported(folder: Path, *, trust_remote_code: bool) -> None:
+    """Refuse a family from its ``config.json`` alone; other files may not be there yet."""
+    config = read_config(folder)
+    if may_be_wrapper(config) or (trust_remote_code and "auto_map" in config):
+        return  # the text model, or the code, decides
+    architecture_of(config)
+
+
+def check_layers(reader: CheckpointReader) -> None:
+    """Compare the layers that are stored with the config, and name what it does not know.
+
+    Raises:
+        CheckpointError: the config counts layers that are not stored.
+    """
+    if (depth := reader.depth) is None:
+        return
+    family = architecture_of(reader.config)
+    pattern = re.compile(rf"{re.escape(layers_prefix(reader, family))}\.(\d+)\.")
+    stored = {int(found[1]) for name in reader.names if (found := pattern.match(name))}
+    lacking = sorted(set(range(depth)) - stored)
+    if lacking:
+        raise CheckpointError(
+            f"{reader.folder}: config.json has {family.depth_key}={depth}, and the weights of "
+            f"layer {lacking[0]} are missing; correct config.json, or download the model again."
+        )
+    beyond = sorted(layer for layer in stored if layer >= depth)
+    if beyond:
+        log.warning(
+            "%s holds layers %d to %d beyond the %d of its config; transformers ignores them, and "
+            "they are neither counted nor kept where layers are removed.",
+            reader.folder, beyond[0], beyond[-1], depth,
+        )  # fmt: skip
+    others = [name for name in reader.extra_names if not pattern.match(name)]
+    if others:
+        log.warning(
+            "%s holds %d tensors that are not of its model (%s, …); they are copied and not "
+            "counted.", reader.folder, len(others), others[0],
+        )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class SourceModel:
     """A model folder, handed along so that nobody looks at it twice.
@@ -389,14 +430,25 @@ class SourceModel:
         *,
         trust_remote_code: bool = False,
         progress: bool = True,
+        changed: bool = True,
     ) -> SourceModel:
         """Return the model of a folder, a hub id or ``bundled``.
 
+        Args:
+            changed: it will be compressed. A family that is not supported is then refused from its
+                config alone, before weights are downloaded, and layers are checked against the
+                config.
+
         Raises:
-            CheckpointError: there is no such model.
+            CheckpointError: there is no such model, or it lacks layers of its config.
+            ArchitectureError: its family is not supported.
         """
-        folder = resolve_pretrained(name, revision)
-        return cls(folder, trust_remote_code, progress, str(name), revision)
+        check = partial(_refuse_unsupported, trust_remote_code=trust_remote_code)
+        folder = resolve_pretrained(name, revision, check if changed else None)
+        found = cls(folder, trust_remote_code, progress, str(name), revision)
+        if changed:
+            check_layers(found.reader)
+        return found
 
     @cached_property
     def reader(self) -> CheckpointReader:

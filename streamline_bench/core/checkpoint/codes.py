@@ -197,6 +197,8 @@ def _spread(scale: Tensor, shape: torch.Size, settings: Settings) -> Tensor:
         block = int(given[number]) if given else -(-size // count)
         if -(-size // block) != count:
             block = -(-size // count)
+        if -(-size // block) != count:
+            raise ValueError(f"{count} scales for {size} weights")
         scale = scale.repeat_interleave(block, axis).narrow(axis % scale.dim(), 0, size)
     return scale
 

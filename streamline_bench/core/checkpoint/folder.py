@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -93,11 +94,19 @@ class TensorEntry:
         return prod(self.shape)
 
 
-def resolve_pretrained(name: str | Path, revision: str | None = None) -> Path:
+def resolve_pretrained(
+    name: str | Path,
+    revision: str | None = None,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
     """Return the local folder of a model: as it is, ``bundled``, or a hub id downloaded if need be.
 
     Safetensors, JSON (processors included), templates, tokenizer and code files are fetched; no
     pickle is ever read, and code runs only where remote code is trusted.
+
+    Args:
+        check: is called with a folder that has the model's ``config.json``, before any weights are
+            downloaded, and raises what speaks against this model.
 
     Raises:
         CheckpointError: no such folder or hub model, or it has no config or no safetensors weights.
@@ -107,9 +116,15 @@ def resolve_pretrained(name: str | Path, revision: str | None = None) -> Path:
     elif (local := _local_folder(name)) is not None:
         folder = local
     else:
-        folder = _download(str(name), revision)
-    find_shards(folder)
+        if check is not None:
+            check(_download(str(name), revision, ["config.json"]))
+        folder = _download(str(name), revision, _WANTED)
+    if not (folder / "config.json").is_file():
+        find_shards(folder)  # a folder of another kind says more about itself than that
     read_config(folder)
+    if check is not None:
+        check(folder)
+    find_shards(folder)
     return folder
 
 
@@ -206,6 +221,18 @@ def _no_weights(folder: Path) -> CheckpointError:
             f"{folder} is a PEFT adapter, not a model; merge it into its base model first "
             "(peft: merge_and_unload)."
         )
+    if (path := next(folder.glob("*.gguf"), None)) is not None:
+        return CheckpointError(
+            f"{folder} has its weights as GGUF only ({path.name}), a format of llama.cpp; give the "
+            "model's folder with safetensors, from which the GGUF file was made."
+        )
+    if next(folder.glob("consolidated*"), None) is not None:
+        return CheckpointError(
+            f"{folder} has its weights in the layout of the model's own authors only "
+            f"(consolidated…), not in that of transformers; give the folder that has {SINGLE_NAME} "
+            f"or {INDEX_NAME}, or convert it with the script of transformers "
+            "(convert_…_weights_to_hf.py)."
+        )
     return CheckpointError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}.")
 
 
@@ -219,7 +246,7 @@ def _local_folder(name: str | Path) -> Path | None:
         ) from None
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
@@ -232,7 +259,7 @@ def _download(name: str, revision: str | None) -> Path:
     ):
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+                name, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED
             )
         )
 

@@ -147,7 +147,7 @@ def compose(
     extra: Mapping[str, torch.Tensor] | None = None,
     max_shard_bytes: float = 5e9,
     progress: bool = True,
-) -> None:
+) -> bool:
     """Write a checkpoint into an existing folder; when it returns, every file is on disk.
 
     Tokenizer, generation config, chat templates, licence and the like are copied
@@ -164,6 +164,9 @@ def compose(
         extra: new tensors; their names must not be in ``names``. At most ``max_shard_bytes`` of
             them are held where they are :class:`LazyTensors`.
         max_shard_bytes: size at which a new shard begins.
+
+    Returns:
+        Whether all weights are plain: settings of quantisation must not be added.
 
     Raises:
         CheckpointError: a named tensor is not in the source, or a source file changes meanwhile.
@@ -194,6 +197,7 @@ def compose(
             f"Output {output_folder} cannot be written ({error.strerror or error}); free space or "
             "give another --output."
         ) from error
+    return bool(without)
 
 
 def _wrapped(

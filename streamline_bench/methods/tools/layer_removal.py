@@ -5,12 +5,14 @@ Layers are chosen from one score per layer, or as a block from the similarity of
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -348,9 +350,39 @@ def _files(work: Compression, keep: Sequence[int]) -> dict[str, str]:
 
 
 def config_json(config: Any) -> dict[str, Any]:
-    """Return a transformers config as the mapping that ``config.json`` holds."""
+    """Return a transformers config as the mapping that ``config.json`` holds.
+
+    Entries that transformers 5 calls otherwise have their older names as well, so that other
+    readers find them, unless transformers 5 would then read another config.
+    """
     parsed: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    kind = type(config)
+
+    def read(entries: Mapping[str, Any]) -> Any:
+        return kind.from_dict(copy.deepcopy(dict(entries))).to_dict()
+
+    expected = read(parsed)
+    for key, value in _older_names(parsed).items():
+        both = {key: value, **parsed}
+        # Some configs take one of the two names only.
+        with suppress(TypeError, ValueError, KeyError, AttributeError):
+            parsed = both if read(both) == expected else parsed
     return parsed
+
+
+def _older_names(parsed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a config that older versions of transformers call otherwise."""
+    found = {"torch_dtype": parsed["dtype"]} if parsed.get("dtype") else {}
+    rope = parsed.get("rope_parameters") or {}
+    if isinstance(rope.get("full_attention"), Mapping):  # settings per kind of layer
+        local = rope.get("sliding_attention") or {}
+        if "rope_theta" in local:
+            found["rope_local_base_freq"] = local["rope_theta"]
+        rope = rope["full_attention"]
+    found |= {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
+    if rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    return found
 
 
 def is_linear_weight(name: str, dimensions: int) -> bool:

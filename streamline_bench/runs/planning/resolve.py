@@ -52,7 +52,11 @@ def resolve_plan(request: Request, *, device: str | None = None, progress: bool 
     from streamline_bench.compression.pipeline import content_key
     from streamline_bench.modeling.loading import SourceModel
 
-    source = SourceModel.find(request.model, request.revision, progress=progress)
+    changed = any(row.recipe.method != "dense" for row in rows)
+    source = SourceModel.find(
+        request.model, request.revision, trust_remote_code=request.trust_remote_code,
+        progress=progress, changed=changed,
+    )  # fmt: skip
     local = Path(request.model).expanduser().is_dir()
     asked = request.device if request.device != "auto" else None
     where = known_device(asked) if asked is not None else device or found_device("auto")

@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from streamline_bench.core.checkpoint.folder import resolve_pretrained
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import (
+    ArchitectureError,
     CheckpointError,
     NumericsError,
 )
+from streamline_bench.modeling.loading import SourceModel
 
 
 def test_tensors_equal_those_of_the_safetensors_library(sharded: Path) -> None:
@@ -271,3 +273,35 @@ def edit_index(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     index = json.loads(path.read_text())
     change(index["weight_map"])
     path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("model-Q4_K_M.gguf", "GGUF"), ("consolidated.safetensors", "consolidated")]
+)
+def test_a_folder_of_another_kind_is_named_for_what_it_is(
+    tmp_path: Path, name: str, said: str
+) -> None:
+    (tmp_path / name).touch()
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=f"{said}.*safetensors"):
+            resolve_pretrained(tmp_path)
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+
+
+def test_a_check_of_the_config_comes_before_any_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family that is not supported: nothing but its config is downloaded."""
+    asked: list[list[str]] = []
+
+    def download(name: str, *, allow_patterns: list[str], **_: object) -> str:
+        asked.append(allow_patterns)
+        (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ArchitectureError, match="t5"):
+        SourceModel.find("owner/name")
+    assert asked == [["config.json"]]
+    with pytest.raises(ArchitectureError, match="t5"):
+        SourceModel.find(tmp_path)

@@ -1,0 +1,180 @@
+"""Recipes on quantised checkpoints give what they give on the plain model that these stand for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from streamline_bench.compression import compress, load_recipe
+from streamline_bench.core.checkpoint.folder import read_manifest
+from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.surgery import model_sizes
+from streamline_bench.modeling import register
+from streamline_bench.modeling.loading import load_config
+
+BLOCK = 16
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+SIZES: dict[str, Any] = {
+    "num_hidden_layers": 4, "intermediate_size": 32, "dtype": "bfloat16", "hidden_size": 32
+}  # fmt: skip
+
+
+def _power(value: torch.Tensor) -> torch.Tensor:
+    """Scales that are powers of two, so that bfloat16 holds every decoded weight."""
+    return value.clamp_min(1e-6).log2().ceil().exp2()
+
+
+def _fp8(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    rows, columns = (size // BLOCK for size in weight.shape)
+    blocks = weight.float().view(rows, BLOCK, columns, BLOCK)
+    scale = _power(blocks.abs().amax((1, 3)) / 448)
+    codes = (blocks / scale[:, None, :, None]).view_as(weight).to(torch.float8_e4m3fn)
+    plain = codes.float().view_as(blocks) * scale[:, None, :, None]
+    return {name: codes, f"{name}_scale_inv": scale}, plain.view_as(weight)
+
+
+def _mxfp4(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    groups = weight.float().transpose(1, 2).unflatten(2, (-1, 32))
+    exponent = (groups.abs().amax(-1).clamp_min(1e-6) / 6).log2().ceil()
+    wide = exponent.exp2()[..., None]
+    codes = ((groups / wide)[..., None] - FP4).abs().argmin(-1)
+    packed = (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
+    stored = {f"{name}_blocks": packed, f"{name}_scales": (exponent + 127).to(torch.uint8)}
+    return stored, (FP4[codes] * wide).flatten(2).transpose(1, 2).contiguous()
+
+
+def _gptq(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    module, wide = name.removesuffix(".weight"), weight.float().T
+    scale = _power(wide.abs().amax(0) / 7)
+    codes = (wide / scale).round().clamp(-8, 7) + 8
+    shifts = 4 * torch.arange(8)[None, :, None]
+    packed = (codes.long().view(-1, 8, wide.shape[1]) << shifts).sum(1)
+    zeros = torch.full((1, wide.shape[1] // 8), 0x77777777, dtype=torch.int32)
+    stored = {
+        f"{module}.qweight": packed.where(packed < 2**31, packed - 2**32).int(),
+        f"{module}.qzeros": zeros, f"{module}.scales": scale[None].half(),
+    }  # fmt: skip
+    return stored, ((codes - 8) * scale).T.contiguous()
+
+
+FORMATS: dict[str, Any] = {
+    "fp8": ("llama", _fp8, {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK],
+                            "modules_to_not_convert": ["lm_head", "model.layers.0"]}),
+    "mxfp4": ("gpt_oss", _mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
+    "gptq": ("llama", _gptq, {"quant_method": "gptq", "bits": 4, "group_size": -1}),
+}  # fmt: skip
+GPT_OSS = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8, "sliding_window": 16}
+
+
+def _chosen(method: str, name: str, weight: torch.Tensor) -> bool:
+    if method == "mxfp4":
+        return name.endswith(("gate_up_proj", "down_proj"))
+    inside = ".layers." in name and weight.dim() == 2
+    return inside and (method != "fp8" or ".layers.0." not in name)
+
+
+@pytest.fixture(scope="module")
+def twins(make_tiny_model: Callable[..., Path]) -> Callable[[str], tuple[Path, Path]]:
+    """Return a function: method -> folder of codes, and of the plain weights they stand for."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def make(method: str) -> tuple[Path, Path]:
+        if method not in made:
+            model_type, encode, settings = FORMATS[method]
+            coded = make_tiny_model(model_type, **SIZES, **(GPT_OSS if method == "mxfp4" else {}))
+            plain = Path(shutil.copytree(coded, coded.with_name(f"{coded.name}-plain")))
+            stored, weights = {}, {}
+            for name, weight in load_file(coded / "model.safetensors").items():
+                weight = weight.bfloat16()
+                stored[name] = weights[name] = weight
+                if _chosen(method, name, weight):
+                    del stored[name]
+                    parts, decoded = encode(name, weight.float() * 8)
+                    stored |= {n: part.contiguous() for n, part in parts.items()}
+                    weights[name] = decoded.bfloat16()
+            for folder, tensors in ((coded, stored), (plain, weights)):
+                save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            config = json.loads((coded / "config.json").read_text())
+            config["quantization_config"] = settings
+            (coded / "config.json").write_text(json.dumps(config))
+            made[method] = coded, plain
+        return made[method]
+
+    return make
+
+
+def _logits(folder: Path) -> torch.Tensor:
+    """Of stock transformers, which decodes FP8 and MXFP4 by itself on a CPU."""
+    from transformers import AutoModelForCausalLM
+
+    register()
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(torch.arange(4, 28)[None]).logits
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("method", "recipe", "kept"),
+    [
+        ("fp8", "last_layers", 2), ("fp8", "laco_rdsc", 1), ("fp8", "linear_patch", 2),
+        ("fp8", "llm_pruner", 1), ("fp8", "slicegpt", 0), ("mxfp4", "replaceme_lstsq", 2),
+        ("gptq", "replaceme_lstsq", 0),
+    ],
+)  # fmt: skip
+def test_a_recipe_gives_the_model_it_gives_on_plain_weights(
+    twins: Callable[[str], tuple[Path, Path]], text_file: Path, tmp_path: Path, method: str,
+    recipe: str, kept: int,
+) -> None:  # fmt: skip
+    size = {"sparsity": 0.15} if recipe in ("llm_pruner", "slicegpt") else {"n_layers": 1}
+    given = {**size, "calibration": str(text_file), "sequence_length": 32,
+             "calibration_samples": 16}  # fmt: skip
+    results = [
+        compress(folder, load_recipe(recipe, given), tmp_path / str(number), progress=False)
+        for number, folder in enumerate(twins(method))
+    ]
+    coded, plain = results
+    assert torch.equal(_logits(coded), _logits(plain))
+    numbers = [read_manifest(folder) for folder in results]
+    assert numbers[0] is not None and numbers[1] is not None
+    assert numbers[0].parameters_after == numbers[1].parameters_after
+    assert numbers[0].sparsity_reached == numbers[1].sparsity_reached
+    reader = CheckpointReader(coded)
+    layers = {name.split(".")[2] for name in reader.coded}
+    assert len(layers) >= kept if kept else not layers
+    assert ("quantization_config" in reader.config) == bool(kept)
+    assert reader.num_parameters == model_sizes(load_config(coded)).total
+
+
+def test_layers_of_a_config_are_checked_and_extra_ones_not_counted(
+    make_tiny_model: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from streamline_bench.errors import CheckpointError
+
+    folder = make_tiny_model("llama", num_hidden_layers=4)
+    config = json.loads((folder / "config.json").read_text())
+    recipe = load_recipe("last_layers", {"n_layers": 1})
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 6}))
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers=6.*layer 4"):
+        compress(folder, recipe, tmp_path / "out", progress=False)
+    weights = load_file(folder / "model.safetensors")
+    weights["mtp.fc.weight"] = torch.zeros(8, 8)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    out = compress(folder, recipe, tmp_path / "out", progress=False)
+    assert "layers 3 to 3 beyond the 3" in caplog.text and "mtp.fc.weight" in caplog.text
+    manifest, reader = read_manifest(out), CheckpointReader(out)
+    assert manifest is not None
+    assert manifest.parameters_before == model_sizes(load_config(folder)).total
+    assert manifest.parameters_after == model_sizes(load_config(out)).total
+    assert "mtp.fc.weight" in reader.names and not any(".layers.2." in n for n in reader.names)
