@@ -290,8 +290,9 @@ def between(first: Entry, second: Entry, settings: Settings) -> Between:
     name = "Student over questions, seeds and calibrations"
     p = error.p_value(value)
     return Between(
-        **fields, difference=error.interval(value, settings.confidence, name), p_value=p, p_holm=p,
-        p_method=name, needed=error.needed(value, n, settings.confidence, POWER) if value else None,
+        **fields, p_value=p, p_holm=p, p_method=name,
+        difference=_within(error.interval(value, settings.confidence, name), -1.0),
+        needed=error.needed(value, n, settings.confidence, POWER) if value else None,
     )  # fmt: skip
 
 
@@ -382,10 +383,11 @@ def _contest(entries: Sequence[Entry], dense: Row | None, settings: Settings) ->
 def _folded(entry: Entry, rows: Sequence[Row], settings: Settings) -> Folded:
     confidence, stable = settings.confidence, entry.crossed("stable")
     accuracy, parts = crossed_estimate(entry.crossed(), confidence)
+    accuracy = _within(accuracy, 0.0)
     change = crossed_error(entry.crossed("difference"))
     name = f"Student over questions, {parts.seeds} seeds and {parts.calibrations} calibrations"
     value = accuracy.value - _dense_mean(entry.answers)
-    difference = change.interval(value, confidence, name)
+    difference = _within(change.interval(value, confidence, name), -1.0)
     p = change.p_value(value)
     return Folded(
         label=entry.label,
@@ -394,10 +396,18 @@ def _folded(entry: Entry, rows: Sequence[Row], settings: Settings) -> Folded:
         difference=difference,
         p_value=p,
         decision=decide(difference, settings.margin, significant=p < 1 - confidence),
-        stability=crossed_estimate(stable, confidence)[0] if stable else None,
+        stability=_within(crossed_estimate(stable, confidence)[0], 0.0) if stable else None,
         token_kl=_mean_of([row.divergence.kl for row in rows if row.divergence], confidence),
         variance=parts,
     )
+
+
+def _within(estimate: Estimate, least: float) -> Estimate:
+    """The interval without what a share (from 0) or a difference of shares (from -1) cannot be."""
+    if estimate.low is None or estimate.high is None:
+        return estimate
+    ends = {"low": max(least, estimate.low), "high": min(1.0, estimate.high)}
+    return estimate.model_copy(update=ends)
 
 
 def _dense_mean(answers: Answers) -> float:

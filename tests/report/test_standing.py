@@ -166,7 +166,8 @@ def test_seeds_and_calibrations_fold_into_one_entry() -> None:
     ]
     wanted, parts = crossed_estimate([CrossedTask(each.astype(float)) for each in scores])
     assert folded.accuracy.value == pytest.approx(wanted.value)
-    assert folded.accuracy.low == pytest.approx(wanted.low)
+    assert folded.accuracy.low == pytest.approx(max(0.0, wanted.low))
+    assert folded.accuracy.high <= 1 and folded.difference.low >= -1, "shares"
     assert folded.variance == parts and parts.seed > 0
     dense = np.mean([DENSE[: N // 2].mean(), DENSE[N // 2 :].mean()])
     assert folded.difference.value == pytest.approx(wanted.value - dense)
