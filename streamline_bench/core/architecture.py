@@ -352,6 +352,7 @@ def require_removable_layers(config: Any) -> Architecture:
 _FUSED = {
     **dict.fromkeys(("query", "key", "value"), ("fused_qkv", "latent")),
     **dict.fromkeys(("gate", "up"), ("fused_gate_up",)),
+    "norms": ("input_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm"),
 }
 
 
@@ -360,12 +361,12 @@ def undecided(row: Architecture, *roles: str) -> str:
 
     Args:
         roles: names of fields (``query``, ``down``, ``input_norm``). Fused projections serve each
-            of the roles that they hold.
+            of the roles that they hold; ``norms``: where any norm stands.
     """
     lacking = [
         role
         for role in roles
-        if not any(getattr(row, name) for name in (role, *_FUSED.get(role, ())))
+        if not any(getattr(row, name, "") for name in (role, *_FUSED.get(role, ())))
     ]
     if not lacking:
         return ""

@@ -122,7 +122,7 @@ def model_class_for(entrance: type[_Entrance], host_model_type: str) -> type[_En
             "config_class": config_class,
         }
         _classes[key] = type(name, (entrance, host_class), namespace)
-        _share_conversions(name, host_class.__name__, host_model_type)
+        share_conversions(name, host_class.__name__, host_model_type)
     return _classes[key]
 
 
@@ -132,7 +132,7 @@ def _made_name(host_name: str, host_model_type: str) -> str:
     return _PREFIX + ("" if host_name.startswith(stem) else stem) + host_name
 
 
-def _share_conversions(name: str, host_name: str, host_model_type: str) -> None:
+def share_conversions(name: str, host_name: str, host_model_type: str) -> None:
     """Let checkpoints with the host's older tensor names (fused experts, ...) load as the host's.
 
     transformers looks these rules up by class name or model type, and finds neither for ours.

@@ -166,7 +166,7 @@ def _structural_reason(row: Architecture) -> str:
         )
     if row.experts:
         return "its MLPs are mixtures of experts, which are not supported"
-    return undecided(row, "input_norm", "query", "output", "up", "down")
+    return undecided(row, "input_norm", "attention", "query", "output", "up", "down")
 
 
 def _reason_in(config: Any) -> str:

@@ -164,14 +164,15 @@ def _channel_parts(row: Architecture, widths: LayerWidths) -> Iterable[Part]:
 
 def fixed_heads(row: Architecture) -> str:
     """Return why heads of a family cannot be removed one by one; empty if they can."""
-    return row.fixed_heads or undecided(row, "attention", "query", "key", "value", "output")
+    needed = ("attention", "query", "key", "value", "output", "intermediate_key")
+    return row.fixed_heads or undecided(row, *needed)
 
 
 def fixed_channels(row: Architecture) -> str:
     """Return why channels of a family cannot be removed one by one; empty if they can."""
     if row.experts:
         return "its MLPs are mixtures of experts, whose channels cannot be removed one by one yet"
-    return undecided(row, "up", "down")
+    return undecided(row, "up", "down", "intermediate_key")
 
 
 def require_narrowable(row: Architecture) -> None:

@@ -24,6 +24,7 @@ from streamline_bench.core.architecture import (
     Architecture,
     architecture_of,
     decoder_layers,
+    undecided,
 )
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layers_prefix
@@ -150,11 +151,17 @@ _EXPERT_DOWN = ("down_proj", "w2")  # in a file; w2 is Mixtral's name there
 
 
 def refuse_normed_mlp(family: Architecture) -> None:
-    """Refuse families with a norm between the MLP and the residual stream.
+    """Refuse families with a norm between the MLP and the residual stream, or with an unknown MLP.
 
     Raises:
         ArchitectureError: the family is one of them.
     """
+    unknown = undecided(family, "mlp" if family.experts else "down", "norms")
+    if unknown:
+        raise ArchitectureError(
+            f"No map can be folded into the MLP of model type '{family.model_type}': {unknown}; "
+            "use linear_patch or ridge_map, which put the map after the layer."
+        )
     if family.mlp_output_norm:
         raise ArchitectureError(
             f"Model type '{family.model_type}' has a norm ('{family.mlp_output_norm}') between the "

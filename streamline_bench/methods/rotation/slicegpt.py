@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.forward import BatchStore
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.surgery import model_sizes
-from streamline_bench.errors import SparsityError
+from streamline_bench.errors import ArchitectureError, SparsityError, library_errors
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.rotation.norm_fusion import fuse_norms
 from streamline_bench.methods.rotation.stream_rotation import (
@@ -91,7 +92,7 @@ class SliceGPT(Method):
         # the source again.
         model = work.model
         work.release_model()
-        fuse_norms(model)
+        _fuse(model, tokens)
         kept = _rotate(work, model, tokens, plan, options)
         dtype = layer_dtype(work.reader, architecture_of(work.config), 0)
         state: dict[str, Tensor] = model.state_dict()
@@ -121,6 +122,36 @@ def _plan(work: Compression, sizes: SlicedSizes, options: SliceGPTParameters) ->
         return sizes.of_slicing(options.slicing)
     assert work.recipe.sparsity is not None
     return sizes.of_sparsity(work.recipe.sparsity)
+
+
+_PROBE_TOKENS = 16
+_FUSED_ERROR = 0.05
+"""Share of the logits' size by which fused norms may change them. Rounding of bfloat16 stays below;
+what is not understood (a factor, a third branch) changes them by a multiple."""
+
+
+def _fuse(model: Any, tokens: CalibrationTokens) -> None:
+    """Fuse the norms; where the family was inferred, check that the model computes what it did.
+
+    Raises:
+        ArchitectureError: it does not, or cannot be run that way.
+    """
+    family = architecture_of(model.config)
+    if not family.inferred:
+        fuse_norms(model)
+        return
+    ids = tokens.input_ids[:1, :_PROBE_TOKENS].to(model.get_input_embeddings().weight.device)
+    what = f"The residual stream of this '{family.model_type}' model cannot be rotated and sliced"
+    with library_errors(what, "choose a depth method", ArchitectureError), torch.no_grad():
+        before = model(ids, use_cache=False).logits.float()
+        fuse_norms(model)
+        after = model(ids, use_cache=False).logits.float()
+    error = float((after - before).norm() / before.norm())
+    if not error < _FUSED_ERROR:
+        raise ArchitectureError(
+            f"{what}: with its norms fused it computes other logits (by {error:.0%}), so that its "
+            "layers do more than this method knows of; choose a depth method."
+        )
 
 
 def _rotate(

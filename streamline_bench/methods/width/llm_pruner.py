@@ -41,6 +41,7 @@ from streamline_bench.methods.width.width_plan import (
     HeadUnit,
     KeptUnits,
     WidthPlan,
+    check_narrowed,
     narrowed_config,
     plan_widths,
     prunable,
@@ -216,6 +217,9 @@ class LLMPruner(Method):
             layer: keep_units(of_layer, plan, options.head_unit)
             for layer, of_layer in scores.items()
         }
+        if family.inferred:
+            layer = plan.layers[0]
+            check_narrowed(work.model, layer, kept[layer])
         tensors = sliced_tensors(work.reader, work.config, kept)
         depth = getattr(work.config, family.depth_key)
         names = layer_names(work.reader, family, range(depth))

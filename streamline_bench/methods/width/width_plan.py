@@ -11,6 +11,7 @@ divide the hidden size, Mistral's does not); all else is of model type ``streaml
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,9 +23,10 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import LazyTensors, layers_prefix
+from streamline_bench.core.forward import hidden_of
 from streamline_bench.core.surgery import model_sizes
 from streamline_bench.errors import (
     ArchitectureError,
@@ -41,6 +43,7 @@ from streamline_bench.modeling.widths import (
     head_size,
     projection_parts,
     require_narrowable,
+    resize_layer,
 )
 
 HeadUnit = Literal["kv_group", "q_within"]
@@ -332,26 +335,89 @@ def sliced_tensors(
     family = architecture_of(config)
     widths, prefix = LayerWidths.of(config, family), layers_prefix(reader, family)
     present = set(reader.names)
-    slices: dict[str, tuple[int, Tensor]] = {}  # along one axis only
+    slices: dict[str, tuple[int, Tensor]] = {}
+    parts = projection_parts(family, widths, config)
     for layer, units in kept.items():
-        if units.widths == widths:
-            continue
-        pieces: dict[tuple[str, int], list[Tensor]] = {}
-        for part in projection_parts(family, widths, config):
-            indices: Tensor = getattr(units, part.unit)
-            if part.unit != "channel" and units.query.numel() == widths.num_attention_heads:
-                continue
-            lines = part.offset + (indices[:, None] * part.size + torch.arange(part.size)).view(-1)
-            places = {part.tensor: part.dim}
-            if part.axis == 0 and not part.vector:
-                places[f"{part.module}.bias"] = 0
-            for tensor, dim in places.items():
-                pieces.setdefault((tensor, dim), []).append(lines)
-        for (tensor, dim), lines_of in pieces.items():
+        for tensor, place in _slices(parts, units, widths).items():
             name = f"{prefix}.{layer}.{tensor}"
             if name in present:
-                slices[name] = (dim, torch.cat(lines_of))
+                slices[name] = place
     return LazyTensors(slices, lambda name: reader.tensor(name).index_select(*slices[name]))
+
+
+def _slices(
+    parts: Sequence[Part], units: KeptUnits, widths: LayerWidths
+) -> dict[str, tuple[int, Tensor]]:
+    """Return tensor in a layer -> dimension and what stays along it; each along one only."""
+    pieces: dict[tuple[str, int], list[Tensor]] = {}
+    for part in parts if units.widths != widths else ():
+        indices: Tensor = getattr(units, part.unit)
+        if part.unit != "channel" and units.query.numel() == widths.num_attention_heads:
+            continue
+        lines = part.offset + (indices[:, None] * part.size + torch.arange(part.size)).view(-1)
+        places = {part.tensor: part.dim}
+        if part.axis == 0 and not part.vector:
+            places[f"{part.module}.bias"] = 0
+        for tensor, dim in places.items():
+            pieces.setdefault((tensor, dim), []).append(lines)
+    return {tensor: (dim, torch.cat(lines)) for (tensor, dim), lines in pieces.items()}
+
+
+@torch.no_grad()
+def check_narrowed(model: Any, layer: int, units: KeptUnits) -> None:
+    """Check on one layer of a loaded model that slicing it computes what zeroing its units does.
+
+    For families whose parts were inferred. The model is left as it was.
+
+    Raises:
+        ArchitectureError: it does not, or the narrow layer does not run.
+    """
+    config, family = model.config, architecture_of(model.config)
+    wide: Any = decoder_layers(model)[layer]
+    parts = projection_parts(family, LayerWidths.of(config, family), config)
+    narrow = copy.deepcopy(wide)
+    resize_layer(narrow, family, config, units.widths)
+    slices = _slices(parts, units, LayerWidths.of(config, family))
+    columns = {part.tensor for part in parts if part.axis == 1}
+    originals: dict[str, Tensor] = {}
+    for name, parameter in narrow.named_parameters():
+        source = wide.get_parameter(name)
+        if name not in slices:  # biases of output projections, norms
+            parameter.data = source.data
+            continue
+        dim, lines = slices[name][0], slices[name][1].to(source.device)
+        parameter.data = source.data.index_select(dim, lines)
+        if name in columns:
+            originals[name] = source.data.clone()
+            gone = torch.ones(source.shape[dim], dtype=torch.bool, device=source.device)
+            gone[lines] = False
+            source.data.index_fill_(dim, gone.nonzero().view(-1), 0)
+    seen: dict[str, Any] = {}
+
+    def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        seen["wide"] = hidden_of(output)
+        seen["narrow"] = hidden_of(narrow(*args, **kwargs))
+
+    what = f"Heads and channels of model type '{family.model_type}' cannot be removed"
+    handle = wide.register_forward_hook(hook, with_kwargs=True)
+    ids = torch.arange(1, 9, device=model.get_input_embeddings().weight.device)[None]
+    try:
+        with library_errors(what, "use a method that removes layers", ArchitectureError):
+            model(ids, use_cache=False)
+    finally:
+        handle.remove()
+        for name, kept in originals.items():
+            wide.get_parameter(name).data = kept
+    error = float((seen["narrow"] - seen["wide"]).float().norm() / seen["wide"].float().norm())
+    if not error < _NARROW_ERROR:
+        raise ArchitectureError(
+            f"{what}: a layer without them computes something else than one with them zeroed (by "
+            f"{error:.0%}); use a method that removes layers."
+        )
+
+
+_NARROW_ERROR = 0.02
+"""Share of a layer's output; rounding of bfloat16 stays below."""
 
 
 def narrowed_config(config: Any, widths: Mapping[int, LayerWidths]) -> Any:

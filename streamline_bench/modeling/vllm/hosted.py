@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix
 
 from streamline_bench.errors import ArchitectureError
+from streamline_bench.modeling.models import share_conversions
 from streamline_bench.modeling.rotations import Rotations
 
 
@@ -29,6 +31,9 @@ class StreamlineTransformersForCausalLM(TransformersForCausalLM):  # type: ignor
                 f"A model with a sliced residual stream cannot be split into {stages} pipeline "
                 "stages; use tensor parallelism."
             )
+        # vLLM looks up the names of older checkpoints (GPT-NeoX's embed_out) by this class's name.
+        host = config.host_model_type
+        share_conversions(type(self).__name__, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[host], host)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if rotations is not None:
             # The backend takes the head to be as wide as the config's hidden size, which is the

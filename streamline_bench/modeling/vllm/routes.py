@@ -1,8 +1,11 @@
-"""Which of our model classes serves a checkpoint under vLLM, or why none does."""
+"""Which classes serve a checkpoint under vLLM, or why none does."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
 
 from streamline_bench.errors import ArchitectureError
 
@@ -17,8 +20,30 @@ NATIVE = {
 }
 """Host family -> the subclass of vLLM's own class of that family."""
 
-HOSTS = (*NATIVE, "opt")
+HOSTS = (*NATIVE, "opt", "gemma3_text")
 """Host families whose greedy output under vLLM is checked against transformers'."""
+
+Route = Literal["native", "transformers", "none"]
+"""``native``: vLLM has a class of its own; ``transformers``: its backend runs that of transformers;
+``none``: neither."""
+
+STOCK_ROUTES = "stock_routes.json"
+"""Made anew by ``python -m streamline_bench.modeling.vllm.stock_routes``, which asks vLLM."""
+
+
+def stock_route(model_type: str) -> Route:
+    """Return how vLLM serves stock checkpoints of a type; vLLM need not be installed.
+
+    It is what vLLM's registry says (the version is in the file), not a test of the tokens.
+    """
+    route: Route = _stock_routes()["routes"].get(model_type, "none")
+    return route
+
+
+@cache
+def _stock_routes() -> dict[str, Any]:
+    text = files(__package__).joinpath(STOCK_ROUTES).read_text(encoding="utf-8")
+    return dict(json.loads(text))
 
 
 def architecture_for(config: Any) -> str:
@@ -29,13 +54,22 @@ def architecture_for(config: Any) -> str:
     """
     host = config.host_model_type
     if host not in HOSTS:
+        reason = _NOT_SERVED.get(host)
+        if reason is None and stock_route(host) == "none":
+            reason = "vLLM has no class for the family, and its transformers backend cannot run it"
         raise ArchitectureError(
             f"A checkpoint of model type 'streamline' on host family '{host}' cannot be served by "
-            f"vLLM; served are: {', '.join(sorted(HOSTS))}. Use transformers (--model streamline, "
-            "--engine hf), or compress by a method that gives a stock checkpoint."
+            f"vLLM: {reason or 'its output there has not been compared'}; served are: "
+            f"{', '.join(sorted(HOSTS))}. Use transformers (--model streamline, --engine hf), or "
+            "compress by a method that gives a stock checkpoint."
         )
     only_networks = not config.layer_widths and config.rotations is None
     return NATIVE[host] if only_networks and _as_native(config) else HOSTED
+
+
+_NOT_SERVED = {
+    "gpt_neox": "its transformers backend gives other tokens than transformers for this family",
+}
 
 
 def _as_native(config: Any) -> bool:

@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamline_bench.compression import compress
+from streamline_bench.core.architecture import Architecture
 from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import ArchitectureError, CalibrationError, SparsityError
+from streamline_bench.methods.maps.replaceme import refuse_normed_mlp
 
 RIDGE = 1e-6
 MLP = {"gpt2": "transformer.h.{}.mlp", "gpt_neox": "gpt_neox.layers.{}.mlp"}
@@ -434,3 +436,16 @@ def test_families_with_a_norm_behind_the_mlp_are_refused(
     source = make_tiny_model(model_type, **changes)
     with pytest.raises(ArchitectureError, match=rf"'{model_type}'.*norm.*ridge_map"):
         compress(source, _recipe(make_recipe), tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [
+        ({"down": ""}, "down"),
+        ({"input_norm": "", "mlp_norm": ""}, "norms"),
+        ({"mlp": "", "experts": "experts"}, "mlp"),
+    ],
+)
+def test_an_mlp_that_is_not_known_is_refused(missing: dict[str, str], named: str) -> None:
+    with pytest.raises(ArchitectureError, match=f"'unheard'.*{named}.*linear_patch"):
+        refuse_normed_mlp(Architecture("unheard", **missing))  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from streamline_bench.compression import compress
+from streamline_bench.core.architecture import ARCHITECTURES
 from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.recipe.schema import Recipe
@@ -369,6 +371,24 @@ def test_families_whose_norms_cannot_be_absorbed_are_refused(
     source = make_tiny_model(family, num_hidden_layers=2)
     with pytest.raises(ArchitectureError, match=f"'{family}' model .*{reason}"):
         compress(source, recipe(), tmp_path / "out", progress=False)
+
+
+def test_an_inferred_family_is_checked(
+    make_tiny_model: Callable[..., Path],
+    recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Granite multiplies what its sub-layers add: without that it is another model."""
+    row = replace(ARCHITECTURES["granite"], inferred=True)
+    monkeypatch.setitem(ARCHITECTURES, "granite", row)  # type: ignore[arg-type]
+    source = make_tiny_model("granite", num_hidden_layers=2, residual_multiplier=0.3)
+    compress(source, recipe(), tmp_path / "right", progress=False)
+    monkeypatch.setattr(
+        "streamline_bench.methods.rotation.norm_fusion._fold_multiplier", lambda *_: None
+    )
+    with pytest.raises(ArchitectureError, match=r"'granite' model.*other logits.*depth method"):
+        compress(source, recipe(), tmp_path / "wrong", progress=False)
 
 
 def test_sizes_that_make_no_sense_are_refused(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -496,6 +498,24 @@ def test_a_ratio_that_removes_nothing(source: Source, prune: Callable[..., Path]
 def test_heads_of_a_mixture_reach_less(source: Source, prune: Callable[..., Path]) -> None:
     with pytest.raises(SparsityError, match=r"removing heads reaches 0\.\d+ to 0\.\d+"):
         prune(source("mixtral", **MIXTURE), sparsity=0.9)
+
+
+def test_an_inferred_family_is_checked(
+    source: Source, prune: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fused projection may hold the heads in this order or in that."""
+    row = replace(ARCHITECTURES["gpt_neox"], inferred=True)
+    monkeypatch.setitem(ARCHITECTURES, "gpt_neox", row)  # type: ignore[arg-type]
+    folder = source("gpt_neox", num_key_value_heads=8)
+    pruned = prune(folder)
+    with torch.no_grad():
+        expected = with_units_zeroed(folder, pruned)(IDS).logits
+        torch.testing.assert_close(load(pruned)(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    wrong = replace(row, fused_by_head=False)
+    monkeypatch.setitem(ARCHITECTURES, "gpt_neox", wrong)  # type: ignore[arg-type]
+    shutil.rmtree(pruned)
+    with pytest.raises(ArchitectureError, match=r"'gpt_neox'.*with them zeroed"):
+        prune(folder)
 
 
 def test_a_layer_of_another_kind_is_named(

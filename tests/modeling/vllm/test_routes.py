@@ -15,8 +15,14 @@ from transformers import AutoConfig
 from streamline_bench.errors import ArchitectureError, MissingDependencyError
 from streamline_bench.modeling import Attachment, LayerWidths, streamline_config
 from streamline_bench.modeling.rotations import Rotations
+from streamline_bench.modeling.vllm import routes
 from streamline_bench.modeling.vllm.package import require_vllm
-from streamline_bench.modeling.vllm.routes import HOSTED, architecture_for
+from streamline_bench.modeling.vllm.routes import (
+    HOSTED,
+    STOCK_ROUTES,
+    architecture_for,
+    stock_route,
+)
 
 SIZES = {
     "hidden_size": 64,
@@ -63,6 +69,26 @@ def test_a_host_that_is_not_checked_is_refused_by_name() -> None:
     config = streamline_config(host_config("gemma2", head_dim=16), NETWORK)
     with pytest.raises(ArchitectureError, match=r"host family 'gemma2' cannot be served by vLLM"):
         architecture_for(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "route"),
+    [("llama", "native"), ("smollm3", "transformers"), ("mpt", "none"), ("unheard", "none")],
+)
+def test_stock_checkpoints_are_served_as_the_registry_says(family: str, route: str) -> None:
+    assert stock_route(family) == route
+
+
+@pytest.mark.vllm
+def test_the_file_is_what_the_installed_vllm_says() -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed (tox -e vllm)")
+    found = subprocess.run(
+        [sys.executable, "-c", "import json; from streamline_bench.modeling.vllm import "
+         "stock_routes as s; print('\\n' + json.dumps(s.ask_registry()))"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    written = json.loads(Path(routes.__file__).with_name(STOCK_ROUTES).read_text())
+    assert json.loads(found.stdout.splitlines()[-1]) == written
 
 
 def test_absent_vllm_gives_the_line_to_install_it() -> None:
