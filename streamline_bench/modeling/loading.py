@@ -367,9 +367,10 @@ def _is_installed(module: str) -> bool:
 def _refuse_unsupported(folder: Path, *, trust_remote_code: bool) -> None:
     """Refuse a family from its ``config.json`` alone; other files may not be there yet."""
     config = read_config(folder)
-    if may_be_wrapper(config) or (trust_remote_code and "auto_map" in config):
-        return  # the text model, or the code, decides
-    architecture_of(config)
+    if trust_remote_code and "auto_map" in config:
+        return  # the code decides
+    text = text_config_of(folder, config)
+    architecture_of(config if text is None else text)
 
 
 def check_layers(reader: CheckpointReader) -> None:

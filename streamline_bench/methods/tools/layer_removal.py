@@ -380,8 +380,6 @@ def _older_names(parsed: Mapping[str, Any]) -> dict[str, Any]:
             found["rope_local_base_freq"] = local["rope_theta"]
         rope = rope["full_attention"]
     found |= {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
-    if rope.get("rope_type", "default") != "default":
-        found["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
     return found
 
 
