@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from streamline_bench.cli.options import (
+    CALIBRATION_HELP,
     named_device_option,
     names_in,
     parse_assignments,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 @click.option("--include-path", help="Folder with your own task files.")
 @click.option("--sparsity", type=float, help="Share of the parameters to remove, in every row.")
 @click.option("--n-layers", type=int, help="Net number of layers to remove, instead of --sparsity.")
-@click.option("--calibration", help="Text, jsonl, parquet, saved dataset, hub id or preset.")
+@click.option("--calibration", help=CALIBRATION_HELP)
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE",
               help="Set a recipe key in the rows that read it.")  # fmt: skip
 @click.option("--limit", type=float, help="Documents per task, or a share of them below 1.")

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from streamline_bench.cli.options import (
+    CALIBRATION_HELP,
     device_option,
     dtype_option,
     parse_assignments,
@@ -21,8 +22,10 @@ from streamline_bench.cli.options import (
 @click.option("--sparsity", type=float, help="Share of the parameters to remove, between 0 and 1.")
 @click.option("--n-layers", type=int, help="Net number of layers to remove, instead of --sparsity.")
 @click.option("--replacement", help="none, layer, ffn, swiglu, ffn_res, swiglu_res or linear.")
-@click.option("--calibration", help="Text, jsonl, parquet, saved dataset, hub id or preset.")
-@click.option("--seed", type=int, help="Seed of the data order and of new weights.")
+@click.option("--calibration", help=CALIBRATION_HELP)
+@click.option(
+    "--seed", type=int, help="Seed of random choices, new weights and the training's order."
+)
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set a recipe key.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
@@ -49,10 +52,12 @@ def command(
     """Remove layers from MODEL (a folder, a hub id or bundled) and write the result to --output."""
     setup_logging(quiet=quiet or as_json)
     from streamline_bench.compression.pipeline import compress
-    from streamline_bench.compression.recipes import load_recipe
+    from streamline_bench.compression.recipes import load_recipe, refuse_unread
     from streamline_bench.core.checkpoint.folder import read_manifest
 
-    plan = load_recipe(recipe, {**overrides, **parse_assignments(assignments)})
+    given = {**overrides, **parse_assignments(assignments)}
+    plan = load_recipe(recipe, given)
+    refuse_unread(plan, given)
     compress(
         model,
         plan,

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import yaml
 
-from streamline_bench.cli.options import print_table
+from streamline_bench.cli.options import print_table, refuse_given
 
 
 @click.command("recipes")
@@ -36,12 +36,14 @@ def recipes(name: str | None, as_json: bool) -> None:
 @click.command("tasks")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @click.option("--path", "only_path", is_flag=True, help="Print the folder, for --include_path.")
-def tasks(as_json: bool, only_path: bool) -> None:
+@click.pass_context
+def tasks(ctx: click.Context, /, as_json: bool, only_path: bool) -> None:
     """List the lm-eval tasks and groups in the package."""
     from streamline_bench.core.machine.environment import resource
 
     root = resource("tasks") / "lm_eval"
     if only_path:
+        refuse_given(ctx, "--path prints a path only", "as_json")
         click.echo(root)
     elif as_json:
         click.echo(json.dumps(_tasks_in(root), indent=2))

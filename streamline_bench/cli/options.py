@@ -24,6 +24,11 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 DEVICE_HELP = "cpu, cuda or cuda:N; auto: cuda if there is one."
 
+CALIBRATION_HELP = (
+    "Files of .txt, .jsonl, .json, .csv, .tsv or .parquet (all but parquet also .gz, .xz, .bz2, "
+    ".zst), several with commas or a pattern; or a saved data set, a hub id or a preset."
+)
+
 _NOT_GIVEN = (None, ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
 
 

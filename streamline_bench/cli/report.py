@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from streamline_bench.cli.options import refuse_given
+
 
 @click.command("report")
 @click.argument("run", type=click.Path(path_type=Path), required=False)
@@ -17,7 +19,16 @@ import click
               "RUN/exports.")  # fmt: skip
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of leaderboard.json instead.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def command(run: Path | None, cards: bool, exports: bool, schema: bool, quiet: bool) -> None:
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    run: Path | None,
+    cards: bool,
+    exports: bool,
+    schema: bool,
+    quiet: bool,
+) -> None:
     """Make the report of the run folder RUN again.
 
     RUN holds run.json. Without run.json, the leaderboard.json (the file or its folder) is rendered
@@ -25,6 +36,9 @@ def command(run: Path | None, cards: bool, exports: bool, schema: bool, quiet: b
     text.
     """
     if schema:
+        if run is not None:
+            raise click.UsageError(f"--schema reads no run; leave it or '{run}' out.")
+        refuse_given(ctx, "--schema reads no run", "cards", "exports", "quiet")
         from streamline_bench.report.leaderboard import json_schema
 
         click.echo(json.dumps(json_schema(), indent=1))

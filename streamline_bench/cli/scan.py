@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamline_bench.cli.options import (
+    CALIBRATION_HELP,
     device_option,
     dtype_option,
     print_table,
     refuse_existing,
+    refuse_given,
     setup_logging,
 )
 
@@ -35,8 +37,7 @@ def _sizes(ctx: click.Context, option: click.Parameter, value: str | None) -> li
 
 @click.command("scan")
 @click.argument("model")
-@click.option("--calibration", default="auto",
-              help="Text, jsonl, parquet, saved data set, hub id or preset.")  # fmt: skip
+@click.option("--calibration", default="auto", help=CALIBRATION_HELP)
 @click.option("--text-field", default="text", help="Field that holds the text.")
 @click.option("--samples", type=click.IntRange(1), default=50, help="Calibration sequences.")
 @click.option("--sequence-length", type=click.IntRange(2), default=2048,
@@ -59,7 +60,10 @@ def _sizes(ctx: click.Context, option: click.Parameter, value: str | None) -> li
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; write files only with -o.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no table.")
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     model: str,
     sizes: list[int],
     metric: Any,
@@ -75,6 +79,8 @@ def command(
     methods remove the block with the highest similarity.
     """
     setup_logging(quiet=quiet or as_json)
+    if output is None and as_json:
+        refuse_given(ctx, "it needs --output", "overwrite")
     name = Path(model).name or Path(model).resolve().name
     if output is None and not as_json:
         output = Path(f"scan-{name}")

@@ -118,6 +118,8 @@ def command(
         raise click.UsageError("--paper needs transformers; it cannot be used with --engine vllm.")
     _refuse_ignored(ctx, engine or "hf", serving, paper)
     setup_logging(quiet=quiet or as_json)
+    if output is None:
+        refuse_given(ctx, "it needs --output", "overwrite")
     named = _named(models, revision)
     from streamline_bench.throughput import ServingLoad, measure, serve
     from streamline_bench.throughput.record import RECORD_NAME
@@ -162,7 +164,7 @@ def _refuse_ignored(ctx: click.Context, engine: str, serving: bool, paper: bool)
 
 def _named(models: tuple[str, ...], revision: str | None) -> dict[str, str]:
     """Return label -> folder; a missing folder is an error before anything is started."""
-    from streamline_bench.core.checkpoint.folder import resolve_pretrained
+    from streamline_bench.core.checkpoint.folder import is_local, resolve_pretrained
 
     named: dict[str, str] = {}
     for given in models:
@@ -171,8 +173,13 @@ def _named(models: tuple[str, ...], revision: str | None) -> dict[str, str]:
             label, model = Path(given).name or Path(given).resolve().name, given
         if label in named:
             raise click.UsageError(f"Two models are called '{label}'; name one LABEL={model}.")
-        named[label] = str(resolve_pretrained(model, revision))
-    return named
+        named[label] = model
+    # A revision is of the models on the hub; where there is none, it is refused.
+    on_hub = [model for model in named.values() if not is_local(model)] or list(named.values())
+    return {
+        label: str(resolve_pretrained(model, revision if model in on_hub else None))
+        for label, model in named.items()
+    }
 
 
 def _asked(models: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,19 @@ _PRESET_KEYS = ("preset", "training.preset")
 
 SIZE_KEYS = ("sparsity", "n_layers", "parameters.ratio", "parameters.slicing")
 """Each says how much is removed, so that a given one replaces the recipe's."""
+
+_OF_REPLACEMENTS: Mapping[str, tuple[str, ...]] = {
+    "replacement.layers": ("layer",),
+    "replacement.intermediate_size": ("ffn", "swiglu", "ffn_res", "swiglu_res"),
+}
+_OF_RECOVERIES: Mapping[str, str] = {
+    "recovery.rank": "lora",
+    "recovery.alpha": "lora",
+    "recovery.dropout": "lora",
+    "recovery.targets": "lora",
+    "recovery.last_layers": "partial",
+}
+"""Keys that only some kinds of a replacement or a recovery read."""
 
 OWN_KEYS = ("sparsity", "n_layers", "seed", "reference_quirks")
 
@@ -230,6 +243,61 @@ def applicable(overrides: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
         if any(dotted.partition(".")[0] not in unread for dotted in SHORT_KEYS.get(key, (key,)))
         and (recovers or not key.startswith("recovery."))
     }
+
+
+def refuse_unread(recipe: Recipe, given: Mapping[str, Any]) -> None:
+    """Refuse overrides that change nothing in what a recipe makes.
+
+    Raises:
+        RecipeError: naming the first of them.
+    """
+    unread = unread_keys(recipe, [key for key, value in given.items() if value is not None])
+    if unread:
+        raise RecipeError(
+            f"'{unread[0]}' has no effect: recipe '{recipe.name}' (method '{recipe.method}') does "
+            "not read it; leave it out, or give a recipe that reads it."
+        )
+
+
+def unread_keys(recipe: Recipe, keys: Iterable[str]) -> list[str]:
+    """Return those of the keys of overrides that decide nothing in what a recipe makes.
+
+    Args:
+        recipe: with the overrides in place.
+    """
+    return [
+        key
+        for key in keys
+        if not any(_is_read(recipe, dotted) for dotted in SHORT_KEYS.get(key, (key,)))
+    ]
+
+
+def _is_read(recipe: Recipe, dotted: str) -> bool:
+    part, _, field = dotted.partition(".")
+    method, recovery = get_method(recipe.method), recipe.recovery
+    replaced = "replacement" in method.reads and recipe.replacement.kind != "none"
+    if dotted in SIZE_KEYS:
+        return recipe.method != "dense"
+    if part == "seed":
+        return method.seeded or replaced or recovery is not None
+    if part == "calibration":
+        return method.reads_calibration(recipe.parameters) or (
+            field == "source" and _borrows_calibration(recipe, replaced)
+        )
+    if part in ("training", "reference_quirks"):
+        return replaced or "replacement" not in method.reads  # of others, loading refuses them
+    if dotted in _OF_REPLACEMENTS:
+        return recipe.replacement.kind in _OF_REPLACEMENTS[dotted]
+    if dotted in _OF_RECOVERIES and recovery is not None:
+        return recovery.kind == _OF_RECOVERIES[dotted]
+    return True
+
+
+def _borrows_calibration(recipe: Recipe, replaced: bool) -> bool:
+    """Whether a training reads what the calibration names, because it names nothing itself."""
+    data = recipe.recovery.training.data if recipe.recovery is not None else None
+    of_recovery = data is not None and data.source == "auto" and data.form != "instruction"
+    return of_recovery or (replaced and recipe.training.data.source == "auto")
 
 
 def _require_recovery(payload: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from streamline_bench.compression.pipeline import compress_cached
-from streamline_bench.compression.recipes import load_recipe
+from streamline_bench.compression.recipes import load_recipe, refuse_unread
 from streamline_bench.core.checkpoint.folder import Manifest, read_manifest, resolve_pretrained
 from streamline_bench.core.machine.environment import bundled_model, is_bundled
 from streamline_bench.errors import CheckpointError, RecipeError
@@ -65,7 +65,7 @@ def prepare(arguments: ModelArguments) -> PreparedModel:
         StreamlineBenchError: the recipe, the model or the calibration data cannot be used.
     """
     pretrained = arguments.harness.get("pretrained")
-    if pretrained is None:
+    if pretrained is None or pretrained == "":
         raise CheckpointError("No model was given; add pretrained=<folder or hub id>.")
     if not isinstance(pretrained, str):
         if arguments.recipe is not None:
@@ -85,7 +85,7 @@ def _as_it_is(pretrained: str, harness: Mapping[str, Any]) -> PreparedModel:
     other_format = any(harness.get(key) for key in ("gguf_file", "autogptq", "gptqmodel"))
     if not (folder.is_dir() or looks_local) or other_format:
         return PreparedModel(pretrained)
-    resolve_pretrained(folder / str(harness.get("subfolder") or ""))
+    resolve_pretrained(folder / str(harness.get("subfolder") or ""), _revision(harness))
     manifest = read_manifest(folder)
     if manifest is not None:
         logger.info(
@@ -104,11 +104,11 @@ def _compressed(pretrained: str, arguments: ModelArguments) -> PreparedModel:
         if harness.get(key):
             raise RecipeError(f"A recipe cannot be applied together with {key}={harness[key]}.")
     recipe = load_recipe(str(arguments.recipe), arguments.overrides)
-    revision = harness.get("revision")
+    refuse_unread(recipe, arguments.overrides)
     result = compress_cached(
         pretrained,
         recipe,
-        revision=None if revision in (None, "main") else str(revision),
+        revision=_revision(harness),
         cache=None if arguments.cache is None else Path(arguments.cache),
         device=_device(harness.get("device")),
         dtype=_computing_dtype(harness),
@@ -127,6 +127,12 @@ def _compressed(pretrained: str, arguments: ModelArguments) -> PreparedModel:
         result.path,
     )
     return PreparedModel(str(result.path), manifest, result.key)
+
+
+def _revision(harness: Mapping[str, Any]) -> str | None:
+    """None for main, which the harness gives where nobody asked for another."""
+    revision = harness.get("revision")
+    return None if revision in (None, "main") else str(revision)
 
 
 def _device(named: Any) -> str:

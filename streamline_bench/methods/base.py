@@ -163,6 +163,7 @@ class Method(ABC):
         calibrated: whether the method reads calibration text.
         keeps_stream: the residual stream keeps its basis and width. Else features of images, which
             a multimodal model puts between the embeddings, would not fit.
+        seeded: whether the recipe's seed decides anything in the method itself.
     """
 
     name: ClassVar[str]
@@ -172,6 +173,7 @@ class Method(ABC):
     reads: ClassVar[frozenset[str]] = frozenset()
     calibrated: ClassVar[bool] = True
     keeps_stream: ClassVar[bool] = True
+    seeded: ClassVar[bool] = True
 
     def reads_calibration(self, parameters: Mapping[str, Any]) -> bool:
         """Whether the method reads calibration text with these parameters."""

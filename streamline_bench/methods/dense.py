@@ -11,6 +11,7 @@ class Dense(Method):
     """Copy the checkpoint as it is, so that the dense row is made as the others are."""
 
     name = "dense"
+    seeded = False
     calibrated = False
 
     def compress(self, work: Compression) -> Compressed:

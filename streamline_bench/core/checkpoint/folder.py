@@ -26,7 +26,7 @@ from pydantic import Field
 from streamline_bench.core.files import atomic_write_text, read_json, validated
 from streamline_bench.core.machine.environment import bundled_model, is_bundled
 from streamline_bench.core.recipe.schema import Frozen
-from streamline_bench.errors import CheckpointError, first_line, library_errors
+from streamline_bench.errors import CheckpointError, RecipeError, first_line, library_errors
 
 log = logging.getLogger(__name__)
 
@@ -110,15 +110,22 @@ def resolve_pretrained(
 
     Raises:
         CheckpointError: no such folder or hub model, or it has no config or no safetensors weights.
+        RecipeError: a revision of a model that is not on the hub.
     """
+    if not str(name).strip():
+        raise CheckpointError("The model's name is empty; give a folder, a hub id or 'bundled'.")
+    if revision is not None and is_local(name):
+        raise RecipeError(
+            f"Revision '{revision}' has no effect: '{name}' is a local folder; leave it out, or "
+            "give a hub id."
+        )
     if is_bundled(name):
         folder = bundled_model()
-    elif (local := _local_folder(name)) is not None:
-        folder = local
     else:
-        if check is not None:
+        local = _local_folder(name)
+        if local is None and check is not None:
             check(_download(str(name), revision, ["config.json"]))
-        folder = _download(str(name), revision, _WANTED)
+        folder = local or _download(str(name), revision, _WANTED)
     if not (folder / "config.json").is_file():
         find_shards(folder)  # a folder of another kind says more about itself than that
     read_config(folder)
@@ -234,6 +241,11 @@ def _no_weights(folder: Path) -> CheckpointError:
             "(convert_…_weights_to_hf.py)."
         )
     return CheckpointError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}.")
+
+
+def is_local(name: str | Path) -> bool:
+    """Whether a model is ``bundled`` or a local folder, so that it has no revisions."""
+    return is_bundled(name) or _local_folder(name) is not None
 
 
 def _local_folder(name: str | Path) -> Path | None:

@@ -39,10 +39,17 @@ _SCALES = re.compile(
     re.IGNORECASE,
 )
 _BITS = {"I32": 32, "U32": 32, "U8": 8, "I8": 8}
-_LAYER = re.compile(
-    r"(?P<before>(?:^|[.:\\])(?:layers|h|blocks)\\?\.)(?P<layer>\d+)(?P<after>\\?\.|$)"
+_LAYER = re.compile(r"(?<![A-Za-z0-9_])(?:layers|h|blocks)\.(?P<layer>\d+)(?P<after>\.|$)")
+_SEVERAL = re.compile(r"(?<![A-Za-z0-9_])(?:layers|h|blocks)\.(\d+[*?\[]|\d*\[)")
+"""Of names with ``*``, ``?`` and ``[...]``, as modelopt has them: ``layers.1*``."""
+
+_PATTERN = re.compile(
+    r"(?<![A-Za-z0-9_])(?:layers|h|blocks)\\?\."
+    r"(?P<layer>(?:(?:\d|\\d|\[[^\]]*\]|\((?:\?:|(?!\?))[^()]*\)|\.(?=[*+]))"
+    r"(?:[*+?]|\{\d+(?:,\d*)?\})?)+?)"
+    r"(?P<after>\\\.|\.(?P<any>[*+])?|\$|$)"
 )
-_SEVERAL = re.compile(r"(?:layers|h|blocks)\\?\.[(\[\\]")
+"""Of regular expressions: the part that stands for the layer's number, and what follows it."""
 
 
 @dataclass(frozen=True)
@@ -165,19 +172,51 @@ def renumbered(settings: Any, keep: Sequence[int]) -> Any:
 
 
 def _renamed(name: str, keep: Sequence[int]) -> str | None:
+    if name.startswith(("re:", "+:", "-:")) or "\\" in name:
+        return _renamed_pattern(name, keep)
     if _SEVERAL.search(name):
-        raise ArchitectureError(
-            f"The quantisation settings name several layers by the pattern '{name}', which cannot "
-            "be renumbered when layers are removed; list the layers in config.json."
-        )
+        raise _several_layers(name)
     found = _LAYER.search(name)
     if found is None:
         return name
     layer = int(found["layer"])
     if layer not in keep:
         return None
-    number = list(keep).index(layer)
-    return f"{name[: found.end('before')]}{number}{name[found.start('after') :]}"
+    return f"{name[: found.start('layer')]}{list(keep).index(layer)}{name[found.end('layer') :]}"
+
+
+def _renamed_pattern(name: str, keep: Sequence[int]) -> str | None:
+    """A regular expression names the layers that it matches: as far as it goes, from the start."""
+    place = re.search(r"(?<![A-Za-z0-9_])(?:layers|h|blocks)\\?\.(?![*+?])", name)
+    if place is None:
+        return name
+    found = _PATTERN.match(name, place.start())
+    if found is None:
+        raise _several_layers(name)
+    # Without a literal dot or an end behind it, layers.1 is the beginning of layers.10 as well.
+    open_end = not found["after"] or bool(found["any"])
+    try:
+        number = re.compile(found["layer"])
+    except re.error:
+        raise _several_layers(name) from None
+    matches = number.match if open_end else number.fullmatch
+    if all(matches(str(layer)) for layer in range(max(keep, default=0) + 1)):
+        return name
+    kept = [str(new) for new, old in enumerate(keep) if matches(str(old))]
+    if not kept:
+        return None
+    numbers = kept[0] if len(kept) == 1 else f"(?:{'|'.join(kept)})"
+    end = rf"\.{name[found.start('any') - 1 :]}" if found["any"] else name[found.start("after") :]
+    if not found["after"]:
+        end = r"(?:\.|$)"
+    return f"{name[: found.start('layer')]}{numbers}{end}"
+
+
+def _several_layers(name: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"The quantisation settings name several layers by the pattern '{name}', which cannot "
+        "be renumbered when layers are removed; list the layers in config.json."
+    )
 
 
 def _settings(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:

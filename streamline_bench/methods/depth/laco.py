@@ -60,6 +60,7 @@ class LaCo(Method):
     """Layer collapse: merges instead of plain removal."""
 
     name = "laco"
+    seeded = False
     parameters: ClassVar[type[BaseModel]] = LaCoParameters
 
     def compress(self, work: Compression) -> Compressed:

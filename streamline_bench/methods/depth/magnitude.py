@@ -39,6 +39,7 @@ class Magnitude(RankedLayers):
     """One-shot ranking by the size of a layer's weights."""
 
     name = "magnitude"
+    seeded = False
     parameters: ClassVar[type[BaseModel]] = MagnitudeParameters
     calibrated = False
 

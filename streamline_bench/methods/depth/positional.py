@@ -15,6 +15,7 @@ class FirstLayers(Method):
     """Drop the shallowest layers."""
 
     name = "first_layers"
+    seeded = False
     calibrated = False
 
     def compress(self, work: Compression) -> Compressed:
@@ -27,6 +28,7 @@ class LastLayers(Method):
     """Drop the deepest layers."""
 
     name = "last_layers"
+    seeded = False
     calibrated = False
 
     def compress(self, work: Compression) -> Compressed:

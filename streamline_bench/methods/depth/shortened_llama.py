@@ -39,6 +39,7 @@ class ShortenedLlamaPPL(RankedLayers):
     """One-shot ranking by the loss without each layer."""
 
     name = "shortened_llama_ppl"
+    seeded = False
     parameters: ClassVar[type[BaseModel]] = ShortenedLlamaPPLParameters
 
     def scores(
@@ -55,6 +56,7 @@ class ShortenedLlamaTaylor(RankedLayers):
     """One-shot ranking by first-order Taylor expansion of the loss."""
 
     name = "shortened_llama_taylor"
+    seeded = False
 
     def scores(
         self, work: Compression, options: Any, candidates: range, tokens: Any

@@ -40,6 +40,7 @@ class SLEB(Method):
     """Greedy removal by the loss of what is left."""
 
     name = "sleb"
+    seeded = False
     parameters: ClassVar[type[BaseModel]] = SLEBParameters
 
     def compress(self, work: Compression) -> Compressed:

@@ -36,6 +36,7 @@ class Streamline(Method):
     """Contiguous block removal with an optional trained replacement."""
 
     name = "streamline"
+    seeded = False
     parameters: ClassVar[type[BaseModel]] = BlockSearch
     reads = frozenset({"replacement", "training", "reference_quirks"})
 

@@ -42,6 +42,7 @@ class UIDL(Method):
     """Contiguous block removal by angular distance."""
 
     name = "uidl"
+    seeded = False
     parameters: ClassVar[type[BaseModel]] = UIDLParameters
 
     def compress(self, work: Compression) -> Compressed:

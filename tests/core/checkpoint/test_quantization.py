@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,8 +156,33 @@ def test_renumbering_reaches_keys_lists_and_patterns() -> None:
         "config_groups": {"group_0": {"targets": ["model.layers.1.mlp.up_proj"], "bits": 4}},
         "skip": ["transformer.h.2.attn"],
     }
-    with pytest.raises(ArchitectureError, match="several layers"):
-        renumbered([r"re:model\.layers\.(0|1)\.mlp"], [0])
+    for name in (r"re:model\.layers\.(?=1)\.mlp", "model.layers.1*", "model.layers.[12].mlp"):
+        with pytest.raises(ArchitectureError, match="several layers"):
+            renumbered([name], [0])
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"re:model\.layers\.\d+\.mlp.*", r"re:.*layers\.[0-9]+\.mlp", r"re:.*\.layers\..*\.mlp\.up",
+        r"re:model.layers.*up_proj$", r"re:.*mlp.*", r"re:model.layers.1.*", r"re:.*layers.1",
+        r"re:model\.layers\.1\..*", r"re:model.layers.1.mlp.*", r"re:model\.layers\.(0|1|12)\.mlp",
+        r"re:model.layers.(?:3|4).*", r"re:model\.layers\.[2-4]\.",
+        r"re:model\.layers\.1[0-2]\.mlp",
+        r"re:model\.layers\.1\d.*", r"re:.*layers\.7$", r"re:model\.layers\.\d\.mlp\.up_proj",
+        r"re:model.layers.1.+up_proj",
+    ],
+)  # fmt: skip
+def test_a_pattern_names_the_same_layers_after_some_are_gone(pattern: str) -> None:
+    """Against what matches: the names of 13 layers before, those of 7 kept ones after."""
+    names = ["model.layers.{}", "model.layers.{}.mlp.up_proj", "model.layers.{}.self_attn.q_proj"]
+    keep = [0, 1, 3, 7, 10, 11, 12]
+    new = renumbered([pattern], keep)
+    for after, before in enumerate(keep):
+        for name in names[1:] if pattern.endswith((".*", ".+up_proj")) else names:
+            said = any(re.match(each.removeprefix("re:"), name.format(after)) for each in new)
+            there = re.match(pattern.removeprefix("re:"), name.format(before)) is not None
+            assert said == there, (new, name, before)
 
 
 @pytest.mark.parametrize("method", ["mxfp4", "modelopt", "of_tomorrow"])
