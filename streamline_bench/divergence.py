@@ -22,7 +22,7 @@ from tqdm import tqdm
 from streamline_bench.core.architecture import sequence_limit
 from streamline_bench.core.checkpoint.folder import resolve_pretrained
 from streamline_bench.core.data.calibration import blocks_of, leading_bos, require_known_tokens
-from streamline_bench.core.data.corpus_files import document_text, file_kind, read_file
+from streamline_bench.core.data.corpus_files import NullTexts, document_text, file_kind, read_file
 from streamline_bench.errors import CalibrationError, ComparisonError, NumericsError, library_errors
 from streamline_bench.modeling.loading import load_model, load_tokenizer
 from streamline_bench.stability.comparison import TokenDivergence, exponential
@@ -48,8 +48,13 @@ def read_texts(path: Path, field: str = "text", tokenizer: Any = None) -> Iterat
             the field.
     """
     text_only = file_kind(path) == "text"
-    for record in read_file(path):
-        yield document_text(record, "text" if text_only else field, str(path), tokenizer)
+    nulls = NullTexts(str(path))
+    try:
+        for record in read_file(path):
+            name = "text" if text_only else field
+            yield nulls.text(document_text(record, name, str(path), tokenizer))
+    finally:  # also when nobody reads on
+        nulls.warn()
 
 
 def token_divergence(

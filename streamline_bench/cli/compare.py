@@ -120,6 +120,8 @@ def command(
     else:
         refuse_given(ctx, "it needs --executor ray", "ray_address", "cpus_per_job")
     request = read_options(model, plan, options)
+    if until == "compress":
+        _note_unmeasured(request)
     if request.throughput == "none":
         refuse_given(ctx, "it needs --throughput", "workload")
     if request.text is None:
@@ -127,7 +129,7 @@ def command(
     with _stops_with_a_word():
         result = compare_request(
             request, output, execution=read_execution(options), until=until,
-            progress=not (quiet or as_json),
+            progress=not (quiet or as_json), asked=_recipe_keys(options),
         )  # fmt: skip
     if as_json:
         click.echo(json.dumps(result.summary(), indent=2))
@@ -184,6 +186,17 @@ def demo(output: Path, rows: str | None, quiet: bool, **options: Any) -> None:
     with _stops_with_a_word():
         result = run_demo(output, rows=names, progress=not quiet, **options)
     _finish(result)
+
+
+_MEASURED = ("throughput", "noise_floor", "noise_batch_size", "noise_dtype", "noise_engine", "text")
+
+
+def _note_unmeasured(request: Request) -> None:
+    """Say what a run that ends after compressing only writes into its plan."""
+    asked = [name for name in _MEASURED if getattr(request, name) not in (None, False, "none")]
+    if asked:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+        click.echo(f"Note: {options}: not measured until the run goes on after compress.", err=True)
 
 
 @contextmanager
@@ -243,9 +256,7 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
             payload[key] = names_in(options[key])
     if options["rows"]:
         payload["recipes"] = [*payload.get("recipes", []), *map(parse_row, options["rows"])]
-    given: dict[str, Any] = dict(parse_assignments(options["assignments"]))
-    own = ("sparsity", "n_layers", "calibration")
-    given |= {key: options[key] for key in own if options.get(key) is not None}
+    given = _recipe_keys(options)
     # Sizes are alternatives: one that is given replaces the plan's, whichever it was.
     replaced = set(SIZE_KEYS) if given.keys() & set(SIZE_KEYS) else set()
     planned = payload.get("set") or {}
@@ -261,6 +272,13 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
         if not payload.get(key):
             raise RecipeError(f"Nothing to compare: give {what}, or a --plan that has '{key}'.")
     return make_request(payload, f"Plan {plan}" if plan else "The comparison")
+
+
+def _recipe_keys(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe keys for every row that the options hold."""
+    own = ("sparsity", "n_layers", "calibration")
+    given = {key: options[key] for key in own if options.get(key) is not None}
+    return {**parse_assignments(options["assignments"]), **given}
 
 
 def _checked(payload: dict[str, Any], plan: str) -> dict[str, Any]:

@@ -276,6 +276,8 @@ def _is_read(recipe: Recipe, dotted: str) -> bool:
     part, _, field = dotted.partition(".")
     method, recovery = get_method(recipe.method), recipe.recovery
     replaced = "replacement" in method.reads and recipe.replacement.kind != "none"
+    if part in unread_parts(recipe.method):
+        return False
     if dotted in SIZE_KEYS:
         return recipe.method != "dense"
     if part == "seed":
@@ -285,7 +287,7 @@ def _is_read(recipe: Recipe, dotted: str) -> bool:
             field == "source" and _borrows_calibration(recipe, replaced)
         )
     if part in ("training", "reference_quirks"):
-        return replaced or "replacement" not in method.reads  # of others, loading refuses them
+        return replaced or "replacement" not in method.reads
     if dotted in _OF_REPLACEMENTS:
         return recipe.replacement.kind in _OF_REPLACEMENTS[dotted]
     if dotted in _OF_RECOVERIES and recovery is not None:
@@ -298,6 +300,19 @@ def _borrows_calibration(recipe: Recipe, replaced: bool) -> bool:
     data = recipe.recovery.training.data if recipe.recovery is not None else None
     of_recovery = data is not None and data.source == "auto" and data.form != "instruction"
     return of_recovery or (replaced and recipe.training.data.source == "auto")
+
+
+def read_overrides(name: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the overrides meant for many recipes that decide something in this one.
+
+    Raises:
+        RecipeError: as :func:`load_recipe`.
+    """
+    own = applicable(overrides, load_recipe(name))
+    kinds = ("replacement", "replacement.kind", "recovery", "recovery.kind")
+    recipe = load_recipe(name, {key: own[key] for key in kinds if key in own})
+    unread = unread_keys(recipe, own)
+    return {key: value for key, value in own.items() if key not in unread}
 
 
 def _require_recovery(payload: Mapping[str, Any], given: Mapping[str, Any]) -> None:

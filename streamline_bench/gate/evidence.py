@@ -200,7 +200,8 @@ def open_source(path: Path) -> Source:
         inside = sorted(each.parent.name for each in path.glob(f"*/{LEADERBOARD}"))
         if inside:
             advice = f"'{path}' holds the runs {', '.join(inside)}: name one of them"
-        raise SamplesError(f"'{file}' does not exist; {advice}.")
+        what = f"has no {LEADERBOARD}" if path.is_dir() else "does not exist"
+        raise SamplesError(f"'{path}' {what}; {advice}.")
     payload = read_json(file, SamplesError, f"give a run folder, a {LEADERBOARD} or a reference")
     if isinstance(payload, dict) and payload.get("kind") == KIND:
         advice = "write the reference again"

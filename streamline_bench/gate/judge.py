@@ -41,7 +41,7 @@ def gate(
             or there is nothing to compare with.
     """
     # Answers take long to read; whatever the figures alone show to be wrong comes first.
-    now, before = open_source(Path(run)), open_source(Path(against))
+    before, now = open_source(Path(against)), open_source(Path(run))
     require_comparable(now.figures, before.figures, rows)
     return judge(
         now.evidence(progress=progress),

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.compression.recipes import applicable, listed_recipes, load_recipe
+from streamline_bench.compression.recipes import listed_recipes, read_overrides
 from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.machine.environment import resource
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.recipe.validation import suggest_or_list
-from streamline_bench.errors import OutputError, StreamlineBenchError
+from streamline_bench.errors import OutputError, RecipeError, StreamlineBenchError
 
 _CONFIGS = "streamline_bench.opencompass.configs"
 
@@ -234,7 +234,21 @@ def entries(
         recipes: names; ``dense`` is the model as it is.
         overrides: keys of recipes; each recipe gets those that it has a use for.
         further: (label, path) of checkpoints evaluated as they are.
+
+    Raises:
+        RecipeError: an unknown recipe or key, or a key that no recipe has a use for.
     """
+    own = {
+        recipe: read_overrides(recipe, overrides) if overrides else {}
+        for recipe in recipes
+        if recipe != "dense"
+    }
+    unread = [key for key in overrides if not any(key in each for each in own.values())]
+    if unread:
+        raise RecipeError(
+            f"'{unread[0]}' has no effect, because none of the recipes ({', '.join(recipes)}) "
+            "reads it; leave it out, or add a recipe that reads it."
+        )
     model = _absolute(model)
     made = [
         ModelEntry("dense", model)
@@ -243,7 +257,7 @@ def entries(
             _recipe_label(recipe),
             model,
             _absolute(recipe),
-            applicable(overrides, load_recipe(recipe)) if overrides else {},
+            own[recipe],
         )
         for recipe in recipes
     ]

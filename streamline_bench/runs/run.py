@@ -148,10 +148,13 @@ def compare_request(
     until: str = "report",
     progress: bool = True,
     overwrite: bool = False,
+    asked: Collection[str] = (),
 ) -> CompareResult:
     """Do what :func:`compare` does, for a request.
 
-    ``overwrite`` first removes what an earlier run of the same model made in the folder.
+    Args:
+        overwrite: first remove what an earlier run of the same model made in the folder.
+        asked: see :func:`.resolve_rows`.
     """
     if until not in STAGES:
         raise RecipeError(f"Unknown stage '{until}'; known: {', '.join(STAGES)}.")
@@ -165,7 +168,7 @@ def compare_request(
     check_output(output)
     with _sigterm_raises():
         # What was mistyped is refused before a folder is made for it.
-        plan = resolve_plan(request, device=execution.device, progress=progress)
+        plan = resolve_plan(request, device=execution.device, asked=asked, progress=progress)
         execution.check_device(plan.device)
         execution.check_threads(plan.threads)
         executor: Executor = LocalExecutor(execution)

@@ -39,9 +39,11 @@ def refused(
     ) -> str:
         target = output or tmp_path / "out"
         before = sorted(tmp_path.rglob("*"))
+        # A recovery has a length of its own.
+        length = () if "last_layers_lora" in options else ("--set", "sequence_length=32")
         ended = call(
             "compress", source, "-o", target, "--recipe", "streamline_none", "-q",
-            "--calibration", calibration, "--set", "sequence_length=32", *options,
+            "--calibration", calibration, *length, *options,
         )  # fmt: skip
         assert ended.code == 2, ended
         lines = [line for line in ended.err.splitlines() if line.strip()]
@@ -101,6 +103,33 @@ def test_unknown_method_and_parameter(refused: Callable[..., str], tmp_path: Pat
     assert "did you mean 'streamline'?" in refused("--recipe", path)
     path.write_text("method: streamline\nparameters: {metrik: cosine}\n", encoding="utf-8")
     assert "did you mean 'parameters.metric'?" in refused("--recipe", path)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "named"),
+    [
+        (None, ["--seed", 3], "'seed' has no effect"),
+        (None, ["--calibration", "t.txt"], "'calibration' has no effect"),
+        (None, ["--revision", "v2"], "'v2' has no effect"),
+        ("bundled", ["--revision", "v2"], "'v2' has no effect"),
+        ("", [], "name is empty"),
+    ],
+)
+def test_what_has_no_effect_is_refused_also_without_quiet(
+    call: Callable[..., Any],
+    model: Path,
+    tmp_path: Path,
+    source: str | None,
+    options: list[object],
+    named: str,
+) -> None:
+    given = model if source is None else source
+    ended = call(
+        "compress", given, "-o", tmp_path / "out", "--recipe", "last_layers", "--n-layers", 2,
+        *options,
+    )  # fmt: skip
+    assert ended.code == 2 and named in ended.err, ended
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("text", ["", "\n \n"])

@@ -114,6 +114,10 @@ def test_options_win_over_the_plan_file(asked: Callable[..., Request], tmp_path:
             "give --device cuda",
         ),
         (["--plan", "no-such-plan"], "Unknown plan"),
+        (["bundled", "--recipes", "dense", "--n-layers", "2"], "'n_layers' has no effect"),
+        (["bundled", "--recipes", "last_layers", "--calibration", "t.txt"], "'calibration' has no"),
+        (["bundled", "--recipes", "last_layers", "--limit", "2.5"], "whole number"),
+        (["bundled", "--recipes", "last_layers", "--tasks", "a,b,a"], "'a' is given twice"),
         (["bundled", "--recipes", "dense", "--include-path", "/no/such"], "--include-path"),
     ],
 )
@@ -199,6 +203,7 @@ def test_how_it_is_run_is_no_part_of_the_request() -> None:
         (["--throughput", "hf", "--workload", "rounds=[1"], "'[1' for 'rounds'"),
         (["--set", "seed"], "Invalid value for --set"),
         (["--device", "cud"], "Invalid value for '--device': 'cud' is not a device"),
+        (["--until", "compress", "--throughput", "hf"], "Note: --throughput: not measured"),
     ],
 )
 def test_options_without_effect_or_form_are_refused(

@@ -127,3 +127,5 @@ def test_inputs_are_checked_before_answers_are_read(
     ):
         ended = call("gate", runs[0], *arguments)
         assert ended.code == 2 and named in ended.err, ended.err
+    both = call("gate", tmp_path / "no-run", "--against", damaged)
+    assert both.code == 2 and "damaged.json" in both.err, "the reference is read first"

@@ -136,3 +136,5 @@ def test_tasks_lists_the_bundled_group(call: Callable[..., Any]) -> None:
 
 def test_tasks_path_is_a_folder(call: Callable[..., Any]) -> None:
     assert Path(call("tasks", "--path").out.strip()).is_dir()
+    idle = call("tasks", "--path", "--json")
+    assert idle.code == 2 and "--json has no effect" in idle.err

@@ -38,6 +38,9 @@ def test_a_leaderboard_alone_is_rendered_again(tmp_path: Path) -> None:
 def test_schema_is_json_and_needs_no_run() -> None:
     result = CliRunner().invoke(command, ["--schema"], catch_exceptions=False)
     assert json.loads(result.output)["title"] == "Leaderboard"
+    for options in (["run", "--schema"], ["--schema", "--model-cards"]):
+        result = CliRunner().invoke(command, options)
+        assert result.exit_code == 2 and "--schema reads no run" in result.output
     result = CliRunner().invoke(command, [])
     assert result.exit_code == 2 and "Give the run folder, or --schema." in result.output
 

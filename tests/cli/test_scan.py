@@ -72,6 +72,8 @@ def test_json_without_output_writes_nothing(
     monkeypatch.chdir(tmp_path)
     ended = call("scan", tiny_llama, "--calibration", text_file, "--samples", 1, "--json")
     assert json.loads(ended.out)["files"] == []
+    idle = call("scan", tiny_llama, "--json", "--overwrite")
+    assert idle.code == 2 and "--overwrite has no effect" in idle.err
     assert not list(tmp_path.iterdir())
 
 

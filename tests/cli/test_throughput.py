@@ -102,6 +102,8 @@ def test_paper_mode_shows_the_papers_figures(call: Call, tiny_llama: Path) -> No
         (("--kv-cache-gib", "1"), "--kv-cache-gib"),
         (("--engine", "hf", "--prefix-caching"), "--prefix-caching"),
         (("--paper", "--batch", "1"), "--batch"),
+        (("--overwrite",), "--overwrite has no effect here; it needs --output"),
+        (("--revision", "v2"), "'v2' has no effect"),
     ],
 )
 def test_bad_options(call: Call, options: tuple[str, ...], message: str, tiny_llama: Path) -> None:

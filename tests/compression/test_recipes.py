@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
 from streamline_bench.compression import compress, list_recipes, load_recipe
-from streamline_bench.compression.recipes import applicable
+from streamline_bench.compression.recipes import applicable, refuse_unread
 from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.errors import RecipeError
+from streamline_bench.methods.base import METHODS, get_method
 
 
 def test_every_recipe_loads() -> None:
@@ -78,6 +80,51 @@ def test_what_a_method_would_ignore_is_refused(overrides: dict[str, object], par
     with pytest.raises(RecipeError, match=f"'sleb'.*{re.escape(part)}"):
         load_recipe("sleb", overrides)
     assert load_recipe("sleb", {"replacement": "none"}) == load_recipe("sleb")
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "read"),
+    [
+        ("last_layers", {"calibration": "x.txt"}, False),
+        ("last_layers", {"seed": 3}, False),
+        ("magnitude_l1", {"sequence_length": 64}, False),
+        ("shortgpt", {"seed": 3}, False),
+        ("streamline_none", {"training.lr": 1}, False),
+        ("streamline_none", {"epochs": 2}, False),
+        ("streamline_none", {"seed": 3}, False),
+        ("streamline_ffn_res", {"replacement.layers": 2}, False),
+        ("last_layers_lora", {"recovery.last_layers": 2}, False),
+        ("last_layers_lora", {"calibration.samples": 2}, False),
+        ("sleb", {"replacement": "none"}, False),
+        ("dense", {"n_layers": 2}, False),
+        ("last_layers", {"n_layers": 2}, True),
+        ("last_layers", {"recovery": "slicegpt", "seed": 3, "recovery.rank": 4}, True),
+        ("last_layers", {"recovery": "none"}, True),
+        ("random_layers", {"seed": 3}, True),
+        ("shortgpt", {"calibration": "x.txt", "calibration.samples": 8}, True),
+        ("streamline_none", {"replacement": "ffn", "seed": 3, "lr": 1e-3}, True),
+        ("streamline_none", {"calibration": "x.txt", "sequence_length": 64}, True),
+    ],
+)
+def test_what_decides_nothing_in_a_recipe_is_refused(
+    name: str, given: dict[str, object], read: bool
+) -> None:
+    recipe = load_recipe(name, given)
+    if read:
+        refuse_unread(recipe, given)
+    else:
+        with pytest.raises(RecipeError, match=rf"'{next(iter(given))}' has no effect.*'{name}'"):
+            refuse_unread(recipe, given)
+    refuse_unread(recipe, dict.fromkeys(given))
+
+
+def test_a_method_without_a_seed_does_not_look_at_it() -> None:
+    for name in METHODS:
+        kind = type(get_method(name))
+        own = [each for each in kind.__mro__ if each is not object]
+        of_training = "training" in kind.reads  # which asks for a replacement
+        looks = any("recipe.seed" in inspect.getsource(each) for each in own)
+        assert kind.seeded >= (looks and not of_training), name
 
 
 def test_a_short_key_sets_what_the_method_reads() -> None:

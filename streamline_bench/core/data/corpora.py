@@ -36,6 +36,7 @@ from typing import Any
 
 from streamline_bench.core.data.corpus_files import (
     FILE_KINDS,
+    NullTexts,
     document_text,
     file_kind,
     read_file,
@@ -154,10 +155,14 @@ def open_documents(
         # A text file has no fields: each document is the whole record.
         kinds = {file_kind(path) for path in _local(source)}
         field = "text" if kinds == {"text"} else spec.text_field
-    for record in records:
-        text = document_text(record, field, source, tokenizer)
-        if text.strip():
-            yield text
+    nulls = NullTexts(source)
+    try:
+        for record in records:
+            text = nulls.text(document_text(record, field, source, tokenizer))
+            if text.strip():
+                yield text
+    finally:  # also when nobody reads on
+        nulls.warn()
 
 
 def open_records(

@@ -99,6 +99,8 @@ def record_field(record: Mapping[str, Any], field: str, source: str) -> Any:
         return record[field]
     value: Any = record
     for part in field.split("."):
+        if value is None:
+            return None
         if not isinstance(value, Mapping) or part not in value:
             there = ", ".join(sorted(map(str, record))) or "no fields"
             raise CalibrationError(
@@ -109,8 +111,30 @@ def record_field(record: Mapping[str, Any], field: str, source: str) -> Any:
     return value
 
 
-def document_text(record: Mapping[str, Any], field: str, source: str, tokenizer: Any = None) -> str:
+class NullTexts:
+    """Counts the records of a source whose text is null, which are left out as empty ones are."""
+
+    def __init__(self, source: str) -> None:
+        self.source, self.count = source, 0
+
+    def text(self, text: str | None) -> str:
+        """Return the text; an empty one for null."""
+        self.count += text is None
+        return text or ""
+
+    def warn(self) -> None:
+        """Say how many there were, if any."""
+        if self.count:
+            records = "1 record" if self.count == 1 else f"{self.count} records"
+            log.warning("%s of %s left out: their text is null", records, self.source)
+
+
+def document_text(
+    record: Mapping[str, Any], field: str, source: str, tokenizer: Any = None
+) -> str | None:
     """Return the text of a record: a field of text, or a conversation as the model sees one.
+
+    None where the field is null.
 
     Where the field is ``text`` and the record has none, its ``messages`` or ``conversations`` are
     taken. A conversation is a list of turns (``role`` and ``content``, or ``from`` and ``value``),
@@ -123,7 +147,7 @@ def document_text(record: Mapping[str, Any], field: str, source: str, tokenizer:
     if field == "text" and field not in record:
         field = next((each for each in ("messages", "conversations") if each in record), field)
     value = record_field(record, field, source)
-    if isinstance(value, str):
+    if value is None or isinstance(value, str):
         return value
     if not (isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)):
         raise CalibrationError(

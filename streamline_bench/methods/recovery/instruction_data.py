@@ -95,8 +95,12 @@ def load_instructions(
 
 
 def _texts(records: Iterable[Mapping[str, Any]], source: str) -> Iterator[tuple[str, str]]:
+    nulls = 0
     for record in records:
         instruction, output = (record_field(record, key, source) for key in _REQUIRED)
+        if instruction is None or output is None:
+            nulls += 1
+            continue
         given = record.get("input") or ""
         if not all(isinstance(text, str) for text in (instruction, output, given)):
             raise CalibrationError(
@@ -104,6 +108,8 @@ def _texts(records: Iterable[Mapping[str, Any]], source: str) -> Iterator[tuple[
                 "output; correct it."
             )
         yield alpaca_prompt(instruction, given), output
+    if nulls:
+        log.warning("%d records of %s left out: instruction or output is null", nulls, source)
 
 
 def _tokenised(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int]:

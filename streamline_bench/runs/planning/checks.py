@@ -9,7 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe
-from streamline_bench.errors import CalibrationError, CheckpointError, OutputError, RecipeError
+from streamline_bench.errors import (
+    CalibrationError,
+    CheckpointError,
+    OutputError,
+    RecipeError,
+    SparsityError,
+)
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.planning.plan import Plan, PlanRow
 
@@ -30,6 +36,7 @@ def check_before(plan: Plan, run: RunPaths, *, jobs_at_a_time: int | None, until
     folder = resolve_pretrained(plan.model, plan.revision)
     size = CheckpointReader(folder).stored_bytes
     todo = [row for row in plan.rows if not row.dense and not run.checkpoint(row.label).exists()]
+    _check_depth(folder, plan, todo)
     _check_disk(plan, run, size, todo)
     if until != "compress":
         _check_names(plan, run)
@@ -42,6 +49,20 @@ def check_before(plan: Plan, run: RunPaths, *, jobs_at_a_time: int | None, until
         if plan.evaluation.apply_chat_template:
             _check_chat_template(plan, folder)
     _check_calibration(plan, folder, todo)
+
+
+def _check_depth(folder: Path, plan: Plan, todo: Sequence[PlanRow]) -> None:
+    from streamline_bench.modeling.loading import load_config
+
+    config = load_config(folder, trust_remote_code=plan.trust_remote_code)
+    depth = getattr(config, "num_hidden_layers", None)
+    for row in todo:
+        asked = Recipe.model_validate(row.recipe).n_layers
+        if depth is not None and asked is not None and asked >= depth:
+            raise SparsityError(
+                f"Row {row.label} cannot be made: {plan.model} has {depth} layers, so that "
+                f"{asked} cannot be removed; give a smaller --n-layers."
+            )
 
 
 def _check_names(plan: Plan, run: RunPaths) -> None:

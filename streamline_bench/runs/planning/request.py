@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from streamline_bench.core.files import read_yaml_mapping
 from streamline_bench.core.machine.environment import resource
@@ -91,6 +91,21 @@ class Request(Frozen):
     threads: int | None = Field(None, ge=1)
     environment: dict[str, str] = Field(default_factory=dict)
 
+    @field_validator("limit")
+    @classmethod
+    def _whole(cls, limit: float | None) -> float | None:
+        if limit is not None and limit > 1 and limit != int(limit):
+            raise ValueError("give a whole number of documents, or a share of them below 1")
+        return limit
+
+    @field_validator("tasks")
+    @classmethod
+    def _once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        twice = next((task for task in tasks if tasks.count(task) > 1), None)
+        if twice is not None:
+            raise ValueError(f"'{twice}' is given twice; leave one out")
+        return tasks
+
     model_config = ConfigDict(populate_by_name=True)
 
 
@@ -154,4 +169,5 @@ def _sentence(error: ValidationError, origin: str) -> str:
         names = [field.alias or name for name, field in schema.model_fields.items()]
         return f"{origin}: unknown key '{'.'.join(place)}'{suggest_or_list(place[-1], names)}"
     where = ".".join(place) or "request"
-    return f"{origin}: '{where}' is {problem.get('input')!r}: {problem['msg']}."
+    said = problem["msg"].removeprefix("Value error, ")
+    return f"{origin}: '{where}' is {problem.get('input')!r}: {said}."

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from streamline_bench.compression.recipes import (
     load_recipe,
     recipe_groups,
     refuse_unknown_key,
+    refuse_unread,
+    unread_keys,
 )
 from streamline_bench.core.checkpoint.folder import file_sha256
 from streamline_bench.core.machine.environment import found_device, known_device, package_versions
@@ -37,10 +39,18 @@ from streamline_bench.runs.planning.request import Request, RowRequest
 log = logging.getLogger(__name__)
 
 
-def resolve_plan(request: Request, *, device: str | None = None, progress: bool = True) -> Plan:
-    """Return the plan of a request; ``device`` is used where the request leaves it open.
+def resolve_plan(
+    request: Request,
+    *,
+    device: str | None = None,
+    asked: Collection[str] = (),
+    progress: bool = True,
+) -> Plan:
+    """Return the plan of a request (StreamlineBenchError: something in it cannot be used).
 
-    StreamlineBenchError: the model, a recipe or the task folder cannot be used.
+    Args:
+        device: used where the request leaves it open.
+        asked: see :func:`resolve_rows`.
     """
     # What was mistyped is refused first: all that follows imports torch.
     refuse_unknown_names(request)
@@ -48,7 +58,7 @@ def resolve_plan(request: Request, *, device: str | None = None, progress: bool 
     if own is not None and not own.is_dir():
         raise RecipeError(f"The task folder {own} does not exist; correct --include-path.")
     refuse_unknown(request.tasks, task_folders(own))
-    rows = resolve_rows(request)
+    rows = resolve_rows(request, asked)
     from streamline_bench.compression.pipeline import content_key
     from streamline_bench.modeling.loading import SourceModel
 
@@ -220,13 +230,18 @@ def refuse_unknown_names(request: Request) -> None:
         refuse_unknown_key(key)
 
 
-def resolve_rows(request: Request) -> list[Row]:
+def resolve_rows(request: Request, asked: Collection[str] = ()) -> list[Row]:
     """Return the rows of a request in its order; the dense model is put first if it is missing.
 
-    RecipeError: an unknown recipe or key, a label that is taken or cannot name a folder.
+    Args:
+        asked: those of the keys for every row that somebody gave for this comparison, and that
+            therefore decide something in at least one row. Those of a plan may fit other rows.
+
+    RecipeError: an unknown recipe or key, one that no row reads, a label that is taken or cannot
+    name a folder.
     """
     rows = [_row(each, request.overrides) for each in _expanded(request.recipes)]
-    _require_used(request.overrides, [row for row in rows if row.recipe.method != "dense"])
+    _require_used(request.overrides, rows, asked)
     if not any(row.is_dense for row in rows):
         rows.insert(0, Row("dense", load_recipe("dense")))
     seen: set[str] = set()
@@ -287,15 +302,23 @@ def _row(request: RowRequest, common: Mapping[str, Any]) -> Row:
     label = request.label or written.name
     given = {**applicable(shared, written), **own} if written.method != "dense" else own
     recipe = load_recipe(request.recipe, given)
+    refuse_unread(recipe, own)
     for key, (before, after) in recipe.overridden.items():
         if key not in SIZE_KEYS and before is not None:
             log.info("%s: %s is %s, the recipe's own is %s", label, key, after, before)
     return Row(label, recipe)
 
 
-def _require_used(common: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    used = [applicable(common, row.recipe).keys() for row in rows]
+def _require_used(common: Mapping[str, Any], rows: Sequence[Row], asked: Collection[str]) -> None:
+    made = [row for row in rows if row.recipe.method != "dense"]
+    used = [applicable(common, row.recipe).keys() for row in made]
     unused = sorted(common.keys() - set().union(*used)) if used else []
+    # Of a row's own size or value, the common one is not read.
+    unused += [
+        key
+        for key in asked
+        if key in common and all(unread_keys(row.recipe, [key]) for row in rows)
+    ]
     if unused:
         labels = ", ".join(row.label for row in rows)
         raise RecipeError(

@@ -25,6 +25,7 @@ from streamline_bench.core.data.calibration import load_calibration
 from streamline_bench.core.data.corpora import local_paths, open_documents
 from streamline_bench.core.data.corpus_files import document_text, read_file
 from streamline_bench.core.recipe.schema import CalibrationSpec
+from streamline_bench.divergence import read_texts
 from streamline_bench.errors import CalibrationError
 from streamline_bench.modeling.loading import SourceModel
 
@@ -237,6 +238,26 @@ def test_conversations_are_written_with_the_chat_template(word_tokenizer: Any, f
     assert text == "<user> w1 <assistant> w2 w3 "  # the tokenizer puts BOS in front, not twice
     with pytest.raises(CalibrationError, match="holds int"):
         document_text({"text": 3}, "text", "a.jsonl", word_tokenizer)
+
+
+@pytest.mark.parametrize("field", ["text", "meta.text"])
+def test_records_whose_text_is_null_are_left_out_and_counted(
+    word_tokenizer: Any, tmp_path: Path, field: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = ["w1 w2", None, "", "w3", None]
+    path = tmp_path / "some.jsonl"
+    records = [{"text": text, "meta": {"text": text}} for text in texts]
+    path.write_text("\n".join(map(json.dumps, [*records, {"text": None, "meta": None}])))
+    spec = CalibrationSpec(source=str(path), form="documents", text_field=field)
+    with caplog.at_level("WARNING", "streamline_bench"):
+        assert load_calibration(spec, word_tokenizer, progress=False).num_tokens == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        f"3 records of {path} left out: their text is null"
+    ]
+    caplog.clear()
+    with caplog.at_level("WARNING", "streamline_bench"):
+        assert "".join(read_texts(path, field)) == "w1 w2w3"
+    assert "3 records" in caplog.text
 
 
 def test_a_missing_file_from_the_command_line(tiny_llama: Path, tmp_path: Path) -> None:

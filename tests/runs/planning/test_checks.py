@@ -20,6 +20,7 @@ from streamline_bench.errors import (
     MissingDependencyError,
     OutputError,
     RecipeError,
+    SparsityError,
 )
 from streamline_bench.runs import Execution
 from streamline_bench.runs.planning.checks import _sources
@@ -53,6 +54,12 @@ def test_calibration_that_no_row_could_read(
     with pytest.raises(CalibrationError, match="--calibration") as caught:
         _refused(make(recipes=["first_layers", *rows], set=given), tmp_path / "run")
     assert all(word in str(caught.value) for word in words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_layers_than_the_model_has(make: Callable[..., Request], tmp_path: Path) -> None:
+    with pytest.raises(SparsityError, match=r"Row last_layers.*6 layers.*50"):
+        _refused(make(recipes=["last_layers"], set={"n_layers": 50}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -84,6 +84,16 @@ def test_common_values_reach_the_rows_that_read_them(make: Callable[..., Request
     assert sleb.calibration.sequence_length == streamline.calibration.sequence_length == 64
     with pytest.raises(RecipeError, match=r"training\.epochs.*sleb, shortgpt"):
         resolve_rows(make(recipes=["sleb", "shortgpt"], set=common))
+    asked = {"calibration": "x.txt", "n_layers": 2}
+    both = make(recipes=["last_layers", "sleb"], set=asked)
+    resolve_rows(both, asked)
+    unread = make(recipes=["last_layers", "dense"], set=asked)
+    resolve_rows(unread)  # of a plan whose other rows were left out
+    with pytest.raises(RecipeError, match="'calibration' has no effect"):
+        resolve_rows(unread, asked)
+    seeded = RowRequest(label="x", recipe="last_layers", overrides={"seed": 1})
+    with pytest.raises(RecipeError, match="'seed' has no effect"):
+        resolve_rows(make(recipes=[seeded]))
     own = RowRequest(label="x", recipe="sleb", overrides={"replacement": "ffn"})
     with pytest.raises(RecipeError, match="method 'sleb' does not read 'replacement'"):
         resolve_rows(make(recipes=[own], set={"n_layers": 2}))
