@@ -68,8 +68,8 @@ def resolve_plan(
         progress=progress, changed=changed,
     )  # fmt: skip
     local = Path(request.model).expanduser().is_dir()
-    asked = request.device if request.device != "auto" else None
-    where = known_device(asked) if asked is not None else device or found_device("auto")
+    named = request.device if request.device != "auto" else None
+    where = known_device(named) if named is not None else device or found_device("auto")
 
     def planned(row: Row) -> PlanRow:
         key = content_key(source, row.recipe, device=where, dtype=request.dtype)
