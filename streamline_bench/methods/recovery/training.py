@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from streamline_bench.core.architecture import Architecture, architecture_of, decoder_layers
 from streamline_bench.core.checkpoint.writer import LazyTensors
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.recipe.schema import RecoverySpec
+from streamline_bench.core.recipe.schema import ProjectionRole, RecoverySpec
 from streamline_bench.core.training.loop import DataSet, LmObjective, Loop, open_work_folder
 from streamline_bench.core.training.state import CosineSchedule, StepPlan
 from streamline_bench.core.training.trainer import TrainingResult, key_of
@@ -281,7 +281,7 @@ def target_modules(model: Any, spec: RecoverySpec) -> tuple[dict[str, nn.Module]
     family = architecture_of(model.config)
     paths = {role: _paths(family, role) for role in spec.targets}
     found: dict[str, nn.Module] = {}
-    layers_of: dict[str, set[int]] = {role: set() for role in paths}
+    layers_of: dict[ProjectionRole, set[int]] = {role: set() for role in paths}
     for index, layer in enumerate(decoder_layers(model)):
         for role, candidates in paths.items():
             for path in candidates:
