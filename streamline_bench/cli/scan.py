@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +126,8 @@ def _require_free(output: Path | None, overwrite: bool) -> None:
 def _scanned(model: str, sizes: list[int], *, progress: bool, **asked: Any) -> Similarity:
     import torch
 
-    from streamline_bench.core.architecture import architecture_of, sequence_limit
+    from streamline_bench.core.architecture import depth_of, sequence_limit
+    from streamline_bench.core.architecture_guard import layer_kinds
     from streamline_bench.core.checkpoint.folder import resolve_pretrained
     from streamline_bench.core.data.calibration import load_calibration
     from streamline_bench.core.recipe.schema import CalibrationSpec
@@ -141,7 +144,7 @@ def _scanned(model: str, sizes: list[int], *, progress: bool, **asked: Any) -> S
     )
     trust = {"trust_remote_code": asked["trust_remote_code"]}
     config = load_config(folder, **trust)
-    num_layers = getattr(config, architecture_of(config).depth_key)
+    num_layers = depth_of(config)
     for n in sizes:
         if not 1 <= n <= num_layers:
             raise SparsityError(
@@ -160,9 +163,14 @@ def _scanned(model: str, sizes: list[int], *, progress: bool, **asked: Any) -> S
     device, dtype = asked["device"], asked["dtype"]
     if asked["streamed"]:
         memory = {"device": device, "dtype": getattr(torch, dtype)}
-        return scan_streamed(folder, tokens, progress=progress, **how, **trust, **memory)
-    loaded = load_model(folder, device=device, dtype=dtype, **trust)
-    return scan(loaded, tokens, progress=progress, **how)
+        found = scan_streamed(folder, tokens, progress=progress, **how, **trust, **memory)
+    else:
+        loaded = load_model(folder, device=device, dtype=dtype, **trust)
+        found = scan(loaded, tokens, progress=progress, **how)
+    kinds = layer_kinds(config)
+    if len(set(kinds)) > 1:
+        found = replace(found, details={**found.details, "layer_kinds": kinds})
+    return found
 
 
 def _table(similarity: Similarity, sizes: list[int], metric: str) -> pd.DataFrame:
@@ -203,12 +211,17 @@ def _show(table: pd.DataFrame, metric: str, similarity: Similarity) -> None:
     shown = Table(box=None, header_style="bold")
     for heading in ("n", "layers", "mean cosine", "angular distance", f"rank ({metric})"):
         shown.add_column(heading, justify="right")
+    kinds = similarity.details.get("layer_kinds")
+    if kinds:
+        shown.add_column("kinds of layers")
     for row in table.to_dict("records"):
         last = row["stop"] - 1
         layers = f"{row['start']}-{last}" if row["n"] > 1 else f"{last}"
         mark = " *" if row["contains_first_layer"] else ""
         numbers = (f"{row['cosine']:.4f}", f"{row['angular']:.4f}", str(row[f"rank_{metric}"]))
-        shown.add_row(str(row["n"]), layers + mark, *numbers)
+        parts = Counter(kinds[row["start"] : row["stop"]]) if kinds else {}
+        listed = [", ".join(f"{count} {kind}" for kind, count in parts.items())] if kinds else []
+        shown.add_row(str(row["n"]), layers + mark, *numbers, *listed)
     tokens = similarity.details["calibration"]
     cut = tokens["requested_length"]
     click.echo(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamline_bench.core.architecture import depth_of
 from streamline_bench.core.checkpoint.folder import (
     Manifest,
     Source,
@@ -281,7 +282,7 @@ def _manifest(staging: Path, job: Compression, result: Compressed, seconds: floa
         chosen=dict(result.chosen),
         parameters_before=before,
         parameters_after=after,
-        layers_before=job.config.num_hidden_layers,
+        layers_before=depth_of(job.config),
         layers_after=result.layers_after,
         sparsity_requested=job.recipe.sparsity,
         sparsity_reached=1 - after / before,

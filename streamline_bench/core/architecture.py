@@ -1,7 +1,7 @@
 """Where a model family keeps its layers, norms, attention and MLP projections: data, not branches.
 
-Every place that needs to reach into a model asks this table. A family that is not in it is
-refused with the list of those that are; adding one means adding a row (see CONTRIBUTING.md).
+Every place that needs to reach into a model asks for its row. A family that is not in the table
+has its row inferred from the model itself (:mod:`.architecture_inference`).
 """
 
 from __future__ import annotations
@@ -321,6 +321,8 @@ def architecture_of(config: Any) -> Architecture:
     known = _inferred.get(id(config))
     if known is not None and known[0]() is config:
         return known[1]
+    if isinstance(config, Mapping) and model_type in _remote:
+        return _remote[model_type]
     from streamline_bench.core.architecture_inference import infer  # torch and transformers
 
     row = infer(config)
@@ -329,6 +331,7 @@ def architecture_of(config: Any) -> Architecture:
 
 
 _inferred: dict[int, tuple[Callable[[], Any], Architecture]] = {}
+_remote: dict[str, Architecture] = {}  # of types whose code came with a model that was loaded
 
 
 def remember(config: Any, row: Architecture) -> None:
@@ -336,6 +339,13 @@ def remember(config: Any, row: Architecture) -> None:
     if not isinstance(config, Mapping):
         key = id(config)
         _inferred[key] = (weakref.ref(config, lambda _: _inferred.pop(key, None)), row)
+        if type(config).__module__.startswith("transformers_modules"):
+            _remote[row.model_type] = row
+
+
+def depth_of(config: Any) -> int:
+    """Return the number of decoder layers of a transformers config."""
+    return int(getattr(config, architecture_of(config).depth_key))
 
 
 def require_removable_layers(config: Any) -> Architecture:

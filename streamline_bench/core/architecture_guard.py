@@ -8,21 +8,26 @@ modules, shapes of weights, plain attributes. Only the layer's own index may dif
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import chain
 from math import isclose
 from typing import Any
 
 import torch
 
-from streamline_bench.core.architecture import Architecture
-from streamline_bench.core.architecture_inference import Configured, meta_model
-from streamline_bench.errors import StreamlineBenchError, first_line
+from streamline_bench.core.architecture import Architecture, architecture_of, depth_of
+from streamline_bench.core.architecture_inference import Configured, entries_of, meta_model
+from streamline_bench.errors import first_line
 
+_DEPTH = re.compile(r"layers$|^n_layer$|depth")
+_PART = re.compile(r"the class of [^.]+")
 _INDEX = re.compile(r"(layer|block)_?(idx|index|id|number|num|i)$")
 
 
@@ -71,6 +76,15 @@ class Facts:
     outside: Mapping[str, tuple[int, ...]]
     shared: tuple[Mapping[str, int], ...]
 
+    def kinds(self) -> list[str]:
+        """Name each layer by the classes of its parts; equal layers have equal names."""
+        parts = [
+            [value for name, value in about.items() if _PART.fullmatch(name)]
+            for about in self.layers
+        ]
+        common = set(parts[0]).intersection(*parts)
+        return [" + ".join(p for p in each if p not in common) or "all alike" for each in parts]
+
 
 def facts_of(config: Any, row: Architecture) -> Facts:
     """Return the facts of a config's model; each config is looked at once per process."""
@@ -83,19 +97,44 @@ def _facts(configured: Configured, path: str) -> Facts:
     layers: Any = model.get_submodule(path)
     tensors = model.state_dict().items()
     outside = {n: tuple(t.shape) for n, t in tensors if not n.startswith(f"{path}.")}
-    return Facts(tuple(_about(layer) for layer in layers), outside, _shared(layers))
+    return Facts(tuple(_about(layer, len(layers)) for layer in layers), outside, _shared(layers))
 
 
-def _about(layer: Any) -> dict[str, Any]:
+def _about(layer: Any, depth: int) -> dict[str, Any]:
     about: dict[str, Any] = {}
     for name, module in layer.named_modules():
-        about[f"{name or 'its class'}"] = type(module).__qualname__
+        about[f"the class of {name}" if name else "its class"] = type(module).__qualname__
         for key, tensor in chain(module._parameters.items(), module._buffers.items()):
             about[f"the shape of {name}.{key}"] = None if tensor is None else tuple(tensor.shape)
         for key, value in vars(module).items():
-            if not key.startswith("_") and key != "training" and _is_plain(value):
-                about[f"{name}.{key}".lstrip(".")] = value
+            if key.startswith("_") or key == "training" or not _is_plain(value):
+                continue
+            counts = bool(_DEPTH.search(key)) and value == depth
+            if counts and not _read_when_run(type(module), key):  # type: ignore[arg-type]
+                continue  # it has served to make a tensor, which is stored
+            about[f"{name}.{key}".lstrip(".")] = value
     return about
+
+
+@cache
+def _read_when_run(kind: type, attribute: str) -> bool:
+    """Whether a module reads an attribute in ``forward``, or in a method that it calls."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    methods = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    reached, waiting = set[str](), ["forward"]
+    while waiting:
+        name = waiting.pop()
+        if name in reached or name not in methods:
+            continue
+        reached.add(name)
+        used = {n.attr for n in ast.walk(methods[name]) if isinstance(n, ast.Attribute)}
+        if attribute in used:
+            return True
+        waiting += used
+    return "forward" not in methods
 
 
 def _is_plain(value: Any) -> bool:
@@ -133,7 +172,7 @@ def differences(
     old = facts_of(config, row)
     try:
         new = facts_of(reloaded(pruned), row)
-    except (StreamlineBenchError, ValueError, TypeError, KeyError, IndexError) as error:
+    except Exception as error:  # whatever the classes of config and model raise
         return [Unbuildable(first_line(error))]
     if len(new.layers) != len(keep):
         return [Difference(None, "the number of layers", len(keep), len(new.layers))]
@@ -164,6 +203,30 @@ def sliced_dimension(old: Facts, new: Facts, name: str) -> int | None:
     return changed[0] if fits else None
 
 
+def tensors_by_layer(config: Any, pruned: Any, row: Architecture) -> dict[str, int]:
+    """Return the tensors outside the layers that have a part for each: name -> the dimension."""
+    old, new = facts_of(config, row), facts_of(reloaded(pruned), row)
+    found = {name: sliced_dimension(old, new, name) for name in old.outside}
+    return {name: dimension for name, dimension in found.items() if dimension is not None}
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """Name the kind of each layer: by the config's lists of names, or by the classes of its parts.
+
+    Equal names for all mean that the layers are alike.
+    """
+    row = architecture_of(config)
+    depth, entries = depth_of(config), entries_of(config)
+    lists = [entries.get(key) for key in row.layer_lists]
+    named = [each for each in lists if each and all(isinstance(kind, str) for kind in each)]
+    names = ["/".join(dict.fromkeys(str(each[i]) for each in named)) for i in range(depth)]
+    kinds = facts_of(config, row).kinds()
+    both = list(zip(names, kinds, strict=True))
+    if len(set(names)) == len(set(both)):
+        return names if len(set(names)) > 1 or any(names) else kinds
+    return kinds if len(set(kinds)) == len(set(both)) else [f"{a} ({b})" for a, b in both]
+
+
 def _of_layer(
     before: Mapping[str, Any], after: Mapping[str, Any], index: int, place: int, keep: Sequence[int]
 ) -> Iterator[Difference]:
@@ -171,7 +234,11 @@ def _of_layer(
         a, b = before.get(name), after.get(name)
         if a == b or (_INDEX.search(name) and _is_index(a, b, index, place)):
             continue
-        if isinstance(a, (list, tuple)) and len(a) > keep[-1] and b == [a[i] for i in keep]:
+        if (
+            isinstance(a, (list, tuple))
+            and len(a) > keep[-1]
+            and list(b or ()) == [a[i] for i in keep]
+        ):
             continue  # the entries of all layers
         if isinstance(a, float) and isinstance(b, float) and isclose(a, b, rel_tol=1e-12):
             continue

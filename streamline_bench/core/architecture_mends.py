@@ -39,9 +39,17 @@ def mended(config: Any, changes: Mapping[str, Any], keep: Sequence[int], row: Ar
                 break
         else:
             break
+    if not found and row.inferred and _has_attention(config) and not _has_attention(pruned):
+        found = [Unbuildable("its cache needs an attention layer, of which none would be left")]
     if found:
         raise _refusal(found[0], keep, row, _depth(config, row))
     return pruned
+
+
+def _has_attention(config: Any) -> bool:
+    """Whether a list of kinds names attention; a cache of linear attention alone has no length."""
+    kinds = getattr(config, "layer_types", None) or ()
+    return any("attention" in str(kind) and "linear" not in str(kind) for kind in kinds)
 
 
 def _attempt(
@@ -49,7 +57,7 @@ def _attempt(
 ) -> tuple[Any, list[Difference]]:
     try:
         pruned = _changed(config, changes)
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except Exception as error:  # whatever the config's class raises
         return None, [Unbuildable(first_line(error))]
     return pruned, differences(config, pruned, keep, row)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from streamline_bench.core.architecture import depth_of
 from streamline_bench.methods.base import Compressed, Compression, Method
 
 
@@ -19,5 +20,5 @@ class Dense(Method):
         return Compressed(
             config=config,
             names={name: name for name in work.reader.names},
-            layers_after=work.config.num_hidden_layers,
+            layers_after=depth_of(work.config),
         )

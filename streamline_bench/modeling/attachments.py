@@ -8,6 +8,7 @@ attention layers only, and key-value caches stay one to one with the layers.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -159,6 +160,8 @@ def host_layer_class(name: str) -> tuple[type[nn.Module], Architecture]:
     """
     for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, key=_unlike(name)):
         source = CONFIG_MAPPING[model_type].__module__.replace("configuration_", "modeling_")
+        if importlib.util.find_spec(source) is None:  # the type uses another type's classes
+            continue
         found = getattr(importlib.import_module(source), name, None)
         if found is not None:
             row = ARCHITECTURES.get(model_type)

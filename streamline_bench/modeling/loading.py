@@ -99,6 +99,10 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
             f"{folder}: the config cannot be loaded", "correct config.json", CheckpointError
         ):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if reader is None and getattr(config, "text_config", None) is not None:
+        config = config.get_text_config(decoder=True)
+    if type(config).__module__.startswith("transformers_modules"):
+        architecture_of(config)  # so that the folder's plain config.json is known from now on
     if reader is not None:
         _agree(config, reader)
     return config

@@ -11,6 +11,7 @@ through transformers' attention interface, which is what lets other engines host
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any, TypeVar
 
 from torch import nn
@@ -145,6 +146,8 @@ def share_conversions(name: str, host_name: str, host_model_type: str) -> None:
 
 def _host_model_class(name: str, model_type: str) -> type[Any]:
     source = CONFIG_MAPPING[model_type].__module__.replace("configuration_", "modeling_")
+    if importlib.util.find_spec(source) is None:  # the type uses another type's classes
+        source = "transformers"
     found: type[Any] = getattr(importlib.import_module(source), name)
     return found
 

@@ -98,6 +98,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": _alternating("conv", "full_attention"), "full_attn_idxs": None},
     "lfm2_moe": {"layer_types": _alternating("conv", "full_attention")},
     "qwen2_moe": {"mlp_only_layers": [1, 4]},
+    "qwen3_next": {"layer_types": _alternating("linear_attention", "full_attention")},
     "olmo3": {"layer_types": _alternating("sliding_attention", "full_attention")},
     "granitemoehybrid": {"layer_types": _alternating("linear_attention", "full_attention")},
     "bamba": {"attn_layer_indices": [1, 4]},
@@ -110,7 +111,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
                      "layer_types": _alternating("sliding_attention", "full_attention"),
                      "activation_sparsity_pattern": None},
     "nemotron_h": {"layers_block_type": _alternating(
-        "linear_attention", "moe", "full_attention", "mlp")},
+        "linear_attention", "full_attention", "moe", "mlp")},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     # Widths of some layers, which have entries of their own.
     "dots3_note_text": {

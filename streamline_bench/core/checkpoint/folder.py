@@ -52,6 +52,7 @@ _WANTED = [
     "*.py",
     "*.tiktoken",
 ]
+_CODE = ["config.json", "*.py"]
 _UNWANTED = ["*/*", "consolidated*"]  # second copies of the weights in other layouts
 
 _TOKENIZER_FILES = (
@@ -98,6 +99,8 @@ def resolve_pretrained(
     name: str | Path,
     revision: str | None = None,
     check: Callable[[Path], object] | None = None,
+    *,
+    weights: bool = True,
 ) -> Path:
     """Return the local folder of a model: as it is, ``bundled``, or a hub id downloaded if need be.
 
@@ -107,6 +110,7 @@ def resolve_pretrained(
     Args:
         check: is called with a folder that has the model's ``config.json``, before any weights are
             downloaded, and raises what speaks against this model.
+        weights: whether they are needed; without them the config and its code are enough.
 
     Raises:
         CheckpointError: no such folder or hub model, or it has no config or no safetensors weights.
@@ -125,13 +129,14 @@ def resolve_pretrained(
         local = _local_folder(name)
         if local is None and check is not None:
             check(_download(str(name), revision, ["config.json"]))
-        folder = local or _download(str(name), revision, _WANTED)
+        folder = local or _download(str(name), revision, _WANTED if weights else _CODE)
     if not (folder / "config.json").is_file():
         find_shards(folder)  # a folder of another kind says more about itself than that
     read_config(folder)
     if check is not None:
         check(folder)
-    find_shards(folder)
+    if weights:
+        find_shards(folder)
     return folder
 
 

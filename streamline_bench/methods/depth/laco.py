@@ -172,7 +172,7 @@ def _with_merged(
             else:
                 del names[new]
                 tensors[new] = _mixed(work.reader, sources)
-    return dataclasses.replace(result, names=names, tensors=tensors)
+    return dataclasses.replace(result, names=names, tensors={**result.tensors, **tensors})
 
 
 def _mixed(reader: CheckpointReader, sources: Mapping[str, float]) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel
 from tqdm import tqdm
 
+from streamline_bench.core.architecture import depth_of
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.methods.base import Compression
 from streamline_bench.methods.tools.layer_removal import (
@@ -46,7 +47,7 @@ class Magnitude(RankedLayers):
     def scores(
         self, work: Compression, options: Any, candidates: range, tokens: object
     ) -> tuple[Mapping[str, Any], Mapping[int, float]]:
-        depth = work.config.num_hidden_layers
+        depth = depth_of(work.config)
         sums = layer_magnitudes(work.reader, depth, options.norm, progress=work.progress)
         return {"score": f"{options.norm} magnitude"}, dict(enumerate(sums))
 

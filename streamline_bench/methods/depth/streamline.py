@@ -128,7 +128,7 @@ def _with_trained(
         result,
         config=config,
         names=names,
-        tensors=tensors,
+        tensors={**result.tensors, **tensors},
         training=dict(trained.summary),
         artefacts={**result.artefacts, "training_curve.jsonl": curve},
     )

@@ -120,7 +120,7 @@ class BoundaryMap(Method):
         bias = torch.zeros(hidden) if found.bias is None else found.bias
         state = {"proj.weight": found.weight.T, "proj.bias": bias}
         config, tensors = attached(work, block, linear, state)
-        return dataclasses.replace(result, config=config, tensors=tensors)
+        return dataclasses.replace(result, config=config, tensors={**result.tensors, **tensors})
 
 
 _ROUNDING = 4  # units of the dtype's epsilon that two sums of the same terms may differ by

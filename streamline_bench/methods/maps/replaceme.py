@@ -143,7 +143,7 @@ def _folded(
             mapped = a.T @ wide if axis == -2 else wide @ a
             tensors[new_name[old]] = mapped.to(source.dtype).contiguous()
     names = {new: old for new, old in result.names.items() if new not in tensors}
-    return dataclasses.replace(result, names=names, tensors=tensors)
+    return dataclasses.replace(result, names=names, tensors={**result.tensors, **tensors})
 
 
 _FLOATS = ("F64", "F32", "F16", "BF16")

@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.architecture import architecture_of, depth_of
 from streamline_bench.core.checkpoint.writer import LazyTensors, layer_dtype
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.forward import BatchStore
@@ -101,7 +101,7 @@ class SliceGPT(Method):
             config=config_json(config),
             names={},
             tensors=LazyTensors(state, lambda name: state[name].to("cpu", dtype).contiguous()),
-            layers_after=int(work.config.num_hidden_layers),
+            layers_after=depth_of(work.config),
             chosen={"size": asdict(plan), "signal": options.signal, "energy_kept": kept},
             calibration=tokens.summary(),
         )

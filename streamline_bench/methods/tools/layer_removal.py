@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import BaseModel, Field
 
-from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.architecture import architecture_of, depth_of
+from streamline_bench.core.architecture_guard import facts_of, tensors_by_layer
 from streamline_bench.core.checkpoint.quantization import MODELOPT_NAME, renumbered
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layer_dtype, layer_names, layers_prefix
@@ -253,17 +254,50 @@ def drop_layers(
         tokens: what it looked at.
     """
     gone = sorted(set(removed))
-    depth = work.config.num_hidden_layers
-    keep = [index for index in range(depth) if index not in gone]
+    keep = [index for index in range(depth_of(work.config)) if index not in gone]
     size = asdict(of_layers(plan, work.reader, gone))
+    family = architecture_of(work.config)
+    pruned = pruned_config(work.config, keep)
+    names = {**layer_names(work.reader, family, keep), **_shared_names(work, keep)}
+    tensors = _of_kept_layers(work, pruned, keep)
     return Compressed(
-        config=config_json(pruned_config(work.config, keep)),
-        names=layer_names(work.reader, architecture_of(work.config), keep),
+        config=config_json(pruned),
+        names={new: old for new, old in names.items() if new not in tensors},
+        tensors=tensors,
         layers_after=len(keep),
         chosen={"removed_layers": gone, **chosen, "size": size},
         calibration=tokens.summary() if tokens is not None else {},
         artefacts=_files(work, keep),
     )
+
+
+def _of_kept_layers(work: Compression, pruned: Any, keep: Sequence[int]) -> dict[str, Tensor]:
+    """Return the tensors outside the layers that have a part for each, with those that stay."""
+    import torch
+
+    family = architecture_of(work.config)
+    found: dict[str, Tensor] = {}
+    for name, dimension in tensors_by_layer(work.config, pruned, family).items():
+        bare = name.removeprefix(f"{family.base}.")
+        stored = name if name in work.reader.names else bare
+        if stored in work.reader.names:
+            parts = work.reader.tensor(stored).chunk(depth_of(work.config), dimension)
+            found[stored] = torch.cat([parts[index] for index in keep], dimension)
+    return found
+
+
+def _shared_names(work: Compression, keep: Sequence[int]) -> dict[str, str]:
+    """Return new name -> old one of weights that a removed layer holds for others, too."""
+    family = architecture_of(work.config)
+    prefix, names = layers_prefix(work.reader, family), set(work.reader.names)
+    found: dict[str, str] = {}
+    shared = facts_of(work.config, family).shared
+    for place, index in enumerate(keep):
+        for name, holder in shared[index].items():
+            old = f"{prefix}.{holder}.{name}"
+            if holder not in keep and old in names and old not in found.values():
+                found[f"{prefix}.{place}.{name}"] = old
+    return found
 
 
 class RankedLayers(Method):
@@ -311,7 +345,7 @@ def attached(
     from streamline_bench.modeling import Attachment, streamline_config
 
     family = architecture_of(work.config)
-    keep = block_keep(work.config.num_hidden_layers, block.start, block.n)
+    keep = block_keep(depth_of(work.config), block.start, block.n)
     config = pruned_config(work.config, keep)
     attachment = Attachment.of(spec, work.config, block.start - 1)
     layers = layers_prefix(work.reader, family)

@@ -1,0 +1,64 @@
+"""Which layers of a model can be removed, and which methods apply to it, from its config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from streamline_bench.core.architecture import architecture_of, depth_of
+from streamline_bench.core.surgery import pruned_config
+from streamline_bench.errors import ArchitectureError
+from streamline_bench.methods.base import METHODS
+
+
+def removable_layers(config: Any) -> dict[int, str]:
+    """Try to remove each layer alone; return the reason for each that cannot be.
+
+    Raises:
+        ArchitectureError: the family is not supported.
+    """
+    refused: dict[int, str] = {}
+    depth = depth_of(config)
+    if depth < 2:
+        return {0: "It is the only layer."}
+    for layer in range(depth):
+        try:
+            pruned_config(config, [index for index in range(depth) if index != layer])
+        except ArchitectureError as error:
+            refused[layer] = str(error)
+    return refused
+
+
+def methods_for(config: Any, refused: Mapping[int, str]) -> dict[str, str]:
+    """Return for each method why it does not apply; nothing where it does.
+
+    Args:
+        refused: from :func:`removable_layers`.
+    """
+    from streamline_bench.methods.maps.replaceme import refuse_normed_mlp
+    from streamline_bench.modeling.rotations import require_rotatable
+    from streamline_bench.modeling.widths import require_narrowable
+
+    row = architecture_of(config)
+    without_removal: Mapping[str, Callable[[], Any]] = {
+        "dense": lambda: None,
+        "llm_pruner": lambda: require_narrowable(row),
+        "slicegpt": lambda: require_rotatable(config),
+    }
+    found = {}
+    for name in METHODS:
+        reason = _reason(without_removal[name]) if name in without_removal else ""
+        if name not in without_removal and len(refused) == depth_of(config):
+            reason = next(iter(refused.values()))
+        if name == "replaceme":
+            reason = reason or _reason(lambda: refuse_normed_mlp(row))
+        found[name] = reason
+    return found
+
+
+def _reason(check: Callable[[], Any]) -> str:
+    try:
+        check()
+    except ArchitectureError as error:
+        return str(error)
+    return ""
