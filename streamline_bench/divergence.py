@@ -68,6 +68,7 @@ def token_divergence(
     dtype: str = "float32",
     confidence: float = 0.95,
     trust_remote_code: bool = False,
+    trust_pruned: bool | None = None,
     progress: bool = True,
 ) -> TokenDivergence:
     """Compare the token distributions of two checkpoints on a text.
@@ -84,6 +85,7 @@ def token_divergence(
         texts: documents; those of fewer than two tokens are skipped.
         window: tokens per window; at most as many as both models read with unchanged rotary
             frequencies (:func:`.sequence_limit`).
+        trust_pruned: let the second model run code that comes with it; None: as the dense one.
         dtype: of the models' weights; the distributions are compared in float32 in any case.
 
     Raises:
@@ -94,9 +96,10 @@ def token_divergence(
     """
     folders = resolve_pretrained(dense), resolve_pretrained(pruned)
     tokenizer = load_tokenizer(folders[0], trust_remote_code=trust_remote_code)
+    trusted = trust_remote_code, trust_remote_code if trust_pruned is None else trust_pruned
     models = [
-        load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        for folder in folders
+        load_model(folder, device=device, dtype=dtype, trust_remote_code=trust)
+        for folder, trust in zip(folders, trusted, strict=True)
     ]
     limits = [sequence_limit(model.config.get_text_config()) for model in models]
     window = min([window, *(limit for limit in limits if limit)])

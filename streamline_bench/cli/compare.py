@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from streamline_bench.cli.options import (
-    CALIBRATION_HELP,
     named_device_option,
     names_in,
     parse_assignments,
@@ -34,13 +33,18 @@ if TYPE_CHECKING:
 @click.argument("model", required=False)
 @click.option("--plan", help="YAML file with any of these options, or the name of a plan.")
 @click.option("--recipes", help="Names, YAML files, groups (all, recovered, …); -NAME leaves out.")
-@click.option("--row", "rows", multiple=True, metavar="LABEL=RECIPE:KEY=VALUE,…",
-              help="Add a row: a recipe with changes, under this label.")  # fmt: skip
+@click.option("--model", "models", help="Comma-separated models, in place of MODEL.")
+@click.option("--row", "rows", multiple=True, metavar="LABEL=RECIPE|CHECKPOINT:KEY=VALUE,…",
+              help="Add a row under this label: a recipe with changes, or a checkpoint made "
+              "elsewhere (a folder or hub id) with its revision, dtype, tokenizer, "
+              "trust_remote_code, model_args.KEY or reference.")  # fmt: skip
 @click.option("--tasks", help="Comma-separated lm-eval tasks or groups.")
 @click.option("--include-path", help="Folder with your own task files.")
-@click.option("--sparsity", type=float, help="Share of the parameters to remove, in every row.")
-@click.option("--n-layers", type=int, help="Net number of layers to remove, instead of --sparsity.")
-@click.option("--calibration", help=CALIBRATION_HELP)
+@click.option("--sparsity", help="Share of the parameters to remove; several: 0.25,0.5.")
+@click.option("--n-layers", help="Net number of layers to remove, instead of --sparsity.")
+@click.option("--seeds", help="Seeds of the rows that read one: 0,1,2.")
+@click.option("--calibration", help="Text, jsonl, parquet, saved dataset, hub id or preset; a row "
+              "for each of several: a.jsonl,b.jsonl.")  # fmt: skip
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE",
               help="Set a recipe key in the rows that read it.")  # fmt: skip
 @click.option("--limit", type=float, help="Documents per task, or a share of them below 1.")
@@ -92,6 +96,7 @@ def command(
     ctx: click.Context,
     /,
     model: str | None,
+    models: str | None,
     plan: str | None,
     output: Path | None,
     until: str,
@@ -102,10 +107,10 @@ def command(
 ) -> None:
     """Compare recipes on MODEL: a folder, a hub id, or 'bundled' for the bundled model.
 
-    The same command continues an interrupted run. If a recipe fails, its row says so, and the
-    others continue. Exit codes: 0: every result is there; 1: a row, the noise floor, the text or
-    the speed has no result; 2: wrong input, or no report; 130 and 143: stopped by Ctrl-C or
-    SIGTERM.
+    The same command continues an interrupted run; with more rows, tasks, sizes or seeds, it does
+    what is new. If a recipe fails, its row says so, and the others continue. Exit codes: 0: every
+    result is there; 1: a row, the noise floor, the text or the speed has no result; 2: wrong input,
+    or no report; 130 and 143: stopped by Ctrl-C or SIGTERM.
     """
     setup_logging(quiet=quiet or as_json)
     if plan_size is not None:
@@ -119,7 +124,9 @@ def command(
         refuse_given(ctx, "a Ray cluster shares out its own machines", "workers", "gpus")
     else:
         refuse_given(ctx, "it needs --executor ray", "ray_address", "cpus_per_job")
-    request = read_options(model, plan, options)
+    if model is not None and models is not None:
+        raise click.UsageError("Give the models either as MODEL or with --model.")
+    request = read_options(models or model, plan, options)
     if until == "compress":
         _note_unmeasured(request)
     if request.throughput == "none":
@@ -250,7 +257,8 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
     plain = Request.model_fields.keys() - {"model", "recipes", "tasks", "overrides", "workload"}
     payload |= {key: options[key] for key in plain if options.get(key) is not None}
     if model is not None:
-        payload["model"] = model
+        several = names_in(model)
+        payload["model"] = model if Path(model).is_dir() or len(several) == 1 else several
     for key in ("recipes", "tasks"):
         if options.get(key):
             payload[key] = names_in(options[key])
@@ -276,9 +284,27 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
 
 def _recipe_keys(options: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe keys for every row that the options hold."""
-    own = ("sparsity", "n_layers", "calibration")
-    given = {key: options[key] for key in own if options.get(key) is not None}
-    return {**parse_assignments(options["assignments"]), **given}
+    return {**parse_assignments(options["assignments"]), **_axes(options)}
+
+
+def _axes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe keys that may have several values: a list of them, or the only one."""
+    found: dict[str, Any] = {}
+    kinds = {"sparsity": float, "n_layers": int, "seeds": int, "calibration": str}
+    for name, kind in kinds.items():
+        if options.get(name) is None:
+            continue
+        try:
+            values: list[Any] = [kind(each) for each in names_in(str(options[name]))]
+        except ValueError:
+            example = {"sparsity": "0.25,0.5", "n_layers": "4,8", "seeds": "0,1,2"}[name]
+            raise RecipeError(
+                f"--{name.replace('_', '-')} is '{options[name]}'; give numbers such as {example}."
+            ) from None
+        # Only rows that read a seed are given one.
+        key = "seed" if name == "seeds" else name
+        found[key] = values if len(values) != 1 or name == "seeds" else values[0]
+    return found
 
 
 def _checked(payload: dict[str, Any], plan: str) -> dict[str, Any]:
@@ -294,20 +320,53 @@ def _checked(payload: dict[str, Any], plan: str) -> dict[str, Any]:
 
 
 def parse_row(text: str) -> RowRequest:
-    """Read ``LABEL=RECIPE`` or ``LABEL=RECIPE:KEY=VALUE,KEY=VALUE`` (RecipeError: another form)."""
+    """Read ``LABEL=RECIPE:KEY=VALUE,KEY=VALUE`` or ``LABEL=FOLDER_OR_HUB_ID:KEY=VALUE``.
+
+    RecipeError: another form, or neither a recipe nor a checkpoint.
+    """
     from streamline_bench.runs.planning.request import RowRequest
 
     label, equals, rest = text.partition("=")
-    recipe, colon, assignments = rest.partition(":")
-    overrides: dict[str, Any] = {}
+    whole = Path(rest).expanduser().is_dir()
+    name, colon, assignments = (rest, "", "") if whole else rest.partition(":")
+    given: dict[str, Any] = {}
     for each in assignments.split(",") if colon else []:
         key, separator, value = each.partition("=")
         if not separator or not key.strip():
             raise RecipeError(f"'{each}' in row '{text}' is not KEY=VALUE.")
-        overrides[key.strip()] = value
-    if not equals or not label or not recipe:
+        given[key.strip()] = value
+    if not equals or not label or not name:
         raise RecipeError(f"'{text}' is not a row; write LABEL=RECIPE:KEY=VALUE,KEY=VALUE.")
-    return RowRequest(recipe=recipe, label=label, overrides=overrides)
+    if _is_checkpoint(name):
+        return _checkpoint_row(label, name, given)
+    return RowRequest(recipe=name, label=label, overrides=given)
+
+
+def _is_checkpoint(name: str) -> bool:
+    """Whether a row's name is a folder or a hub id, and not a recipe's name or file."""
+    if name.endswith((".yaml", ".yml")):
+        return False
+    return "/" in name or name.startswith((".", "~")) or Path(name).is_dir()
+
+
+_LOADING = ("revision", "dtype", "trust_remote_code", "tokenizer", "reference")
+
+
+def _checkpoint_row(label: str, name: str, given: Mapping[str, Any]) -> RowRequest:
+    from streamline_bench.core.recipe.validation import suggest_or_list
+    from streamline_bench.runs.planning.request import make_row
+
+    arguments = {k.partition(".")[2]: v for k, v in given.items() if k.startswith("model_args.")}
+    own = {key: value for key, value in given.items() if not key.startswith("model_args.")}
+    unknown = [key for key in own if key not in _LOADING]
+    if unknown:
+        known = [*_LOADING, "model_args.KEY"]
+        raise RecipeError(
+            f"Row '{label}' is the checkpoint {name}, which has no "
+            f"'{unknown[0]}'{suggest_or_list(unknown[0], known)}"
+        )
+    payload = {"checkpoint": name, "label": label, "model_args": arguments, **own}
+    return make_row(payload, f"Row '{label}'")
 
 
 def read_execution(options: Mapping[str, Any]) -> Execution:

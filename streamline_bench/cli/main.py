@@ -21,6 +21,7 @@ from streamline_bench.version import __version__
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "architecture": ("architecture", "Show a model's architecture and which methods apply to it."),
+    "cache": ("cache", "List or empty the cache of compressed models."),
     "compare": ("compare", "Compare recipes on a model: compress, score, leaderboard."),
     "compress": ("compress", "Remove layers from a model and write the result as a checkpoint."),
     "demo": ("compare.demo", "Run the whole pipeline on the bundled model, ending in a report."),

@@ -11,7 +11,9 @@ from streamline_bench.cli.options import refuse_given
 
 
 @click.command("report")
-@click.argument("run", type=click.Path(path_type=Path), required=False)
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, metavar="[RUN]...")
+@click.option("-o", "--output", type=click.Path(path_type=Path),
+              help="Where the report of several runs goes.")  # fmt: skip
 @click.option("--model-cards", "cards", is_flag=True,
               help="Also write a card of each compressed model into RUN/model-cards.")  # fmt: skip
 @click.option("--exports", is_flag=True,
@@ -23,36 +25,42 @@ from streamline_bench.cli.options import refuse_given
 def command(
     ctx: click.Context,
     /,
-    run: Path | None,
+    runs: tuple[Path, ...],
+    output: Path | None,
     cards: bool,
     exports: bool,
     schema: bool,
     quiet: bool,
 ) -> None:
-    """Make the report of the run folder RUN again.
+    """Make the report of the run folder RUN again, or one of several runs.
 
     RUN holds run.json. Without run.json, the leaderboard.json (the file or its folder) is rendered
-    as it is. A model card holds metadata for the Hugging Face Hub (model-index, .eval_results) and
-    text.
+    as it is. Several runs must have answered the same questions. A model card holds metadata for
+    the Hugging Face Hub (model-index, .eval_results) and text.
     """
     if schema:
-        if run is not None:
-            raise click.UsageError(f"--schema reads no run; leave it or '{run}' out.")
-        refuse_given(ctx, "--schema reads no run", "cards", "exports", "quiet")
+        if runs:
+            raise click.UsageError(f"--schema reads no run; leave it or '{runs[0]}' out.")
+        refuse_given(ctx, "--schema reads no run", "output", "cards", "exports", "quiet")
         from streamline_bench.report.leaderboard import json_schema
 
         click.echo(json.dumps(json_schema(), indent=1))
         return
-    if run is None:
+    if not runs:
         raise click.UsageError("Give the run folder, or --schema.")
+    if (len(runs) > 1) != (output is not None):
+        raise click.UsageError("Several runs need --output; one run is reported in its folder.")
     from streamline_bench.report.build import build_report, write_report
     from streamline_bench.report.leaderboard import read_leaderboard
     from streamline_bench.report.run_file import RUN_FILE
     from streamline_bench.report.views.terminal import terminal_table
 
+    run = runs[0]
     folder = run.parent if run.is_file() else run
     file = run if run.is_file() else run / "leaderboard.json"
-    if file.is_file() and not (folder / RUN_FILE).is_file():
+    if output is not None:
+        page, folder = _merged(runs, output, progress=not quiet), output
+    elif file.is_file() and not (folder / RUN_FILE).is_file():
         page = write_report(read_leaderboard(file), folder)
     else:
         page = build_report(folder, progress=not quiet)
@@ -67,3 +75,14 @@ def command(
 
         click.echo(f"Exports: {write_exports(board, folder / 'exports')}")
     click.echo(f"{terminal_table(board)}\n\nOpen {page}")
+
+
+def _merged(runs: tuple[Path, ...], output: Path, *, progress: bool) -> Path:
+    from streamline_bench.errors import OutputError
+    from streamline_bench.report.build import write_report
+    from streamline_bench.report.merge import merged_leaderboard
+    from streamline_bench.report.run_file import RUN_FILE
+
+    if (output / RUN_FILE).exists():
+        raise OutputError(f"{output} is the folder of a run; give another --output.")
+    return write_report(merged_leaderboard(runs, progress=progress), output)

@@ -14,6 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamline_bench.compression.cache import (
+    alone,
+    cache_root,
+    cached_folder,
+    find_cached,
+    is_whole,
+    make_folder,
+    share,
+    take,
+)
 from streamline_bench.core.architecture import depth_of
 from streamline_bench.core.checkpoint.folder import (
     Manifest,
@@ -26,8 +36,8 @@ from streamline_bench.core.checkpoint.folder import (
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.data.corpora import local_paths
 from streamline_bench.core.data.corpus_files import file_kind
-from streamline_bench.core.files import LockHeld, LockUnwritable, file_lock, staged_output
-from streamline_bench.core.machine.environment import package_versions, user_cache
+from streamline_bench.core.files import staged_output
+from streamline_bench.core.machine.environment import package_versions
 from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe
 from streamline_bench.core.training.trainer import TRAINING_VERSION
 from streamline_bench.errors import CacheError, RecipeError
@@ -42,8 +52,6 @@ from streamline_bench.methods.base import (
 from streamline_bench.modeling.loading import SourceModel, dtype_name
 
 log = logging.getLogger(__name__)
-
-LOCK_TIMEOUT = 24 * 3600
 
 SHARED_VERSION = 4
 """Part of every key; raised when what all methods share gives other tensors for the same recipe:
@@ -64,11 +72,6 @@ class CachedCheckpoint:
     path: Path
     reused: bool
     key: str
-
-
-def cache_root(cache: Path | None = None) -> Path:
-    """Return the cache folder: the argument, ``$STREAMLINE_BENCH_CACHE`` or the user's cache."""
-    return Path(cache).expanduser() if cache else user_cache()
 
 
 def compress(
@@ -140,15 +143,62 @@ def compress_cached(
     )  # fmt: skip
     _refuse_other_text(source, recipe)
     key = content_key(source, recipe, device=device, dtype=dtype)
-    target = cache_root(cache) / "compressed" / key
-    if read_manifest(target) is not None:
+    target = cached_folder(key, cache)
+    if is_whole(target):
         return CachedCheckpoint(target, True, key)
     _refuse_several_processes()
-    with _alone(target.with_name(f"{key}.lock")):
-        reused = read_manifest(target) is not None
+    with alone(target.with_name(f"{key}.lock")):
+        reused = find_cached(key, cache) is not None
         if not reused:
             _compress_into(target, source, recipe, cache, device, dtype, overwrite=False)
     return CachedCheckpoint(target, reused, key)
+
+
+def compress_shared(
+    pretrained: str | Path,
+    recipe: Recipe,
+    output: Path,
+    *,
+    revision: str | None = None,
+    work: Path,
+    device: str = "cpu",
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> bool:
+    """Take a checkpoint from the cache into ``output``, or make it there and share it.
+
+    Args:
+        output: replaced if it is there.
+        work: where interrupted work is kept, so that the next call resumes it.
+
+    Returns:
+        Whether it was in the cache.
+
+    Raises:
+        StreamlineBenchError: what :func:`compress` raises.
+    """
+    check_parameters(recipe)
+    _refuse_several_processes()
+    source = SourceModel.find(
+        pretrained, revision, trust_remote_code=trust_remote_code, progress=progress
+    )
+    key = content_key(source, recipe, device=device, dtype=dtype)
+    with ExitStack() as stack:
+        shared = True
+        try:
+            lock = cached_folder(key).with_name(f"{key}.lock")
+            stack.enter_context(alone(lock))
+        except CacheError as error:
+            log.warning("The result is not shared with other runs: %s", error)
+            shared = False
+        if shared and (found := find_cached(key)) is not None:
+            take(found, output, recipe.model_dump(mode="json"))
+            return True
+        _compress_into(Path(output), source, recipe, work, device, dtype, overwrite=True)
+        if shared:
+            share(Path(output), key)
+    return False
 
 
 def _compress_into(
@@ -167,7 +217,7 @@ def _compress_into(
             root = cache_root(cache)
             # Two calls that make the same share the folder in which it is resumed; held until the
             # output is published and that folder is gone.
-            lock.enter_context(_alone(root / "locks" / f"{key}.lock"))
+            lock.enter_context(alone(root / "locks" / f"{key}.lock"))
             with _scratch(root / "work" / key) as work:
                 job = Compression(source, recipe, work, device, dtype, source.progress)
                 _compress(job, staging)
@@ -193,46 +243,14 @@ def _compress(job: Compression, staging: Path) -> None:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold a file lock; another process that wants it waits.
-
-    Raises:
-        CacheError: it cannot be made, or another process holds it for a day.
-    """
-    _make(path.parent)
-    try:
-        with file_lock(path, patience=LOCK_TIMEOUT, waiting_for="makes the same checkpoint"):
-            yield
-    except LockHeld:
-        raise CacheError(f"{path} is held by another process; stop it or wait.") from None
-    except LockUnwritable as error:
-        raise _unwritable(path.parent, error.reason) from None
-
-
-@contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
     """Make a folder that survives an interruption, unless nothing was left in it."""
-    _make(folder)
+    make_folder(folder)
     try:
         yield folder
     finally:
         with suppress(OSError):
             folder.rmdir()  # an empty one only: what a refusal leaves
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error) from None
-
-
-def _unwritable(folder: Path, error: OSError | str) -> CacheError:
-    reason = getattr(error, "strerror", None) or error
-    return CacheError(
-        f"The cache {folder} cannot be written ({reason}); set "
-        "STREAMLINE_BENCH_CACHE to a writable folder."
-    )
 
 
 def _refuse_several_processes() -> None:

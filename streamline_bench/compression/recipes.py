@@ -281,7 +281,7 @@ def _is_read(recipe: Recipe, dotted: str) -> bool:
     if dotted in SIZE_KEYS:
         return recipe.method != "dense"
     if part == "seed":
-        return method.seeded or replaced or recovery is not None
+        return method.reads_seed(recipe.parameters) or replaced or recovery is not None
     if part == "calibration":
         return method.reads_calibration(recipe.parameters) or (
             field == "source" and _borrows_calibration(recipe, replaced)

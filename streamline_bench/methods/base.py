@@ -163,7 +163,7 @@ class Method(ABC):
         calibrated: whether the method reads calibration text.
         keeps_stream: the residual stream keeps its basis and width. Else features of images, which
             a multimodal model puts between the embeddings, would not fit.
-        seeded: whether the recipe's seed decides anything in the method itself.
+        seeded: whether it reads ``recipe.seed``; False says that every seed gives the same.
     """
 
     name: ClassVar[str]
@@ -174,6 +174,10 @@ class Method(ABC):
     calibrated: ClassVar[bool] = True
     keeps_stream: ClassVar[bool] = True
     seeded: ClassVar[bool] = True
+
+    def reads_seed(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether the method itself reads the seed with these parameters."""
+        return self.seeded
 
     def reads_calibration(self, parameters: Mapping[str, Any]) -> bool:
         """Whether the method reads calibration text with these parameters."""

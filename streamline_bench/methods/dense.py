@@ -12,8 +12,8 @@ class Dense(Method):
     """Copy the checkpoint as it is, so that the dense row is made as the others are."""
 
     name = "dense"
-    seeded = False
     calibrated = False
+    seeded = False
 
     def compress(self, work: Compression) -> Compressed:
         config = json.loads((work.folder / "config.json").read_text(encoding="utf-8"))

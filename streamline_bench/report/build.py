@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from streamline_bench.report.leaderboard import (
     Procedure,
     Provenance,
     Row,
+    SameWeights,
     TaskScore,
     to_json,
 )
@@ -38,10 +39,11 @@ from streamline_bench.stability.align import AlignedPairs, align
 from streamline_bench.stability.compare_answers import compare_pairs
 from streamline_bench.stability.comparison import Comparison, Estimate, TokenDivergence
 from streamline_bench.stability.noise import above_noise, noise_floor
+from streamline_bench.stability.over_tasks import leaf_tasks
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
-from streamline_bench.throughput.record import Speed, read_figures
+from streamline_bench.throughput.record import Speed, ThroughputFigures, read_figures
 from streamline_bench.version import __version__
 
 _PROMPT_CHARACTERS = 900  # of a flip
@@ -101,12 +103,14 @@ def build_leaderboard(
     *,
     samples: Mapping[str, Samples] | None = None,
     settings: Settings | None = None,
+    homes: Mapping[str, Path] | None = None,
     progress: bool = True,
 ) -> Leaderboard:
-    """Compare every row of a run with the dense one. Each is read and aligned once.
+    """Compare every row of a run with its dense one. Each is read and aligned once.
 
     Args:
         folder: what the paths in ``run`` are relative to.
+        homes: label -> the folder that a row's paths are relative to, if it is another one.
         samples: label -> answers of rows that were read already.
         settings: how rows are compared; by default as ``streamline-bench stability`` does.
 
@@ -115,43 +119,48 @@ def build_leaderboard(
             failed.
         ComparisonError: rows were evaluated differently.
     """
+    reading = _Reading(run, {row.label: folder for row in run.rows} | dict(homes or {}),
+                       samples or {}, progress)  # fmt: skip
     settings = settings or Settings()
-    given = samples or {}
-
-    def answers(row: RunRow | NoiseRun) -> Samples:
-        return load_samples(_inside(folder, row.eval or ""), run=row.label, progress=progress)
-
-    dense = given.get(run.dense) or answers(_dense_row(run))
-    # Of the dense run against itself only accuracies are shown: no need to draw.
+    dense = reading.row(_dense_row(run, run.dense))
+    # Of a dense run against itself only accuracies are shown: no need to draw.
     itself = compare_pairs(align(dense, dense), replace(settings, draws=2))
     settings = replace(settings, quantity=itself.quantity)
     # Without verdicts nothing flips, so that there is no floor of flips either.
-    again = [answers(noise) for noise in run.noise] if itself.tasks else []
+    again = [reading.noise(noise, folder) for noise in run.noise] if itself.tasks else []
     floor = noise_floor(dense, again, settings=settings) if again else None
-    figures = read_figures(_inside(folder, run.throughput)) if run.throughput else {}
-    speed = {name: Speed(**each.model_dump(exclude={"label"})) for name, each in figures.items()}
     rows = []
     answered: dict[str, Answers] = {}
-    read = [dense, *again]
+    shown = [row for row in run.rows if row.same_as is None]
     for row in tqdm(
-        run.rows, desc="Compared rows", unit="row", delay=2, leave=False, disable=not progress
+        shown, desc="Compared rows", unit="row", delay=2, leave=False, disable=not progress
     ):
+        home = reading.home(row)
         if row.failed is not None or row.eval is None:
-            made = _failed_row(row, folder)
+            made = _failed_row(row, home)
         elif row.label == run.dense:
-            made = _row(dense, itself, row, folder, is_dense=True)
+            made = _row(dense, itself, row, home, is_dense=True)
+        elif row.dense:
+            own = reading.row(row)
+            align(dense, own)  # rows of several models are on one board if all were asked the same
+            result = compare_pairs(align(own, own), replace(settings, draws=2))
+            made = _row(own, result, row, home, is_dense=True)
         else:
-            read.append(given.get(row.label) or answers(row))
-            pairs = align(dense, read[-1])
+            against = _reference(run, row)
+            pairs = align(reading.row(_dense_row(run, against)), reading.row(row))
             result = compare_pairs(pairs, settings)
             counted = [task.task for task in result.tasks if task.p_holm is not None]
-            spanned = bool(getattr(row, "axes", {}).keys() & set(FOLDED_AXES))
-            answered[row.label] = answers_of(pairs, counted, settings, stable=spanned)
-            result = above_noise(result, floor) if floor is not None else result
-            made = _row(read[-1], result, row, folder, is_dense=False)
-            made = made.model_copy(update={"worst_flips": worst_flips(pairs, settings.verdict)})
-        rows.append(made.model_copy(update={"throughput": speed.get(row.label)}))
-    rows = _with_original_size(rows)
+            spanned = bool(row.axes.keys() & set(FOLDED_AXES))
+            usual = against == run.dense
+            if usual:
+                answered[row.label] = answers_of(pairs, counted, settings, stable=spanned)
+            result = above_noise(result, floor) if floor is not None and usual else result
+            made = _row(reading.row(row), result, row, home, is_dense=False)
+            flips = worst_flips(pairs, settings.verdict)
+            made = made.model_copy(update={"worst_flips": flips})
+            reading.forget(row)
+        rows.append(made.model_copy(update={"throughput": reading.speed(row)}))
+    rows = _with_twins(_with_original_size(rows, run.dense), run.rows)
     stood = standing(rows, answered, settings)
     return Leaderboard(
         title=run.title,
@@ -168,12 +177,79 @@ def build_leaderboard(
         versions={"streamline-bench": __version__, **run.versions},
         failed_jobs=run.failed_jobs,
         ignored_options=run.ignored_options,
-        not_read={
-            f"{one.info.run}: {name}": why
-            for one in read
-            for name, why in one.info.left_out.items()
-        },
+        not_read=reading.not_read,
     )
+
+
+class _Reading:
+    """Reads the evaluations and measurements of a run, each once."""
+
+    def __init__(
+        self,
+        run: RunFile,
+        homes: Mapping[str, Path],
+        given: Mapping[str, Samples],
+        progress: bool,
+    ) -> None:
+        self.not_read: dict[str, str] = {}
+        self._run = run
+        self._homes = homes
+        self._samples = dict(given)
+        self._progress = progress
+        self._figures: dict[Path, Mapping[str, ThroughputFigures]] = {}
+        for samples in given.values():
+            self._note(samples)
+
+    def home(self, row: RunRow) -> Path:
+        """What the paths of a row are relative to."""
+        return self._homes[row.label]
+
+    def row(self, row: RunRow) -> Samples:
+        """The answers of a row to what the run asks."""
+        if row.label not in self._samples:
+            self._samples[row.label] = self._read(row, self.home(row))
+        return self._samples[row.label]
+
+    def forget(self, row: RunRow) -> None:
+        """Free a row's answers."""
+        self._samples.pop(row.label, None)
+
+    def noise(self, noise: NoiseRun, home: Path) -> Samples:
+        """The answers of the dense model when it was asked again."""
+        return self._read(noise, home)
+
+    def speed(self, row: RunRow) -> Speed | None:
+        """The speed of a row, where it was measured."""
+        file = row.throughput or self._run.throughput
+        if file is None:
+            return None
+        path = _inside(self.home(row), file)
+        if path not in self._figures:
+            self._figures[path] = read_figures(path)
+        found = self._figures[path].get(row.measured_as or row.label)
+        return Speed(**found.model_dump(exclude={"label"})) if found else None
+
+    def _read(self, row: RunRow | NoiseRun, home: Path) -> Samples:
+        parts = [
+            load_samples(_inside(home, name), run=row.label, progress=self._progress)
+            for name in (row.eval or "", *row.more)
+        ]
+        samples = parts[0].joined(parts[1:])
+        groups = samples.info.groups
+        gone = {task for name in self._run.tasks_left_out for task in leaf_tasks(name, groups)}
+        asked = {task for name in self._run.tasks for task in leaf_tasks(name, groups)}
+        samples = samples.without(gone - asked)
+        self._note(samples)
+        return samples
+
+    def _note(self, samples: Samples) -> None:
+        for name, why in samples.info.left_out.items():
+            self.not_read[f"{samples.info.run}: {name}"] = why
+
+
+def _reference(run: RunFile, row: RunRow) -> str:
+    """The label of the dense row that a row is compared with."""
+    return row.reference or run.dense
 
 
 def _inside(folder: Path, relative: str) -> Path:
@@ -186,11 +262,13 @@ def _inside(folder: Path, relative: str) -> Path:
     return path
 
 
-def _dense_row(run: RunFile) -> RunRow:
-    row = next(row for row in run.rows if row.label == run.dense)
+def _dense_row(run: RunFile, label: str) -> RunRow:
+    row = next((row for row in run.rows if row.label == label), None)
+    if row is None:
+        raise SamplesError(f"There is no dense row '{label}'; make the run again.")
     if row.failed is not None:
         raise SamplesError(
-            f"The dense row '{run.dense}' has no result ({row.failed}), so there is nothing to "
+            f"The dense row '{label}' has no result ({row.failed}), so there is nothing to "
             "compare with; correct that and make the run again."
         )
     return row
@@ -208,7 +286,8 @@ def _row(
     return Row(
         label=samples.info.run,
         is_dense=is_dense,
-        **{"parameters": parameters, **_made(recipe, manifest)},
+        **_said(source),
+        **{"parameters": parameters, **_made(recipe, manifest), **_elsewhere(source)},
         cost=None if is_dense else recipe.get("cost"),
         seconds={**evaluation, **(manifest.seconds if manifest else {}), **source.seconds},
         scored_with=source.scored_with,
@@ -225,13 +304,26 @@ def _row(
         other_metrics=_other_metrics(samples, result),
         **artefacts,
         published=published_numbers(
-            recipe,
+            {**recipe, "published": [*(recipe.get("published") or ()), *source.published]},
             _accuracies(samples, result),
             stability=result.macro.stability if result.macro else None,
             retention=result.macro.retention if result.macro else None,
         ),
         provenance=provenance(samples.info, manifest, recipe or None),
     )
+
+
+def _said(source: RunRow) -> dict[str, Any]:
+    """What the run says of a row, as its fields."""
+    same = ("reference", "made_elsewhere", "group", "axes", "bytes", "not_compared")
+    return {name: getattr(source, name) for name in same}
+
+
+def _elsewhere(source: RunRow) -> dict[str, Any]:
+    """Sizes of a checkpoint that was not made here, counted from its files."""
+    made = source.made_elsewhere or {}
+    fields = {name: made.get(name) for name in ("parameters", "layers")}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _made(recipe: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:
@@ -301,8 +393,9 @@ def _failed_row(source: RunRow, folder: Path) -> Row:
     recipe = source.recipe or (manifest.recipe if manifest else {})
     return Row(
         label=source.label,
-        is_dense=False,
+        is_dense=source.dense,
         failed=source.failed or "no evaluation",
+        **_said(source),
         **{"sparsity_requested": recipe.get("sparsity"), **_made(recipe, manifest)},
         cost=recipe.get("cost"),
         seconds={**(manifest.seconds if manifest else {}), **source.seconds},
@@ -321,13 +414,57 @@ def _failed_row(source: RunRow, folder: Path) -> Row:
     )
 
 
-def _with_original_size(rows: list[Row]) -> list[Row]:
-    """The dense row has no manifest; the rows that were made from it know its size."""
-    known = next((row for row in rows if row.parameters_before is not None), None)
-    if known is None:
-        return rows
-    size = {"parameters": known.parameters_before, "layers": known.layers_before}
-    return [row.model_copy(update=size) if row.is_dense else row for row in rows]
+def _with_original_size(rows: list[Row], usual: str) -> list[Row]:
+    """A dense row has no manifest; the rows that were made from it know its size.
+
+    What was made elsewhere has lost what its dense row has more.
+    """
+    sizes: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row.parameters_before is not None:
+            size = {"parameters": row.parameters_before, "layers": row.layers_before}
+            sizes.setdefault(row.reference or usual, size)
+    sized = [
+        row.model_copy(update=sizes.get(row.label, {})) if row.is_dense else row for row in rows
+    ]
+    dense = {row.label: row for row in sized if row.is_dense}
+    return [
+        row.model_copy(update=_lost(row, dense[row.reference or usual]))
+        if row.made_elsewhere is not None and row.failed is None
+        else row
+        for row in sized
+    ]
+
+
+def _lost(row: Row, dense: Row) -> dict[str, Any]:
+    """How much smaller a checkpoint made elsewhere is than its dense row."""
+    if not row.parameters or not dense.parameters:
+        return {}
+    return {
+        "parameters_before": dense.parameters,
+        "layers_before": dense.layers,
+        "sparsity_reached": 1 - row.parameters / dense.parameters,
+    }
+
+
+def _with_twins(rows: list[Row], sources: Sequence[RunRow]) -> list[Row]:
+    """Name the rows that have the same weights with the one that is shown for them."""
+    twins: dict[str, list[SameWeights]] = {}
+    for source in sources:
+        if source.same_as is not None:
+            title = str((source.recipe or {}).get("title") or "")
+            same = SameWeights(
+                label=source.label,
+                title=title,
+                recipe=source.recipe,
+                group=source.group,
+                axes=source.axes,
+            )
+            twins.setdefault(source.same_as, []).append(same)
+    return [
+        row.model_copy(update={"same_weights": twins[row.label]}) if row.label in twins else row
+        for row in rows
+    ]
 
 
 def _divergence(path: Path) -> TokenDivergence:

@@ -237,13 +237,28 @@ class Folded(Frozen):
     variance: VarianceParts
 
 
+class SameWeights(Frozen):
+    """A row that gave the same weights as the one it is shown with, and was measured with it."""
+
+    label: str
+    title: str = ""
+    recipe: dict[str, Any] | None = None
+    group: str | None = None
+    axes: dict[str, Any] = Field(default_factory=dict)
+
+
 class Row(Frozen):
     """One model of the leaderboard.
 
     Attributes:
+        reference: label of the dense row that it is compared with; None: the board's.
+        same_weights: other rows with the same weights, which are not shown by themselves.
+        made_elsewhere: of a checkpoint that was not made here: name, revision, how it was loaded,
+            hashes and sizes; None for what was made here.
         group: label of the row before axes spanned it; rows of one group differ in ``axes`` only.
         axes: axis (sparsity, n_layers, seed, calibration, model) -> value of this row.
         bytes: of the files of its weights.
+        not_compared: what cannot be compared with the dense model -> why.
         failed: why there is no result; then accuracies are None and ``tasks`` is empty.
         cost: "no training", "calibrated" or "recovered"; None for the dense model.
         parameters: of the evaluated model; ``sparsity_reached`` is the share removed.
@@ -265,9 +280,13 @@ class Row(Frozen):
 
     label: str
     is_dense: bool
+    reference: str | None = None
+    same_weights: list[SameWeights] = Field(default_factory=list)
+    made_elsewhere: dict[str, Any] | None = None
     group: str | None = None
     axes: dict[str, Any] = Field(default_factory=dict)
     bytes: int | None = None
+    not_compared: dict[str, str] = Field(default_factory=dict)
     failed: str | None = None
     title: str = ""
     method: str | None = None
@@ -350,11 +369,13 @@ class Leaderboard(Frozen):
 
     @model_validator(mode="after")
     def _dense_row(self) -> Leaderboard:
-        found = [row for row in self.rows if row.is_dense]
-        if [row.label for row in found] != [self.dense]:
-            raise ValueError(f"exactly the row '{self.dense}' must be marked as dense")
-        if found[0].failed is not None or (found[0].tasks and found[0].accuracy_macro is None):
-            raise ValueError(f"the dense row '{self.dense}' has no result")
+        dense = {row.label: row for row in self.rows if row.is_dense}
+        wanted = {self.dense, *(row.reference for row in self.rows if row.reference)}
+        if missing := sorted(wanted - dense.keys()):
+            raise ValueError(f"the row '{missing[0]}' must be marked as dense")
+        for label, row in dense.items():
+            if label in wanted and (row.failed or (row.tasks and row.accuracy_macro is None)):
+                raise ValueError(f"the dense row '{label}' has no result")
         return self
 
     @property
@@ -368,8 +389,8 @@ class Leaderboard(Frozen):
 
     @property
     def dense_row(self) -> Row:
-        """The row that the others are compared with."""
-        return next(row for row in self.rows if row.is_dense)
+        """The row that the others are compared with, where they name no other."""
+        return next(row for row in self.rows if row.label == self.dense)
 
     @property
     def level(self) -> str:

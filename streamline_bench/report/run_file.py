@@ -34,6 +34,7 @@ class RunRow(Frozen):
         label: name of the row, unique in the run.
         eval: folder with the evaluation's output, relative to the run folder and inside it; None
             where there is none.
+        more: folders with further evaluations of the same row, of other tasks.
         checkpoint: the checkpoint's folder (relative to the run folder, or absolute), None for a
             model that was not made here.
         recipe: the recipe it was made with; None to take the checkpoint's own.
@@ -44,10 +45,24 @@ class RunRow(Frozen):
         scored_with: labels of the rows that share their lower layers with this one, itself
             included; empty where none does.
         scored_alone: why the row shares no layer with the dense row or with any other.
+        dense: it is a dense model, with which others are compared.
+        reference: label of the dense row that it is compared with; None: the run's.
+        same_as: label of the row that has the same weights and is shown for both.
+        made_elsewhere: of a checkpoint that was not made here: name, revision, how it is loaded,
+            hashes and sizes.
+        group: label of the row before axes (sizes, seeds, calibrations, models) spanned it.
+        axes: axis -> value of this row.
+        bytes: of the files of its weights.
+        throughput: the ``throughput.json`` with its speed, relative to the run folder and inside
+            it; None: the run's, if it has one.
+        measured_as: what the row is called there, if not by its label.
+        published: numbers of the literature for this very model.
+        not_compared: what cannot be compared with the dense model -> why.
     """
 
     label: str = Field(min_length=1)
     eval: str | None = None
+    more: list[str] = Field(default_factory=list)
     checkpoint: str | None = None
     recipe: dict[str, Any] | None = None
     divergence: str | None = None
@@ -55,6 +70,17 @@ class RunRow(Frozen):
     failed: str | None = Field(default=None, min_length=1)
     scored_with: list[str] = Field(default_factory=list)
     scored_alone: str | None = None
+    dense: bool = False
+    reference: str | None = None
+    same_as: str | None = None
+    made_elsewhere: dict[str, Any] | None = None
+    group: str | None = None
+    axes: dict[str, Any] = Field(default_factory=dict)
+    bytes: int | None = None
+    throughput: str | None = None
+    measured_as: str | None = None
+    published: list[dict[str, Any]] = Field(default_factory=list)
+    not_compared: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _result_or_reason(self) -> RunRow:
@@ -69,10 +95,12 @@ class NoiseRun(Frozen):
     Attributes:
         label: what was different, e.g. ``batch size 1``.
         eval: folder with that evaluation's output, relative to the run folder and inside it.
+        more: further ones, of other tasks.
     """
 
     label: str = Field(min_length=1)
     eval: str
+    more: list[str] = Field(default_factory=list)
 
 
 class RunFile(Frozen):
@@ -89,6 +117,9 @@ class RunFile(Frozen):
         not_compared: task -> why no row was evaluated on it.
         used: settings of the dense row's evaluation, as the harness recorded them.
         ignored_options: a sentence for each option that the harness did not follow.
+        tasks: what was asked for, as it was asked; empty: everything that was answered.
+        tasks_left_out: what was answered as well, and is not shown.
+        text: names the text of the divergences, and how it was read.
     """
 
     schema_version: Literal[1] = 1
@@ -103,6 +134,9 @@ class RunFile(Frozen):
     not_compared: dict[str, str] = Field(default_factory=dict)
     used: dict[str, Any] = Field(default_factory=dict)
     ignored_options: list[str] = Field(default_factory=list)
+    tasks: list[str] = Field(default_factory=list)
+    tasks_left_out: list[str] = Field(default_factory=list)
+    text: str | None = None
 
     @model_validator(mode="after")
     def _labels(self) -> RunFile:

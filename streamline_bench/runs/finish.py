@@ -6,15 +6,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from streamline_bench.core.checkpoint.folder import Manifest, read_manifest
 from streamline_bench.errors import CheckpointError, ComparisonError
 from streamline_bench.harness.used_settings import UsedSettings, ignored_options, used_settings
 from streamline_bench.report.run_file import NoiseRun, RunFile, RunRow, write_run_file
+from streamline_bench.runs.execution.same_weights import Weights
 from streamline_bench.runs.execution.scheduler import Grouping, JobState, groups_of
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Job, read_done, write_done
 from streamline_bench.runs.jobs.kinds import CompressJob, MeasureJob, TextJob
+from streamline_bench.runs.jobs.planned import same_tokens
 from streamline_bench.runs.jobs.score import ScoreJob
 from streamline_bench.runs.planning.plan import Plan, PlanRow, digest
 
@@ -66,15 +69,27 @@ class Results:
         }
 
     def scored(self, label: str) -> bool:
-        """Whether a row has its evaluation."""
-        return self._has(label, ScoreJob)
+        """Whether a row has answered everything."""
+        found = [state.succeeded for state in self._of(label, ScoreJob)]
+        return bool(found) and all(found)
+
+    def distinct(self) -> list[str]:
+        """Return the labels of the rows that have a result, one of each that have the same weights.
+
+        Those whose dense row has none are left out.
+        """
+        failed, twins = self.failures(), self._twins
+        rows = [row for row in self.plan.rows if row.label not in failed | twins]
+        return [row.label for row in rows if self.plan.reference_of(row).label not in failed]
 
     def describe(self) -> RunFile:
         """Return what ``run.json`` will hold."""
-        jobs = [state.job for state in self.states.values() if state.succeeded]
-        again = {job.noise: job for job in jobs if isinstance(job, ScoreJob) and job.noise}
-        measured = any(isinstance(job, MeasureJob) for job in jobs)
-        commands = [state.done.command for state in self.states.values() if state.done]
+        succeeded = [state for state in self.states.values() if state.succeeded]
+        again: dict[str, list[str]] = {}
+        for job in (state.job for state in succeeded):
+            if isinstance(job, ScoreJob) and job.noise:
+                again.setdefault(job.noise, []).append(self.run.relative(job.output(self.run)))
+        commands = [state.done.command for state in succeeded if state.done and not state.twin]
         together = self._shared_layers()
         return RunFile(
             title=self.plan.title,
@@ -82,12 +97,18 @@ class Results:
             rows=[self._row(row, together) for row in self.plan.rows],
             commands=[command for command in commands if command],
             versions=self.plan.versions,
-            throughput=self._named(self.run.throughput / "throughput.json", measured),
+            throughput=self._named(
+                self.run.measured() / "throughput.json",
+                any(state.job.name == "throughput" for state in succeeded),
+            ),
             noise=[
-                NoiseRun(label=each.label, eval=self.run.relative(self.run.noise(each.name)))
+                NoiseRun(label=each.label, eval=again[each.name][0], more=again[each.name][1:])
                 for each in self.plan.noise
                 if each.name in again
             ],
+            tasks=list(self.plan.evaluation.tasks),
+            tasks_left_out=self._left_out_of_answers(),
+            text=self._text(),
             failed_jobs=self.side_failures(),
             not_compared=self.left_out(),
             used=self._used.model_dump(mode="json") if self._used else {},
@@ -103,22 +124,100 @@ class Results:
         run, label = self.run, row.label
         manifest = self._manifests[0].get(label)
         seconds = dict(manifest.seconds) if manifest else {}
+        evaluations = []
         for state in self._of(label, ScoreJob):
             if state.done:
-                seconds["evaluate"] = state.done.seconds
+                seconds["evaluate"] = seconds.get("evaluate", 0.0) + state.done.seconds
+            if (job := self._answered_by(state)) is not None:
+                evaluations.append(run.relative(job.output(run)))
+        evaluations = list(dict.fromkeys(evaluations)) if self.scored(label) else []
         company = next((g for g in together.groups if label in (job.label for job in g)), [])
         mine = next((state.job.name for state in self._of(label, ScoreJob)), "")
         return RunRow(
             label=label,
-            eval=self._named(run.evaluation(label), self.scored(label)),
-            checkpoint=self._named(run.checkpoint(label), self._has(label, CompressJob)),
-            recipe=manifest.recipe if manifest else None if row.dense else row.recipe,
-            divergence=self._named(run.divergence(label), self._has(label, TextJob)),
+            eval=evaluations[0] if evaluations else None,
+            more=evaluations[1:],
+            checkpoint=self._named(run.checkpoint(row.place), self._has(label, CompressJob)),
+            recipe=row.recipe if row.made_here else None,
+            divergence=self._divergence(row),
             seconds=seconds,
             failed=self.failures().get(label),
             scored_with=[job.label for job in company] if len(company) > 1 else [],
             scored_alone=together.alone.get(mine),
+            **self._measured(row),
+            **self._facts(row),
         )
+
+    def _facts(self, row: PlanRow) -> dict[str, Any]:
+        """What the plan knows of a row."""
+        plan, other = self.plan, row.model if row.checkpoint else None
+        facts: dict[str, Any] = {
+            "dense": row.dense,
+            "reference": None if row.dense else plan.reference_of(row).label,
+            "same_as": self._twins.get(row.label),
+            "group": row.group,
+            "axes": row.axes,
+            "published": [each.model_dump(mode="json") for each in row.published],
+            "bytes": self._bytes(row),
+        }
+        if other is not None:
+            facts["made_elsewhere"] = {
+                **other.model_dump(mode="json", exclude_defaults=True),
+                "name": other.name,
+            }
+        if not row.dense and not same_tokens(plan, row):
+            dense = facts["reference"]
+            facts["not_compared"] = {
+                "token distributions": f"its tokenizer is another one than that of {dense}"
+            }
+        return facts
+
+    def _bytes(self, row: PlanRow) -> int | None:
+        """Bytes of the weights' files."""
+        if row.model is not None and not row.made_here:
+            return row.model.nbytes
+        if row.dense:
+            return self.plan.nbytes
+        folder = self.run.checkpoint(row.place)
+        sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
+        return sum(sizes) or None
+
+    def _divergence(self, row: PlanRow) -> str | None:
+        for state in self._of(row.label, TextJob):
+            if state.succeeded:
+                job = self.states[state.twin].job if state.twin else state.job
+                return self.run.relative(self.run.divergence(job.place))
+        return None
+
+    def _measured(self, row: PlanRow) -> dict[str, str]:
+        """The file with the speed of a row, and what the row is called in it."""
+        for state in self.states.values():
+            job = state.job
+            if not isinstance(job, MeasureJob) or not state.succeeded:
+                continue
+            label = next((each for each, key in job.keys.items() if key == row.key), None)
+            if label is not None:
+                file = self.run.measured(job.question) / "throughput.json"
+                return {"throughput": self.run.relative(file), "measured_as": label}
+        return {}
+
+    def _answered_by(self, state: JobState) -> ScoreJob | None:
+        """The job whose answers are those of a row."""
+        if not state.succeeded:
+            return None
+        job = self.states[state.twin].job if state.twin else state.job
+        return job if isinstance(job, ScoreJob) else None
+
+    def _left_out_of_answers(self) -> list[str]:
+        """Tasks that rows of this run have answered, and that this command does not ask for."""
+        wanted = self.plan.evaluation.tasks
+        jobs = [state.job for state in self.states.values() if isinstance(state.job, ScoreJob)]
+        asked = dict.fromkeys(task for job in jobs for task in job.evaluation.tasks)
+        return [task for task in asked if task not in wanted]
+
+    def _text(self) -> str | None:
+        text = self.plan.text
+        return digest(text.model_dump(mode="json", exclude={"file"})) if text else None
 
     def _of(self, label: str, *kinds: type[Job]) -> Iterator[JobState]:
         """The jobs of these kinds that work for a row."""
@@ -135,7 +234,33 @@ class Results:
     @cached_property
     def _used(self) -> UsedSettings | None:
         dense = self.plan.reference
-        return used_settings(self.run.evaluation(dense)) if self.scored(dense) else None
+        if not self.scored(dense):
+            return None
+        jobs = [self._answered_by(state) for state in self._of(dense, ScoreJob)]
+        read = [used_settings(job.output(self.run)) for job in jobs if job is not None]
+        found = [each for each in read if each is not None]
+        if not found:
+            return None
+        by_task = {
+            "num_fewshot": {k: v for each in found for k, v in each.num_fewshot.items()},
+            "documents": {k: v for each in found for k, v in each.documents.items()},
+        }
+        return found[0].model_copy(update=by_task)
+
+    @cached_property
+    def _twins(self) -> dict[str, str]:
+        """Label -> label of the first row with the same weights."""
+        weights, first, twins = Weights(), dict[str, str](), dict[str, str]()
+        failed = self.failures()
+        for row in sorted(self.plan.rows, key=lambda row: not row.dense):
+            jobs = [state.job for state in self._of(row.label, ScoreJob) if state.succeeded]
+            name = next((weights.of(self.run, j) for j in jobs if isinstance(j, ScoreJob)), None)
+            if name is None or row.label in failed:
+                continue
+            before = first.setdefault(f"{name} {self.plan.reference_of(row).label}", row.label)
+            if before != row.label and not row.dense:
+                twins[row.label] = before
+        return twins
 
     @cached_property
     def _manifests(self) -> tuple[dict[str, Manifest], dict[str, str]]:
@@ -146,7 +271,7 @@ class Results:
             if not self._has(row.label, CompressJob):
                 continue
             try:
-                if (manifest := read_manifest(self.run.checkpoint(row.label))) is not None:
+                if (manifest := read_manifest(self.run.checkpoint(row.place))) is not None:
                     found[row.label] = manifest
             except CheckpointError as error:
                 damaged[row.label] = str(error)
@@ -162,7 +287,7 @@ class Results:
         jobs = [
             state.job
             for row in sorted(self.plan.rows, key=lambda row: row.label != self.plan.reference)
-            for state in self._of(row.label, ScoreJob)
+            for state in [*self._of(row.label, ScoreJob)][:1]
             if row.label not in failures
         ]
         shareable = [job for job in jobs if isinstance(job, ScoreJob) and job.shareable]

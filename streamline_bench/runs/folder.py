@@ -2,13 +2,13 @@
 
 ::
 
-    <run>/plan.yaml                    what is compared; written first
+    <run>/plan.yaml                    what is compared, and what was before; written first
     <run>/jobs/<job>/job.json          the job, as its process reads it
     <run>/jobs/<job>/log.txt           what its process printed
     <run>/jobs/<job>/done.json         written last: key, duration, attempts, files it made
     <run>/jobs/<job>/failed.json       why the last attempt failed
     <run>/jobs/.answers                what unfinished rows of a walk have answered so far
-    <run>/<label>/checkpoint, eval     what the jobs made
+    <run>/<row>/checkpoint, eval       what the jobs made; eval-<hash> has later questions
     <run>/run.json, leaderboard.*      made when every job has ended
 """
 
@@ -22,7 +22,8 @@ from pathlib import Path
 
 from streamline_bench.core.files import check_usable, lock_folder
 from streamline_bench.errors import OutputError
-from streamline_bench.runs.planning.plan import PLAN_FILE, Plan, differences, read_plan, write_plan
+from streamline_bench.runs.planning.growth import conflicts, grown
+from streamline_bench.runs.planning.plan import PLAN_FILE, Plan, read_plan, write_plan
 
 _FOLDERS = ("jobs", "noise", "throughput")
 _FILES = ("run.json", *(f"leaderboard.{kind}" for kind in ("html", "md", "csv", "json")))
@@ -36,7 +37,7 @@ _ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 def is_row_name(label: str) -> bool:
     """Whether a row's folder may have this name; some file systems take A and a for the same."""
     name = label.lower()
-    taken = name in _RESERVED or name.startswith("leaderboard.")
+    taken = name in _RESERVED or name.startswith(("leaderboard.", "throughput-"))
     return bool(_ROW_NAME.fullmatch(label)) and not taken
 
 
@@ -50,7 +51,6 @@ class RunPaths:
         answers: what unfinished rows have answered, for the attempt after an interruption.
         scored: finished rows, for the moment until each is moved to its place.
         compressing: interrupted trainings, for the next attempt.
-        throughput: folder of ``throughput.json``.
     """
 
     def __init__(self, root: Path) -> None:
@@ -60,7 +60,6 @@ class RunPaths:
         self.answers = self.job(".answers")
         self.scored = self.job(".scored")
         self.compressing = self.job(".compressing")
-        self.throughput = root / "throughput"
 
     @property
     def there(self) -> Path:
@@ -74,21 +73,25 @@ class RunPaths:
         """What the process of a job printed."""
         return self.job(name) / "log.txt"
 
-    def checkpoint(self, label: str) -> Path:
+    def checkpoint(self, place: str) -> Path:
         """The compressed model of a row."""
-        return self.root / label / "checkpoint"
+        return self.root / place / "checkpoint"
 
-    def evaluation(self, label: str) -> Path:
-        """What the harness wrote for a row."""
-        return self.root / label / "eval"
+    def evaluation(self, place: str, questions: str = "") -> Path:
+        """What the harness wrote for a row; ``questions`` names a set after the first."""
+        return self.root / place / _with("eval", questions)
 
-    def noise(self, name: str) -> Path:
+    def noise(self, name: str, questions: str = "") -> Path:
         """What the harness wrote when the dense model was scored once more."""
-        return self.root / "noise" / name / "eval"
+        return self.root / "noise" / name / _with("eval", questions)
 
-    def divergence(self, label: str) -> Path:
+    def measured(self, rows: str = "") -> Path:
+        """What the measurement of speed wrote; ``rows`` names a set after the first."""
+        return self.root / _with("throughput", rows)
+
+    def divergence(self, place: str) -> Path:
         """How the next-token distributions of a row differ from the dense model's."""
-        return self.root / label / "divergence.json"
+        return self.root / place / "divergence.json"
 
     def relative(self, path: Path) -> str:
         """Return a path of this folder as the files in it name it."""
@@ -112,6 +115,10 @@ class RunPaths:
         return folder
 
 
+def _with(name: str, more: str) -> str:
+    return f"{name}-{more}" if more else name
+
+
 def check_output(run: Path) -> None:
     """Refuse an output folder that cannot be read or holds something else (OutputError)."""
     check_usable(run, PLAN_FILE, "a run folder")
@@ -128,8 +135,8 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def claim(run: Path, plan: Plan, *, overwrite: bool = False) -> None:
-    """Make the locked folder belong to this plan, or check that it does already (OutputError).
+def claim(run: Path, plan: Plan, *, overwrite: bool = False) -> Plan:
+    """Lay a plan over what the locked folder has, write it, and return it (OutputError: it cannot).
 
     Args:
         overwrite: what an earlier run of the same model made there is removed, and nothing else.
@@ -142,25 +149,30 @@ def claim(run: Path, plan: Plan, *, overwrite: bool = False) -> None:
                 "delete it, or give another --output."
             )
         _remove_results(run, there)
-    elif there is not None:
-        found = differences(there, plan)
-        if found:
-            more = f" and {len(found) - 4} more" if len(found) > 4 else ""
-            raise OutputError(
-                f"{run} was started with other options ({'; '.join(found[:4])}{more}); "
-                "give the same ones to continue it, or another --output."
-            )
-        return
-    write_plan(run, plan)
+        there = None
+    found = conflicts(there, plan) if there is not None else []
+    if found:
+        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+        raise OutputError(
+            f"{run} cannot be continued, because what is there would no longer be true: "
+            f"{'; '.join(found[:4])}{more}; give another --output."
+        )
+    now = grown(there, plan)
+    if now != there:
+        write_plan(run, now)
+    return now
 
 
 def _remove_results(run: Path, plan: Plan) -> None:
     """Remove what a run makes; a file that someone else put there stays."""
     made = [run / name for name in (*_FILES, *_FOLDERS)]
+    made += run.glob("throughput-*")
     # A plan that was tampered with must not reach outside.
-    rows = [run / row.label for row in plan.rows if is_row_name(row.label)]
+    places = [row.place for row in (*plan.rows, *plan.others)]
+    rows = [run / place for place in places if is_row_name(place)]
     rows = [row for row in rows if row.is_dir() and not row.is_symlink()]
     made += [row / name for row in rows for name in _PARTS_OF_A_ROW]
+    made += [path for row in rows for path in row.glob("eval-*")]
     try:
         for path in made:
             if path.is_dir() and not path.is_symlink():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -18,18 +18,11 @@ from streamline_bench.runs.execution.progress import watching
 from streamline_bench.runs.execution.scheduler import Scheduler
 from streamline_bench.runs.finish import Results, write_report_once
 from streamline_bench.runs.folder import RunPaths, check_output, claim, locked
-from streamline_bench.runs.jobs.job import Job
-from streamline_bench.runs.jobs.kinds import CompressJob, MeasureJob, TextJob
-from streamline_bench.runs.jobs.score import ScoreJob, forget_answers
+from streamline_bench.runs.jobs.planned import measure_jobs, plan_jobs
+from streamline_bench.runs.jobs.score import forget_answers
 from streamline_bench.runs.planning.checks import check_before
-from streamline_bench.runs.planning.plan import (
-    Evaluation,
-    NoisePlan,
-    Plan,
-    PlanRow,
-    TextPlan,
-    digest,
-)
+from streamline_bench.runs.planning.growth import grown
+from streamline_bench.runs.planning.plan import Plan, read_plan
 from streamline_bench.runs.planning.request import Request, RowRequest, make_request
 from streamline_bench.runs.planning.resolve import resolve_plan
 
@@ -179,9 +172,10 @@ def compare_request(
         try:
             paths = RunPaths(output)
             here = execution.job_slots if execution.executor == "local" else None
-            check_before(plan, paths, jobs_at_a_time=here, until=until)
+            there = None if overwrite else read_plan(output)
+            check_before(grown(there, plan), paths, jobs_at_a_time=here, until=until)
             with locked(output):
-                claim(output, plan, overwrite=overwrite)
+                plan = claim(output, plan, overwrite=overwrite)
                 return _run(paths, plan, execution, executor, until, progress)
         finally:
             executor.stop()  # again: the folder may have been refused before any job
@@ -199,13 +193,11 @@ def _run(
                 one_process=execution.executor == "local" and execution.job_slots == 1,
                 watch=watch,
             )
-            scheduler.do(plan_jobs(plan, until=until, trunk=execution.trunk))
+            scheduler.do(plan_jobs(plan, run, until=until, trunk=execution.trunk))
             if plan.throughput != "none" and until != "compress":
                 # When nothing else runs that would take its time.
-                failed = Results(run, plan, scheduler.states).failures()
-                labels = [row.label for row in plan.rows if row.label not in failed]
-                if plan.reference in labels:
-                    scheduler.do([measure_job(plan, labels, execution.threads_alone)])
+                labels = Results(run, plan, scheduler.states).distinct()
+                scheduler.do(measure_jobs(plan, labels, execution.threads_alone, run))
     finally:
         executor.stop()
     results = Results(run, plan, scheduler.states)
@@ -243,97 +235,3 @@ def _sigterm_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def plan_jobs(plan: Plan, *, until: str = "report", trunk: bool = True) -> list[Job]:
-    """Return the jobs of a plan, each after those it needs; not yet the one that measures.
-
-    ``compress`` as ``until`` leaves the scoring out; with ``trunk``, rows may be scored together.
-    """
-    compressed = [row for row in plan.rows if not row.dense]
-    jobs: list[Job] = [_compress(plan, row) for row in compressed]
-    if until == "compress":
-        return jobs
-    jobs += [_score(plan, row, plan.evaluation, shareable=trunk) for row in plan.rows]
-    if plan.text is not None:
-        jobs += [_text(plan, plan.text, row) for row in compressed]
-    dense = next(row for row in plan.rows if row.label == plan.reference)
-    jobs += [_noise(plan, noise, dense) for noise in plan.noise]
-    return jobs
-
-
-def measure_job(plan: Plan, labels: Collection[str], threads: int) -> MeasureJob:
-    """Return the job that measures these rows' speed in one go; the plan's threads count first."""
-    threads = plan.threads or threads
-    rows = [row for row in plan.rows if row.label in labels]
-    keys = [plan.weights_sha256, [[row.label, row.key] for row in rows]]
-    asked = [plan.throughput, plan.workload, plan.device, plan.evaluation.dtype, plan.versions]
-    common = _common(plan)
-    common["environment"] |= {"OMP_NUM_THREADS": str(threads)}
-    return MeasureJob(
-        **common,
-        key=digest(["measure", keys, asked, threads]),
-        rows={row.label: not row.dense for row in rows},
-        dense=plan.reference,
-        engine="vllm" if plan.throughput == "vllm" else "hf",
-        workload=plan.workload,
-        dtype=plan.evaluation.dtype,
-        threads=threads,
-    )
-
-
-def _common(plan: Plan) -> dict[str, Any]:
-    threads = {} if plan.threads is None else {"OMP_NUM_THREADS": str(plan.threads)}
-    return {
-        "model": plan.model,
-        "revision": plan.revision,
-        "device": plan.device,
-        "trust_remote_code": plan.trust_remote_code,
-        "environment": {**threads, **plan.environment},
-    }
-
-
-def _compress(plan: Plan, row: PlanRow) -> CompressJob:
-    return CompressJob(
-        **_common(plan),
-        key=digest(["compress", row.key, plan.versions]),
-        label=row.label,
-        weights_sha256=plan.weights_sha256,
-        recipe=row.recipe,
-        dtype=plan.dtype,
-    )
-
-
-def _score(plan: Plan, row: PlanRow, evaluation: Evaluation, **more: Any) -> ScoreJob:
-    # Where the task folder lies changes nothing; its files' hash is part of the evaluation.
-    asked = evaluation.model_dump(mode="json", exclude={"include_path"})
-    model = [plan.weights_sha256] if row.dense else [row.key]
-    return ScoreJob(
-        **_common(plan),
-        key=digest(["score", model, asked, plan.device.split(":")[0], plan.versions]),
-        label=row.label,
-        dense=row.dense,
-        evaluation=evaluation,
-        **more,
-    )
-
-
-def _noise(plan: Plan, noise: NoisePlan, row: PlanRow) -> ScoreJob:
-    changed = {"batch_size": noise.batch_size, "dtype": noise.dtype}
-    evaluation = plan.evaluation.model_copy(update=changed)
-    job = _score(plan, row, evaluation, noise=noise.name, engine=noise.engine)
-    engine = [noise.engine] if noise.engine else []
-    return job.model_copy(update={"key": digest([job.key, *engine])})
-
-
-def _text(plan: Plan, text: TextPlan, row: PlanRow) -> TextJob:
-    dtype = plan.evaluation.dtype or "float32"
-    asked = [text.model_dump(mode="json", exclude={"file"}), dtype]
-    where = [plan.device.split(":")[0], plan.versions]
-    return TextJob(
-        **_common(plan),
-        key=digest(["text", plan.weights_sha256, row.key, asked, where]),
-        label=row.label,
-        text=text,
-        dtype=dtype,
-    )

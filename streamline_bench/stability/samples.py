@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -164,6 +164,28 @@ class Samples:
         first = self.frame.drop_duplicates("task")
         return dict(zip(first["task"], first["filter"], strict=True))
 
+    def joined(self, more: Sequence[Samples]) -> Samples:
+        """The same run with the tasks of further evaluations of it; of a task, the first counts."""
+        frames, info = [self.frame], self.info
+        for other in more:
+            new = other.frame[~other.frame["task"].isin(list(info.task_versions))]
+            frames.append(new)
+            info = _joined(info, other.info)
+        return Samples(pd.concat(frames, ignore_index=True), info)
+
+    def without(self, tasks: Collection[str]) -> Samples:
+        """The same run without some of its tasks."""
+        if not set(tasks) & set(self.tasks):
+            return self
+        kept = self.frame[~self.frame["task"].isin(list(tasks))].reset_index(drop=True)
+        info = self.info.model_copy(
+            update={
+                name: {k: v for k, v in getattr(self.info, name).items() if k not in tasks}
+                for name in ("task_versions", "results", "n_shot", "missing")
+            }
+        )
+        return Samples(kept, info)
+
     def relabelled(self, run: str) -> Samples:
         """The same answers under another label."""
         labels = pd.Series(run, index=self.frame.index, dtype="str")
@@ -223,6 +245,24 @@ class Samples:
         columns = {name: table.column(name).to_pylist() for name in COLUMNS}
         columns["metrics"] = [dict(pairs or ()) for pairs in columns["metrics"]]
         return cls(_frame(columns), info)
+
+
+def _joined(info: RunInfo, more: RunInfo) -> RunInfo:
+    """What two evaluations of one model say, the first one's word counting."""
+    both = (
+        "task_versions", "n_shot", "task_hashes", "groups", "results", "higher_is_better", "data",
+        "versions", "files", "missing", "left_out",
+    )  # fmt: skip
+    seconds = [each.seconds for each in (info, more) if each.seconds is not None]
+    newest = max((info, more), key=lambda each: each.timestamp or "")
+    return info.model_copy(
+        update={
+            **{name: {**getattr(more, name), **getattr(info, name)} for name in both},
+            "seconds": sum(seconds) if seconds else None,
+            "source": newest.source,
+            "timestamp": newest.timestamp,
+        }
+    )
 
 
 def task_hash(rows: Sequence[Row]) -> str:

@@ -117,7 +117,12 @@ def started_again(run: Path) -> int:
 
 def facts(run: Path) -> Any:
     """The leaderboard without times and paths."""
-    return _strip(json.loads((run / "leaderboard.json").read_text(encoding="utf-8")), str(run))
+    return facts_of(json.loads((run / "leaderboard.json").read_text(encoding="utf-8")), run)
+
+
+def facts_of(board: Any, run: Path) -> Any:
+    """The same of what a leaderboard's file holds."""
+    return _strip(board, str(run))
 
 
 def _strip(value: Any, run: str) -> Any:

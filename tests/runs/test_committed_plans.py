@@ -8,7 +8,7 @@ import pytest
 
 from streamline_bench.compression.recipes import list_recipes, load_recipe
 from streamline_bench.runs.planning.request import make_request, read_request
-from streamline_bench.runs.planning.resolve import resolve_rows
+from streamline_bench.runs.planning.rows import resolve_rows
 
 
 @pytest.mark.parametrize(

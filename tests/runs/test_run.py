@@ -27,9 +27,10 @@ from streamline_bench.runs import Execution, RowRequest, compare
 from streamline_bench.runs.execution.scheduler import JobState
 from streamline_bench.runs.finish import Results, write_report_once
 from streamline_bench.runs.folder import RunPaths, locked
+from streamline_bench.runs.jobs.planned import plan_jobs
 from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.planning.resolve import resolve_plan
-from streamline_bench.runs.run import CompareResult, Terminated, compare_request, plan_jobs
+from streamline_bench.runs.run import CompareResult, Terminated, compare_request
 from streamline_bench.stability.readers.lm_eval_reader import read_lm_eval
 
 

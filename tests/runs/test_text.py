@@ -17,10 +17,11 @@ from streamline_bench.divergence import token_divergence
 from streamline_bench.errors import StreamlineBenchError
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.kinds import TextJob
+from streamline_bench.runs.jobs.planned import plan_jobs
 from streamline_bench.runs.planning.plan import Plan, TextPlan
 from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.planning.resolve import resolve_plan
-from streamline_bench.runs.run import compare_request, plan_jobs
+from streamline_bench.runs.run import compare_request
 
 
 def _stories() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -58,6 +59,43 @@ def tasks_sha256(
     for line in sorted(f"{name}\0{file_sha256(path)}\0" for path, name in shown):
         sums.update(line.encode())
     return sums.hexdigest()
+
+
+def task_sha256(
+    folders: Iterable[Path],
+    configs: Iterable[Mapping[str, Any]],
+    environment: Mapping[str, str],
+    files: Iterable[str] = (),
+) -> str:
+    """SHA-256 (hex) of what one task is made of: configurations, the data they name, and code.
+
+    Other than :func:`tasks_sha256`, it does not change when another task is added to the folders;
+    their Python files count, because a configuration may call them.
+    """
+    configs = list(configs)
+    data = data_files(configs, environment)
+    for each in files:
+        data |= _files_at(each)
+    for folder in folders:
+        code = (path for path in _visible_files(folder.resolve()) if path.suffix == ".py")
+        data |= {path: path.relative_to(folder.resolve()).as_posix() for path in code}
+    lines = sorted(f"{name}\0{file_sha256(path)}" for path, name in data.items())
+    asked = sorted(_without_places(config, folders) for config in configs)
+    return hashlib.sha256("\0".join([*asked, *lines]).encode()).hexdigest()
+
+
+def _without_places(config: Mapping[str, Any], folders: Iterable[Path]) -> str:
+    """A configuration as text that is the same wherever its folder lies."""
+    text = json.dumps(config, sort_keys=True, default=_named_function)
+    for named in _named(config):
+        text = text.replace(json.dumps(named)[1:-1], Path(named).name)
+    for folder in folders:
+        text = text.replace(str(folder.resolve()), "").replace(str(folder), "")
+    return text
+
+
+def _named_function(value: object) -> str:
+    return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
 def data_files(

@@ -178,6 +178,11 @@ def _root_config(
     }
 
 
+def tokenizer_sha256(folder: Path) -> str:
+    """Return a SHA-256 (hex) of the files that decide how a model's text becomes tokens."""
+    return hashlib.sha256(json.dumps(_tokenizer(folder), sort_keys=True).encode()).hexdigest()
+
+
 def _tokenizer(folder: Path) -> dict[str, str]:
     found = {}
     for path in tokenizer_files(folder):

@@ -60,8 +60,8 @@ class LaCo(Method):
     """Layer collapse: merges instead of plain removal."""
 
     name = "laco"
-    seeded = False
     parameters: ClassVar[type[BaseModel]] = LaCoParameters
+    seeded = False
 
     def compress(self, work: Compression) -> Compressed:
         """Search for the merges, then write the merged layers from the stored weights."""

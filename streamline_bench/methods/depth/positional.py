@@ -15,8 +15,8 @@ class FirstLayers(Method):
     """Drop the shallowest layers."""
 
     name = "first_layers"
-    seeded = False
     calibrated = False
+    seeded = False
 
     def compress(self, work: Compression) -> Compressed:
         plan = size_plan(work)
@@ -28,8 +28,8 @@ class LastLayers(Method):
     """Drop the deepest layers."""
 
     name = "last_layers"
-    seeded = False
     calibrated = False
+    seeded = False
 
     def compress(self, work: Compression) -> Compressed:
         plan = size_plan(work)

@@ -40,8 +40,8 @@ class SLEB(Method):
     """Greedy removal by the loss of what is left."""
 
     name = "sleb"
-    seeded = False
     parameters: ClassVar[type[BaseModel]] = SLEBParameters
+    seeded = False
 
     def compress(self, work: Compression) -> Compressed:
         """Remove layers greedily; an interrupted search continues after its last whole step."""

@@ -36,9 +36,9 @@ class Streamline(Method):
     """Contiguous block removal with an optional trained replacement."""
 
     name = "streamline"
-    seeded = False
     parameters: ClassVar[type[BaseModel]] = BlockSearch
     reads = frozenset({"replacement", "training", "reference_quirks"})
+    seeded = False  # but for the training of a replacement
 
     def stock(self, recipe: Recipe) -> bool:
         """Layers are stock; feed-forward networks in their place are not."""

@@ -42,8 +42,8 @@ class UIDL(Method):
     """Contiguous block removal by angular distance."""
 
     name = "uidl"
-    seeded = False
     parameters: ClassVar[type[BaseModel]] = UIDLParameters
+    seeded = False
 
     def compress(self, work: Compression) -> Compressed:
         options = UIDLParameters.model_validate(work.recipe.parameters)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
@@ -67,6 +68,9 @@ class SliceGPT(Method):
     name = "slicegpt"
     parameters: ClassVar[type[BaseModel]] = SliceGPTParameters
     keeps_stream = False
+
+    def reads_seed(self, parameters: Mapping[str, Any]) -> bool:
+        return SliceGPTParameters.model_validate(parameters).final_orientation == "random"
 
     def stock(self, recipe: Recipe) -> bool:
         """No stock class has shortcut matrices."""

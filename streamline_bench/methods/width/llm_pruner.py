@@ -199,6 +199,9 @@ class LLMPruner(Method):
     def reads_calibration(self, parameters: Mapping[str, Any]) -> bool:
         return needs_gradients(LLMPrunerParameters.model_validate(parameters).criterion)
 
+    def reads_seed(self, parameters: Mapping[str, Any]) -> bool:
+        return LLMPrunerParameters.model_validate(parameters).criterion == "random"
+
     def stock(self, recipe: Recipe) -> bool:
         """Layers of different widths are not stock."""
         return bool(recipe.parameters.get("profile", "paper") == "uniform")

@@ -34,6 +34,10 @@ def _record(row: Row) -> dict[str, Any]:
              "sparsity_requested", "sparsity_reached", "failed")  # fmt: skip
     record: dict[str, Any] = {name: getattr(row, name) for name in names}
     record["seconds"] = row.total_seconds
+    record |= {name: getattr(row, name) for name in ("reference", "group", "bytes")}
+    record["same_weights"] = ", ".join(same.label for same in row.same_weights) or None
+    record["made_elsewhere"] = (row.made_elsewhere or {}).get("name")
+    record |= {f"axis_{name}": value for name, value in row.axes.items()}
     for scope, accuracy in (("macro", row.accuracy_macro), ("micro", row.accuracy_micro)):
         record[f"accuracy_{scope}"] = accuracy and accuracy.value
         record[f"accuracy_{scope}_se"] = accuracy and accuracy.standard_error

@@ -81,6 +81,10 @@ def _leaderboard(board: Leaderboard, rows: Sequence[Row]) -> Markup:
     return Markup("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
+def _cost(row: Row) -> str:
+    return "not made here" if row.made_elsewhere else row.cost or ""
+
+
 def _flips(row: Row) -> str:
     flips = row.micro and row.micro.flips
     return f"{flips.right_to_wrong} / {flips.wrong_to_right}" if flips else ""
@@ -118,7 +122,10 @@ def _of(scope: str, name: str, *, signed: bool = False) -> Callable[[Row], str]:
 
 _COLUMNS: Sequence[tuple[str, Callable[[Row], str]]] = (
     ("row", lambda row: text.markdown_text(row.label)),
-    ("cost", lambda row: text.markdown_text(row.cost or "")),
+    (
+        "cost",
+        lambda row: text.markdown_text(row.cost or "not made here" * bool(row.made_elsewhere)),
+    ),
     ("accuracy %", lambda row: text.with_error(row.accuracy_macro) if row.accuracy_macro else ""),
     ("difference", _of("macro", "difference", signed=True)),
     ("verdict", lambda row: text.markdown_text((row.macro and row.macro.decision) or "")),

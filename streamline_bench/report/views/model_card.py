@@ -67,7 +67,7 @@ def write_checkpoint_cards(run: Path) -> list[Path]:
 
 
 def _has_card(row: Row) -> bool:
-    return not row.is_dense and row.failed is None
+    return not row.is_dense and row.failed is None and row.made_elsewhere is None
 
 
 def write_model_card(board: Leaderboard, row: Row, folder: Path) -> Path:

@@ -31,6 +31,7 @@ def terminal_table(board: Leaderboard) -> str:
     if len(best) < len(scored):
         lines.append(f"{len(scored) - len(best)} more rows are in the report.")
     lines += [f"{_name(row)} failed: {_cut(row.failed, _REASON)}" for row in rows if row.failed]
+    lines += [_same(row) for row in best if row.same_weights]
     if len(scored) > 1:
         lines.append(_note(board, has_accuracy))
     return "\n".join(lines)
@@ -67,6 +68,11 @@ def _note(board: Leaderboard, has_accuracy: bool) -> str:
     if not has_accuracy:
         return f"Perplexity: a multiple of {dense}'s, with {level} interval."
     return f"Difference to {dense} in points, mean over tasks, with {level} interval."
+
+
+def _same(row: Row) -> str:
+    others = ", ".join(_cut(same.label, _LABEL) for same in row.same_weights)
+    return f"{_name(row)} has the same weights as {others}."
 
 
 def _name(row: Row) -> str:

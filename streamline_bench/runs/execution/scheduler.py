@@ -12,14 +12,16 @@ from typing import Literal
 from streamline_bench.core.machine.environment import printable
 from streamline_bench.errors import StreamlineBenchError
 from streamline_bench.runs.execution.processes import Ended, Executor
+from streamline_bench.runs.execution.same_weights import Weights
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Done, Job, forget_failure, read_done, read_failed
 from streamline_bench.runs.jobs.score import ScoreJob, last_line, score_together_job
 
 log = logging.getLogger(__name__)
 
-Status = Literal["waiting", "running", "done", "kept", "failed", "skipped"]
-"""``kept``: an earlier run did it; ``skipped``: a job it needs failed."""
+Status = Literal["waiting", "running", "done", "kept", "same", "failed", "skipped"]
+"""``kept``: an earlier run did it; ``same``: its result is that of another job, whose model has the
+same weights; ``skipped``: a job it needs failed."""
 
 
 @dataclass
@@ -29,6 +31,7 @@ class JobState:
     Attributes:
         tries: attempts in this run of the command.
         process: name of the job whose process does it: its own, or of several scored together.
+        twin: name of the job whose result is this one's.
         reason: why it failed or was skipped.
         done: its marker, once it is there.
     """
@@ -37,6 +40,7 @@ class JobState:
     status: Status = "waiting"
     tries: int = 0
     process: str | None = None
+    twin: str | None = None
     reason: str | None = None
     done: Done | None = field(default=None, repr=False)
 
@@ -48,7 +52,7 @@ class JobState:
     @property
     def succeeded(self) -> bool:
         """Its result is there and whole."""
-        return self.status in ("done", "kept")
+        return self.status in ("done", "kept", "same")
 
 
 class Scheduler:
@@ -81,6 +85,7 @@ class Scheduler:
         self._tries: Counter[str] = Counter()
         self._alone: dict[str, str | None] = {}
         self._looked_at: set[str] = set()
+        self._weights = Weights()
 
     def do(self, jobs: Sequence[Job]) -> None:
         """Run these jobs until all have ended (OutputError: the run folder cannot be written)."""
@@ -89,7 +94,7 @@ class Scheduler:
             self.states[job.name] = JobState(job, "waiting" if done is None else "kept", done=done)
         while not all(state.ended for state in self.states.values()):
             self._skip_hopeless()
-            self._start_ready()
+            self._start_ready(self._first_of_their_weights())
             self._watch(self.states)
             for ended in self._executor.ended(0.5):
                 self._settle(self._started.pop(ended.name), ended)
@@ -102,24 +107,44 @@ class Scheduler:
             if state.status == "waiting" and lost is not None:
                 state.status, state.reason = "skipped", lost.reason
 
-    def _start_ready(self) -> None:
-        waiting = [s.job for s in self.states.values() if s.status == "waiting"]
+    def _first_of_their_weights(self) -> list[Job]:
+        """The waiting jobs whose model is not that of another job that is asked the same.
+
+        The others wait for that job, and take its result or its failure.
+        """
+        first: dict[object, JobState] = {}
+        found: list[Job] = []
+        for state in sorted(self.states.values(), key=lambda state: state.status == "waiting"):
+            name = self._weights.asked(self._run, state.job) if self._ready(state.job) else None
+            twin = first.setdefault(name, state) if name is not None else state
+            if state.status != "waiting":
+                continue
+            if twin is state:
+                found.append(state.job)
+            elif twin.succeeded:
+                state.status, state.twin, state.done = "same", twin.job.name, twin.done
+            elif twin.ended:
+                state.status, state.reason = "failed", twin.reason
+        return found
+
+    def _start_ready(self, waiting: Sequence[Job]) -> None:
         together = [job for job in _shareable(waiting) if job.name not in self._alone]
         for job in waiting:
             if self._executor.has_room() and job not in together and self._ready(job):
                 self._start(job)
-        if all(map(self._ready, together)):
-            if together and self._executor.has_room():
-                self._start_together(together)
-        elif not self._one_process:
-            self._start_strangers(filter(self._ready, together))
+        for same in _by_question(together):
+            if all(map(self._ready, same)):
+                if self._executor.has_room():
+                    self._start_together(same)
+            elif not self._one_process:
+                self._start_strangers(filter(self._ready, same))
 
     def _ready(self, job: Job) -> bool:
         return all(self.states[name].succeeded for name in job.needs)
 
     def _start_together(self, jobs: list[ScoreJob]) -> None:
         # Dense may have its result already; the others are compared with it.
-        dense = self._dense()
+        dense = self._dense(jobs)
         among = [dense, *(job for job in jobs if job is not dense)]
         found = groups_of(self._run, among, one_process=self._one_process)
         # Started with the other single jobs as soon as there is room.
@@ -134,7 +159,10 @@ class Scheduler:
 
     def _start_strangers(self, jobs: Iterable[ScoreJob]) -> None:
         """Score what shares nothing with the dense row, while other rows are still compressed."""
-        dense = self._dense()
+        jobs = list(jobs)
+        if not jobs:
+            return
+        dense = self._dense(jobs)
         for job in jobs:
             if job is dense or job.name in self._looked_at:
                 continue
@@ -149,8 +177,11 @@ class Scheduler:
     def _all_shareable(self) -> list[ScoreJob]:
         return _shareable(state.job for state in self.states.values())
 
-    def _dense(self) -> ScoreJob:
-        return next(job for job in self._all_shareable() if job.dense)
+    def _dense(self, jobs: Sequence[ScoreJob]) -> ScoreJob:
+        """The dense row's job, best one with the same questions; the first of these without one."""
+        found = [job for job in self._all_shareable() if job.dense]
+        same = [job for job in found if job.evaluation == jobs[0].evaluation]
+        return next(iter([*same, *found, *jobs]))
 
     def _start(self, job: Job) -> None:
         for part in job.parts:
@@ -240,6 +271,15 @@ def groups_of(run: RunPaths, jobs: Sequence[ScoreJob], *, one_process: bool) -> 
 
 def _shareable(jobs: Iterable[Job]) -> list[ScoreJob]:
     return [job for job in jobs if isinstance(job, ScoreJob) and job.shareable]
+
+
+def _by_question(jobs: Iterable[ScoreJob]) -> list[list[ScoreJob]]:
+    """Part jobs into those that are asked the same and loaded in the same way."""
+    found: dict[str, list[ScoreJob]] = {}
+    for job in jobs:
+        asked = f"{job.evaluation.model_dump_json()} {job.trust_remote_code}"
+        found.setdefault(asked, []).append(job)
+    return list(found.values())
 
 
 def _reason(run: RunPaths, ended: Ended) -> str:

@@ -59,13 +59,15 @@ class Job(Frozen):
     Attributes:
         kind: tells the classes of jobs apart in ``job.json``.
         label: of the row that it works for; None: for no single one.
+        row_folder: of the row in the run folder; None: its label.
         key: content key of the result.
-        model: the dense model: folder (absolute) or hub id.
+        model: the dense model, or the checkpoint made elsewhere: folder (absolute) or hub id.
         environment: variables of its process.
     """
 
     kind: str
     label: str | None = None
+    row_folder: str | None = None
     key: str
     model: str
     revision: str | None = None
@@ -76,7 +78,12 @@ class Job(Frozen):
     @property
     def name(self) -> str:
         """Unique in the run; the name of the job's folder."""
-        return f"{self.kind}-{self.label}"
+        return f"{self.kind}-{self.place}"
+
+    @property
+    def place(self) -> str:
+        """Name of the row's folder."""
+        return self.row_folder or self.label or ""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -195,6 +202,18 @@ def write_failed(run: RunPaths, name: str, *, key: str, reason: str) -> None:
     failed = Failed(key=key, reason=" ".join(reason.split()), attempts=_attempts(run, name))
     text = failed.model_dump_json(indent=2) + "\n"
     atomic_write_text(run.job(name) / "failed.json", text)
+
+
+def done_key(run: RunPaths, name: str) -> str | None:
+    """Return the key of the result that a job left; whether its files are whole is not looked at.
+
+    None: it has none.
+    """
+    try:
+        key = json.loads((run.job(name) / "done.json").read_text("utf-8"))["key"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return key if isinstance(key, str) else None
 
 
 def read_failed(run: RunPaths, name: str, key: str) -> Failed | None:

@@ -8,19 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from streamline_bench.core.files import atomic_write_text, staged_output
 from streamline_bench.errors import CheckpointError
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Job, Result, command_line
-from streamline_bench.runs.planning.plan import TextPlan
+from streamline_bench.runs.planning.plan import ModelPlan, TextPlan
 
 _TOKENS = 2048
 """Of a text, read at once, in as many windows as that takes; both models' logits are in memory."""
 
 
-def compress_name(label: str) -> str:
-    """Return the name of the job that compresses the model for a row."""
-    return f"compress-{label}"
+def compress_name(place: str) -> str:
+    """Return the name of the job that compresses the model for the row with this folder."""
+    return f"compress-{place}"
 
 
 class CompressJob(Job):
@@ -39,16 +41,16 @@ class CompressJob(Job):
     dtype: str | None = None
 
     def products(self, run: RunPaths) -> list[Path]:
-        return [run.checkpoint(self.label)]
+        return [run.checkpoint(self.place)]
 
     def work(self, run: RunPaths) -> Result:
-        """Write the row's checkpoint, or take the whole one that an earlier attempt published.
+        """Write the row's checkpoint, or take the one in the cache or of an earlier attempt.
 
         Interrupted training is kept in the run folder, so the next attempt resumes it.
         """
         import torch
 
-        from streamline_bench.compression.pipeline import compress
+        from streamline_bench.compression.pipeline import compress_shared
         from streamline_bench.core.checkpoint.reader import CheckpointReader
         from streamline_bench.core.recipe.schema import parse_recipe
 
@@ -61,19 +63,20 @@ class CompressJob(Job):
                 f"{self.model} is not the model this run was started with (its weights differ); "
                 "give another --output."
             )
-        output = run.checkpoint(self.label)
+        output = run.checkpoint(self.place)
         if not _is_published(output, recipe.model_dump(mode="json"), found):
-            compress(
+            reused = compress_shared(
                 self.model,
                 recipe,
                 output,
                 revision=self.revision,
-                cache=run.compressing,
+                work=run.compressing,
                 device=self.device,
                 dtype=self.dtype,
                 trust_remote_code=self.trust_remote_code,
-                overwrite=True,
             )
+            if reused:
+                print("The result was in the cache.", flush=True)
         return Result(self._command(run))
 
     def _command(self, run: RunPaths) -> str:
@@ -88,7 +91,7 @@ class CompressJob(Job):
             "--revision": self.revision,
             "--device": self.device,
             "--dtype": self.dtype,
-            "--output": run.checkpoint(self.label),
+            "--output": run.checkpoint(self.place),
         }
         trust = self.trust_remote_code
         return command_line(["compress", self.model], options, trust_remote_code=trust)
@@ -109,19 +112,32 @@ def _is_published(output: Path, recipe: Mapping[str, Any], weights: str) -> bool
 
 
 class TextJob(Job):
-    """Compare the next-token distributions of one row with the dense model's, on a text."""
+    """Compare the next-token distributions of one row with the dense model's, on a text.
+
+    Attributes:
+        other: what is compared where it was made elsewhere; None: the row's checkpoint.
+    """
 
     kind: Literal["text"] = "text"
     label: str
     text: TextPlan
     dtype: str
+    other: ModelPlan | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return (compress_name(self.label),)
+        return () if self.other else (compress_name(self.place),)
+
+    def compared(self, run: RunPaths) -> Path:
+        """Return the folder that is compared with the dense model's."""
+        from streamline_bench.core.checkpoint.folder import resolve_pretrained
+
+        if self.other is None:
+            return run.checkpoint(self.place)
+        return resolve_pretrained(self.other.name, self.other.revision)
 
     def products(self, run: RunPaths) -> list[Path]:
-        return [run.divergence(self.label)]
+        return [run.divergence(self.place)]
 
     def work(self, run: RunPaths) -> Result:
         from streamline_bench.divergence import read_texts, token_divergence
@@ -132,15 +148,16 @@ class TextJob(Job):
         batch_size = max(1, _TOKENS // text.window)
         compared = token_divergence(
             folder,
-            run.checkpoint(self.label),
+            self.compared(run),
             itertools.islice(read_texts(Path(text.file), text.field, tokenizer), text.documents),
             window=text.window,
             batch_size=batch_size,
             device=self.device,
             dtype=self.dtype,
             trust_remote_code=self.trust_remote_code,
+            trust_pruned=self.other.trust_remote_code if self.other else None,
         )
-        atomic_write_text(run.divergence(self.label), compared.model_dump_json(indent=2) + "\n")
+        atomic_write_text(run.divergence(self.place), compared.model_dump_json(indent=2) + "\n")
         options = {
             "--text-field": text.field,
             "--documents": text.documents,
@@ -150,7 +167,8 @@ class TextJob(Job):
             "--dtype": self.dtype,
             "--revision": self.revision,
         }
-        words = ["divergence", self.model, run.checkpoint(self.label), text.file]
+        other = self.other.name if self.other else run.checkpoint(self.place)
+        words = ["divergence", self.model, other, text.file]
         return Result(command_line(words, options, trust_remote_code=self.trust_remote_code))
 
 
@@ -158,13 +176,21 @@ class MeasureJob(Job):
     """Measure how fast the rows' models generate, all in one job so that they take turns.
 
     Attributes:
-        rows: label -> whether the row has a checkpoint of its own.
+        rows: label -> whether the row has a checkpoint in the run folder.
+        places: label -> the row's folder, where it is not the label.
+        models: label -> the model of a row that was not made here, if it is not the run's.
+        keys: label -> content key of the row.
+        question: names the set of rows, if it is not the first; see :class:`.ScoreJob`.
         dense: label of the row that the others are compared with.
         threads: CPU threads of each model's process.
     """
 
     kind: Literal["measure"] = "measure"
     rows: dict[str, bool]
+    places: dict[str, str] = Field(default_factory=dict)
+    models: dict[str, ModelPlan] = Field(default_factory=dict)
+    keys: dict[str, str] = Field(default_factory=dict)
+    question: str = ""
     dense: str
     engine: Literal["vllm", "hf"]
     workload: dict[str, Any]
@@ -173,21 +199,32 @@ class MeasureJob(Job):
 
     @property
     def name(self) -> str:
-        return "throughput"
+        return f"throughput-{self.question}" if self.question else "throughput"
 
     def products(self, run: RunPaths) -> list[Path]:
-        return [run.throughput]
+        return [run.measured(self.question)]
+
+    def _folder(self, run: RunPaths, label: str) -> Path:
+        from streamline_bench.core.checkpoint.folder import resolve_pretrained
+
+        if self.rows[label]:
+            return run.checkpoint(self.places.get(label, label))
+        other = self.models.get(label)
+        return resolve_pretrained(other.name, other.revision) if other else self.source()
+
+    def _named(self, run: RunPaths, label: str) -> str:
+        if self.rows[label]:
+            return str(self._folder(run, label))
+        return self.models[label].name if label in self.models else self.model
 
     def work(self, run: RunPaths) -> Result:
         from streamline_bench.throughput import Setup, Workload, measure
 
         workload = Workload.model_validate(self.workload)
-        with staged_output(run.throughput, overwrite=True) as staging:
+        trusted = [self.trust_remote_code, *(m.trust_remote_code for m in self.models.values())]
+        with staged_output(run.measured(self.question), overwrite=True) as staging:
             measure(
-                {
-                    label: run.checkpoint(label) if compressed else self.source()
-                    for label, compressed in self.rows.items()
-                },
+                {label: self._folder(run, label) for label in self.rows},
                 dense=self.dense,
                 engine=self.engine,
                 workload=workload,
@@ -195,7 +232,7 @@ class MeasureJob(Job):
                     device=self.device,
                     dtype=self.dtype or "auto",
                     threads=self.threads,
-                    trust_remote_code=self.trust_remote_code,
+                    trust_remote_code=all(trusted),
                 ),
                 output=staging,
             )
@@ -210,10 +247,7 @@ class MeasureJob(Job):
             "--threads": self.threads,
             "--revision": self.revision,
         }
-        models = [
-            f"{label}={run.checkpoint(label) if compressed else self.model}"
-            for label, compressed in self.rows.items()
-        ]
+        models = [f"{label}={self._named(run, label)}" for label in self.rows]
         flags = {"prefix_caching": workload.prefix_caching,
                  "trust_remote_code": self.trust_remote_code}  # fmt: skip
         return Result(command_line(["throughput", *models], options, **flags))

@@ -36,7 +36,10 @@ class ScoreJob(Job):
 
     Attributes:
         label: of the row.
-        dense: the row is the model itself, which has no checkpoint of its own.
+        dense: the row is the model itself: a dense one, or a checkpoint made elsewhere.
+        question: names the set of questions, if it is not the first one of the run folder.
+        tokenizer, model_args: what the harness loads a checkpoint made elsewhere with.
+        weights: names the model's content, where it is not made here.
         engine: None: transformers.
         noise: names the repetition, whose result is not the row's; None for the row itself.
         shareable: it may be done in one process with others, layers in common run once.
@@ -47,6 +50,10 @@ class ScoreJob(Job):
     label: str
     dense: bool
     evaluation: Evaluation
+    question: str = ""
+    tokenizer: str | None = None
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    weights: str | None = None
     engine: str | None = None
     noise: str | None = None
     shareable: bool = False
@@ -54,7 +61,8 @@ class ScoreJob(Job):
 
     @property
     def name(self) -> str:
-        return super().name if self.noise is None else f"noise-{self.noise}"
+        name = super().name if self.noise is None else f"noise-{self.noise}"
+        return f"{name}-{self.question}" if self.question else name
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -62,18 +70,20 @@ class ScoreJob(Job):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return () if self.dense else (compress_name(self.label),)
+        return () if self.dense else (compress_name(self.place),)
 
     def output(self, run: RunPaths) -> Path:
         """Where the harness's files are in the end."""
-        return run.evaluation(self.label) if self.noise is None else run.noise(self.noise)
+        if self.noise is None:
+            return run.evaluation(self.place, self.question)
+        return run.noise(self.noise, self.question)
 
     def products(self, run: RunPaths) -> list[Path]:
         return [self.output(run)]
 
     def pretrained(self, run: RunPaths) -> str:
         """Return what the harness loads."""
-        return self.model if self.dense else str(run.checkpoint(self.label))
+        return self.model if self.dense else str(run.checkpoint(self.place))
 
     def folder(self, run: RunPaths) -> Path:
         """Return the folder of the model that is scored (CheckpointError: it is not whole)."""
@@ -94,6 +104,8 @@ class ScoreJob(Job):
             "revision": self.revision if self.dense else None,
             "dtype": asked.dtype,
             "trust_remote_code": self.trust_remote_code or None,
+            "tokenizer": self.tokenizer,
+            **self.model_args,
         }
         command = [
             sys.executable, "-m",
@@ -163,7 +175,10 @@ class ScoreJob(Job):
 def _model_arguments(model: Mapping[str, Any]) -> str:
     """``key=value,key=value``, or JSON where a value holds a character that would split it."""
     given = {key: value for key, value in model.items() if value is not None}
-    if any(sign in str(value) for value in given.values() for sign in ",= "):
+    if any(
+        isinstance(value, dict | list) or any(sign in str(value) for sign in ",= ")
+        for value in given.values()
+    ):
         return json.dumps(given)
     return ",".join(f"{key}={value}" for key, value in given.items())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe
@@ -18,6 +18,7 @@ from streamline_bench.errors import (
 )
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.planning.plan import Plan, PlanRow
+from streamline_bench.runs.planning.rows import read_texts
 
 _FEW = 8
 """Sequences that are read of a source of which any number will do."""
@@ -35,7 +36,8 @@ def check_before(plan: Plan, run: RunPaths, *, jobs_at_a_time: int | None, until
 
     folder = resolve_pretrained(plan.model, plan.revision)
     size = CheckpointReader(folder).stored_bytes
-    todo = [row for row in plan.rows if not row.dense and not run.checkpoint(row.label).exists()]
+    largest = max(size, *(row.model.nbytes or 0 for row in plan.rows if row.model), 0)
+    todo = [row for row in plan.rows if row.made_here and not run.checkpoint(row.place).exists()]
     _check_depth(folder, plan, todo)
     _check_disk(plan, run, size, todo)
     if until != "compress":
@@ -45,7 +47,7 @@ def check_before(plan: Plan, run: RunPaths, *, jobs_at_a_time: int | None, until
 
             require_vllm("--throughput vllm")
         if jobs_at_a_time is not None and plan.device == "cpu":
-            _check_memory(plan, size, jobs_at_a_time)
+            _check_memory(plan, largest, jobs_at_a_time)
         if plan.evaluation.apply_chat_template:
             _check_chat_template(plan, folder)
     _check_calibration(plan, folder, todo)
@@ -69,11 +71,12 @@ def _check_names(plan: Plan, run: RunPaths) -> None:
     """The harness makes one file name of a model's whole path."""
     most = os.pathconf(run.there, "PC_NAME_MAX")
     for row in plan.rows:
-        model = plan.model if row.dense else str(run.checkpoint(row.label))
+        own = run.checkpoint(row.place)
+        model = str(own) if row.made_here else plan.source(row).name
         # As lm_eval.utils.sanitize_model_name does, without importing it.
         too_many = len(re.sub(r'["<>:/|\\?*\[\]]+', "__", model).encode()) - most
         if too_many > 0:
-            where = "model's folder" if row.dense else "--output"
+            where = "--output" if row.made_here else "model's folder"
             raise OutputError(
                 f"The path {model} is too long: the harness names a file after it, which may have "
                 f"{most} bytes; give a {where} that is {too_many} bytes shorter."
@@ -81,9 +84,12 @@ def _check_names(plan: Plan, run: RunPaths) -> None:
 
 
 def _check_disk(plan: Plan, run: RunPaths, size: int, todo: Sequence[PlanRow]) -> None:
-    shares = (Recipe.model_validate(row.recipe).sparsity for row in todo)
     # Half of the parameters, if a recipe names no sparsity.
-    needed = sum(size * (1 - (0.5 if share is None else share)) for share in shares)
+    shares = [(row, Recipe.model_validate(row.recipe).sparsity) for row in todo]
+    needed = sum(
+        (row.model.nbytes or size if row.model else size) * (1 - (0.5 if share is None else share))
+        for row, share in shares
+    )
     free = shutil.disk_usage(run.there).free
     if needed > free:
         raise OutputError(
@@ -126,7 +132,7 @@ def _check_calibration(plan: Plan, folder: Path, todo: Sequence[PlanRow]) -> Non
 
     users: dict[CalibrationSpec, list[str]] = {}
     for row in todo:
-        for spec in _sources(Recipe.model_validate(row.recipe)):
+        for spec in read_texts(Recipe.model_validate(row.recipe)):
             users.setdefault(spec, []).append(row.label)
     if not users:
         return
@@ -153,20 +159,6 @@ def _check_calibration(plan: Plan, folder: Path, todo: Sequence[PlanRow]) -> Non
                 f"Row {labels[0]}{more} cannot be made: {error} Give --calibration with text that "
                 "is there, such as a .jsonl or .txt file."
             ) from None
-
-
-def _sources(recipe: Recipe) -> Iterator[CalibrationSpec]:
-    """What a recipe reads from: to look at the model, to train a replacement, to recover."""
-    from streamline_bench.methods.base import get_method, unread_parts
-
-    if get_method(recipe.method).reads_calibration(recipe.parameters):
-        yield recipe.calibration
-    if "training" not in unread_parts(recipe.method) and recipe.replacement.kind != "none":
-        data = recipe.training.data
-        own = data.source if data.source != "auto" else recipe.calibration.source
-        yield data.model_copy(update={"source": own})
-    if recipe.recovery_data is not None:
-        yield recipe.recovery_data
 
 
 def _size(number: float) -> str:

@@ -1,7 +1,7 @@
 """``plan.yaml``: everything that decides the result of a run, written before anything is run.
 
-A run folder belongs to one plan. Running again with the same one continues; with another one it is
-refused, naming the first differences, so that a table never mixes two sets of options.
+A run folder grows: each command adds its rows and questions to those that are there
+(:mod:`.growth`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 
 from streamline_bench.core.files import atomic_write_text
-from streamline_bench.core.recipe.schema import Frozen
+from streamline_bench.core.recipe.schema import Frozen, PublishedResult
 from streamline_bench.core.recipe.validation import first_problem
 from streamline_bench.errors import OutputError
 from streamline_bench.runs.planning.request import NoiseEngine, ThroughputEngine
@@ -24,23 +24,76 @@ from streamline_bench.runs.planning.request import NoiseEngine, ThroughputEngine
 PLAN_FILE = "plan.yaml"
 SCHEMA_VERSION = 1
 
-_NOT_COMPARED = ("model", "title", "evaluation.include_path", "text.file")
-"""The same weights, task files and text may lie elsewhere, and a title changes no number."""
 
-_CHANGED_FILES = {
-    "evaluation.tasks_sha256": "the files of the tasks, or the data they name, are others now",
-    "text.sha256": "the text is another one now",
-}
-"""What a hash that differs says to a reader."""
+class ModelPlan(Frozen):
+    """A model that is loaded as it is, with what it is loaded with.
+
+    Attributes:
+        name: folder (absolute) or hub id.
+        dtype: None: that of the evaluation.
+        tokenizer: folder or hub id; None: the model's own.
+        model_args: further arguments of the harness's model.
+        weights_sha256: content of weights and config.
+        tokenizer_sha256: content of the tokenizer's files.
+        parameters, nbytes: counted from the files of the weights.
+        layers: decoder layers.
+    """
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: str | None = None
+    tokenizer: str | None = None
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    weights_sha256: str
+    tokenizer_sha256: str = ""
+    parameters: int | None = None
+    nbytes: int | None = None
+    layers: int | None = None
+
+    @property
+    def loaded_plainly(self) -> bool:
+        """Nothing but its folder decides how it is loaded."""
+        return not (self.dtype or self.tokenizer or self.model_args)
 
 
 class PlanRow(Frozen):
-    """A row: its label, its complete recipe, and the content key of the checkpoint it gives."""
+    """A row: a dense model, what a recipe makes of one, or a checkpoint made elsewhere.
+
+    Attributes:
+        recipe: the complete recipe; empty for a checkpoint made elsewhere.
+        key: content key of the checkpoint.
+        folder: of the row in the run folder, and in the names of its jobs; None: its label.
+        checkpoint: it was made elsewhere.
+        model: the dense model that it is or comes from, None for the plan's; of a row with
+            ``checkpoint``, the checkpoint.
+        reference: label of the dense row that it is compared with; None: the plan's.
+        group: label of the row before axes spanned it; None where none did.
+        axes: axis -> value of this row: sparsity, n_layers, seed, calibration, model.
+        published: numbers of the literature for this very model.
+    """
 
     label: str
     dense: bool
-    recipe: dict[str, Any]
+    recipe: dict[str, Any] = Field(default_factory=dict)
     key: str
+    folder: str | None = None
+    checkpoint: bool = False
+    model: ModelPlan | None = None
+    reference: str | None = None
+    group: str | None = None
+    axes: dict[str, Any] = Field(default_factory=dict)
+    published: tuple[PublishedResult, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """Name of its folder, and of its jobs."""
+        return self.folder or self.label
+
+    @property
+    def made_here(self) -> bool:
+        """A recipe makes it, so that it has a checkpoint in the run folder."""
+        return not self.dense and not self.checkpoint
 
 
 class Evaluation(Frozen):
@@ -54,6 +107,15 @@ class Evaluation(Frozen):
     apply_chat_template: bool = False
     batch_size: str
     dtype: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How tasks are asked, whichever they are."""
+        return self.model_dump(mode="json", exclude={"tasks", "tasks_sha256", "include_path"})
+
+    def only(self, tasks: Iterable[str]) -> Evaluation:
+        """Return the same for these of its tasks."""
+        return self.model_copy(update={"tasks": tuple(tasks)})
 
 
 class NoisePlan(Frozen):
@@ -88,8 +150,14 @@ class Plan(Frozen):
     Attributes:
         model: folder (absolute) or hub id.
         weights_sha256: content of the model's weights and config.
+        tokenizer_sha256: content of its tokenizer's files.
+        nbytes: of its weights.
         reference: label of the dense row that the others are compared with.
         versions: packages that decide a result.
+        task_data: task as asked -> SHA-256 of its configuration and data.
+        asked: every set of questions that was put to rows of this folder, in this order. A row is
+            asked the sets that it has not answered.
+        others: rows of earlier commands that are not part of this one; they stay on disk.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -97,6 +165,8 @@ class Plan(Frozen):
     model: str
     revision: str | None = None
     weights_sha256: str
+    tokenizer_sha256: str = ""
+    nbytes: int | None = None
     reference: str
     rows: tuple[PlanRow, ...] = Field(min_length=1)
     evaluation: Evaluation
@@ -110,6 +180,28 @@ class Plan(Frozen):
     text: TextPlan | None = None
     environment: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str]
+    task_data: dict[str, str] = Field(default_factory=dict)
+    asked: tuple[Evaluation, ...] = ()
+    others: tuple[PlanRow, ...] = ()
+
+    @property
+    def questions(self) -> tuple[Evaluation, ...]:
+        """What was asked in this folder so far; the first set has plain names on disk."""
+        return self.asked or (self.evaluation,)
+
+    def source(self, row: PlanRow) -> ModelPlan:
+        """The dense model that a row is or comes from, or the checkpoint made elsewhere."""
+        return row.model or ModelPlan(
+            name=self.model,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            weights_sha256=self.weights_sha256,
+        )
+
+    def reference_of(self, row: PlanRow) -> PlanRow:
+        """The dense row that a row is compared with."""
+        label = row.label if row.dense else row.reference or self.reference
+        return next(each for each in self.rows if each.label == label)
 
 
 def digest(payload: Any) -> str:
@@ -143,40 +235,3 @@ def read_plan(folder: Path) -> Plan | None:
             f"{SCHEMA_VERSION}; give another --output."
         )
     return plan
-
-
-def differences(there: Plan, here: Plan) -> list[str]:
-    """Return what differs, as ``evaluation.limit: 4 there, 8 now``, in the order of the plan."""
-    old, new = (dict(_flat(plan.model_dump(mode="json"))) for plan in (there, here))
-    changed = [
-        key
-        for key in [*old, *(each for each in new if each not in old)]
-        if key not in _NOT_COMPARED and old.get(key) != new.get(key)
-    ]
-    # The key of a row follows from what else is said to differ; alone it needs words.
-    said = [key for key in changed if not _is_key_of_a_row(key)] or changed[:1]
-    return [
-        f"row {key[5:-4]}: its calibration data changed, or this version of streamline-bench "
-        "computes it in another way"
-        if _is_key_of_a_row(key)
-        else f"{key}: {_CHANGED_FILES[key]}"
-        if key in _CHANGED_FILES
-        else f"{key}: {old.get(key, 'not set')!r} there, {new.get(key, 'not set')!r} now"
-        for key in said
-    ]
-
-
-def _is_key_of_a_row(key: str) -> bool:
-    return key.startswith("rows.") and key.endswith(".key")
-
-
-def _flat(value: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, each in value.items():
-            yield from _flat(each, (*path, str(key)))
-    elif path == ("rows",):
-        yield "rows", [row["label"] for row in value]
-        for row in value:
-            yield from _flat(row, ("rows", row["label"]))
-    else:
-        yield ".".join(path), value

@@ -6,13 +6,13 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from streamline_bench.core.files import read_yaml_mapping
 from streamline_bench.core.machine.environment import resource
-from streamline_bench.core.recipe.schema import Frozen
+from streamline_bench.core.recipe.schema import Frozen, PublishedResult
 from streamline_bench.core.recipe.validation import suggest, suggest_or_list
 from streamline_bench.errors import RecipeError
 
@@ -20,31 +20,67 @@ ThroughputEngine = Literal["none", "vllm", "hf"]
 NoiseEngine = Literal["vllm"]
 
 
+AXES: tuple[str, ...] = ("sparsity", "n_layers", "seed", "calibration")
+"""Recipe keys of which a row, or all rows, may be given several values: each is a row."""
+
+
 class RowRequest(Frozen):
-    """One row: a recipe by name or path, with values of its own.
+    """One row: a recipe by name or path, with values of its own, or a checkpoint made elsewhere.
 
     Attributes:
         label: name of the row and of its folder; None: the recipe's name.
-        overrides: recipe keys of this row alone; they win over those of the request.
+        overrides: recipe keys of this row alone; they win over those of the request. A list for
+            one of :data:`AXES` gives a row for each value.
+        model: the dense model of this row, one of the request's; None: a row for each.
+        checkpoint: folder or hub id, in place of a recipe.
+        revision, dtype, trust_remote_code, tokenizer: of the checkpoint.
+        model_args: further arguments of the harness's model, for the checkpoint.
+        reference: label of the dense row that it is compared with; None: the model that it comes
+            from, the first one for a checkpoint.
+        published: numbers of the literature for this very model.
     """
 
-    recipe: str = Field(min_length=1)
+    recipe: str | None = Field(None, min_length=1)
     label: str | None = None
     overrides: dict[str, Any] = Field(default_factory=dict, alias="set")
+    model: str | None = None
+    checkpoint: str | None = Field(None, min_length=1)
+    revision: str | None = None
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    tokenizer: str | None = None
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    reference: str | None = None
+    published: tuple[PublishedResult, ...] = ()
 
     model_config = ConfigDict(populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _recipe_or_checkpoint(self) -> RowRequest:
+        if (self.recipe is None) == (self.checkpoint is None):
+            raise ValueError("a row needs either 'recipe' or 'checkpoint'")
+        loading = ("revision", "dtype", "trust_remote_code", "tokenizer", "model_args")
+        given = [name for name in loading if getattr(self, name)]
+        if self.recipe is not None and given:
+            raise ValueError(f"'{given[0]}' belongs to a row with 'checkpoint'")
+        if self.checkpoint is not None and self.overrides:
+            raise ValueError("'set' changes a recipe, and this row is a checkpoint")
+        if self.checkpoint is not None and self.model:
+            raise ValueError("a row with 'checkpoint' has no 'model'; its 'reference' names a row")
+        return self
 
 
 class Request(Frozen):
     """Everything that decides the result of a comparison.
 
     Attributes:
-        model: folder or hub id of the dense model.
+        model: folder or hub id of the dense model; several give rows of each.
         recipes: rows; a string is a recipe's name or path, or a group of recipes
             (see :func:`.recipe_groups`); with a minus before it, it is left out.
         include_path: folder with the user's own task files, used with those of this package and of
             the harness; of tasks with the same name, the user's counts.
-        overrides: recipe keys for every row but the dense one (``set`` in a plan file).
+        overrides: recipe keys for every row but the dense one (``set`` in a plan file). A list for
+            one of :data:`AXES` gives a row for each value, of the rows that read it.
         limit: documents per task (a share of them below 1), None for all.
         batch_size: what the harness is given.
         dtype: of the models in memory; None: the checkpoint's for scoring, float32 for compressing.
@@ -64,7 +100,7 @@ class Request(Frozen):
         environment: variables for the processes of the jobs.
     """
 
-    model: str = Field(min_length=1)
+    model: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(min_length=1)
     revision: str | None = None
     title: str | None = None
     recipes: tuple[str | RowRequest, ...] = Field(min_length=1)
@@ -91,6 +127,11 @@ class Request(Frozen):
     threads: int | None = Field(None, ge=1)
     environment: dict[str, str] = Field(default_factory=dict)
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The dense models, the first of which is compared with where nothing else is said."""
+        return (self.model,) if isinstance(self.model, str) else self.model
+
     @field_validator("limit")
     @classmethod
     def _whole(cls, limit: float | None) -> float | None:
@@ -113,6 +154,14 @@ def make_request(payload: Mapping[str, Any], origin: str = "The comparison") -> 
     """Validate a mapping as a request (RecipeError: naming the first wrong key or value)."""
     try:
         return Request.model_validate(dict(payload))
+    except ValidationError as error:
+        raise RecipeError(_sentence(error, origin)) from None
+
+
+def make_row(payload: Mapping[str, Any], origin: str) -> RowRequest:
+    """Validate a mapping as a row (RecipeError: naming the first wrong key or value)."""
+    try:
+        return RowRequest.model_validate(dict(payload))
     except ValidationError as error:
         raise RecipeError(_sentence(error, origin)) from None
 
@@ -162,8 +211,12 @@ def _expanded(value: Any, path: Path) -> Any:
 def _sentence(error: ValidationError, origin: str) -> str:
     problems = error.errors(include_url=False)
     # A row may be a name or a mapping: a key that a mapping has too many is what was meant.
-    problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
-    place = [str(part) for part in problem["loc"] if part not in ("str", "RowRequest")]
+    of_rows = [each for each in problems if any("RowRequest" in str(p) for p in each["loc"])]
+    mapped = [each for each in of_rows if isinstance(each.get("input"), Mapping)]
+    problem = next(
+        (each for each in problems if each["type"] == "extra_forbidden"), [*mapped, *problems][0]
+    )
+    place = [str(p) for p in problem["loc"] if p != "str" and "RowRequest" not in str(p)]
     if problem["type"] == "extra_forbidden":
         schema = Request if len(place) == 1 else RowRequest
         names = [field.alias or name for name, field in schema.model_fields.items()]

@@ -1,40 +1,35 @@
-"""From a request to a plan: every name looked up, every default filled in, every content hashed.
-
-Names and groups of recipes become rows, each with a label that can be a folder's name.
-"""
+"""From a request to a plan: every name looked up, every default filled in, every content hashed."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from streamline_bench.compression.recipes import (
-    SIZE_KEYS,
-    applicable,
-    load_recipe,
-    recipe_groups,
-    refuse_unknown_key,
-    refuse_unread,
-    unread_keys,
-)
 from streamline_bench.core.checkpoint.folder import file_sha256
 from streamline_bench.core.machine.environment import found_device, known_device, package_versions
-from streamline_bench.core.recipe.schema import Recipe
-from streamline_bench.core.recipe.validation import suggest_or_list, wrong_value
+from streamline_bench.core.recipe.validation import wrong_value
 from streamline_bench.errors import RecipeError
 from streamline_bench.harness.tasks.asked_tasks import refuse_unknown, task_folders
-from streamline_bench.harness.tasks.task_files import check_tasks, tasks_sha256
+from streamline_bench.harness.tasks.task_files import check_tasks, task_sha256, tasks_sha256
 from streamline_bench.modeling.loading import dtype_name
-from streamline_bench.runs.folder import is_row_name
-from streamline_bench.runs.planning.plan import Evaluation, NoisePlan, Plan, PlanRow, TextPlan
-from streamline_bench.runs.planning.request import Request, RowRequest
+from streamline_bench.runs.planning.plan import (
+    Evaluation,
+    ModelPlan,
+    NoisePlan,
+    Plan,
+    PlanRow,
+    TextPlan,
+    digest,
+)
+from streamline_bench.runs.planning.request import Request
+from streamline_bench.runs.planning.rows import Row, refuse_unknown_names, resolve_rows
 
 log = logging.getLogger(__name__)
 
@@ -60,36 +55,72 @@ def resolve_plan(
     refuse_unknown(request.tasks, task_folders(own))
     rows = resolve_rows(request, asked)
     from streamline_bench.compression.pipeline import content_key
+    from streamline_bench.harness.trunk.stack import tokenizer_sha256
     from streamline_bench.modeling.loading import SourceModel
+    from streamline_bench.runs.planning.models import checkpoint_plan, model_plan
 
-    changed = any(row.recipe.method != "dense" for row in rows)
-    source = SourceModel.find(
-        request.model, request.revision, trust_remote_code=request.trust_remote_code,
-        progress=progress, changed=changed,
-    )  # fmt: skip
-    local = Path(request.model).expanduser().is_dir()
+    if request.revision and len(request.models) > 1:
+        raise RecipeError(
+            f"--revision {request.revision} would be that of {len(request.models)} models; give "
+            "one model, or a row with 'checkpoint' and its own revision."
+        )
     named = request.device if request.device != "auto" else None
     where = known_device(named) if named is not None else device or found_device("auto")
+    changed = any(row.recipe.method != "dense" for row in rows)
+    trust = request.trust_remote_code
+    sources = [
+        SourceModel.find(
+            name, request.revision, trust_remote_code=trust, progress=progress, changed=changed
+        )
+        for name in request.models
+    ]
+    source = sources[0]
+    dense = {row.model: row.label for row in reversed(rows) if row.is_dense}
+    tasks = open_tasks(request, own)
 
     def planned(row: Row) -> PlanRow:
-        key = content_key(source, row.recipe, device=where, dtype=request.dtype)
-        recipe = row.recipe.model_dump(mode="json")
-        return PlanRow(label=row.label, dense=row.is_dense, recipe=recipe, key=key)
+        model: ModelPlan | None
+        if row.checkpoint is not None:
+            model = checkpoint_plan(row.label, row.checkpoint, progress=progress)
+            key = digest(["checkpoint", model.model_dump(mode="json", exclude={"name"})])
+            recipe = None
+        else:
+            of_row = sources[row.model]
+            model = None if row.model == 0 else model_plan(of_row)
+            key = content_key(of_row, row.recipe, device=where, dtype=request.dtype)
+            recipe = row.recipe.model_dump(mode="json")
+        return PlanRow(
+            label=row.label,
+            dense=row.is_dense,
+            recipe=recipe or {},
+            key=key,
+            checkpoint=row.checkpoint is not None,
+            model=model,
+            reference=row.reference or (dense[row.model] if row.model else None),
+            group=row.group,
+            axes=dict(row.axes),
+            published=row.published,
+        )
 
     def same(names: str) -> dict[str, Any]:
         return {name: getattr(request, name) for name in names.split()}
 
+    names = " and ".join(Path(name).name for name in request.models)
+    first = model_plan(source)
     return Plan(
-        title=request.title or f"{Path(request.model).name} without some of its layers",
-        model=str(source.folder.resolve()) if local else request.model,
-        weights_sha256=source.weights_sha256,
-        reference=next(row.label for row in rows if row.is_dense),
+        title=request.title or f"{names} without some of its layers",
+        model=first.name,
+        weights_sha256=first.weights_sha256,
+        tokenizer_sha256=tokenizer_sha256(source.folder),
+        nbytes=first.nbytes,
+        reference=dense[0],
         rows=tuple(planned(row) for row in rows),
         evaluation=Evaluation(
             include_path=str(own) if own else None,
-            tasks_sha256=_task_files(request, own),
+            tasks_sha256=tasks.sha256,
             **same("tasks limit num_fewshot apply_chat_template batch_size dtype"),
         ),
+        task_data=tasks.by_task,
         device=where,
         workload=_workload(request),
         noise=_noise(request),
@@ -99,21 +130,35 @@ def resolve_plan(
     )
 
 
-def _task_files(request: Request, own: Path | None) -> str:
+@dataclass(frozen=True)
+class _Tasks:
+    """Hashes of what tasks are made of: of all together, and of each by the name it is asked by."""
+
+    sha256: str
+    by_task: dict[str, str]
+
+
+def open_tasks(request: Request, own: Path | None) -> _Tasks:
     """Look the tasks up (EvaluationError: unknown), and hash what they are made of."""
     from streamline_bench.harness.tasks.asked_tasks import open_index, parts_of
 
     index = open_index(request.tasks, own)
-    parts = [part for name in request.tasks for part in parts_of(index, name)]
-    configs = [part.config for part in parts]
-    tasks = {str(part.config.get("task") or part.task): part.config for part in parts if part.task}
+    parts = {name: [*parts_of(index, name)] for name in request.tasks}
+    found = [part for each in parts.values() for part in each]
+    configs = [part.config for part in found]
+    tasks = {str(part.config.get("task") or part.task): part.config for part in found if part.task}
     check_tasks(tasks, request.environment)
     _check_fewshot(request.num_fewshot, tasks)
     folders = [Path(folder) for folder in task_folders(own)]
     files = [
         name for name in request.tasks if name.endswith(".yaml") or name not in index.all_tasks
     ]
-    return tasks_sha256(folders, configs, request.environment, files)
+    by_task = {
+        name: task_sha256(folders, [part.config for part in each], request.environment,
+                          [name] if name in files else [])
+        for name, each in parts.items()
+    }  # fmt: skip
+    return _Tasks(tasks_sha256(folders, configs, request.environment, files), by_task)
 
 
 def _check_fewshot(asked: int | None, tasks: Mapping[str, Mapping[str, Any]]) -> None:
@@ -199,129 +244,3 @@ def _other_batch_size(size: str) -> str:
     if not size.isdigit():
         return "8"
     return "4" if size == "1" else str(max(1, int(size) // 4))
-
-
-GROUPS: tuple[str, ...] = (
-    *("all", "no-training", "calibrated", "recovered"),
-    *("paper-settings", "hub-data"),
-)
-"""Groups of recipes, see :func:`.recipe_groups`; with a minus before it, a group is taken away."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A label and its complete recipe."""
-
-    label: str
-    recipe: Recipe
-
-    @property
-    def is_dense(self) -> bool:
-        """Nothing is compressed: the model itself is scored."""
-        return self.recipe.method == "dense" and self.recipe.recovery is None
-
-
-def refuse_unknown_names(request: Request) -> None:
-    """Refuse unknown recipes and keys (RecipeError) before a method imports torch."""
-    asked = _expanded(request.recipes)
-    for each in asked:
-        load_recipe(each.recipe, check=False)
-    for key in (*request.overrides, *(key for row in asked for key in row.overrides)):
-        refuse_unknown_key(key)
-
-
-def resolve_rows(request: Request, asked: Collection[str] = ()) -> list[Row]:
-    """Return the rows of a request in its order; the dense model is put first if it is missing.
-
-    Args:
-        asked: those of the keys for every row that somebody gave for this comparison, and that
-            therefore decide something in at least one row. Those of a plan may fit other rows.
-
-    RecipeError: an unknown recipe or key, one that no row reads, a label that is taken or cannot
-    name a folder.
-    """
-    rows = [_row(each, request.overrides) for each in _expanded(request.recipes)]
-    _require_used(request.overrides, rows, asked)
-    if not any(row.is_dense for row in rows):
-        rows.insert(0, Row("dense", load_recipe("dense")))
-    seen: set[str] = set()
-    for row in rows:
-        if not is_row_name(row.label):
-            raise RecipeError(
-                f"The row label '{row.label}' cannot name a folder here; use letters, digits, '.', "
-                "'_', '+' and '-', and no name of the run's own files, such as jobs, noise or "
-                "run.json."
-            )
-        if row.label.lower() in seen:
-            raise RecipeError(
-                f"Two rows are called '{row.label}'; give one of them another label (--row "
-                "LABEL=RECIPE)."
-            )
-        seen.add(row.label.lower())
-    return rows
-
-
-def _expanded(recipes: Sequence[str | RowRequest]) -> list[RowRequest]:
-    """Replace groups by their recipes, and take away what has a minus before it (RecipeError).
-
-    A recipe that a group repeats is taken once.
-    """
-    wanted = {each.removeprefix("-") for each in recipes if isinstance(each, str)}
-    groups = recipe_groups() if wanted & {*GROUPS} else {}
-    found: list[RowRequest] = []
-    for each in recipes:
-        if isinstance(each, RowRequest):
-            found.append(each)
-        elif each.startswith("-"):
-            name = each.removeprefix("-")
-            gone = groups.get(name, (name,))
-            kept = [row for row in found if row.recipe not in gone]
-            if len(kept) == len(found):
-                known = [*GROUPS, *(row.recipe for row in found)]
-                raise RecipeError(f"'{each}' takes nothing away{suggest_or_list(name, known)}")
-            found = kept
-        elif each in GROUPS:
-            known_rows = {row.recipe for row in found if row.label is None}
-            names = sorted(groups.get(each, ()), key=lambda name: (name != "dense", name))
-            found += [RowRequest(recipe=name) for name in names if name not in known_rows]
-        else:
-            found.append(RowRequest(recipe=each))
-    return found
-
-
-def _row(request: RowRequest, common: Mapping[str, Any]) -> Row:
-    own = request.overrides
-    sizes = set(SIZE_KEYS)
-    shared = {
-        key: value
-        for key, value in common.items()
-        # A row that names its own size is not given the other one as well.
-        if not (key in sizes and sizes & own.keys())
-    }
-    written = load_recipe(request.recipe)
-    label = request.label or written.name
-    given = {**applicable(shared, written), **own} if written.method != "dense" else own
-    recipe = load_recipe(request.recipe, given)
-    refuse_unread(recipe, own)
-    for key, (before, after) in recipe.overridden.items():
-        if key not in SIZE_KEYS and before is not None:
-            log.info("%s: %s is %s, the recipe's own is %s", label, key, after, before)
-    return Row(label, recipe)
-
-
-def _require_used(common: Mapping[str, Any], rows: Sequence[Row], asked: Collection[str]) -> None:
-    made = [row for row in rows if row.recipe.method != "dense"]
-    used = [applicable(common, row.recipe).keys() for row in made]
-    unused = sorted(common.keys() - set().union(*used)) if used else []
-    # Of a row's own size or value, the common one is not read.
-    unused += [
-        key
-        for key in asked
-        if key in common and all(unread_keys(row.recipe, [key]) for row in rows)
-    ]
-    if unused:
-        labels = ", ".join(row.label for row in rows)
-        raise RecipeError(
-            f"'{unused[0]}' has no effect, because none of the rows ({labels}) reads it; leave it "
-            "out, or add a row that reads it."
-        )

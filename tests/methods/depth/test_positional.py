@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from streamline_bench.compression import compress
-from streamline_bench.compression.pipeline import cache_root
+from streamline_bench.compression.cache import cache_root
 from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.errors import SparsityError
 

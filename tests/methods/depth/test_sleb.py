@@ -91,7 +91,8 @@ def test_an_interrupted_search_goes_on(
 
 
 def _kept(recipe: Any, folder: Path) -> list[Path]:
-    from streamline_bench.compression.pipeline import cache_root, content_key
+    from streamline_bench.compression.cache import cache_root
+    from streamline_bench.compression.pipeline import content_key
 
     return list(
         (cache_root() / "work" / content_key(SourceModel(folder), recipe)).glob("sleb.json")

@@ -12,10 +12,10 @@ import pytest
 from streamline_bench.cli.throughput import command
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Job
+from streamline_bench.runs.jobs.planned import measure_jobs
 from streamline_bench.runs.planning.plan import Plan
 from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.planning.resolve import resolve_plan
-from streamline_bench.runs.run import measure_job
 
 
 @pytest.fixture
@@ -25,7 +25,8 @@ def job(make: Callable[..., Request]) -> Job:
         make(throughput="hf", trust_remote_code=True, workload={"prefix_caching": True})
     )
     hub = {"model": "owner/model", "revision": "v2"}
-    return measure_job(Plan(**{**plan.model_dump(), **hub}), ["dense", "last_layers"], 3)
+    (job,) = measure_jobs(Plan(**{**plan.model_dump(), **hub}), ["dense", "last_layers"], 3)
+    return job
 
 
 def test_the_command_repeats_what_was_measured(

@@ -16,11 +16,11 @@ from streamline_bench.harness.trunk.walk import Walk
 from streamline_bench.runs.execution.scheduler import groups_of
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import read_done, read_failed
+from streamline_bench.runs.jobs.planned import plan_jobs
 from streamline_bench.runs.jobs.score import ScoreJob, check_scores, score_together_job
 from streamline_bench.runs.planning.plan import Plan
 from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.planning.resolve import resolve_plan
-from streamline_bench.runs.run import plan_jobs
 
 
 def _scoring(plan: Plan) -> list[ScoreJob]:

@@ -23,8 +23,8 @@ from streamline_bench.errors import (
     SparsityError,
 )
 from streamline_bench.runs import Execution
-from streamline_bench.runs.planning.checks import _sources
 from streamline_bench.runs.planning.request import Request
+from streamline_bench.runs.planning.rows import read_texts
 from streamline_bench.runs.run import compare_request
 
 
@@ -89,11 +89,11 @@ def test_every_source_of_a_recipe_is_looked_at() -> None:
     recovered = {"kind": "lora", "training": {"data": {"source": "b.txt"}}}
     trained: dict[str, Any] = {"replacement": {"kind": "ffn"}, "training": {"data": {}}}
     recipe = Recipe(name="r", method="streamline", calibration=calibration, **trained)
-    assert [spec.source for spec in _sources(recipe)] == ["a.txt", "a.txt"]
+    assert [spec.source for spec in read_texts(recipe)] == ["a.txt", "a.txt"]
     recipe = Recipe(name="r", method="last_layers", calibration=calibration, recovery=recovered)
-    assert [spec.source for spec in _sources(recipe)] == ["b.txt"]
+    assert [spec.source for spec in read_texts(recipe)] == ["b.txt"]
     recipe = Recipe(name="r", method="llm_pruner", parameters={"criterion": "l1"})
-    assert list(_sources(recipe)) == []
+    assert list(read_texts(recipe)) == []
 
 
 @pytest.mark.parametrize("name", ["a/b c", "/x/y__z", "q?*:<>|[1]\"'", "plain"])

@@ -1,4 +1,4 @@
-"""A run folder belongs to one plan; another plan is refused, naming what differs."""
+"""A run folder grows from plan to plan; refused is what would make its results untrue."""
 
 from __future__ import annotations
 
@@ -14,41 +14,45 @@ import pytest
 from streamline_bench.errors import MissingDependencyError, OutputError, RecipeError
 from streamline_bench.runs.folder import RunPaths, claim, locked
 from streamline_bench.runs.jobs.job import read_done
+from streamline_bench.runs.jobs.planned import measure_jobs, plan_jobs
 from streamline_bench.runs.jobs.score import ScoreJob
-from streamline_bench.runs.planning.plan import Plan, differences, read_plan, write_plan
+from streamline_bench.runs.planning.growth import conflicts
+from streamline_bench.runs.planning.plan import Plan, read_plan, write_plan
 from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.planning.resolve import resolve_plan
-from streamline_bench.runs.run import measure_job, plan_jobs
 
 
 def test_written_and_read_it_is_the_same(plan: Plan, tmp_path: Path) -> None:
     assert read_plan(tmp_path) is None
     write_plan(tmp_path, plan)
     assert read_plan(tmp_path) == plan
-    assert differences(plan, plan) == []
+    assert conflicts(plan, plan) == []
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    "change",
     [
-        ({"limit": 8}, "evaluation.limit: None there, 8.0 now"),
-        ({"tasks": ["streamline_demo_order"]}, "evaluation.tasks: "),
-        ({"set": {"n_layers": 3}}, "rows.first_layers.recipe.n_layers: 2 there, 3 now"),
-        ({"recipes": ["first_layers"]}, "rows: "),
-        ({"batch_size": "4"}, "evaluation.batch_size: '16' there, '4' now"),
-        ({"dtype": "bfloat16"}, "dtype: None there, 'bfloat16' now"),
-        ({"noise_floor": True}, "noise: [] there, [{'name': 'batch-size-4'"),
+        {"limit": 8},
+        {"tasks": ["streamline_demo_order"]},
+        {"set": {"n_layers": 3}},
+        {"recipes": ["first_layers"]},
+        {"batch_size": "4"},
+        {"dtype": "bfloat16"},
+        {"noise_floor": True},
     ],
 )
-def test_another_plan_is_refused_by_name(
-    make: Callable[..., Request], plan: Plan, tmp_path: Path, change: dict[str, object], said: str
+def test_other_options_leave_what_is_there_true(
+    make: Callable[..., Request], plan: Plan, tmp_path: Path, change: dict[str, object]
 ) -> None:
     claim(tmp_path, plan)
-    other = resolve_plan(make(**change))
-    assert any(each.startswith(said) for each in differences(plan, other)), differences(plan, other)
-    with pytest.raises(OutputError, match="other options"):
-        claim(tmp_path, other)
-    assert read_plan(tmp_path) == plan
+    other = claim(tmp_path, resolve_plan(make(**change)))
+    assert read_plan(tmp_path) == other
+    # Back again: every row has its folder and its jobs as before.
+    again = claim(tmp_path, plan)
+    assert [row.place for row in again.rows] == [row.label for row in plan.rows]
+    run = RunPaths(tmp_path)
+    assert [job.key for job in plan_jobs(again, run)] == [job.key for job in plan_jobs(plan)]
+    assert [job.name for job in plan_jobs(again, run)] == [job.name for job in plan_jobs(plan)]
 
 
 def test_the_same_weights_elsewhere_are_the_same_model(
@@ -56,15 +60,24 @@ def test_the_same_weights_elsewhere_are_the_same_model(
 ) -> None:
     moved = Path(shutil.copytree(tiny_llama, tmp_path / "moved"))
     other = resolve_plan(make(model=str(moved), title="Another heading"))
-    assert differences(plan, other) == []
+    assert conflicts(plan, other) == []
     assert [job.key for job in plan_jobs(plan)] == [job.key for job in plan_jobs(other)]
 
 
 def test_other_weights_are_another_model(
-    make: Callable[..., Request], plan: Plan, make_tiny_model: Callable[..., Path]
+    make: Callable[..., Request],
+    plan: Plan,
+    make_tiny_model: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     other = resolve_plan(make(model=str(make_tiny_model("llama", seed=7))))
-    assert differences(plan, other)[0].startswith("weights_sha256")
+    claim(tmp_path, plan)
+    with pytest.raises(OutputError, match=rf"{plan.model}.*{other.model}.*--output"):
+        claim(tmp_path, other)
+    retrained = other.model_copy(update={"model": plan.model})
+    with pytest.raises(OutputError, match=f"the weights of {plan.model} are others now"):
+        claim(tmp_path, retrained)
+    assert read_plan(tmp_path) == claim(tmp_path, plan)
     keys = {job.key for job in plan_jobs(plan)}
     assert keys.isdisjoint(job.key for job in plan_jobs(other))
 
@@ -108,9 +121,11 @@ def test_a_changed_task_file_is_a_difference(make: Callable[..., Request], tmp_p
     before = resolve_plan(make(include_path=str(tmp_path)))
     (tmp_path / "t.yaml").write_text("task: t\nnum_fewshot: 1\n", encoding="utf-8")
     after = resolve_plan(make(include_path=str(tmp_path)))
-    assert [each.split(":")[0] for each in differences(before, after)] == [
-        "evaluation.tasks_sha256"
-    ]
+    assert before.evaluation.tasks_sha256 != after.evaluation.tasks_sha256
+    # The tasks that were asked read nothing of that file; an earlier version could not tell.
+    assert conflicts(before, after) == []
+    (said,) = conflicts(before.model_copy(update={"task_data": {}}), after)
+    assert "streamline_demo_pairs" in said
 
 
 @pytest.mark.parametrize(
@@ -144,8 +159,9 @@ def test_what_a_kill_before_the_plan_left_is_no_obstacle(tmp_path: Path, plan: P
     (tmp_path / ".lock").touch()
     (tmp_path / ".plan.yaml.partial-999999-0a0a0a0a").write_text("half", encoding="utf-8")
     with locked(tmp_path):
-        claim(tmp_path, plan)
-    assert read_plan(tmp_path) == plan
+        claimed = claim(tmp_path, plan)
+    assert read_plan(tmp_path) == claimed
+    assert claimed.rows == plan.rows
 
 
 def test_the_same_files_elsewhere_are_the_same_plan(
@@ -160,7 +176,7 @@ def test_the_same_files_elsewhere_are_the_same_plan(
             (tmp_path / "a").rename(folder)
         request = make(include_path=str(folder), text=str(folder / "text.txt"))
         plans.append(resolve_plan(request))
-    assert differences(*plans) == []
+    assert conflicts(*plans) == []
     first, second = ([job.key for job in plan_jobs(plan)] for plan in plans)
     assert first == second
     assert plans[0].evaluation.include_path != plans[1].evaluation.include_path
@@ -246,10 +262,10 @@ def test_overwriting_removes_what_a_run_made_and_nothing_else(
     left = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert left == {*kept, "plan.yaml"}
     assert (outside / "checkpoint" / "config.json").exists()
-    assert read_plan(run) == other
+    assert read_plan(run) == claim(run, other)
     (tmp_path / "new").mkdir()
     claim(tmp_path / "new", other, overwrite=True)
-    assert read_plan(tmp_path / "new") == other
+    assert read_plan(tmp_path / "new") == claim(tmp_path / "new", other)
 
 
 def test_a_run_of_another_model_or_a_foreign_plan_is_not_overwritten(
@@ -266,12 +282,12 @@ def test_a_run_of_another_model_or_a_foreign_plan_is_not_overwritten(
 
 
 def test_speed_is_measured_with_as_many_threads_as_the_key_says(plan: Plan) -> None:
-    jobs = [measure_job(plan, ["dense"], threads) for threads in (1, 4)]
+    jobs = [job for threads in (1, 4) for job in measure_jobs(plan, ["dense"], threads)]
     assert jobs[0].key != jobs[1].key
     assert [job.environment["OMP_NUM_THREADS"] for job in jobs] == ["1", "4"]
     assert [job.threads for job in jobs] == [1, 4]
     fixed = plan.model_copy(update={"threads": 2})
-    assert measure_job(fixed, ["dense"], 1) == measure_job(fixed, ["dense"], 4)
+    assert measure_jobs(fixed, ["dense"], 1) == measure_jobs(fixed, ["dense"], 4)
 
 
 def test_a_workload_is_checked_before_anything_runs(make: Callable[..., Request]) -> None:

@@ -14,11 +14,12 @@ from streamline_bench.core.checkpoint.folder import file_sha256
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import EvaluationError, RecipeError
 from streamline_bench.runs.folder import RunPaths
+from streamline_bench.runs.jobs.planned import plan_jobs
 from streamline_bench.runs.jobs.score import ScoreJob
 from streamline_bench.runs.planning.plan import Evaluation
 from streamline_bench.runs.planning.request import Request, make_request
 from streamline_bench.runs.planning.resolve import resolve_plan
-from streamline_bench.runs.run import compare_request, plan_jobs
+from streamline_bench.runs.run import compare_request
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from streamline_bench.compression.recipes import list_recipes, load_recipe, recipe_groups
-from streamline_bench.errors import RecipeError
+from streamline_bench.errors import CheckpointError, RecipeError
+from streamline_bench.runs.jobs.planned import plan_jobs
 from streamline_bench.runs.planning.request import Request, RowRequest, make_request, read_request
-from streamline_bench.runs.planning.resolve import GROUPS, resolve_rows
+from streamline_bench.runs.planning.resolve import resolve_plan
+from streamline_bench.runs.planning.rows import GROUPS, resolve_rows
 
 
 def _labels(request: Request) -> list[str]:
@@ -128,6 +131,76 @@ def test_labels_must_differ_also_where_case_does_not_count(
     rows = [RowRequest(label=label, recipe="first_layers") for label in ("a", "A")]
     with pytest.raises(RecipeError, match="Two rows are called 'A'"):
         resolve_rows(make(recipes=rows))
+
+
+def test_axes_span_the_rows_that_read_them(make: Callable[..., Request]) -> None:
+    request = make(recipes=["last_layers", "random_layers"],
+                   set={"sparsity": [0.25, 0.5], "seed": [0, 1]})  # fmt: skip
+    rows = {row.label: row for row in resolve_rows(request)}
+    assert list(rows) == [
+        *("dense", "last_layers-0.25", "last_layers-0.5"),
+        *("random_layers-0.25-seed0", "random_layers-0.25-seed1"),
+        *("random_layers-0.5-seed0", "random_layers-0.5-seed1"),
+    ]
+    row = rows["random_layers-0.5-seed1"]
+    assert (row.recipe.sparsity, row.recipe.seed) == (0.5, 1)
+    assert (row.group, row.axes) == ("random_layers", {"sparsity": 0.5, "seed": 1})
+    assert rows["last_layers-0.5"].axes == {"sparsity": 0.5}
+
+
+def test_calibration_texts_are_an_axis_of_the_rows_that_read_them(
+    make: Callable[..., Request],
+) -> None:
+    texts = ["one/wiki.jsonl", "two/wiki.jsonl"]
+    request = make(recipes=["sleb", "last_layers"], set={"n_layers": 2, "calibration": texts})
+    assert _labels(request) == ["dense", "sleb-text0", "sleb-text1", "last_layers"]
+
+
+def test_an_axis_that_no_row_reads_is_refused(make: Callable[..., Request]) -> None:
+    with pytest.raises(RecipeError, match=r"'seed' has no effect.*last_layers"):
+        resolve_rows(make(recipes=["last_layers"], set={"n_layers": 2, "seed": [0, 1]}))
+    own = RowRequest(recipe="last_layers", overrides={"seed": [0, 1]})
+    with pytest.raises(RecipeError, match="'seed' has no effect.*last_layers"):
+        resolve_rows(make(recipes=[own]))
+    with pytest.raises(RecipeError, match="'n_layers' has 2 twice"):
+        resolve_rows(make(set={"n_layers": [2, 2]}))
+
+
+def test_a_checkpoint_needs_a_folder_with_safe_weights(
+    make: Callable[..., Request], tmp_path: Path
+) -> None:
+    def asked(folder: Path, **more: object) -> Request:
+        return make(recipes=[RowRequest(label="x", checkpoint=str(folder), **more)])
+
+    with pytest.raises(CheckpointError, match=r"Row 'x': .*gone does not exist"):
+        resolve_plan(asked(tmp_path / "gone"))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(CheckpointError, match=r"Row 'x': .*pickles"):
+        resolve_plan(asked(tmp_path))
+    with pytest.raises(RecipeError, match=r"'nobody', which is not a dense row.*dense"):
+        resolve_rows(asked(tmp_path, reference="nobody"))
+
+
+def test_another_tokenizer_leaves_token_distributions_out(
+    make: Callable[..., Request], tiny_llama: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(tiny_llama, tmp_path / "other"))
+    (other / "special_tokens_map.json").write_text('{"eos_token": "w9"}', encoding="utf-8")
+    (tmp_path / "text.txt").write_text("w1 w2 w3", encoding="utf-8")
+    rows = [RowRequest(label="x", checkpoint=str(other)), "last_layers"]
+    plan = resolve_plan(make(recipes=rows, text=str(tmp_path / "text.txt")))
+    names = [job.name for job in plan_jobs(plan)]
+    assert "score-x" in names
+    assert [name for name in names if name.startswith("text")] == ["text-last_layers"]
+
+
+def test_the_released_models_are_found_without_a_hub() -> None:
+    rows = {row.label: row for row in resolve_rows(make_request(read_request("released_models")))}
+    assert [label for label, row in rows.items() if row.is_dense] == ["Llama-2-7B", "Llama-3.1-8B"]
+    assert rows["Llama-3.1-5.4B"].reference == "Llama-3.1-8B"
+    assert all(len(row.published) == 7 for row in rows.values())
+    assert {each.model for each in rows["Llama-2-4.7B"].published} == {"Llama-2-4.7B"}
 
 
 def test_an_unknown_recipe_and_an_unknown_key_are_named(make: Callable[..., Request]) -> None:
