@@ -58,7 +58,7 @@ def _check_depth(folder: Path, plan: Plan, todo: Sequence[PlanRow]) -> None:
 
     config = load_config(folder, trust_remote_code=plan.trust_remote_code)
     depth = getattr(config, "num_hidden_layers", None)
-    for row in todo:
+    for row in (row for row in todo if row.model is None):
         asked = Recipe.model_validate(row.recipe).n_layers
         if depth is not None and asked is not None and asked >= depth:
             raise SparsityError(

@@ -160,7 +160,7 @@ def test_an_axis_that_no_row_reads_is_refused(make: Callable[..., Request]) -> N
     with pytest.raises(RecipeError, match=r"'seed' has no effect.*last_layers"):
         resolve_rows(make(recipes=["last_layers"], set={"n_layers": 2, "seed": [0, 1]}))
     own = RowRequest(recipe="last_layers", overrides={"seed": [0, 1]})
-    with pytest.raises(RecipeError, match="'seed' has no effect.*last_layers"):
+    with pytest.raises(RecipeError, match=r"'seed' has no effect.*last_layers"):
         resolve_rows(make(recipes=[own]))
     with pytest.raises(RecipeError, match="'n_layers' has 2 twice"):
         resolve_rows(make(set={"n_layers": [2, 2]}))
