@@ -112,7 +112,8 @@ def _about(layer: Any, depth: int) -> dict[str, Any]:
             counts = bool(_DEPTH.search(key)) and value == depth
             if counts and not _read_when_run(type(module), key):  # type: ignore[arg-type]
                 continue  # it has served to make a tensor, which is stored
-            about[f"{name}.{key}".lstrip(".")] = value
+            # A default may be a tuple, which a file gives back as a list.
+            about[f"{name}.{key}".lstrip(".")] = list(value) if isinstance(value, tuple) else value
     return about
 
 

@@ -23,6 +23,7 @@ EXACT = {
     "cohere": "attention and MLP in parallel",
     "ctrl": "modules with names of their own",
     "mamba": "a state-space model",
+    "mamba2": "a setting whose default is a tuple",
     "bamba": "attention among Mamba layers, as a list of indices",
     "qwen3_next": "linear attention",
     "lfm2": "short convolutions",

@@ -91,14 +91,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 8},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
-    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
+    "qwen4_exp_text": {"layer_types": _alternating("linear_attention", "indexed_attention"),
+                       "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
                        "indexer_budget": 8, "indexer_compress_ratio": 4},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     # One kind of layer only by default; the real models have these.
     "lfm2": {"layer_types": _alternating("conv", "full_attention"), "full_attn_idxs": None},
     "lfm2_moe": {"layer_types": _alternating("conv", "full_attention")},
     "qwen2_moe": {"mlp_only_layers": [1, 4]},
-    "qwen3_next": {"layer_types": _alternating("linear_attention", "full_attention")},
+    **{name: {"layer_types": _alternating("linear_attention", "full_attention")}
+       for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")},
     "olmo3": {"layer_types": _alternating("sliding_attention", "full_attention")},
     "granitemoehybrid": {"layer_types": _alternating("linear_attention", "full_attention")},
     "bamba": {"attn_layer_indices": [1, 4]},
