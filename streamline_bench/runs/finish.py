@@ -131,7 +131,9 @@ class Results:
             if (job := self._answered_by(state)) is not None:
                 evaluations.append(run.relative(job.output(run)))
         evaluations = list(dict.fromkeys(evaluations)) if self.scored(label) else []
-        company = next((g for g in together.groups if label in (job.label for job in g)), [])
+        walks = ([job.label for job in group] for group in together.groups)
+        walk = next((labels for labels in walks if label in labels), [])
+        company = [each.label for each in self.plan.rows if each.label in walk]
         mine = next((state.job.name for state in self._of(label, ScoreJob)), "")
         return RunRow(
             label=label,
@@ -142,7 +144,7 @@ class Results:
             divergence=self._divergence(row),
             seconds=seconds,
             failed=self.failures().get(label),
-            scored_with=[job.label for job in company] if len(company) > 1 else [],
+            scored_with=company if len(company) > 1 else [],
             scored_alone=together.alone.get(mine),
             **self._measured(row),
             **self._facts(row),
