@@ -53,7 +53,7 @@ def _attempts(run: Path) -> dict[str, int]:
 def test_a_failing_recipe_marks_its_row_and_the_others_go_on(
     tiny_llama: Path, tasks: Path, tmp_path: Path
 ) -> None:
-    broken = RowRequest(label="broken", recipe="last_layers", overrides={"n_layers": 50})
+    broken = RowRequest(label="broken", recipe="last_layers", overrides={"sparsity": 0.001})
 
     def run() -> CompareResult:
         return compare(
@@ -65,7 +65,7 @@ def test_a_failing_recipe_marks_its_row_and_the_others_go_on(
     result = run()
     assert result.exit_code == 1
     assert list(result.failures) == ["broken"]
-    assert "50" in result.failures["broken"]
+    assert "0.001" in result.failures["broken"]
     assert result.jobs["score-broken"] == "skipped"
     assert result.report is not None
     board = json.loads((tmp_path / "run" / "leaderboard.json").read_text(encoding="utf-8"))

@@ -106,6 +106,26 @@ def test_hashes_name_the_first_document(
         align(runs[0], other)
 
 
+def test_where_prompts_differ_and_in_which_files(runs: tuple[Samples, Samples]) -> None:
+    dense, pruned = runs
+    row = pruned.frame[(pruned.frame["task"] == "toy_mc") & (pruned.frame["doc_id"] == 17)].iloc[0]
+    place = len(row["prompt"]) // 2
+    prompt = row["prompt"][:place] + "#" + row["prompt"][place + 1 :]
+    other = with_value(with_value(pruned, "toy_mc", 17, "prompt", prompt), "toy_mc", 17,
+                       "prompt_hash", "f" * 64)  # fmt: skip
+    with pytest.raises(ComparisonError) as raised:
+        align(dense, other)
+    begin = max(0, place - 20)
+    for text in (f"from character {place} ", row["prompt"][begin:place], prompt[begin : place + 1]):
+        assert text in str(raised.value)
+    for samples in runs:
+        assert str(samples.info.files["toy_mc"]) in str(raised.value)
+    nowhere = changed(other, files={})
+    with pytest.raises(ComparisonError) as raised:
+        align(dense, nowhere)
+    assert str(dense.info.files["toy_mc"]) not in str(raised.value)
+
+
 def test_documents_differ(runs: tuple[Samples, Samples]) -> None:
     dense, pruned = runs
     in_mc = pruned.frame["task"] == "toy_mc"

@@ -222,7 +222,7 @@ def read_plan(folder: Path) -> Plan | None:
     try:
         payload = yaml.safe_load(path.read_text(encoding="utf-8"))
         plan = Plan.model_validate(payload)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())[:160]
