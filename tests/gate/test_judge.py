@@ -232,7 +232,7 @@ def test_other_methods_of_stability_are_not_compared(reference_run: Path, tmp_pa
 
 
 def test_what_cannot_be_read(reference_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(SamplesError, match=r"leaderboard\.json'.* report"):
+    with pytest.raises(SamplesError, match=r"leaderboard\.json.* report"):
         gate(tmp_path, reference_run, progress=False)
     with pytest.raises(SamplesError, match=rf"{reference_run.name}.*name one"):
         gate(reference_run.parent, reference_run, progress=False)

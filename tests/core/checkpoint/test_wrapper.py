@@ -118,6 +118,11 @@ def test_everything_else_in_the_folder_is_kept(
     output = middle_removed(folder, tmp_path / "out")
     before, after = (json.loads((f / "config.json").read_text()) for f in (folder, output))
     before["text_config"]["num_hidden_layers"] = 2
+    older = {
+        k: after["text_config"].pop(k) for k in {*after["text_config"]} - {*before["text_config"]}
+    }
+    assert set(older) <= {"rope_theta", "torch_dtype"}
+    assert older.get("rope_theta") == before["text_config"]["rope_parameters"]["rope_theta"]
     assert after == before
     for name in ("preprocessor_config.json", "processing_own.py", "tokenizer.json"):
         assert (output / name).read_bytes() == (folder / name).read_bytes()
