@@ -208,6 +208,9 @@ def __getattr__(name: str) -> Any:
     """Find a made class by name, so that a pickle can be read in a new process."""
     host_name = name.removeprefix(_PREFIX)
     if host_name != name:
+        for made in _classes.values():  # two types may share a host's class
+            if made.__name__ == name:
+                return made
         for model_type, class_name in CONFIG_MAPPING_NAMES.items():
             if class_name == host_name and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
                 return config_class_for(model_type)

@@ -168,6 +168,9 @@ def _done(network: nn.Module) -> bool:
 def __getattr__(name: str) -> Any:
     """Find a made class by name, so that a pickle can be read in a new process."""
     if name.startswith(_PREFIX):
+        for made in _classes.values():  # two types may share a host's class
+            if made.__name__ == name:
+                return made
         for entrance in (StreamlineForCausalLM, StreamlineModel):
             for model_type, host_name in entrance._host_names.items():
                 if isinstance(host_name, str) and _made_name(host_name, model_type) == name:

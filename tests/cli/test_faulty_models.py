@@ -35,11 +35,12 @@ from streamline_bench.opencompass.transformers_engine import TransformersEngine,
 from streamline_bench.runs.run import compare
 from streamline_bench.stability.readers.load import load_samples
 
-WITHOUT_MODEL = {"demo", "gate", "lm-eval", "recipes", "report", "stability", "tasks"}
+WITHOUT_MODEL = {"cache", "demo", "gate", "lm-eval", "recipes", "report", "stability", "tasks"}
 """Commands that are given no model folder; their own tests give them faulty files."""
 
 SMALL = ("--calibration", "TEXT", "--set", "sequence_length=32", "--set", "calibration_samples=4")
 CALLS: dict[str, tuple[str, ...]] = {
+    "architecture": ("MODEL",),
     "compress": ("MODEL", "-o", "OUT", "--recipe", "streamline_none", "--n-layers", "1", *SMALL),
     "compare": ("MODEL", "--recipes", "dense,first_layers", "--n-layers", "1", "--tasks",
                 "streamline_demo", "-o", "OUT"),
@@ -126,6 +127,13 @@ def test_the_streamed_scan_as_well(call: Callable[..., Any], faulty: Any, tmp_pa
     folder, text, _ = faulty
     ended = call("scan", folder, "--streamed", "--calibration", text, "-o", tmp_path / "out", "-q")
     assert ended.code == 2, ended
+    assert "Traceback" not in ended.err
+
+
+def test_the_architecture_of_a_faulty_model(call: Callable[..., Any], faulty: Any) -> None:
+    """It reads no weights: a fault in them alone is not seen."""
+    ended = call("architecture", faulty[0])
+    assert ended.code in (0, 2), ended
     assert "Traceback" not in ended.err
 
 

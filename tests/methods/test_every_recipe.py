@@ -130,7 +130,9 @@ def _portrait(folder: Path, source: Path) -> dict[str, Any]:
     dense = CheckpointReader(source)
     originals = {_bytes(dense.tensor(name)): name for name in dense.names}
     config = dict(reader.config)
-    config.pop("transformers_version", None)
+    # The older names of entries, for readers of earlier releases, repeat what others say.
+    for key in ("transformers_version", "torch_dtype", "rope_theta"):
+        config.pop(key, None)
     exact: list[Any] = [config]
     computed: dict[str, list[float]] = {}
     for name in sorted(reader.names):

@@ -132,7 +132,7 @@ def test_the_run_reports_the_checkpoint_that_its_tasks_load(
     asked = RunPlan(
         models=(
             ModelEntry("dense", str(tiny_llama)),
-            ModelEntry("last", str(tiny_llama), "last_layers", {"n_layers": 2, "seed": 3}),
+            ModelEntry("last", str(tiny_llama), "random_layers", {"n_layers": 2, "seed": 3}),
         ),
         datasets=("piqa",),
         options=given,

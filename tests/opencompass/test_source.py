@@ -31,7 +31,9 @@ def test_the_harness_finds_what_was_compressed_here(tiny_llama: Path) -> None:
 
 
 def test_mappings_of_other_classes_and_dotted_keys(tiny_llama: Path) -> None:
-    options = MappingProxyType({**RECIPE, "attn_implementation": "eager"})
+    options = MappingProxyType(
+        {**RECIPE, "recipe": "random_layers", "attn_implementation": "eager"}
+    )
     source = entry_source(str(tiny_llama), **options, overrides=MappingProxyType({"seed": 3}))
     assert source.options == {"attn_implementation": "eager"}
     assert source.prepared.manifest is not None
