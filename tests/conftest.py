@@ -104,8 +104,7 @@ def shared_folder() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def word_tokenizer() -> Any:
+def make_word_tokenizer() -> Any:
     """A word-level tokenizer over ``w0 .. w95`` with <pad>, <s>, </s>, <unk> (vocabulary 100)."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -120,6 +119,12 @@ def word_tokenizer() -> Any:
         eos_token="</s>",
         unk_token="<unk>",
     )
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> Any:
+    """The tokenizer of :func:`make_word_tokenizer`."""
+    return make_word_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,293 @@
+"""Which method works on which model type of transformers: makes ``reports/families.json``.
+
+    python tests/families/matrix.py [--update] [--types llama,jamba] [--jobs 2] [--work FOLDER]
+
+For every causal LM that the installed transformers knows, a tiny random model is compressed by one
+recipe per method, and the result is checked:
+
+- it loads in its own class without a missing, unexpected or mismatched tensor, and has as many
+  parameters as its manifest says;
+- greedy tokens with a cache equal those without one (where the dense model's do);
+- where a recipe only removes layers, its logits equal those of the dense model whose removed
+  layers are bypassed in memory: each gives its input as its output. That does not depend on how a
+  config is rewritten.
+
+A cell is ``exact`` (all three), ``runs`` (the first two), or says why it is neither: ``refused``
+with the package's own sentence, ``wrong`` or ``crash``. Without ``--update`` the exit code is 1
+where a cell is worse than in the committed file. Finished model types are kept in ``--work``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+COMMITTED = ROOT / "reports" / "families.json"
+
+REMOVE_ONLY = (
+    "streamline_none", "last_layers", "shortgpt", "uidl", "sleb", "shortened_llama_taylor",
+    "magnitude_l2",
+)  # fmt: skip
+RECIPES = (
+    *REMOVE_ONLY, "laco", "streamline", "streamline_swiglu_res", "linear_patch", "replaceme_lstsq",
+    "ridge_map", "last_layers_lora", "last_layers_partial", "llm_pruner", "slicegpt",
+)  # fmt: skip
+"""One or a few for each method. The first seven only remove layers."""
+
+WIDTH = ("llm_pruner", "slicegpt")
+ORDER = ("exact", "runs", "refused", "wrong", "crash")
+"""From best to worst."""
+
+SECONDS = 600
+"""Longest time for one model type."""
+
+
+def family_cells(model_type: str, recipes: Sequence[str]) -> dict[str, str]:
+    """Return recipe -> cell of one model type."""
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            source = tiny_folder(model_type, Path(temporary) / "dense")
+            dense = _load(source)[0]
+        except Exception as error:
+            return dict.fromkeys(recipes, f"crash: no tiny dense model ({_line(error)})")
+        cached = _greedy(dense, use_cache=True) == _greedy(dense, use_cache=False)
+        return {name: _cell(source, dense, name, cached) for name in recipes}
+
+
+def tiny_folder(model_type: str, folder: Path) -> Path:
+    """Save a tiny random model of six layers with a tokenizer and calibration text."""
+    from conftest import make_word_tokenizer
+    from families.tiny_models import tiny_model
+
+    tiny_model(model_type).save_pretrained(folder)
+    make_word_tokenizer().save_pretrained(folder)
+    lines = [" ".join(f"w{(i * 7 + j * 13) % 96}" for j in range(40)) for i in range(60)]
+    text = "".join(json.dumps({"text": line}) + "\n" for line in lines)
+    (folder / "calibration.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def _cell(source: Path, dense: Any, name: str, cached: bool) -> str:
+    from streamline_bench.errors import StreamlineBenchError
+
+    output = source.parent / name
+    try:
+        _compress(source, name, output)
+        return _checked(output, dense, name, cached)
+    except StreamlineBenchError as error:
+        return f"refused: {_line(error)}".replace(str(source), "MODEL")
+    except Exception as error:
+        return f"crash: {type(error).__name__}: {_line(error)}".replace(str(source), "MODEL")
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+
+
+def _compress(source: Path, name: str, output: Path) -> None:
+    from streamline_bench.compression import compress, load_recipe
+    from streamline_bench.compression.recipes import applicable
+
+    recipe = load_recipe(name)
+    small: dict[str, Any] = {"sparsity": 0.2} if name in WIDTH else {"n_layers": 2}
+    small |= {"calibration": "auto", "sequence_length": 16, "calibration.samples": 8}
+    for part in ("training", "recovery.training"):
+        if part == "training" or recipe.recovery:
+            small |= {f"{part}.min_steps": 2, f"{part}.epochs": 1, f"{part}.batch_size": 4}
+            small |= {f"{part}.data.samples": 8, f"{part}.data.sequence_length": 16}
+            small |= {f"{part}.warmup_steps": 0}
+    compress(source, load_recipe(name, applicable(small, recipe)), output, progress=False)
+
+
+def _checked(output: Path, dense: Any, name: str, cached: bool) -> str:
+    import torch
+
+    from streamline_bench.core.checkpoint.folder import read_manifest
+
+    manifest = read_manifest(output)
+    assert manifest is not None
+    model, report = _load(output)
+    wrong = [f"{kind} {sorted(map(str, keys))[0]}" for kind, keys in report.items() if keys]
+    if wrong:
+        return f"wrong: loading reports {wrong[0]}"
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    if counted != manifest.parameters_after:
+        return f"wrong: {counted} parameters, and the manifest says {manifest.parameters_after}"
+    if cached and _greedy(model, use_cache=True) != _greedy(model, use_cache=False):
+        return "wrong: tokens with a cache differ from those without"
+    if name not in REMOVE_ONLY:
+        return "runs"
+    ids = _ids()
+    with torch.no_grad():
+        found = model(ids, use_cache=False).logits
+        with bypassed(dense, manifest.chosen["removed_layers"]):
+            expected = dense(ids, use_cache=False).logits
+    difference = float((found - expected).abs().max())
+    return "exact" if difference == 0 else f"wrong: logits differ by {difference:.2g}"
+
+
+@contextmanager
+def bypassed(model: Any, removed: Sequence[int]) -> Iterator[None]:
+    """Let layers of a causal LM hand on what they are given.
+
+    They still run, so that their output has the form that the model expects.
+    """
+    from streamline_bench.core.architecture import decoder_layers
+
+    def skip(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    layers = decoder_layers(model)
+    hooks = [layers[i].register_forward_hook(skip, with_kwargs=True) for i in removed]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from streamline_bench.modeling import register
+
+    register()
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    model.generation_config.eos_token_id = None
+    return model.eval(), report
+
+
+def _ids() -> Any:
+    import torch
+
+    return torch.randint(3, 96, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+def _greedy(model: Any, *, use_cache: bool) -> list[list[int]] | str:
+    ids = _ids()
+    try:
+        tokens: list[list[int]] = model.generate(
+            ids, attention_mask=ids.new_ones(ids.shape), do_sample=False, max_new_tokens=6,
+            min_new_tokens=6, use_cache=use_cache, pad_token_id=0,
+        ).tolist()  # fmt: skip
+        return tokens
+    except Exception as error:
+        return f"{use_cache}: {_line(error)}"  # never equal to the other: not compared
+
+
+def _line(error: BaseException) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()[:400]
+
+
+def worse(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return a line for each cell of ``new`` that is worse than in ``old``."""
+    found = []
+    for model_type, cells in new.items():
+        for recipe, cell in cells.items():
+            before = old.get(model_type, {}).get(recipe)
+            if before is not None and _rank(cell) > _rank(before):
+                found.append(f"{model_type} {recipe}: {before.split(':')[0]} -> {cell}")
+    return found
+
+
+def _rank(cell: str) -> int:
+    return ORDER.index(cell.partition(":")[0])
+
+
+def _run(model_type: str, recipes: Sequence[str], target: Path) -> None:
+    """Write the cells of a model type to a file (in a process of its own: some crash hard)."""
+    with Path(os.devnull).open("w") as null, redirect_stdout(null), redirect_stderr(null):
+        cells = family_cells(model_type, recipes)
+    part = target.with_suffix(".part")
+    part.write_text(json.dumps(cells), encoding="utf-8")
+    part.rename(target)
+
+
+def run_all(types: Sequence[str], recipes: Sequence[str], work: Path, jobs: int) -> dict[str, Any]:
+    """Return model type -> cells; files in ``work`` are reused."""
+    context, waiting, running = multiprocessing.get_context("fork"), list(types), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            model_type = waiting.pop(0)
+            if not (work / f"{model_type}.json").exists():
+                target = work / f"{model_type}.json"
+                process = context.Process(target=_run, args=(model_type, recipes, target))
+                process.start()
+                running[model_type] = (process, time.monotonic())
+        for model_type, (process, start) in list(running.items()):
+            if process.is_alive() and time.monotonic() - start < SECONDS:
+                continue
+            reason = f"took over {SECONDS} s" if process.is_alive() else "the process ended"
+            process.kill()
+            process.join()
+            del running[model_type]
+            path = work / f"{model_type}.json"
+            if not path.exists():
+                path.write_text(json.dumps(dict.fromkeys(recipes, f"crash: {reason}")))
+            counts = [cell.partition(":")[0] for cell in json.loads(path.read_text()).values()]
+            shown = ", ".join(f"{counts.count(kind)} {kind}" for kind in ORDER if kind in counts)
+            print(f"{model_type}: {shown} ({time.monotonic() - start:.0f} s)", flush=True)
+        time.sleep(0.1)
+    return {name: json.loads((work / f"{name}.json").read_text("utf-8")) for name in types}
+
+
+def main() -> int:
+    """Make the matrix and compare it with the committed one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--update", action="store_true", help="write reports/families.json")
+    parser.add_argument("--types", help="model types, by commas; all unless given")
+    parser.add_argument("--recipes", help="recipes, by commas; all of the matrix unless given")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--work", type=Path, help="folder that keeps finished model types")
+    asked = parser.parse_args()
+
+    import transformers
+    from families.tiny_models import CAUSAL_TYPES
+
+    import streamline_bench.compression
+    import streamline_bench.harness.lm  # noqa: F401 - imported once, before the forks
+
+    types = asked.types.split(",") if asked.types else list(CAUSAL_TYPES)
+    recipes = asked.recipes.split(",") if asked.recipes else list(RECIPES)
+    work = asked.work or Path(tempfile.mkdtemp())
+    work.mkdir(parents=True, exist_ok=True)
+    found = run_all(types, recipes, work, asked.jobs)
+    known = json.loads(COMMITTED.read_text("utf-8")) if COMMITTED.exists() else {"cells": {}}
+    lost = worse(known["cells"], found)
+    print("\n".join(["", *(f"WORSE {line}" for line in lost)]))
+    if asked.update:
+        cells = {name: {**known["cells"].get(name, {}), **row} for name, row in found.items()}
+        cells = {**known["cells"], **cells}
+        payload = {**known, "transformers": transformers.__version__}
+        rows = ",\n".join(
+            f"  {json.dumps(name)}: {json.dumps(cells[name])}" for name in sorted(cells)
+        )
+        head = json.dumps({k: v for k, v in payload.items() if k != "cells"})[:-1]
+        COMMITTED.write_text(f'{head}, "cells": {{\n{rows}\n}}}}\n', encoding="utf-8")
+    return 0 if asked.update or not lost else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
