@@ -70,7 +70,9 @@ def save_dense(host: str, folder: Path) -> Path:
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(host, **{**SIZES, **{**HOSTS, **FURTHER_HOSTS}.get(host, {})})
+        AutoConfig.for_model(
+            host, **{**SIZES, **HOSTS.get(host, {}), **FURTHER_HOSTS.get(host, {}).get("sizes", {})}
+        )
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
