@@ -28,7 +28,7 @@ The command line prints the message and exits with code 2.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 _LIBRARIES = frozenset(
@@ -155,6 +155,12 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def few(names: Sequence[str], most: int = 4, separator: str = ", ") -> str:
+    """Return the first names and the number of the others: ``a, b, c, d and 3 more``."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
 
 
 def first_line(error: object, most: int = 200) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from streamline_bench.core.recipe.schema import Frozen
+from streamline_bench.errors import few
 
 
 class Asked(Protocol):
@@ -94,9 +95,8 @@ def ignored_options(asked: Asked, used: UsedSettings) -> list[str]:
 def _sentence(option: str, what: str, others: Mapping[str, int]) -> list[str]:
     if not others:
         return []
-    named = ", ".join(f"{task} {number}" for task, number in list(others.items())[:4])
-    more = f" and {len(others) - 4} more" if len(others) > 4 else ""
-    return [f"{option} had no effect on {len(others)} tasks; {what} used: {named}{more}."]
+    named = few([f"{task} {number}" for task, number in others.items()])
+    return [f"{option} had no effect on {len(others)} tasks; {what} used: {named}."]
 
 
 def _same_dtype(one: str, other: str) -> bool:

@@ -124,11 +124,15 @@ class _Merging:
                 else:
                     apart.append(group)
             groups = [*apart, together] if together else apart
+        company = {label: group for group in groups for label in group}
         order = [row.label for row in self._rows]
         return [
-            row.model_copy(update={"scored_with": [label for label in order if label in group]})
+            row.model_copy(
+                update={
+                    "scored_with": [each for each in order if each in company.get(row.label, ())]
+                }
+            )
             for row in self._rows
-            for group in [next((g for g in groups if row.label in g), set[str]())]
         ]
 
     def _label(self, folder: Path, row: RunRow) -> str:

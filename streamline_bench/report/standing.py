@@ -217,7 +217,7 @@ def _runs(rows: Sequence[Row]) -> list[_Run]:
         found.append(_Run(row.label, row.group, row.axes, row))
         found += [
             _Run(twin.label, twin.group, twin.axes, row)
-            for twin in getattr(row, "same_weights", ())
+            for twin in row.same_weights
             if _is_spanned(twin.group, twin.axes)
         ]
     return found
@@ -307,11 +307,10 @@ def _adjusted(pairs: Sequence[Between], settings: Settings) -> list[Between]:
 def _ranks(entries: Sequence[Entry], settings: Settings) -> dict[str, Rank]:
     if not entries:
         return {}
-    errors = [
-        math.sqrt(sum(variance for variance, _ in crossed_error(entry.crossed()).methods))
-        for entry in entries
-    ]
     every = [entry.crossed() for entry in entries]
+    errors = [
+        math.sqrt(sum(variance for variance, _ in crossed_error(tasks).methods)) for tasks in every
+    ]
     tasks = [
         (np.array([task.scores.mean(axis=(0, 1)) for task in same]), same[0].clusters)
         for same in zip(*every, strict=True)

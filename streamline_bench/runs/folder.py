@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from streamline_bench.core.files import check_usable, lock_folder
-from streamline_bench.errors import OutputError
+from streamline_bench.errors import OutputError, few
 from streamline_bench.runs.planning.growth import conflicts, grown
 from streamline_bench.runs.planning.plan import PLAN_FILE, Plan, read_plan, write_plan
 
@@ -152,10 +152,9 @@ def claim(run: Path, plan: Plan, *, overwrite: bool = False) -> Plan:
         there = None
     found = conflicts(there, plan) if there is not None else []
     if found:
-        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
         raise OutputError(
             f"{run} cannot be continued, because what is there would no longer be true: "
-            f"{'; '.join(found[:4])}{more}; give another --output."
+            f"{few(found, separator='; ')}; give another --output."
         )
     now = grown(there, plan)
     if now != there:

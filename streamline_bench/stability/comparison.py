@@ -23,6 +23,13 @@ class Estimate(Frozen):
     high: float | None = None
     method: str | None = None
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Both ends of the interval; the value twice where there is none."""
+        if self.low is None or self.high is None:
+            return self.value, self.value
+        return self.low, self.high
+
 
 def square_and_add(estimates: Sequence[Estimate]) -> Estimate:
     """Mean of independent estimates; distances to their intervals' ends add up by squares.

@@ -44,7 +44,7 @@ from streamline_bench.core.data.corpus_files import (
 )
 from streamline_bench.core.recipe.schema import CalibrationSpec
 from streamline_bench.core.recipe.validation import suggest
-from streamline_bench.errors import CalibrationError, library_errors
+from streamline_bench.errors import CalibrationError, few, library_errors
 
 _log = logging.getLogger(__name__)
 
@@ -273,10 +273,9 @@ def _files_of(path: Path, subset: str | None, split: str) -> Any:
 
 def _name_unread(path: Path, split: str, unread: list[str]) -> None:
     if unread:
-        more = f" and {len(unread) - 4} more" if len(unread) > 4 else ""
         _log.warning(
-            "Of calibration folder %s, split '%s' is read; %s%s %s left out.",
-            path, split, ", ".join(unread[:4]), more, "is" if len(unread) == 1 else "are",
+            "Of calibration folder %s, split '%s' is read; %s %s left out.",
+            path, split, few(unread), "is" if len(unread) == 1 else "are",
         )  # fmt: skip
 
 

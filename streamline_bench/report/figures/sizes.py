@@ -126,7 +126,7 @@ def _svg(
 ) -> Markup:
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     horizontal = Axis.around([x for _, line in lines for x, _ in line], _LEFT, right)
-    ends = [end for _, line in lines for _, y in line for end in _ends(y)]
+    ends = [end for _, line in lines for _, y in line for end in y.ends]
     vertical = Axis.around(ends, bottom, _TOP)
     names = escape(", ".join(visible_text(one.label) for one, _ in lines))
     parts = [
@@ -151,8 +151,8 @@ def _svg(
 
 def _drawn(series: Series, line: _Line, across: Axis, up: Axis) -> list[str]:
     places = [(across.place(x), up.place(y.value)) for x, y in line]
-    above = [(across.place(x), up.place(_ends(y)[1])) for x, y in line]
-    below = [(across.place(x), up.place(_ends(y)[0])) for x, y in reversed(line)]
+    above = [(across.place(x), up.place(y.ends[1])) for x, y in line]
+    below = [(across.place(x), up.place(y.ends[0])) for x, y in reversed(line)]
     band = "M" + "L".join(f"{x} {y}" for x, y in [*above, *below]) + "Z"
     path = "M" + "L".join(f"{x} {y}" for x, y in places)
     dashed = " dashed" if series.index >= COLOURS else ""
@@ -163,12 +163,6 @@ def _drawn(series: Series, line: _Line, across: Axis, up: Axis) -> list[str]:
         *(f'<circle cx="{x}" cy="{y}" r="3"/>' for x, y in places),
         "</g>",
     ]
-
-
-def _ends(estimate: Estimate) -> tuple[float, float]:
-    if estimate.low is None or estimate.high is None:
-        return estimate.value, estimate.value
-    return estimate.low, estimate.high
 
 
 @dataclass(frozen=True)
@@ -217,9 +211,7 @@ def interpolated(points: Sequence[tuple[float, Estimate]], at: float) -> Estimat
             share = (at - x) / (y - x) if y > x else 0.0
             value, low, high = (
                 (1 - share) * a + share * b
-                for a, b in zip(
-                    (left.value, *_ends(left)), (right.value, *_ends(right)), strict=True
-                )
+                for a, b in zip((left.value, *left.ends), (right.value, *right.ends), strict=True)
             )
             return Estimate(value=value, low=low, high=high, method="interpolated")
     return None

@@ -301,23 +301,17 @@ def forest(rows: Sequence[Row]) -> Forest | None:
         return None
     margin = found[0][1].margin
     marks = [0.0] if margin is None else [0.0, -margin]
-    ends = [end for _, macro in found for end in _ends(macro.difference)]
+    ends = [end for _, macro in found for end in macro.difference.ends]
     axis = Axis.around([*marks, *ends], 0.0, 100.0)
     return Forest(
         [
-            (row, macro, Bar.of(macro.difference, _ends(macro.difference), axis))
+            (row, macro, Bar.of(macro.difference, macro.difference.ends, axis))
             for row, macro in sorted(found, key=lambda item: -item[1].difference.value)
         ],
         zero=axis.place(0.0),
         margin=None if margin is None else axis.place(-margin),
         ticks=[(axis.place(value), value) for value in ticks(axis.low, axis.high)],
     )
-
-
-def _ends(change: Estimate) -> tuple[float, float]:
-    if change.low is None or change.high is None:
-        return change.value, change.value
-    return change.low, change.high
 
 
 @dataclass(frozen=True)

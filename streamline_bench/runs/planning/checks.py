@@ -15,6 +15,7 @@ from streamline_bench.errors import (
     OutputError,
     RecipeError,
     SparsityError,
+    few,
 )
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.planning.plan import Plan, PlanRow
@@ -141,10 +142,10 @@ def _check_calibration(plan: Plan, folder: Path, todo: Sequence[PlanRow]) -> Non
     longest = getattr(config, "max_position_embeddings", None)
     for spec in users:
         read = load_instructions if spec.form == "instruction" else load_calibration
-        few = {} if spec.tokens else {"samples": min(spec.samples or _FEW, _FEW)}
+        some = {} if spec.tokens else {"samples": min(spec.samples or _FEW, _FEW)}
         try:
             read(
-                spec.model_copy(update=few),
+                spec.model_copy(update=some),
                 tokenizer,
                 model_folder=folder,
                 max_length=longest,
@@ -154,9 +155,8 @@ def _check_calibration(plan: Plan, folder: Path, todo: Sequence[PlanRow]) -> Non
             labels = [
                 label for each in users if each.source == spec.source for label in users[each]
             ]
-            more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
             raise CalibrationError(
-                f"Row {labels[0]}{more} cannot be made: {error} Give --calibration with text that "
+                f"Row {few(labels, 1)} cannot be made: {error} Give --calibration with text that "
                 "is there, such as a .jsonl or .txt file."
             ) from None
 

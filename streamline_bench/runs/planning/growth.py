@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from streamline_bench.core.recipe.schema import Recipe
+from streamline_bench.errors import few
 from streamline_bench.runs.planning.plan import Evaluation, ModelPlan, Plan, PlanRow
 
 
@@ -103,7 +104,7 @@ def _other_tasks(there: Plan, here: Plan) -> Iterator[str]:
     if one_hash and old.tasks_sha256 != new.tasks_sha256:
         changed = list(old.tasks)
     if changed:
-        yield f"the files of {_few(changed)}, or the data they name, are others now"
+        yield f"the files of {few(changed)}, or the data they name, are others now"
 
 
 def _other_text(there: Plan, here: Plan) -> Iterator[str]:
@@ -139,8 +140,3 @@ def _other_data(there: Plan, here: Plan) -> Iterator[str]:
                 f"row {row.label}: its calibration data changed, or this version of "
                 "streamline-bench computes it in another way"
             )
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more

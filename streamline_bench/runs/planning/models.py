@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from streamline_bench.core.checkpoint.folder import resolve_pretrained
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import RecipeError, StreamlineBenchError
 from streamline_bench.harness.trunk.stack import tokenizer_sha256
@@ -52,19 +52,13 @@ def _checkpoint_plan(request: RowRequest, progress: bool) -> ModelPlan:
         trust_remote_code=request.trust_remote_code,
         progress=progress,
     )
-    plain = model_plan(source)
-    if request.tokenizer is None:
-        return plain.model_copy(update={"dtype": request.dtype, "model_args": request.model_args})
-    folder = Path(request.tokenizer).expanduser()
-    own = tokenizer_sha256(folder) if folder.is_dir() else f"hub: {request.tokenizer}"
-    return plain.model_copy(
-        update={
-            "dtype": request.dtype,
-            "model_args": request.model_args,
-            "tokenizer": str(folder.resolve()) if folder.is_dir() else request.tokenizer,
-            "tokenizer_sha256": own,
-        }
-    )
+    own: dict[str, Any] = {"dtype": request.dtype, "model_args": request.model_args}
+    if request.tokenizer is not None:
+        folder = Path(request.tokenizer).expanduser()
+        here = folder.is_dir()
+        own["tokenizer"] = str(folder.resolve()) if here else request.tokenizer
+        own["tokenizer_sha256"] = tokenizer_sha256(folder) if here else f"hub: {request.tokenizer}"
+    return model_plan(source).model_copy(update=own)
 
 
 def _sizes(reader: CheckpointReader) -> dict[str, int | None]:
@@ -74,8 +68,3 @@ def _sizes(reader: CheckpointReader) -> dict[str, int | None]:
         "nbytes": reader.stored_bytes,
         "layers": layers if isinstance(layers, int) else None,
     }
-
-
-def folder_of(model: ModelPlan) -> Path:
-    """Return the folder of a model (CheckpointError: it is not there)."""
-    return resolve_pretrained(model.name, model.revision)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from streamline_bench.core.checkpoint.folder import file_sha256
 from streamline_bench.core.machine.environment import found_device, known_device, package_versions
 from streamline_bench.core.recipe.validation import wrong_value
-from streamline_bench.errors import RecipeError
+from streamline_bench.errors import RecipeError, few
 from streamline_bench.harness.tasks.asked_tasks import refuse_unknown, task_folders
 from streamline_bench.harness.tasks.task_files import check_tasks, task_sha256, tasks_sha256
 from streamline_bench.modeling.loading import dtype_name
@@ -166,7 +166,7 @@ def _check_fewshot(asked: int | None, tasks: Mapping[str, Mapping[str, Any]]) ->
     fixed = [task for task, config in tasks.items() if config.get("num_fewshot") == 0]
     if not asked or not fixed:
         return
-    named = ", ".join(fixed[:4]) + (f" and {len(fixed) - 4} more" if len(fixed) > 4 else "")
+    named = few(fixed)
     if len(fixed) == len(tasks):
         raise RecipeError(
             f"--num-fewshot {asked} has no effect: {named} always ask without examples; leave the "

@@ -232,13 +232,18 @@ def _axes(request: RowRequest, common: Mapping[str, Any]) -> dict[str, list[Any]
     """Axis -> its values, of the keys that are given as a list."""
     own = request.overrides
     given = {**_of_others(own, common), **own}
-    axes = {key: list(given[key]) for key in AXES if isinstance(given.get(key), list | tuple)}
+    axes = {key: list(given[key]) for key in AXES if key in _lists(given)}
     for key, values in axes.items():
         twice = [value for value, count in Counter(map(str, values)).items() if count > 1]
         if twice or not values:
             what = f"has {twice[0]} twice" if twice else "has no value"
             raise RecipeError(f"'{key}' {what}; give each value once.")
     return axes
+
+
+def _lists(given: Mapping[str, Any]) -> set[str]:
+    """The axes that are given as a list."""
+    return {key for key in AXES if isinstance(given.get(key), list | tuple)}
 
 
 def _of_others(own: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,7 +258,7 @@ def _with(
     """The request and the common values with one value of each axis; other axes are left out."""
 
     def single(given: Mapping[str, Any]) -> dict[str, Any]:
-        lists = {key for key in AXES if isinstance(given.get(key), list | tuple)}
+        lists = _lists(given)
         chosen = {key: values[key] for key in lists & values.keys()}
         return {key: value for key, value in given.items() if key not in lists} | chosen
 
@@ -304,7 +309,7 @@ def _say_overridden(rows: Sequence[Row]) -> None:
 
 
 def _require_used(common: Mapping[str, Any], rows: Sequence[Row], asked: Collection[str]) -> None:
-    lists = {key for key in AXES if isinstance(common.get(key), list | tuple)}
+    lists = _lists(common)
     made = [row for row in rows if row.recipe.method != "dense"]
     used: set[str] = set()
     for row in made:

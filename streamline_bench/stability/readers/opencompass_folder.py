@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from streamline_bench.errors import SamplesError
+from streamline_bench.errors import SamplesError, few
 
 _RUN = re.compile(r"^\d{8}_\d{6}$")
 _PART = re.compile(r"^(?P<name>.+)_(?P<part>[0-9]{1,9})$")
@@ -147,11 +147,10 @@ def _only_model(roots: list[Path]) -> Path:
             "code 0 even when its tasks failed)."
         )
     if len(models) > 1:
-        names = ", ".join(f"'{model}'" for model in sorted(models.values())[:4])
-        more = f" and {len(models) - 4} more" if len(models) > 4 else ""
+        names = few([f"'{model}'" for model in sorted(models.values())])
         hold = "holds" if len(roots) == 1 else "and the runs beside it hold"
         raise SamplesError(
-            f"'{roots[0]}' {hold} predictions of several models ({names}{more}); name one of them."
+            f"'{roots[0]}' {hold} predictions of several models ({names}); name one of them."
         )
     return next(iter(models.values()))
 

@@ -128,15 +128,20 @@ def crossed_estimate(
         both=None if both is None else max(0.0, both.excess),
     )
     name = f"Student over questions, {seeds} seeds and {calibrations} calibrations"
-    error = crossed_error(tasks)
+    error = _error(tasks, runs, effects)
     return error.interval(float(runs.mean()), confidence, name), parts
 
 
 def crossed_error(tasks: Sequence[CrossedTask]) -> CrossedError:
     """What is known of the error of the mean (SamplesError: as :func:`crossed_estimate`)."""
     runs = _runs(tasks)
-    method = _method(_effects(tasks, runs), *runs.shape)
-    return CrossedError(_questions(tasks, _of_mean), (method,))
+    return _error(tasks, runs, _effects(tasks, runs))
+
+
+def _error(
+    tasks: Sequence[CrossedTask], runs: FloatArray, effects: dict[str, _Effect]
+) -> CrossedError:
+    return CrossedError(_questions(tasks, _of_mean), (_method(effects, *runs.shape),))
 
 
 def crossed_difference(
