@@ -23,6 +23,7 @@ from torch import nn
 
 from streamline_bench.core.architecture import Architecture
 from streamline_bench.core.architecture_roles import layer_roles, trace
+from streamline_bench.core.checkpoint.quantization import plain_config
 from streamline_bench.errors import ArchitectureError, library_errors
 
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
@@ -182,9 +183,7 @@ def meta_model(config: Any) -> Any:
 def _meta_model(configured: Configured) -> Any:
     from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(configured.config)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
+    config = plain_config(configured.config)
     remote = type(config).__module__.startswith("transformers_modules")
     if not remote and type(config) not in AutoModelForCausalLM._model_mapping:
         raise ArchitectureError(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import inf
 from typing import Any
 
-from streamline_bench.core.architecture import Architecture
+from streamline_bench.core.architecture import Architecture, depth_of
 from streamline_bench.core.architecture_guard import Difference, Unbuildable, differences
 from streamline_bench.core.architecture_inference import entries_of
 from streamline_bench.errors import ArchitectureError, first_line
@@ -42,7 +42,7 @@ def mended(config: Any, changes: Mapping[str, Any], keep: Sequence[int], row: Ar
     if not found and row.inferred and _has_attention(config) and not _has_attention(pruned):
         found = [Unbuildable("its cache needs an attention layer, of which none would be left")]
     if found:
-        raise _refusal(found[0], keep, row, _depth(config, row))
+        raise _refusal(found[0], keep, row, depth_of(config))
     return pruned
 
 
@@ -67,10 +67,6 @@ def _badness(found: Sequence[Difference]) -> float:
     if found and (isinstance(found[0], Unbuildable) or found[0].what == "the number of layers"):
         return inf
     return len(found)
-
-
-def _depth(config: Any, row: Architecture) -> int:
-    return int(getattr(config, row.depth_key))
 
 
 def _refusal(
@@ -101,7 +97,7 @@ def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
 
 def _patterns(config: Any, keep: Sequence[int], row: Architecture) -> dict[str, Any]:
     """Entries per layer that are no plain lists: overrides by index, and patterns that repeat."""
-    depth, entries = _depth(config, row), entries_of(config)
+    depth, entries = depth_of(config), entries_of(config)
     changes: dict[str, Any] = {}
     overrides = entries.get("per_layer_config")
     if isinstance(overrides, Mapping):
@@ -139,7 +135,7 @@ def _candidates(
     changes: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Other entries that may decide what differs: counts from either end, periods, factors."""
-    depth, entries = _depth(config, row), entries_of(config)
+    depth, entries = depth_of(config), entries_of(config)
     for key, value in entries.items():
         if key in changes or isinstance(value, bool):
             continue

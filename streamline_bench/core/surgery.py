@@ -307,12 +307,9 @@ def _depth(config: Mapping[str, Any], row: Architecture) -> int:
 
 
 def _meta_counts(config: Any) -> list[tuple[str, int]]:
-    import torch
-    from transformers import AutoModelForCausalLM
+    from streamline_bench.core.architecture_inference import meta_model  # torch, transformers
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return [(name, parameter.numel()) for name, parameter in model.named_parameters()]
+    return [(name, parameter.numel()) for name, parameter in meta_model(config).named_parameters()]
 
 
 def _sizes(

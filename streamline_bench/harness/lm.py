@@ -46,7 +46,7 @@ from streamline_bench.harness.scoring.scorer import (
 from streamline_bench.modeling.loading import (
     CausalLM,
     load_config,
-    multimodal_folder,
+    multimodal_reader,
     name_other_templates,
     require_package,
 )
@@ -106,8 +106,8 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
 
     def _get_config(self, pretrained: str, **options: Any) -> None:
         super()._get_config(pretrained, **options)
-        if not options.get("gguf_file") and (folder := multimodal_folder(pretrained, options)):
-            self._config = load_config(folder)
+        if not options.get("gguf_file") and (reader := multimodal_reader(pretrained, options)):
+            self._config = load_config(reader.folder)
             self._text_model = True
 
     def _get_backend(self, config: Any, backend: Any = "default", **options: Any) -> None:

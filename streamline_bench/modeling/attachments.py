@@ -19,7 +19,12 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from streamline_bench.core.architecture import ARCHITECTURES, Architecture, architecture_of
+from streamline_bench.core.architecture import (
+    ARCHITECTURES,
+    Architecture,
+    architecture_of,
+    depth_of,
+)
 from streamline_bench.core.recipe.schema import ReplacementSpec
 from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.core.replacement import (
@@ -79,7 +84,7 @@ def parse_attachments(entries: Iterable[Any], config: Any) -> tuple[Attachment, 
         CheckpointError: an entry has an unknown kind or key, points outside the model, or shares
             its place with another.
     """
-    depth = int(getattr(config, architecture_of(config).depth_key))
+    depth = depth_of(config)
     parsed = sorted((_parse(entry, depth) for entry in entries), key=lambda a: a.after_layer)
     for left, right in itertools.pairwise(parsed):
         if left.after_layer == right.after_layer:

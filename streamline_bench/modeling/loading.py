@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import logging
 import re
@@ -23,7 +22,7 @@ from streamline_bench.core.checkpoint.folder import (
     read_config,
     resolve_pretrained,
 )
-from streamline_bench.core.checkpoint.quantization import is_known
+from streamline_bench.core.checkpoint.quantization import is_known, plain_config
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.wrapper import Wrapper, may_be_wrapper, text_config_of
 from streamline_bench.core.checkpoint.writer import layers_prefix
@@ -237,11 +236,11 @@ class CausalLM:
         """Return the model; arguments are those of ``AutoModelForCausalLM.from_pretrained``."""
         from transformers import AutoModelForCausalLM
 
-        folder = None if options.get("gguf_file") else multimodal_folder(name, options)
-        if folder is None:
+        reader = None if options.get("gguf_file") else multimodal_reader(name, options)
+        if reader is None:
             given = {} if config is None else {"config": config}
             return AutoModelForCausalLM.from_pretrained(name, *args, **given, **options)
-        wrapper = CheckpointReader(folder).wrapper
+        folder, wrapper = reader.folder, reader.wrapper
         assert wrapper is not None
         config = load_config(folder) if config is None else config
         for key in ("revision", "subfolder", "gguf_file"):
@@ -251,8 +250,8 @@ class CausalLM:
         )
 
 
-def multimodal_folder(name: str | Path, options: Mapping[str, Any]) -> Path | None:
-    """Return the folder of a multimodal model, downloaded if need be; None for any other model.
+def multimodal_reader(name: str | Path, options: Mapping[str, Any]) -> CheckpointReader | None:
+    """Return the reader of a multimodal model, downloaded if need be; None for any other model.
 
     Args:
         name: folder or hub id.
@@ -274,7 +273,8 @@ def multimodal_folder(name: str | Path, options: Mapping[str, Any]) -> Path | No
             folder = Path(path).parent
             if not Path(name).is_dir():
                 folder = resolve_pretrained(name, place.get("revision"))
-            return folder if CheckpointReader(folder).wrapper else None
+            reader = CheckpointReader(folder)
+            return reader if reader.wrapper else None
     return None
 
 
@@ -291,14 +291,6 @@ def _text_class(config: Any, wrapper: Wrapper) -> Any:
     ignored = [*(kind._keys_to_ignore_on_load_unexpected or ()), *patterns]
     same = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (kind,), {**same, "_keys_to_ignore_on_load_unexpected": ignored})
-
-
-def plain_config(config: Any) -> Any:
-    """Return a transformers config without settings of quantisation."""
-    plain = copy.deepcopy(config)
-    if getattr(plain, "quantization_config", None) is not None:
-        del plain.quantization_config
-    return plain
 
 
 class _Decoded:

@@ -9,6 +9,7 @@ without them in its config (:func:`with_exceptions`).
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -121,6 +122,14 @@ def quantisation_of(
 def is_scale(name: str) -> bool:
     """Whether a tensor goes with codes and is no weight itself."""
     return _SCALES.search(name) is not None
+
+
+def plain_config(config: Any) -> Any:
+    """Return a transformers config without settings of quantisation."""
+    plain = copy.deepcopy(config)
+    if getattr(plain, "quantization_config", None) is not None:
+        del plain.quantization_config
+    return plain
 
 
 def without_settings(config: Mapping[str, Any]) -> dict[str, Any]:

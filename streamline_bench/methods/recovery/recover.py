@@ -100,14 +100,9 @@ def _refuse_unstored(job: Compression, spec: RecoverySpec) -> None:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(job.config)
-    depth = int(getattr(job.config, family.depth_key))
-    weights = [
-        name
-        for layer in range(depth)
-        for name, _ in model.named_parameters()
-        if name.startswith(f"{family.layers}.{layer}.")
-    ]
-    StoredForm(job.reader, model, tuple(weights), untied=False)
+    within = f"{family.layers}."
+    weights = tuple(name for name, _ in model.named_parameters() if name.startswith(within))
+    StoredForm(job.reader, model, weights, untied=False)
 
 
 def _compressed(job: Compression, method: Method) -> tuple[CheckpointReader, dict[str, Any]]:

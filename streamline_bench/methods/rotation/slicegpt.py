@@ -300,12 +300,9 @@ class SlicedSizes:
 
     @cached_property
     def _head_bias(self) -> bool:
-        import torch
-        from transformers import AutoModelForCausalLM
+        from streamline_bench.core.architecture_inference import meta_model
 
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self._config)
-        norm = model.get_submodule(architecture_of(self._config).final_norm)
+        norm = meta_model(self._config).get_submodule(architecture_of(self._config).final_norm)
         return getattr(norm, "bias", None) is not None
 
 

@@ -20,10 +20,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
+from streamline_bench.core.architecture_inference import meta_model
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import LazyTensors, layers_prefix
 from streamline_bench.core.forward import hidden_of
@@ -484,6 +485,5 @@ def _translated(entries: Mapping[str, Any], source: Any, target: Any) -> dict[st
 
 
 def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    named = meta_model(config).named_parameters()
+    return {name: tuple(parameter.shape) for name, parameter in named}
