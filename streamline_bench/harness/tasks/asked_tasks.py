@@ -52,7 +52,9 @@ def task_folders(own: str | Path | None) -> list[str]:
     return folders if own is None else [*folders, str(own)]
 
 
-def open_index(names: Sequence[str], own: str | Path | None) -> Any:
+def open_index(
+    names: Sequence[str], own: str | Path | None, metadata: Mapping[str, Any] | None = None
+) -> Any:
     """Return a ``TaskManager`` that knows all of these.
 
     The harness's own thousands of tasks take seconds and are left out where none is asked for.
@@ -60,6 +62,7 @@ def open_index(names: Sequence[str], own: str | Path | None) -> Any:
     Args:
         names: of tasks, groups or tags, patterns of them, or paths of YAML files.
         own: the user's folder of task files.
+        metadata: what the harness adds to the metadata of every task that it loads.
 
     Raises:
         EvaluationError: a name stands for nothing (the nearest one is named), or two groups have a
@@ -68,9 +71,17 @@ def open_index(names: Sequence[str], own: str | Path | None) -> Any:
     refuse_unknown(names, task_folders(own))
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=task_folders(own), include_defaults=False)
-    if any(_PATTERN & set(name) for name in names) or _unknown(manager, names):
-        manager = TaskManager(include_path=task_folders(own))
+    options: dict[str, Any] = {
+        "include_path": task_folders(own),
+        "metadata": None if metadata is None else dict(metadata),
+    }
+    manager = TaskManager(include_defaults=False, **options)
+    if (
+        any(_PATTERN & set(name) for name in names)
+        or _unknown(manager, names)
+        or _shares_tags(manager, names)
+    ):
+        manager = TaskManager(**options)
     unknown = _unknown(manager, names)
     if unknown is not None:
         name, asked = unknown
@@ -82,6 +93,28 @@ def open_index(names: Sequence[str], own: str | Path | None) -> Any:
         raise EvaluationError(f"{what}{hint}")
     _refuse_twice(manager, names)
     return manager
+
+
+def asked_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
+    """Return what ``TaskManager.load`` takes, as ``EvaluatorConfig.process_tasks`` finds it.
+
+    Args:
+        manager: see :func:`open_index`.
+        names: those that it was opened for.
+    """
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if len(names) == 1 and Path(names[0]).is_dir() and not manager.match_tasks(list(names)):
+        names = [str(Path(names[0]) / "*.yaml")]
+    found: list[Any] = []
+    for name in names:
+        if name.endswith(".yaml"):
+            paths = glob.glob(str(Path(name).absolute()))  # noqa: PTH207 - it may be absolute
+            matches = [load_yaml(path, resolve_func=True) for path in paths]
+        else:
+            matches = manager.match_tasks([name])
+        found += [each for each in matches if each not in found]
+    return found
 
 
 def parts_of(manager: Any, name: str | Mapping[str, Any]) -> Iterator[Part]:
@@ -111,6 +144,17 @@ def _unknown(manager: Any, names: Sequence[str]) -> tuple[str, str] | None:
             if part.unknown is not None:
                 return part.unknown, name
     return None
+
+
+def _shares_tags(manager: Any, names: Sequence[str]) -> bool:
+    """Whether a tag is asked for that tasks of the harness may have too."""
+    parts = [part for name in names if not Path(name).is_dir() for part in parts_of(manager, name)]
+    groups = [part.config["task"] for part in parts if isinstance(part.config.get("task"), list)]
+    members = [name for group in groups for name in group if isinstance(name, str)]
+    tags = set(manager.all_tags) & {*names, *members}
+    return bool(tags) and any(
+        _stands_in(tag, text) for text in _texts(_folders_of_the_harness()) for tag in tags
+    )
 
 
 def _refuse_twice(manager: Any, names: Sequence[str]) -> None:
@@ -185,10 +229,7 @@ def refuse_unknown(names: Sequence[str], folders: Iterable[str | Path]) -> None:
     plain = [name for name in names if not re.search(r"[*?\[]|\.yaml$", name)]
     missing = [name for name in plain if not Path(name).is_dir()]
     known: set[bytes] = set()
-    spec = importlib.util.find_spec("lm_eval")
-    places = spec.submodule_search_locations if spec is not None else None
-    of_the_harness = [Path(place) / "tasks" for place in places or ()]
-    for text in _texts([*map(Path, folders), *of_the_harness]):
+    for text in _texts([*map(Path, folders), *_folders_of_the_harness()]):
         if not missing:
             return
         missing = [name for name in missing if not _stands_in(name, text)]
@@ -197,6 +238,12 @@ def refuse_unknown(names: Sequence[str], folders: Iterable[str | Path]) -> None:
         found = [name.decode("utf-8", "replace") for name in known]
         hint = suggest(missing[0], found) or "; see: lm_eval ls tasks, streamline-bench tasks."
         raise EvaluationError(f"Unknown task '{missing[0]}'{hint}")
+
+
+def _folders_of_the_harness() -> list[Path]:
+    spec = importlib.util.find_spec("lm_eval")
+    places = spec.submodule_search_locations if spec is not None else None
+    return [Path(place) / "tasks" for place in places or ()]
 
 
 def _texts(folders: Iterable[Path]) -> Iterator[bytes]:

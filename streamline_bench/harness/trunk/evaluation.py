@@ -15,7 +15,12 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.files import atomic_write_text, staged_output
 from streamline_bench.errors import EvaluationError, OutputError
 from streamline_bench.harness.bridge import MODEL_NAME
-from streamline_bench.harness.tasks.asked_tasks import task_folders, without_empty
+from streamline_bench.harness.tasks.asked_tasks import (
+    asked_tasks,
+    open_index,
+    task_folders,
+    without_empty,
+)
 from streamline_bench.harness.trunk.request import TrunkRequest
 
 logger = logging.getLogger(__name__)
@@ -139,7 +144,7 @@ class Evaluation:
         config = _config(self._request, label, folder)
         try:
             config._configure()
-            config.tasks = self._tasks.prepare(config)
+            config.tasks = self._tasks.prepare(config, self._request.include_path)
         except ValueError as error:
             raise EvaluationError(f"The harness refuses the evaluation: {error}.") from error
         tracker = EvaluationTracker(output_path=str(folder))
@@ -220,19 +225,20 @@ class Catalogue:
         self.names: list[Any] = []
         self.left_out: dict[str, str] = {}
 
-    def open(self, config: Any) -> None:
+    def open(self, config: Any, own: str | Path | None) -> None:
         """Index the tasks and find those that are asked for; later calls set the model only.
 
         Args:
             config: a configured ``EvaluatorConfig`` of the harness.
+            own: the user's folder of task files.
 
         Raises:
-            ValueError: a task is not known.
+            EvaluationError: a task is not known.
         """
         arguments = dict(config.metadata)
         if self.manager is None:
-            self.manager = config.process_tasks(dict(arguments))
-            self.names = config.tasks
+            self.manager = open_index(config.tasks, own, arguments)
+            self.names = asked_tasks(self.manager, config.tasks)
         # The manager copies these into every task that it loads from now on.
         self.manager.metadata.clear()
         self.manager.metadata.update(arguments)
@@ -267,14 +273,17 @@ class SameTasks:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._catalogue.manager, name)
 
-    def prepare(self, config: Any) -> list[Any]:
+    def prepare(self, config: Any, own: str | Path | None) -> list[Any]:
         """Get ready for a model, and return the tasks in the form :meth:`load` takes.
 
+        Args:
+            own: the user's folder of task files.
+
         Raises:
-            ValueError: a task is not known.
+            EvaluationError: a task is not known.
         """
         self._model = config.metadata["pretrained"]
-        self._catalogue.open(config)
+        self._catalogue.open(config, own)
         return self._catalogue.names
 
     def load(self, names: list[Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from streamline_bench.errors import EvaluationError
 from streamline_bench.harness.tasks.asked_tasks import (
     EMPTY,
+    _shares_tags,
+    asked_tasks,
     open_index,
     parts_of,
     task_folders,
@@ -118,6 +121,48 @@ def test_the_harness_s_own_tasks_are_indexed_only_where_they_are_asked_for(
         with pytest.raises(EvaluationError, match=value):
             open_index(names, own)
         assert len(seen[-1]) == folders
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["full", "some"], ["my_tag"], ["full", "o*r"], ["FOLDER/*ll.yaml", "full"], ["FOLDER"]],
+)
+def test_what_is_loaded_is_what_the_harness_would_load(
+    own: Path, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+    from lm_eval.tasks import TaskManager
+
+    for path in own.glob("_*.yaml"):  # of which the harness takes no folder
+        if names == ["FOLDER"]:
+            path.unlink()
+    names = [name.replace("FOLDER", str(own)) for name in names]
+    own_only = partial(TaskManager, include_defaults=False)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", own_only)
+    config = EvaluatorConfig(tasks=names, include_path=str(own))  # type: ignore[arg-type]
+    config.process_tasks()
+    manager = own_only(include_path=task_folders(own))
+    found = asked_tasks(manager, names)
+    assert len(found) > 0
+    assert repr(found) == repr(config.tasks)
+
+
+def test_a_tag_of_both_is_looked_up_in_both(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = own / "harness"
+    folder.mkdir()
+    monkeypatch.setattr(
+        "streamline_bench.harness.tasks.asked_tasks._folders_of_the_harness", lambda: [folder]
+    )
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(own), include_defaults=False)
+    (own / "_tagged.yaml").write_text("group: tagged\ntask: [my_tag]\n", encoding="utf-8")
+    tagged = TaskManager(include_path=str(own), include_defaults=False)
+    assert not _shares_tags(manager, ["my_tag"])
+    (folder / "a.yaml").write_text("task: a\ntag: my_tag\n", encoding="utf-8")
+    assert _shares_tags(manager, ["my_tag"])
+    assert _shares_tags(tagged, ["tagged"])
+    assert not _shares_tags(tagged, ["full", "some"])
 
 
 def test_what_has_no_documents_is_left_out(own: Path) -> None:

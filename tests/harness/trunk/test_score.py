@@ -287,7 +287,7 @@ def test_an_unknown_task_and_contradicting_options_are_the_requests_fault(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(EvaluationError, match=r"Tasks not found: trunk_nothing"):
+    with pytest.raises(EvaluationError, match="trunk_nothing"):
         score_together(ask(checkpoints, tasks=("trunk_nothing",)), progress=False)
     with pytest.raises(EvaluationError, match="fewshot_as_multiturn"):
         score_together(ask(checkpoints, fewshot_as_multiturn=True), progress=False)
