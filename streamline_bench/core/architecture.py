@@ -7,7 +7,7 @@ has its row inferred from the model itself (:mod:`.architecture_inference`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -278,10 +278,14 @@ ANY_LENGTHS = RopeGroups()
 
 def rope_groups(config: Any) -> RopeGroups:
     """Return which lengths a model must not be given together."""
-    kind, settings = _length_dependent_rope(config)
-    key = "max_position_embeddings" if kind == "dynamic" else "original_max_position_embeddings"
-    limit = (settings.get(key) or config_entry(config, key)) if kind else None
-    return RopeGroups(int(limit), kind == "dynamic") if limit else ANY_LENGTHS
+    found = {
+        RopeGroups(int(limit), by_length=key == "max_position_embeddings")
+        for key, settings in _length_dependent_ropes(config)
+        if (limit := settings.get(key) or config_entry(config, key))
+    }
+    if len(found) > 1:  # kinds of layers with limits of their own: equal lengths share them all
+        return RopeGroups(min(each.limit or 0 for each in found), by_length=True)
+    return found.pop() if found else ANY_LENGTHS
 
 
 def sequence_limit(config: Any) -> int | None:
@@ -293,17 +297,19 @@ def sequence_limit(config: Any) -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
-def _length_dependent_rope(config: Any) -> tuple[str, Mapping[str, Any]]:
-    for key in ("rope_parameters", "rope_scaling"):
-        settings = config_entry(config, key)
+def _length_dependent_ropes(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield settings whose frequencies depend on the length, and the key that holds the limit."""
+    for name in ("rope_parameters", "rope_scaling"):
+        settings = config_entry(config, name)
         if not isinstance(settings, Mapping):
             continue
         nested = [each for each in settings.values() if isinstance(each, Mapping)]
         for each in (settings, *nested):  # a few families have settings per kind of layer
-            kind = each.get("rope_type") or each.get("type")
-            if kind in ("longrope", "dynamic"):
-                return kind, each
-    return "", {}
+            kind = str(each.get("rope_type") or each.get("type"))
+            if "dynamic" in kind:
+                yield "max_position_embeddings", each
+            elif kind == "longrope" or each.get("long_factor"):  # older Phi-3 files: su, yarn
+                yield "original_max_position_embeddings", each
 
 
 def architecture_of(config: Any) -> Architecture:

@@ -34,7 +34,7 @@ from streamline_bench.harness.model_creation import (
     weights_sha256,
 )
 from streamline_bench.harness.preparation import prepare
-from streamline_bench.harness.scoring.forward import Forward
+from streamline_bench.harness.scoring.forward import Forward, forget_lengths
 from streamline_bench.harness.scoring.packing import Query
 from streamline_bench.harness.scoring.scorer import (
     Answer,
@@ -227,13 +227,20 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
             )
             return None
         config = self.model.config.get_text_config()
-        return scorer_of(
+        groups = rope_groups(config)
+        scorer = scorer_of(
             Forward(lambda: self.model, self.device, self._call_context),
             config,
             "The model is scored as --model hf scores it",
             softmax_dtype=self.softmax_dtype or torch.float32,
-            groups=_said(rope_groups(config)),
+            groups=groups,
         )
+        _say_what_depends(groups, apart=scorer is not None)
+        return scorer
+
+    def _model_generate(self, *arguments: Any, **options: Any) -> Any:
+        forget_lengths(self.model)
+        return super()._model_generate(*arguments, **options)
 
     def _call_context(self) -> ExitStack:
         stack = ExitStack()
@@ -292,15 +299,24 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
         )
 
 
-def _said(groups: RopeGroups) -> RopeGroups:
-    if groups.limit is not None:
-        logger.warning(
-            "Beyond %d tokens, the rotary frequencies of this model depend on the longest sequence "
-            "of a batch. Requests on both sides of that are scored apart here; with --model hf, "
-            "and for generated text, results depend on the batch: use batch_size=1 there.",
-            groups.limit,
-        )
-    return groups
+def _say_what_depends(groups: RopeGroups, *, apart: bool) -> None:
+    """Warn of numbers that depend on the batch.
+
+    Args:
+        apart: requests on both sides of the limit are scored apart.
+    """
+    if groups.limit is None:
+        return
+    before = " and on the requests before it" if groups.by_length else ""
+    logger.warning(
+        "Beyond %d tokens, the rotary frequencies of this model depend on the longest sequence of "
+        "a batch. %s: use batch_size=1 there.",
+        groups.limit,
+        "Requests on both sides of that are scored apart here. Results of generated text depend on "
+        f"the batch, and those of --model hf on the batch{before}"
+        if apart
+        else "Results depend on the batch",
+    )
 
 
 def _require_device(asked: Any, used: torch.device) -> None:

@@ -16,7 +16,12 @@ from accelerate.utils.memory import should_reduce_batch_size
 from streamline_bench.core.architecture import rope_groups
 from streamline_bench.core.data.calibration import require_known_tokens
 from streamline_bench.errors import CheckpointError, library_errors
-from streamline_bench.harness.scoring.forward import Forward, queries_of, tensors_of
+from streamline_bench.harness.scoring.forward import (
+    Forward,
+    forget_lengths,
+    queries_of,
+    tensors_of,
+)
 from streamline_bench.harness.scoring.packing import Layout, Layouts, Query
 from streamline_bench.harness.scoring.scorer import LOGITS_PER_BATCH, scorer_of, scoring_tokens
 from streamline_bench.modeling.loading import CausalLM, require_package, require_weights
@@ -183,6 +188,7 @@ class TransformersEngine:
         if settings.stop_words:
             stop = StopWords(settings.stop_words, self.tokenizer, ids.shape[1])
             options["stopping_criteria"] = StoppingCriteriaList([stop])
+        forget_lengths(self.model)
         with torch.no_grad():
             outputs = self.model.generate(
                 input_ids=ids,

@@ -140,6 +140,7 @@ class Forward:
             HeadError: the model has no LM head module of the usual kind.
         """
         model = self._model()
+        forget_lengths(model)
         with self._context(), _only(model, batch.ids.shape, batch.wanted):
             logits = model(**self._inputs(model, batch)).logits
         if logits.shape[:2] != (1, len(batch.wanted)):
@@ -148,8 +149,10 @@ class Forward:
 
     def all_logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Return ``[rows, length, vocabulary]`` logits of the plain call."""
+        model = self._model()
+        forget_lengths(model)
         with self._context():
-            return self._model()(ids.to(self._device)).logits  # type: ignore[no-any-return]
+            return model(ids.to(self._device)).logits  # type: ignore[no-any-return]
 
     def _inputs(self, model: nn.Module, batch: BatchTensors) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": batch.ids.to(self._device), "use_cache": False}
@@ -159,6 +162,25 @@ class Forward:
             mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
             inputs["attention_mask"] = mask.masked_fill_(~visible, torch.finfo(dtype).min)
         return inputs
+
+
+def forget_lengths(model: nn.Module) -> None:
+    """Give dynamic rotary frequencies back the values that they have before a longer sequence.
+
+    transformers (``modeling_rope_utils.dynamic_rope_update``) keeps those of the longest sequence
+    so far until one is shorter than the limit, so that a score would depend on what was asked
+    before it, at any batch size.
+    """
+    ending = "max_seq_len_cached"
+    for module in model.modules():
+        state = vars(module)
+        limit = state.get("original_max_seq_len")
+        grown = [name for name in state if name.endswith(ending) and state[name] is not limit]
+        for name in grown if limit is not None else ():
+            prefix = name.removesuffix(ending)  # of a kind of layers, where each has its own
+            first, now = (getattr(module, f"{prefix}{of}inv_freq") for of in ("original_", ""))
+            module.register_buffer(f"{prefix}inv_freq", first.to(now.device), persistent=False)
+            setattr(module, name, limit)
 
 
 @contextmanager

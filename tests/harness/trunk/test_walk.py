@@ -24,6 +24,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "gpt2": {"n_inner": 48},
     "mixtral": {"num_local_experts": 4},
+    "phi3": {
+        "num_key_value_heads": 4,
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [1.0, 8.0, 24.0, 40.0],
+        },
+    },
 }
 
 
