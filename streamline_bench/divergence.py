@@ -21,8 +21,20 @@ from tqdm import tqdm
 
 from streamline_bench.core.architecture import sequence_limit
 from streamline_bench.core.checkpoint.folder import resolve_pretrained
-from streamline_bench.core.data.calibration import blocks_of, leading_bos, require_known_tokens
-from streamline_bench.core.data.corpus_files import NullTexts, document_text, file_kind, read_file
+from streamline_bench.core.data.calibration import require_known_tokens
+from streamline_bench.core.data.corpus_files import (
+    OF_TEXTS,
+    NullTexts,
+    document_text,
+    file_kind,
+    read_file,
+)
+from streamline_bench.core.data.leading_tokens import (
+    begins_with,
+    blocks_of,
+    leading_tokens,
+    with_leading_once,
+)
 from streamline_bench.errors import CalibrationError, ComparisonError, NumericsError, library_errors
 from streamline_bench.modeling.loading import load_model, load_tokenizer
 from streamline_bench.stability.comparison import TokenDivergence, exponential
@@ -32,8 +44,11 @@ _POSITIONS = 256  # whose distributions are in memory at once, in float32
 
 
 class _Window(NamedTuple):
+    """Tokens of a document; ``first`` is the place of the first one that is predicted."""
+
     document: int
     ids: list[int]
+    first: int
 
 
 def read_texts(path: Path, field: str = "text", tokenizer: Any = None) -> Iterator[str]:
@@ -52,7 +67,7 @@ def read_texts(path: Path, field: str = "text", tokenizer: Any = None) -> Iterat
     try:
         for record in read_file(path):
             name = "text" if text_only else field
-            yield nulls.text(document_text(record, name, str(path), tokenizer))
+            yield nulls.text(document_text(record, name, str(path), tokenizer, OF_TEXTS))
     finally:  # also when nobody reads on
         nulls.warn()
 
@@ -114,8 +129,7 @@ def token_divergence(
         raise CalibrationError(
             "None of the texts has two tokens, so that no token can be predicted; give more text."
         )
-    begins = "text" if leading_bos(tokenizer) is None else str(tokenizer.bos_token)
-    return _result(rows, window, confidence, begins)
+    return _result(rows, window, confidence, begins_with(leading_tokens(tokenizer), tokenizer))
 
 
 def _windows(
@@ -125,15 +139,16 @@ def _windows(
         raise CalibrationError(
             f"A window of {window} token has nothing to predict; give 2 or more."
         )
-    bos = leading_bos(tokenizer)
+    leading = leading_tokens(tokenizer)
+    first = max(1, len(leading))
     for document, text in enumerate(texts):
         name = f"Document {document} of the text"
         with library_errors(f"{name} cannot be tokenised", kind=CalibrationError):
             ids = tokenizer(text, verbose=False)["input_ids"]
         require_known_tokens(ids, tokenizer, vocabulary, name)
-        for part in blocks_of(ids, window, bos):
-            if len(part) > 1:
-                yield _Window(document, part.tolist())
+        for part in blocks_of(with_leading_once(ids, leading), window, leading):
+            if len(part) > first:
+                yield _Window(document, part.tolist(), first)
 
 
 def _compare(models: list[Any], batch: list[_Window], device: str) -> list[tuple[float, ...]]:
@@ -154,7 +169,11 @@ def _compare(models: list[Any], batch: list[_Window], device: str) -> list[tuple
                 f"one {pruned.shape[-1]}; their token distributions cannot be compared."
             )
         return [
-            (window.document, len(window.ids) - 1, *_window_sums(dense[row], pruned[row], window))
+            (
+                window.document,
+                len(window.ids) - window.first,
+                *_window_sums(dense[row], pruned[row], window),
+            )
             for row, window in enumerate(batch)
         ]
 
@@ -162,7 +181,8 @@ def _compare(models: list[Any], batch: list[_Window], device: str) -> list[tuple
 def _window_sums(dense: Tensor, pruned: Tensor, window: _Window) -> list[float]:
     """KL, equal first tokens and both log-likelihoods, summed over the window's positions."""
     total = torch.zeros(4, dtype=torch.float64)
-    targets = torch.tensor(window.ids[1:], device=dense.device).unsqueeze(1)
+    targets = torch.tensor(window.ids[window.first :], device=dense.device).unsqueeze(1)
+    dense, pruned = dense[window.first - 1 :], pruned[window.first - 1 :]
     for begin in range(0, len(targets), _POSITIONS):
         end = min(begin + _POSITIONS, len(targets))
         shares = []

@@ -7,7 +7,7 @@
   blocks of ``sequence_length``. Only full blocks are kept, unless an exact number of tokens is
   asked for: then the last block is padded and masked. A corpus shorter than one block gives one
   shorter sequence. Where the tokenizer puts BOS in front of a text, every block begins with it
-  (:func:`blocks_of`), unless ``packing: stream`` asks for the plain cut.
+  (:mod:`.leading_tokens`), unless ``packing: stream`` asks for the plain cut.
 * ``documents``: one document per sequence, truncated at ``sequence_length``, padded on the right.
 
 The mask is authoritative: a pad is never counted, even where the pad token is a real one.
@@ -24,16 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from streamline_bench.core.data.corpora import open_documents, resolve_source
+from streamline_bench.core.data.leading_tokens import (
+    Ids,
+    begins_with,
+    blocks_of,
+    leading_tokens,
+    with_leading_once,
+)
 from streamline_bench.core.recipe.schema import CalibrationSpec
 from streamline_bench.errors import CalibrationError, library_errors
 
-_Ids = npt.NDArray[np.int64]
 _DOCUMENTS_PER_CALL = 64
 
 
@@ -178,15 +183,15 @@ def load_calibration(
         )
     length = min(spec.sequence_length, max_length or spec.sequence_length)
     source = resolve_source(spec.source, model_folder)
-    bos = leading_bos(tokenizer)
-    in_rows = None if spec.form == "packed" and spec.packing == "stream" else bos
+    plain_cut = spec.form == "packed" and spec.packing == "stream"
+    leading = () if plain_cut else leading_tokens(tokenizer)
     with tqdm(
         total=_target(spec, length), unit="tok", desc="calibration", delay=2, disable=not progress
     ) as bar:
         texts = open_documents(spec, model_folder, tokenizer)
-        ids = _tokenised(texts, tokenizer, bar)
+        ids = _tokenised(texts, tokenizer, leading, bar)
         if spec.form == "packed":
-            rows = _packed(ids, spec, length, source, in_rows)
+            rows = _packed(ids, spec, length, source, leading)
         else:
             rows = _documents(ids, spec, length, source)
     if not rows:
@@ -196,31 +201,8 @@ def load_calibration(
     require_known_tokens([row.max() for row in rows], tokenizer, vocabulary, source)
     tokens = CalibrationTokens.from_tensors(*_padded(rows, _pad_id(tokenizer)), source)
     cut = spec.sequence_length if length < spec.sequence_length else None
-    begins = "text" if in_rows is None else str(tokenizer.bos_token)
+    begins = begins_with(leading, tokenizer)
     return dataclasses.replace(tokens, requested_length=cut, begins_with=begins)
-
-
-def leading_bos(tokenizer: Any) -> int | None:
-    """Return the BOS token that a tokenizer puts in front of every text; None if it puts none."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    ids = tokenizer("a", verbose=False)["input_ids"] if bos is not None else []
-    return bos if len(ids) > 1 and ids[0] == bos else None
-
-
-def blocks_of(ids: Sequence[int] | _Ids, length: int, bos: int | None) -> Iterator[_Ids]:
-    """Cut token ids into consecutive blocks of at most ``length``, the last one maybe shorter.
-
-    Args:
-        bos: token that every block begins with; one that begins with it already gets no second.
-            None: blocks are plain cuts.
-    """
-    stream = np.asarray(ids, dtype=np.int64)
-    begin = 0
-    while begin < len(stream):
-        add = bos is not None and stream[begin] != bos
-        part = stream[begin : begin + length - add]
-        yield np.concatenate([[bos], part]) if add else part
-        begin += len(part)
 
 
 def require_known_tokens(ids: Any, tokenizer: Any, vocabulary: int | None, source: str) -> None:
@@ -244,7 +226,9 @@ def _target(spec: CalibrationSpec, length: int) -> int | None:
     return spec.samples * length if spec.form == "packed" else None
 
 
-def _tokenised(texts: Iterable[str], tokenizer: Any, bar: tqdm[Any]) -> Iterator[_Ids]:
+def _tokenised(
+    texts: Iterable[str], tokenizer: Any, leading: Sequence[int], bar: tqdm[Any]
+) -> Iterator[Ids]:
     texts = iter(texts)
     # Small first calls: a bounded request often needs a few documents only.
     for size in itertools.chain([1, 4, 16], itertools.repeat(_DOCUMENTS_PER_CALL)):
@@ -253,15 +237,19 @@ def _tokenised(texts: Iterable[str], tokenizer: Any, bar: tqdm[Any]) -> Iterator
             return
         with library_errors("A calibration text cannot be tokenised", kind=CalibrationError):
             encoded = tokenizer(batch, verbose=False)["input_ids"]
-        for ids in encoded:
+        for ids in (with_leading_once(each, leading) for each in encoded):
             if len(ids):
                 bar.update(len(ids))
                 yield np.asarray(ids, dtype=np.int64)
 
 
 def _packed(
-    documents: Iterator[_Ids], spec: CalibrationSpec, length: int, source: str, bos: int | None
-) -> list[_Ids]:
+    documents: Iterator[Ids],
+    spec: CalibrationSpec,
+    length: int,
+    source: str,
+    leading: Sequence[int],
+) -> list[Ids]:
     wanted = spec.tokens
     if wanted is not None and spec.samples is not None and wanted > spec.samples * length:
         raise CalibrationError(
@@ -277,9 +265,9 @@ def _packed(
             break
     _require(wanted, total, source)
     stream = np.concatenate(held) if held else np.empty(0, np.int64)
-    rows: list[_Ids] = []
+    rows: list[Ids] = []
     total = 0
-    for block in blocks_of(stream, length, bos):
+    for block in blocks_of(stream, length, leading):
         kept = block if limit is None else block[: limit - total]
         if wanted is None and rows and len(kept) < length:
             break  # only full blocks, but of a text that is shorter than one
@@ -291,9 +279,9 @@ def _packed(
 
 
 def _documents(
-    documents: Iterator[_Ids], spec: CalibrationSpec, length: int, source: str
-) -> list[_Ids]:
-    rows: list[_Ids] = []
+    documents: Iterator[Ids], spec: CalibrationSpec, length: int, source: str
+) -> list[Ids]:
+    rows: list[Ids] = []
     total = 0
     for ids in documents:
         room = length if spec.tokens is None else min(length, spec.tokens - total)
@@ -313,7 +301,7 @@ def _require(wanted: int | None, found: int, source: str) -> None:
         )
 
 
-def _padded(rows: list[_Ids], pad: int) -> tuple[Tensor, Tensor]:
+def _padded(rows: list[Ids], pad: int) -> tuple[Tensor, Tensor]:
     lengths = np.array([len(row) for row in rows])
     ids = np.full((len(rows), lengths.max()), pad, dtype=np.int64)
     for row, target in zip(rows, ids, strict=True):

@@ -53,6 +53,7 @@ _SHUFFLE_CHARACTERS = 64_000_000
 _HUB_WINDOW = 4_096
 _DOMAIN_QUEUE = 4_096
 _ARCHIVES = (".zip", ".tar", ".tgz", ".rar", ".7z", ".gz", ".zst")
+_OTHER_SOURCE = "give another calibration source"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -240,7 +241,7 @@ def _mixed(
             record = next(records, None)
             if record is None:
                 break
-            name = record_field(record, preset.domain_field, preset.source)
+            name = record_field(record, preset.domain_field, preset.source, _OTHER_SOURCE)
             # A full queue drops the newcomer: the draw so far must not depend on what follows.
             if name in waiting and len(waiting[name]) < _DOMAIN_QUEUE:
                 waiting[name].append(record)

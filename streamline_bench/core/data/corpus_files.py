@@ -19,10 +19,11 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from streamline_bench.core.data.leading_tokens import leading_tokens, name_of
 from streamline_bench.errors import CalibrationError, first_line, library_errors
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,14 @@ def read_file(path: Path) -> Iterator[Mapping[str, Any]]:
         yield record
 
 
-def record_field(record: Mapping[str, Any], field: str, source: str) -> Any:
+OF_CALIBRATION = (
+    "name the field that holds the text: --set calibration.text_field=NAME (scan: --text-field)"
+)
+OF_TEXTS = "name the field that holds the text: --text-field NAME"
+"""Remedies for a record whose text is in another field."""
+
+
+def record_field(record: Mapping[str, Any], field: str, source: str, remedy: str) -> Any:
     """Return a field of a record; dots reach into nested records (``meta.set_name``).
 
     Raises:
@@ -103,42 +111,51 @@ def record_field(record: Mapping[str, Any], field: str, source: str) -> Any:
             return None
         if not isinstance(value, Mapping) or part not in value:
             there = ", ".join(sorted(map(str, record))) or "no fields"
-            raise CalibrationError(
-                f"{source} has no field '{field}'; it has {there}; name the field that holds the "
-                "text (--text-field, or text_field of the calibration)."
-            )
+            raise CalibrationError(f"{source} has no field '{field}'; it has {there}; {remedy}.")
         value = value[part]
     return value
 
 
 class NullTexts:
-    """Counts the records of a source whose text is null, which are left out as empty ones are."""
+    """Counts the records of a source that are left out because something in them is null."""
 
-    def __init__(self, source: str) -> None:
-        self.source, self.count = source, 0
+    def __init__(self, source: str, why: str = "their text is null") -> None:
+        self.source, self.why, self.count = source, why, 0
+
+    def among(self, texts: Sequence[Any]) -> bool:
+        """Count a record if one of its texts is null, and say whether it is."""
+        null = any(text is None for text in texts)
+        self.count += null
+        return null
 
     def text(self, text: str | None) -> str:
         """Return the text; an empty one for null."""
-        self.count += text is None
-        return text or ""
+        return "" if self.among([text]) else str(text)
 
     def warn(self) -> None:
         """Say how many there were, if any."""
         if self.count:
             records = "1 record" if self.count == 1 else f"{self.count} records"
-            log.warning("%s of %s left out: their text is null", records, self.source)
+            log.warning("%s of %s left out: %s", records, self.source, self.why)
 
 
 def document_text(
-    record: Mapping[str, Any], field: str, source: str, tokenizer: Any = None
+    record: Mapping[str, Any],
+    field: str,
+    source: str,
+    tokenizer: Any = None,
+    remedy: str = OF_CALIBRATION,
 ) -> str | None:
     """Return the text of a record: a field of text, or a conversation as the model sees one.
 
-    None where the field is null.
+    None where the field, or what one turn says, is null.
 
     Where the field is ``text`` and the record has none, its ``messages`` or ``conversations`` are
     taken. A conversation is a list of turns (``role`` and ``content``, or ``from`` and ``value``),
     written with the tokenizer's chat template.
+
+    Args:
+        remedy: what names another field.
 
     Raises:
         CalibrationError: there is no such field, it holds something else, or the tokenizer has no
@@ -146,18 +163,20 @@ def document_text(
     """
     if field == "text" and field not in record:
         field = next((each for each in ("messages", "conversations") if each in record), field)
-    value = record_field(record, field, source)
+    value = record_field(record, field, source, remedy)
     if value is None or isinstance(value, str):
         return value
     if not (isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)):
         raise CalibrationError(
             f"Field '{field}' of {source} holds {type(value).__name__}, not text or a "
-            "conversation; name the field that holds the text (text_field, --text-field)."
+            f"conversation; {remedy}."
         )
     return _conversation(value, field, source, tokenizer)
 
 
-def _conversation(turns: list[dict[str, Any]], field: str, source: str, tokenizer: Any) -> str:
+def _conversation(
+    turns: list[dict[str, Any]], field: str, source: str, tokenizer: Any
+) -> str | None:
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise CalibrationError(
             f"Field '{field}' of {source} holds conversations, and the model's tokenizer has no "
@@ -165,7 +184,9 @@ def _conversation(turns: list[dict[str, Any]], field: str, source: str, tokenize
         )
     messages = []
     for turn in turns:
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role, content = (_either(turn, *names) for names in (("role", "from"), _SAID))
+        if content is None and any(name in turn for name in _SAID):
+            return None
         if not isinstance(role, str) or not isinstance(content, str):
             keys = ", ".join(sorted(map(str, turn)))
             raise CalibrationError(
@@ -178,7 +199,17 @@ def _conversation(turns: list[dict[str, Any]], field: str, source: str, tokenize
     ):
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     # The template writes BOS itself, and the tokenizer would put a second one in front.
-    return text.removeprefix(tokenizer.bos_token or "")
+    leading = leading_tokens(tokenizer)
+    return text.removeprefix(name_of(leading, tokenizer)) if leading else text
+
+
+_SAID = ("content", "value")
+
+
+def _either(turn: Mapping[str, Any], first: str, second: str) -> Any:
+    """The value of the one of two keys that is not null."""
+    value = turn.get(first)
+    return turn.get(second) if value is None else value
 
 
 def _what_it_is(path: Path) -> str:

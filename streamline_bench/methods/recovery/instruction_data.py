@@ -12,9 +12,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from streamline_bench.core.data.calibration import CalibrationTokens, leading_bos
+from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.data.corpora import PRESETS, open_records, resolve_source
-from streamline_bench.core.data.corpus_files import record_field
+from streamline_bench.core.data.corpus_files import NullTexts, record_field
+from streamline_bench.core.data.leading_tokens import begins_with, leading_tokens
 from streamline_bench.core.recipe.schema import CalibrationSpec
 from streamline_bench.errors import CalibrationError
 
@@ -90,26 +91,27 @@ def load_instructions(
         log.warning("%d records left out: their answer begins after %d tokens", cut, length)
     tokens = _padded(rows, None if train_on_inputs else answers, tokenizer, source)
     requested = spec.sequence_length if length < spec.sequence_length else None
-    begins = "text" if leading_bos(tokenizer) is None else str(tokenizer.bos_token)
+    begins = begins_with(leading_tokens(tokenizer), tokenizer)
     return dataclasses.replace(tokens, requested_length=requested, begins_with=begins)
 
 
 def _texts(records: Iterable[Mapping[str, Any]], source: str) -> Iterator[tuple[str, str]]:
-    nulls = 0
-    for record in records:
-        instruction, output = (record_field(record, key, source) for key in _REQUIRED)
-        if instruction is None or output is None:
-            nulls += 1
-            continue
-        given = record.get("input") or ""
-        if not all(isinstance(text, str) for text in (instruction, output, given)):
-            raise CalibrationError(
-                f"A record of {source} has something other than text in instruction, input or "
-                "output; correct it."
-            )
-        yield alpaca_prompt(instruction, given), output
-    if nulls:
-        log.warning("%d records of %s left out: instruction or output is null", nulls, source)
+    nulls = NullTexts(source, "their instruction or output is null")
+    remedy = "instruction data has the fields instruction and output, and maybe input"
+    try:
+        for record in records:
+            fields = [record_field(record, key, source, remedy) for key in _REQUIRED]
+            if nulls.among(fields):
+                continue
+            texts = [*fields, record.get("input") or ""]
+            if not all(isinstance(text, str) for text in texts):
+                raise CalibrationError(
+                    f"A record of {source} has something other than text in instruction, input or "
+                    "output; correct it."
+                )
+            yield alpaca_prompt(texts[0], texts[2]), texts[1]
+    finally:  # also when nobody reads on
+        nulls.warn()
 
 
 def _tokenised(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int]:

@@ -235,9 +235,37 @@ def test_conversations_are_written_with_the_chat_template(word_tokenizer: Any, f
             document_text({field: [{"who": "w1"}]}, asked, "a.jsonl", word_tokenizer)
     finally:
         word_tokenizer.chat_template = None
-    assert text == "<user> w1 <assistant> w2 w3 "  # the tokenizer puts BOS in front, not twice
+    assert text == "<s><user> w1 <assistant> w2 w3 "  # this tokenizer puts no BOS in front
     with pytest.raises(CalibrationError, match="holds int"):
         document_text({"text": 3}, "text", "a.jsonl", word_tokenizer)
+
+
+def test_a_conversation_with_a_turn_that_is_null_is_left_out_and_counted(
+    word_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    called = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": None}]
+    path = tmp_path / "tools.jsonl"
+    lines = [{"messages": called}, {"conversations": TURNS}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    word_tokenizer.chat_template = TEMPLATE
+    try:
+        with caplog.at_level("WARNING", "streamline_bench"):
+            (text,) = filter(None, read_texts(path, "text", word_tokenizer))
+    finally:
+        word_tokenizer.chat_template = None
+    assert "w2 w3" in text
+    assert "1 record" in caplog.text
+
+
+def test_another_field_is_named_in_the_syntax_of_the_command(
+    word_tokenizer: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "w1"}\n')
+    with pytest.raises(CalibrationError, match=r"it has body; .*--set calibration\.text_field="):
+        load_calibration(CalibrationSpec(source=str(path)), word_tokenizer, progress=False)
+    with pytest.raises(CalibrationError, match=r"it has body; .*: --text-field NAME"):
+        list(read_texts(path))
 
 
 @pytest.mark.parametrize("field", ["text", "meta.text"])

@@ -65,6 +65,21 @@ def test_targets_are_the_answers(instructions: Path, word_tokenizer: Any) -> Non
     assert everything.sha256 != tokens.sha256
 
 
+def test_nulls_are_counted_also_when_enough_records_are_there(
+    tmp_path: Path, word_tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "nulls.jsonl"
+    lines = [{"instruction": "w1", "output": None}] * 20 + RECORDS * 20
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with caplog.at_level("WARNING", "streamline_bench"):
+        tokens = load_instructions(_spec(path, samples=30), word_tokenizer, progress=False)
+    assert len(tokens) == 30
+    assert "null" in caplog.text
+    path.write_text('{"prompt": "w1"}\n')
+    with pytest.raises(CalibrationError, match=r"it has prompt; .*instruction and output"):
+        load_instructions(_spec(path), word_tokenizer, progress=False)
+
+
 def test_a_split_keeps_rows_and_targets_together(instructions: Path, word_tokenizer: Any) -> None:
     tokens = load_instructions(_spec(instructions), word_tokenizer, progress=False)
     for part in tokens.split(0.4, seed=1):
