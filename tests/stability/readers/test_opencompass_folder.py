@@ -223,6 +223,19 @@ def test_lm_eval_into_a_folder_called_predictions(lm_eval_outputs: Path, tmp_pat
         assert load_samples(path, progress=False).info.engine == "lm-eval"
 
 
+def test_a_models_folder_in_a_run_is_taken_whatever_its_files_say(work: Path) -> None:
+    """Files that are not predictions are named there; elsewhere the folder is left alone."""
+    folder = next(each for each in work.rglob("predictions/*") if each.is_dir())
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "arc.json").write_text('{"a": {}}')
+    found = find_predictions(folder)
+    assert found is not None
+    (work / "elsewhere").mkdir()
+    shutil.copy(folder / "arc.json", work / "elsewhere")
+    assert find_predictions(work / "elsewhere") is None
+
+
 def test_other_json_beside_loose_predictions(opencompass_files: Any, tmp_path: Path) -> None:
     opencompass_files.write(tmp_path, "arc", opencompass_files.ppl(5, seed=1))
     (tmp_path / "notes.json").write_text('{"by": "me"}')

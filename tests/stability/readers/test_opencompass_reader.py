@@ -97,6 +97,31 @@ def test_few_shot_examples_are_the_prompt_not_the_document(
     assert two["prompt"].iloc[0].startswith(shots)
 
 
+def test_examples_are_taken_off_once(opencompass_files: Any, model: Path) -> None:
+    """A question that repeats the text of the examples stays another question."""
+    shots = "Yes or no?\n"
+    plain, repeated = (opencompass_files.ppl(1, seed=5, examples=shots) for _ in range(2))
+    for label in "ABCD":
+        repeated[0][f"label: {label}"]["prompt"] = shots + plain[0][f"label: {label}"]["prompt"]
+    opencompass_files.write(model, "plain", plain)
+    opencompass_files.write(model, "repeated", repeated)
+    assert read(model).frame["doc_hash"].nunique() == 2
+
+
+def test_equal_choices_are_named_by_their_labels(opencompass_files: Any, model: Path) -> None:
+    entries = opencompass_files.ppl(2, seed=5)
+    for label, ending in zip("ABCD", ["yes", "no", "yes", "maybe"], strict=True):
+        entries[0][f"label: {label}"]["prompt"] = f"{opencompass_files.question(0)}{ending}"
+    opencompass_files.write(model, "twice", entries)
+    first, second = read(model).frame["choices"]
+    assert list(first) == list("ABCD") == list(second)
+    entries[0]["label: C"]["prompt"] = f"{opencompass_files.question(0)}never"
+    opencompass_files.write(model, "once", entries)
+    frame = read(model).frame
+    once = frame[frame["task"] == "once"]["choices"].iloc[0]
+    assert list(once) == ["yes", "no", "never", "maybe"]
+
+
 def test_loglikelihood_mode(opencompass_files: Any, model: Path) -> None:
     entries = opencompass_files.ppl(10, seed=6, name="Loglikelihood")
     opencompass_files.write(model, "ll", entries)

@@ -248,6 +248,19 @@ def test_clusters_scale_the_error(tables: list[Counts], difference: float) -> No
         assert together.p_value(difference) == pytest.approx(expected, abs=1e-12)
 
 
+def test_freedom_of_two_samples_is_satterthwaites() -> None:
+    samples = (clustered([(4, 1, 0, 2)] * 3), clustered([(9, 2, 1, 3), (5, 0, 2, 1)] * 4))
+    both = PairedDifference(samples)
+    variances = []
+    for sample in samples:
+        effect, _ = sample.design(dense=-1, pruned=1)
+        n = sample.outcomes.n
+        variances.append(effect * (sample.outcomes.flips + 0.5) / (n + 1) / n)
+    freedoms = [sample.design(dense=-1, pruned=1).freedom for sample in samples]
+    below = sum(v**2 / f for v, f in zip(variances, freedoms, strict=True))
+    assert both.freedom == pytest.approx(sum(variances) ** 2 / below)
+
+
 @pytest.mark.parametrize(("clusters", "size"), [(6, 30), (12, 10), (40, 4)])
 @pytest.mark.parametrize("together", [0.0, 0.1])
 def test_clusters_cover_the_truth(clusters: int, size: int, together: float) -> None:
