@@ -224,7 +224,7 @@ def deployed_loss(options: argparse.Namespace, role: str | None) -> float:
     from streamline_bench.core.data.calibration import CalibrationTokens
     from streamline_bench.core.recipe.schema import ReplacementSpec
     from streamline_bench.core.training.block import Student, Teacher, make_batch
-    from streamline_bench.core.training.loop import MseObjective
+    from streamline_bench.core.training.loop import StateObjective
 
     model = load_model(options).eval()
     student = Student(model, options.start, ReplacementSpec(kind="layer"), SEED)
@@ -237,7 +237,7 @@ def deployed_loss(options: argparse.Namespace, role: str | None) -> float:
     with torch.no_grad():
         for part in torch.split(torch.arange(len(tokens)), options.batch):
             batch = make_batch(tokens, part, torch.device("cpu"))
-            total += float(MseObjective(student).loss_sum(batch, source))
+            total += float(StateObjective(student).loss_sum(batch, source))
     return total / ids.numel()
 
 

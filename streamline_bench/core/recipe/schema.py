@@ -72,7 +72,12 @@ class TrainingSpec(Frozen):
     ``lr='auto'`` is 2e-4 x sqrt(4096 / hidden_size), at most 2e-3: the paper's rate at its width.
     """
 
-    objective: Literal["none", "mse", "lm"] = "none"
+    objective: Literal["none", "mse", "relative_mse", "cosine", "lm"] = Field(
+        "none",
+        description="mse: the paper's; relative_mse: each token's squared error over its own "
+        "squared norm; cosine: 1 - cosine plus the squared difference of the log norms; lm: the "
+        "loss of the next token",
+    )
     data: CalibrationSpec = CalibrationSpec()
     epochs: int = Field(1, ge=1)
     min_steps: int = Field(0, ge=0, description="epochs are added until there are as many steps")

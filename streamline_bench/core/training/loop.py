@@ -1,4 +1,4 @@
-"""What is minimised, hidden states (``mse``) or next tokens (``lm``), and the training loop.
+"""What is minimised, errors of hidden states or of next tokens, and the training loop.
 
 An objective gives, per micro-batch, a *sum* of losses and knows how many terms it has, so that
 steps of several micro-batches of unequal length weigh every token alike. The loop is the same for
@@ -14,7 +14,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -41,27 +41,69 @@ from streamline_bench.errors import NumericsError, OutputError
 log = logging.getLogger(__name__)
 
 _IN_LAYER = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")
+_SMALLEST = 1e-12  # of a norm that is divided by
 _CURVE_ROWS = 400  # about so many, however long the training
 
 
-class MseObjective:
-    """Mean squared error between the student's output and the state behind the block.
-
-    arXiv:2403.19135, eq. 4. One term per token: the mean over its ``d`` elements, in float32;
-    padding has no term.
+def squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over the ``d`` elements of each token (arXiv:2403.19135, eq. 4).
 
     Args:
+        output, target: float32 ``[tokens, d]``.
+
+    Returns:
+        float32 ``[tokens]``.
+    """
+    return (output - target).pow(2).mean(dim=-1)
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error of each token over the squared norm of its own target.
+
+    The next layer normalises a state before it reads it, so that an error counts in relation to
+    the state. In trained models the first token is often a thousand times as large as the others,
+    and holds nearly all of a plain squared error.
+    """
+    return (output - target).pow(2).sum(dim=-1) / target.pow(2).sum(dim=-1).clamp_min(_SMALLEST)
+
+
+def direction_error(output: Tensor, target: Tensor) -> Tensor:
+    """1 - cosine between output and target, plus the squared difference of their log norms."""
+    norms = output.norm(dim=-1).clamp_min(_SMALLEST), target.norm(dim=-1).clamp_min(_SMALLEST)
+    cosine = (output * target).sum(dim=-1) / (norms[0] * norms[1])
+    return 1 - cosine + (norms[0].log() - norms[1].log()).pow(2)
+
+
+STATE_ERRORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": squared_error,
+    "relative_mse": relative_error,
+    "cosine": direction_error,
+}
+"""Objectives on the states behind the block, one term per token."""
+
+
+class StateObjective:
+    """Error between the student's output and the state behind the block.
+
+    One term per token, in float32; padding has no term.
+
+    Args:
+        error: one of :data:`STATE_ERRORS`.
         bidirectional: let every token see every other (a quirk of the reference).
     """
 
-    def __init__(self, student: Student, *, bidirectional: bool = False) -> None:
+    def __init__(
+        self, student: Student, error: Callable[[Tensor, Tensor], Tensor] = squared_error,
+        *, bidirectional: bool = False,
+    ) -> None:  # fmt: skip
         self._student = student
+        self._error = error
         self._bidirectional = bidirectional
 
     def loss_sum(self, batch: Batch, source: StateSource | None) -> Tensor:
         """Return the sum of the losses of all terms of a batch, a float32 scalar."""
         if source is None:
-            raise ValueError("mse needs the states around the block")
+            raise ValueError("an error of states needs the states around the block")
         states = source.states(batch)
         calls = states.calls
         if self._bidirectional:
@@ -69,9 +111,9 @@ class MseObjective:
             open_mask = torch.zeros((len(batch.mask), 1, length, length), device=batch.mask.device)
             calls = tuple({**call, "attention_mask": open_mask} for call in calls)
         output = self._student.run(states.hidden, calls)
-        errors = (output.float() - states.target.float()).pow(2).mean(dim=-1)
         # Not multiplied by the mask: what stands in padding may be infinite.
-        return errors[batch.mask].sum()
+        kept = output[batch.mask].float(), states.target[batch.mask].float()
+        return self._error(*kept).sum()
 
     def terms(self, mask: Tensor, targets: Tensor | None = None) -> int:
         """Return the number of terms of a batch with these masks ``[batch, seq]``."""
@@ -100,7 +142,7 @@ class LmObjective:
         return int(_predicted(mask, targets).sum())
 
 
-Objective: TypeAlias = MseObjective | LmObjective
+Objective: TypeAlias = StateObjective | LmObjective
 
 
 def _predicted(mask: Tensor, targets: Tensor | None) -> Tensor:
@@ -138,7 +180,7 @@ class Trainee(Protocol):
 
 @dataclass(frozen=True)
 class DataSet:
-    """Sequences and, for ``mse``, where the states around the block come from."""
+    """Sequences and, for an error of states, where the states around the block come from."""
 
     tokens: CalibrationTokens
     source: StateSource | None = None

@@ -28,11 +28,12 @@ from streamline_bench.core.training.block import (
     pruned,
 )
 from streamline_bench.core.training.loop import (
+    STATE_ERRORS,
     DataSet,
     LmObjective,
     Loop,
-    MseObjective,
     Objective,
+    StateObjective,
     open_work_folder,
 )
 from streamline_bench.core.training.state import CosineSchedule, StepPlan
@@ -90,8 +91,9 @@ def train_replacement(
 ) -> TrainingResult:
     """Train the replacement of layers ``start .. start + n - 1`` of ``model``.
 
-    The model is the teacher; it is moved to ``device`` and otherwise left as it was. ``mse`` runs
-    it up to the end of the block and trains the replacement on its hidden states; ``lm`` trains
+    The model is the teacher; it is moved to ``device`` and otherwise left as it was. ``mse``,
+    ``relative_mse`` and ``cosine`` run it up to the end of the block and train the replacement on
+    its hidden states (:data:`~streamline_bench.core.training.loop.STATE_ERRORS`); ``lm`` trains
     the replacement inside the pruned model on the next token; ``none`` returns the initial weights.
     All run without dropout. A killed training continues from its last checkpoint in
     ``work``; on CPU the result is the same to the bit.
@@ -187,9 +189,9 @@ class _Job:
     def _keys(self, weights: str | None) -> tuple[str, str]:
         """Return the keys of the activation cache and of the whole training."""
         stop = self.start + self.n
-        mse = self.training.objective == "mse"
+        of_states = self.training.objective in STATE_ERRORS
         data: dict[str, Any] = {
-            "weights": weights or weights_digest(self.model, stop if mse else None),
+            "weights": weights or weights_digest(self.model, stop if of_states else None),
             "tokens": self.tokens.sha256, "block": [self.start, self.n],
             "dtype": str(next(self.model.parameters()).dtype), "autocast": self.training.autocast,
             "share": self.training.validation_share, "seed": self.seed, "device": self.device.type,
@@ -207,8 +209,10 @@ class _Job:
 
     @contextmanager
     def _objective(self, student: Student) -> Iterator[Objective]:
-        if self.training.objective == "mse":
-            yield MseObjective(student, bidirectional="bidirectional_layer" in self.quirks)
+        error = STATE_ERRORS.get(self.training.objective)
+        if error is not None:
+            bidirectional = "bidirectional_layer" in self.quirks
+            yield StateObjective(student, error, bidirectional=bidirectional)
             return
         with pruned(self.model, self.start, self.n, student):
             yield LmObjective(self.model)
@@ -217,7 +221,7 @@ class _Job:
         self, sets: Sequence[CalibrationTokens], plan: StepPlan, student: Student, key: str
     ) -> tuple[list[StateSource | None], str]:
         """Return where the states of each set come from, and that in words."""
-        if self.training.objective != "mse":
+        if self.training.objective not in STATE_ERRORS:
             return [None for _ in sets], "no hidden states needed"
         postnorm = "postnorm_target" in self.quirks
         teacher = Teacher(self.model, self.start, self.n, student.num_calls, postnorm)

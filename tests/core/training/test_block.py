@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from surgery_in_memory import keep_layers
+from torch import Tensor, nn
 
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.forward import evaluating
 from streamline_bench.core.recipe.schema import ReplacementSpec
 from streamline_bench.core.surgery import block_keep
 from streamline_bench.core.training.block import Student, Teacher, make_batch, pruned
-from streamline_bench.core.training.loop import LmObjective, MseObjective
+from streamline_bench.core.training.loop import STATE_ERRORS, LmObjective, StateObjective
 
 LAYER = ReplacementSpec(kind="layer")
 START, N = 2, 3
@@ -96,13 +97,24 @@ def test_the_student_is_causal(random_model: Callable[..., Any], tokens: Any, fa
     assert (before[:, -1] - after[:, -1]).abs().max() > 1e-3
 
 
-def test_loss_is_the_mean_squared_error_of_real_tokens(
-    teacher_model: Any, padded_tokens: Any
+def _errors(name: str, output: Tensor, target: Tensor) -> float:
+    """The objectives for one token, float64 ``[d]``, from their definitions."""
+    if name == "mse":
+        return float(((output - target) ** 2).mean())
+    if name == "relative_mse":
+        return float(((output - target) ** 2).sum() / (target**2).sum())
+    cosine = nn.functional.cosine_similarity(output, target, dim=0)
+    return float(1 - cosine + torch.log(output.norm() / target.norm()) ** 2)
+
+
+@pytest.mark.parametrize("name", STATE_ERRORS)
+def test_loss_is_the_mean_over_real_tokens(
+    teacher_model: Any, padded_tokens: Any, name: str
 ) -> None:
     ids, mask = padded_tokens.input_ids, padded_tokens.attention_mask
     student = student_of(teacher_model, ReplacementSpec(kind="ffn"))
     source = Teacher(teacher_model, START, N, 0)
-    objective = MseObjective(student)
+    objective = StateObjective(student, STATE_ERRORS[name])
     batch = make_batch(padded_tokens, torch.arange(len(padded_tokens)), torch.device("cpu"))
     loss = float(objective.loss_sum(batch, source).detach()) / objective.terms(mask)
     wide = copy.deepcopy(teacher_model).double()
@@ -110,12 +122,31 @@ def test_loss_is_the_mean_squared_error_of_real_tokens(
         known = wide(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
         output = copy.deepcopy(student.module).double()(known[START])
     errors = [
-        float(((output[i, t] - known[START + N][i, t]) ** 2).mean())
+        _errors(name, output[i, t], known[START + N][i, t])
         for i in range(len(ids))
         for t in range(ids.shape[1])
         if mask[i, t]
     ]
     assert loss == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+
+
+def test_only_the_plain_error_follows_the_size_of_a_token() -> None:
+    """One token a thousand times as large as the others, and as wrong in relation to its size."""
+    target = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    output = target + 0.1 * torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    scale = torch.tensor([1000.0, 1, 1, 1, 1])[:, None]
+    for name, error in STATE_ERRORS.items():
+        before, after = error(output, target), error(output * scale, target * scale)
+        share = float(after[0] / after.sum())
+        assert (
+            share > 0.99
+            if name == "mse"
+            else share == pytest.approx(float(before[0] / before.sum()), rel=1e-4)
+        )
+    zero = torch.zeros(1, 16, requires_grad=True)
+    for error in STATE_ERRORS.values():
+        error(zero, torch.zeros(1, 16)).sum().backward()
+        assert zero.grad is not None and bool(zero.grad.isfinite().all())
 
 
 @pytest.mark.parametrize("kind", ["layer", "ffn"])
@@ -130,7 +161,7 @@ def test_padding_does_not_influence_the_loss(
         ids = padded_tokens.input_ids.where(mask, filler)
         filled = padded_tokens.from_tensors(ids, mask)
         batch = make_batch(filled, torch.arange(len(filled)), torch.device("cpu"))
-        losses.append(float(MseObjective(student).loss_sum(batch, source).detach()))
+        losses.append(float(StateObjective(student).loss_sum(batch, source).detach()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from pathlib import Path
@@ -41,8 +42,15 @@ def train(model: Any, tokens: Any, work: Path, **changes: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("objective", ["mse", "lm"])
-@pytest.mark.parametrize("kind", ["layer", "ffn", "swiglu", "ffn_res", "swiglu_res", "linear"])
+@pytest.mark.parametrize(
+    ("kind", "objective"),
+    [
+        *itertools.product(
+            ["layer", "ffn", "swiglu", "ffn_res", "swiglu_res", "linear"], ["mse", "lm"]
+        ),
+        *(("layer", "relative_mse"), ("ffn", "cosine")),
+    ],
+)
 def test_loss_falls_for_every_kind(
     teacher_model: Any, tokens: Any, tmp_path: Path, kind: str, objective: str
 ) -> None:
