@@ -69,9 +69,12 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
 
 def direction_error(output: Tensor, target: Tensor) -> Tensor:
     """1 - cosine between output and target, plus the squared difference of their log norms."""
-    norms = output.norm(dim=-1).clamp_min(_SMALLEST), target.norm(dim=-1).clamp_min(_SMALLEST)
-    cosine = (output * target).sum(dim=-1) / (norms[0] * norms[1])
-    return 1 - cosine + (norms[0].log() - norms[1].log()).pow(2)
+    cosine = nn.functional.cosine_similarity(output, target, dim=-1)
+    first, second = (
+        torch.linalg.vector_norm(states, dim=-1).clamp_min(_SMALLEST).log()
+        for states in (output, target)
+    )
+    return 1 - cosine + (first - second).pow(2)
 
 
 STATE_ERRORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
