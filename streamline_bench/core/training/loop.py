@@ -70,11 +70,9 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
 def direction_error(output: Tensor, target: Tensor) -> Tensor:
     """1 - cosine between output and target, plus the squared difference of their log norms."""
     cosine = nn.functional.cosine_similarity(output, target, dim=-1)
-    first, second = (
-        torch.linalg.vector_norm(states, dim=-1).clamp_min(_SMALLEST).log()
-        for states in (output, target)
-    )
-    return 1 - cosine + (first - second).pow(2)
+    squares = output.pow(2).sum(dim=-1), target.pow(2).sum(dim=-1)
+    logs = [square.clamp_min(_SMALLEST).log() / 2 for square in squares]
+    return 1 - cosine + (logs[0] - logs[1]).pow(2)
 
 
 STATE_ERRORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
