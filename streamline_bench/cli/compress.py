@@ -12,6 +12,7 @@ from streamline_bench.cli.options import (
     device_option,
     dtype_option,
     parse_assignments,
+    placement_option,
     setup_logging,
 )
 
@@ -32,6 +33,7 @@ from streamline_bench.cli.options import (
 @click.option("--revision", help="Revision of a hub model.")
 @device_option
 @dtype_option("Dtype of the source in memory; the result keeps the dtype of the source.")
+@placement_option
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no log.")
@@ -44,6 +46,7 @@ def command(
     revision: str | None,
     device: str,
     dtype: str,
+    placement: Any,
     trust_remote_code: bool,
     as_json: bool,
     quiet: bool,
@@ -65,6 +68,7 @@ def command(
         revision=revision,
         device=device,
         dtype=dtype,
+        placement=placement,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
         progress=not (quiet or as_json),

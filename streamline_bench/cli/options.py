@@ -44,6 +44,13 @@ def dtype_option(what: str) -> Callable[[_Command], _Command]:
     return click.option("--dtype", type=dtypes, default="float32", help=what)
 
 
+def placement_option(command: _Command) -> _Command:
+    """Add ``--placement``: where the weights of the source are."""
+    choices = click.Choice(["auto", "resident", "streamed"])
+    what = "Weights of the source: all in memory, or one layer at a time; auto: by free memory."
+    return click.option("--placement", type=choices, default="auto", help=what)(command)
+
+
 def named_device_option(command: _Command) -> _Command:
     """Add ``--device`` for work that may be done elsewhere; None: not given, as good as auto."""
     named = partial(_device, elsewhere=True)

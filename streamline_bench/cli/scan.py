@@ -124,14 +124,12 @@ def _require_free(output: Path | None, overwrite: bool) -> None:
 
 
 def _scanned(model: str, sizes: list[int], *, progress: bool, **asked: Any) -> Similarity:
-    import torch
-
     from streamline_bench.core.architecture import depth_of, sequence_limit
     from streamline_bench.core.architecture_guard import layer_kinds
     from streamline_bench.core.checkpoint.folder import resolve_pretrained
     from streamline_bench.core.data.calibration import load_calibration
     from streamline_bench.core.recipe.schema import CalibrationSpec
-    from streamline_bench.core.scan import scan, scan_streamed
+    from streamline_bench.core.scan import scan
     from streamline_bench.errors import SparsityError
     from streamline_bench.modeling.loading import load_config, load_model, load_tokenizer
 
@@ -160,13 +158,8 @@ def _scanned(model: str, sizes: list[int], *, progress: bool, **asked: Any) -> S
         progress=progress,
     )
     how = {"last_state": asked["last_state"], "batch_size": asked["batch_size"]}
-    device, dtype = asked["device"], asked["dtype"]
-    if asked["streamed"]:
-        memory = {"device": device, "dtype": getattr(torch, dtype)}
-        found = scan_streamed(folder, tokens, progress=progress, **how, **trust, **memory)
-    else:
-        loaded = load_model(folder, device=device, dtype=dtype, **trust)
-        found = scan(loaded, tokens, progress=progress, **how)
+    place = {name: asked[name] for name in ("device", "dtype", "streamed")}
+    found = scan(load_model(folder, **place, **trust), tokens, progress=progress, **how)
     kinds = layer_kinds(config)
     if len(set(kinds)) > 1:
         found = replace(found, details={**found.details, "layer_kinds": kinds})

@@ -24,6 +24,11 @@ from streamline_bench.compression.cache import (
     share,
     take,
 )
+from streamline_bench.compression.placement import (
+    Placement,
+    is_streamed_placement,
+    refuse_placement,
+)
 from streamline_bench.core.architecture import depth_of
 from streamline_bench.core.checkpoint.folder import (
     Manifest,
@@ -83,6 +88,7 @@ def compress(
     cache: Path | None = None,
     device: str = "cpu",
     dtype: str | None = None,
+    placement: Placement = "auto",
     trust_remote_code: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -96,6 +102,7 @@ def compress(
         cache: where interrupted work is kept, so that the next call resumes it.
         device: torch device for scanning and training.
         dtype: dtype of the source model in memory; ``None`` for float32.
+        placement: of its weights, see :data:`.placement.Placement`; the result is the same.
         overwrite: replace an existing ``output``.
 
     Returns:
@@ -106,13 +113,14 @@ def compress(
         StreamlineBenchError: one of its kinds, with one sentence for the user.
     """
     check_parameters(recipe)
+    refuse_placement(placement, recipe)
     _refuse_several_processes()
     source = SourceModel.find(
         pretrained, revision, trust_remote_code=trust_remote_code, progress=progress,
         changed=recipe.method != "dense",
     )  # fmt: skip
     _refuse_other_text(source, recipe)
-    return _compress_into(Path(output), source, recipe, cache, device, dtype, overwrite)
+    return _compress_into(Path(output), source, recipe, cache, device, dtype, placement, overwrite)
 
 
 def compress_cached(
@@ -123,6 +131,7 @@ def compress_cached(
     cache: Path | None = None,
     device: str = "cpu",
     dtype: str | None = None,
+    placement: Placement = "auto",
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> CachedCheckpoint:
@@ -137,6 +146,7 @@ def compress_cached(
         StreamlineBenchError: what :func:`compress` raises.
     """
     check_parameters(recipe)
+    refuse_placement(placement, recipe)
     source = SourceModel.find(
         pretrained, revision, trust_remote_code=trust_remote_code, progress=progress,
         changed=recipe.method != "dense",
@@ -150,7 +160,7 @@ def compress_cached(
     with alone(target.with_name(f"{key}.lock")):
         reused = find_cached(key, cache) is not None
         if not reused:
-            _compress_into(target, source, recipe, cache, device, dtype, overwrite=False)
+            _compress_into(target, source, recipe, cache, device, dtype, placement, overwrite=False)
     return CachedCheckpoint(target, reused, key)
 
 
@@ -163,6 +173,7 @@ def compress_shared(
     work: Path,
     device: str = "cpu",
     dtype: str | None = None,
+    placement: Placement = "auto",
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> bool:
@@ -179,6 +190,7 @@ def compress_shared(
         StreamlineBenchError: what :func:`compress` raises.
     """
     check_parameters(recipe)
+    refuse_placement(placement, recipe)
     _refuse_several_processes()
     source = SourceModel.find(
         pretrained, revision, trust_remote_code=trust_remote_code, progress=progress
@@ -195,7 +207,7 @@ def compress_shared(
         if shared and (found := find_cached(key)) is not None:
             take(found, output, recipe.model_dump(mode="json"))
             return True
-        _compress_into(Path(output), source, recipe, work, device, dtype, overwrite=True)
+        _compress_into(Path(output), source, recipe, work, device, dtype, placement, overwrite=True)
         if shared:
             share(Path(output), key)
     return False
@@ -208,6 +220,7 @@ def _compress_into(
     cache: Path | None,
     device: str,
     dtype: str | None,
+    placement: Placement,
     overwrite: bool,
 ) -> Path:
     _refuse_compressed(source.folder)
@@ -219,7 +232,8 @@ def _compress_into(
             # output is published and that folder is gone.
             lock.enter_context(alone(root / "locks" / f"{key}.lock"))
             with _scratch(root / "work" / key) as work:
-                job = Compression(source, recipe, work, device, dtype, source.progress)
+                streamed = is_streamed_placement(placement, source, recipe, device, dtype)
+                job = Compression(source, recipe, work, device, dtype, source.progress, streamed)
                 _compress(job, staging)
         shutil.rmtree(work, ignore_errors=True)
     return output

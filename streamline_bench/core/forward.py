@@ -5,29 +5,48 @@ where a part is left out. So masks, rotary embeddings, per-layer attention types
 head are right for every family; what a bypassed layer costs is one function call.
 
 Boundary ``l`` is the input of layer ``l``; boundary ``L`` the output of the last layer before the
-final norm. States that do not fit into memory lie in memory-mapped files, which are reserved before
-they are filled.
+final norm.
+
+A streamed model (:mod:`.streaming`) is passed through with the layers outside and the batches
+inside (:func:`walk`), so that each layer is read once.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    Sequence,
+)
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
-from streamline_bench.errors import NumericsError, OutputError
+from streamline_bench.core.state_store import BatchStore
+from streamline_bench.core.streaming import held_layer
+from streamline_bench.errors import NumericsError
+
+TokenBatch: TypeAlias = tuple[Tensor, Tensor]
+"""Token ids, int64 ``[batch, seq]``, and the mask, bool ``[batch, seq]``; both on the CPU."""
 
 
 class PassEnded(Exception):  # noqa: N818 - a signal, not an error
     """Raised by a hook to end a pass of :func:`run_until`."""
+
+
+class LayersEntangled(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by a pass layer by layer where a layer hands on more than hidden states."""
 
 
 @contextmanager
@@ -115,9 +134,11 @@ class PartialForward:
         self._base = model.get_submodule(architecture_of(model.config).base)
         self._layers = list(decoder_layers(model))
         self._start = 0
+        self._stop: int | None = None
         self._state: Tensor | None = None
         self._skip: Collection[int] = ()
         self._record = False
+        self._as_tuple = False  # in which form layers hand their output on, once one has run
         self._restored = ExitStack()
 
     def __enter__(self) -> PartialForward:
@@ -155,6 +176,36 @@ class PartialForward:
         output: Tensor = self._run(self._base, ids, mask, **where).last_hidden_state
         return output
 
+    def layer(
+        self,
+        index: int,
+        ids: Tensor,
+        mask: Tensor,
+        state: Tensor | None = None,
+        *,
+        gradients: bool = False,
+    ) -> Tensor:
+        """Return what one layer makes of hidden states, ``[batch, seq, hidden]``.
+
+        Args:
+            state: the layer's input; None for the first one, whose input is made from the ids and
+                kept in ``states[0]``.
+            gradients: record the pass for a backward one.
+
+        Raises:
+            LayersEntangled: the layer hands more than hidden states on to later ones.
+        """
+        self._stop = index
+        try:
+            with torch.set_grad_enabled(gradients):
+                self._pass(self._base, ids, mask, index, state, (), record=not index)
+        except PassEnded as ended:
+            output: Tensor = ended.args[0]
+            return output
+        finally:
+            self._stop = None
+        raise RuntimeError(f"the pass has not come to layer {index}")
+
     def _run(
         self,
         module: Any,
@@ -168,13 +219,26 @@ class PartialForward:
     ) -> Any:
         if (start > 0) != (state is not None):
             raise ValueError("a pass that starts above boundary 0 needs a state, others take none")
+        with torch.no_grad():
+            return self._pass(module, ids, mask, start, state, skip, record)
+
+    def _pass(
+        self,
+        module: Any,
+        ids: Tensor,
+        mask: Tensor,
+        start: int,
+        state: Tensor | None,
+        skip: Collection[int],
+        record: bool,
+    ) -> Any:
         self._start, self._state, self._skip, self._record = start, state, skip, record
         if record:
             self.states = {}
-        with torch.no_grad():
-            output = run_base(self._model, ids, mask, module)
-        self._state = None
-        return output
+        try:
+            return run_base(self._model, ids, mask, module)
+        finally:
+            self._state = None
 
     def _bypass(self, index: int, original: Any) -> Any:
         last = index == len(self._layers) - 1
@@ -186,12 +250,93 @@ class PartialForward:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 if self._record:
                     self.states[index] = hidden
-                output = hidden if index in self._skip else original(*args, **kwargs)
+                output = hidden if index in self._skip else self._own(original, args, kwargs)
             if last and self._record:
-                self.states[index + 1] = output
-            return output
+                self.states[index + 1] = hidden_of(output)
+            if index == self._stop:
+                raise PassEnded(hidden_of(output))
+            return (output,) if self._as_tuple and isinstance(output, Tensor) else output
 
         return forward
+
+    def _own(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = _lengths(args, kwargs)
+        output = original(*args, **kwargs)
+        self._as_tuple = isinstance(output, tuple)
+        if self._stop is not None:
+            more = output[1:] if self._as_tuple else ()
+            if any(isinstance(each, Tensor) for each in more) or _lengths(args, kwargs) != before:
+                raise LayersEntangled
+        return output
+
+
+def _lengths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """Return the lengths of a call's arguments in which a layer could leave something."""
+    kinds = (MutableMapping, MutableSequence)
+    return [len(value) for value in (*args, *kwargs.values()) if isinstance(value, kinds)]
+
+
+def walk(
+    model: Any,
+    batches: Sequence[TokenBatch],
+    layers: Sequence[int],
+    *,
+    progress: bool = True,
+    description: str = "layers",
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Yield (layer, batch number, ids, mask) with the layers outside and the batches inside.
+
+    A layer of a streamed model is held while its batches go through it: it is read once.
+
+    Args:
+        layers: in the order in which they are wanted.
+    """
+    following = dict(itertools.pairwise(layers))
+    with tqdm(
+        total=len(layers) * len(batches), unit="batch", desc=description, delay=2,
+        disable=not progress,
+    ) as bar:  # fmt: skip
+        for index in layers:
+            with held_layer(model, index, following.get(index)):
+                for number, (ids, mask) in enumerate(batches):
+                    yield index, number, ids, mask
+                    bar.update()
+
+
+def walk_states(
+    model: Any,
+    batches: Sequence[TokenBatch],
+    wanted: Collection[int],
+    store: BatchStore,
+    *,
+    visit: Callable[[int, int], None] | None = None,
+    progress: bool = True,
+    description: str = "layers",
+) -> None:
+    """Pass all batches through the layers, and keep their states at the wanted boundaries.
+
+    Args:
+        wanted: boundaries; layers above the topmost are not run.
+        store: gets the states of batch ``number`` at a boundary as ``store[boundary, number]``.
+        visit: called with layer and batch number after a batch went through a layer.
+
+    Raises:
+        LayersEntangled: layers hand more than hidden states on; nothing of use is stored.
+    """
+    device = model.get_input_embeddings().weight.device
+    layers = range(max(wanted))
+    with PartialForward(model) as forward:
+        for index, number, ids, mask in walk(
+            model, batches, layers, progress=progress, description=description
+        ):
+            state = store.load((index, number), device) if index else None
+            store[index + 1, number] = forward.layer(index, ids, mask, state)
+            if not index and 0 in wanted:
+                store[0, number] = forward.states[0]
+            elif index and index not in wanted:
+                store.drop((index, number))
+            if visit is not None:
+                visit(index, number)
 
 
 def require_finite_states(states: Mapping[int, Tensor], last: Tensor, mask: Tensor) -> None:
@@ -217,76 +362,3 @@ def require_finite_states(states: Mapping[int, Tensor], last: Tensor, mask: Tens
                 f"The model computes NaN or infinity from {place} on; check the weights there and "
                 "the calibration text, or compute in float32 or bfloat16."
             )
-
-
-def create_mapped(path: Path, shape: Sequence[int], dtype: torch.dtype, remedy: str = "") -> Tensor:
-    """Return a tensor of a new file; what is written to it is written to the file.
-
-    Args:
-        remedy: what else helps where the file does not fit (``lower training.cache_gb``).
-
-    Raises:
-        OutputError: the file cannot be written, or the disk is too full for it.
-    """
-    size = torch.Size(shape).numel() * dtype.itemsize
-    try:
-        path.unlink(missing_ok=True)  # left by an attempt that was killed
-        with path.open("xb") as file:
-            # Reserved at once, so that a full disk is an error now and not a SIGBUS later.
-            if size and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise OutputError(
-            f"The activations in {path} ({size / 1e9:.1f} GB) cannot be written "
-            f"({error.strerror}); free space{remedy and ' or '}{remedy}."
-        ) from error
-    return open_mapped(path, shape, dtype)
-
-
-def open_mapped(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return the tensor of a file that :func:`create_mapped` made."""
-    count = torch.Size(shape).numel()
-    if not count:
-        return torch.empty(tuple(shape), dtype=dtype)
-    return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(*shape)
-
-
-class BatchStore:
-    """Tensors by batch number: in memory, or on disk where there are many.
-
-    Each may be replaced by one of another width.
-
-    Args:
-        folder: of the files; made when needed.
-        size: bytes that all tensors together will take.
-        budget: bytes that may be held in memory; beyond it every tensor is on disk.
-    """
-
-    def __init__(self, folder: Path, size: int, budget: int) -> None:
-        self.on_disk = size > budget
-        self._folder = folder
-        self._held: dict[int, Tensor] = {}
-        if self.on_disk:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-
-    def __setitem__(self, number: int, tensor: Tensor) -> None:
-        tensor = tensor.detach().to("cpu").contiguous()
-        if self.on_disk:
-            # Held is a view of the file: its pages count as the file's.
-            mapped = create_mapped(self._folder / f"{number}.bin", tensor.shape, tensor.dtype)
-            tensor = mapped.copy_(tensor)
-        self._held[number] = tensor
-
-    def __getitem__(self, number: int) -> Tensor:
-        """Return the tensor of a batch, on the CPU; treat it as read-only."""
-        return self._held[number]
-
-    def close(self) -> None:
-        """Drop all tensors and the files that held them."""
-        self._held.clear()
-        if self.on_disk:
-            shutil.rmtree(self._folder, ignore_errors=True)

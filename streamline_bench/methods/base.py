@@ -59,6 +59,7 @@ class Compression:
         device: torch device string for scanning and training.
         dtype: dtype of the loaded source model; ``None`` for float32.
         progress: show progress bars.
+        streamed: :attr:`model` reads each layer when it runs, see :attr:`Method.streamed`.
     """
 
     source: SourceModel
@@ -67,6 +68,7 @@ class Compression:
     device: str = "cpu"
     dtype: str | None = None
     progress: bool = True
+    streamed: bool = False
 
     @property
     def folder(self) -> Path:
@@ -98,6 +100,7 @@ class Compression:
             device=self.device,
             dtype=self.dtype,
             trust_remote_code=self.source.trust_remote_code,
+            streamed=self.streamed,
         )
 
     def release_model(self) -> None:
@@ -164,6 +167,9 @@ class Method(ABC):
         keeps_stream: the residual stream keeps its basis and width. Else features of images, which
             a multimodal model puts between the embeddings, would not fit.
         seeded: whether it reads ``recipe.seed``; False says that every seed gives the same.
+        streamed: whether it gives the same result with a streamed ``work.model``, or needs no
+            model. Layers of such a model have weights while they run, or while
+            :func:`streamline_bench.core.streaming.held_layer` holds them.
     """
 
     name: ClassVar[str]
@@ -174,6 +180,7 @@ class Method(ABC):
     calibrated: ClassVar[bool] = True
     keeps_stream: ClassVar[bool] = True
     seeded: ClassVar[bool] = True
+    streamed: ClassVar[bool] = False
 
     def reads_seed(self, parameters: Mapping[str, Any]) -> bool:
         """Whether the method itself reads the seed with these parameters."""
@@ -198,6 +205,10 @@ class Method(ABC):
         Otherwise the result is of model type ``streamline``.
         """
         return True
+
+    def streams(self, recipe: Recipe) -> bool:
+        """Whether the method can carry this recipe out with a streamed model."""
+        return self.streamed
 
 
 def write_compressed(

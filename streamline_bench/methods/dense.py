@@ -12,6 +12,7 @@ class Dense(Method):
     """Copy the checkpoint as it is, so that the dense row is made as the others are."""
 
     name = "dense"
+    streamed = True
     calibrated = False
     seeded = False
 

@@ -187,11 +187,19 @@ def name_other_templates(name: object, tokenizer: Any) -> None:
 
 
 def load_model(
-    folder: Path, *, device: str, dtype: str | None = None, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    device: str,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    streamed: bool = False,
 ) -> Any:
     """Return the causal LM of a folder on ``device``, in evaluation mode.
 
     Quantised weights are decoded (:mod:`.codes`): the model is a plain one.
+
+    Args:
+        streamed: read each layer when it runs (:mod:`streamline_bench.core.streaming`).
 
     Raises:
         CheckpointError: it cannot be loaded, is quantised in an unknown format, or lacks weights.
@@ -203,6 +211,17 @@ def load_model(
     reader.refuse_quantised("its weights would be changed or computed with")
     config = load_config(folder, trust_remote_code=trust_remote_code)
     what = f"{folder}: the model cannot be loaded"
+    if streamed:
+        from streamline_bench.core.streaming import streamed_model
+
+        with library_errors(what, "check the files of the model", CheckpointError):
+            return streamed_model(
+                folder,
+                plain_config(config) if reader.coded else config,
+                device=device,
+                dtype=getattr(torch, dtype_name(dtype)),
+                trust_remote_code=trust_remote_code,
+            )
     options: dict[str, Any] = {
         "dtype": getattr(torch, dtype_name(dtype)), "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # they are refused by name below

@@ -97,7 +97,7 @@ def ours(model: Path, ids: dict[str, torch.Tensor], width: int, signal: Any) -> 
     from transformers import AutoModelForCausalLM
 
     from streamline_bench.core.data.calibration import CalibrationTokens
-    from streamline_bench.core.forward import BatchStore
+    from streamline_bench.core.state_store import BatchStore
     from streamline_bench.methods.rotation.norm_fusion import fuse_norms
     from streamline_bench.methods.rotation.stream_rotation import RotationOptions, StreamRotation
 

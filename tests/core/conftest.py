@@ -89,7 +89,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "variant" in metafunc.fixturenames:
+    chosen = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "variant" in metafunc.fixturenames and "variant" not in chosen:
         metafunc.parametrize("variant", list(VARIANTS))
 
 

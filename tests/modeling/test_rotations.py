@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from streamline_bench.core.architecture import ARCHITECTURES, decoder_layers
-from streamline_bench.core.scan import BoundaryRecorder
+from streamline_bench.core.boundaries import BoundaryRecorder
 from streamline_bench.errors import ArchitectureError, CheckpointError
 from streamline_bench.modeling import StreamlineForCausalLM, register, streamline_config
 from streamline_bench.modeling.attachments import Attachment

@@ -15,6 +15,7 @@ BUNDLED = "bundled"
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "lm_eval")
+_CGROUP = Path("/sys/fs/cgroup")
 _KNOWN = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -60,6 +61,28 @@ def found_device(name: str) -> str:
             "or auto."
         )
     return str(device)
+
+
+def free_memory(device: str) -> int:
+    """Return how many bytes are free on a device; for the CPU, also within the container's limit.
+
+    Args:
+        device: as torch writes it.
+    """
+    import psutil
+    import torch
+
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        rows = (_CGROUP / "memory.stat").read_text().split("\n")
+    except (OSError, ValueError):  # no such files, or "max": no limit
+        return free
+    cached = sum(int(row.split()[1]) for row in rows if row.startswith("inactive_file "))
+    return max(min(free, limit - used + cached), 0)
 
 
 def package_versions() -> dict[str, str]:

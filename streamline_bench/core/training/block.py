@@ -30,15 +30,10 @@ from tqdm.auto import tqdm
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.files import atomic_write_text, sync_path
-from streamline_bench.core.forward import (
-    PassEnded,
-    create_mapped,
-    hidden_of,
-    open_mapped,
-    run_until,
-)
+from streamline_bench.core.forward import PassEnded, hidden_of, run_until
 from streamline_bench.core.recipe.schema import ReplacementSpec
 from streamline_bench.core.replacement import ReplacementNetwork, build_network
+from streamline_bench.core.state_store import create_mapped, open_mapped
 from streamline_bench.errors import OutputError
 
 log = logging.getLogger(__name__)

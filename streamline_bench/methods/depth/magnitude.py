@@ -40,6 +40,7 @@ class Magnitude(RankedLayers):
     """One-shot ranking by the size of a layer's weights."""
 
     name = "magnitude"
+    streamed = True
     seeded = False
     parameters: ClassVar[type[BaseModel]] = MagnitudeParameters
     calibrated = False

@@ -15,6 +15,7 @@ class FirstLayers(Method):
     """Drop the shallowest layers."""
 
     name = "first_layers"
+    streamed = True
     calibrated = False
     seeded = False
 
@@ -28,6 +29,7 @@ class LastLayers(Method):
     """Drop the deepest layers."""
 
     name = "last_layers"
+    streamed = True
     calibrated = False
     seeded = False
 
@@ -41,6 +43,7 @@ class RandomLayers(Method):
     """Drop layers drawn with the recipe's seed; the ends may be protected."""
 
     name = "random_layers"
+    streamed = True
     parameters: ClassVar[type[BaseModel]] = ProtectedEnds
     calibrated = False
 

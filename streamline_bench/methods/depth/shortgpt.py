@@ -32,6 +32,7 @@ class ShortGPT(RankedLayers):
     """One-shot ranking by block influence."""
 
     name = "shortgpt"
+    streamed = True
     seeded = False
     parameters: ClassVar[type[BaseModel]] = ShortGPTParameters
 

@@ -44,6 +44,10 @@ class Streamline(Method):
         """Layers are stock; feed-forward networks in their place are not."""
         return recipe.replacement.kind in ("none", "layer")
 
+    def streams(self, recipe: Recipe) -> bool:
+        """Whether no pass goes backwards through the model."""
+        return recipe.replacement.kind == "none"
+
     def compress(self, work: Compression) -> Compressed:
         """Scan, choose the block, train the replacement if there is one."""
         options = BlockSearch.model_validate(work.recipe.parameters)

@@ -42,6 +42,7 @@ class UIDL(Method):
     """Contiguous block removal by angular distance."""
 
     name = "uidl"
+    streamed = True
     parameters: ClassVar[type[BaseModel]] = UIDLParameters
     seeded = False
 

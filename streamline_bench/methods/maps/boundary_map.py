@@ -15,9 +15,9 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
+from streamline_bench.core.boundaries import boundary_passes, latest_outputs
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.forward import hidden_of, run_base
+from streamline_bench.core.forward import PassEnded, hidden_of, run_base, run_until
 from streamline_bench.core.recipe.schema import Recipe, ReplacementSpec
 from streamline_bench.core.replacement import network_parameters
-from streamline_bench.core.scan import BoundaryRecorder
 from streamline_bench.core.similarity import Block
 from streamline_bench.errors import ArchitectureError, NumericsError
 from streamline_bench.methods.base import Compressed, Compression, Method
@@ -101,7 +101,7 @@ class BoundaryMap(Method):
         fit, held_out = tokens.split(options.validation_share, work.recipe.seed)
         rows_of = partial(
             boundary_rows, work.model, blocks=[block], batch_size=options.batch_size,
-            progress=work.progress,
+            work=work.work, progress=work.progress,
         )  # fmt: skip
         rows = (batch[0] for batch in rows_of(tokens=fit, description="fit"))
         found = self.fit(rows, hidden, options, work.device)
@@ -149,6 +149,7 @@ def boundary_rows(
     *,
     scales: Sequence[float] | None = None,
     batch_size: int = 1,
+    work: Path | None = None,
     progress: bool = True,
     description: str = "boundaries",
 ) -> Iterator[list[BoundaryRows]]:
@@ -157,29 +158,34 @@ def boundary_rows(
     Args:
         model: the intact causal LM, in evaluation mode. Its LM head is not run.
         scales: c of :func:`mlp_scale` per block; None: the MLPs are not looked at.
+        work: folder for states of a streamed model that exceed the memory.
     """
-    layers = decoder_layers(model)
-    hosts = [layers[block.start - 1] for block in blocks] if scales is not None else []
+    hosts = [block.start - 1 for block in blocks] if scales is not None else []
     with (
         torch.no_grad(),
-        BoundaryRecorder(model) as recorder,
-        _mlp_outputs(model, hosts) as outputs,
+        boundary_passes(
+            model,
+            tokens,
+            batch_size,
+            wanted={end for block in blocks for end in (block.start, block.stop)},
+            watched=[(host, _mlp(model, host)) for host in hosts],
+            work=work,
+            progress=progress,
+        ) as passes,
         tqdm(
             total=tokens.num_tokens, unit="tok", desc=description, delay=2, disable=not progress
         ) as bar,
     ):
-        for ids, mask in tokens.batches(batch_size, trim=True):
-            run_base(model, ids, mask)
-            states, kept = recorder.states, mask.reshape(-1)
-            rows = []
+        for each in passes:
+            kept, rows = each.mask.reshape(-1).nonzero()[:, 0], []
             for number, block in enumerate(blocks):
-                stream = _rows(states[block.start], kept)
+                stream = _rows(each.states[block.start], kept)
                 mlp = None
                 if scales is not None:
-                    mlp = _rows(outputs[number], kept) * scales[number]
-                rows.append(BoundaryRows(stream, _rows(states[block.stop], kept), mlp))
+                    mlp = _rows(each.outputs[number], kept) * scales[number]
+                rows.append(BoundaryRows(stream, _rows(each.states[block.stop], kept), mlp))
             yield rows
-            bar.update(int(mask.sum()))
+            bar.update(len(kept))
 
 
 def mlp_scale(model: Any, layer: int, tokens: CalibrationTokens) -> float:
@@ -195,18 +201,15 @@ def mlp_scale(model: Any, layer: int, tokens: CalibrationTokens) -> float:
         ArchitectureError: the layer does not add its MLP's output to the stream.
     """
     ids, mask = next(tokens.batches(1, trim=True))
-    kept = mask.reshape(-1)
-    host = decoder_layers(model)[layer]
-    with torch.no_grad(), BoundaryRecorder(model) as recorder:
-        with _mlp_outputs(model, [host]) as outputs:
-            run_base(model, ids, mask)
+    kept, module = mask.reshape(-1).nonzero()[:, 0], _mlp(model, layer)
+    with torch.no_grad():
+        with latest_outputs([module]) as outputs:
+            whole = _rows(_behind(model, layer, ids, mask), kept)
         mlp = _rows(outputs[0], kept).double()
-        whole = _rows(recorder.states[layer + 1], kept)
         epsilon = torch.finfo(whole.dtype).eps
         whole = whole.double()
-        with _mlp_outputs(model, [host], silenced=True):
-            run_base(model, ids, mask)
-        rest = _rows(recorder.states[layer + 1], kept).double()
+        with latest_outputs([module], silenced=True):
+            rest = _rows(_behind(model, layer, ids, mask), kept).double()
     if not bool(mlp.any()):
         return 1.0
     scale = float(((whole - rest) * mlp).sum() / mlp.square().sum())
@@ -221,32 +224,25 @@ def mlp_scale(model: Any, layer: int, tokens: CalibrationTokens) -> float:
     return 1.0 if abs(scale - 1) <= _ROUNDING * epsilon else scale
 
 
-@contextmanager
-def _mlp_outputs(
-    model: Any, hosts: Sequence[nn.Module], *, silenced: bool = False
-) -> Iterator[dict[int, Tensor]]:
-    """Yield number of a host -> the last output of its MLP; silenced MLPs give zeros.
+def _mlp(model: Any, layer: int) -> nn.Module:
+    """Return the MLP of a layer, or its last projection where it has no MLP module."""
+    family = architecture_of(model.config)
+    return decoder_layers(model)[layer].get_submodule(family.mlp or family.down)
 
-    Where a layer has no MLP module, the output is that of its last projection.
-    """
-    family, latest = architecture_of(model.config), dict[int, Tensor]()
 
-    def hook(number: int, module: nn.Module, args: Any, output: Any) -> Any:
-        latest[number] = hidden_of(output)
-        if not silenced:
-            return None
-        zeros = torch.zeros_like(latest[number])
-        return (zeros, *output[1:]) if isinstance(output, tuple) else zeros
+def _behind(model: Any, layer: int, ids: Tensor, mask: Tensor) -> Tensor:
+    """Run a model up to a layer, and return what the layer gives, ``[batch, seq, hidden]``."""
+    found: list[Tensor] = []
 
-    modules = [host.get_submodule(family.mlp or family.down) for host in hosts]
-    handles = [m.register_forward_hook(partial(hook, i)) for i, m in enumerate(modules)]
-    try:
-        yield latest
-    finally:
-        for handle in handles:
-            handle.remove()
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(hidden_of(output))
+        raise PassEnded
+
+    handle = decoder_layers(model)[layer].register_forward_hook(stop)
+    run_until(lambda: run_base(model, ids, mask), [handle])
+    return found[0]
 
 
 def _rows(states: Tensor, kept: Tensor) -> Tensor:
-    """Return a copy of the states ``[rows, hidden]`` without those of padding."""
-    return states.reshape(len(kept), -1)[kept.to(states.device)]
+    """Return a copy of some states as ``[rows, hidden]``; ``kept``: their places, on the CPU."""
+    return states.reshape(-1, states.shape[-1])[kept.to(states.device)]

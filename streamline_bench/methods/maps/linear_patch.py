@@ -22,6 +22,7 @@ class LinearPatch(BoundaryMap):
     """A symmetric map that matches channel magnitudes across the removed block."""
 
     name = "linear_patch"
+    streamed = True
 
     def prepare(self, hidden: int) -> None:
         """Refuse hidden sizes without a known Hadamard matrix."""

@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.forward import create_mapped
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.similarity import Block, LastState
+from streamline_bench.core.state_store import create_mapped
 from streamline_bench.errors import CalibrationError, NumericsError
 from streamline_bench.methods.base import Compression
 from streamline_bench.methods.maps.boundary_map import BoundaryRows, boundary_rows, mlp_scale
@@ -77,6 +77,7 @@ def _all_rows(
         [gap.block for gap in gaps],
         scales=[gap.scale for gap in gaps],
         batch_size=batch_size,
+        work=work.work,
         progress=work.progress,
         description=what,
     )

@@ -37,6 +37,7 @@ class RidgeMap(BoundaryMap):
     """An unconstrained linear map of the stream, fitted in closed form."""
 
     name = "ridge_map"
+    streamed = True
     parameters: ClassVar[type[BaseModel]] = RidgeMapParameters
 
     def fit(

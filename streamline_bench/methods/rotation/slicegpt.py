@@ -22,8 +22,8 @@ from torch import Tensor
 from streamline_bench.core.architecture import architecture_of, depth_of
 from streamline_bench.core.checkpoint.writer import LazyTensors, layer_dtype
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.forward import BatchStore
 from streamline_bench.core.recipe.schema import Recipe
+from streamline_bench.core.state_store import BatchStore
 from streamline_bench.core.surgery import model_sizes
 from streamline_bench.errors import ArchitectureError, SparsityError, library_errors
 from streamline_bench.methods.base import Compressed, Compression, Method

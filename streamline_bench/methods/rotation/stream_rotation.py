@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.forward import BatchStore, PartialForward
+from streamline_bench.core.forward import PartialForward
 from streamline_bench.core.recipe.schema import Frozen
+from streamline_bench.core.state_store import BatchStore
 from streamline_bench.errors import CalibrationError, NumericsError
 from streamline_bench.methods.tools.normal_equations import widened
 from streamline_bench.modeling.rotations import (

@@ -156,7 +156,9 @@ def scan_once(work: Compression, tokens: CalibrationTokens, last_state: LastStat
     path = work.work / SIMILARITY_FILE
     if path.exists():
         return Similarity.load(path)
-    similarity = scan(work.model, tokens, last_state=last_state, progress=work.progress)
+    similarity = scan(
+        work.model, tokens, last_state=last_state, work=work.work, progress=work.progress
+    )
     similarity.save(path)
     return similarity
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from streamline_bench.compression import compress, load_recipe
 from streamline_bench.core.checkpoint.quantization import renumbered
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.core.scan import streamed_model
 from streamline_bench.errors import ArchitectureError, CheckpointError, MissingDependencyError
 from streamline_bench.modeling.loading import load_config, load_model, require_package
 
@@ -115,7 +114,7 @@ def test_whatever_reads_codes_of_an_unknown_format_refuses(
 
     attempts: list[Callable[[], Any]] = [
         lambda: load_model(plain, device="cpu"),
-        lambda: streamed_model(plain),
+        lambda: load_model(plain, device="cpu", streamed=True),
         lambda: CheckpointReader(plain).tensor("lm_head.weight"),
         *(
             lambda r=r: compressed(r)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.forward import BatchStore
+from streamline_bench.core.state_store import BatchStore
 from streamline_bench.errors import CalibrationError, NumericsError
 from streamline_bench.methods.rotation.norm_fusion import fuse_norms
 from streamline_bench.methods.rotation.stream_rotation import (

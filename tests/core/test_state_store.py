@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamline_bench.core.forward import BatchStore
+from streamline_bench.core.state_store import BatchStore
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
