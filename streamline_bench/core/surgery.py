@@ -182,7 +182,7 @@ class SizePlan:
         requested: the share asked for; None if layers were given.
         embeddings: parameters of embeddings and LM head in ``total``.
         reached_without_embeddings: ``removed / (total - embeddings)``.
-        added_parameters: of the replacement, and of an LM head that a recovery unties.
+        added_parameters: of the replacement.
         num_layers: layers of the source.
     """
 
@@ -210,7 +210,7 @@ def layers_for_sparsity(
         source: a checkpoint, or a transformers config (no weights needed).
         sparsity: share of all parameters to remove, in (0, 1).
         n_layers: layers to remove instead.
-        added_parameters: what a replacement or an untied head puts in.
+        added_parameters: what a replacement puts in.
 
     Raises:
         SparsityError: neither or both are given, one is out of range, or no number of layers

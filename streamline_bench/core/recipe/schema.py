@@ -106,13 +106,15 @@ class RecoverySpec(Frozen):
     """A training of the compressed model, after any method, with the loss of the next token.
 
     ``lora`` trains low-rank updates of projections and merges them into the weights; ``partial``
-    the LM head (untied from the embeddings), the final norm and the last layers; ``full`` all
-    weights. ``preset`` names values from the literature
-    (:mod:`~streamline_bench.core.recipe.presets`); values given with it win.
+    the LM head, the final norm and the last layers; ``full`` all weights. ``preset`` names values
+    from the literature (:mod:`~streamline_bench.core.recipe.presets`); values given with it win.
 
     Attributes:
         rank, alpha, dropout, targets: of ``lora``; updates are scaled by ``alpha / rank``.
         last_layers: of ``partial``: how many of the last layers are trained too.
+        head: of ``partial``, where the LM head and the embeddings share a matrix: ``tied`` trains
+            it for both, ``untied`` gives the head a copy, which makes the model larger by it;
+            ``frozen`` trains no head, shared or not.
         train_on_inputs: with form ``instruction``, put the loss on the prompt as well.
         training: steps and rates; ``training.data`` is what is trained on, its source ``auto``
             being the recipe's calibration source.
@@ -125,6 +127,7 @@ class RecoverySpec(Frozen):
     dropout: float = Field(0.05, ge=0, lt=1)
     targets: tuple[ProjectionRole, ...] = Field(get_args(ProjectionRole), min_length=1)
     last_layers: int = Field(3, ge=0)
+    head: Literal["tied", "untied", "frozen"] = "tied"
     train_on_inputs: bool = False
     training: TrainingSpec = TrainingSpec(objective="lm")
 

@@ -161,7 +161,7 @@ class TrainableParameters:
 def partial_parameters(model: Any, spec: RecoverySpec) -> TrainableParameters:
     """Choose the LM head, the final norm and the last layers (arXiv 2411.15558).
 
-    An LM head that shares the embeddings gets a copy of its own, or the embeddings would change.
+    Where the LM head shares the matrix of the embeddings, ``spec.head`` says what is trained.
 
     Raises:
         RecipeError: there are fewer layers than ``last_layers``.
@@ -173,18 +173,23 @@ def partial_parameters(model: Any, spec: RecoverySpec) -> TrainableParameters:
             f"recovery.last_layers is {spec.last_layers}, and the compressed model has {depth} "
             "layers; lower it."
         )
-    model.config.tie_word_embeddings = False
     head = model.get_submodule(family.lm_head)
-    if head.weight is model.get_input_embeddings().weight:
+    shared = head.weight is model.get_input_embeddings().weight
+    if shared and spec.head == "untied":
         head.weight = nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    elif shared and spec.head == "tied":
+        log.info("recovery: the LM head and the embeddings share a matrix, which is trained")
     paths = [f"{family.layers}.{index}" for index in range(depth - spec.last_layers, depth)]
-    chosen = {
-        f"{path}.{name}": parameter
-        for path in (*paths, family.final_norm, family.lm_head)
+    heads = [] if spec.head == "frozen" else [family.lm_head]
+    wanted = {
+        id(parameter)
+        for path in (*paths, family.final_norm, *heads)
         if (module := _existing(model, path)) is not None
-        for name, parameter in module.named_parameters()
+        for parameter in module.parameters()
     }
-    return TrainableParameters(model, chosen)
+    named = model.named_parameters()  # a shared matrix has the name of the embeddings
+    return TrainableParameters(model, {name: each for name, each in named if id(each) in wanted})
 
 
 def _existing(parent: nn.Module, path: str) -> nn.Module | None:

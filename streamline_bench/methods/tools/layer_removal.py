@@ -50,8 +50,7 @@ def size_plan(work: Compression, added_parameters: int = 0) -> SizePlan:
     """Return how many layers the recipe's sparsity (or number of layers) amounts to.
 
     Args:
-        added_parameters: what a replacement puts in; a head that the recovery unties is counted
-            here.
+        added_parameters: what a replacement puts in.
 
     Raises:
         SparsityError: out of range, or out of reach for this model.
@@ -60,24 +59,8 @@ def size_plan(work: Compression, added_parameters: int = 0) -> SizePlan:
         work.reader,
         work.recipe.sparsity,
         n_layers=work.recipe.n_layers,
-        added_parameters=added_parameters + untied_head_parameters(work),
+        added_parameters=added_parameters,
     )
-
-
-def untied_head_parameters(work: Compression) -> int:
-    """Return how many parameters the recipe's recovery adds, which may give a tied head its own.
-
-    Partial fine-tuning trains the LM head and leaves the embeddings alone.
-    """
-    recovery = work.recipe.recovery
-    family = architecture_of(work.config)
-    head = f"{family.stored_as.get(family.lm_head, family.lm_head)}.weight"
-    if recovery is None or recovery.kind != "partial" or head in work.reader.parameter_names:
-        return 0
-    path = f"{family.embeddings[0]}.weight"
-    # A checkpoint of the bare base model leaves the base's name out.
-    name = path if path in work.reader.names else path.removeprefix(f"{family.base}.")
-    return work.reader.entry(name).numel
 
 
 def proportional_ends(depth: int) -> tuple[int, int]:

@@ -34,7 +34,6 @@ from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.layer_removal import (
     config_json,
     proportional_ends,
-    untied_head_parameters,
 )
 from streamline_bench.methods.tools.likelihood import GradientSums, Place, sum_gradients
 from streamline_bench.methods.width.width_plan import (
@@ -296,7 +295,6 @@ def _plan(work: Compression, family: Architecture, options: LLMPrunerParameters)
         sparsity=work.recipe.sparsity,
         ratio=options.ratio,
         multiple=options.channel_multiple,
-        added_parameters=untied_head_parameters(work),
     )
 
 

@@ -108,8 +108,7 @@ class WidthPlan:
         head_ratio, channel_ratio: the shares removed, in whole heads.
         head_units, channels: how many each of the layers loses.
         widths: what each of the layers keeps.
-        removed, total, embeddings: parameters; ``removed`` with those added taken off.
-        added_parameters: of an LM head that a recovery unties.
+        removed, total, embeddings: parameters.
         reached, reached_without_embeddings, requested: shares of parameters.
     """
 
@@ -126,7 +125,6 @@ class WidthPlan:
     reached: float
     reached_without_embeddings: float
     requested: float | None
-    added_parameters: int = 0
 
 
 def prunable(
@@ -175,7 +173,6 @@ def plan_widths(
     sparsity: float | None = None,
     ratio: float | None = None,
     multiple: int = 8,
-    added_parameters: int = 0,
 ) -> WidthPlan:
     """Return how many heads and channels each of ``layers`` loses.
 
@@ -184,7 +181,6 @@ def plan_widths(
         ratio: share of units to remove instead, rounded down to whole heads. What cannot be
             removed stays.
         multiple: the channels that stay are a multiple of this.
-        added_parameters: parameters that are added: an LM head that a recovery unties.
 
     Raises:
         SparsityError: neither or both are given, one is out of range, or out of reach.
@@ -207,7 +203,7 @@ def plan_widths(
     if ratio is not None:
         heads = math.floor(ratio * units.head_units + 1e-9)
         kept = units.whole((1 - ratio) * channels, multiple)
-        plan = _plan(units, layers, None, ratio, heads, kept, added_parameters)
+        plan = _plan(units, layers, None, ratio, heads, kept)
         if not plan.head_units and not plan.channels:
             raise SparsityError(
                 f"Ratio {ratio} removes nothing: a layer has {units.head_units} removable heads or "
@@ -216,7 +212,7 @@ def plan_widths(
             )
         return plan
     assert sparsity is not None
-    per_layer = (sparsity * units.total + added_parameters) / len(layers)
+    per_layer = sparsity * units.total / len(layers)
     ratio = per_layer / units.layer_parameters
     counts = range(max(units.head_units, 1))
     for heads in sorted(counts, key=lambda u: abs(u - ratio * units.head_units)):
@@ -225,16 +221,16 @@ def plan_widths(
         kept = units.whole(left, multiple)
         step = multiple * units.channel_cost or units.head_cost
         if abs(missed - (channels - kept) * units.channel_cost) <= step / 2:
-            plan = _plan(units, layers, sparsity, ratio, heads, kept, added_parameters)
+            plan = _plan(units, layers, sparsity, ratio, heads, kept)
             if plan.removed > 0:
                 return plan
     step = multiple * units.channel_cost or units.head_cost
-    least = (len(layers) * step - added_parameters) / units.total
+    least = len(layers) * step / units.total
     stay = units.head_cost + min(multiple, channels) * units.channel_cost
-    most = (len(layers) * (units.layer_parameters - stay) - added_parameters) / units.total
+    most = len(layers) * (units.layer_parameters - stay) / units.total
     raise SparsityError(
         f"Sparsity {sparsity} is out of reach: with {len(layers)} of {units.num_layers} layers "
-        f"prunable, removing {units.removable} reaches {max(0.0, least):.4f} to {most:.4f}; "
+        f"prunable, removing {units.removable} reaches {least:.4f} to {most:.4f}; "
         "choose a share in that range or protect fewer layers."
     )
 
@@ -276,11 +272,10 @@ def _plan(
     ratio: float,
     heads: int,
     kept: int,
-    added: int,
 ) -> WidthPlan:
     before = units.widths
     channels = before.intermediate_size - kept
-    removed = len(layers) * (heads * units.head_cost + channels * units.channel_cost) - added
+    removed = len(layers) * (heads * units.head_cost + channels * units.channel_cost)
     return WidthPlan(
         layers=layers,
         ratio=ratio,
@@ -299,7 +294,6 @@ def _plan(
         reached=removed / units.total,
         reached_without_embeddings=removed / (units.total - units.embeddings),
         requested=requested,
-        added_parameters=added,
     )
 
 

@@ -229,60 +229,58 @@ def test_partial_changes_head_norm_and_last_layers_alone(
     assert _changed(after, before) == {"lm_head.weight", "model.norm.weight", *last}
 
 
-@pytest.mark.parametrize("kind", ["partial", "full"])
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [("partial", "tied"), ("partial", "untied"), ("partial", "frozen"), ("full", "tied")],
+)
 def test_tied_embeddings(
-    make_tiny_model: Callable[..., Path], recovered: Callable[..., Any], kind: str
+    make_tiny_model: Callable[..., Path], recovered: Callable[..., Any], kind: str, head: str
 ) -> None:
-    """Partial: the head gets a copy, the embeddings stay. Full: both go on as one tensor."""
+    """They go on as one tensor, trained or not; or the head gets a copy, and they stay."""
     source = make_tiny_model("llama", tie_word_embeddings=True)
-    folder, after, before = recovered(source, kind=kind)
+    options = {"head": head} if kind == "partial" else {}
+    folder, after, before = recovered(source, kind=kind, **options)
     config = json.loads((folder / "config.json").read_text())
     facts = _facts(folder)
     assert facts["best_loss"] < facts["initial_loss"]
     model = _load(folder)
     embeddings = "model.embed_tokens.weight"
-    if kind == "partial":
-        assert config["tie_word_embeddings"] is False
-        assert facts["untied_embeddings"] is True
+    untied = (kind, head) == ("partial", "untied")
+    assert config["tie_word_embeddings"] is not untied
+    assert facts["untied_embeddings"] is untied
+    if untied:
         assert torch.equal(after[embeddings], before[embeddings])
         assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
         assert torch.equal(model.lm_head.weight, after["lm_head.weight"])
     else:
-        assert _changed(after, before) == set(before)
         assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert "lm_head.weight" not in after
+        assert (embeddings in _changed(after, before)) is (head != "frozen")
 
 
 @pytest.mark.parametrize(
-    ("method", "family", "near"),
-    [
-        ("last_layers", "llama", 0.08),
-        ("streamline_none", "opt", 0.08),
-        ("last_layers", "gpt2", 0.08),
-        ("llm_pruner", "llama", 0.03),
-        ("slicegpt", "llama", 0.03),
-    ],
+    ("method", "head"),
+    [("last_layers", "untied"), ("llm_pruner", "untied"), ("last_layers", "tied")],
 )
-def test_an_untied_head_is_counted_before_layers_are_chosen(
+def test_no_layer_is_removed_to_pay_for_a_head(
     make_tiny_model: Callable[..., Path],
     make_recipe: Callable[..., Recipe],
     tmp_path: Path,
     method: str,
-    family: str,
-    near: float,
+    head: str,
 ) -> None:
-    """What was planned is what was reached, and near what was asked for (half a step or less)."""
-    source = make_tiny_model(family, **{"tie_word_embeddings": True, **_sizes(family), **_DEEP})
-    if family == "gpt2":  # the published form: without the head, and without the base's name
-        AutoModelForCausalLM.from_pretrained(source).transformer.save_pretrained(source)
+    """A copy of the head makes the model larger by it, and that is what the manifest says."""
+    source = make_tiny_model("llama", tie_word_embeddings=True, **_sizes("llama"), **_DEEP)
+    bare = read_manifest(
+        compress(source, make_recipe(method, sparsity=0.25), tmp_path / "bare", progress=False)
+    )
     options = {**FAST, "recovery.kind": "partial", "recovery.training.min_steps": 1}
-    recipe = make_recipe(method, sparsity=0.25, **options)
+    recipe = make_recipe(method, sparsity=0.25, **options, **{"recovery.head": head})
     manifest = read_manifest(compress(source, recipe, tmp_path / "out", progress=False))
-    assert manifest is not None
-    size = manifest.chosen["size"]
-    assert manifest.sparsity_reached == pytest.approx(size["reached"], abs=1e-9)
-    assert manifest.sparsity_reached == pytest.approx(0.25, abs=near)
-    if method != "slicegpt":  # whose result is untied in any case
-        assert size["added_parameters"] == 100 * 32
+    assert manifest is not None and bare is not None
+    assert manifest.layers_after == bare.layers_after
+    copy = 100 * 32 if head == "untied" else 0
+    assert manifest.parameters_after == bare.parameters_after + copy
 
 
 def test_a_checkpoint_of_the_bare_model_gets_full_names(
@@ -291,7 +289,7 @@ def test_a_checkpoint_of_the_bare_model_gets_full_names(
     """GPT-2's published form: tied, saved without its head."""
     source = make_tiny_model("gpt2", **{**_sizes("gpt2"), "n_layer": 4})
     AutoModelForCausalLM.from_pretrained(source).transformer.save_pretrained(source)
-    folder, after, _ = recovered(source, kind="partial", last_layers=1)
+    folder, after, _ = recovered(source, kind="partial", last_layers=1, head="untied")
     assert "lm_head.weight" in after
     assert not torch.equal(after["lm_head.weight"], after["transformer.wte.weight"])
     assert torch.equal(_load(folder).lm_head.weight, after["lm_head.weight"])
