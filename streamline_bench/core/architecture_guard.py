@@ -23,7 +23,12 @@ from typing import Any
 import torch
 
 from streamline_bench.core.architecture import Architecture, architecture_of, depth_of
-from streamline_bench.core.architecture_inference import Configured, entries_of, meta_model
+from streamline_bench.core.architecture_inference import (
+    Configured,
+    config_of,
+    entries_of,
+    meta_model,
+)
 from streamline_bench.errors import first_line
 
 _DEPTH = re.compile(r"layers$|^n_layer$|depth")
@@ -157,8 +162,7 @@ def _shared(layers: Any) -> tuple[Mapping[str, int], ...]:
 
 def reloaded(config: Any) -> Any:
     """Return the config that a written ``config.json`` gives."""
-    entries = json.loads(config.to_json_string(use_diff=True))
-    return type(config).from_dict(type(config)._decode_special_floats(entries))
+    return config_of(type(config), json.loads(config.to_json_string(use_diff=True)))
 
 
 def differences(

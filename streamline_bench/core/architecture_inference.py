@@ -116,7 +116,15 @@ def as_object(config: Any) -> Any:
         "correct config.json",
         ArchitectureError,
     ):
-        return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(entries))
+        return config_of(CONFIG_MAPPING[model_type], entries)
+
+
+def config_of(kind: Any, entries: Mapping[str, Any]) -> Any:
+    """Return a config of a class from what ``config.json`` holds, infinities included.
+
+    JSON has no infinity: transformers writes ``{"__float__": "Infinity"}`` for it.
+    """
+    return kind.from_dict(kind._decode_special_floats(copy.deepcopy(dict(entries))))
 
 
 def unknown_type(model_type: Any) -> ArchitectureError:

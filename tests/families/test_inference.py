@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 from families.tiny_models import tiny_config
 
 from streamline_bench.core.architecture import ARCHITECTURES, architecture_of
-from streamline_bench.core.architecture_inference import infer
+from streamline_bench.core.architecture_inference import as_object, infer
 
 NOT_KNOWN = {
     "inferred": "the mark itself",
@@ -79,3 +81,12 @@ def test_each_config_is_looked_at_once() -> None:
     config = tiny_config("starcoder2")
     assert architecture_of(config) is architecture_of(config)
     assert architecture_of(config.to_dict()) == architecture_of(config)
+
+
+def test_an_infinity_in_a_config_file_is_read(tmp_path: Path) -> None:
+    """JSON has none; transformers writes a mapping for it."""
+    tiny_config("mamba2").save_pretrained(tmp_path)
+    entries = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    assert entries["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
+    assert as_object(entries).time_step_limit[1] == float("inf")
+    assert architecture_of(entries).layers == "backbone.layers"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from streamline_bench.core.architecture import architecture_of, config_entry
+from streamline_bench.core.architecture_inference import config_of
 from streamline_bench.core.text_models import ensure_causal_lm
 from streamline_bench.errors import ArchitectureError, CheckpointError, library_errors
 
@@ -338,7 +339,7 @@ def _parsed(config: Mapping[str, Any]) -> Any:
 
     if config["model_type"] not in CONFIG_MAPPING:
         return None
-    return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
+    return config_of(CONFIG_MAPPING[config["model_type"]], config)
 
 
 def _text_of(whole: Any, config: Mapping[str, Any]) -> Any:

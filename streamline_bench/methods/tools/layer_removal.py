@@ -5,7 +5,6 @@ Layers are chosen from one score per layer, or as a block from the similarity of
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
@@ -21,6 +20,7 @@ from pydantic import BaseModel, Field
 
 from streamline_bench.core.architecture import architecture_of, depth_of
 from streamline_bench.core.architecture_guard import facts_of, tensors_by_layer
+from streamline_bench.core.architecture_inference import config_of
 from streamline_bench.core.checkpoint.quantization import MODELOPT_NAME, renumbered
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layer_dtype, layer_names, layers_prefix
@@ -378,7 +378,7 @@ def config_json(config: Any) -> dict[str, Any]:
     kind = type(config)
 
     def read(entries: Mapping[str, Any]) -> Any:
-        return kind.from_dict(copy.deepcopy(dict(entries))).to_dict()
+        return config_of(kind, entries).to_dict()
 
     expected = read(parsed)
     for key, value in _older_names(parsed).items():
