@@ -35,7 +35,7 @@ from tqdm import tqdm
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.state_store import BatchStore
 from streamline_bench.core.streaming import held_layer
-from streamline_bench.errors import NumericsError
+from streamline_bench.errors import ArchitectureError, NumericsError
 
 TokenBatch: TypeAlias = tuple[Tensor, Tensor]
 """Token ids, int64 ``[batch, seq]``, and the mask, bool ``[batch, seq]``; both on the CPU."""
@@ -47,6 +47,9 @@ class PassEnded(Exception):  # noqa: N818 - a signal, not an error
 
 class LayersEntangled(Exception):  # noqa: N818 - a signal, not an error
     """Raised by a pass layer by layer where a layer hands on more than hidden states."""
+
+
+_EMBEDDINGS = -1  # where a pass ends that is to give the states at boundary 0
 
 
 @contextmanager
@@ -90,10 +93,12 @@ def hidden_of(output: Any) -> Tensor:
     return hidden
 
 
-def run_base(model: Any, ids: Tensor, mask: Tensor, module: Any = None) -> Any:
+def run_base(
+    model: Any, ids: Tensor, mask: Tensor, module: Any = None, *, full_mask: bool = False
+) -> Any:
     """Run a causal LM without its head, without a cache.
 
-    Without pads the mask is left out: attention then takes its fastest path.
+    Without pads the mask is left out, unless ``full_mask``: attention then takes its fastest path.
 
     Args:
         ids: int64 ``[batch, seq]``.
@@ -101,7 +106,7 @@ def run_base(model: Any, ids: Tensor, mask: Tensor, module: Any = None) -> Any:
         module: what is called; None: the model without its head.
     """
     device = model.get_input_embeddings().weight.device
-    padded = not bool(mask.all())
+    padded = full_mask or not bool(mask.all())
     called = model.get_submodule(architecture_of(model.config).base) if module is None else module
     return called(
         input_ids=ids.to(device),
@@ -124,12 +129,16 @@ def run_until(call: Callable[[], Any], handles: Iterable[Any]) -> None:
 class PartialForward:
     """Context in which a model can be run in parts; without gradients, in evaluation mode.
 
+    Args:
+        full_mask: give the model a mask without pads, too, as trainings do.
+
     Attributes:
         states: boundary -> hidden states ``[batch, seq, hidden]`` of the last recorded pass.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, full_mask: bool = False) -> None:
         self.states: dict[int, Tensor] = {}
+        self._full_mask = full_mask
         self._model = model
         self._base = model.get_submodule(architecture_of(model.config).base)
         self._layers = list(decoder_layers(model))
@@ -172,39 +181,41 @@ class PartialForward:
             state: hidden states ``[batch, seq, hidden]`` at that boundary.
             skip: layers that pass their input on.
             record: keep the states at all boundaries that are run, in :attr:`states`.
+            gradients: record the pass for a backward one.
         """
         output: Tensor = self._run(self._base, ids, mask, **where).last_hidden_state
         return output
 
+    def embedded(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the states at boundary 0, ``[batch, seq, hidden]``."""
+        return self._ended_at(_EMBEDDINGS, ids, mask, None)
+
     def layer(
-        self,
-        index: int,
-        ids: Tensor,
-        mask: Tensor,
-        state: Tensor | None = None,
-        *,
-        gradients: bool = False,
+        self, index: int, ids: Tensor, mask: Tensor, state: Tensor, *, gradients: bool = False
     ) -> Tensor:
-        """Return what one layer makes of hidden states, ``[batch, seq, hidden]``.
+        """Return what one layer makes of the states at its boundary, ``[batch, seq, hidden]``.
 
         Args:
-            state: the layer's input; None for the first one, whose input is made from the ids and
-                kept in ``states[0]``.
-            gradients: record the pass for a backward one.
+            gradients: record the layer for a backward pass.
 
         Raises:
-            LayersEntangled: the layer hands more than hidden states on to later ones.
+            LayersEntangled: the layer hands more than hidden states on to later ones, or gets
+                others than the layer before it gave.
         """
-        self._stop = index
+        with torch.set_grad_enabled(gradients):
+            return self._ended_at(index, ids, mask, state)
+
+    def _ended_at(self, stop: int, ids: Tensor, mask: Tensor, state: Tensor | None) -> Tensor:
+        self._stop = stop
         try:
-            with torch.set_grad_enabled(gradients):
-                self._pass(self._base, ids, mask, index, state, (), record=not index)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and state is not None):
+                self._pass(self._base, ids, mask, max(stop, 0), state)
         except PassEnded as ended:
             output: Tensor = ended.args[0]
             return output
         finally:
             self._stop = None
-        raise RuntimeError(f"the pass has not come to layer {index}")
+        raise RuntimeError(f"the pass has not come to layer {stop}")
 
     def _run(
         self,
@@ -216,10 +227,11 @@ class PartialForward:
         state: Tensor | None = None,
         skip: Collection[int] = (),
         record: bool = False,
+        gradients: bool = False,
     ) -> Any:
         if (start > 0) != (state is not None):
             raise ValueError("a pass that starts above boundary 0 needs a state, others take none")
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             return self._pass(module, ids, mask, start, state, skip, record)
 
     def _pass(
@@ -229,14 +241,14 @@ class PartialForward:
         mask: Tensor,
         start: int,
         state: Tensor | None,
-        skip: Collection[int],
-        record: bool,
+        skip: Collection[int] = (),
+        record: bool = False,
     ) -> Any:
         self._start, self._state, self._skip, self._record = start, state, skip, record
         if record:
             self.states = {}
         try:
-            return run_base(self._model, ids, mask, module)
+            return run_base(self._model, ids, mask, module, full_mask=self._full_mask)
         finally:
             self._state = None
 
@@ -248,26 +260,37 @@ class PartialForward:
                 output: Any = self._state
             else:
                 hidden = args[0] if args else kwargs["hidden_states"]
+                if self._stop == _EMBEDDINGS:
+                    raise PassEnded(hidden)
+                if index == self._stop:
+                    raise PassEnded(self._alone(original, args, kwargs))
                 if self._record:
                     self.states[index] = hidden
-                output = hidden if index in self._skip else self._own(original, args, kwargs)
+                output = hidden if index in self._skip else original(*args, **kwargs)
+                if index not in self._skip:
+                    self._as_tuple = isinstance(output, tuple)
             if last and self._record:
                 self.states[index + 1] = hidden_of(output)
-            if index == self._stop:
-                raise PassEnded(hidden_of(output))
             return (output,) if self._as_tuple and isinstance(output, Tensor) else output
 
         return forward
 
-    def _own(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _alone(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Run one layer on the given state, and make sure that nothing else is handed on."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if self._stop and hidden is not self._state:
+            raise LayersEntangled  # something is done to the states between two layers
+        if args:
+            args = (self._state, *args[1:])
+        else:
+            kwargs = {**kwargs, "hidden_states": self._state}
         before = _lengths(args, kwargs)
         output = original(*args, **kwargs)
         self._as_tuple = isinstance(output, tuple)
-        if self._stop is not None:
-            more = output[1:] if self._as_tuple else ()
-            if any(isinstance(each, Tensor) for each in more) or _lengths(args, kwargs) != before:
-                raise LayersEntangled
-        return output
+        more = output[1:] if self._as_tuple else ()
+        if any(isinstance(each, Tensor) for each in more) or _lengths(args, kwargs) != before:
+            raise LayersEntangled
+        return hidden_of(output)
 
 
 def _lengths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
@@ -310,6 +333,7 @@ def walk_states(
     store: BatchStore,
     *,
     visit: Callable[[int, int], None] | None = None,
+    full_mask: bool = False,
     progress: bool = True,
     description: str = "layers",
 ) -> None:
@@ -319,24 +343,33 @@ def walk_states(
         wanted: boundaries; layers above the topmost are not run.
         store: gets the states of batch ``number`` at a boundary as ``store[boundary, number]``.
         visit: called with layer and batch number after a batch went through a layer.
+        full_mask: see :class:`PartialForward`.
 
     Raises:
         LayersEntangled: layers hand more than hidden states on; nothing of use is stored.
     """
     device = model.get_input_embeddings().weight.device
-    layers = range(max(wanted))
-    with PartialForward(model) as forward:
+    with torch.no_grad(), PartialForward(model, full_mask=full_mask) as forward:
+        for number, (ids, mask) in enumerate(batches):
+            store[0, number] = forward.embedded(ids, mask)
         for index, number, ids, mask in walk(
-            model, batches, layers, progress=progress, description=description
+            model, batches, range(max(wanted)), progress=progress, description=description
         ):
-            state = store.load((index, number), device) if index else None
+            state = store.load((index, number), device)
             store[index + 1, number] = forward.layer(index, ids, mask, state)
-            if not index and 0 in wanted:
-                store[0, number] = forward.states[0]
-            elif index and index not in wanted:
+            if index not in wanted:
                 store.drop((index, number))
             if visit is not None:
                 visit(index, number)
+
+
+def entangled(model: Any) -> ArchitectureError:
+    """Return the error that says that layers cannot be run one by one."""
+    model_type = architecture_of(model.config).model_type
+    return ArchitectureError(
+        f"Layers of this '{model_type}' model hand on more than hidden states, so that they cannot "
+        "be run one by one; use placement resident."
+    )
 
 
 def require_finite_states(states: Mapping[int, Tensor], last: Tensor, mask: Tensor) -> None:

@@ -159,7 +159,7 @@ class _LayerStream:
             self._empty[index] = [
                 (m, n, p) for m in module.modules() for n, p in m._parameters.items()
             ]
-            module.forward = self._running(index, module.forward)
+            module.forward = self._running(index, module)
 
     def module(self, index: int) -> Any:
         """Return a layer, or the LM head."""
@@ -176,12 +176,12 @@ class _LayerStream:
         finally:
             self._let_go(index)
 
-    def _running(self, index: int, own: Callable[..., Any]) -> Callable[..., Any]:
+    def _running(self, index: int, module: Any) -> Callable[..., Any]:
         # Not a hook: those run where a layer is left out, too.
-        @functools.wraps(own)
+        @functools.wraps(module.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
             with self.held(index, index + 1 if index != HEAD else None):
-                return own(*args, **kwargs)
+                return type(module).forward(module, *args, **kwargs)  # its class may have changed
 
         return forward
 

@@ -140,7 +140,7 @@ def our_units(
     """Return layer -> kept heads and channels, and the parameters left."""
     from streamline_bench.core.architecture import architecture_of, decoder_layers
     from streamline_bench.core.data.calibration import CalibrationTokens
-    from streamline_bench.methods.tools.likelihood import sum_gradients
+    from streamline_bench.methods.tools.gradients import sum_gradients
     from streamline_bench.methods.width.llm_pruner import keep_units, salience, score_units
     from streamline_bench.methods.width.width_plan import plan_widths, prunable
     from streamline_bench.modeling.widths import LayerWidths, projection_parts

@@ -19,6 +19,12 @@ from streamline_bench.modeling.loading import SourceModel
 
 STREAMED = {
     "streamline_none": {},
+    "streamline": {"training.min_steps": 6, "training.data.samples": 24},  # two epochs
+    "streamline_linear": {},
+    "sleb": {},
+    "shortened_llama_ppl": {},
+    "shortened_llama_taylor": {},
+    "llm_pruner": {},
     "shortgpt": {},
     "uidl": {},
     "last_layers": {},

@@ -181,7 +181,8 @@ def test_layers_that_hand_on_more_than_states_are_read_per_batch(
             lambda module, args, kwargs: (args, {**kwargs, "shared": kept}), with_kwargs=True
         )
     with PartialForward(streamed) as forward, pytest.raises(LayersEntangled):
-        forward.layer(0, tokens.input_ids, tokens.attention_mask)
+        ids, mask = tokens.input_ids, tokens.attention_mask
+        forward.layer(0, ids, mask, forward.embedded(ids, mask))
     reads.clear()
     found = scan(streamed, tokens, batch_size=1, progress=False)
     np.testing.assert_array_equal(found.cosine, expected.cosine)

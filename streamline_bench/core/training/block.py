@@ -13,12 +13,11 @@ written last, so that a half-written file is never taken for a whole one.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -30,10 +29,24 @@ from tqdm.auto import tqdm
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.files import atomic_write_text, sync_path
-from streamline_bench.core.forward import PassEnded, hidden_of, run_until
+from streamline_bench.core.forward import (
+    LayersEntangled,
+    PassEnded,
+    entangled,
+    hidden_of,
+    run_until,
+    walk_states,
+)
 from streamline_bench.core.recipe.schema import ReplacementSpec
 from streamline_bench.core.replacement import ReplacementNetwork, build_network
-from streamline_bench.core.state_store import create_mapped, open_mapped
+from streamline_bench.core.state_store import (
+    BatchStore,
+    create_mapped,
+    open_mapped,
+    state_store,
+    states_bytes,
+)
+from streamline_bench.core.streaming import held_layer, layer_copy
 from streamline_bench.errors import OutputError
 
 log = logging.getLogger(__name__)
@@ -124,6 +137,33 @@ class Teacher:
         self._start, self._n, self._calls = start, n, calls
         ends_model = start + n == len(self._layers)
         self._norm = model.get_submodule(row.final_norm) if postnorm and ends_model else None
+        self.model = model
+
+    def states_of(self, batches: Sequence[Batch], store: BatchStore, *, progress: bool) -> None:
+        """Put the states of a streamed model's batches into a store, layer by layer.
+
+        Those of batch ``i`` before the block are ``store[start, i]``, behind it ``store[stop, i]``.
+
+        Raises:
+            ArchitectureError: the layers of this model cannot be run one by one.
+        """
+        pairs = [(batch.ids, batch.mask) for batch in batches]
+        stop = self._start + self._n
+        try:
+            walk_states(
+                self.model, pairs, {self._start, stop}, store, full_mask=True, progress=progress,
+                description="hidden states",
+            )  # fmt: skip
+        except LayersEntangled:
+            raise entangled(self.model) from None
+
+    def stored(self, batch: Batch, store: BatchStore, number: int) -> BlockStates:
+        """Return what :meth:`states_of` stored for a batch."""
+        device, stop = batch.ids.device, self._start + self._n
+        hidden = store.load((self._start, number), device)
+        target = store.load((stop, number), device)
+        target = target if self._norm is None else self._norm(target)
+        return BlockStates(hidden, target, self.replay_calls(batch.ids, batch.mask))
 
     def states(self, batch: Batch) -> BlockStates:
         """Return the states for a batch, as a :class:`StateSource`."""
@@ -177,6 +217,76 @@ class Teacher:
         )
 
 
+class LayerwiseStates:
+    """States around a block from a streamed model, made layer by layer for many batches at once.
+
+    Args:
+        order: rows of the batches in the order in which they are asked for; begun anew after the
+            last one. A first batch may be any of them.
+        budget: bytes of states at the two ends of the block that are held at a time. Where all
+            batches need more, the layers up to the block's end are read once per part.
+        work: folder for states that exceed the memory.
+
+    Raises:
+        OutputError: the states exceed the memory and the disk.
+    """
+
+    def __init__(
+        self, teacher: Teacher, tokens: CalibrationTokens, order: Sequence[Tensor], *,
+        device: torch.device, budget: float, work: Path, progress: bool,
+    ) -> None:  # fmt: skip
+        self._teacher, self._tokens, self._order = teacher, tokens, list(order)
+        self._device, self._budget, self._work = device, budget, work
+        self._progress = progress
+        self._next = 0
+        self._numbers: dict[tuple[int, ...], int] = {}
+        self._stack = ExitStack()
+        self._store: BatchStore | None = None
+
+    def states(self, batch: Batch) -> BlockStates:
+        """Return the states of a batch, as a :class:`StateSource`."""
+        key = tuple(batch.rows.tolist())
+        if key not in self._numbers:
+            self._fill(key)
+        assert self._store is not None
+        return self._teacher.stored(batch, self._store, self._numbers[key])
+
+    def replay_calls(self, ids: Tensor, mask: Tensor) -> tuple[LayerCall, ...]:
+        """Return what :meth:`Teacher.replay_calls` does."""
+        return self._teacher.replay_calls(ids, mask)
+
+    def close(self) -> None:
+        """Drop the states."""
+        self._numbers, self._store = {}, None
+        self._stack.close()
+
+    @torch.no_grad()
+    def _fill(self, first: tuple[int, ...]) -> None:
+        self.close()
+        while tuple(self._order[self._next].tolist()) != first:
+            self._next = (self._next + 1) % len(self._order)
+        batches, size, model = list[Batch](), 0, self._teacher.model
+        while len(batches) < len(self._order):
+            rows = self._order[self._next]
+            batch = make_batch(self._tokens, rows, self._device)
+            each = states_bytes(model, [(batch.ids, batch.mask)])
+            if batches and size + 2 * each > self._budget:
+                break
+            size += 2 * each
+            self._numbers[tuple(rows.tolist())] = len(batches)
+            batches.append(batch)
+            self._next = (self._next + 1) % len(self._order)
+        if len(batches) < len(self._order):
+            log.info(
+                "hidden states: %d of %d batches at a time; the layers below are read once for "
+                "each part (raise training.cache_gb for fewer parts)",
+                len(batches), len(self._order),
+            )  # fmt: skip
+        # At the block's end the states of its last layers are there as well.
+        self._store = self._stack.enter_context(state_store(model, size * 3 // 2, self._work))
+        self._teacher.states_of(batches, self._store, progress=self._progress)
+
+
 class ActivationCache:
     """States of all sequences of a set, ``[2, n, T, d]`` in a memory-mapped file.
 
@@ -188,7 +298,7 @@ class ActivationCache:
     """
 
     def __init__(
-        self, path: Path, key: str, tokens: CalibrationTokens, teacher: Teacher,
+        self, path: Path, key: str, tokens: CalibrationTokens, teacher: Teacher | LayerwiseStates,
         *, device: torch.device, batch_size: int, progress: bool,
     ) -> None:  # fmt: skip
         self._teacher = teacher
@@ -211,6 +321,8 @@ class ActivationCache:
             used = batch.ids.shape[1]
             values[0, rows, :used] = states.hidden.cpu()
             values[1, rows, :used] = states.target.cpu()
+        if isinstance(teacher, LayerwiseStates):
+            teacher.close()  # they are in the file now
         if values is None:
             raise OutputError(f"No sequences to store in {path}.")
         sync_path(path)
@@ -236,7 +348,7 @@ def _read_description(path: Path) -> dict[str, Any]:
     return described if isinstance(described, dict) else {}
 
 
-StateSource: TypeAlias = Teacher | ActivationCache
+StateSource: TypeAlias = Teacher | LayerwiseStates | ActivationCache
 """Gives the states around the block for a batch of one set of sequences."""
 
 
@@ -301,11 +413,11 @@ class Student:
     label, task = "replacement", "distill"
 
     def __init__(self, model: nn.Module, start: int, spec: ReplacementSpec, seed: int) -> None:
-        layers = decoder_layers(model)
-        device = next(layers[start].parameters()).device
+        with held_layer(model, start) as layer:
+            device = next(layer.parameters()).device
         self.module: nn.Module
         if spec.kind == "layer":
-            copies = [copy.deepcopy(layer) for layer in layers[start : start + spec.layers]]
+            copies = [layer_copy(model, start + index) for index in range(spec.layers)]
             self.module = nn.ModuleList(copies)
             parts = list(self.module)
         else:

@@ -20,8 +20,10 @@ from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.forward import evaluating
 from streamline_bench.core.recipe.schema import ReplacementSpec, TrainingSpec
 from streamline_bench.core.recipe.validation import suggest
+from streamline_bench.core.streaming import is_streamed
 from streamline_bench.core.training.block import (
     ActivationCache,
+    LayerwiseStates,
     StateSource,
     Student,
     Teacher,
@@ -115,7 +117,8 @@ def train_replacement(
     check_block(model, start, n, spec)
     check_quirks(quirks, spec, training)
     device = torch.device(device)
-    if not getattr(model, "hf_device_map", None):  # spread by accelerate: stays where it is
+    # Spread by accelerate, or read layer by layer: it stays where it is.
+    if not getattr(model, "hf_device_map", None) and not is_streamed(model):
         model.to(device)
     student = Student(model, start, spec, seed)
     if training.objective == "none":
@@ -147,7 +150,8 @@ class _Job:
         data_key, key = self._keys(weights)
         with ExitStack() as stack:
             objective = stack.enter_context(self._objective(student))
-            sources, storage = self._sources([training, validation], plan, student, data_key)
+            sets = [training, validation]
+            sources, storage = self._sources(sets, plan, student, data_key, stack)
             loop = Loop(
                 student=student,
                 objective=objective,
@@ -218,7 +222,12 @@ class _Job:
             yield LmObjective(self.model)
 
     def _sources(
-        self, sets: Sequence[CalibrationTokens], plan: StepPlan, student: Student, key: str
+        self,
+        sets: Sequence[CalibrationTokens],
+        plan: StepPlan,
+        student: Student,
+        key: str,
+        stack: ExitStack,
     ) -> tuple[list[StateSource | None], str]:
         """Return where the states of each set come from, and that in words."""
         if self.training.objective not in STATE_ERRORS:
@@ -226,6 +235,13 @@ class _Job:
         postnorm = "postnorm_target" in self.quirks
         teacher = Teacher(self.model, self.start, self.n, student.num_calls, postnorm)
         streamed: list[StateSource | None] = [teacher for _ in sets]
+        teachers: list[Teacher | LayerwiseStates] = [teacher for _ in sets]
+        in_order = [torch.split(torch.arange(len(s)), self.training.batch_size) for s in sets]
+        if is_streamed(self.model):
+            steps = [plan.micro_batches_of(step) for step in range(plan.steps)]
+            orders = [list(itertools.chain.from_iterable(steps)), list(in_order[1])]
+            streamed = list(self._layerwise(teacher, sets, orders, stack))
+            teachers = list(self._layerwise(teacher, sets, in_order, stack))
         if plan.epochs == 1:
             return streamed, "streamed"
         item = 2 if self.training.autocast == "bf16" else next(self.model.parameters()).itemsize
@@ -246,13 +262,34 @@ class _Job:
                     self.work / f"activations_{name}.bin",
                     key,
                     tokens,
-                    teacher,
+                    source,
                     device=self.device,
                     batch_size=self.training.batch_size,
                     progress=self.progress,
                 )
-                for name, tokens in zip(("training", "validation"), sets, strict=True)
+                for name, tokens, source in zip(
+                    ("training", "validation"), sets, teachers, strict=True
+                )
             ], f"memory-mapped, {needed:.3g} GB"
+
+    def _layerwise(
+        self,
+        teacher: Teacher,
+        sets: Sequence[CalibrationTokens],
+        orders: Sequence[Sequence[Tensor]],
+        stack: ExitStack,
+    ) -> Iterator[LayerwiseStates]:
+        """Yield where the states of each set come from if the model is streamed."""
+        count = sum(tokens.input_ids.numel() for tokens in sets)
+        for tokens, order in zip(sets, orders, strict=True):
+            # Each set gets its share of the memory; the small one is then held throughout.
+            share = tokens.input_ids.numel() / count
+            source = LayerwiseStates(
+                teacher, tokens, order, device=self.device, work=self.work, progress=self.progress,
+                budget=self.training.cache_gb * 1e9 * share,
+            )  # fmt: skip
+            stack.callback(source.close)
+            yield source
 
 
 def check_quirks(quirks: Sequence[str], spec: ReplacementSpec, training: TrainingSpec) -> None:

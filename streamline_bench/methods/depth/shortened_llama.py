@@ -8,21 +8,22 @@ so that the order is the same. ``taylor`` estimates the effect from gradients.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, Field
-from torch import nn
 
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.methods.base import Compression
+from streamline_bench.methods.tools.gradients import gradients_by_layer
 from streamline_bench.methods.tools.layer_removal import (
     ProtectedEnds,
     RankedLayers,
     is_linear_weight,
 )
-from streamline_bench.methods.tools.likelihood import Place, skip_losses, sum_gradients
+from streamline_bench.methods.tools.likelihood import skip_losses
 
 
 class ShortenedLlamaPPLParameters(ProtectedEnds):
@@ -39,6 +40,7 @@ class ShortenedLlamaPPL(RankedLayers):
     """One-shot ranking by the loss without each layer."""
 
     name = "shortened_llama_ppl"
+    streamed = True
     seeded = False
     parameters: ClassVar[type[BaseModel]] = ShortenedLlamaPPLParameters
 
@@ -47,7 +49,7 @@ class ShortenedLlamaPPL(RankedLayers):
     ) -> tuple[Mapping[str, Any], Mapping[int, float]]:
         limit, progress = options.activations_gb, work.progress
         losses = skip_losses(
-            work.model, tokens, candidates, activations_gb=limit, progress=progress
+            work.model, tokens, candidates, activations_gb=limit, work=work.work, progress=progress
         )
         return {"score": "nats per token without the layer"}, losses
 
@@ -56,36 +58,35 @@ class ShortenedLlamaTaylor(RankedLayers):
     """One-shot ranking by first-order Taylor expansion of the loss."""
 
     name = "shortened_llama_taylor"
+    streamed = True
     seeded = False
 
     def scores(
         self, work: Compression, options: Any, candidates: range, tokens: Any
     ) -> tuple[Mapping[str, Any], Mapping[int, float]]:
-        scores = taylor_scores(work.model, tokens, progress=work.progress)
+        scores = taylor_scores(work.model, tokens, work=work.work, progress=work.progress)
         return {"score": "sum of |w dL/dw|"}, dict(enumerate(scores))
 
 
-def taylor_scores(model: Any, tokens: CalibrationTokens, *, progress: bool = True) -> list[float]:
+def taylor_scores(
+    model: Any, tokens: CalibrationTokens, *, work: Path | None = None, progress: bool = True
+) -> list[float]:
     """Return ``Σ |w · dL/dw|`` for each layer; L is the mean loss per token over all sequences.
 
-    Sequences pass one at a time. Beside the model, one float32 tensor per linear weight is held.
-    Gradients the model had are discarded.
+    Sequences pass one at a time. Besides the model, one float32 tensor per linear weight is held
+    (of a streamed model, per weight of one layer). Gradients the model had are discarded.
 
     Raises:
         CalibrationError: no token follows another.
         NumericsError: a gradient is NaN or infinite; the layer is named.
     """
-    layers = decoder_layers(model)
-    weights: dict[Place, nn.Parameter] = {
-        (index, name): parameter
-        for index, layer in enumerate(layers)
-        for name, parameter in layer.named_parameters()
-        if is_linear_weight(name, parameter.dim())
+    wanted = {
+        index: [n for n, p in layer.named_parameters() if is_linear_weight(n, p.dim())]
+        for index, layer in enumerate(decoder_layers(model))
     }
-    sums = sum_gradients(model, weights, tokens, progress=progress)
-    scores = [0.0] * len(layers)
-    for place, weight in weights.items():
-        gradient = sums.pop(place).mean
-        product = weight.detach().to(gradient.dtype) * gradient
-        scores[place[0]] += float(product.abs_().sum(dtype=torch.float64))
+    scores = [0.0] * len(wanted)
+    for layer, found in gradients_by_layer(model, wanted, tokens, work=work, progress=progress):
+        for weight, sums in found.values():
+            product = weight.detach().to(sums.mean.dtype) * sums.mean
+            scores[layer] += float(product.abs_().sum(dtype=torch.float64))
     return scores

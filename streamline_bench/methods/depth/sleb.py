@@ -7,6 +7,7 @@ Of two redundant neighbours only one can be removed. A one-shot ranking misses t
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, Field
@@ -40,6 +41,7 @@ class SLEB(Method):
     """Greedy removal by the loss of what is left."""
 
     name = "sleb"
+    streamed = True
     parameters: ClassVar[type[BaseModel]] = SLEBParameters
     seeded = False
 
@@ -60,6 +62,7 @@ class SLEB(Method):
                 candidates,
                 [step["layer"] for step in steps],
                 activations_gb=options.activations_gb,
+                work=work.work,
                 progress=work.progress,
             )
             steps.append({"layer": layer, "loss": loss})
@@ -81,6 +84,7 @@ def greedy_removal(
     removed: list[int],
     *,
     activations_gb: float = 8.0,
+    work: Path | None = None,
     progress: bool = True,
 ) -> tuple[int, float]:
     """Return the next layer to remove after ``removed``, and the loss (nats) that it leaves.
@@ -95,6 +99,7 @@ def greedy_removal(
         [layer for layer in candidates if layer not in removed],
         removed=removed,
         activations_gb=activations_gb,
+        work=work,
         progress=progress,
         description=f"layer {len(removed) + 1} to remove",
     )

@@ -1,14 +1,10 @@
-"""The next-token loss that likelihood-based selections minimise, and its gradients.
-
-Gradients are summed over calibration tokens in float32, whatever the model's dtype.
-"""
+"""The next-token loss that likelihood-based selections minimise."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +13,16 @@ from tqdm import tqdm
 
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.forward import PartialForward, evaluating, require_finite_states
-from streamline_bench.core.training.loop import gradient_fault
+from streamline_bench.core.forward import (
+    LayersEntangled,
+    PartialForward,
+    TokenBatch,
+    entangled,
+    require_finite_states,
+    walk,
+)
+from streamline_bench.core.state_store import state_store, states_bytes
+from streamline_bench.core.streaming import HEAD, held_layer, is_streamed
 from streamline_bench.errors import CalibrationError, NumericsError
 
 
@@ -65,6 +69,7 @@ def skip_losses(
     *,
     removed: Collection[int] = (),
     activations_gb: float = 8.0,
+    work: Path | None = None,
     progress: bool = True,
     description: str = "layers skipped",
 ) -> dict[int, float]:
@@ -78,36 +83,124 @@ def skip_losses(
         candidates: layers to leave out, one at a time.
         removed: layers left out always.
         activations_gb: most memory for the states and logits of a batch, in 10^9 bytes.
+        work: folder for states of a streamed model that exceed the memory.
 
     Raises:
+        ArchitectureError: the layers of a streamed model cannot be run one by one.
         CalibrationError: no token follows another, or one sequence exceeds the memory.
         NumericsError: the model's own states, or a loss, are NaN or infinite; the layer is named.
     """
     targets = count_targets(tokens)
     batch_size = affordable_batch(model, tokens, len(decoder_layers(model)), activations_gb)
-    sums = dict.fromkeys(candidates, 0.0)
-    total = len(sums) * len(tokens)
-    with (
-        PartialForward(model) as forward,
-        tqdm(total=total, unit="seq", desc=description, delay=2, disable=not progress) as bar,
-    ):
-        for ids, mask in tokens.batches(batch_size, trim=True):
+    batches = list(tokens.batches(batch_size, trim=True))
+    losses: dict[int, list[Tensor]] = {layer: [] for layer in candidates}
+    with PartialForward(model) as forward, torch.no_grad():
+        if is_streamed(model):
+            with _skipped_states(
+                model, forward, batches, candidates, removed, work, progress
+            ) as at:
+                for number, (ids, mask) in enumerate(batches):
+                    for layer, each in losses.items():
+                        logits = forward.logits(ids, mask, **at(layer, number))
+                        each.append(next_token_loss(logits, ids, mask))
+        else:
+            _losses_by_batch(forward, batches, removed, losses, progress, description)
+    means: dict[int, float] = {}
+    for layer, each in losses.items():
+        # One by one in float64, and only now, so that an accelerator is not waited for.
+        means[layer] = sum(torch.stack(each).cpu().tolist()) / targets
+        if not abs(means[layer]) < float("inf"):
+            raise NumericsError(
+                f"The loss of the model without layer {layer} is {means[layer]}; check the "
+                "weights, or try another dtype."
+            )
+    return means
+
+
+def _losses_by_batch(
+    forward: PartialForward,
+    batches: Sequence[TokenBatch],
+    removed: Collection[int],
+    losses: Mapping[int, list[Tensor]],
+    progress: bool,
+    description: str,
+) -> None:
+    total = len(losses) * sum(len(ids) for ids, _ in batches)
+    with tqdm(total=total, unit="seq", desc=description, delay=2, disable=not progress) as bar:
+        for ids, mask in batches:
             last = forward.hidden(ids, mask, skip=removed, record=True)
             require_finite_states(forward.states, last, mask)
             del last
-            for layer in sums:
+            for layer, each in losses.items():
                 logits = forward.logits(
                     ids, mask, start=layer + 1, state=forward.states[layer], skip=removed
                 )
-                sums[layer] += next_token_loss(logits, ids, mask).item()
+                each.append(next_token_loss(logits, ids, mask))
                 bar.update(len(ids))
-    for layer, loss in sums.items():
-        if not abs(loss) < float("inf"):
-            raise NumericsError(
-                f"The loss of the model without layer {layer} is {loss}; check the weights, or "
-                "try another dtype."
-            )
-    return {layer: loss / targets for layer, loss in sums.items()}
+
+
+_MODEL = -1  # stands for the states of the model that skips no layer but those removed
+
+
+@contextmanager
+def _skipped_states(
+    model: Any,
+    forward: PartialForward,
+    batches: Sequence[TokenBatch],
+    candidates: Sequence[int],
+    removed: Collection[int],
+    work: Path | None,
+    progress: bool,
+) -> Iterator[Callable[[int, int], dict[str, Any]]]:
+    """Take all batches, each without one of the candidates, through a streamed model.
+
+    Layers are outside, so that each is read once. The LM head is held inside the context.
+
+    Yields:
+        A function: candidate, batch number -> where a pass over the head begins.
+
+    Raises:
+        ArchitectureError: the layers of this model cannot be run one by one.
+        NumericsError: the model's own states are NaN or infinite.
+    """
+    depth, device = len(decoder_layers(model)), model.get_input_embeddings().weight.device
+    size = (len(candidates) + 2) * states_bytes(model, batches)
+    with state_store(model, size, work) as store:
+        for number, (ids, mask) in enumerate(batches):
+            store[_MODEL, number] = forward.embedded(ids, mask)
+
+        def require_finite(boundary: int) -> None:
+            for number, (_, mask) in enumerate(batches):
+                state = store.load((_MODEL, number), device)
+                require_finite_states({boundary: state}, state, mask)
+
+        require_finite(0)
+        running: list[int] = []
+        finite: list[Tensor] = []  # looked at once per layer
+        kept = [layer for layer in range(depth) if layer not in removed]
+        try:
+            for layer, number, ids, mask in walk(model, batches, kept, progress=progress):
+                state = store.load((_MODEL, number), device)
+                if layer in candidates:
+                    store[layer, number] = state
+                    running += [layer] if number == 0 else []
+                for other in running:
+                    if other != layer:
+                        skipping = store.load((other, number), device)
+                        store[other, number] = forward.layer(layer, ids, mask, skipping)
+                output = forward.layer(layer, ids, mask, state)
+                store[_MODEL, number] = output
+                finite.append(torch.isfinite(output).all())
+                if number == len(batches) - 1:
+                    if not bool(torch.stack(finite).all()):
+                        require_finite(layer + 1)
+                    finite.clear()
+        except LayersEntangled:
+            raise entangled(model) from None
+        with held_layer(model, HEAD):
+            yield lambda layer, number: {
+                "start": depth, "state": store.load((layer, number), device)
+            }  # fmt: skip
 
 
 def affordable_batch(
@@ -129,113 +222,3 @@ def affordable_batch(
             "sequence_length."
         )
     return int(min(limit, len(tokens), activations_gb * 1e9 // each))
-
-
-Place = tuple[int, str]
-"""(layer, path of a projection in it)."""
-
-
-@dataclass
-class GradientSums:
-    """Of one weight, float32, shaped like it.
-
-    Attributes:
-        mean: gradient of the mean loss per token over all sequences.
-        squares: mean over the sequences of the squared gradient of each one's own mean loss.
-    """
-
-    mean: Tensor
-    squares: Tensor | None
-
-
-def sum_gradients(
-    model: Any,
-    weights: Mapping[Place, nn.Parameter],
-    tokens: CalibrationTokens,
-    *,
-    squares: bool = False,
-    progress: bool = True,
-) -> dict[Place, GradientSums]:
-    """Return the gradients of the chosen weights.
-
-    Sequences pass one at a time, and each weight's gradient is added up and dropped as soon as it
-    is there: besides the model, memory holds one float32 tensor per chosen weight (two with
-    ``squares``). Gradients the model had are discarded.
-
-    Raises:
-        CalibrationError: no token follows another.
-        NumericsError: the loss or a gradient is NaN or infinite; the layer is named.
-    """
-    targets = count_targets(tokens)
-    device = model.get_input_embeddings().weight.device
-    sums: dict[Place, GradientSums] = {}
-    for place, weight in weights.items():
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        zeros = torch.zeros_like(weight, dtype=dtype)
-        sums[place] = GradientSums(zeros, zeros.clone() if squares else None)
-    share = 1.0
-    with gradients_only_for(model, weights.values()):
-
-        def collect(place: Place, weight: nn.Parameter) -> None:
-            if weight.grad is not None:
-                mean, squares = sums[place].mean, sums[place].squares
-                mean.add_(weight.grad)
-                if squares is not None:  # of the sequence's own loss, not of its share in all
-                    own = weight.grad.to(squares.dtype) * (1 / share)
-                    squares.addcmul_(own, own)
-            weight.grad = None
-
-        hooks = [
-            weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                partial(collect, place)
-            )
-            for place, weight in weights.items()
-        ]
-        try:
-            for ids, mask in tqdm(
-                tokens.batches(1, trim=True),
-                total=len(tokens), unit="seq", desc="gradients", delay=2, disable=not progress,
-            ):  # fmt: skip
-                share = (int(mask.sum()) - 1) / targets
-                if share <= 0:  # one token: nothing is predicted
-                    continue
-                logits = model(input_ids=ids.to(device), use_cache=False).logits
-                loss = next_token_loss(logits, ids, mask) / targets
-                if not bool(torch.isfinite(loss)):
-                    # Names the layer at which the way up, not the way down, left the numbers.
-                    with PartialForward(model) as forward:
-                        logits = forward.logits(ids, mask, record=True)
-                        require_finite_states(forward.states, logits, mask)
-                torch.autograd.backward(loss)
-        finally:
-            for handle in hooks:
-                handle.remove()
-    upwards = sorted(sums, key=lambda place: place[0])
-    for each in ("mean", "squares"):
-        fault = gradient_fault({f"{at[0]}.{at[1]}": getattr(sums[at], each) for at in upwards})
-        if fault is not None:
-            raise NumericsError(
-                f"The gradient of {fault} is NaN or infinite; check the weights there and the "
-                "calibration text, or compute in float32 or bfloat16."
-            )
-    for summed in sums.values():
-        if summed.squares is not None:
-            summed.squares /= len(tokens)
-    return sums
-
-
-@contextmanager
-def gradients_only_for(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let gradients reach the given weights only, in evaluation mode; then restore the model.
-
-    Gradients that the model had or gets meanwhile are discarded.
-    """
-    with evaluating(model, frozen=True):
-        model.zero_grad(set_to_none=True)
-        for weight in weights:
-            weight.requires_grad_(True)
-        try:
-            with torch.enable_grad():
-                yield
-        finally:
-            model.zero_grad(set_to_none=True)

@@ -25,17 +25,21 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
-from streamline_bench.core.architecture import Architecture, architecture_of, decoder_layers
+from streamline_bench.core.architecture import Architecture, architecture_of
 from streamline_bench.core.checkpoint.writer import layer_names, layers_prefix
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.recipe.schema import Frozen, Recipe
 from streamline_bench.errors import ArchitectureError, NumericsError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.tools.gradients import (
+    GradientSums,
+    LayerGradients,
+    gradients_by_layer,
+)
 from streamline_bench.methods.tools.layer_removal import (
     config_json,
     proportional_ends,
 )
-from streamline_bench.methods.tools.likelihood import GradientSums, Place, sum_gradients
 from streamline_bench.methods.width.width_plan import (
     HeadUnit,
     KeptUnits,
@@ -193,6 +197,7 @@ class LLMPruner(Method):
     """Structured pruning of heads and channels by their share in the loss."""
 
     name = "llm_pruner"
+    streamed = True
     parameters: ClassVar[type[BaseModel]] = LLMPrunerParameters
 
     def reads_calibration(self, parameters: Mapping[str, Any]) -> bool:
@@ -330,31 +335,32 @@ def _scores(
             for layer in plan.layers
         }
     parts = projection_parts(family, widths, work.config)
-    weights: dict[Place, Any] = {}
-    sums: dict[Place, GradientSums] = {}
-    if tokens is not None:
-        layers = decoder_layers(work.model)
-        weights = {
-            (layer, module): layers[layer].get_submodule(module).weight
+    vectorize = criterion == "vectorize"
+    if tokens is None:  # the stored weights: the model is never built
+        prefix = layers_prefix(work.reader, family)
+
+        def stored(layer: int, module: str) -> Tensor:
+            return salience(work.reader.tensor(f"{prefix}.{layer}.{module}.weight"), criterion)
+
+        return {
+            layer: score_units(layer, parts, widths, partial(stored, layer), vectorize=vectorize)
             for layer in plan.layers
-            for module in _projections(parts)
         }
-        squares = criterion in ("param_second", "param_mix")
-        sums = sum_gradients(work.model, weights, tokens, squares=squares, progress=work.progress)
-    prefix = layers_prefix(work.reader, family)
-
-    def counted(layer: int, module: str) -> Tensor:
-        if tokens is None:  # the stored weights: the model is never built
-            stored = work.reader.tensor(f"{prefix}.{layer}.{module}.weight")
-            return salience(stored, criterion)
-        return salience(weights[layer, module], criterion, sums[layer, module])
-
-    return {
-        layer: score_units(
-            layer, parts, widths, partial(counted, layer), vectorize=criterion == "vectorize"
-        )
-        for layer in plan.layers
+    wanted = {
+        layer: [f"{module}.weight" for module in _projections(parts)] for layer in plan.layers
     }
+    squares = criterion in ("param_second", "param_mix")
+    scores: dict[int, UnitScores] = {}
+    for layer, found in gradients_by_layer(
+        work.model, wanted, tokens, squares=squares, work=work.work, progress=work.progress
+    ):
+
+        def counted(module: str, found: LayerGradients = found) -> Tensor:
+            weight, sums = found[f"{module}.weight"]
+            return salience(weight, criterion, sums)
+
+        scores[layer] = score_units(layer, parts, widths, counted, vectorize=vectorize)
+    return {layer: scores[layer] for layer in plan.layers}
 
 
 def _removed_units(kept: Mapping[int, KeptUnits], before: LayerWidths) -> str:

@@ -11,7 +11,6 @@ divide the hidden size, Mistral's does not); all else is of model type ``streaml
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,11 +22,12 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from streamline_bench.core.architecture import architecture_of, decoder_layers
+from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.architecture_inference import meta_model
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import LazyTensors, layers_prefix
 from streamline_bench.core.forward import hidden_of
+from streamline_bench.core.streaming import held_layer, layer_copy
 from streamline_bench.core.surgery import model_sizes
 from streamline_bench.errors import (
     ArchitectureError,
@@ -367,10 +367,13 @@ def check_narrowed(model: Any, layer: int, units: KeptUnits) -> None:
     Raises:
         ArchitectureError: it does not, or the narrow layer does not run.
     """
+    with held_layer(model, layer) as wide:
+        _check_narrowed(model, wide, layer_copy(model, layer), units)
+
+
+def _check_narrowed(model: Any, wide: Any, narrow: Any, units: KeptUnits) -> None:
     config, family = model.config, architecture_of(model.config)
-    wide: Any = decoder_layers(model)[layer]
     parts = projection_parts(family, LayerWidths.of(config, family), config)
-    narrow = copy.deepcopy(wide)
     resize_layer(narrow, family, config, units.widths)
     slices = _slices(parts, units, LayerWidths.of(config, family))
     columns = {part.tensor for part in parts if part.axis == 1}

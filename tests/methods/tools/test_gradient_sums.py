@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.errors import NumericsError
-from streamline_bench.methods.tools.likelihood import sum_gradients
+from streamline_bench.methods.tools.gradients import sum_gradients
 
 IDS = torch.tensor([[1, 5, 9, 40, 22, 7, 63, 88], [1, 71, 3, 3, 12, 90, 31, 4]])
 

@@ -25,7 +25,7 @@ from streamline_bench.errors import (
     RecipeError,
     SparsityError,
 )
-from streamline_bench.methods.tools.likelihood import sum_gradients
+from streamline_bench.methods.tools.gradients import sum_gradients
 from streamline_bench.methods.width.llm_pruner import (
     UNITS_FILE,
     LLMPrunerParameters,
