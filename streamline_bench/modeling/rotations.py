@@ -337,12 +337,23 @@ def pad_embeddings(model: nn.Module, head_width: int) -> None:
 def replace_norms(model: nn.Module, divisor: int) -> None:
     """Put a :class:`StreamNorm` with the same epsilon in the place of every norm of the stream."""
     row = architecture_of(model.config)
-    stack = stack_of(model, row)
-    _replace_norm(stack, row.final_norm.removeprefix(f"{row.stack}."), divisor)
+    stack: Any = stack_of(model, row)
+    replace_final_norm(model, divisor)
     for layer in stack.get_submodule(_layers(row)):
-        _replace_norm(layer, row.input_norm, divisor)
-        if row.mlp_norm:
-            _replace_norm(layer, row.mlp_norm, divisor)
+        replace_layer_norms(layer, row, divisor)
+
+
+def replace_final_norm(model: nn.Module, divisor: int) -> None:
+    """Do what :func:`replace_norms` does with the norm before the LM head."""
+    row = architecture_of(model.config)
+    _replace_norm(stack_of(model, row), row.final_norm.removeprefix(f"{row.stack}."), divisor)
+
+
+def replace_layer_norms(layer: nn.Module, row: Architecture, divisor: int) -> None:
+    """Do what :func:`replace_norms` does with the norms of one layer."""
+    _replace_norm(layer, row.input_norm, divisor)
+    if row.mlp_norm:
+        _replace_norm(layer, row.mlp_norm, divisor)
 
 
 def stack_of(model: nn.Module, row: Architecture) -> Any:

@@ -25,6 +25,7 @@ STREAMED = {
     "shortened_llama_ppl": {},
     "shortened_llama_taylor": {},
     "llm_pruner": {},
+    "slicegpt": {},
     "shortgpt": {},
     "uidl": {},
     "last_layers": {},

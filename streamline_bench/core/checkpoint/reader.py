@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 _NOTES = {"_name_or_path", "transformers_version", "use_cache", "_commit_hash"}
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_RELEASED_AFTER = 16
+"""Tensors that are read before their file is closed, so that its pages leave this process."""
 _FINITE_PIECE = 1 << 23
 """Elements that are checked for NaN at a time."""
 
@@ -428,7 +430,9 @@ class CheckpointReader:
         floating = [e for e in self.files.values() if "F" in e.dtype]
         total = sum(entry.nbytes for entry in floating)
         with byte_bar("Checking weights", total, progress) as bar:
-            for entry in floating:
+            for number, entry in enumerate(floating):
+                if number % _RELEASED_AFTER == 0:
+                    self.release()
                 for piece in self.in_file(entry.name).reshape(-1).split(_FINITE_PIECE):  # type: ignore[no-untyped-call]
                     # One byte formats have no isfinite of their own.
                     widened = piece.float() if piece.itemsize == 1 else piece
@@ -449,9 +453,14 @@ class CheckpointReader:
         if known is not None:
             bar.update(sum(entry.nbytes for entry in entries))
             return known
-        tensors = [self.in_file(entry.name) for entry in entries]
-        hashes = pool.map(lambda tensor: _tensor_digest(tensor, bar), tensors)  # drops the GIL
-        digests = {entry.name: value for entry, value in zip(entries, hashes, strict=True)}
+        digests: dict[str, str] = {}
+        for start in range(0, len(entries), _RELEASED_AFTER):
+            group = entries[start : start + _RELEASED_AFTER]
+            tensors = [self.in_file(entry.name) for entry in group]
+            hashes = pool.map(lambda tensor: _tensor_digest(tensor, bar), tensors)  # drops the GIL
+            digests |= {entry.name: value for entry, value in zip(group, hashes, strict=True)}
+            del tensors
+            self.release()
         if _identity(path) == before:
             _write_record(record, before, digests)
         return digests

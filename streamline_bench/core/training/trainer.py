@@ -244,9 +244,7 @@ class _Job:
             teachers = list(self._layerwise(teacher, sets, in_order, stack))
         if plan.epochs == 1:
             return streamed, "streamed"
-        item = 2 if self.training.autocast == "bf16" else next(self.model.parameters()).itemsize
-        count = sum(tokens.input_ids.numel() for tokens in sets)
-        needed = 2 * count * self._hidden_size * item / 1e9
+        needed = sum(self._state_bytes(tokens) for tokens in sets) / 1e9
         if needed > self.training.cache_gb:
             reason = (
                 f"recomputed each epoch: a cache of {needed:.3g} GB exceeds training.cache_gb "
@@ -272,6 +270,12 @@ class _Job:
                 )
             ], f"memory-mapped, {needed:.3g} GB"
 
+    def _state_bytes(self, tokens: CalibrationTokens) -> int:
+        """Return the bytes of the states at both ends of the block."""
+        half = self.training.autocast == "bf16"
+        item = 2 if half else int(next(self.model.parameters()).itemsize)
+        return 2 * tokens.input_ids.numel() * self._hidden_size * item
+
     def _layerwise(
         self,
         teacher: Teacher,
@@ -280,13 +284,13 @@ class _Job:
         stack: ExitStack,
     ) -> Iterator[LayerwiseStates]:
         """Yield where the states of each set come from if the model is streamed."""
-        count = sum(tokens.input_ids.numel() for tokens in sets)
-        for tokens, order in zip(sets, orders, strict=True):
-            # Each set gets its share of the memory; the small one is then held throughout.
-            share = tokens.input_ids.numel() / count
+        held_out = min(2 * self._state_bytes(sets[1]), self.training.cache_gb * 1e9 / 2)
+        # The held-out set is used over and over: it is held throughout where that is possible.
+        budgets = (self.training.cache_gb * 1e9 - held_out, held_out)
+        for tokens, order, budget in zip(sets, orders, budgets, strict=True):
             source = LayerwiseStates(
                 teacher, tokens, order, device=self.device, work=self.work, progress=self.progress,
-                budget=self.training.cache_gb * 1e9 * share,
+                budget=budget,
             )  # fmt: skip
             stack.callback(source.close)
             yield source

@@ -22,7 +22,8 @@ from streamline_bench.modeling.rotations import (
     mlp_inputs,
     output_maps,
     pad_embeddings,
-    replace_norms,
+    replace_final_norm,
+    replace_layer_norms,
     require_rotatable,
     rotate_layer_class,
     stream_embeddings,
@@ -43,35 +44,80 @@ def fuse_norms(model: Any) -> None:
     Raises:
         ArchitectureError: the residual stream of this model cannot be rotated.
     """
-    family = require_rotatable(model.config)
-    head: Any = model.get_submodule(family.lm_head)
-    head.weight = nn.Parameter(head.weight.detach().clone())
-    model.config.tie_word_embeddings = False
-    norms = list(_norms_and_readers(model, family))
-    for norm, readers in norms:
-        _check_norm(norm, readers, family)
-    if any(isinstance(norm, nn.LayerNorm) for norm, _ in norms):
-        _centre_writers(model, family)
-    _fold_multiplier(model, family)
-    for norm, readers in norms:
-        for reader in readers:
-            _absorb(norm, reader, is_head=reader is head)
-    replace_norms(model, int(model.config.hidden_size))
-    pad_embeddings(model, int(model.config.hidden_size))
-    parallel = family.is_parallel(model.config)
-    for layer in decoder_layers(model):
-        rotate_layer_class(layer, family, parallel=parallel)
+    fusion = NormFusion(model)
+    layers = decoder_layers(model)
+    for layer in layers:
+        fusion.check(layer)
+    fusion.outside()
+    for layer in layers:
+        fusion.layer(layer)
 
 
-def _norms_and_readers(model: Any, family: Architecture) -> Iterable[tuple[Any, list[Any]]]:
-    for layer in decoder_layers(model):
+class NormFusion:
+    """Fuses the norms of a model part by part: what is outside the layers, then each layer.
+
+    Raises:
+        ArchitectureError: the residual stream of this model cannot be rotated.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._family = require_rotatable(model.config)
+        norms = [norm for layer in decoder_layers(model) for norm, _ in self._readers(layer)]
+        norms.append(model.get_submodule(self._family.final_norm))
+        self._centres = any(isinstance(norm, nn.LayerNorm) for norm in norms)
+        self._factor = float(getattr(model.config, "residual_multiplier", 1.0))
+        self._parallel = self._family.is_parallel(model.config)
+        self._hidden = int(model.config.hidden_size)
+
+    @torch.no_grad()
+    def outside(self) -> None:
+        """Fuse the final norm into the LM head, and centre the embeddings."""
+        model, family = self._model, self._family
+        norm: Any = model.get_submodule(family.final_norm)
+        head: Any = model.get_submodule(family.lm_head)
+        _check_norm(norm, [head], family)
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+        if self._centres:
+            for embedding in stream_embeddings(model, family):
+                wide = widened(embedding.weight)
+                embedding.weight.copy_(wide - wide.mean(1, keepdim=True))
+        if self._factor != 1.0:
+            model.config.residual_multiplier = 1.0
+        _absorb(norm, head, is_head=True)
+        replace_final_norm(model, self._hidden)
+        pad_embeddings(model, self._hidden)
+
+    def check(self, layer: Any) -> None:
+        """Refuse a layer whose norms cannot be fused."""
+        for norm, readers in self._readers(layer):
+            _check_norm(norm, readers, self._family)
+
+    @torch.no_grad()
+    def layer(self, layer: Any) -> None:
+        """Fuse the norms of a layer, which has its weights."""
+        if self._centres:
+            _centre(output_maps(layer, self._family))
+        if self._factor != 1.0:  # of each sub-layer's output (Granite): into its last map
+            for linear in output_maps(layer, self._family):
+                linear.weight.mul_(self._factor)
+                if linear.bias is not None:
+                    linear.bias.mul_(self._factor)
+        for norm, readers in self._readers(layer):
+            for reader in readers:
+                _absorb(norm, reader, is_head=False)
+        replace_layer_norms(layer, self._family, self._hidden)
+        rotate_layer_class(layer, self._family, parallel=self._parallel)
+
+    def _readers(self, layer: Any) -> list[tuple[Any, list[Any]]]:
+        """Return the norms of a layer, each with the linear maps that read it."""
+        family = self._family
         attention, mlp = attention_inputs(layer, family), mlp_inputs(layer, family)
-        if family.mlp_norm:
-            yield layer.get_submodule(family.input_norm), attention
-            yield layer.get_submodule(family.mlp_norm), mlp
-        else:  # one norm for both
-            yield layer.get_submodule(family.input_norm), attention + mlp
-    yield model.get_submodule(family.final_norm), [model.get_submodule(family.lm_head)]
+        norm = layer.get_submodule(family.input_norm)
+        if not family.mlp_norm:  # one norm for both
+            return [(norm, attention + mlp)]
+        return [(norm, attention), (layer.get_submodule(family.mlp_norm), mlp)]
 
 
 def _check_norm(norm: Any, readers: list[Any], family: Architecture) -> None:
@@ -119,27 +165,10 @@ def _absorb(norm: Any, reader: Any, *, is_head: bool) -> None:
         weight_of(reader).copy_(weight * widened(norm.weight))
 
 
-def _centre_writers(model: Any, family: Architecture) -> None:
-    """Take the mean over channels out of all that is written to the stream."""
-    for embedding in stream_embeddings(model, family):
-        wide = widened(embedding.weight)
-        embedding.weight.copy_(wide - wide.mean(1, keepdim=True))
-    for layer in decoder_layers(model):
-        for linear in output_maps(layer, family):
-            wide = widened(weight_of(linear))
-            weight_of(linear).copy_(wide - wide.mean(0, keepdim=True))
-            if linear.bias is not None:
-                linear.bias.copy_(linear.bias - linear.bias.mean())
-
-
-def _fold_multiplier(model: Any, family: Architecture) -> None:
-    """Move the factor of each sub-layer's output (Granite) into its last map."""
-    factor = float(getattr(model.config, "residual_multiplier", 1.0))
-    if factor == 1.0:
-        return
-    for layer in decoder_layers(model):
-        for linear in output_maps(layer, family):
-            linear.weight.mul_(factor)
-            if linear.bias is not None:
-                linear.bias.mul_(factor)
-    model.config.residual_multiplier = 1.0
+def _centre(writers: Iterable[Any]) -> None:
+    """Take the mean over channels out of all that linear maps write to the stream."""
+    for linear in writers:
+        wide = widened(weight_of(linear))
+        weight_of(linear).copy_(wide - wide.mean(0, keepdim=True))
+        if linear.bias is not None:
+            linear.bias.copy_(linear.bias - linear.bias.mean())

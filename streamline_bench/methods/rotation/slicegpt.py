@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -20,14 +22,21 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from streamline_bench.core.architecture import architecture_of, depth_of
+from streamline_bench.core.checkpoint.folder import open_shard
 from streamline_bench.core.checkpoint.writer import LazyTensors, layer_dtype
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.state_store import BatchStore
+from streamline_bench.core.streaming import HEAD, held_layer, is_streamed
 from streamline_bench.core.surgery import model_sizes
-from streamline_bench.errors import ArchitectureError, SparsityError, library_errors
+from streamline_bench.errors import (
+    ArchitectureError,
+    OutputError,
+    SparsityError,
+    library_errors,
+)
 from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.rotation.norm_fusion import fuse_norms
+from streamline_bench.methods.rotation.norm_fusion import NormFusion, fuse_norms
 from streamline_bench.methods.rotation.stream_rotation import (
     RotationOptions,
     StreamRotation,
@@ -66,6 +75,7 @@ class SliceGPT(Method):
     """Rotate the residual stream to its principal axes and slice it."""
 
     name = "slicegpt"
+    streamed = True
     parameters: ClassVar[type[BaseModel]] = SliceGPTParameters
     keeps_stream = False
 
@@ -96,19 +106,26 @@ class SliceGPT(Method):
         # the source again.
         model = work.model
         work.release_model()
-        _fuse(model, tokens)
-        kept = _rotate(work, model, tokens, plan, options)
-        dtype = layer_dtype(work.reader, architecture_of(work.config), 0)
-        state: dict[str, Tensor] = model.state_dict()
+        if is_streamed(model):
+            tensors, kept = _sliced_by_layer(work, model, tokens, plan, options)
+        else:
+            _fuse(model, tokens)
+            kept = _rotate(work, model, tokens, plan, options)
+            dtype, state = _stored_dtype(work), model.state_dict()
+            tensors = LazyTensors(state, lambda name: state[name].to("cpu", dtype).contiguous())
         config = streamline_config(sliced_host(work.config), rotations=sizes.rotations(plan.width))
         return Compressed(
             config=config_json(config),
             names={},
-            tensors=LazyTensors(state, lambda name: state[name].to("cpu", dtype).contiguous()),
+            tensors=tensors,
             layers_after=depth_of(work.config),
             chosen={"size": asdict(plan), "signal": options.signal, "energy_kept": kept},
             calibration=tokens.summary(),
         )
+
+
+def _stored_dtype(work: Compression) -> torch.dtype:
+    return layer_dtype(work.reader, architecture_of(work.config), 0)
 
 
 def _plan(work: Compression, sizes: SlicedSizes, options: SliceGPTParameters) -> SlicePlan:
@@ -158,17 +175,92 @@ def _fuse(model: Any, tokens: CalibrationTokens) -> None:
         )
 
 
+def _sliced_by_layer(
+    work: Compression,
+    model: Any,
+    tokens: CalibrationTokens,
+    plan: SlicePlan,
+    options: SliceGPTParameters,
+) -> tuple[LazyTensors, list[float]]:
+    """Fuse, rotate and slice a streamed model; its tensors are kept in files, layer by layer.
+
+    Raises:
+        ArchitectureError: the family was inferred, so that the whole model has to be compared.
+    """
+    family = architecture_of(model.config)
+    if family.inferred:
+        raise ArchitectureError(
+            f"Whether the residual stream of this '{family.model_type}' model can be rotated is "
+            "checked on the whole model; use placement resident."
+        )
+    with held_layer(model, HEAD):
+        parts = _SlicedParts(work.work / "sliced", model, _stored_dtype(work))
+        parts.fusion.outside()
+        kept = _rotate(work, model, tokens, plan, options, parts)
+        parts.keep_outside()
+    return LazyTensors(model.state_dict(), parts.tensor), kept
+
+
+class _SlicedParts:
+    """Keeps the parts of a sliced model in files of a folder, as :class:`RotatedParts`."""
+
+    def __init__(self, folder: Path, model: Any, dtype: torch.dtype) -> None:
+        self.fusion = NormFusion(model)
+        self._folder, self._model, self._dtype = folder, model, dtype
+        self._layers = architecture_of(model.config).layers
+        shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted attempt
+        folder.mkdir()
+
+    def begin(self, layer: Any) -> None:
+        self.fusion.check(layer)
+        self.fusion.layer(layer)
+
+    def end(self, index: int, layer: Any) -> None:
+        prefix = f"{self._layers}.{index}."
+        self._save(f"layer-{index}", {prefix + n: t for n, t in layer.state_dict().items()})
+        for module in layer.modules():  # what the rotation put in does not go by itself
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = torch.nn.Parameter(parameter.to("meta"))
+
+    def keep_outside(self) -> None:
+        """Keep what is outside the layers."""
+        within = f"{self._layers}."
+        state = self._model.state_dict().items()
+        self._save("outside", {n: t for n, t in state if not n.startswith(within)})
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a kept tensor by its name in the model."""
+        within = f"{self._layers}."
+        inside = name.startswith(within)
+        part = f"layer-{name.removeprefix(within).partition('.')[0]}" if inside else "outside"
+        tensor: Tensor = open_shard(self._file(part), "pt").get_tensor(name)
+        return tensor
+
+    def _save(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        stored = {n: t.to("cpu", self._dtype).contiguous().clone() for n, t in tensors.items()}
+        path = self._file(part)
+        with library_errors(f"{path} cannot be written", "free space", OutputError):
+            save_file(stored, path)
+
+    def _file(self, part: str) -> Path:
+        return self._folder / f"{part}.safetensors"
+
+
 def _rotate(
     work: Compression,
     model: Any,
     tokens: CalibrationTokens,
     plan: SlicePlan,
     options: SliceGPTParameters,
+    parts: _SlicedParts | None = None,
 ) -> list[float]:
     size = tokens.input_ids.numel() * int(work.config.hidden_size) * model.dtype.itemsize
     store = BatchStore(work.work / "signals", size, int(options.activation_gb * _GIB))
     rotation = StreamRotation(
-        model, tokens, store, options, seed=work.recipe.seed, progress=work.progress
+        model, tokens, store, options, seed=work.recipe.seed, progress=work.progress, parts=parts
     )
     try:
         rotation.run(plan.width, plan.head_width)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -24,6 +24,7 @@ from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.forward import PartialForward
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.state_store import BatchStore
+from streamline_bench.core.streaming import held_layer
 from streamline_bench.errors import CalibrationError, NumericsError
 from streamline_bench.methods.tools.normal_equations import widened
 from streamline_bench.modeling.rotations import (
@@ -55,6 +56,16 @@ class RotationOptions(Frozen):
     batch_size: int = Field(1, ge=1)
 
 
+class RotatedParts(Protocol):
+    """What a streamed model's layers need: they have weights only while they are rotated."""
+
+    def begin(self, layer: Any) -> None:
+        """Make a layer ready that was just read."""
+
+    def end(self, index: int, layer: Any) -> None:
+        """Keep a layer that was rotated; its weights go afterwards."""
+
+
 class StreamRotation:
     """Works through a causal LM whose norms were fused (:func:`.norm_fusion.fuse_norms`), in place.
 
@@ -63,6 +74,7 @@ class StreamRotation:
         tokens: calibration tokens; pads do not count.
         store: where the signals of one point are held.
         seed: of the random orientation.
+        parts: what a streamed model's layers need before and after they are rotated.
 
     Attributes:
         kept: share of the signal's energy kept at each point: behind the embeddings, then per
@@ -79,8 +91,10 @@ class StreamRotation:
         *,
         seed: int = 0,
         progress: bool = True,
+        parts: RotatedParts | None = None,
     ) -> None:
         self.kept: list[float] = []
+        self._parts = parts
         self._model = model
         self._tokens = tokens
         self._store = store
@@ -110,12 +124,17 @@ class StreamRotation:
             for index in range(len(self._layers)):
                 is_last = index == len(self._layers) - 1
                 last_width = head_width if is_last else width
-                if self._parallel:
-                    basis = self._both(forward, index, basis, last_width)
-                else:
-                    basis = self._attention(forward, index, basis, width)
-                    bar.update()
-                    basis = self._mlp(index, basis, last_width)
+                with held_layer(self._model, index) as layer:
+                    if self._parts is not None:
+                        self._parts.begin(layer)
+                    if self._parallel:
+                        basis = self._both(forward, index, basis, last_width)
+                    else:
+                        basis = self._attention(forward, index, basis, width)
+                        bar.update()
+                        basis = self._mlp(index, basis, last_width)
+                    if self._parts is not None:
+                        self._parts.end(index, layer)
                 bar.update()
         _turn_inputs([self._model.get_submodule(self._row.lm_head)], basis)
         pad_embeddings(self._model, head_width)
@@ -134,7 +153,7 @@ class StreamRotation:
     def _attention(self, forward: PartialForward, index: int, basis: Tensor, width: int) -> Tensor:
         layer = self._layers[index]
         _turn_inputs(attention_inputs(layer, self._row), basis)
-        set_shortcut(layer, "attention_shortcut", basis.to(self._like(layer)))
+        set_shortcut(layer, "attention_shortcut", basis.to(self._like()))
         layer.feed = lambda hidden: 0.0
         try:
             signal = self._layer_signal(forward, index, basis)
@@ -142,19 +161,19 @@ class StreamRotation:
         finally:
             del layer.feed
         _turn_output(output_maps(layer, self._row)[0], found)
-        set_shortcut(layer, "attention_shortcut", (found.T @ basis).to(self._like(layer)))
+        set_shortcut(layer, "attention_shortcut", (found.T @ basis).to(self._like()))
         return found
 
     def _both(self, forward: PartialForward, index: int, basis: Tensor, width: int) -> Tensor:
         """Turn a layer whose attention and MLP read the same input: nothing lies between them."""
         layer = self._layers[index]
         _turn_inputs(attention_inputs(layer, self._row) + mlp_inputs(layer, self._row), basis)
-        set_shortcut(layer, "attention_shortcut", basis.to(self._like(layer)))
+        set_shortcut(layer, "attention_shortcut", basis.to(self._like()))
         signal = self._layer_signal(forward, index, basis)
         found = self._axes(signal, width, f"behind layer {index}")
         for linear in output_maps(layer, self._row):
             _turn_output(linear, found)
-        set_shortcut(layer, "attention_shortcut", (found.T @ basis).to(self._like(layer)))
+        set_shortcut(layer, "attention_shortcut", (found.T @ basis).to(self._like()))
         return found
 
     def _layer_signal(
@@ -174,7 +193,7 @@ class StreamRotation:
     def _mlp(self, index: int, basis: Tensor, width: int) -> Tensor:
         layer = self._layers[index]
         _turn_inputs(mlp_inputs(layer, self._row), basis)
-        set_shortcut(layer, "mlp_shortcut", basis.to(self._like(layer)))
+        set_shortcut(layer, "mlp_shortcut", basis.to(self._like()))
 
         def signal(number: int, ids: Tensor, mask: Tensor) -> Tensor:
             states = self._turned(number, basis)
@@ -183,7 +202,7 @@ class StreamRotation:
 
         found = self._axes(signal, width, f"behind the MLP of layer {index}")
         _turn_output(output_maps(layer, self._row)[1], found)
-        set_shortcut(layer, "mlp_shortcut", (found.T @ basis).to(self._like(layer)))
+        set_shortcut(layer, "mlp_shortcut", (found.T @ basis).to(self._like()))
         return found
 
     def _axes(
@@ -191,7 +210,7 @@ class StreamRotation:
     ) -> Tensor:
         """Return the first ``width`` axes ``[hidden, width]``, float64; the signals are stored."""
         options = self._options
-        device = self._like(self._layers[0]).device
+        device = self._like().device
         covariance = Covariance(int(self._model.config.hidden_size), device)
         for number, (ids, mask) in enumerate(self._tokens.batches(options.batch_size, trim=True)):
             signal = signal_of(number, ids, mask)
@@ -206,12 +225,12 @@ class StreamRotation:
         return axes[:, :width]
 
     def _turned(self, number: int, basis: Tensor) -> Tensor:
-        like = self._like(self._layers[0])
+        like = self._like()
         return self._store[number].to(like.device) @ basis.to(like)
 
-    def _like(self, layer: Any) -> Tensor:
+    def _like(self) -> Tensor:
         """Return a tensor with the dtype and device of the model's weights."""
-        weight: Tensor = output_maps(layer, self._row)[1].weight
+        weight: Tensor = self._model.get_input_embeddings().weight
         return weight
 
 

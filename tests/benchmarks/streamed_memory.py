@@ -1,0 +1,184 @@
+"""Peak memory of compressions with the weights in memory and streamed layer by layer.
+
+A synthetic float16 Llama checkpoint (32 layers of 25.7 MB, 1 GB in all) is compressed in a process
+of its own per recipe and placement. Printed is the peak of the resident set over that after the
+imports, as a multiple of the checkpoint's bytes: all of it, and its anonymous part. What is not
+anonymous is pages of mapped files, which the system takes back when it needs memory; a shard that
+is written counts there in full.
+
+    python tests/benchmarks/streamed_memory.py [--folder /tmp] [--layers 32] [--placements streamed]
+        [--recipes streamline_none,shortgpt,...] [--samples 4] [--length 64]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+RECIPES = "streamline_none,shortgpt,last_layers,streamline,slicegpt,replaceme_lstsq,sleb"
+VOCABULARY, HIDDEN, INNER = 32_000, 1_024, 2_816
+SHARD = 200_000_000
+
+
+def write_checkpoint(folder: Path, layers: int) -> int:
+    """Write random weights, a tokenizer and text; return the bytes of the weights."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER,
+        num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16, dtype="float16",
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i + 3 for i in range(VOCABULARY - 3)}}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>")
+    tokenizer.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(VOCABULARY - 3, (200,), generator=generator) for _ in range(200)]
+    lines = [json.dumps({"text": " ".join(f"w{i}" for i in row.tolist())}) for row in rows]
+    (folder / "calibration.jsonl").write_text("\n".join(lines) + "\n")
+
+    def shapes() -> Any:
+        yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
+        for layer in range(layers):
+            at = f"model.layers.{layer}."
+            for name in "qkvo":
+                yield f"{at}self_attn.{name}_proj.weight", (HIDDEN, HIDDEN)
+            for name in ("gate", "up"):
+                yield f"{at}mlp.{name}_proj.weight", (INNER, HIDDEN)
+            yield f"{at}mlp.down_proj.weight", (HIDDEN, INNER)
+            for name in ("input", "post_attention"):
+                yield f"{at}{name}_layernorm.weight", (HIDDEN,)
+        yield "model.norm.weight", (HIDDEN,)
+        yield "lm_head.weight", (VOCABULARY, HIDDEN)
+
+    weight_map, shard, total, number = {}, {}, 0, 0
+
+    def write() -> None:
+        save_file(shard, folder / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
+        shard.clear()
+
+    for name, shape in shapes():
+        drawn = torch.randn(shape, generator=generator) if len(shape) > 1 else torch.ones(shape)
+        shard[name] = (drawn * (0.02 if len(shape) > 1 else 1)).half()
+        weight_map[name] = f"model-{number:05d}.safetensors"
+        total += shard[name].nbytes
+        if sum(tensor.nbytes for tensor in shard.values()) > SHARD:
+            write()
+            number += 1
+    if shard:
+        write()
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def resident() -> tuple[int, int]:
+    """Return the resident set of this process and its anonymous part, in bytes."""
+    rows = Path("/proc/self/status").read_text().splitlines()
+    found = {row.split(":")[0]: int(row.split()[1]) * 1024 for row in rows if row.startswith("Rss")}
+    return sum(found.values()), found["RssAnon"]
+
+
+def measure(
+    folder: Path, output: Path, name: str, placement: str, samples: int, length: int
+) -> None:
+    """Compress, and print the peaks over the resident set after the imports as JSON."""
+    from streamline_bench.compression import compress, load_recipe
+    from streamline_bench.compression.recipes import applicable
+    from streamline_bench.methods.base import get_method
+
+    given: dict[str, Any] = {"calibration": "auto", "calibration.samples": samples}
+    given |= {"sequence_length": length, "training.min_steps": 4, "training.epochs": 1}
+    given |= {"training.data.samples": 16, "training.data.sequence_length": length}
+    given |= {"training.batch_size": 2, "training.gradient_accumulation": 2}
+    if name == "slicegpt":
+        given["calibration.samples"] = max(samples, 2 * HIDDEN // length)
+    if name == "sleb":
+        given["n_layers"] = 1
+    recipe = load_recipe(name, applicable(given, load_recipe(name)))
+    get_method(recipe.method)
+    for module in (
+        "streamline_bench.compression.pipeline",
+        "streamline_bench.core.training",
+        "streamline_bench.core.scan",
+        "transformers.models.llama.modeling_llama",
+    ):
+        importlib.import_module(module)
+
+    peaks, ended = [0, 0], threading.Event()
+    base = resident()
+
+    def watch() -> None:
+        while not ended.wait(0.005):
+            for place, value in enumerate(resident()):
+                peaks[place] = max(peaks[place], value - base[place])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.monotonic()
+    try:
+        compress(folder, recipe, output, placement=placement, progress=False)  # type: ignore[arg-type]
+    finally:
+        ended.set()
+        watcher.join()
+    print(json.dumps({"peaks": peaks, "seconds": time.monotonic() - started}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is made for the time")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--placements", default="streamed,resident")
+    parser.add_argument("--recipes", default=RECIPES)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        folder, output, name, placement = options.measure
+        size = (options.samples, options.length)
+        return measure(Path(folder), Path(output), name, placement, *size)
+    with tempfile.TemporaryDirectory(dir=options.folder) as place:
+        model = Path(place) / "model"
+        model.mkdir()
+        size = write_checkpoint(model, options.layers)
+        print(f"{size / 1e9:.2f} GB; peaks over the imports, as multiples of it")
+        for name in options.recipes.split(","):
+            for placement in options.placements.split(","):
+                output = Path(place) / "out"
+                command = [sys.executable, __file__, "--samples", str(options.samples)]
+                command += ["--length", str(options.length), "--measure", str(model), str(output)]
+                cache = {"STREAMLINE_BENCH_CACHE": str(Path(place) / "cache")}
+                ended = subprocess.run(
+                    [*command, name, placement], capture_output=True, text=True,
+                    env={**os.environ, **cache}, check=False,
+                )  # fmt: skip
+                subprocess.run(["rm", "-rf", str(output)], check=True)
+                if ended.returncode:
+                    said = ended.stderr.strip().splitlines() or ["?"]
+                    print(f"{name:18} {placement:9} {said[-1]}")
+                    continue
+                found = json.loads(ended.stdout.splitlines()[-1])
+                whole, own = (peak / size for peak in found["peaks"])
+                shown = f"{whole:5.2f} all {own:5.2f} anonymous {found['seconds']:6.1f} s"
+                print(f"{name:18} {placement:9} {shown}", flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()
