@@ -17,23 +17,20 @@ from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.errors import RecipeError
 from streamline_bench.modeling.loading import SourceModel
 
-STREAMED = {
-    "streamline_none": {},
-    "streamline": {"training.min_steps": 6, "training.data.samples": 24},  # two epochs
-    "streamline_linear": {},
-    "sleb": {},
-    "shortened_llama_ppl": {},
-    "shortened_llama_taylor": {},
-    "llm_pruner": {},
-    "slicegpt": {},
-    "shortgpt": {},
-    "uidl": {},
-    "last_layers": {},
-    "magnitude_l1": {},
-    "linear_patch": {},
-    "ridge_map": {},
-    "replaceme_lstsq": {},
-}
+EPOCHS = {"training.min_steps": 6, "training.data.samples": 24}
+FEW = {"calibration.samples": 4, "parameters.bisections": 3}
+STREAMED: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in ("last_layers", "llm_pruner", "linear_patch", "magnitude_l1")),
+    *((name, {}) for name in ("replaceme_lstsq", "ridge_map", "shortened_llama_ppl")),
+    *((name, {}) for name in ("shortened_llama_taylor", "shortgpt", "sleb", "slicegpt", "uidl")),
+    ("laco", FEW),
+    ("laco_rdsc", FEW),
+    ("streamline_none", {}),
+    ("streamline", {}),  # one epoch: batches in the order of the training
+    ("streamline", {**EPOCHS, "training.epochs": 2}),  # states of all sequences in a file
+    ("streamline", {**EPOCHS, "training.epochs": 2, "training.cache_gb": 0}),  # part by part
+    ("streamline_linear", {}),
+]
 RESIDENT = ("last_layers_lora", "streamline_lm")
 
 
@@ -58,15 +55,16 @@ def _files(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.parametrize(("name", "changes"), STREAMED)
 def test_the_same_bytes(
     name: str,
+    changes: dict[str, Any],
     recipe_source: Path,
     small: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe = small(name, **STREAMED[name])
+    recipe = small(name, **changes)
     options: dict[str, Any] = {"progress": False}
     resident = compress(recipe_source, recipe, tmp_path / "a", placement="resident", **options)
 

@@ -60,6 +60,7 @@ class LaCo(Method):
     """Layer collapse: merges instead of plain removal."""
 
     name = "laco"
+    streamed = True
     parameters: ClassVar[type[BaseModel]] = LaCoParameters
     seeded = False
 
@@ -74,7 +75,7 @@ class LaCo(Method):
         _require_range(options, plan.num_layers)
         tokens = work.tokens(work.recipe.calibration)
         with MergeSearch(
-            work.model, tokens, options, options.merge, options.activations_gb
+            work.model, tokens, options, options.merge, options.activations_gb, work.work
         ) as search:
             threshold = options.threshold
             if threshold is None:

@@ -12,8 +12,10 @@ leaves the topmost layer out of later merges.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -22,8 +24,16 @@ from torch import Tensor, nn
 
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.forward import PartialForward, require_finite_states
+from streamline_bench.core.forward import (
+    LayersEntangled,
+    PartialForward,
+    entangled,
+    require_finite_states,
+    walk_states,
+)
 from streamline_bench.core.recipe.schema import Frozen
+from streamline_bench.core.state_store import BatchStore, state_store, states_bytes
+from streamline_bench.core.streaming import held_layer, is_streamed
 from streamline_bench.errors import ArchitectureError, CalibrationError, NumericsError
 from streamline_bench.methods.tools.layer_removal import is_linear_weight
 
@@ -62,10 +72,12 @@ class MergeSearch:
 
     Args:
         activations_gb: most memory for the dense model's states, in 10^9 bytes.
+        work: folder for states of a streamed model that exceed the memory. Each trial reads the
+            layers from the merge upwards.
 
     Raises:
         CalibrationError: the states would need more.
-        ArchitectureError: the layers differ in shape.
+        ArchitectureError: the layers differ in shape, or cannot be run one by one.
         NumericsError: on entering: the model's own states are NaN or infinite.
     """
 
@@ -76,13 +88,18 @@ class MergeSearch:
         span: MergeRange,
         rule: MergeRule,
         activations_gb: float = 8.0,
+        work: Path | None = None,
     ) -> None:
+        self._model, self._work = model, work
         self._depth = len(decoder_layers(model))
         self._span = span
-        self._merger = LayerMerger(model, rule)
+        kind = StreamedMerger if is_streamed(model) else LayerMerger
+        self._merger = kind(model, rule)
         self._forward = PartialForward(model)
         self._batches = list(tokens.batches(_BATCH, trim=True))
+        self._device = model.get_input_embeddings().weight.device
         self._states: list[dict[int, Tensor]] = []
+        self._store: BatchStore | None = None
         self._dense: list[Tensor] = []
         self._cosines: dict[tuple[Any, ...], float] = {}
         embedding: Tensor = model.get_input_embeddings().weight
@@ -101,12 +118,23 @@ class MergeSearch:
         return len(self._cosines)
 
     def __enter__(self) -> MergeSearch:
-        self._forward.__enter__()
+        self._opened = ExitStack()
         try:
-            for ids, mask in self._batches:
-                self._dense.append(self._forward.hidden(ids, mask, record=True))
-                self._states.append(self._forward.states)
-                require_finite_states(self._states[-1], self._dense[-1], mask)
+            if is_streamed(self._model):
+                self._fill()
+            self._opened.enter_context(self._forward)
+            for number, (ids, mask) in enumerate(self._batches):
+                if self._store is not None:
+                    last = self._store.load((self._depth, number), self._device)
+                    states = {self._depth: last}
+                    self._dense.append(
+                        self._forward.hidden(ids, mask, start=self._depth, state=last)
+                    )
+                else:
+                    self._dense.append(self._forward.hidden(ids, mask, record=True))
+                    states = self._forward.states
+                    self._states.append(states)
+                require_finite_states(states, self._dense[-1], mask)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -114,8 +142,18 @@ class MergeSearch:
 
     def __exit__(self, *error: Any) -> None:
         self._merger.undo()
-        self._forward.__exit__(*error)
-        self._states, self._dense = [], []
+        self._opened.close()
+        self._states, self._dense, self._store = [], [], None
+
+    def _fill(self) -> None:
+        """Take all batches through a streamed model, and keep their states at all boundaries."""
+        every = range(self._depth + 1)
+        size = (self._depth + 3) * states_bytes(self._model, self._batches)
+        self._store = self._opened.enter_context(state_store(self._model, size, self._work))
+        try:
+            walk_states(self._model, self._batches, every, self._store, progress=False)
+        except LayersEntangled:
+            raise entangled(self._model) from None
 
     def run(self, threshold: float, most: int) -> list[Merge]:
         """Return the merges at a threshold, at most ``most`` layers removed, top first.
@@ -155,12 +193,9 @@ class MergeSearch:
 
     def _evaluate(self, base: int, gone: set[int]) -> float:
         total = 0.0
-        for (ids, mask), states, dense in zip(
-            self._batches, self._states, self._dense, strict=True
+        for (_, mask), hidden, dense in zip(
+            self._batches, self._last_states(base, gone), self._dense, strict=True
         ):
-            # Merges proceed from the top downwards, so that no layer below the base has changed.
-            where = {"start": base, "state": states[base]} if base else {}
-            hidden = self._forward.hidden(ids, mask, skip=gone, **where)
             keep = mask.to(dense.device)[..., None]  # pads do not count
             a, b = ((states.double() * keep).flatten(1) for states in (dense, hidden))
             cosines = nn.functional.cosine_similarity(a, b, dim=1, eps=1e-300)
@@ -172,6 +207,30 @@ class MergeSearch:
                 "the weights, or try another dtype."
             )
         return mean
+
+    def _last_states(self, base: int, gone: set[int]) -> Iterator[Tensor]:
+        """Yield each batch's last hidden states with the merges at hand.
+
+        Merges proceed from the top downwards, so that no layer below the base has changed.
+        """
+        if self._store is None:
+            for (ids, mask), states in zip(self._batches, self._states, strict=True):
+                where = {"start": base, "state": states[base]} if base else {}
+                yield self._forward.hidden(ids, mask, skip=gone, **where)
+            return
+        store = self._store
+        place: int | str = base
+        for layer in range(base, self._depth):
+            if layer in gone:
+                continue
+            with self._merger.held(layer):
+                for number, (ids, mask) in enumerate(self._batches):
+                    state = store.load((place, number), self._device)
+                    store["trial", number] = self._forward.layer(layer, ids, mask, state)
+            place = "trial"
+        for number, (ids, mask) in enumerate(self._batches):
+            state = store.load((place, number), self._device)
+            yield self._forward.hidden(ids, mask, start=self._depth, state=state)
 
 
 MergeRule: TypeAlias = Literal["reference", "rdsc"]
@@ -202,6 +261,7 @@ class LayerMerger:
 
     def __init__(self, model: Any, rule: MergeRule) -> None:
         self._rule = rule
+        self._model = model
         self._weights: list[dict[str, nn.Parameter]] = [
             {name: p for name, p in layer.named_parameters() if is_linear_weight(name, p.dim())}
             for layer in decoder_layers(model)
@@ -215,6 +275,11 @@ class LayerMerger:
     def depth(self) -> int:
         """Number of merges that could be undone."""
         return len(self._undone)
+
+    @contextmanager
+    def held(self, layer: int) -> Iterator[None]:
+        """Have a layer's weights in it, with the merges."""
+        yield
 
     def merge(self, base: int, others: Sequence[int]) -> None:
         """Merge layers ``others`` into layer ``base``; the caller leaves them out of the pass."""
@@ -237,6 +302,68 @@ class LayerMerger:
         merged = start * (1 - len(others))
         for other in others:
             merged += self._weights[other][name].data
+        return merged
+
+
+class StreamedMerger(LayerMerger):
+    """Does the same with a streamed model: merges are carried out when a layer is read."""
+
+    def __init__(self, model: Any, rule: MergeRule) -> None:
+        super().__init__(model, rule)
+        self._merges: list[tuple[int, tuple[int, ...]]] = []
+
+    @property
+    def depth(self) -> int:
+        return len(self._merges)
+
+    def merge(self, base: int, others: Sequence[int]) -> None:
+        self._merges.append((base, tuple(others)))
+
+    def undo(self, depth: int = 0) -> None:
+        del self._merges[depth:]
+
+    @contextmanager
+    def held(self, layer: int) -> Iterator[None]:
+        with held_layer(self._model, layer) as host:
+            if any(base == layer for base, _ in self._merges):
+                self._carry_out(layer, host)
+            yield
+
+    def _carry_out(self, layer: int, host: nn.Module) -> None:
+        with ExitStack() as stack:
+            sources = self._sources(layer, self.depth)
+            hosts = {n: stack.enter_context(held_layer(self._model, n)) for n in sorted(sources)}
+            # All are computed before the first one is replaced, by which others may be.
+            merged = {
+                name: self._value(hosts, name, layer, self.depth).clone()
+                for name in self._weights[layer]
+            }
+            for name, tensor in merged.items():
+                host.get_parameter(name).data = tensor
+
+    def _last_merge(self, layer: int, before: int) -> int | None:
+        """Return the number of the last merge into a layer, among the first ``before``."""
+        return next((i for i in reversed(range(before)) if self._merges[i][0] == layer), None)
+
+    def _sources(self, layer: int, before: int) -> set[int]:
+        number = self._last_merge(layer, before)
+        if number is None:
+            return {layer}
+        _, others = self._merges[number]
+        of = (others[-1],) if self._rule == "reference" else (layer, *others)
+        return set().union(*(self._sources(each, number) for each in of))
+
+    def _value(self, hosts: Mapping[int, nn.Module], name: str, layer: int, before: int) -> Tensor:
+        """Return a projection of a layer after the first ``before`` merges."""
+        number = self._last_merge(layer, before)
+        if number is None:
+            return hosts[layer].get_parameter(name).data
+        _, others = self._merges[number]
+        if self._rule == "reference":
+            return self._value(hosts, name, others[-1], number)
+        merged = self._value(hosts, name, layer, number) * (1 - len(others))
+        for other in others:
+            merged += self._value(hosts, name, other, number)
         return merged
 
 

@@ -17,9 +17,8 @@ from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.errors import CalibrationError, NumericsError, SparsityError
 from streamline_bench.methods.base import Compression
-from streamline_bench.methods.depth import shortened_llama as shortened_llama_taylor
 from streamline_bench.methods.depth.shortened_llama import taylor_scores
-from streamline_bench.methods.tools import likelihood
+from streamline_bench.methods.tools import gradients
 from streamline_bench.modeling.loading import SourceModel
 
 
@@ -120,14 +119,14 @@ def test_only_linear_weights_of_layers_get_gradients(
         held.update(n for n, p in model.named_parameters() if p.grad is not None)
 
     weight.register_hook(look)
-    asked = likelihood.sum_gradients
+    asked = gradients.sum_gradients
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def spied(model: Any, weights: Any, *rest: Any, **options: Any) -> Any:
         chosen.update(names[id(weight)] for weight in weights.values())
         return asked(model, weights, *rest, **options)
 
-    monkeypatch.setattr(shortened_llama_taylor, "sum_gradients", spied)
+    monkeypatch.setattr(gradients, "sum_gradients", spied)
     taylor_scores(model, CalibrationTokens.from_tensors(IDS, MASK), progress=False)
     assert len(chosen) == 6 * 7
     assert all(name.endswith("proj.weight") for name in chosen)
