@@ -125,10 +125,10 @@ class MergeSearch:
             self._opened.enter_context(self._forward)
             for number, (ids, mask) in enumerate(self._batches):
                 if self._store is not None:
-                    last = self._store.load((self._depth, number), self._device)
-                    states = {self._depth: last}
+                    store, device, top = self._store, self._device, self._depth
+                    states = {b: store.load((b, number), device) for b in range(top + 1)}
                     self._dense.append(
-                        self._forward.hidden(ids, mask, start=self._depth, state=last)
+                        self._forward.hidden(ids, mask, start=top, state=states[top])
                     )
                 else:
                     self._dense.append(self._forward.hidden(ids, mask, record=True))
