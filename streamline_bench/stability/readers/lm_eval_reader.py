@@ -5,8 +5,8 @@ lm-eval writes ``<output_path>/<model name>/results_<timestamp>.json`` and, with
 Nothing is believed without a check: every task must have its file, every file as many documents as
 the results say, and the hash over its rows must be the one in the results.
 
-A folder may hold several evaluations of one model, made task by task: they are read as one run
-(:func:`_joined`).
+A folder may hold several evaluations of one model, made task by task, also in folders of their own:
+they are read as one run (:func:`_joined`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from streamline_bench.core.files import read_json
-from streamline_bench.errors import SamplesError
+from streamline_bench.errors import SamplesError, few
 from streamline_bench.stability.readers.lm_eval_rows import (
     LogFile,
     TaskConfig,
@@ -36,6 +36,7 @@ _RESULTS = re.compile(r"^(?P<stem>.+)_(?P<timestamp>\d{4}-\d\d-\d\dT\d\d-\d\d-\d
 _LONGEST_NAME = 255  # bytes, of a file
 
 _MODEL = ("model", "model_args", "model_name", "model_sha", "model_revision", "peft_sha")
+_ASKED = ("version", "examples before a question", "hash of the questions")
 _NO_SETTINGS = frozenset({"batch_size", "batch_sizes", "device", "use_cache", "bootstrap_iters"})
 """Keys of the config that decide speed, place or intervals, and no answer."""
 
@@ -186,7 +187,8 @@ def read_lm_eval(
 
     Args:
         path: a results file, or a folder that holds the results of one model at any depth. Several
-            evaluations of one model with the same settings are joined.
+            evaluations of one model with the same settings are joined, also those of other tasks
+            in folders of their own.
         timestamp: read this evaluation only.
 
     Raises:
@@ -194,7 +196,9 @@ def read_lm_eval(
             are named.
         NumericsError: a log-likelihood is NaN or infinite; the document is named.
     """
-    parts, left_out = _joined([_evaluation(file) for file in _results_files(path, timestamp)])
+    found = [_evaluation(file) for file in _results_files(path, timestamp)]
+    _require_one_model(path, found)
+    parts, left_out = _joined(path, found)
     if not parts:
         raise SamplesError(
             f"{path} has results but no samples of their tasks; evaluate again with "
@@ -227,15 +231,20 @@ def _results_files(path: Path, timestamp: str | None) -> list[Path]:
             f"There is no results_<time>.json below '{path}'; give the folder that "
             "lm_eval --output_path names."
         )
-    folders = sorted({file.parent for file in found})
-    if len(folders) > 1:
-        names = ", ".join(f"'{folder}'" for folder in folders[:4])
-        raise SamplesError(f"'{path}' holds results of several models ({names}); name one of them.")
     chosen = [file for file, time in found.items() if timestamp in (None, time)]
     if not chosen:
         times = ", ".join(sorted(found.values()))
         raise SamplesError(f"'{path}' has no evaluation of {timestamp}; it has: {times}.")
     return sorted(chosen, key=lambda file: found[file], reverse=True)
+
+
+def _require_one_model(path: Path, found: Sequence[_Evaluation]) -> None:
+    """Refuse folders of which each is another model's (SamplesError: naming them)."""
+    folders = sorted({each.file.parent for each in found})
+    differing = (_difference(found[0], each) for each in found[1:])
+    if len(folders) > 1 and any(key is not None and key[0] in _MODEL for key in differing):
+        names = few([f"'{folder}'" for folder in folders])
+        raise SamplesError(f"'{path}' holds results of several models ({names}); name one of them.")
 
 
 def _evaluation(file: Path) -> _Evaluation:
@@ -245,40 +254,57 @@ def _evaluation(file: Path) -> _Evaluation:
         return _Evaluation(file, results, tuple(results.tasks))
 
 
-def _joined(found: Sequence[_Evaluation]) -> tuple[list[_Evaluation], dict[str, str]]:
+def _joined(path: Path, found: Sequence[_Evaluation]) -> tuple[list[_Evaluation], dict[str, str]]:
     """The evaluations that are read as one run, the newest first, and why others are left out.
 
-    They were made with the same settings. A task that several asked the same way counts once, from
-    the newest. An evaluation with other settings is left out. If it asked a task that is read, it
-    is refused: nobody can know which of the two is meant.
+    They were made with the same settings. A task that several in one folder asked the same way
+    counts once, from the newest. An evaluation with other settings is left out. If it asked a task
+    that is read, it is refused: nobody can know which of the two is meant.
 
     Raises:
         SamplesError: evaluations of other models, or contradictory ones.
     """
-    newest, *older = found
-    parts, left_out = [newest], {}
+    logged = [each for each in found if any(map(each.has_samples, each.tasks))]
+    bare = [each for each in found if each not in logged]
+    left_out = {_name(path, each): "no samples were logged" for each in bare if logged}
+    newest, *older = logged or found  # of the latter, reading says what is missing
+    parts = [newest]
     for evaluation in older:
-        name = evaluation.file.name
         differing = _difference(newest, evaluation)
         twice = [task for task in evaluation.tasks for part in parts if task in part.tasks]
-        if not any(evaluation.has_samples(task) for task in evaluation.tasks):
-            left_out[name] = "no samples were logged"
-        elif differing and (twice or differing[0] in _MODEL):
+        if differing and (twice or differing[0] in _MODEL):
             raise _contradiction(newest, evaluation, " and ".join(map(_shown, differing[1:])),
                                  differing[0])  # fmt: skip
-        elif differing:
+        if differing:
             key, here, there = differing
-            left_out[name] = f"{key} is {_shown(there)} there, {_shown(here)} in the newest"
-        else:
-            for task in twice:
-                other = next(part for part in parts if task in part.tasks)
-                if other.asked(task) != evaluation.asked(task):
-                    raise _contradiction(other, evaluation, "the same settings", f"task '{task}'")
-            if twice:
-                left_out[name] = f"a newer evaluation has the same tasks ({', '.join(twice)})"
-            kept = tuple(task for task in evaluation.tasks if task not in twice)
-            parts.append(replace(evaluation, tasks=kept))
+            left_out[_name(path, evaluation)] = (
+                f"{key} is {_shown(there)} there, {_shown(here)} in the newest"
+            )
+            continue
+        for task in twice:
+            other = next(part for part in parts if task in part.tasks)
+            _require_same_questions(other, evaluation, task)
+        if twice:
+            reason = f"a newer evaluation has the same tasks ({', '.join(twice)})"
+            left_out[_name(path, evaluation)] = reason
+        kept = tuple(task for task in evaluation.tasks if task not in twice)
+        parts.append(replace(evaluation, tasks=kept))
     return [part for part in parts if part.tasks], left_out
+
+
+def _name(path: Path, evaluation: _Evaluation) -> str:
+    """What tells an evaluation from the others below ``path``."""
+    file = evaluation.file
+    return str(file.relative_to(path)) if file.parent.parent != path else file.name
+
+
+def _require_same_questions(newest: _Evaluation, other: _Evaluation, task: str) -> None:
+    """Refuse two evaluations of a task of which nobody can know which one is meant."""
+    if newest.file.parent != other.file.parent:
+        raise _contradiction(newest, other, "each in a folder of its own", f"task '{task}'")
+    for what, here, there in zip(_ASKED, newest.asked(task), other.asked(task), strict=True):
+        if here != there:
+            raise _contradiction(newest, other, f"{what}: {here} and {there}", f"task '{task}'")
 
 
 def _difference(newest: _Evaluation, other: _Evaluation) -> tuple[str, Any, Any] | None:
@@ -296,9 +322,14 @@ def _shown(value: Any) -> str:
 
 def _contradiction(newest: _Evaluation, other: _Evaluation, values: str, what: str) -> SamplesError:
     return SamplesError(
-        f"{newest.file} and {other.file.name} beside it contradict each other in {what} "
-        f"({values}); give one of these files instead of the folder, or move the other away."
+        f"{newest.file} and {_beside(newest, other)} contradict each other in {what} ({values}); "
+        "give one of these files instead of the folder, or move the other away."
     )
+
+
+def _beside(newest: _Evaluation, other: _Evaluation) -> str:
+    same = newest.file.parent == other.file.parent
+    return f"{other.file.name} beside it" if same else str(other.file)
 
 
 def _can_be_a_file(name: str) -> bool:

@@ -201,7 +201,7 @@ def other_shots(results: dict) -> None:
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [(other_hash, "toy_fill"), (other_shots, "toy_fill"), (other_limit, "limit"),
+    [(other_hash, "toy_fill"), (other_shots, "toy_fill.*0 and 5"), (other_limit, "limit"),
      (other_model, "model_args")],
 )  # fmt: skip
 def test_evaluations_that_contradict_each_other_are_refused(
@@ -243,6 +243,50 @@ def test_an_evaluation_without_samples_is_left_out_by_name(copied: Path) -> None
     older = evaluate_again(copied, ("toy_fill",))
     next(copied.glob(f"samples_toy_fill_{OLD}.jsonl")).unlink()
     assert read(copied).info.left_out == {older.name: "no samples were logged"}
+
+
+def test_the_newest_with_samples_counts(copied: Path) -> None:
+    evaluate_again(copied, ("toy_fill",))
+    newest = max(copied.rglob("results_*.json"))
+    for file in copied.glob("samples_*.jsonl"):
+        if OLD not in file.name:
+            file.unlink()
+    found = read(copied)
+    assert found.tasks == ("toy_fill",)
+    assert found.info.left_out == {newest.name: "no samples were logged"}
+
+
+def into_a_folder_of_its_own(folder: Path) -> Path:
+    """Move the older evaluation to where ``--output_path out/other`` would have put it."""
+    own = folder.parents[1] / "other" / folder.name
+    own.mkdir(parents=True)
+    for file in folder.glob(f"*_{OLD}.json*"):
+        shutil.move(file, own)
+    return own
+
+
+def test_tasks_in_folders_of_their_own_are_one_run(copied: Path, tmp_path: Path) -> None:
+    evaluate_again(copied, ("toy_fill", "toy_ll"))
+    keep_only(copied, ("toy_mc",))
+    into_a_folder_of_its_own(copied)
+    assert read(tmp_path).tasks == ("toy_fill", "toy_ll", "toy_mc")
+
+
+def test_a_task_in_two_folders_is_refused(copied: Path, tmp_path: Path) -> None:
+    evaluate_again(copied, ("toy_fill",))
+    own = into_a_folder_of_its_own(copied)
+    with pytest.raises(SamplesError, match=rf"contradict.*{own}|{own}.*contradict.*toy_fill"):
+        read(tmp_path)
+
+
+def test_other_settings_in_a_folder_of_its_own_are_named_with_it(
+    copied: Path, tmp_path: Path
+) -> None:
+    evaluate_again(copied, ("toy_fill",), other_limit)
+    keep_only(copied, ("toy_mc",))
+    own = into_a_folder_of_its_own(copied)
+    (name,) = read(tmp_path).info.left_out
+    assert str(tmp_path / name).startswith(str(own))
 
 
 def older_version(folder: Path, *, filters: bool = True) -> None:
