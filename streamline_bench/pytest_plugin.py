@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from streamline_bench.gate.evidence import Evidence, Source
+    from streamline_bench.gate.evidence import Evidence, Reference, Source
     from streamline_bench.gate.result import GateResult, Thresholds
 
 _THRESHOLDS = {
@@ -63,12 +63,14 @@ class StreamlineGate:
         write: write the reference instead of comparing.
         thresholds: from options and ini file; a call's own keywords count before them.
         results: of all calls, for the summary.
+        written: the reference that a test of this session wrote.
     """
 
     reference: Path
     write: bool = False
     thresholds: Mapping[str, Any] = field(default_factory=dict)
     results: list[GateResult] = field(default_factory=list)
+    written: Reference | None = None
 
     def __call__(
         self, run: Path | str, *, rows: Sequence[str] = (), **thresholds: Any
@@ -134,13 +136,12 @@ class StreamlineGate:
     ) -> GateResult:
         """Everything that is cheap to check was or is checked before ``read`` takes its time."""
         __tracebackhide__ = True
-        from streamline_bench.gate.evidence import write_reference
         from streamline_bench.gate.judge import judge
         from streamline_bench.gate.table import line, verdict
 
         limits = self._limits(thresholds)
         if against is None:
-            write_reference(read().figures, self.reference)
+            self._write(read().figures)
             pytest.skip(f"wrote the reference {self.reference}; nothing was compared")
         result = judge(read(), against.evidence(progress=False), limits, rows)
         self.results.append(result)
@@ -148,6 +149,20 @@ class StreamlineGate:
             lines = [verdict(result), *(f"  {line(check)}" for check in result.closing)]
             raise AssertionError("\n".join(lines))
         return result
+
+    def _write(self, figures: Reference) -> None:
+        """Write the reference; another one in the same session would take its place unseen."""
+        from streamline_bench.errors import ComparisonError
+        from streamline_bench.gate.evidence import write_reference
+
+        if self.written is not None and self.written != figures:
+            raise ComparisonError(
+                f"Another test wrote {self.reference} from {self.written.source}, and one file "
+                "holds one reference; write them one by one: choose the test with -k, and give "
+                "each a --streamline-reference of its own."
+            )
+        write_reference(figures, self.reference)
+        self.written = figures
 
     def _limits(self, own: Mapping[str, Any]) -> Thresholds:
         from pydantic import ValidationError

@@ -105,6 +105,22 @@ def test_writes_the_reference_then_compares(
     pytester.runpytest(*options).assert_outcomes(failed=1)
 
 
+def test_two_tests_do_not_write_one_reference(
+    pytester: pytest.Pytester, runs: dict[str, Path]
+) -> None:
+    """The second would replace what the first one wrote, and CI would fail later."""
+    good, bad = (str(runs[name]) for name in ("good", "bad"))
+    tests = [TEST.format(run=run).replace("keeps", f"keeps_{n}") for n, run in
+             enumerate((good, good, bad))]  # fmt: skip
+    pytester.makepyfile("\n".join(tests))
+    written = pytester.runpytest(
+        *PLUGIN, "--streamline-reference=ref.json", "--streamline-write-reference"
+    )
+    written.assert_outcomes(skipped=2, failed=1)
+    written.stdout.fnmatch_lines(["E *ComparisonError: *ref.json*"])
+    assert good in (pytester.path / "ref.json").read_text()
+
+
 def test_evaluations_without_a_run_folder(pytester: pytest.Pytester, runs: dict[str, Path]) -> None:
     pytester.makepyfile(
         f"""

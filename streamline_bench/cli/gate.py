@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamline_bench.cli.options import print_table, refuse_existing, refuse_given, write_json
+from streamline_bench.cli.options import (
+    print_table,
+    refuse_existing,
+    refuse_given,
+    refuse_unwritable_file,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from streamline_bench.gate.result import GateResult
@@ -72,6 +78,9 @@ def command(
         _write_reference(run, reference, overwrite, quiet)
         return
     refuse_given(ctx, "it needs --write-reference", "overwrite")
+    refuse_unwritable_file(output)
+    if against is not None and against.resolve() == run.resolve():
+        click.echo("Note: RUN is compared with itself.", err=True)
     from streamline_bench.gate.judge import gate
     from streamline_bench.gate.result import Thresholds
 
@@ -91,6 +100,7 @@ def _write_reference(run: Path, reference: Path, overwrite: bool, quiet: bool) -
     from streamline_bench.gate.evidence import read_evidence, write_reference
 
     refuse_existing(reference, overwrite, "path")
+    refuse_unwritable_file(reference, "path")
     figures = read_evidence(run, progress=not quiet).figures
     write_reference(figures, reference)
     if quiet:

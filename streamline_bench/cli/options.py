@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -136,12 +137,48 @@ def refuse_given(ctx: click.Context, why: str, *names: str) -> None:
 
 def refuse_existing(file: Path, overwrite: bool, option: str = "--output") -> None:
     """Refuse, before any work, an output that exists (OutputError), unless it may be replaced."""
-    try:
+    with _usable(file, option):
         if not overwrite and file.exists():
             raise OutputError(f"Output {file} exists; give another {option} or pass --overwrite.")
+
+
+def refuse_unwritable_file(file: Path | None, option: str = "--output") -> None:
+    """Refuse, before any work, a file that cannot be written (OutputError); None: there is none."""
+    if file is None:
+        return
+    with _usable(file, option):
+        if file.is_dir():
+            raise OutputError(f"Output {file} is a folder; give the name of a file with {option}.")
+        if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+            raise OutputError(
+                f"Output {file} cannot be made in {file.parent}; make this folder, or give another "
+                f"{option}."
+            )
+
+
+def refuse_unwritable_folder(output: Path) -> None:
+    """Refuse, before any work, a folder that cannot be made or written to (OutputError)."""
+    with _usable(output, "--output"):
+        if output.exists() and not output.is_dir():
+            raise OutputError(
+                f"Output {output} is a file; give the name of a folder with --output."
+            )
+        # Nothing is made yet, so that work that fails leaves nothing behind.
+        nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise OutputError(
+                f"Output {output} cannot be made in {nearest}; give another --output."
+            )
+
+
+@contextmanager
+def _usable(path: Path, option: str) -> Iterator[None]:
+    """Turn what the file system says of a path (too long a name) into an OutputError."""
+    try:
+        yield
     except OSError as error:
         raise OutputError(
-            f"Output {file} cannot be used ({error.strerror}); give another {option}."
+            f"Output {path} cannot be used ({error.strerror}); give another {option}."
         ) from None
 
 

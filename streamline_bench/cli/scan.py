@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from streamline_bench.cli.options import (
     print_table,
     refuse_existing,
     refuse_given,
+    refuse_unwritable_folder,
     setup_logging,
 )
 
@@ -109,18 +109,11 @@ def command(
 
 def _require_free(output: Path | None, overwrite: bool) -> None:
     """Before the scan, not after it: nobody wants to wait for a refusal."""
-    from streamline_bench.errors import OutputError
-
     if output is None:
         return
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"Output {output} is a file; give the name of a folder with --output.")
+    refuse_unwritable_folder(output)
     for file in _FILES:
         refuse_existing(output / file, overwrite)
-    # Nothing is made yet, so that a scan that fails leaves nothing behind.
-    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise OutputError(f"Output {output} cannot be made in {nearest}; give another --output.")
 
 
 def _scanned(model: str, sizes: list[int], *, progress: bool, **asked: Any) -> Similarity:

@@ -12,6 +12,7 @@ from streamline_bench.cli.options import (
     device_option,
     dtype_option,
     print_table,
+    refuse_unwritable_file,
     setup_logging,
     write_json,
 )
@@ -64,6 +65,7 @@ def command(
     lm_eval needs --log_samples. For OpenCompass, give a run or its predictions/<model> folder. Both
     runs must have the same prompts and documents; the first difference is shown otherwise.
     """
+    refuse_unwritable_file(output)
     from streamline_bench.report.text import terminal_text
     from streamline_bench.stability.compare_answers import compare_answers
     from streamline_bench.stability.readers.load import load_samples
@@ -79,11 +81,20 @@ def command(
         "settings": Settings(verdict="correct" if verdict == "acc" else "correct_norm", **settings),
     }
     after = load(pruned, "pruned")
+    if _same(before, after):
+        click.echo("Note: DENSE and PRUNED are the same evaluation.", err=True)
     result = compare_answers(before, after, **options)
     if noise:
         from streamline_bench.stability.noise import above_noise, noise_floor
 
         again = [load(path, f"noise {number}") for number, path in enumerate(noise, start=1)]
+        for path, each in zip(noise, again, strict=True):
+            if _same(before, each):
+                raise click.BadParameter(
+                    f"'{path}' is DENSE itself, which shows no noise; give another evaluation of "
+                    "the same model",
+                    param_hint="--noise",
+                )
         result = above_noise(result, noise_floor(before, again, **options))
     write_json(result, output, as_json)
     if not as_json:
@@ -96,6 +107,10 @@ def command(
             click.echo("".join(f"Not read of {info.run}: {terminal_text(name)} "
                                f"({terminal_text(why)}).\n" for name, why in info.left_out.items()),
                        nl=False)  # fmt: skip
+
+
+def _same(one: Samples, other: Samples) -> bool:
+    return Path(one.info.source).resolve() == Path(other.info.source).resolve()
 
 
 @click.command("divergence")
@@ -139,6 +154,8 @@ def by_text(
     folder = resolve_pretrained(dense, revision)
     tokenizer = load_tokenizer(folder, trust_remote_code=settings["trust_remote_code"])
     texts = itertools.islice(read_texts(text, text_field, tokenizer), documents)
+    first = list(itertools.islice(texts, 1))  # what is wrong with the file is said before any work
+    texts = itertools.chain(first, texts)
     result = token_divergence(folder, pruned, texts, progress=not quiet, **settings)
     write_json(result, None, as_json)
     if not as_json:

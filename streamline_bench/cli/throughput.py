@@ -14,6 +14,7 @@ from streamline_bench.cli.options import (
     print_table,
     refuse_existing,
     refuse_given,
+    refuse_unwritable_folder,
     setup_logging,
 )
 from streamline_bench.core.machine.environment import printable
@@ -125,6 +126,7 @@ def command(
     from streamline_bench.throughput.record import RECORD_NAME
 
     if output is not None:
+        refuse_unwritable_folder(output)
         refuse_existing(output / RECORD_NAME, overwrite)
     how = {**_asked(named, options), "output": output, "progress": not (quiet or as_json)}
     if serving:

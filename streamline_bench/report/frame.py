@@ -22,7 +22,9 @@ COLUMNS = (
     *("shots", "metric", "value", "standard_error", "low", "high", "p", "decision"),
 )
 """``scope``: a task, ``mean over tasks``, ``all documents`` or ``model``. Shares are below 1.
-``runs`` counts the runs that a folded row is the mean of."""
+``runs`` counts the runs that a folded row is the mean of. ``p`` and ``decision`` of a task are
+adjusted over the row's tasks (Holm) and belong to the interval of ``difference_holm``; that of
+``difference`` is of the task alone."""
 
 
 def results(source: Leaderboard | Path | str) -> pd.DataFrame:
@@ -150,6 +152,8 @@ def _of_task(task: TaskScore) -> Iterator[dict[str, Any]]:
         return
     decided = {"p": found.p_holm, "decision": found.decision}
     yield here | _line("difference", found.difference) | decided
+    if found.adjusted is not None:
+        yield here | _line("difference_holm", found.adjusted) | decided
     for name in ("stability", "retention", "agreement"):
         if (estimate := getattr(found, name)) is not None:
             yield here | _line(name, estimate)

@@ -112,7 +112,7 @@ def _tasks(
         because = f" ({reason})" if reason else ""
         raise ComparisonError(
             f"Only run '{owner.info.run}' has task '{only}'{because}; evaluate both on the same "
-            "tasks, name the tasks to compare, or ask for the common ones."
+            "tasks, name those to compare (--task), or ask for the common ones (--common)."
         )
     return sorted(first & second)
 

@@ -47,9 +47,10 @@ def test_the_table_names_what_it_shows(call: Callable, tiny_llama: Path, text_fi
 
 
 @pytest.mark.parametrize("name", ["absent.txt", "table.pdf"])
-def test_what_is_no_text_is_refused(
-    call: Callable, tiny_llama: Path, tmp_path: Path, name: str
+def test_what_is_no_text_is_refused_before_a_model_is_loaded(
+    call: Callable, tiny_llama: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delattr("streamline_bench.divergence.load_model")
     (tmp_path / "table.pdf").write_text("a,b\n")
     ended = call("divergence", tiny_llama, tiny_llama, tmp_path / name, "-q")
     assert ended.code == 2

@@ -38,7 +38,7 @@ def runs(opencompass_files: Any, tmp_path_factory: pytest.TempPathFactory) -> tu
 def test_open_and_closed(call: Callable[..., Any], runs: tuple[Path, Path]) -> None:
     good, bad = runs
     same = call("gate", good, "--against", good, "--draws", 200)
-    assert same.code == 0 and "Gate open" in same.out
+    assert same.code == 0 and "Gate open" in same.out and "itself" in same.err
     every = call("gate", good, "--against", good, "--draws", 200, "--all")
     assert every.code == 0 and every.out.count("arc") >= 3
     lost = call("gate", bad, "--against", good, "--draws", 200)
@@ -124,6 +124,8 @@ def test_inputs_are_checked_before_answers_are_read(
         (("--against", tmp_path / "missing.json"), "missing.json"),
         (("--against", damaged), "damaged.json"),
         (("--against", runs[1], "--row", "prunde"), "prunde"),
+        (("--against", runs[1], "-o", tmp_path / "no" / "gate.json"), "gate.json"),
+        (("--write-reference", tmp_path / "no" / "reference.json"), "reference.json"),
     ):
         ended = call("gate", runs[0], *arguments)
         assert ended.code == 2 and named in ended.err, ended.err

@@ -166,8 +166,28 @@ def test_opencompass_errors_end_with_exit_code_2(
         ([opencompass_runs, models / "pruned"], "several models"),
         ([models / "dense", lm_eval_outputs / "pruned"], "differ in engine"),
         ([models / "dense", models / "pruned", "--quantity", "nll"], "choose another quantity"),
+        ([models / "dense", models / "pruned", "-o", models / "no" / "a.json"], "make this folder"),
+        ([models / "dense", models / "pruned", "-o", models], "is a folder"),
+        ([models / "dense", models / "pruned", "--noise", models / "dense"], "DENSE itself"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["stability", *map(str, arguments)])
         assert ended.value.code == 2
         assert words in capsys.readouterr().err
+
+
+def test_an_output_is_refused_before_answers_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for output in (tmp_path, tmp_path / "no" / "a.json", tmp_path / ("a" * 300)):
+        with pytest.raises(SystemExit) as ended:
+            main(["stability", "not there", "not there", "-o", str(output)])
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert str(output) in said and "--output" in said
+
+
+def test_the_same_evaluation_twice_is_said(opencompass_runs: Path) -> None:
+    dense = opencompass_runs / "predictions" / "dense"
+    assert "same evaluation" in call(dense, f"{dense}/../dense", "--draws", 200).stderr
+    assert "same evaluation" not in call(dense, dense.with_name("pruned"), "--draws", 200).stderr

@@ -75,11 +75,12 @@ def _leader(board: Leaderboard, contest: Contest) -> str:
     tied = [test for test in contest.tests if test.p_holm >= level]
     nearest = contest.tests[0]
     if not tied:
+        adjusted = "Holm's " if len(contest.tests) > 1 else ""  # the interval is of this test alone
         return (
             f"Of {among}, {first} is first with {percent(contest.accuracy)} %: "
             f"{points(nearest.difference.value)} points before {nearest.second} "
             f"({board.level} interval {points(nearest.difference.low)} to "
-            f"{points(nearest.difference.high)}, p {p_value(nearest.p_holm)})."
+            f"{points(nearest.difference.high)}, {adjusted}p {p_value(nearest.p_holm)})."
         )
     return (
         f"Of {among}, {first} has most right ({percent(contest.accuracy)} %), but cannot be told "

@@ -220,6 +220,11 @@ def read_lm_eval(
 def _results_files(path: Path, timestamp: str | None) -> list[Path]:
     """The results files that ``path`` means, the newest first."""
     if path.is_file():
+        if path.name.startswith("samples_"):
+            raise SamplesError(
+                f"{path} holds the samples of one task; give the results_<time>.json beside it, or "
+                "the folder."
+            )
         return [path]
     found = {
         file: match["timestamp"]

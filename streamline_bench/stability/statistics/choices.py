@@ -53,7 +53,7 @@ def choice_matrix(frame: pd.DataFrame, column: str, rows: IntArray, k: int) -> F
         bad = frame.iloc[int(rows[place])]
         raise SamplesError(
             f"Task '{bad['task']}', document {bad['doc_id']} has no '{column}' for each of its "
-            f"{k} choices; choose another quantity."
+            f"{k} choices; choose another quantity (--quantity)."
         )
     flat = np.fromiter(chain.from_iterable(listed), dtype=np.float64, count=k * len(listed))
     return flat.reshape(-1, k)

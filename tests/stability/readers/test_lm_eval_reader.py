@@ -366,6 +366,11 @@ def test_no_results(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_a_file_of_samples_is_not_an_evaluation(copied: Path) -> None:
+    with pytest.raises(SamplesError, match=r"samples_toy_mc.*results_<time>"):
+        read(samples_file(copied, "toy_mc"))
+
+
 def test_foreign_json(copied: Path) -> None:
     max(copied.rglob("results_*.json")).write_text("[]")
     with pytest.raises(SamplesError, match="not a results file"):
