@@ -155,8 +155,9 @@ def by_text(
     tokenizer = load_tokenizer(folder, trust_remote_code=settings["trust_remote_code"])
     texts = itertools.islice(read_texts(text, text_field, tokenizer), documents)
     first = list(itertools.islice(texts, 1))  # what is wrong with the file is said before any work
-    texts = itertools.chain(first, texts)
-    result = token_divergence(folder, pruned, texts, progress=not quiet, **settings)
+    result = token_divergence(
+        folder, pruned, itertools.chain(first, texts), progress=not quiet, **settings
+    )
     write_json(result, None, as_json)
     if not as_json:
         from streamline_bench.cli.tables import divergence_table
