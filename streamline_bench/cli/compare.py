@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from streamline_bench.cli.options import (
+    metrics_option,
     named_device_option,
     names_in,
     parse_assignments,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
               "trust_remote_code, model_args.KEY or reference.")  # fmt: skip
 @click.option("--tasks", help="Comma-separated lm-eval tasks or groups.")
 @click.option("--include-path", help="Folder with your own task files.")
+@metrics_option
 @click.option("--sparsity", help="Share of the parameters to remove; several: 0.25,0.5.")
 @click.option("--n-layers", help="Net number of layers to remove, instead of --sparsity.")
 @click.option("--seeds", help="Seeds of the rows that read one: 0,1,2.")
@@ -254,7 +256,8 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
 
     payload = _checked(read_request(plan), plan) if plan else {}
     # Options of other keys do not hold the value itself.
-    plain = Request.model_fields.keys() - {"model", "recipes", "tasks", "overrides", "workload"}
+    plain = Request.model_fields.keys() - {"model", "recipes", "tasks", "overrides", "workload",
+                                            "metrics"}  # fmt: skip
     payload |= {key: options[key] for key in plain if options.get(key) is not None}
     if model is not None:
         several = names_in(model)
@@ -269,6 +272,8 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
     replaced = set(SIZE_KEYS) if given.keys() & set(SIZE_KEYS) else set()
     planned = payload.get("set") or {}
     payload["set"] = {k: v for k, v in planned.items() if k not in replaced} | given
+    if options["metrics"]:
+        payload["metrics"] = {**(payload.get("metrics") or {}), **options["metrics"]}
     if options["workload"]:
         payload["workload"] = {
             **(payload.get("workload") or {}),
@@ -313,7 +318,7 @@ def _checked(payload: dict[str, Any], plan: str) -> dict[str, Any]:
         if not isinstance(payload.get(key, []), list):
             example = f"{key}: [{payload[key]}]"
             raise RecipeError(f"Plan {plan}: '{key}' must be a list, such as '{example}'.")
-    for key in ("set", "workload"):
+    for key in ("set", "workload", "metrics"):
         if not isinstance(payload.get(key) or {}, dict):
             raise RecipeError(f"Plan {plan}: '{key}' must be a mapping such as '{key}: {{k: v}}'.")
     return payload

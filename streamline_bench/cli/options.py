@@ -106,6 +106,19 @@ def parse_assignments(assignments: tuple[str, ...]) -> dict[str, str]:
     return dict(split_assignments(assignments, "--set"))
 
 
+def metrics_option(command: _Command) -> _Command:
+    """Add ``--metric``: what judges a task, in place of its own first metric."""
+    add = click.option(
+        "--metric", "metrics", multiple=True, metavar="TASK=NAME", callback=_metrics,
+        help="Judge this task or group by this metric of its samples.",
+    )  # fmt: skip
+    return add(command)
+
+
+def _metrics(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
+    return dict(split_assignments(value, "--metric"))
+
+
 def yaml_assignments(option: str, given: tuple[str, ...]) -> dict[str, Any]:
     """Read ``KEY=VALUE`` options with YAML values (click.BadParameter: another form, not YAML)."""
     import yaml

@@ -11,6 +11,7 @@ import click
 from streamline_bench.cli.options import (
     device_option,
     dtype_option,
+    metrics_option,
     print_table,
     refuse_unwritable_file,
     setup_logging,
@@ -36,7 +37,8 @@ QUANTITIES = ["nll_per_byte", "nll_per_char", "nll", "ppl_per_byte", "ppl_per_ch
               "OpenCompass, nll_per_byte with lm-eval]")  # fmt: skip
 @click.option("--ddof", type=click.IntRange(0, 1), default=1)
 @click.option("--verdict", type=click.Choice(["acc", "acc_norm"]), default="acc",
-              help="'acc' stands for the task's own verdict, exact_match included.")  # fmt: skip
+              help="'acc' stands for what judges the task by its own configuration.")  # fmt: skip
+@metrics_option
 @click.option("--confidence", type=click.FloatRange(0.5, 0.9999), default=0.95)
 @click.option("--draws", type=click.IntRange(min=100), default=10_000)
 @click.option("--margin", type=click.FloatRange(0, 1), default=0.02,
@@ -98,10 +100,12 @@ def command(
         result = above_noise(result, noise_floor(before, again, **options))
     write_json(result, output, as_json)
     if not as_json:
-        from streamline_bench.cli.tables import stability_notes, stability_table
+        from streamline_bench.cli.tables import grades_table, stability_notes, stability_table
 
         if result.tasks:
             print_table(stability_table(result))
+        if result.grades:
+            print_table(grades_table(result))
         click.echo(stability_notes(result))
         for info in (before.info, after.info):
             click.echo("".join(f"Not read of {info.run}: {terminal_text(name)} "

@@ -10,6 +10,8 @@ from rich.table import Table
 
 from streamline_bench.report.text import (
     MISSING,
+    grade_change,
+    grade_mean,
     interval,
     p_value,
     percent,
@@ -17,13 +19,13 @@ from streamline_bench.report.text import (
     terminal_text,
     with_error,
 )
-from streamline_bench.stability.readers.lm_eval_rows import GRADED
 
 if TYPE_CHECKING:
     from streamline_bench.stability.comparison import (
         Comparison,
         Estimate,
         GenerationComparison,
+        GradeComparison,
         GroupComparison,
         Overall,
         PerplexityComparison,
@@ -114,6 +116,35 @@ def _cells(name: str, row: TaskComparison | GroupComparison | Overall) -> list[s
     return [escape(cell.strip()) for cell in cells]
 
 
+def grades_table(result: Comparison) -> Table:
+    """Return the metrics that are more than right or wrong, those that judge a task first."""
+    names = ("n", "dense", "pruned", "change\n(Holm's)\nverdict", "better/\nequal/worse",
+             "p\n(Holm's)")  # fmt: skip
+    table = _table("Grades (in % of the highest) and other metrics", ("task", "metric"), names)
+    for found in sorted(result.grades, key=lambda each: not each.decides):
+        table.add_row(*map(escape, _grade_cells(found)))
+    return table
+
+
+def _grade_cells(found: GradeComparison) -> list[str]:
+    name = found.task if found.filter == "none" else f"{found.task} ({found.filter})"
+    change, p = [grade_change(found)], [p_value(found.p_value)]
+    if found.adjusted is not None and found.p_holm is not None:
+        change.append(interval(found.adjusted, signed=True))
+        p.append(p_value(found.p_holm))
+    change.append("no worse" if found.decision == "no worse than margin" else found.decision or "")
+    return [
+        terminal_text(name),
+        terminal_text(found.metric) + ("" if found.higher_is_better else " (lower is better)"),
+        str(found.n),
+        grade_mean(found, found.dense),
+        grade_mean(found, found.pruned),
+        "\n".join(change).strip(),
+        f"{found.wins}/{found.ties}/{found.losses}",
+        "\n".join(p) if found.p_value is not None else MISSING,
+    ]
+
+
 def _perplexity(found: PerplexityComparison) -> str:
     name = f"{terminal_text(found.task)}, perplexity per {found.unit}"
     ratio = found.ratio
@@ -130,6 +161,11 @@ def _generation(found: GenerationComparison) -> str:
 
 
 def _how_made(result: Comparison) -> str:
+    if not result.tasks and result.grades:
+        return (
+            f"{100 * result.confidence:g} % intervals and p: documents, or clusters of them, drawn "
+            "again. Verdict: by Holm's interval and p, adjusted over the tasks."
+        )
     if not result.tasks:
         return (
             "No task has right or wrong answers: no accuracy, flips or stability. Intervals are "
@@ -153,9 +189,15 @@ def stability_notes(result: Comparison) -> str:
     shown = {found.task for found in result.perplexities}
     shown |= {found.task for found in result.generations}
     lines += [
+        f"{terminal_text(task)}: {terminal_text(name)} only over all documents "
+        f"({terminal_text(reason)})."
+        for task, metrics in result.aggregate_only.items()
+        for name, reason in metrics.items()
+    ]
+    lines += [
         f"Not compared: {terminal_text(task)} ({terminal_text(reason)})."
         for task, reason in result.not_compared.items()
-        if task not in shown or reason == GRADED
+        if task not in shown
     ]
     return "\n".join(lines)
 

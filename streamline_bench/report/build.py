@@ -19,6 +19,7 @@ from streamline_bench.core.files import atomic_write_text
 from streamline_bench.errors import CheckpointError, OutputError, SamplesError
 from streamline_bench.report.leaderboard import (
     Flip,
+    GradeScore,
     Leaderboard,
     Procedure,
     Provenance,
@@ -38,6 +39,7 @@ from streamline_bench.report.standing import FOLDED_AXES, Answers, answers_of, s
 from streamline_bench.stability.align import AlignedPairs, align
 from streamline_bench.stability.compare_answers import compare_pairs
 from streamline_bench.stability.comparison import Comparison, Estimate, TokenDivergence
+from streamline_bench.stability.metrics import with_asked_metrics
 from streamline_bench.stability.noise import above_noise, noise_floor
 from streamline_bench.stability.over_tasks import leaf_tasks
 from streamline_bench.stability.readers.load import load_samples
@@ -121,7 +123,7 @@ def build_leaderboard(
     """
     reading = _Reading(run, {row.label: folder for row in run.rows} | dict(homes or {}),
                        samples or {}, progress)  # fmt: skip
-    settings = settings or Settings()
+    settings = settings or Settings(metrics=run.metrics)
     dense = reading.row(_dense_row(run, run.dense))
     # Of a dense run against itself only accuracies are shown: no need to draw.
     itself = compare_pairs(align(dense, dense), replace(settings, draws=2))
@@ -147,7 +149,9 @@ def build_leaderboard(
             made = _row(own, result, row, home, is_dense=True)
         else:
             against = _reference(run, row)
-            pairs = align(reading.row(_dense_row(run, against)), reading.row(row))
+            pairs = with_asked_metrics(
+                align(reading.row(_dense_row(run, against)), reading.row(row)), settings.metrics
+            )
             result = compare_pairs(pairs, settings)
             counted = [task.task for task in result.tasks if task.p_holm is not None]
             spanned = bool(row.axes.keys() & set(FOLDED_AXES))
@@ -300,6 +304,8 @@ def _row(
         groups=list(shown.groups) if shown else [],
         perplexities=list(shown.perplexities) if shown else [],
         generations=list(shown.generations) if shown else [],
+        grades=_grades(samples, result, is_dense),
+        aggregate_only=result.aggregate_only,
         divergence=_divergence(_inside(folder, source.divergence)) if source.divergence else None,
         other_metrics=_other_metrics(samples, result),
         **artefacts,
@@ -372,15 +378,31 @@ def _tasks(samples: Samples, result: Comparison, is_dense: bool) -> list[TaskSco
     ]
 
 
+def _grades(samples: Samples, result: Comparison, is_dense: bool) -> list[GradeScore]:
+    first = samples.first_filters
+    same = ("task", "filter", "metric", "kind", "scale", "higher_is_better", "decides", "n")
+    return [
+        GradeScore(
+            **{name: getattr(found, name) for name in same},
+            main=first[found.task] == found.filter,
+            value=found.pruned,
+            comparison=None if is_dense else found,
+        )
+        for found in result.grades
+    ]
+
+
 def _other_metrics(samples: Samples, result: Comparison) -> dict[str, dict[str, float]]:
     """Aggregated numbers of tasks that have no verdicts, as the harness gives them."""
+    judged = {task.task for task in result.tasks}
+    graded = [found.task for found in result.grades if found.task not in judged]
     return {
         task: {
             name.split(",")[0]: float(value)
             for name, value in samples.info.results.get(task, {}).items()
             if "," in name and "_stderr" not in name and isinstance(value, int | float)
         }
-        for task in result.not_compared
+        for task in dict.fromkeys([*result.not_compared, *graded])
     }
 
 

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamline_bench.report import text
-from streamline_bench.report.leaderboard import Leaderboard, Row, TaskScore, read_leaderboard
+from streamline_bench.report.leaderboard import (
+    GradeScore,
+    Leaderboard,
+    Row,
+    TaskScore,
+    read_leaderboard,
+)
 from streamline_bench.report.views.entries import shown
 from streamline_bench.report.views.headline import headline
 from streamline_bench.report.views.overview import ranked
@@ -159,6 +165,17 @@ def _of_task(task: TaskScore) -> Iterator[dict[str, Any]]:
             yield here | _line(name, estimate)
 
 
+def _of_grade(score: GradeScore) -> Iterator[dict[str, Any]]:
+    here = {"scope": score.name, "n": score.n}
+    yield here | _line(f"{score.kind}: {score.metric}", score.value)
+    found = score.comparison
+    if found is not None and found.difference is not None:
+        decided = {"p": found.p_holm, "decision": found.decision}
+        yield here | _line(f"difference: {score.metric}", found.difference) | decided
+    if found is not None and found.ratio is not None:
+        yield here | _line(f"ratio: {score.metric}", found.ratio)
+
+
 def _of_model(board: Leaderboard, row: Row) -> Iterator[dict[str, Any]]:
     here = {"scope": "model"}
     for name in ("parameters", "bytes", "layers", "sparsity_reached"):
@@ -177,6 +194,8 @@ def _of_model(board: Leaderboard, row: Row) -> Iterator[dict[str, Any]]:
                       "low": speed.low, "high": speed.high}  # fmt: skip
         yield here | {"metric": "speed_ratio", "value": speed.ratio, "low": speed.ratio_low,
                       "high": speed.ratio_high}  # fmt: skip
+    for score in row.grades:
+        yield from _of_grade(score)
     for found in row.perplexities:
         if found.ratio:
             yield (

@@ -20,6 +20,7 @@ from streamline_bench.stability.comparison import (
     Decision,
     Estimate,
     GenerationComparison,
+    GradeComparison,
     GroupComparison,
     NoiseFloor,
     Overall,
@@ -42,6 +43,7 @@ class Procedure(Frozen):
     draws: int
     seed: int
     margin: float | None = None
+    metrics: dict[str, str] = Field(default_factory=dict)
 
 
 class TaskData(Frozen):
@@ -78,6 +80,31 @@ class TaskScore(Frozen):
     def shots(self) -> int | None:
         """The number of few-shot examples that the evaluation's results record."""
         return self.data.shots if self.data else None
+
+
+class GradeScore(Frozen):
+    """A metric of a task that is more than right or wrong; ``comparison`` is None for a dense row.
+
+    ``value`` is the mean over documents, of a grade divided by ``scale``. ``decides`` marks what
+    the task is judged by, ``main`` the filter that counts.
+    """
+
+    task: str
+    filter: str
+    main: bool
+    metric: str
+    kind: Literal["grade", "ratio", "difference"]
+    scale: float = 1.0
+    higher_is_better: bool = True
+    decides: bool
+    n: int
+    value: Estimate
+    comparison: GradeComparison | None
+
+    @property
+    def name(self) -> str:
+        """The task, with its filter if that is not the task's main one."""
+        return self.task if self.main else f"{self.task} ({self.filter})"
 
 
 class Flip(Frozen):
@@ -269,6 +296,8 @@ class Row(Frozen):
         macro, micro: against the dense row; None for the dense row itself, and where no task has
             verdicts.
         groups, perplexities, generations: against the dense row, where the run has such tasks.
+        grades: metrics of tasks that are more than right or wrong.
+        aggregate_only: task -> metric -> why it is known over all documents only.
         divergence: of next-token distributions on the run's text, where the run has one.
         other_metrics: task -> metric -> value, for metrics without verdicts (perplexities).
         throughput: where it was measured.
@@ -309,6 +338,8 @@ class Row(Frozen):
     groups: list[GroupComparison] = Field(default_factory=list)
     perplexities: list[PerplexityComparison] = Field(default_factory=list)
     generations: list[GenerationComparison] = Field(default_factory=list)
+    grades: list[GradeScore] = Field(default_factory=list)
+    aggregate_only: dict[str, dict[str, str]] = Field(default_factory=dict)
     divergence: TokenDivergence | None = None
     other_metrics: dict[str, dict[str, float]] = Field(default_factory=dict)
     throughput: Speed | None = None
@@ -341,6 +372,9 @@ class Row(Frozen):
 class Leaderboard(Frozen):
     """Everything a report shows; the dense row always has a result.
 
+    Version 4 adds ``grades`` and ``aggregate_only`` to rows and ``metrics`` to the method; a file
+    of version 3 is one without them.
+
     Attributes:
         ranks: entry (row or folded row) -> its place.
         folded: rows over seeds and calibrations.
@@ -350,7 +384,7 @@ class Leaderboard(Frozen):
     """
 
     kind: Literal["streamline-bench leaderboard"] = "streamline-bench leaderboard"
-    schema_version: Literal[3] = 3
+    schema_version: Literal[3, 4] = 4
     title: str
     dense: str
     method: Procedure
@@ -416,7 +450,7 @@ def parse_leaderboard(payload: Any, origin: str) -> Leaderboard:
     Raises:
         SamplesError: see :func:`read_leaderboard`.
     """
-    return validated(Leaderboard, payload, origin, newest=3, error=SamplesError, advice=_ADVICE)
+    return validated(Leaderboard, payload, origin, newest=4, error=SamplesError, advice=_ADVICE)
 
 
 def to_json(board: Leaderboard) -> str:

@@ -119,6 +119,7 @@ class RunFile(Frozen):
         ignored_options: a sentence for each option that the harness did not follow.
         tasks: what was asked for, as it was asked; empty: everything that was answered.
         tasks_left_out: what was answered as well, and is not shown.
+        metrics: task or group -> the metric that judges it, in place of its own.
         text: names the text of the divergences, and how it was read.
     """
 
@@ -136,6 +137,7 @@ class RunFile(Frozen):
     ignored_options: list[str] = Field(default_factory=list)
     tasks: list[str] = Field(default_factory=list)
     tasks_left_out: list[str] = Field(default_factory=list)
+    metrics: dict[str, str] = Field(default_factory=dict)
     text: str | None = None
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from streamline_bench.core.machine.environment import printable
 
 if TYPE_CHECKING:
-    from streamline_bench.stability.comparison import Estimate
+    from streamline_bench.stability.comparison import Estimate, GradeComparison
 
 # Overrides of the reading direction can make a text show something else than it says.
 _DIRECTION = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -185,11 +185,26 @@ def ratio(estimate: Estimate | None) -> str:
     return f"{times(estimate.value)} {_ends(estimate, times)}".strip()
 
 
+def grade_mean(found: GradeComparison, estimate: Estimate) -> str:
+    """A grade as ``81.2 ± 1.1`` in percent of the highest; another metric as ``17.36``."""
+    return with_error(estimate) if found.kind == "grade" else significant(estimate.value)
+
+
+def grade_change(found: GradeComparison) -> str:
+    """A grade as ``−3.1 [−5.0, −1.2]`` in points, a ratio as ``1.31× [1.25×, 1.38×]``."""
+    if found.kind == "grade":
+        return with_interval(found.difference, signed=True)
+    if found.kind == "ratio":
+        return ratio(found.ratio) or MISSING
+    value = found.difference.value if found.difference else None
+    return f"{decimal(value, signed=True)} {nats(found.difference, signed=True)}".strip()
+
+
 FILTERS = {
     write.__name__: write
     for write in (
         *(count, decimal, duration, interval, nats, p_value, percent, points, rate, significant),
-        *(ratio, stored, times, with_error, with_interval),
+        *(grade_change, grade_mean, ratio, stored, times, with_error, with_interval),
     )
 }
 """What the templates call by name."""

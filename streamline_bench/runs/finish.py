@@ -108,6 +108,7 @@ class Results:
             ],
             tasks=list(self.plan.evaluation.tasks),
             tasks_left_out=self._left_out_of_answers(),
+            metrics=self.plan.metrics,
             text=self._text(),
             failed_jobs=self.side_failures(),
             not_compared=self.left_out(),

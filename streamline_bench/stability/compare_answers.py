@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import TypeVar
@@ -19,18 +19,19 @@ from streamline_bench.stability.comparison import (
     PerplexityComparison,
     TaskComparison,
 )
-from streamline_bench.stability.over_tasks import compare_groups, macro, micro
-from streamline_bench.stability.readers.lm_eval_rows import (
-    GRADED,
-    NORM_METRIC,
-    VERDICT_METRICS,
-    graded_metrics,
+from streamline_bench.stability.grade_comparison import (
+    ComparedGrade,
+    compare_grades,
+    decided_grades,
 )
+from streamline_bench.stability.metrics import asked_metrics, with_asked_metrics
+from streamline_bench.stability.over_tasks import compare_groups, macro, micro
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Quantity, Settings
 from streamline_bench.stability.statistics.paired import PairedSample
 from streamline_bench.stability.statistics.score import PairedDifference, decide, holm
 from streamline_bench.stability.task_comparison import (
+    PERPLEXITIES,
     ComparedTask,
     compare_generations,
     compare_perplexities,
@@ -50,16 +51,17 @@ def compare_answers(
 ) -> Comparison:
     """Compare the pruned run with the dense one, per task and over tasks.
 
-    Tasks without verdicts, and those that a run did not finish, are listed in ``not_compared`` with
-    the reason; their perplexities and texts are compared all the same. A task with several filters
-    has a result for each; the summaries over tasks, Holm's adjustment and decisions use its first.
-    Where no task has verdicts, there are no summaries.
+    What judges a task is decided in :mod:`streamline_bench.stability.metrics`: verdicts, or grades.
+    Tasks that have neither, and those that a run did not finish, are listed in ``not_compared``
+    with the reason; their perplexities and texts are compared all the same. A task with several
+    filters has a result for each; the summaries over tasks, Holm's adjustment and decisions use its
+    first. The summaries are over tasks with verdicts; where there are none, there are no summaries.
 
     Raises:
         ComparisonError: the runs were not asked the same (see :func:`align`).
-        SamplesError: no task has verdicts, perplexities or texts, or only some documents of a task
-            have them.
-        NumericsError: a log-likelihood or a spread is not finite; the document is named.
+        SamplesError: no task has verdicts, grades, perplexities or texts, only some documents of a
+            task have them, or the samples do not hold a metric that was asked for.
+        NumericsError: a log-likelihood, a spread or a grade is not finite; the document is named.
     """
     return compare_pairs(align(dense, pruned, tasks=tasks, common_only=common_only), settings)
 
@@ -67,26 +69,41 @@ def compare_answers(
 def compare_pairs(pairs: AlignedPairs, settings: Settings | None = None) -> Comparison:
     """:func:`compare_answers` for two runs that are aligned already."""
     settings = with_recorded_quantity(settings or Settings(), pairs.dense)
-    pairs = with_script_verdicts(pairs, settings)
+    if settings.metrics and settings.verdict == "correct_norm":
+        raise SamplesError(
+            "acc_norm judges every task, so that no other metric can be asked for; give one of the "
+            "two (a task: --metric TASK=acc_norm)."
+        )
+    pairs = with_asked_metrics(with_script_verdicts(pairs, settings), settings.metrics)
     dense, pruned = pairs.dense_info, pairs.pruned_info
+    asked = asked_metrics(settings.metrics, dense, pairs.dense["task"].unique())
     compared: list[ComparedTask] = []
     skipped: dict[str, str] = {}
     perplexities: list[PerplexityComparison] = []
     generations: list[GenerationComparison] = []
+    grades: list[ComparedGrade] = []
+    aggregate_only: dict[str, dict[str, str]] = {}
     for task, first, second in _tasks(pairs):
         perplexities += compare_perplexities(first, second, settings.confidence)
         reason = _no_verdict(pairs, first, second, task, settings.verdict)
-        if reason:
-            skipped[task] = reason
-        else:
+        found, left_out = compare_grades(
+            pairs, first, second, settings,
+            asked=asked.get(task), judged=reason is None, known=PERPLEXITIES,
+        )  # fmt: skip
+        grades += found
+        if left_out:
+            aggregate_only.setdefault(task, {}).update(left_out)
+        if reason is None:
             compared.append(compare_task(first, second, settings))
+        elif not any(each.result.decides for each in found):
+            skipped[task] = reason
         exact_match = None if reason else compared[-1].result.difference
         generated = compare_generations(first, second, settings.confidence, exact_match)
         generations += [generated] if generated else []
-    if not (compared or perplexities or generations):
+    if not (compared or perplexities or generations or grades):
         raise SamplesError(
             f"No task of '{dense.run}' has right or wrong answers by '{settings.verdict}', "
-            "perplexities or texts; add a task with acc, exact_match or a perplexity."
+            "grades, perplexities or texts; add a task with acc, exact_match or a perplexity."
         )
     first_filters = pairs.first_filters
     main = [item for item in compared if item.result.filter == first_filters[item.result.task]]
@@ -106,7 +123,18 @@ def compare_pairs(pairs: AlignedPairs, settings: Settings | None = None) -> Comp
         groups=tuple(_decided(compare_groups(main, dense.groups, settings), settings)),
         perplexities=tuple(perplexities),
         generations=tuple(generations),
+        grades=tuple(decided_grades(grades, _main_grades(grades, first_filters), settings)),
+        aggregate_only=aggregate_only,
     )
+
+
+def _main_grades(found: Sequence[ComparedGrade], first_filters: Mapping[str, str]) -> list[int]:
+    """Places of the grades that decide a task, by its first filter."""
+    return [
+        place
+        for place, each in enumerate(found)
+        if each.result.decides and first_filters[each.result.task] == each.result.filter
+    ]
 
 
 def _tasks(pairs: AlignedPairs) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
@@ -141,9 +169,7 @@ def _no_verdict(
     for frame, info in ((dense, pairs.dense_info), (pruned, pairs.pruned_info)):
         missing = frame[verdict].isna()
         if missing.all():
-            names = {NORM_METRIC} if verdict == "correct_norm" else set(VERDICT_METRICS)
-            graded = names & graded_metrics(frame["metrics"])
-            return GRADED if graded else f"no right or wrong answers by '{verdict}'"
+            return f"no right or wrong answers by '{verdict}'"
         if missing.any():
             document = frame.loc[missing, "doc_id"].iloc[0]
             raise SamplesError(

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+from pydantic import Field
+
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.stability.settings import Mode, Quantity
 
@@ -143,6 +145,22 @@ class Calibration(Frozen):
     brier_shift: Estimate
 
 
+Decision = Literal["better", "no worse than margin", "worse", "cannot tell"]
+"""What the paired difference d (pruned - dense) allows to say, in this order:
+
+- ``better``: d > 0 and significant;
+- ``no worse than margin``: the lower end of ``difference`` is above -margin (non-inferior; the drop
+  may still be significant, then it is real and smaller than the margin);
+- ``worse``: d < 0 and significant, and the interval does not exclude a drop of the margin or more;
+- ``cannot tell``: none of these; more documents are needed (see ``detectable``).
+
+Significant means, for macro and micro (one test each): ``p_value`` is below 1 - confidence, and
+``difference`` excludes 0. For tasks and groups (a family of tests): ``p_holm`` is below it, and
+``adjusted`` excludes 0. A task whose ``difference`` excludes 0 while its ``adjusted`` does not is
+significant by itself, but not among as many tasks as were tried.
+"""
+
+
 class PerplexityComparison(Frozen):
     """Perplexity of texts (or of answers), dense against pruned, on the same documents.
 
@@ -163,6 +181,64 @@ class PerplexityComparison(Frozen):
     pruned: float | None
     ratio: Estimate | None
     nats_per_unit: Estimate
+
+
+class GradeComparison(Frozen):
+    """A metric that is more than right or wrong on a document, dense against pruned.
+
+    Attributes:
+        metric: its name in the samples.
+        kind: ``grade``: between 0 and 1, or between 0 and 100, from which it is brought to 0 to 1
+            (``scale``); ``ratio``: positive without such a bound (a length, a perplexity), compared
+            as a multiple; ``difference``: some values are negative, compared as they are.
+        higher_is_better: as the task says; taken as True where it says nothing.
+        decides: it is what the task is judged by.
+        n: documents.
+        dense, pruned: means over documents, with standard error.
+        difference: pruned - dense, bootstrap over documents or clusters; None for ratios.
+        ratio: pruned mean / dense mean, likewise; None for the others, and where the dense is 0.
+        wins, ties, losses: documents on which the pruned model is better, equal, worse.
+        p_value, p_method, p_holm, adjusted, margin, noninferiority_p, decision: as for a task with
+            verdicts, of the difference; adjusted over the grades that decide. None for ratios.
+        clusters: None where every document stands alone.
+    """
+
+    task: str
+    filter: str
+    metric: str
+    kind: Literal["grade", "ratio", "difference"]
+    scale: float = 1.0
+    higher_is_better: bool = True
+    decides: bool
+    n: int
+    dense: Estimate
+    pruned: Estimate
+    difference: Estimate | None = None
+    ratio: Estimate | None = None
+    wins: int
+    ties: int
+    losses: int
+    p_value: float | None = None
+    p_method: str | None = None
+    p_holm: float | None = None
+    adjusted: Estimate | None = None
+    margin: float | None = None
+    noninferiority_p: float | None = None
+    decision: Decision | None = None
+    clusters: Clusters | None = None
+
+    @property
+    def improvement(self) -> Estimate | None:
+        """The difference, positive where the pruned model is better."""
+        if self.difference is None or self.higher_is_better:
+            return self.difference
+        low, high = self.difference.ends
+        known = self.difference.low is not None
+        return Estimate(
+            value=-self.difference.value,
+            low=-high if known else None,
+            high=-low if known else None,
+        )
 
 
 class GenerationComparison(Frozen):
@@ -267,22 +343,6 @@ class NoiseFloor(Frozen):
     agreement: Estimate
     macro_flips: float
     choice_kl: float | None
-
-
-Decision = Literal["better", "no worse than margin", "worse", "cannot tell"]
-"""What the paired difference d (pruned - dense) allows to say, in this order:
-
-- ``better``: d > 0 and significant;
-- ``no worse than margin``: the lower end of ``difference`` is above -margin (non-inferior; the drop
-  may still be significant, then it is real and smaller than the margin);
-- ``worse``: d < 0 and significant, and the interval does not exclude a drop of the margin or more;
-- ``cannot tell``: none of these; more documents are needed (see ``detectable``).
-
-Significant means, for macro and micro (one test each): ``p_value`` is below 1 - confidence, and
-``difference`` excludes 0. For tasks and groups (a family of tests): ``p_holm`` is below it, and
-``adjusted`` excludes 0. A task whose ``difference`` excludes 0 while its ``adjusted`` does not is
-significant by itself, but not among as many tasks as were tried.
-"""
 
 
 class _Decided(Frozen):
@@ -450,8 +510,11 @@ class Comparison(Frozen):
 
     Attributes:
         macro, micro: None where no task has verdicts (perplexities only).
-        not_compared: tasks without verdicts, with the reason; such a task may be among
+        not_compared: tasks without verdicts or grades, with the reason; such a task may be among
             ``perplexities`` or ``generations``.
+        grades: metrics that are more than right or wrong, those that decide and others.
+        metrics: task -> metric that was asked for in place of the task's own.
+        aggregate_only: task -> metric -> why it is not compared document by document.
     """
 
     dense_run: str
@@ -470,3 +533,6 @@ class Comparison(Frozen):
     groups: tuple[GroupComparison, ...] = ()
     perplexities: tuple[PerplexityComparison, ...] = ()
     generations: tuple[GenerationComparison, ...] = ()
+    grades: tuple[GradeComparison, ...] = ()
+    metrics: dict[str, str] = Field(default_factory=dict)
+    aggregate_only: dict[str, dict[str, str]] = Field(default_factory=dict)

@@ -46,9 +46,10 @@ class Row:
         gold: the right choice, where there is exactly one.
         target: the expected answer as text.
         text: what was generated.
-        correct: verdict by ``verdict_metric``; correct_norm: by acc_norm.
+        correct: verdict by ``verdict_metric``, both None where the task is judged by a grade;
+            correct_norm: by acc_norm.
         cluster: ``kind:hash`` of what the document belongs to (its passage, its subject).
-        metrics: every numeric metric of the row.
+        metrics: every metric of the row that is a number; a list of them as ``name.0``, ….
     """
 
     run: str = ""
@@ -93,6 +94,8 @@ class RunInfo(BaseModel):
         config: the engine's own record of the model (``model_args``, ``limit``, seeds, and the
             extra keys that ``--model streamline`` adds: recipe, hashes, sizes).
         results: aggregated metrics per task, as the engine printed them.
+        metrics: task -> its metrics, in the order of its configuration.
+        repeats: task -> how many answers to each question there are.
         data: task -> the data set, its subset and its split, where the engine reports them.
         seconds: wall-clock time of the evaluation, where the engine reports it.
         machine: accelerators or processor, where the engine reports them.
@@ -121,6 +124,8 @@ class RunInfo(BaseModel):
     config: dict[str, Any] = {}
     results: dict[str, dict[str, Any]] = {}
     higher_is_better: dict[str, dict[str, bool | None]] = {}
+    metrics: dict[str, list[str]] = {}
+    repeats: dict[str, int] = {}
     data: dict[str, dict[str, str]] = {}
     seconds: float | None = None
     machine: str | None = None
@@ -251,7 +256,7 @@ def _joined(info: RunInfo, more: RunInfo) -> RunInfo:
     """What two evaluations of one model say, the first one's word counting."""
     both = (
         "task_versions", "n_shot", "task_hashes", "groups", "results", "higher_is_better", "data",
-        "versions", "files", "missing", "left_out",
+        "metrics", "repeats", "versions", "files", "missing", "left_out",
     )  # fmt: skip
     seconds = [each.seconds for each in (info, more) if each.seconds is not None]
     newest = max((info, more), key=lambda each: each.timestamp or "")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Verdict = Literal["correct", "correct_norm"]
@@ -19,6 +20,7 @@ class Settings:
         quantity: None takes what the samples of the dense run record (``recorded_quantity``).
         draws: bootstrap draws for the intervals of stability and of clusters.
         margin: how large a drop of accuracy is tolerated, as a share (0.02 is two points).
+        metrics: task or group -> the metric of its samples that decides, in place of its own.
     """
 
     mode: Mode = "paper"
@@ -29,6 +31,7 @@ class Settings:
     draws: int = 10_000
     seed: int = 0
     margin: float = 0.02
+    metrics: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def spread_ddof(self) -> int:
@@ -37,7 +40,8 @@ class Settings:
 
     def used(self) -> dict[str, Any]:
         """Name -> the value really used."""
-        return asdict(self) | {"ddof": self.spread_ddof, "quantity": self.spread_quantity}
+        used = {"ddof": self.spread_ddof, "quantity": self.spread_quantity}
+        return asdict(self) | used | {"metrics": dict(self.metrics)}
 
     @property
     def spread_quantity(self) -> Quantity:

@@ -56,6 +56,9 @@ _METRICS: dict[Unit, tuple[str, ...]] = {
 }
 _ANSWER = "perplexity"  # one log-likelihood per document
 
+PERPLEXITIES = frozenset({_ANSWER, *(name for names in _METRICS.values() for name in names)})
+"""Metrics that :func:`compare_perplexities` compares."""
+
 
 @dataclass(frozen=True)
 class ComparedTask:

@@ -83,7 +83,7 @@ def test_rows_keep_their_order_and_only_the_dense_has_no_comparison(board: dict)
 def test_schema_accepts_its_own_output_and_nothing_else(board: dict) -> None:
     assert Leaderboard.model_validate(board).model_dump(mode="json") == board
     with pytest.raises(ValueError, match="schema_version"):
-        Leaderboard.model_validate({**board, "schema_version": 4})
+        Leaderboard.model_validate({**board, "schema_version": 5})
     with pytest.raises(ValueError, match="extra"):
         Leaderboard.model_validate({**board, "extra": 1})
 

@@ -12,7 +12,7 @@ import csv
 import io
 from typing import Any
 
-from streamline_bench.report.leaderboard import Leaderboard, Row, TaskScore
+from streamline_bench.report.leaderboard import GradeScore, Leaderboard, Row, TaskScore
 from streamline_bench.report.text import csv_cell
 from streamline_bench.stability.comparison import Estimate, Overall
 
@@ -50,6 +50,8 @@ def _record(row: Row) -> dict[str, Any]:
         record[f"throughput_{name}"] = value
     for task in row.tasks:
         record |= _task(task)
+    for score in row.grades:
+        record |= _grade(score)
     for found in row.perplexities:
         name = f":{found.task}/{found.unit}"
         record[f"perplexity{name}"] = found.pruned
@@ -86,6 +88,23 @@ def _task(task: TaskScore) -> dict[str, Any]:
         f"difference_high_holm:{name}": found.adjusted and found.adjusted.high,
         f"decision_by_p_holm:{name}": found.decision,
     }
+
+
+def _grade(score: GradeScore) -> dict[str, Any]:
+    """Grades as shares of the highest; other metrics as they are."""
+    name = f":{score.task if score.main else f'{score.task}/{score.filter}'}/{score.metric}"
+    found = score.comparison
+    record: dict[str, Any] = {f"{score.kind}{name}": score.value.value}
+    if found is None:
+        return record
+    if found.ratio is not None:
+        record |= _with_ends("ratio_to_dense", found.ratio, name)
+    if found.difference is not None:
+        record |= _with_ends(f"{score.kind}_difference", found.difference, name)
+    record |= {f"{what}{name}": getattr(found, what) for what in ("wins", "ties", "losses")}
+    if found.p_value is not None:
+        record |= {f"p_unadjusted{name}": found.p_value, f"p_holm{name}": found.p_holm}
+    return record | ({f"decision_by_p_holm{name}": found.decision} if score.decides else {})
 
 
 def _overall(overall: Overall | None, scope: str) -> dict[str, Any]:

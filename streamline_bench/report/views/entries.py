@@ -60,6 +60,7 @@ def _one_row(fold: Folded, members: Sequence[Row]) -> Row:
             "scan": None,
             "groups": [],
             "generations": [],
+            "grades": [],
         }
     )
 

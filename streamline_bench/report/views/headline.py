@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from streamline_bench.report.leaderboard import Between, Contest, Leaderboard, Row
 from streamline_bench.report.text import p_value, percent, points, significant
 from streamline_bench.report.views.entries import shown
-from streamline_bench.report.views.overview import perplexity_ratio, ranked
+from streamline_bench.report.views.overview import mean_grade, perplexity_ratio, ranked
 
 _GUESSING = 0.1
 """Share of the way from guessing to all right; a dense model below it has nothing to lose."""
@@ -26,7 +26,7 @@ def headline(board: Leaderboard) -> str:
 def _best(board: Leaderboard) -> str:
     dense = board.dense_row
     if dense.accuracy_macro is None:
-        return _best_perplexity(board)
+        return _best_grade(board) or _best_perplexity(board)
     before = percent(dense.accuracy_macro.value)
     others = [(row, row.macro) for row in ranked(shown(board)) if row.macro]
     if not others:
@@ -133,6 +133,23 @@ def _removed(row: Row) -> str:
     if row.sparsity_reached is None:
         return ""
     return f" with {percent(row.sparsity_reached)} % of the parameters removed"
+
+
+def _best_grade(board: Leaderboard) -> str | None:
+    """What happened to the grades, where no task has right or wrong answers; None without any."""
+    rows = [row for row in ranked(shown(board)) if not row.is_dense]
+    known = [(row, change) for row in rows if (change := mean_grade(row)) is not None]
+    if not known:
+        return None
+    best, change = known[0]
+    judged = best.grades
+    tasks = len({score.task for score in judged if score.main and score.decides})
+    ends = f" ({board.level} interval {points(change.low)} to {points(change.high)})"
+    return (
+        f"Tasks are graded. Of {_models(len(known))}, {best.label} does best{_removed(best)}: its "
+        f"grades change by {points(change.value)} points{ends if change.low is not None else ''}, "
+        f"mean over {tasks} task{'s' * (tasks > 1)}."
+    )
 
 
 def _best_perplexity(board: Leaderboard) -> str:

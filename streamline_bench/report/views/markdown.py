@@ -29,6 +29,7 @@ def to_markdown(board: Leaderboard) -> str:
         board=board,
         rows=rows,
         compared=[row for row in rows if row.macro],
+        graded=[(row, score) for row in rows for score in row.grades if score.comparison],
         tested=[row.micro for row in rows if row.micro],
         adjusted=any(found.adjusted for found in compared),
         ranks_perplexity=any(_perplexity(row) for row in rows),

@@ -44,19 +44,42 @@ def environment(finalize: Callable[[Any], Any], filters: Mapping[str, Any]) -> E
 def ranked(rows: Iterable[_Row]) -> list[_Row]:
     """Sort rows by accuracy (mean over tasks), the best first, failed rows last.
 
-    Without any accuracy, rows are sorted by perplexity as a multiple of the dense model's, the
-    smallest first. Equal rows keep the order of the run.
+    Without any accuracy, rows are sorted by the mean change of the grades that judge tasks, else by
+    perplexity as a multiple of the dense model's, the smallest first. Equal rows keep the order of
+    the run.
     """
     every = list(rows)
     scored = [row for row in every if row.failed is None]
     by_accuracy = any(row.accuracy_macro for row in scored)
+    by_grade = any(mean_grade(row) for row in scored if not row.is_dense)
 
     def place(row: Row) -> float:
         if by_accuracy:
             return -row.accuracy_macro.value if row.accuracy_macro else math.inf
+        if by_grade:
+            return -grade.value if (grade := mean_grade(row)) else math.inf
         return nats.value if (nats := _nats(row)) else math.inf
 
     return [*sorted(scored, key=place), *(row for row in every if row.failed is not None)]
+
+
+def mean_grade(row: Row) -> Estimate | None:
+    """Change of the grades that judge tasks, mean over tasks, positive where they are better.
+
+    Distances to the ends of the tasks' intervals add up by squares.
+
+    Returns:
+        0 for the dense row; None for a row without such grades.
+    """
+    if row.is_dense:
+        return Estimate(value=0.0) if row.grades else None
+    found = [
+        improvement
+        for score in row.grades
+        if score.main and score.decides and score.kind == "grade" and score.comparison
+        and (improvement := score.comparison.improvement)
+    ]  # fmt: skip
+    return square_and_add(found) if found else None
 
 
 def perplexity_ratio(row: Row) -> Estimate | None:

@@ -216,6 +216,7 @@ def _has(rows: Sequence[Row]) -> dict[str, bool]:
         "calibration": any(macro.pruned_calibration_error is not None for macro in macros),
         "throughput": any(row.throughput for row in rows),
         "perplexities": any(row.perplexities for row in rows),
+        "grades": any(score.comparison for row in rows for score in row.grades),
         "divergence": any(row.divergence for row in rows),
         "generations": any(row.generations for row in rows),
         "ours": any(item.ours for row in rows for item in row.published),

@@ -8,7 +8,7 @@ from unicodedata import east_asian_width
 from streamline_bench.report import text
 from streamline_bench.report.leaderboard import Leaderboard, Row
 from streamline_bench.report.views.entries import shown
-from streamline_bench.report.views.overview import perplexity_ratio, ranked
+from streamline_bench.report.views.overview import mean_grade, perplexity_ratio, ranked
 
 _SHOWN = 12
 _LABEL, _REASON = 40, 60
@@ -19,11 +19,14 @@ def terminal_table(board: Leaderboard) -> str:
     """Return the best rows, best first: accuracy, difference, stability and verdict.
 
     Plain text without colours or control characters, no newline at the end. The dense row is always
-    shown; a board without right or wrong answers shows perplexities instead.
+    shown; a board without right or wrong answers shows grades instead, else perplexities.
     """
     rows = ranked(shown(board))
-    has_accuracy = any(row.accuracy_macro for row in rows)
-    head, cells = (_ACCURACY, _of_accuracy) if has_accuracy else (_PERPLEXITY, _of_perplexity)
+    head, cells, note = _PERPLEXITY, _of_perplexity, _PERPLEXITY_NOTE
+    if any(row.accuracy_macro for row in rows):
+        head, cells, note = _ACCURACY, _of_accuracy, _ACCURACY_NOTE
+    elif any(mean_grade(row) for row in rows):
+        head, cells, note = _GRADE, _of_grade, _GRADE_NOTE
     scored = [row for row in rows if row.failed is None]
     best = scored[:_SHOWN]
     best += [row for row in scored[_SHOWN:] if row.is_dense]
@@ -33,12 +36,16 @@ def terminal_table(board: Leaderboard) -> str:
     lines += [f"{_name(row)} failed: {_cut(row.failed, _REASON)}" for row in rows if row.failed]
     lines += [_same(row) for row in best if row.same_weights]
     if len(scored) > 1:
-        lines.append(_note(board, has_accuracy))
+        lines.append(note.format(level=board.level, dense=_cut(board.dense, _LABEL)))
     return "\n".join(lines)
 
 
 _ACCURACY = ("row", "accuracy %", "difference", "stability %", "verdict")
+_GRADE = ("row", "grades", "interval")
 _PERPLEXITY = ("row", "perplexity", "interval")
+_ACCURACY_NOTE = "Difference to {dense} in points, mean over tasks, with {level} interval."
+_GRADE_NOTE = "Grades: change from {dense} in points, mean over tasks, with {level} interval."
+_PERPLEXITY_NOTE = "Perplexity: a multiple of {dense}'s, with {level} interval."
 
 
 def _of_accuracy(row: Row) -> tuple[str, ...]:
@@ -63,11 +70,11 @@ def _of_perplexity(row: Row) -> tuple[str, ...]:
     return _name(row), text.times(ratio.value), ends
 
 
-def _note(board: Leaderboard, has_accuracy: bool) -> str:
-    level, dense = board.level, _cut(board.dense, _LABEL)
-    if not has_accuracy:
-        return f"Perplexity: a multiple of {dense}'s, with {level} interval."
-    return f"Difference to {dense} in points, mean over tasks, with {level} interval."
+def _of_grade(row: Row) -> tuple[str, ...]:
+    change = mean_grade(row)
+    if change is None or row.is_dense:
+        return _name(row), "reference" if row.is_dense else text.MISSING, ""
+    return _name(row), text.points(change.value), text.interval(change, signed=True)
 
 
 def _same(row: Row) -> str:

@@ -153,6 +153,7 @@ class Plan(Frozen):
         tokenizer_sha256: content of its tokenizer's files.
         nbytes: of its weights.
         reference: label of the dense row that the others are compared with.
+        metrics: task or group -> the metric that judges it, in place of its own.
         versions: packages that decide a result.
         task_data: task as asked -> SHA-256 of its configuration and data.
         asked: every set of questions that was put to rows of this folder, in this order. A row is
@@ -179,6 +180,7 @@ class Plan(Frozen):
     noise: Annotated[tuple[NoisePlan, ...], BeforeValidator(lambda value: value or ())] = ()
     text: TextPlan | None = None
     environment: dict[str, str] = Field(default_factory=dict)
+    metrics: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str]
     task_data: dict[str, str] = Field(default_factory=dict)
     asked: tuple[Evaluation, ...] = ()

@@ -81,6 +81,7 @@ class Request(Frozen):
             the harness; of tasks with the same name, the user's counts.
         overrides: recipe keys for every row but the dense one (``set`` in a plan file). A list for
             one of :data:`AXES` gives a row for each value, of the rows that read it.
+        metrics: task or group -> the metric of its samples that judges it, in place of its own.
         limit: documents per task (a share of them below 1), None for all.
         batch_size: what the harness is given.
         dtype: of the models in memory; None: the checkpoint's for scoring, float32 for compressing.
@@ -107,6 +108,7 @@ class Request(Frozen):
     tasks: tuple[str, ...] = Field(min_length=1)
     include_path: str | None = None
     overrides: dict[str, Any] = Field(default_factory=dict, alias="set")
+    metrics: dict[str, str] = Field(default_factory=dict)
     limit: float | None = Field(None, gt=0, allow_inf_nan=False)
     num_fewshot: int | None = Field(None, ge=0)
     apply_chat_template: bool = False

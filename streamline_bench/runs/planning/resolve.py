@@ -126,7 +126,7 @@ def resolve_plan(
         noise=_noise(request),
         text=_text(request, source.folder),
         versions=package_versions(),
-        **same("revision dtype trust_remote_code threads throughput environment"),
+        **same("revision dtype trust_remote_code threads throughput environment metrics"),
     )
 
 

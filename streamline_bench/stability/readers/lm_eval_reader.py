@@ -99,8 +99,16 @@ class _Results(LogFile):
 
     def facts(self, task: str) -> TaskFacts:
         """What this file says about a task."""
-        version = str(self.versions[task])
-        return TaskFacts(task, version, self.configs[task], chat=bool(self.chat_template))
+        return TaskFacts(
+            task, str(self.versions[task]), self.configs[task], chat=bool(self.chat_template),
+            higher_is_better=self.metrics(task),
+        )  # fmt: skip
+
+    def metrics(self, task: str) -> dict[str, bool | None]:
+        """Metrics of a task in the order of its configuration, and whether higher is better."""
+        own, said = self.configs[task].higher_is_better, self.higher_is_better.get(task, {})
+        return own | {name: own.get(name) if higher is None else higher
+                      for name, higher in said.items()}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,7 @@ class _Evaluation:
                 f"{file} does not belong to its results file: the hash of task '{task}' differs; "
                 "evaluate again."
             )
-        with_verdicts(rows)
+        with_verdicts(rows, facts.higher_is_better)
         return rows
 
     def asked(self, task: str) -> tuple[Any, ...]:
@@ -384,6 +392,7 @@ def _run_info(
             if key in part.tasks or key not in part.results.tasks
         }
 
+    metrics = {task: part.results.metrics(task) for part in parts for task in part.tasks}
     with well_formed(str(newest.file), "a results file of lm-eval", "evaluate again"):
         return RunInfo(
             run=run or newest.file.parent.name,
@@ -402,7 +411,9 @@ def _run_info(
             limit=limit if isinstance(limit, int | float) else None,
             config=about.config,
             results=of_tasks("results"),
-            higher_is_better=of_tasks("higher_is_better"),
+            higher_is_better=of_tasks("higher_is_better") | metrics,
+            metrics={task: list(names) for task, names in metrics.items()},
+            repeats={name: config.repeats for name, config in of_tasks("configs").items()},
             data={name: config.data for name, config in of_tasks("configs").items()},
             seconds=sum(part.results.seconds or 0 for part in parts) or None,
             machine=about.machine,

@@ -5,8 +5,9 @@ lm-eval logs no chosen option: it is the argmax of the log-likelihoods (strings 
 delimiter. The verdicts themselves are lm-eval's own metrics.
 
 Metrics of one name are verdicts in one task and grades in another (``acc`` of truthfulqa_mc2 is a
-probability, ``em`` of coqa a mean over references), and a grade may happen to be 0 or 1: which of
-them says right or wrong is decided once per task, not answer by answer.
+probability, ``em`` of coqa a mean over references), and a grade may happen to be 0 or 1: what
+judges a task is decided once per task (:mod:`streamline_bench.stability.metrics`), not answer by
+answer.
 """
 
 from __future__ import annotations
@@ -15,27 +16,20 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from streamline_bench.errors import NumericsError
+from streamline_bench.stability.metrics import NORM_METRIC, deciding, is_verdict
 from streamline_bench.stability.samples import Row, well_formed
 from streamline_bench.stability.statistics.clusters import cluster_of
 
 Request = tuple[Any, ...]
-
-VERDICT_METRICS = ("acc", "exact_match", "em", "acc_mutual_info")
-"""Metrics that say right (1) or wrong (0); the first that a task has decides ``correct``."""
-
-NORM_METRIC = "acc_norm"
-"""The metric that decides ``correct_norm``."""
-
-GRADED = "graded, no right or wrong"
-"""Why a task whose verdict metrics are grades is not compared."""
 
 
 class LogFile(BaseModel):
@@ -59,6 +53,7 @@ class TaskConfig(LogFile):
     gen_prefix: str = ""
     metric_list: list[dict[str, Any]] = []
     filter_list: list[dict[str, Any]] = []
+    repeats: int = 1
     dataset_path: Any = None
     dataset_name: Any = None
     test_split: Any = None
@@ -71,6 +66,16 @@ class TaskConfig(LogFile):
         named = {"dataset": self.dataset_path, "subset": self.dataset_name, "split": split}
         return {key: str(value) for key, value in named.items() if value}
 
+    @property
+    def higher_is_better(self) -> dict[str, bool | None]:
+        """The task's metrics in their order, as far as they have a name; None: it does not say."""
+        found: dict[str, bool | None] = {}
+        for entry in self.metric_list:
+            name, higher = entry.get("metric"), entry.get("higher_is_better")
+            if isinstance(name, str) and name.isprintable():  # a function is its source text
+                found[name] = higher if isinstance(higher, bool) else None
+        return found
+
 
 @dataclass(frozen=True)
 class TaskFacts:
@@ -78,12 +83,14 @@ class TaskFacts:
 
     Attributes:
         chat: a chat template was applied.
+        higher_is_better: its metrics in their order, and whether higher is better.
     """
 
     name: str
     version: str
     config: TaskConfig
     chat: bool = False
+    higher_is_better: Mapping[str, bool | None] = field(default_factory=dict)
 
     @property
     def delimiter(self) -> str:
@@ -125,17 +132,40 @@ class _Line(BaseModel):
         ordered = sorted(self.arguments.items(), key=lambda item: int(item[0].rsplit("_", 1)[1]))
         return [tuple(parts[name] for name in sorted(parts)) for _, parts in ordered]
 
-    @property
-    def numbers(self) -> dict[str, float]:
-        """Metrics; a pair such as (loglikelihood, words) as ``name.0`` and ``name.1``."""
+    def numbers(self, repeats: int) -> dict[str, float]:
+        """Metrics; a pair such as (loglikelihood, words) as ``name.0`` and ``name.1``.
+
+        A list with one number for each repetition of the document is its mean as well: the
+        repetitions of a document belong together, so that the document is what is drawn.
+        """
         values: dict[str, float] = {}
         for name in self.metrics:
             value = (self.model_extra or {}).get(name)
-            if isinstance(value, int | float):
-                values[name] = float(value)
-            elif isinstance(value, list) and all(isinstance(part, int | float) for part in value):
-                values |= {f"{name}.{index}": float(part) for index, part in enumerate(value)}
+            if (number := _number(value)) is not None:
+                values[name] = number
+            elif isinstance(value, list):
+                parts = [part for part in map(_number, value) if part is not None]
+                if len(parts) < len(value) or not parts:
+                    continue
+                if repeats > 1 and len(parts) == repeats:
+                    values[name] = sum(parts) / repeats
+                else:
+                    values |= {f"{name}.{index}": part for index, part in enumerate(parts)}
         return values
+
+
+def _number(value: Any) -> float | None:
+    """A number as lm-eval logs it: numpy's bool and float32 are text there."""
+    if isinstance(value, int | float):
+        return float(value)
+    if value in ("True", "False"):
+        return float(value == "True")
+    if isinstance(value, str) and _FLOAT.fullmatch(value):
+        return float(value)
+    return None
+
+
+_FLOAT = re.compile(r"-?\d+(\.\d*)?(e[+-]?\d+)?|-?inf|nan")
 
 
 @dataclass(frozen=True)
@@ -168,8 +198,10 @@ def parse_row(line: bytes, facts: TaskFacts, where: str) -> Row:
 def _row(line: _Line, facts: TaskFacts, where: str) -> Row:
     requests = line.requests
     sent = json.dumps(requests, ensure_ascii=False, sort_keys=True)
-    numbers = line.numbers
-    verdict = next((name for name in VERDICT_METRICS if numbers.get(name) in (0.0, 1.0)), None)
+    numbers = line.numbers(facts.config.repeats)
+    verdict = deciding(tuple(facts.higher_is_better), facts.higher_is_better, [numbers])
+    if verdict is not None and not is_verdict([numbers[verdict]]):
+        verdict = None
     norm = numbers.get(NORM_METRIC)
     row = Row(
         task=facts.name,
@@ -229,7 +261,8 @@ def _score(row: Row, line: _Line, facts: TaskFacts, where: str) -> None:
         # lm-eval divides by the length of the choice, which is not what is scored in such tasks.
         if not options.contexts_differ and min(row.lengths) > 0:
             row.prediction_norm = int(np.argmax(np.asarray(scores) / np.asarray(row.lengths)))
-        by_acc = row.correct if row.verdict_metric == "acc" else None
+        acc = row.metrics.get("acc")
+        by_acc = bool(acc) if acc in (0.0, 1.0) else None
         row.gold = _gold(row.target, options, row.prediction, by_acc)
 
 
@@ -264,41 +297,29 @@ def _gold(target: str, options: _Options, prediction: int, right: bool | None) -
     return None
 
 
-def graded_metrics(records: Iterable[Any]) -> set[str]:
-    """Those of the verdict metrics that are neither 0 nor 1 for some answer.
+def with_verdicts(
+    rows: Sequence[Row], higher_is_better: Mapping[str, bool | None] | None = None
+) -> None:
+    """Judge the rows of one task, each filter by one metric, where that says right or wrong.
+
+    A graded ``acc`` says nothing of the right choice either: where ``gold`` was read with its help,
+    it is unknown.
 
     Args:
-        records: metrics of each answer, name -> value; anything but a mapping counts as empty.
+        higher_is_better: the task's metrics in their order.
     """
-    return {
-        name
-        for record in records
-        if isinstance(record, Mapping)
-        for name in (*VERDICT_METRICS, NORM_METRIC)
-        if name in record and record[name] not in (0.0, 1.0)
-    }
-
-
-def with_verdicts(rows: Sequence[Row]) -> None:
-    """Take the verdicts by metrics that are graded in their filter from the rows of one task.
-
-    A graded metric says nothing of the right choice either: where ``gold`` was read with its help,
-    it is unknown.
-    """
+    higher = higher_is_better or {}
     by_filter: dict[str, list[Row]] = {}
     for row in rows:
         by_filter.setdefault(row.filter, []).append(row)
     for part in by_filter.values():
-        graded = graded_metrics(row.metrics for row in part)
-        for row in part if graded else ():
-            _judge_again(row, graded)
-
-
-def _judge_again(row: Row, graded: set[str]) -> None:
-    if NORM_METRIC in graded:
-        row.correct_norm = None
-    if row.verdict_metric in graded:
-        left = (name for name in VERDICT_METRICS if name in row.metrics and name not in graded)
-        row.verdict_metric = next(left, None)
-        row.correct = bool(row.metrics[row.verdict_metric]) if row.verdict_metric else None
-        row.gold = None
+        records = [row.metrics for row in part]
+        name = deciding(tuple(higher), higher, records)
+        verdict = name if name and is_verdict(each.get(name) for each in records) else None
+        norm = all(each.get(NORM_METRIC, 0.0) in (0.0, 1.0) for each in records)
+        acc = all(each.get("acc", 0.0) in (0.0, 1.0) for each in records)
+        for row in part:
+            row.correct = None if verdict is None else bool(row.metrics[verdict])
+            row.verdict_metric = verdict
+            row.correct_norm = row.correct_norm if norm else None
+            row.gold = row.gold if acc else None

@@ -12,7 +12,7 @@ import pytest
 from streamline_bench.report.build import build_leaderboard
 from streamline_bench.report.run_file import RunFile, RunRow
 from streamline_bench.stability.compare_answers import compare_answers
-from streamline_bench.stability.readers.lm_eval_rows import graded_metrics, with_verdicts
+from streamline_bench.stability.readers.lm_eval_rows import with_verdicts
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.samples import Row
 from streamline_bench.stability.settings import Settings
@@ -53,10 +53,16 @@ def test_a_graded_norm_leaves_the_other_verdict() -> None:
     assert [part.gold for part in found] == [1, 1]
 
 
-def test_the_next_metric_decides_for_all_answers() -> None:
+def test_the_first_metric_decides_even_as_a_grade() -> None:
     found = judged(row(acc=1.0, exact_match=0.0), row(acc=0.5, exact_match=1.0))
-    assert [part.verdict_metric for part in found] == ["exact_match"] * 2
-    assert [part.correct for part in found] == [False, True]
+    assert [part.verdict_metric for part in found] == [None, None]
+
+
+def test_the_configuration_says_which_metric_is_first() -> None:
+    rows = [row(acc=1.0, own=0.0, loss=1.0), row(acc=0.0, own=1.0, loss=0.0)]
+    with_verdicts(rows, {"loss": False, "missing": True, "own": True, "acc": True})
+    assert [part.verdict_metric for part in rows] == ["own"] * 2
+    assert [part.correct for part in rows] == [False, True]
 
 
 def test_filters_are_judged_apart() -> None:
@@ -66,7 +72,6 @@ def test_filters_are_judged_apart() -> None:
 
 def test_verdicts_stay() -> None:
     assert judged(row(acc=1.0), row(acc=0.0, f1=0.3)) == [row(acc=1.0), row(acc=0.0, f1=0.3)]
-    assert graded_metrics([{"acc": 0.0, "f1": 0.3}, None, {"acc_norm": 0.25}]) == {"acc_norm"}
 
 
 def graded_run(source: Path, target: Path, grade: Callable[[int], float]) -> Path:
@@ -99,7 +104,10 @@ def test_a_graded_task_does_not_stop_the_others(
         runs[side] = graded_run(lm_eval_outputs / side, tmp_path / side, grade)
     samples = [load_samples(path, run=side, progress=False) for side, path in runs.items()]
     result = compare_answers(*samples, settings=FAST)
-    assert result.not_compared["toy_gen"] == "graded, no right or wrong"
+    assert "toy_gen" not in result.not_compared
+    assert {(found.task, found.metric, found.decides) for found in result.grades} == {
+        ("toy_gen", "em", True)
+    }
     assert "toy_mc" in {task.task for task in result.tasks}
     assert "toy_gen" in {found.task for found in result.generations}
     rows = [RunRow(label=side, eval=path.relative_to(tmp_path).as_posix())

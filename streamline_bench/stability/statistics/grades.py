@@ -1,0 +1,163 @@
+"""The paired difference of grades: p and interval come from one set of bootstrap draws.
+
+A difference is excluded where its p-value is below the level, and the interval is what remains, as
+in :mod:`streamline_bench.stability.statistics.score`, so that the two cannot contradict each other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.statistics import FloatArray
+from streamline_bench.stability.statistics.clusters import ClusterLabels
+from streamline_bench.stability.statistics.intervals import (
+    FEW_UNITS,
+    ratio_draws,
+    t_quantile,
+    t_tail,
+    task_generator,
+)
+
+_ALIKE = 1e-12  # sums of equal grades differ in their last bits
+
+
+@dataclass(frozen=True)
+class PairedGrades:
+    """Mean over documents of pruned - dense grade.
+
+    Units (documents, or clusters of them) are drawn with replacement. Of m draws, of which c lie
+    on the far side of D or at it, D has p = 2 (c + 1) / (m + 1) (A. C. Davison and D. V. Hinkley,
+    Bootstrap Methods and their Application, 1997, section 4.2). Below :data:`FEW_UNITS` units, D is
+    tested by Student's distribution with the draws' standard deviation. Where all units moved alike
+    (or none did), a bootstrap would claim certainty: then see :meth:`_alike_apart`.
+
+    Attributes:
+        moved: float64 [units], sum of pruned - dense.
+        sizes: float64 [units], documents.
+        sampled: float64 [draws], resampled means, sorted; empty for one unit.
+        bounded: grades lie between 0 and 1.
+        kind: what a unit is, in the plural.
+    """
+
+    moved: FloatArray
+    sizes: FloatArray
+    sampled: FloatArray
+    bounded: bool = True
+    kind: str = "documents"
+
+    @classmethod
+    def of(
+        cls,
+        difference: FloatArray,
+        clusters: ClusterLabels | None,
+        names: tuple[str, ...],
+        *,
+        draws: int,
+        seed: int,
+        bounded: bool = True,
+    ) -> PairedGrades:
+        """Resample the differences of the documents, float64 [n]; ``names`` seed the draws."""
+        moved, sizes, kind = difference, np.ones(len(difference)), "documents"
+        if clusters is not None:
+            sums = clusters.sums(difference, sizes)
+            moved, sizes, kind = sums[:, 0], sums[:, 1], clusters.shown.kind
+        sampled = np.zeros(0)
+        if len(moved) > 1:
+            sampled = np.sort(ratio_draws(moved, sizes, draws, task_generator(seed, *names)))
+        return cls(moved, sizes, sampled, bounded, kind)
+
+    @property
+    def value(self) -> float:
+        """Pruned - dense."""
+        return float(self.moved.sum() / self.sizes.sum())
+
+    @cached_property
+    def error(self) -> float:
+        """Standard deviation of the draws; 0 where all units moved alike."""
+        alike = np.ptp(self.moved / self.sizes) <= _ALIKE
+        return 0.0 if alike or not len(self.sampled) else float(self.sampled.std())
+
+    @property
+    def units(self) -> int:
+        """Clusters, or documents that stand alone."""
+        return len(self.moved)
+
+    @property
+    def method(self) -> str:
+        """Name of the test."""
+        few = "Student with bootstrap error" if self.units < FEW_UNITS else "bootstrap"
+        return f"{few} over {self.units:,} {self.kind}"
+
+    def _alike_apart(self, difference: float) -> float:
+        """Distance from ``difference`` in standard errors, where units do not differ.
+
+        A share of at least w = n / (n + z²) of all documents moves like the n that were seen
+        (Wilson's limit of n of n), and the others by at most 1: the difference lies within
+        w value ± (1 - w).
+        """
+        distance = self.value - difference
+        room = 1 + math.copysign(difference, distance * difference)
+        far = math.inf if room <= 0 else math.sqrt(self.units * abs(distance) / room)
+        return math.copysign(far, distance) if distance else 0.0
+
+    def tail(self, difference: float) -> float:
+        """One-sided p of the hypothesis that the true mean is ``difference`` or less."""
+        if self.error == 0:
+            return t_tail(self._alike_apart(difference), math.inf) if self.bounded else 1.0
+        if self.units < FEW_UNITS:
+            return t_tail((self.value - difference) / self.error, self.units - 1)
+        below = int(np.searchsorted(self.sampled, difference, side="right"))
+        return (below + 1) / (len(self.sampled) + 1)
+
+    def worse_by(self, margin: float, *, higher: bool) -> float:
+        """One-sided p of the hypothesis that the pruned model is worse by ``margin`` or more."""
+        if higher:
+            return self.tail(-margin)
+        other = PairedGrades(-self.moved, self.sizes, -self.sampled[::-1], self.bounded, self.kind)
+        return other.tail(-margin)
+
+    def p_value(self, difference: float = 0.0) -> float:
+        """Two-sided p of the hypothesis that the true mean is ``difference``."""
+        if self.error == 0:
+            distance = abs(self._alike_apart(difference)) if self.bounded else 0.0
+            return 2 * t_tail(distance, math.inf)
+        if self.units < FEW_UNITS:
+            return 2 * t_tail(abs(self.value - difference) / self.error, self.units - 1)
+        below = int(np.searchsorted(self.sampled, difference, side="right"))
+        above = len(self.sampled) - int(np.searchsorted(self.sampled, difference, side="left"))
+        return min(1.0, 2 * (min(below, above) + 1) / (len(self.sampled) + 1))
+
+    def interval(self, confidence: float, margin: float = 0.0, comparisons: int = 1) -> Estimate:
+        """The differences D whose ``comparisons * p_value(D)`` is not below 1 - confidence.
+
+        Args:
+            margin: unused; named as that of a difference of verdicts.
+        """
+        level = (1 - confidence) / comparisons
+        reach = 1.0 if self.bounded else math.inf
+        low, high, method = -reach, reach, self.method
+        if self.error == 0:
+            if not self.bounded:
+                return Estimate(value=self.value)
+            share = self.units / (self.units + t_quantile(1 - level, math.inf) ** 2)
+            low, high = share * self.value - (1 - share), share * self.value + (1 - share)
+            method = f"Wilson over {self.units:,} {self.kind}, all moved alike"
+        elif self.units < FEW_UNITS:
+            half = t_quantile(1 - level, self.units - 1) * self.error
+            low, high = self.value - half, self.value + half
+        elif (rank := math.ceil(level * (len(self.sampled) + 1) / 2) - 1) > 0:
+            low, high = float(self.sampled[rank - 1]), float(self.sampled[-rank])
+        elif not self.bounded:
+            return Estimate(value=self.value, standard_error=self.error)
+        return Estimate(
+            value=self.value,
+            standard_error=self.error or None,
+            low=max(-reach, low),
+            high=min(reach, high),
+            method=method,
+        )
