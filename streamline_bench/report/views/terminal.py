@@ -22,7 +22,8 @@ def terminal_table(board: Leaderboard) -> str:
     shown; a board without right or wrong answers shows grades instead, else perplexities.
     """
     rows = ranked(shown(board))
-    head, cells, note = _PERPLEXITY, _of_perplexity, _PERPLEXITY_NOTE
+    head: tuple[str, ...] = _PERPLEXITY
+    cells, note = _of_perplexity, _PERPLEXITY_NOTE
     if any(row.accuracy_macro for row in rows):
         head, cells, note = _ACCURACY, _of_accuracy, _ACCURACY_NOTE
     elif any(mean_grade(row) for row in rows):
