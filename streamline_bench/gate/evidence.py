@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import SamplesError
 from streamline_bench.report.build import build_leaderboard
 from streamline_bench.report.leaderboard import (
+    GradeScore,
     Leaderboard,
     Procedure,
     Row,
@@ -37,6 +38,7 @@ from streamline_bench.report.leaderboard import (
 )
 from streamline_bench.report.run_file import RUN_FILE, RunFile, RunRow, read_run_file
 from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.metrics import with_metrics
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
@@ -84,6 +86,36 @@ class TaskReference(Frozen):
         return self
 
 
+class GradeReference(Frozen):
+    """A task that is judged by a grade, by the filter that summaries use.
+
+    Attributes:
+        value: mean over documents, as a share of the highest grade.
+        documents: as of a :class:`TaskReference`.
+        values: the grade of each document, likewise; None without samples.
+    """
+
+    task: str
+    filter: str
+    metric: str
+    higher_is_better: bool = True
+    n: int = Field(ge=1)
+    value: Estimate
+    documents: str | None = None
+    values: tuple[float, ...] | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Task, filter and metric."""
+        return self.task, self.filter, self.metric
+
+    @model_validator(mode="after")
+    def _all(self) -> GradeReference:
+        if self.values is not None and len(self.values) != self.n:
+            raise ValueError(f"task '{self.task}' has not one grade for each of {self.n} answers")
+        return self
+
+
 class RowReference(Frozen):
     """One model; ``failed`` says why it has no result."""
 
@@ -91,11 +123,12 @@ class RowReference(Frozen):
     is_dense: bool
     failed: str | None = None
     tasks: tuple[TaskReference, ...] = ()
+    grades: tuple[GradeReference, ...] = ()
     speed: Speed | None = None
 
 
 class Reference(Frozen):
-    """A run, as far as a gate needs it.
+    """A run, as far as a gate needs it. Version 2 adds ``grades`` to rows.
 
     Attributes:
         source: folder or file that it was made from.
@@ -103,7 +136,7 @@ class Reference(Frozen):
     """
 
     kind: Literal["streamline-bench gate reference"] = KIND
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     source: str
     title: str
     dense: str
@@ -206,7 +239,7 @@ def open_source(path: Path) -> Source:
     if isinstance(payload, dict) and payload.get("kind") == KIND:
         advice = "write the reference again"
         figures = validated(
-            Reference, payload, str(file), newest=1, error=SamplesError, advice=advice
+            Reference, payload, str(file), newest=2, error=SamplesError, advice=advice
         )
         return Source(path, figures)
     board = parse_leaderboard(payload, str(file))
@@ -279,7 +312,8 @@ def evidence_of(
         SamplesError: the answers are not those that the leaderboard was made from.
         ThroughputError: the record is damaged.
     """
-    groups = {label: _by_task(each) for label, each in samples.items()}
+    asked = board.method.metrics
+    groups = {label: _by_task(each, asked) for label, each in samples.items()}
     of_dense = groups.get(board.dense, {})
     quantity: Any = board.method.quantity
     return Evidence(
@@ -317,9 +351,10 @@ def _samples(folder: Path, run: RunFile | None, progress: bool) -> dict[str, Sam
     }
 
 
-def _by_task(samples: Samples) -> dict[Key, pd.DataFrame]:
-    """The answers to each task, by document."""
-    ordered = samples.frame.sort_values("doc_id", kind="stable")
+def _by_task(samples: Samples, asked: Mapping[str, str]) -> dict[Key, pd.DataFrame]:
+    """The answers to each task, by document, judged by the metrics that were asked for."""
+    frame = with_metrics(samples.frame, asked, samples.info) if asked else samples.frame
+    ordered = frame.sort_values("doc_id", kind="stable")
     groups = ordered.groupby(["task", "filter"], sort=False)
     return {(str(task), str(name)): rows.reset_index(drop=True) for (task, name), rows in groups}
 
@@ -332,7 +367,58 @@ def _row(row: Row, groups: Mapping[Key, pd.DataFrame] | None, board: Leaderboard
         tasks=tuple(
             _task(row, score, groups, board.method.verdict) for score in row.tasks if score.main
         ),
+        grades=tuple(_grades(row, groups, board)),
         speed=row.throughput,
+    )
+
+
+def _grades(
+    row: Row, groups: Mapping[Key, pd.DataFrame] | None, board: Leaderboard
+) -> Iterator[GradeReference]:
+    """The grades that judge a task of any row; the dense row's own may all be 0 or 1."""
+    scales = {
+        (score.task, score.filter, score.metric): score.scale
+        for other in (*board.rows, row)
+        for score in other.grades
+        if score.main and score.decides and score.kind == "grade"
+    }
+    own = {(score.task, score.filter, score.metric): score for score in row.grades}
+    for key, scale in scales.items():
+        if key in own:
+            yield _grade(row, own[key], scale, groups)
+
+
+def _grade(
+    row: Row, score: GradeScore, scale: float, groups: Mapping[Key, pd.DataFrame] | None
+) -> GradeReference:
+    found: dict[str, Any] = {}
+    value = score.value
+    if groups is not None:
+        rows = groups.get((score.task, score.filter), pd.DataFrame({"metrics": []}))
+        values = np.array([record.get(score.metric, np.nan) for record in rows["metrics"]]) / scale
+        mean = values.mean() if len(values) else np.nan
+        if len(values) != score.n or not np.isclose(
+            mean * scale, value.value * score.scale, rtol=1e-9, atol=1e-9
+        ):
+            raise SamplesError(
+                f"Task '{score.task}' of row '{row.label}' has {score.n} grades '{score.metric}' "
+                f"in the leaderboard, {value.value * score.scale:.6g} on average, and "
+                f"{len(values)} in its evaluation, {mean * scale:.6g} on average; make the report "
+                "again (streamline-bench report)."
+            )
+        found = {"documents": _digest(rows), "values": tuple(values.tolist())}
+    factor = score.scale / scale
+    error = value.standard_error
+    return GradeReference(
+        task=score.task,
+        filter=score.filter,
+        metric=score.metric,
+        higher_is_better=score.higher_is_better,
+        n=score.n,
+        value=Estimate(
+            value=value.value * factor, standard_error=None if error is None else error * factor
+        ),
+        **found,
     )
 
 

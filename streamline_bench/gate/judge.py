@@ -16,7 +16,7 @@ from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import ComparisonError
 from streamline_bench.gate.evidence import Evidence, Reference, RowReference, open_source
 from streamline_bench.gate.result import Check, GateResult, Quantity, Status, Thresholds
-from streamline_bench.gate.task_checks import accuracy_checks, stability_checks
+from streamline_bench.gate.task_checks import accuracy_checks, grade_checks, stability_checks
 from streamline_bench.throughput.record import Speed
 
 
@@ -102,8 +102,8 @@ def judge(
             checks += _row_checks(run, against, run.rows.get(label), before, thresholds)
     if not checks:
         raise ComparisonError(
-            f"The reference '{against.figures.source}' has no task with right or wrong answers and "
-            "no speed. A gate does not compare perplexities or texts: see the reports."
+            f"The reference '{against.figures.source}' has no task with right or wrong answers, "
+            "no grade and no speed. A gate does not compare perplexities or texts: see the reports."
         )
     return GateResult(
         run=run.figures.source,
@@ -123,8 +123,8 @@ def _new(run: Evidence, chosen: Mapping[str, RowReference], *, every: bool) -> t
             if every and now.failed is None:
                 rows.append(label)
             continue
-        known = {task.key for task in before.tasks}
-        for task in now.tasks:
+        known = {task.key for task in (*before.tasks, *before.grades)}
+        for task in (*now.tasks, *now.grades):
             if task.key not in known:
                 tasks.setdefault(task.task, []).append(label)
     return (*rows, *(f"{task} ({', '.join(labels)})" for task, labels in tasks.items()))
@@ -148,6 +148,7 @@ def _row_checks(
         if task.key not in have
     ]  # fmt: skip
     checks = missing + accuracy_checks(run, against, now, before, thresholds)
+    checks += grade_checks(run, against, now, before, thresholds)
     if not now.is_dense:
         checks += stability_checks(run, against, now, before, thresholds)
     return checks + _speed_checks(run, against, now, before, thresholds.speed)

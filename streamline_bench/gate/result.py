@@ -13,7 +13,7 @@ class Thresholds(Frozen):
     """What a gate tolerates, and how sure it must be.
 
     Attributes:
-        accuracy: tolerated drop of accuracy, as a share (0.02 is two points).
+        accuracy: tolerated drop of accuracy, and of grades, as a share (0.02 is two points).
         stability: tolerated drop of stability, as a share.
         speed: tolerated drop of tokens per second and of the ratio to dense, relative (0.05).
         confidence: of all intervals.
@@ -30,8 +30,9 @@ class Thresholds(Frozen):
     strict: bool = False
 
 
-Quantity = Literal["result", "accuracy", "stability", "tokens/s", "speed-up"]
-"""``result``: whether the row has one; ``speed-up``: tokens per second as a multiple of the dense
+Quantity = Literal["result", "accuracy", "grade", "stability", "tokens/s", "speed-up"]
+"""``result``: whether the row has one; ``grade``: what judges a task that has no verdicts, as a
+share of the highest grade; ``speed-up``: tokens per second as a multiple of the dense
 model's in the same run."""
 
 Status = Literal["ok", "regressed", "cannot tell", "missing", "not compared"]
@@ -45,7 +46,8 @@ class Check(Frozen):
     Attributes:
         row: label of the model.
         task: None for the mean over tasks, and where there are no tasks.
-        reference, value: accuracies and stabilities as shares; tokens per second; ratios to dense.
+        reference, value: accuracies, grades and stabilities as shares; tokens per second; ratios to
+            dense.
         change: value - reference; for speed value / reference - 1.
         low, high: interval of ``change``, adjusted over the row's tasks for one task; None where no
             answer changed.

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 HEADINGS = ("row", "task", "quantity", "reference", "now", "change", "interval", "p", "status")
 _NUMERIC = ("reference", "now", "change", "interval", "p")
 NOTE = (
-    "Accuracy by task: interval and p are adjusted over the row's tasks (Holm) and decide. "
+    "Accuracy and grades by task: interval and p are adjusted over the row's tasks (Holm) and "
+    "decide. "
     "Stability by task: the interval is adjusted over them too (Bonferroni) and decides."
 )
 """Which of the figures decide."""

@@ -10,6 +10,10 @@ agreement with the dense model, weighted as in the stability itself, with an int
 questions (or what they belong to); else the difference of the two estimates, whose intervals add up
 by squares. Intervals are Bonferroni adjusted over the row's tasks.
 
+Grades (F1, ROUGE): of tasks that are judged by one, with the grades of both sides the paired
+difference by resampling questions (or what they belong to); else by standard errors. p and interval
+are adjusted over the row's graded tasks by Holm.
+
 The mean over tasks is not adjusted. A drop counts as a regression if it is significant and the
 interval does not exclude a drop of the tolerated size or more. If no answer to the same questions
 changed, nothing is a regression.
@@ -26,10 +30,17 @@ import numpy as np
 import numpy.typing as npt
 
 from streamline_bench.errors import ComparisonError
-from streamline_bench.gate.evidence import Evidence, RowReference, TaskReference, unpack
+from streamline_bench.gate.evidence import (
+    Evidence,
+    GradeReference,
+    RowReference,
+    TaskReference,
+    unpack,
+)
 from streamline_bench.gate.result import Check, Quantity, Thresholds
 from streamline_bench.stability.comparison import Estimate, square_and_add
 from streamline_bench.stability.statistics.clusters import ClusterLabels
+from streamline_bench.stability.statistics.grades import PairedGrades
 from streamline_bench.stability.statistics.intervals import (
     bootstrap_interval,
     ratio_draws,
@@ -127,6 +138,84 @@ def stability_checks(
     return missing + checks + _mean_checks(now, "stability", plain, allowed.stability)
 
 
+def grade_checks(
+    run: Evidence, against: Evidence, now: RowReference, before: RowReference, allowed: Thresholds
+) -> list[Check]:
+    """Check every task that is judged by a grade, and their mean.
+
+    Raises:
+        ComparisonError: a task has other questions now.
+    """
+    have = {grade.key: grade for grade in now.grades}
+    checks = [
+        Check(row=now.label, quantity="grade", task=old.task, status="missing",
+              reference=old.value.value, reason=f"the run does not judge it by {old.metric}")
+        for old in before.grades
+        if old.key not in have
+    ]  # fmt: skip
+    pairs = [(have[old.key], old) for old in before.grades if old.key in have]
+    for task, old in pairs:
+        _require_same_questions(task, old, against, run)
+    tests = [_grade_test(run, task, old, allowed) for task, old in pairs]
+    level = 1 - allowed.confidence
+    p_values = [test.p_value() for test in tests]
+    adjusted = iter(holm([p for p in p_values if p is not None], level))
+    changes = []
+    for (task, old), test, p in zip(pairs, tests, p_values, strict=True):
+        paired = isinstance(test, PairedGrades)
+        change = _Change(
+            task.task,
+            old.value.value,
+            task.value.value,
+            test.interval(allowed.confidence, allowed.accuracy),
+            f"{task.metric}, paired, {task.n:,} questions" if paired else "standard errors",
+            unchanged=paired and old.values == task.values,
+        )
+        holms, comparisons = next(adjusted) if p is not None else (None, 1)
+        shown = test.interval(allowed.confidence, allowed.accuracy, comparisons)
+        significant = holms is not None and holms < level
+        changes.append(change)
+        change = replace(change, difference=shown)
+        check = _check(now, "grade", change, allowed.accuracy, significant, holms)
+        checks.append(check if task.higher_is_better else _turned(check))
+    # A mean of which parts are better when lower says nothing.
+    alike = all(task.higher_is_better for task, _ in pairs)
+    return checks + (_mean_checks(now, "grade", changes, allowed.accuracy) if alike else [])
+
+
+def _grade_test(
+    run: Evidence, task: GradeReference, old: GradeReference, allowed: Thresholds
+) -> PairedGrades | _Independent:
+    """Of the improvement: positive where the run is better."""
+    sign = 1.0 if task.higher_is_better else -1.0
+    if task.values is None or old.values is None:
+        errors = [
+            each.value.standard_error
+            for each in (task, old)
+            if each.value.standard_error is not None
+        ]
+        value = sign * (task.value.value - old.value.value)
+        return _Independent(value, math.hypot(*errors) if len(errors) == 2 else None)
+    return PairedGrades.of(
+        sign * (np.array(task.values) - np.array(old.values)),
+        run.clusters.get((task.task, task.filter)),
+        (*task.key, "gate"),
+        draws=allowed.draws,
+        seed=allowed.seed,
+    )
+
+
+def _turned(check: Check) -> Check:
+    """A check of an improvement as one of a metric for which lower is better."""
+    return check.model_copy(
+        update={
+            "change": None if check.change is None else -check.change,
+            "low": None if check.high is None else -check.high,
+            "high": None if check.low is None else -check.low,
+        }
+    )
+
+
 def _shared_tasks(
     now: RowReference, before: RowReference, against: Evidence, run: Evidence
 ) -> list[tuple[TaskReference, TaskReference]]:
@@ -134,14 +223,23 @@ def _shared_tasks(
     old = {task.key: task for task in before.tasks}
     pairs = [(task, old[task.key]) for task in now.tasks if task.key in old]
     for task, reference in pairs:
-        known = task.documents is not None and reference.documents is not None
-        if (known and task.documents != reference.documents) or task.n != reference.n:
-            raise ComparisonError(
-                f"The questions of task '{task.task}' differ: '{run.figures.source}' has {task.n}, "
-                f"'{against.figures.source}' has {reference.n}, and documents, prompts or answers "
-                "changed; evaluate with the same data and settings, or write a new reference."
-            )
+        _require_same_questions(task, reference, against, run)
     return pairs
+
+
+def _require_same_questions(
+    task: TaskReference | GradeReference,
+    reference: TaskReference | GradeReference,
+    against: Evidence,
+    run: Evidence,
+) -> None:
+    known = task.documents is not None and reference.documents is not None
+    if (known and task.documents != reference.documents) or task.n != reference.n:
+        raise ComparisonError(
+            f"The questions of task '{task.task}' differ: '{run.figures.source}' has {task.n}, "
+            f"'{against.figures.source}' has {reference.n}, and documents, prompts or answers "
+            "changed; evaluate with the same data and settings, or write a new reference."
+        )
 
 
 def _excludes_zero(difference: Estimate) -> bool:

@@ -55,7 +55,7 @@ def test_a_reference_can_be_gated_itself(reference: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: {**d, "schema_version": 2}, "newer than 1; upgrade"),
+        (lambda d: {**d, "schema_version": 3}, "newer than 2; upgrade"),
         (lambda d: {**d, "rows": []}, "'rows'"),
         (lambda d: {**d, "surprise": 1}, "'surprise'"),
     ],
