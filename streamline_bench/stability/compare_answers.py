@@ -22,6 +22,7 @@ from streamline_bench.stability.comparison import (
 from streamline_bench.stability.grade_comparison import (
     ComparedGrade,
     compare_grades,
+    compare_repetitions,
     decided_grades,
 )
 from streamline_bench.stability.metrics import asked_metrics, with_asked_metrics
@@ -100,6 +101,7 @@ def compare_pairs(pairs: AlignedPairs, settings: Settings | None = None) -> Comp
         exact_match = None if reason else compared[-1].result.difference
         generated = compare_generations(first, second, settings.confidence, exact_match)
         generations += [generated] if generated else []
+    grades += compare_repetitions(pairs, settings)
     if not (compared or perplexities or generations or grades):
         raise SamplesError(
             f"No task of '{dense.run}' has right or wrong answers by '{settings.verdict}', "

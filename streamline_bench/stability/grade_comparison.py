@@ -21,6 +21,7 @@ from streamline_bench.stability.metrics import (
     names_in_order,
     values_of,
 )
+from streamline_bench.stability.samples import REPETITION
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics import FloatArray
 from streamline_bench.stability.statistics.clusters import ClusterLabels, cluster_labels
@@ -113,6 +114,32 @@ def compare_grades(
             )
         )  # fmt: skip
     return found, left_out
+
+
+def compare_repetitions(pairs: AlignedPairs, settings: Settings) -> Iterator[ComparedGrade]:
+    """Share of right answers to a question that was asked several times, for each such task.
+
+    The times belong together: a question is what is drawn.
+    """
+    dense, pruned = pairs.dense, pairs.pruned
+    asked = dense["filter"].str.startswith(f"{REPETITION} ")
+    for task in dense.loc[asked, "task"].unique():
+        rows = asked & (dense["task"] == task)
+        parts = [(frame[rows], frame.loc[rows, settings.verdict]) for frame in (dense, pruned)]
+        if any(verdicts.isna().any() for _, verdicts in parts):
+            continue
+        before, now = (
+            verdicts.astype("float64").groupby(frame["doc_id"]).mean().to_numpy()
+            for frame, verdicts in parts
+        )
+        if is_verdict(before) and is_verdict(now):
+            continue
+        of_document = dense[rows].drop_duplicates("doc_id").sort_values("doc_id")
+        name = f"mean of {dense.loc[rows, 'filter'].nunique()} repetitions"
+        yield graded(
+            (str(task), name, "accuracy"), before, now, cluster_labels(of_document["cluster"]),
+            settings, higher=True, decides=False,
+        )  # fmt: skip
 
 
 def _incomplete(name: str, *frames: pd.DataFrame) -> str | None:

@@ -23,6 +23,9 @@ from streamline_bench.errors import SamplesError, library_errors
 
 SCHEMA_VERSION = 1
 
+REPETITION = "repetition"
+"""How the filters begin that stand for the times OpenCompass asked a question."""
+
 
 @dataclass(kw_only=True)
 class Row:

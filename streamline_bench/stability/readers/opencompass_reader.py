@@ -7,6 +7,10 @@ Right or wrong per question comes from that evaluation (``results/<model>/<data 
 it states a verdict for every question, the verdict counts. Where it does not, choices are judged by
 their gold, and generated answers by the extracted answers, if it has them; that must then give the
 accuracy that the evaluation reports.
+
+A further number per question (a score, an F1) is taken where its mean is a number that the
+evaluation reports, and has its name. OpenCompass does not say whether higher is better; what it
+reports are scores, for which it is.
 """
 
 from __future__ import annotations
@@ -25,9 +29,17 @@ from tqdm import tqdm
 
 from streamline_bench.core.files import read_json
 from streamline_bench.errors import SamplesError
+from streamline_bench.stability.metrics import is_verdict
 from streamline_bench.stability.readers.opencompass_folder import DataSet, Predictions
 from streamline_bench.stability.readers.opencompass_rows import Entry, parse_entry, row_of
-from streamline_bench.stability.samples import Row, RunInfo, Samples, task_hash, well_formed
+from streamline_bench.stability.samples import (
+    REPETITION,
+    Row,
+    RunInfo,
+    Samples,
+    task_hash,
+    well_formed,
+)
 
 ENGINE = "opencompass"
 
@@ -42,6 +54,9 @@ SUBJECT_GROUPS = {
 _AGAIN = "run OpenCompass again"
 _EVALUATE = "evaluate again (opencompass --mode eval --reuse)"
 _VERDICTS = ("correct", "is_correct", "cascade_correct")
+_TEXTS = frozenset(
+    {"pred", "prediction", "predictions", "answer", "reference", "references", "gold"}
+)
 _ACCURACY = re.compile(r"^accuracy( \(\d+ runs average\))?$")
 
 
@@ -81,6 +96,24 @@ class Evaluation(BaseModel):
             for name, value in (self.model_extra or {}).items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
+
+    @cached_property
+    def graded(self) -> dict[str, list[float]]:
+        """Numbers per question whose mean, or 100 times it, is reported; by the reported name."""
+        details = [detail for detail in self.listed if isinstance(detail, dict)]
+        if not details or len(details) < len(self.listed) or self.repetitions > 1:
+            return {}
+        found: dict[str, list[float]] = {}
+        for key in details[0]:
+            values = [detail.get(key) for detail in details]
+            numbers = [float(value) for value in values if isinstance(value, int | float)]
+            if key in _TEXTS or len(numbers) < len(values):
+                continue
+            mean = sum(numbers) / len(numbers)
+            named = [name for name, value in self.numbers.items() if _is_mean(value, mean)]
+            for name in sorted(named, key=lambda name: name != key)[:1]:
+                found.setdefault(name, numbers)
+        return found
 
     @property
     def accuracy(self) -> float | None:
@@ -219,7 +252,7 @@ def _answers(name: str, files: DataSet, bar: tqdm[Any]) -> _Answers:
     for index, row in enumerate(rows):
         repetition, row.doc_id = divmod(index, len(rows) // count)
         row.task = name
-        row.filter = "none" if count == 1 else f"repetition {repetition + 1}"
+        row.filter = "none" if count == 1 else f"{REPETITION} {repetition + 1}"
     if evaluation is not None:
         _judge(rows, evaluation, files.results[0])
     return _Answers(rows, evaluation)
@@ -275,6 +308,16 @@ def _run_info(found: Predictions, label: str, answers: dict[str, _Answers]) -> R
         task_hashes={name: task_hash(each.rows) for name, each in answers.items()},
         groups={group: names for group, names in groups.items() if len(names) > 1},
         config=dict(found.settings or {}),
+        metrics={
+            name: [*_verdict_first(each.rows), *each.evaluation.graded]
+            for name, each in answers.items()
+            if each.evaluation
+        },
+        higher_is_better={
+            name: dict.fromkeys(each.evaluation.graded, True)
+            for name, each in answers.items()
+            if each.evaluation
+        },
         # Named as lm-eval names its own: metric, then filter.
         results={
             name: {f"{key},none": value for key, value in each.numbers.items()} if each else {}
@@ -284,6 +327,11 @@ def _run_info(found: Predictions, label: str, answers: dict[str, _Answers]) -> R
         missing=dict(found.missing),
         left_out=dict(found.left_out),
     )
+
+
+def _verdict_first(rows: Sequence[Row]) -> list[str]:
+    """What says right or wrong counts before a grade."""
+    return [rows[0].verdict_metric] if rows[0].verdict_metric else []
 
 
 def _read_evaluation(paths: Sequence[Path], entries: Sequence[Sequence[Entry]]) -> Evaluation:
@@ -318,6 +366,10 @@ def _read_evaluation(paths: Sequence[Path], entries: Sequence[Sequence[Entry]]) 
     }
     if len(accuracy) == len(parts) and total:
         payload["accuracy"] = sum(accuracy) / total
+    for name in parts[0].graded:
+        if all(name in part.graded for part in parts):
+            sums = (part.numbers[name] * len(part.listed) for part in parts)
+            payload.setdefault(name, sum(sums) / len(details))
     return Evaluation.model_validate(payload)
 
 
@@ -347,6 +399,9 @@ def _judge(rows: Sequence[Row], evaluation: Evaluation, path: Path) -> None:
 
     The rows are in the order of predictions: first repetition of every question, then the second.
     """
+    for name, values in evaluation.graded.items():
+        for row, value in zip(rows, values, strict=True):
+            row.metrics.setdefault(name, value)
     stated = evaluation.stated
     if stated is None and rows[0].output_type == "generate_until":
         stated = evaluation.derived
@@ -356,6 +411,11 @@ def _judge(rows: Sequence[Row], evaluation: Evaluation, path: Path) -> None:
             row.metrics["accuracy"] = float(verdict)
         return
     own = [row.correct for row in rows if row.correct is not None]
+    for name, values in () if own else evaluation.graded.items():
+        if is_verdict(values):
+            for row, value in zip(rows, values, strict=True):
+                row.correct, row.verdict_metric = bool(value), name
+            return
     accuracy = evaluation.accuracy
     if accuracy is not None and len(own) == len(rows) and not _gives(own, accuracy):
         raise SamplesError(
@@ -384,6 +444,14 @@ def _is_about(judged: Any, entry: Entry) -> bool:
         score.get("PPL") == own[label]
         for label, score in judged.items()
         if label in own and isinstance(score, Mapping)
+    )
+
+
+def _is_mean(reported: float, mean: float) -> bool:
+    """Whether a number is this mean, as a share or per cent, maybe rounded to two digits."""
+    return any(
+        math.isclose(reported, value, abs_tol=1e-6) or reported == round(value, 2)
+        for value in (mean, 100 * mean)
     )
 
 
