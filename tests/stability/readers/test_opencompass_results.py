@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pandas as pd
 import pytest
 
 from streamline_bench.errors import SamplesError
+from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.readers.opencompass_reader import Evaluation
 from streamline_bench.stability.samples import Samples
+from streamline_bench.stability.settings import Settings
 
 RIGHT = [True, False, True, False]
 
@@ -60,6 +63,80 @@ def test_details_of_repetitions(opencompass_files: Any, run: Path) -> None:
     second = frame[(frame["task"] == "qa") & (frame["filter"] == "repetition 2")]
     assert first["correct"].tolist() == [True, False]
     assert second["correct"].tolist() == [False, False]
+
+
+GRADES = [0.25, 1.0, 0.5, 0.0]
+
+
+def graded(grades: list[float], name: str = "score", factor: float = 100.0) -> dict[str, Any]:
+    """As evaluators of long contexts write it: a grade per question, their mean in per cent."""
+    details = [{"pred": 3, "answer": 3, "score": grade, "steps": 7} for grade in grades]
+    return {name: factor * sum(grades) / len(grades), "timeout": 1, "details": details}
+
+
+def metrics(samples: Samples, task: str) -> list[dict[str, float]]:
+    return samples.frame.loc[samples.frame["task"] == task, "metrics"].tolist()
+
+
+def test_a_score_per_question_is_a_grade(opencompass_files: Any, run: Path) -> None:
+    opencompass_files.write_results(run, "tiny", "qa", graded(GRADES, "LongBench"))
+    samples = load_samples(run)
+    assert metrics(samples, "qa") == [{"LongBench": grade} for grade in GRADES]
+    assert verdicts(samples, "qa") == [None] * 4
+    assert samples.info.higher_is_better["qa"] == {"LongBench": True}
+    result = compare_answers(samples, samples, settings=Settings(draws=200))
+    assert [(each.metric, each.decides) for each in result.grades] == [("LongBench", True)]
+
+
+def test_numbers_that_are_not_reported_are_left_alone(opencompass_files: Any, run: Path) -> None:
+    opencompass_files.write_results(run, "tiny", "qa", {**graded(GRADES), "score": 12.0})
+    assert metrics(load_samples(run), "qa") == [{}] * 4
+
+
+def test_right_or_wrong_by_another_name(opencompass_files: Any, run: Path) -> None:
+    details = {str(i): {"prompt": "p", "is_strict_correct": right, "is_loose_correct": True}
+               for i, right in enumerate(RIGHT)}  # fmt: skip
+    payload = {"Prompt-level-strict": 50.0, "Prompt-level-loose": 100.0, "details": details}
+    opencompass_files.write_results(run, "tiny", "qa", payload)
+    samples = load_samples(run)
+    assert verdicts(samples, "qa") == RIGHT
+    rows = samples.frame[samples.frame["task"] == "qa"]
+    assert set(rows["verdict_metric"]) == {"Prompt-level-strict"}
+    assert metrics(samples, "qa")[1] == {"Prompt-level-strict": 0.0, "Prompt-level-loose": 1.0}
+
+
+def test_grades_of_a_data_set_in_parts(opencompass_files: Any, run: Path) -> None:
+    model = run / "predictions" / "tiny"
+    (model / "qa.json").unlink()
+    entries = opencompass_files.gen(4, seed=1, golds=["A"] * 4)
+    opencompass_files.write(model, "qa", entries, parts=2)
+    for part in (0, 1):
+        payload = graded(GRADES[2 * part : 2 * part + 2])
+        opencompass_files.write_results(run, "tiny", f"qa_{part}", payload)
+    samples = load_samples(run)
+    assert metrics(samples, "qa") == [{"score": grade} for grade in GRADES]
+    assert samples.info.results["qa"]["score,none"] == pytest.approx(43.75)
+
+
+def test_repetitions_of_a_question_belong_together(opencompass_files: Any, run: Path) -> None:
+    source = random.Random(0)
+    sides = []
+    for number, share in enumerate((0.7, 0.4)):
+        side = run.with_name(f"2026010{number}_120000")
+        entries = opencompass_files.gen(40, seed=1, golds=["A"] * 40)
+        opencompass_files.write(side / "predictions" / "tiny", "qa", entries + entries)
+        details = [{"is_correct": [source.random() < share for _ in range(2)]} for _ in range(40)]
+        right = sum(sum(detail["is_correct"]) for detail in details)
+        payload = {"accuracy (2 runs average)": 100 * right / 80, "details": details}
+        opencompass_files.write_results(side, "tiny", "qa", payload)
+        sides.append((load_samples(side), [sum(d["is_correct"]) / 2 for d in details]))
+    (dense, before), (pruned, now) = sides
+    result = compare_answers(dense, pruned, settings=Settings(draws=2000))
+    assert {task.filter for task in result.tasks} == {"repetition 1", "repetition 2"}
+    (found,) = result.grades
+    assert (found.filter, found.n, found.decides) == ("mean of 2 repetitions", 40, False)
+    assert found.difference is not None
+    assert found.difference.value == pytest.approx((sum(now) - sum(before)) / 40)
 
 
 @pytest.mark.parametrize(("accuracy", "known"), [(50.0, True), (75.0, False), (None, False)])
