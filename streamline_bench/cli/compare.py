@@ -272,7 +272,7 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
     replaced = set(SIZE_KEYS) if given.keys() & set(SIZE_KEYS) else set()
     planned = payload.get("set") or {}
     payload["set"] = {k: v for k, v in planned.items() if k not in replaced} | given
-    if options["metrics"]:
+    if options.get("metrics"):
         payload["metrics"] = {**(payload.get("metrics") or {}), **options["metrics"]}
     if options["workload"]:
         payload["workload"] = {

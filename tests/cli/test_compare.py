@@ -271,6 +271,16 @@ def test_a_zero_is_a_value(asked: Callable[..., Request]) -> None:
     assert request.num_fewshot == 0
 
 
+def test_metrics_of_the_command_count_before_those_of_the_plan(
+    asked: Callable[..., Request], tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        "model: m\ntasks: [t]\nrecipes: [dense]\nmetrics: {t: f1, u: em}\n", encoding="utf-8"
+    )
+    assert asked("--plan", plan, "--metric", "t=acc").metrics == {"t": "acc", "u": "em"}
+
+
 def test_the_plan_is_named_where_it_is_wrong(tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     plan.write_text("model: m\ntasks: [t]\nrecipes: [dense]\nlimit: -3\n", encoding="utf-8")

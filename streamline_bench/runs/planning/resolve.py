@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from streamline_bench.core.checkpoint.folder import file_sha256
 from streamline_bench.core.machine.environment import found_device, known_device, package_versions
-from streamline_bench.core.recipe.validation import wrong_value
+from streamline_bench.core.recipe.validation import suggest_or_list, wrong_value
 from streamline_bench.errors import RecipeError, few
 from streamline_bench.harness.tasks.asked_tasks import refuse_unknown, task_folders
 from streamline_bench.harness.tasks.task_files import check_tasks, task_sha256, tasks_sha256
@@ -149,6 +149,8 @@ def open_tasks(request: Request, own: Path | None) -> _Tasks:
     tasks = {str(part.config.get("task") or part.task): part.config for part in found if part.task}
     check_tasks(tasks, request.environment)
     _check_fewshot(request.num_fewshot, tasks)
+    _refuse_code(tasks)
+    _check_metrics(request.metrics, {*tasks, *request.tasks})
     folders = [Path(folder) for folder in task_folders(own)]
     files = [
         name for name in request.tasks if name.endswith(".yaml") or name not in index.all_tasks
@@ -159,6 +161,26 @@ def open_tasks(request: Request, own: Path | None) -> _Tasks:
         for name, each in parts.items()
     }  # fmt: skip
     return _Tasks(tasks_sha256(folders, configs, request.environment, files), by_task)
+
+
+def _refuse_code(tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Tasks that run code which a model wrote need the harness's own switch."""
+    code = [task for task, config in tasks.items() if config.get("unsafe_code")]
+    if code:
+        raise RecipeError(
+            f"Task '{code[0]}' runs code that the model writes; leave it out, or evaluate both "
+            "models with lm_eval --confirm_run_unsafe_code --log_samples in a sandbox and compare "
+            "them with streamline-bench stability."
+        )
+
+
+def _check_metrics(metrics: Mapping[str, str], known: Collection[str]) -> None:
+    for task, name in metrics.items():
+        if task not in known:
+            raise RecipeError(
+                f"--metric {task}={name}: '{task}' is not among the tasks"
+                f"{suggest_or_list(task, sorted(known))}"
+            )
 
 
 def _check_fewshot(asked: int | None, tasks: Mapping[str, Mapping[str, Any]]) -> None:

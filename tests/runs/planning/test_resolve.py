@@ -30,6 +30,8 @@ from streamline_bench.runs.run import compare_request
         ({"tasks": ["local_piqa"]}, EvaluationError, "local_piqa.*piqa_val.*BENCH_DATA"),
         ({"tasks": ["piqa"], "environment": {"HF_HUB_OFFLINE": "1", "HF_HOME": "/none"}},
          EvaluationError, "'piqa'.*not in the cache.*HF_HUB_OFFLINE"),
+        ({"metrics": {"streamline_demo_pair": "acc"}}, RecipeError,
+         "--metric streamline_demo_pair=acc.*mean 'streamline_demo_pairs'"),
         ({"device": "cud"}, RecipeError, "'cud' is not a device"),
         ({"device": "cuda:9"}, RecipeError, "--device is cuda:9 and this process sees no cuda"),
         ({"noise_dtype": "flot"}, RecipeError, "'flot'.*dtype"),
@@ -76,6 +78,31 @@ def test_a_number_of_examples_that_only_some_tasks_take_is_said(
         found = [r.getMessage() for r in caplog.records if "--num-fewshot 3" in r.getMessage()]
         assert len(found) == said
     assert "streamline_demo_pairs" in found[0] and "takes_examples" not in found[0]
+
+
+def test_tasks_that_run_code_need_the_switch_of_the_harness(
+    make: Callable[..., Request], tmp_path: Path
+) -> None:
+    data = tmp_path / "questions.jsonl"
+    data.write_text('{"question": "one", "answer": "two"}\n')
+    task = f"""
+        task: runs_code
+        unsafe_code: true
+        dataset_path: json
+        dataset_kwargs: {{data_files: {{test: {data}}}}}
+        test_split: test
+        output_type: generate_until
+        doc_to_text: question
+        doc_to_target: answer
+    """
+    (tmp_path / "runs_code.yaml").write_text(textwrap.dedent(task), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"'runs_code'.*confirm_run_unsafe_code"):
+        resolve_plan(make(tasks=["runs_code"], include_path=str(tmp_path)))
+
+
+def test_metrics_are_part_of_the_plan(make: Callable[..., Request]) -> None:
+    asked = make(metrics={"streamline_demo_pairs": "acc_norm"})
+    assert resolve_plan(asked).metrics == {"streamline_demo_pairs": "acc_norm"}
 
 
 def test_auto_is_what_the_machine_has(
