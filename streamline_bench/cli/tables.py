@@ -16,8 +16,10 @@ from streamline_bench.report.text import (
     p_value,
     percent,
     points,
+    ratio,
     terminal_text,
     with_error,
+    with_interval,
 )
 
 if TYPE_CHECKING:
@@ -147,17 +149,24 @@ def _grade_cells(found: GradeComparison) -> list[str]:
 
 def _perplexity(found: PerplexityComparison) -> str:
     name = f"{terminal_text(found.task)}, perplexity per {found.unit}"
-    ratio = found.ratio
-    if found.dense is None or found.pruned is None or ratio is None:
+    times = found.ratio
+    if found.dense is None or found.pruned is None or times is None:
         return f"{name}: {found.nats_per_unit.value:+.4g} nats."
-    ends = "" if ratio.low is None else f" [{ratio.low:.4g}, {ratio.high:.4g}]"
-    return f"{name}: {found.dense:.4g}, {found.pruned:.4g}, ratio {ratio.value:.4g}{ends}."
+    ends = "" if times.low is None else f" [{times.low:.4g}, {times.high:.4g}]"
+    return f"{name}: {found.dense:.4g}, {found.pruned:.4g}, ratio {times.value:.4g}{ends}."
 
 
 def _generation(found: GenerationComparison) -> str:
     name = f"{terminal_text(found.task)} ({terminal_text(found.filter)})"
     parted = "" if found.first_word is None else f", the others part at word {found.first_word:g}"
-    return f"{name}: {percent(found.identical.value)} % of the texts are identical{parted}."
+    said = f"{name}: {percent(found.identical.value)} % of the texts are identical{parted}"
+    if found.length_ratio is not None:
+        said += f"; {ratio(found.length_ratio)} as long"
+    for what, change in (("empty", found.empty), ("repeated", found.repetition)):
+        if change is not None and change.pruned + change.dense > 0:
+            both = f"{percent(change.dense)} % then {percent(change.pruned)} %"
+            said += f"; {what} {both} ({with_interval(change.difference, signed=True)})"
+    return f"{said}."
 
 
 def _how_made(result: Comparison) -> str:

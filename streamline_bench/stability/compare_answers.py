@@ -99,7 +99,7 @@ def compare_pairs(pairs: AlignedPairs, settings: Settings | None = None) -> Comp
         elif not any(each.result.decides for each in found):
             skipped[task] = reason
         exact_match = None if reason else compared[-1].result.difference
-        generated = compare_generations(first, second, settings.confidence, exact_match)
+        generated = compare_generations(first, second, settings, exact_match)
         generations += [generated] if generated else []
     grades += compare_repetitions(pairs, settings)
     if not (compared or perplexities or generations or grades):

@@ -241,6 +241,14 @@ class GradeComparison(Frozen):
         )
 
 
+class TextChange(Frozen):
+    """A property of generated texts: means of both models, and pruned - dense, paired."""
+
+    dense: float
+    pruned: float
+    difference: Estimate
+
+
 class GenerationComparison(Frozen):
     """Generated texts, dense against pruned.
 
@@ -253,6 +261,10 @@ class GenerationComparison(Frozen):
             identical differing texts; None where all are identical.
         shared: mean share of the longer text's words before the first difference (identical: 1).
         dense_words, pruned_words: mean length.
+        length_ratio: pruned_words / dense_words, with an interval over documents.
+        empty: share of texts without a word.
+        repetition: share of a text's runs of four words that stand in it before, mean over texts
+            (seq-rep-4 of S. Welleck et al., arXiv:1908.04319); 0 for fewer than five words.
         exact_match: pruned - dense, where the task has that verdict.
     """
 
@@ -266,6 +278,9 @@ class GenerationComparison(Frozen):
     dense_words: float
     pruned_words: float
     exact_match: Estimate | None
+    length_ratio: Estimate | None = None
+    empty: TextChange | None = None
+    repetition: TextChange | None = None
 
 
 class TokenDivergence(Frozen):

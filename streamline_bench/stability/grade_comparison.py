@@ -25,12 +25,9 @@ from streamline_bench.stability.samples import REPETITION
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics import FloatArray
 from streamline_bench.stability.statistics.clusters import ClusterLabels, cluster_labels
-from streamline_bench.stability.statistics.grades import PairedGrades
+from streamline_bench.stability.statistics.grades import PairedGrades, mean_ratio
 from streamline_bench.stability.statistics.intervals import (
-    bootstrap_interval,
     mean_estimate,
-    ratio_draws,
-    task_generator,
 )
 from streamline_bench.stability.statistics.score import decide, holm
 
@@ -227,35 +224,6 @@ def graded(
 def _mean(values: FloatArray, labels: np.ndarray | None) -> Estimate:
     found = mean_estimate(values, 0.95, labels)
     return Estimate(value=found.value, standard_error=found.standard_error)
-
-
-def mean_ratio(
-    dense: FloatArray,
-    pruned: FloatArray,
-    clusters: ClusterLabels | None,
-    settings: Settings,
-    names: Sequence[str],
-) -> Estimate | None:
-    """Mean of the pruned / mean of the dense, by resampling documents; None where that is 0.
-
-    No interval where every document has the same ratio: draws say nothing then.
-    """
-    before, now, units, over = dense, pruned, len(dense), "documents"
-    if clusters is not None:
-        sums = clusters.sums(dense, pruned)
-        before, now, units = sums[:, 0], sums[:, 1], clusters.shown.count
-        over = clusters.shown.kind
-    if before.sum() <= 0 or units < 2:
-        return None if before.sum() <= 0 else Estimate(value=float(now.sum() / before.sum()))
-    value = float(now.sum() / before.sum())
-    generator = task_generator(settings.seed, *names)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        draws = ratio_draws(now, before, settings.draws, generator)
-    if not np.isfinite(draws).all() or np.ptp(draws) == 0:
-        return Estimate(value=value)
-    (low, high), method = bootstrap_interval(value, draws, units, settings.confidence)
-    method = f"{method} over {units:,} {over}"
-    return Estimate(value=value, low=max(0.0, low), high=high, method=method)
 
 
 def decided_grades(

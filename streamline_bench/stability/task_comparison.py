@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -19,6 +20,7 @@ from streamline_bench.stability.comparison import (
     GenerationComparison,
     PerplexityComparison,
     TaskComparison,
+    TextChange,
     exponential,
     exponentiated,
 )
@@ -31,6 +33,7 @@ from streamline_bench.stability.statistics.choices import (
     measure_choices,
 )
 from streamline_bench.stability.statistics.clusters import ClusterLabels, cluster_labels
+from streamline_bench.stability.statistics.grades import PairedGrades, mean_ratio
 from streamline_bench.stability.statistics.intervals import mean_estimate, mean_per_unit
 from streamline_bench.stability.statistics.paired import (
     Outcomes,
@@ -231,7 +234,7 @@ def _same_choice(dense: pd.DataFrame, pruned: pd.DataFrame, verdict: Verdict) ->
 
 
 def compare_generations(
-    dense: pd.DataFrame, pruned: pd.DataFrame, confidence: float, exact_match: Estimate | None
+    dense: pd.DataFrame, pruned: pd.DataFrame, settings: Settings, exact_match: Estimate | None
 ) -> GenerationComparison | None:
     """Compare aligned rows of one (task, filter); None if some answer is no text.
 
@@ -255,7 +258,7 @@ def compare_generations(
         task=str(dense.iloc[0]["task"]),
         filter=str(dense.iloc[0]["filter"]),
         n=n,
-        identical=wilson_estimate(sum(same) / n, n, confidence),
+        identical=wilson_estimate(sum(same) / n, n, settings.confidence),
         first_word=float(median(kept[index] for index in parted)) if parted else None,
         first_character=(
             float(median(first_difference(*texts[index]) for index in parted)) if parted else None
@@ -264,7 +267,43 @@ def compare_generations(
         dense_words=sum(len(first) for first, _ in words) / n,
         pruned_words=sum(len(second) for _, second in words) / n,
         exact_match=exact_match,
+        **_text_changes(dense, words, settings),
     )
+
+
+def _text_changes(
+    dense: pd.DataFrame, words: Sequence[tuple[list[str], list[str]]], settings: Settings
+) -> dict[str, Any]:
+    """Lengths and degeneration, as the fields of a generation."""
+    first = dense.iloc[0]
+    names = str(first["task"]), str(first["filter"])
+    clusters = cluster_labels(dense["cluster"])
+    lengths, empty, repeated = (
+        np.array([[float(measure(text)) for text in pair] for pair in words])
+        for measure in (len, operator.not_, repetition)
+    )
+    verdicts = empty.astype(np.bool_)
+    sample = paired_sample(verdicts[:, 0], verdicts[:, 1], clusters)
+    moved = PairedGrades.of(
+        repeated[:, 1] - repeated[:, 0], clusters, (*names, "repetition"),
+        draws=settings.draws, seed=settings.seed,
+    )  # fmt: skip
+    differences = (
+        PairedDifference((sample,)).interval(settings.confidence),
+        moved.interval(settings.confidence),
+    )
+    changes = [
+        TextChange(dense=float(means[0]), pruned=float(means[1]), difference=found)
+        for means, found in zip((empty.mean(0), repeated.mean(0)), differences, strict=True)
+    ]
+    ratio = mean_ratio(lengths[:, 0], lengths[:, 1], clusters, settings, (*names, "words"))
+    return {"length_ratio": ratio, "empty": changes[0], "repetition": changes[1]}
+
+
+def repetition(words: Sequence[str]) -> float:
+    """Share of the runs of four words that stand in the text before."""
+    runs = [tuple(words[begin : begin + 4]) for begin in range(len(words) - 3)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def first_difference(first: Sequence[str], second: Sequence[str]) -> int:

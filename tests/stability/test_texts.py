@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from statsmodels.stats.proportion import proportion_confint
@@ -20,11 +21,14 @@ from streamline_bench.stability.task_comparison import (
     compare_generations,
     compare_perplexities,
     first_difference,
+    repetition,
 )
+
+FAST = Settings(draws=500)
 
 
 def texts(*values: str | None) -> pd.DataFrame:
-    return pd.DataFrame({"task": "t", "filter": "none", "text": list(values)})
+    return pd.DataFrame({"task": "t", "filter": "none", "text": list(values), "cluster": None})
 
 
 def test_first_difference() -> None:
@@ -38,7 +42,7 @@ def test_texts_by_hand() -> None:
     found = compare_generations(
         texts("the cat sat", "yes", "one two three four", ""),
         texts("the cat ran off", "yes", "one 2", "x"),
-        0.95,
+        FAST,
         Estimate(value=-0.25),
     )
     assert found is not None
@@ -53,21 +57,45 @@ def test_texts_by_hand() -> None:
     assert found.exact_match == Estimate(value=-0.25)
 
 
+def test_repetition_by_hand() -> None:
+    assert repetition("a b c".split()) == 0.0
+    assert repetition("a b c d".split()) == 0.0
+    assert repetition("a a a a a a".split()) == pytest.approx(2 / 3)  # three runs, all the same
+    assert repetition("a b c d a b c d".split()) == pytest.approx(1 / 5)
+
+
+def test_degeneration_and_lengths() -> None:
+    good = ["one two three four five"] * 40
+    bad = ["a a a a a a"] * 10 + [""] * 5 + good[15:]
+    found = compare_generations(texts(*good), texts(*bad), FAST, None)
+    assert found is not None and found.empty is not None and found.repetition is not None
+    assert (found.empty.dense, found.empty.pruned) == (0.0, 5 / 40)
+    assert found.empty.difference.value == pytest.approx(5 / 40)
+    assert found.empty.difference.low is not None and found.empty.difference.low > 0
+    assert found.repetition.pruned == pytest.approx(10 / 40 * 2 / 3)
+    moved = np.array([2 / 3] * 10 + [0.0] * 30)
+    drawn = np.random.default_rng(0).integers(40, size=(20_000, 40))
+    ends = np.quantile(moved[drawn].mean(axis=1), [0.025, 0.975])
+    assert found.repetition.difference.ends == pytest.approx(ends, abs=0.02)
+    assert found.length_ratio is not None
+    assert found.length_ratio.value == pytest.approx((10 * 6 + 25 * 5) / (40 * 5))
+
+
 def test_equal_texts_differ_nowhere() -> None:
-    found = compare_generations(texts("a", "b"), texts("a", "b"), 0.95, None)
+    found = compare_generations(texts("a", "b"), texts("a", "b"), FAST, None)
     assert found is not None
     assert found.first_word is None and found.first_character is None
     assert found.shared == 1.0 and found.identical.value == 1.0
 
 
 def test_white_space_is_no_word() -> None:
-    found = compare_generations(texts("a b", " "), texts("a  b", ""), 0.95, None)
+    found = compare_generations(texts("a b", " "), texts("a  b", ""), FAST, None)
     assert found is not None
     assert found.identical.value == 0.0 and found.shared == 1.0
 
 
 def test_answers_that_are_no_texts() -> None:
-    assert compare_generations(texts("a", None), texts("a", "b"), 0.95, None) is None
+    assert compare_generations(texts("a", None), texts("a", "b"), FAST, None) is None
 
 
 def test_compare_has_every_filter(lm_eval_outputs: Path) -> None:

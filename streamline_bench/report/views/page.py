@@ -219,6 +219,7 @@ def _has(rows: Sequence[Row]) -> dict[str, bool]:
         "grades": any(score.comparison for row in rows for score in row.grades),
         "divergence": any(row.divergence for row in rows),
         "generations": any(row.generations for row in rows),
+        "degeneration": any(found.empty for row in rows for found in row.generations),
         "ours": any(item.ours for row in rows for item in row.published),
     }
 
