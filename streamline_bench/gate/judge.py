@@ -123,10 +123,12 @@ def _new(run: Evidence, chosen: Mapping[str, RowReference], *, every: bool) -> t
             if every and now.failed is None:
                 rows.append(label)
             continue
-        known = {task.key for task in (*before.tasks, *before.grades)}
-        for task in (*now.tasks, *now.grades):
-            if task.key not in known:
-                tasks.setdefault(task.task, []).append(label)
+        known = {task.key for task in before.tasks}
+        graded = {grade.key for grade in before.grades}
+        more = [task.task for task in now.tasks if task.key not in known]
+        more += [grade.task for grade in now.grades if grade.key not in graded]
+        for task in more:
+            tasks.setdefault(task, []).append(label)
     return (*rows, *(f"{task} ({', '.join(labels)})" for task, labels in tasks.items()))
 
 

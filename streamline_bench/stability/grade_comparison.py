@@ -38,7 +38,7 @@ Metric = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class ComparedGrade:
-    """One metric of one task; ``test`` is None for ratios, ``values`` are those of the pruned."""
+    """One metric of one task; ``test`` is None for ratios."""
 
     result: GradeComparison
     test: PairedGrades | None

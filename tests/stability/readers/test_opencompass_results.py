@@ -122,7 +122,7 @@ def test_repetitions_of_a_question_belong_together(opencompass_files: Any, run: 
     source = random.Random(0)
     sides = []
     for number, share in enumerate((0.7, 0.4)):
-        side = run.with_name(f"2026010{number}_120000")
+        side = run.with_name(f"2026020{number}_120000")
         entries = opencompass_files.gen(40, seed=1, golds=["A"] * 40)
         opencompass_files.write(side / "predictions" / "tiny", "qa", entries + entries)
         details = [{"is_correct": [source.random() < share for _ in range(2)]} for _ in range(40)]
