@@ -148,12 +148,17 @@ def state_store(model: Any, size: int, folder: Path | None = None) -> Iterator[B
     Beyond that they lie in files.
 
     Args:
-        folder: where a folder for them is made; None: that of temporary files.
+        folder: where a folder for them is made, of this process alone: what killed processes left
+            there is deleted. None: that of temporary files.
 
     Raises:
         OutputError: the disk has no room for the files.
     """
-    with tempfile.TemporaryDirectory(prefix="states-", dir=folder) as place:
+    prefix = f"states-{os.getpid()}-"
+    for left in folder.glob("states-*") if folder is not None else ():
+        if not left.name.startswith(prefix):  # by an attempt that was killed
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as place:
         device = model.get_input_embeddings().weight.device
         budget = int(free_memory("cpu") * _MEMORY_SHARE)
         store = BatchStore(Path(place) / "states", size, budget, device)

@@ -23,13 +23,11 @@ STREAMED: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in ("last_layers", "llm_pruner", "linear_patch", "magnitude_l1")),
     *((name, {}) for name in ("replaceme_lstsq", "ridge_map", "shortened_llama_ppl")),
     *((name, {}) for name in ("shortened_llama_taylor", "shortgpt", "sleb", "slicegpt", "uidl")),
-    ("laco", FEW),
     ("laco_rdsc", FEW),
     ("streamline_none", {}),
     ("streamline", {}),  # one epoch: batches in the order of the training
     ("streamline", {**EPOCHS, "training.epochs": 2}),  # states of all sequences in a file
     ("streamline", {**EPOCHS, "training.epochs": 2, "training.cache_gb": 0}),  # part by part
-    ("streamline_linear", {}),
 ]
 RESIDENT = ("last_layers_lora", "streamline_lm")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamline_bench.core.state_store import BatchStore
+from streamline_bench.core.state_store import BatchStore, state_store
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -32,3 +32,28 @@ def test_files_of_an_interrupted_run_are_dropped(tmp_path: Path) -> None:
     stale.write_bytes(b"old")
     BatchStore(tmp_path / "signals", 5_000, 0)
     assert not stale.exists()
+
+
+@pytest.mark.parametrize("budget", [0, 10_000])
+def test_signals_are_named_by_place_and_batch(tmp_path: Path, budget: int) -> None:
+    store = BatchStore(tmp_path / "states", 5_000, budget)
+    store[3, 0], store["output", 1] = torch.ones(2), torch.zeros(3)
+    assert torch.equal(store.load((3, 0), "cpu"), torch.ones(2))
+    store.drop((3, 0))
+    with pytest.raises(KeyError):
+        store[3, 0]
+    assert torch.equal(store["output", 1], torch.zeros(3))
+    assert len(list(tmp_path.rglob("*.bin"))) == (budget == 0)
+
+
+def test_what_a_killed_attempt_left_is_deleted(tmp_path: Path) -> None:
+    stale = tmp_path / "states-1-abc" / "states"
+    stale.mkdir(parents=True)
+    model = torch.nn.Module()
+    model.get_input_embeddings = lambda: torch.nn.Embedding(2, 2)  # type: ignore[assignment]
+    with state_store(model, 8, tmp_path) as first, state_store(model, 8, tmp_path) as second:
+        assert not stale.exists()
+        first[0], second[0] = torch.ones(1), torch.zeros(1)
+        assert torch.equal(first[0] + second[0], torch.ones(1))
+        assert len(list(tmp_path.iterdir())) == 2
+    assert not list(tmp_path.iterdir())

@@ -1,10 +1,14 @@
-"""Names of devices: what is none is refused, what this machine has is found."""
+"""Names of devices: what is none is refused, what this machine has is found; free memory."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import psutil
 import pytest
 
-from streamline_bench.core.machine.environment import found_device, known_device
+from streamline_bench.core.machine import environment
+from streamline_bench.core.machine.environment import found_device, free_memory, known_device
 from streamline_bench.errors import RecipeError
 
 
@@ -48,3 +52,19 @@ def test_what_is_not_there(
 def test_auto(monkeypatch: pytest.MonkeyPatch, available: bool, device: str) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: available)
     assert found_device("auto") == device
+
+
+@pytest.mark.parametrize(
+    ("limit", "free"), [("5000000", 5_000_000 - 600_000 + 100_000), ("500000", 0), ("max", None)]
+)
+def test_free_memory_is_that_of_the_container(
+    limit: str, free: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = type("Memory", (), {"available": 10**9})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(environment, "_CGROUP", tmp_path)
+    assert free_memory("cpu") == 10**9  # no such files
+    (tmp_path / "memory.max").write_text(limit + "\n")
+    (tmp_path / "memory.current").write_text("600000\n")
+    (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 100000\n")
+    assert free_memory("cpu") == (10**9 if free is None else free)
