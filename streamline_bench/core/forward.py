@@ -108,9 +108,10 @@ def run_base(
     device = model.get_input_embeddings().weight.device
     padded = full_mask or not bool(mask.all())
     called = model.get_submodule(architecture_of(model.config).base) if module is None else module
+    # Not waited for: on an accelerator the host runs ahead.
     return called(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device).long() if padded else None,
+        input_ids=ids.to(device, non_blocking=True),
+        attention_mask=mask.to(device, non_blocking=True).long() if padded else None,
         use_cache=False,
     )
 

@@ -164,8 +164,8 @@ def _cosine_sums(states: Tensor, mask: Tensor | None) -> Tensor:
             cosine = gram.mul_(inverse[:, :, None]).mul_(inverse[:, None, :])
             if kept is not None:
                 # Counted on the host: a boolean index would wait for the accelerator.
-                rows = kept[start : start + chunk].nonzero()[:, 0].to(states.device)
-                cosine = cosine[rows]
+                rows = kept[start : start + chunk].nonzero()[:, 0]
+                cosine = cosine[rows.to(states.device, non_blocking=True)]
             total += cosine.sum(0, dtype=wide)
     return _widened(total)
 
@@ -178,7 +178,7 @@ def _widened(tensor: Tensor) -> Tensor:
 def _angular_sums(states: Tensor, last: Tensor) -> Tensor:
     """Return the sum over samples of ``arccos(cos) / pi`` at the last token, ``[L + 1, L + 1]``."""
     rows = torch.arange(states.shape[1], device=states.device)
-    h = _widened(states[:, rows, last.to(states.device)])
+    h = _widened(states[:, rows, last.to(states.device, non_blocking=True)])
     h = nn.functional.normalize(h, dim=-1, eps=1e-300).transpose(0, 1)
     cosine = torch.bmm(h, h.transpose(1, 2)).clamp_(-1.0, 1.0)
     return cosine.arccos().sum(0) / math.pi

@@ -245,4 +245,4 @@ def _behind(model: Any, layer: int, ids: Tensor, mask: Tensor) -> Tensor:
 
 def _rows(states: Tensor, kept: Tensor) -> Tensor:
     """Return a copy of some states as ``[rows, hidden]``; ``kept``: their places, on the CPU."""
-    return states.reshape(-1, states.shape[-1])[kept.to(states.device)]
+    return states.reshape(-1, states.shape[-1])[kept.to(states.device, non_blocking=True)]

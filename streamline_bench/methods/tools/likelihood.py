@@ -41,7 +41,7 @@ def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """
     total = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
     for row, tokens, length in zip(logits, ids, mask.sum(dim=1).tolist(), strict=True):
-        targets = tokens[1:length].to(logits.device)
+        targets = tokens[1:length].to(logits.device, non_blocking=True)
         predicted = row[: length - 1].to(total.dtype)
         total = total + nn.functional.cross_entropy(predicted, targets, reduction="sum")
     return total
@@ -165,18 +165,21 @@ def _skipped_states(
     """
     depth, device = len(decoder_layers(model)), model.get_input_embeddings().weight.device
     size = (len(candidates) + 2) * states_bytes(model, batches)
+    finite: list[Tensor] = []
     with state_store(model, size, work) as store:
         for number, (ids, mask) in enumerate(batches):
-            store[_MODEL, number] = forward.embedded(ids, mask)
+            store[_MODEL, number] = state = forward.embedded(ids, mask)
+            finite.append(torch.isfinite(state).all())
 
         def require_finite(boundary: int) -> None:
-            for number, (_, mask) in enumerate(batches):
-                state = store.load((_MODEL, number), device)
-                require_finite_states({boundary: state}, state, mask)
+            if not bool(torch.stack(finite).all()):  # looked at once for all batches
+                for number, (_, mask) in enumerate(batches):
+                    state = store.load((_MODEL, number), device)
+                    require_finite_states({boundary: state}, state, mask)
+            finite.clear()
 
-        require_finite(0)
         running: list[int] = []
-        finite: list[Tensor] = []  # looked at once per layer
+        require_finite(0)
         kept = [layer for layer in range(depth) if layer not in removed]
         try:
             for layer, number, ids, mask in walk(model, batches, kept, progress=progress):
@@ -192,9 +195,7 @@ def _skipped_states(
                 store[_MODEL, number] = output
                 finite.append(torch.isfinite(output).all())
                 if number == len(batches) - 1:
-                    if not bool(torch.stack(finite).all()):
-                        require_finite(layer + 1)
-                    finite.clear()
+                    require_finite(layer + 1)
         except LayersEntangled:
             raise entangled(model) from None
         with held_layer(model, HEAD):
