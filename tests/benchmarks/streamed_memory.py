@@ -103,8 +103,8 @@ def measure(
     from streamline_bench.methods.base import get_method
 
     given: dict[str, Any] = {"calibration": "auto", "calibration.samples": samples}
-    given |= {"sequence_length": length, "training.min_steps": 4, "training.epochs": 1}
-    given |= {"training.data.samples": 16, "training.data.sequence_length": length}
+    given |= {"sequence_length": length, "training.min_steps": 2, "training.epochs": 1}
+    given |= {"training.data.samples": 8, "training.data.sequence_length": length}
     given |= {"training.batch_size": 2, "training.gradient_accumulation": 2}
     if name in ("slicegpt", "replaceme_lstsq"):  # they need as many tokens as channels
         given["calibration.samples"] = max(samples, 9 * HIDDEN // (8 * length))
