@@ -108,12 +108,16 @@ def run_base(
     device = model.get_input_embeddings().weight.device
     padded = full_mask or not bool(mask.all())
     called = model.get_submodule(architecture_of(model.config).base) if module is None else module
-    # Not waited for: on an accelerator the host runs ahead.
     return called(
-        input_ids=ids.to(device, non_blocking=True),
-        attention_mask=mask.to(device, non_blocking=True).long() if padded else None,
+        input_ids=sent(ids, device),
+        attention_mask=sent(mask, device).long() if padded else None,
         use_cache=False,
     )
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; CUDA is not waited for, so that the host runs ahead."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def run_until(call: Callable[[], Any], handles: Iterable[Any]) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from streamline_bench.core.boundaries import boundary_passes
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.forward import evaluating
+from streamline_bench.core.forward import evaluating, sent
 from streamline_bench.core.similarity import LastState, Similarity
 from streamline_bench.errors import NumericsError
 
@@ -165,7 +165,7 @@ def _cosine_sums(states: Tensor, mask: Tensor | None) -> Tensor:
             if kept is not None:
                 # Counted on the host: a boolean index would wait for the accelerator.
                 rows = kept[start : start + chunk].nonzero()[:, 0]
-                cosine = cosine[rows.to(states.device, non_blocking=True)]
+                cosine = cosine[sent(rows, states.device)]
             total += cosine.sum(0, dtype=wide)
     return _widened(total)
 
@@ -178,7 +178,7 @@ def _widened(tensor: Tensor) -> Tensor:
 def _angular_sums(states: Tensor, last: Tensor) -> Tensor:
     """Return the sum over samples of ``arccos(cos) / pi`` at the last token, ``[L + 1, L + 1]``."""
     rows = torch.arange(states.shape[1], device=states.device)
-    h = _widened(states[:, rows, last.to(states.device, non_blocking=True)])
+    h = _widened(states[:, rows, sent(last, states.device)])
     h = nn.functional.normalize(h, dim=-1, eps=1e-300).transpose(0, 1)
     cosine = torch.bmm(h, h.transpose(1, 2)).clamp_(-1.0, 1.0)
     return cosine.arccos().sum(0) / math.pi

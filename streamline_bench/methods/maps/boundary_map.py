@@ -28,7 +28,7 @@ from tqdm import tqdm
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.boundaries import boundary_passes, latest_outputs
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.forward import PassEnded, hidden_of, run_base, run_until
+from streamline_bench.core.forward import PassEnded, hidden_of, run_base, run_until, sent
 from streamline_bench.core.recipe.schema import Recipe, ReplacementSpec
 from streamline_bench.core.replacement import network_parameters
 from streamline_bench.core.similarity import Block
@@ -245,4 +245,4 @@ def _behind(model: Any, layer: int, ids: Tensor, mask: Tensor) -> Tensor:
 
 def _rows(states: Tensor, kept: Tensor) -> Tensor:
     """Return a copy of some states as ``[rows, hidden]``; ``kept``: their places, on the CPU."""
-    return states.reshape(-1, states.shape[-1])[kept.to(states.device, non_blocking=True)]
+    return states.reshape(-1, states.shape[-1])[sent(kept, states.device)]

@@ -19,6 +19,7 @@ from streamline_bench.core.forward import (
     TokenBatch,
     entangled,
     require_finite_states,
+    sent,
     walk,
 )
 from streamline_bench.core.state_store import state_store, states_bytes
@@ -41,7 +42,7 @@ def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """
     total = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
     for row, tokens, length in zip(logits, ids, mask.sum(dim=1).tolist(), strict=True):
-        targets = tokens[1:length].to(logits.device, non_blocking=True)
+        targets = sent(tokens[1:length], logits.device)
         predicted = row[: length - 1].to(total.dtype)
         total = total + nn.functional.cross_entropy(predicted, targets, reduction="sum")
     return total
