@@ -123,7 +123,8 @@ def build_leaderboard(
     """
     reading = _Reading(run, {row.label: folder for row in run.rows} | dict(homes or {}),
                        samples or {}, progress)  # fmt: skip
-    settings = settings or Settings(metrics=run.metrics)
+    settings = settings or Settings()
+    settings = replace(settings, metrics=settings.metrics or run.metrics)
     dense = reading.row(_dense_row(run, run.dense))
     # Of a dense run against itself only accuracies are shown: no need to draw.
     itself = compare_pairs(align(dense, dense), replace(settings, draws=2))

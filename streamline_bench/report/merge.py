@@ -67,6 +67,12 @@ def _same_questions(here: Path, first: RunFile, there: Path, run: RunFile) -> No
             f"{here} and {there} were compared on different texts, or on different parts of one; "
             "give both the same --text."
         )
+    if first.metrics != run.metrics:
+        raise ComparisonError(
+            f"{here} is judged by {first.metrics or 'the metrics of its tasks'} and {there} by "
+            f"{run.metrics or 'those of its tasks'}; give both the same --metric (the same command "
+            "with it only makes the report again)."
+        )
 
 
 def _versions(given: Iterable[Mapping[str, str]]) -> dict[str, str]:

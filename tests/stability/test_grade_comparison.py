@@ -258,7 +258,7 @@ def test_grades_have_a_place_in_the_board(lm_eval_outputs: Path, tmp_path: Path)
 
     rows = [RunRow(label=side, eval=side) for side in ("dense", "pruned")]
     run = RunFile(dense="dense", rows=rows, metrics={"graded_summary": "rougeL"})
-    board = build_leaderboard(run, lm_eval_outputs / "graded", settings=None, progress=False)
+    board = build_leaderboard(run, lm_eval_outputs / "graded", settings=FAST, progress=False)
     dense, pruned = board.rows
     scores = {(score.task, score.metric): score for score in pruned.grades}
     assert scores["graded_summary", "rougeL"].decides
@@ -292,3 +292,17 @@ def test_grades_have_a_place_in_the_board(lm_eval_outputs: Path, tmp_path: Path)
     assert "Grades: change from dense" in terminal_table(only)
     write_report(only, tmp_path / "only")
     assert "Tasks are graded" in (tmp_path / "only" / "leaderboard.md").read_text("utf-8")
+
+
+def test_runs_that_are_judged_by_other_metrics_are_not_one_board(
+    lm_eval_outputs: Path, tmp_path: Path
+) -> None:
+    from streamline_bench.report.merge import merged_leaderboard
+    from streamline_bench.report.run_file import RunFile, RunRow, write_run_file
+
+    for name, metrics in (("one", {}), ("two", {"graded_squad": "f1"})):
+        shutil.copytree(lm_eval_outputs / "graded" / "dense", tmp_path / name / "dense")
+        rows = [RunRow(label="dense", eval="dense")]
+        write_run_file(tmp_path / name, RunFile(dense="dense", rows=rows, metrics=metrics))
+    with pytest.raises(ComparisonError, match=r"graded_squad.*--metric"):
+        merged_leaderboard([tmp_path / "one", tmp_path / "two"], progress=False)
