@@ -65,8 +65,8 @@ class Architecture:
         parallel_residual: attention and MLP read the same input (see :meth:`is_parallel`).
         transposed: projections store their weight as ``[in, out]`` (GPT-2's ``Conv1D``).
         intermediate_key: name of the config entry that holds the MLP's inner width.
-        fixed_heads: why heads cannot be removed; empty if they can. (Channels of mixtures never
-            can.)
+        fixed_heads, fixed_channels: why heads or channels of the MLPs cannot be removed; empty if
+            they can. (Channels of mixtures never can.)
         any_heads: model type of a stock family with the same modules that takes any number of
             heads, where this one insists that it divides the hidden size.
         notes: remarks on settings of the family, by config entry.
@@ -113,6 +113,7 @@ class Architecture:
     transposed: bool = False
     intermediate_key: str = "intermediate_size"
     fixed_heads: str = ""
+    fixed_channels: str = ""
     any_heads: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)
     inferred: bool = False
@@ -125,6 +126,10 @@ class Architecture:
     def is_parallel(self, config: Any) -> bool:
         """Whether attention and MLP of a model with this config read the same input."""
         return self.parallel_residual and bool(config_entry(config, "use_parallel_residual", True))
+
+    def stored_path(self, path: str) -> str:
+        """Return how checkpoints of the family spell the path of a module outside the layers."""
+        return self.stored_as.get(path, path)
 
     @property
     def stack(self) -> str:
@@ -384,9 +389,20 @@ def undecided(row: Architecture, *roles: str) -> str:
         for role in roles
         if not any(getattr(row, name, "") for name in (role, *_FUSED.get(role, ())))
     ]
-    if not lacking:
-        return ""
-    return f"it is not known which of its modules are its {', '.join(lacking)}"
+    reasons = []
+    if "intermediate_key" in lacking:
+        lacking.remove("intermediate_key")
+        reasons.append("no entry of its config gives the inner width of its MLPs")
+    if lacking:
+        named = ", ".join(_SPOKEN.get(role, role) for role in lacking)
+        reasons.insert(0, f"it is not known which of its modules are its {named}")
+    return " and ".join(reasons)
+
+
+_SPOKEN = {
+    "query": "queries", "key": "keys", "value": "values", "output": "attention output",
+    "gate": "MLP gate", "up": "MLP input", "down": "MLP output", "input_norm": "norm of attention",
+}  # fmt: skip
 
 
 def _written(config: Any, key: str) -> Any:

@@ -63,7 +63,7 @@ class Unbuildable(Difference):
         super().__init__(None, why, None, None)
 
     def __str__(self) -> str:
-        return f"the rest is no model of this type ({self.what})"
+        return f"transformers could not run the rest as a model of this type ({self.what})"
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
@@ -81,17 +82,28 @@ def _infer(configured: Configured) -> Architecture:
             f"({crossed[0]}); give a decoder-only causal language model."
         )
     entries = entries_of(config)
+    arguments = list(inspect.signature(layers[0].forward).parameters)
+    if "hidden_states" in arguments[1:]:
+        raise ArchitectureError(
+            f"Model type '{config.model_type}' is not supported: its layers pass on two streams "
+            f"('{arguments[0]}' and 'hidden_states'), and all methods look at one; give another "
+            "model."
+        )
     calls = trace(model, layers)
+    outside = _outside(model, path, calls.before)
     return Architecture(
         config.model_type,
         inferred=True,
         base=_base(model, path),
         layers=path,
         depth_key=depth_key,
-        **_outside(model, path, calls.before),
+        **outside,
         **layer_roles(layers, calls, entries),
         **layer_entries(entries, len(layers), depth_key, type(config)),
         buffers=_buffers(model),
+        stored_as=_stored_as(
+            model, path, [*outside["embeddings"], outside["final_norm"], outside["lm_head"]]
+        ),
     )
 
 
@@ -298,9 +310,32 @@ def _is_norm(name: str, module: nn.Module) -> bool:
 
 
 def _buffers(model: Any) -> tuple[str, ...]:
-    endings = {f".{'.'.join(name.split('.')[-2:])}": None for name, _ in model.named_buffers()}
+    names = [name for name, _ in model.named_buffers()]
+    names += _stored_names(model, [name for name in names if name in model.state_dict()])
+    endings = {f".{'.'.join(name.split('.')[-2:])}": None for name in names}
     endings.setdefault(".rotary_emb.inv_freq")  # stored by older versions of transformers
     return tuple(endings)
+
+
+def _stored_names(model: Any, names: Iterable[str]) -> list[str]:
+    """Return how checkpoints spell names of tensors, where transformers renames them on loading."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = model.state_dict()
+    return list(revert_weight_conversion(model, {name: state[name] for name in names}))
+
+
+def _stored_as(model: Any, layers: str, others: Iterable[str]) -> dict[str, str]:
+    """Return path -> its spelling in checkpoints, of the list of layers and of other modules."""
+    state = model.state_dict()
+    examples = {path: f"{path}.weight" for path in others if f"{path}.weight" in state}
+    first = next(name for name in state if name.startswith(f"{layers}.0."))
+    found = {
+        path: _stored_names(model, [name])[0].removesuffix(".weight")
+        for path, name in examples.items()
+    }
+    found[layers] = _stored_names(model, [first])[0].partition(".0.")[0]
+    return {path: stored for path, stored in found.items() if stored != path}
 
 
 def layer_entries(

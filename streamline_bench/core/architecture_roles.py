@@ -165,6 +165,7 @@ def layer_roles(layers: nn.ModuleList, calls: Calls, entries: Mapping[str, Any])
     roles["transposed"] = type(output).__name__ == "Conv1D"
     roles["intermediate_key"] = _intermediate_key(roles, layers, entries)
     roles["fixed_heads"] = _fixed_heads(roles, layers, entries)
+    roles["fixed_channels"] = _fixed_channels(roles, layers)
     return roles
 
 
@@ -184,6 +185,32 @@ def _projections(layer: nn.Module) -> dict[str, tuple[int, int]]:
             continue
         rows, columns = weight.shape
         found[name] = (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
+    return found
+
+
+LATENT: Mapping[str, tuple[str, ...]] = {
+    "q": ("q_proj", "q_a_proj", "q_b_proj"),
+    **dict.fromkeys(("k", "v"), ("kv_a_proj_with_mqa", "kv_a_proj", "kv_b_proj")),
+}
+"""Names of the low-rank projections of latent attention."""
+
+
+def projections_of(layer: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the projections of one layer, whatever others have: role of a recipe -> paths."""
+    shapes = _projections(layer)
+    attention, mlp = _attention(shapes), _mlp(layer, shapes)
+    names = {"q": "query", "k": "key", "v": "value", "o": "output"}
+    found: dict[str, tuple[str, ...]] = {}
+    for role, key in names.items():
+        own = attention.get(key) or (attention.get("fused_qkv") if role != "o" else None)
+        paths = (own,) if own else LATENT.get(role, ())
+        found[role] = tuple(
+            path for each in paths if (path := f"{attention.get('attention')}.{each}") in shapes
+        )
+    for role in ("gate", "up", "down"):
+        name = mlp.get(role) or (mlp.get("fused_gate_up") if role != "down" else None)
+        path = f"{mlp['mlp']}.{name}" if name and mlp["mlp"] else name
+        found[role] = (path,) if path else ()
     return found
 
 
@@ -308,6 +335,8 @@ def _norms(layer: nn.Module, calls: Calls, roles: Mapping[str, str]) -> dict[str
             found["attention_output_norm"] = name
         if given == mlp[1] and mlp[1]:
             found["mlp_output_norm"] = name
+    if found.get("attention_output_norm") == found.get("mlp_norm"):
+        found.pop("attention_output_norm", None)  # attention adds its input by itself (Bloom)
     own = found.get("mlp_norm", "")
     source = calls.inside[own][0] if own else mlp[0]
     found["parallel_residual"] = source in (calls.first, attention[0]) and source != 0
@@ -334,6 +363,9 @@ def _intermediate_key(
         sizes = {n for p in experts.parameters() for n in p.shape[1:]} if experts else set()
     sized = [key for key, value in entries.items() if isinstance(value, int) and value in sizes]
     names = [key for key in sized if re.search("inter|inner|ff", key)]
+    if not names and layer is not None:  # an absent entry means four times the hidden size
+        unset = [k for k, v in entries.items() if v is None and re.search("^n_inner$|^inter", k)]
+        names = unset if sizes == {4 * _projections(layer)[path][1]} else []
     return min(names, key=lambda name: (name != "intermediate_size", name), default="")
 
 
@@ -352,5 +384,22 @@ def _fixed_heads(
     for name, parameter in attention.named_parameters():
         module = name.rpartition(".")[0]
         if module not in known and parameter.shape != (size,):
-            return f"its attention has '{name}', which depends on all heads or on none"
+            return (
+                f"its attention has a further weight, '{name}', and it is not known which part of "
+                "it goes with which head"
+            )
+    return ""
+
+
+def _fixed_channels(roles: Mapping[str, str], layers: nn.ModuleList) -> str:
+    """Say why channels of an MLP cannot be removed, though the projections are known."""
+    if not (roles["mlp"] and roles["down"]) or roles["experts"]:
+        return ""
+    known = {roles[key] for key in ("gate", "up", "down", "fused_gate_up")}
+    for name, _ in layers[0].get_submodule(roles["mlp"]).named_parameters():
+        if name.rpartition(".")[0] not in known:
+            return (
+                f"its MLPs have a further weight, '{name}', and it is not known which part of it "
+                "goes with which channel"
+            )
     return ""

@@ -161,7 +161,15 @@ def network_sizes(spec: ReplacementSpec, config: Any) -> tuple[int, int]:
         return hidden, spec.intermediate_size
     if spec.kind.startswith("swiglu"):
         # Families such as gpt2 mean 4 x hidden by an absent entry.
-        return hidden, int(_first_entry(config, _WIDTH_KEYS, 4 * hidden))
+        found: Any = _first_entry(config, _WIDTH_KEYS, 4 * hidden)
+        if isinstance(found, (list, tuple)):  # a width for each layer
+            if len(set(found)) > 1:
+                raise RecipeError(
+                    f"The MLPs of this model differ in width ({min(found)} to {max(found)}); give "
+                    "replacement.intermediate_size."
+                )
+            found = found[0]
+        return hidden, int(found)
     return hidden, 4 * hidden
 
 

@@ -319,7 +319,7 @@ def _sizes(
     outside = tuple(
         f"{spelled}."
         for path in (*row.embeddings, row.lm_head)
-        for spelled in {path, path.removeprefix(f"{row.base}."), row.stored_as.get(path, path)}
+        for spelled in {path, path.removeprefix(f"{row.base}."), row.stored_path(path)}
     )
     layers = [0] * depth
     total = embeddings = 0

@@ -30,7 +30,7 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.recipe.schema import CalibrationSpec, Frozen, Recipe
 from streamline_bench.core.recipe.validation import suggest_or_list, wrong_value
-from streamline_bench.errors import RecipeError, first_line
+from streamline_bench.errors import RecipeError, SparsityError, first_line
 from streamline_bench.modeling.loading import SourceModel
 from streamline_bench.version import __version__
 
@@ -166,6 +166,7 @@ class Method(ABC):
         calibrated: whether the method reads calibration text.
         keeps_stream: the residual stream keeps its basis and width. Else features of images, which
             a multimodal model puts between the embeddings, would not fit.
+        removes: what it removes; a recipe that counts layers is for those that remove ``layers``.
         seeded: whether it reads ``recipe.seed``; False says that every seed gives the same.
         streamed: whether it gives the same result with a streamed ``work.model``, or needs no
             model. Layers of such a model have weights while they run, or while
@@ -179,6 +180,7 @@ class Method(ABC):
     reads: ClassVar[frozenset[str]] = frozenset()
     calibrated: ClassVar[bool] = True
     keeps_stream: ClassVar[bool] = True
+    removes: ClassVar[str] = "layers"
     seeded: ClassVar[bool] = True
     streamed: ClassVar[bool] = False
 
@@ -382,6 +384,7 @@ def check_parameters(recipe: Recipe) -> None:
     Raises:
         RecipeError: unknown method, unknown parameter (with a suggestion), wrong value, or a part
             that the method would ignore.
+        SparsityError: it counts layers, and the method removes something else.
     """
     for part in sorted(unread_parts(recipe.method)):
         if (given := getattr(recipe, part)) != Recipe.model_fields[part].default:
@@ -392,7 +395,13 @@ def check_parameters(recipe: Recipe) -> None:
                 f"Recipe '{recipe.name}': method '{recipe.method}' does not read '{part}', which "
                 f"is {shown!r}; leave it out, or take a recipe of method 'streamline'."
             )
-    schema = get_method(recipe.method).parameters
+    method = get_method(recipe.method)
+    if recipe.n_layers is not None and method.removes != "layers":
+        raise SparsityError(
+            f"Recipe '{recipe.name}' removes {method.removes} and no layers "
+            f"(n_layers={recipe.n_layers}); give it a sparsity instead."
+        )
+    schema = method.parameters
     try:
         schema.model_validate(recipe.parameters)
     except ValidationError as error:

@@ -34,6 +34,7 @@ from streamline_bench.core.architecture import (
     Architecture,
     architecture_of,
     config_entry,
+    depth_of,
     undecided,
 )
 from streamline_bench.errors import ArchitectureError, CheckpointError
@@ -106,10 +107,10 @@ class Rotations:
                 f"{sorted(expected)}."
             )
         layers = tuple(_layer(item) for item in entry["layers"])
-        if len(layers) != int(config.num_hidden_layers):
+        if len(layers) != depth_of(config):
             raise CheckpointError(
                 f"The config's rotations list {len(layers)} layers, the model has "
-                f"{config.num_hidden_layers}; write the checkpoint again."
+                f"{depth_of(config)}; write the checkpoint again."
             )
         for index, (left, right) in enumerate(itertools.pairwise(layers)):
             if left.output != right.input:
@@ -166,7 +167,9 @@ def _structural_reason(row: Architecture) -> str:
         )
     if row.experts:
         return "its MLPs are mixtures of experts, which are not supported"
-    return undecided(row, "input_norm", "attention", "query", "output", "up", "down")
+    if not row.attention:
+        return "it is not known which of its modules are its attention"
+    return undecided(row, "input_norm", "query", "output", "up", "down")
 
 
 def _reason_in(config: Any) -> str:

@@ -17,7 +17,12 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from streamline_bench.core.architecture import Architecture, architecture_of, undecided
+from streamline_bench.core.architecture import (
+    Architecture,
+    architecture_of,
+    depth_of,
+    undecided,
+)
 from streamline_bench.errors import ArchitectureError, CheckpointError
 
 Unit = Literal["query", "key_value", "channel"]
@@ -40,7 +45,7 @@ class LayerWidths:
         if row.latent or row.fused_by_head:  # the keys and values of every head are its own
             kv_heads = heads
         channels = getattr(config, row.intermediate_key)
-        if channels is None and row.intermediate_key == "n_inner":
+        if channels is None:  # as GPT-2 has it
             channels = 4 * config.hidden_size
         return cls(heads, kv_heads, channels)
 
@@ -164,7 +169,9 @@ def _channel_parts(row: Architecture, widths: LayerWidths) -> Iterable[Part]:
 
 def fixed_heads(row: Architecture) -> str:
     """Return why heads of a family cannot be removed one by one; empty if they can."""
-    needed = ("attention", "query", "key", "value", "output", "intermediate_key")
+    if not row.attention:
+        return "it is not known which of its modules are its attention"
+    needed = ("query", "key", "value", "output", "intermediate_key")
     return row.fixed_heads or undecided(row, *needed)
 
 
@@ -172,7 +179,7 @@ def fixed_channels(row: Architecture) -> str:
     """Return why channels of a family cannot be removed one by one; empty if they can."""
     if row.experts:
         return "its MLPs are mixtures of experts, whose channels cannot be removed one by one yet"
-    return undecided(row, "up", "down", "intermediate_key")
+    return row.fixed_channels or undecided(row, "up", "down", "intermediate_key")
 
 
 def require_narrowable(row: Architecture) -> None:
@@ -198,7 +205,7 @@ def parse_layer_widths(entries: Iterable[Any], config: Any) -> tuple[LayerWidths
             other, or the heads cannot be shared out.
     """
     parsed = tuple(_parse(entry) for entry in entries)
-    depth = int(config.num_hidden_layers)
+    depth = depth_of(config)
     if len(parsed) != depth:
         raise CheckpointError(
             f"layer_widths has {len(parsed)} entries for {depth} layers; give one for each."

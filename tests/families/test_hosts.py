@@ -16,7 +16,9 @@ from streamline_bench.modeling import Attachment, register, streamline_config
 
 register()
 
-HOSTS = ("starcoder2", "bloom", "internlm3", "bamba", "mamba2", "nemotron_h", "gpt_neo")
+HOSTS = (
+    "starcoder2", "bloom", "internlm3", "bamba", "mamba2", "nemotron_h", "gpt_neo", "qwen3_next",
+)  # fmt: skip
 ATTACHMENTS = [Attachment(-1, "swiglu_res", 16), Attachment(1, "ffn", 20)]
 
 
@@ -44,6 +46,8 @@ def test_networks_run_between_the_layers_of_any_host(host: str, tmp_path: Path) 
     model.save_pretrained(tmp_path)
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
+    for parameter in loaded.parameters():  # a mapped file aligns them otherwise: other roundings
+        parameter.data = parameter.data.clone()
     for twin in (loaded.eval(), pickle.loads(pickle.dumps(model))):
         with torch.no_grad():
             assert torch.equal(twin(input_ids=ids, use_cache=False).logits, expected)

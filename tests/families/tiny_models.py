@@ -45,11 +45,13 @@ _SMALL: dict[str, tuple[int, str]] = {
     "expert groups": (2, "n_group num_expert_group"),
     "one": (1, "topk_group zero_expert_num num_shared_experts_dummy"),
     "window": (4, "sliding_window sliding_window_size window_size local_attention "
-               "attention_window_size attention_chunk_size index_topk keep_window_size"),
+               "attention_window_size attention_chunk_size"),
     "chunk": (8, "chunk_size mamba_chunk_size block_size index_block_size"),
     "positions": (64, "max_position_embeddings n_positions n_ctx max_seq_len model_max_length "
                   "context_length original_max_position_embeddings max_target_positions "
-                  "rel_extent mem_len"),
+                  "rel_extent mem_len "
+                  # What selects tokens selects others with a cache, in transformers' own models.
+                  "index_topk keep_window_size"),
     "per layer": (8, "hidden_size_per_layer_input"),
     "vocabulary": (VOCABULARY, "vocab_size vocab_size_per_layer_input decoder_vocab_size "
                    "unpadded_vocab_size"),
@@ -130,6 +132,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 1.0},
     "cohere2": {"logit_scale": 1.0},
     "cohere2_moe": {"logit_scale": 1.0},
+    # It halves states every so many layers, against overflow; that shows by an epsilon.
+    "rwkv": {"rescale_every": 0},
     # A causal model only when asked to be one.
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16],
                  "attn_layers": _alternating("local", "lsh")},

@@ -308,6 +308,7 @@ class CheckpointReader:
         row, depth = self._row, self.depth
         within = f"{row.layers.removeprefix(f'{row.base}.')}."
         paths = (*row.embeddings, row.final_norm, row.layers, self._head_name, row.lm_head)
+        paths += tuple(row.stored_as.values())
         bare = {path.removeprefix(f"{row.base}.") for path in paths if path}
         roots = {row.base, *(path.partition(".")[0] for path in bare)}
 
@@ -346,7 +347,7 @@ class CheckpointReader:
         if row is None or head not in self.stored_entries:
             return
         table = f"{row.embeddings[0]}.weight"
-        if self.stored_entries.keys() & {table, table.removeprefix(f"{row.base}.")}:
+        if self.stored_entries.keys() & {*self._table_names}:
             return
         if config_entry(self.config, "tie_word_embeddings"):
             renamed = replace(self.stored_entries[head], name=table, stored_as=head)
@@ -364,13 +365,29 @@ class CheckpointReader:
 
     @property
     def _head_name(self) -> str:
-        row = self._row
-        return f"{row.stored_as.get(row.lm_head, row.lm_head) if row else 'lm_head'}.weight"
+        path = self._row.lm_head if self._row else "lm_head"
+        stored = f"{self._row.stored_path(path) if self._row else path}.weight"
+        own = f"{path}.weight"
+        known = self.stored_entries
+        return own if own in known and stored not in known else stored
+
+    @property
+    def _table_names(self) -> list[str]:
+        """Names that the embeddings may have in a file."""
+        if self._row is None:
+            return []
+        path = self._row.embeddings[0]
+        spelled = (path, path.removeprefix(f"{self._row.base}."), self._row.stored_path(path))
+        return [f"{each}.weight" for each in spelled]
+
+    @property
+    def embeddings_name(self) -> str:
+        """Name of the token embeddings in this checkpoint."""
+        names = self._table_names
+        return next((name for name in names if name in self.entries), names[0])
 
     def _equals_embeddings(self) -> bool:
-        paths = [f"{self._row.embeddings[0]}.weight"] if self._row else []
-        paths += [path.removeprefix(f"{self._row.base}.") for path in paths if self._row]
-        table = next((self.entries[path] for path in paths if path in self.entries), None)
+        table = self.entries.get(self.embeddings_name) if self._row else None
         if table is None:
             return True
         head = self.entries[self._head_name]

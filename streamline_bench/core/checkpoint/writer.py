@@ -85,8 +85,9 @@ def layers_prefix(reader: CheckpointReader, architecture: Architecture) -> str:
     Raises:
         CheckpointError: there are no layers under either name.
     """
-    bare = architecture.layers.removeprefix(f"{architecture.base}.")
-    for prefix in (architecture.layers, bare):
+    path = architecture.layers
+    bare = path.removeprefix(f"{architecture.base}.")
+    for prefix in (path, architecture.stored_path(path), bare):
         if any(name.startswith(f"{prefix}.0.") for name in reader.names):
             return prefix
     raise CheckpointError(

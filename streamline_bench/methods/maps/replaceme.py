@@ -192,6 +192,11 @@ def mlp_output_tensors(
             f"Layer {layer} of this '{family.model_type}' checkpoint has no MLP output projection "
             "that a map could be folded into; use linear_patch or ridge_map."
         )
+    hidden = int(model.config.hidden_size)
+    for name, axis in found.items():
+        shape = reader.entry(prefix + name).shape
+        if len(shape) == 3 and shape[axis] != hidden:  # Llama 4 stores experts the other way round
+            found[name] = -3 - axis
     for name in found:
         dtype = reader.entry(prefix + name).dtype
         if dtype not in _FLOATS:

@@ -63,7 +63,7 @@ def compress_and_recover(
         dtype=dtype,
         trust_remote_code=job.source.trust_remote_code,
     )
-    tied = bool(model.config.tie_word_embeddings)
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
     trainable = choose_parameters(model, spec, job.recipe.seed)
     untied = tied and not model.config.tie_word_embeddings
     stored = StoredForm(reader, model, trainable.weights, untied)
@@ -180,7 +180,8 @@ def _copied_names(reader: CheckpointReader, untied: bool) -> dict[str, str]:
     own, all its tensors get their full names.
     """
     family = architecture_of(reader.config)
-    bare = layers_prefix(reader, family) != family.layers
+    own = (family.layers, family.stored_path(family.layers))
+    bare = layers_prefix(reader, family) not in own
     prefix = f"{family.base}." if untied and bare else ""
     return {prefix + name: name for name in reader.names}
 
@@ -272,9 +273,8 @@ def _as_stored(reader: CheckpointReader, name: str, weight: Tensor) -> Tensor:
     """Cast a trained weight to the dtype in which the checkpoint stores it, and check it."""
     family = architecture_of(reader.config)
     # A head that was untied has no entry yet: it is stored as the embeddings are.
-    spellings = (name, f"{family.embeddings[0]}.weight")
-    bare = [spelling.removeprefix(f"{family.base}.") for spelling in spellings]
-    source = next(n for n in (name, bare[0], spellings[1], bare[1]) if n in reader.names)
+    spellings = (name, name.removeprefix(f"{family.base}."), reader.embeddings_name)
+    source = next(spelling for spelling in spellings if spelling in reader.names)
     cast = weight.to(reader.tensor(source).dtype).contiguous()
     if not bool(cast.isfinite().all()):
         raise NumericsError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from streamline_bench.core.architecture import Architecture, architecture_of, decoder_layers
+from streamline_bench.core.architecture_roles import LATENT, projections_of
 from streamline_bench.core.checkpoint.writer import LazyTensors
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.recipe.schema import ProjectionRole, RecoverySpec
@@ -195,10 +196,11 @@ def partial_parameters(model: Any, spec: RecoverySpec) -> TrainableParameters:
 def _existing(parent: nn.Module, path: str) -> nn.Module | None:
     """Return a module; None where it is missing.
 
-    OPT-350m has no final norm, and a layer of a mixture has experts in place of projections.
+    OPT-350m has no final norm (nor has a model whose row names none), and a layer of a mixture has
+    experts in place of projections.
     """
     try:
-        module = parent.get_submodule(path)
+        module = parent.get_submodule(path) if path else None
     except AttributeError:
         return None
     return module if isinstance(module, nn.Module) else None  # an unused one may be None
@@ -275,36 +277,40 @@ def target_modules(model: Any, spec: RecoverySpec) -> tuple[dict[str, nn.Module]
     """Return path -> projection for the roles in ``spec.targets``, in the order of the layers.
 
     A plain MLP has no gate, so that this role asks for nothing there. Experts of a mixture are left
-    as they are: its attention is trained, and the MLPs of its dense layers.
+    as they are: its attention is trained, and the MLPs of its dense layers. Where the layers differ
+    in kind, each gives what it has.
 
     Returns:
         The projections, and role -> why it is left out (of some layers).
 
     Raises:
-        ArchitectureError: the family has no projection of that role.
+        ArchitectureError: no layer has a projection of these roles.
     """
     family = architecture_of(model.config)
     paths = {role: _paths(family, role) for role in spec.targets}
     found: dict[str, nn.Module] = {}
     layers_of: dict[ProjectionRole, set[int]] = {role: set() for role in paths}
     for index, layer in enumerate(decoder_layers(model)):
+        own = projections_of(layer) if family.inferred else {}
         for role, candidates in paths.items():
-            for path in candidates:
+            for path in candidates or own.get(role, ()):
                 if _existing(layer, path) is not None:
                     layers_of[role].add(index)
                     found[f"{family.layers}.{index}.{path}"] = layer.get_submodule(path)
     depth = len(decoder_layers(model))
     left_out: dict[str, str] = {}
     for role, layers in layers_of.items():
-        if len(layers) == depth or (layers and role not in _MLP_ROLES):
+        missing = depth - len(layers)
+        if not missing or (role == "gate" and _plain(family) and found):
             continue
-        if family.experts and role in _MLP_ROLES and found:
-            where = f"of {depth - len(layers)} of the layers " if layers else ""
+        if family.experts and role in _MLP_ROLES:
+            where = f"of {missing} of the layers " if layers else ""
             left_out[role] = f"the MLPs {where}are mixtures of experts, which LoRA leaves alone"
-        elif not layers and not (role == "gate" and _plain(family)):
-            raise _no_projection(family, role)
+        else:
+            lacking = f"{missing} of {depth} layers have" if layers else "the layers have"
+            left_out[role] = f"{lacking} no such projection"
     if not found:
-        raise _no_projection(family, next(iter(paths)))
+        raise _no_projection(family, paths)
     return found, left_out
 
 
@@ -312,26 +318,21 @@ _MLP_ROLES = ("gate", "up", "down")
 
 
 def _plain(family: Architecture) -> bool:
-    return not family.experts and not family.gate and not family.fused_gate_up
+    return bool(family.up) and not (family.experts or family.gate or family.fused_gate_up)
 
 
-def _no_projection(family: Architecture, role: str) -> ArchitectureError:
+def _no_projection(family: Architecture, roles: Iterable[str]) -> ArchitectureError:
+    named = ", ".join(f"'{role}'" for role in roles)
     return ArchitectureError(
-        f"Model type '{family.model_type}' has no projection '{role}' that LoRA can update; "
+        f"Model type '{family.model_type}' has no projection {named} that LoRA can update; "
         "choose others in recovery.targets, or another kind of recovery."
     )
 
 
-_LATENT = {
-    "q": ("q_proj", "q_a_proj", "q_b_proj"),
-    **dict.fromkeys(("k", "v"), ("kv_a_proj_with_mqa", "kv_b_proj")),
-}
-
-
 def _paths(family: Architecture, role: str) -> tuple[str, ...]:
     """Return where a layer may have the projections of a role; empty if nowhere."""
-    if family.latent and role in _LATENT:
-        return tuple(f"{family.attention}.{name}" for name in _LATENT[role])
+    if family.latent and role in LATENT:
+        return tuple(f"{family.attention}.{name}" for name in LATENT[role])
     parent, name = {
         "q": (family.attention, family.query or family.fused_qkv),
         "k": (family.attention, family.key or family.fused_qkv),

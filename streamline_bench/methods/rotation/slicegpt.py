@@ -12,6 +12,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,6 +79,7 @@ class SliceGPT(Method):
     streamed = True
     parameters: ClassVar[type[BaseModel]] = SliceGPTParameters
     keeps_stream = False
+    removes = "channels of the residual stream"
 
     def reads_seed(self, parameters: Mapping[str, Any]) -> bool:
         return SliceGPTParameters.model_validate(parameters).final_orientation == "random"
@@ -129,11 +131,6 @@ def _stored_dtype(work: Compression) -> torch.dtype:
 
 
 def _plan(work: Compression, sizes: SlicedSizes, options: SliceGPTParameters) -> SlicePlan:
-    if work.recipe.n_layers is not None:
-        raise SparsityError(
-            f"SliceGPT removes channels, not layers (n_layers={work.recipe.n_layers}); give a "
-            "sparsity or parameters.slicing."
-        )
     if (work.recipe.sparsity is None) == (options.slicing is None):
         raise SparsityError(
             "Give SliceGPT either a sparsity (share of parameters) or parameters.slicing (share "
@@ -143,6 +140,10 @@ def _plan(work: Compression, sizes: SlicedSizes, options: SliceGPTParameters) ->
         return sizes.of_slicing(options.slicing)
     assert work.recipe.sparsity is not None
     return sizes.of_sparsity(work.recipe.sparsity)
+
+
+def _cannot(model_type: str) -> str:
+    return f"The residual stream of this '{model_type}' model cannot be rotated and sliced"
 
 
 _PROBE_TOKENS = 16
@@ -162,8 +163,9 @@ def _fuse(model: Any, tokens: CalibrationTokens) -> None:
         fuse_norms(model)
         return
     ids = tokens.input_ids[:1, :_PROBE_TOKENS].to(model.get_input_embeddings().weight.device)
-    what = f"The residual stream of this '{family.model_type}' model cannot be rotated and sliced"
-    with library_errors(what, "choose a depth method", ArchitectureError), torch.no_grad():
+    what = _cannot(family.model_type)
+    unknown = f"{what}: its layers call their parts in a way that is not known here"
+    with library_errors(unknown, "choose a depth method", ArchitectureError), torch.no_grad():
         before = model(ids, use_cache=False).logits.float()
         fuse_norms(model)
         after = model(ids, use_cache=False).logits.float()
@@ -262,8 +264,15 @@ def _rotate(
     rotation = StreamRotation(
         model, tokens, store, options, seed=work.recipe.seed, progress=work.progress, parts=parts
     )
+    known = not architecture_of(work.config).inferred
+    what = f"{_cannot(work.config.model_type)}: a sliced model of this type does not run"
     try:
-        rotation.run(plan.width, plan.head_width)
+        with (
+            nullcontext()
+            if known
+            else library_errors(what, "choose a depth method", ArchitectureError)
+        ):
+            rotation.run(plan.width, plan.head_width)
     finally:
         store.close()
     return [round(share, 6) for share in rotation.kept]
@@ -366,7 +375,7 @@ class SlicedSizes:
     def rotations(self, width: int) -> Rotations:
         """Return the spec of the model with that width."""
         return Rotations.uniform(
-            int(self._config.num_hidden_layers),
+            depth_of(self._config),
             width,
             norm_divisor=self._hidden,
             head_width=width if self._slice_head else self._hidden,
@@ -386,9 +395,16 @@ class SlicedSizes:
         return 1 - self._parameters(steps * self._round_to) / self.total
 
     def _parameters(self, width: int) -> int:
-        return model_sizes(
-            streamline_config(sliced_host(self._config), rotations=self.rotations(width))
-        ).total
+        config = streamline_config(sliced_host(self._config), rotations=self.rotations(width))
+        try:
+            return model_sizes(config).total
+        except ArchitectureError as error:
+            if not architecture_of(self._config).inferred:
+                raise
+            raise ArchitectureError(
+                f"{_cannot(self._config.model_type)}: its modules lie in places that are not known "
+                f"here ({error.__cause__ or error}); choose a depth method."
+            ) from None
 
     @cached_property
     def _head_bias(self) -> bool:

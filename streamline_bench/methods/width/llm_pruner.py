@@ -26,10 +26,11 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from streamline_bench.core.architecture import Architecture, architecture_of
+from streamline_bench.core.architecture_inference import entries_of
 from streamline_bench.core.checkpoint.writer import layer_names, layers_prefix
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.recipe.schema import Frozen, Recipe
-from streamline_bench.errors import ArchitectureError, NumericsError, SparsityError
+from streamline_bench.errors import ArchitectureError, NumericsError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.gradients import (
     GradientSums,
@@ -199,6 +200,7 @@ class LLMPruner(Method):
     name = "llm_pruner"
     streamed = True
     parameters: ClassVar[type[BaseModel]] = LLMPrunerParameters
+    removes = "heads and channels"
 
     def reads_calibration(self, parameters: Mapping[str, Any]) -> bool:
         return needs_gradients(LLMPrunerParameters.model_validate(parameters).criterion)
@@ -215,6 +217,7 @@ class LLMPruner(Method):
         options = LLMPrunerParameters.model_validate(work.recipe.parameters)
         family = architecture_of(work.config)
         require_narrowable(family)
+        _refuse_own_widths(work.config)
         stays = _staying(family)
         plan = _plan(work, family, options)
         looks = needs_gradients(options.criterion)
@@ -270,6 +273,19 @@ def _highest(scores: Tensor, removed: int) -> Tensor:
     return torch.sort(torch.argsort(scores, stable=True)[removed:]).values
 
 
+def _refuse_own_widths(config: Any) -> None:
+    reason = ""
+    if entries_of(config).get("per_layer_config"):
+        reason = "its config gives some layers widths of their own (per_layer_config)"
+    elif getattr(config, "num_attention_heads", None) is None:
+        reason = "its config gives no number of attention heads"
+    if reason:
+        raise ArchitectureError(
+            f"Heads and channels of this '{config.model_type}' model cannot be removed: {reason}; "
+            "use a method that removes layers."
+        )
+
+
 def _staying(family: Architecture) -> dict[str, str]:
     """Return what of each layer cannot be removed -> why, and log it."""
     reasons = {"heads": fixed_heads(family), "channels": fixed_channels(family)}
@@ -280,11 +296,6 @@ def _staying(family: Architecture) -> dict[str, str]:
 
 
 def _plan(work: Compression, family: Architecture, options: LLMPrunerParameters) -> WidthPlan:
-    if work.recipe.n_layers is not None:
-        raise SparsityError(
-            f"LLM-Pruner removes heads and channels, not layers; give a sparsity instead of "
-            f"n_layers={work.recipe.n_layers}."
-        )
     prefix = f"{layers_prefix(work.reader, family)}.0."
     shapes = {
         name.removeprefix(prefix): work.reader.entry(name).shape

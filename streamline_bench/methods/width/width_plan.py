@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.architecture import Architecture, architecture_of
 from streamline_bench.core.architecture_inference import meta_model
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import LazyTensors, layers_prefix
@@ -150,7 +150,7 @@ def prunable(
         everything = _shapes(config).items()
         shapes = {name.removeprefix(prefix): s for name, s in everything if name.startswith(prefix)}
     parts = projection_parts(family, widths, config)
-    _require_shapes(parts, shapes, family.model_type)
+    _require_shapes(parts, shapes, family)
     query, key_value, channel = (
         sum(_cost(part, shapes) for part in parts if part.unit == kind)
         for kind in ("query", "key_value", "channel")
@@ -236,9 +236,10 @@ def plan_widths(
 
 
 def _require_shapes(
-    parts: Sequence[Part], shapes: Mapping[str, Sequence[int]], model_type: str
+    parts: Sequence[Part], shapes: Mapping[str, Sequence[int]], family: Architecture
 ) -> None:
     """Refuse a config whose numbers its family does not read (key-value heads of an OPT)."""
+    model_type = family.model_type
     expected: dict[tuple[str, int, int], int] = {}
     for part in parts:
         key = (part.tensor, part.axis, part.dim)
@@ -250,6 +251,12 @@ def _require_shapes(
                 "channels cannot be removed; use a method that removes layers."
             )
         found = shapes[tensor][dim]
+        if found != size and family.inferred:
+            raise ArchitectureError(
+                f"Heads and channels of model type '{model_type}' cannot be removed: it is not "
+                f"known how the {found} {'columns' if axis else 'rows'} of '{tensor}' are shared "
+                "out among them; use a method that removes layers."
+            )
         if found != size:
             raise ArchitectureError(
                 f"The weights of '{tensor}' have {found} {'columns' if axis else 'rows'} and the "
@@ -397,10 +404,11 @@ def _check_narrowed(model: Any, wide: Any, narrow: Any, units: KeptUnits) -> Non
         seen["narrow"] = hidden_of(narrow(*args, **kwargs))
 
     what = f"Heads and channels of model type '{family.model_type}' cannot be removed"
+    narrower = f"{what}: a layer with fewer of them does not run"
     handle = wide.register_forward_hook(hook, with_kwargs=True)
     ids = torch.arange(1, 9, device=model.get_input_embeddings().weight.device)[None]
     try:
-        with library_errors(what, "use a method that removes layers", ArchitectureError):
+        with library_errors(narrower, "use a method that removes layers", ArchitectureError):
             model(ids, use_cache=False)
     finally:
         handle.remove()

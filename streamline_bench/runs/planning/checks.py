@@ -55,13 +55,16 @@ def check_before(plan: Plan, run: RunPaths, *, jobs_at_a_time: int | None, until
 
 
 def _check_depth(folder: Path, plan: Plan, todo: Sequence[PlanRow]) -> None:
+    from streamline_bench.core.architecture import depth_of
     from streamline_bench.modeling.loading import load_config
 
-    config = load_config(folder, trust_remote_code=plan.trust_remote_code)
-    depth = getattr(config, "num_hidden_layers", None)
+    counted = {row.label: Recipe.model_validate(row.recipe).n_layers for row in todo}
+    if not any(counted.values()):
+        return
+    depth = depth_of(load_config(folder, trust_remote_code=plan.trust_remote_code))
     for row in (row for row in todo if row.model is None):
-        asked = Recipe.model_validate(row.recipe).n_layers
-        if depth is not None and asked is not None and asked >= depth:
+        asked = counted[row.label]
+        if asked is not None and asked >= depth:
             raise SparsityError(
                 f"Row {row.label} cannot be made: {plan.model} has {depth} layers, so that "
                 f"{asked} cannot be removed; give a smaller --n-layers."

@@ -62,9 +62,8 @@ def _checkpoint_plan(request: RowRequest, progress: bool) -> ModelPlan:
 
 
 def _sizes(reader: CheckpointReader) -> dict[str, int | None]:
-    layers = reader.config.get("num_hidden_layers", reader.config.get("n_layer"))
     return {
         "parameters": reader.num_parameters,
         "nbytes": reader.stored_bytes,
-        "layers": layers if isinstance(layers, int) else None,
+        "layers": reader.depth,
     }

@@ -150,7 +150,7 @@ def test_protecting_everything() -> None:
 
 def test_families_without_units() -> None:
     row = Architecture("unheard", query="", down="")
-    with pytest.raises(ArchitectureError, match=r"'unheard'.*query; .*down"):
+    with pytest.raises(ArchitectureError, match=r"'unheard'.*queries; .*MLP output"):
         require_narrowable(row)
 
 
