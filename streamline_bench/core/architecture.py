@@ -6,6 +6,7 @@ has its row inferred from the model itself (:mod:`.architecture_inference`).
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -218,6 +219,14 @@ _ROWS = (
 # fmt: on
 
 ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in _ROWS}
+
+
+def config_of(kind: Any, entries: Mapping[str, Any]) -> Any:
+    """Return a config of a class from what ``config.json`` holds, infinities included.
+
+    JSON has no infinity: transformers writes ``{"__float__": "Infinity"}`` for it.
+    """
+    return kind.from_dict(kind._decode_special_floats(copy.deepcopy(dict(entries))))
 
 
 def config_entry(config: Any, key: str, default: Any = None) -> Any:

@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 
-from streamline_bench.core.architecture import Architecture, architecture_of, depth_of
+from streamline_bench.core.architecture import Architecture, architecture_of, config_of, depth_of
 from streamline_bench.core.architecture_inference import (
     Configured,
-    config_of,
     entries_of,
     meta_model,
 )

@@ -8,7 +8,6 @@ of is found by :mod:`.architecture_roles`; what a removal would change is checke
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import json
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamline_bench.core.architecture import Architecture
+from streamline_bench.core.architecture import Architecture, config_of
 from streamline_bench.core.architecture_roles import layer_roles, trace
 from streamline_bench.core.checkpoint.quantization import plain_config
 from streamline_bench.errors import ArchitectureError, library_errors
@@ -129,14 +128,6 @@ def as_object(config: Any) -> Any:
         ArchitectureError,
     ):
         return config_of(CONFIG_MAPPING[model_type], entries)
-
-
-def config_of(kind: Any, entries: Mapping[str, Any]) -> Any:
-    """Return a config of a class from what ``config.json`` holds, infinities included.
-
-    JSON has no infinity: transformers writes ``{"__float__": "Infinity"}`` for it.
-    """
-    return kind.from_dict(kind._decode_special_floats(copy.deepcopy(dict(entries))))
 
 
 def unknown_type(model_type: Any) -> ArchitectureError:

@@ -209,8 +209,7 @@ def projections_of(layer: nn.Module) -> dict[str, tuple[str, ...]]:
         )
     for role in ("gate", "up", "down"):
         name = mlp.get(role) or (mlp.get("fused_gate_up") if role != "down" else None)
-        path = f"{mlp['mlp']}.{name}" if name and mlp["mlp"] else name
-        found[role] = (path,) if path else ()
+        found[role] = (f"{mlp['mlp']}.{name}" if mlp["mlp"] else name,) if name else ()
     return found
 
 

@@ -21,8 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from streamline_bench.core.architecture import architecture_of, config_entry
-from streamline_bench.core.architecture_inference import config_of
+from streamline_bench.core.architecture import architecture_of, config_entry, config_of
 from streamline_bench.core.text_models import ensure_causal_lm
 from streamline_bench.errors import ArchitectureError, CheckpointError, library_errors
 

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import BaseModel, Field
 
-from streamline_bench.core.architecture import architecture_of, depth_of
+from streamline_bench.core.architecture import architecture_of, config_of, depth_of
 from streamline_bench.core.architecture_guard import facts_of, tensors_by_layer
-from streamline_bench.core.architecture_inference import config_of
 from streamline_bench.core.checkpoint.quantization import MODELOPT_NAME, renumbered
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layer_dtype, layer_names, layers_prefix
