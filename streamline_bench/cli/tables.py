@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         Latency,
         ModelResult,
         Point,
+        Ratio,
         ServingPoint,
         ThroughputRecord,
     )
@@ -263,9 +264,14 @@ def throughput_notes(record: ThroughputRecord) -> str:
     ]
     if record.mode != "serving":
         lines.append(
-            f"Output tokens per second of {clock}: median of {record.workload.rounds} rounds "
-            f"[lowest, highest]; ratio to dense with its {100 * record.confidence:g} % interval."
+            f"Output tokens per second of {clock}: median of all rounds [lowest, highest]. Ratio "
+            f"to dense: mean over {record.blocks} block(s), each with a new process of every "
+            f"model, with its {100 * record.confidence:g} % interval{_without_interval(record)}. "
+            "Ideal: ratio of the times that bytes moved and operations take at least."
         )
+        lines += _floor(record)
+        if record.stopped is not None:
+            lines.append(f"Stopped early: {terminal_text(record.stopped)}.")
     of_points = [note for model in record.models for point in model.points for note in point.notes]
     lines += [f"{terminal_text(note)}." for note in dict.fromkeys(of_points)]  # shared in a group
     for model in record.models:
@@ -276,19 +282,38 @@ def throughput_notes(record: ThroughputRecord) -> str:
     return "\n".join(lines)
 
 
+def _without_interval(record: ThroughputRecord) -> str:
+    fewer = record.blocks == 1 and record.schema_version > 1
+    return " (none: it takes at least 2 blocks)" if fewer else ""
+
+
+def _floor(record: ThroughputRecord) -> Iterator[str]:
+    """What a copy of the dense model shows: how much starts of one and the same model differ."""
+    copy = record.model(record.self_check) if record.self_check is not None else None
+    for point in copy.points if copy is not None else ():
+        if point.ratio is not None:
+            yield (
+                f"Noise floor, batch {point.batch_size}: a copy of dense has "
+                f"{_with_ends(point.ratio, ' ')} of its speed."
+            )
+
+
+def _with_ends(ratio: Ratio, between: str) -> str:
+    known = ratio.low is not None and ratio.high is not None
+    return f"{ratio.value:.2f}" + (f"{between}[{ratio.low:.2f}, {ratio.high:.2f}]" if known else "")
+
+
 def _batch_cells(model: ModelResult, point: Point) -> list[str]:
-    rate, ratio, ideal = point.output_tokens_per_second, point.ratio, model.ideal
+    rate, ratio, ideal = point.output_tokens_per_second, point.ratio, point.ideal
     if rate is None:
         return [terminal_text(model.label), str(point.batch_requested), "failed", *[MISSING] * 6]
-    low = ratio.low if ratio is not None else None
-    ends = f"\n[{low:.2f}, {ratio.high:.2f}]" if ratio and low is not None and ratio.high else ""
     reduced = "" if point.batch_size == point.batch_requested else f" (of {point.batch_requested})"
     return [
         terminal_text(model.label),
         f"{point.batch_size}{reduced}",
         f"{rate.median:.1f}\n[{rate.low:.1f}, {rate.high:.1f}]",
-        f"{ratio.value:.2f}{ends}" if ratio is not None else MISSING,
-        f"{ideal.ratio:.2f} ({ideal.kind})" if ideal is not None else MISSING,
+        _with_ends(ratio, "\n") if ratio is not None else MISSING,
+        f"{ideal.ratio:.2f}" if ideal is not None else MISSING,
         f"{ratio.value / ideal.ratio:.2f}" if ratio is not None and ideal is not None else MISSING,
         _mebibytes(model.weights_bytes),
         _mebibytes(point.peak_memory_bytes),

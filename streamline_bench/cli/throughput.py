@@ -21,6 +21,7 @@ from streamline_bench.core.machine.environment import printable
 
 _DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 _GIB = 1 << 30
+_BLOCKS = ("blocks", "until_precision", "minutes", "self_check", "rounds", "warmup_rounds")
 _Number = TypeVar("_Number", int, float)
 
 
@@ -51,8 +52,16 @@ def _list_of(kind: Callable[[str], _Number]) -> Callable[..., tuple[_Number, ...
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, help="Tokens of each prompt.")
 @click.option("--output-tokens", type=click.IntRange(1), default=128,
               help="Tokens that each sequence generates.")  # fmt: skip
+@click.option("--blocks", type=click.IntRange(1), default=3,
+              help="Blocks; each starts every model anew, in random order.")  # fmt: skip
+@click.option("--until-precision", type=click.FloatRange(0, 1, min_open=True, max_open=True),
+              help="Add blocks until half of every ratio's interval is less, as 0.02.")  # fmt: skip
+@click.option("--minutes", type=click.FloatRange(0, min_open=True),
+              help="Start no block that would not end by then.")  # fmt: skip
+@click.option("--self-check", is_flag=True,
+              help="Also measure a copy of the dense model: its ratio is noise.")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(1), default=6,
-              help="Measured rounds of every model and batch size.")  # fmt: skip
+              help="Measured rounds of every model and batch size in a block.")  # fmt: skip
 @click.option("--warmup-rounds", type=click.IntRange(0), default=1,
               help="Rounds before them that do not count.")  # fmt: skip
 @click.option("--request-rate", callback=_list_of(float), default="1,4,inf",
@@ -85,7 +94,7 @@ def _list_of(kind: Callable[[str], _Number]) -> Callable[..., tuple[_Number, ...
               help="Seconds that loading may take.")  # fmt: skip
 @click.option("--revision", help="Revision of the hub models.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a model.")
-@click.option("--seed", type=int, default=0, help="Seed of the prompts.")
+@click.option("--seed", type=int, default=0, help="Seed of the prompts and of the order.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record instead of a table.")
 @click.option("-o", "--output", type=click.Path(path_type=Path),
               help="Folder for throughput.json and the logs.")  # fmt: skip
@@ -109,14 +118,18 @@ def command(
     """Measure how fast each MODEL generates, compared with the first one.
 
     MODEL is a folder or hub name, or LABEL=FOLDER. Each model runs in its own process. The models
-    take turns, round by round, so that other load on the machine affects all of them. A model that
-    crashes, hangs or does not fit becomes a failed row; the exit code is then 1.
+    take turns, round by round, so that other load on the machine affects all of them. Every block
+    starts new processes, because a process keeps the speed that its start gave it; the interval is
+    over the blocks. A model that crashes, hangs or does not fit becomes a failed row; the exit code
+    is then 1.
     """
     if serving and (paper or engine == "hf"):
         wrong = "--paper" if paper else "--engine hf"
         raise click.UsageError(f"--serve needs vLLM's server; it cannot be used with {wrong}.")
     if paper and engine == "vllm":
         raise click.UsageError("--paper needs transformers; it cannot be used with --engine vllm.")
+    if len(models) == 1 and options["until_precision"] and not options["self_check"]:
+        raise click.UsageError("--until-precision is about ratios; name a second model.")
     _refuse_ignored(ctx, engine or "hf", serving, paper)
     setup_logging(quiet=quiet or as_json)
     if output is None:
@@ -155,7 +168,7 @@ def command(
 def _refuse_ignored(ctx: click.Context, engine: str, serving: bool, paper: bool) -> None:
     if serving:
         why = "--serve sends requests to one model at a time"
-        refuse_given(ctx, why, "batch", "rounds", "warmup_rounds", "clock", "one_at_a_time")
+        refuse_given(ctx, why, "batch", *_BLOCKS, "clock", "one_at_a_time")
         return
     refuse_given(ctx, "it needs --serve", "request_rate", "requests", "max_concurrency", "port")
     if engine == "hf":
@@ -194,8 +207,8 @@ def _asked(models: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, A
     def chosen(names: str) -> dict[str, Any]:
         return {name: options[name] for name in names.split()}
 
-    lengths = "prompt_tokens output_tokens rounds warmup_rounds seed prefix_caching"
-    workload = Workload(batch_sizes=options["batch"], **chosen(lengths))
+    lengths = "prompt_tokens output_tokens seed prefix_caching"
+    workload = Workload(batch_sizes=options["batch"], **chosen(f"{lengths} {' '.join(_BLOCKS)}"))
     cache = options["kv_cache_gib"]
     limits = "dtype threads clock eager one_at_a_time timeout start_timeout trust_remote_code"
     try:

@@ -1,9 +1,16 @@
-"""What a checkpoint weighs, read from its config and tensor shapes; no weights are loaded.
+"""What a checkpoint weighs, and how fast a model of its size could be; no weights are loaded.
 
-Operations per generated token: two for every weight of every matrix that the token meets (the
-embedding table is looked up, not multiplied; tied, it counts once, as the LM head), and four for
-every attention channel and earlier token (scores and weighted sum). Of routed experts only the
-share that a token is sent to counts.
+:func:`ideal` is a ratio of rooflines (Williams, Waterman and Patterson, 2009): a pass over the
+model takes as long as the longer of its two parts, moving bytes and computing. A batch is one pass
+over the prompts and one for every further token.
+
+- Bytes: every matrix is read once in a pass, the LM head included. The embedding table is looked
+  up, not read; tied, it counts once, as the head. Of routed experts, those count that the tokens
+  of the pass are sent to. Keys and values are read for every earlier token of every sequence.
+- Operations: two for every weight that a token meets, and four for every attention channel and
+  earlier token (scores and weighted sum). The head is applied to the last token of a prompt.
+
+Norms, biases and activations are left out.
 """
 
 from __future__ import annotations
@@ -11,13 +18,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from streamline_bench.core.architecture import Architecture, architecture_of, config_entry
 from streamline_bench.core.checkpoint.folder import TensorEntry
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import ArchitectureError, ThroughputError
 from streamline_bench.throughput.record import Ideal
+from streamline_bench.throughput.workload import Workload
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
@@ -35,8 +43,11 @@ class Footprint:
     Attributes:
         weights_bytes: of all tensors as they are stored.
         layers: decoder layers; 0 for a family without a row in the architecture table.
-        layer_flops, flops: per generated token: in an average layer's matrices; in the whole model,
-            attention over ``context`` tokens included.
+        layer_weights, outer_weights: numbers in the matrices that every token is multiplied with,
+            in the layers and outside of them (the LM head).
+        expert_weights: numbers in the matrices of routed experts.
+        expert_share: share of the experts that one token is sent to.
+        attention_channels: heads times head size, all layers together.
         kv_values_per_token: numbers cached for one token, all layers together; None if unknown.
         max_tokens: longest sequence the model takes; None if its config does not say.
     """
@@ -44,15 +55,34 @@ class Footprint:
     parameters: int
     weights_bytes: int
     layers: int
-    layer_flops: float
-    flops: float
+    layer_weights: int
+    outer_weights: int
+    expert_weights: int
+    expert_share: float
+    attention_channels: int
     kv_values_per_token: int | None
     max_tokens: int | None
     dtype: str | None
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is no matrix to multiply with."""
+        return not self.layer_weights + self.outer_weights + self.expert_weights
 
-def footprint(folder: Path, context: int) -> Footprint:
-    """Return the sizes of a checkpoint, for tokens generated after ``context`` earlier ones.
+    def flops(self, context: float, *, head: bool = True) -> float:
+        """Return the operations of one token that follows ``context`` earlier ones."""
+        met = self.layer_weights + self.expert_weights * self.expert_share
+        met += self.outer_weights if head else 0
+        return 2.0 * met + 4.0 * self.attention_channels * context
+
+    def weights_read(self, tokens: int) -> float:
+        """Return the numbers read in a pass of ``tokens`` tokens, each with experts of its own."""
+        reached = 1.0 - (1.0 - self.expert_share) ** tokens
+        return self.layer_weights + self.outer_weights + self.expert_weights * reached
+
+
+def footprint(folder: Path) -> Footprint:
+    """Return the sizes of a checkpoint.
 
     Raises:
         CheckpointError: config or weights are missing or damaged.
@@ -63,15 +93,18 @@ def footprint(folder: Path, context: int) -> Footprint:
     except ArchitectureError:
         row = Architecture("unknown", depth_key="")  # sizes of the tensors can still be counted
     names = _Names(reader, row)
-    layers = int(config_entry(reader.config, row.depth_key, 0)) if row.depth_key else 0
-    in_layers = sum(names.flops(e) for e in reader.entries.values() if names.in_layers(e))
-    outside = sum(names.flops(e) for e in reader.entries.values() if names.is_outer(e))
+    matrices = [entry for entry in reader.entries.values() if len(entry.shape) >= 2]
+    experts = [entry for entry in matrices if names.in_experts(entry)]
+    inside = [e for e in matrices if names.in_layers(e) and not names.in_experts(e)]
     return Footprint(
         parameters=reader.num_parameters,
         weights_bytes=reader.stored_bytes,
-        layers=layers,
-        layer_flops=in_layers / layers if layers else 0.0,
-        flops=in_layers + outside + 4.0 * names.attention_channels * context,
+        layers=int(config_entry(reader.config, row.depth_key, 0)) if row.depth_key else 0,
+        layer_weights=sum(entry.numel for entry in inside),
+        outer_weights=sum(entry.numel for entry in matrices if names.is_outer(entry)),
+        expert_weights=sum(entry.numel for entry in experts),
+        expert_share=names.expert_share,
+        attention_channels=names.attention_channels,
         kv_values_per_token=names.kv_values,
         max_tokens=config_entry(reader.config, "max_position_embeddings")
         or config_entry(reader.config, "n_positions"),
@@ -79,21 +112,70 @@ def footprint(folder: Path, context: int) -> Footprint:
     )
 
 
-def ideal(dense: Footprint, pruned: Footprint) -> Ideal:
-    """Return by how much ``pruned`` would be faster if only its size counted.
+class Cost(NamedTuple):
+    """What the passes of a batch cost: bytes moved and floating-point operations."""
 
-    Layers are compared where the remaining layers equal dense's own, else operations.
+    bytes: float
+    flops: float
+
+    def bound(self, ridge: float) -> float:
+        """Return the time of the longer part, in units of one byte moved."""
+        return max(self.bytes, self.flops / ridge)
+
+
+def prefill_cost(sizes: Footprint, batch: int, prompt_tokens: int, number_bytes: int) -> Cost:
+    """Return the cost of the pass over the prompts, which gives the first token of each."""
+    kept = batch * prompt_tokens * (sizes.kv_values_per_token or 0)
+    inside = prompt_tokens * sizes.flops((prompt_tokens + 1) / 2, head=False)
+    return Cost(
+        bytes=number_bytes * (sizes.weights_read(batch * prompt_tokens) + kept),
+        flops=batch * (inside + 2.0 * sizes.outer_weights),
+    )
+
+
+def decode_cost(sizes: Footprint, batch: int, context: float, number_bytes: int) -> Cost:
+    """Return the cost of one further token of each sequence, after ``context`` earlier ones."""
+    read = batch * context * (sizes.kv_values_per_token or 0)
+    return Cost(
+        bytes=number_bytes * (sizes.weights_read(batch) + read),
+        flops=batch * sizes.flops(context),
+    )
+
+
+def ridge_of(dtype: str, *, on_cpu: bool) -> float:
+    """Return how many operations a usual device does while it moves one byte.
+
+    One core of a server processor: 50 to 100 GFLOP/s beside 8 to 12 GB/s. Accelerators, by their
+    data sheets, in 16 bits: A100 153, H200 206, H100 295; in float32 A100 10, H100 20.
     """
-    flops = dense.flops / pruned.flops
-    layers = dense.layers / pruned.layers if dense.layers and pruned.layers else flops
-    same_layers = abs(pruned.layer_flops - dense.layer_flops) <= 1e-6 * dense.layer_flops
-    kind: Literal["layers", "flops"] = "layers" if dense.layers and same_layers else "flops"
+    if on_cpu:
+        return 8.0
+    return 20.0 if dtype == "float32" else 200.0
+
+
+def ideal(
+    dense: Footprint, pruned: Footprint, workload: Workload, batch: int, dtype: str, *, on_cpu: bool
+) -> Ideal:
+    """Return by how much ``pruned`` would be faster if both reached the roofline of the device."""
+    ridge, costs = ridge_of(dtype, on_cpu=on_cpu), []
+    prompt, steps, width = workload.prompt_tokens, workload.output_tokens - 1, DTYPE_BYTES[dtype]
+    for sizes in (dense, pruned):
+        first = prefill_cost(sizes, batch, prompt, width)
+        each = decode_cost(sizes, batch, prompt + (steps + 1) / 2, width)  # linear in the context
+        costs.append((
+            first.bytes + steps * each.bytes,
+            first.flops + steps * each.flops,
+            first.bound(ridge) + steps * each.bound(ridge),
+        ))  # fmt: skip
+    moved, computed, bound = (above / below for above, below in zip(*costs, strict=True))
     return Ideal(
-        kind=kind,
-        ratio=layers if kind == "layers" else flops,
-        layers=layers,
-        flops=flops,
+        kind="roofline",
+        ratio=bound,
+        bytes=moved,
+        flops=computed,
+        layers=dense.layers / pruned.layers if dense.layers and pruned.layers else None,
         weights=dense.weights_bytes / pruned.weights_bytes,
+        ridge=ridge,
     )
 
 
@@ -146,14 +228,15 @@ class _Names:
         tables = self._row.embeddings[1:] if self._tied else self._row.embeddings
         return not any(self._inside(entry.name, table) for table in tables)
 
-    def flops(self, entry: TensorEntry) -> float:
-        if len(entry.shape) < 2:
-            return 0.0
-        share = 1.0
-        if self._row.experts and f".{self._row.experts}." in entry.name:
-            total = next((self._config[key] for key in _EXPERTS if self._config.get(key)), 1)
-            share = config_entry(self._config, "num_experts_per_tok", total) / total
-        return 2.0 * entry.numel * share
+    def in_experts(self, entry: TensorEntry) -> bool:
+        """In the layers, and one of several that a token is sent to some of."""
+        experts = self._row.experts
+        return bool(experts) and f".{experts}." in entry.name and self.in_layers(entry)
+
+    @property
+    def expert_share(self) -> float:
+        total = next((self._config[key] for key in _EXPERTS if self._config.get(key)), 1)
+        return float(config_entry(self._config, "num_experts_per_tok", total) / total)
 
     @property
     def attention_channels(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -18,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 from streamline_bench.core.checkpoint.folder import resolve_pretrained
 from streamline_bench.core.machine.environment import package_versions
 from streamline_bench.errors import CheckpointError, OutputError, ThroughputError
+from streamline_bench.throughput.blocks import Blocks, measure_blocks
 from streamline_bench.throughput.engines import EngineSettings, engine_class
 from streamline_bench.throughput.footprint import cache_bytes, footprint, resolved_dtype
 from streamline_bench.throughput.meters import open_device, visible_device
@@ -29,9 +31,11 @@ from streamline_bench.throughput.record import (
     ThroughputRecord,
     write_record,
 )
-from streamline_bench.throughput.results import model_result, points_of
-from streamline_bench.throughput.sweep import Contender, Measured, RunningModel, sweep
+from streamline_bench.throughput.results import model_result, points_of, widest
+from streamline_bench.throughput.sweep import Contender, RunningModel
 from streamline_bench.throughput.workload import Setup, Workload
+
+log = logging.getLogger(__name__)
 
 
 def measure(
@@ -46,10 +50,10 @@ def measure(
     output: Path | None = None,
     progress: bool = True,
 ) -> ThroughputRecord:
-    """Measure the models, each in its own process, taking turns round by round.
+    """Measure the models in blocks: each starts every model's process anew, in random order.
 
-    A model that is missing, crashes, hangs or runs out of memory becomes a failed row with the
-    reason; the others are still measured.
+    In a block, the models take turns round by round. A model that is missing, crashes, hangs or
+    runs out of memory becomes a failed row with the reason; the others are still measured.
 
     Args:
         models: label -> folder or hub name.
@@ -65,6 +69,7 @@ def measure(
         OutputError: the record cannot be written.
     """
     workload, setup = workload or Workload(), setup or Setup()
+    models, copy = _with_copy(models, dense, workload)
     if mode == "paper":
         if engine != "hf":
             raise ThroughputError(f"Paper mode runs engine 'hf', not '{engine}'; leave it out.")
@@ -78,17 +83,16 @@ def measure(
         for index, contender in enumerate(compared.contenders):
             settings, log = compared.settings(contender, largest, tokens), logs / f"{index:02d}.log"
             running.append(RunningModel(contender, engine, settings, setup, log, compared.nvml))
-        measured = _swept(running, workload, setup.one_at_a_time, progress)
+        blocks = _measured(running, dense, workload, setup, confidence, progress)
     points = {
         label: points_of(
             found,
-            measured[dense] if dense is not None else None,
+            blocks.points[dense] if dense is not None else None,
             setup.resolved_clock,
-            paired=not setup.one_at_a_time,
             confidence=confidence,
             seed=workload.seed,
         )
-        for label, found in measured.items()
+        for label, found in blocks.points.items()
     }
     return compared.record(
         output,
@@ -98,8 +102,31 @@ def measure(
         clock=setup.resolved_clock,
         confidence=confidence,
         interleaved=not setup.one_at_a_time,
+        blocks=blocks.done,
+        stopped=blocks.stopped,
+        self_check=copy,
         paper=PAPER_FIGURES if mode == "paper" else (),
     )
+
+
+def _with_copy(
+    models: Mapping[str, Path | str], dense: str | None, workload: Workload
+) -> tuple[Mapping[str, Path | str], str | None]:
+    """Return the models to measure, and the label of the copy of the dense one among them."""
+    if dense is None and (workload.self_check or workload.until_precision is not None):
+        asked = "self_check" if workload.self_check else "until_precision"
+        raise ThroughputError(f"'{asked}' is about ratios to a dense model; name it with dense.")
+    if dense is None or not workload.self_check:
+        if workload.until_precision is not None and len(models) == 1:
+            raise ThroughputError(
+                f"'until_precision' is about ratios, but '{dense}' is the only model; give another "
+                "one, or self_check."
+            )
+        return models, None
+    copy = f"{dense} (again)"
+    if copy in models:
+        raise ThroughputError(f"The label '{copy}' is that of self_check; rename that model.")
+    return {**models, **({copy: models[dense]} if dense in models else {})}, copy
 
 
 class Comparison:
@@ -170,7 +197,9 @@ class Comparison:
             models=tuple(
                 model_result(
                     contender,
+                    workload=self._workload,
                     dtype=self.dtype,
+                    on_cpu=self._setup.on_cpu,
                     dense=next((c.footprint for c in found if c.label == self._dense), None),
                     points=(points or {}).get(contender.label, ()),
                     serving=(served or {}).get(contender.label, ()),
@@ -201,10 +230,9 @@ class Comparison:
 
 
 def _contender(label: str, model: str, workload: Workload) -> Contender:
-    context = workload.prompt_tokens + workload.output_tokens // 2
     try:
         folder = resolve_pretrained(model)
-        sizes = footprint(folder, context)
+        sizes = footprint(folder)
     except CheckpointError as error:
         return Contender(label, model, None, None, failure=str(error))
     contender = Contender(label, model, folder, sizes)
@@ -239,19 +267,27 @@ def log_folder(output: Path | None) -> Iterator[Path]:
     yield logs
 
 
-def _swept(
-    running: list[RunningModel], workload: Workload, one_at_a_time: bool, progress: bool
-) -> dict[str, list[Measured]]:
+def _measured(
+    running: list[RunningModel],
+    dense: str | None,
+    workload: Workload,
+    setup: Setup,
+    confidence: float,
+    progress: bool,
+) -> Blocks:
     from tqdm import tqdm
 
-    rounds = len(workload.batch_sizes) * (workload.rounds + workload.warmup_rounds)
-    groups = [[model] for model in running] if one_at_a_time else [running]
-    measured: dict[str, list[Measured]] = {}
-    total = (1 + rounds) * len(running)
-    with tqdm(total=total, desc="measuring", unit="step", disable=not progress) as bar:
-        for group in groups:
-            measured.update(sweep(group, workload, bar.update))
-    return measured
+    log.info("Measuring: %s.", workload.cost(len(running)))
+    total = workload.blocks * workload.steps * len(running)
+    known = None if workload.until_precision is not None else total
+    with tqdm(total=known, desc="measuring", unit="step", disable=not progress) as bar:
+        return measure_blocks(
+            running,
+            workload,
+            one_at_a_time=setup.one_at_a_time,
+            half_width=lambda found: widest(found, str(dense), setup.resolved_clock, confidence),
+            advance=bar.update,
+        )
 
 
 HOST_VARIABLE = "STREAMLINE_BENCH_MACHINE"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from streamline_bench.core.files import atomic_write_text, read_json, validated
 from streamline_bench.core.recipe.schema import Frozen
@@ -17,7 +17,7 @@ from streamline_bench.errors import ThroughputError
 from streamline_bench.throughput.workload import Clock, ServingLoad, Workload
 
 RECORD_NAME = "throughput.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Status = Literal["ok", "failed"]
 
@@ -30,13 +30,16 @@ class Round(_Recorded):
     """One measured round of one model.
 
     Attributes:
-        index: number of the round; rounds of equal number, of different models, lie side by side.
+        block: number of the block, in which every model's process was started anew.
+        index: number of the round in its block; rounds of equal block and number, of different
+            models, lie side by side.
         seconds: wall time of the whole batch.
         cpu_seconds: processor time of the model's process and its children.
         requests, prompt_tokens, output_tokens: what the engine returned, counted.
         energy_joules: what the device drew, idle draw included; None where it cannot be read.
     """
 
+    block: int = 0
     index: int
     seconds: float
     cpu_seconds: float
@@ -55,11 +58,47 @@ class Rate(_Recorded):
 
 
 class Ratio(_Recorded):
-    """Median over paired rounds of model / dense, with a bootstrap interval over the rounds."""
+    """Model / dense: the geometric mean over blocks, with Student's interval over the blocks.
+
+    Attributes:
+        low, high: None with one block, which does not show what another start would give.
+        blocks: those in which both ran.
+        median: median over the blocks, and its interval by a hierarchical bootstrap (blocks, then
+            rounds in a block), which is too narrow for few blocks. None in records of schema 1,
+            whose interval was over the rounds of one process.
+    """
 
     value: float
     low: float | None
     high: float | None
+    blocks: int = 1
+    median: float | None = None
+    median_low: float | None = None
+    median_high: float | None = None
+
+
+class Ideal(_Recorded):
+    """By how much the model would be faster if only its size counted.
+
+    Attributes:
+        ratio: the one to be measured against: of the times that a device with the ridge ``ridge``
+            (operations per byte) needs at least for a batch, see :mod:`~.footprint`. It lies
+            between the next two.
+        bytes: dense bytes moved for a batch (weights that are read, keys and values) / this
+            model's. None in records of schema 1.
+        flops: dense floating-point operations of a batch / this model's.
+        layers: dense decoder layers / this model's.
+        weights: dense bytes of stored weights / this model's.
+        kind: ``layers`` and ``flops`` in records of schema 1, whose ratio was one of these.
+    """
+
+    kind: Literal["roofline", "layers", "flops"]
+    ratio: float
+    bytes: float | None = None
+    flops: float
+    layers: float | None
+    weights: float
+    ridge: float | None = None
 
 
 class Point(_Recorded):
@@ -81,6 +120,7 @@ class Point(_Recorded):
     total_tokens_per_second: float | None = None
     requests_per_second: float | None = None
     ratio: Ratio | None = None
+    ideal: Ideal | None = None
     peak_memory_bytes: int | None = None
     energy_joules_per_token: float | None = None
 
@@ -115,24 +155,6 @@ class ServingPoint(_Recorded):
     e2el: Latency | None = None
 
 
-class Ideal(_Recorded):
-    """By how much the model would be faster if only its size counted.
-
-    Attributes:
-        layers: dense decoder layers / this model's.
-        flops: dense floating-point operations per generated token / this model's.
-        weights: dense bytes of weights / this model's.
-        ratio: the one to be measured against, which ``kind`` names: layers where whole layers
-            are removed and nothing else differs, else FLOPs.
-    """
-
-    kind: Literal["layers", "flops"]
-    ratio: float
-    layers: float
-    flops: float
-    weights: float
-
-
 class ModelResult(_Recorded):
     """One model.
 
@@ -154,7 +176,6 @@ class ModelResult(_Recorded):
     weights_bytes: int | None = None
     kv_bytes_per_token: int | None = None
     kv_cache_tokens: int | None = None
-    ideal: Ideal | None = None
     start_seconds: float | None = None
     points: tuple[Point, ...] = ()
     serving: tuple[ServingPoint, ...] = ()
@@ -220,6 +241,9 @@ class ThroughputRecord(_Recorded):
         dtype: of weights and activations.
         clock: what ``output_tokens_per_second`` and the ratios count against.
         interleaved: the models took turns round by round; else one after the other.
+        blocks: those that were measured; in each one, every model's process was started anew.
+        stopped: why there are fewer than asked for, or less precision; None if all was reached.
+        self_check: label of the copy of the dense model; None without one.
         flags: the engine's settings.
         paper: the paper's figures, in paper mode only.
     """
@@ -233,6 +257,9 @@ class ThroughputRecord(_Recorded):
     clock: Clock
     confidence: float
     interleaved: bool
+    blocks: int = 1
+    stopped: str | None = None
+    self_check: str | None = None
     workload: Workload
     serving_load: ServingLoad | None = None
     flags: dict[str, Any] = Field(default_factory=dict)
@@ -240,9 +267,33 @@ class ThroughputRecord(_Recorded):
     models: tuple[ModelResult, ...]
     paper: tuple[PaperFigure, ...] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_schema_1(cls, data: Any) -> Any:
+        """Read a record of one block, whose ideal was a model's and not a point's."""
+        if not isinstance(data, dict) or data.get("schema_version") != 1:
+            return data
+        workload, models = data.get("workload"), data.get("models")
+        if isinstance(workload, dict):
+            data = {**data, "workload": {"blocks": 1, **workload}}
+        if isinstance(models, list):
+            data = {**data, "models": [_with_ideals(model) for model in models]}
+        return data
+
     def model(self, label: str) -> ModelResult | None:
         """Return one model's result, None if it is not in the record."""
         return next((result for result in self.models if result.label == label), None)
+
+
+def _with_ideals(model: Any) -> Any:
+    if not isinstance(model, dict) or not isinstance(model.get("points", []), list):
+        return model
+    kept = {key: value for key, value in model.items() if key != "ideal"}
+    points = [
+        {"ideal": model.get("ideal"), **point} if isinstance(point, dict) else point
+        for point in model.get("points", [])
+    ]
+    return {**kept, "points": points}
 
 
 def write_record(record: ThroughputRecord, folder: Path) -> Path:
@@ -284,6 +335,9 @@ class Speed(Frozen):
         output_tokens_per_second: median by ``clock``; ``low`` and ``high`` are its extremes.
         ratio: to dense in the same measurement, with the ends of its interval; None without a dense
             result.
+        blocks: starts of every model's process; with one, the ratio has no interval (in files of
+            versions before blocks, one over the rounds of one process).
+        self_ratio: of a copy of the dense model to it, with its interval: what is noise.
         ideal_ratio: what the ratio would be if only size counted.
         ttft_ms: median time to first token at the lowest request rate, where it was served.
         mode, engine_version, threads, prompt_tokens, output_tokens: how it was measured, and on
@@ -304,6 +358,10 @@ class Speed(Frozen):
     ratio: float | None = None
     ratio_low: float | None = None
     ratio_high: float | None = None
+    blocks: int | None = None
+    self_ratio: float | None = None
+    self_ratio_low: float | None = None
+    self_ratio_high: float | None = None
     ideal_ratio: float | None = None
     weights_bytes: int | None = None
     peak_memory_bytes: int | None = None
@@ -316,6 +374,13 @@ class Speed(Frozen):
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     request_load: str | None = None
+
+    @property
+    def noise_floor(self) -> Ratio | None:
+        """What a copy of the dense model has of its speed, where that was measured."""
+        if self.self_ratio is None:
+            return None
+        return Ratio(value=self.self_ratio, low=self.self_ratio_low, high=self.self_ratio_high)
 
 
 class ThroughputFigures(Speed):
@@ -349,11 +414,21 @@ def _largest(model: ModelResult) -> Point | None:
     return max(measured, key=lambda point: point.batch_size, default=None)
 
 
-def _figures(record: ThroughputRecord, model: ModelResult, batch: int | None) -> ThroughputFigures:
+def _shown(model: ModelResult, batch: int | None) -> Point | None:
     if batch is None:
-        point = _largest(model) or next(iter(model.points), None)
-    else:
-        point = next((point for point in model.points if point.batch_requested == batch), None)
+        return _largest(model) or next(iter(model.points), None)
+    return next((point for point in model.points if point.batch_requested == batch), None)
+
+
+def floor_of(record: ThroughputRecord, batch: int | None) -> Ratio | None:
+    """Return the ratio of the copy of the dense model to it; None where it was not measured."""
+    copy = record.model(record.self_check) if record.self_check is not None else None
+    point = _shown(copy, batch) if copy is not None else None
+    return point.ratio if point is not None else None
+
+
+def _figures(record: ThroughputRecord, model: ModelResult, batch: int | None) -> ThroughputFigures:
+    point = _shown(model, batch)
     measured: dict[str, Any] = {"batch_size": 0}
     if point is not None:
         rate, ratio = point.output_tokens_per_second, point.ratio
@@ -363,6 +438,11 @@ def _figures(record: ThroughputRecord, model: ModelResult, batch: int | None) ->
             measured |= {"low": rate.low, "high": rate.high}
         if ratio is not None:
             measured |= {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
+            measured |= {"blocks": ratio.blocks}
+        measured["ideal_ratio"] = point.ideal.ratio if point.ideal is not None else None
+        if (floor := floor_of(record, point.batch_requested)) is not None:
+            measured |= {"self_ratio": floor.value}
+            measured |= {"self_ratio_low": floor.low, "self_ratio_high": floor.high}
     served = [found for found in model.serving if found.status == "ok"]
     if served:
         slowest = min(served, key=lambda found: found.request_rate)
@@ -375,7 +455,6 @@ def _figures(record: ThroughputRecord, model: ModelResult, batch: int | None) ->
         label=model.label, status="failed" if failed else "ok",
         reason=(reason or "nothing was measured") if failed else None, engine=record.engine,
         device=record.environment.device_name, dtype=record.dtype, clock=record.clock, **measured,
-        ideal_ratio=model.ideal.ratio if model.ideal is not None else None,
         weights_bytes=model.weights_bytes, kv_cache_tokens=model.kv_cache_tokens,
         start_seconds=model.start_seconds, mode=record.mode,
         engine_version=record.environment.engine_version, threads=record.environment.threads,

@@ -228,13 +228,17 @@ class _OutOfMemoryError(Exception):
 
 
 def sweep(
-    models: Sequence[RunningModel], workload: Workload, advance: Callable[[], object]
+    models: Sequence[RunningModel],
+    workload: Workload,
+    advance: Callable[[], object],
+    held: Mapping[int, int],
 ) -> dict[str, list[Measured]]:
     """Measure all models at every batch size of the workload.
 
     Args:
         models: those to take turns; they are started and ended here.
         advance: called when a model was started, and after every round of every model.
+        held: batch size of the workload -> the one to begin with, where memory ran out before.
 
     Returns:
         The points of each model, by label, in the workload's order.
@@ -245,7 +249,8 @@ def sweep(
             model.start()
             advance()
         for batch in workload.batch_sizes:
-            for label, measured in _point(models, batch, workload, advance).items():
+            start = held.get(batch, batch)
+            for label, measured in _point(models, batch, start, workload, advance).items():
                 points[label].append(measured)
     finally:
         for model in models:
@@ -258,11 +263,12 @@ def sweep(
 def _point(
     models: Sequence[RunningModel],
     requested: int,
+    start: int,
     workload: Workload,
     advance: Callable[[], object],
 ) -> dict[str, Measured]:
-    """Measure one point, at the largest batch up to the requested one that every model holds."""
-    batch, notes = requested, list[str]()
+    """Measure one point, at the largest batch up to ``start`` that every model holds."""
+    batch, notes = start, list[str]()
     while True:
         batch = _within_capacity(models, batch, notes)
         measured = {m.contender.label: Measured(requested, batch, [*notes]) for m in models}
@@ -273,7 +279,7 @@ def _point(
             if batch == 1:
                 # Only this model fails: the others may hold the requested batch.
                 out.model.contender.failure = f"out of memory with a batch of one: {out.reason}"
-                batch, notes = requested, []
+                batch, notes = start, []
                 continue
             notes.append(
                 f"{label} ran out of memory with a batch of {batch}; "

@@ -17,6 +17,9 @@ Clock = Literal["wall", "cpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(ge=1)]
 
+MOST_BLOCKS = 50
+"""The most blocks that are measured for the sake of a precision."""
+
 
 class Workload(Frozen):
     """Offline batches of fixed length: every prompt and every output has exactly these tokens.
@@ -24,15 +27,25 @@ class Workload(Frozen):
     Attributes:
         batch_sizes: sequences generated at once, one sweep point each.
         prompt_tokens, output_tokens: per sequence; the end-of-sequence token is ignored.
-        rounds: measured rounds of every model at every point; models take turns.
+        blocks: each starts every model's process anew, in random order, and measures every point.
+            With ``until_precision``, the fewest.
+        until_precision: go on until half the width of every ratio's interval is below this share of
+            the ratio, at most :data:`MOST_BLOCKS` blocks.
+        minutes: start no block that would not end by then; the first one is always measured.
+        self_check: measure the dense model a second time, as if it were another model.
+        rounds: measured rounds of every model at every point of a block; models take turns.
         warmup_rounds: rounds before them, not counted.
-        seed: of the prompts and of the bootstrap.
+        seed: of the prompts, of the order of the models and of the bootstrap.
         prefix_caching: let the engine reuse keys and values of prompts it has seen.
     """
 
     batch_sizes: tuple[Positive, ...] = (1, 8, 32)
     prompt_tokens: Positive = 128
     output_tokens: Positive = 128
+    blocks: Positive = 3
+    until_precision: Annotated[float, Field(gt=0, lt=1)] | None = None
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    self_check: bool = False
     rounds: Positive = 6
     warmup_rounds: Annotated[int, Field(ge=0)] = 1
     seed: int = 0
@@ -49,6 +62,20 @@ class Workload(Frozen):
     def sequence_tokens(self) -> int:
         """Prompt and output of one sequence."""
         return self.prompt_tokens + self.output_tokens
+
+    @property
+    def steps(self) -> int:
+        """Starts and rounds of one model in one block."""
+        return 1 + len(self.batch_sizes) * (self.rounds + self.warmup_rounds)
+
+    def cost(self, models: int) -> str:
+        """What measuring so many models takes, in words."""
+        more = "at least " if self.until_precision is not None else ""
+        end = "" if self.minutes is None else f", at most about {self.minutes:g} minutes"
+        return (
+            f"{more}{self.blocks} blocks x {models} models: {self.blocks * models} starts of a "
+            f"process, {self.blocks * models * (self.steps - 1)} rounds{end}"
+        )
 
 
 class ServingLoad(Frozen):

@@ -48,7 +48,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "opencompass": ("MODEL", "--recipes", "dense", "--datasets", "bundled", "-o", "OUT"),
     "scan": ("MODEL", "--calibration", "TEXT", "--samples", "4", "-o", "OUT"),
     "throughput": ("MODEL", "--batch", "1", "--device", "cpu", "--prompt-tokens", "8",
-                   "--output-tokens", "8"),
+                   "--output-tokens", "8", "--blocks", "1"),
 }  # fmt: skip
 
 

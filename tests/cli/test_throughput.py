@@ -13,7 +13,9 @@ import pytest
 from streamline_bench.throughput import read_figures, read_record
 
 Call = Callable[..., Any]
-QUICK = (*"--device cpu --batch 1,2 --prompt-tokens 4 --output-tokens 3 --rounds 2".split(),)
+QUICK = (
+    *"--device cpu --batch 1,2 --prompt-tokens 4 --output-tokens 3 --blocks 1 --rounds 2".split(),
+)
 
 
 def test_table_record_and_exit_code(
@@ -23,7 +25,7 @@ def test_table_record_and_exit_code(
     arguments = (f"big={tiny_llama}", f"small={small}", *QUICK, "-o", tmp_path / "out")
     ended = call("throughput", *arguments)
     assert ended.code == 0, ended.err
-    for words in ("big", "small", "1.50 (layers)", "4 + 3 tokens", "processor seconds"):
+    for words in ("big", "small", "takes at least 2 blocks", "4 + 3 tokens", "processor seconds"):
         assert words in ended.out
     record = read_record(tmp_path / "out")
     assert (record.dense, record.engine, record.mode) == ("big", "hf", "offline")
@@ -31,6 +33,14 @@ def test_table_record_and_exit_code(
     assert read_figures(tmp_path / "out")["small"].batch_size == 2
     again = call("throughput", *arguments)
     assert again.code == 2 and "throughput.json exists" in again.err
+
+
+def test_a_copy_of_dense_shows_the_noise(call: Call, tiny_llama: Path) -> None:
+    options = [*QUICK, "--blocks", "2", "--batch", "1", "--self-check", "--minutes", "50"]
+    ended = call("throughput", f"big={tiny_llama}", *options)
+    assert ended.code == 0, ended.err
+    assert "big (again)" in ended.out and "Noise floor, batch 1" in ended.out
+    assert "4 starts" in ended.err, "the cost is said before"
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -102,6 +112,9 @@ def test_paper_mode_shows_the_papers_figures(call: Call, tiny_llama: Path) -> No
         (("--kv-cache-gib", "1"), "--kv-cache-gib"),
         (("--engine", "hf", "--prefix-caching"), "--prefix-caching"),
         (("--paper", "--batch", "1"), "--batch"),
+        (("--serve", "--blocks", "2"), "--blocks"),
+        (("--serve", "--self-check"), "--self-check"),
+        (("--until-precision", "0.02"), "name a second model"),
         (("--overwrite",), "--overwrite has no effect here; it needs --output"),
         (("--revision", "v2"), "'v2' has no effect"),
     ],

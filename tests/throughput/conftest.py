@@ -31,6 +31,9 @@ def point() -> Callable[..., Point]:
         else:
             rate = Rate(median=median, low=median - 1, high=median + 1)
             fields.update(status="ok", output_tokens_per_second=rate, peak_memory_bytes=1000)
+            fields["ideal"] = Ideal(
+                kind="roofline", ratio=1.25, bytes=1.25, flops=1.3, layers=1.4, weights=1.2, ridge=8
+            )
             if ratio is not None:
                 fields["ratio"] = Ratio(value=ratio, low=ratio - 0.1, high=ratio + 0.1)
         return Point(**{**fields, **changes})
@@ -50,7 +53,6 @@ def make_record() -> Callable[..., ThroughputRecord]:
                 status="ok" if any(p.status == "ok" for p in points) else "failed",
                 reason=None if any(p.status == "ok" for p in points) else "it was not to be",
                 weights_bytes=4096,
-                ideal=Ideal(kind="layers", ratio=1.25, layers=1.25, flops=1.2, weights=1.2),
                 start_seconds=2.5,
                 points=tuple(points),
             )

@@ -2,6 +2,7 @@
 
 Keys: ``seconds`` per batch; ``load_error``; ``exit`` (code) or ``signal`` when generating;
 ``out_of_memory_above`` (batch); ``load_memory`` (largest batch it can be started for);
+``last_start``: number of the process that dies when it generates, the first is 1;
 ``tokens_missing``; ``hang``; ``hang_after`` (rounds); ``child``: start a process and write its id.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +36,8 @@ class FakeEngine(Engine):
             command = [sys.executable, "-c", "import time; time.sleep(600)"]
             processes.append(subprocess.Popen(command, start_new_session=True).pid)
         (self.folder / "pids.json").write_text(json.dumps(processes))
+        with (self.folder / "starts.txt").open("a") as file:
+            file.write(f"{time.monotonic()} {os.getpid()}\n")
         print("a library that prints to stdout")
         return Loaded(vocab_size=50, reserved=[0, 1], flags={"fake": True})
 
@@ -44,6 +48,9 @@ class FakeEngine(Engine):
         self.rounds += 1
         if len(prompts) > self.behaviour.get("out_of_memory_above", len(prompts)):
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        started = (self.folder / "starts.txt").read_text().count("\n")
+        if started == self.behaviour.get("last_start"):
+            os.kill(os.getpid(), signal.SIGKILL)
         if "exit" in self.behaviour:
             print("OSError: something dreadful happened\nbye", file=sys.stderr, flush=True)
             os._exit(self.behaviour["exit"])

@@ -57,3 +57,29 @@ def test_damage_is_named(text: str, tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ThroughputError, match="cannot be read"):
         read_record(tmp_path / "nowhere.json")
+
+
+def test_a_record_without_blocks_is_one_block(
+    make_record: Make, point: Any, tmp_path: Path
+) -> None:
+    """Schema 1 had one start of every process, and an ideal per model."""
+    path = write_record(make_record(dense=[point(1, 10.0)], small=[point(1, 5.0, 0.5)]), tmp_path)
+    data = json.loads(path.read_text())
+    data["schema_version"] = 1
+    for key in ("blocks", "stopped", "self_check"):
+        del data[key]
+    for key in ("blocks", "until_precision", "minutes", "self_check"):
+        del data["workload"][key]
+    for model in data["models"]:
+        model["ideal"] = {"kind": "layers", "ratio": 1.5, "layers": 1.5, "flops": 1.4, "weights": 1}
+        for each in model["points"]:
+            del each["ideal"]
+            if each["ratio"]:
+                each["ratio"] = {key: each["ratio"][key] for key in ("value", "low", "high")}
+    path.write_text(json.dumps(data))
+    found = read_record(path)
+    assert (found.workload.blocks, found.blocks) == (1, 1)
+    (small,) = found.models[1].points
+    assert small.ideal is not None and (small.ideal.kind, small.ideal.ratio) == ("layers", 1.5)
+    assert small.ratio is not None and (small.ratio.low, small.ratio.median) == (0.4, None)
+    assert read_record(write_record(found, tmp_path)) == found

@@ -23,7 +23,7 @@ FakeModel = Callable[..., Path]
 Gone = Callable[[Path], bool]
 
 LOAD = ServingLoad(request_rates=(2.0, float("inf")), requests=4)
-WORKLOAD = Workload(prompt_tokens=6, output_tokens=5)
+WORKLOAD = Workload(blocks=1, prompt_tokens=6, output_tokens=5)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from streamline_bench.throughput.record import (
     Latency,
     ServingPoint,
@@ -30,6 +32,17 @@ def test_all_models_are_shown_at_the_largest_batch_of_dense(make_record: Make, p
     assert (small.low, small.high, small.ratio_low, small.ratio_high) == (49.0, 51.0, 1.15, 1.35)
     assert (small.status, small.ideal_ratio, small.clock) == ("ok", 1.25, "cpu")
     assert (small.weights_bytes, small.peak_memory_bytes, small.start_seconds) == (4096, 1000, 2.5)
+
+
+def test_the_noise_floor_is_that_of_the_batch_shown(make_record: Make, point: Any) -> None:
+    record = make_record(dense=[point(1, 10.0, 1.0), point(8, 40.0, 1.0)],
+                         again=[point(1, 9.0, 0.9), point(8, 42.0, 1.05)],
+                         small=[point(1, 15.0, 1.5), point(8, 50.0, 1.25)])  # fmt: skip
+    assert figures_of(record)["small"].self_ratio is None
+    small = figures_of(record.model_copy(update={"self_check": "again"}))["small"]
+    ends = small.self_ratio, small.self_ratio_low, small.self_ratio_high
+    assert ends == pytest.approx((1.05, 0.95, 1.15)) and small.blocks == 1
+    assert small.noise_floor is not None and small.noise_floor.low == pytest.approx(0.95)
 
 
 def test_a_failure_at_the_shown_batch_is_a_failed_line(make_record: Make, point: Any) -> None:

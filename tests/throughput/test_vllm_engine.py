@@ -39,7 +39,12 @@ def test_offline_rounds_and_a_refused_model(make_tiny_model: MakeModel, tmp_path
         dense="dense",
         engine="vllm",
         workload=Workload(
-            batch_sizes=(1, 3), prompt_tokens=8, output_tokens=6, rounds=2, warmup_rounds=1
+            blocks=1,
+            batch_sizes=(1, 3),
+            prompt_tokens=8,
+            output_tokens=6,
+            rounds=2,
+            warmup_rounds=1,
         ),
         setup=Setup(start_timeout=280, timeout=120),
         progress=False,
@@ -61,7 +66,7 @@ def test_a_cache_that_does_not_fit_says_so(make_tiny_model: MakeModel) -> None:
     record = measure(
         {"dense": folder},
         engine="vllm",
-        workload=Workload(batch_sizes=(2,), prompt_tokens=8, output_tokens=4, rounds=1),
+        workload=Workload(blocks=1, batch_sizes=(2,), prompt_tokens=8, output_tokens=4, rounds=1),
         setup=Setup(start_timeout=280, kv_cache_bytes=1 << 48),
         progress=False,
     )

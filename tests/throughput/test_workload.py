@@ -34,3 +34,14 @@ def test_batch_sizes_are_taken_once_and_checked() -> None:
             Workload(batch_sizes=wrong)
     with pytest.raises(ValidationError):
         ServingLoad(request_rates=(0.0,))
+
+
+def test_the_cost_counts_starts_and_rounds() -> None:
+    workload = Workload(batch_sizes=(1, 8), blocks=4, rounds=5, warmup_rounds=1)
+    assert workload.steps == 1 + 2 * 6
+    assert all(part in workload.cost(3) for part in ("12 starts", "144 rounds"))
+    bounded = workload.model_copy(update={"until_precision": 0.02, "minutes": 30})
+    assert all(part in bounded.cost(3) for part in ("at least", "30 minutes"))
+    for wrong in ({"blocks": 0}, {"until_precision": 0}, {"until_precision": 1}, {"minutes": 0}):
+        with pytest.raises(ValidationError):
+            Workload.model_validate(wrong)

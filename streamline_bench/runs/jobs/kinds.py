@@ -236,7 +236,8 @@ class MeasureJob(Job):
                 ),
                 output=staging,
             )
-        asked = ("prompt_tokens", "output_tokens", "rounds", "warmup_rounds", "seed")
+        asked = ("prompt_tokens", "output_tokens", "blocks", "until_precision", "minutes", "rounds",
+                 "warmup_rounds", "seed")  # fmt: skip
         options = {
             "--dense": self.dense,
             "--engine": self.engine,
@@ -248,6 +249,6 @@ class MeasureJob(Job):
             "--revision": self.revision,
         }
         models = [f"{label}={self._named(run, label)}" for label in self.rows]
-        flags = {"prefix_caching": workload.prefix_caching,
+        flags = {"prefix_caching": workload.prefix_caching, "self_check": workload.self_check,
                  "trust_remote_code": self.trust_remote_code}  # fmt: skip
         return Result(command_line(["throughput", *models], options, **flags))

@@ -1,0 +1,106 @@
+"""Coverage of intervals of a speed ratio when the speed of a process is drawn at its start.
+
+``python tests/benchmarks/coverage_of_blocks.py [--repetitions N]`` prints two Markdown tables.
+Model and dense have the same true speed; every process has an error of its own, every round
+another one (2 %). First: a fixed number of blocks, with Student's interval over blocks (the one of
+the record), the hierarchical bootstrap of the median (shown with it), and a bootstrap that takes
+all rounds as units. Second: blocks are added until half the width is below 2 % so many times in a
+row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import stdtrit
+
+from streamline_bench.throughput.blocks import IN_A_ROW
+from streamline_bench.throughput.results import bootstrap_interval, student_interval
+from streamline_bench.throughput.workload import MOST_BLOCKS
+
+Floats = npt.NDArray[np.float64]
+ROUNDS, ROUND_ERROR, CONFIDENCE, PRECISION = 6, 0.02, 0.95, 0.02
+
+
+def ratios(generator: np.random.Generator, blocks: int, process: float) -> Floats:
+    """Logarithms of model / dense [blocks, rounds]; the true one is 0."""
+    one, other = (
+        generator.normal(0, process, (blocks, 1))
+        + generator.normal(0, ROUND_ERROR, (blocks, ROUNDS))
+        for _ in range(2)
+    )
+    return one - other
+
+
+def covers(interval: tuple[float | None, float | None]) -> bool:
+    """Whether 1 is inside."""
+    low, high = interval
+    return low is not None and high is not None and low <= 1 <= high
+
+
+def of_fixed_blocks(blocks: int, process: float, repetitions: int) -> tuple[float, ...]:
+    """Coverage of Student's interval, of both bootstraps (a tenth of the runs), and half width."""
+    generator = np.random.default_rng(zlib.crc32(f"{blocks} {process}".encode()))
+    hits, widths, few = np.zeros(3), [], max(1, repetitions // 10)
+    for repetition in range(repetitions):
+        logs = ratios(generator, blocks, process)
+        low, high = student_interval([*logs], CONFIDENCE)
+        hits[0] += covers((low, high))
+        widths.append(((high or 0) - (low or 0)) / 2)
+        if repetition < few:
+            hits[1] += covers(bootstrap_interval([*logs], CONFIDENCE, generator, draws=1000))
+            drawn = np.median(generator.choice(logs.ravel(), (1000, logs.size)), axis=1)
+            hits[2] += covers(tuple(np.exp(np.quantile(drawn, [0.025, 0.975]))))  # type: ignore[arg-type]
+    return hits[0] / repetitions, hits[1] / few, hits[2] / few, float(np.median(widths))
+
+
+def of_a_precision(in_a_row: int, process: float, repetitions: int) -> tuple[float, float]:
+    """Coverage of Student's interval at the end, and the mean number of blocks."""
+    generator = np.random.default_rng(zlib.crc32(f"{in_a_row} {process}".encode()))
+    error = math.sqrt(2) * math.hypot(process, ROUND_ERROR / math.sqrt(ROUNDS))
+    logs = generator.normal(0, error, (repetitions, MOST_BLOCKS))
+    count = np.arange(2, MOST_BLOCKS + 1)
+    mean = (logs.cumsum(axis=1) / np.arange(1, MOST_BLOCKS + 1))[:, 1:]
+    spread = np.sqrt(((logs**2).cumsum(axis=1)[:, 1:] - count * mean**2) / (count - 1))
+    half = stdtrit(count - 1, 0.5 + CONFIDENCE / 2) * spread / np.sqrt(count)
+    precise = half < PRECISION
+    enough = precise.copy()
+    for back in range(1, in_a_row):
+        enough[:, back:] &= precise[:, :-back]
+        enough[:, :back] = False
+    enough[:, 0] = False  # 3 blocks at least
+    enough[:, -1] = True
+    last = enough.argmax(axis=1)
+    runs = np.arange(repetitions)
+    return float((abs(mean[runs, last]) <= half[runs, last]).mean()), float(count[last].mean())
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repetitions", type=int, default=20_000)
+    repetitions = parser.parse_args().repetitions
+    _print("processes %", "blocks", "Student", "hierarchical bootstrap", "rounds as units", "±")
+    for process in (0.03, 0.05, 0.08):
+        for blocks in (3, 5, 8):
+            shares = of_fixed_blocks(blocks, process, repetitions)
+            _print(f"{100 * process:g}", blocks, *(f"{100 * share:.1f}" for share in shares))
+    _print("processes %", "precise so often in a row", "coverage", "mean blocks")
+    for process in (0.005, 0.01, 0.02, 0.03):
+        for in_a_row in (1, 2, IN_A_ROW):
+            share, count = of_a_precision(in_a_row, process, repetitions)
+            _print(f"{100 * process:g}", in_a_row, f"{100 * share:.1f}", f"{count:.1f}")
+
+
+def _print(*cells: object) -> None:
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    if str(cells[0]).startswith("processes"):
+        print(f"|{' ---: |' * len(cells)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
