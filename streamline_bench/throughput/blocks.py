@@ -17,8 +17,8 @@ IN_A_ROW = 3
 """So many blocks in a row must have the precision asked for.
 
 A narrow interval of few blocks is often luck: where the first one ends the measurement, 95 %
-intervals cover 91 to 94 %; after three in a row, 93 to 94 %, for two to three blocks more
-(``tests/benchmarks/coverage_of_blocks.py``; one ratio, processes of 0.5 to 5 %).
+intervals cover 90 to 94 %; after three in a row, 93 to 94 %, for two to three blocks more
+(``tests/benchmarks/coverage_of_blocks.py``; one ratio, processes of 0.5 to 3 %).
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -189,7 +190,15 @@ def test_throughput_reaches_the_rows_of_the_same_label(
     common = {"engine": "vllm 0.29", "device": "cpu", "dtype": "float32", "batch_size": 8}
     measured = {
         "dense": figures.ThroughputFigures(
-            label="dense", status="ok", output_tokens_per_second=100.0, clock="wall", **common
+            label="dense",
+            status="ok",
+            output_tokens_per_second=100.0,
+            clock="wall",
+            blocks=3,
+            self_ratio=1.01,
+            self_ratio_low=0.97,
+            self_ratio_high=1.05,
+            **common,
         ),
         "layer": figures.ThroughputFigures(
             label="layer", status="failed", reason="no kernel", clock="wall", **common
@@ -202,6 +211,9 @@ def test_throughput_reaches_the_rows_of_the_same_label(
     assert dense["throughput"]["output_tokens_per_second"] == 100.0
     assert none["throughput"] is None
     assert (layer["throughput"]["status"], layer["throughput"]["reason"]) == ("failed", "no kernel")
+    for page in ("leaderboard.md", "leaderboard.html"):
+        text = (run / page).read_text(encoding="utf-8").replace("\\", "")
+        assert re.search(r"1\.01. \[0\.97., 1\.05.\]", text), "what a copy of dense shows"
 
 
 @pytest.mark.parametrize("version", [1, 2, 5, None])
