@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         _publish(given.run, given.publish)
         return 0
     command = ["compare", "--plan", "reference", "--workers", "2", "--output", str(given.run)]
+    if not given.update:  # speed is shown and compared with nothing: one block is enough
+        command += ["--workload", "blocks=1"]
     done = subprocess.run([sys.executable, "-m", "streamline_bench", *command], check=False)
     if done.returncode:
         return done.returncode
