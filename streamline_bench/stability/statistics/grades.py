@@ -18,7 +18,6 @@ from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics import FloatArray
 from streamline_bench.stability.statistics.clusters import ClusterLabels
 from streamline_bench.stability.statistics.intervals import (
-    FEW_UNITS,
     bootstrap_interval,
     ratio_draws,
     t_quantile,
@@ -26,6 +25,7 @@ from streamline_bench.stability.statistics.intervals import (
     task_generator,
 )
 
+_FEW = 40
 _ALIKE = 1e-12  # sums of equal grades differ in their last bits
 
 
@@ -35,8 +35,9 @@ class PairedGrades:
 
     Units (documents, or clusters of them) are drawn with replacement. Of m draws, of which c lie
     on the far side of D or at it, D has p = 2 (c + 1) / (m + 1) (A. C. Davison and D. V. Hinkley,
-    Bootstrap Methods and their Application, 1997, section 4.2). Below :data:`FEW_UNITS` units, D is
-    tested by Student's distribution with the draws' standard deviation. Where all units moved alike
+    Bootstrap Methods and their Application, 1997, section 4.2). Below 40 units, D is tested
+    by Student's distribution with the draws' standard deviation, as percentiles of so few units are
+    too narrow (``tests/benchmarks/coverage_of_grades.py``). Where all units moved alike
     (or none did), a bootstrap would claim certainty: then see :meth:`_alike_apart`.
 
     Attributes:
@@ -81,9 +82,14 @@ class PairedGrades:
 
     @cached_property
     def error(self) -> float:
-        """Standard deviation of the draws; 0 where all units moved alike."""
+        """Standard deviation of the draws, without their bias; 0 where all units moved alike.
+
+        Draws from n units vary by (n - 1) / n of what other n units would have given.
+        """
         alike = np.ptp(self.moved / self.sizes) <= _ALIKE
-        return 0.0 if alike or not len(self.sampled) else float(self.sampled.std())
+        if alike or not len(self.sampled):
+            return 0.0
+        return float(self.sampled.std()) * math.sqrt(self.units / (self.units - 1))
 
     @property
     def units(self) -> int:
@@ -93,7 +99,7 @@ class PairedGrades:
     @property
     def method(self) -> str:
         """Name of the test."""
-        few = "Student with bootstrap error" if self.units < FEW_UNITS else "bootstrap"
+        few = "Student with bootstrap error" if self.units < _FEW else "bootstrap"
         return f"{few} over {self.units:,} {self.kind}"
 
     def _alike_apart(self, difference: float) -> float:
@@ -112,7 +118,7 @@ class PairedGrades:
         """One-sided p of the hypothesis that the true mean is ``difference`` or less."""
         if self.error == 0:
             return t_tail(self._alike_apart(difference), math.inf) if self.bounded else 1.0
-        if self.units < FEW_UNITS:
+        if self.units < _FEW:
             return t_tail((self.value - difference) / self.error, self.units - 1)
         below = int(np.searchsorted(self.sampled, difference, side="right"))
         return (below + 1) / (len(self.sampled) + 1)
@@ -129,7 +135,7 @@ class PairedGrades:
         if self.error == 0:
             distance = abs(self._alike_apart(difference)) if self.bounded else 0.0
             return 2 * t_tail(distance, math.inf)
-        if self.units < FEW_UNITS:
+        if self.units < _FEW:
             return 2 * t_tail(abs(self.value - difference) / self.error, self.units - 1)
         below = int(np.searchsorted(self.sampled, difference, side="right"))
         above = len(self.sampled) - int(np.searchsorted(self.sampled, difference, side="left"))
@@ -150,7 +156,7 @@ class PairedGrades:
             share = self.units / (self.units + t_quantile(1 - level, math.inf) ** 2)
             low, high = share * self.value - (1 - share), share * self.value + (1 - share)
             method = f"Wilson over {self.units:,} {self.kind}, all moved alike"
-        elif self.units < FEW_UNITS:
+        elif self.units < _FEW:
             half = t_quantile(1 - level, self.units - 1) * self.error
             low, high = self.value - half, self.value + half
         elif (rank := math.ceil(level * (len(self.sampled) + 1) / 2) - 1) > 0:
