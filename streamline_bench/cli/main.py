@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import importlib
 import os
-import sys
 from collections.abc import Mapping
 from typing import NoReturn
 
@@ -110,7 +109,9 @@ def _end(error: StreamlineBenchError | OSError) -> NoReturn:
     if isinstance(error, OSError):
         text = f"{error.filename or 'A file'} cannot be used ({error.strerror}); give another path."
     click.echo(f"streamline-bench: {printable(text, keep=chr(10))}", err=True)
-    sys.exit(2)
+    ended = SystemExit(text)  # the sentence stays with it, for who calls the command from Python
+    ended.code = 2
+    raise ended from error
 
 
 if __name__ == "__main__":

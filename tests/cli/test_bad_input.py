@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+
+from streamline_bench.cli.main import cli
 
 
 @pytest.fixture
@@ -371,3 +374,10 @@ def test_an_error_of_our_own_keeps_its_traceback(
 
     with pytest.raises(FileNotFoundError):
         main([])
+
+
+def test_who_calls_the_command_from_python_finds_the_sentence() -> None:
+    result = CliRunner().invoke(cli, ["scan", "/nowhere/to/be/found"])
+    assert result.exit_code == 2
+    assert "/nowhere/to/be/found" in str(result.exception)
+    assert "/nowhere/to/be/found" in result.stderr
