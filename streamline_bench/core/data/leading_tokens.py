@@ -12,15 +12,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from streamline_bench.errors import CalibrationError
+from streamline_bench.errors import CalibrationError, library_errors
 
 Ids = npt.NDArray[np.int64]
 
 
 def leading_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """Return the tokens that a tokenizer puts in front of every text; empty if it puts none."""
-    whole = list(tokenizer("a", verbose=False)["input_ids"])
-    plain = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+    """Return the tokens that a tokenizer puts in front of every text; empty if it puts none.
+
+    Raises:
+        CalibrationError: the tokenizer fails on a text of one letter.
+    """
+    with library_errors("A text cannot be tokenised", kind=CalibrationError):
+        whole = list(tokenizer("a", verbose=False)["input_ids"])
+        plain = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
     if plain and plain != whole:
         places = range(len(whole) - len(plain) + 1)
         begin = next((at for at in places if whole[at : at + len(plain)] == plain), 0)

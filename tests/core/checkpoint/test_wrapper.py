@@ -195,7 +195,8 @@ def test_a_head_that_recovery_unties_is_untied_in_the_whole_model(
 ) -> None:
     folder, _ = model_of("gemma3")
     recipe = load_recipe("last_layers_partial", {
-        "n_layers": 2, "recovery.last_layers": 1, "recovery.training.min_steps": 2,
+        "n_layers": 2, "recovery.last_layers": 1, "recovery.head": "untied",
+        "recovery.training.min_steps": 2,
         "recovery.training.epochs": 1, "recovery.training.data.samples": 8,
         "recovery.training.data.source": str(folder / "calibration.jsonl"),
         "recovery.training.data.sequence_length": 16, "recovery.training.batch_size": 8,
