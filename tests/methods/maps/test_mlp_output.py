@@ -23,7 +23,9 @@ def _reader(folder: Path, *, without: str = "", dtype: str = "") -> Any:
     return SimpleNamespace(
         folder=folder,
         names=names,
-        entry=lambda name: SimpleNamespace(dtype=dtype or reader.entry(name).dtype),
+        entry=lambda name: SimpleNamespace(
+            dtype=dtype or reader.entry(name).dtype, shape=reader.entry(name).shape
+        ),
     )
 
 

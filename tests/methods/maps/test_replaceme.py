@@ -441,7 +441,7 @@ def test_families_with_a_norm_behind_the_mlp_are_refused(
 @pytest.mark.parametrize(
     ("missing", "named"),
     [
-        ({"down": ""}, "down"),
+        ({"down": ""}, "MLP output"),
         ({"input_norm": "", "mlp_norm": ""}, "norms"),
         ({"mlp": "", "experts": "experts"}, "mlp"),
     ],

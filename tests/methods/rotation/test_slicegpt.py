@@ -19,6 +19,7 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.errors import ArchitectureError, CalibrationError, RecipeError, SparsityError
 from streamline_bench.methods.base import Compression
+from streamline_bench.methods.rotation.norm_fusion import NormFusion
 from streamline_bench.methods.rotation.slicegpt import SlicedSizes, SliceGPT
 from streamline_bench.methods.rotation.stream_rotation import Covariance, PrincipalAxes
 from streamline_bench.modeling import register
@@ -384,9 +385,13 @@ def test_an_inferred_family_is_checked(
     monkeypatch.setitem(ARCHITECTURES, "granite", row)  # type: ignore[arg-type]
     source = make_tiny_model("granite", num_hidden_layers=2, residual_multiplier=0.3)
     compress(source, recipe(), tmp_path / "right", progress=False)
-    monkeypatch.setattr(
-        "streamline_bench.methods.rotation.norm_fusion._fold_multiplier", lambda *_: None
-    )
+    right = NormFusion.__init__
+
+    def wrong(self: NormFusion, model: Any) -> None:
+        right(self, model)
+        self._factor = 0.9
+
+    monkeypatch.setattr(NormFusion, "__init__", wrong)
     with pytest.raises(ArchitectureError, match=r"'granite' model.*other logits.*depth method"):
         compress(source, recipe(), tmp_path / "wrong", progress=False)
 
