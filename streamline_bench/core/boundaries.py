@@ -24,7 +24,9 @@ from streamline_bench.core.forward import (
     TokenBatch,
     hidden_of,
     run_base,
+    states_by_token,
     walk_states,
+    with_hidden,
 )
 from streamline_bench.core.similarity import LastState
 from streamline_bench.core.state_store import BatchStore, state_store, states_bytes
@@ -163,7 +165,7 @@ def latest_outputs(
             if not silenced:
                 return None
             zeros = torch.zeros_like(latest[number])
-            return (zeros, *output[1:]) if isinstance(output, tuple) else zeros
+            return with_hidden(output, zeros)
 
         return hook
 
@@ -182,7 +184,8 @@ class BoundaryRecorder:
     whether a layer returns a tensor or a tuple, and copy into one buffer that every pass reuses.
 
     ``states`` is ``[L + 1, batch, seq, hidden]`` in the dtype of the hidden states, on the first
-    layer's device; it is valid until the next pass.
+    layer's device; it is valid until the next pass. Where layers have several streams for each
+    token, these lie side by side (:func:`.forward.states_by_token`).
 
     Attributes:
         depth: number of layers.
@@ -201,12 +204,15 @@ class BoundaryRecorder:
         self._layers = decoder_layers(model)
         self.depth = len(self._layers)
         self.device = model.get_input_embeddings().weight.device
-        path = architecture_of(model.config).final_norm
+        row = architecture_of(model.config)
+        self._base: Any = model.get_submodule(row.base)
+        path = row.final_norm
         # OPT-350m has no final norm: the attribute is there and None.
         within, _, name = path.rpartition(".")
         norm: Any = model.get_submodule(within)._modules.get(name)
         self.norm = norm if last_state == "postnorm" else None
         self._buffer: Tensor | None = None
+        self._tokens: torch.Size | None = None
         self._shape: torch.Size = torch.Size()
         self._handles: list[Any] = []
 
@@ -218,8 +224,8 @@ class BoundaryRecorder:
         return self._buffer[:, : self._shape.numel()].view(-1, *self._shape)
 
     def __enter__(self) -> BoundaryRecorder:
-        first = self._layers[0].register_forward_pre_hook(self._before_first, with_kwargs=True)
-        self._handles.append(first)
+        for module, hook in ((self._base, self._begin), (self._layers[0], self._before_first)):
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         for index, layer in enumerate(self._layers):
             self._handles.append(layer.register_forward_hook(self._after(index + 1)))
         if self.norm is not None:
@@ -235,6 +241,9 @@ class BoundaryRecorder:
         while self._handles:
             self._handles.pop().remove()
 
+    def _begin(self, base: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._tokens = (args[0] if args else kwargs["input_ids"]).shape
+
     def _before_first(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.store(0, args[0] if args else kwargs["hidden_states"])
 
@@ -245,11 +254,22 @@ class BoundaryRecorder:
         return hook
 
     def store(self, boundary: int, hidden: Tensor) -> None:
-        """Put in the states at one boundary; those at boundary 0 begin a new batch."""
+        """Put in the states at one boundary; those at boundary 0 begin a new batch.
+
+        Raises:
+            ArchitectureError: they differ in width from those at boundary 0.
+        """
+        hidden = states_by_token(hidden, hidden.shape[:2] if self._tokens is None else self._tokens)
         if boundary == 0:
             self._shape = hidden.shape
             if self._buffer is None or self._buffer.shape[1] < hidden.numel():
                 self._buffer = None  # freed before the larger one is made
                 self._buffer = hidden.new_empty((self.depth + 1, hidden.numel()))
         assert self._buffer is not None
+        if hidden.shape != self._shape:
+            raise ArchitectureError(
+                f"The states of this model have {self._shape[-1]} channels between its layers and "
+                f"{hidden.shape[-1]} behind its final norm, so that they cannot be compared; take "
+                "last_state 'raw'."
+            )
         self._buffer[boundary, : hidden.numel()].copy_(hidden.reshape(-1))

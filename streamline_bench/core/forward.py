@@ -88,9 +88,45 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 def hidden_of(output: Any) -> Tensor:
-    """Return the hidden states in what a layer gives: a tensor, or the first of a tuple."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    """Return the hidden states in what a layer gives: a tensor, or the first of several things."""
+    hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return hidden
+
+
+def with_hidden(output: Any, hidden: Tensor, rest: Sequence[Any] | None = None) -> Any:
+    """Return what a layer gives, with other hidden states in it.
+
+    Args:
+        rest: the other things, in the place of those in ``output``; None for what is lacking.
+    """
+    if not isinstance(output, (tuple, list)):
+        return hidden
+    others = output[1:] if rest is None else [*rest, *[None] * len(output)][: len(output) - 1]
+    return type(output)((hidden, *others))
+
+
+def states_by_token(states: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return hidden states as ``[batch, seq, width]``.
+
+    Models whose layers have several streams for each token (hyper-connections) give
+    ``[batch, seq, streams, hidden]`` or ``[streams, batch, seq, hidden]``: the streams then lie
+    side by side.
+
+    Args:
+        shape: ``(batch, seq)``.
+
+    Raises:
+        ArchitectureError: there is not one state for each token.
+    """
+    if tuple(states.shape[:2]) == tuple(shape):
+        return states.flatten(2)
+    if states.dim() == 4 and tuple(states.shape[1:3]) == tuple(shape):
+        return states.permute(1, 2, 0, 3).flatten(2)
+    raise ArchitectureError(
+        f"The layers of this model have hidden states of shape {list(states.shape)} for "
+        f"{list(shape)} tokens, so that they cannot be told apart by token; use a method that "
+        "does not look at hidden states."
+    )
 
 
 def run_base(
@@ -139,10 +175,12 @@ class PartialForward:
 
     Attributes:
         states: boundary -> hidden states ``[batch, seq, hidden]`` of the last recorded pass.
+        handed: boundary -> what else the layer before it handed on (of routers, say).
     """
 
     def __init__(self, model: Any, *, full_mask: bool = False) -> None:
         self.states: dict[int, Tensor] = {}
+        self.handed: dict[int, Sequence[Any]] = {}
         self._full_mask = full_mask
         self._model = model
         self._base = model.get_submodule(architecture_of(model.config).base)
@@ -152,7 +190,8 @@ class PartialForward:
         self._state: Tensor | None = None
         self._skip: Collection[int] = ()
         self._record = False
-        self._as_tuple = False  # in which form layers hand their output on, once one has run
+        self._form: Any = _UNKNOWN  # an output of a layer, without its tensors
+        self._latest: Sequence[Any] = ()
         self._restored = ExitStack()
 
     def __enter__(self) -> PartialForward:
@@ -169,7 +208,7 @@ class PartialForward:
         trace: TracebackType | None,
     ) -> None:
         self._restored.close()
-        self.states = {}
+        self.states, self.handed = {}, {}
 
     def logits(self, ids: Tensor, mask: Tensor, **where: Any) -> Tensor:
         """Return the logits ``[batch, seq, vocabulary]``; for ``where`` see :meth:`hidden`."""
@@ -184,6 +223,7 @@ class PartialForward:
             mask: bool ``[batch, seq]``, true where there is a token.
             start: boundary to enter at; the layers below it are not run.
             state: hidden states ``[batch, seq, hidden]`` at that boundary.
+            handed: what else a layer gets there, see :attr:`handed`.
             skip: layers that pass their input on.
             record: keep the states at all boundaries that are run, in :attr:`states`.
             gradients: record the pass for a backward one.
@@ -230,6 +270,7 @@ class PartialForward:
         *,
         start: int = 0,
         state: Tensor | None = None,
+        handed: Sequence[Any] = (),
         skip: Collection[int] = (),
         record: bool = False,
         gradients: bool = False,
@@ -237,7 +278,7 @@ class PartialForward:
         if (start > 0) != (state is not None):
             raise ValueError("a pass that starts above boundary 0 needs a state, others take none")
         with torch.set_grad_enabled(gradients):
-            return self._pass(module, ids, mask, start, state, skip, record)
+            return self._pass(module, ids, mask, start, state, handed, skip, record)
 
     def _pass(
         self,
@@ -246,37 +287,45 @@ class PartialForward:
         mask: Tensor,
         start: int,
         state: Tensor | None,
+        handed: Sequence[Any] = (),
         skip: Collection[int] = (),
         record: bool = False,
     ) -> Any:
         self._start, self._state, self._skip, self._record = start, state, skip, record
+        self._latest = handed
         if record:
-            self.states = {}
+            self.states, self.handed = {}, {}
         try:
             return run_base(self._model, ids, mask, module, full_mask=self._full_mask)
         finally:
-            self._state = None
+            self._state, self._latest = None, ()
 
     def _bypass(self, index: int, original: Any) -> Any:
         last = index == len(self._layers) - 1
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden: Any = args[0] if args else kwargs["hidden_states"]
             if index < self._start:
-                output: Any = self._state
+                hidden = self._state
             else:
-                hidden = args[0] if args else kwargs["hidden_states"]
                 if self._stop == _EMBEDDINGS:
                     raise PassEnded(hidden)
                 if index == self._stop:
                     raise PassEnded(self._alone(original, args, kwargs))
                 if self._record:
-                    self.states[index] = hidden
-                output = hidden if index in self._skip else original(*args, **kwargs)
-                if index not in self._skip:
-                    self._as_tuple = isinstance(output, tuple)
+                    self.states[index], self.handed[index] = hidden, self._latest
+            runs = index >= self._start and index not in self._skip
+            # A layer that is left out runs once, to show the form of what layers give.
+            output = original(*args, **kwargs) if runs or self._form is _UNKNOWN else self._form
+            self._form = without_tensors(output)
+            if runs:
+                hidden = hidden_of(output)
+                self._latest = output[1:] if isinstance(output, (tuple, list)) else ()
+            else:
+                output = with_hidden(output, hidden, self._latest)
             if last and self._record:
-                self.states[index + 1] = hidden_of(output)
-            return (output,) if self._as_tuple and isinstance(output, Tensor) else output
+                self.states[index + 1] = hidden
+            return output
 
         return forward
 
@@ -291,11 +340,20 @@ class PartialForward:
             kwargs = {**kwargs, "hidden_states": self._state}
         before = _lengths(args, kwargs)
         output = original(*args, **kwargs)
-        self._as_tuple = isinstance(output, tuple)
-        more = output[1:] if self._as_tuple else ()
+        self._form = without_tensors(output)
+        more = output[1:] if isinstance(output, (tuple, list)) else ()
         if any(isinstance(each, Tensor) for each in more) or _lengths(args, kwargs) != before:
             raise LayersEntangled
         return hidden_of(output)
+
+
+_UNKNOWN = object()
+
+
+def without_tensors(output: Any) -> Any:
+    """Return the form of what a layer gives: a tuple or list of as many Nones, or None."""
+    several = isinstance(output, (tuple, list))
+    return type(output)([None] * len(output)) if several else None
 
 
 def _lengths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
@@ -392,6 +450,7 @@ def require_finite_states(states: Mapping[int, Tensor], last: Tensor, mask: Tens
     if bool(torch.isfinite(last).all()):
         return
     for boundary, tensor in (*states.items(), (None, last)):
+        tensor = states_by_token(tensor, mask.shape)
         if not bool(torch.isfinite(tensor[mask.to(tensor.device)]).all()):
             place = "the final norm or the LM head"
             if boundary is not None:

@@ -30,12 +30,12 @@ from streamline_bench.core.forward import evaluating
 from streamline_bench.core.recipe.schema import CalibrationSpec, ReplacementSpec, TrainingSpec
 from streamline_bench.core.scan import scan
 from streamline_bench.core.training.block import (
+    LayerForm,
     Passthrough,
     Student,
     Teacher,
     make_batch,
     pruned,
-    returns_tuple,
     slots,
 )
 from streamline_bench.core.training.trainer import train_replacement
@@ -176,8 +176,8 @@ def _without(model: Any, ids: Tensor, start: int, n: int, student: Student | Non
         with pruned(model, start, n, student):
             return _log_shares(model, ids)
     layers = decoder_layers(model)
-    as_tuple = returns_tuple(model)
-    with slots(layers, {i: Passthrough(layers[i], as_tuple) for i in range(start, start + n)}):
+    form = LayerForm.of(model)
+    with slots(layers, {i: Passthrough(layers[i], form) for i in range(start, start + n)}):
         return _log_shares(model, ids)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,8 @@ from streamline_bench.core.forward import (
     hidden_of,
     run_until,
     walk_states,
+    with_hidden,
+    without_tensors,
 )
 from streamline_bench.core.recipe.schema import ReplacementSpec
 from streamline_bench.core.replacement import ReplacementNetwork, build_network
@@ -47,7 +49,7 @@ from streamline_bench.core.state_store import (
     states_bytes,
 )
 from streamline_bench.core.streaming import held_layer, layer_copy
-from streamline_bench.errors import OutputError
+from streamline_bench.errors import ArchitectureError, OutputError
 
 log = logging.getLogger(__name__)
 
@@ -97,13 +99,60 @@ class BlockStates:
     calls: tuple[LayerCall, ...]
 
 
+class LayerForm:
+    """The form in which a model's layers hand on hidden states: alone, or first of several things.
+
+    Attributes:
+        others: whether the other things are tensors (of routers, say), which a later layer reads.
+    """
+
+    def __init__(self, output: Any) -> None:
+        self._several = isinstance(output, (tuple, list))
+        self._output = without_tensors(output)
+        self.others = self._several and any(isinstance(item, Tensor) for item in output[1:])
+        self._latest: Any = ()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> LayerForm:
+        """Look at what the first layer of a causal LM gives."""
+        found: list[LayerForm] = []
+
+        def after(layer: nn.Module, args: Any, output: Any) -> None:
+            found.append(cls(output))
+            raise PassEnded
+
+        layer = decoder_layers(model)[0]
+        ids = torch.zeros((1, 2), dtype=torch.long, device=next(layer.parameters()).device)
+        handle = layer.register_forward_hook(after)
+        run_until(lambda: model(input_ids=ids, use_cache=False), [handle])
+        return found[0]
+
+    def give(self, hidden: Tensor) -> Any:
+        """Return hidden states in that form, with what the layer before handed on."""
+        return with_hidden(self._output, hidden, self._latest)
+
+    def saw(self, output: Any) -> None:
+        """Keep what a layer hands on for the next ones."""
+        self._latest = output[1:] if self._several else ()
+
+    @contextmanager
+    def following(self, layers: Iterable[nn.Module]) -> Iterator[None]:
+        """See what these layers hand on while they run."""
+        handles = [each.register_forward_hook(lambda _m, _a, out: self.saw(out)) for each in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
 class Passthrough(nn.Module):
     """Stands in a layer's slot and hands the hidden states on, in the form the host expects."""
 
-    def __init__(self, host: nn.Module, as_tuple: bool) -> None:
+    def __init__(self, host: nn.Module, form: LayerForm) -> None:
         super().__init__()
         self._host = (host,)  # in a tuple, so that it is not a child
-        self._as_tuple = as_tuple
+        self._form = form
         self.call: LayerCall | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -115,7 +164,7 @@ class Passthrough(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.call = layer_call(self._host[0], args, kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden,) if self._as_tuple else hidden
+        return self._form.give(hidden)
 
 
 class Teacher:
@@ -134,6 +183,9 @@ class Teacher:
         row = architecture_of(model.config)
         self._stack: nn.Module = model.get_submodule(row.base)
         self._layers = decoder_layers(model)
+        self._form = LayerForm.of(model)
+        config: Any = model.config
+        self._hidden_size = int(config.hidden_size)
         self._start, self._n, self._calls = start, n, calls
         ends_model = start + n == len(self._layers)
         self._norm = model.get_submodule(row.final_norm) if postnorm and ends_model else None
@@ -192,6 +244,15 @@ class Teacher:
         handles.append(self._layers[stop - 1].register_forward_hook(after))
         self._run_stack(ids, mask, handles)
         hidden, target = ends
+        # Layers take their own states in any form; a network takes those of the config.
+        other = self._calls == 0 and hidden.shape[-1] != self._hidden_size
+        other |= self._norm is not None and hidden.dim() > 3
+        if hidden.shape[:2] != ids.shape or other:
+            raise ArchitectureError(
+                f"The layers of this model have hidden states of shape {list(hidden.shape)} for "
+                f"{list(ids.shape)} tokens, so that no replacement can be trained on them; take "
+                "the replacement 'none'."
+            )
         target = target if self._norm is None else self._norm(target)
         return BlockStates(hidden, target, tuple(calls[: self._calls]))
 
@@ -200,8 +261,10 @@ class Teacher:
         """Return only the calls, without computing a layer (for states that were stored)."""
         if self._calls == 0:
             return ()
+        if self._form.others:  # which only the layers themselves can give
+            return self.run(ids, mask).calls
         probed = range(self._start + self._calls)
-        with slots(self._layers, {i: Passthrough(self._layers[i], False) for i in probed}):
+        with slots(self._layers, {i: Passthrough(self._layers[i], self._form) for i in probed}):
             last = self._layers[probed[-1]]
 
             def stop(layer: nn.Module, args: Any, output: Any) -> None:
@@ -288,7 +351,8 @@ class LayerwiseStates:
 
 
 class ActivationCache:
-    """States of all sequences of a set, ``[2, n, T, d]`` in a memory-mapped file.
+    """States of all sequences of a set, ``[2, n, T, d]`` in a memory-mapped file; of layers with
+    several streams for each token, ``[2, n, T, streams, d]``.
 
     ``[0]`` holds the states before the block, ``[1]`` those behind it, in the dtype in which the
     teacher gives them. An earlier attempt's file with the same key is taken up.
@@ -316,7 +380,7 @@ class ActivationCache:
             batch = make_batch(tokens, rows, device)
             states = teacher.states(batch)
             if values is None:
-                shape = (2, *tokens.input_ids.shape, states.hidden.shape[-1])
+                shape = (2, *tokens.input_ids.shape, *states.hidden.shape[2:])
                 values = create_mapped(path, shape, states.hidden.dtype, "lower training.cache_gb")
             used = batch.ids.shape[1]
             values[0, rows, :used] = states.hidden.cpu()
@@ -365,21 +429,6 @@ def slots(layers: nn.ModuleList, replaced: dict[int, nn.Module]) -> Iterator[Non
             layers[index] = module
 
 
-def returns_tuple(model: nn.Module) -> bool:
-    """Say whether the model's decoder layers return a tuple (families and versions differ)."""
-    found: list[bool] = []
-
-    def after(layer: nn.Module, args: Any, output: Any) -> None:
-        found.append(isinstance(output, tuple))
-        raise PassEnded
-
-    layer = decoder_layers(model)[0]
-    ids = torch.zeros((1, 2), dtype=torch.long, device=next(layer.parameters()).device)
-    handle = layer.register_forward_hook(after)
-    run_until(lambda: model(input_ids=ids, use_cache=False), [handle])
-    return found[0]
-
-
 class StudentSlot(nn.Module):
     """One slot of the student: a decoder layer or a network, in the signature of a layer.
 
@@ -387,10 +436,10 @@ class StudentSlot(nn.Module):
     bfloat16), so inputs are widened and the output is cast back.
     """
 
-    def __init__(self, module: nn.Module, as_tuple: bool = False) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.as_tuple = as_tuple
+        self.form: LayerForm | None = None  # of the model that it is put into; None: hidden states
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         wide = hidden_states.float()
@@ -398,8 +447,10 @@ class StudentSlot(nn.Module):
             output = self.module(wide)
         else:
             output = self.module(wide, *_widen(args), **_widen(kwargs))
+            if self.form is not None:
+                self.form.saw(output)
         output = hidden_of(output).to(hidden_states.dtype)
-        return (output,) if self.as_tuple else output
+        return output if self.form is None else self.form.give(output)
 
 
 class Student:
@@ -464,17 +515,17 @@ def pruned(model: nn.Module, start: int, n: int, student: Student) -> Iterator[N
     keeps its index, so that per-layer masks and rotary angles stay right without a new config.
     """
     layers = decoder_layers(model)
-    as_tuple = returns_tuple(model)
+    form = LayerForm.of(model)
     replaced: dict[int, nn.Module] = {
-        start + i: Passthrough(layers[start + i], as_tuple) for i in range(n)
+        start + i: Passthrough(layers[start + i], form) for i in range(n)
     }
     for offset, slot in enumerate(student.slots):
-        slot.as_tuple = as_tuple
+        slot.form = form
         replaced[start + offset] = slot
-    with slots(layers, replaced):
+    with form.following(layers[:start]), slots(layers, replaced):
         yield
     for slot in student.slots:
-        slot.as_tuple = False
+        slot.form = None
 
 
 def _widen(value: Any) -> Any:

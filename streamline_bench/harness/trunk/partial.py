@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from streamline_bench.core.architecture import decoder_layers
-from streamline_bench.core.forward import hidden_of, replaced_forward
+from streamline_bench.core.forward import hidden_of, replaced_forward, with_hidden
 from streamline_bench.harness.trunk.stack import Step
 
 States = dict[int, Any]
@@ -89,11 +89,11 @@ class _LayerPart:
                 return _copy(self._states[self._start])
             if self._start > self._first:
                 below = _copy(self._states[self._start])
-                output = _with_hidden(below, self._layer.attachment(hidden_of(below)))  # type: ignore[operator]
+                output = with_hidden(below, self._layer.attachment(hidden_of(below)))  # type: ignore[operator]
             else:
                 output = original(*args, **kwargs)
             if keeps_between and self._between is not None:
-                self._states[self._first + 1] = _with_hidden(output, self._between)
+                self._states[self._first + 1] = with_hidden(output, self._between)
                 self._between = None
             if keeps_end:
                 self._states[self._end] = _copy(output)
@@ -105,10 +105,6 @@ class _LayerPart:
         self._between = args[0].clone()
 
 
-def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-
 def _copy(output: Any) -> Any:
     """A copy, so that a layer which writes into its input leaves the kept state alone."""
-    return _with_hidden(output, hidden_of(output).clone())
+    return with_hidden(output, hidden_of(output).clone())

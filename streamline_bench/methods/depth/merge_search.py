@@ -99,6 +99,7 @@ class MergeSearch:
         self._batches = list(tokens.batches(_BATCH, trim=True))
         self._device = model.get_input_embeddings().weight.device
         self._states: list[dict[int, Tensor]] = []
+        self._handed: list[dict[int, Sequence[Any]]] = []
         self._store: BatchStore | None = None
         self._dense: list[Tensor] = []
         self._cosines: dict[tuple[Any, ...], float] = {}
@@ -134,6 +135,7 @@ class MergeSearch:
                     self._dense.append(self._forward.hidden(ids, mask, record=True))
                     states = self._forward.states
                     self._states.append(states)
+                    self._handed.append(self._forward.handed)
                 require_finite_states(states, self._dense[-1], mask)
         except BaseException:
             self.__exit__(None, None, None)
@@ -143,7 +145,7 @@ class MergeSearch:
     def __exit__(self, *error: Any) -> None:
         self._merger.undo()
         self._opened.close()
-        self._states, self._dense, self._store = [], [], None
+        self._states, self._handed, self._dense, self._store = [], [], [], None
 
     def _fill(self) -> None:
         """Take all batches through a streamed model, and keep their states at all boundaries."""
@@ -214,8 +216,11 @@ class MergeSearch:
         Merges proceed from the top downwards, so that no layer below the base has changed.
         """
         if self._store is None:
-            for (ids, mask), states in zip(self._batches, self._states, strict=True):
-                where = {"start": base, "state": states[base]} if base else {}
+            for (ids, mask), states, handed in zip(
+                self._batches, self._states, self._handed, strict=True
+            ):
+                at_base = {"start": base, "state": states[base], "handed": handed[base]}
+                where = at_base if base else {}
                 yield self._forward.hidden(ids, mask, skip=gone, **where)
             return
         store = self._store

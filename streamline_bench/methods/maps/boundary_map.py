@@ -178,6 +178,7 @@ def boundary_rows(
     ):
         for each in passes:
             kept, rows = each.mask.reshape(-1).nonzero()[:, 0], []
+            _require_one_stream(model, each.states[blocks[0].start])
             for number, block in enumerate(blocks):
                 stream = _rows(each.states[block.start], kept)
                 mlp = None
@@ -186,6 +187,16 @@ def boundary_rows(
                 rows.append(BoundaryRows(stream, _rows(each.states[block.stop], kept), mlp))
             yield rows
             bar.update(len(kept))
+
+
+def _require_one_stream(model: Any, states: Tensor) -> None:
+    hidden, width = int(model.config.hidden_size), states.shape[-1]
+    if width != hidden:
+        raise ArchitectureError(
+            f"The layers of this '{architecture_of(model.config).model_type}' model have states of "
+            f"{width} channels for each token ({width // hidden} streams of {hidden}), which one "
+            "map cannot take; use a method that removes layers."
+        )
 
 
 def mlp_scale(model: Any, layer: int, tokens: CalibrationTokens) -> float:

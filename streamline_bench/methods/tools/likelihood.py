@@ -134,8 +134,9 @@ def _losses_by_batch(
             del last
             for layer, each in losses.items():
                 logits = forward.logits(
-                    ids, mask, start=layer + 1, state=forward.states[layer], skip=removed
-                )
+                    ids, mask, start=layer + 1, state=forward.states[layer],
+                    handed=forward.handed[layer], skip=removed,
+                )  # fmt: skip
                 each.append(next_token_loss(logits, ids, mask))
                 bar.update(len(ids))
 
