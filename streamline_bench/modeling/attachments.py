@@ -150,8 +150,8 @@ def _make_forward(host_class: type[nn.Module]) -> Any:
         attachment = self._modules.get("attachment")
         if attachment is None:
             return output
-        if isinstance(output, tuple):  # families differ, and did between transformers versions
-            return (attachment(output[0]), *output[1:])
+        if isinstance(output, (tuple, list)):  # families differ, and so do transformers' versions
+            return type(output)((attachment(output[0]), *output[1:]))
         return attachment(output)
 
     return forward
