@@ -19,6 +19,7 @@ from streamline_bench.stability.metrics import (
     is_verdict,
     left_out_reasons,
     names_in_order,
+    records_of,
     values_of,
 )
 from streamline_bench.stability.samples import REPETITION
@@ -71,10 +72,7 @@ def compare_grades(
     """
     runs = (dense, pairs.dense_info), (pruned, pairs.pruned_info)
     task = str(dense.iloc[0]["task"])
-    held = [
-        names_in_order(info.metrics.get(task, ()), [record or {} for record in rows["metrics"]])
-        for rows, info in runs
-    ]
+    held = [names_in_order(info.metrics.get(task, ()), records_of(rows)) for rows, info in runs]
     own = deciding_of(pairs.dense_info, dense)
     if settings.verdict == "correct_norm" and NORM_METRIC in held[0]:
         own = NORM_METRIC
@@ -142,7 +140,7 @@ def compare_repetitions(pairs: AlignedPairs, settings: Settings) -> Iterator[Com
 def _incomplete(name: str, *frames: pd.DataFrame) -> str | None:
     """Why a metric that does not decide is left out."""
     for frame in frames:
-        values = [(record or {}).get(name) for record in frame["metrics"]]
+        values = [record.get(name) for record in records_of(frame)]
         for document, value in zip(frame["doc_id"], values, strict=True):
             if value is None or not math.isfinite(value):
                 what = "has none" if value is None else f"is {value}"

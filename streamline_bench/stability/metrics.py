@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -36,6 +36,11 @@ KNOWN_DIRECTION = frozenset(
 )
 """Metrics for which higher is better where the results say nothing: lm-eval before 0.4.3 does not
 say it, nor does OpenCompass."""
+
+
+def records_of(rows: pd.DataFrame) -> list[Mapping[str, Any]]:
+    """Return name -> value of each row's metrics; empty where a row has none (None or NaN)."""
+    return [found if isinstance(found, Mapping) else {} for found in rows["metrics"]]
 
 
 def names_in_order(asked: Sequence[str], records: Iterable[Mapping[str, float]]) -> list[str]:
@@ -73,7 +78,7 @@ def is_verdict(values: Iterable[float | None]) -> bool:
 def deciding_of(info: RunInfo, frame: pd.DataFrame) -> str | None:
     """:func:`deciding` for the rows of one (task, filter)."""
     task = str(frame.iloc[0]["task"])
-    records = [record or {} for record in frame["metrics"]]
+    records = records_of(frame)
     return deciding(info.metrics.get(task, ()), info.higher_is_better.get(task, {}), records)
 
 
@@ -141,7 +146,7 @@ def values_of(rows: pd.DataFrame, name: str, info: RunInfo) -> FloatArray:
     Raises:
         SamplesError: some answers have none, or none has one; then those that they have are named.
     """
-    records = [record or {} for record in rows["metrics"]]
+    records = records_of(rows)
     missing = [index for index, record in enumerate(records) if name not in record]
     if not missing:
         return np.array([record[name] for record in records], dtype=np.float64)
@@ -161,7 +166,7 @@ def values_of(rows: pd.DataFrame, name: str, info: RunInfo) -> FloatArray:
 
 def left_out_reasons(task: str, info: RunInfo, rows: pd.DataFrame) -> dict[str, str]:
     """Metric -> why it is known over all documents only."""
-    records = [record or {} for record in rows["metrics"]]
+    records = records_of(rows)
     held = list(dict.fromkeys(name for record in records for name in record))
     plain = set(names_in_order((), records))
     printed = [

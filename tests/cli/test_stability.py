@@ -35,9 +35,10 @@ def test_table(lm_eval_outputs: Path) -> None:
     assert "Not compared" not in result.output
 
 
-def test_margin_and_noise(lm_eval_outputs: Path) -> None:
+def test_margin_and_noise(lm_eval_outputs: Path, tmp_path: Path) -> None:
     dense, pruned = lm_eval_outputs / "dense", lm_eval_outputs / "pruned"
-    result = call(dense, pruned, "--draws", 200, "--margin", 0.9, "--noise", dense, "--json")
+    again = shutil.copytree(dense, tmp_path / "again")
+    result = call(dense, pruned, "--draws", 200, "--margin", 0.9, "--noise", again, "--json")
     printed = json.loads(result.stdout)
     assert printed["margin"] == 0.9
     assert printed["micro"]["decision"] == "no worse than margin"
@@ -45,7 +46,7 @@ def test_margin_and_noise(lm_eval_outputs: Path) -> None:
     flips = micro["flips"]["right_to_wrong"] + micro["flips"]["wrong_to_right"]
     assert micro["noise_flips"] == 0.0
     assert micro["flips_above_noise"]["value"] == pytest.approx(flips / micro["n"])
-    shown = call(dense, pruned, "--draws", 200, "--noise", dense, "--noise", dense)
+    shown = call(dense, pruned, "--draws", 200, "--noise", again, "--noise", again)
     assert "% above" in shown.output
     rows = [line for line in shown.output.splitlines() if line[:1] in ("│", "┃")]
     assert len(rows) > 5 and all(line[-1] == line[0] for line in rows)  # none is cut off

@@ -194,7 +194,9 @@ def test_parts_cover_fused_projections_without_gaps() -> None:
 
 def test_rows_without_roles_are_refused() -> None:
     row = Architecture("unheard", query="", key="", value="", up="", down="")
-    with pytest.raises(ArchitectureError, match=r"'unheard'.*queries, keys, values; .*MLP input, MLP output"):
+    with pytest.raises(
+        ArchitectureError, match=r"'unheard'.*queries, keys, values; .*MLP input, MLP output"
+    ):
         require_narrowable(row)
 
 
