@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     from lm_eval.utils import setup_logging
 
     from streamline_bench.harness.bridge import refuse_wrong, register
-    from streamline_bench.harness.tasks.asked_tasks import task_folders
+    from streamline_bench.harness.tasks.asked_tasks import quick_index, task_folders
 
     setup_logging()
     sys.argv = ["lm_eval", *arguments]
@@ -77,10 +78,17 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     asked = harness.parse_args()
     refuse_wrong(getattr(asked, "model", None), getattr(asked, "model_args", None))
     register()
-    if hasattr(asked, "include_path"):
-        # Its command line takes one folder, what is behind it takes several.
-        asked.include_path = task_folders(asked.include_path)
-    harness.execute(asked)
+    if not hasattr(asked, "include_path"):
+        harness.execute(asked)
+        return
+    own, named = asked.include_path, getattr(asked, "tasks", None) or []
+    # Its command line takes one folder, what is behind it takes several.
+    asked.include_path = task_folders(own)
+    listed = (
+        named.split(",") if isinstance(named, str) else [n for t in named for n in t.split(",")]
+    )
+    with quick_index(listed, own) if listed else nullcontext():
+        harness.execute(asked)
 
 
 def _print_list(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

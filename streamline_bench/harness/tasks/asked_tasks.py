@@ -13,7 +13,9 @@ import importlib.util
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +78,7 @@ def open_index(
         "metadata": None if metadata is None else dict(metadata),
     }
     manager = TaskManager(include_defaults=False, **options)
-    if (
-        any(_PATTERN & set(name) for name in names)
-        or _unknown(manager, names)
-        or _shares_tags(manager, names)
-    ):
+    if not _holds(manager, names):
         manager = TaskManager(**options)
     unknown = _unknown(manager, names)
     if unknown is not None:
@@ -93,6 +91,29 @@ def open_index(
         raise EvaluationError(f"{what}{hint}")
     _refuse_twice(manager, names)
     return manager
+
+
+@contextmanager
+def quick_index(names: Sequence[str], own: str | Path | None) -> Iterator[None]:
+    """Let the harness leave its own tasks out of its index where none of them is asked for."""
+    import lm_eval.tasks
+
+    stock = lm_eval.tasks.TaskManager
+    if _holds(stock(include_path=task_folders(own), include_defaults=False), names):
+        lm_eval.tasks.TaskManager = partial(stock, include_defaults=False)
+    try:
+        yield
+    finally:
+        lm_eval.tasks.TaskManager = stock
+
+
+def _holds(manager: Any, names: Sequence[str]) -> bool:
+    """Whether an index without the harness's own tasks gives all that is asked for."""
+    return not (
+        any(_PATTERN & set(name) for name in names)
+        or _unknown(manager, names)
+        or _shares_tags(manager, names)
+    )
 
 
 def asked_tasks(manager: Any, names: Sequence[str]) -> list[Any]:

@@ -16,6 +16,7 @@ from streamline_bench.harness.tasks.asked_tasks import (
     asked_tasks,
     open_index,
     parts_of,
+    quick_index,
     task_folders,
     without_empty,
 )
@@ -183,3 +184,16 @@ def test_what_has_no_documents_is_left_out(own: Path) -> None:
 def test_what_cannot_be_left_out(own: Path, names: list[str], sentence: str) -> None:
     with pytest.raises(EvaluationError, match=sentence):
         without_empty(open_index(names, own), names)
+
+
+def test_the_harness_skips_its_own_tasks_only_inside_and_only_where_it_may(own: Path) -> None:
+    import lm_eval.tasks
+
+    stock = lm_eval.tasks.TaskManager
+    with quick_index(["full", "some"], own):
+        manager = lm_eval.tasks.TaskManager(include_path=task_folders(own))
+        assert "full" in manager.all_tasks and "hellaswag" not in manager.all_tasks
+    assert lm_eval.tasks.TaskManager is stock
+    for names in (["hellaswag", "full"], ["f*"], ["hollow"]):
+        with quick_index(names, own):
+            assert lm_eval.tasks.TaskManager is stock
