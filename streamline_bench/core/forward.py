@@ -93,6 +93,11 @@ def hidden_of(output: Any) -> Tensor:
     return hidden
 
 
+def others_of(output: Any) -> Sequence[Any]:
+    """Return what a layer gives besides its hidden states."""
+    return output[1:] if isinstance(output, (tuple, list)) else ()
+
+
 def with_hidden(output: Any, hidden: Tensor, rest: Sequence[Any] | None = None) -> Any:
     """Return what a layer gives, with other hidden states in it.
 
@@ -320,7 +325,7 @@ class PartialForward:
             self._form = without_tensors(output)
             if runs:
                 hidden = hidden_of(output)
-                self._latest = output[1:] if isinstance(output, (tuple, list)) else ()
+                self._latest = others_of(output)
             else:
                 output = with_hidden(output, hidden, self._latest)
             if last and self._record:
@@ -341,8 +346,8 @@ class PartialForward:
         before = _lengths(args, kwargs)
         output = original(*args, **kwargs)
         self._form = without_tensors(output)
-        more = output[1:] if isinstance(output, (tuple, list)) else ()
-        if any(isinstance(each, Tensor) for each in more) or _lengths(args, kwargs) != before:
+        more = any(isinstance(each, Tensor) for each in others_of(output))
+        if more or _lengths(args, kwargs) != before:
             raise LayersEntangled
         return hidden_of(output)
 

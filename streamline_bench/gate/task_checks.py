@@ -22,7 +22,7 @@ changed, nothing is a regression.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
@@ -82,10 +82,10 @@ def accuracy_checks(
     shared = _shared_tasks(now, before, against, run)
     found = [_difference(run, task, old) for task, old in shared]
     level = 1 - allowed.confidence
-    p_values = [difference.p_value() for difference in found]
-    adjusted = iter(holm([p for p in p_values if p is not None], level))
     checks, changes = [], []
-    for (task, old), difference, p in zip(shared, found, p_values, strict=True):
+    for (task, old), difference, (holms, comparisons) in zip(
+        shared, found, _adjusted(found, level), strict=True
+    ):
         paired = isinstance(difference, PairedDifference)
         change = _Change(
             task.task,
@@ -96,7 +96,6 @@ def accuracy_checks(
             unchanged=paired and old.right == task.right,
         )
         changes.append(change)
-        holms, comparisons = next(adjusted) if p is not None else (None, 1)
         shown = difference.interval(allowed.confidence, allowed.accuracy, comparisons)
         significant = holms is not None and holms < level
         change = replace(change, difference=shown)
@@ -158,10 +157,10 @@ def grade_checks(
         _require_same_questions(task, old, against, run)
     tests = [_grade_test(run, task, old, allowed) for task, old in pairs]
     level = 1 - allowed.confidence
-    p_values = [test.p_value() for test in tests]
-    adjusted = iter(holm([p for p in p_values if p is not None], level))
     changes = []
-    for (task, old), test, p in zip(pairs, tests, p_values, strict=True):
+    for (task, old), test, (holms, comparisons) in zip(
+        pairs, tests, _adjusted(tests, level), strict=True
+    ):
         paired = isinstance(test, PairedGrades)
         change = _Change(
             task.task,
@@ -171,7 +170,6 @@ def grade_checks(
             f"{task.metric}, paired, {task.n:,} questions" if paired else "standard errors",
             unchanged=paired and old.values == task.values,
         )
-        holms, comparisons = next(adjusted) if p is not None else (None, 1)
         shown = test.interval(allowed.confidence, allowed.accuracy, comparisons)
         significant = holms is not None and holms < level
         changes.append(change)
@@ -189,13 +187,7 @@ def _grade_test(
     """Of the improvement: positive where the run is better."""
     sign = 1.0 if task.higher_is_better else -1.0
     if task.values is None or old.values is None:
-        errors = [
-            each.value.standard_error
-            for each in (task, old)
-            if each.value.standard_error is not None
-        ]
-        value = sign * (task.value.value - old.value.value)
-        return _Independent(value, math.hypot(*errors) if len(errors) == 2 else None)
+        return _independent(sign, task.value, old.value)
     return PairedGrades.of(
         sign * (np.array(task.values) - np.array(old.values)),
         run.clusters.get((task.task, task.filter)),
@@ -314,14 +306,28 @@ class _Independent:
         return Estimate(value=self.value, standard_error=self.error, low=low, high=high)
 
 
+def _independent(sign: float, now: Estimate, before: Estimate) -> _Independent:
+    """The signed difference of two means, from their standard errors alone."""
+    errors = [each.standard_error for each in (now, before) if each.standard_error is not None]
+    value = sign * (now.value - before.value)
+    return _Independent(value, math.hypot(*errors) if len(errors) == 2 else None)
+
+
+def _adjusted(
+    tests: Sequence[PairedDifference | PairedGrades | _Independent], level: float
+) -> Iterator[tuple[float | None, int]]:
+    """Yield Holm's p and number of comparisons of each test; no p where it has none."""
+    p_values = [test.p_value() for test in tests]
+    adjusted = iter(holm([p for p in p_values if p is not None], level))
+    for p in p_values:
+        yield next(adjusted) if p is not None else (None, 1)
+
+
 def _difference(
     run: Evidence, task: TaskReference, old: TaskReference
 ) -> PairedDifference | _Independent:
     if task.right is None or old.right is None:
-        value = task.accuracy.value - old.accuracy.value
-        errors = task.accuracy.standard_error, old.accuracy.standard_error
-        known = [error for error in errors if error is not None]
-        return _Independent(value, math.hypot(*known) if len(known) == 2 else None)
+        return _independent(1.0, task.accuracy, old.accuracy)
     before, now = unpack(old.right, old.n), unpack(task.right, task.n)
     return PairedDifference((paired_sample(before, now, run.clusters.get(task.key)),))
 

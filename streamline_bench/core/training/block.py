@@ -34,6 +34,7 @@ from streamline_bench.core.forward import (
     PassEnded,
     entangled,
     hidden_of,
+    others_of,
     run_until,
     walk_states,
     with_hidden,
@@ -107,9 +108,8 @@ class LayerForm:
     """
 
     def __init__(self, output: Any) -> None:
-        self._several = isinstance(output, (tuple, list))
         self._output = without_tensors(output)
-        self.others = self._several and any(isinstance(item, Tensor) for item in output[1:])
+        self.others = any(isinstance(item, Tensor) for item in others_of(output))
         self._latest: Any = ()
 
     @classmethod
@@ -133,7 +133,7 @@ class LayerForm:
 
     def saw(self, output: Any) -> None:
         """Keep what a layer hands on for the next ones."""
-        self._latest = output[1:] if self._several else ()
+        self._latest = others_of(output)
 
     @contextmanager
     def following(self, layers: Iterable[nn.Module]) -> Iterator[None]:
