@@ -251,23 +251,30 @@ def resize_layer(layer: nn.Module, row: Architecture, config: Any, widths: Layer
         parent, name = _parent_of(layer, path)
         setattr(parent, name, _resized(layer.get_submodule(path), size))
     view = LayerConfig(config, widths.entries(row))
-    remembered: dict[str, int] = {}
-    if any(part.unit == "channel" for part in parts):
-        remembered["intermediate_size"] = widths.intermediate_size
-    if any(part.unit != "channel" for part in parts):
-        remembered |= {
-            "num_heads": widths.num_attention_heads,
-            "num_attention_heads": widths.num_attention_heads,
-            "num_key_value_heads": widths.num_key_value_heads,
-            "num_key_value_groups": widths.heads_per_group,
-            "split_size": widths.num_attention_heads * head_size(config),  # of GPT-2
-        }
-    for module in layer.modules():
-        for name, value in remembered.items():
-            if isinstance(module.__dict__.get(name), int):
-                setattr(module, name, value)
+    channels = {"intermediate_size": widths.intermediate_size}
+    heads = {
+        "num_heads": widths.num_attention_heads,
+        "num_attention_heads": widths.num_attention_heads,
+        "num_key_value_heads": widths.num_key_value_heads,
+        "num_key_value_groups": widths.heads_per_group,
+        "split_size": widths.num_attention_heads * head_size(config),  # of GPT-2
+    }
+    for path, module in layer.named_modules():
+        # Another module of the layer, such as a Mamba mixer, has widths of the same names.
+        for numbers, units in ((channels, ("channel",)), (heads, ("query", "key_value"))):
+            if not any(part.unit in units and _holds(path, part.module) for part in parts):
+                continue
+            for name, value in numbers.items():
+                if isinstance(module.__dict__.get(name), int):
+                    setattr(module, name, value)
         if isinstance(module.__dict__.get("config"), PreTrainedConfig):
             module.__dict__["config"] = view
+
+
+def _holds(path: str, projection: str) -> bool:
+    """Whether a module of a layer holds a projection, or is part of what holds it."""
+    holder = projection.rpartition(".")[0]
+    return path == holder or (bool(holder) and path.startswith(f"{holder}."))
 
 
 def _parent_of(layer: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from families.tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from streamline_bench.core.architecture import ARCHITECTURES, Architecture, decoder_layers
@@ -118,6 +119,23 @@ def test_equal_widths_are_what_the_family_builds_itself(family: str, ids: torch.
     stock.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(model(ids).logits, stock(ids).logits)
+
+
+def test_other_modules_of_a_layer_keep_widths_of_the_same_name(ids: torch.Tensor) -> None:
+    """A Mamba mixer has an ``intermediate_size`` and heads of its own."""
+    model = tiny_model("bamba", 2, attn_layer_indices=[1])
+    config = copy.deepcopy(model.config)
+    mixer = vars(model.model.layers[0].mamba).items()
+    before = {name: value for name, value in mixer if isinstance(value, int)}
+    widths = [LayerWidths(4, 2, 20)] * 2
+    narrow = build(streamline_config(config, layer_widths=widths))
+    after = vars(narrow.model.layers[0].mamba)
+    assert {name: after[name] for name in before} == before
+    assert narrow.model.layers[0].feed_forward.intermediate_size == 20
+    stock = build(copy.copy(config).from_dict({**config.to_dict(), "intermediate_size": 20}))
+    stock.load_state_dict(narrow.state_dict())
+    with torch.no_grad():
+        assert torch.equal(narrow(ids).logits, stock(ids).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -306,7 +307,9 @@ class CheckpointReader:
         if self._row is None:
             return ()
         row, depth = self._row, self.depth
-        within = f"{row.layers.removeprefix(f'{row.base}.')}."
+        # From the start of a name: towers have layers of their own.
+        spelled = {row.layers, row.stored_path(row.layers), row.layers.removeprefix(f"{row.base}.")}
+        layer = re.compile(rf"(?:{'|'.join(map(re.escape, spelled))})\.(\d+)\.")
         paths = (*row.embeddings, row.final_norm, row.layers, self._head_name, row.lm_head)
         paths += tuple(row.stored_as.values())
         bare = {path.removeprefix(f"{row.base}.") for path in paths if path}
@@ -315,9 +318,8 @@ class CheckpointReader:
         def is_extra(name: str) -> bool:
             if name.partition(".")[0] not in roots:
                 return True
-            _, found, rest = f".{name}".partition(f".{within}")
-            number = rest.partition(".")[0]
-            return bool(found) and depth is not None and number.isdigit() and int(number) >= depth
+            found = layer.match(name)
+            return found is not None and depth is not None and int(found[1]) >= depth
 
         return tuple(name for name in self.entries if is_extra(name))
 

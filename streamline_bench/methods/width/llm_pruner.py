@@ -26,6 +26,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from streamline_bench.core.architecture import Architecture, architecture_of
+from streamline_bench.core.architecture_guard import layer_kinds
 from streamline_bench.core.architecture_inference import entries_of
 from streamline_bench.core.checkpoint.writer import layer_names, layers_prefix
 from streamline_bench.core.data.calibration import CalibrationTokens
@@ -228,8 +229,9 @@ class LLMPruner(Method):
             for layer, of_layer in scores.items()
         }
         if family.inferred:
-            layer = plan.layers[0]
-            check_narrowed(work.model, layer, kept[layer])
+            kinds = layer_kinds(work.config)
+            for layer in {kinds[layer]: layer for layer in plan.layers}.values():
+                check_narrowed(work.model, layer, kept[layer])
         tensors = sliced_tensors(work.reader, work.config, kept)
         depth = getattr(work.config, family.depth_key)
         names = layer_names(work.reader, family, range(depth))

@@ -103,6 +103,17 @@ def test_tied_and_buffer_tensors_are_not_parameters(
     assert CheckpointReader(tmp_path).num_parameters == model.num_parameters()
 
 
+def test_layers_of_a_tower_are_counted_whatever_their_number(folder: Path) -> None:
+    """Layers beyond the config's depth are those of the decoder, by the start of their names."""
+    state, before = load_file(folder / "model.safetensors"), CheckpointReader(folder)
+    state["model.image_embed.encoder.layers.17.mlp.weight"] = torch.ones(3, 5)
+    state["model.layers.17.mlp.weight"] = torch.ones(2)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    reader = CheckpointReader(folder)
+    assert reader.num_parameters == before.num_parameters + 15
+    assert reader.extra_names == ("model.layers.17.mlp.weight",)
+
+
 def test_unknown_tensors_are_named(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no tensor 'model\.nowhere'"):
         CheckpointReader(folder).entry("model.nowhere")
