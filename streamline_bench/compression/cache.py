@@ -6,6 +6,7 @@
     <cache>/compressed/<key>.checked.json sizes and times of its files when they were last hashed
     <cache>/compressed/<key>.lock         held while it is made, taken or removed
     <cache>/work/<key>/                   interrupted work, for the next attempt
+    <cache>/scans/<key>/                  similarities of the layers of a model, by its tokens
     <cache>/digests/                      SHA-256 of tensors, by file
 
 A run folder and the cache share files where one file system holds both, so that neither is harmed
@@ -44,6 +45,8 @@ from streamline_bench.errors import CacheError, CheckpointError
 log = logging.getLogger(__name__)
 
 LOCK_TIMEOUT = 24 * 3600
+_RECORDS = ("scans", "digests")
+"""Folders of small files that are made again where they are missing."""
 
 
 def cache_root(cache: Path | None = None) -> Path:
@@ -193,7 +196,7 @@ class Cached:
     """Something in the cache.
 
     Attributes:
-        kind: ``checkpoint``, ``interrupted`` or ``digests``.
+        kind: ``checkpoint``, ``interrupted``, ``scans`` or ``digests``.
         name: content key, or the folder's name.
         bytes: size of its files.
         freed: bytes that removing it frees: what no run folder shares.
@@ -218,8 +221,7 @@ def entries(cache: Path | None = None) -> list[Cached]:
     root = cache_root(cache)
     found = [_checkpoint(path) for path in _folders(root / "compressed")]
     found += [_plain("interrupted", path) for path in _folders(root / "work")]
-    if (root / "digests").is_dir():
-        found.append(_plain("digests", root / "digests"))
+    found += [_plain(kind, root / kind) for kind in _RECORDS if (root / kind).is_dir()]
     return sorted(found, key=lambda each: -each.used)
 
 
@@ -266,7 +268,7 @@ def prune(
     cache: Path | None = None,
     *,
     unused_for: float = 0.0,
-    kinds: tuple[str, ...] = ("checkpoint", "interrupted", "digests"),
+    kinds: tuple[str, ...] = ("checkpoint", "interrupted", *_RECORDS),
     dry: bool = False,
 ) -> list[Cached]:
     """Remove what was not used for a time; return what was, or would be, removed.

@@ -233,7 +233,10 @@ def _compress_into(
             lock.enter_context(alone(root / "locks" / f"{key}.lock"))
             with _scratch(root / "work" / key) as work:
                 streamed = is_streamed_placement(placement, source, recipe, device, dtype)
-                job = Compression(source, recipe, work, device, dtype, source.progress, streamed)
+                scans = root / "scans" / _scan_key(source, device, dtype)
+                job = Compression(
+                    source, recipe, work, device, dtype, source.progress, streamed, scans
+                )
                 _compress(job, staging)
         shutil.rmtree(work, ignore_errors=True)
     return output
@@ -377,6 +380,12 @@ def content_key(
         payload["recovery"] = _data_identity(recipe.recovery_data, source)
         payload["recovery_version"] = [TRAINING_VERSION, RECOVERY_VERSION]
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+
+def _scan_key(source: SourceModel, device: str, dtype: str | None) -> str:
+    """Hash what a scan depends on beside its tokens."""
+    parts = [SHARED_VERSION, source.weights_sha256, device.partition(":")[0], dtype_name(dtype)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _data_identity(spec: CalibrationSpec, source: SourceModel) -> str | dict[str, str]:

@@ -60,6 +60,7 @@ class Compression:
         dtype: dtype of the loaded source model; ``None`` for float32.
         progress: show progress bars.
         streamed: :attr:`model` reads each layer when it runs, see :attr:`Method.streamed`.
+        scans: folder of scans of this model, shared by all recipes; None: they are not shared.
     """
 
     source: SourceModel
@@ -69,6 +70,7 @@ class Compression:
     dtype: str | None = None
     progress: bool = True
     streamed: bool = False
+    scans: Path | None = None
 
     @property
     def folder(self) -> Path:

@@ -27,8 +27,10 @@ from transformers import AutoModelForCausalLM
 from streamline_bench.compression import compress, compress_cached
 from streamline_bench.compression.pipeline import content_key
 from streamline_bench.core.checkpoint.folder import read_manifest, verify_files
+from streamline_bench.core.scan import scan
 from streamline_bench.errors import CacheError, RecipeError
 from streamline_bench.methods.depth import streamline
+from streamline_bench.methods.tools import shared_scan
 from streamline_bench.modeling import register
 from streamline_bench.modeling.loading import SourceModel
 
@@ -167,6 +169,45 @@ def test_cache_reuses_by_content(
     changed.write_text(text_file.read_text(encoding="utf-8") + "\n\nw1 w2", encoding="utf-8")
     other_text = make_recipe("streamline_none", calibration=str(changed))
     assert compress_cached(tiny_llama, other_text, cache=tmp_path, progress=False).key != first.key
+
+
+def test_one_scan_serves_every_recipe_and_size_on_the_same_text(
+    tiny_llama: Path,
+    make_recipe: Callable[..., Any],
+    tmp_path: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scans: list[str] = []
+
+    def counted(model: Any, tokens: Any, **options: Any) -> Any:
+        scans.append(options["last_state"])
+        return scan(model, tokens, **options)
+
+    monkeypatch.setattr(shared_scan, "scan", counted)
+    asked = [
+        ("streamline_none", 2),
+        ("streamline_none", 1),
+        ("shortgpt", 2),
+        ("replaceme_lstsq", 2),
+    ]
+
+    def made(name: str, n: int, cache: Path) -> str:
+        recipe = make_recipe(name, n_layers=n)
+        return _digest(compress_cached(tiny_llama, recipe, cache=cache, progress=False).path)
+
+    together = [made(name, n, tmp_path / "one") for name, n in asked]
+    assert sorted(scans) == sorted(set(scans))  # one for each way to take the last state
+    assert together == [made(name, n, tmp_path / f"{name}{n}") for name, n in asked]
+    before = len(scans)
+    (record, *_) = (tmp_path / "one" / "scans").rglob("*-raw.json")
+    record.write_text("{}", encoding="utf-8")
+    made("streamline_none", 3, tmp_path / "one")  # a damaged record is made again
+    other = tmp_path / "other.txt"
+    other.write_text("w9 w9 w8\n\n" + text_file.read_text(encoding="utf-8"), encoding="utf-8")
+    recipe = make_recipe("streamline_none", calibration=str(other))
+    compress_cached(tiny_llama, recipe, cache=tmp_path / "one", progress=False)
+    assert len(scans) == before + 2
 
 
 def test_cache_key_follows_the_weights(

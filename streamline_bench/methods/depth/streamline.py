@@ -27,9 +27,9 @@ from streamline_bench.methods.tools.layer_removal import (
     as_stored,
     attached,
     drop_layers,
-    scan_once,
     size_plan,
 )
+from streamline_bench.methods.tools.shared_scan import scan_once
 
 
 class Streamline(Method):

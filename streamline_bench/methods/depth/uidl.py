@@ -17,7 +17,8 @@ from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.similarity import LastState
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.tools.layer_removal import drop_layers, scan_once, size_plan
+from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
+from streamline_bench.methods.tools.shared_scan import scan_once
 
 
 class UIDLParameters(Frozen):

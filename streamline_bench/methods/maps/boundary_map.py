@@ -38,10 +38,10 @@ from streamline_bench.methods.tools.layer_removal import (
     BlockSearch,
     attached,
     drop_layers,
-    scan_once,
     size_plan,
 )
 from streamline_bench.methods.tools.normal_equations import NormalEquations
+from streamline_bench.methods.tools.shared_scan import scan_once
 
 
 class BoundaryMapParameters(BlockSearch):

@@ -42,9 +42,9 @@ from streamline_bench.methods.tools.layer_removal import (
     drop_layers,
     merge_adjacent,
     non_overlapping,
-    scan_once,
     size_plan,
 )
+from streamline_bench.methods.tools.shared_scan import scan_once
 
 
 class ReplaceMe(Method):

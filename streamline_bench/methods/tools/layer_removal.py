@@ -25,7 +25,6 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layer_dtype, layer_names, layers_prefix
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.recipe.schema import Frozen, ReplacementSpec
-from streamline_bench.core.scan import scan
 from streamline_bench.core.similarity import Block, LastState, Metric, Similarity
 from streamline_bench.core.surgery import (
     SizePlan,
@@ -36,13 +35,12 @@ from streamline_bench.core.surgery import (
 )
 from streamline_bench.errors import NumericsError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.tools.shared_scan import SIMILARITY_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
-
-SIMILARITY_FILE = "similarity.json"
 
 
 def size_plan(work: Compression, added_parameters: int = 0) -> SizePlan:
@@ -131,18 +129,6 @@ def select_lowest(scores: Mapping[int, float], n: int) -> list[int]:
     if n > len(scores):
         raise SparsityError(f"Cannot remove {n} of {len(scores)} scored layers; remove fewer.")
     return sorted(scores, key=lambda layer: (scores[layer], layer))[:n]
-
-
-def scan_once(work: Compression, tokens: CalibrationTokens, last_state: LastState) -> Similarity:
-    """Scan, or take up the scan that an interrupted attempt of the same recipe left behind."""
-    path = work.work / SIMILARITY_FILE
-    if path.exists():
-        return Similarity.load(path)
-    similarity = scan(
-        work.model, tokens, last_state=last_state, work=work.work, progress=work.progress
-    )
-    similarity.save(path)
-    return similarity
 
 
 class BlockSearch(Frozen):
