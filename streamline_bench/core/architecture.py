@@ -240,7 +240,8 @@ def config_entry(config: Any, key: str, default: Any = None) -> Any:
 
 
 def _class_default(config: Mapping[str, Any], key: str, default: Any) -> Any:
-    from transformers import CONFIG_MAPPING  # seconds, and needed for files that are silent only
+    # Seconds, and needed for files that are silent only.
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     model_type = config.get("host_model_type") or config.get("model_type")
     if model_type not in CONFIG_MAPPING:
@@ -250,8 +251,11 @@ def _class_default(config: Mapping[str, Any], key: str, default: Any) -> Any:
     if alias in config:
         return config[alias]
     value = getattr(kind, alias, default)
-    # A property, such as ``dtype``, has no value on the class itself.
-    return default if isinstance(value, property) else value
+    if not isinstance(value, property):
+        return value
+    if hasattr(PreTrainedConfig, alias):  # such as ``dtype``: it has no value of its own
+        return default
+    return getattr(config_of(kind, config), alias)  # a depth that is the length of a list
 
 
 @dataclass(frozen=True)

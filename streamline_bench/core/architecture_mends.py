@@ -111,7 +111,8 @@ def _patterns(config: Any, keep: Sequence[int], row: Architecture) -> dict[str, 
             changes[key] = "".join(value[index] for index in keep)
         elif isinstance(value, (list, tuple)) and value and key not in row.layer_lists:
             named = all(isinstance(item, str) for item in value)
-            if named and re.search("type|pattern", key) and len(value) < depth:
+            of_layers = re.search("type|pattern", key) and not re.search("mtp|nextn", key)
+            if named and of_layers and len(value) < depth:
                 changes[key] = [value[index % len(value)] for index in keep]  # repeated
             elif len(kinds := _expanded(value)) == depth:
                 changes[key] = [[[kinds[index] for index in keep], 1]]

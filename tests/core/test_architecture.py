@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from streamline_bench.core.architecture import (
     ARCHITECTURES,
@@ -18,6 +18,7 @@ from streamline_bench.core.architecture import (
     decoder_layers,
     require_removable_layers,
 )
+from streamline_bench.core.surgery import pruned_config
 from streamline_bench.errors import ArchitectureError
 
 EXPECTED = (
@@ -153,3 +154,13 @@ def test_a_silent_config_gives_no_property_of_its_class(family: str) -> None:
     for name in properties:
         assert config_entry({"model_type": family}, name, "nothing") == "nothing"
         assert config_entry({"model_type": family, name: 3}, name) == 3
+
+
+def test_a_depth_that_a_config_class_computes_is_read_from_a_file_too() -> None:
+    kinds = ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"]
+    entries = {"model_type": "nemotron_h", "layers_block_type": kinds}
+    assert config_entry(entries, "num_hidden_layers") == 5
+    config = AutoConfig.for_model(**entries, hidden_size=32, mamba_num_heads=4, vocab_size=64)
+    pruned = pruned_config(config, [0, 1, 2, 4])
+    assert pruned.layers_block_type == [*kinds[:3], kinds[4]]
+    assert pruned.mtp_layers_block_type == config.mtp_layers_block_type
