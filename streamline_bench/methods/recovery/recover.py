@@ -212,7 +212,8 @@ class StoredForm:
         known = set(_copied_names(reader, untied))
         if untied:
             known.add(_spelled(family, f"{family.lm_head}.weight"))
-        shapes = dict(model.named_parameters())
+        # LoRA keeps the weight that it adapts in a module of its own.
+        shapes = {k.replace(".base_layer.", "."): v for k, v in model.named_parameters()}
         for name in weights:
             match = _match(family, name, known)
             if match is not None:
