@@ -437,7 +437,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Return the list of decoder layers of a causal LM (shared, not a copy).
 
     Raises:
-        ArchitectureError: the family is not in the table or its layers are not where they should.
+        ArchitectureError: the family is not supported, or its layers are not where they should be.
     """
     from torch import nn
 

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -320,13 +321,28 @@ def _stored_as(model: Any, layers: str, others: Iterable[str]) -> dict[str, str]
     """Return path -> its spelling in checkpoints, of the list of layers and of other modules."""
     state = model.state_dict()
     examples = {path: f"{path}.weight" for path in others if f"{path}.weight" in state}
-    first = next(name for name in state if name.startswith(f"{layers}.0."))
     found = {
         path: _stored_names(model, [name])[0].removesuffix(".weight")
         for path, name in examples.items()
     }
-    found[layers] = _stored_names(model, [first])[0].partition(".0.")[0]
+    found[layers] = _stored_layers(model, layers)
     return {path: stored for path, stored in found.items() if stored != path}
+
+
+def _stored_layers(model: Any, layers: str) -> str:
+    """Return the path of the list of layers in checkpoints."""
+    names = [name for name in model.state_dict() if name.startswith(f"{layers}.0.")]
+    stored = _stored_names(model, names)
+    paths = Counter(name.partition(".0.")[0] for name in stored if ".0." in name)
+    path = paths.most_common(1)[0][0]
+    outside = [name for name in stored if not name.startswith(f"{path}.")]
+    if outside:
+        raise ArchitectureError(
+            f"Model type '{model.config.model_type}' is not supported: its checkpoints hold a part "
+            f"of each layer outside of the layers ('{outside[0]}'), where it cannot follow its "
+            "layer; give another model."
+        )
+    return path
 
 
 def layer_entries(

@@ -49,14 +49,14 @@ def scan(
     forward pass plus ``(L + 1) * batch_size * T * hidden`` values.
 
     Args:
-        model: a causal LM of a known family, on any device; its mode and weights are left alone.
+        model: a causal LM, on any device; its mode and weights are left alone.
         last_state: ``raw`` compares the last layer's own output; ``postnorm`` the final norm's,
             as implementations that read ``output_hidden_states`` do.
         batch_size: sequences per forward pass; the result does not depend on it beyond rounding.
         work: folder for states of a streamed model that exceed the memory.
 
     Raises:
-        ArchitectureError: the family is not in the table.
+        ArchitectureError: the family is not supported.
         CheckpointError: a streamed model's checkpoint is damaged.
         NumericsError: a hidden state is NaN or infinite; its layer and sample are named.
         OutputError: the states of a streamed model exceed the memory and the disk.

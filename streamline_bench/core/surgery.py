@@ -266,7 +266,7 @@ def model_sizes(source: CheckpointReader | Any) -> ModelSizes:
     part of the model that transformers builds and are not counted.
 
     Raises:
-        ArchitectureError: the family is not in the table.
+        ArchitectureError: the family is not supported.
     """
     if isinstance(source, CheckpointReader):
         row = architecture_of(source.config)

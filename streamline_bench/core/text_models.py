@@ -22,10 +22,14 @@ def ensure_causal_lm(config: Any, wrapper_type: str) -> None:
     Raises:
         ArchitectureError: transformers has no class of the bare text model either.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
     kind = type(config)
     if kind in AutoModelForCausalLM._model_mapping:
+        return
+    listed = AutoModelForCausalLM._model_mapping.get(CONFIG_MAPPING[wrapper_type], None)
+    if listed is not None and listed.config_class is kind:  # Emu3's, listed under its wrapper
+        AutoModelForCausalLM._model_mapping.register(kind, listed, exist_ok=True)
         return
     if kind not in AutoModel._model_mapping:
         raise ArchitectureError(

@@ -42,7 +42,7 @@ class Footprint:
 
     Attributes:
         weights_bytes: of all tensors as they are stored.
-        layers: decoder layers; 0 for a family without a row in the architecture table.
+        layers: decoder layers; 0 for a family that is not supported.
         layer_weights, outer_weights: numbers in the matrices that every token is multiplied with,
             in the layers and outside of them (the LM head).
         expert_weights: numbers in the matrices of routed experts.

@@ -12,6 +12,7 @@ from families.tiny_models import tiny_config
 
 from streamline_bench.core.architecture import ARCHITECTURES, architecture_of
 from streamline_bench.core.architecture_inference import as_object, infer
+from streamline_bench.errors import ArchitectureError
 
 NOT_KNOWN = {
     "inferred": "the mark itself",
@@ -81,6 +82,11 @@ def test_each_config_is_looked_at_once() -> None:
     config = tiny_config("starcoder2")
     assert architecture_of(config) is architecture_of(config)
     assert architecture_of(config.to_dict()) == architecture_of(config)
+
+
+def test_parts_of_layers_that_are_stored_elsewhere_are_named() -> None:
+    with pytest.raises(ArchitectureError, match=r"'inkling2_text'.*attn_res"):
+        infer(tiny_config("inkling2_text"))
 
 
 def test_an_infinity_in_a_config_file_is_read(tmp_path: Path) -> None:

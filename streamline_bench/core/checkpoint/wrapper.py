@@ -12,6 +12,7 @@ included). The text model's tensors are found by the prefixes in :data:`_PLACES`
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 import re
@@ -30,9 +31,12 @@ log = logging.getLogger(__name__)
 _INNER = ("text_config", "vision_config", "audio_config")
 """Entries of ``config.json`` one of which every wrapper has."""
 
-_PLACES = ("model.language_model.", "language_model.{base}.", "model.text_model.", "{base}.")
+_PLACES = (
+    "model.language_model.", "language_model.{base}.", "model.text_model.", "text_model.{base}.",
+    "{base}.",
+)  # fmt: skip
 """Where the text model's base is in a wrapper, as checkpoints spell it; the first that fits."""
-_HEADS = ("language_model.", "")
+_HEADS = ("language_model.", "text_model.", "")
 
 _INHERITED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "quantization_config")
 """Entries that a text config takes from the wrapper's where it has none."""
@@ -51,6 +55,8 @@ _REFUSED = {
     "cross_attention_layers": "its cross-attention layers read images and are skipped for text",
 }
 """Entry of the wrapper's or the text config -> why its text layers cannot be looked at alone."""
+_TARGET = "shared_kv_states"
+"""What the forward pass of a model that only drafts for another one is given of that one."""
 
 
 @dataclass(frozen=True)
@@ -328,7 +334,7 @@ def text_config_of(folder: Path, config: Mapping[str, Any]) -> Any:
         text = None if whole is None else whole.get_text_config(decoder=True)
         if text is None or text is whole or whole.is_encoder_decoder:
             return None
-        _refuse(config, text)
+        _refuse(config, whole, text)
         ensure_causal_lm(text, str(config["model_type"]))
         return _text_of(whole, config)
 
@@ -358,8 +364,6 @@ def _text_of(whole: Any, config: Mapping[str, Any]) -> Any:
 
 def _names_in_forward(config: Mapping[str, Any]) -> set[str]:
     """Names that the forward pass of the folder's class mentions."""
-    import inspect
-
     import transformers
 
     kind = getattr(transformers, next(iter(config.get("architectures") or ()), ""), None)
@@ -369,7 +373,15 @@ def _names_in_forward(config: Mapping[str, Any]) -> set[str]:
     return {*code.co_names, *(text for text in code.co_consts if isinstance(text, str))}
 
 
-def _refuse(config: Mapping[str, Any], text: Any) -> None:
+def _refuse(config: Mapping[str, Any], whole: Any, text: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    kind = AutoModelForCausalLM._model_mapping.get(type(whole), None)
+    if kind is not None and _TARGET in inspect.signature(kind.forward).parameters:
+        raise ArchitectureError(
+            f"Model type '{config['model_type']}' is not supported: it drafts tokens for another "
+            f"model, whose keys and values it reads ({_TARGET}); give the model that it drafts for."
+        )
     for key, reason in _REFUSED.items():
         if config.get(key) or getattr(text, key, None):
             raise ArchitectureError(
@@ -409,4 +421,5 @@ def _head(names: Sequence[str], outside: str) -> str:
     for place in _HEADS:
         if any(name.startswith(f"{place}lm_head.") for name in names):
             return f"{place}lm_head."
-    return "language_model.lm_head." if outside.startswith("language_model.") else "lm_head."
+    inside = next((place for place in _HEADS if place and outside.startswith(place)), "")
+    return f"{inside}lm_head."

@@ -196,7 +196,8 @@ def load_calibration(
             rows = _documents(ids, spec, length, source)
     if not rows:
         raise CalibrationError(
-            f"Calibration source {source} holds no text; give one with at least one document."
+            f"Calibration source {source} holds no text, or none that the model's tokenizer "
+            "knows; give one with at least one document, or the tokenizer of the model."
         )
     require_known_tokens([row.max() for row in rows], tokenizer, vocabulary, source)
     tokens = CalibrationTokens.from_tensors(*_padded(rows, _pad_id(tokenizer)), source)

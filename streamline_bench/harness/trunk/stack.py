@@ -101,7 +101,7 @@ def read_stack(
 
     Raises:
         CheckpointError: the checkpoint is damaged.
-        ArchitectureError: the family is not in the table.
+        ArchitectureError: the family is not supported.
     """
     reader = CheckpointReader(folder)
     config = load_config(folder, trust_remote_code=trust_remote_code)

@@ -16,7 +16,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, MllamaConfig
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, MllamaConfig
 
 from streamline_bench.compression import compress, load_recipe
 from streamline_bench.core.checkpoint.folder import read_manifest
@@ -211,10 +211,11 @@ def test_a_head_that_recovery_unties_is_untied_in_the_whole_model(
     assert torch.equal(model.lm_head.weight, stored["language_model.lm_head.weight"])
 
 
+@pytest.mark.parametrize("model_type", ["gemma3", "llama4", "mistral3", "qwen2_5_vl", "qwen3_vl"])
 def test_the_stock_harness_scores_the_pruned_folder_as_ours_does(
-    model_of: Callable[[str], tuple[Path, Any]], tmp_path: Path, choice_task: Any
+    model_type: str, model_of: Callable[[str], tuple[Path, Any]], tmp_path: Path, choice_task: Any
 ) -> None:
-    folder, _ = model_of("mistral3")
+    folder, _ = model_of(model_type)
     output = middle_removed(folder, tmp_path / "out")
     rows = [
         {"question": f"w{i} w{i + 1}", "choices": [f"w{3 * i}", f"w{5 * i} w7"], "gold": i % 2}
@@ -305,6 +306,17 @@ def test_quantisation_settings_have_the_names_of_either_side(
         ],
         "per_module": settings["per_module"],
     }
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_assistant", "gemma4_unified_assistant"])
+def test_a_model_that_drafts_for_another_one_is_refused(model_type: str, tmp_path: Path) -> None:
+    text = {"model_type": model_type.replace("assistant", "text"), "num_hidden_layers": 6,
+            "num_kv_shared_layers": 6, "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0}  # fmt: skip
+    config = CONFIG_MAPPING[model_type](text_config=text)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ArchitectureError, match=f"'{model_type}'.*drafts.*another model"):
+        load_config(tmp_path)
 
 
 def test_features_tied_to_text_layers_by_index_are_refused(
