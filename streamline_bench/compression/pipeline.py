@@ -255,8 +255,9 @@ def _compress(job: Compression, staging: Path) -> None:
         from streamline_bench.methods.recovery.recover import compress_and_recover
 
         reader, result = compress_and_recover(job, method, job.recipe.recovery)
-    write_compressed(staging, reader, result, progress=job.progress)
-    write_manifest(staging, _manifest(staging, job, result, time.monotonic() - started))
+    written = write_compressed(staging, reader, result, progress=job.progress)
+    files = hash_files(staging, written)
+    write_manifest(staging, _manifest(staging, job, result, files, time.monotonic() - started))
 
 
 @contextmanager
@@ -301,7 +302,9 @@ def _refuse_other_text(source: SourceModel, recipe: Recipe) -> None:
         wrapper.require_text_type("streamline")
 
 
-def _manifest(staging: Path, job: Compression, result: Compressed, seconds: float) -> Manifest:
+def _manifest(
+    staging: Path, job: Compression, result: Compressed, files: dict[str, str], seconds: float
+) -> Manifest:
     before, result_reader = job.reader.num_parameters, CheckpointReader(staging)
     after = result_reader.num_parameters
     if after >= before and job.recipe.method != "dense":
@@ -327,7 +330,7 @@ def _manifest(staging: Path, job: Compression, result: Compressed, seconds: floa
         seed=job.recipe.seed,
         versions=package_versions(),
         seconds={"compress": round(seconds, 3)},
-        files=hash_files(staging),
+        files=files,
     )
 
 

@@ -217,11 +217,14 @@ class Method(ABC):
 
 def write_compressed(
     folder: Path, reader: CheckpointReader, result: Compressed, *, progress: bool = True
-) -> None:
+) -> dict[str, str]:
     """Write weights, config, tokenizer and artefacts into an existing, empty folder.
 
     Args:
         reader: the checkpoint in which the names of ``result.names`` are.
+
+    Returns:
+        SHA-256 (hex) of the files of weights, by name.
 
     Raises:
         CheckpointError: a named tensor is not in it.
@@ -229,14 +232,16 @@ def write_compressed(
     """
     from streamline_bench.core.checkpoint.writer import compose
 
+    digests: dict[str, str] = {}
     plain = compose(
         reader, folder, config=dict(result.config), names=result.names, extra=result.tensors,
-        progress=progress,
+        progress=progress, digests=digests,
     )  # fmt: skip
     for name, text in result.artefacts.items():
         if plain and name == MODELOPT_NAME:
             continue
         atomic_write_text(folder / name, text)
+    return digests
 
 
 ENTRY_POINTS = "streamline_bench.methods"

@@ -15,8 +15,8 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,15 @@ log = logging.getLogger(__name__)
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-_ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
-    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4,
-    "I64": 8, "U64": 8, "F64": 8,
+DTYPES = {
+    "BOOL": (1, "bool"), "U8": (1, "uint8"), "I8": (1, "int8"),
+    "F8_E5M2": (1, "float8_e5m2"), "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E8M0": (1, "float8_e8m0fnu"), "I16": (2, "int16"), "U16": (2, "uint16"),
+    "F16": (2, "float16"), "BF16": (2, "bfloat16"), "I32": (4, "int32"), "U32": (4, "uint32"),
+    "F32": (4, "float32"), "F64": (8, "float64"), "I64": (8, "int64"), "U64": (8, "uint64"),
 }  # fmt: skip
-"""Bytes per element of the dtypes that are read; packed four- and six-bit ones are refused."""
+"""The dtypes that are read, as safetensors spells and orders them: bytes per element, and torch's
+name. Packed four- and six-bit ones are refused."""
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "tf_model.h5", "flax_model.msgpack")
 _WANTED = [
@@ -76,6 +78,7 @@ class TensorEntry:
 
     Attributes:
         stored_as: its name in the file, where that is another than ``name``.
+        offset: where its bytes begin in the file.
     """
 
     name: str
@@ -83,11 +86,12 @@ class TensorEntry:
     dtype: str
     shape: tuple[int, ...]
     stored_as: str = ""
+    offset: int = 0
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return self.numel * _ITEM_BYTES[self.dtype]
+        return self.numel * DTYPES[self.dtype][0]
 
     @property
     def numel(self) -> int:
@@ -294,11 +298,17 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             for name, part in slices.items()
         }
     for entry in entries.values():
-        if entry.dtype not in _ITEM_BYTES:
+        if entry.dtype not in DTYPES:
             raise CheckpointError(
                 f"{path}: tensor '{entry.name}' has dtype {entry.dtype}, which is not supported; "
-                "convert it to one of " + ", ".join(_ITEM_BYTES) + "."
+                "convert it to one of " + ", ".join(DTYPES) + "."
             )
+    # The library has made sure that the tensors lie end to end behind the header.
+    with path.open("rb") as raw:
+        place = 8 + int.from_bytes(raw.read(8), "little")
+    for name, entry in entries.items():
+        entries[name] = replace(entry, offset=place)
+        place += entry.nbytes
     return entries
 
 
@@ -445,14 +455,19 @@ def read_manifest(folder: Path) -> Manifest | None:
     )  # fmt: skip
 
 
-def hash_files(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 (hex) of every file in ``folder`` but the manifest, by relative path."""
-    folder = Path(folder)
-    return {
-        path.relative_to(folder).as_posix(): file_sha256(path)
+def hash_files(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the SHA-256 (hex) of every file in ``folder`` but the manifest, by relative path.
+
+    Args:
+        known: hashes that were computed as the files were written.
+    """
+    folder, known = Path(folder), known or {}
+    found = {
+        path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST_NAME
     }
+    return {name: known.get(name) or file_sha256(path) for name, path in found.items()}
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:

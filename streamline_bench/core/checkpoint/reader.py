@@ -26,6 +26,7 @@ from tqdm import tqdm
 from streamline_bench.core.architecture import Architecture, architecture_of, config_entry
 from streamline_bench.core.checkpoint.codes import CodedWeight, coded_weights
 from streamline_bench.core.checkpoint.folder import (
+    DTYPES,
     TensorEntry,
     open_shard,
     read_config,
@@ -37,6 +38,7 @@ from streamline_bench.core.checkpoint.quantization import (
     is_scale,
     quantisation_of,
 )
+from streamline_bench.core.checkpoint.shard import file_pieces
 from streamline_bench.core.checkpoint.wrapper import wrapper_of
 from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.machine.environment import user_cache
@@ -53,10 +55,6 @@ if TYPE_CHECKING:
 
 _NOTES = {"_name_or_path", "transformers_version", "use_cache", "_commit_hash"}
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_RELEASED_AFTER = 16
-"""Tensors that are read before their file is closed, so that its pages leave this process."""
-_FINITE_PIECE = 1 << 23
-"""Elements that are checked for NaN at a time."""
 
 
 class CheckpointReader:
@@ -238,13 +236,7 @@ class CheckpointReader:
 
     def in_file(self, name: str) -> torch.Tensor:
         """Return what the files hold under a name of theirs (:attr:`files`)."""
-        entry = self.files[name]
-        size = entry.shard.stat().st_size
-        if size != self._sizes[entry.shard]:  # a mapped file that shrank would end the process
-            raise CheckpointError(
-                f"{entry.shard} changed from {self._sizes[entry.shard]} to {size} bytes while it "
-                "was read; start again with files that nobody changes."
-            )
+        entry = self.in_place(name)
         if entry.shard not in self._open:
             self._open[entry.shard] = open_shard(entry.shard, "pt")
         with library_errors(
@@ -254,6 +246,21 @@ class CheckpointReader:
         ):
             tensor: torch.Tensor = self._open[entry.shard].get_tensor(name)
         return tensor
+
+    def in_place(self, name: str) -> TensorEntry:
+        """Return where the files hold what they call so (:attr:`files`).
+
+        Raises:
+            CheckpointError: the file changed since it was opened.
+        """
+        entry = self.files[name]
+        size = entry.shard.stat().st_size
+        if size != self._sizes[entry.shard]:  # a mapped file that shrank would end the process
+            raise CheckpointError(
+                f"{entry.shard} changed from {self._sizes[entry.shard]} to {size} bytes while it "
+                "was read; start again with files that nobody changes."
+            )
+        return entry
 
     def release(self) -> None:
         """Close the mapped files; the pages of a tensor stay as long as the tensor."""
@@ -449,18 +456,18 @@ class CheckpointReader:
         floating = [e for e in self.files.values() if "F" in e.dtype]
         total = sum(entry.nbytes for entry in floating)
         with byte_bar("Checking weights", total, progress) as bar:
-            for number, entry in enumerate(floating):
-                if number % _RELEASED_AFTER == 0:
-                    self.release()
-                for piece in self.in_file(entry.name).reshape(-1).split(_FINITE_PIECE):  # type: ignore[no-untyped-call]
+            for entry in floating:
+                dtype = getattr(torch, DTYPES[entry.dtype][1])
+                for piece in file_pieces(self.in_place(entry.name)):
+                    values = torch.frombuffer(piece, dtype=dtype)
                     # One byte formats have no isfinite of their own.
-                    widened = piece.float() if piece.itemsize == 1 else piece
+                    widened = values.float() if values.itemsize == 1 else values
                     if not bool(torch.isfinite(widened).all()):
                         raise NumericsError(
                             f"Tensor '{entry.name}' in {entry.shard} holds NaN or infinity; use a "
                             "sound checkpoint."
                         )
-                    bar.update(piece.nbytes)
+                    bar.update(len(piece))
 
     def _shard_digests(
         self, path: Path, entries: list[TensorEntry], pool: ThreadPoolExecutor, bar: tqdm[Any]
@@ -472,14 +479,9 @@ class CheckpointReader:
         if known is not None:
             bar.update(sum(entry.nbytes for entry in entries))
             return known
-        digests: dict[str, str] = {}
-        for start in range(0, len(entries), _RELEASED_AFTER):
-            group = entries[start : start + _RELEASED_AFTER]
-            tensors = [self.in_file(entry.name) for entry in group]
-            hashes = pool.map(lambda tensor: _tensor_digest(tensor, bar), tensors)  # drops the GIL
-            digests |= {entry.name: value for entry, value in zip(group, hashes, strict=True)}
-            del tensors
-            self.release()
+        places = [self.in_place(entry.name) for entry in entries]
+        hashes = pool.map(lambda place: _tensor_digest(place, bar), places)  # drops the GIL
+        digests = {entry.name: value for entry, value in zip(entries, hashes, strict=True)}
         if _identity(path) == before:
             _write_record(record, before, digests)
         return digests
@@ -504,13 +506,12 @@ def _identity(path: Path) -> list[str | int]:
     return [str(resolved), status.st_size, status.st_mtime_ns]
 
 
-def _tensor_digest(tensor: torch.Tensor, bar: tqdm[Any]) -> str:
-    import torch
-
-    data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    digest = hashlib.sha256(data).hexdigest()
-    bar.update(tensor.nbytes)
-    return digest
+def _tensor_digest(place: TensorEntry, bar: tqdm[Any]) -> str:
+    digest = hashlib.sha256()
+    for piece in file_pieces(place):
+        digest.update(piece)
+        bar.update(len(piece))
+    return digest.hexdigest()
 
 
 def _read_record(

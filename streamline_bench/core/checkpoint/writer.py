@@ -1,7 +1,7 @@
 """Writes checkpoints: composed from tensors of another one and from new ones, shard by shard.
 
-No model is built. Tensors of the source are views of its mapped files, so that only what is new
-takes memory, and of that one shard at a time.
+No model is built. Tensors of the source are copied from file to file, so that only what is new
+takes memory, and of that one tensor at a time (:mod:`.shard`).
 
 Of a quantised source, codes and scales are copied as they are. A layer of which a method changes
 some weights is written plain as a whole, and the config names its modules as not quantised. Where
@@ -16,25 +16,30 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from fnmatch import fnmatch
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from streamline_bench.core.architecture import Architecture, architecture_of
-from streamline_bench.core.checkpoint.folder import INDEX_NAME, SINGLE_NAME, is_confined
+from streamline_bench.core.checkpoint.folder import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    TensorEntry,
+    is_confined,
+)
 from streamline_bench.core.checkpoint.quantization import (
     MODELOPT_NAME,
     with_exceptions,
     without_settings,
 )
 from streamline_bench.core.checkpoint.reader import CheckpointReader, byte_bar
+from streamline_bench.core.checkpoint.shard import Part, append_tensor, write_shard
 from streamline_bench.core.checkpoint.wrapper import Wrapper
 from streamline_bench.core.files import sync_path
-from streamline_bench.errors import CheckpointError, OutputError, library_errors
+from streamline_bench.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
     import torch
@@ -148,6 +153,7 @@ def compose(
     extra: Mapping[str, torch.Tensor] | None = None,
     max_shard_bytes: float = 5e9,
     progress: bool = True,
+    digests: dict[str, str] | None = None,
 ) -> bool:
     """Write a checkpoint into an existing folder; when it returns, every file is on disk.
 
@@ -162,9 +168,11 @@ def compose(
         output_folder: empty folder (see ``staged_output``).
         config: content of the new ``config.json``.
         names: new tensor name -> name in the source.
-        extra: new tensors; their names must not be in ``names``. At most ``max_shard_bytes`` of
-            them are held where they are :class:`LazyTensors`.
+        extra: new tensors; their names must not be in ``names``. One at a time is held where they
+            are made on access (:class:`LazyTensors`).
         max_shard_bytes: size at which a new shard begins.
+        digests: gets file name -> SHA-256 (hex) of the files of weights, hashed as they are
+            written.
 
     Returns:
         Whether all weights are plain: settings of quantisation must not be added.
@@ -185,12 +193,18 @@ def compose(
     total = sum(reader.files[old].nbytes for old in names.values())
     order = {name: number for number, name in enumerate(reader.files)}
     copied = sorted(names.items(), key=lambda item: order[item[1]])
-    tensors = chain(((new, reader.in_file(old)) for new, old in copied), extra.items())
     bar = byte_bar("Writing weights", total, progress)
+    shards = _Shards(output_folder, max_shard_bytes, bar, hashed=digests is not None)
     try:
         _write_json(output_folder / "config.json", dict(config))
         with bar:
-            _write_shards(output_folder, _shards(tensors, max_shard_bytes), bar)
+            for new, old in copied:
+                shards.add(new, reader.in_place(old), held=True)
+            for new in extra:
+                shards.add(new, extra[new], held=isinstance(extra, dict))
+            found = shards.close()
+        if digests is not None:
+            digests.update(found)
         _copy(reader.folder, output_folder, without=without)
         sync_path(output_folder)
     except OSError as error:
@@ -198,6 +212,8 @@ def compose(
             f"Output {output_folder} cannot be written ({error.strerror or error}); free space or "
             "give another --output."
         ) from error
+    finally:
+        shards.abandon()
     return bool(without)
 
 
@@ -335,67 +351,70 @@ def copied_files(folder: Path) -> list[Path]:
     return [path.relative_to(folder) for path in chosen]
 
 
-def _shards(
-    tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: float
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Fill shards in the given order; a tensor larger than ``max_bytes`` gets one of its own."""
-    shard: dict[str, torch.Tensor] = {}
-    filled = 0
-    storages: set[int] = set()
-    for name, tensor in tensors:
-        if shard and filled + tensor.nbytes > max_bytes:
-            yield shard
-            shard, filled, storages = {}, 0, set()
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        # The library refuses one tensor under two names.
-        shard[name] = tensor.clone() if storage in storages else tensor
-        storages.add(storage)
-        filled += tensor.nbytes
-    yield shard
+class _Shards:
+    """Fills shards in the order in which tensors come, and writes each when it is full.
 
+    A tensor larger than a shard gets one of its own. What is made on access goes to a file next to
+    the shards until its shard is written: its place is known only when all of them are.
+    """
 
-def _write_shards(folder: Path, shards: Iterable[dict[str, torch.Tensor]], bar: tqdm[Any]) -> None:
-    weight_map: dict[str, int] = {}
-    written: list[Path] = []
-    total = 0
-    # One shard reaches the disk while the next one is written.
-    with ThreadPoolExecutor(1) as flusher:
-        flushed = []
-        for shard in shards:
-            path = folder / f".{len(written)}.safetensors"
-            _save(shard, path)
-            # The library's files are for their owner only.
-            shutil.copymode(folder / "config.json", path)
-            weight_map.update(dict.fromkeys(shard, len(written)))
-            total += sum(tensor.nbytes for tensor in shard.values())
-            bar.update(total - bar.n)
-            written.append(path)
-            flushed.append(flusher.submit(sync_path, path))
-            shard.clear()  # before the next one is made
-        for future in flushed:
-            future.result()
-    names = [SINGLE_NAME]
-    if len(written) > 1:
-        count = len(written)
-        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        placed = {name: names[number] for name, number in sorted(weight_map.items())}
-        index = {"metadata": {"total_size": total}, "weight_map": placed}
-        _write_json(folder / INDEX_NAME, index)
-    for path, name in zip(written, names, strict=True):
-        path.rename(folder / name)
+    def __init__(self, folder: Path, max_bytes: float, bar: tqdm[Any], hashed: bool) -> None:
+        self._folder, self._max_bytes, self._bar, self._hashed = folder, max_bytes, bar, hashed
+        self._made = folder / ".made.bin"
+        self._flusher = ThreadPoolExecutor(1)  # one shard reaches the disk while the next is made
+        self._flushed: list[Future[None]] = []
+        self._parts: list[Part] = []
+        self._filled = self._total = 0
+        self._weight_map: dict[str, int] = {}
+        self._written: list[tuple[Path, str]] = []
 
+    def add(self, name: str, source: TensorEntry | torch.Tensor, *, held: bool) -> None:
+        """Add a tensor; ``held``: somebody else keeps it in memory anyway."""
+        part = Part.of(name, source)
+        if self._parts and self._filled + part.nbytes > self._max_bytes:
+            self._write()
+        if not held:
+            size = self._made.stat().st_size if self._made.exists() else 0
+            append_tensor(self._made, part)
+            entry = TensorEntry(name, self._made, part.dtype, part.shape, offset=size)
+            part = Part.of(name, entry)
+        self._parts.append(part)
+        self._filled += part.nbytes
 
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    with library_errors(
-        f"Output {path.parent} cannot be written",
-        "free space or give another --output",
-        OutputError,
-    ):
+    def _write(self) -> None:
+        path = self._folder / f".{len(self._written)}.safetensors"
         # transformers refuses files that do not say which framework's layout they have.
-        save_file(tensors, path, metadata={"format": "pt"})
+        digest = write_shard(
+            path, self._parts, metadata={"format": "pt"}, hashed=self._hashed,
+            advance=self._bar.update,
+        )  # fmt: skip
+        self._weight_map.update(dict.fromkeys((p.name for p in self._parts), len(self._written)))
+        self._total += self._filled
+        self._written.append((path, digest))
+        self._flushed.append(self._flusher.submit(sync_path, path))
+        self._parts, self._filled = [], 0
+        self._made.unlink(missing_ok=True)
+
+    def close(self) -> dict[str, str]:
+        """Write the last shard and the index; return file name -> SHA-256."""
+        self._write()
+        for future in self._flushed:
+            future.result()
+        names = [SINGLE_NAME]
+        if len(self._written) > 1:
+            count = len(self._written)
+            names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+            placed = {name: names[number] for name, number in sorted(self._weight_map.items())}
+            index = {"metadata": {"total_size": self._total}, "weight_map": placed}
+            _write_json(self._folder / INDEX_NAME, index)
+        for (path, _), name in zip(self._written, names, strict=True):
+            path.rename(self._folder / name)
+        return dict(zip(names, (digest for _, digest in self._written), strict=True))
+
+    def abandon(self) -> None:
+        """Let go of threads and of what was made."""
+        self._flusher.shutdown()
+        self._made.unlink(missing_ok=True)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from streamline_bench.core.architecture import architecture_of, depth_of
 from streamline_bench.core.checkpoint.folder import open_shard
+from streamline_bench.core.checkpoint.shard import Part, write_shard
 from streamline_bench.core.checkpoint.writer import LazyTensors, layer_dtype
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.recipe.schema import Recipe
@@ -240,12 +241,9 @@ class _SlicedParts:
         return tensor
 
     def _save(self, part: str, tensors: Mapping[str, Tensor]) -> None:
-        from safetensors.torch import save_file
-
-        stored = {n: t.to("cpu", self._dtype).contiguous().clone() for n, t in tensors.items()}
         path = self._file(part)
         with library_errors(f"{path} cannot be written", "free space", OutputError):
-            save_file(stored, path)
+            write_shard(path, [Part.of(n, t.to(self._dtype)) for n, t in tensors.items()])
 
     def _file(self, part: str) -> Path:
         return self._folder / f"{part}.safetensors"

@@ -266,7 +266,7 @@ def test_weights_that_are_not_finite_are_named(
 
 
 def test_finite_check_reads_in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamline_bench.core.checkpoint.reader._FINITE_PIECE", 16)
+    monkeypatch.setattr("streamline_bench.core.checkpoint.shard._PIECE", 16)
     path = folder / "model.safetensors"
     state = load_file(path)
     state["float8"] = torch.full((100,), 2.0).to(torch.float8_e5m2)
