@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.architecture_guard import facts_of
 from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.machine.environment import give_back_freed
 from streamline_bench.errors import ArchitectureError, CheckpointError
 
 _STREAM = "_layer_stream"
@@ -115,8 +116,6 @@ def layer_copy(model: Any, index: int) -> nn.Module:
         copied: nn.Module = copy.deepcopy(layer)
     if is_streamed(model):
         del copied.forward  # which loads and runs the model's own layer
-        for parameter in copied.parameters():  # views of the mapped file stay behind
-            parameter.data = parameter.data.clone()
     return copied
 
 
@@ -207,6 +206,7 @@ class _LayerStream:
             del self._held[index]
             for module, name, parameter in self._empty[index]:
                 module._parameters[name] = parameter
+            give_back_freed()  # what was in pieces between states stays with the process else
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         weights = {name: self._reader.tensor(name, self._model.dtype) for name in names}

@@ -169,7 +169,7 @@ def _pieces(part: Part) -> Iterator[memoryview]:
     import torch
 
     flat = part.source.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    whole = memoryview(flat.numpy())
+    whole: memoryview = flat.numpy().data
     for start in range(0, len(whole), _PIECE):
         yield whole[start : start + _PIECE]
 

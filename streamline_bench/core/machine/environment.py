@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import platform
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import cast
 
 from streamline_bench.errors import InstallationError, RecipeError
 from streamline_bench.version import __version__
@@ -83,6 +87,20 @@ def free_memory(device: str) -> int:
         return free
     cached = sum(int(row.split()[1]) for row in rows if row.startswith("inactive_file "))
     return max(min(free, limit - used + cached), 0)
+
+
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        return cast("Callable[[int], int]", ctypes.CDLL(None).malloc_trim)
+    except (AttributeError, OSError, TypeError):
+        return None  # of the GNU C library alone
+
+
+def give_back_freed() -> None:
+    """Let the system have the memory back that this process freed and its allocator keeps."""
+    if (trim := _trim()) is not None:
+        trim(0)
 
 
 def package_versions() -> dict[str, str]:

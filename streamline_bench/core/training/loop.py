@@ -299,6 +299,7 @@ class Loop:
             self._refuse_gradients()
             raise
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # a validation or checkpoint has its own copies
         state.step += 1
         state.tokens += tokens
         state.pending = (state.pending[0] + total, state.pending[1] + terms)
@@ -367,6 +368,7 @@ class Loop:
             )
         if loss < state.best_loss:
             state.best_loss, state.best_step = loss, state.step
+            state.best = {}  # let go before the next copy is made
             state.best = self.student.state_on_cpu()
         self._add_row(lr, loss)
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from streamline_bench.core.architecture import Architecture, decoder_layers
 from streamline_bench.errors import ArchitectureError
-from streamline_bench.methods.tools.normal_equations import widened
+from streamline_bench.methods.tools.normal_equations import WIDENED_ROWS, widened
 from streamline_bench.modeling.rotations import (
     attention_inputs,
     mlp_inputs,
@@ -148,10 +148,9 @@ def _check_norm(norm: Any, readers: list[Any], family: Architecture) -> None:
 
 def _absorb(norm: Any, reader: Any, *, is_head: bool) -> None:
     """Move the gain and bias of a norm into a linear map that reads it."""
-    weight = widened(weight_of(reader))
     shift = getattr(norm, "bias", None)
     if shift is not None:
-        moved = weight @ widened(shift)
+        moved = widened(weight_of(reader)) @ widened(shift)
         if reader.bias is not None:
             reader.bias.copy_(widened(reader.bias) + moved)
         elif is_head:
@@ -162,7 +161,8 @@ def _absorb(norm: Any, reader: Any, *, is_head: bool) -> None:
                 "to move them to; choose a depth method."
             )
     if getattr(norm, "weight", None) is not None:  # elementwise_affine=False has none
-        weight_of(reader).copy_(weight * widened(norm.weight))
+        for rows in torch.split(weight_of(reader), WIDENED_ROWS):
+            rows.copy_(widened(rows) * widened(norm.weight))
 
 
 def _centre(writers: Iterable[Any]) -> None:

@@ -26,7 +26,7 @@ from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.state_store import BatchStore
 from streamline_bench.core.streaming import held_layer
 from streamline_bench.errors import CalibrationError, NumericsError
-from streamline_bench.methods.tools.normal_equations import widened
+from streamline_bench.methods.tools.normal_equations import WIDENED_ROWS, widened
 from streamline_bench.modeling.rotations import (
     attention_inputs,
     mlp_inputs,
@@ -237,8 +237,11 @@ class StreamRotation:
 def _turn_inputs(modules: list[Any], basis: Tensor) -> None:
     """Let linear maps read, or embeddings write, the stream in another basis ``[d, width]``."""
     for module in modules:
-        turned = widened(weight_of(module)) @ basis
-        set_weight(module, turned.to(module.weight))
+        weight = weight_of(module)
+        parts = [
+            (widened(rows) @ basis).to(module.weight) for rows in torch.split(weight, WIDENED_ROWS)
+        ]
+        set_weight(module, parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
 def _turn_output(linear: Any, basis: Tensor) -> None:

@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 
 _ROWS_PER_CHANNEL = 4
 
+WIDENED_ROWS = 1 << 12
+"""Rows of a weight that are held in float64 at a time: tables of words are large."""
+
 
 def widened(tensor: Tensor) -> Tensor:
     """Return the tensor in float64, on its device; on the CPU for MPS, which has no float64."""
