@@ -16,8 +16,9 @@ from streamline_bench.compression import compress, load_recipe
 from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.surgery import model_sizes
+from streamline_bench.errors import ArchitectureError
 from streamline_bench.modeling import register
-from streamline_bench.modeling.loading import load_config
+from streamline_bench.modeling.loading import load_config, load_model
 
 BLOCK = 16
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -64,20 +65,100 @@ def _gptq(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], tor
     return stored, ((codes - 8) * scale).T.contiguous()
 
 
+def _awq(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    module, wide = name.removesuffix(".weight"), weight.float().T
+    scale = _power(wide.abs().amax(0) / 7)
+    codes = (wide / scale).round().clamp(-8, 7) + 8
+    nibbles = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # where a word holds each of eight columns
+    words = codes.long().unflatten(1, (-1, 8)) << 4 * nibbles
+    packed = words.sum(-1)
+    stored = {
+        f"{module}.qweight": packed.where(packed < 2**31, packed - 2**32).int(),
+        f"{module}.qzeros": torch.full((1, wide.shape[1] // 8), -0x77777778, dtype=torch.int32),
+        f"{module}.scales": scale[None].half(),
+    }
+    return stored, ((codes - 8) * scale).T.contiguous()
+
+
+def _nf4(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    table, blocks = torch.arange(-8, 8) / 8, weight.float().reshape(-1, 64)
+    largest = _power(blocks.abs().amax(1))
+    codes = ((blocks / largest[:, None])[..., None] - table).abs().argmin(-1)
+    state = {"shape": list(weight.shape), "blocksize": 64, "dtype": "bfloat16",
+             "quant_type": "nf4"}  # fmt: skip
+    flat = codes.reshape(-1)
+    stored = {
+        name: (flat[0::2] << 4 | flat[1::2]).to(torch.uint8)[:, None],
+        f"{name}.absmax": largest, f"{name}.quant_map": table,
+        f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(
+            list(json.dumps(state).encode()), dtype=torch.uint8
+        ),
+    }  # fmt: skip
+    return stored, (table[codes] * largest[:, None]).view_as(weight)
+
+
+def _nvfp4(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    groups = weight.float().unflatten(1, (-1, 16))
+    scale = _power(groups.abs().amax(-1) / 6)
+    codes = ((groups / scale[..., None])[..., None] - FP4).abs().argmin(-1)
+    packed = (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8).flatten(1)
+    stored = {
+        f"{name}_packed": packed, f"{name}_scale": (scale * 16).to(torch.float8_e4m3fn),
+        f"{name}_global_scale": torch.tensor([16.0]),
+    }  # fmt: skip
+    return stored, (FP4[codes] * scale[..., None]).flatten(1)
+
+
 FORMATS: dict[str, Any] = {
+    "awq": ("llama", _awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm",
+                            "zero_point": True, "modules_to_not_convert": None}),
+    "bitsandbytes": ("llama", _nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True,
+                                     "bnb_4bit_quant_type": "nf4"}),
+    "deepseek": ("deepseek_v3", _fp8, {"quant_method": "fp8", "fmt": "e4m3",
+                                       "weight_block_size": [BLOCK, BLOCK],
+                                       "activation_scheme": "dynamic"}),
+    "nvfp4": ("llama", _nvfp4, {
+        "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "format": "nvfp4-pack-quantized",
+                                      "weights": {"num_bits": 4, "type": "float",
+                                                  "group_size": 16}}}}),
     "fp8": ("llama", _fp8, {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK],
                             "modules_to_not_convert": ["lm_head", "model.layers.0"]}),
     "mxfp4": ("gpt_oss", _mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
     "gptq": ("llama", _gptq, {"quant_method": "gptq", "bits": 4, "group_size": -1}),
 }  # fmt: skip
-GPT_OSS = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8, "sliding_window": 16}
+OF_THE_MODEL: dict[str, dict[str, Any]] = {
+    "mxfp4": {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8,
+              "sliding_window": 16},
+    "deepseek": {"num_key_value_heads": 4, "n_routed_experts": 2, "num_experts_per_tok": 1,
+                 "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16, "kv_lora_rank": 16,
+                 "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+                 "v_head_dim": 16, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1},
+}  # fmt: skip
+LOADED = ("fp8", "mxfp4", "deepseek")
+"""Formats that transformers decodes by itself on a CPU."""
 
 
 def _chosen(method: str, name: str, weight: torch.Tensor) -> bool:
     if method == "mxfp4":
         return name.endswith(("gate_up_proj", "down_proj"))
     inside = ".layers." in name and weight.dim() == 2
-    return inside and (method != "fp8" or ".layers.0." not in name)
+    plain = name.endswith(("mlp.gate.weight", "embed_tokens.weight", "head.weight"))
+    return inside and not plain and (method != "fp8" or ".layers.0." not in name)
+
+
+def _with_prediction_layer(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Add what DeepSeek-V3 stores behind its decoder: a layer and what joins two tokens to one."""
+    last = {n: w for n, w in weights.items() if ".layers.3." in n}
+    table = weights["model.embed_tokens.weight"]
+    own = {
+        "embed_tokens.weight": table, "shared_head.head.weight": table.clone(),
+        "eh_proj.weight": torch.cat([table[:32], table[:32]], 1), "enorm.weight": table[0],
+        "hnorm.weight": table[0], "shared_head.norm.weight": table[0],
+    }  # fmt: skip
+    copies = {n.replace(".layers.3.", ".layers.4."): w.clone() for n, w in last.items()}
+    return weights | copies | {f"model.layers.4.{n}": w.clone() for n, w in own.items()}
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +169,12 @@ def twins(make_tiny_model: Callable[..., Path]) -> Callable[[str], tuple[Path, P
     def make(method: str) -> tuple[Path, Path]:
         if method not in made:
             model_type, encode, settings = FORMATS[method]
-            coded = make_tiny_model(model_type, **SIZES, **(GPT_OSS if method == "mxfp4" else {}))
+            coded = make_tiny_model(model_type, **SIZES, **OF_THE_MODEL.get(method, {}))
             plain = Path(shutil.copytree(coded, coded.with_name(f"{coded.name}-plain")))
             stored, weights = {}, {}
-            for name, weight in load_file(coded / "model.safetensors").items():
+            state = load_file(coded / "model.safetensors")
+            state = _with_prediction_layer(state) if method == "deepseek" else state
+            for name, weight in state.items():
                 weight = weight.bfloat16()
                 stored[name] = weights[name] = weight
                 if _chosen(method, name, weight):
@@ -110,8 +193,16 @@ def twins(make_tiny_model: Callable[..., Path]) -> Callable[[str], tuple[Path, P
     return make
 
 
+def _decoded_logits(folder: Path) -> torch.Tensor:
+    """Of the model that codes stand for, which test_codes compares with each specification."""
+    with torch.no_grad():
+        model = load_model(folder, device="cpu", dtype="bfloat16")
+        logits: torch.Tensor = model.eval()(torch.arange(4, 28)[None]).logits
+    return logits
+
+
 def _logits(folder: Path) -> torch.Tensor:
-    """Of stock transformers, which decodes FP8 and MXFP4 by itself on a CPU."""
+    """Of stock transformers."""
     from transformers import AutoModelForCausalLM
 
     register()
@@ -129,7 +220,9 @@ def _logits(folder: Path) -> torch.Tensor:
     [
         ("fp8", "last_layers", 2), ("fp8", "laco_rdsc", 1), ("fp8", "linear_patch", 2),
         ("fp8", "llm_pruner", 1), ("fp8", "slicegpt", 0), ("mxfp4", "replaceme_lstsq", 2),
-        ("gptq", "replaceme_lstsq", 0),
+        ("gptq", "replaceme_lstsq", 0), ("awq", "laco_rdsc", 1),
+        ("bitsandbytes", "linear_patch", 2),
+        ("nvfp4", "last_layers", 3), ("deepseek", "linear_patch", 2),
     ],
 )  # fmt: skip
 def test_a_recipe_gives_the_model_it_gives_on_plain_weights(
@@ -144,16 +237,25 @@ def test_a_recipe_gives_the_model_it_gives_on_plain_weights(
         for number, folder in enumerate(twins(method))
     ]
     coded, plain = results
-    assert torch.equal(_logits(coded), _logits(plain))
+    reader = CheckpointReader(coded)
+    logits = _logits if method in LOADED or not reader.coded else _decoded_logits
+    assert torch.equal(logits(coded), logits(plain))
     numbers = [read_manifest(folder) for folder in results]
     assert numbers[0] is not None and numbers[1] is not None
     assert numbers[0].parameters_after == numbers[1].parameters_after
     assert numbers[0].sparsity_reached == numbers[1].sparsity_reached
-    reader = CheckpointReader(coded)
     layers = {name.split(".")[2] for name in reader.coded}
     assert len(layers) >= kept if kept else not layers
     assert ("quantization_config" in reader.config) == bool(kept)
     assert reader.num_parameters == model_sizes(load_config(coded)).total
+
+
+def test_what_a_mixture_refuses_it_refuses_coded_too(
+    twins: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    for folder in twins("deepseek"):
+        with pytest.raises(ArchitectureError, match=r"'deepseek_v3'.*mixtures of experts"):
+            compress(folder, load_recipe("slicegpt", {"sparsity": 0.15}), tmp_path / "out")
 
 
 def test_layers_of_a_config_are_checked_and_extra_ones_not_counted(

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, MllamaConfig
 
 from streamline_bench.compression import compress, load_recipe
+from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.wrapper import wrapper_of
@@ -317,6 +318,20 @@ def test_a_model_that_drafts_for_another_one_is_refused(model_type: str, tmp_pat
     config.save_pretrained(tmp_path)
     with pytest.raises(ArchitectureError, match=f"'{model_type}'.*drafts.*another model"):
         load_config(tmp_path)
+
+
+def test_a_text_model_whose_class_is_listed_under_its_wrapper(tmp_path: Path) -> None:
+    text = {key: value for key, value in TEXT.items() if key != "head_dim"}
+    CONFIG_MAPPING["emu3"](text_config=text).save_pretrained(tmp_path)
+    names = [
+        "text_model.model.layers.0.mlp.up_proj.weight",
+        "text_model.lm_head.weight",
+        "vqmodel.x",
+    ]
+    found = wrapper_of(tmp_path, json.loads((tmp_path / "config.json").read_text()), names)
+    assert found is not None and found.outer == ("vqmodel.x",)
+    assert found.stored == {name.removeprefix("text_model."): name for name in names[:2]}
+    assert architecture_of(found.text_config()).layers == "model.layers"
 
 
 def test_features_tied_to_text_layers_by_index_are_refused(
