@@ -79,6 +79,8 @@ def test_the_pages_show_commands() -> None:
 
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: str(value)[:60])
 def test_commands_parse(page: str, words: list[str]) -> None:
+    if "streamline_bench" in words:  # by a launcher
+        words = ["streamline-bench", *words[words.index("streamline_bench") + 1 :]]
     if words[:2] == ["streamline-bench", "lm-eval"]:
         check_model(vars(parse_harness(words[2:])))
     elif words[0] == "streamline-bench":

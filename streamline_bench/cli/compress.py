@@ -53,7 +53,10 @@ def command(
     **overrides: Any,
 ) -> None:
     """Remove layers from MODEL (a folder, a hub id or bundled) and write the result to --output."""
-    setup_logging(quiet=quiet or as_json)
+    from streamline_bench.core.machine.ranks import launched
+
+    ranks = launched()
+    setup_logging(quiet=quiet or as_json or not ranks.main)
     from streamline_bench.compression.pipeline import compress
     from streamline_bench.compression.recipes import load_recipe, refuse_unread
     from streamline_bench.core.checkpoint.folder import read_manifest
@@ -71,8 +74,10 @@ def command(
         placement=placement,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
-        progress=not (quiet or as_json),
+        progress=not (quiet or as_json) and ranks.main,
     )
+    if not ranks.main:
+        return
     manifest = read_manifest(output)
     assert manifest is not None  # compress writes it last
     if as_json:

@@ -15,6 +15,7 @@ from typing import NoReturn
 import click
 
 from streamline_bench.core.machine.environment import printable
+from streamline_bench.core.machine.ranks import say_once
 from streamline_bench.errors import StreamlineBenchError, library_errors
 from streamline_bench.version import __version__
 
@@ -108,7 +109,7 @@ def _end(error: StreamlineBenchError | OSError) -> NoReturn:
     text = str(error)
     if isinstance(error, OSError):
         text = f"{error.filename or 'A file'} cannot be used ({error.strerror}); give another path."
-    click.echo(f"streamline-bench: {printable(text, keep=chr(10))}", err=True)
+    say_once(lambda: click.echo(f"streamline-bench: {printable(text, keep=chr(10))}", err=True))
     ended = SystemExit(text)  # the sentence stays with it, for who calls the command from Python
     ended.code = 2
     raise ended from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -43,8 +42,9 @@ from streamline_bench.core.data.corpora import local_paths
 from streamline_bench.core.data.corpus_files import file_kind
 from streamline_bench.core.files import staged_output
 from streamline_bench.core.machine.environment import package_versions
+from streamline_bench.core.machine.ranks import current, joined, launched, own_device
 from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe
-from streamline_bench.core.training.trainer import TRAINING_VERSION
+from streamline_bench.core.training.trainer import training_version
 from streamline_bench.errors import CacheError, RecipeError
 from streamline_bench.methods.base import (
     Compressed,
@@ -95,6 +95,9 @@ def compress(
 ) -> Path:
     """Compress a model into ``output``, and train the result if the recipe has a recovery.
 
+    Processes that ``accelerate launch`` or ``torchrun`` started share the sequences of a training;
+    all else is done, and written, by the main one, for which the others wait.
+
     Args:
         pretrained: local folder or hub id of the source.
         recipe: what to do.
@@ -114,13 +117,23 @@ def compress(
     """
     check_parameters(recipe)
     refuse_placement(placement, recipe)
-    _refuse_several_processes()
-    source = SourceModel.find(
-        pretrained, revision, trust_remote_code=trust_remote_code, progress=progress,
-        changed=recipe.method != "dense",
-    )  # fmt: skip
-    _refuse_other_text(source, recipe)
-    return _compress_into(Path(output), source, recipe, cache, device, dtype, placement, overwrite)
+
+    def find() -> SourceModel:
+        source = SourceModel.find(
+            pretrained, revision, trust_remote_code=trust_remote_code,
+            progress=progress and current().main, changed=recipe.method != "dense",
+        )  # fmt: skip
+        _refuse_other_text(source, recipe)
+        return source
+
+    def into(source: SourceModel) -> Path:
+        own = own_device(device)
+        return _compress_into(Path(output), source, recipe, cache, own, dtype, placement, overwrite)
+
+    with joined(device) as ranks:
+        if _trains(recipe):
+            return into(ranks.in_turn(find))
+        return ranks.first(lambda: into(find()))
 
 
 def compress_cached(
@@ -137,9 +150,8 @@ def compress_cached(
 ) -> CachedCheckpoint:
     """Compress a model on first use and reuse the result afterwards.
 
-    Processes that want the same result wait for the first one (file lock). Any number of processes
-    of one ``accelerate launch`` may take a result from the cache; computing one needs a single
-    process.
+    Processes that want the same result wait for the first one (file lock), and so do the processes
+    of one ``accelerate launch``: one of each machine makes it, the others wait.
 
     Raises:
         CacheError: the cache cannot be written, or its lock is held for a day.
@@ -156,7 +168,6 @@ def compress_cached(
     target = cached_folder(key, cache)
     if is_whole(target):
         return CachedCheckpoint(target, True, key)
-    _refuse_several_processes()
     with alone(target.with_name(f"{key}.lock")):
         reused = find_cached(key, cache) is not None
         if not reused:
@@ -224,27 +235,33 @@ def _compress_into(
     overwrite: bool,
 ) -> Path:
     _refuse_compressed(source.folder)
+    first = current().first  # what is opened here is the main process's, for all
     with ExitStack() as lock:
-        with staged_output(output, overwrite=overwrite) as staging:
-            key = content_key(source, recipe, device=device, dtype=dtype)
+        with ExitStack() as folders:
+            staged = staged_output(output, overwrite=overwrite)
+            staging = first(lambda: folders.enter_context(staged))
+            key = first(lambda: content_key(source, recipe, device=device, dtype=dtype))
             root = cache_root(cache)
             # Two calls that make the same share the folder in which it is resumed; held until the
             # output is published and that folder is gone.
-            lock.enter_context(alone(root / "locks" / f"{key}.lock"))
-            with _scratch(root / "work" / key) as work:
-                streamed = is_streamed_placement(placement, source, recipe, device, dtype)
-                scans = root / "scans" / _scan_key(source, device, dtype)
-                job = Compression(
-                    source, recipe, work, device, dtype, source.progress, streamed, scans
-                )
-                _compress(job, staging)
-        shutil.rmtree(work, ignore_errors=True)
+            first(lambda: lock.enter_context(alone(root / "locks" / f"{key}.lock")))
+            work = first(lambda: folders.enter_context(_scratch(root / "work" / key)))
+            streamed = first(
+                lambda: is_streamed_placement(placement, source, recipe, device, dtype)
+            )
+            scans = root / "scans" / _scan_key(source, device, dtype)
+            job = Compression(
+                source, recipe, work, device, dtype, source.progress, streamed, scans
+            )
+            _compress(job, staging)
+        if current().main:
+            shutil.rmtree(work, ignore_errors=True)
     return output
 
 
 def _compress(job: Compression, staging: Path) -> None:
     """Do the work, and write its result and manifest into ``staging``."""
-    job.reader.check_finite(progress=job.progress)
+    current().first(lambda: job.reader.check_finite(progress=job.progress))
     for key, (own, given) in job.recipe.overridden.items():
         log.info("%s is %s and not the recipe's own %s", key, given, own)
     started = time.monotonic()
@@ -255,6 +272,8 @@ def _compress(job: Compression, staging: Path) -> None:
         from streamline_bench.methods.recovery.recover import compress_and_recover
 
         reader, result = compress_and_recover(job, method, job.recipe.recovery)
+    if not current().main:
+        return
     written = write_compressed(staging, reader, result, progress=job.progress)
     files = hash_files(staging, written)
     write_manifest(staging, _manifest(staging, job, result, files, time.monotonic() - started))
@@ -271,13 +290,18 @@ def _scratch(folder: Path) -> Iterator[Path]:
             folder.rmdir()  # an empty one only: what a refusal leaves
 
 
+def _trains(recipe: Recipe) -> bool:
+    """Whether something is trained, which several processes share."""
+    return recipe.trains_replacement or recipe.recovery is not None
+
+
 def _refuse_several_processes() -> None:
-    """Of several processes one would hold the lock and wait for the others in the training."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
+    """A comparison runs its jobs itself."""
+    processes = launched().count
+    if processes != 1:
         raise RecipeError(
-            f"A recipe is carried out by one process, not by {processes}; run 'streamline-bench "
-            "compress' without accelerate launch or torchrun, then evaluate the folder it writes."
+            f"A job of a comparison is one process, not {processes}; run 'streamline-bench "
+            "compare' without accelerate launch or torchrun."
         )
 
 
@@ -376,12 +400,12 @@ def content_key(
         "dtype": dtype_name(dtype),
     }
     if recipe.replacement.kind != "none":
-        payload["training_version"] = TRAINING_VERSION
+        payload["training_version"] = training_version(device)
     if recipe.recovery_data is not None:
         from streamline_bench.methods.recovery.recover import RECOVERY_VERSION
 
         payload["recovery"] = _data_identity(recipe.recovery_data, source)
-        payload["recovery_version"] = [TRAINING_VERSION, RECOVERY_VERSION]
+        payload["recovery_version"] = [training_version(device), RECOVERY_VERSION]
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
 

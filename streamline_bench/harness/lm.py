@@ -94,6 +94,10 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
             super().__init__(**harness)
         if isinstance(pretrained, str):
             _require_device(harness.get("device"), self._device)
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and self._world_size == 1:
+            # The stock class shares requests among GPUs only; without that, all would answer all.
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **options: Any) -> None:
         with library_errors(

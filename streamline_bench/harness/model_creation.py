@@ -25,6 +25,7 @@ from lm_eval.api.model import LM
 
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.machine.environment import printable
+from streamline_bench.core.machine.ranks import say_once
 from streamline_bench.errors import CacheError, StreamlineBenchError, library_errors
 
 Made = TypeVar("Made", bound="CompressedModel")
@@ -83,8 +84,8 @@ def user_errors() -> Iterator[None]:
     except StreamlineBenchError as error:
         if os.environ.get("STREAMLINE_BENCH_TRACEBACK") or not _under_command():
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            sys.stderr.write(f"streamline-bench: {printable(error)}\n")
+        sentence = f"streamline-bench: {printable(error)}\n"
+        say_once(lambda: sys.stderr.write(sentence) and None)
         raise SystemExit(2) from None
 
 

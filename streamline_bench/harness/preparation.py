@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from streamline_bench.compression.pipeline import compress_cached
+from streamline_bench.compression.pipeline import CachedCheckpoint, compress_cached
 from streamline_bench.compression.recipes import load_recipe, refuse_unread
 from streamline_bench.core.checkpoint.folder import Manifest, read_manifest, resolve_pretrained
 from streamline_bench.core.machine.environment import bundled_model, is_bundled
+from streamline_bench.core.machine.ranks import joined, launched, own_device
 from streamline_bench.errors import CheckpointError, RecipeError
 from streamline_bench.harness.arguments import ModelArguments
 from streamline_bench.modeling.loading import dtype_name
@@ -105,15 +106,21 @@ def _compressed(pretrained: str, arguments: ModelArguments) -> PreparedModel:
             raise RecipeError(f"A recipe cannot be applied together with {key}={harness[key]}.")
     recipe = load_recipe(str(arguments.recipe), arguments.overrides)
     refuse_unread(recipe, arguments.overrides)
-    result = compress_cached(
-        pretrained,
-        recipe,
-        revision=_revision(harness),
-        cache=None if arguments.cache is None else Path(arguments.cache),
-        device=_device(harness.get("device")),
-        dtype=_computing_dtype(harness),
-        trust_remote_code=bool(harness.get("trust_remote_code")),
-    )
+    device = _device(harness.get("device"))
+
+    def make() -> CachedCheckpoint:
+        return compress_cached(
+            pretrained,
+            recipe,
+            revision=_revision(harness),
+            cache=None if arguments.cache is None else Path(arguments.cache),
+            device=own_device(device),
+            dtype=_computing_dtype(harness),
+            trust_remote_code=bool(harness.get("trust_remote_code")),
+        )
+
+    with joined(device) as ranks:  # the others find what the first one made in the cache
+        result = ranks.in_turn(make)
     manifest = read_manifest(result.path)
     if manifest is None:
         raise CheckpointError(f"{result.path} has no streamline.json; delete it and try again.")
@@ -138,7 +145,10 @@ def _revision(harness: Mapping[str, Any]) -> str | None:
 def _device(named: Any) -> str:
     """The device HFLM will choose: it takes ``cuda`` for "whatever there is"."""
     device = str(named or "cuda")
-    return "cpu" if device.startswith("cuda") and not torch.cuda.is_available() else device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        return "cpu"
+    # The harness gives each of several processes a GPU of its own, whatever was asked for.
+    return device if launched().count == 1 else device.partition(":")[0]
 
 
 def _computing_dtype(harness: Mapping[str, Any]) -> str:

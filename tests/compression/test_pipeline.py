@@ -318,25 +318,6 @@ def test_errors_of_files_within_a_compression_are_not_blamed_on_the_cache(
             start(tiny_llama, recipe=make_recipe(), cache=blocker / "cache", progress=False)
 
 
-def test_several_processes_may_take_a_result_and_not_make_one(
-    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path, monkeypatch: Any
-) -> None:
-    """Each would wait for the others: one in the training, the rest at the lock."""
-    recipe = make_recipe("streamline_none")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    message = "carried out by one process, not by 2; run 'streamline-bench compress'"
-    with pytest.raises(RecipeError, match=message):
-        compress_cached(tiny_llama, recipe, cache=tmp_path, progress=False)
-    with pytest.raises(RecipeError, match=message):
-        compress(tiny_llama, recipe, tmp_path / "out", progress=False)
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    made = compress_cached(tiny_llama, recipe, cache=tmp_path, progress=False)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    again = compress_cached(tiny_llama, recipe, cache=tmp_path, progress=False)
-    assert again == dataclasses.replace(made, reused=True)
-
-
 def test_a_compressed_model_is_not_compressed_again(
     tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -58,15 +58,3 @@ def test_a_recipe_is_carried_out_in_the_dtype_asked_for(
 def test_a_dtype_that_there_is_not_is_refused(tiny_llama: Path, text: str) -> None:
     with pytest.raises(RecipeError, match=r"'floaty'.*dtype"):
         _prepared(tiny_llama, text, dtype="floaty")
-
-
-def test_one_of_several_processes_makes_nothing(
-    tiny_llama: Path, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(RecipeError, match="by one process, not by 4"):
-        _prepared(tiny_llama, text)
-    monkeypatch.delenv("WORLD_SIZE")
-    first = _prepared(tiny_llama, text)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert _prepared(tiny_llama, text).pretrained == first.pretrained

@@ -222,6 +222,11 @@ class Recipe(Frozen):
         return tuple(spec.source for spec in specs)
 
     @property
+    def trains_replacement(self) -> bool:
+        """Whether the method itself trains something."""
+        return self.replacement.kind != "none" and self.training.objective != "none"
+
+    @property
     def recovery_data(self) -> CalibrationSpec | None:
         """The data that the recovery trains on; None if there is no recovery.
 

@@ -40,6 +40,7 @@ from streamline_bench.core.forward import (
     with_hidden,
     without_tensors,
 )
+from streamline_bench.core.machine.ranks import current
 from streamline_bench.core.recipe.schema import ReplacementSpec
 from streamline_bench.core.replacement import ReplacementNetwork, build_network
 from streamline_bench.core.state_store import (
@@ -50,6 +51,7 @@ from streamline_bench.core.state_store import (
     states_bytes,
 )
 from streamline_bench.core.streaming import held_layer, layer_copy
+from streamline_bench.core.training.sharding import put, whole
 from streamline_bench.errors import ArchitectureError, OutputError
 
 log = logging.getLogger(__name__)
@@ -82,10 +84,13 @@ class Batch:
     targets: Tensor | None = None
 
 
-def make_batch(tokens: CalibrationTokens, rows: Tensor, device: torch.device) -> Batch:
-    """Gather sequences, ``rows`` int64 ``[batch]``."""
+def make_batch(
+    tokens: CalibrationTokens, rows: Tensor, device: torch.device, among: Tensor | None = None
+) -> Batch:
+    """Gather sequences, ``rows`` int64 ``[batch]``; as wide as a batch of the rows ``among``."""
     mask = tokens.attention_mask[rows]
-    used = int(mask.any(dim=0).nonzero().max()) + 1
+    whole = mask if among is None else tokens.attention_mask[among]
+    used = int(whole.any(dim=0).nonzero().max()) + 1
     ids = tokens.input_ids[rows, :used]
     targets = None if tokens.target_mask is None else tokens.target_mask[rows, :used].to(device)
     return Batch(ids.to(device), mask[:, :used].to(device), rows, targets)
@@ -367,33 +372,54 @@ class ActivationCache:
     ) -> None:  # fmt: skip
         self._teacher = teacher
         description_file = path.with_suffix(".json")
-        described = _read_description(description_file)
+        described = current().first(lambda: _read_description(description_file))
         if described.get("key") == key and path.is_file():
             log.info("activations: reusing %s", path.name)
             dtype = getattr(torch, described["dtype"])
             self._values = open_mapped(path, described["shape"], dtype)
             return
-        description_file.unlink(missing_ok=True)
-        values: Tensor | None = None
         batches = torch.split(torch.arange(len(tokens)), batch_size)
+        own = batches[current().rank :: current().count]  # several processes fill one file
+        filled = self._fill(path, tokens, own, device, progress)
+        if isinstance(teacher, LayerwiseStates):
+            teacher.close()  # they are in the file now
+
+        def describe() -> None:
+            sync_path(path)
+            name = str(filled.dtype).removeprefix("torch.")
+            description = {"key": key, "shape": list(filled.shape), "dtype": name}
+            atomic_write_text(description_file, json.dumps(description))
+
+        current().wait()
+        current().first(describe)
+        self._values = filled
+
+    def _fill(
+        self, path: Path, tokens: CalibrationTokens, batches: Sequence[Tensor],
+        device: torch.device, progress: bool,
+    ) -> Tensor:  # fmt: skip
+        """Put the states of these batches into the file, which the main process makes."""
+        values: Tensor | None = None
+
+        def make(states: BlockStates | None) -> Tensor:
+            def create() -> tuple[list[int], torch.dtype]:
+                if states is None:
+                    raise OutputError(f"No sequences to store in {path}.")
+                path.with_suffix(".json").unlink(missing_ok=True)
+                shape = [2, *tokens.input_ids.shape, *states.hidden.shape[2:]]
+                create_mapped(path, shape, states.hidden.dtype, "lower training.cache_gb")
+                return shape, states.hidden.dtype
+
+            return open_mapped(path, *current().first(create))
+
         for rows in tqdm(batches, desc="activations", unit="batch", disable=not progress):
             batch = make_batch(tokens, rows, device)
-            states = teacher.states(batch)
-            if values is None:
-                shape = (2, *tokens.input_ids.shape, *states.hidden.shape[2:])
-                values = create_mapped(path, shape, states.hidden.dtype, "lower training.cache_gb")
+            states = self._teacher.states(batch)
+            values = make(states) if values is None else values
             used = batch.ids.shape[1]
             values[0, rows, :used] = states.hidden.cpu()
             values[1, rows, :used] = states.target.cpu()
-        if isinstance(teacher, LayerwiseStates):
-            teacher.close()  # they are in the file now
-        if values is None:
-            raise OutputError(f"No sequences to store in {path}.")
-        sync_path(path)
-        name = str(values.dtype).removeprefix("torch.")
-        description = {"key": key, "shape": list(values.shape), "dtype": name}
-        atomic_write_text(description_file, json.dumps(description))
-        self._values = values
+        return make(None) if values is None else values
 
     def states(self, batch: Batch) -> BlockStates:
         """Return the stored states of a batch, as a :class:`StateSource`."""
@@ -483,8 +509,13 @@ class Student:
         """Return all weights; kind ``layer``: names begin with the index among the new layers."""
         return dict(self.module.named_parameters())
 
+    draws = False
+
     def begin(self, step: int | None) -> None:
         """Nothing to prepare: a replacement is trained without dropout."""
+
+    def take(self, rows: slice, of: int) -> None:
+        """Nothing is drawn."""
 
     @property
     def num_calls(self) -> int:
@@ -501,10 +532,11 @@ class Student:
     def state_on_cpu(self) -> dict[str, Tensor]:
         """Return a copy of all weights (and buffers that are saved) on the CPU."""
         state = self.module.state_dict()
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+        return {name: whole(tensor).detach().to("cpu", copy=True) for name, tensor in state.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        self.module.load_state_dict(dict(state))
+        for name, tensor in self.module.state_dict().items():
+            put(tensor, state.get(name))
 
 
 @contextmanager

@@ -2,8 +2,11 @@
 
 An objective gives, per micro-batch, a *sum* of losses and knows how many terms it has, so that
 steps of several micro-batches of unequal length weigh every token alike. The loop is the same for
-every objective: steps, validation, checkpoints. It runs in one process, as all of a compression
-does.
+every objective: steps, validation, checkpoints.
+
+Several processes (:mod:`streamline_bench.core.machine.ranks`) share the rows of a step and add up
+the gradients of their sums, so that each takes the step that one process would take, but for the
+rounding of the sums. The main one writes.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -25,8 +28,17 @@ from tqdm.auto import tqdm
 
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.files import atomic_write_text
+from streamline_bench.core.machine.ranks import current
 from streamline_bench.core.recipe.schema import TrainingSpec
 from streamline_bench.core.training.block import Batch, StateSource, Student, make_batch
+from streamline_bench.core.training.head import loss_of_logits
+from streamline_bench.core.training.sharding import (
+    is_sharded,
+    moments_on_cpu,
+    refuse_launch,
+    shard,
+    spread_moments,
+)
 from streamline_bench.core.training.state import (
     CosineSchedule,
     StepPlan,
@@ -86,7 +98,8 @@ STATE_ERRORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 class StateObjective:
     """Error between the student's output and the state behind the block.
 
-    One term per token, in float32; padding has no term.
+    One term per token, in float32; padding has no term. The network is small: every process of a
+    launch has all of it.
 
     Args:
         error: one of :data:`STATE_ERRORS`.
@@ -97,6 +110,7 @@ class StateObjective:
         self, student: Student, error: Callable[[Tensor, Tensor], Tensor] = squared_error,
         *, bidirectional: bool = False,
     ) -> None:  # fmt: skip
+        self.model: nn.Module | None = None
         self._student = student
         self._error = error
         self._bidirectional = bidirectional
@@ -130,14 +144,17 @@ class LmObjective:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self.model: nn.Module | None = model
 
     def loss_sum(self, batch: Batch, source: StateSource | None) -> Tensor:
-        output = self._model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
         counted = _predicted(batch.mask, batch.targets)
-        logits = output.logits[:, :-1][counted].float()
         labels = batch.ids[:, 1:][counted]
-        return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+        def loss(logits: Tensor, numbers: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(logits.float(), labels[numbers], reduction="sum")
+
+        wanted = nn.functional.pad(counted, (0, 1))  # the last token predicts nothing
+        return loss_of_logits(self.model, batch.ids, batch.mask, wanted, loss)
 
     def terms(self, mask: Tensor, targets: Tensor | None = None) -> int:
         return int(_predicted(mask, targets).sum())
@@ -157,10 +174,12 @@ class Trainee(Protocol):
     Attributes:
         label: what it is called in messages (``replacement``).
         task: what is done to it, for the progress bar (``distill``).
+        draws: whether a training step draws random numbers.
     """
 
     label: str
     task: str
+    draws: bool
 
     def named_parameters(self) -> Mapping[str, nn.Parameter]:
         """Return what the optimizer changes, from the bottom of the model to its top."""
@@ -177,6 +196,9 @@ class Trainee(Protocol):
         Whatever is drawn at random during a step must be a function of its number, so that a
         killed training continues to the same result.
         """
+
+    def take(self, rows: slice, of: int) -> None:
+        """Draw for ``of`` rows of a micro-batch in the next pass, which has these rows of it."""
 
 
 @dataclass(frozen=True)
@@ -231,22 +253,34 @@ class Loop:
 
         Raises:
             NumericsError: a loss or gradient is not finite; the message names the step.
-            OutputError: ``work`` cannot be written.
+            OutputError: ``work`` cannot be written, or is not the same for all processes.
         """
-        self.state = load_state(self.work, self.key) or TrainingState()
+        refuse_launch(self.training)
+        tensors = current().main or not is_sharded()  # else the main one's are spread
+        self.state = load_state(self.work, self.key, tensors=tensors) or TrainingState()
+        if self.state.step != current().first(lambda: self.state.step):
+            raise OutputError(
+                f"The processes of this training do not see the same folder {self.work}; set "
+                "STREAMLINE_BENCH_CACHE to one that all machines share."
+            )
         self._began = time.monotonic() - self.state.seconds
+        if is_sharded() and self.objective.model is not None:
+            shard(self.objective.model)
         parameters = list(self.student.named_parameters().values())
         spec = self.training
         optimizer = torch.optim.AdamW(
-            parameters, lr=self.schedule.peak, betas=spec.betas, weight_decay=spec.weight_decay
-        )
+            parameters, lr=self.schedule.peak, betas=spec.betas, weight_decay=spec.weight_decay,
+            fused=self.device.type == "cuda" or None,
+        )  # fmt: skip
         if self.state.step:
             log.info(
                 "training the %s: continuing after step %d of %d",
                 self.student.label, self.state.step, self.plan.steps,
             )  # fmt: skip
             self.student.load(self.state.weights)
-            load_moments(optimizer, self.state.moments)
+            moments = self.state.moments
+            spread = is_sharded() and self.objective.model is not None
+            load_moments(optimizer, spread_moments(moments, parameters) if spread else moments)
             self.state.forget_copies()
         else:
             self._validate(lr=None)
@@ -263,7 +297,8 @@ class Loop:
                     self._checkpoint(optimizer)
         optimizer.zero_grad(set_to_none=True)  # as large as what was trained
         rows = "".join(json.dumps(row) + "\n" for row in self.state.curve)
-        atomic_write_text(self.work / "curve.jsonl", rows)
+        if current().main:
+            atomic_write_text(self.work / "curve.jsonl", rows)
         return self.state
 
     def summary(self) -> dict[str, Any]:
@@ -276,6 +311,7 @@ class Loop:
             "lr": self.schedule.peak, "final_lr": self.schedule.at(self.plan.steps - 1),
             "initial_loss": state.curve[0]["val_loss"], "best_loss": state.best_loss,
             "best_step": state.best_step, "seconds": round(state.seconds, 3),
+            **({"processes": current().count} if current().count > 1 else {}),
         }  # fmt: skip
 
     def _step(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> float:
@@ -285,7 +321,7 @@ class Loop:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
         self.student.begin(state.step)
-        total, terms, tokens = self._backward(self.plan.micro_batches_of(state.step))
+        total, terms, tokens = self._backward(parameters)
         if not math.isfinite(total / terms):
             raise NumericsError(
                 f"The loss of the {self.student.label} is {total / terms} {self._at_step}; lower "
@@ -306,16 +342,73 @@ class Loop:
         self._record(lr)
         return total / terms
 
-    def _backward(self, micro_batches: Sequence[Tensor]) -> tuple[float, int, int]:
-        """Accumulate gradients; return (sum of losses, terms, tokens)."""
+    def _backward(self, parameters: Sequence[nn.Parameter]) -> tuple[float, int, int]:
+        """Accumulate the step's gradients; return (sum of losses, terms, tokens) of all processes.
+
+        A loss that is not finite is so in all processes, by the sum.
+        """
+        micro_batches = self.plan.micro_batches_of(self.state.step)
         masks = [self.train.tokens.attention_mask[rows] for rows in micro_batches]
         terms = max(sum(self.train.terms(self.objective, rows) for rows in micro_batches), 1)
         total = torch.zeros((), device=self.device)
-        for rows in micro_batches:
-            loss = self._loss(make_batch(self.train.tokens, rows, self.device), self.train.source)
-            (loss * (1 / terms)).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        return float(total), terms, sum(int(mask.sum()) for mask in masks)
+        for batch, weight in self._passes(micro_batches):
+            loss = self._loss(batch, self.train.source)
+            # FSDP gives the mean over the processes, and theirs are parts of one sum.
+            times = current().count * weight if is_sharded() else weight
+            (loss * (times / terms)).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach() * weight
+        summed = self._add_up(parameters, float(total))
+        return summed, terms, sum(int(mask.sum()) for mask in masks)
+
+    def _passes(self, micro_batches: Sequence[Tensor]) -> Iterator[tuple[Batch, int]]:
+        """Yield what this process computes of a step, and whether it counts (1) or not (0).
+
+        A step without random numbers is shared out by its rows. Else each micro-batch is, as wide
+        as it is in one process, and all processes draw the numbers of all its rows.
+        """
+        ranks, tokens = current(), self.train.tokens
+        if ranks.count == 1 or not self.student.draws:
+            shares = [
+                self.plan.share_of(self.state.step, rank, ranks.count)
+                for rank in range(ranks.count)
+            ]
+            for rows, weight in self._in_step(shares):
+                yield make_batch(tokens, rows, self.device), weight
+            return
+        for whole in micro_batches:
+            places = torch.tensor_split(torch.arange(len(whole)), ranks.count)[ranks.rank]
+            weight = min(len(places), 1)
+            begin = int(places[0]) if weight else 0  # a row that does not count: to draw as others
+            own = slice(begin, begin + max(len(places), 1))
+            self.student.take(own, len(whole))
+            yield make_batch(tokens, whole[own], self.device, among=whole), weight
+
+    def _in_step(self, shares: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Tensor, int]]:
+        """Yield this process's batches; where weights are spread, as many as in every process."""
+        own = shares[current().rank]
+        yield from ((rows, 1) for rows in own)
+        if is_sharded():
+            most = max(len(share) for share in shares)
+            yield from ((shares[0][0], 0) for _ in range(most - len(own)))
+
+    def _add_up(self, parameters: Sequence[nn.Parameter], total: float) -> float:
+        """Add up the gradients of all processes, in place, and the sums of their losses.
+
+        What has no gradient anywhere has none afterwards.
+        """
+        ranks = current()
+        if ranks.count == 1:
+            return total
+        if is_sharded():  # FSDP has done it
+            return ranks.sum_of([total])[0]
+        used = [float(parameter.grad is not None) for parameter in parameters]
+        total, *used = ranks.sum_of([total, *used])
+        counted = [each for each, times in zip(parameters, used, strict=True) if times]
+        for parameter in counted:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        ranks.add_up([parameter.grad for parameter in counted if parameter.grad is not None])
+        return total
 
     def _loss(self, batch: Batch, source: StateSource | None) -> Tensor:
         enabled = self.training.autocast == "bf16"
@@ -357,10 +450,13 @@ class Loop:
         tokens, state = self.validation.tokens, self.state
         self.student.begin(None)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for rows in torch.split(torch.arange(len(tokens)), self.training.batch_size):
+        batches = torch.split(torch.arange(len(tokens)), self.training.batch_size)
+        count = current().count
+        for rows, weight in self._in_step([batches[rank::count] for rank in range(count)]):
             batch = make_batch(tokens, rows, self.device)
-            total += self._loss(batch, self.validation.source).double()
-        loss = float(total) / max(self.validation.terms(self.objective), 1)
+            total += self._loss(batch, self.validation.source).double() * weight
+        summed = current().sum_of([float(total)])[0]
+        loss = summed / max(self.validation.terms(self.objective), 1)
         if not math.isfinite(loss):
             raise NumericsError(
                 f"The validation loss of the {self.student.label} is {loss} after step "
@@ -385,9 +481,14 @@ class Loop:
 
     def _checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
         self.state.seconds = time.monotonic() - self._began
-        self.state.weights = self.student.state_on_cpu()
-        self.state.moments = optimizer_moments(optimizer)
-        save_state(self.work, self.key, self.state)
+        if is_sharded():  # all of them give their parts
+            self.state.weights = self.student.state_on_cpu()
+            self.state.moments = moments_on_cpu(optimizer)
+        elif current().main:
+            self.state.weights = self.student.state_on_cpu()
+            self.state.moments = optimizer_moments(optimizer)
+        if current().main:
+            save_state(self.work, self.key, self.state)
         self.state.forget_copies()
 
 

@@ -126,6 +126,16 @@ class StepPlan:
         rows = _order(self.sequences, self.seed, epoch)[within * per_step : (within + 1) * per_step]
         return list(torch.split(rows, self.batch_size))
 
+    def share_of(self, step: int, rank: int, count: int) -> list[Tensor]:
+        """Return the micro-batches of one of ``count`` processes; a step's rows are shared out.
+
+        None of them is larger than in one process. Of few rows, some processes have none.
+        """
+        if count == 1:
+            return self.micro_batches_of(step)
+        rows = torch.tensor_split(torch.cat(self.micro_batches_of(step)), count)[rank]
+        return [part for part in torch.split(rows, self.batch_size) if len(part)]
+
 
 @lru_cache(maxsize=2)
 def _order(sequences: int, seed: int, epoch: int) -> Tensor:
@@ -195,8 +205,11 @@ def save_state(folder: Path, key: str, state: TrainingState) -> None:
         staging.unlink(missing_ok=True)
 
 
-def load_state(folder: Path, key: str) -> TrainingState | None:
+def load_state(folder: Path, key: str, *, tensors: bool = True) -> TrainingState | None:
     """Return the state of an earlier attempt at the same training; None: there is none.
+
+    Args:
+        tensors: with them; else only where it stands.
 
     A file that a full disk cut off counts as none; a warning names it.
     """
@@ -213,13 +226,14 @@ def load_state(folder: Path, key: str) -> TrainingState | None:
             if metadata.get("key") != key:
                 return None
             # Cloned: the mapped file is replaced by the next checkpoint.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            names = file.keys() if tensors else ()
+            found = {name: file.get_tensor(name).clone() for name in names}
     except CheckpointError as error:
         log.warning("%s", error)
         return None
     state = TrainingState(**json.loads(metadata["numbers"]))
     state.pending = (float(state.pending[0]), int(state.pending[1]))
-    for name, tensor in tensors.items():
+    for name, tensor in found.items():
         group, _, own = name.partition("/")
         getattr(state, group)[own] = tensor
     return state

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.forward import evaluating
+from streamline_bench.core.machine.ranks import current
 from streamline_bench.core.recipe.schema import ReplacementSpec, TrainingSpec
 from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.core.streaming import is_streamed
@@ -38,6 +39,7 @@ from streamline_bench.core.training.loop import (
     StateObjective,
     open_work_folder,
 )
+from streamline_bench.core.training.sharding import is_sharded
 from streamline_bench.core.training.state import CosineSchedule, StepPlan
 from streamline_bench.errors import RecipeError, SparsityError
 
@@ -46,6 +48,12 @@ log = logging.getLogger(__name__)
 TRAINING_VERSION = 1
 """Part of the keys of trainings and of compressions with one; raised when the same settings give
 other weights than before."""
+
+
+def training_version(device: str) -> int:
+    """Return the version for a type of device: on GPUs AdamW is fused, which rounds otherwise."""
+    return TRAINING_VERSION + (device.partition(":")[0] != "cpu")
+
 
 QUIRKS: Mapping[str, str] = {
     "bidirectional_layer": "a layer is trained by MSE without a causal mask",
@@ -166,6 +174,8 @@ class _Job:
                 progress=self.progress,
             )
             state = loop.run()
+        if is_sharded():  # after an interruption only the main process has it
+            state.best = current().first(lambda: state.best)
         summary = {
             "objective": self.training.objective, "kind": self.spec.kind,
             "block": [self.start, self.n], **loop.summary(),
@@ -236,10 +246,14 @@ class _Job:
         teacher = Teacher(self.model, self.start, self.n, student.num_calls, postnorm)
         streamed: list[StateSource | None] = [teacher for _ in sets]
         teachers: list[Teacher | LayerwiseStates] = [teacher for _ in sets]
-        in_order = [torch.split(torch.arange(len(s)), self.training.batch_size) for s in sets]
+        rank, count = current().rank, current().count
+        in_order = [
+            torch.split(torch.arange(len(each)), self.training.batch_size)[rank::count]
+            for each in sets
+        ]
         if is_streamed(self.model):
-            steps = [plan.micro_batches_of(step) for step in range(plan.steps)]
-            orders = [list(itertools.chain.from_iterable(steps)), list(in_order[1])]
+            steps = [plan.share_of(step, rank, count) for step in range(plan.steps)]
+            orders = [list(itertools.chain.from_iterable(steps)), in_order[1]]
             streamed = list(self._layerwise(teacher, sets, orders, stack))
             teachers = list(self._layerwise(teacher, sets, in_order, stack))
         if plan.epochs == 1:
@@ -285,12 +299,15 @@ class _Job:
     ) -> Iterator[LayerwiseStates]:
         """Yield where the states of each set come from if the model is streamed."""
         held_out = min(2 * self._state_bytes(sets[1]), self.training.cache_gb * 1e9 / 2)
+        # Each process has a folder of its own: it deletes the states of others that are there.
+        work = self.work if current().main else self.work / f"rank-{current().rank}"
+        work.mkdir(exist_ok=True)
         # The held-out set is used over and over: it is held throughout where that is possible.
         budgets = (self.training.cache_gb * 1e9 - held_out, held_out)
         for tokens, order, budget in zip(sets, orders, budgets, strict=True):
             source = LayerwiseStates(
-                teacher, tokens, order, device=self.device, work=self.work, progress=self.progress,
-                budget=budget,
+                teacher, tokens, order, device=self.device, progress=self.progress, budget=budget,
+                work=work,
             )  # fmt: skip
             stack.callback(source.close)
             yield source
@@ -357,5 +374,6 @@ def weights_digest(model: nn.Module, stop: int | None) -> str:
 
 def key_of(**facts: Any) -> str:
     """Return the SHA-256 (hex) of facts that JSON can express."""
-    payload = json.dumps({**facts, "version": TRAINING_VERSION}, sort_keys=True)
+    version = training_version(facts.get("device", "cpu"))
+    payload = json.dumps({**facts, "version": version}, sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()

@@ -12,12 +12,14 @@ import json
 import logging
 import shutil
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamline_bench.core.architecture import Architecture, architecture_of, sequence_limit
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import LazyTensors, layers_prefix
 from streamline_bench.core.files import atomic_write_text
+from streamline_bench.core.machine.ranks import current
 from streamline_bench.core.recipe.schema import RecoverySpec
 from streamline_bench.errors import ArchitectureError, NumericsError, library_errors
 from streamline_bench.methods.base import Compressed, Compression, Method, write_compressed
@@ -108,20 +110,35 @@ def _refuse_unstored(job: Compression, spec: RecoverySpec) -> None:
 def _compressed(job: Compression, method: Method) -> tuple[CheckpointReader, dict[str, Any]]:
     """Compress into the work folder, or take up what an interrupted attempt left there."""
     folder, described = job.work / "compressed", job.work / "compressed.json"
-    if not described.is_file():
-        result = method.compress(job)
+    first = current().first
+
+    def compress_alone() -> None:
+        _write(method.compress(job), job, folder, described)
+
+    if not first(described.is_file):
+        if job.recipe.trains_replacement:  # which all processes share
+            result = method.compress(job)
+            first(lambda: _write(result, job, folder, described))
+            del result
+        else:
+            first(compress_alone)
         job.release_model()
         gc.collect()
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        write_compressed(folder, job.reader, result, progress=job.progress)
-        facts = {name: getattr(result, name) for name in _FACTS}
-        facts["artefacts"] = sorted(result.artefacts)
-        del result
-        # Written last, so that it vouches for the folder.
-        atomic_write_text(described, json.dumps(facts))
-    facts = json.loads(described.read_text(encoding="utf-8"))
+    facts = first(lambda: json.loads(described.read_text(encoding="utf-8")))
     return CheckpointReader(folder), facts
+
+
+def _write(result: Compressed, job: Compression, folder: Path, described: Path) -> None:
+    """Write what the method made into the work folder."""
+    job.release_model()
+    gc.collect()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    write_compressed(folder, job.reader, result, progress=job.progress)
+    facts = {name: getattr(result, name) for name in _FACTS}
+    facts["artefacts"] = sorted(result.artefacts)
+    # Written last, so that it vouches for the folder.
+    atomic_write_text(described, json.dumps(facts))
 
 
 def _tokens(job: Compression, spec: RecoverySpec) -> CalibrationTokens:

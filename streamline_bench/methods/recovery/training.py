@@ -19,8 +19,10 @@ from streamline_bench.core.architecture import Architecture, architecture_of, de
 from streamline_bench.core.architecture_roles import LATENT, projections_of
 from streamline_bench.core.checkpoint.writer import LazyTensors
 from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.machine.ranks import current
 from streamline_bench.core.recipe.schema import ProjectionRole, RecoverySpec
 from streamline_bench.core.training.loop import DataSet, LmObjective, Loop, open_work_folder
+from streamline_bench.core.training.sharding import is_sharded, put, whole
 from streamline_bench.core.training.state import CosineSchedule, StepPlan
 from streamline_bench.core.training.trainer import TrainingResult, key_of
 from streamline_bench.errors import ArchitectureError, RecipeError
@@ -106,6 +108,9 @@ def train_recovery(
     with torch.random.fork_rng():  # steps seed the generators for their dropout
         state = loop.run()
     trainable.load(state.best)
+    merged: Mapping[str, Tensor] = trainable.merged()
+    if is_sharded():  # which needs all processes, and not when one of them asks
+        merged = {name: merged[name] for name in trainable.weights}
     summary = {
         "kind": spec.kind,
         "preset": spec.preset,
@@ -114,7 +119,7 @@ def train_recovery(
         **({"targets_left_out": dict(trainable.left_out)} if trainable.left_out else {}),
         **loop.summary(),
     }
-    return TrainingResult(trainable.merged(), state.curve, summary)
+    return TrainingResult(merged, state.curve, summary)
 
 
 class TrainableParameters:
@@ -134,29 +139,46 @@ class TrainableParameters:
 
     def __init__(self, model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
         model.eval().requires_grad_(False)
-        self._chosen = dict(chosen)
-        self.weights = tuple(self._chosen)
-        for parameter in self._chosen.values():
+        self.weights = tuple(chosen)
+        for parameter in chosen.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+        places = {
+            id(parameter): (module, name)
+            for module in model.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+        # Where they are: FSDP puts others in their place.
+        self._places = {name: places[id(parameter)] for name, parameter in chosen.items()}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self._chosen)
+        return {name: getattr(module, own) for name, (module, own) in self._places.items()}
 
     def state_on_cpu(self) -> dict[str, Tensor]:
-        return {name: p.detach().to("cpu", copy=True) for name, p in self._chosen.items()}
+        """Return a copy; of weights that are spread over processes, at the main one alone."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.named_parameters().items():
+            full = whole(parameter).detach()
+            if current().main or not is_sharded():
+                state[name] = full.to("cpu", copy=True)
+        return state
 
-    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._chosen.items():
-            parameter.copy_(state[name])
+        for name, parameter in self.named_parameters().items():
+            put(parameter, state.get(name))
+
+    draws = False
 
     def begin(self, step: int | None) -> None:
         """Nothing to prepare: there is no dropout."""
 
+    def take(self, rows: slice, of: int) -> None:
+        """Nothing is drawn."""
+
     def merged(self) -> LazyTensors:
         """Return name in the model -> trained weight, float32 on the CPU, where it stands now."""
-        return LazyTensors(self._chosen, lambda name: self._chosen[name].detach().cpu())
+        parameters = self.named_parameters()
+        return LazyTensors(parameters, lambda name: whole(parameters[name]).detach().cpu())
 
 
 def partial_parameters(model: Any, spec: RecoverySpec) -> TrainableParameters:
@@ -239,17 +261,26 @@ class LoraParameters(TrainableParameters):
             inject_adapter_in_model(config, model.get_submodule(layers))
         self._seed = seed
         self._layers: dict[str, Any] = {path: model.get_submodule(path) for path in modules}
+        if current().count > 1 and spec.dropout:
+            for layer in self._layers.values():
+                layer.lora_dropout[_ADAPTER] = SharedDropout(spec.dropout)
         self._dropouts = [
             layer.lora_dropout[_ADAPTER]
             for layer in self._layers.values()
             if isinstance(layer.lora_dropout[_ADAPTER], nn.Dropout)
         ]
+        self.draws = bool(self._dropouts)
         chosen: dict[str, nn.Parameter] = {}
         for path, layer in self._layers.items():
             chosen[f"{path}.lora_A"] = layer.lora_A[_ADAPTER].weight
             chosen[f"{path}.lora_B"] = layer.lora_B[_ADAPTER].weight
         super().__init__(model, chosen)
         self.weights = tuple(f"{path}.weight" for path in self._layers)
+
+    def take(self, rows: slice, of: int) -> None:
+        for dropout in self._dropouts:
+            if isinstance(dropout, SharedDropout):
+                dropout.rows, dropout.of = rows, of
 
     def begin(self, step: int | None) -> None:
         """Switch dropout on and seed it for a training step; switch it off for a validation."""
@@ -269,8 +300,27 @@ class LoraParameters(TrainableParameters):
     @torch.no_grad()
     def _merged(self, name: str) -> Tensor:
         layer = self._layers[name.removesuffix(".weight")]
-        merged: Tensor = layer.get_base_layer().weight.float() + layer.get_delta_weight(_ADAPTER)
-        return merged.cpu()
+        weight = layer.get_base_layer().weight
+        merged: Tensor = weight.float() + layer.get_delta_weight(_ADAPTER)
+        return whole(merged).cpu()
+
+
+class SharedDropout(nn.Dropout):
+    """Dropout of some rows of a batch, drawn as for the whole batch in one process.
+
+    Attributes:
+        rows: which of the batch's ``of`` rows the input has, along its first dimension.
+    """
+
+    rows, of = slice(0, 1), 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return input
+        times = input.shape[0] // (self.rows.stop - self.rows.start)  # rows and tokens in one
+        whole = input.new_ones((self.of * times, *input.shape[1:]))
+        kept = nn.functional.dropout(whole, self.p)
+        return input * kept[self.rows.start * times : self.rows.stop * times]
 
 
 def target_modules(model: Any, spec: RecoverySpec) -> tuple[dict[str, nn.Module], dict[str, str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.files import LockHeld, LockUnwritable, file_lock
+from streamline_bench.core.machine.ranks import current
 from streamline_bench.core.scan import scan
 from streamline_bench.core.similarity import LastState, Similarity
 from streamline_bench.errors import CalibrationError, OutputError
@@ -25,8 +26,13 @@ def scan_once(work: Compression, tokens: CalibrationTokens, last_state: LastStat
     """Return the scan: one serves every recipe and every size on the same model and tokens.
 
     It is taken from an interrupted attempt or from the cache if it is there; else it is made, and
-    another process that wants the same one waits for it.
+    another process that wants the same one waits for it. Of the processes of one launch the main
+    one scans, and the others get what it found.
     """
+    return current().first(lambda: _scan_once(work, tokens, last_state))
+
+
+def _scan_once(work: Compression, tokens: CalibrationTokens, last_state: LastState) -> Similarity:
     own = work.work / SIMILARITY_FILE
     if own.exists():
         return Similarity.load(own)
