@@ -12,7 +12,15 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from streamline_bench.core.recipe.presets import with_preset
 from streamline_bench.core.recipe.validation import wrong_value
@@ -64,6 +72,13 @@ class ReplacementSpec(Frozen):
     intermediate_size: int | None = Field(None, ge=1, description="None: the paper's size")
 
 
+class DistillationSpec(Frozen):
+    """How logits of the dense model are compared with, for objective ``kd``."""
+
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(64, ge=1, description="tokens of each position; all others are one")
+
+
 class TrainingSpec(Frozen):
     """How a replacement is trained (LLM-Streamline, arXiv 2403.19135, equation 4 and its release).
 
@@ -72,11 +87,11 @@ class TrainingSpec(Frozen):
     ``lr='auto'`` is 2e-4 x sqrt(4096 / hidden_size), at most 2e-3: the paper's rate at its width.
     """
 
-    objective: Literal["none", "mse", "relative_mse", "cosine", "lm"] = Field(
+    objective: Literal["none", "mse", "relative_mse", "cosine", "lm", "kd"] = Field(
         "none",
         description="mse: the paper's; relative_mse: each token's squared error over its own "
         "squared norm; cosine: 1 - cosine plus the squared difference of the log norms; lm: the "
-        "loss of the next token",
+        "loss of the next token; kd: its divergence from the dense model's distribution",
     )
     data: CalibrationSpec = CalibrationSpec()
     epochs: int = Field(1, ge=1)
@@ -96,6 +111,14 @@ class TrainingSpec(Frozen):
     validations: int = Field(10, ge=1, description="how often the validation loss is taken")
     cache_gb: float = Field(16.0, ge=0, description="budget of the activation cache")
     checkpoint_every: int = Field(200, ge=1, description="optimizer steps between checkpoints")
+    kd: DistillationSpec = DistillationSpec()
+
+    @model_serializer(mode="wrap")
+    def _only_what_counts(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        payload: dict[str, Any] = serialize(self)
+        if self.objective != "kd":
+            payload.pop("kd", None)
+        return payload
 
 
 ProjectionRole = Literal["q", "k", "v", "o", "gate", "up", "down"]
@@ -146,8 +169,8 @@ class RecoverySpec(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> RecoverySpec:
-        if self.training.objective != "lm":
-            raise ValueError("a recovery is trained with objective 'lm'")
+        if self.training.objective not in ("lm", "kd"):
+            raise ValueError("a recovery is trained with objective 'lm' or 'kd'")
         return self
 
 

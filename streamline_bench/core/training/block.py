@@ -96,6 +96,12 @@ def make_batch(
     return Batch(ids.to(device), mask[:, :used].to(device), rows, targets)
 
 
+def predicted(mask: Tensor, targets: Tensor | None) -> Tensor:
+    """Return which tokens but the last predict one that counts, bool ``[batch, seq - 1]``."""
+    follows = mask[:, 1:] & mask[:, :-1]
+    return follows if targets is None else follows & targets[:, 1:]
+
+
 @dataclass(frozen=True)
 class BlockStates:
     """States around a block: ``hidden`` and ``target`` ``[batch, seq, d]``; calls of its layers."""

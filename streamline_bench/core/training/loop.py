@@ -30,7 +30,8 @@ from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.machine.ranks import current
 from streamline_bench.core.recipe.schema import TrainingSpec
-from streamline_bench.core.training.block import Batch, StateSource, Student, make_batch
+from streamline_bench.core.training.block import Batch, StateSource, Student, make_batch, predicted
+from streamline_bench.core.training.distillation import KdObjective, TeacherLogits
 from streamline_bench.core.training.head import loss_of_logits
 from streamline_bench.core.training.sharding import (
     is_sharded,
@@ -115,7 +116,7 @@ class StateObjective:
         self._error = error
         self._bidirectional = bidirectional
 
-    def loss_sum(self, batch: Batch, source: StateSource | None) -> Tensor:
+    def loss_sum(self, batch: Batch, source: Any) -> Tensor:
         """Return the sum of the losses of all terms of a batch, a float32 scalar."""
         if source is None:
             raise ValueError("an error of states needs the states around the block")
@@ -146,8 +147,8 @@ class LmObjective:
     def __init__(self, model: nn.Module) -> None:
         self.model: nn.Module | None = model
 
-    def loss_sum(self, batch: Batch, source: StateSource | None) -> Tensor:
-        counted = _predicted(batch.mask, batch.targets)
+    def loss_sum(self, batch: Batch, source: Any) -> Tensor:
+        counted = predicted(batch.mask, batch.targets)
         labels = batch.ids[:, 1:][counted]
 
         def loss(logits: Tensor, numbers: Tensor) -> Tensor:
@@ -157,15 +158,10 @@ class LmObjective:
         return loss_of_logits(self.model, batch.ids, batch.mask, wanted, loss)
 
     def terms(self, mask: Tensor, targets: Tensor | None = None) -> int:
-        return int(_predicted(mask, targets).sum())
+        return int(predicted(mask, targets).sum())
 
 
-Objective: TypeAlias = StateObjective | LmObjective
-
-
-def _predicted(mask: Tensor, targets: Tensor | None) -> Tensor:
-    predicted = mask[:, 1:] & mask[:, :-1]
-    return predicted if targets is None else predicted & targets[:, 1:]
+Objective: TypeAlias = StateObjective | LmObjective | KdObjective
 
 
 class Trainee(Protocol):
@@ -203,10 +199,10 @@ class Trainee(Protocol):
 
 @dataclass(frozen=True)
 class DataSet:
-    """Sequences and, for an error of states, where the states around the block come from."""
+    """Sequences, and where the states around the block, or the dense logits, come from."""
 
     tokens: CalibrationTokens
-    source: StateSource | None = None
+    source: StateSource | TeacherLogits | None = None
 
     def terms(self, objective: Objective, rows: Tensor | slice = slice(None)) -> int:
         """Return the number of terms that an objective has for some rows (default: all)."""
@@ -410,7 +406,7 @@ class Loop:
         ranks.add_up([parameter.grad for parameter in counted if parameter.grad is not None])
         return total
 
-    def _loss(self, batch: Batch, source: StateSource | None) -> Tensor:
+    def _loss(self, batch: Batch, source: StateSource | TeacherLogits | None) -> Tensor:
         enabled = self.training.autocast == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             return self.objective.loss_sum(batch, source)

@@ -30,6 +30,7 @@ from streamline_bench.core.training.block import (
     Teacher,
     pruned,
 )
+from streamline_bench.core.training.distillation import KdObjective, teacher_logits
 from streamline_bench.core.training.loop import (
     STATE_ERRORS,
     DataSet,
@@ -104,9 +105,10 @@ def train_replacement(
     The model is the teacher; it is moved to ``device`` and otherwise left as it was. ``mse``,
     ``relative_mse`` and ``cosine`` run it up to the end of the block and train the replacement on
     its hidden states (:data:`~streamline_bench.core.training.loop.STATE_ERRORS`); ``lm`` trains
-    the replacement inside the pruned model on the next token; ``none`` returns the initial weights.
-    All run without dropout. A killed training continues from its last checkpoint in
-    ``work``; on CPU the result is the same to the bit.
+    the replacement inside the pruned model on the next token, ``kd`` on the model's own
+    distribution of it; ``none`` returns the initial weights. All run without dropout. A killed
+    training continues from its last checkpoint in ``work``; on CPU the result is the same to the
+    bit.
 
     Args:
         n: layers removed, including those that kind ``layer`` puts back.
@@ -156,10 +158,11 @@ class _Job:
         training, validation = self.tokens.split(self.training.validation_share, self.seed)
         plan = StepPlan.of(self.training, len(training), self.seed)
         data_key, key = self._keys(weights)
+        sets = [training, validation]
+        dense = self._dense(sets, data_key)  # before the student is put in
         with ExitStack() as stack:
             objective = stack.enter_context(self._objective(student))
-            sets = [training, validation]
-            sources, storage = self._sources(sets, plan, student, data_key, stack)
+            sources, storage = dense or self._sources(sets, plan, student, data_key, stack)
             loop = Loop(
                 student=student,
                 objective=objective,
@@ -229,7 +232,20 @@ class _Job:
             yield StateObjective(student, error, bidirectional=bidirectional)
             return
         with pruned(self.model, self.start, self.n, student):
-            yield LmObjective(self.model)
+            if self.training.objective == "kd":
+                yield KdObjective(self.model, self.training.kd)
+            else:
+                yield LmObjective(self.model)
+
+    def _dense(self, sets: Sequence[CalibrationTokens], key: str) -> tuple[list[Any], str] | None:
+        """Return the dense model's logits of each set for ``kd``, and where they are in words."""
+        if self.training.objective != "kd":
+            return None
+        sources = teacher_logits(
+            self.work, key, self.model, sets, self.training.kd, device=self.device,
+            progress=self.progress,
+        )  # fmt: skip
+        return list(sources), f"the {self.training.kd.top_k} largest logits, memory-mapped"
 
     def _sources(
         self,
@@ -238,7 +254,7 @@ class _Job:
         student: Student,
         key: str,
         stack: ExitStack,
-    ) -> tuple[list[StateSource | None], str]:
+    ) -> tuple[list[Any], str]:
         """Return where the states of each set come from, and that in words."""
         if self.training.objective not in STATE_ERRORS:
             return [None for _ in sets], "no hidden states needed"

@@ -46,7 +46,7 @@ class Streamline(Method):
 
     def streams(self, recipe: Recipe) -> bool:
         """Whether no pass goes backwards through the model."""
-        return recipe.replacement.kind == "none" or recipe.training.objective != "lm"
+        return recipe.replacement.kind == "none" or recipe.training.objective not in ("lm", "kd")
 
     def compress(self, work: Compression) -> Compressed:
         """Scan, choose the block, train the replacement if there is one."""

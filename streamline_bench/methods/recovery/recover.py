@@ -11,7 +11,7 @@ import gc
 import json
 import logging
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from streamline_bench.core.data.calibration import CalibrationTokens
     from streamline_bench.core.training import TrainingResult
+    from streamline_bench.core.training.distillation import TeacherLogits
 
 RECOVERY_VERSION = 1
 """Part of the cache key of recipes with a recovery; raised when the same recovery gives other
@@ -57,6 +58,7 @@ def compress_and_recover(
     reader, facts = _compressed(job, method)
     tokens = _tokens(job, spec)
     log.info("recovery (%s): %d sequences of %s", spec.kind, len(tokens), tokens.source)
+    dense = _dense(job, spec, tokens)
     # LoRA leaves the weights as they are; others are trained, and need their full precision.
     dtype = job.dtype if spec.kind == "lora" else None
     model = load_model(
@@ -77,6 +79,7 @@ def compress_and_recover(
         job.work / "recovery",
         seed=job.recipe.seed,
         weights_sha256=reader.fingerprint(progress=job.progress),
+        dense=dense,
         progress=job.progress,
     )
     ties = {"tied": tied and not untied, "untied_embeddings": untied}
@@ -155,6 +158,29 @@ def _tokens(job: Compression, spec: RecoverySpec) -> CalibrationTokens:
         max_length=sequence_limit(job.config),
         progress=job.progress,
     )
+
+
+def _dense(
+    job: Compression, spec: RecoverySpec, tokens: CalibrationTokens
+) -> Sequence[TeacherLogits]:
+    """Let the dense model run over the sequences, for ``kd``, before the result is loaded."""
+    if spec.training.objective != "kd":
+        return ()
+    import torch
+
+    from streamline_bench.core.training.distillation import teacher_logits
+    from streamline_bench.core.training.trainer import key_of
+
+    sets = tokens.split(spec.training.validation_share, job.recipe.seed)
+    weights = job.reader.fingerprint(progress=job.progress)
+    key = key_of(weights=weights, dtype=job.dtype, device=job.device.partition(":")[0])
+    given = teacher_logits(
+        job.work, key, job.model, sets, spec.training.kd, device=torch.device(job.device),
+        progress=job.progress,
+    )  # fmt: skip
+    job.release_model()
+    gc.collect()
+    return given
 
 
 def _recovered(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from streamline_bench.core.checkpoint.writer import LazyTensors
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.machine.ranks import current
 from streamline_bench.core.recipe.schema import ProjectionRole, RecoverySpec
+from streamline_bench.core.training.distillation import KdObjective, TeacherLogits
 from streamline_bench.core.training.loop import DataSet, LmObjective, Loop, open_work_folder
 from streamline_bench.core.training.sharding import is_sharded, put, whole
 from streamline_bench.core.training.state import CosineSchedule, StepPlan
@@ -52,6 +53,7 @@ def train_recovery(
     *,
     seed: int,
     weights_sha256: str,
+    dense: Sequence[TeacherLogits] = (),
     progress: bool = True,
 ) -> TrainingResult:
     """Train the chosen parameters of ``model`` where it stands; the model is used up.
@@ -63,6 +65,7 @@ def train_recovery(
         trainable: from :func:`choose_parameters`, of this model.
         tokens: training data; ``validation_share`` of the sequences is held out.
         weights_sha256: hash of the model's weights before the training.
+        dense: logits of the dense model for training and held-out sequences, for ``kd``.
 
     Returns:
         Its state has name in the model -> weight, float32 on the CPU, updates of LoRA merged. It is
@@ -94,12 +97,12 @@ def train_recovery(
     )
     loop = Loop(
         student=trainable,
-        objective=LmObjective(model),
+        objective=KdObjective(model, spec.training.kd) if dense else LmObjective(model),
         training=spec.training,
         plan=plan,
         schedule=schedule,
-        train=DataSet(training),
-        validation=DataSet(validation),
+        train=DataSet(training, dense[0] if dense else None),
+        validation=DataSet(validation, dense[1] if dense else None),
         device=model.device,
         work=work,
         key=key,
@@ -113,6 +116,7 @@ def train_recovery(
         merged = {name: merged[name] for name in trainable.weights}
     summary = {
         "kind": spec.kind,
+        **({"objective": "kd"} if dense else {}),
         "preset": spec.preset,
         "trained_parameters": sum(p.numel() for p in trainable.named_parameters().values()),
         "changed_tensors": len(trainable.weights),

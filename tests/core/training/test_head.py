@@ -30,7 +30,7 @@ def _gradients(model: Any, batch: Batch) -> tuple[float, dict[str, torch.Tensor]
     loss = LmObjective(model).loss_sum(batch, None)
     loss.backward()
     named = model.named_parameters()
-    return float(loss), {name: p.grad.clone() for name, p in named if p.grad is not None}
+    return loss.item(), {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -39,7 +39,7 @@ def test_parts_give_the_loss_and_gradients_of_the_whole(
 ) -> None:
     """Also of families that scale or cap their logits behind the head."""
     changes = {"gemma2": {"head_dim": 8}, "granite": {"logits_scaling": 3.0}}.get(family, {})
-    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(family, **changes)).eval()
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(family, **changes)).eval().double()
     batch = _batch(model.config.vocab_size)
     plain, expected = _gradients(model, batch)
     monkeypatch.setattr(head, "WHOLE", 0)

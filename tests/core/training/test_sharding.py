@@ -1,0 +1,87 @@
+"""Settings of ``accelerate launch``: what is refused, and that the documented ones are read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from streamline_bench.core.machine import ranks
+from streamline_bench.core.recipe.schema import TrainingSpec
+from streamline_bench.core.training.sharding import is_sharded, refuse_launch
+from streamline_bench.errors import RecipeError
+
+
+@pytest.fixture
+def of_two(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """This process is one of two, and no setting of accelerate is there."""
+    monkeypatch.setattr(ranks, "_current", ranks.Ranks(1, 2))
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, r"DeepSpeed.*fsdp_version 2"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, r"Megatron-LM.*FSDP"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, r"version 1; set fsdp_version: 2"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, r"mixed_precision is fp16.*autocast is none"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, r"mixed_precision is bf16.*autocast is none"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, r"is 4.*gradient_accumulation is 2"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, r"dynamo_backend is inductor"),
+    ],
+)
+def test_settings_that_contradict_the_recipe_are_refused(
+    of_two: pytest.MonkeyPatch, settings: dict[str, str], named: str
+) -> None:
+    for name, value in settings.items():
+        of_two.setenv(name, value)
+    with pytest.raises(RecipeError, match=named):
+        refuse_launch(TrainingSpec(gradient_accumulation=2))
+
+
+def test_settings_that_agree_with_the_recipe_are_taken(of_two: pytest.MonkeyPatch) -> None:
+    of_two.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    of_two.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    refuse_launch(TrainingSpec(gradient_accumulation=2, autocast="bf16"))
+
+
+def test_the_documented_settings_are_those_of_accelerate(
+    repository: Path, tmp_path: Path, of_two: pytest.MonkeyPatch
+) -> None:
+    """Read and handed on by accelerate's own launcher."""
+    from accelerate.commands.config.config_args import ClusterConfig
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    page = repository / "reports/docs/pages/howto/several-gpus.md"
+    (settings,) = re.findall(r"```yaml\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    file = tmp_path / "fsdp2.yaml"
+    file.write_text(settings)
+    assert ClusterConfig.from_yaml_file(str(file)).fsdp_config["fsdp_version"] == 2
+    given = ["--config_file", str(file), "-m", "streamline_bench", "compress"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(given))
+    for name, value in prepare_multi_gpu_env(arguments).items():
+        of_two.setenv(name, value)
+    refuse_launch(TrainingSpec())
+    assert is_sharded()
+
+
+@pytest.mark.parametrize("rank", ["2", "", "x"])
+def test_processes_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(RecipeError, match=r"WORLD_SIZE=2, RANK=.*torchrun"):
+        ranks.launched()
+
+
+def test_one_gpu_is_not_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match=r"cuda:1; give device cuda"):
+        ranks.own_device("cuda:1")
+    assert ranks.own_device("cpu") == "cpu"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(RecipeError, match=r"processors only, and the device is cuda"):
+        ranks.start_group("cuda")
