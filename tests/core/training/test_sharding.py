@@ -66,22 +66,3 @@ def test_the_documented_settings_are_those_of_accelerate(
         of_two.setenv(name, value)
     refuse_launch(TrainingSpec())
     assert is_sharded()
-
-
-@pytest.mark.parametrize("rank", ["2", "", "x"])
-def test_processes_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", rank)
-    with pytest.raises(RecipeError, match=r"WORLD_SIZE=2, RANK=.*torchrun"):
-        ranks.launched()
-
-
-def test_one_gpu_is_not_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(RecipeError, match=r"cuda:1; give device cuda"):
-        ranks.own_device("cuda:1")
-    assert ranks.own_device("cpu") == "cpu"
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(RecipeError, match=r"processors only, and the device is cuda"):
-        ranks.start_group("cuda")

@@ -39,3 +39,15 @@ def test_epochs_are_added_for_min_steps() -> None:
     assert (plan.steps_per_epoch, plan.epochs, plan.steps) == (3, 4, 12)
     assert plan.micro_batches == 4 * 6
     assert StepPlan.of(TrainingSpec(epochs=2), 16, seed=0).steps == 4
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_processes_share_the_rows_of_a_step(count: int) -> None:
+    plan = StepPlan(23, 2, 3, epochs=2, seed=1)
+    for step in range(plan.steps):
+        whole = torch.cat(plan.micro_batches_of(step))
+        shares = [plan.share_of(step, rank, count) for rank in range(count)]
+        assert all(1 <= len(rows) <= 2 for share in shares for rows in share)
+        sizes = [sum(len(rows) for rows in share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
+        assert torch.equal(torch.cat([rows for share in shares for rows in share]), whole)
