@@ -115,7 +115,7 @@ def evaluations(
         "PYTHONPATH": os.pathsep.join(sys.path),
     }  # fmt: skip
     command = [sys.executable, "-c", EVALUATIONS, str(root), port, str(tasks), cases]
-    subprocess.run(command, env=environment, check=True, timeout=200)
+    subprocess.run(command, env=environment, check=True, timeout=280)
     return root
 
 
