@@ -28,9 +28,9 @@ from streamline_bench.harness import bridge
 INTO = pipeline._compress_into
 
 def evaluate(folder, tasks, arguments):
-    def into(*given):
+    def into(*given, **options):
         (folder / f"made-{os.getpid()}").touch()
-        return INTO(*given)
+        return INTO(*given, **options)
     pipeline._compress_into = into
     bridge.register()
     found = lm_eval.simple_evaluate(

@@ -18,6 +18,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mse": ("mse", {"epochs": 1, "min_steps": 20}),  # from a file that both fill
     "mse-recomputed": ("mse", {"min_steps": 20, "cache_gb": 0.0, "gradient_accumulation": 2}),
     "lm": ("lm", {"min_steps": 20, "batch_size": 1, "gradient_accumulation": 3}),
+    "kd": ("kd", {"min_steps": 20}),
     "lora": ("lora", {"min_steps": 20, "gradient_accumulation": 2}),  # with dropout
     "lora-alone": ("lora", {"batch_size": 1}),  # one process has no row
     "partial": ("partial", {"min_steps": 20}),
@@ -61,11 +62,11 @@ def train(work, kind, settings, stop_after=-1):
         num_attention_heads=2, num_key_value_heads=1,
     )
     model = AutoModelForCausalLM.from_config(config)
-    objective = "mse" if kind == "mse" else "lm"
+    objective = kind if kind in ("mse", "kd") else "lm"
     training = TrainingSpec(
         **{"objective": objective, "batch_size": 4, "lr": 3e-3, "validation_share": 0.2, **settings}
     )
-    if kind in ("mse", "lm"):
+    if kind in ("mse", "lm", "kd"):
         result = train_replacement(
             model, start=1, n=2, spec=ReplacementSpec(kind="layer"), training=training,
             tokens=tokens(), work=work, seed=3, progress=False,
