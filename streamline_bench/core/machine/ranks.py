@@ -8,6 +8,7 @@ in which nothing here costs or changes anything. Accelerate starts the group of 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -222,16 +223,18 @@ def alone() -> Iterator[None]:
 def say_once(say: Callable[[], None]) -> None:
     """Say, at the end of a command, what went wrong, once for all ranks.
 
-    An error that all ranks meet is said by the main one. Where that one has none, because it is
-    still at work, the rank that has one says it; the launcher then ends the others.
+    An error that all ranks meet is said by the main one; its launcher then ends the others. Where
+    that one has none, because it is still at work, the rank that has one says it after a while.
     """
-    store = _store()
-    if store is None:
-        say()
-    elif launched().main:
+    store, several = _store(), os.environ.get("WORLD_SIZE", "1") != "1"
+    if not several or os.environ.get("RANK", "0") in ("", "0"):
         say()
         with suppress(Exception):  # whoever keeps the store may have ended
-            store.set(_SAID, "yes")
+            if store is not None:
+                store.set(_SAID, "yes")
+    elif store is None:  # before the ranks have met
+        time.sleep(_PATIENCE.total_seconds())
+        say()
     else:
         try:
             store.wait([_SAID], _PATIENCE)
