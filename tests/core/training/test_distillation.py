@@ -57,12 +57,12 @@ def test_with_all_tokens_it_is_the_divergence(
     settings = {"temperature": temperature, "top_k": 1000}  # more than there are
     loss = _losses(model, other_model, padded_tokens, tmp_path, **settings)
     expected = _divergence(model, other_model, padded_tokens, temperature)
-    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
     loss.backward()
     gradient = other_model.model.layers[2].mlp.down_proj.weight.grad
     assert bool(gradient.isfinite().all())
     assert float(gradient.abs().max()) > 0
-    assert float(_losses(model, model, padded_tokens, tmp_path, **settings)) < 1e-4
+    assert _losses(model, model, padded_tokens, tmp_path, **settings).item() < 1e-4
 
 
 def test_with_few_tokens_it_is_less_and_grows_with_their_number(
@@ -70,7 +70,7 @@ def test_with_few_tokens_it_is_less_and_grows_with_their_number(
 ) -> None:
     model = teacher_model.eval()
     losses = [
-        float(_losses(model, other_model, padded_tokens, tmp_path, top_k=top)) for top in (1, 8, 99)
+        _losses(model, other_model, padded_tokens, tmp_path, top_k=top).item() for top in (1, 8, 99)
     ]
     assert 0 < losses[0] < losses[1] < losses[2]
     assert losses[2] <= _divergence(model, other_model, padded_tokens, 1.0) * 1.0001

@@ -39,7 +39,9 @@ def test_parts_give_the_loss_and_gradients_of_the_whole(
 ) -> None:
     """Also of families that scale or cap their logits behind the head."""
     changes = {"gemma2": {"head_dim": 8}, "granite": {"logits_scaling": 3.0}}.get(family, {})
-    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(family, **changes)).eval().double()
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(family, **changes)).eval()
+    if family != "mixtral":  # whose experts are not computed in float64
+        model.double()
     batch = _batch(model.config.vocab_size)
     plain, expected = _gradients(model, batch)
     monkeypatch.setattr(head, "WHOLE", 0)
