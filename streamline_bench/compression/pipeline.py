@@ -251,9 +251,7 @@ def _compress_into(
                 lambda: is_streamed_placement(placement, source, recipe, device, dtype)
             )
             scans = root / "scans" / _scan_key(source, device, dtype)
-            job = Compression(
-                source, recipe, work, device, dtype, source.progress, streamed, scans
-            )
+            job = Compression(source, recipe, work, device, dtype, source.progress, streamed, scans)
             _compress(job, staging)
         if current().main:
             shutil.rmtree(work, ignore_errors=True)

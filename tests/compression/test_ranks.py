@@ -30,9 +30,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import streamline_bench.compression.pipeline, streamline_bench.methods.recovery.recover
 from streamline_bench.cli.main import main
 from streamline_bench.core.training import loop
-from streamline_bench.methods.tools import layer_removal
+from streamline_bench.methods.tools import shared_scan
 
-STEP, LOSS, SCAN = loop.Loop._step, loop.Loop._loss, layer_removal.scan
+STEP, LOSS, SCAN = loop.Loop._step, loop.Loop._loss, shared_scan.scan
 
 def work(folder, arguments, victim, at, fault):
     rank = int(os.environ["RANK"])
@@ -48,7 +48,7 @@ def work(folder, arguments, victim, at, fault):
     def loss(self, *given):
         faulty = (rank, self.state.step, fault) == (victim, at, "nan")
         return LOSS(self, *given) * (float("nan") if faulty else 1.0)
-    loop.Loop._step, loop.Loop._loss, layer_removal.scan = step, loss, scan
+    loop.Loop._step, loop.Loop._loss, shared_scan.scan = step, loss, scan
     main(arguments)
 
 def launch(folder, count, arguments, victim=-1, at=-1, fault=""):
