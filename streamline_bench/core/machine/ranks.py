@@ -105,7 +105,8 @@ class Ranks:
                 continue
             flat = torch.cat([each.reshape(-1) for each in bucket])
             torch.distributed.all_reduce(flat)
-            for each, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            parts = torch.split(flat, [each.numel() for each in bucket])
+            for each, total in zip(bucket, parts, strict=True):
                 each.copy_(total.view_as(each))
             bucket = []
 
