@@ -85,7 +85,7 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("STREAMLINE_BENCH_TRACEBACK") or not _under_command():
             raise
         sentence = f"streamline-bench: {printable(error)}\n"
-        say_once(lambda: sys.stderr.write(sentence) and None)
+        say_once(lambda: sys.stderr.write(sentence))
         raise SystemExit(2) from None
 
 

@@ -221,7 +221,7 @@ def alone() -> Iterator[None]:
         _current = before
 
 
-def say_once(say: Callable[[], None]) -> None:
+def say_once(say: Callable[[], object]) -> None:
     """Say, at the end of a command, what went wrong, once for all ranks.
 
     An error that all ranks meet is said by the main one; its launcher then ends the others. Where

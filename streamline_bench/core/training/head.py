@@ -58,8 +58,9 @@ def loss_of_logits(
             return loss(model.forward(**arguments).logits[0], numbers)
 
     total = states.new_zeros((), dtype=torch.float32)
-    for rows in numbers.split(-(-count // _PARTS)):
-        total = total + checkpoint(part, states[rows], rows, use_reentrant=False)
+    for rows in torch.split(numbers, -(-count // _PARTS)):
+        some: Tensor = checkpoint(part, states[rows], rows, use_reentrant=False)
+        total = total + some
     return total
 
 
