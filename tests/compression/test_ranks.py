@@ -80,12 +80,12 @@ print(json.dumps(codes))
 """
 
 TRAINED = ["--n-layers", "2", "--set", "training.min_steps=12", "--set", "training.batch_size=3"]
-TRAINED += ["--set", "training.checkpoint_every=2"]
+TRAINED += ["--set", "training.checkpoint_every=2", "--set", "sequence_length=16"]
 RECOVERED = ["--recipe", "last_layers_partial", "--n-layers", "1"]
-RECOVERED += ["--set", "recovery.training.batch_size=3", "--set", "recovery.training.epochs=1"]
+RECOVERED += ["--set", "recovery.training.batch_size=3", "--set", "recovery.training.min_steps=8"]
 RECOVERED += ["--set", "recovery.training.data.sequence_length=16"]
 SIZES: dict[str, list[str]] = {
-    "none": ["--recipe", "streamline_none", "--n-layers", "2"],
+    "none": ["--recipe", "streamline_none", "--n-layers", "2", "--set", "sequence_length=16"],
     "trained": ["--recipe", "streamline", *TRAINED],
     "recovered": RECOVERED,
 }
@@ -102,7 +102,7 @@ def launched(
     source = str(make_tiny_model("llama", num_hidden_layers=4))
 
     def job(name: str, recipe: str, count: int, *fault: Any) -> list[Any]:
-        settings = ["--calibration", str(text), "--set", "sequence_length=16", "--device", "cpu"]
+        settings = ["--calibration", str(text), "--device", "cpu"]
         output = ["-o", str(root / name / "out")]
         arguments = ["compress", source, *SIZES[recipe], *settings, *output]
         return [str(root / name), count, arguments, *fault]
