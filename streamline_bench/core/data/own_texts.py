@@ -76,11 +76,8 @@ def write_texts(
             step = step if begin is None else torch.full_like(step, begin)
             written, cache = [step], None
             for _ in range(length - 1):
-                # A model without such a cache reads all of the text again.
-                given = torch.cat(written, dim=1) if cache is None else step
-                kept = {} if cache is None else {"past_key_values": cache}
-                output = model(input_ids=given.to(device), use_cache=True, **kept)
-                cache = getattr(output, "past_key_values", None)
+                output = model(input_ids=step.to(device), past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
                 logits = output.logits[:, -1, :known].float().cpu()
                 if not bool(logits.isfinite().all()):
                     raise CalibrationError(
