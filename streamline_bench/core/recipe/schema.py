@@ -112,9 +112,6 @@ class TrainingSpec(Frozen):
     validations: int = Field(10, ge=1, description="how often the validation loss is taken")
     cache_gb: float = Field(16.0, ge=0, description="budget of the activation cache")
     checkpoint_every: int = Field(200, ge=1, description="optimizer steps between checkpoints")
-    gradient_checkpointing: bool = Field(
-        False, description="recompute layers in the backward pass (lm, kd): less memory, slower"
-    )
     kd: DistillationSpec = DistillationSpec()
 
     @model_serializer(mode="wrap")
@@ -122,8 +119,6 @@ class TrainingSpec(Frozen):
         payload: dict[str, Any] = serialize(self)
         if self.objective != "kd":
             payload.pop("kd", None)
-        if not self.gradient_checkpointing:
-            payload.pop("gradient_checkpointing", None)
         return payload
 
 
