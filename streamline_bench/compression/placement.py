@@ -6,7 +6,6 @@ import logging
 from typing import Literal, get_args
 
 from streamline_bench.core.architecture import architecture_of
-from streamline_bench.core.data.own_texts import SELF
 from streamline_bench.core.machine.environment import free_memory
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.recipe.validation import suggest_or_list
@@ -79,8 +78,6 @@ def _resident_only(recipe: Recipe) -> str:
     """Return why a recipe needs the whole model in memory; empty if it does not."""
     if recipe.recovery is not None:
         return f"its recovery ({recipe.recovery.kind}) trains the whole model"
-    if SELF in recipe.data_sources:
-        return "the model writes its own texts (source self)"
     if not get_method(recipe.method).streams(recipe):
         return f"method '{recipe.method}' needs the whole model for it"
     return ""

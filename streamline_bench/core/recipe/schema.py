@@ -45,8 +45,7 @@ class CalibrationSpec(Frozen):
     saved with ``datasets.save_to_disk``, a hub id, or ``auto``: the file ``calibration.jsonl`` in
     the model's own folder if there is one, else ``slimpajama``. Several files are separated by
     commas or named by a pattern (``texts/*.jsonl.zst``). The form ``instruction`` is for a
-    recovery: records with ``instruction``, ``input`` (may be empty) and ``output``. ``self``: the
-    model to compress writes the texts, as many as ``samples`` or ``tokens`` say.
+    recovery: records with ``instruction``, ``input`` (may be empty) and ``output``.
 
     ``packing`` says what a packed sequence begins with where the tokenizer puts a BOS token in
     front of texts: ``bos``: each one with BOS, as the model has seen texts in its training;
