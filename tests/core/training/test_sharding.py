@@ -26,6 +26,14 @@ def of_two(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, r"DeepSpeed.*fsdp_version 2"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, r"Megatron-LM.*FSDP"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, r"version 1; set fsdp_version: 2"),
+        (
+            {
+                "ACCELERATE_USE_FSDP": "true",
+                "FSDP_VERSION": "2",
+                "FSDP_ACTIVATION_CHECKPOINTING": "true",
+            },
+            r"leave fsdp_activation_checkpointing out",
+        ),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, r"mixed_precision is fp16.*autocast is none"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, r"mixed_precision is bf16.*autocast is none"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, r"is 4.*gradient_accumulation is 2"),
