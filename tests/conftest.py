@@ -58,6 +58,25 @@ def ended() -> Callable[..., bool]:
     return wait
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Any]:
+    """A context, ``with forks.used():``, in which processes are as with ``warm``."""
+    import warm_python
+
+    with warm_python.waiting() as popen:
+        yield popen
+
+
+@pytest.fixture
+def warm(forks: Any) -> Iterator[Any]:
+    """Processes of this package that a test starts are forks of one that has its imports done.
+
+    For tests of what jobs do; those of what a process imports do without.
+    """
+    with forks.used():
+        yield forks
+
+
 @pytest.fixture(autouse=True)
 def _own_log_level() -> Iterator[None]:
     """A command sets the level of our logger; the next test starts from the default again."""
@@ -238,22 +257,30 @@ def recipe_checkpoint(
 
 @pytest.fixture(scope="session")
 def lm_eval_outputs(
-    make_tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    make_tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, forks: Any
 ) -> Path:
     """A folder with ``dense/`` and ``pruned/``: two real outputs of the stock ``lm_eval``.
 
-    Made by tests/stability/evaluate_toy.py (about 20 s, once per session). Do not modify.
+    Made by tests/stability/evaluate_toy.py, once for all processes of a session. Do not modify.
     """
+    import shutil
     import subprocess
     import sys
 
-    model = make_tiny_model("llama", num_hidden_layers=2)
-    work = tmp_path_factory.mktemp("lm-eval") / "out"
-    script = REPOSITORY / "tests" / "stability" / "evaluate_toy.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(model), str(work)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    from filelock import FileLock
+
+    one = "PYTEST_XDIST_WORKER" not in os.environ
+    base = tmp_path_factory.getbasetemp() if one else tmp_path_factory.getbasetemp().parent
+    work, script = base / "lm-eval-outputs", REPOSITORY / "tests" / "stability" / "evaluate_toy.py"
+    with FileLock(base / "lm-eval-outputs.lock"):
+        if not (work / "made").exists():
+            model = base / "lm-eval-model"
+            shutil.copytree(make_tiny_model("llama", num_hidden_layers=2), model)
+            command = [sys.executable, str(script), str(model), str(work)]
+            with forks.used():
+                done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            (work / "made").touch()
     return work
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,11 +19,14 @@ pytestmark = pytest.mark.slow
 
 Run = Callable[..., str]
 
+OURS = ("-m", "streamline_bench")
+
 
 @pytest.fixture(scope="module")
-def run(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(repository: Path, tmp_path_factory: pytest.TempPathFactory, forks: Any) -> Run:
     """Return a function that runs a command where the package is installed, and gives its output.
 
+    A command is that of a script, or what is behind ``python``, which may then be a fork.
     It is installed into a folder of its own, so that no other test finds it.
     """
     work = tmp_path_factory.mktemp("outside")
@@ -35,10 +39,14 @@ def run(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     }
 
     def call(*command: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [scripts / command[0], *command[1:]],
-            cwd=work, env=environment, text=True, capture_output=True,
-        )  # fmt: skip
+        script = not command[0].startswith("-")
+        program = (
+            [str(scripts / command[0]), *command[1:]] if script else [sys.executable, *command]
+        )
+        with forks.used():
+            done = subprocess.run(
+                program, cwd=work, env=environment, text=True, capture_output=True
+            )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -58,7 +66,7 @@ def test_compress_records_who_wrote_it(run: Run, tiny_llama: Path, tmp_path: Pat
 
     out = tmp_path / "out"
     run(
-        "streamline-bench", "compress", str(tiny_llama), "--recipe", "spread_layers",
+        *OURS, "compress", str(tiny_llama), "--recipe", "spread_layers",
         "--n-layers", "2", "-o", str(out),
     )  # fmt: skip
     manifest = read_manifest(out)
@@ -75,12 +83,12 @@ def test_a_recipe_may_name_the_class_itself(run: Run, tiny_llama: Path, tmp_path
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("method: example_method.spread_layers:SpreadLayers\nn_layers: 1\n")
     out = tmp_path / "out"
-    run("streamline-bench", "compress", str(tiny_llama), "--recipe", str(recipe), "-o", str(out))
+    run(*OURS, "compress", str(tiny_llama), "--recipe", str(recipe), "-o", str(out))
     manifest = read_manifest(out)
     assert manifest is not None and manifest.method["package"] == "example-method"
     recipe.write_text("method: example_method.spread_layers:Other\nn_layers: 1\n")
     told = run(
-        "streamline-bench", "compress", str(tiny_llama), "--recipe", str(recipe),
+        *OURS, "compress", str(tiny_llama), "--recipe", str(recipe),
         "-o", str(tmp_path / "none"), code=2,
     )  # fmt: skip
     assert "'Other'" in told and "Traceback" not in told
@@ -88,7 +96,7 @@ def test_a_recipe_may_name_the_class_itself(run: Run, tiny_llama: Path, tmp_path
 
 def test_the_stock_harness_scores_it(run: Run, tmp_path: Path) -> None:
     run(
-        "lm_eval", "--model", "streamline", "--model_args",
+        "-m", "lm_eval", "--model", "streamline", "--model_args",
         "pretrained=bundled,recipe=spread_layers,sparsity=0.25", "--device", "cpu",
         "--include_path", str(resource("tasks") / "lm_eval"), "--tasks", "streamline_demo_pairs",
         "--limit", "4", "--output_path", str(tmp_path / "out"),
@@ -102,10 +110,10 @@ def test_the_stock_harness_scores_it(run: Run, tmp_path: Path) -> None:
 def test_it_is_a_row_of_a_comparison_and_of_its_report(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run(
-        "streamline-bench", "compare", "bundled", "--recipes", "spread_layers", "--sparsity",
+        *OURS, "compare", "bundled", "--recipes", "spread_layers", "--sparsity",
         "0.25", "--tasks", "streamline_demo_pairs", "--limit", "4", "-o", str(out),
     )  # fmt: skip
-    run("streamline-bench", "report", str(out))
+    run(*OURS, "report", str(out))
     assert r"spread\_layers" in (out / "leaderboard.md").read_text(encoding="utf-8")
     board = (out / "leaderboard.json").read_text(encoding="utf-8")
     assert "Layers at equal distances removed" in board

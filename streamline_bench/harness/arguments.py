@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streamline_bench.core.checkpoint.folder import check_name
 from streamline_bench.core.machine.environment import bundled_model, is_bundled
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import RecipeError, StreamlineBenchError, library_errors
+from streamline_bench.modeling.vllm.package import require_vllm
 
 _TAKEN_FROM_KEYWORDS = (
     "attn_implementation experts_implementation device_map max_memory offload_buffers "
@@ -48,16 +50,21 @@ class ModelArguments:
 
 
 def check_arguments(model: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse wrong arguments of ``--model streamline`` before the harness and its tasks are loaded.
+    """Refuse wrong arguments of our models before the harness and its tasks are loaded.
 
     transformers is imported only where an argument may be its own.
 
     Raises:
+        CheckpointError: the model's folder does not exist.
+        MissingDependencyError: the model runs in vLLM, which is not installed.
         RecipeError: an unknown key, or one that does not go with the recipe.
     """
     from streamline_bench.compression.recipes import load_recipe
 
+    if isinstance(pretrained := arguments.get("pretrained"), str):
+        check_name(pretrained)
     if model != "streamline":
+        require_vllm(f"--model {model}")
         return  # of vLLM's arguments only vLLM knows the names
     own = _parameters_in_source()
     plain = {*own, *_recipe_keys(), *OWN, *_TAKEN_FROM_KEYWORDS}

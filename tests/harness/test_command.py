@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -59,15 +58,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def lm_eval(program: list[str], arguments: dict[str, str], cwd: Path) -> Any:
     options = [part for key, value in arguments.items() for part in (f"--{key}", value) if part]
-    environment = {**os.environ, "HF_HOME": str(cwd / "hf"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*program, *options],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment,
-        check=False,
-    )
+    return subprocess.run([*program, *options], capture_output=True, text=True, cwd=cwd)
 
 
 def samples(folder: Path) -> list[list[float]]:
@@ -81,19 +72,19 @@ def samples(folder: Path) -> list[list[float]]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("installed")
 def test_recipe_from_the_stock_command_with_one_response_cache_for_two_models(
-    tiny_llama: Path, tasks: Path, tmp_path: Path
+    tiny_llama: Path, tasks: Path, tmp_path: Path, forks: Any
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{(7 * i) % 96}" for i in range(4000)))
     dense = f"pretrained={tiny_llama},dtype=float32"
     recipe = f"recipe=streamline_none,n_layers=2,calibration={text},sequence_length=32"
-    command = [str(Path(sys.executable).with_name("lm_eval"))]
+    installed = [str(Path(sys.executable).with_name("lm_eval"))]
 
-    def run(name: str, model: str, model_args: str, **more: str) -> str:
+    def run(name: str, model_args: str, program: list[str], **more: str) -> str:
         done = lm_eval(
-            command,
+            program,
             {
-                "model": model,
+                "model": "streamline",
                 "model_args": model_args,
                 "tasks": "words_choice",
                 "include_path": str(tasks),
@@ -108,10 +99,11 @@ def test_recipe_from_the_stock_command_with_one_response_cache_for_two_models(
         return str(done.stderr)
 
     cache = {"use_cache": str(tmp_path / "answers")}
-    run("dense", "streamline", dense, **cache)
-    said = run("pruned", "streamline", f"{dense},{recipe}", **cache)
+    said = run("pruned", f"{dense},{recipe}", installed, **cache)
     assert "Compressed with recipe 'streamline_none'" in said
-    again = run("again", "streamline", f"{dense},{recipe}", **cache)
+    with forks.used():
+        run("dense", dense, [sys.executable, "-m", "lm_eval"], **cache)
+        again = run("again", f"{dense},{recipe}", [sys.executable, "-m", "lm_eval"], **cache)
     assert "Reusing the result of recipe 'streamline_none'" in again
     assert "Cached requests: 24, Requests remaining: 0" in again
     (result,) = (tmp_path / "again").rglob("results_*.json")

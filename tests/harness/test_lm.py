@@ -118,6 +118,7 @@ class TestArguments:
             ({"recipe": "streamlin"}, "'streamline'"),
             ({"sparisty": 0.5}, "'sparsity'"),
             ({"pretrained": "bundled", "xyzzy": 1}, "'xyzzy=1'"),
+            ({"pretrained": "/no/such/folder"}, "/no/such/folder does not exist"),
             ({"recipe": "streamline", "sparsity": 0.2, "n_layers": 1}, "not both"),
         ],
     )

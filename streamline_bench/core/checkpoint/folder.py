@@ -267,12 +267,17 @@ def _local_folder(name: str | Path) -> Path | None:
         ) from None
 
 
+def check_name(name: str) -> None:
+    """Refuse a name that only a folder can have, and no folder has (CheckpointError)."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if looks_local and _local_folder(name) is None:
+        raise CheckpointError(f"Model folder {name} does not exist.")
+
+
 def _download(name: str, revision: str | None, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    if looks_local:
-        raise CheckpointError(f"Model folder {name} does not exist.")
+    check_name(name)
     with library_errors(
         f"Model '{name}' is not a local folder, and the hub does not give it",
         "check the name, or give a local folder or 'bundled'",

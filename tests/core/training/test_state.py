@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -87,12 +86,12 @@ for name, case in cases.items():
 
 
 @pytest.fixture(scope="module")
-def trainings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trainings(tmp_path_factory: pytest.TempPathFactory, forks: Any) -> Path:
     """Folder with the outcome of every case: uninterrupted, and killed and resumed."""
     folder = tmp_path_factory.mktemp("trainings")
     command = [sys.executable, "-c", TRAININGS, str(folder), json.dumps(CASES)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    with forks.used():
+        subprocess.run(command, check=True, capture_output=True)
     return folder
 
 
