@@ -132,7 +132,8 @@ def measure(
     watcher.start()
     started = time.monotonic()
     try:
-        compress(folder, recipe, output, placement=placement, progress=False)  # type: ignore[arg-type]
+        own = output.with_name(f"{output.name}-cache")  # without the scan of another run
+        compress(folder, recipe, output, placement=placement, cache=own, progress=False)  # type: ignore[arg-type]
     finally:
         ended.set()
         watcher.join()

@@ -64,7 +64,10 @@ def test_the_same_bytes(
 ) -> None:
     recipe = small(name, **changes)
     options: dict[str, Any] = {"progress": False}
-    resident = compress(recipe_source, recipe, tmp_path / "a", placement="resident", **options)
+    own = tmp_path / "cache"  # so that the streamed one does not take the scan of this one
+    resident = compress(
+        recipe_source, recipe, tmp_path / "a", placement="resident", cache=own, **options
+    )
 
     def refused(*arguments: object, **keywords: object) -> None:
         pytest.fail("the whole model was loaded")
