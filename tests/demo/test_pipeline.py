@@ -12,6 +12,8 @@ from streamline_bench.demo import run_demo
 from streamline_bench.errors import OutputError, RecipeError
 from streamline_bench.runs import CompareResult
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 
 def _demo(output: Path, **options: Any) -> CompareResult:
     return run_demo(

@@ -23,6 +23,8 @@ from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.planning.resolve import resolve_plan
 from streamline_bench.runs.run import compare_request
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 
 def _stories() -> list[str]:
     return [" ".join(f"w{(i * 7 + j * 13) % 96}" for j in range(12 + i)) for i in range(6)]

@@ -14,6 +14,8 @@ from streamline_bench.runs.execution.options import Execution
 from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.run import compare_request
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 KINDS = {"trunk_group", "trunk_rolling", "trunk_generation"}
 """Multiple choice and loglikelihood; rolling loglikelihood; generation."""
 
