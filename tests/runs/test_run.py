@@ -35,7 +35,7 @@ from streamline_bench.stability.readers.lm_eval_reader import read_lm_eval
 
 
 @pytest.fixture
-def compress_only(make: Callable[..., Request]) -> Callable[..., CompareResult]:
+def compress_only(make: Callable[..., Request], warm: Any) -> Callable[..., CompareResult]:
     """Return a function that runs the first stage, which is quick."""
 
     def run(output: Path, **changes: Any) -> CompareResult:
@@ -242,6 +242,7 @@ def test_a_full_disk_fails_rows_and_room_mends_them(
     assert set(again.jobs.values()) <= {"done", "kept"}
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_disk_that_is_full_from_the_start(
     make: Callable[..., Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +281,7 @@ def test_a_report_that_cannot_be_begun_is_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm")
 def test_a_disk_that_fills_while_scoring_fails_rows_and_room_mends_them(
     small_disk: Callable[..., Path], make: Callable[..., Request], tasks: Path
 ) -> None:
@@ -303,6 +305,7 @@ def test_a_disk_that_fills_while_scoring_fails_rows_and_room_mends_them(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm")
 def test_a_run_of_one_document_that_is_interrupted_in_its_report(
     make: Callable[..., Request], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +372,10 @@ def test_two_runs_do_not_share_a_folder_and_a_killed_one_frees_it(tmp_path: Path
         pass
 
 
+def _heed_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "until", "kind"),
@@ -378,6 +385,7 @@ def test_two_runs_do_not_share_a_folder_and_a_killed_one_frees_it(tmp_path: Path
         (signal.SIGTERM, 143, "evaluate", "score"),
     ],
 )
+@pytest.mark.usefixtures("warm")
 def test_an_interrupted_run_ends_its_jobs_and_can_be_continued(
     tiny_llama: Path, tasks: Path, tmp_path: Path, number: int, code: int, until: str, kind: str
 ) -> None:
@@ -393,7 +401,7 @@ def test_an_interrupted_run_ends_its_jobs_and_can_be_continued(
         text=True,
         start_new_session=True,
         # A shell starts what runs in its background with SIGINT ignored, and that is inherited.
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+        preexec_fn=_heed_ctrl_c if number == signal.SIGINT else None,
     )
     limit = time.monotonic() + 240
     while time.monotonic() < limit and not any(name.startswith(kind) for name in _attempts(run)):
