@@ -5,7 +5,9 @@ A page holds the line ``<!-- generated: NAME -->``; everything above it is writt
 
 from __future__ import annotations
 
+import html
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace the markers of a page (called by MkDocs for every page)."""
-    parts = {"recipes": recipes, "commands": commands, "example": example}
+    parts = {"recipes": recipes, "commands": commands, "example": example, "families": families}
     return re.sub(
         r"<!-- generated: (\w+) -->", lambda found: "\n".join(parts[found[1]]()), markdown
     )
@@ -57,6 +59,42 @@ def _recipe(recipe: Mapping[str, Any]) -> Iterator[str]:
         value = f"{row['value']}{' (perplexity)' if row.get('unit') == 'perplexity' else ''}"
         cells = (row["model"], row["metric"], value, row.get("sparsity", ""), row["source"])
         yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+_MARKS = {"exact": "✓", "runs": "○"}
+
+
+def families() -> Iterator[str]:
+    """Yield the matrix of model types and recipes, then the reasons of its refusals."""
+    matrix = json.loads((ROOT / "reports" / "families.json").read_text("utf-8"))
+    routes_file = ROOT / "streamline_bench" / "modeling" / "vllm" / "stock_routes.json"
+    vllm = json.loads(routes_file.read_text("utf-8"))
+    cells: Mapping[str, Mapping[str, str]] = matrix["cells"]
+    recipes = list(next(iter(cells.values())))
+    reasons: dict[str, int] = {}
+    yield (
+        f"Made with transformers {matrix['transformers']}: {len(cells)} model types and variants. "
+        f"The column of vLLM is what the registry of vLLM {vllm['vllm']} says."
+    )
+    yield ""
+    names = ["model type", "vLLM", *(name.replace("_", " ") for name in recipes)]
+    yield "| " + " | ".join(names) + " |"
+    yield "|---" * len(names) + "|"
+    for model_type, row in cells.items():
+        of_variants = vllm["routes"].get(model_type.partition("-")[0], "none")
+        shown = [f"`{model_type}`", vllm["routes"].get(model_type, of_variants)]
+        for recipe in recipes:
+            kind, _, reason = row[recipe].partition(": ")
+            if kind not in _MARKS:
+                reason = reason.replace(f"'{model_type}'", "'X'")
+                number = reasons.setdefault(f"{kind}: {reason}", len(reasons) + 1)
+            shown.append(_MARKS.get(kind) or f"[{number}](#r{number})")
+        yield "| " + " | ".join(shown) + " |"
+    yield ""
+    for reason, number in reasons.items():
+        text = html.escape(reason).replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")
+        yield f'<a id="r{number}"></a>{number}. {text}'
+        yield ""
 
 
 def example() -> Iterator[str]:

@@ -2,8 +2,9 @@
 
     python tests/families/matrix.py [--update] [--types llama,jamba] [--jobs 2] [--work FOLDER]
 
-For every causal LM that the installed transformers knows, a tiny random model is compressed by one
-recipe per method, and the result is checked:
+For every causal LM that the installed transformers knows, and for variants of some (tied weights,
+windows, biases), a tiny random model is compressed by one recipe per method, and the result is
+checked:
 
 - it loads in its own class without a missing, unexpected or mismatched tensor, and has as many
   parameters as its manifest says;
@@ -300,12 +301,12 @@ def main() -> int:
     asked = parser.parse_args()
 
     import transformers
-    from families.tiny_models import CAUSAL_TYPES
+    from families.tiny_models import CAUSAL_TYPES, VARIANTS
 
     import streamline_bench.compression
     import streamline_bench.harness.lm  # noqa: F401 - imported once, before the forks
 
-    types = asked.types.split(",") if asked.types else list(CAUSAL_TYPES)
+    types = asked.types.split(",") if asked.types else [*CAUSAL_TYPES, *VARIANTS]
     recipes = asked.recipes.split(",") if asked.recipes else list(RECIPES)
     work = asked.work or Path(tempfile.mkdtemp())
     work.mkdir(parents=True, exist_ok=True)

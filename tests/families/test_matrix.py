@@ -1,19 +1,53 @@
-"""The support matrix: types without a row of the table, and that its checks can fail."""
+"""A sample of the support matrix, and that its checks can fail."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import matrix
+from families.tiny_models import CAUSAL_TYPES, VARIANTS
 from transformers import AutoModelForCausalLM
 
+SAMPLE = "bloom cohere2 jamba lfm2 mamba phimoe qwen3_next".split()
+"""One of each kind: position biases, parallel layers, a hybrid mixture, convolutions, a state-space
+model, a mixture, linear attention."""
 
-@pytest.mark.parametrize("model_type", ["mamba", "olmo_hybrid"])
-def test_depth_recipes_are_exact_and_a_trained_layer_runs(model_type: str) -> None:
-    cells = matrix.family_cells(model_type, ["last_layers", "streamline"])
-    assert cells == {"last_layers": "exact", "streamline": "runs"}
+
+@pytest.fixture(scope="module")
+def committed() -> dict[str, Any]:
+    payload: dict[str, Any] = json.loads(matrix.COMMITTED.read_text(encoding="utf-8"))
+    return payload
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_no_cell_is_worse_than_the_committed_one(
+    model_type: str, committed: dict[str, Any]
+) -> None:
+    found = {model_type: matrix.family_cells(model_type, ["last_layers", "streamline"])}
+    assert matrix.worse(committed["cells"], found) == []
+    assert set(found[model_type]) <= set(committed["cells"][model_type])
+
+
+def test_every_cell_is_sound_or_refused(committed: dict[str, Any]) -> None:
+    counts: dict[str, int] = dict.fromkeys(matrix.ORDER, 0)
+    for cells in committed["cells"].values():
+        assert set(cells) == set(matrix.RECIPES)
+        for cell in cells.values():
+            kind, _, reason = cell.partition(":")
+            counts[kind] += 1
+            assert bool(reason) == (kind not in ("exact", "runs"))
+    assert counts["wrong"] == counts["crash"] == 0
+    wanted = {
+        **dict.fromkeys(("streamline_none", "shortgpt", "last_layers"), "exact"),
+        "streamline": "runs",
+    }
+    exact = [name for name, cells in committed["cells"].items() if wanted.items() <= cells.items()]
+    assert len(set(exact) - set(VARIANTS)) >= 120
+    assert {*CAUSAL_TYPES, *VARIANTS} == set(committed["cells"])
 
 
 def test_a_wrong_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

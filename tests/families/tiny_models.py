@@ -142,6 +142,36 @@ SPECIAL: dict[str, dict[str, Any]] = {
 """Model type -> entries of its config that the rule does not make right; callables take the depth.
 """
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-wide-heads": ("llama", {"head_dim": 16}),
+    "llama-one-kv-head": ("llama", {"num_key_value_heads": 1}),
+    "llama-scaled-rope": ("llama", {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 32}}),
+    "mistral-no-window": ("mistral", {"sliding_window": None}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
+    "gemma2-no-caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3_text-untied": ("gemma3_text", {"tie_word_embeddings": False}),
+    "phi-half-rotated": ("phi", {"partial_rotary_factor": 0.5, "qk_layernorm": True}),
+    "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "gpt_neox-tied": ("gpt_neox", {"tie_word_embeddings": True}),
+    "gpt2-untied": ("gpt2", {"tie_word_embeddings": False}),
+    "gpt2-scaled": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "opt-post-norm": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    "opt-no-biases": ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    "smollm3-tied": ("smollm3", {"tie_word_embeddings": True}),
+    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-alibi": ("falcon", {"alibi": True, "parallel_attn": False}),
+    "olmo-clipped": ("olmo", {"clip_qkv": 0.5}),
+    "granite-scaled": ("granite", {"residual_multiplier": 0.5, "logits_scaling": 4.0,
+                                   "embedding_multiplier": 3.0}),
+}  # fmt: skip
+"""Name -> model type, and what differs from its defaults: ties, windows, biases, orders."""
 
 CAUSAL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 """The model types of transformers' own list of causal language models."""
@@ -195,9 +225,14 @@ def _defaults(kind: Any) -> dict[str, Any]:
 
 
 def tiny_model(model_type: str, layers: int = 6, seed: int = 0, **changes: Any) -> Any:
-    """Return a causal LM in evaluation mode whose every layer shows in its logits."""
+    """Return a causal LM in evaluation mode whose every layer shows in its logits.
+
+    Args:
+        model_type: or the name of a variant.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, layers, **changes))
+    model_type, own = VARIANTS.get(model_type, (model_type, {}))
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, layers, **{**own, **changes}))
     draw_weights(model)
     if model.generation_config is not None:
         model.generation_config.eos_token_id = None
