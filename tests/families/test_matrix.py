@@ -12,7 +12,7 @@ from families import matrix
 from families.tiny_models import CAUSAL_TYPES, VARIANTS
 from transformers import AutoModelForCausalLM
 
-SAMPLE = "bloom cohere2 jamba lfm2 mamba phimoe qwen3_next".split()
+SAMPLE = "bloom cohere2 jamba lfm2 mamba2 phimoe qwen3_next".split()
 """One of each kind: position biases, parallel layers, a hybrid mixture, convolutions, a state-space
 model, a mixture, linear attention."""
 
