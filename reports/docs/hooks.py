@@ -68,7 +68,7 @@ def families() -> Iterator[str]:
     """Yield the matrix of model types and recipes, then the reasons of its refusals."""
     matrix = json.loads((ROOT / "reports" / "families.json").read_text("utf-8"))
     routes_file = ROOT / "streamline_bench" / "modeling" / "vllm" / "stock_routes.json"
-    vllm = json.loads(routes_file.read_text("utf-8"))
+    vllm, served = json.loads(routes_file.read_text("utf-8")), matrix["served"]["cells"]
     cells: Mapping[str, Mapping[str, str]] = matrix["cells"]
     recipes = list(next(iter(cells.values())))
     reasons: dict[str, int] = {}
@@ -81,8 +81,10 @@ def families() -> Iterator[str]:
     yield "| " + " | ".join(names) + " |"
     yield "|---" * len(names) + "|"
     for model_type, row in cells.items():
-        of_variants = vllm["routes"].get(model_type.partition("-")[0], "none")
-        shown = [f"`{model_type}`", vllm["routes"].get(model_type, of_variants)]
+        base = model_type if model_type in vllm["routes"] else model_type.partition("-")[0]
+        tokens = served.get(model_type, "").partition(":")[0]
+        route = vllm["routes"].get(base, "none") + (f", {tokens} tokens" if tokens == "same" else "")
+        shown = [f"`{model_type}`", route]
         for recipe in recipes:
             kind, _, reason = row[recipe].partition(": ")
             if kind not in _MARKS:

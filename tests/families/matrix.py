@@ -74,12 +74,12 @@ def family_cells(model_type: str, recipes: Sequence[str]) -> dict[str, str]:
         return {name: _cell(source, dense, name, cached) for name in recipes}
 
 
-def tiny_folder(model_type: str, folder: Path) -> Path:
+def tiny_folder(model_type: str, folder: Path, wider: int = 1) -> Path:
     """Save a tiny random model of six layers with a tokenizer and calibration text."""
     from conftest import make_word_tokenizer
     from families.tiny_models import tiny_model
 
-    tiny_model(model_type).save_pretrained(folder)
+    tiny_model(model_type, wider=wider).save_pretrained(folder)
     make_word_tokenizer().save_pretrained(folder)
     lines = [" ".join(f"w{(i * 7 + j * 13) % 96}" for j in range(40)) for i in range(60)]
     text = "".join(json.dumps({"text": line}) + "\n" for line in lines)
@@ -288,6 +288,13 @@ def run_all(types: Sequence[str], recipes: Sequence[str], work: Path, jobs: int)
     return {name: json.loads((work / f"{name}.json").read_text("utf-8")) for name in types}
 
 
+def write(payload: Mapping[str, Any]) -> None:
+    """Write the committed file, one line for each model type."""
+    rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in payload["cells"].items())
+    head = json.dumps({k: v for k, v in payload.items() if k != "cells"})[:-1]
+    COMMITTED.write_text(f'{head}, "cells": {{\n{rows}\n}}}}\n', encoding="utf-8")
+
+
 def main() -> int:
     """Make the matrix and compare it with the committed one."""
     parser = argparse.ArgumentParser(
@@ -316,13 +323,8 @@ def main() -> int:
     print("\n".join(["", *(f"WORSE {line}" for line in lost)]))
     if asked.update:
         cells = {name: {**known["cells"].get(name, {}), **row} for name, row in found.items()}
-        cells = {**known["cells"], **cells}
-        payload = {**known, "transformers": transformers.__version__}
-        rows = ",\n".join(
-            f"  {json.dumps(name)}: {json.dumps(cells[name])}" for name in sorted(cells)
-        )
-        head = json.dumps({k: v for k, v in payload.items() if k != "cells"})[:-1]
-        COMMITTED.write_text(f'{head}, "cells": {{\n{rows}\n}}}}\n', encoding="utf-8")
+        cells = dict(sorted({**known["cells"], **cells}.items()))
+        write({**known, "transformers": transformers.__version__, "cells": cells})
     return 0 if asked.update or not lost else 1
 
 

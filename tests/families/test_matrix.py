@@ -50,6 +50,15 @@ def test_every_cell_is_sound_or_refused(committed: dict[str, Any]) -> None:
     assert {*CAUSAL_TYPES, *VARIANTS} == set(committed["cells"])
 
 
+def test_vllm_serves_the_pruned_model_wherever_it_serves_the_dense_one(
+    committed: dict[str, Any],
+) -> None:
+    """``served.py`` filled the column."""
+    cells = [cell.partition(":")[0] for cell in committed["served"]["cells"].values()]
+    assert set(cells) <= {"same", "other", "not served", "not tried"}
+    assert cells.count("same") >= 40
+
+
 def test_a_wrong_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compared with the bypassed model is not made from it."""
     source = matrix.tiny_folder("llama", tmp_path / "dense")

@@ -56,7 +56,7 @@ _SMALL: dict[str, tuple[int, str]] = {
     "vocabulary": (VOCABULARY, "vocab_size vocab_size_per_layer_input decoder_vocab_size "
                    "unpadded_vocab_size"),
 }  # fmt: skip
-_VALUES = {key: value for value, keys in _SMALL.values() for key in keys.split()}
+_WIDTHS = "hidden inner expert head rotated rank channels".split()
 _DEPTHS = (
     "num_hidden_layers n_layer num_layers n_layers decoder_layers encoder_layers "
     "num_decoder_layers num_encoder_layers num_blocks"
@@ -177,21 +177,36 @@ CAUSAL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 """The model types of transformers' own list of causal language models."""
 
 
-def tiny_config(model_type: str, layers: int = 6, **changes: Any) -> Any:
-    """Return a config of that type with ``layers`` layers, every width small."""
-    return AutoConfig.for_model(model_type, **{**_entries(model_type, layers), **changes})
+def tiny_config(model_type: str, layers: int = 6, wider: int = 1, **changes: Any) -> Any:
+    """Return a config of that type with ``layers`` layers, every width small.
+
+    Args:
+        wider: factor of all widths (engines have smallest head sizes).
+    """
+    return AutoConfig.for_model(model_type, **{**_entries(model_type, layers, wider), **changes})
 
 
-def _entries(model_type: str, layers: int) -> dict[str, Any]:
+@cache
+def _values(wider: int) -> dict[str, int]:
+    return {
+        key: value * (wider if kind in _WIDTHS else 1)
+        for kind, (value, keys) in _SMALL.items()
+        for key in keys.split()
+    }
+
+
+def _entries(model_type: str, layers: int, wider: int) -> dict[str, Any]:
     special = SPECIAL.get(model_type, {})
-    entries = _shrunk(CONFIG_MAPPING[model_type], layers) if model_type in CONFIG_MAPPING else {}
+    entries = {}
+    if model_type in CONFIG_MAPPING:
+        entries = _shrunk(CONFIG_MAPPING[model_type], layers, wider)
     for key, value in special.items():
         entries[key] = value(layers) if callable(value) else value
     return entries
 
 
-def _shrunk(kind: Any, layers: int) -> dict[str, Any]:
-    defaults = _defaults(kind)
+def _shrunk(kind: Any, layers: int, wider: int) -> dict[str, Any]:
+    defaults, values = _defaults(kind), _values(wider)
     entries: dict[str, Any] = {}
     latent = isinstance(defaults.get("kv_lora_rank"), int)
     for key, value in defaults.items():
@@ -200,18 +215,18 @@ def _shrunk(kind: Any, layers: int) -> dict[str, Any]:
         elif key in _PREFIXES and value:
             entries[key] = min(value, 2)
         elif latent and key == "num_key_value_heads":
-            entries[key] = _VALUES["num_attention_heads"]
+            entries[key] = values["num_attention_heads"]
         elif latent and key == "head_dim" and value == defaults.get("qk_rope_head_dim"):
-            entries[key] = _VALUES["qk_rope_head_dim"]
+            entries[key] = values["qk_rope_head_dim"]
         elif latent and key == "qk_head_dim":
-            entries[key] = _VALUES["qk_rope_head_dim"] + _VALUES["qk_nope_head_dim"]
-        elif key in _VALUES and isinstance(value, int) and value > 0:
-            entries[key] = min(value, _VALUES[key])
+            entries[key] = values["qk_rope_head_dim"] + values["qk_nope_head_dim"]
+        elif key in values and isinstance(value, int) and value > 0:
+            entries[key] = min(value, values[key])
         elif key.endswith("_token_id") and isinstance(value, (int, list)):
             entries[key] = {"pad_token_id": 0, "bos_token_id": 1}.get(key, 2)
     for key, value in defaults.items():
         if key in getattr(kind, "sub_configs", {}) and isinstance(value, Mapping):
-            entries[key] = _entries(value["model_type"], layers)
+            entries[key] = _entries(value["model_type"], layers, wider)
             entries[key]["model_type"] = value["model_type"]
     return entries
 
@@ -224,7 +239,9 @@ def _defaults(kind: Any) -> dict[str, Any]:
         return {key: value for key, value in vars(kind).items() if not key.startswith("_")}
 
 
-def tiny_model(model_type: str, layers: int = 6, seed: int = 0, **changes: Any) -> Any:
+def tiny_model(
+    model_type: str, layers: int = 6, seed: int = 0, wider: int = 1, **changes: Any
+) -> Any:
     """Return a causal LM in evaluation mode whose every layer shows in its logits.
 
     Args:
@@ -232,7 +249,8 @@ def tiny_model(model_type: str, layers: int = 6, seed: int = 0, **changes: Any) 
     """
     torch.manual_seed(seed)
     model_type, own = VARIANTS.get(model_type, (model_type, {}))
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, layers, **{**own, **changes}))
+    config = tiny_config(model_type, layers, wider, **{**own, **changes})
+    model = AutoModelForCausalLM.from_config(config)
     draw_weights(model)
     if model.generation_config is not None:
         model.generation_config.eos_token_id = None

@@ -58,7 +58,7 @@ def main() -> None:
             answers[key] = serve(options, jobs["prompts"], jobs["tokens"])
         except Exception as error:
             answers[key] = {"error": f"{type(error).__name__}: {error}"}
-    Path(sys.argv[2]).write_text(json.dumps(answers))
+        Path(sys.argv[2]).write_text(json.dumps(answers))
 
 
 if __name__ == "__main__":
