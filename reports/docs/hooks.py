@@ -83,7 +83,9 @@ def families() -> Iterator[str]:
     for model_type, row in cells.items():
         base = model_type if model_type in vllm["routes"] else model_type.partition("-")[0]
         tokens = served.get(model_type, "").partition(":")[0]
-        route = vllm["routes"].get(base, "none") + (f", {tokens} tokens" if tokens == "same" else "")
+        route = vllm["routes"].get(base, "none") + (
+            f", {tokens} tokens" if tokens == "same" else ""
+        )
         shown = [f"`{model_type}`", route]
         for recipe in recipes:
             kind, _, reason = row[recipe].partition(": ")

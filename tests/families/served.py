@@ -15,9 +15,11 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ TOKENS = 8
 WIDER = 4
 """Heads of 32 instead of 8: the least that the engine has."""
 KINDS = ("dense", "last_layers")
+TOGETHER = 8
+"""Model types that one engine process serves, one after the other."""
 
 
 def make(model_type: str, work: Path) -> None:
@@ -54,44 +58,61 @@ def _tokens(folder: Path) -> list[list[int]]:
     return tokens
 
 
-def serve(model_type: str, work: Path) -> dict[str, Any]:
-    """Return the engine's answers by kind, from a process of its own."""
-    folder = work / model_type
-    jobs = {
-        "prompts": matrix._ids().tolist(),
-        "tokens": TOKENS,
-        "models": {kind: {"model": str(folder / kind)} for kind in KINDS},
-    }
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    script = ROOT / "tests" / "modeling" / "vllm" / "serve_models.py"
-    with (folder / "engine.log").open("w") as log:
-        try:
-            subprocess.run(
-                [sys.executable, str(script), str(folder / "jobs.json"), str(folder / "answers")],
-                stdout=log, stderr=log, timeout=600, check=False,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return {"dense": {"error": "the engine took over 600 s"}}
+def _made(model_type: str, work: Path) -> dict[str, Any]:
+    """Make it in a process of its own: some types crash hard."""
+    (work / model_type).mkdir(parents=True, exist_ok=True)
+    maker = multiprocessing.get_context("fork").Process(target=make, args=(model_type, work))
+    maker.start()
+    maker.join()
+    path = work / model_type / "expected.json"
+    lost = {"error": "the process ended"}
+    return dict(json.loads(path.read_text()) if path.exists() else lost)
+
+
+def _cell(model_type: str, work: Path) -> Path:
+    return work / model_type / "cell.json"
+
+
+def serve(types: Sequence[str], work: Path) -> dict[str, Any]:
+    """Return the engine's answers by type and kind, from one process for all the types.
+
+    Where it ends early, another goes on behind the model that ended it.
+    """
+    waiting = [f"{name}/{kind}" for name in types for kind in KINDS]
     answers: dict[str, Any] = {}
-    if (folder / "answers").exists():
-        answers = json.loads((folder / "answers").read_text())
-    return answers
+    script = ROOT / "tests" / "modeling" / "vllm" / "serve_models.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    while waiting:
+        jobs, found = work / "jobs.json", work / "answers.json"
+        models = {key: {"model": str(work / key)} for key in waiting}
+        prompts = matrix._ids().tolist()
+        jobs.write_text(json.dumps({"prompts": prompts, "tokens": TOKENS, "models": models}))
+        found.write_text("{}")
+        with (work / "engine.log").open("w") as log:
+            subprocess.run(
+                [sys.executable, str(script), str(jobs), str(found)],
+                stdout=log, stderr=log, check=False, env=environment,
+            )  # fmt: skip
+        new = json.loads(found.read_text())
+        if len(new) < len(waiting):
+            new[waiting[len(new)]] = {"error": "the engine's process ended"}
+        answers |= new
+        waiting = [key for key in waiting if key not in answers]
+    return {name: {kind: answers[f"{name}/{kind}"] for kind in KINDS} for name in types}
 
 
 def verdict(expected: dict[str, Any], answers: dict[str, Any]) -> str:
     """Return the cell of one model type."""
     if "error" in expected:
         return f"not tried: {expected['error']}"
-    ended = {"error": "the engine's process ended"}
-    found = {kind: answers.get(kind, ended) for kind in KINDS}
-    if "error" in found["dense"]:
-        return f"not served: {' '.join(found['dense']['error'].split())[:400]}"
-    if found["dense"]["tokens"] != expected["dense"]:
+    if "error" in answers["dense"]:
+        return f"not served: {' '.join(answers['dense']['error'].split())[:400]}"
+    if answers["dense"]["tokens"] != expected["dense"]:
         return "other: tokens of the dense model"
-    if "error" in found["last_layers"]:
-        return f"wrong: {' '.join(found['last_layers']['error'].split())[:400]}"
-    return "same" if found["last_layers"]["tokens"] == expected["last_layers"] else "wrong: tokens"
+    pruned = answers["last_layers"]
+    if "error" in pruned:
+        return f"wrong: {' '.join(pruned['error'].split())[:400]}"
+    return "same" if pruned["tokens"] == expected["last_layers"] else "wrong: tokens"
 
 
 def main() -> int:
@@ -111,21 +132,19 @@ def main() -> int:
     named = asked.types.split(",") if asked.types else None
     types = named or [name for name, route in known["routes"].items() if route != "none"]
     work = asked.work or Path(tempfile.mkdtemp())
-    context, cells = multiprocessing.get_context("fork"), {}
-    for model_type in types:
-        cell = work / model_type / "cell.json"
-        if not cell.exists():
-            (work / model_type).mkdir(parents=True, exist_ok=True)
-            maker = context.Process(target=make, args=(model_type, work))
-            maker.start()
-            maker.join()
-            path = work / model_type / "expected.json"
-            lost = {"error": "the process ended"}
-            expected = json.loads(path.read_text()) if path.exists() else lost
-            answers = {} if "error" in expected else serve(model_type, work)
-            cell.write_text(json.dumps(verdict(expected, answers)))
-        cells[model_type] = json.loads(cell.read_text())
-        print(f"{model_type}: {cells[model_type]}", flush=True)
+    cells = {}
+    for start in range(0, len(types), TOGETHER):
+        batch = types[start : start + TOGETHER]
+        expected = {name: _made(name, work) for name in batch if not _cell(name, work).exists()}
+        sound = [name for name, tokens in expected.items() if "error" not in tokens]
+        answers = serve(sound, work)
+        for name, tokens in expected.items():
+            _cell(name, work).write_text(json.dumps(verdict(tokens, answers.get(name, {}))))
+        for name in batch:
+            cells[name] = json.loads(_cell(name, work).read_text())
+            print(f"{name}: {cells[name]}", flush=True)
+            shutil.rmtree(work / name / "dense", ignore_errors=True)
+            shutil.rmtree(work / name / "last_layers", ignore_errors=True)
     payload = json.loads(matrix.COMMITTED.read_text("utf-8"))
     before = payload.get("served", {}).get("cells", {})
     payload["served"] = {"vllm": known["vllm"], "cells": dict(sorted({**before, **cells}.items()))}
