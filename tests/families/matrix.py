@@ -68,10 +68,39 @@ def family_cells(model_type: str, recipes: Sequence[str]) -> dict[str, str]:
         try:
             source = tiny_folder(model_type, Path(temporary) / "dense")
             dense = _load(source)[0]
+        except ImportError as error:
+            packages = " and ".join(dict.fromkeys(_INSTALL.findall(str(error))))
+            return dict.fromkeys(recipes, f"refused: it needs {packages}, not installed here")
         except Exception as error:
-            return dict.fromkeys(recipes, f"crash: no tiny dense model ({_line(error)})")
+            return _without_model(model_type, Path(temporary) / "config", recipes, _line(error))
         cached = not _cache_difference(dense)
         return {name: _cell(source, dense, name, cached) for name in recipes}
+
+
+_INSTALL = re.compile(r"pip install `?([\w.-]+)")
+
+
+def _without_model(
+    model_type: str, folder: Path, recipes: Sequence[str], reason: str
+) -> dict[str, str]:
+    """Cells of a type that transformers cannot build: only a refusal of its config is sound."""
+    from families.tiny_models import tiny_config
+
+    from streamline_bench.core.architecture import architecture_of
+    from streamline_bench.errors import ArchitectureError
+    from streamline_bench.modeling.loading import load_config
+
+    cell = f"crash: no tiny dense model ({reason})"
+    try:
+        tiny_config(model_type).save_pretrained(folder)
+        architecture_of(load_config(folder))
+    except ArchitectureError as error:
+        if error.__cause__ is not None:  # transformers' own error
+            return dict.fromkeys(recipes, cell)
+        cell = f"refused: {_line(error)}".replace(str(folder), "MODEL")
+    except Exception as error:
+        cell = f"{cell}; nor its config ({_line(error)})"
+    return dict.fromkeys(recipes, cell)
 
 
 def tiny_folder(model_type: str, folder: Path, wider: int = 1) -> Path:
@@ -130,6 +159,7 @@ def _checked(output: Path, dense: Any, name: str, cached: bool) -> str:
     if wrong:
         return f"wrong: loading reports {wrong[0]}"
     counted = sum(parameter.numel() for parameter in model.parameters()) - outer
+    counted += _outer_buffers(model) if outer else 0
     if counted != manifest.parameters_after:
         return f"wrong: {counted} parameters, and the manifest says {manifest.parameters_after}"
     if cached and (difference := _cache_difference(model)):
@@ -143,6 +173,12 @@ def _checked(output: Path, dense: Any, name: str, cached: bool) -> str:
             expected = dense(ids, use_cache=False).logits
     difference = float((found - expected).abs().max())
     return "exact" if difference == 0 else f"wrong: logits differ by {difference:.2g}"
+
+
+def _outer_buffers(model: Any) -> int:
+    """Elements that files hold of a multimodal model's towers and that are no parameters."""
+    own, stored = {id(buffer) for buffer in model.get_decoder().buffers()}, model.state_dict()
+    return sum(b.numel() for n, b in model.named_buffers() if n in stored and id(b) not in own)
 
 
 @contextmanager
@@ -183,14 +219,14 @@ def bypassed(model: Any, removed: Sequence[int]) -> Iterator[None]:
 
 def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     from streamline_bench.modeling import register
 
     register()
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
+    named = json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]
+    kind = getattr(transformers, named, transformers.AutoModelForCausalLM)
+    model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     model.generation_config.eos_token_id = None
     for parameter in model.parameters():
         # A mapped file puts weights anywhere, and where they lie decides how products are rounded.

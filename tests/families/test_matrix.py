@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,30 @@ def test_a_wrong_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with torch.no_grad(), matrix.bypassed(dense, range(1, 6)):
         shallow = dense(ids).logits
     assert not torch.equal(shallow, dense(ids).logits)
+
+
+def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> Path:
+        raise ImportError("Needs PIL:\n`pip install pillow`, and timm:\n`pip install timm`. Then")
+
+    monkeypatch.setattr(matrix, "tiny_folder", missing)
+    cells = matrix.family_cells("gemma3n", ["last_layers"])
+    assert cells == {"last_layers": "refused: it needs pillow and timm, not installed here"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "cell"),
+    [("gemma4_assistant", "refused: .*drafts"), ("llama", r"crash: .*\(no such layer\)")],
+)
+def test_a_type_that_cannot_be_built_is_refused_or_a_crash(
+    model_type: str, cell: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unbuilt(*_: object) -> Path:
+        raise ValueError("no such layer")
+
+    monkeypatch.setattr(matrix, "tiny_folder", unbuilt)
+    (found,) = matrix.family_cells(model_type, ["last_layers"]).values()
+    assert re.match(cell, found), found
 
 
 def test_what_is_worse() -> None:

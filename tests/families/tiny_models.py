@@ -11,7 +11,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY = 100
@@ -68,6 +73,13 @@ def _alternating(*kinds: str) -> Callable[[int], list[str]]:
     return lambda layers: [kinds[index % len(kinds)] for index in range(layers)]
 
 
+def _drafting(text_type: str) -> Callable[[int], dict[str, Any]]:
+    """The text config of a head that drafts for another model, whose keys and values it reads."""
+    own = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    return lambda layers: {**_entries(text_type, layers), **own, "num_kv_shared_layers": layers,
+                           "model_type": text_type}  # fmt: skip
+
+
 _ZAMBA = {
     "attention_hidden_size": 64,
     "layers_block_type": _alternating("linear_attention", "linear_attention", "hybrid"),
@@ -96,7 +108,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {"layer_types": _alternating("linear_attention", "indexed_attention"),
                        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
                        "indexer_budget": 8, "indexer_compress_ratio": 4},
-    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "gemma4_assistant": {"text_config": _drafting("gemma4_text")},
+    "gemma4_unified_assistant": {"text_config": _drafting("gemma4_unified_text")},
+    "emu3": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 91,
+                                **{f"<|visual token {i:06}|>": 20 + i for i in range(64)}}},
+    "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1,
+                   "attn_resolutions": [], "hidden_size": 32, "codebook_size": 64},
+    # A tower of the package timm, and towers whose widths must be those of the text model.
+    "gemma3n_vision": {"architecture": "test_efficientnet", "hidden_size": 256},
+    "dots3_note_vision_encoder": {"mlp_layer_types": _alternating("dense"), "adapter_in_dim": 32,
+                                  "adapter_out_dim": 32, "per_layer_config": {}},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32,
+                                 "downsample_hidden_size": 16},
     # One kind of layer only by default; the real models have these.
     "lfm2": {"layer_types": _alternating("conv", "full_attention"), "full_attn_idxs": None},
     "lfm2_moe": {"layer_types": _alternating("conv", "full_attention")},
@@ -235,7 +258,7 @@ def _shrunk(kind: Any, layers: int, wider: int) -> dict[str, Any]:
 def _defaults(kind: Any) -> dict[str, Any]:
     try:
         return kind().to_dict()
-    except (ValueError, TypeError):  # a few have no valid defaults
+    except Exception:  # a few have no valid defaults
         return {key: value for key, value in vars(kind).items() if not key.startswith("_")}
 
 
@@ -251,6 +274,8 @@ def tiny_model(
     model_type, own = VARIANTS.get(model_type, (model_type, {}))
     config = tiny_config(model_type, layers, wider, **{**own, **changes})
     model = AutoModelForCausalLM.from_config(config)
+    if type(model.config) not in AutoModelForCausalLM._model_mapping:
+        model = AutoModelForImageTextToText.from_config(config)  # it is published as this only
     draw_weights(model)
     if model.generation_config is not None:
         model.generation_config.eos_token_id = None
