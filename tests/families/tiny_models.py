@@ -76,7 +76,7 @@ def _alternating(*kinds: str) -> Callable[[int], list[str]]:
 def _drafting(text_type: str) -> Callable[[int], dict[str, Any]]:
     """The text config of a head that drafts for another model, whose keys and values it reads."""
     own = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
-    return lambda layers: {**_entries(text_type, layers), **own, "num_kv_shared_layers": layers,
+    return lambda layers: {**_entries(text_type, layers, 1), **own, "num_kv_shared_layers": layers,
                            "model_type": text_type}  # fmt: skip
 
 
