@@ -13,9 +13,9 @@ from families import matrix
 from families.tiny_models import CAUSAL_TYPES, VARIANTS
 from transformers import AutoModelForCausalLM
 
-SAMPLE = "bloom cohere2 jamba lfm2 mamba2 phimoe qwen3_next".split()
+SAMPLE = "bloom cohere2 jamba lfm2 mamba2 nemotron_h phimoe qwen3_next".split()
 """One of each kind: position biases, parallel layers, a hybrid mixture, convolutions, a state-space
-model, a mixture, linear attention."""
+model, a depth that is the length of a list, a mixture, linear attention."""
 
 
 @pytest.fixture(scope="module")
