@@ -109,11 +109,28 @@ def tiny_folder(model_type: str, folder: Path, wider: int = 1) -> Path:
     from families.tiny_models import tiny_model
 
     tiny_model(model_type, wider=wider).save_pretrained(folder)
-    make_word_tokenizer().save_pretrained(folder)
+    _save_tokenizer(make_word_tokenizer(), folder)
     lines = [" ".join(f"w{(i * 7 + j * 13) % 96}" for j in range(40)) for i in range(60)]
     text = "".join(json.dumps({"text": line}) + "\n" for line in lines)
     (folder / "calibration.jsonl").write_text(text, encoding="utf-8")
     return folder
+
+
+def _save_tokenizer(words: Any, folder: Path) -> None:
+    """Save a tokenizer of words, or of bytes where the class of the model type reads these only."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    words.save_pretrained(folder)
+    if AutoTokenizer.from_pretrained(folder)("w1 w2")["input_ids"]:
+        return
+    special = sorted(words.all_special_tokens, key=words.convert_tokens_to_ids)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (not c.isascii(), c))
+    known = [*special, "Ġ", *letters[: len(words) - len(special) - 1]]
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(known)}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    names = {key: str(value) for key, value in words.special_tokens_map.items()}
+    PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(folder)
 
 
 def _cell(source: Path, dense: Any, name: str, cached: bool) -> str:

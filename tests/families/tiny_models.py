@@ -125,7 +125,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": _alternating("conv", "full_attention")},
     "qwen2_moe": {"mlp_only_layers": [1, 4]},
     **{name: {"layer_types": _alternating("linear_attention", "full_attention")}
-       for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")},
+       for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid",
+                    "bailing_hybrid", "kimi_linear")},
     "olmo3": {"layer_types": _alternating("sliding_attention", "full_attention")},
     "granitemoehybrid": {"layer_types": _alternating("linear_attention", "full_attention")},
     "bamba": {"attn_layer_indices": [1, 4]},
@@ -145,8 +146,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "per_layer_config": lambda layers: {i: {"head_dim": 12, "kv_lora_rank": 16}
                                             for i in range(2, layers) if i % 4 != 1},
     },
-    "gemma4_text": {"global_head_dim": 16, "hidden_size_per_layer_input": 0},
-    "gemma4_unified_text": {"global_head_dim": 16},
+    "gemma4_text": {"global_head_dim": 16, "hidden_size_per_layer_input": 0,
+                    "layer_types": _alternating("sliding_attention", "full_attention")},
+    "gemma4_unified_text": {"global_head_dim": 16,
+                            "layer_types": _alternating("sliding_attention", "full_attention")},
     # Sizes that depend on each other in ways of their own.
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "mamba2": {"num_heads": 8, "head_dim": 8},
