@@ -24,11 +24,17 @@ def committed() -> dict[str, Any]:
     return payload
 
 
-@pytest.mark.parametrize("model_type", SAMPLE)
+@pytest.mark.parametrize(
+    ("model_type", "recipes"),
+    [
+        *((model_type, ("last_layers", "streamline")) for model_type in SAMPLE),
+        ("kimi_linear", ("last_layers_lora",)),  # stored under other names than the model's
+    ],
+)
 def test_no_cell_is_worse_than_the_committed_one(
-    model_type: str, committed: dict[str, Any]
+    model_type: str, recipes: tuple[str, ...], committed: dict[str, Any]
 ) -> None:
-    found = {model_type: matrix.family_cells(model_type, ["last_layers", "streamline"])}
+    found = {model_type: matrix.family_cells(model_type, recipes)}
     assert matrix.worse(committed["cells"], found) == []
     assert set(found[model_type]) <= set(committed["cells"][model_type])
 
