@@ -183,6 +183,35 @@ def differences(
     found: list[Difference] = list(_outside(old, new))
     for place, index in enumerate(keep):
         found += _of_layer(old.layers[index], new.layers[place], index, place, keep)
+    found += _takers(config, pruned, keep, row)
+    return found
+
+
+def _takers(
+    config: Any, pruned: Any, keep: Sequence[int], row: Architecture
+) -> Iterator[Difference]:
+    """Yield the layers that would take over what another layer made than the one they do now.
+
+    Lists such as GLM-5's ``indexer_types`` say ``shared`` for a layer that uses what the last one
+    of another kind before it chose; the layers themselves show nothing of that.
+    """
+    before, after = entries_of(config), entries_of(pruned)
+    for key in row.layer_lists:
+        old, new = _makers(before.get(key) or ()), _makers(after.get(key) or ())
+        for place, index in enumerate(keep):
+            if index not in old:
+                continue
+            maker = None if new.get(place) is None else keep[new[place]]
+            if maker != old[index]:
+                yield Difference(index, f"the layer that it shares with ({key})", old[index], maker)
+
+
+def _makers(kinds: Sequence[Any]) -> dict[int, int]:
+    """Return, for each layer of the kind ``shared``, the last one before it of another kind."""
+    found: dict[int, int] = {}
+    for index, kind in enumerate(kinds):
+        if kind == "shared" and index:
+            found[index] = found.get(index - 1, index - 1)
     return found
 
 

@@ -36,6 +36,12 @@ _ELSEWHERE = re.compile(r"\.\d+\.|vision|image|audio|speech")  # inside a layer,
 _CROSS = re.compile(r"encoder_attn|cross_?att")
 _PERIODS = {"decoder_sparse_step": "mlp_only_layers"}
 _NOTES = {"_name_or_path", "transformers_version", "use_cache", "architectures"}
+_OLD_BUFFERS = (
+    *(f".{where}.{what}" for where in ("attn", "attention") for what in ("bias", "masked_bias")),
+    ".attn.causal_mask", ".rotary_emb.inv_freq", ".rotary_emb.cos_cached",
+    ".rotary_emb.sin_cached",
+)  # fmt: skip
+"""Masks and tables that older versions of transformers stored with the weights."""
 _OURS = ("host_model_type", "attachments", "layer_widths", "rotations")
 
 
@@ -305,7 +311,10 @@ def _buffers(model: Any) -> tuple[str, ...]:
     names = [name for name, _ in model.named_buffers()]
     names += _stored_names(model, [name for name in names if name in model.state_dict()])
     endings = {f".{'.'.join(name.split('.')[-2:])}": None for name in names}
-    endings.setdefault(".rotary_emb.inv_freq")  # stored by older versions of transformers
+    weights = [name for name, _ in model.named_parameters()]
+    for ending in _OLD_BUFFERS:
+        if not any(name.endswith(ending) for name in weights):
+            endings.setdefault(ending)
     return tuple(endings)
 
 
@@ -361,7 +370,9 @@ def layer_entries(
             continue
         if _is_index_list(key, value, depth):
             indices.append(key)
-        elif len(value) == depth and not _fixed_length(key, depth, depth_key, kind):
+        elif (len(value) == depth or (len(value) > depth and "layer" in key)) and not _fixed_length(
+            key, len(value), depth, depth_key, kind
+        ):
             lists.append(key)
     prefixes = [k for k, v in entries.items() if _PREFIX.search(k) and _is_count(v)]
     periods = {k: v for k, v in _PERIODS.items() if k in entries and v in entries}
@@ -386,13 +397,13 @@ def _is_index_list(key: str, value: Any, depth: int) -> bool:
     return increasing and value[0] >= 0 and value[-1] < depth
 
 
-def _fixed_length(key: str, depth: int, depth_key: str, kind: Any) -> bool:
+def _fixed_length(key: str, length: int, depth: int, depth_key: str, kind: Any) -> bool:
     """Whether the config's class makes this list as long for a model with one layer more."""
     if kind is None:
         return False
     try:
         with _quietly():
-            made = kind(**{depth_key: depth + 1}).to_dict().get(key)
+            made = [kind(**{depth_key: depth + more}).to_dict().get(key) for more in (0, 1)]
     except Exception:  # no valid defaults: the length speaks
         return False
-    return isinstance(made, (list, tuple)) and len(made) == depth
+    return all(isinstance(each, (list, tuple)) and len(each) == length for each in made)

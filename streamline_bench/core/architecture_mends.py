@@ -145,6 +145,8 @@ def _candidates(
         if isinstance(value, int) and 0 < value <= depth and _COUNT.search(key):
             yield {key: sum(index < value for index in keep)}
             yield {key: sum(index >= depth - value for index in keep)}
+    yield from _naming_others(entries, keep, row)
+    yield from _counted_from_one(entries, keep, depth)
     yield from _periods(entries, len(keep))
     ratios = {
         each.before / each.after
@@ -157,6 +159,28 @@ def _candidates(
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if number and value and (isinstance(value, float) or "scale" in key):
                 yield {key: value * ratio}
+
+
+def _naming_others(
+    entries: Mapping[str, Any], keep: Sequence[int], row: Architecture
+) -> Iterator[dict[str, Any]]:
+    """Lists that name, for each layer, the one whose keys and values it uses."""
+    for key in row.layer_lists:
+        value = entries.get(key) or ()
+        named = [value[index] for index in keep] if len(value) > keep[-1] else []
+        if named and all(type(item) is int and item in keep for item in named):
+            yield {key: [list(keep).index(item) for item in named]}
+
+
+def _counted_from_one(
+    entries: Mapping[str, Any], keep: Sequence[int], depth: int
+) -> Iterator[dict[str, Any]]:
+    """Lists of layers whose first one is number 1."""
+    for key, value in entries.items():
+        if not isinstance(value, (list, tuple)) or not value or "layer" not in key:
+            continue
+        if all(isinstance(item, int) and 0 < item <= depth for item in value):
+            yield {key: [new for new, old in enumerate(keep, 1) if old + 1 in value]}
 
 
 def _periods(entries: Mapping[str, Any], depth: int) -> Iterator[dict[str, Any]]:

@@ -23,6 +23,7 @@ from streamline_bench.core.architecture import (
     remember,
     require_removable_layers,
 )
+from streamline_bench.core.checkpoint.folder import MOST_LAYERS
 from streamline_bench.core.checkpoint.quantization import renumbered
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layers_prefix
@@ -110,7 +111,7 @@ def _changes(row: Architecture, config: Any, keep: list[int], depth: int) -> dic
 
 
 def _sliced(key: str, items: Sequence[Any], keep: list[int], depth: int) -> list[Any]:
-    if len(items) != depth:
+    if len(items) < depth:  # what is beyond belongs to layers for multi-token prediction
         raise ArchitectureError(
             f"The config's {key} has {len(items)} items for {depth} layers; correct config.json."
         )
@@ -142,10 +143,6 @@ def _refuse_unknown_lists(row: Architecture, config: Any) -> None:
                 "the architecture table does not know; add it to the row before removing layers "
                 f"(now {config_entry(config, key)!r:.80})."
             )
-
-
-_MOST_LAYERS = 100_000
-"""More is a damaged config."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +296,7 @@ def _closest(sizes: ModelSizes, sparsity: float, added: int) -> int:
 
 def _depth(config: Mapping[str, Any], row: Architecture) -> int:
     depth = config_entry(config, row.depth_key)
-    if not isinstance(depth, int) or not 1 <= depth <= _MOST_LAYERS:
+    if not isinstance(depth, int) or not 1 <= depth <= MOST_LAYERS:
         raise CheckpointError(
             f"config.json has {row.depth_key}={depth!r:.40}; give it the number of layers."
         )

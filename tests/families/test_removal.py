@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.architecture_guard import layer_kinds, tensors_by_layer
 from streamline_bench.core.surgery import pruned_config
+from streamline_bench.core.text_models import ensure_causal_lm
 from streamline_bench.errors import ArchitectureError
 
 KEEP = [0, 1, 4, 5]
@@ -131,7 +132,7 @@ def test_what_a_layer_hands_to_the_next_beside_its_states(ids: torch.Tensor) -> 
         ("beam", KEEP, r"in layer 4, attn_residual_add_idx"),
         ("jamba", [1, 2, 3, 5], "in layer"),
         ("qwen3_next", [0, 2, 4], "needs an attention layer"),
-        ("zamba2", KEEP, r"in layer 5, .*num_fwd_mem_blocks"),
+        ("zamba2", KEEP, r"in layer 5, shared_transformer"),
         ("hrm_text", KEEP, r"several lists .*L_module\.layers, model\.H_module\.layers"),
         ("xlm", KEEP, "both directions"),
         ("trocr", KEEP, "attend to an encoder"),
@@ -140,6 +141,41 @@ def test_what_a_layer_hands_to_the_next_beside_its_states(ids: torch.Tensor) -> 
 def test_what_would_be_lost_is_named(model_type: str, keep: list[int], reason: str) -> None:
     with pytest.raises(ArchitectureError, match=rf"'{model_type}'.*{reason}|{reason}"):
         pruned_config(tiny_config(model_type), keep)
+
+
+def test_a_layer_whose_choice_others_share_must_stay() -> None:
+    """GLM-5's layers of the kind ``shared`` attend to what the last ``full`` one before chose."""
+    kinds = ["full", "full", "shared", "shared", "full", "shared"]
+    config = tiny_config("glm_moe_dsa", indexer_types=kinds)
+    assert pruned_config(config, [0, 1, 3, 4]).indexer_types == ["full", "full", "shared", "full"]
+    for keep, layer in ([0, 2, 3, 4], 2), ([1, 2, 3, 5], 5):
+        with pytest.raises(ArchitectureError, match=rf"in layer {layer}, .*indexer_types"):
+            pruned_config(config, keep)
+
+
+def test_lists_of_layers_that_count_from_one() -> None:
+    """Qwen4's embeddings of n-grams go into layers 0 and 4, which it calls 1 and 5."""
+    config = tiny_config("qwen4_exp_text", ple_layer_ids=[1, 5], ngram_vocab_size_base=50,
+                         heads_per_ngram=2, make_ngram_vocab_size_divisible_by=2,
+                         split_ngram_parts=2, eos_token_id=2)  # fmt: skip
+    assert pruned_config(config, [0, 3, 4, 5]).ple_layer_ids == [1, 3]
+    with pytest.raises(ArchitectureError, match=r"in layer 4, .*ple_layer_index"):
+        pruned_config(config, [2, 3, 4, 5])
+
+
+def test_lists_that_name_the_layer_whose_keys_and_values_another_uses() -> None:
+    config = tiny_config("mistral_large4_text", kv_source_layers=[0, 1, 1, 3, 3, 5])
+    ensure_causal_lm(config, "mistral_large4")
+    assert pruned_config(config, [0, 3, 4, 5]).kv_source_layers == [0, 1, 1, 3]
+    with pytest.raises(ArchitectureError, match="Layers 2, 3 cannot be removed"):
+        pruned_config(config, KEEP)
+
+
+def test_lists_that_go_beyond_the_layers() -> None:
+    """Some name the layers for multi-token prediction as well, which a result does not have."""
+    thetas = [1e4, 0.0, 3e4, 4e4, 5e4, 6e4]
+    config = tiny_config("granite_swa", layer_rope_theta=[*thetas, 7e4])
+    assert pruned_config(config, KEEP).layer_rope_theta == [1e4, 0.0, 5e4, 6e4]
 
 
 def test_periods_are_changed_where_that_says_the_same() -> None:

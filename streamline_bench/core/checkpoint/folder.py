@@ -43,6 +43,10 @@ DTYPES = {
 """The dtypes that are read, as safetensors spells and orders them: bytes per element, and torch's
 name. Packed four- and six-bit ones are refused."""
 
+_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
+MOST_LAYERS = 10_000
+"""More is a damaged config: transformers would fill the memory with empty layers."""
+
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "tf_model.h5", "flax_model.msgpack")
 _WANTED = [
     "*.safetensors",
@@ -170,6 +174,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = _read_object(path)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path} names no model_type; download it again.")
+    for part in (config, config.get("text_config")):
+        for key in _DEPTH_KEYS if isinstance(part, dict) else ():
+            depth = part.get(key)
+            if isinstance(depth, int) and depth > MOST_LAYERS:
+                raise CheckpointError(f"{path} has {key}={depth}; give it the number of layers.")
     return config
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from families.tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
 
 from streamline_bench.core.checkpoint.folder import resolve_pretrained
@@ -103,6 +104,23 @@ def test_tied_and_buffer_tensors_are_not_parameters(
     assert CheckpointReader(tmp_path).num_parameters == model.num_parameters()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32])
+def test_masks_of_old_exports_are_neither_parameters_nor_codes(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """GPT-J was published with its causal masks; transformers has them no more."""
+    model = tiny_model("gptj", 2)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for layer in range(2):
+        state[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=dtype)
+        state[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e9)
+    model.config.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    reader = CheckpointReader(tmp_path)
+    assert reader.quantisation is None
+    assert reader.num_parameters == sum(each.numel() for each in model.parameters())
+
+
 def test_layers_of_a_tower_are_counted_whatever_their_number(folder: Path) -> None:
     """Layers beyond the config's depth are those of the decoder, by the start of their names."""
     state, before = load_file(folder / "model.safetensors"), CheckpointReader(folder)
@@ -134,6 +152,16 @@ def test_folder_without_config(folder: Path) -> None:
 def test_folder_with_a_damaged_config(folder: Path, content: str) -> None:
     (folder / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"config\.json"):
+        CheckpointReader(folder)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_depth_that_would_fill_the_memory_is_refused(folder: Path, inside: bool) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] = 10**9
+    config = {"model_type": "llava", "text_config": config} if inside else config
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers=1000000000.*number of layers"):
         CheckpointReader(folder)
 
 
