@@ -12,6 +12,8 @@ import pytest
 
 from streamline_bench.throughput import read_figures, read_record
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 Call = Callable[..., Any]
 QUICK = (
     *"--device cpu --batch 1,2 --prompt-tokens 4 --output-tokens 3 --blocks 1 --rounds 2".split(),

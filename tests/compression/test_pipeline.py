@@ -328,6 +328,7 @@ def test_a_compressed_model_is_not_compressed_again(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm")
 def test_killed_in_training_then_resumed_gives_the_same_bytes(
     tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm")
 def test_killed_three_times_the_leaderboard_is_the_same(repository: Path) -> None:
     script = repository / "tests" / "benchmarks" / "compare_kill_resume.py"
     done = subprocess.run(

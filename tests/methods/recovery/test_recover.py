@@ -605,6 +605,7 @@ def test_cache_key_follows_the_recovery_and_its_data(tiny_llama: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm")
 def test_killed_in_recovery_then_resumed_gives_the_same_bytes(
     tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
