@@ -95,7 +95,8 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
         if isinstance(pretrained, str):
             _require_device(harness.get("device"), self._device)
         accelerator = getattr(self, "accelerator", None)
-        if accelerator is not None and self._world_size == 1:
+        processes: int = getattr(self, "_world_size", 1)
+        if accelerator is not None and processes == 1:
             # The stock class shares requests among GPUs only; without that, all would answer all.
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 

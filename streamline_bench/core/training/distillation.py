@@ -127,7 +127,8 @@ class KdObjective:
             share = dense.exp()
             never = share == 0  # -inf - -inf, where all tokens are kept
             gap = dense.masked_fill(never, 0) - given.masked_fill(never, 0)
-            return (share * gap).sum() * temperature**2
+            value: Tensor = (share * gap).sum() * temperature**2
+            return value
 
         return loss_of_logits(self.model, batch.ids, batch.mask, wanted, loss)
 

@@ -55,9 +55,10 @@ def loss_of_logits(
     def part(states: Tensor, numbers: Tensor) -> Tensor:
         with _giving(model, stack, _with_states(output, states[None])):
             arguments = {"input_ids": numbers[None], "use_cache": False}
-            return loss(model.forward(**arguments).logits[0], numbers)
+            value: Tensor = loss(model.forward(**arguments).logits[0], numbers)
+            return value
 
-    total = states.new_zeros((), dtype=torch.float32)
+    total: Tensor = states.new_zeros((), dtype=torch.float32)
     for rows in torch.split(numbers, -(-count // _PARTS)):
         some: Tensor = checkpoint(part, states[rows], rows, use_reentrant=False)
         total = total + some
