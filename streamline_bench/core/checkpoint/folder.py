@@ -175,8 +175,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path} names no model_type; download it again.")
     for part in (config, config.get("text_config")):
-        for key in _DEPTH_KEYS if isinstance(part, dict) else ():
-            depth = part.get(key)
+        for key in _DEPTH_KEYS:
+            depth = part.get(key) if isinstance(part, dict) else None
             if isinstance(depth, int) and depth > MOST_LAYERS:
                 raise CheckpointError(f"{path} has {key}={depth}; give it the number of layers.")
     return config
