@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -411,3 +411,83 @@ def make_recipe(text_file: Path) -> Callable[..., Any]:
         return load_recipe(name, {**applicable(small, load_recipe(name)), **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_throughput() -> Callable[..., dict[str, Any]]:
+    """Return a function that makes a ``throughput.json`` of the rows of ``make_run``.
+
+    ``make(dense=100, streamline=130, shortgpt=None)``: tokens per second, None for a failure.
+    """
+
+    def make(
+        *,
+        machine: str = "machine-1",
+        device: str = "a processor",
+        spread: float = 0.01,
+        dtype: str = "float32",
+        mode: str = "offline",
+        engine_version: str = "5",
+        threads: int = 1,
+        workload: Mapping[str, Any] | None = None,
+        load: Mapping[str, Any] | None = None,
+        created: str = "2026-01-02T03:04:05+00:00",
+        **rates: float | None,
+    ) -> dict[str, Any]:
+        rates = {"dense": 100.0, "streamline": 130.0, "shortgpt": 130.0, **rates}
+        return {
+            "created": created,
+            "engine": "hf",
+            "mode": mode,
+            "dense": "dense",
+            "dtype": dtype,
+            "clock": "cpu",
+            "confidence": 0.95,
+            "interleaved": True,
+            "workload": {"batch_sizes": [8], **(workload or {})},
+            "serving_load": load,
+            "environment": {
+                "machine_id": machine,
+                "device": "cpu",
+                "device_name": device,
+                "driver": None,
+                "cpu_count": 2,
+                "threads": threads,
+                "engine_version": engine_version,
+                "versions": {},
+                "memory": "rss",
+                "energy": "not read",
+            },
+            "models": [
+                _speed_of(label, rate, rates["dense"], spread) for label, rate in rates.items()
+            ],
+        }
+
+    return make
+
+
+def _speed_of(label: str, rate: float | None, dense: float | None, spread: float) -> dict[str, Any]:
+    point: dict[str, Any] = {"batch_requested": 8, "batch_size": 8, "status": "failed"}
+    if rate is None:
+        point["reason"] = "killed by signal 9"
+    else:
+        factors = (1 - spread, 1.0, 1 + spread)
+        ends = {"low": rate * (1 - spread), "high": rate * (1 + spread)}
+        point |= {"status": "ok", "output_tokens_per_second": {"median": rate, **ends}}
+        point["rounds"] = [
+            {"block": block, "index": 0, "seconds": 1.0, "cpu_seconds": 1000 / (rate * factor),
+             "requests": 8, "prompt_tokens": 8, "output_tokens": 1000}
+            for block, factor in enumerate(factors)
+        ]  # fmt: skip
+        if dense is not None:
+            ratio = rate / dense
+            ends = {"low": ratio * (1 - spread), "high": ratio * (1 + spread)}
+            point["ratio"] = {"value": ratio, **ends, "blocks": 3}
+    reason = None if rate is not None else point["reason"]
+    return {
+        "label": label,
+        "model": label,
+        "status": point["status"],
+        "reason": reason,
+        "points": [point],
+    }

@@ -14,6 +14,7 @@ from streamline_bench.cli.options import (
     refuse_existing,
     refuse_given,
     refuse_unwritable_file,
+    refuse_unwritable_folder,
     write_json,
 )
 
@@ -27,6 +28,11 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
 @click.command("gate")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--against", type=click.Path(path_type=Path), help="Reference to compare with.")
+@click.option("--base", help="Row of RUN that the speeds of the others are compared with.")
+@click.option("--history", type=click.Path(path_type=Path),
+              help="Folder of earlier throughput.json of this machine.")  # fmt: skip
+@click.option("--last", type=click.IntRange(3), default=10, help="Runs of the history that count.")
+@click.option("--keep", is_flag=True, help="Add RUN to the history if the gate is open.")
 @click.option("--write-reference", "reference", type=click.Path(path_type=Path),
               help="Write the results of RUN into a reference file; compare nothing.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an existing reference.")
@@ -36,7 +42,7 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
 @click.option("--stability-margin", "stability", type=_SHARE, default=0.02,
               help="Accepted drop of stability, as a share.")  # fmt: skip
 @click.option("--speed-tolerance", "speed", type=_SHARE, default=0.05,
-              help="Accepted relative loss of tokens per second.")  # fmt: skip
+              help="Accepted relative loss of speed and of goodput.")  # fmt: skip
 @click.option("--confidence", type=click.FloatRange(0.5, 0.9999), default=0.95)
 @click.option("--draws", type=click.IntRange(min=100), default=10_000)
 @click.option("--seed", type=click.IntRange(min=0), default=0)
@@ -51,6 +57,10 @@ def command(
     /,
     run: Path,
     against: Path | None,
+    base: str | None,
+    history: Path | None,
+    last: int,
+    keep: bool,
     reference: Path | None,
     overwrite: bool,
     rows: tuple[str, ...],
@@ -62,37 +72,58 @@ def command(
 ) -> None:
     """Exit with 1 if RUN lost accuracy, stability or speed against a reference.
 
-    RUN and the reference are run folders or their leaderboard.json; the reference may also be a
-    file of --write-reference. Answers are compared one by one if both sides have them, speeds
-    on the same machine only. GitHub Actions also gets the result in the step summary.
+    RUN and the reference are run folders, their leaderboard.json or throughput.json; the reference
+    may also be a file of --write-reference. Answers are compared one by one if both sides have
+    them. Speeds are compared as ratios to the dense model of the same blocks, and on the same
+    machine also by themselves; with --history, by what the last runs of this machine predict; with
+    --base, within RUN. GitHub Actions also gets the result in the step summary.
 
     Of a run folder, the rows of its leaderboard.json count, each with the evaluation that run.json
     names. If that holds several evaluations, those with the same settings are joined; a warning
     names what is left out. Answers that the leaderboard was not made from are an error.
     """
-    if (against is None) == (reference is None):
-        raise click.UsageError("Give either --against or --write-reference.")
+    compared = [given for given in (against, history, base) if given is not None]
+    if bool(compared) == (reference is not None):
+        raise click.UsageError(
+            "Give --against, --history or --base to compare, or --write-reference."
+        )
+    if base is not None and against is not None:
+        raise click.UsageError("--base compares within RUN; leave out --against.")
     if reference is not None:
         others = {option.name or "" for option in ctx.command.params} - _OF_WRITING
         refuse_given(ctx, "--write-reference compares nothing: leave one of them out", *others)
         _write_reference(run, reference, overwrite, quiet)
         return
     refuse_given(ctx, "it needs --write-reference", "overwrite")
+    if history is None:
+        refuse_given(ctx, "it needs --history", "last", "keep")
+    if against is None:
+        refuse_given(ctx, "it needs --against", "accuracy", "stability", "draws", "seed")
     refuse_unwritable_file(output)
     if against is not None and against.resolve() == run.resolve():
         click.echo("Note: RUN is compared with itself.", err=True)
     from streamline_bench.gate.judge import gate
     from streamline_bench.gate.result import Thresholds
 
+    if keep and history is not None and not history.exists():
+        refuse_unwritable_folder(history)
+        history.mkdir(parents=True)
     result = gate(
-        run, against or run, thresholds=Thresholds(**thresholds), rows=rows, progress=not quiet
-    )
+        run, against, history=history, last=last, base=base, thresholds=Thresholds(**thresholds),
+        rows=rows, progress=not quiet,
+    )  # fmt: skip
     write_json(result, output, as_json)
     if not as_json:
         _show(result, every)
     _tell_github(result, to_stderr=as_json)
     if not result.passed:
         sys.exit(1)
+    if keep and history is not None:
+        from streamline_bench.gate.history import keep as keep_run
+
+        kept = keep_run(run, history)
+        if not quiet and not as_json:
+            click.echo(f"Kept as {kept}.")
 
 
 def _write_reference(run: Path, reference: Path, overwrite: bool, quiet: bool) -> None:

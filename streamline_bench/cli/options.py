@@ -135,6 +135,11 @@ def yaml_assignments(option: str, given: tuple[str, ...]) -> dict[str, Any]:
     return parsed
 
 
+def was_given(ctx: click.Context, name: str) -> bool:
+    """Whether the user gave an option; its default does not count."""
+    return ctx.get_parameter_source(name) not in _NOT_GIVEN
+
+
 def refuse_given(ctx: click.Context, why: str, *names: str) -> None:
     """Refuse options that were given (defaults do not count) although they have no effect.
 
@@ -143,8 +148,7 @@ def refuse_given(ctx: click.Context, why: str, *names: str) -> None:
         names: as the command's function calls them.
     """
     for option in ctx.command.params:
-        given = ctx.get_parameter_source(option.name or "")
-        if option.name in names and given not in _NOT_GIVEN:
+        if option.name in names and was_given(ctx, option.name):
             raise click.UsageError(f"{max(option.opts, key=len)} has no effect here; {why}.")
 
 

@@ -34,14 +34,9 @@ if TYPE_CHECKING:
         TaskComparison,
         TokenDivergence,
     )
-    from streamline_bench.throughput.record import (
-        Latency,
-        ModelResult,
-        Point,
-        Ratio,
-        ServingPoint,
-        ThroughputRecord,
-    )
+    from streamline_bench.throughput.figures import Latency, Ratio
+    from streamline_bench.throughput.record import ModelResult, Point, ThroughputRecord
+    from streamline_bench.throughput.served import ServingPoint, Sustained
 
 _MIB = 1 << 20
 
@@ -232,24 +227,60 @@ def divergence_table(result: TokenDivergence) -> Table:
 
 
 def throughput_tables(record: ThroughputRecord) -> Iterator[Table]:
-    """Yield the tables that a record fills: batches, served rates, the paper's figures."""
-    serving = record.mode == "serving"
-    if serving:
-        names = "requests/s|tokens/s|TTFT|TPOT|ITL|E2EL"
-        table = _table("Serving: milliseconds at p50 / p90 / p99", ("model",), (*names.split("|"),))
-        cells = [_serving_cells(model, each) for model in record.models for each in model.serving]
-    else:
-        names = "batch|tokens/s|to dense|ideal|of ideal|weights|peak|KV tokens"
-        table = _table("Throughput", ("model",), (*names.split("|"),))
-        cells = [_batch_cells(model, point) for model in record.models for point in model.points]
-    for row in cells:
-        table.add_row(*map(escape, row))
+    """Yield the tables that a record fills: batches, served loads, the paper's figures."""
+    if record.mode == "serving":
+        yield from _serving_tables(record)
+        return
+    names = "batch|tokens/s|to dense|ideal|of ideal|weights|peak|KV tokens"
+    table = _table("Throughput", ("model",), (*names.split("|"),))
+    for model in record.models:
+        for point in model.points:
+            table.add_row(*map(escape, _batch_cells(model, point)))
     yield table
-    if record.paper and not serving:
+    if record.paper:
         paper = _table("The paper's figures (Llama-2-7B)", ("model",), ("tokens/s", "to dense"))
         for each in record.paper:
             paper.add_row(escape(each.name), f"{each.tokens_per_second:.2f}", f"{each.ratio:.2f}")
         yield paper
+
+
+def _serving_tables(record: ThroughputRecord) -> Iterator[Table]:
+    """The highest load of every model, and latencies at every load."""
+    load = record.serving_load
+    slo = load.slo if load is not None else None
+    if slo is not None:
+        title = f"Highest load that keeps {slo.described}"
+        names = ("load", "to dense", "goodput", "to dense", "what breaks above")
+        table = _table(title, ("model",), names)
+        for model in record.models:
+            if model.sustained is not None:
+                table.add_row(*map(escape, _sustained_cells(model, model.sustained)))
+        yield table
+    served = [(model, point) for model in record.models for point in model.serving]
+    if served or slo is None:
+        title = "Serving: milliseconds at p50 / p90 / p99, and mean to dense"
+        good = ("goodput",) if slo is not None else ()
+        names = ("load", "tokens/s", *good, "TTFT", "TPOT", "ITL", "E2EL")
+        table = _table(title, ("model",), names)
+        for model, point in served:
+            table.add_row(*map(escape, _serving_cells(model, point, bool(good))))
+        yield table
+
+
+def _sustained_cells(model: ModelResult, found: Sustained) -> list[str]:
+    name = terminal_text(model.label)
+    if found.level is None:
+        return [name, "failed", *[MISSING] * 4]
+    unit = "in flight" if found.by == "concurrency" else "requests/s"
+    limits = "; ".join(dict.fromkeys(found.limit))
+    return [
+        name,
+        f"{found.level:.3g} {unit}",
+        _with_ends(found.ratio, "\n") if found.ratio is not None else MISSING,
+        MISSING if found.goodput is None else f"{found.goodput:.3g} requests/s",
+        _with_ends(found.goodput_ratio, "\n") if found.goodput_ratio is not None else MISSING,
+        terminal_text(limits),
+    ]
 
 
 def throughput_notes(record: ThroughputRecord) -> str:
@@ -270,16 +301,35 @@ def throughput_notes(record: ThroughputRecord) -> str:
             "Ideal: ratio of the times that bytes moved and operations take at least."
         )
         lines += _floor(record)
-        if record.stopped is not None:
-            lines.append(f"Stopped early: {terminal_text(record.stopped)}.")
+    elif record.schema_version > 2:  # before, there was one pass
+        lines.append(_how_served(record))
+    if record.stopped is not None:
+        lines.append(f"Stopped early: {terminal_text(record.stopped)}.")
     of_points = [note for model in record.models for point in model.points for note in point.notes]
     lines += [f"{terminal_text(note)}." for note in dict.fromkeys(of_points)]  # shared in a group
+    for model in record.models:
+        for served in model.serving:
+            name = f"{terminal_text(model.label)}, {served.described}"
+            lines += [f"{name}: {terminal_text(note)}." for note in served.notes]
+            if served.saturated is not None:
+                lines.append(f"{name}: saturated: {terminal_text(served.saturated)}.")
     for model in record.models:
         name = terminal_text(model.label)
         lines += [f"{name}: {terminal_text(note)}." for note in model.notes]
         if model.reason:
             lines.append(f"{name} failed: {terminal_text(model.reason)}")
     return "\n".join(lines)
+
+
+def _how_served(record: ThroughputRecord) -> str:
+    load = record.serving_load
+    what = terminal_text(load.described) if load is not None else "requests"
+    return (
+        f"vllm bench serve: {what}, in {record.blocks} block(s), each with a new server of every "
+        f"model. Percentiles of all blocks, where there are enough requests for them. Ratios: of "
+        f"means, over the blocks, with their {100 * record.confidence:g} % "
+        f"interval{_without_interval(record)}."
+    )
 
 
 def _without_interval(record: ThroughputRecord) -> str:
@@ -321,19 +371,30 @@ def _batch_cells(model: ModelResult, point: Point) -> list[str]:
     ]
 
 
-def _serving_cells(model: ModelResult, point: ServingPoint) -> list[str]:
-    rate = "all at once" if point.request_rate == float("inf") else f"{point.request_rate:g}"
+def _serving_cells(model: ModelResult, point: ServingPoint, with_goodput: bool) -> list[str]:
+    full = "" if point.saturated is None else "\nsaturated"
+    name, load = terminal_text(model.label), f"{point.described}{full}"
     if point.output_tokens_per_second is None:
-        return [terminal_text(model.label), rate, "failed", *[MISSING] * 4]
+        return [name, load, "failed", *[MISSING] * (4 + with_goodput)]
     latencies = (point.ttft, point.tpot, point.itl, point.e2el)
-    speed = f"{point.output_tokens_per_second:.1f}"
-    return [terminal_text(model.label), rate, speed, *map(_latency, latencies)]
+    speed = _and_ratio(f"{point.output_tokens_per_second:.1f}", point.throughput_ratio)
+    goodput = [] if not with_goodput else [
+        MISSING if point.goodput is None
+        else _and_ratio(f"{point.goodput:.3g} requests/s", point.goodput_ratio)
+    ]  # fmt: skip
+    return [name, load, speed, *goodput, *map(_latency, latencies)]
+
+
+def _and_ratio(figure: str, ratio: Ratio | None) -> str:
+    return figure if ratio is None else f"{figure}\n{_with_ends(ratio, ' ')}"
 
 
 def _latency(found: Latency | None) -> str:
     if found is None:
         return MISSING
-    return " / ".join(f"{value:.3g}" for value in (found.p50, found.p90, found.p99))
+    shown = (found.p50, found.p90, found.p99)
+    values = " / ".join(MISSING if value is None else f"{value:.3g}" for value in shown)
+    return _and_ratio(values, found.ratio)
 
 
 def _mebibytes(size: int | None) -> str:

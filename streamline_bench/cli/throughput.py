@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -16,26 +17,52 @@ from streamline_bench.cli.options import (
     refuse_given,
     refuse_unwritable_folder,
     setup_logging,
+    was_given,
 )
 from streamline_bench.core.machine.environment import printable
 
+if TYPE_CHECKING:
+    from streamline_bench.throughput import ServingLoad
+
 _DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 _GIB = 1 << 30
-_BLOCKS = ("blocks", "until_precision", "minutes", "self_check", "rounds", "warmup_rounds")
+_BLOCKS = ("blocks", "until_precision", "minutes", "self_check")
+_VLLM = ("kv_cache_gib", "kv_cache_dtype", "max_model_len", "tensor_parallel", "gpus")
+_ROUNDS = ("rounds", "warmup_rounds")
+_SERVING = (
+    "request_rate", "concurrency", "arrivals", "requests", "warmup_requests", "max_concurrency",
+    "prompts", "prefix_tokens", "slo", "search", "port",
+)  # fmt: skip
 _Number = TypeVar("_Number", int, float)
 
 
-def _list_of(kind: Callable[[str], _Number]) -> Callable[..., tuple[_Number, ...]]:
-    def read(ctx: click.Context, option: click.Parameter, value: str) -> tuple[_Number, ...]:
+def _list_of(
+    kind: Callable[[str], _Number], least: float | None = None
+) -> Callable[..., tuple[_Number, ...]]:
+    def read(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[_Number, ...]:
+        if value is None:
+            return ()
         try:
             numbers = tuple(kind(part) for part in value.split(","))
         except ValueError:
             raise click.BadParameter(f"'{value}' is not a list of numbers such as 1,8") from None
-        if not all(number > 0 for number in numbers):
+        if not all(number > 0 if least is None else number >= least for number in numbers):
             raise click.BadParameter(f"'{value}' must hold numbers above 0 only")
         return numbers
 
     return read
+
+
+def _interpreters(
+    ctx: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str]:
+    found = {}
+    for value in values:
+        label, separator, path = value.partition("=")
+        if not separator or not label:
+            raise click.BadParameter(f"'{value}' must be LABEL=PATH of a Python interpreter")
+        found[label] = str(Path(path).absolute())  # not resolved: a link marks its environment
+    return found
 
 
 @click.command("throughput")
@@ -65,11 +92,25 @@ def _list_of(kind: Callable[[str], _Number]) -> Callable[..., tuple[_Number, ...
 @click.option("--warmup-rounds", type=click.IntRange(0), default=1,
               help="Rounds before them that do not count.")  # fmt: skip
 @click.option("--request-rate", callback=_list_of(float), default="1,4,inf",
-              help="With --serve: requests per second, comma-separated.")  # fmt: skip
+              help="With --serve: requests per second; inf: all at once.")  # fmt: skip
+@click.option("--concurrency", callback=_list_of(int),
+              help="With --serve: requests in flight, in place of rates.")  # fmt: skip
+@click.option("--slo", help="With --serve: find the highest load for an objective such as "
+              "ttft=500ms,tpot=50ms,p=95.")  # fmt: skip
+@click.option("--search", type=click.Choice(["concurrency", "rate"]), default="concurrency",
+              help="With --slo: what is raised.")  # fmt: skip
+@click.option("--arrivals", type=click.Choice(["poisson", "constant"]), default="poisson",
+              help="With --serve: when requests of a rate come.")  # fmt: skip
 @click.option("--requests", type=click.IntRange(1), default=32,
-              help="With --serve: number of requests at each rate.")  # fmt: skip
+              help="With --serve: requests that count at each load of a block.")  # fmt: skip
+@click.option("--warmup-requests", type=click.IntRange(0),
+              help="With --serve: requests before them  [default: 8, or more]")  # fmt: skip
 @click.option("--max-concurrency", type=click.IntRange(1),
               help="With --serve: most requests at the same time.")  # fmt: skip
+@click.option("--prompts", default="random",
+              help="With --serve: random, or a .jsonl file of prompts.")  # fmt: skip
+@click.option("--prefix-tokens", type=click.IntRange(0), default=0,
+              help="With --serve: tokens that all random prompts share.")  # fmt: skip
 @click.option("--port", type=click.IntRange(1, 65535),
               help="With --serve: port of the server  [default: a free one]")  # fmt: skip
 @click.option("--dtype", type=_DTYPES, default="auto",
@@ -86,12 +127,22 @@ def _list_of(kind: Callable[[str], _Number]) -> Callable[..., tuple[_Number, ...
               help="With vLLM: reuse the cache of prompts seen before.")  # fmt: skip
 @click.option("--kv-cache-gib", type=click.FloatRange(0, min_open=True),
               help="With vLLM: size of the cache of keys and values.")  # fmt: skip
+@click.option("--kv-cache-dtype", default="auto",
+              help="With vLLM: dtype of that cache, such as fp8.")  # fmt: skip
+@click.option("--max-model-len", type=click.IntRange(1),
+              help="With vLLM: longest sequence  [default: what is asked]")  # fmt: skip
+@click.option("--tensor-parallel-size", "tensor_parallel", type=click.IntRange(1), default=1,
+              help="With vLLM: accelerators that each model is split over.")  # fmt: skip
+@click.option("--gpus", callback=_list_of(int, least=0),
+              help="With vLLM: numbers of the accelerators of each model.")  # fmt: skip
 @click.option("--one-at-a-time", is_flag=True,
               help="Measure one model after the other; needs less memory.")  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600,
-              help="Seconds that one round may take.")  # fmt: skip
+              help="Seconds that one round, or one load of a server, may take.")  # fmt: skip
 @click.option("--start-timeout", type=click.FloatRange(0, min_open=True), default=900,
               help="Seconds that loading may take.")  # fmt: skip
+@click.option("--python", "pythons", multiple=True, metavar="LABEL=PATH", callback=_interpreters,
+              help="Interpreter that runs one model, to compare two environments.")  # fmt: skip
 @click.option("--revision", help="Revision of the hub models.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a model.")
 @click.option("--seed", type=int, default=0, help="Seed of the prompts and of the order.")
@@ -135,7 +186,7 @@ def command(
     if output is None:
         refuse_given(ctx, "it needs --output", "overwrite")
     named = _named(models, revision)
-    from streamline_bench.throughput import ServingLoad, measure, serve
+    from streamline_bench.throughput import measure, serve
     from streamline_bench.throughput.record import RECORD_NAME
 
     if output is not None:
@@ -143,9 +194,7 @@ def command(
         refuse_existing(output / RECORD_NAME, overwrite)
     how = {**_asked(named, options), "output": output, "progress": not (quiet or as_json)}
     if serving:
-        same = {key: options[key] for key in ("requests", "max_concurrency")}
-        load = ServingLoad(request_rates=options["request_rate"], **same)
-        record = serve(named, load=load, port=options["port"], **how)
+        record = serve(named, load=_load(ctx, options), port=options["port"], **how)
     else:
         mode: Literal["paper", "offline"] = "paper" if paper else "offline"
         record = measure(named, engine=engine or "hf", mode=mode, **how)
@@ -168,13 +217,41 @@ def command(
 def _refuse_ignored(ctx: click.Context, engine: str, serving: bool, paper: bool) -> None:
     if serving:
         why = "--serve sends requests to one model at a time"
-        refuse_given(ctx, why, "batch", *_BLOCKS, "clock", "one_at_a_time")
+        refuse_given(ctx, why, "batch", *_ROUNDS, "clock", "one_at_a_time")
+        if ctx.params["slo"] is None:
+            refuse_given(ctx, "it needs --slo", "search")
+        if ctx.params["prompts"] != "random":
+            refuse_given(ctx, "--prompts has its own lengths", "prompt_tokens", "prefix_tokens")
         return
-    refuse_given(ctx, "it needs --serve", "request_rate", "requests", "max_concurrency", "port")
+    refuse_given(ctx, "it needs --serve", *_SERVING)
     if engine == "hf":
-        refuse_given(ctx, "it needs --engine vllm", "eager", "prefix_caching", "kv_cache_gib")
+        refuse_given(ctx, "it needs --engine vllm", "eager", "prefix_caching", *_VLLM)
     if paper:
         refuse_given(ctx, "--paper runs one sequence at a time", "batch")
+
+
+def _load(ctx: click.Context, options: Mapping[str, Any]) -> ServingLoad:
+    """Return what is sent. Without rates and concurrencies of the user's, --slo searches only."""
+    from pydantic import ValidationError
+
+    from streamline_bench.throughput import ServingLoad, Slo
+
+    given = {name: was_given(ctx, name) for name in ("request_rate", "output_tokens")}
+    slo = None if options["slo"] is None else Slo.parse(options["slo"])
+    other = slo is not None or options["concurrency"]
+    rates = () if other and not given["request_rate"] else options["request_rate"]
+    own_lengths = options["prompts"] != "random" and not given["output_tokens"]
+    names = "arrivals requests warmup_requests max_concurrency prompts prefix_tokens search"
+    try:
+        return ServingLoad(
+            request_rates=rates,
+            concurrencies=options["concurrency"],
+            slo=slo,
+            output_lengths="data" if own_lengths else "fixed",
+            **{name: options[name] for name in names.split()},
+        )
+    except ValidationError as error:
+        raise click.UsageError(str(error.errors()[0]["msg"])) from None
 
 
 def _named(models: tuple[str, ...], revision: str | None) -> dict[str, str]:
@@ -208,16 +285,26 @@ def _asked(models: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, A
         return {name: options[name] for name in names.split()}
 
     lengths = "prompt_tokens output_tokens seed prefix_caching"
-    workload = Workload(batch_sizes=options["batch"], **chosen(f"{lengths} {' '.join(_BLOCKS)}"))
+    more = " ".join((*_BLOCKS, *_ROUNDS))
+    workload = Workload(batch_sizes=options["batch"], **chosen(f"{lengths} {more}"))
     cache = options["kv_cache_gib"]
     limits = "dtype threads clock eager one_at_a_time timeout start_timeout trust_remote_code"
+    limits += " pythons"
+    for path in options["pythons"].values():
+        if not os.access(path, os.X_OK):
+            raise click.UsageError(
+                f"--python: '{path}' cannot be run; give the path of a Python interpreter."
+            )
+    on_device = " ".join(name for name in _VLLM if name != "kv_cache_gib")
     try:
         setup = Setup(
             kv_cache_bytes=None if cache is None else int(cache * _GIB),
             device=chosen_device(options["device"]),
-            **chosen(limits),
+            **chosen(f"{limits} {on_device}"),
         )
-    except ValidationError:
+    except ValidationError as error:
+        if error.errors()[0]["type"] == "value_error":
+            raise click.UsageError(f"{error.errors()[0]['msg']}.") from None
         raise click.BadParameter(
             f"'{options['device']}' is not a device; give auto, cpu, cuda or cuda:N",
             param_hint="--device",

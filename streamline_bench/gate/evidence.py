@@ -44,7 +44,8 @@ from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.clusters import ClusterLabels, cluster_labels
 from streamline_bench.stability.statistics.stability import choice_spread
-from streamline_bench.throughput.record import Speed
+from streamline_bench.throughput.record import RECORD_NAME, ThroughputRecord, read_record
+from streamline_bench.throughput.speed import Speed, figures_of
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ class Reference(Frozen):
 
     Attributes:
         source: folder or file that it was made from.
+        method: how answers were compared; None for speeds alone.
         machine: id of the machine on which the speed was measured; None where nothing was.
     """
 
@@ -140,7 +142,7 @@ class Reference(Frozen):
     source: str
     title: str
     dense: str
-    method: Procedure
+    method: Procedure | None = None
     rows: tuple[RowReference, ...] = Field(min_length=1)
     machine: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
@@ -202,8 +204,8 @@ class Source:
     board: Leaderboard | None = None
     run: RunFile | None = None
 
-    def evidence(self, *, progress: bool = True) -> Evidence:
-        """Read the answers as well, where they are.
+    def evidence(self, *, progress: bool = True, answers: bool = True) -> Evidence:
+        """Read the machine, and the answers where they are and asked for.
 
         Raises:
             SamplesError: an evaluation is damaged, or does not belong to the leaderboard.
@@ -215,19 +217,23 @@ class Source:
         speed = folder / self.run.throughput if self.run and self.run.throughput else None
         return evidence_of(
             self.board,
-            _samples(folder, self.run, progress),
+            _samples(folder, self.run, progress) if answers else {},
             source=str(self.path),
             throughput=speed if speed is not None and speed.exists() else None,
         )
 
 
 def open_source(path: Path) -> Source:
-    """Open a run folder, a ``leaderboard.json`` or a reference file.
+    """Open a run folder, a ``leaderboard.json``, a ``throughput.json`` or a reference file.
 
     Raises:
         SamplesError: there is none, or it is damaged.
+        ThroughputError: the record of speeds is damaged.
     """
     file = path / LEADERBOARD if path.is_dir() else path
+    speeds = path / RECORD_NAME if path.is_dir() else path
+    if speeds.name == RECORD_NAME and speeds.is_file() and not (path / LEADERBOARD).is_file():
+        return Source(path, _of_record(read_record(speeds), str(path)))
     if not file.is_file():
         advice = "make it with streamline-bench report" if path.is_dir() else "check the path"
         inside = sorted(each.parent.name for each in path.glob(f"*/{LEADERBOARD}"))
@@ -245,6 +251,21 @@ def open_source(path: Path) -> Source:
     board = parse_leaderboard(payload, str(file))
     run = read_run_file(file.parent) if (file.parent / RUN_FILE).is_file() else None
     return Source(path, evidence_of(board, {}, source=str(path)).figures, board, run)
+
+
+def _of_record(record: ThroughputRecord, source: str) -> Reference:
+    """The speeds of a measurement without evaluations."""
+    dense = record.dense or record.models[0].label
+    rows = tuple(
+        RowReference(
+            label=label,
+            is_dense=label == dense,
+            speed=Speed.model_validate(speed.model_dump(exclude={"label"})),
+        )
+        for label, speed in figures_of(record).items()
+    )
+    machine = record.environment.machine_id
+    return Reference(source=source, title=source, dense=dense, rows=rows, machine=machine)
 
 
 def read_evidence(path: Path, *, progress: bool = True) -> Evidence:
@@ -455,6 +476,4 @@ def _digest(rows: pd.DataFrame) -> str:
 
 
 def _machine(throughput: Path) -> str:
-    from streamline_bench.throughput.record import read_record
-
     return read_record(throughput).environment.machine_id

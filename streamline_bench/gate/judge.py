@@ -1,54 +1,70 @@
-"""The gate: every row of the reference, checked in the run; and the checks of speed.
+"""The gate: every row of the reference, checked in the run; and the speed of a run.
 
-Speed is compared only between equal measurements: tokens per second on the same machine, ratios to
-the dense model of the same run wherever device, engine, precision, threads and workload are the
-same. The interval of a change comes from the extremes of the rounds, or of the ratio's interval, on
-both sides.
+See :mod:`.task_checks` for accuracy and stability, :mod:`.speed_checks` for speed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import ComparisonError
 from streamline_bench.gate.evidence import Evidence, Reference, RowReference, open_source
-from streamline_bench.gate.result import Check, GateResult, Quantity, Status, Thresholds
+from streamline_bench.gate.history import History, read_history
+from streamline_bench.gate.result import Check, GateResult, Thresholds
+from streamline_bench.gate.speed_checks import (
+    against_base,
+    against_history,
+    against_reference,
+    speed_checks,
+)
 from streamline_bench.gate.task_checks import accuracy_checks, grade_checks, stability_checks
-from streamline_bench.throughput.record import Speed
 
 
 def gate(
     run: Path | str,
-    against: Path | str,
+    against: Path | str | None = None,
     *,
+    history: Path | str | None = None,
+    last: int = 10,
+    base: str | None = None,
     thresholds: Thresholds | None = None,
     rows: Sequence[str] = (),
     progress: bool = True,
 ) -> GateResult:
-    """Compare a run with a reference.
+    """Compare a run with a reference, with earlier runs of the machine, or with a base in it.
 
     Args:
-        run: run folder or ``leaderboard.json``.
+        run: run folder, ``leaderboard.json``, or ``throughput.json``.
         against: the same of an earlier run, or a reference file.
-        rows: labels to check; by default all of the reference.
+        history: folder of ``throughput.json`` files; the ``last`` of this machine say what speed
+            to expect. The speed of ``against`` is not looked at then.
+        base: label of the model in this run that the speeds of the others are compared with.
+        rows: labels to check; by default all of the reference, or of the run without one.
 
     Raises:
         SamplesError: one of them cannot be read.
+        ThroughputError: a record of speeds is damaged.
         ComparisonError: they were evaluated differently, a row of ``rows`` is not in the reference,
             or there is nothing to compare with.
     """
+    allowed = thresholds or Thresholds()
+    now = open_source(Path(run))
+    if against is None:
+        figures = now.evidence(progress=False, answers=False).figures
+        earlier = _history(history, figures, last)
+        return judge_speed(figures, allowed, rows, history=earlier, base=base)
     # Answers take long to read; whatever the figures alone show to be wrong comes first.
-    before, now = open_source(Path(against)), open_source(Path(run))
+    before = open_source(Path(against))
     require_comparable(now.figures, before.figures, rows)
-    return judge(
-        now.evidence(progress=progress),
-        before.evidence(progress=progress),
-        thresholds or Thresholds(),
-        rows,
-    )
+    evidence = now.evidence(progress=progress)
+    earlier = _history(history, evidence.figures, last)
+    return judge(evidence, before.evidence(progress=progress), allowed, rows, earlier)
+
+
+def _history(folder: Path | str | None, run: Reference, last: int) -> History | None:
+    return None if folder is None else read_history(Path(folder), run.machine, last)
 
 
 def require_comparable(run: Reference, against: Reference, rows: Sequence[str] = ()) -> None:
@@ -57,7 +73,11 @@ def require_comparable(run: Reference, against: Reference, rows: Sequence[str] =
     Raises:
         ComparisonError: see :func:`gate`.
     """
-    if run.method.verdict != against.method.verdict:
+    if (
+        run.method is not None
+        and against.method is not None
+        and run.method.verdict != against.method.verdict
+    ):
         raise ComparisonError(
             f"The run judges by '{run.method.verdict}', the reference by "
             f"'{against.method.verdict}'; report both with the same --verdict."
@@ -91,7 +111,11 @@ def require_rows(against: Reference, rows: Sequence[str]) -> None:
 
 
 def judge(
-    run: Evidence, against: Evidence, thresholds: Thresholds, rows: Sequence[str] = ()
+    run: Evidence,
+    against: Evidence,
+    thresholds: Thresholds,
+    rows: Sequence[str] = (),
+    history: History | None = None,
 ) -> GateResult:
     """Compare what was read (see :func:`gate`)."""
     require_comparable(run.figures, against.figures, rows)
@@ -100,6 +124,16 @@ def judge(
     for label, before in chosen.items():
         if before.failed is None:
             checks += _row_checks(run, against, run.rows.get(label), before, thresholds)
+    pairs = [
+        (now, before)
+        for label, before in chosen.items()
+        if (now := run.rows.get(label)) is not None and before.failed is None and now.failed is None
+    ]
+    if history is not None:
+        found = [*against_history([now for now, _ in pairs], history.runs)]
+    else:
+        found = [*against_reference(run.figures, against.figures, pairs)]
+    checks += speed_checks(found, thresholds)
     if not checks:
         raise ComparisonError(
             f"The reference '{against.figures.source}' has no task with right or wrong answers, "
@@ -107,11 +141,57 @@ def judge(
         )
     return GateResult(
         run=run.figures.source,
-        against=against.figures.source,
+        against=_against(against.figures.source, history),
         thresholds=thresholds,
         checks=tuple(checks),
         new=_new(run, chosen, every=not rows),
     )
+
+
+def judge_speed(
+    run: Reference,
+    thresholds: Thresholds,
+    rows: Sequence[str] = (),
+    *,
+    history: History | None = None,
+    base: str | None = None,
+) -> GateResult:
+    """Compare the speeds of a run with earlier ones, and with a base among its rows.
+
+    Raises:
+        ComparisonError: a row is not there, or there is no speed to compare.
+    """
+    known = [row.label for row in run.rows]
+    for label in (*rows, *([base] if base is not None else [])):
+        if label not in known:
+            other = suggest(label, known)
+            raise ComparisonError(f"The run '{run.source}' has no row '{label}'{other}")
+    if base is not None and base != run.dense:
+        raise ComparisonError(
+            f"The ratios of '{run.source}' are to '{run.dense}', not to '{base}'; measure with "
+            f"--dense {base}."
+        )
+    chosen = [row for row in run.rows if not rows or row.label in rows]
+    found = [] if history is None else [*against_history(chosen, history.runs)]
+    found += [] if base is None else [*against_base(chosen, base)]
+    checks = speed_checks(found, thresholds)
+    if not checks:
+        raise ComparisonError(
+            f"The run '{run.source}' has no speed to compare; measure it with streamline-bench "
+            "throughput, or compare --throughput."
+        )
+    return GateResult(
+        run=run.source,
+        against=_against(None if base is None else f"'{base}' of the same run", history),
+        thresholds=thresholds,
+        checks=tuple(checks),
+        new=(),
+    )
+
+
+def _against(reference: str | None, history: History | None) -> str:
+    runs = None if history is None else f"{len(history.runs)} runs of {history.source}"
+    return " and ".join(filter(None, [reference, runs]))
 
 
 def _new(run: Evidence, chosen: Mapping[str, RowReference], *, every: bool) -> tuple[str, ...]:
@@ -153,97 +233,4 @@ def _row_checks(
     checks += grade_checks(run, against, now, before, thresholds)
     if not now.is_dense:
         checks += stability_checks(run, against, now, before, thresholds)
-    return checks + _speed_checks(run, against, now, before, thresholds.speed)
-
-
-_ALIKE = (
-    "device engine engine_version mode dtype clock threads batch_size prompt_tokens output_tokens "
-    "request_load"
-).split()
-"""Fields of a speed that must agree."""
-
-
-def _speed_checks(
-    run: Evidence, against: Evidence, now: RowReference, before: RowReference, tolerated: float
-) -> list[Check]:
-    """Check tokens per second and the ratio to dense, if the reference has them.
-
-    Args:
-        tolerated: relative loss that does not count (0.05).
-    """
-    old, new = before.speed, now.speed
-    if old is None or old.status == "failed":
-        return []
-
-    def without(quantity: Quantity, status: Status, reason: str, figure: Any = None) -> Check:
-        return Check(
-            row=now.label, quantity=quantity, status=status, reference=figure, reason=reason
-        )
-
-    had = old.output_tokens_per_second
-    if new is None:
-        return [without("tokens/s", "missing", "the run has no throughput", had)]
-    if new.status == "failed":
-        return [without("tokens/s", "missing", new.reason or "the measurement failed", had)]
-    reason = _unlike(new, old)
-    if reason is not None:
-        return [without("tokens/s", "not compared", reason)]
-    have = new.output_tokens_per_second
-    machines = against.figures.machine, run.figures.machine
-    if None in machines:
-        reason = "the machine is not known on both sides"
-    elif machines[0] != machines[1]:
-        reason = "other machine"
-    elif had is None or have is None:
-        reason = "not measured on both sides"
-    if had is None or have is None or reason is not None:
-        checks = [without("tokens/s", "not compared", str(reason))]
-    else:
-        ends = (old.low, old.high), (new.low, new.high)
-        checks = [_speed_check(now, "tokens/s", (had, have), ends, tolerated)]
-    if now.is_dense or old.ratio is None:
-        return checks
-    if new.ratio is None:
-        gone = without("speed-up", "missing", "the run has no ratio to dense", old.ratio)
-        return [*checks, gone]
-    ends = (old.ratio_low, old.ratio_high), (new.ratio_low, new.ratio_high)
-    return [*checks, _speed_check(now, "speed-up", (old.ratio, new.ratio), ends, tolerated)]
-
-
-def _unlike(new: Speed, old: Speed) -> str | None:
-    """Why the two speeds must not be compared."""
-    for name in _ALIKE:
-        here, there = getattr(new, name), getattr(old, name)
-        if here is not None and there is not None and here != there:
-            return f"{name.replace('_', ' ')} is {here} here, {there} there"
-    return None
-
-
-Ends = tuple[float | None, float | None]
-
-
-def _speed_check(
-    row: RowReference,
-    quantity: Quantity,
-    figures: tuple[float, float],
-    ends: tuple[Ends, Ends],
-    tolerated: float,
-) -> Check:
-    old, new = figures
-    (old_low, old_high), (new_low, new_high) = ends
-    high = new_high / old_low - 1 if new_high is not None and old_low else None
-    change = new / old - 1
-    status: Status = "ok"
-    if change < -tolerated:
-        status = "regressed" if high is not None and high < 0 else "cannot tell"
-    return Check(
-        row=row.label,
-        quantity=quantity,
-        status=status,
-        reference=old,
-        value=new,
-        change=change,
-        low=new_low / old_high - 1 if new_low is not None and old_high else None,
-        high=high,
-        how="extremes of the rounds" if quantity == "tokens/s" else "intervals of both ratios",
-    )
+    return checks

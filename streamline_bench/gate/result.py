@@ -30,10 +30,19 @@ class Thresholds(Frozen):
     strict: bool = False
 
 
-Quantity = Literal["result", "accuracy", "grade", "stability", "tokens/s", "speed-up"]
+Quantity = Literal[
+    "result", "accuracy", "grade", "stability", "tokens/s", "speed-up",
+    "TTFT", "TPOT", "ITL", "E2EL", "goodput", "load",
+    "tokens/s ratio", "TTFT ratio", "TPOT ratio", "ITL ratio", "E2EL ratio", "goodput ratio",
+    "load ratio",
+]  # fmt: skip
 """``result``: whether the row has one; ``grade``: what judges a task that has no verdicts, as a
 share of the highest grade; ``speed-up``: tokens per second as a multiple of the dense
-model's in the same run."""
+model's in the same run. Of served models: mean latencies in milliseconds, good requests per second,
+the highest load that keeps the objective; and each as a multiple of the dense model's."""
+
+SPEEDS = ("tokens/s", "speed-up", "TTFT", "TPOT", "ITL", "E2EL", "goodput", "load")
+"""Quantities of speed, without their ratios."""
 
 Status = Literal["ok", "regressed", "cannot tell", "missing", "not compared"]
 """``regressed``: worse beyond noise and beyond what is tolerated. ``missing``: the reference has
@@ -45,12 +54,13 @@ class Check(Frozen):
 
     Attributes:
         row: label of the model.
-        task: None for the mean over tasks, and where there are no tasks.
+        task: None for the mean over tasks, and where there are no tasks; of a served model, the
+            load.
         reference, value: accuracies, grades and stabilities as shares; tokens per second; ratios to
             dense.
         change: value - reference; for speed value / reference - 1.
-        low, high: interval of ``change``, adjusted over the row's tasks for one task; None where no
-            answer changed.
+        low, high: interval of ``change``, adjusted over the row's tasks for one task, and over all
+            speeds for a speed; None where no answer changed.
         p_value: of "nothing changed", adjusted likewise: below 1 - confidence where the interval
             excludes 0.
         how: what the interval was made from.

@@ -8,12 +8,12 @@ escaped, or a name could begin a command of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from streamline_bench.errors import OutputError
-from streamline_bench.gate.result import Check, GateResult
+from streamline_bench.gate.result import SPEEDS, Check, GateResult
 from streamline_bench.report.text import (
     MISSING,
     markdown_text,
@@ -32,7 +32,7 @@ HEADINGS = ("row", "task", "quantity", "reference", "now", "change", "interval",
 _NUMERIC = ("reference", "now", "change", "interval", "p")
 NOTE = (
     "Accuracy and grades by task: interval and p are adjusted over the row's tasks (Holm) and "
-    "decide. "
+    "decide; speeds likewise, over all of them. "
     "Stability by task: the interval is adjusted over them too (Bonferroni) and decides."
 )
 """Which of the figures decide."""
@@ -60,8 +60,8 @@ def brief(result: GateResult) -> list[Check]:
 
 def cells(check: Check) -> list[str]:
     """One check as text, in the order of :data:`HEADINGS`; not escaped."""
-    speed = check.quantity in ("tokens/s", "speed-up")
-    write = {"tokens/s": rate, "speed-up": times}.get(check.quantity, percent)
+    speed = check.quantity.removesuffix(" ratio") in SPEEDS
+    write = _written(check.quantity) if speed else percent
     change = f"{points(check.change)} %" if speed and check.change is not None else None
     ends = MISSING
     if check.low is not None and check.high is not None:
@@ -81,6 +81,16 @@ def cells(check: Check) -> list[str]:
     ]
 
 
+def _written(quantity: str) -> Callable[[float | None], str]:
+    if quantity == "speed-up" or quantity.endswith(" ratio"):
+        return times
+    return rate if quantity == "tokens/s" else _figure
+
+
+def _figure(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.4g}"
+
+
 def line(check: Check) -> str:
     """One check as a line for a terminal: where, what, from which figure to which."""
     row, task, quantity, before, now, change, ends, p, status = map(terminal_text, cells(check))
@@ -91,7 +101,7 @@ def line(check: Check) -> str:
     if check.low is not None and check.high is not None:
         parts.append(f"interval {ends}")
     if check.p_value is not None:
-        parts.append(f"p {p}, both adjusted over the row's tasks")
+        parts.append(f"p {p}, both adjusted")
     return f"{where}: {quantity} {status}: {before} before, {now} now ({', '.join(parts)})"
 
 

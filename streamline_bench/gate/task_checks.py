@@ -335,6 +335,8 @@ def _difference(
 def _unlike(run: Evidence, against: Evidence) -> str | None:
     """Why the stabilities of the two must not be compared."""
     ours, theirs = run.figures.method, against.figures.method
+    if ours is None or theirs is None:
+        return "one side has speeds only"
     for name in ("mode", "quantity", "ddof"):
         if getattr(ours, name) != getattr(theirs, name):
             return f"{name} is {getattr(ours, name)} here, {getattr(theirs, name)} there"

@@ -45,7 +45,7 @@ from streamline_bench.stability.over_tasks import leaf_tasks
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
-from streamline_bench.throughput.record import Speed, ThroughputFigures, read_figures
+from streamline_bench.throughput.speed import Speed, ThroughputFigures, read_figures
 from streamline_bench.version import __version__
 
 _PROMPT_CHARACTERS = 900  # of a flip

@@ -29,7 +29,7 @@ from streamline_bench.stability.comparison import (
     TokenDivergence,
     VarianceParts,
 )
-from streamline_bench.throughput.record import Speed
+from streamline_bench.throughput.speed import Speed
 
 
 class Procedure(Frozen):

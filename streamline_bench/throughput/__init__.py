@@ -8,27 +8,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from streamline_bench.throughput.load import ServingLoad, Slo
     from streamline_bench.throughput.measurement import measure
-    from streamline_bench.throughput.record import (
-        ThroughputFigures,
-        ThroughputRecord,
-        figures_of,
-        read_figures,
-        read_record,
-        write_record,
-    )
+    from streamline_bench.throughput.record import ThroughputRecord, read_record, write_record
     from streamline_bench.throughput.serving import serve
-    from streamline_bench.throughput.workload import ServingLoad, Setup, Workload
+    from streamline_bench.throughput.speed import ThroughputFigures, figures_of, read_figures
+    from streamline_bench.throughput.workload import Setup, Workload
 
 __all__ = [
-    "ServingLoad", "Setup", "ThroughputFigures", "ThroughputRecord", "Workload", "figures_of",
-    "measure", "read_figures", "read_record", "serve", "write_record",
+    "ServingLoad", "Setup", "Slo", "ThroughputFigures", "ThroughputRecord", "Workload",
+    "figures_of", "measure", "read_figures", "read_record", "serve", "write_record",
 ]  # fmt: skip
 
 _WHERE = {
     "measure": "measurement",
     "serve": "serving",
-    **dict.fromkeys(("ServingLoad", "Setup", "Workload"), "workload"),
+    **dict.fromkeys(("ServingLoad", "Slo"), "load"),
+    **dict.fromkeys(("ThroughputFigures", "figures_of", "read_figures"), "speed"),
+    **dict.fromkeys(("Setup", "Workload"), "workload"),
 }
 
 

@@ -5,6 +5,7 @@ What a process gets at its start stays with it, so that more rounds do not show 
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -55,31 +56,60 @@ def measure_blocks(
         advance: called when a model was started, and after every round of every model.
     """
     found = Blocks({model.contender.label: [] for model in models})
-    started, longest, precise = time.monotonic(), 0.0, 0
+
+    def block(number: int) -> None:
+        found.done = number
+        _block(found, models, workload, one_at_a_time, advance)
+
+    found.done, found.stopped = repeat_blocks(
+        block,
+        workload,
+        half_width=lambda: half_width(found.points),
+        alive=lambda: any(model.contender.alive for model in models),
+    )
+    return found
+
+
+def repeat_blocks(
+    block: Callable[[int], None],
+    workload: Workload,
+    *,
+    half_width: Callable[[], float],
+    alive: Callable[[], bool],
+) -> tuple[int, str | None]:
+    """Call ``block`` with 0, 1, … until there are enough or time is up.
+
+    Args:
+        half_width: of the widest interval of any ratio so far, as a share of it.
+        alive: whether any model can still be measured.
+
+    Returns:
+        How many blocks were measured, and why there are fewer than asked for, or less precision.
+    """
+    started, longest, precise, done, width = time.monotonic(), 0.0, 0, 0, math.inf
     while True:
         begun = time.monotonic()
-        _block(found, models, workload, one_at_a_time, advance)
+        block(done)
+        done += 1
         now = time.monotonic()
         longest = max(longest, now - begun)
         if workload.until_precision is not None:
-            width = half_width(found.points)
+            width = half_width()
             precise = precise + 1 if width < workload.until_precision else 0
-        if _enough(found.done, precise, workload):
-            return found
-        if not any(model.contender.alive for model in models):
-            found.stopped = f"no model could be measured after block {found.done}"
-        elif workload.until_precision is not None and found.done >= MOST_BLOCKS:
-            found.stopped = (
-                f"the half width of an interval is {width:.3g} after {found.done} blocks, the most "
+        if _enough(done, precise, workload):
+            return done, None
+        if not alive():
+            return done, f"no model could be measured after block {done}"
+        if workload.until_precision is not None and done >= MOST_BLOCKS:
+            return done, (
+                f"the half width of an interval is {width:.3g} after {done} blocks, the most "
                 f"that are measured; {workload.until_precision:g} was asked for"
             )
-        elif workload.minutes is not None and now - started + longest > 60 * workload.minutes:
-            found.stopped = (
+        if workload.minutes is not None and now - started + longest > 60 * workload.minutes:
+            return done, (
                 f"another block would not have ended within {workload.minutes:g} minutes; "
-                f"{found.done} of {_asked(workload)} were measured"
+                f"{done} of {_asked(workload)} were measured"
             )
-        if found.stopped is not None:
-            return found
 
 
 def _enough(done: int, precise: int, workload: Workload) -> bool:
@@ -112,7 +142,6 @@ def _block(
             for point, new in zip(earlier, points, strict=True):
                 if new is not point:
                     _add(point, new, found.done)
-    found.done += 1
 
 
 def _held(found: Blocks, models: Sequence[RunningModel]) -> dict[int, int]:

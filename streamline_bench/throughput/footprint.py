@@ -203,7 +203,8 @@ def cache_bytes(
     if not values:
         return _UNKNOWN_CACHE
     blocks = -(-sequence_tokens // _BLOCK) + 1
-    needed = max(values) * DTYPE_BYTES[dtype] * sequences * blocks * _BLOCK
+    # vLLM's dtypes of a cache that are not a model's (fp8, fp8_e5m2) have one byte.
+    needed = max(values) * DTYPE_BYTES.get(dtype, 1) * sequences * blocks * _BLOCK
     return max(_SMALLEST_CACHE, needed)
 
 

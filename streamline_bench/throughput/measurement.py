@@ -22,12 +22,11 @@ from streamline_bench.errors import CheckpointError, OutputError, ThroughputErro
 from streamline_bench.throughput.blocks import Blocks, measure_blocks
 from streamline_bench.throughput.engines import EngineSettings, engine_class
 from streamline_bench.throughput.footprint import cache_bytes, footprint, resolved_dtype
-from streamline_bench.throughput.meters import open_device, visible_device
+from streamline_bench.throughput.meters import open_device
 from streamline_bench.throughput.record import (
     PAPER_FIGURES,
     Environment,
     Point,
-    ServingPoint,
     ThroughputRecord,
     write_record,
 )
@@ -69,7 +68,7 @@ def measure(
         OutputError: the record cannot be written.
     """
     workload, setup = workload or Workload(), setup or Setup()
-    models, copy = _with_copy(models, dense, workload)
+    models, copy = with_copy(models, dense, workload)
     if mode == "paper":
         if engine != "hf":
             raise ThroughputError(f"Paper mode runs engine 'hf', not '{engine}'; leave it out.")
@@ -109,7 +108,7 @@ def measure(
     )
 
 
-def _with_copy(
+def with_copy(
     models: Mapping[str, Path | str], dense: str | None, workload: Workload
 ) -> tuple[Mapping[str, Path | str], str | None]:
     """Return the models to measure, and the label of the copy of the dense one among them."""
@@ -132,6 +131,9 @@ def _with_copy(
 class Comparison:
     """The models of one record, and the machine as it was when measuring began.
 
+    Args:
+        tokens: what every model must take in one sequence; None: that of the workload.
+
     Raises:
         ThroughputError: no model, or ``dense`` is not among them.
 
@@ -142,7 +144,12 @@ class Comparison:
     """
 
     def __init__(
-        self, models: Mapping[str, Path | str], dense: str | None, workload: Workload, setup: Setup
+        self,
+        models: Mapping[str, Path | str],
+        dense: str | None,
+        workload: Workload,
+        setup: Setup,
+        tokens: int | None = None,
     ) -> None:
         if not models:
             raise ThroughputError("No model was given; name at least one folder.")
@@ -150,7 +157,14 @@ class Comparison:
             raise ThroughputError(
                 f"The dense model '{dense}' is not among the models: {', '.join(models)}."
             )
-        self.contenders = [_contender(name, str(model), workload) for name, model in models.items()]
+        needed = workload.sequence_tokens if tokens is None else tokens
+        unknown = [label for label in setup.pythons if label not in models]
+        if unknown:
+            raise ThroughputError(
+                f"An interpreter is given for '{unknown[0]}', which is not among the models: "
+                f"{', '.join(models)}."
+            )
+        self.contenders = [_contender(name, str(model), needed) for name, model in models.items()]
         self._sizes = [c.footprint for c in self.contenders if c.footprint is not None]
         self.dtype = resolved_dtype(setup.dtype, [sizes.dtype for sizes in self._sizes])
         self._dense, self._workload, self._setup = dense, workload, setup
@@ -159,18 +173,22 @@ class Comparison:
             self.nvml, self._energy = None, "not read: processors report none here"
             self._memory = "resident memory of the process and its children, sampled"
         else:
-            self.nvml, self._energy = open_device(visible_device(setup.device))
+            self.nvml, self._energy = open_device(str(setup.visible_device))
             self._memory = "NVML, or the peak of torch's allocator for engine hf"
 
     def settings(self, contender: Contender, sequences: int, tokens: int) -> EngineSettings:
         """Return how one model is loaded, for up to so many sequences of so many tokens."""
         workload, setup = self._workload, self._setup
-        cache = setup.kv_cache_bytes or cache_bytes(self._sizes, sequences, tokens, self.dtype)
+        tokens = setup.max_model_len or tokens
+        kept = self.dtype if setup.kv_cache_dtype == "auto" else setup.kv_cache_dtype
+        whole = cache_bytes(self._sizes, sequences, tokens, kept)
+        cache = setup.kv_cache_bytes or -(-whole // setup.tensor_parallel)
         return EngineSettings(
             model=str(contender.folder), device=setup.process_device, dtype=self.dtype,
             threads=setup.resolved_threads, max_batch=sequences, sequence_tokens=tokens,
             seed=workload.seed, prefix_caching=workload.prefix_caching, kv_cache_bytes=cache,
             eager=setup.eager, attention=setup.attention, trust_remote_code=setup.trust_remote_code,
+            kv_cache_dtype=setup.kv_cache_dtype, tensor_parallel=setup.tensor_parallel,
         )  # fmt: skip
 
     def record(
@@ -178,10 +196,13 @@ class Comparison:
         output: Path | None,
         *,
         points: Mapping[str, tuple[Point, ...]] | None = None,
-        served: Mapping[str, tuple[ServingPoint, ...]] | None = None,
+        served: Mapping[str, Mapping[str, Any]] | None = None,
         **fields: Any,
     ) -> ThroughputRecord:
         """Return the record of what was measured, by label; written where ``output`` is given.
+
+        Args:
+            served: what a served model has in the record: ``serving``, ``sustained``, ``memory``.
 
         Raises:
             OutputError: the record cannot be written.
@@ -202,7 +223,7 @@ class Comparison:
                     on_cpu=self._setup.on_cpu,
                     dense=next((c.footprint for c in found if c.label == self._dense), None),
                     points=(points or {}).get(contender.label, ()),
-                    serving=(served or {}).get(contender.label, ()),
+                    **(served or {}).get(contender.label, {}),
                 )
                 for contender in found
             ),
@@ -226,20 +247,21 @@ class Comparison:
             engine_version=next((e.engine_version for e in loaded if e.engine_version), None),
             versions={**package_versions(), **versions}, load_average=(self._load, load_average()),
             memory=self._memory, energy=self._energy,
+            accelerators=len(self._setup.gpus) or self._setup.tensor_parallel,
         )  # fmt: skip
 
 
-def _contender(label: str, model: str, workload: Workload) -> Contender:
+def _contender(label: str, model: str, tokens: int) -> Contender:
     try:
         folder = resolve_pretrained(model)
         sizes = footprint(folder)
     except CheckpointError as error:
         return Contender(label, model, None, None, failure=str(error))
     contender = Contender(label, model, folder, sizes)
-    if sizes.max_tokens is not None and sizes.max_tokens < workload.sequence_tokens:
+    if sizes.max_tokens is not None and sizes.max_tokens < tokens:
         contender.failure = (
             f"the model takes at most {sizes.max_tokens} tokens, but prompt and output have "
-            f"{workload.sequence_tokens}; give fewer --prompt-tokens or --output-tokens"
+            f"{tokens}; give fewer --prompt-tokens or --output-tokens"
         )
     return contender
 

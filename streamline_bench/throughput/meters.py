@@ -16,16 +16,17 @@ from streamline_bench.errors import ThroughputError
 
 
 class Device:
-    """One device. Every reading is None where the device or the driver cannot give it."""
+    """One device, or those of one model. Every reading is None where it cannot be given."""
 
-    def __init__(self, library: Any, handle: Any) -> None:
+    def __init__(self, library: Any, *handles: Any) -> None:
         self._library = library
-        self._handle = handle
+        self._handles = handles
 
     def energy_joules(self) -> float | None:
         """Energy drawn since the driver was loaded."""
+        read = self._library.nvmlDeviceGetTotalEnergyConsumption
         try:
-            return float(self._library.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
+            return sum(float(read(handle)) for handle in self._handles) / 1000
         except self._library.NVMLError:
             return None
 
@@ -36,7 +37,11 @@ class Device:
         """
         wanted = set(processes)
         try:
-            running = self._library.nvmlDeviceGetComputeRunningProcesses(self._handle)
+            running = [
+                process
+                for handle in self._handles
+                for process in self._library.nvmlDeviceGetComputeRunningProcesses(handle)
+            ]
         except self._library.NVMLError:
             return None
         held = [p.usedGpuMemory for p in running if p.pid in wanted and p.usedGpuMemory]
@@ -44,17 +49,19 @@ class Device:
 
 
 def open_device(visible: str) -> tuple[Device | None, str]:
-    """Return the device of an entry of ``CUDA_VISIBLE_DEVICES``, or None, and a remark on it."""
+    """Return the devices of ``CUDA_VISIBLE_DEVICES``, or None, and a remark on them."""
     library = importlib.import_module("pynvml")
+    handles = []
     try:
         library.nvmlInit()
-        if visible.isdigit():
-            handle = library.nvmlDeviceGetHandleByIndex(int(visible))
-        else:
-            handle = library.nvmlDeviceGetHandleByUUID(visible)
+        for entry in visible.split(","):
+            if entry.isdigit():
+                handles.append(library.nvmlDeviceGetHandleByIndex(int(entry)))
+            else:
+                handles.append(library.nvmlDeviceGetHandleByUUID(entry))
     except library.NVMLError as error:
         return None, f"not read: NVML: {error}"
-    return Device(library, handle), "NVML"
+    return Device(library, *handles), "NVML"
 
 
 def visible_device(device: str) -> str:

@@ -43,12 +43,15 @@ class ModelProcess(LeashedProcess):
         job: ``module:Class`` of what the worker does.
         environment: variables set on top of this process's.
         log: file that receives all its output.
+        python: interpreter; None: that of this process.
     """
 
-    def __init__(self, job: str, environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, job: str, environment: Mapping[str, str], log: Path, python: str | None = None
+    ) -> None:
         self._log = log
         self._kills = kernel_kills()
-        command = [sys.executable, "-m", "streamline_bench.throughput.worker", job]
+        command = [python or sys.executable, "-m", "streamline_bench.throughput.worker", job]
         with log.open("ab") as output:
             self._log_start = output.tell()
             super().__init__(command, output, piped=True, environment=environment)

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from streamline_bench.throughput.figures import Rate, Ratio
 from streamline_bench.throughput.footprint import DTYPE_BYTES, Footprint, ideal
-from streamline_bench.throughput.record import ModelResult, Point, Rate, Ratio, Round, ServingPoint
+from streamline_bench.throughput.record import ModelResult, Point, Round
+from streamline_bench.throughput.served import MemorySplit, ServingPoint, Sustained
 from streamline_bench.throughput.sweep import Contender, Measured
 from streamline_bench.throughput.workload import Clock, Workload
 
@@ -65,7 +67,11 @@ def ratio(
 
     A single block has no interval.
     """
-    blocks = paired_blocks(model, dense, clock)
+    return ratio_of(paired_blocks(model, dense, clock), confidence=confidence, seed=seed)
+
+
+def ratio_of(blocks: Sequence[Floats], *, confidence: float, seed: int = 0) -> Ratio | None:
+    """Return the ratio whose logarithms are given, an array per block; None without a block."""
     if not blocks:
         return None
     low, high = student_interval(blocks, confidence)
@@ -144,11 +150,16 @@ def widest(
             if label == dense or not _comparable(point, peer):
                 continue
             blocks = paired_blocks(point.rounds, peer.rounds, clock)
-            low, high = student_interval(blocks, confidence)
-            if low is None or high is None:
-                return math.inf
-            found.append((high - low) / 2 / math.exp(_center(blocks)))
+            found.append(half_width(blocks, confidence))
     return max(found)
+
+
+def half_width(blocks: Sequence[Floats], confidence: float) -> float:
+    """Return half the width of Student's interval, as a share of the ratio."""
+    low, high = student_interval(blocks, confidence)
+    if low is None or high is None:
+        return math.inf
+    return (high - low) / 2 / math.exp(_center(blocks))
 
 
 def _comparable(point: Measured, dense: Measured) -> bool:
@@ -187,10 +198,13 @@ def model_result(
     dense: Footprint | None,
     points: tuple[Point, ...] = (),
     serving: tuple[ServingPoint, ...] = (),
+    sustained: Sustained | None = None,
+    memory: MemorySplit | None = None,
 ) -> ModelResult:
     """Return one model's part of the record."""
     sizes, loaded = contender.footprint, contender.loaded
-    outcomes: list[Point | ServingPoint] = [*points, *serving]
+    outcomes: list[Point | ServingPoint | Sustained] = [*points, *serving]
+    outcomes += [sustained] if sustained is not None else []
     worked = any(outcome.status == "ok" for outcome in outcomes)
     reasons = [contender.failure, *(outcome.reason for outcome in outcomes)]
     reason = next((reason for reason in reasons if reason), None)
@@ -214,7 +228,8 @@ def model_result(
         label=contender.label, model=contender.model, status="ok" if worked else "failed",
         reason=reason or (None if worked else "nothing was measured"), notes=tuple(contender.notes),
         kv_cache_tokens=loaded.kv_cache_tokens if loaded is not None else None,
-        start_seconds=contender.start_seconds, points=points, serving=serving, **measured,
+        start_seconds=contender.start_seconds, points=points, serving=serving,
+        sustained=sustained, memory=memory, **measured,
     )  # fmt: skip
 
 

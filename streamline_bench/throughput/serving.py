@@ -1,49 +1,52 @@
-"""Serves one model after the other with vLLM and sends requests at rising rates.
+"""Serves models with vLLM, in blocks, and sends requests at rising loads.
 
-The process of a model runs ``vllm serve``, then ``vllm bench serve`` per rate. Server and client
-are children of that process and in its group, so that nothing of them outlives it. Both come with
-vLLM; the figures are those that its own benchmark reports.
+A block starts the server of every model anew, one after the other in random order, dense among
+them. The process of a model runs ``vllm serve``, then ``vllm bench serve`` per load (see
+:mod:`.server`); the times of every request are those that this client notes.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.request
+import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from streamline_bench.errors import ThroughputError
-from streamline_bench.throughput.engines import EngineSettings
-from streamline_bench.throughput.engines.vllm import (
-    VLLMEngine,
-    memory_flags,
-    require_platform,
-    vllm_environment,
-    vllm_version,
-)
-from streamline_bench.throughput.measurement import Comparison, log_folder
+from streamline_bench.throughput.bench import sending
+from streamline_bench.throughput.blocks import repeat_blocks
+from streamline_bench.throughput.engines.vllm import VLLMEngine, vllm_environment
+from streamline_bench.throughput.load import Level, ServingLoad, read_prompts
+from streamline_bench.throughput.measurement import Comparison, log, log_folder, with_copy
 from streamline_bench.throughput.process import WorkerError
-from streamline_bench.throughput.record import Latency, ServingPoint, ThroughputRecord
+from streamline_bench.throughput.record import ThroughputRecord
+from streamline_bench.throughput.search import highest
+from streamline_bench.throughput.served import MemorySplit, Probe, ServedPass
+from streamline_bench.throughput.server import (
+    ServingJob,
+    free_port,
+    is_port_conflict,
+    memory_of,
+    require_free,
+)
+from streamline_bench.throughput.serving_results import (
+    Searched,
+    Served,
+    outrun,
+    points_of,
+    sustained_of,
+    widest,
+)
 from streamline_bench.throughput.sweep import RunningModel
-from streamline_bench.throughput.workload import ServingLoad, Setup, Workload
+from streamline_bench.throughput.trace import Trace, read_trace, served_pass
+from streamline_bench.throughput.workload import Setup, Workload
 
-_SERVED_NAME = "model"
-HOST = "127.0.0.1"
-_POLL_SECONDS = 0.5
-_WARM_UPS = 2
-_VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
-_METRICS = ("ttft", "tpot", "itl", "e2el")
-_MOST_SEQUENCES = 256
-_SPARE_TOKENS = 16  # special tokens that the benchmark's prompts get on top
+_SPARE_TOKENS = 16  # special tokens that the client's prompts get on top
+_SLOWEST = 1 / 8  # requests per second
+_FASTEST = 4096.0
+_AGAIN = 1.25  # how much wider a bracket gets around what an earlier block found
+_ATTEMPTS = 3
 
 
 def serve(
@@ -54,13 +57,15 @@ def serve(
     load: ServingLoad | None = None,
     setup: Setup | None = None,
     port: int | None = None,
+    confidence: float = 0.95,
     output: Path | None = None,
     progress: bool = True,
 ) -> ThroughputRecord:
-    """Serve each model with vLLM and measure its latencies at every request rate.
+    """Serve each model with vLLM and measure its latencies at every load, block after block.
 
-    Of the workload, the lengths, the seed and prefix caching count. Servers run one after the
-    other; each model needs its tokenizer, because the benchmark's prompts are text.
+    Of the workload, lengths, seed, prefix caching and all about blocks count. Servers run one after
+    the other; each model needs its tokenizer, because the client's prompts are text. A server that
+    dies or never gets ready, or a client that fails, becomes a failed row with the reason.
 
     Args:
         models: label -> folder or hub name.
@@ -69,55 +74,148 @@ def serve(
         output: folder for ``throughput.json`` and the servers' logs; None: nothing is kept.
 
     Raises:
-        ThroughputError: no model, an unknown label, or ``port`` is taken.
+        ThroughputError: no model, an unknown label, ``port`` is taken, or the file of prompts
+            cannot be used.
         MissingDependencyError: vLLM is not installed.
         OutputError: the record cannot be written.
     """
     from tqdm import tqdm
 
     workload, load, setup = workload or Workload(), load or ServingLoad(), setup or Setup()
+    if load.prefix_tokens >= workload.prompt_tokens:
+        raise ThroughputError(
+            f"The shared prefix of {load.prefix_tokens} tokens leaves nothing of the "
+            f"{workload.prompt_tokens} tokens of a prompt; give a shorter one."
+        )
     VLLMEngine.require()
+    prompts = read_prompts(load, workload.output_tokens)
     if port is not None:
         require_free(port)
-    compared = Comparison(models, dense, workload, setup)
-    contenders = compared.contenders
-    served: dict[str, tuple[ServingPoint, ...]] = {}
-    total = len(contenders) * (1 + len(load.request_rates))
-    with (
-        log_folder(output) as logs,
-        tqdm(total=total, desc="serving", unit="step", disable=not progress) as bar,
-    ):
-        sequences = min(load.max_concurrency or load.requests, _MOST_SEQUENCES)
-        limits = [c.footprint.max_tokens for c in contenders if c.footprint]
-        longest = min(filter(None, [workload.sequence_tokens + _SPARE_TOKENS, *limits]))
-        for index, contender in enumerate(contenders):
-            settings = compared.settings(contender, sequences, longest)
-            log = logs / f"{index:02d}.log"
-            server = _Server(contender, "vllm", settings, setup, log, port=port)
-            served[contender.label] = server.sweep(workload, load, bar.update)
+    models, copy = with_copy(models, dense, workload)
+    least = workload.sequence_tokens if prompts is None else 1
+    compared = Comparison(models, dense, workload, setup, least)
+    longest = workload.sequence_tokens if prompts is None else prompts.tokens
+    limits = [c.footprint.max_tokens for c in compared.contenders if c.footprint]
+    tokens = min(filter(None, [longest + _SPARE_TOKENS, *limits]))
+    with log_folder(output) as logs:
+        servers = [
+            Server(
+                contender, "vllm", compared.settings(contender, load.most, tokens), setup,
+                logs / f"{index:02d}.log", port=port, load=load, workload=workload,
+            )
+            for index, contender in enumerate(compared.contenders)
+        ]  # fmt: skip
+        log.info("Serving: %s.", _cost(load, workload, len(servers)))
+        with tqdm(desc="serving", unit="step", disable=not progress) as bar:
+            done, stopped = _blocks(servers, dense, workload, confidence, bar.update)
     return compared.record(
         output,
-        served=served,
+        served=_results(servers, dense, load, workload, confidence),
         engine="vllm",
         mode="serving",
         clock="wall",
-        confidence=0.95,
+        confidence=confidence,
         interleaved=False,
+        blocks=done,
+        stopped=stopped,
+        self_check=copy,
         serving_load=load,
     )
 
 
-@dataclass
-class _Server(RunningModel):
-    """One model's server, and the requests sent to it."""
+def _cost(load: ServingLoad, workload: Workload, models: int) -> str:
+    more = "at least " if workload.until_precision is not None else ""
+    starts = workload.blocks * models
+    what = f"{starts * len(load.levels)} runs of the client" if load.levels else ""
+    search = f"{starts} searches of about 6 to 10 runs each" if load.slo is not None else ""
+    end = "" if workload.minutes is None else f", at most about {workload.minutes:g} minutes"
+    runs = " and ".join(filter(None, [what, search]))
+    return (
+        f"{more}{workload.blocks} blocks x {models} models: {starts} starts of a server, {runs}"
+        f"{end}"
+    )
 
-    job = f"{__name__}:ServingJob"
+
+def _blocks(
+    servers: list[Server],
+    dense: str | None,
+    workload: Workload,
+    confidence: float,
+    advance: Callable[[], object],
+) -> tuple[int, str | None]:
+    def block(number: int) -> None:
+        shown = [server for server in servers if number == 0 or server.contender.alive]
+        random.Random(f"{workload.seed} {number}").shuffle(shown)
+        for server in shown:
+            server.block(number, advance)
+
+    def half_width() -> float:
+        reference = _of(servers, dense)
+        others = [server for server in servers if server is not reference]
+        if reference is None:
+            return 0.0
+        pairs = [
+            pair for server in others for pair in zip(server.served, reference.served, strict=True)
+        ]
+        searched = [(server.searched, reference.searched) for server in others]
+        return widest(pairs, searched if servers[0].load.slo else [], confidence)
+
+    return repeat_blocks(
+        block,
+        workload,
+        half_width=half_width,
+        alive=lambda: any(server.contender.alive for server in servers),
+    )
+
+
+def _of(servers: list[Server], label: str | None) -> Server | None:
+    return next((server for server in servers if server.contender.label == label), None)
+
+
+def _results(
+    servers: list[Server],
+    dense: str | None,
+    load: ServingLoad,
+    workload: Workload,
+    confidence: float,
+) -> dict[str, dict[str, Any]]:
+    """Return what each model has in the record."""
+    reference = _of(servers, dense)
+    how: dict[str, Any] = {"confidence": confidence, "seed": workload.seed}
+    found: dict[str, dict[str, Any]] = {}
+    for server in servers:
+        peer = reference if reference is not server else None
+        theirs = (peer.served, peer.searched) if peer is not None else (None, None)
+        found[server.contender.label] = {
+            "serving": points_of(server.served, theirs[0], load, **how),
+            "sustained": sustained_of(server.searched, theirs[1], load, **how)
+            if load.slo is not None
+            else None,
+            "memory": server.memory,
+        }
+    return found
+
+
+@dataclass
+class Server(RunningModel):
+    """One model's server, started anew in every block, and the requests sent to it."""
+
+    job = f"{ServingJob.__module__}:{ServingJob.__name__}"
     doing = "starting the server"
 
     port: int | None = None
-    attempts: int = 3
+    load: ServingLoad = field(default_factory=ServingLoad)
+    workload: Workload = field(default_factory=Workload)
+    memory: MemorySplit | None = None
+    attempts: int = _ATTEMPTS
+    _log_from: int = 0
+
+    def __post_init__(self) -> None:
+        self.served = [Served(level) for level in self.load.levels]
+        self.searched = Searched()
 
     def environment(self) -> Mapping[str, str]:
+        self._log_from = self.log.stat().st_size if self.log.exists() else 0
         return vllm_environment(self.settings, in_process=False)
 
     def arguments(self) -> dict[str, Any]:
@@ -126,208 +224,113 @@ class _Server(RunningModel):
     def may_retry(self, failure: WorkerError) -> bool:
         """Whether to start again: on another port, where the free one was taken meanwhile."""
         self.attempts -= 1
-        printed = self.log.read_text("utf-8", "replace")
-        retry = self.port is None and self.attempts > 0 and is_port_conflict(printed)
-        if retry:
-            self.log.unlink()
-        return retry
+        if failure.out_of_memory:
+            failure.reason += (
+                f"; it was to hold {self.settings.max_batch} sequences of "
+                f"{self.settings.sequence_tokens} tokens: give a lower --max-concurrency, or less "
+                "--kv-cache-gib"
+            )
+        return self.port is None and self.attempts > 0 and is_port_conflict(self._printed())
 
-    def sweep(
-        self, workload: Workload, load: ServingLoad, advance: Callable[[], object]
-    ) -> tuple[ServingPoint, ...]:
-        """Measure every rate; after a failure the rest fails with its reason."""
+    def _printed(self) -> str:
+        """What the latest server has printed."""
+        return self.log.read_bytes()[self._log_from :].decode("utf-8", "replace")
+
+    def block(self, number: int, advance: Callable[[], object]) -> None:
+        """Start the server, measure every load, search the highest one, and end the server.
+
+        After a failure the rest fails with its reason.
+        """
+        self.attempts = _ATTEMPTS
         self.start()
         advance()
-        points = []
         try:
-            for rate in load.request_rates:
-                points.append(self._at(rate, workload, load))
+            if self.contender.alive and self.memory is None:
+                self.memory = memory_of(self._printed())
+            for index, served in enumerate(self.served):
+                self._measure(served, number, index)
                 advance()
+            if self.load.slo is not None:
+                self._search(number, advance)
         finally:
             self.close()
-        return tuple(points)
 
-    def _at(self, rate: float, workload: Workload, load: ServingLoad) -> ServingPoint:
-        if self._process is None or not self.contender.alive:
-            return ServingPoint(request_rate=rate, status="failed", reason=self.contender.failure)
-        arguments = {
-            "prompt_tokens": workload.prompt_tokens,
-            "output_tokens": workload.output_tokens,
-            "requests": load.requests,
-            "max_concurrency": load.max_concurrency,
-        }
-        doing = f"serving {rate:g} requests per second"
-        try:
-            found = self._process.ask("bench", doing, self.setup.timeout, rate=rate, load=arguments)
-        except WorkerError as failure:
-            self.contender.failure = failure.reason
-            return ServingPoint(request_rate=rate, status="failed", reason=failure.reason)
-        return point_of(rate, found)
+    def _measure(self, served: Served, block: int, index: int) -> None:
+        if self.contender.alive:
+            try:
+                trace, found = self._send(served.level, block, index)
+            except WorkerError as failure:
+                self.contender.failure = failure.reason
+            else:
+                served.traces.append(trace)
+                served.passes.append(found)
+        served.reason = self.contender.failure
 
-
-def free_port() -> int:
-    """Return a port that was free a moment ago; another process may take it at any time."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-def require_free(port: int) -> None:
-    """Check a port that the user asked for.
-
-    Raises:
-        ThroughputError: something listens there, or it may not be used.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise ThroughputError(
-                f"Port {port} cannot be used ({error.strerror}); give another --port, or none to "
-                "have a free one chosen."
-            ) from None
-
-
-def is_port_conflict(text: str) -> bool:
-    """Whether a server's log says that its port was taken."""
-    return re.search(r"address already in use|errno 98|errno 48", text, re.IGNORECASE) is not None
-
-
-class ServingJob:
-    """Holds one server with one model. All arguments and answers are plain JSON."""
-
-    _server: subprocess.Popen[bytes]
-    _port: int
-    _settings: EngineSettings
-
-    def load(self, settings: dict[str, Any], port: int) -> dict[str, Any]:
-        """Start the server and return once it answers.
+    def _send(self, level: Level, block: int, index: int) -> tuple[Trace, ServedPass]:
+        """Run the client once.
 
         Raises:
-            ThroughputError: it ended instead, its log says why; or it runs on another device than
-                asked for.
+            WorkerError: the server or the client failed; the process is gone.
         """
-        self._settings = EngineSettings.model_validate(settings)
-        self._port = port
-        command = server_command(self._settings, port)
-        self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        require_platform(self._settings)  # while it starts: this process imports vLLM for it
-        while self._page("health") is None:
-            code = self._server.poll()
-            if code is not None:
-                raise ThroughputError(f"vllm serve ended with exit code {code}")
-            time.sleep(_POLL_SECONDS)
-        return {
-            "vocab_size": 0,
-            "engine_version": vllm_version(),
-            "kv_cache_tokens": self._cache_tokens(),
-            "flags": {"serve": command[len(_VLLM) :]},
-        }
-
-    def bench(self, rate: float, load: dict[str, Any]) -> dict[str, Any]:
-        """Send requests at one rate and return vLLM's own result.
-
-        Raises:
-            ThroughputError: the client failed, or requests of it did.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            result = Path(folder) / "result.json"
-            command = bench_command(self._settings, self._port, rate, result, **load)
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
-            if done.returncode or not result.exists():
-                raise ThroughputError(f"vllm bench serve ended with exit code {done.returncode}")
-            found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        if found.get("failed"):
-            raise ThroughputError(f"{found['failed']} of {load['requests']} requests failed")
-        return {key: value for key, value in found.items() if isinstance(value, int | float | str)}
-
-    def _page(self, name: str) -> str | None:
-        """Return a page of the server; None if it does not answer."""
+        assert self._process is not None
+        seed = self.workload.seed + 1000 * block + index
+        asked = sending(self.load, self.workload, level, seed)
+        doing = f"serving {level.described}"
         try:
-            with urllib.request.urlopen(f"http://{HOST}:{self._port}/{name}", timeout=5) as reply:
-                return str(reply.read().decode("utf-8", "replace"))
-        except OSError:
-            return None
+            answer = self._process.ask("bench", doing, self.setup.timeout, asked=asked.model_dump())
+            trace = read_trace(answer, asked.warmup)
+        except ThroughputError as error:
+            raise WorkerError(f"{error} (while {doing})") from None
+        found = served_pass(trace, level, block, self.load.slo)
+        own = answer["request_goodput"]
+        return trace, found.model_copy(update={"client_goodput": own})
 
-    def _cache_tokens(self) -> int | None:
-        """Blocks times tokens per block, from the server's own metrics."""
-        rows = (self._page("metrics") or "").splitlines()
-        line = next((row for row in rows if row.startswith("vllm:cache_config")), "")
-        sizes = dict(re.findall(r'(block_size|num_gpu_blocks)="(\d+)"', line))
-        return int(sizes["block_size"]) * int(sizes["num_gpu_blocks"]) if len(sizes) == 2 else None
+    def _search(self, block: int, advance: Callable[[], object]) -> None:
+        """Find the highest load of this block that keeps the objective."""
+        searched, slo = self.searched, self.load.slo
+        assert slo is not None
+        tried: dict[float, tuple[ServedPass, str]] = {}
 
+        def holds(load: float) -> bool:
+            level = self._level(load)
+            trace, found = self._send(level, block, 500 + len(tried))
+            piled = outrun([found])
+            good = found.good or 0.0
+            keeps = good >= slo.p / 100 and piled is None
+            broke = "saturated" if piled else trace.broken(slo)
+            tried[load] = found, broke
+            probe = Probe(
+                block=block, level=load, holds=keeps, good=good, broke=None if keeps else broke
+            )
+            searched.probes.append(probe)
+            advance()
+            return keeps
 
-def server_command(settings: EngineSettings, port: int) -> list[str]:
-    """Return the command line of the server."""
-    eager = settings.on_cpu if settings.eager is None else settings.eager
-    memory = [
-        part
-        for name, value in memory_flags(settings).items()
-        for part in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    prefix = "--enable-prefix-caching" if settings.prefix_caching else "--no-enable-prefix-caching"
-    return [
-        *_VLLM, "serve", settings.model,
-        "--host", HOST, "--port", str(port),
-        "--served-model-name", _SERVED_NAME,
-        "--dtype", settings.dtype,
-        "--seed", str(settings.seed),
-        "--max-model-len", str(settings.sequence_tokens),
-        "--max-num-seqs", str(settings.max_batch),
-        *memory,
-        *(["--enforce-eager"] if eager else []),
-        *(["--trust-remote-code"] if settings.trust_remote_code else []),
-        prefix,
-    ]  # fmt: skip
+        if self.contender.alive:
+            try:
+                best, above = highest(holds, **self._bracket(block))
+            except WorkerError as failure:
+                self.contender.failure = failure.reason
+            else:
+                searched.levels[block] = best
+                searched.limits[block] = (
+                    "the most that is tried" if above is None else tried[above][1]
+                )
+                if best:
+                    searched.passes[block] = tried[best][0]
+        searched.reason = self.contender.failure
 
+    def _level(self, load: float) -> Level:
+        if self.load.search == "concurrency":
+            return Level(float("inf"), round(load))
+        return Level(load, self.load.max_concurrency)
 
-def bench_command(
-    settings: EngineSettings,
-    port: int,
-    rate: float,
-    result: Path,
-    *,
-    prompt_tokens: int,
-    output_tokens: int,
-    requests: int,
-    max_concurrency: int | None,
-) -> list[str]:
-    """Return the command line of the client, which writes ``result``."""
-    return [
-        *_VLLM, "bench", "serve",
-        "--backend", "vllm",
-        "--host", HOST, "--port", str(port),
-        "--model", _SERVED_NAME, "--tokenizer", settings.model,
-        "--dataset-name", "random",
-        "--random-input-len", str(prompt_tokens),
-        "--random-output-len", str(output_tokens),
-        "--ignore-eos",
-        "--temperature", "0",
-        "--seed", str(settings.seed),
-        "--num-warmups", str(_WARM_UPS),
-        "--num-prompts", str(requests),
-        "--request-rate", "inf" if math.isinf(rate) else str(rate),
-        *(["--max-concurrency", str(max_concurrency)] if max_concurrency else []),
-        *(["--trust-remote-code"] if settings.trust_remote_code else []),
-        "--percentile-metrics", ",".join(_METRICS),
-        "--metric-percentiles", "50,90,99",
-        "--disable-tqdm",
-        "--save-result",
-        "--result-dir", str(result.parent), "--result-filename", result.name,
-    ]  # fmt: skip
-
-
-def point_of(rate: float, found: dict[str, Any]) -> ServingPoint:
-    """Return the record's form of one result of ``vllm bench serve`` (times in milliseconds)."""
-    latencies = {
-        name: Latency(**{kind: found[f"{kind}_{name}_ms"] for kind in Latency.model_fields})
-        for name in _METRICS
-    }
-    return ServingPoint(
-        request_rate=rate, status="ok", completed=found["completed"], seconds=found["duration"],
-        requests_per_second=found["request_throughput"],
-        output_tokens_per_second=found["output_throughput"],
-        total_tokens_per_second=found["total_token_throughput"], **latencies,
-    )  # fmt: skip
+    def _bracket(self, block: int) -> dict[str, Any]:
+        """Where a search begins: near what earlier blocks found."""
+        known = [level for level in self.searched.levels.values() if level]
+        whole = self.load.search == "concurrency"
+        bounds = (1.0, float(self.load.most)) if whole else (_SLOWEST, _FASTEST)
+        start = max(1.0, sum(known) / len(known)) if known else 1.0
+        factor = _AGAIN if known else 2.0
+        return {"start": start, "least": bounds[0], "most": bounds[1], "whole": whole,
+                "factor": factor}  # fmt: skip

@@ -133,9 +133,11 @@ class RunningModel:
 
     def _load(self) -> None:
         started, limit = time.perf_counter(), self.setup.start_timeout
-        visible, settings = self.setup.visible_device, self.settings.model_dump()
+        # What is left at its default may be unknown to the version that runs in --python.
+        settings = self.settings.model_dump(exclude_defaults=True)
+        visible, python = self.setup.visible_device, self.setup.pythons.get(self.contender.label)
         environment = process_environment(self.environment(), self.settings, visible)
-        process = ModelProcess(self.job, environment, self.log)
+        process = ModelProcess(self.job, environment, self.log, python)
         answer = process.ask("load", self.doing, limit, settings=settings, **self.arguments())
         self._process = process
         if self.contender.loaded is None:
@@ -169,7 +171,9 @@ class OfflineJob:
         self._engine = engine_class(engine)()
         loaded = self._engine.load(asked)
         if not asked.on_cpu:
-            self._device, _ = open_device(visible_device("cuda"))
+            numbers = range(asked.tensor_parallel)
+            own = ",".join(visible_device(f"cuda:{number}") for number in numbers)
+            self._device, _ = open_device(own)
         self._vocab, self._reserved = loaded.vocab_size, frozenset(loaded.reserved)
         return loaded.model_dump()
 

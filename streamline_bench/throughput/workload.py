@@ -6,7 +6,7 @@ import os
 import random
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.throughput.meters import visible_device
@@ -78,29 +78,6 @@ class Workload(Frozen):
         )
 
 
-class ServingLoad(Frozen):
-    """Requests sent to a running server at given rates.
-
-    Attributes:
-        request_rates: requests per second, one sweep point each; ``inf`` sends all at once.
-        requests: how many are sent at each rate.
-        max_concurrency: requests in flight at most; None: no limit.
-    """
-
-    model_config = ConfigDict(ser_json_inf_nan="strings")
-
-    request_rates: tuple[Annotated[float, Field(gt=0)], ...] = (1.0, 4.0, float("inf"))
-    requests: Positive = 32
-    max_concurrency: Positive | None = None
-
-    @property
-    def described(self) -> str:
-        """The load as words, equal for equal loads."""
-        rates = ", ".join(f"{rate:g}" for rate in self.request_rates)
-        most = "" if self.max_concurrency is None else f", at most {self.max_concurrency} in flight"
-        return f"{self.requests} requests at {rates} per second{most}"
-
-
 class Setup(Frozen):
     """Settings of every model's process.
 
@@ -113,10 +90,17 @@ class Setup(Frozen):
         eager: no compilation and no captured graphs; None: the engine's default.
         attention: attention implementation of the ``hf`` engine; None: its default.
         kv_cache_bytes: vLLM's cache, equal for all models; None: what the largest batch needs.
+        kv_cache_dtype: of vLLM's cache; ``auto``: that of the weights.
+        max_model_len: longest sequence that vLLM takes; None: what is asked of it.
+        gpus: numbers of the accelerators of each model; empty: as many as ``tensor_parallel``,
+            from that of ``device`` on.
+        tensor_parallel: accelerators that vLLM splits every layer over.
         timeout: seconds for one round, or for one rate when serving.
         start_timeout: seconds for loading.
         one_at_a_time: load, measure and end each model before the next; needs less memory.
         trust_remote_code: run code that the models bring along.
+        pythons: label -> interpreter of the environment that runs a model: two versions of this
+            package, or of an engine, in one measurement. Other models have this process's own.
     """
 
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
@@ -126,10 +110,26 @@ class Setup(Frozen):
     eager: bool | None = None
     attention: str | None = None
     kv_cache_bytes: Annotated[int, Field(ge=1)] | None = None
+    kv_cache_dtype: str = "auto"
+    max_model_len: Positive | None = None
+    gpus: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    tensor_parallel: Positive = 1
     timeout: Annotated[float, Field(gt=0)] = 600.0
     start_timeout: Annotated[float, Field(gt=0)] = 900.0
     one_at_a_time: bool = False
     trust_remote_code: bool = False
+    pythons: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _enough_gpus(self) -> Setup:
+        if self.on_cpu and (self.gpus or self.tensor_parallel > 1):
+            raise ValueError("several accelerators need the device cuda")
+        if self.gpus and len(self.gpus) % self.tensor_parallel:
+            raise ValueError(
+                f"{len(self.gpus)} accelerators cannot be split into groups of "
+                f"{self.tensor_parallel}"
+            )
+        return self
 
     @property
     def on_cpu(self) -> bool:
@@ -138,12 +138,16 @@ class Setup(Frozen):
 
     @property
     def visible_device(self) -> str | None:
-        """The entry of ``CUDA_VISIBLE_DEVICES`` that the models' processes get."""
-        return None if self.on_cpu else visible_device(self.device)
+        """What ``CUDA_VISIBLE_DEVICES`` is in the models' processes."""
+        if self.on_cpu:
+            return None
+        first = int(self.device.partition(":")[2] or 0)
+        numbers = self.gpus or range(first, first + self.tensor_parallel)
+        return ",".join(visible_device(f"cuda:{number}") for number in numbers)
 
     @property
     def process_device(self) -> str:
-        """The device as a model's process names it: it sees one accelerator only."""
+        """The device as a model's process names it: it sees its own accelerators only."""
         return "cpu" if self.on_cpu else "cuda"
 
     @property

@@ -131,3 +131,41 @@ def test_inputs_are_checked_before_answers_are_read(
         assert ended.code == 2 and named in ended.err, ended.err
     both = call("gate", tmp_path / "no-run", "--against", damaged)
     assert both.code == 2 and "damaged.json" in both.err, "the reference is read first"
+
+
+def test_a_history_grows_with_what_passes(
+    call: Callable[..., Any], make_throughput: Any, tmp_path: Path
+) -> None:
+    history, run = tmp_path / "history", tmp_path / "throughput.json"
+    for day in range(4):
+        created = f"2026-01-0{day + 1}T00:00:00+00:00"
+        run.write_text(json.dumps(make_throughput(created=created)))
+        ended = call("gate", run, "--history", history, "--keep")
+        assert ended.code == 0, ended.err
+    assert len(list(history.glob("*.json"))) == 4
+    again = call("gate", run, "--history", history, "--keep")
+    assert again.code == 0 and len(list(history.glob("*.json"))) == 4, "the same run"
+    run.write_text(json.dumps(make_throughput(dense=50.0, created="2026-02-01T00:00:00+00:00")))
+    worse = call("gate", run, "--history", history, "--keep")
+    assert worse.code == 1 and "regressed" in worse.out
+    assert len(list(history.glob("*.json"))) == 4, "what fails is no measure"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--against"),
+        (("--base", "dense", "--against", "x"), "leave out --against"),
+        (("--base", "dense", "--keep"), "it needs --history"),
+        (("--base", "dense", "--accuracy-margin", "0.1"), "it needs --against"),
+        (("--history", "nowhere"), "nowhere"),
+    ],
+)
+def test_what_speeds_are_compared_with(
+    call: Callable[..., Any], make_throughput: Any, tmp_path: Path, options: Any, message: str
+) -> None:
+    run = tmp_path / "throughput.json"
+    run.write_text(json.dumps(make_throughput()))
+    ended = call("gate", run, *options)
+    assert ended.code == 2 and message in ended.err
+    assert call("gate", run, "--base", "dense").code == 0

@@ -264,7 +264,7 @@ def _read_records(folder: Path) -> object:
     from streamline_bench.core.checkpoint.folder import read_manifest
     from streamline_bench.gate.evidence import read_evidence
     from streamline_bench.report.run_file import read_run_file
-    from streamline_bench.throughput.record import read_figures
+    from streamline_bench.throughput.speed import read_figures
 
     if (folder / "reference.json").exists():
         read_evidence(folder / "reference.json", progress=False)

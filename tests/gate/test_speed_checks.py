@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from streamline_bench.gate.evidence import read_evidence
-from streamline_bench.gate.judge import _unlike, judge
+from streamline_bench.errors import ComparisonError
+from streamline_bench.gate.evidence import Evidence, Reference, RowReference, read_evidence
+from streamline_bench.gate.judge import gate, judge
 from streamline_bench.gate.result import Check, Thresholds
-from streamline_bench.throughput.record import Speed
-from streamline_bench.throughput.workload import ServingLoad
+from streamline_bench.gate.speed_checks import Figure, predicted, unlike, welch
+from streamline_bench.gate.table import cells
+from streamline_bench.throughput.load import ServingLoad
+from streamline_bench.throughput.speed import ServedFigure, Speed
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +58,8 @@ def test_slower_beyond_noise(checks: Any, make_throughput: Any) -> None:
     slower = found["streamline", "tokens/s"]
     assert slower.status == "regressed"
     assert slower.change == pytest.approx(-0.1)
-    assert slower.low == pytest.approx(117 * 0.99 / (130 * 1.01) - 1)
-    assert slower.high == pytest.approx(117 * 1.01 / (130 * 0.99) - 1)
+    assert slower.low is not None and slower.high is not None and slower.p_value is not None
+    assert slower.low < -0.1 < slower.high < 0 and slower.p_value < 0.01
     assert found["streamline", "speed-up"].status == "regressed"
     assert found["shortgpt", "tokens/s"].status == "ok"
 
@@ -118,8 +125,170 @@ def test_files_that_did_not_note_the_workload_are_read() -> None:
     fields = {"status": "ok", "engine": "hf", "device": "a", "dtype": "float32", "batch_size": 8}
     old = Speed(**fields, clock="cpu", output_tokens_per_second=100.0)
     new = old.model_copy(update={"prompt_tokens": 32, "threads": 4, "mode": "offline"})
-    assert _unlike(new, old) is None and _unlike(old, new) is None
+    assert unlike(new, old) is None and unlike(old, new) is None
     served = ServingLoad(request_rates=(1.0, float("inf")), requests=8).described
     assert served == "8 requests at 1, inf per second"
     loads = [old.model_copy(update={"request_load": load}) for load in (served, "another")]
-    assert _unlike(*loads) == f"request load is {served} here, another there"
+    assert unlike(*loads) == f"request load is {served} here, another there"
+
+
+def test_two_runs_are_compared_by_welchs_test() -> None:
+    generator = np.random.default_rng(0)
+    now, before = generator.normal(0, 0.02, 3), generator.normal(0.03, 0.05, 5)
+    one, two = (
+        Figure("tokens/s", None, math.exp(x.mean()), stats.sem(x), len(x), own=True)
+        for x in (now, before)
+    )
+    change = welch(one, two)
+    known = stats.ttest_ind(now, before, equal_var=False)
+    ends = known.confidence_interval(0.95)
+    assert change.p_value() == pytest.approx(known.pvalue)
+    assert change.interval(0.95) == pytest.approx((ends.low, ends.high))
+    alone = Figure("tokens/s", None, 1.0, None, 1, own=True)
+    assert welch(alone, two).p_value() is None, "one block says nothing of the next start"
+
+
+def test_many_rounds_do_not_hide_a_loss(checks: Any, make_throughput: Any) -> None:
+    """Extremes move apart with every round; the error of a mean over blocks does not."""
+    record = make_throughput(streamline=117.0)
+    for model in record["models"]:
+        for point in model["points"]:
+            rate = point["output_tokens_per_second"]
+            rate["low"], rate["high"] = 0.5 * rate["low"], 2 * rate["high"]
+    assert checks(record)["streamline", "tokens/s"].status == "regressed"
+
+
+def test_one_block_cannot_tell(checks: Any, make_throughput: Any) -> None:
+    record = make_throughput(streamline=117.0)
+    for model in record["models"]:
+        for point in model["points"]:
+            point["rounds"] = point["rounds"][:1]
+            point["ratio"] |= {"low": None, "high": None, "blocks": 1}
+    found = checks(record)
+    assert {found["streamline", name].status for name in ("tokens/s", "speed-up")} == {
+        "cannot tell"
+    }
+    assert found["shortgpt", "tokens/s"].status == "ok"
+
+
+def kept(folder: Path, make_throughput: Any, rates: Sequence[float], **changes: Any) -> Path:
+    """A history with one run a day."""
+    folder.mkdir(exist_ok=True)
+    for day, rate in enumerate(rates):
+        record = make_throughput(
+            created=f"2026-01-{day + 1:02d}T00:00:00+00:00",
+            dense=rate, streamline=1.3 * rate, shortgpt=1.3 * rate, **changes,
+        )  # fmt: skip
+        (folder / f"{changes.get('machine', '')}{day}.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_a_history_predicts_what_is_usual(make_throughput: Any, tmp_path: Path) -> None:
+    usual = [100.0, 104.0, 97.0, 101.0, 95.0, 103.0]
+    history = kept(tmp_path / "history", make_throughput, [1.0, 500.0, *usual])
+    kept(history, make_throughput, [7.0] * 9, machine="another")
+    run = tmp_path / "throughput.json"
+
+    def status(**rates: float) -> dict[tuple[str, str], Check]:
+        run.write_text(json.dumps(make_throughput(**rates)))
+        found = gate(run, history=history, last=6)
+        return {(check.row, check.quantity): check for check in found.checks}
+
+    slow_day = status(dense=96.0, streamline=1.3 * 96, shortgpt=1.3 * 96)
+    assert {check.status for check in slow_day.values()} == {"ok"}
+    assert slow_day["dense", "tokens/s"].reference == pytest.approx(100, rel=0.01)
+    assert slow_day["dense", "tokens/s"].how == "6 earlier runs"
+    broken = status(dense=60.0, streamline=1.3 * 60, shortgpt=1.3 * 60)
+    assert broken["dense", "tokens/s"].status == "regressed"
+    one = status(streamline=104.0)
+    assert one["streamline", "speed-up"].status == "regressed"
+    assert one["shortgpt", "speed-up"].status == "ok"
+
+
+def test_few_earlier_runs_predict_nothing(make_throughput: Any, tmp_path: Path) -> None:
+    history = kept(tmp_path / "history", make_throughput, [100.0, 101.0])
+    run = tmp_path / "throughput.json"
+    run.write_text(json.dumps(make_throughput(streamline=10.0)))
+    result = gate(run, history=history)
+    assert {check.status for check in result.checks} == {"not compared"} and result.passed
+    assert "3 needed" in str(result.checks[0].reason)
+    with pytest.raises(ComparisonError, match="not a folder"):
+        gate(run, history=tmp_path / "none")
+
+
+def test_a_wandering_machine_is_predicted_less_sharply() -> None:
+    """By simulation: a quarter of the steps is scatter, the rest stays."""
+    generator, alarms, naive = np.random.default_rng(3), 0, 0
+    for _ in range(600):
+        level = np.cumsum(generator.normal(0, 0.015, 11)) + generator.normal(0, 0.005, 11)
+        change = predicted(math.exp(level[-1]), [*np.exp(level[:-1])])
+        p = change.p_value()
+        assert p is not None
+        alarms += p < 0.05 and change.log < 0
+        error = level[:-1].std(ddof=1) * math.sqrt(1.1)
+        naive += 2 * stats.t.sf(abs(level[-1] - level[:-1].mean()) / error, 9) < 0.05
+    assert alarms / 600 < 0.05 < naive / 600
+    steady = predicted(1.0, [1.0, 1.0, 1.0])
+    assert steady.p_value() == 1.0
+
+
+def test_a_base_in_the_same_measurement(make_throughput: Any, tmp_path: Path) -> None:
+    run = tmp_path / "throughput.json"
+    run.write_text(json.dumps(make_throughput(streamline=90.0, shortgpt=None)))
+    found = {check.row: check for check in gate(run, base="dense").checks}
+    assert set(found) == {"streamline", "shortgpt"}
+    slower = found["streamline"]
+    assert (slower.status, slower.reference, slower.value) == ("regressed", 1.0, 0.9)
+    assert slower.how == "3 blocks, paired"
+    assert (found["shortgpt"].status, found["shortgpt"].reason) == ("missing", "killed by signal 9")
+    for base, message in (
+        ("streamline", "--dense streamline"),
+        ("streamlin", "no row 'streamlin'"),
+    ):
+        with pytest.raises(ComparisonError, match=message):
+            gate(run, base=base)
+
+
+def served(tpot: float, goodput: float, load: float, error: float = 0.005) -> Speed:
+    """A model at one load, with its ratios to a dense model of 20 ms, 4 requests/s, 30 users."""
+    figures = [
+        ServedFigure(load=where, metric=metric, value=value, error=error, ratio=value / dense,
+                     ratio_error=error, blocks=4)
+        for where, metric, value, dense in (
+            ("8 in flight", "TPOT", tpot, 20.0),
+            ("tpot=50ms,p=95", "goodput", goodput, 4.0),
+            ("tpot=50ms,p=95", "load", load, 30.0),
+        )
+    ]  # fmt: skip
+    fields = {"status": "ok", "engine": "vllm", "device": "a", "dtype": "float32", "batch_size": 0}
+    return Speed(**fields, mode="serving", served=tuple(figures))
+
+
+def test_latencies_and_goodput_of_served_models() -> None:
+    def run(source: str, speed: Speed) -> Evidence:
+        rows = (RowReference(label="pruned", is_dense=False, speed=speed),)
+        return Evidence(Reference(source=source, title="", dense="dense", rows=rows, machine="m"))
+
+    before = run("before", served(15.0, 5.0, 40.0))
+    same = judge(run("now", served(15.1, 4.98, 40.0)), before, Thresholds())
+    assert {check.status for check in same.checks} == {"ok"}
+    worse = judge(run("now", served(18.0, 4.0, 30.0)), before, Thresholds())
+    assert [(check.quantity, check.task, check.status) for check in worse.checks] == [
+        ("TPOT ratio", "8 in flight", "regressed"),
+        ("goodput ratio", "tpot=50ms,p=95", "regressed"),
+        ("load ratio", "tpot=50ms,p=95", "regressed"),
+    ]
+    slower = worse.checks[0]
+    assert slower.change == pytest.approx(0.2) and slower.low is not None and slower.low > 0.1
+    better = judge(run("now", served(12.0, 6.0, 50.0)), before, Thresholds())
+    assert better.passed
+    gone = served(15.0, 5.0, 40.0)
+    gone = gone.model_copy(update={"served": gone.served[:1]})
+    missing = judge(run("now", gone), before, Thresholds()).closing
+    assert [check.quantity for check in missing] == ["goodput ratio", "load ratio"]
+
+
+def test_fields_of_a_figure_in_a_table() -> None:
+    check = Check(row="a", quantity="TPOT", task="4 per second", status="ok", reference=20.0,
+                  value=21.04, change=0.052)  # fmt: skip
+    assert cells(check)[1:6] == ["4 per second", "TPOT", "20", "21.04", "+5.2 %"]

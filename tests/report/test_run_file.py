@@ -185,7 +185,7 @@ def test_noise_is_the_dense_model_against_itself(built: Path, tmp_path: Path) ->
 def test_throughput_reaches_the_rows_of_the_same_label(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streamline_bench.throughput import record as figures
+    from streamline_bench.throughput import speed as figures
 
     common = {"engine": "vllm 0.29", "device": "cpu", "dtype": "float32", "batch_size": 8}
     measured = {

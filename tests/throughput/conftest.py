@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
+from streamline_bench.throughput.figures import Rate, Ratio
 from streamline_bench.throughput.record import (
     Environment,
     Ideal,
     ModelResult,
     Point,
-    Rate,
-    Ratio,
     ThroughputRecord,
 )
 from streamline_bench.throughput.workload import Workload

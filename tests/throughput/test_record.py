@@ -12,11 +12,11 @@ import pytest
 from streamline_bench.errors import ThroughputError
 from streamline_bench.throughput.record import (
     RECORD_NAME,
-    ServingPoint,
     ThroughputRecord,
     read_record,
     write_record,
 )
+from streamline_bench.throughput.served import ServingPoint
 
 Make = Callable[..., ThroughputRecord]
 

@@ -8,14 +8,10 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.throughput.record import (
-    Latency,
-    ServingPoint,
-    ThroughputRecord,
-    figures_of,
-    read_figures,
-    write_record,
-)
+from streamline_bench.throughput.figures import Latency
+from streamline_bench.throughput.record import ThroughputRecord, write_record
+from streamline_bench.throughput.served import ServingPoint
+from streamline_bench.throughput.speed import figures_of, read_figures
 
 Make = Callable[..., ThroughputRecord]
 

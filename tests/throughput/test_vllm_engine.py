@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from streamline_bench.throughput import ServingLoad, Setup, Workload, measure, serve
+from streamline_bench.throughput import ServingLoad, Setup, Slo, Workload, measure, serve
 
 pytestmark = [
     pytest.mark.vllm,
@@ -80,16 +80,25 @@ def test_latencies_of_a_server(make_tiny_model: MakeModel) -> None:
     folder = make_tiny_model("llama", num_hidden_layers=2, **SIZES)
     record = serve(
         {"dense": folder},
-        workload=Workload(prompt_tokens=8, output_tokens=6),
-        load=ServingLoad(request_rates=(20.0,), requests=4),
+        workload=Workload(blocks=1, prompt_tokens=8, output_tokens=6),
+        load=ServingLoad(
+            request_rates=(20.0,),
+            concurrencies=(2,),
+            requests=12,
+            slo=Slo(e2el=60),
+            max_concurrency=2,
+        ),
         setup=Setup(start_timeout=400, timeout=200),
         progress=False,
     )
     (model,) = record.models
-    (point,) = model.serving
-    assert point.status == "ok", point.reason
-    assert point.completed == 4
-    for latency in (point.ttft, point.tpot, point.itl, point.e2el):
-        assert latency is not None and 0 < latency.p50 <= latency.p90 <= latency.p99
-    assert point.e2el is not None and point.ttft is not None
-    assert point.e2el.p50 > point.ttft.p50
+    for point in model.serving:
+        assert point.status == "ok", point.reason
+        assert (point.completed, point.good) == (12, 1)
+        for latency in (point.ttft, point.tpot, point.itl, point.e2el):
+            assert latency is not None and latency.p50 is not None and latency.p50 > 0
+        assert point.e2el is not None and point.ttft is not None
+        assert point.e2el.mean > point.ttft.mean
+        (found,) = point.passes
+        assert found.client_goodput is not None and found.client_goodput > 0
+    assert model.sustained is not None and model.sustained.level == 2

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
+from streamline_bench.throughput.bench import Sending, bench_command, sending
 from streamline_bench.throughput.engines import EngineSettings
 from streamline_bench.throughput.engines.vllm import memory_flags
-from streamline_bench.throughput.serving import bench_command, server_command
+from streamline_bench.throughput.load import Level, ServingLoad
+from streamline_bench.throughput.server import server_command
+from streamline_bench.throughput.workload import Workload
 
 ON_GPU = EngineSettings(
     model="m", device="cuda", dtype="bfloat16", sequence_tokens=64, kv_cache_bytes=1000
@@ -37,30 +41,35 @@ def test_server_command() -> None:
     assert "--no-enforce-eager" not in server_command(ON_GPU.model_copy(update={"eager": False}), 1)
 
 
+def asked(rate: float, concurrency: int | None = None, **changes: Any) -> Sending:
+    load = ServingLoad(request_rates=(rate,), requests=7, warmup_requests=3, **changes)
+    workload = Workload(prompt_tokens=5, output_tokens=6)
+    return sending(load, workload, Level(rate, concurrency), seed=9)
+
+
 def test_client_command() -> None:
-    lengths = {"prompt_tokens": 5, "output_tokens": 6, "requests": 7}
-    command = bench_command(
-        ON_GPU, 8123, float("inf"), Path("/d/r.json"), max_concurrency=3, **lengths
-    )
+    command = bench_command(ON_GPU, 8123, asked(float("inf"), 3), Path("/d/r.json"))
     expected = {
-        ("--request-rate", "inf"), ("--num-prompts", "7"), ("--max-concurrency", "3"),
+        ("--request-rate", "inf"), ("--num-prompts", "13"), ("--max-concurrency", "3"),
         ("--random-input-len", "5"), ("--random-output-len", "6"), ("--tokenizer", "m"),
-        ("--result-dir", "/d"), ("--result-filename", "r.json"),
-        ("--percentile-metrics", "ttft,tpot,itl,e2el"), ("--metric-percentiles", "50,90,99"),
+        ("--result-dir", "/d"), ("--result-filename", "r.json"), ("--num-warmups", "0"),
+        ("--seed", "9"), ("--burstiness", "1.0"),
     }  # fmt: skip
     assert expected <= pairs(command)
-    assert "--ignore-eos" in command and "--save-result" in command
-    command = bench_command(ON_GPU, 1, 2.5, Path("/r"), max_concurrency=None, **lengths)
-    assert ("--request-rate", "2.5") in pairs(command) and "--max-concurrency" not in command
+    assert {"--ignore-eos", "--save-result", "--save-detailed"} <= set(command)
+    command = bench_command(ON_GPU, 1, asked(2.5, arrivals="constant"), Path("/r"))
+    assert {("--request-rate", "2.5"), ("--burstiness", "inf")} <= pairs(command)
+    assert ("--num-prompts", "10") in pairs(command) and "--max-concurrency" not in command
+    at_once = bench_command(ON_GPU, 1, asked(float("inf")), Path("/r"))
+    assert {("--num-warmups", "8"), ("--num-prompts", "7")} <= pairs(at_once)
 
 
 def test_code_that_a_model_brings_along_runs_only_where_asked() -> None:
     """Server and client load the model's tokenizer, which may bring code, too."""
-    lengths = {"prompt_tokens": 5, "output_tokens": 6, "requests": 7, "max_concurrency": None}
     for trusted in (True, False):
         settings = ON_GPU.model_copy(update={"trust_remote_code": trusted})
         commands = [
             server_command(settings, 1),
-            bench_command(settings, 1, 1.0, Path("/r"), **lengths),
+            bench_command(settings, 1, asked(1.0), Path("/r")),
         ]
         assert ["--trust-remote-code" in command for command in commands] == [trusted] * 2

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from streamline_bench.throughput.workload import ServingLoad, Workload, prompts
+from streamline_bench.throughput.load import ServingLoad
+from streamline_bench.throughput.workload import Workload, prompts
 
 
 def test_prompts_are_the_same_everywhere_and_differ_from_one_another() -> None:

@@ -135,6 +135,13 @@ MEASURES: dict[str, Measure] = {
         lambda row: (row.speed.low, row.speed.high) if row.speed else (None, None),
         more=True,
     ),
+    "goodput": Measure(
+        "goodput", "good requests per second →",
+        "requests per second that keep the objective, at the highest load that does",
+        lambda row: row.speed.goodput.value if row.speed and row.speed.goodput else None,
+        lambda value: f"{value:,.4g}",
+        more=True,
+    ),
     "parameters": Measure(
         "size", "← parameters", "parameters", lambda row: row.parameters, count
     ),

@@ -103,7 +103,7 @@ def size_curves(board: Leaderboard, rows: Sequence[Row]) -> list[SizeCurve]:
                 (one, points) for one in series if len(points := _points(one, x_of, up_of)) > 1
             ]
             if lines:
-                svg = _svg(lines, (name, written), (up_name, up_written))
+                svg = line_chart(lines, (name, written), (up_name, up_written))
                 found.append(SizeCurve(svg, up_name, name))
     return found
 
@@ -119,11 +119,12 @@ def _points(
                   key=lambda point: point[0])  # fmt: skip
 
 
-def _svg(
+def line_chart(
     lines: Sequence[tuple[Series, _Line]],
     across: tuple[str, Callable[[float], str]],
     up: tuple[str, Callable[[float], str]],
 ) -> Markup:
+    """Draw a line with its band for each series; names and how values are written, per axis."""
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     horizontal = Axis.around([x for _, line in lines for x, _ in line], _LEFT, right)
     ends = [end for _, line in lines for _, y in line for end in y.ends]

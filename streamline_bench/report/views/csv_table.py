@@ -16,6 +16,9 @@ from streamline_bench.report.leaderboard import GradeScore, Leaderboard, Row, Ta
 from streamline_bench.report.text import csv_cell
 from streamline_bench.stability.comparison import Estimate, Overall
 
+_NOT_SHOWN = ("error", "ratio_error", "accelerators", "served")
+"""Of a speed: what its interval says already, and what has a row per load (throughput.json)."""
+
 
 def to_csv(board: Leaderboard) -> str:
     """Render the leaderboard as CSV (RFC 4180, header line, UTF-8)."""
@@ -47,7 +50,8 @@ def _record(row: Row) -> dict[str, Any]:
         record |= _with_ends(name, getattr(row.divergence, field, None))
     record["text_perplexity"] = row.divergence and row.divergence.pruned_perplexity
     for name, value in row.throughput or ():
-        record[f"throughput_{name}"] = value
+        if name not in _NOT_SHOWN:
+            record[f"throughput_{name}"] = value
     for task in row.tasks:
         record |= _task(task)
     for score in row.grades:

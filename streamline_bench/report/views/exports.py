@@ -21,6 +21,7 @@ from streamline_bench.errors import OutputError
 from streamline_bench.report import text
 from streamline_bench.report.figures.pareto import tradeoffs
 from streamline_bench.report.figures.pdf import to_pdf
+from streamline_bench.report.figures.serving import serving_curves
 from streamline_bench.report.figures.similarity import matrix_svg
 from streamline_bench.report.figures.sizes import size_curves
 from streamline_bench.report.figures.standalone import standalone_svg
@@ -75,7 +76,7 @@ def _drawn(board: Leaderboard) -> Iterator[tuple[str, str]]:
     rows = ranked(shown(board))
     for pareto in tradeoffs(rows):
         yield f"accuracy-against-{pareto.kind}", str(pareto.svg)
-    for curve in size_curves(board, rows):
+    for curve in [*size_curves(board, rows), *serving_curves(rows)]:
         yield _file_name(f"{curve.up}-against-{curve.across}"), str(curve.svg)
     for row in board.rows:
         if row.scan is not None:

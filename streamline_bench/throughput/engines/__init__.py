@@ -33,7 +33,9 @@ class EngineSettings(Frozen):
         dtype: torch's name of the dtype of weights and activations.
         max_batch: the largest batch.
         sequence_tokens: prompt and output of one sequence.
-        kv_cache_bytes: size of a preallocated cache, for engines that have one.
+        kv_cache_bytes: size of a preallocated cache, for engines that have one; of one accelerator.
+        kv_cache_dtype: dtype of that cache; ``auto``: that of the weights.
+        tensor_parallel: accelerators that every layer is split over.
     """
 
     model: str
@@ -45,6 +47,8 @@ class EngineSettings(Frozen):
     seed: int = 0
     prefix_caching: bool = False
     kv_cache_bytes: int | None = None
+    kv_cache_dtype: str = "auto"
+    tensor_parallel: int = 1
     eager: bool | None = None
     attention: str | None = None
     trust_remote_code: bool = False

@@ -48,6 +48,7 @@ class VLLMEngine(Engine):
             "enforce_eager": settings.on_cpu if settings.eager is None else settings.eager,
             "skip_tokenizer_init": True,
             **memory_flags(settings),
+            **parallel_flags(settings),
         }
         self._llm = LLM(
             model=settings.model,
@@ -81,6 +82,16 @@ class VLLMEngine(Engine):
         asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         outputs = self._llm.generate(asked, sampling, use_tqdm=False)
         return [len(output.outputs[0].token_ids) for output in outputs]
+
+
+def parallel_flags(settings: EngineSettings) -> dict[str, Any]:
+    """Return dtype of the cache and number of accelerators, where they are not vLLM's defaults."""
+    flags: dict[str, Any] = {}
+    if settings.kv_cache_dtype != "auto":
+        flags["kv_cache_dtype"] = settings.kv_cache_dtype
+    if settings.tensor_parallel > 1:
+        flags["tensor_parallel_size"] = settings.tensor_parallel
+    return flags
 
 
 def require_platform(settings: EngineSettings) -> None:
