@@ -131,6 +131,7 @@ def server_command(settings: EngineSettings, port: int) -> list[str]:
         *VLLM, "serve", settings.model,
         "--host", HOST, "--port", str(port),
         "--served-model-name", SERVED_NAME,
+        "--disable-uvicorn-access-log",
         "--dtype", settings.dtype,
         "--seed", str(settings.seed),
         "--max-model-len", str(settings.sequence_tokens),

@@ -216,7 +216,8 @@ class Server(RunningModel):
 
     def environment(self) -> Mapping[str, str]:
         self._log_from = self.log.stat().st_size if self.log.exists() else 0
-        return vllm_environment(self.settings, in_process=False)
+        # The server says at this level what its memory goes to.
+        return {**vllm_environment(self.settings, in_process=False), "VLLM_LOGGING_LEVEL": "INFO"}
 
     def arguments(self) -> dict[str, Any]:
         return {"port": self.port or free_port()}

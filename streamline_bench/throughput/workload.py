@@ -141,6 +141,8 @@ class Setup(Frozen):
         """What ``CUDA_VISIBLE_DEVICES`` is in the models' processes."""
         if self.on_cpu:
             return None
+        if not self.gpus and self.tensor_parallel == 1:
+            return visible_device(self.device)
         first = int(self.device.partition(":")[2] or 0)
         numbers = self.gpus or range(first, first + self.tensor_parallel)
         return ",".join(visible_device(f"cuda:{number}") for number in numbers)

@@ -9,6 +9,7 @@ import types
 
 import psutil
 import pytest
+from pydantic import ValidationError
 
 from streamline_bench.errors import ThroughputError
 from streamline_bench.throughput import Setup, measure
@@ -136,3 +137,21 @@ def test_peak_memory_sees_children_and_what_is_given_back() -> None:
         child.kill()
     assert held is not None
     assert held > psutil.Process().memory_info().rss + 50_000_000
+
+
+def test_a_model_on_several_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-abc,7,8")
+    setup = Setup(device="cuda:1", tensor_parallel=2)
+    assert setup.visible_device == "GPU-abc,7"
+    assert Setup(device="cuda", gpus=(3, 0), tensor_parallel=2).visible_device == "8,3"
+    for wrong in (
+        {"device": "cpu", "tensor_parallel": 2},
+        {"device": "cuda", "gpus": (0, 1, 2), "tensor_parallel": 2},
+    ):
+        with pytest.raises(ValidationError):
+            Setup.model_validate(wrong)
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNVML("pynvml"))
+    device, _ = open_device("0,0")
+    assert device is not None
+    assert Stopwatch(device).read().energy_joules == 6.0, "1.5 more with each of 4 readings"
+    assert device.memory_bytes([os.getpid()]) == 14_000

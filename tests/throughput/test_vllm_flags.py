@@ -8,9 +8,9 @@ from typing import Any
 
 from streamline_bench.throughput.bench import Sending, bench_command, sending
 from streamline_bench.throughput.engines import EngineSettings
-from streamline_bench.throughput.engines.vllm import memory_flags
+from streamline_bench.throughput.engines.vllm import memory_flags, parallel_flags
 from streamline_bench.throughput.load import Level, ServingLoad
-from streamline_bench.throughput.server import server_command
+from streamline_bench.throughput.server import memory_of, server_command
 from streamline_bench.throughput.workload import Workload
 
 ON_GPU = EngineSettings(
@@ -73,3 +73,26 @@ def test_code_that_a_model_brings_along_runs_only_where_asked() -> None:
             bench_command(settings, 1, asked(1.0), Path("/r")),
         ]
         assert ["--trust-remote-code" in command for command in commands] == [trusted] * 2
+
+
+def test_several_accelerators_and_dtype_of_the_cache_are_passed_on() -> None:
+    assert parallel_flags(ON_GPU) == {}
+    asked = ON_GPU.model_copy(update={"tensor_parallel": 2, "kv_cache_dtype": "fp8"})
+    given = {("--tensor-parallel-size", "2"), ("--kv-cache-dtype", "fp8")}
+    assert given <= pairs(server_command(asked, 1))
+    assert not given & pairs(server_command(ON_GPU, 1))
+
+
+def test_what_a_log_says_of_memory() -> None:
+    log = (
+        "INFO Model loading took 14.99 GiB memory and 3.2 seconds\n"
+        "INFO Available KV cache memory: 1.5 GiB\n"
+        "Actual usage is 15.2 GiB for consumed memory (weights + non-torch), 0.75 GiB for peak "
+        "activation, and 0.5 GiB for CUDAGraph memory."
+    )
+    found = memory_of(log)
+    assert found is not None and found.weights_bytes == round(14.99 * (1 << 30))
+    assert (found.kv_cache_bytes, found.activations_bytes) == (3 << 29, 3 << 28)
+    fixed = memory_of("Initial free memory 9.0 GiB, reserved 0.25 GiB memory for KV Cache as asked")
+    assert fixed is not None and (fixed.kv_cache_bytes, fixed.weights_bytes) == (1 << 28, None)
+    assert memory_of("nothing") is None
