@@ -13,7 +13,7 @@ machine only. Never are extremes compared: they move apart with every further ro
 - A base in the same measurement: the ratio to it, with its own interval over the blocks.
 
 p and interval are adjusted over all figures of all rows by Holm. A loss counts as a regression if
-it is significant and the interval does not exclude a loss of the tolerated size.
+it is significant and larger than what is tolerated.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from itertools import pairwise
 
 from streamline_bench.gate.evidence import Reference, RowReference
 from streamline_bench.gate.result import Check, Quantity, Status, Thresholds
-from streamline_bench.stability.comparison import Estimate
-from streamline_bench.stability.statistics.score import decide, holm
+from streamline_bench.stability.statistics.score import holm
 from streamline_bench.throughput.speed import ServedFigure, Speed
 
 FEWEST_RUNS = 3
@@ -289,21 +288,13 @@ def speed_checks(found: Sequence[Check | _Test], allowed: Thresholds) -> list[Ch
 
 def _checked(test: _Test, allowed: Thresholds, p_value: float | None, comparisons: int) -> Check:
     sign = -1 if test.figure.lower_is_better else 1
-    log, margin = test.change.log, -math.log1p(-allowed.speed)
+    log = test.change.log
     ends = test.change.interval(allowed.confidence, comparisons)
     low, high = ends if ends is not None else (None, None)
     status: Status = "ok"
-    if ends is None:
-        status = "cannot tell" if sign * log < -margin else "ok"
-    else:
-        good = sorted(sign * end for end in ends)
-        estimate = Estimate(value=sign * log, low=good[0], high=good[1])
+    if sign * log < math.log1p(-allowed.speed):
         significant = p_value is not None and p_value < 1 - allowed.confidence
-        decision = decide(estimate, margin, significant=significant)
-        if decision == "worse":
-            status = "regressed"
-        elif decision == "cannot tell" and sign * log < -margin:
-            status = "cannot tell"
+        status = "regressed" if significant else "cannot tell"
     return Check(
         row=test.row, quantity=test.figure.quantity, task=test.figure.load, status=status,
         reference=test.before, value=test.figure.value, change=math.expm1(log),

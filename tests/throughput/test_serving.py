@@ -197,7 +197,8 @@ def test_an_objective_that_nothing_keeps_and_one_that_all_keep(fake_model: FakeM
         load = ServingLoad(request_rates=(), slo=Slo.parse(text), requests=8, max_concurrency=8)
         (model,) = served(models, load=load).models
         assert model.sustained is not None and model.status == "ok"
-        assert (model.sustained.level, model.sustained.limit) == (level, (limit,))
+        assert (model.sustained.levels, model.sustained.limit) == ((level,), (limit,))
+        assert model.sustained.level == pytest.approx(level)
 
 
 @pytest.mark.usefixtures("in_process")

@@ -101,4 +101,4 @@ def test_latencies_of_a_server(make_tiny_model: MakeModel) -> None:
         assert point.e2el.mean > point.ttft.mean
         (found,) = point.passes
         assert found.client_goodput is not None and found.client_goodput > 0
-    assert model.sustained is not None and model.sustained.level == 2
+    assert model.sustained is not None and model.sustained.levels == (2,)
