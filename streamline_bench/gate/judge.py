@@ -50,13 +50,13 @@ def gate(
             or there is nothing to compare with.
     """
     allowed = thresholds or Thresholds()
+    before = None if against is None else open_source(Path(against))
     now = open_source(Path(run))
-    if against is None:
+    if before is None:
         figures = now.evidence(progress=False, answers=False).figures
         earlier = _history(history, figures, last)
         return judge_speed(figures, allowed, rows, history=earlier, base=base)
     # Answers take long to read; whatever the figures alone show to be wrong comes first.
-    before = open_source(Path(against))
     require_comparable(now.figures, before.figures, rows)
     evidence = now.evidence(progress=progress)
     earlier = _history(history, evidence.figures, last)
