@@ -196,7 +196,7 @@ def main() -> None:
                         f"| {gate} | {blocks} | {100 * process:g} | {100 * tolerance:g} | {found} |"
                     )
     print("\n| blocks | process % | tolerated % | alarms in 200 runs with drift, % |")
-    print("| ---: |" * 4)
+    print("|" + " ---: |" * 4)
     for blocks, process in ((3, 0.01), (3, 0.03), (5, 0.03)):
         for tolerance in (0.0, 0.02, 0.05):
             years = [
