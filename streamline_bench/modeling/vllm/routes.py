@@ -20,7 +20,9 @@ NATIVE = {
 }
 """Host family -> the subclass of vLLM's own class of that family."""
 
-HOSTS = (*NATIVE, "opt", "gemma3_text")
+HOSTS = (
+    *NATIVE, "opt", "gemma3_text", "glm4", "granite", "olmo2", "phi", "phi3", "smollm3", "stablelm",
+)  # fmt: skip
 """Host families whose greedy output under vLLM is checked against transformers'."""
 
 Route = Literal["native", "transformers", "none"]
@@ -68,7 +70,10 @@ def architecture_for(config: Any) -> str:
 
 
 _NOT_SERVED = {
-    "gpt_neox": "its transformers backend gives other tokens than transformers for this family",
+    **dict.fromkeys(
+        ("gpt_neox", "gemma2"),
+        "its transformers backend gives other tokens than transformers for this family",
+    ),
 }
 
 

@@ -101,7 +101,6 @@ def test_a_lost_node_costs_one_job(
 @pytest.mark.filterwarnings("ignore")
 def test_a_node_lost_while_rows_are_scored_together_changes_no_number(
     cluster: Any,
-    warm: Any,
     make: Callable[..., Request],
     tasks: Path,
     tmp_path: Path,
@@ -116,6 +115,7 @@ def test_a_node_lost_while_rows_are_scored_together_changes_no_number(
         ],
         tasks=["words"],
         include_path=str(tasks),
+        noise_floor=True,
         threads=1,
         limit=4,
     )
@@ -154,6 +154,7 @@ def test_a_node_lost_while_rows_are_scored_together_changes_no_number(
     shared = {row["label"]: set(row["scored_with"]) for row in boards[0]["rows"]}
     walk = {"dense", "last_layers", "last_one"}
     assert shared == {"first_layers": set(), **dict.fromkeys(walk, walk)}
+    assert boards[0]["noise"]["repeats"] == ["batch size 4"]
 
 
 def test_no_cluster_at_the_address(
