@@ -11,6 +11,7 @@ import pytest
 
 from streamline_bench.compression import pipeline, recipes
 from streamline_bench.compression.recipes import list_recipes, load_recipe
+from streamline_bench.core.training import trainer
 from streamline_bench.errors import RecipeError
 from streamline_bench.methods import base
 from streamline_bench.methods.base import METHODS, get_method, method_facts
@@ -167,7 +168,12 @@ def test_versions_and_an_edited_source_change_the_key(
     assert edited[0] != first[0] and edited[1] == first[1]
     monkeypatch.setattr(type(get_method("good")), "version", 4)
     assert keys()[0] not in (edited[0], first[0])
-    for name in ("TRAINING_VERSION", "RECOVERY_VERSION", "SHARED_VERSION"):
+    homes = {
+        "TRAINING_VERSION": trainer,
+        "RECOVERY_VERSION": recover,
+        "SHARED_VERSION": pipeline,
+    }
+    for name, home in homes.items():
         with monkeypatch.context() as patch:
-            patch.setattr(recover if name == "RECOVERY_VERSION" else pipeline, name, 99)
+            patch.setattr(home, name, 99)
             assert keys()[1] != first[1]

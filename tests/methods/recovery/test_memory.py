@@ -81,8 +81,8 @@ def test_copies_for_a_checkpoint_are_let_go(
         save(folder, key, state)
         copies.show(*state.weights.values())
 
-    def loaded(folder: Path, key: str) -> Any:
-        state = load(folder, key)
+    def loaded(folder: Path, key: str, **options: Any) -> Any:
+        state = load(folder, key, **options)
         if state is not None:
             copies.show(*state.weights.values())
         return state
