@@ -42,6 +42,7 @@ def test_variables_that_libraries_set_change_nothing(
 ) -> None:
     monkeypatch.setenv("HF_XET_HIGH_PERFORMANCE", "1")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp")
+    monkeypatch.setenv("PYTHONBREAKPOINT", "ray.util.rpdb.set_trace")
     before = warm.forks
     assert run("streamline_bench", "--version", env=None).returncode == 0
     assert warm.forks == before + 1

@@ -60,9 +60,10 @@ READ_EARLY = ("CUDA_", "HF_", "LD_", "MKL_", "OPENBLAS_", "PYTHON", "TORCH_", "T
 """Beginnings of variables that something reads when it is imported."""
 READ_LATE = (
     "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_XET_HIGH_PERFORMANCE",
-    "PYTHONPATH", "TRANSFORMERS_VERBOSITY",
+    "PYTHONBREAKPOINT", "PYTHONPATH", "TRANSFORMERS_VERBOSITY",
 )  # fmt: skip
-"""Of these, what a fork follows by itself, what transformers sets, and what only spares lines."""
+"""Of these, what a fork follows by itself, what transformers and Ray set, and what only spares
+lines."""
 
 _SIZE = 1 << 17
 _LINE = 8000
