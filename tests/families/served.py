@@ -142,7 +142,7 @@ def main() -> int:
             _cell(name, work).write_text(json.dumps(verdict(tokens, answers.get(name, {}))))
         for name in batch:
             cell = json.loads(_cell(name, work).read_text())
-            cells[name] = cell.replace(str(work / name / "dense"), "MODEL")
+            cells[name] = cell.replace(f"{work / name}/", "MODEL/")
             print(f"{name}: {cells[name]}", flush=True)
             shutil.rmtree(work / name / "dense", ignore_errors=True)
             shutil.rmtree(work / name / "last_layers", ignore_errors=True)
