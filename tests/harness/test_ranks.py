@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from streamline_bench.throughput.server import free_port
 
 EVALUATIONS = """
 import json, os, sys
@@ -101,9 +102,7 @@ def evaluations(
     file.write_text("\n".join(json.dumps(row) for row in rows))
     (tasks / "words_choice.yaml").write_text(choice_task("words_choice", file))
     (root / "text.txt").write_text(words(700))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     model: dict[str, Any] = {"pretrained": str(make_tiny_model("llama", num_hidden_layers=4))}
     recipe = {
         "recipe": "streamline", "n_layers": 2, "calibration": str(root / "text.txt"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+
+from streamline_bench.throughput.server import free_port
 
 # objective or kind of recovery, and settings of the training
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -136,9 +137,7 @@ codes["spread-resumed"] = start(1, port, folder, stops)
 def trainings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with what one and what two processes made of every case."""
     folder = tmp_path_factory.mktemp("trainings")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     command = [sys.executable, "-c", TRAININGS, str(folder), json.dumps(CASES), port]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run(command, env=environment, check=True, timeout=280)
