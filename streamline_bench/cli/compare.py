@@ -40,7 +40,7 @@ if TYPE_CHECKING:
               "elsewhere (a folder or hub id) with its revision, dtype, tokenizer, "
               "trust_remote_code, model_args.KEY or reference.")  # fmt: skip
 @click.option("--tasks", help="Comma-separated lm-eval tasks or groups.")
-@click.option("--include-path", help="Folder with your own task files.")
+@click.option("--include-path", multiple=True, help="Folder with your own task files.")
 @metrics_option
 @click.option("--sparsity", help="Share of the parameters to remove; several: 0.25,0.5.")
 @click.option("--n-layers", help="Net number of layers to remove, instead of --sparsity.")
@@ -52,6 +52,16 @@ if TYPE_CHECKING:
 @click.option("--limit", type=float, help="Documents per task, or a share of them below 1.")
 @click.option("--num-fewshot", type=int, help="Examples before each question.")
 @click.option("--apply-chat-template", is_flag=True, default=None, help="Use the chat template.")
+@click.option("--chat-template", metavar="NAME", help="Use the tokenizer's template of this name.")
+@click.option("--engine", type=click.Choice(["hf", "vllm"]),
+              help="What computes the answers: transformers (hf) or vLLM.")  # fmt: skip
+@click.option("--config", "harness_config", metavar="FILE",
+              help="Options of lm_eval, as lm_eval --config reads them.")  # fmt: skip
+@click.option("--harness", "harness", multiple=True, metavar="[TASK:]KEY=VALUE",
+              help="Set an option of lm_eval, for all tasks or one: gen_kwargs.temperature=0.7, "
+              "gsm8k:num_fewshot=4, system_instruction='Be brief.'")  # fmt: skip
+@click.option("--confirm-run-unsafe-code", is_flag=True, default=None,
+              help="Let tasks run code that a model wrote.")  # fmt: skip
 @click.option("--batch-size", help="Batch size of the scoring: a number (16) or auto.")
 @click.option("--dtype", help="Dtype of the weights in memory.")
 @named_device_option
@@ -65,7 +75,7 @@ if TYPE_CHECKING:
 @click.option("--noise-floor", is_flag=True, default=None, help="Score the dense model twice.")
 @click.option("--noise-batch-size", help="Batch size of the second scoring.")
 @click.option("--noise-dtype", help="Dtype of one more scoring of the dense model.")
-@click.option("--noise-engine", type=click.Choice(["vllm"]),
+@click.option("--noise-engine", type=click.Choice(["hf", "vllm"]),
               help="Engine of one more scoring of the dense model.")  # fmt: skip
 @click.option("--text", help="Also compare next-token distributions on this file, or 'bundled'.")
 @click.option("--text-field", help="Field of its records that holds the text.")
@@ -252,19 +262,27 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
     """
     from streamline_bench.compression.recipes import SIZE_KEYS
     from streamline_bench.demo import bundled_request
+    from streamline_bench.runs.planning.harness_options import harness_keys, with_harness_options
     from streamline_bench.runs.planning.request import Request, make_request, read_request
 
     payload = _checked(read_request(plan), plan) if plan else {}
     # Options of other keys do not hold the value itself.
     plain = Request.model_fields.keys() - {"model", "recipes", "tasks", "overrides", "workload",
-                                            "metrics"}  # fmt: skip
+                                            "metrics", "include_path"}  # fmt: skip
+    if options.get("harness_config"):
+        payload |= harness_keys(options["harness_config"], "--config")
     payload |= {key: options[key] for key in plain if options.get(key) is not None}
+    if options.get("include_path"):
+        payload["include_path"] = list(options["include_path"])
+    if options.get("chat_template"):
+        payload["apply_chat_template"] = options["chat_template"]
     if model is not None:
         several = names_in(model)
         payload["model"] = model if Path(model).is_dir() or len(several) == 1 else several
     for key in ("recipes", "tasks"):
         if options.get(key):
             payload[key] = names_in(options[key])
+    payload = with_harness_options(payload, options.get("harness") or ())
     if options["rows"]:
         payload["recipes"] = [*payload.get("recipes", []), *map(parse_row, options["rows"])]
     given = _recipe_keys(options)

@@ -62,8 +62,8 @@ def tasks(ctx: click.Context, /, as_json: bool, only_path: bool) -> None:
 def lm_eval(arguments: tuple[str, ...]) -> None:
     """Call lm_eval with --model streamline registered and our tasks on its --include_path.
 
-    All arguments go to lm_eval unchanged. A folder given as --include_path is added to ours; its
-    tasks win if names are equal. Example:
+    All arguments go to lm_eval unchanged. Folders given as --include_path, with commas between
+    them, are added to ours; of tasks with the same name, that of the last folder counts. Example:
     streamline-bench lm-eval run --model streamline --model_args pretrained=DIR --tasks NAME
     """
     from lm_eval._cli import HarnessCLI
@@ -81,7 +81,9 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     if not hasattr(asked, "include_path"):
         harness.execute(asked)
         return
-    own, named = asked.include_path, getattr(asked, "tasks", None) or []
+    given = asked.include_path or ""
+    own = [given] if Path(given).is_dir() else [each for each in given.split(",") if each]
+    named = getattr(asked, "tasks", None) or []
     # Its command line takes one folder, what is behind it takes several.
     asked.include_path = task_folders(own)
     listed = (

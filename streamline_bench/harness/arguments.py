@@ -65,8 +65,12 @@ def check_arguments(model: str, arguments: Mapping[str, Any]) -> None:
         check_name(pretrained)
     if model != "streamline":
         require_vllm(f"--model {model}")
-        return  # of vLLM's arguments only vLLM knows the names
-    own = _parameters_in_source()
+        own = _parameters_in_source("vllm_causallms", "VLLM")
+        engine = _arguments_of_the_engine()
+        if engine:  # else only vLLM itself knows their names
+            sort_arguments(arguments, own, [*engine, "device"])
+        return
+    own = _parameters_in_source("huggingface", "HFLM")
     plain = {*own, *_recipe_keys(), *OWN, *_TAKEN_FROM_KEYWORDS}
     foreign = [key for key in arguments if key not in plain and "." not in key]
     ask = bool(foreign) and _may_be_of_transformers(foreign, arguments)
@@ -81,16 +85,32 @@ def parameters_of(base: type) -> list[str]:
     return [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
 
 
-def _parameters_in_source() -> list[str]:
-    """Return those of the harness's transformers model, read from its file: it takes seconds."""
+def _parameters_in_source(module: str, name: str) -> list[str]:
+    """Return those of a model of the harness, read from its file: importing it takes seconds."""
     harness = importlib.util.find_spec("lm_eval")
     folder = Path(str(harness.origin)).parent if harness is not None else Path()
-    tree = ast.parse((folder / "models" / "huggingface.py").read_text(encoding="utf-8"))
+    tree = ast.parse((folder / "models" / f"{module}.py").read_text(encoding="utf-8"))
     classes = (node for node in tree.body if isinstance(node, ast.ClassDef))
-    model = next(each for each in classes if each.name == "HFLM")
+    model = next(each for each in classes if each.name == name)
     methods = (node for node in model.body if isinstance(node, ast.FunctionDef))
     made = next(each.args for each in methods if each.name == "__init__")
     return [each.arg for each in (*made.args[1:], *made.kwonlyargs)]
+
+
+def _arguments_of_the_engine() -> list[str]:
+    """Return the fields of vLLM's ``EngineArgs``, read from its file; none where it has none."""
+    package = importlib.util.find_spec("vllm")
+    home = Path(str(package.origin)).parent if package is not None else Path()
+    source = home / "engine" / "arg_utils.py"
+    if not source.is_file():
+        return []
+    classes = (n for n in ast.parse(source.read_text("utf-8")).body if isinstance(n, ast.ClassDef))
+    fields = [n for each in classes if each.name == "EngineArgs" for n in each.body]
+    return [
+        node.target.id
+        for node in fields
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    ]
 
 
 def _may_be_of_transformers(keys: list[str], arguments: Mapping[str, Any]) -> bool:

@@ -26,13 +26,21 @@ from lm_eval.api.model import LM
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.machine.environment import printable
 from streamline_bench.core.machine.ranks import say_once
-from streamline_bench.errors import CacheError, StreamlineBenchError, library_errors
+from streamline_bench.core.recipe.validation import suggest_or_list
+from streamline_bench.errors import (
+    CacheError,
+    CheckpointError,
+    StreamlineBenchError,
+    library_errors,
+)
 
 Made = TypeVar("Made", bound="CompressedModel")
 
 
 class CompressedModel(LM):  # type: ignore[misc]
     """Goes in front of the harness's class: a user's mistake ends its command with a sentence."""
+
+    _named_template: str | None = None
 
     @classmethod
     def create_from_arg_string(
@@ -57,6 +65,31 @@ class CompressedModel(LM):  # type: ignore[misc]
         with user_errors():
             separate_cache(cache_hook.dbdict, self._identity())
         super().set_cache_hook(cache_hook)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the chat template, and use it where it is named.
+
+        The stock class looks a name up for its records only: prompts are written by the default.
+
+        Raises:
+            CheckpointError: the tokenizer has no template of this name.
+        """
+        if not isinstance(chat_template, str):
+            return super().chat_template(chat_template)  # type: ignore[no-any-return]
+        with user_errors():
+            known = getattr(self.tokenizer, "chat_template", None)
+            named = known if isinstance(known, dict) else {}
+            if chat_template not in named and known != self._named_template:
+                raise CheckpointError(
+                    f"{self.tokenizer.name_or_path} has no chat template '{chat_template}'"
+                    f"{suggest_or_list(chat_template, named)}"
+                )
+        if chat_template in named:
+            self._named_template = str(named[chat_template])
+            self.tokenizer.chat_template = self._named_template
+            if hasattr(self, "hf_chat_template"):  # what vLLM's class writes prompts by
+                self.hf_chat_template = self._named_template
+        return self._named_template
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Return generated texts, as the stock class does."""

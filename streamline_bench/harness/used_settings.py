@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ class Asked(Protocol):
     @property
     def limit(self) -> float | None: ...
     @property
-    def apply_chat_template(self) -> bool: ...
+    def apply_chat_template(self) -> bool | str: ...
     @property
     def batch_size(self) -> str: ...
     @property
@@ -72,6 +72,17 @@ def used_settings(folder: Path) -> UsedSettings | None:
         device=config.get("device"),
         seeds={key: value for key, value in config.items() if key.endswith("_seed")},
     )
+
+
+def merged_settings(found: Sequence[UsedSettings]) -> UsedSettings | None:
+    """Return the first ones with the examples and documents of all; None where there are none."""
+    if not found:
+        return None
+    by_task = {
+        "num_fewshot": {k: v for each in found for k, v in each.num_fewshot.items()},
+        "documents": {k: v for each in found for k, v in each.documents.items()},
+    }
+    return found[0].model_copy(update=by_task)
 
 
 def ignored_options(asked: Asked, used: UsedSettings) -> list[str]:

@@ -10,7 +10,12 @@ from typing import Any
 
 from streamline_bench.core.checkpoint.folder import Manifest, read_manifest
 from streamline_bench.errors import CheckpointError, ComparisonError
-from streamline_bench.harness.used_settings import UsedSettings, ignored_options, used_settings
+from streamline_bench.harness.used_settings import (
+    UsedSettings,
+    ignored_options,
+    merged_settings,
+    used_settings,
+)
 from streamline_bench.report.run_file import NoiseRun, RunFile, RunRow, write_run_file
 from streamline_bench.runs.execution.same_weights import Weights
 from streamline_bench.runs.execution.scheduler import Grouping, JobState, groups_of
@@ -19,7 +24,7 @@ from streamline_bench.runs.jobs.job import Job, read_done, write_done
 from streamline_bench.runs.jobs.kinds import CompressJob, MeasureJob, TextJob
 from streamline_bench.runs.jobs.planned import same_tokens
 from streamline_bench.runs.jobs.score import ScoreJob
-from streamline_bench.runs.planning.plan import Plan, PlanRow, digest
+from streamline_bench.runs.planning.plan import Evaluation, Plan, PlanRow, digest
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class Results:
                 for each in self.plan.noise
                 if each.name in again
             ],
-            tasks=list(self.plan.evaluation.tasks),
+            tasks=list(self.plan.tasks),
             tasks_left_out=self._left_out_of_answers(),
             metrics=self.plan.metrics,
             text=self._text(),
@@ -118,7 +123,13 @@ class Results:
 
     def ignored_options(self) -> list[str]:
         """Return a sentence for each option of the evaluation that had no effect."""
-        return ignored_options(self.plan.evaluation, self._used) if self._used else []
+        said = [
+            sentence
+            for asked in self.plan.evaluations
+            if (used := merged_settings(self._used_for(asked))) is not None
+            for sentence in ignored_options(asked, used)
+        ]
+        return list(dict.fromkeys(said))
 
     def _row(self, row: PlanRow, together: Grouping) -> RunRow:
         """What the jobs of a row made."""
@@ -213,7 +224,7 @@ class Results:
 
     def _left_out_of_answers(self) -> list[str]:
         """Tasks that rows of this run have answered, and that this command does not ask for."""
-        wanted = self.plan.evaluation.tasks
+        wanted = self.plan.tasks
         jobs = [state.job for state in self.states.values() if isinstance(state.job, ScoreJob)]
         asked = dict.fromkeys(task for job in jobs for task in job.evaluation.tasks)
         return [task for task in asked if task not in wanted]
@@ -234,21 +245,22 @@ class Results:
     def _named(self, path: Path, there: bool) -> str | None:
         return self.run.relative(path) if there else None
 
-    @cached_property
+    @property
     def _used(self) -> UsedSettings | None:
+        return merged_settings([each for _, each in self._read])
+
+    def _used_for(self, asked: Evaluation) -> list[UsedSettings]:
+        return [used for job, used in self._read if job.evaluation.settings == asked.settings]
+
+    @cached_property
+    def _read(self) -> list[tuple[ScoreJob, UsedSettings]]:
+        """What the harness used for each set of questions, as the dense row's results say it."""
         dense = self.plan.reference
         if not self.scored(dense):
-            return None
+            return []
         jobs = [self._answered_by(state) for state in self._of(dense, ScoreJob)]
-        read = [used_settings(job.output(self.run)) for job in jobs if job is not None]
-        found = [each for each in read if each is not None]
-        if not found:
-            return None
-        by_task = {
-            "num_fewshot": {k: v for each in found for k, v in each.num_fewshot.items()},
-            "documents": {k: v for each in found for k, v in each.documents.items()},
-        }
-        return found[0].model_copy(update=by_task)
+        read = [(job, used_settings(job.output(self.run))) for job in jobs if job is not None]
+        return [(job, used) for job, used in read if used is not None]
 
     @cached_property
     def _twins(self) -> dict[str, str]:

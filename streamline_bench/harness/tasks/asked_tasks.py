@@ -48,14 +48,18 @@ class Part:
     unknown: str | None = None
 
 
-def task_folders(own: str | Path | None) -> list[str]:
-    """Return the folders of task files beside the harness's: ours, and the user's, which wins."""
-    folders = [str(resource("tasks") / "lm_eval")]
-    return folders if own is None else [*folders, str(own)]
+Folders = str | Path | Sequence[str | Path] | None
+"""The user's folders of task files: none, one or several."""
+
+
+def task_folders(own: Folders) -> list[str]:
+    """Return the folders of task files beside the harness's: ours, and the user's, which win."""
+    folders = [own] if isinstance(own, str | Path) else own or ()
+    return [str(resource("tasks") / "lm_eval"), *map(str, folders)]
 
 
 def open_index(
-    names: Sequence[str], own: str | Path | None, metadata: Mapping[str, Any] | None = None
+    names: Sequence[str], own: Folders, metadata: Mapping[str, Any] | None = None
 ) -> Any:
     """Return a ``TaskManager`` that knows all of these.
 
@@ -63,7 +67,7 @@ def open_index(
 
     Args:
         names: of tasks, groups or tags, patterns of them, or paths of YAML files.
-        own: the user's folder of task files.
+        own: the user's folders of task files.
         metadata: what the harness adds to the metadata of every task that it loads.
 
     Raises:
@@ -94,7 +98,7 @@ def open_index(
 
 
 @contextmanager
-def quick_index(names: Sequence[str], own: str | Path | None) -> Iterator[None]:
+def quick_index(names: Sequence[str], own: Folders) -> Iterator[None]:
     """Let the harness leave its own tasks out of its index where none of them is asked for."""
     import lm_eval.tasks
 

@@ -16,6 +16,7 @@ from streamline_bench.core.files import atomic_write_text, staged_output
 from streamline_bench.errors import EvaluationError, OutputError
 from streamline_bench.harness.bridge import MODEL_NAME
 from streamline_bench.harness.tasks.asked_tasks import (
+    Folders,
     asked_tasks,
     open_index,
     task_folders,
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 _PASSED_ON = (
     "model_args tasks num_fewshot batch_size max_batch_size device limit system_instruction "
-    "apply_chat_template fewshot_as_multiturn gen_kwargs metadata"
+    "apply_chat_template fewshot_as_multiturn gen_kwargs metadata samples confirm_run_unsafe_code"
 ).split()
 """What the harness's command hands from its configuration to ``simple_evaluate``."""
 
@@ -94,7 +95,7 @@ def _marks(folder: Path) -> dict[str, str]:
 
 def request_digest(request: TrunkRequest, label: str) -> str:
     """Name everything that decides what a label's output says."""
-    settings = request.model_dump(mode="json", exclude={"checkpoints", "outputs", "journal"})
+    settings = request.settings
     weights = CheckpointReader(request.checkpoints[label]).fingerprint()
     payload = json.dumps([settings, model_arguments(request, label), weights], sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()
@@ -176,6 +177,7 @@ def _config(request: TrunkRequest, label: str, folder: Path) -> Any:
         "include_path": task_folders(request.include_path),
         "system_instruction": request.system_instruction,
         "fewshot_as_multiturn": request.fewshot_as_multiturn,
+        "samples": {task: list(ids) for task, ids in request.samples.items()} or None,
     }
     return EvaluatorConfig(
         model=MODEL_NAME,
@@ -186,6 +188,8 @@ def _config(request: TrunkRequest, label: str, folder: Path) -> Any:
         output_path=str(folder),
         apply_chat_template=request.apply_chat_template,
         gen_kwargs=dict(request.gen_kwargs),
+        metadata=dict(request.metadata),
+        confirm_run_unsafe_code=request.confirm_run_unsafe_code,
         seed=list(request.seed),
         **{key: value for key, value in given.items() if value is not None},
     )
@@ -225,12 +229,12 @@ class Catalogue:
         self.names: list[Any] = []
         self.left_out: dict[str, str] = {}
 
-    def open(self, config: Any, own: str | Path | None) -> None:
+    def open(self, config: Any, own: Folders) -> None:
         """Index the tasks and find those that are asked for; later calls set the model only.
 
         Args:
             config: a configured ``EvaluatorConfig`` of the harness.
-            own: the user's folder of task files.
+            own: the user's folders of task files.
 
         Raises:
             EvaluationError: a task is not known.
@@ -273,11 +277,11 @@ class SameTasks:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._catalogue.manager, name)
 
-    def prepare(self, config: Any, own: str | Path | None) -> list[Any]:
+    def prepare(self, config: Any, own: Folders) -> list[Any]:
         """Get ready for a model, and return the tasks in the form :meth:`load` takes.
 
         Args:
-            own: the user's folder of task files.
+            own: the user's folders of task files.
 
         Raises:
             EvaluationError: a task is not known.

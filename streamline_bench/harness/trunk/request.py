@@ -25,18 +25,20 @@ class TrunkRequest(Frozen):
         outputs: label -> folder that will hold ``results_*.json`` and ``samples_*.jsonl`` as
             ``--output_path`` would. It appears whole or not at all; one that is there already,
             made by the same request, is kept and its label not evaluated again.
-        include_path: folder with the user's own task files, in addition to those of this package.
+        include_path: folders with the user's own task files, in addition to those of this package.
         journal: folder for the answers of labels whose outputs are not there yet; an interrupted
             call that is repeated goes on with them. None: answers are only kept in memory.
         model_args: further arguments of the model, as in ``--model_args``; possible are those in
             ``MODEL_ARGUMENTS``.
         seed: of random, numpy, torch and the choice of few-shot examples.
+        metadata: what tasks read, in addition to the model's arguments.
+        samples: task -> documents that are asked, in order.
     """
 
     checkpoints: dict[str, Path] = Field(min_length=1)
     outputs: dict[str, Path]
     tasks: tuple[str, ...] = Field(min_length=1)
-    include_path: Path | None = None
+    include_path: tuple[Path, ...] = ()
     limit: float | None = None
     num_fewshot: int | None = None
     batch_size: int | str = 1
@@ -49,7 +51,15 @@ class TrunkRequest(Frozen):
     apply_chat_template: bool | str = False
     fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    samples: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    confirm_run_unsafe_code: bool = False
     journal: Path | None = None
+
+    @field_validator("include_path", mode="before")
+    @classmethod
+    def _several(cls, folders: Any) -> Any:
+        return [folders] if isinstance(folders, str | Path) else folders or ()
 
     @field_validator("model_args")
     @classmethod
@@ -71,6 +81,16 @@ class TrunkRequest(Frozen):
         if len(set(places)) != len(places):
             raise ValueError("two labels have the same output folder")
         return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides an answer, as it is hashed; later options count where they are given."""
+        later = {"metadata", "samples"}
+        outside = {"checkpoints", "outputs", "journal", "confirm_run_unsafe_code"}
+        payload = self.model_dump(mode="json", exclude=outside)
+        folders = payload["include_path"]
+        payload["include_path"] = folders if len(folders) > 1 else next(iter(folders), None)
+        return {key: each for key, each in payload.items() if each or key not in later}
 
     @property
     def dense(self) -> str:

@@ -36,7 +36,8 @@ def plan_jobs(
     if plan.text is not None:
         jobs += [_text(plan, row) for row in plan.rows if not row.dense and same_tokens(plan, row)]
     for noise in plan.noise:
-        jobs += _questions(plan, run, _repeating(plan, noise))
+        again = _questions(plan, run, _repeating(plan, noise))
+        jobs += [job for job in again if noise.only_engine in (None, job.evaluation.engine)]
     return jobs
 
 
@@ -56,22 +57,25 @@ def _questions(plan: Plan, run: RunPaths | None, make: Maker) -> list[ScoreJob]:
     What is left is asked in the sets in which other rows were asked, so that rows can share
     layers.
     """
-    left = set(plan.evaluation.tasks)
     found = []
-    for evaluation in _answered(plan, run, make):
-        if left & set(evaluation.tasks):
-            found.append(make(evaluation))
-            left -= set(evaluation.tasks)
-    for asked in plan.questions:
-        part = [task for task in asked.tasks if task in left]
-        if part and asked.settings == plan.evaluation.settings:
-            found.append(make(asked.only(part)))
-            left -= set(part)
+    for wanted in plan.evaluations:
+        left = set(wanted.tasks)
+        for evaluation in _answered(plan, wanted, run, make):
+            if left & set(evaluation.tasks):
+                found.append(make(evaluation))
+                left -= set(evaluation.tasks)
+        for asked in plan.questions:
+            part = [task for task in asked.tasks if task in left]
+            if part and asked.settings == wanted.settings:
+                found.append(make(asked.only(part)))
+                left -= set(part)
     return found
 
 
-def _answered(plan: Plan, run: RunPaths | None, make: Maker) -> Iterator[Evaluation]:
-    """The sets of questions to which there are answers under the plan's settings."""
+def _answered(
+    plan: Plan, wanted: Evaluation, run: RunPaths | None, make: Maker
+) -> Iterator[Evaluation]:
+    """The sets of questions to which there are answers under these settings."""
     if run is None:
         return
     name = make(plan.questions[0].only(plan.questions[0].tasks)).name
@@ -79,7 +83,7 @@ def _answered(plan: Plan, run: RunPaths | None, make: Maker) -> Iterator[Evaluat
         asked = _read(path).get("evaluation")
         if not isinstance(asked, dict) or not isinstance(asked.get("tasks"), list):
             continue
-        evaluation = plan.evaluation.model_copy(
+        evaluation = wanted.model_copy(
             update={"tasks": tuple(asked["tasks"]), "tasks_sha256": asked.get("tasks_sha256")}
         )
         job = make(evaluation)
@@ -97,13 +101,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _question(plan: Plan, evaluation: Evaluation) -> str:
     """Name a set of questions; the first of a run folder has none."""
-    asked, first = (_decisive(each) for each in (evaluation, plan.questions[0]))
+    asked, first = (each.decisive for each in (evaluation, plan.questions[0]))
     return "" if asked == first else digest(asked)[:8]
-
-
-def _decisive(evaluation: Evaluation) -> dict[str, Any]:
-    # Where the task folder lies changes nothing; its files' hash is part of the evaluation.
-    return evaluation.model_dump(mode="json", exclude={"include_path"})
 
 
 def _of_row(plan: Plan, row: PlanRow) -> dict[str, Any]:
@@ -139,7 +138,7 @@ def _scoring(plan: Plan, row: PlanRow, *, shareable: bool) -> Maker:
 
     def make(evaluation: Evaluation) -> ScoreJob:
         question = _question(plan, evaluation)
-        where = {"include_path": plan.evaluation.include_path}
+        where: dict[str, Any] = {"include_path": plan.evaluation.include_path}
         if own is not None and own.dtype:
             where["dtype"] = own.dtype
         evaluation = evaluation.model_copy(update=where)
@@ -152,7 +151,7 @@ def _scoring(plan: Plan, row: PlanRow, *, shareable: bool) -> Maker:
             tokenizer=own.tokenizer if own else None,
             model_args=own.model_args if own else {},
             weights=source.weights_sha256 + _tokenizer(plan, row) if not row.made_here else None,
-            shareable=shareable and (own is None or own.loaded_plainly),
+            shareable=shareable and evaluation.shareable and (own is None or own.loaded_plainly),
         )
 
     return make
@@ -160,14 +159,15 @@ def _scoring(plan: Plan, row: PlanRow, *, shareable: bool) -> Maker:
 
 def _score_key(plan: Plan, row: PlanRow, evaluation: Evaluation) -> str:
     model = [plan.source(row).weights_sha256] if row.dense else [row.key]
-    asked = _decisive(evaluation)
+    asked = evaluation.decisive
     return digest(["score", model, asked, plan.device.split(":")[0], plan.versions])
 
 
 def _repeating(plan: Plan, noise: NoisePlan) -> Maker:
     row = next(row for row in plan.rows if row.label == plan.reference)
     score = _scoring(plan, row, shareable=False)
-    changed = {"batch_size": noise.batch_size, "dtype": noise.dtype}
+    usual = {"batch_size": plan.evaluation.batch_size, "dtype": plan.evaluation.dtype}
+    changed = {key: now for key, old in usual.items() if (now := getattr(noise, key)) != old}
     engine = [noise.engine] if noise.engine else []
 
     def make(evaluation: Evaluation) -> ScoreJob:

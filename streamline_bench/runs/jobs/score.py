@@ -25,10 +25,18 @@ from streamline_bench.harness.tasks.asked_tasks import task_folders
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Facts, Job, Result, write_done, write_failed
 from streamline_bench.runs.jobs.kinds import compress_name
+from streamline_bench.runs.planning.harness_options import Engine, harness_options
 from streamline_bench.runs.planning.plan import Evaluation, digest
 
 if TYPE_CHECKING:
     from streamline_bench.harness.trunk.request import LabelOutcome
+
+
+_HANDED_ON = (
+    "max_batch_size gen_kwargs system_instruction fewshot_as_multiturn metadata samples "
+    "confirm_run_unsafe_code"
+).split()
+"""Options that a walk takes under the names of the evaluation."""
 
 
 class ScoreJob(Job):
@@ -40,7 +48,7 @@ class ScoreJob(Job):
         question: names the set of questions, if it is not the first one of the run folder.
         tokenizer, model_args: what the harness loads a checkpoint made elsewhere with.
         weights: names the model's content, where it is not made here.
-        engine: None: transformers.
+        engine: of a repetition with another one; None: that of the evaluation.
         noise: names the repetition, whose result is not the row's; None for the row itself.
         shareable: it may be done in one process with others, layers in common run once.
         alone: why it is done by itself, where others are scored together.
@@ -54,7 +62,7 @@ class ScoreJob(Job):
     tokenizer: str | None = None
     model_args: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
-    engine: str | None = None
+    engine: Engine | None = None
     noise: str | None = None
     shareable: bool = False
     alone: str | None = None
@@ -94,39 +102,34 @@ class ScoreJob(Job):
     def harness_command(self, run: RunPaths, output: Path) -> list[str]:
         """Return the command line that scores into ``output``, as a reader can type it too.
 
-        It is the stock harness's; with the user's own task folder it is ours, which passes
+        It is the stock harness's; with the user's own task folders it is ours, which passes
         everything on: the stock one takes a single folder, and the packaged tasks must stay known
         as well.
         """
         asked, own = self.evaluation, self.evaluation.include_path
+        engine = self.engine or asked.engine
         model = {
             "pretrained": self.pretrained(run),
             "revision": self.revision if self.dense else None,
             "dtype": asked.dtype,
             "trust_remote_code": self.trust_remote_code or None,
             "tokenizer": self.tokenizer,
+            **asked.model_args,
             **self.model_args,
         }
         command = [
             sys.executable, "-m",
-            *(["lm_eval"] if own is None else ["streamline_bench", "lm-eval"]),
-            "--model", f"streamline-{self.engine}" if self.engine else "streamline",
+            *(["streamline_bench", "lm-eval"] if own else ["lm_eval"]),
+            "--model", "streamline" if engine == "hf" else f"streamline-{engine}",
             "--model_args", _model_arguments(model),
-            "--include_path", own or task_folders(None)[0],
+            "--include_path", ",".join(own) or task_folders(None)[0],
             "--tasks", ",".join(asked.tasks),
             "--batch_size", asked.batch_size,
             "--device", self.device,
             "--output_path", str(output),
             "--log_samples",
         ]  # fmt: skip
-        if asked.limit is not None:
-            whole = asked.limit.is_integer()
-            command += ["--limit", str(int(asked.limit) if whole else asked.limit)]
-        if asked.num_fewshot is not None:
-            command += ["--num_fewshot", str(asked.num_fewshot)]
-        if asked.apply_chat_template:
-            command.append("--apply_chat_template")
-        return command
+        return [*command, *harness_options(asked)]
 
     def reader_command(self, run: RunPaths) -> str:
         """Return the command that gives these answers, for a reader to type."""
@@ -251,14 +254,17 @@ class ScoreTogether(Job):
             outputs=outputs,
             journal=run.answers,
             tasks=evaluation.tasks,
-            include_path=Path(evaluation.include_path) if evaluation.include_path else None,
+            include_path=tuple(map(Path, evaluation.include_path)),
             limit=evaluation.limit,
             num_fewshot=evaluation.num_fewshot,
             batch_size=int(size) if size.isdigit() else size,
             device=self.device,
             dtype=evaluation.dtype,
             apply_chat_template=evaluation.apply_chat_template,
-            model_args={"trust_remote_code": True} if self.trust_remote_code else {},
+            model_args=evaluation.model_args
+            | ({"trust_remote_code": True} if self.trust_remote_code else {}),
+            **{name: getattr(evaluation, name) for name in _HANDED_ON},
+            **({} if evaluation.seed is None else {"seed": evaluation.seed}),
         )
         score_together(request, progress=True, on_label=publish)
         return Result()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe
+from streamline_bench.core.recipe.validation import suggest_or_list
 from streamline_bench.errors import (
     CalibrationError,
     CheckpointError,
@@ -49,8 +50,9 @@ def check_before(plan: Plan, run: RunPaths, *, jobs_at_a_time: int | None, until
             require_vllm("--throughput vllm")
         if jobs_at_a_time is not None and plan.device == "cpu":
             _check_memory(plan, largest, jobs_at_a_time)
-        if plan.evaluation.apply_chat_template:
-            _check_chat_template(plan, folder)
+        for wanted in {each.apply_chat_template for each in plan.evaluations}:
+            if wanted:
+                _check_chat_template(plan, folder, wanted)
     _check_calibration(plan, folder, todo)
 
 
@@ -117,15 +119,24 @@ def _check_memory(plan: Plan, size: int, jobs_at_a_time: int) -> None:
         )
 
 
-def _check_chat_template(plan: Plan, folder: Path) -> None:
+def _check_chat_template(plan: Plan, folder: Path, wanted: bool | str) -> None:
     from streamline_bench.modeling.loading import load_tokenizer
 
     tokenizer = load_tokenizer(folder, trust_remote_code=plan.trust_remote_code)
-    if not getattr(tokenizer, "chat_template", None):
+    known = getattr(tokenizer, "chat_template", None)
+    if not known:
         raise CheckpointError(
             f"{plan.model} has no chat template; leave --apply-chat-template out, or add one to "
             "the model's tokenizer."
         )
+    if wanted is True:
+        return
+    names = list(known) if isinstance(known, dict) else []
+    if wanted not in names:
+        hint = suggest_or_list(str(wanted), names) if names else (
+            "; it has one template, without a name: give --apply-chat-template."
+        )  # fmt: skip
+        raise CheckpointError(f"{plan.model} has no chat template '{wanted}'{hint}")
 
 
 def _check_calibration(plan: Plan, folder: Path, todo: Sequence[PlanRow]) -> None:

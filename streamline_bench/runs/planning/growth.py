@@ -28,7 +28,7 @@ def grown(there: Plan | None, here: Plan) -> Plan:
         update={
             "rows": rows,
             "others": tuple(row for row in known if row.place not in places),
-            "asked": _asked(there, here.evaluation),
+            "asked": _asked(there, here),
             "task_data": {**there.task_data, **here.task_data},
         }
     )
@@ -50,11 +50,14 @@ def _placed(rows: Iterable[PlanRow], known: Iterable[PlanRow]) -> Iterator[PlanR
         yield row.model_copy(update={"folder": None if place == row.label else place})
 
 
-def _asked(there: Plan, evaluation: Evaluation) -> tuple[Evaluation, ...]:
-    same = [each for each in there.questions if each.settings == evaluation.settings]
-    known = {task for each in same for task in each.tasks}
-    new = [task for task in evaluation.tasks if task not in known]
-    return (*there.questions, evaluation.only(new)) if new else there.questions
+def _asked(there: Plan, here: Plan) -> tuple[Evaluation, ...]:
+    asked = [*there.questions]
+    for evaluation in here.evaluations:
+        same = [each for each in there.questions if each.settings == evaluation.settings]
+        known = {task for each in same for task in each.tasks}
+        new = [task for task in evaluation.tasks if task not in known]
+        asked += [evaluation.only(new)] if new else []
+    return tuple(asked)
 
 
 def conflicts(there: Plan, here: Plan) -> list[str]:
@@ -62,6 +65,7 @@ def conflicts(there: Plan, here: Plan) -> list[str]:
     return [
         *_other_models(there, here),
         *_other_tasks(there, here),
+        *_other_engines(there, here),
         *_other_text(there, here),
         *_other_versions(there, here),
         *_other_data(there, here),
@@ -105,6 +109,23 @@ def _other_tasks(there: Plan, here: Plan) -> Iterator[str]:
         changed = list(old.tasks)
     if changed:
         yield f"the files of {few(changed)}, or the data they name, are others now"
+
+
+def _other_engines(there: Plan, here: Plan) -> Iterator[str]:
+    """Two engines answer a question differently, and a folder has one answer to each."""
+    before = {task: each for each in there.questions for task in each.tasks}
+    for evaluation in here.evaluations:
+        name = _engine(evaluation)
+        both = [task for task in evaluation.tasks if task in before]
+        changed = {task: old for task in both if (old := _engine(before[task])) != name}
+        if changed:
+            olds = few(list(dict.fromkeys(changed.values())))
+            yield f"{few(list(changed))}: the answers there are {olds}'s, and {name} is asked now"
+
+
+def _engine(evaluation: Evaluation) -> str:
+    name = {"hf": "transformers", "vllm": "vLLM"}[evaluation.engine]
+    return f"{name} {evaluation.engine_version}" if evaluation.engine_version else name
 
 
 def _other_text(there: Plan, here: Plan) -> Iterator[str]:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
 
 from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.recipe.schema import Frozen, PublishedResult
 from streamline_bench.core.recipe.validation import first_problem
 from streamline_bench.errors import OutputError
-from streamline_bench.runs.planning.request import NoiseEngine, ThroughputEngine
+from streamline_bench.runs.planning.harness_options import Engine, HarnessOptions
+from streamline_bench.runs.planning.request import ThroughputEngine
 
 PLAN_FILE = "plan.yaml"
 SCHEMA_VERSION = 1
@@ -96,22 +97,58 @@ class PlanRow(Frozen):
         return not self.dense and not self.checkpoint
 
 
-class Evaluation(Frozen):
-    """What the harness is asked; ``tasks_sha256`` covers task files outside the harness."""
+_PERMISSION = {"confirm_run_unsafe_code"}
+"""Options that allow something, and change no answer."""
+
+
+class Evaluation(HarnessOptions):
+    """What the harness is asked.
+
+    Attributes:
+        tasks_sha256: covers task files outside the harness.
+        engine_version: of the engine, where it is not transformers.
+    """
 
     tasks: tuple[str, ...]
-    include_path: str | None = None
+    include_path: tuple[str, ...] = ()
     tasks_sha256: str
     limit: float | None = None
     num_fewshot: int | None = None
-    apply_chat_template: bool = False
+    apply_chat_template: bool | str = False
     batch_size: str
     dtype: str | None = None
+    engine_version: str | None = None
+
+    @field_validator("include_path", mode="before")
+    @classmethod
+    def _several(cls, folders: Any) -> Any:
+        # Earlier versions knew one folder.
+        return [folders] if isinstance(folders, str) else folders or ()
 
     @property
     def settings(self) -> dict[str, Any]:
         """How tasks are asked, whichever they are."""
-        return self.model_dump(mode="json", exclude={"tasks", "tasks_sha256", "include_path"})
+        outside = {"tasks", "tasks_sha256", "include_path", *_PERMISSION}
+        return self.model_dump(mode="json", exclude=outside)
+
+    @property
+    def shareable(self) -> bool:
+        """Whether one walk through shared layers can answer it for several models."""
+        from streamline_bench.harness.trunk.request import MODEL_ARGUMENTS
+
+        return self.engine == "hf" and self.model_args.keys() <= MODEL_ARGUMENTS
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """Everything that decides an answer, as it is hashed.
+
+        Where the task folders lie changes nothing. An option that earlier versions did not know
+        counts where it is given, so that what they made keeps its name.
+        """
+        later = {*HarnessOptions.model_fields, "engine_version"}
+        given = self.model_dump(mode="json", exclude_defaults=True)
+        payload = self.model_dump(mode="json", exclude={"include_path", *_PERMISSION})
+        return {key: each for key, each in payload.items() if key in given or key not in later}
 
     def only(self, tasks: Iterable[str]) -> Evaluation:
         """Return the same for these of its tasks."""
@@ -124,14 +161,16 @@ class NoisePlan(Frozen):
     Attributes:
         name: of the job and its folder.
         label: for the reader.
-        engine: None: transformers, as for the rows.
+        engine: None: as for the rows.
+        only_engine: repeated is what this engine scored; None: everything.
     """
 
     name: str
     label: str
     batch_size: str
     dtype: str | None = None
-    engine: NoiseEngine | None = None
+    engine: Engine | None = None
+    only_engine: Engine | None = None
 
 
 class TextPlan(Frozen):
@@ -153,6 +192,7 @@ class Plan(Frozen):
         tokenizer_sha256: content of its tokenizer's files.
         nbytes: of its weights.
         reference: label of the dense row that the others are compared with.
+        more: what the harness is asked with other options than those of ``evaluation``.
         metrics: task or group -> the metric that judges it, in place of its own.
         versions: packages that decide a result.
         task_data: task as asked -> SHA-256 of its configuration and data.
@@ -171,6 +211,7 @@ class Plan(Frozen):
     reference: str
     rows: tuple[PlanRow, ...] = Field(min_length=1)
     evaluation: Evaluation
+    more: tuple[Evaluation, ...] = ()
     device: str
     dtype: str | None = None
     trust_remote_code: bool = False
@@ -187,9 +228,19 @@ class Plan(Frozen):
     others: tuple[PlanRow, ...] = ()
 
     @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """What every row is asked, one for each way of asking."""
+        return (self.evaluation, *self.more)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Every task and group that a row is asked."""
+        return tuple(task for each in self.evaluations for task in each.tasks)
+
+    @property
     def questions(self) -> tuple[Evaluation, ...]:
         """What was asked in this folder so far; the first set has plain names on disk."""
-        return self.asked or (self.evaluation,)
+        return self.asked or self.evaluations
 
     def source(self, row: PlanRow) -> ModelPlan:
         """The dense model that a row is or comes from, or the checkpoint made elsewhere."""

@@ -15,9 +15,15 @@ from streamline_bench.core.machine.environment import resource
 from streamline_bench.core.recipe.schema import Frozen, PublishedResult
 from streamline_bench.core.recipe.validation import suggest, suggest_or_list
 from streamline_bench.errors import RecipeError
+from streamline_bench.runs.planning.harness_options import (
+    Engine,
+    HarnessOptions,
+    TaskRequest,
+    unfolded,
+)
 
 ThroughputEngine = Literal["none", "vllm", "hf"]
-NoiseEngine = Literal["vllm"]
+NoiseEngine = Engine
 
 
 AXES: tuple[str, ...] = ("sparsity", "n_layers", "seed", "calibration")
@@ -70,26 +76,32 @@ class RowRequest(Frozen):
         return self
 
 
-class Request(Frozen):
+class Request(HarnessOptions):
     """Everything that decides the result of a comparison.
+
+    A mapping may have a key ``harness`` too: what ``lm_eval --config`` reads, or the path of such a
+    file; its keys are put in the places of those here.
 
     Attributes:
         model: folder or hub id of the dense model; several give rows of each.
         recipes: rows; a string is a recipe's name or path, or a group of recipes
             (see :func:`.recipe_groups`); with a minus before it, it is left out.
-        include_path: folder with the user's own task files, used with those of this package and of
-            the harness; of tasks with the same name, the user's counts.
+        tasks: names of tasks or groups, or mappings that give a task options of its own
+            (:class:`.TaskRequest`).
+        include_path: folders with the user's own task files, used with those of this package and of
+            the harness; of tasks with the same name, that of the last folder counts.
         overrides: recipe keys for every row but the dense one (``set`` in a plan file). A list for
             one of :data:`AXES` gives a row for each value, of the rows that read it.
         metrics: task or group -> the metric of its samples that judges it, in place of its own.
         limit: documents per task (a share of them below 1), None for all.
-        batch_size: what the harness is given.
+        apply_chat_template: True, or the name of a template that the tokenizer has.
+        batch_size: what the harness is given; with ``engine: vllm``, ``auto`` unless given.
         dtype: of the models in memory; None: the checkpoint's for scoring, float32 for compressing.
         device: torch device; None or ``auto``: ``cuda`` where there is one, else ``cpu``.
         throughput: engine to measure tokens per second with.
         workload: what it is asked, see :class:`streamline_bench.throughput.Workload`.
         noise_floor: score the dense model again at another batch size, a quarter of
-            ``batch_size``, or four times 1.
+            ``batch_size``, or four times 1. What vLLM scores always has such a floor.
         noise_batch_size: score it again at this batch size instead.
         noise_dtype: score it again in this dtype, all else being equal.
         noise_engine: score it again with this engine, all else being equal.
@@ -105,13 +117,13 @@ class Request(Frozen):
     revision: str | None = None
     title: str | None = None
     recipes: tuple[str | RowRequest, ...] = Field(min_length=1)
-    tasks: tuple[str, ...] = Field(min_length=1)
-    include_path: str | None = None
+    tasks: tuple[str | TaskRequest, ...] = Field(min_length=1)
+    include_path: tuple[str, ...] = ()
     overrides: dict[str, Any] = Field(default_factory=dict, alias="set")
     metrics: dict[str, str] = Field(default_factory=dict)
     limit: float | None = Field(None, gt=0, allow_inf_nan=False)
     num_fewshot: int | None = Field(None, ge=0)
-    apply_chat_template: bool = False
+    apply_chat_template: bool | str = False
     batch_size: str = Field("16", pattern=r"^([1-9]\d*|auto(:\d+)?)$")
     dtype: str | None = None
     device: str | None = None
@@ -130,6 +142,11 @@ class Request(Frozen):
     environment: dict[str, str] = Field(default_factory=dict)
 
     @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks and groups that are asked, whatever options they have."""
+        return tuple(each if isinstance(each, str) else each.task for each in self.tasks)
+
+    @property
     def models(self) -> tuple[str, ...]:
         """The dense models, the first of which is compared with where nothing else is said."""
         return (self.model,) if isinstance(self.model, str) else self.model
@@ -141,13 +158,18 @@ class Request(Frozen):
             raise ValueError("give a whole number of documents, or a share of them below 1")
         return limit
 
-    @field_validator("tasks")
+    @field_validator("include_path", mode="before")
     @classmethod
-    def _once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
-        twice = next((task for task in tasks if tasks.count(task) > 1), None)
+    def _several(cls, folders: Any) -> Any:
+        return [str(folders)] if isinstance(folders, str | Path) else folders or ()
+
+    @model_validator(mode="after")
+    def _once(self) -> Request:
+        names = self.task_names
+        twice = next((task for task in names if names.count(task) > 1), None)
         if twice is not None:
-            raise ValueError(f"'{twice}' is given twice; leave one out")
-        return tasks
+            raise ValueError(f"the task '{twice}' is given twice; leave one out")
+        return self
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -155,7 +177,7 @@ class Request(Frozen):
 def make_request(payload: Mapping[str, Any], origin: str = "The comparison") -> Request:
     """Validate a mapping as a request (RecipeError: naming the first wrong key or value)."""
     try:
-        return Request.model_validate(dict(payload))
+        return Request.model_validate(unfolded(payload, origin))
     except ValidationError as error:
         raise RecipeError(_sentence(error, origin)) from None
 
@@ -176,11 +198,12 @@ def read_request(path_or_name: str) -> dict[str, Any]:
     """
     path = _plan_path(path_or_name)
     payload = read_yaml_mapping(path, "a plan: it must hold a mapping such as 'tasks: [piqa]'")
-    known = [field.alias or name for name, field in Request.model_fields.items()]
+    known = ["harness", *(field.alias or name for name, field in Request.model_fields.items())]
     for key in payload:
         if key not in known:
             raise RecipeError(f"{path}: unknown key '{key}'{suggest_or_list(str(key), known)}")
-    return {key: _expanded(value, path) for key, value in payload.items()}
+    found = {key: _expanded(value, path) for key, value in payload.items()}
+    return unfolded(found, str(path))
 
 
 def _plan_path(name: str) -> Path:
@@ -210,19 +233,32 @@ def _expanded(value: Any, path: Path) -> Any:
     return os.path.expandvars(value)
 
 
+_CHOICES: dict[str, type[Frozen]] = {
+    schema.__name__: schema for schema in (RowRequest, TaskRequest)
+}
+"""What a row or a task may be in place of a name; pydantic puts these names into places."""
+
+
+def _schema_at(part: object) -> type[Frozen] | None:
+    return next((schema for name, schema in _CHOICES.items() if name in str(part)), None)
+
+
 def _sentence(error: ValidationError, origin: str) -> str:
     problems = error.errors(include_url=False)
     # A row may be a name or a mapping: a key that a mapping has too many is what was meant.
-    of_rows = [each for each in problems if any("RowRequest" in str(p) for p in each["loc"])]
+    of_rows = [each for each in problems if any(_schema_at(p) for p in each["loc"])]
     mapped = [each for each in of_rows if isinstance(each.get("input"), Mapping)]
     problem = next(
         (each for each in problems if each["type"] == "extra_forbidden"), [*mapped, *problems][0]
     )
-    place = [str(p) for p in problem["loc"] if p != "str" and "RowRequest" not in str(p)]
-    if problem["type"] == "extra_forbidden":
-        schema = Request if len(place) == 1 else RowRequest
-        names = [field.alias or name for name, field in schema.model_fields.items()]
-        return f"{origin}: unknown key '{'.'.join(place)}'{suggest_or_list(place[-1], names)}"
-    where = ".".join(place) or "request"
+    schema = next(filter(None, map(_schema_at, problem["loc"])), None)
+    place = [str(p) for p in problem["loc"] if p != "str" and _schema_at(p) is None]
     said = problem["msg"].removeprefix("Value error, ")
-    return f"{origin}: '{where}' is {problem.get('input')!r}: {said}."
+    if problem["type"] == "extra_forbidden":
+        fields = (schema or (Request if len(place) == 1 else RowRequest)).model_fields
+        names = [*(["harness"] if schema is None and len(place) == 1 else []),
+                 *(field.alias or name for name, field in fields.items())]  # fmt: skip
+        return f"{origin}: unknown key '{'.'.join(place)}'{suggest_or_list(place[-1], names)}"
+    if not place:  # values that contradict each other: the sentence names them itself
+        return f"{origin}: {said}."
+    return f"{origin}: '{'.'.join(place)}' is {problem.get('input')!r}: {said}."

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ from pydantic import ValidationError
 
 from streamline_bench.core.checkpoint.folder import file_sha256
 from streamline_bench.core.machine.environment import found_device, known_device, package_versions
-from streamline_bench.core.recipe.validation import suggest_or_list, wrong_value
-from streamline_bench.errors import RecipeError, few
+from streamline_bench.core.recipe.validation import wrong_value
+from streamline_bench.errors import RecipeError
 from streamline_bench.harness.tasks.asked_tasks import refuse_unknown, task_folders
-from streamline_bench.harness.tasks.task_files import check_tasks, task_sha256, tasks_sha256
 from streamline_bench.modeling.loading import dtype_name
 from streamline_bench.runs.planning.plan import (
     Evaluation,
@@ -28,6 +26,7 @@ from streamline_bench.runs.planning.plan import (
     TextPlan,
     digest,
 )
+from streamline_bench.runs.planning.questions import evaluations, own_folders
 from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.planning.rows import Row, refuse_unknown_names, resolve_rows
 
@@ -49,10 +48,8 @@ def resolve_plan(
     """
     # What was mistyped is refused first: all that follows imports torch.
     refuse_unknown_names(request)
-    own = Path(request.include_path).expanduser().resolve() if request.include_path else None
-    if own is not None and not own.is_dir():
-        raise RecipeError(f"The task folder {own} does not exist; correct --include-path.")
-    refuse_unknown(request.tasks, task_folders(own))
+    own = own_folders(request)
+    refuse_unknown(request.task_names, task_folders(own))
     rows = resolve_rows(request, asked)
     from streamline_bench.compression.pipeline import content_key
     from streamline_bench.harness.trunk.stack import tokenizer_sha256
@@ -76,7 +73,7 @@ def resolve_plan(
     ]
     source = sources[0]
     dense = {row.model: row.label for row in reversed(rows) if row.is_dense}
-    tasks = open_tasks(request, own)
+    evaluation, *more = evaluations(request, own, first_model=source.name)
 
     def planned(row: Row) -> PlanRow:
         model: ModelPlan | None
@@ -115,86 +112,16 @@ def resolve_plan(
         nbytes=first.nbytes,
         reference=dense[0],
         rows=tuple(planned(row) for row in rows),
-        evaluation=Evaluation(
-            include_path=str(own) if own else None,
-            tasks_sha256=tasks.sha256,
-            **same("tasks limit num_fewshot apply_chat_template batch_size dtype"),
-        ),
-        task_data=tasks.by_task,
+        evaluation=evaluation.questions,
+        more=tuple(each.questions for each in more),
+        task_data={k: v for each in (evaluation, *more) for k, v in each.task_data.items()},
         device=where,
         workload=_workload(request),
-        noise=_noise(request),
+        noise=_noise(request, [each.questions for each in (evaluation, *more)]),
         text=_text(request, source.folder),
         versions=package_versions(),
         **same("revision dtype trust_remote_code threads throughput environment metrics"),
     )
-
-
-@dataclass(frozen=True)
-class _Tasks:
-    """Hashes of what tasks are made of: of all together, and of each by the name it is asked by."""
-
-    sha256: str
-    by_task: dict[str, str]
-
-
-def open_tasks(request: Request, own: Path | None) -> _Tasks:
-    """Look the tasks up (EvaluationError: unknown), and hash what they are made of."""
-    from streamline_bench.harness.tasks.asked_tasks import open_index, parts_of
-
-    index = open_index(request.tasks, own)
-    parts = {name: [*parts_of(index, name)] for name in request.tasks}
-    found = [part for each in parts.values() for part in each]
-    configs = [part.config for part in found]
-    tasks = {str(part.config.get("task") or part.task): part.config for part in found if part.task}
-    check_tasks(tasks, request.environment)
-    _check_fewshot(request.num_fewshot, tasks)
-    _refuse_code(tasks)
-    _check_metrics(request.metrics, {*tasks, *request.tasks})
-    folders = [Path(folder) for folder in task_folders(own)]
-    files = [
-        name for name in request.tasks if name.endswith(".yaml") or name not in index.all_tasks
-    ]
-    by_task = {
-        name: task_sha256(folders, [part.config for part in each], request.environment,
-                          [name] if name in files else [])
-        for name, each in parts.items()
-    }  # fmt: skip
-    return _Tasks(tasks_sha256(folders, configs, request.environment, files), by_task)
-
-
-def _refuse_code(tasks: Mapping[str, Mapping[str, Any]]) -> None:
-    """Tasks that run code which a model wrote need the harness's own switch."""
-    code = [task for task, config in tasks.items() if config.get("unsafe_code")]
-    if code:
-        raise RecipeError(
-            f"Task '{code[0]}' runs code that the model writes; leave it out, or evaluate both "
-            "models with lm_eval --confirm_run_unsafe_code --log_samples in a sandbox and compare "
-            "them with streamline-bench stability."
-        )
-
-
-def _check_metrics(metrics: Mapping[str, str], known: Collection[str]) -> None:
-    for task, name in metrics.items():
-        if task not in known:
-            raise RecipeError(
-                f"--metric {task}={name}: '{task}' is not among the tasks"
-                f"{suggest_or_list(task, sorted(known))}"
-            )
-
-
-def _check_fewshot(asked: int | None, tasks: Mapping[str, Mapping[str, Any]]) -> None:
-    """The harness ignores --num_fewshot for tasks that fix their number at 0."""
-    fixed = [task for task, config in tasks.items() if config.get("num_fewshot") == 0]
-    if not asked or not fixed:
-        return
-    named = few(fixed)
-    if len(fixed) == len(tasks):
-        raise RecipeError(
-            f"--num-fewshot {asked} has no effect: {named} always ask without examples; leave the "
-            "option out."
-        )
-    log.warning("--num-fewshot %s has no effect on %s, which ask without examples", asked, named)
 
 
 def _workload(request: Request) -> dict[str, Any]:
@@ -209,20 +136,35 @@ def _workload(request: Request) -> dict[str, Any]:
         raise RecipeError(f"--workload: {wrong_value(error, Workload)}") from None
 
 
-def _noise(request: Request) -> tuple[NoisePlan, ...]:
-    """Every way of scoring the dense model again changes one thing only."""
-    other = _other_batch_size(request.batch_size) if request.noise_floor else None
+def _noise(request: Request, asked: Sequence[Evaluation]) -> tuple[NoisePlan, ...]:
+    """Every way of scoring the dense model again changes one thing only.
+
+    vLLM has a noise of its own: what it computes together changes from call to call. It is measured
+    without being asked for.
+    """
+    size, engine = asked[0].batch_size, asked[0].engine
+    wanted = request.noise_floor or any(
+        (request.noise_batch_size, request.noise_dtype, request.noise_engine)
+    )
+    scored = next((each for each in asked if each.engine == "vllm"), None)
+    if not wanted and scored is not None:
+        other = _other_batch_size(scored.batch_size)
+        only = None if all(each.engine == "vllm" for each in asked) else "vllm"
+        noise = {"name": f"batch-size-{other}", "label": f"vLLM again, batch size {other}",
+                 "batch_size": other, "dtype": request.dtype, "only_engine": only}  # fmt: skip
+        return (NoisePlan.model_validate(noise),)
+    other_size = _other_batch_size(size) if request.noise_floor else None
     changes = {
-        "batch_size": request.noise_batch_size or other,
+        "batch_size": request.noise_batch_size or other_size,
         "dtype": request.noise_dtype,
         "engine": request.noise_engine,
     }
-    usual = {"batch_size": request.batch_size, "dtype": request.dtype}
+    usual = {"batch_size": size, "dtype": request.dtype}
     found = []
     for key, value in changes.items():
         if not value:
             continue
-        if value == usual.get(key):
+        if value == {**usual, "engine": engine}.get(key):
             raise RecipeError(
                 f"--noise-{key.replace('_', '-')} is {value}, which is the value of all rows; give "
                 "another one, so that it shows the noise."
@@ -232,10 +174,10 @@ def _noise(request: Request) -> tuple[NoisePlan, ...]:
         found.append(NoisePlan.model_validate({"name": name, "label": label, **usual, key: value}))
     if request.noise_dtype:
         dtype_name(request.noise_dtype)  # refused here as --dtype is
-    if request.noise_engine:
+    if request.noise_engine == "vllm":
         from streamline_bench.modeling.vllm.package import require_vllm
 
-        require_vllm(f"--noise-engine {request.noise_engine}")
+        require_vllm("--noise-engine vllm")
     return tuple(found)
 
 
