@@ -28,12 +28,13 @@ from streamline_bench.cli.options import (
     "--seed", type=int, help="Seed of random choices, new weights and the training's order."
 )
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set a recipe key.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder.")
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @click.option("--revision", help="Revision of a hub model.")
 @device_option
-@dtype_option("Dtype of the source in memory; the result keeps the dtype of the source.")
+@dtype_option("Dtype of the source in memory; the result keeps its stored one", auto=True)
 @placement_option
+@click.option("--explain", is_flag=True, help="Say what memory it needs; load and write nothing.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no log.")
@@ -41,12 +42,13 @@ def command(
     model: str,
     recipe: str,
     assignments: tuple[str, ...],
-    output: Path,
+    output: Path | None,
     overwrite: bool,
     revision: str | None,
     device: str,
     dtype: str,
     placement: Any,
+    explain: bool,
     trust_remote_code: bool,
     as_json: bool,
     quiet: bool,
@@ -57,22 +59,27 @@ def command(
 
     ranks = launched()
     setup_logging(quiet=quiet or as_json or not ranks.main)
-    from streamline_bench.compression.pipeline import compress
+    from streamline_bench.compression.pipeline import compress, explained
     from streamline_bench.compression.recipes import load_recipe, refuse_unread
     from streamline_bench.core.checkpoint.folder import read_manifest
 
     given = {**overrides, **parse_assignments(assignments)}
     plan = load_recipe(recipe, given)
     refuse_unread(plan, given)
+    where: dict[str, Any] = {
+        "revision": revision, "device": device, "dtype": dtype, "placement": placement,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    if explain:
+        click.echo(explained(model, plan, **where))
+        return
+    if output is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
     compress(
         model,
         plan,
         output,
-        revision=revision,
-        device=device,
-        dtype=dtype,
-        placement=placement,
-        trust_remote_code=trust_remote_code,
+        **where,
         overwrite=overwrite,
         progress=not (quiet or as_json) and ranks.main,
     )

@@ -39,10 +39,17 @@ def device_option(command: _Command) -> _Command:
     return click.option("--device", default="auto", callback=checked, help=DEVICE_HELP)(command)
 
 
-def dtype_option(what: str) -> Callable[[_Command], _Command]:
-    """Add ``--dtype``: float32 unless given; ``what`` says of which tensors."""
-    dtypes = click.Choice(["float32", "bfloat16", "float16"])
-    return click.option("--dtype", type=dtypes, default="float32", help=what)
+def dtype_option(what: str, *, auto: bool = False) -> Callable[[_Command], _Command]:
+    """Add ``--dtype``: float32 unless given; ``what`` says of which tensors.
+
+    Args:
+        auto: ``auto`` is a choice.
+    """
+    dtypes = ["float32", "bfloat16", "float16"]
+    if auto:
+        dtypes.append("auto")
+        what = f"{what}; auto: that of the checkpoint on a GPU, float32 on a CPU."
+    return click.option("--dtype", type=click.Choice(dtypes), default=dtypes[0], help=what)
 
 
 def placement_option(command: _Command) -> _Command:

@@ -25,8 +25,10 @@ from streamline_bench.compression.cache import (
 )
 from streamline_bench.compression.placement import (
     Placement,
-    is_streamed_placement,
+    decide_placement,
+    decision_table,
     refuse_placement,
+    within_memory,
 )
 from streamline_bench.core.architecture import depth_of
 from streamline_bench.core.checkpoint.folder import (
@@ -54,7 +56,7 @@ from streamline_bench.methods.base import (
     method_facts,
     write_compressed,
 )
-from streamline_bench.modeling.loading import SourceModel, dtype_name
+from streamline_bench.modeling.loading import SourceModel, computing_dtype
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +106,8 @@ def compress(
         output: folder to create; it appears only when it is whole.
         cache: where interrupted work is kept, so that the next call resumes it.
         device: torch device for scanning and training.
-        dtype: dtype of the source model in memory; ``None`` for float32.
+        dtype: dtype of the source model in memory; ``None`` for float32, ``auto`` for that of the
+            checkpoint on an accelerator and float32 on a CPU.
         placement: of its weights, see :data:`.placement.Placement`; the result is the same.
         overwrite: replace an existing ``output``.
 
@@ -134,6 +137,33 @@ def compress(
         if _trains(recipe):
             return into(ranks.in_turn(find))
         return ranks.first(lambda: into(find()))
+
+
+def explained(
+    pretrained: str | Path,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    cache: Path | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    placement: Placement = "auto",
+    trust_remote_code: bool = False,
+) -> str:
+    """Return in words which placement :func:`compress` would take, and why; nothing is loaded.
+
+    Raises:
+        ResourceError: the memory suffices for none.
+        StreamlineBenchError: one of its kinds, with one sentence for the user.
+    """
+    check_parameters(recipe)
+    refuse_placement(placement, recipe)
+    source = SourceModel.find(
+        pretrained, revision, trust_remote_code=trust_remote_code, changed=recipe.method != "dense"
+    )
+    dtype = computing_dtype(dtype, device, source.reader)
+    decided = decide_placement(placement, source, recipe, device, dtype, cache_root(cache) / "work")
+    return decision_table(decided, recipe, device, dtype)
 
 
 def compress_cached(
@@ -235,6 +265,9 @@ def _compress_into(
     overwrite: bool,
 ) -> Path:
     _refuse_compressed(source.folder)
+    if dtype == "auto":
+        dtype = computing_dtype(dtype, device, source.reader)
+        log.info("dtype: %s on %s (auto)", dtype, device)
     first = current().first  # what is opened here is the main process's, for all
     with ExitStack() as lock:
         with ExitStack() as folders:
@@ -246,12 +279,16 @@ def _compress_into(
             # output is published and that folder is gone.
             first(lambda: lock.enter_context(alone(root / "locks" / f"{key}.lock")))
             work = first(lambda: folders.enter_context(_scratch(root / "work" / key)))
-            streamed = first(
-                lambda: is_streamed_placement(placement, source, recipe, device, dtype)
+            decided = first(
+                lambda: decide_placement(placement, source, recipe, device, dtype, work)
             )
-            scans = root / "scans" / _scan_key(source, device, dtype)
-            job = Compression(source, recipe, work, device, dtype, source.progress, streamed, scans)
-            _compress(job, staging)
+            job = Compression(
+                source, recipe, work, device, dtype, source.progress, decided.streamed,
+                scans=root / "scans" / _scan_key(source, device, dtype),
+                at_once=decided.forecast.at_once,
+            )  # fmt: skip
+            with within_memory(decided, device):
+                _compress(job, staging)
         if current().main:
             shutil.rmtree(work, ignore_errors=True)
     return output
@@ -376,7 +413,7 @@ def content_key(
 
     Args:
         device: that computes; only its type counts (``cuda:1`` gives the same as ``cuda``).
-        dtype: of the source model in memory; None for float32.
+        dtype: of the source model in memory; None for float32, ``auto`` as for :func:`compress`.
 
     Raises:
         RecipeError: there is no such dtype.
@@ -395,7 +432,7 @@ def content_key(
         "calibration": _data_identity(recipe.calibration, source),
         "training": _data_identity(recipe.training.data, source),
         "device": device.partition(":")[0],
-        "dtype": dtype_name(dtype),
+        "dtype": computing_dtype(dtype, device, source.reader),
     }
     if recipe.replacement.kind != "none":
         payload["training_version"] = training_version(device)
@@ -409,7 +446,8 @@ def content_key(
 
 def _scan_key(source: SourceModel, device: str, dtype: str | None) -> str:
     """Hash what a scan depends on beside its tokens."""
-    parts = [SHARED_VERSION, source.weights_sha256, device.partition(":")[0], dtype_name(dtype)]
+    kind = computing_dtype(dtype, device, source.reader)
+    parts = [SHARED_VERSION, source.weights_sha256, device.partition(":")[0], kind]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

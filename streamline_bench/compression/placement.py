@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal, get_args
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
 
+from streamline_bench.compression.forecast import Forecast, as_gb, forecast, trained
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.machine.environment import free_memory
-from streamline_bench.core.recipe.schema import Recipe
+from streamline_bench.core.machine.ranks import on_this_machine
+from streamline_bench.core.recipe.schema import Recipe, TrainingSpec
 from streamline_bench.core.recipe.validation import suggest_or_list
-from streamline_bench.errors import RecipeError
+from streamline_bench.core.state_store import MEMORY_SHARE
+from streamline_bench.core.training.sharding import is_sharded
+from streamline_bench.errors import (
+    OutputError,
+    RecipeError,
+    ResourceError,
+    first_line,
+    out_of_memory,
+)
 from streamline_bench.methods.base import get_method
 from streamline_bench.modeling.loading import SourceModel, dtype_name
 
@@ -21,8 +36,8 @@ checkpoint. ``auto``: resident where it fits. The result is the same."""
 
 PLACEMENTS: tuple[str, ...] = get_args(Placement)
 
-_ROOM = 0.7
-"""Share of the free memory that a resident model's weights may take; the rest is for states."""
+_ROOM = 0.9
+"""Share of the free memory that may be planned for."""
 
 
 def refuse_placement(placement: str, recipe: Recipe) -> None:
@@ -42,36 +57,229 @@ def refuse_placement(placement: str, recipe: Recipe) -> None:
         )
 
 
-def is_streamed_placement(
-    placement: str, source: SourceModel, recipe: Recipe, device: str, dtype: str | None
-) -> bool:
-    """Return whether the model is streamed, and say why in the log.
+@dataclass(frozen=True)
+class Decision:
+    """Where the weights are, and what that takes.
+
+    Attributes:
+        forecast: of the memory.
+        reason: why this placement.
+        free: bytes that are free, of ``cpu`` and of the device that computes.
+    """
+
+    forecast: Forecast
+    reason: str
+    free: Mapping[str, int]
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the weights are read layer by layer."""
+        return self.forecast.streamed
+
+    @property
+    def name(self) -> str:
+        """The placement."""
+        return "streamed" if self.streamed else "resident"
+
+
+def decide_placement(
+    placement: str,
+    source: SourceModel,
+    recipe: Recipe,
+    device: str,
+    dtype: str | None,
+    work: Path | None = None,
+) -> Decision:
+    """Choose where the weights are, from headers and free memory, and say so in the log.
+
+    Micro-batches of a training that do not fit are computed in halves, or parts of these.
 
     Args:
         placement: one of :data:`PLACEMENTS`; ``auto`` streams what does not fit into memory.
         device: torch device that computes.
         dtype: of the weights in memory; None for float32.
-    """
-    import torch
+        work: folder on whose disk hidden states lie that exceed the memory.
 
+    Raises:
+        RecipeError: the placement does not exist, or the recipe cannot be carried out with it.
+        ResourceError: with ``auto``, the memory suffices for none.
+        OutputError: the disk has no room for the hidden states.
+    """
     refuse_placement(placement, recipe)
-    kind = dtype_name(dtype)
-    needed = source.reader.num_parameters * getattr(torch, kind).itemsize
-    free = free_memory(device)
-    facts = f"weights: {needed / 1e9:.3g} GB as {kind}; free on {device}: {free / 1e9:.3g} GB"
-    if placement != "auto":
-        log.info("placement: %s, as asked (%s)", placement, facts)
-        return placement == "streamed"
-    if needed <= _ROOM * free:
-        log.info("placement: resident (%s)", facts)
-        return False
-    reason = _resident_only(recipe) or _inseparable(source)
-    if reason:
-        log.warning("placement: resident although memory may not suffice, because %s (%s)",
-                    reason, facts)  # fmt: skip
-        return False
-    log.info("placement: streamed, one layer at a time (%s)", facts)
-    return True
+    free = {name: free_memory(name) for name in ("cpu", device)}
+    if trained(recipe) is not None:  # by all processes of a launch, each with its own model
+        free["cpu"] //= on_this_machine()
+
+    def tried_with(streamed: bool) -> list[Forecast]:
+        where: dict[str, Any] = {"device": device, "dtype": dtype, "streamed": streamed}
+        where["budget"] = int(MEMORY_SHARE * free["cpu"])
+        return [forecast(source, recipe, **where, at_once=size) for size in _parts(recipe)]
+
+    tried = tried_with(placement == "streamed")
+    fitting = [each for each in tried if _fits(each, free, device)]
+    reason = "as asked"
+    if placement == "auto":
+        need, have = _tightest(tried[0], free, device)
+        reason = f"the whole model needs {need / 1e9:.3g} GB of {have / 1e9:.3g} GB free"
+        if not fitting:
+            reason += ", so one layer at a time"
+            apart = _resident_only(recipe) or _inseparable(source)
+            tried = tried if apart else tried_with(True)
+            fitting = [each for each in tried if _fits(each, free, device)]
+            if not fitting and not is_sharded():  # processes that divide weights need less
+                raise _fits_nowhere(source, recipe, device, dtype, tried[-1], free, apart)
+    chosen = (fitting or tried)[0]
+    decision = Decision(chosen, reason, free)
+    _say(decision, recipe, bool(fitting), device)
+    if work is not None:
+        _require_disk(decision, work)
+    return decision
+
+
+@contextmanager
+def within_memory(decision: Decision, device: str) -> Iterator[None]:
+    """Turn running out of memory into one sentence that says what was needed and what helps.
+
+    Raises:
+        ResourceError: the memory ran out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        helps = "fewer or shorter sequences, or dtype bfloat16"
+        if not decision.streamed:
+            helps = f"placement streamed, if the recipe allows it, {helps}"
+        raise ResourceError(
+            f"The memory ran out with placement {decision.name} ({first_line(error)}); the "
+            f"forecast was {describe(decision, device)}; take {helps}."
+        ) from error
+
+
+def _say(decision: Decision, recipe: Recipe, fits: bool, device: str) -> None:
+    chosen = decision.forecast
+    log.info("placement: %s, %s", decision.name, decision.reason)
+    log.info("memory: %s", describe(decision, device))
+    if not fits:
+        need, have = _tightest(chosen, decision.free, device)
+        log.warning(
+            "memory may not suffice: %.3g GB are needed and %.3g GB are free on %s",
+            need / 1e9, have / 1e9, device,
+        )  # fmt: skip
+    spec = trained(recipe)
+    if spec is not None and chosen.at_once not in (None, spec.batch_size):
+        log.info("training: %s", _step(spec, chosen.at_once))
+
+
+def describe(decision: Decision, device: str) -> str:
+    """Return what is needed and what is free, by part, in 10^9 bytes."""
+    chosen, free = decision.forecast, decision.free
+    rows = [
+        f"{_gb(sum(parts.values()))} GB of {_gb(free[name])} GB free on {name} ({as_gb(parts)})"
+        for name, parts in ((device, chosen.device), ("cpu", chosen.host))
+        if parts
+    ]
+    if chosen.files:
+        rows.append(f"{_gb(chosen.files)} GB of hidden states on disk")
+    return f"{'; '.join(rows)}; the most in stage '{chosen.stage}'"
+
+
+def decision_table(decision: Decision, recipe: Recipe, device: str, dtype: str) -> str:
+    """Return the decision with what is needed and what is free, line by line, in 10^9 bytes."""
+    chosen, free = decision.forecast, decision.free
+    lines = [
+        f"placement   {decision.name}: {decision.reason}",
+        f"weights     {dtype} on {device}",
+        f"most memory {chosen.stage}",
+    ]
+    for place, parts in ((device, chosen.device), ("cpu", chosen.host)):
+        if not parts:
+            continue
+        lines.append(f"{place}: need {_gb(sum(parts.values()))} GB, have {_gb(free[place])} GB")
+        rows = sorted(parts.items(), key=lambda item: -item[1])
+        lines += [f"  {_gb(size):>9}  {name}" for name, size in rows]
+    if chosen.files:
+        lines.append(f"disk: need {_gb(chosen.files)} GB for hidden states")
+    spec = trained(recipe)
+    if spec is not None:
+        lines.append(f"training: {_step(spec, chosen.at_once)}")
+    return "\n".join(lines)
+
+
+def _step(spec: TrainingSpec, at_once: int | None) -> str:
+    """Return in words how an optimizer step is computed."""
+    said = f"micro-batches of {spec.batch_size} sequences, {spec.gradient_accumulation} per step"
+    if at_once is not None and at_once < spec.batch_size:
+        said += f"; computed {at_once} at a time, which changes nothing but the rounding"
+    return said
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3g}"
+
+
+def _parts(recipe: Recipe) -> list[int | None]:
+    """Return how many sequences may be computed together, the recipe's own number first."""
+    spec = trained(recipe)
+    if spec is None:
+        return [None]
+    sizes = [spec.batch_size]
+    while sizes[-1] > 1:
+        sizes.append((sizes[-1] + 1) // 2)
+    return list(sizes)
+
+
+def _needs(each: Forecast, free: Mapping[str, int], device: str) -> list[tuple[int, int]]:
+    """Return (needed, free) of each memory."""
+    return [(each.device_bytes, free[device]), (each.host_bytes, free["cpu"])]
+
+
+def _fits(each: Forecast, free: Mapping[str, int], device: str) -> bool:
+    return all(need <= _ROOM * have for need, have in _needs(each, free, device))
+
+
+def _tightest(each: Forecast, free: Mapping[str, int], device: str) -> tuple[int, int]:
+    return max(_needs(each, free, device), key=lambda pair: pair[0] / max(pair[1], 1))
+
+
+def _fits_nowhere(
+    source: SourceModel,
+    recipe: Recipe,
+    device: str,
+    dtype: str | None,
+    least: Forecast,
+    free: Mapping[str, int],
+    apart: str,
+) -> ResourceError:
+    """Return the error that says what is needed, what is free, and what helps."""
+    need, have = _tightest(least, free, device)
+    half = forecast(
+        source, recipe, device=device, dtype="bfloat16", streamed=least.streamed,
+        at_once=least.at_once, budget=int(MEMORY_SHARE * free["cpu"]),
+    )  # fmt: skip
+    if dtype_name(dtype) == "float32" and _fits(half, free, device):
+        helps = "give dtype bfloat16"
+    elif apart:
+        helps = f"it cannot be read layer by layer, because {apart}: take another recipe"
+    else:
+        helps = "give fewer or shorter sequences"
+    parts = as_gb(least.device if least.device and need == least.device_bytes else least.host)
+    return ResourceError(
+        f"Recipe '{recipe.name}' needs {need / 1e9:.3g} GB of memory for {source.folder} "
+        f"({parts}), and {have / 1e9:.3g} GB are free; {helps}, take a machine with more memory, "
+        f"or placement {'streamed' if least.streamed else 'resident'} to try it all the same."
+    )
+
+
+def _require_disk(decision: Decision, work: Path) -> None:
+    place = next(path for path in (work, *work.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if decision.forecast.files > free:
+        raise OutputError(
+            f"The hidden states need {_gb(decision.forecast.files)} GB on disk, and the disk of "
+            f"{work} has {free / 1e9:.3g} GB free; free space, or give fewer or shorter sequences."
+        )
 
 
 def _resident_only(recipe: Recipe) -> str:

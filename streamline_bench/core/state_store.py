@@ -22,7 +22,7 @@ from streamline_bench.errors import OutputError
 
 log = logging.getLogger(__name__)
 
-_MEMORY_SHARE = 0.25
+MEMORY_SHARE = 0.25
 """Share of the free memory that states may take before they go to files."""
 
 
@@ -160,7 +160,7 @@ def state_store(model: Any, size: int, folder: Path | None = None) -> Iterator[B
             shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as place:
         device = model.get_input_embeddings().weight.device
-        budget = int(free_memory("cpu") * _MEMORY_SHARE)
+        budget = int(free_memory("cpu") * MEMORY_SHARE)
         store = BatchStore(Path(place) / "states", size, budget, device)
         where = f"in files in {place}" if store.on_disk else "in memory"
         log.info("hidden states: %.3g GB, kept %s", size / 1e9, where)

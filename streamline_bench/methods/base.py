@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -43,6 +43,12 @@ API_VERSION = 1
 """Version of the contract in this module."""
 
 
+Pass = Literal["states", "maps", "losses", "merges", "gradients", "axes"]
+"""What a pass over calibration text keeps: hidden states at all boundaries; these and the sums that
+a map is fitted on; losses without a layer; states to compare merged models with; gradients of
+weights; covariances of the stream."""
+
+
 class NoParameters(Frozen):
     """The ``parameters`` of a method that has none."""
 
@@ -61,6 +67,7 @@ class Compression:
         progress: show progress bars.
         streamed: :attr:`model` reads each layer when it runs, see :attr:`Method.streamed`.
         scans: folder of scans of this model, shared by all recipes; None: they are not shared.
+        at_once: most sequences that a training computes together; None: as the recipe says.
     """
 
     source: SourceModel
@@ -71,6 +78,7 @@ class Compression:
     progress: bool = True
     streamed: bool = False
     scans: Path | None = None
+    at_once: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -165,6 +173,7 @@ class Method(ABC):
         parameters: schema of ``recipe.parameters``.
         reads: which of ``replacement``, ``training`` and ``reference_quirks`` the method reads. A
             recipe that sets another one is refused.
+        passes: what its passes over the calibration text keep, for the forecast of memory.
         calibrated: whether the method reads calibration text.
         keeps_stream: the residual stream keeps its basis and width. Else features of images, which
             a multimodal model puts between the embeddings, would not fit.
@@ -180,6 +189,7 @@ class Method(ABC):
     version: ClassVar[int] = 1
     parameters: ClassVar[type[BaseModel]] = NoParameters
     reads: ClassVar[frozenset[str]] = frozenset()
+    passes: ClassVar[frozenset[Pass]] = frozenset({"states"})
     calibrated: ClassVar[bool] = True
     keeps_stream: ClassVar[bool] = True
     removes: ClassVar[str] = "layers"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -66,6 +67,26 @@ def dtype_name(dtype: object) -> str:
             f"'{name}' is not a dtype to compute in; give float32, bfloat16 or float16 as dtype."
         )
     return str(found).removeprefix("torch.")  # "half" is float16
+
+
+def computing_dtype(dtype: object, device: str, reader: CheckpointReader) -> str:
+    """Return torch's name of the dtype to compute in on a device.
+
+    Args:
+        dtype: None: float32. ``auto``: on an accelerator that of most of the stored weights, if it
+            is bfloat16 or float16; else float32, in which CPUs are fastest.
+
+    Raises:
+        RecipeError: there is no such floating-point dtype.
+    """
+    if dtype != "auto" or device.startswith("cpu"):
+        return dtype_name(dtype)
+    sizes: Counter[str] = Counter()
+    for name in reader.parameter_names:
+        entry = reader.entry(name)
+        sizes[entry.dtype] += entry.numel
+    stored = sizes.most_common(1)[0][0] if sizes else ""
+    return {"BF16": "bfloat16", "F16": "float16"}.get(stored, "float32")
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:

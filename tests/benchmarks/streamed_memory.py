@@ -2,9 +2,9 @@
 
 A synthetic float16 Llama checkpoint (32 layers of 25.7 MB, 1 GB in all) is compressed in a process
 of its own per recipe and placement. Printed is the peak of the resident set over that after the
-imports, as a multiple of the checkpoint's bytes: all of it, and its anonymous part. What is not
-anonymous is pages of mapped files, which the system takes back when it needs memory; a shard that
-is written counts there in full.
+imports, as a multiple of the checkpoint's bytes: all of it, its anonymous part (what is not
+anonymous is pages of mapped files, which the system takes back when it needs memory), and what was
+forecast from the headers.
 
     python tests/benchmarks/streamed_memory.py [--folder /tmp] [--layers 32] [--placements streamed]
         [--recipes streamline_none,shortgpt,...] [--samples 4] [--length 64]
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,43 @@ def resident() -> tuple[int, int]:
     return sum(found.values()), found["RssAnon"]
 
 
+def peaks_of(call: Callable[[], object]) -> list[int]:
+    """Return how much both grow, at most, while something is done."""
+    import_all()
+    peaks, ended = [0, 0], threading.Event()
+    base = resident()
+
+    def watch() -> None:
+        while not ended.wait(0.005):
+            for place, value in enumerate(resident()):
+                peaks[place] = max(peaks[place], value - base[place])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        call()
+    finally:
+        ended.set()
+        watcher.join()
+    return peaks
+
+
+def import_all() -> None:
+    """Import what a compression imports while it runs."""
+    for module in (
+        "accelerate",
+        "datasets",
+        "peft",
+        "torch._dynamo",  # which an optimizer's first step imports
+        "transformers.core_model_loading",
+        "streamline_bench.compression.pipeline",
+        "streamline_bench.core.training",
+        "streamline_bench.core.scan",
+        "transformers.models.llama.modeling_llama",
+    ):
+        importlib.import_module(module)
+
+
 def measure(
     folder: Path, output: Path, name: str, placement: str, samples: int, length: int
 ) -> None:
@@ -112,32 +150,22 @@ def measure(
         given["n_layers"] = 1
     recipe = load_recipe(name, applicable(given, load_recipe(name)))
     get_method(recipe.method)
-    for module in (
-        "streamline_bench.compression.pipeline",
-        "streamline_bench.core.training",
-        "streamline_bench.core.scan",
-        "transformers.models.llama.modeling_llama",
-    ):
-        importlib.import_module(module)
 
-    peaks, ended = [0, 0], threading.Event()
-    base = resident()
+    from streamline_bench.compression.forecast import forecast
+    from streamline_bench.modeling.loading import SourceModel
 
-    def watch() -> None:
-        while not ended.wait(0.005):
-            for place, value in enumerate(resident()):
-                peaks[place] = max(peaks[place], value - base[place])
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    source = SourceModel.find(folder, progress=False)
+    expected = forecast(
+        source, recipe, device="cpu", dtype=None, streamed=placement == "streamed"
+    ).host
     started = time.monotonic()
-    try:
-        own = output.with_name(f"{output.name}-cache")  # without the scan of another run
-        compress(folder, recipe, output, placement=placement, cache=own, progress=False)  # type: ignore[arg-type]
-    finally:
-        ended.set()
-        watcher.join()
-    print(json.dumps({"peaks": peaks, "seconds": time.monotonic() - started}))
+    own = output.with_name(f"{output.name}-cache")  # without the scan of another run
+    where: Any = placement
+    peaks = peaks_of(
+        lambda: compress(folder, recipe, output, placement=where, cache=own, progress=False)
+    )
+    seconds = time.monotonic() - started
+    print(json.dumps({"peaks": peaks, "forecast": expected, "seconds": seconds}))
 
 
 def main() -> None:
@@ -176,7 +204,9 @@ def main() -> None:
                     continue
                 found = json.loads(ended.stdout.splitlines()[-1])
                 whole, own = (peak / size for peak in found["peaks"])
-                shown = f"{whole:5.2f} all {own:5.2f} anonymous {found['seconds']:6.1f} s"
+                said = sum(found["forecast"].values()) / size
+                shown = f"{whole:5.2f} all {own:5.2f} anonymous {said:5.2f} forecast "
+                shown += f"{found['seconds']:6.1f} s"
                 print(f"{name:18} {placement:9} {shown}", flush=True)
     return None
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from streamline_bench.compression.pipeline import content_key
 from streamline_bench.core.data.corpora import open_documents
 from streamline_bench.core.recipe.schema import CalibrationSpec
 from streamline_bench.errors import CalibrationError
-from streamline_bench.modeling.loading import SourceModel
+from streamline_bench.modeling.loading import SourceModel, computing_dtype
 
 
 @pytest.fixture
@@ -84,3 +86,27 @@ def test_data_is_known_by_name_and_digest(folder: Path) -> None:
         "auto": "auto",
         "absent.txt": "absent.txt",
     }
+
+
+@pytest.mark.parametrize(
+    ("stored", "device", "dtype"),
+    [
+        ("bfloat16", "cuda:1", "bfloat16"),
+        ("float16", "cuda", "float16"),
+        ("float32", "cuda", "float32"),
+        ("bfloat16", "cpu", "float32"),
+    ],
+)
+def test_the_dtype_that_auto_stands_for(
+    stored: str, device: str, dtype: str, folder: Path, make_recipe: Callable[..., Any]
+) -> None:
+    """The checkpoint's own on an accelerator; norms in float32 do not decide."""
+    path = folder / "model.safetensors"
+    kind = getattr(torch, stored)
+    weights = {n: t.to(kind) if t.dim() > 1 else t.float() for n, t in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+    source, recipe = SourceModel(folder), make_recipe("streamline_none")
+    assert computing_dtype("auto", device, source.reader) == dtype
+    keys = {content_key(source, recipe, device=device, dtype=each) for each in ("auto", dtype)}
+    assert len(keys) == 1
+    assert computing_dtype(None, device, source.reader) == "float32"

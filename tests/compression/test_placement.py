@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from streamline_bench.compression import compress, load_recipe, placement
-from streamline_bench.compression.pipeline import content_key
-from streamline_bench.compression.recipes import applicable
+from streamline_bench.compression import compress
 from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.errors import RecipeError
-from streamline_bench.modeling.loading import SourceModel
 
 EPOCHS = {"training.min_steps": 6, "training.data.samples": 24}
 FEW = {"calibration.samples": 4, "parameters.bisections": 3}
@@ -30,19 +26,6 @@ STREAMED: list[tuple[str, dict[str, Any]]] = [
     ("streamline", {**EPOCHS, "training.epochs": 2, "training.cache_gb": 0}),  # part by part
 ]
 RESIDENT = ("last_layers_lora", "streamline_lm")
-
-
-@pytest.fixture
-def small(recipe_source: Path) -> Callable[..., Any]:
-    """Return a function: name of a recipe -> that recipe on little text."""
-
-    def make(name: str, **changes: Any) -> Any:
-        given = {"calibration": "auto", "sequence_length": 16, "calibration.samples": 20}
-        given |= {"training.min_steps": 3, "training.epochs": 1, "training.data.samples": 12}
-        given |= {"training.data.sequence_length": 16, "training.batch_size": 4}
-        return load_recipe(name, {**applicable(given, load_recipe(name)), **changes})
-
-    return make
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -94,31 +77,3 @@ def test_what_needs_the_whole_model_is_refused_by_name(
 def test_an_unknown_placement(small: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"placement 'stream'.*'streamed'"):
         compress(tmp_path, small("shortgpt"), tmp_path / "out", placement="stream")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("name", "free", "streamed"),
-    [
-        ("shortgpt", 10**9, False),
-        ("shortgpt", 10**5, True),
-        ("last_layers_lora", 10**5, False),
-    ],
-)
-def test_the_choice_follows_the_free_memory(
-    name: str,
-    free: int,
-    streamed: bool,
-    recipe_source: Path,
-    small: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(placement, "free_memory", lambda device: free)
-    source, recipe = SourceModel.find(recipe_source, progress=False), small(name)
-    with caplog.at_level(logging.INFO, "streamline_bench"):
-        chosen = placement.is_streamed_placement("auto", source, recipe, "cpu", None)
-    assert chosen is streamed
-    assert f"placement: {'streamed' if streamed else 'resident'}" in caplog.text
-    assert f"free on cpu: {free / 1e9:.3g} GB" in caplog.text
-    # The result is the same, and so is its key: no placement in it.
-    assert content_key(source, recipe) == content_key(source, recipe, device="cpu")

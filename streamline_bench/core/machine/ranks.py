@@ -141,6 +141,13 @@ def launched() -> Ranks:
     return Ranks(numbers["RANK"], numbers["WORLD_SIZE"])
 
 
+def on_this_machine() -> int:
+    """Return how many processes of this launch share the machine's memory."""
+    launch = launched().count
+    given = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return min(int(given), launch) if given.isdecimal() and int(given) else launch
+
+
 _VARIABLES = {"WORLD_SIZE": "1", "RANK": "", "LOCAL_RANK": ""}
 
 

@@ -31,6 +31,11 @@ _PARTS = 32
 """In which more are computed: a part's logits, copies and gradients are half a byte per logit."""
 
 
+def positions_at_once(count: int, vocabulary: int) -> int:
+    """Return for how many of so many positions the logits are held together."""
+    return count if count * vocabulary <= WHOLE else -(-count // _PARTS)
+
+
 def loss_of_logits(
     model: Any, ids: Tensor, mask: Tensor, wanted: Tensor, loss: LogitLoss
 ) -> Tensor:
@@ -44,7 +49,8 @@ def loss_of_logits(
     """
     arguments = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
     count, config = int(wanted.sum()), model.config.get_text_config()
-    if count * int(config.vocab_size) <= WHOLE or is_sharded():  # FSDP expects one run of a head
+    at_once = positions_at_once(count, int(config.vocab_size))
+    if at_once == count or is_sharded():  # FSDP expects one run of a head
         logits = model(**arguments).logits[wanted]
         return loss(logits, torch.arange(count, device=logits.device))
     stack = architecture_of(model.config).base
@@ -59,7 +65,7 @@ def loss_of_logits(
             return value
 
     total: Tensor = states.new_zeros((), dtype=torch.float32)
-    for rows in torch.split(numbers, -(-count // _PARTS)):
+    for rows in torch.split(numbers, at_once):
         some: Tensor = checkpoint(part, states[rows], rows, use_reentrant=False)
         total = total + some
     return total

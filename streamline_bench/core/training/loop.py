@@ -360,24 +360,28 @@ class Loop:
         """Yield what this process computes of a step, and whether it counts (1) or not (0).
 
         A step without random numbers is shared out by its rows. Else each micro-batch is, as wide
-        as it is in one process, and all processes draw the numbers of all its rows.
+        as it is in one process and one part, and the numbers of all its rows are drawn for each
+        part of it.
         """
-        ranks, tokens = current(), self.train.tokens
-        if ranks.count == 1 or not self.student.draws:
+        ranks, tokens, plan = current(), self.train.tokens, self.plan
+        alone = ranks.count == 1 and plan.part == plan.batch_size
+        if alone or not self.student.draws:
             shares = [
-                self.plan.share_of(self.state.step, rank, ranks.count)
-                for rank in range(ranks.count)
+                plan.share_of(self.state.step, rank, ranks.count) for rank in range(ranks.count)
             ]
             for rows, weight in self._in_step(shares):
                 yield make_batch(tokens, rows, self.device), weight
             return
         for whole in micro_batches:
-            places = torch.tensor_split(torch.arange(len(whole)), ranks.count)[ranks.rank]
-            weight = min(len(places), 1)
-            begin = int(places[0]) if weight else 0  # a row that does not count: to draw as others
-            own = slice(begin, begin + max(len(places), 1))
-            self.student.take(own, len(whole))
-            yield make_batch(tokens, whole[own], self.device, among=whole), weight
+            share = torch.tensor_split(torch.arange(len(whole)), ranks.count)[ranks.rank]
+            count = math.ceil(math.ceil(len(whole) / ranks.count) / plan.part)  # in every process
+            for number, places in enumerate(torch.tensor_split(share, count), 1):
+                weight = min(len(places), 1)
+                begin = int(places[0]) if weight else 0  # a row that does not count: to draw
+                own = slice(begin, begin + max(len(places), 1))
+                self.student.take(own, len(whole))
+                with torch.random.fork_rng(enabled=number < count):  # the next one draws the same
+                    yield make_batch(tokens, whole[own], self.device, among=whole), weight
 
     def _in_step(self, shares: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Tensor, int]]:
         """Yield this process's batches; where weights are spread, as many as in every process."""
@@ -446,7 +450,7 @@ class Loop:
         tokens, state = self.validation.tokens, self.state
         self.student.begin(None)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        batches = torch.split(torch.arange(len(tokens)), self.training.batch_size)
+        batches = torch.split(torch.arange(len(tokens)), self.plan.part)
         count = current().count
         for rows, weight in self._in_step([batches[rank::count] for rank in range(count)]):
             batch = make_batch(tokens, rows, self.device)

@@ -90,6 +90,7 @@ class StepPlan:
         accumulation: micro-batches of an optimizer step; the last step of an epoch may have fewer.
         epochs: passes over the sequences.
         seed: decides the order, which differs between epochs.
+        at_once: most sequences that the memory holds; larger micro-batches are computed in parts.
     """
 
     sequences: int
@@ -97,14 +98,24 @@ class StepPlan:
     accumulation: int
     epochs: int
     seed: int
+    at_once: int | None = None
 
     @classmethod
-    def of(cls, training: TrainingSpec, sequences: int, seed: int) -> StepPlan:
+    def of(
+        cls, training: TrainingSpec, sequences: int, seed: int, at_once: int | None = None
+    ) -> StepPlan:
         """Plan ``training.epochs`` epochs, or as many as ``training.min_steps`` steps need."""
         per_step = training.batch_size * training.gradient_accumulation
         per_epoch = math.ceil(sequences / per_step)
         epochs = max(training.epochs, math.ceil(training.min_steps / per_epoch))
-        return cls(sequences, training.batch_size, training.gradient_accumulation, epochs, seed)
+        return cls(
+            sequences, training.batch_size, training.gradient_accumulation, epochs, seed, at_once
+        )
+
+    @property
+    def part(self) -> int:
+        """Most sequences that are computed together."""
+        return min(self.batch_size, self.at_once or self.batch_size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -127,14 +138,15 @@ class StepPlan:
         return list(torch.split(rows, self.batch_size))
 
     def share_of(self, step: int, rank: int, count: int) -> list[Tensor]:
-        """Return the micro-batches of one of ``count`` processes; a step's rows are shared out.
+        """Return what one of ``count`` processes computes; a step's rows are shared out.
 
-        None of them is larger than in one process. Of few rows, some processes have none.
+        No part is larger than :attr:`part`. Of few rows, some processes have none.
         """
-        if count == 1:
-            return self.micro_batches_of(step)
-        rows = torch.tensor_split(torch.cat(self.micro_batches_of(step)), count)[rank]
-        return [part for part in torch.split(rows, self.batch_size) if len(part)]
+        batches = self.micro_batches_of(step)
+        if count > 1:
+            batches = [torch.tensor_split(torch.cat(batches), count)[rank]]
+        parts = (part for rows in batches for part in torch.split(rows, self.part))
+        return [part for part in parts if len(part)]
 
 
 @lru_cache(maxsize=2)

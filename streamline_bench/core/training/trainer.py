@@ -99,6 +99,7 @@ def train_replacement(
     progress: bool = True,
     quirks: Sequence[str] = (),
     weights_sha256: str | None = None,
+    at_once: int | None = None,
 ) -> TrainingResult:
     """Train the replacement of layers ``start .. start + n - 1`` of ``model``.
 
@@ -116,6 +117,8 @@ def train_replacement(
         work: folder for checkpoint, activation cache and ``curve.jsonl``.
         quirks: names from :data:`~streamline_bench.core.training.trainer.QUIRKS`.
         weights_sha256: hash of the model's weights if known, to spare computing one.
+        at_once: most sequences that the memory holds; larger micro-batches are computed in parts,
+            which changes nothing but the rounding.
 
     Raises:
         RecipeError: kind ``none``, an unknown quirk, or more new layers than removed ones.
@@ -135,7 +138,10 @@ def train_replacement(
         summary = {"objective": "none", "kind": spec.kind, "steps": 0}
         return TrainingResult(student.state_on_cpu(), [], summary)
     open_work_folder(work)
-    job = _Job(model, start, n, spec, training, tokens, work, seed, device, progress, tuple(quirks))
+    job = _Job(
+        model, start, n, spec, training, tokens, work, seed, device, progress, tuple(quirks),
+        at_once,
+    )  # fmt: skip
     with evaluating(model, frozen=True):
         return job.run(student, weights_sha256)
 
@@ -153,10 +159,11 @@ class _Job:
     device: torch.device
     progress: bool
     quirks: tuple[str, ...]
+    at_once: int | None
 
     def run(self, student: Student, weights: str | None) -> TrainingResult:
         training, validation = self.tokens.split(self.training.validation_share, self.seed)
-        plan = StepPlan.of(self.training, len(training), self.seed)
+        plan = StepPlan.of(self.training, len(training), self.seed, self.at_once)
         data_key, key = self._keys(weights)
         sets = [training, validation]
         dense = self._dense(sets, data_key)  # before the student is put in
@@ -263,10 +270,7 @@ class _Job:
         streamed: list[StateSource | None] = [teacher for _ in sets]
         teachers: list[Teacher | LayerwiseStates] = [teacher for _ in sets]
         rank, count = current().rank, current().count
-        in_order = [
-            torch.split(torch.arange(len(each)), self.training.batch_size)[rank::count]
-            for each in sets
-        ]
+        in_order = [torch.split(torch.arange(len(each)), plan.part)[rank::count] for each in sets]
         if is_streamed(self.model):
             steps = [plan.share_of(step, rank, count) for step in range(plan.steps)]
             orders = [list(itertools.chain.from_iterable(steps)), in_order[1]]
@@ -292,7 +296,7 @@ class _Job:
                     tokens,
                     source,
                     device=self.device,
-                    batch_size=self.training.batch_size,
+                    batch_size=plan.part,
                     progress=self.progress,
                 )
                 for name, tokens, source in zip(

@@ -60,6 +60,7 @@ class LaCo(Method):
     """Layer collapse: merges instead of plain removal."""
 
     name = "laco"
+    passes = frozenset({"merges"})
     streamed = True
     parameters: ClassVar[type[BaseModel]] = LaCoParameters
     seeded = False

@@ -40,6 +40,7 @@ class ShortenedLlamaPPL(RankedLayers):
     """One-shot ranking by the loss without each layer."""
 
     name = "shortened_llama_ppl"
+    passes = frozenset({"losses"})
     streamed = True
     seeded = False
     parameters: ClassVar[type[BaseModel]] = ShortenedLlamaPPLParameters
@@ -58,6 +59,7 @@ class ShortenedLlamaTaylor(RankedLayers):
     """One-shot ranking by first-order Taylor expansion of the loss."""
 
     name = "shortened_llama_taylor"
+    passes = frozenset({"gradients"})
     streamed = True
     seeded = False
 

@@ -41,6 +41,7 @@ class SLEB(Method):
     """Greedy removal by the loss of what is left."""
 
     name = "sleb"
+    passes = frozenset({"losses"})
     streamed = True
     parameters: ClassVar[type[BaseModel]] = SLEBParameters
     seeded = False

@@ -102,6 +102,7 @@ def _train(work: Compression, block: Block) -> TrainingResult | None:
         progress=work.progress,
         quirks=recipe.reference_quirks,
         weights_sha256=work.reader.fingerprint(progress=work.progress),
+        at_once=work.at_once,
     )
     for name, tensor in result.state.items():
         if not bool(tensor.isfinite().all()):

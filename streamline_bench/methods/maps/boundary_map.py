@@ -75,6 +75,7 @@ class BoundaryMap(Method):
     """Remove the block whose ends are most alike and put a fitted affine map in its place."""
 
     parameters: ClassVar[type[BaseModel]] = BoundaryMapParameters
+    passes = frozenset({"maps"})
 
     def stock(self, recipe: Recipe) -> bool:
         """No stock class has a map between two layers."""

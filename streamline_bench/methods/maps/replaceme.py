@@ -51,6 +51,7 @@ class ReplaceMe(Method):
     """Contiguous blocks removed, each replaced by a linear map folded into the MLP before it."""
 
     name = "replaceme"
+    passes = frozenset({"maps"})
     streamed = True
     parameters: ClassVar[type[BaseModel]] = ReplaceMeParameters
 

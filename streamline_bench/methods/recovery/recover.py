@@ -68,7 +68,7 @@ def compress_and_recover(
         trust_remote_code=job.source.trust_remote_code,
     )
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    trainable = choose_parameters(model, spec, job.recipe.seed)
+    trainable = choose_parameters(model, spec, job.recipe.seed, at_once=job.at_once)
     untied = tied and not model.config.tie_word_embeddings
     stored = StoredForm(reader, model, trainable.weights, untied)
     result = train_recovery(
@@ -80,6 +80,7 @@ def compress_and_recover(
         seed=job.recipe.seed,
         weights_sha256=reader.fingerprint(progress=job.progress),
         dense=dense,
+        at_once=job.at_once,
         progress=job.progress,
     )
     ties = {"tied": tied and not untied, "untied_embeddings": untied}

@@ -31,14 +31,20 @@ from streamline_bench.errors import ArchitectureError, RecipeError
 log = logging.getLogger(__name__)
 
 
-def choose_parameters(model: Any, spec: RecoverySpec, seed: int) -> TrainableParameters:
+def choose_parameters(
+    model: Any, spec: RecoverySpec, seed: int, *, at_once: int | None = None
+) -> TrainableParameters:
     """Prepare a model, in place, for the training that ``spec`` names.
+
+    Args:
+        at_once: as for :func:`train_recovery`.
 
     Raises:
         RecipeError, ArchitectureError: what is to be trained is not there.
     """
     if spec.kind == "lora":
-        return LoraParameters(model, spec, seed)
+        parts = at_once is not None and at_once < spec.training.batch_size
+        return LoraParameters(model, spec, seed, parts=parts or current().count > 1)
     if spec.kind == "partial":
         return partial_parameters(model, spec)
     return TrainableParameters(model, dict(model.named_parameters()))  # a tied head stays tied
@@ -54,6 +60,7 @@ def train_recovery(
     seed: int,
     weights_sha256: str,
     dense: Sequence[TeacherLogits] = (),
+    at_once: int | None = None,
     progress: bool = True,
 ) -> TrainingResult:
     """Train the chosen parameters of ``model`` where it stands; the model is used up.
@@ -66,6 +73,8 @@ def train_recovery(
         tokens: training data; ``validation_share`` of the sequences is held out.
         weights_sha256: hash of the model's weights before the training.
         dense: logits of the dense model for training and held-out sequences, for ``kd``.
+        at_once: most sequences that the memory holds; larger micro-batches are computed in parts,
+            which changes nothing but the rounding.
 
     Returns:
         Its state has name in the model -> weight, float32 on the CPU, updates of LoRA merged. It is
@@ -77,7 +86,7 @@ def train_recovery(
         OutputError: ``work`` cannot be written.
     """
     training, validation = tokens.split(spec.training.validation_share, seed)
-    plan = StepPlan.of(spec.training, len(training), seed)
+    plan = StepPlan.of(spec.training, len(training), seed, at_once)
     schedule = CosineSchedule.of(spec.training, plan.steps, int(model.config.hidden_size))
     if schedule.warmup >= plan.steps:
         log.warning(
@@ -240,9 +249,12 @@ class LoraParameters(TrainableParameters):
 
     Their dropout is the only thing that draws random numbers. It is on in training steps only, and
     its generator is seeded by the number of the step.
+
+    Args:
+        parts: micro-batches are computed in parts, here or by several processes.
     """
 
-    def __init__(self, model: Any, spec: RecoverySpec, seed: int) -> None:
+    def __init__(self, model: Any, spec: RecoverySpec, seed: int, *, parts: bool = False) -> None:
         from peft import LoraConfig, inject_adapter_in_model
         from transformers.pytorch_utils import Conv1D
 
@@ -265,7 +277,7 @@ class LoraParameters(TrainableParameters):
             inject_adapter_in_model(config, model.get_submodule(layers))
         self._seed = seed
         self._layers: dict[str, Any] = {path: model.get_submodule(path) for path in modules}
-        if current().count > 1 and spec.dropout:
+        if parts and spec.dropout:
             for layer in self._layers.values():
                 layer.lora_dropout[_ADAPTER] = SharedDropout(spec.dropout)
         self._dropouts = [

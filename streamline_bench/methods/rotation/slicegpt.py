@@ -77,6 +77,7 @@ class SliceGPT(Method):
     """Rotate the residual stream to its principal axes and slice it."""
 
     name = "slicegpt"
+    passes = frozenset({"axes"})
     streamed = True
     parameters: ClassVar[type[BaseModel]] = SliceGPTParameters
     keeps_stream = False

@@ -199,6 +199,7 @@ class LLMPruner(Method):
     """Structured pruning of heads and channels by their share in the loss."""
 
     name = "llm_pruner"
+    passes = frozenset({"gradients"})
     streamed = True
     parameters: ClassVar[type[BaseModel]] = LLMPrunerParameters
     removes = "heads and channels"

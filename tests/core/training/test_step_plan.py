@@ -41,9 +41,10 @@ def test_epochs_are_added_for_min_steps() -> None:
     assert StepPlan.of(TrainingSpec(epochs=2), 16, seed=0).steps == 4
 
 
+@pytest.mark.parametrize("batch_size", [2, 5])
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_processes_share_the_rows_of_a_step(count: int) -> None:
-    plan = StepPlan(23, 2, 3, epochs=2, seed=1)
+def test_processes_share_the_rows_of_a_step(count: int, batch_size: int) -> None:
+    plan = StepPlan(23, batch_size, 3, epochs=2, seed=1, at_once=2)
     for step in range(plan.steps):
         whole = torch.cat(plan.micro_batches_of(step))
         shares = [plan.share_of(step, rank, count) for rank in range(count)]

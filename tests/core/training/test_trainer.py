@@ -27,9 +27,17 @@ FAST: dict[str, Any] = {"batch_size": 4, "validation_share": 0.2, "lr": 3e-3}
 
 
 def train(model: Any, tokens: Any, work: Path, **changes: Any) -> Any:
-    settings = {"kind": "layer", "objective": "mse", "start": 2, "n": 3, "quirks": (), **changes}
+    settings = {
+        "kind": "layer",
+        "objective": "mse",
+        "start": 2,
+        "n": 3,
+        "quirks": (),
+        "at_once": None,
+    }
+    settings |= changes
     spec = {"kind": settings.pop("kind"), "layers": settings.pop("layers", 1)}
-    place = {key: settings.pop(key) for key in ("start", "n", "quirks")}
+    place = {key: settings.pop(key) for key in ("start", "n", "quirks", "at_once")}
     return train_replacement(
         model,
         spec=ReplacementSpec.model_validate(spec),
@@ -59,6 +67,19 @@ def test_loss_falls_for_every_kind(
     losses = [row["train_loss"] for row in result.curve if row["train_loss"] is not None]
     assert sum(losses[-3:]) < sum(losses[:3])
     assert all(tensor.isfinite().all() for tensor in result.state.values())
+
+
+@pytest.mark.parametrize("objective", ["mse", "lm"])
+def test_parts_of_micro_batches_give_the_same_weights(
+    teacher_model: Any, tokens: Any, tmp_path: Path, objective: str
+) -> None:
+    settings = {"objective": objective, "gradient_accumulation": 2, "epochs": 2}
+    whole = train(teacher_model, tokens, tmp_path / "whole", **settings)
+    parts = train(teacher_model, tokens, tmp_path / "parts", **settings, at_once=3)
+    assert parts.summary["steps"] == whole.summary["steps"]
+    assert parts.summary["tokens"] == whole.summary["tokens"]
+    for name, tensor in whole.state.items():
+        torch.testing.assert_close(parts.state[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_result_describes_the_training(teacher_model: Any, tokens: Any, tmp_path: Path) -> None:

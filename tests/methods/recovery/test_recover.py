@@ -395,6 +395,27 @@ def test_a_gradient_that_is_no_number_is_named(
     assert all(torch.equal(before[name], each) for name, each in named.items())
 
 
+def test_parts_of_a_micro_batch_draw_the_same_dropout(tiny_llama: Path, tmp_path: Path) -> None:
+    ids = torch.randint(3, 100, (9, 12), generator=torch.Generator().manual_seed(2))
+    lengths = torch.tensor([12, 5, 9, 12, 7, 12, 4, 11, 12])
+    tokens = CalibrationTokens.from_tensors(ids, torch.arange(12) < lengths[:, None])
+    training = TrainingSpec(
+        objective="lm", lr=1e-2, batch_size=4, epochs=2, validation_share=0.1, autocast="none"
+    )
+    spec = RecoverySpec(kind="lora", dropout=0.5, targets=("q", "up"), training=training)
+    states = []
+    for at_once in (None, 3, 1):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        result = train_recovery(
+            model, choose_parameters(model, spec, seed=4, at_once=at_once), spec, tokens,
+            tmp_path / str(at_once), seed=4, weights_sha256="", at_once=at_once, progress=False,
+        )  # fmt: skip
+        states.append(dict(result.state))
+    for parts in states[1:]:
+        for name, tensor in states[0].items():
+            torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_depends_on_the_step_alone(make_tiny_model: Callable[..., Path]) -> None:
     folder = make_tiny_model("llama", num_hidden_layers=2)
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -1,0 +1,380 @@
+"""How much memory a compression will take, from the headers of its checkpoint and its recipe.
+
+A compression works in stages (calibration passes, training, recovery). For each stage the parts
+that are in memory together are added up; the stage with the largest sum is the peak. Sizes are
+those of weights and states that the stage holds by name, not those of single operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+from streamline_bench.core.architecture import architecture_of, sequence_limit
+from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe, TrainingSpec
+from streamline_bench.core.replacement import network_parameters
+from streamline_bench.core.surgery import model_sizes
+from streamline_bench.core.training.head import positions_at_once
+from streamline_bench.core.training.loop import STATE_ERRORS
+from streamline_bench.methods.base import get_method
+from streamline_bench.modeling.loading import SourceModel, dtype_name
+
+Parts = dict[str, int]
+"""What is in memory together: name -> bytes."""
+
+STATES, BEST, LAYER, OTHER = "hidden states", "best weights", "weights of a layer", "libraries"
+"""Names of parts that are looked up."""
+
+_SEQUENCES = 128
+"""Of a recipe that takes all text there is."""
+_WIDEST = 16
+"""Most values that a layer holds per token, in hidden sizes: of many experts few are active."""
+_LOSS_BYTES = 12
+"""Per logit besides the logit itself: float32, its log-softmax, its gradient."""
+_TRAINED = {"trained weights": 4, "gradients": 4, "optimiser": 8, BEST: 4}
+"""Bytes per trained parameter, all float32; the best ones are on the CPU."""
+_CHECKPOINT = 4 + 8 + 4
+"""Bytes per trained parameter of the copies on the CPU that a checkpoint is written from."""
+_SQUARE = 6 * 8
+"""Bytes per entry of a matrix of channels by channels that is solved or turned in float64."""
+_LIBRARIES = 5_000_000
+"""Tokenizer, texts and what libraries keep."""
+_BUFFERS = 16_000_000
+"""With which files are read and written."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The most memory that a compression will take, in bytes by part.
+
+    Attributes:
+        streamed: the weights are read layer by layer.
+        at_once: sequences that a training computes together; None: nothing is trained.
+        stage: which one takes the most memory of the device that computes.
+        host: the most that lies in the machine's memory.
+        device: the most that lies on the accelerator; empty where the CPU computes.
+        files: bytes of hidden states in files: those beyond a budget, and those that a training of
+            several epochs keeps.
+    """
+
+    streamed: bool
+    at_once: int | None
+    stage: str
+    host: Parts = field(default_factory=dict)
+    device: Parts = field(default_factory=dict)
+    files: int = 0
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes in the machine's memory."""
+        return sum(self.host.values())
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the accelerator."""
+        return sum(self.device.values())
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of a model: numbers of parameters, and the bytes of one of them in memory."""
+
+    total: int
+    layer: int
+    head: int
+    outside: int
+    depth: int
+    hidden: int
+    vocabulary: int
+    item: int
+
+    @classmethod
+    def of(cls, reader: CheckpointReader, config: Any, item: int) -> _Sizes:
+        sizes = model_sizes(reader)
+        row = architecture_of(config)
+        heads = tuple(f"{path}." for path in (row.lm_head, row.stored_path(row.lm_head)))
+        counts = reader.parameter_counts.items()
+        head = sum(count for name, count in counts if name.startswith(heads))
+        outside = sizes.total - sum(sizes.layers) - head
+        vocabulary, hidden = reader.entry(reader.embeddings_name).shape[-2:]
+        return cls(
+            sizes.total, max(sizes.layers), head, outside, len(sizes.layers), hidden, vocabulary,
+            item,
+        )  # fmt: skip
+
+    @property
+    def width(self) -> int:
+        """Values that a layer computes for one token, about."""
+        return int(min(self.layer / self.hidden, _WIDEST * self.hidden))
+
+    def state(self, tokens: int) -> int:
+        """Bytes of the states of so many tokens at one boundary."""
+        return tokens * self.hidden * self.item
+
+
+def forecast(
+    source: SourceModel,
+    recipe: Recipe,
+    *,
+    device: str,
+    dtype: str | None,
+    streamed: bool,
+    at_once: int | None = None,
+    budget: int | None = None,
+) -> Forecast:
+    """Return what a compression will take; no weights are read.
+
+    Args:
+        dtype: of the weights in memory; None for float32.
+        at_once: sequences that a training computes together; None: its micro-batches.
+        budget: bytes of hidden states beyond which they lie in files; None: they never do.
+    """
+    import torch
+
+    if not _computes(recipe):
+        return Forecast(streamed, None, "files", {OTHER: _LIBRARIES + _BUFFERS})
+    item = getattr(torch, dtype_name(dtype)).itemsize
+    sizes = _Sizes.of(source.reader, source.config, item)
+    training = trained(recipe)
+    if training is not None and at_once is None:
+        at_once = training.batch_size
+    job = _Job(sizes, recipe, source.config, streamed, at_once or 1)
+    weights = {} if streamed else {"weights": sizes.total * item}
+    stages: dict[str, Parts] = {"files": {**weights, "buffers": _BUFFERS}, **dict(job.stages())}
+    files = [0]
+    for parts in stages.values():
+        if budget is not None and parts.get(STATES, 0) > budget:
+            files.append(parts.pop(STATES))
+    on_device: dict[str, Parts] = {name: {} for name in stages}
+    if device != "cpu":
+        on_device, stages = stages, {
+            name: _on_host(parts, sizes, streamed) for name, parts in stages.items()
+        }  # fmt: skip
+    stage = _largest(stages if device == "cpu" else on_device)
+    host = stages[_largest(stages)] | {OTHER: _LIBRARIES}
+    return Forecast(
+        streamed, at_once, stage, {part: size for part, size in host.items() if size},
+        {part: size for part, size in on_device[stage].items() if size}, max(files) + job.files,
+    )  # fmt: skip
+
+
+def _largest(stages: Mapping[str, Parts]) -> str:
+    return max(stages, key=lambda name: sum(stages[name].values()))
+
+
+def _on_host(parts: Parts, sizes: _Sizes, streamed: bool) -> Parts:
+    """Move what an accelerator does not hold out of ``parts``; return what its host holds."""
+    # Weights are loaded there first, and what is trained is copied there for a checkpoint.
+    host = {
+        "weights": 0 if streamed else sizes.total * sizes.item,
+        "copies for checkpoints": parts.pop(BEST, 0) // _TRAINED[BEST] * _CHECKPOINT,
+        "buffers": parts.pop("buffers", 0),
+    }
+    if streamed:  # one layer computes, the next one is read
+        parts[LAYER] = 2 * parts.get(LAYER, 0)
+        host |= {STATES: parts.pop(STATES, 0), "the next layer": sizes.layer * sizes.item}
+    return host
+
+
+def _computes(recipe: Recipe) -> bool:
+    """Whether a recipe runs the model at all; else any family will do, and weights are copied."""
+    looked_at = get_method(recipe.method).reads_calibration(recipe.parameters)
+    return looked_at or recipe.replacement.kind != "none" or recipe.recovery is not None
+
+
+def trained(recipe: Recipe) -> TrainingSpec | None:
+    """Return how a recipe trains; None where it does not."""
+    if recipe.recovery is not None:
+        return recipe.recovery.training
+    kind = recipe.replacement.kind
+    return None if kind == "none" or recipe.training.objective == "none" else recipe.training
+
+
+def _tokens_of(spec: CalibrationSpec, config: Any) -> tuple[int, int]:
+    """Return (tokens, tokens of one sequence)."""
+    length = min(spec.sequence_length, sequence_limit(config) or spec.sequence_length)
+    if spec.tokens is not None:
+        return spec.tokens, min(length, spec.tokens)
+    return (spec.samples or _SEQUENCES) * length, length
+
+
+@dataclass(frozen=True)
+class _Job:
+    sizes: _Sizes
+    recipe: Recipe
+    config: Any
+    streamed: bool
+    batch: int
+
+    def stages(self) -> Iterator[tuple[str, Parts]]:
+        """Yield what each stage holds, by the stage's name."""
+        method = get_method(self.recipe.method)
+        if method.reads_calibration(self.recipe.parameters):
+            for kind in sorted(method.passes):
+                yield f"calibration ({kind})", getattr(self, f"_{kind}")()
+        if self.recipe.replacement.kind != "none" and "replacement" in method.reads:
+            yield from self._replacement()
+        if self.recipe.recovery is not None:
+            yield "recovery", self._recovery()
+
+    def _weights(self, *, head: bool = False, both: bool = False) -> Parts:
+        """Weights of the model as it is placed.
+
+        Args:
+            head: the LM head runs too, with the layers gone.
+            both: the head and a layer are held together.
+        """
+        sizes = self.sizes
+        if not self.streamed:
+            return {"weights": sizes.total * sizes.item}
+        layer = max(sizes.layer, sizes.head) if head else sizes.layer
+        layer += sizes.head if both else 0
+        return {
+            "embeddings": sizes.outside * sizes.item, LAYER: layer * sizes.item
+        }  # fmt: skip
+
+    def _calibration(self, boundaries: int, batch: int) -> Parts:
+        """Hidden states of the calibration tokens, and those of one batch at every boundary."""
+        sizes = self.sizes
+        tokens, length = _tokens_of(self.recipe.calibration, self.config)
+        kept = boundaries if self.streamed else 0
+        at_hand = (sizes.depth + 1) * sizes.state(batch * length)
+        at_hand += batch * length * sizes.width * sizes.item
+        return {STATES: kept * sizes.state(tokens), "activations": at_hand}
+
+    @property
+    def _per_pass(self) -> int:
+        return int(self.recipe.parameters.get("batch_size", 1))
+
+    def _states(self) -> Parts:
+        return self._weights() | self._calibration(self.sizes.depth + 2, self._per_pass)
+
+    def _maps(self) -> Parts:
+        square = _SQUARE * self.sizes.hidden**2 * int(self.recipe.parameters.get("blocks", 1))
+        return self._states() | {"sums of products": square}
+
+    def _losses(self) -> Parts:
+        sizes = self.sizes
+        tokens, length = _tokens_of(self.recipe.calibration, self.config)
+        sequence = length * ((sizes.depth + 1) * sizes.hidden + 3 * sizes.vocabulary)
+        limit = float(self.recipe.parameters.get("activations_gb", 8.0)) * 1e9
+        batch = int(min(8, ceil(tokens / length), limit // (sequence * max(sizes.item, 4)))) or 1
+        logits = length * sizes.vocabulary * (batch * sizes.item + 8)
+        found = self._weights(head=True) | self._calibration(sizes.depth, batch)
+        if self.streamed:  # of one boundary at a time
+            found["activations"] = batch * length * sizes.width * sizes.item
+        return found | {"logits": logits}
+
+    def _merges(self) -> Parts:
+        sizes = self.sizes
+        tokens, _ = _tokens_of(self.recipe.calibration, self.config)
+        states = (sizes.depth + 2) * sizes.state(tokens)
+        return self._weights() | {STATES: states}
+
+    def _gradients(self) -> Parts:
+        sizes = self.sizes
+        _, length = _tokens_of(self.recipe.calibration, self.config)
+        found = self._weights(head=True) | self._calibration(sizes.depth + 2, 1)
+        layers = 1 if self.streamed else sizes.depth
+        return found | {
+            "gradients": sizes.layer * (4 * layers + sizes.item),
+            "activations": layers * length * sizes.width * sizes.item,
+            "logits": length * sizes.vocabulary * (sizes.item + _LOSS_BYTES),
+        }
+
+    def _axes(self) -> Parts:
+        sizes = self.sizes
+        tokens, _ = _tokens_of(self.recipe.calibration, self.config)
+        found = self._weights(both=True) | self._calibration(0, self._per_pass)
+        square = _SQUARE * sizes.hidden**2
+        return found | {STATES: sizes.state(tokens), "covariances": square}
+
+    def _replacement(self) -> Iterator[tuple[str, Parts]]:
+        sizes, recipe, spec = self.sizes, self.recipe, self.recipe.training
+        layered = recipe.replacement.kind == "layer"
+        count = recipe.replacement.layers * sizes.layer if layered else 0
+        count = count or network_parameters(recipe.replacement, self.config)
+        if spec.objective == "none":
+            yield "replacement", self._weights() | {"weights of the replacement": 4 * count}
+            return
+        tokens, length = _tokens_of(spec.data, self.config)
+        at_hand = self.batch * length
+        parts = {name: count * size for name, size in _TRAINED.items()}
+        if spec.objective not in STATE_ERRORS:
+            passing = {
+                "activations": sizes.depth * at_hand * sizes.width * sizes.item,
+                "logits": self._trained_logits(at_hand),
+            }
+            if spec.gradient_accumulation == 1 and self.batch == spec.batch_size:
+                # Gradients come when what they are computed from has gone.
+                gradients = {"gradients": parts.pop("gradients")}
+                passing = max(gradients, passing, key=lambda each: sum(each.values()))
+            yield "training", self._weights() | parts | passing
+            return
+        # Values that are kept for the backward pass, and their gradients, in float32.
+        width = max(count // sizes.hidden, sizes.hidden)
+        parts["activations"] = 2 * 4 * at_hand * min(width, _WIDEST * sizes.hidden)
+        states = int(min(3 * sizes.state(tokens), 1.5e9 * spec.cache_gb)) if self.streamed else 0
+        weights = self._weights()
+        held = {name: size for name, size in weights.items() if name != LAYER}
+        yield "training", held | parts | {STATES: states}
+        first = {"weights of the replacement": 4 * count, STATES: states}
+        yield "hidden states of the teacher", weights | first
+
+    @property
+    def files(self) -> int:
+        """Bytes of the states at both ends of the block that a training keeps for its epochs."""
+        recipe, spec = self.recipe, self.recipe.training
+        if recipe.replacement.kind == "none" or spec.objective not in STATE_ERRORS:
+            return 0
+        tokens, length = _tokens_of(spec.data, self.config)
+        per_epoch = ceil(tokens / length / (spec.batch_size * spec.gradient_accumulation))
+        size = 2 * self.sizes.state(tokens)
+        again = spec.epochs > 1 or spec.min_steps > per_epoch
+        return size if again and size <= spec.cache_gb * 1e9 else 0
+
+    def _recovery(self) -> Parts:
+        sizes, recovery = self.sizes, self.recipe.recovery
+        assert recovery is not None
+        data = self.recipe.recovery_data or recovery.training.data
+        at_hand = self.batch * _tokens_of(data, self.config)[1]
+        layers = sizes.depth - self._removed
+        total = sizes.total - self._removed * sizes.layer
+        frozen, deep = total * sizes.item, layers
+        if recovery.kind == "lora":
+            count = layers * recovery.rank * 2 * (sizes.width + sizes.hidden)
+        elif recovery.kind == "partial":
+            deep = min(recovery.last_layers, layers)
+            count = deep * sizes.layer + (sizes.head or sizes.outside)
+            frozen = (total - count) * 4
+        else:
+            count, frozen = total, 0
+        return {
+            "weights": frozen, **{name: count * size for name, size in _TRAINED.items()},
+            "activations": deep * at_hand * sizes.width * sizes.item,
+            "logits": self._trained_logits(at_hand),
+        }  # fmt: skip
+
+    def _trained_logits(self, positions: int) -> int:
+        sizes = self.sizes
+        held = positions_at_once(positions, sizes.vocabulary) * sizes.vocabulary
+        return held * (sizes.item + _LOSS_BYTES)
+
+    @property
+    def _removed(self) -> int:
+        """Layers that are gone before the recovery; none where a method removes something else."""
+        if get_method(self.recipe.method).removes != "layers":
+            return 0
+        share, wanted = self.recipe.sparsity, self.recipe.n_layers
+        if wanted is None and share is not None:
+            return int(share * self.sizes.total / self.sizes.layer)
+        return wanted or 0
+
+
+def as_gb(parts: Mapping[str, int]) -> str:
+    """Return parts with their sizes in 10^9 bytes, the largest first."""
+    ordered = sorted(parts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {size / 1e9:.3g}" for name, size in ordered)
