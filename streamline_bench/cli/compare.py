@@ -268,7 +268,7 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
     payload = _checked(read_request(plan), plan) if plan else {}
     # Options of other keys do not hold the value itself.
     plain = Request.model_fields.keys() - {"model", "recipes", "tasks", "overrides", "workload",
-                                            "metrics", "include_path"}  # fmt: skip
+                                            "metrics", "pairs", "include_path"}  # fmt: skip
     if options.get("harness_config"):
         payload |= harness_keys(options["harness_config"], "--config")
     payload |= {key: options[key] for key in plain if options.get(key) is not None}
@@ -290,8 +290,9 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
     replaced = set(SIZE_KEYS) if given.keys() & set(SIZE_KEYS) else set()
     planned = payload.get("set") or {}
     payload["set"] = {k: v for k, v in planned.items() if k not in replaced} | given
-    if options.get("metrics"):
-        payload["metrics"] = {**(payload.get("metrics") or {}), **options["metrics"]}
+    for key in ("metrics", "pairs"):
+        if options.get(key):
+            payload[key] = {**(payload.get(key) or {}), **options[key]}
     if options["workload"]:
         payload["workload"] = {
             **(payload.get("workload") or {}),
@@ -336,7 +337,7 @@ def _checked(payload: dict[str, Any], plan: str) -> dict[str, Any]:
         if not isinstance(payload.get(key, []), list):
             example = f"{key}: [{payload[key]}]"
             raise RecipeError(f"Plan {plan}: '{key}' must be a list, such as '{example}'.")
-    for key in ("set", "workload", "metrics"):
+    for key in ("set", "workload", "metrics", "pairs"):
         if not isinstance(payload.get(key) or {}, dict):
             raise RecipeError(f"Plan {plan}: '{key}' must be a mapping such as '{key}: {{k: v}}'.")
     return payload

@@ -114,16 +114,22 @@ def parse_assignments(assignments: tuple[str, ...]) -> dict[str, str]:
 
 
 def metrics_option(command: _Command) -> _Command:
-    """Add ``--metric``: what judges a task, in place of its own first metric."""
+    """Add ``--metric``: what judges a task; and ``--pair``: which tasks ask the same."""
     add = click.option(
-        "--metric", "metrics", multiple=True, metavar="TASK=NAME", callback=_metrics,
+        "--metric", "metrics", multiple=True, metavar="TASK=NAME", callback=_names_by_task,
         help="Judge this task or group by this metric of its samples.",
     )  # fmt: skip
-    return add(command)
+    pair = click.option(
+        "--pair", "pairs", multiple=True, metavar="FREE=CHOICE", callback=_names_by_task,
+        help="Task FREE asks what task CHOICE asks, without choices: compare what both lose.",
+    )  # fmt: skip
+    return add(pair(command))
 
 
-def _metrics(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
-    return dict(split_assignments(value, "--metric"))
+def _names_by_task(
+    ctx: click.Context, option: click.Parameter, value: tuple[str, ...]
+) -> dict[str, str]:
+    return dict(split_assignments(value, option.opts[0]))
 
 
 def yaml_assignments(option: str, given: tuple[str, ...]) -> dict[str, Any]:

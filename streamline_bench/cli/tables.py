@@ -10,6 +10,7 @@ from rich.table import Table
 
 from streamline_bench.report.text import (
     MISSING,
+    decimal,
     grade_change,
     grade_mean,
     interval,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from streamline_bench.stability.comparison import (
         Comparison,
         Estimate,
+        FormatComparison,
         GenerationComparison,
         GradeComparison,
         GroupComparison,
@@ -158,11 +160,33 @@ def _generation(found: GenerationComparison) -> str:
     said = f"{name}: {percent(found.identical.value)} % of the texts are identical{parted}"
     if found.length_ratio is not None:
         said += f"; {ratio(found.length_ratio)} as long"
-    for what, change in (("empty", found.empty), ("repeated", found.repetition)):
+    for what, counted in (("tokens", found.tokens), ("tokens spent thinking", found.thinking),
+                          ("tokens per right answer", found.tokens_per_solved)):  # fmt: skip
+        if counted is not None:
+            times = f" ({ratio(counted.ratio)})" if counted.ratio else ""
+            said += f"; {decimal(counted.dense, 1)} then {decimal(counted.pruned, 1)} {what}{times}"
+    for what, change in (("empty", found.empty), ("repeated", found.repetition),
+                         ("unfinished", found.unfinished)):  # fmt: skip
         if change is not None and change.pruned + change.dense > 0:
             both = f"{percent(change.dense)} % then {percent(change.pruned)} %"
             said += f"; {what} {both} ({with_interval(change.difference, signed=True)})"
     return f"{said}."
+
+
+def _format(found: FormatComparison) -> str:
+    parts = (("both", "both"), ("choice_only", "choices only"), ("free_only", "free only"),
+             ("neither", "neither"))  # fmt: skip
+    counts = ", ".join(
+        f"{name} {getattr(found.dense, key)} then {getattr(found.pruned, key)}"
+        for key, name in parts
+    )
+    kept = found.kept
+    return (
+        f"{terminal_text(found.free)} asks what {terminal_text(found.choice)} asks: right in "
+        f"{counts}; of {found.dense.both} right in both, {kept.both + kept.choice_only} are kept "
+        f"among choices and {kept.both + kept.free_only} freely (p {p_value(found.kept_p)}); "
+        f"free answers change by {with_interval(found.gap, signed=True)} points more."
+    )
 
 
 def _how_made(result: Comparison) -> str:
@@ -191,6 +215,7 @@ def stability_notes(result: Comparison) -> str:
     lines = [_how_made(result)]
     lines += [_perplexity(found) for found in result.perplexities]
     lines += [_generation(found) for found in result.generations]
+    lines += [_format(found) for found in result.formats]
     shown = {found.task for found in result.perplexities}
     shown |= {found.task for found in result.generations}
     lines += [

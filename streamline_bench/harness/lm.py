@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from streamline_bench.errors import (
     StreamlineBenchError,
     library_errors,
 )
+from streamline_bench.harness.answer_tokens import count_answer
 from streamline_bench.harness.arguments import parameters_of, sort_arguments
 from streamline_bench.harness.model_creation import (
     CompressedModel,
@@ -123,7 +125,7 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
     def get_model_info(self) -> dict[str, Any]:
         """Return what the stock class reports, and ``streamline``: recipe, hashes and sizes."""
         info = {**self._prepared.info(), "weights_sha256": self._weights_sha256()}
-        return {**super().get_model_info(), "streamline": info}
+        return {**super().get_model_info(), "streamline": info, **self._noted()}
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[Answer]:
         """Return (log-probability, is greedy) of every continuation, as the stock class does."""
@@ -245,7 +247,25 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
 
     def _model_generate(self, *arguments: Any, **options: Any) -> Any:
         forget_lengths(self.model)
-        return super()._model_generate(*arguments, **options)
+        found = super()._model_generate(*arguments, **options)
+        context = options["context"] if "context" in options else arguments[0]
+        begin = context.shape[1] if self.backend == "causal" else 0
+        for tokens in found[:, begin:].tolist():
+            self._note_answer(
+                count_answer(
+                    tokens, ends=self._ends, stop=options.get("stop") or (),
+                    think_end=self.think_end_token, decode=self.tok_decode,
+                )
+            )  # fmt: skip
+        return found
+
+    @cached_property
+    def _ends(self) -> set[int]:
+        """Tokens that end a generated answer."""
+        named = getattr(self.model, "generation_config", None)
+        ends = getattr(named, "eos_token_id", None)
+        found = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
+        return {token for token in found if token is not None}
 
     def _call_context(self) -> ExitStack:
         stack = ExitStack()

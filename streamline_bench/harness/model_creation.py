@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,8 @@ from streamline_bench.errors import (
     StreamlineBenchError,
     library_errors,
 )
+from streamline_bench.harness.answer_tokens import AnswerCounter
+from streamline_bench.stability.readers.answer_tokens import ANSWER_TOKENS, AnswerTokens
 
 Made = TypeVar("Made", bound="CompressedModel")
 
@@ -66,6 +68,9 @@ class CompressedModel(LM):  # type: ignore[misc]
             separate_cache(cache_hook.dbdict, self._identity())
         super().set_cache_hook(cache_hook)
 
+    answer_tokens: Mapping[str, Sequence[AnswerTokens]] = {}
+    """Request -> tokens of its answers, of the requests that were generated last."""
+
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the chat template, and use it where it is named.
 
@@ -92,9 +97,25 @@ class CompressedModel(LM):  # type: ignore[misc]
         return self._named_template
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Return generated texts, as the stock class does."""
-        with user_errors():
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
+        """Return generated texts, as the stock class does; their tokens are counted."""
+        counter = AnswerCounter(self.cache_hook)
+        self.cache_hook = counter
+        try:
+            with user_errors():
+                found: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self.cache_hook = counter.hook
+        self.answer_tokens = counter.gathered(self.world_size)
+        return found
+
+    def _note_answer(self, answer: AnswerTokens) -> None:
+        """Keep the tokens of an answer that was generated, in the order of generation."""
+        if isinstance(self.cache_hook, AnswerCounter):
+            self.cache_hook.waiting.append(answer)
+
+    def _noted(self) -> dict[str, Any]:
+        """What the results' configuration says of the answers."""
+        return {ANSWER_TOKENS: dict(self.answer_tokens)} if self.answer_tokens else {}
 
     @abstractmethod
     def _identity(self) -> str:

@@ -28,6 +28,7 @@ from vllm.platforms import current_platform
 
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import CheckpointError
+from streamline_bench.harness.answer_tokens import count_answer
 from streamline_bench.harness.arguments import parameters_of, sort_arguments
 from streamline_bench.harness.model_creation import CompressedModel, files_sha256, model_identity
 from streamline_bench.harness.preparation import prepare
@@ -88,6 +89,11 @@ class StreamlineVLLM(CompressedModel, VLLM):  # type: ignore[misc]
         for output in outputs if generate else ():
             new = output.outputs[0]
             new.text = self.tokenizer.decode(new.token_ids, skip_special_tokens=True)
+            counted = count_answer(
+                new.token_ids, ends=(), stop=(), think_end=self.think_end_token,
+                decode=self.tokenizer.decode,
+            )  # fmt: skip
+            self._note_answer(counted._replace(unfinished=float(new.finish_reason == "length")))
         return outputs
 
     def get_model_info(self) -> dict[str, Any]:
@@ -99,6 +105,7 @@ class StreamlineVLLM(CompressedModel, VLLM):  # type: ignore[misc]
             "model_dtype": self.model_args["dtype"],
             "model_revision": self._revision or "main",
             "streamline": {**self._prepared.info(), "weights_sha256": self._weights},
+            **self._noted(),
         }
 
     def _identity(self) -> str:

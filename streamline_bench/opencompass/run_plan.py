@@ -43,6 +43,16 @@ _SHARE_PREFIXES = [
     "del each, inferencer",
 ]
 
+_EACH_QUESTION = [
+    "for each in datasets:",
+    '    inferencer = str(each["infer_cfg"]["inferencer"]["type"])',
+    """    if inferencer.rstrip("'>").split(".")[-1] == "GenInferencer":""",
+    '        each["eval_cfg"] = {**each["eval_cfg"], "evaluator": dict(',
+    '            type="streamline_bench.opencompass.question_scores.EachQuestion",',
+    '            evaluator=each["eval_cfg"]["evaluator"])}',
+    "del each, inferencer",
+]
+
 _CLASSES = {
     ("hf", False): "StreamlineModel",
     ("hf", True): "StreamlineChatModel",
@@ -165,6 +175,7 @@ def config_text(plan: RunPlan) -> str:
         f"datasets = [{lists}]",
         *([] if plan.limit is None else limited),
         *(_SHARE_PREFIXES if plan.share_prefixes else []),
+        *_EACH_QUESTION,
         "",
         "models = "
         + pprint.pformat([_entry(plan, each) for each in plan.models], sort_dicts=False),

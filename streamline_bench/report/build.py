@@ -35,10 +35,22 @@ from streamline_bench.report.provenance import (
     task_data,
 )
 from streamline_bench.report.run_file import RUN_FILE, NoiseRun, RunFile, RunRow, read_run_file
-from streamline_bench.report.standing import FOLDED_AXES, Answers, answers_of, standing
+from streamline_bench.report.solved import with_solved
+from streamline_bench.report.standing import (
+    FOLDED_AXES,
+    Answers,
+    answers_of,
+    grades_of,
+    standing,
+)
 from streamline_bench.stability.align import AlignedPairs, align
 from streamline_bench.stability.compare_answers import compare_pairs
-from streamline_bench.stability.comparison import Comparison, Estimate, TokenDivergence
+from streamline_bench.stability.comparison import (
+    Comparison,
+    Estimate,
+    GradedMetric,
+    TokenDivergence,
+)
 from streamline_bench.stability.metrics import with_asked_metrics
 from streamline_bench.stability.noise import above_noise, noise_floor
 from streamline_bench.stability.over_tasks import leaf_tasks
@@ -124,16 +136,20 @@ def build_leaderboard(
     reading = _Reading(run, {row.label: folder for row in run.rows} | dict(homes or {}),
                        samples or {}, progress)  # fmt: skip
     settings = settings or Settings()
-    settings = replace(settings, metrics=settings.metrics or run.metrics)
+    settings = replace(
+        settings, metrics=settings.metrics or run.metrics, pairs=settings.pairs or run.pairs
+    )
     dense = reading.row(_dense_row(run, run.dense))
     # Of a dense run against itself only accuracies are shown: no need to draw.
     itself = compare_pairs(align(dense, dense), replace(settings, draws=2))
     settings = replace(settings, quantity=itself.quantity)
-    # Without verdicts nothing flips, so that there is no floor of flips either.
-    again = [reading.noise(noise, folder) for noise in run.noise] if itself.tasks else []
+    # Without verdicts and grades nothing moves, so that there is no floor either.
+    judged = itself.tasks or itself.grades
+    again = [reading.noise(noise, folder) for noise in run.noise] if judged else []
     floor = noise_floor(dense, again, settings=settings) if again else None
     rows = []
     answered: dict[str, Answers] = {}
+    graded: dict[str, Answers] = {}
     shown = [row for row in run.rows if row.same_as is None]
     for row in tqdm(
         shown, desc="Compared rows", unit="row", delay=2, leave=False, disable=not progress
@@ -159,6 +175,7 @@ def build_leaderboard(
             usual = against == run.dense
             if usual:
                 answered[row.label] = answers_of(pairs, counted, settings, stable=spanned)
+                graded[row.label] = grades_of(pairs, result)
             result = above_noise(result, floor) if floor is not None and usual else result
             made = _row(reading.row(row), result, row, home, is_dense=False)
             flips = worst_flips(pairs, settings.verdict)
@@ -166,13 +183,15 @@ def build_leaderboard(
             reading.forget(row)
         rows.append(made.model_copy(update={"throughput": reading.speed(row)}))
     rows = _with_twins(_with_original_size(rows, run.dense), run.rows)
-    stood = standing(rows, answered, settings)
+    rows = [with_solved(row, rows, run.dense) for row in rows]
+    stood = standing(rows, answered, settings, graded)
     return Leaderboard(
         title=run.title,
         dense=run.dense,
         method=Procedure(**settings.used()),
         rows=rows,
         ranks=stood.ranks,
+        grade_ranks=stood.grade_ranks,
         folded=stood.folded,
         neighbours=stood.neighbours,
         contests=stood.contests,
@@ -306,6 +325,7 @@ def _row(
         perplexities=list(shown.perplexities) if shown else [],
         generations=list(shown.generations) if shown else [],
         grades=_grades(samples, result, is_dense),
+        formats=list(shown.formats) if shown else [],
         aggregate_only=result.aggregate_only,
         divergence=_divergence(_inside(folder, source.divergence)) if source.divergence else None,
         other_metrics=_other_metrics(samples, result),
@@ -381,10 +401,9 @@ def _tasks(samples: Samples, result: Comparison, is_dense: bool) -> list[TaskSco
 
 def _grades(samples: Samples, result: Comparison, is_dense: bool) -> list[GradeScore]:
     first = samples.first_filters
-    same = ("task", "filter", "metric", "kind", "scale", "higher_is_better", "decides", "n")
     return [
         GradeScore(
-            **{name: getattr(found, name) for name in same},
+            **{name: getattr(found, name) for name in GradedMetric.model_fields},
             main=first[found.task] == found.filter,
             value=found.pruned,
             comparison=None if is_dense else found,

@@ -18,7 +18,7 @@ from streamline_bench.report.leaderboard import (
 from streamline_bench.report.views.entries import shown
 from streamline_bench.report.views.headline import headline
 from streamline_bench.report.views.overview import ranked
-from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.comparison import Estimate, GenerationComparison
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,7 +66,7 @@ def ranking_records(board: Leaderboard) -> list[dict[str, Any]]:
 
 
 def _summary(board: Leaderboard, row: Row) -> dict[str, Any]:
-    rank, macro = board.ranks.get(row.label), row.macro
+    rank, macro = board.shown_ranks.get(row.label), row.macro
     estimates = {
         "accuracy": row.accuracy_macro,
         "difference": macro and macro.difference,
@@ -100,7 +100,7 @@ def html_table(source: Leaderboard | Path | str) -> str:
     heads = ("model", "cost", "rank", "accuracy %", "difference", "stability %", "verdict")
     lines = []
     for row in ranked(shown(board)):
-        rank, macro = board.ranks.get(row.label), row.macro
+        rank, macro = board.shown_ranks.get(row.label), row.macro
         cells = [
             row.label,
             row.cost or ("reference" if row.is_dense else ""),
@@ -183,8 +183,8 @@ def _of_model(board: Leaderboard, row: Row) -> Iterator[dict[str, Any]]:
             yield here | {"metric": name, "value": float(value)}
     for stage, spent in row.seconds.items():
         yield here | {"metric": f"seconds: {stage}", "value": spent}
-    if row.label in board.ranks:
-        rank = board.ranks[row.label]
+    if row.label in board.shown_ranks:
+        rank = board.shown_ranks[row.label]
         yield here | {"metric": "rank", "value": rank.place, "low": rank.low, "high": rank.high}
     if row.divergence:
         for name, field in (("token_kl", "kl"), ("same_top_token", "same_top")):
@@ -196,11 +196,30 @@ def _of_model(board: Leaderboard, row: Row) -> Iterator[dict[str, Any]]:
                       "high": speed.ratio_high}  # fmt: skip
     for score in row.grades:
         yield from _of_grade(score)
+    for generation in row.generations:
+        yield from (here | line for line in _of_generation(generation))
+    for cost in row.solved:
+        if cost.ratio:
+            yield here | {"scope": cost.task} | _line("seconds_per_solved_ratio", cost.ratio)
+    for pair in row.formats:
+        both = {"scope": f"{pair.free}, {pair.choice}", "n": pair.n, "p": pair.p_value}
+        yield here | both | _line("free_minus_choice", pair.gap)
     for found in row.perplexities:
         if found.ratio:
             yield (
                 here | {"scope": found.task} | _line(f"perplexity_ratio_{found.unit}", found.ratio)
             )
+
+
+def _of_generation(found: GenerationComparison) -> Iterator[dict[str, Any]]:
+    here = {"scope": found.task, "n": found.n}
+    for name in ("empty", "repetition", "unfinished"):
+        if (share := getattr(found, name)) is not None:
+            yield here | _line(f"difference: {name}", share.difference)
+    for name in ("tokens", "thinking", "tokens_per_solved"):
+        length = getattr(found, name)
+        if length is not None and length.ratio is not None:
+            yield here | _line(f"ratio: {name}", length.ratio)
 
 
 def _of_folds(board: Leaderboard) -> Iterator[dict[str, Any]]:

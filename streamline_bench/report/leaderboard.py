@@ -19,9 +19,12 @@ from streamline_bench.errors import SamplesError
 from streamline_bench.stability.comparison import (
     Decision,
     Estimate,
+    FormatComparison,
     GenerationComparison,
     GradeComparison,
+    GradedMetric,
     GroupComparison,
+    LengthChange,
     NoiseFloor,
     Overall,
     PerplexityComparison,
@@ -44,6 +47,7 @@ class Procedure(Frozen):
     seed: int
     margin: float | None = None
     metrics: dict[str, str] = Field(default_factory=dict)
+    pairs: dict[str, str] = Field(default_factory=dict)
 
 
 class TaskData(Frozen):
@@ -82,22 +86,14 @@ class TaskScore(Frozen):
         return self.data.shots if self.data else None
 
 
-class GradeScore(Frozen):
-    """A metric of a task that is more than right or wrong; ``comparison`` is None for a dense row.
+class GradeScore(GradedMetric):
+    """A graded metric of one row; ``comparison`` is None for a dense row.
 
-    ``value`` is the mean over documents, of a grade divided by ``scale``. ``decides`` marks what
-    the task is judged by, ``main`` the filter that counts.
+    ``value`` is the mean over documents, of a grade divided by ``scale``. ``main`` marks the filter
+    that counts.
     """
 
-    task: str
-    filter: str
     main: bool
-    metric: str
-    kind: Literal["grade", "ratio", "difference"]
-    scale: float = 1.0
-    higher_is_better: bool = True
-    decides: bool
-    n: int
     value: Estimate
     comparison: GradeComparison | None
 
@@ -105,6 +101,27 @@ class GradeScore(Frozen):
     def name(self) -> str:
         """The task, with its filter if that is not the task's main one."""
         return self.task if self.main else f"{self.task} ({self.filter})"
+
+
+class SolvedCost(Frozen):
+    """Seconds per solved question: tokens of all answers / right answers / tokens per second.
+
+    Time counts as it was measured for the row's ``throughput``, at its batch size. A pruned model
+    that writes more for each right answer is slower than its tokens per second say.
+
+    Attributes:
+        tokens: generated per solved question.
+        dense, row: seconds per solved question.
+        ratio: row / dense. Its interval holds the choice of documents and, where it is known, the
+            error of the ratio of speeds, added by squares of logarithms.
+    """
+
+    task: str
+    filter: str
+    tokens: LengthChange
+    dense: float | None
+    row: float | None
+    ratio: Estimate | None
 
 
 class Flip(Frozen):
@@ -297,6 +314,8 @@ class Row(Frozen):
             verdicts.
         groups, perplexities, generations: against the dense row, where the run has such tasks.
         grades: metrics of tasks that are more than right or wrong.
+        formats: pairs of tasks that ask the same, with choices and freely, against the dense row.
+        solved: seconds per solved question, where tokens were counted and speed was measured.
         aggregate_only: task -> metric -> why it is known over all documents only.
         divergence: of next-token distributions on the run's text, where the run has one.
         other_metrics: task -> metric -> value, for metrics without verdicts (perplexities).
@@ -339,6 +358,8 @@ class Row(Frozen):
     perplexities: list[PerplexityComparison] = Field(default_factory=list)
     generations: list[GenerationComparison] = Field(default_factory=list)
     grades: list[GradeScore] = Field(default_factory=list)
+    formats: list[FormatComparison] = Field(default_factory=list)
+    solved: list[SolvedCost] = Field(default_factory=list)
     aggregate_only: dict[str, dict[str, str]] = Field(default_factory=dict)
     divergence: TokenDivergence | None = None
     other_metrics: dict[str, dict[str, float]] = Field(default_factory=dict)
@@ -373,10 +394,13 @@ class Leaderboard(Frozen):
     """Everything a report shows; the dense row always has a result.
 
     Version 4 adds ``grades`` and ``aggregate_only`` to rows and ``metrics`` to the method; a file
-    of version 3 is one without them.
+    of version 3 is one without them. Version 5 adds ``grade_ranks``, ``formats`` and ``solved``
+    to rows, numbers of tokens to ``generations``, grades to ``noise`` (whose other numbers may be
+    missing then) and ``pairs`` to the method; a file of version 4 is one without them.
 
     Attributes:
-        ranks: entry (row or folded row) -> its place.
+        ranks: entry (row or folded row) -> its place by accuracy.
+        grade_ranks: the same by the mean of the grades that judge tasks.
         folded: rows over seeds and calibrations.
         neighbours: every entry against the next one of the ranking, Holm's adjustment over all.
         contests: entries that may be compared, the largest group first.
@@ -384,12 +408,13 @@ class Leaderboard(Frozen):
     """
 
     kind: Literal["streamline-bench leaderboard"] = "streamline-bench leaderboard"
-    schema_version: Literal[3, 4] = 4
+    schema_version: Literal[3, 4, 5] = 5
     title: str
     dense: str
     method: Procedure
     rows: list[Row] = Field(min_length=1)
     ranks: dict[str, Rank] = Field(default_factory=dict)
+    grade_ranks: dict[str, Rank] = Field(default_factory=dict)
     folded: list[Folded] = Field(default_factory=list)
     neighbours: list[Between] = Field(default_factory=list)
     contests: list[Contest] = Field(default_factory=list)
@@ -422,6 +447,11 @@ class Leaderboard(Frozen):
         return found
 
     @property
+    def shown_ranks(self) -> dict[str, Rank]:
+        """Places by accuracy; by grades where no task has right or wrong answers."""
+        return self.ranks or self.grade_ranks
+
+    @property
     def dense_row(self) -> Row:
         """The row that the others are compared with, where they name no other."""
         return next(row for row in self.rows if row.label == self.dense)
@@ -450,7 +480,7 @@ def parse_leaderboard(payload: Any, origin: str) -> Leaderboard:
     Raises:
         SamplesError: see :func:`read_leaderboard`.
     """
-    return validated(Leaderboard, payload, origin, newest=4, error=SamplesError, advice=_ADVICE)
+    return validated(Leaderboard, payload, origin, newest=5, error=SamplesError, advice=_ADVICE)
 
 
 def to_json(board: Leaderboard) -> str:

@@ -73,6 +73,12 @@ def _same_questions(here: Path, first: RunFile, there: Path, run: RunFile) -> No
             f"{run.metrics or 'those of its tasks'}; give both the same --metric (the same command "
             "with it only makes the report again)."
         )
+    if first.pairs != run.pairs:
+        raise ComparisonError(
+            f"{here} pairs tasks as {first.pairs or 'they say'} and {there} as "
+            f"{run.pairs or 'they say'}; give both the same --pair (the same command with it only "
+            "makes the report again)."
+        )
 
 
 def _versions(given: Iterable[Mapping[str, str]]) -> dict[str, str]:

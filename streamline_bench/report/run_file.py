@@ -120,6 +120,7 @@ class RunFile(Frozen):
         tasks: what was asked for, as it was asked; empty: everything that was answered.
         tasks_left_out: what was answered as well, and is not shown.
         metrics: task or group -> the metric that judges it, in place of its own.
+        pairs: task with free answers -> the one that asks the same and gives choices.
         text: names the text of the divergences, and how it was read.
     """
 
@@ -138,6 +139,7 @@ class RunFile(Frozen):
     tasks: list[str] = Field(default_factory=list)
     tasks_left_out: list[str] = Field(default_factory=list)
     metrics: dict[str, str] = Field(default_factory=dict)
+    pairs: dict[str, str] = Field(default_factory=dict)
     text: str | None = None
 
     @model_validator(mode="after")

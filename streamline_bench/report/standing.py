@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Any
 
@@ -18,7 +18,8 @@ import numpy as np
 from streamline_bench.report.leaderboard import Between, Contest, Folded, Rank, Row
 from streamline_bench.stability.align import AlignedPairs
 from streamline_bench.stability.compare_answers import with_script_verdicts
-from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.comparison import Comparison, Estimate
+from streamline_bench.stability.metrics import values_of
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics import BoolArray, FloatArray
 from streamline_bench.stability.statistics.choices import choice_counts
@@ -47,17 +48,17 @@ FOLDED_AXES = ("seed", "calibration")
 
 @dataclass(frozen=True)
 class TaskAnswers:
-    """Verdicts of a row and of its dense model on one task, in the order of the documents.
+    """Verdicts or grades of a row and of its dense model on one task, in the order of documents.
 
     Attributes:
         documents: hashes of the documents.
-        right, dense: bool [n].
+        right, dense: bool [n]; float64 [n] of grades, higher being better.
         weights: float64 [n], of equation 6's stability; None for a task without choices.
     """
 
     documents: tuple[str, ...]
-    right: BoolArray
-    dense: BoolArray
+    right: BoolArray | FloatArray
+    dense: BoolArray | FloatArray
     clusters: ClusterLabels | None
     weights: FloatArray | None
 
@@ -97,6 +98,48 @@ def answers_of(
             weights=weights,
         )
     return found
+
+
+def grades_of(pairs: AlignedPairs, result: Comparison) -> Answers:
+    """The grades that judge tasks, each by the filter that counts.
+
+    Args:
+        result: the comparison of ``pairs``.
+    """
+    found = {}
+    for grade in result.grades:
+        if not grade.decides or grade.p_holm is None:
+            continue
+        rows = (pairs.dense["task"] == grade.task) & (pairs.dense["filter"] == grade.filter)
+        sign = 1.0 if grade.higher_is_better else -1.0
+        dense, pruned = (
+            sign * values_of(frame[rows.to_numpy()], grade.metric, info)
+            for frame, info in (
+                (pairs.dense, pairs.dense_info),
+                (pairs.pruned, pairs.pruned_info),
+            )
+        )
+        own = pairs.dense[rows.to_numpy()]
+        clusters = cluster_labels(own["cluster"])
+        found[grade.task] = TaskAnswers(tuple(own["doc_hash"]), pruned, dense, clusters, None)
+    return found
+
+
+def _on_one_scale(answers: Mapping[str, Answers]) -> dict[str, Answers]:
+    """Grades up to 100 brought to 1, by the highest grade that any row has in a task."""
+    highest: dict[str, float] = {}
+    for name, found in ((name, each) for row in answers.values() for name, each in row.items()):
+        most = max(np.abs(found.right).max(), np.abs(found.dense).max())
+        highest[name] = max(highest.get(name, 0.0), float(most))
+    return {
+        label: {
+            name: replace(found, right=found.right / 100, dense=found.dense / 100)
+            if highest[name] > 1
+            else found
+            for name, found in row.items()
+        }
+        for label, row in answers.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -144,7 +187,7 @@ def _scores(answers: TaskAnswers, of: str) -> FloatArray:
     if of == "stable":
         stable: FloatArray = (answers.right == answers.dense).astype(np.float64)
         return stable
-    right = answers.right.astype(np.float64)
+    right: FloatArray = answers.right.astype(np.float64)
     found: FloatArray = right - answers.dense if of == "difference" else right
     return found
 
@@ -154,27 +197,34 @@ class Standing:
     """What :func:`standing` finds, as the fields of a leaderboard."""
 
     ranks: dict[str, Rank]
+    grade_ranks: dict[str, Rank]
     folded: list[Folded]
     neighbours: list[Between]
     contests: list[Contest]
 
 
-def standing(rows: Sequence[Row], answers: Mapping[str, Answers], settings: Settings) -> Standing:
-    """Fold, rank and test the rows that have answers; rows asked other documents are left out."""
-    known = _of_one_board([row for row in rows if answers.get(row.label)], answers)
+def standing(
+    rows: Sequence[Row],
+    answers: Mapping[str, Answers],
+    settings: Settings,
+    grades: Mapping[str, Answers] | None = None,
+) -> Standing:
+    """Fold, rank and test the rows that have answers; rows asked other documents are left out.
+
+    Args:
+        answers: label -> verdicts.
+        grades: label -> grades that judge tasks. Rows are ranked by them apart from verdicts, with
+            which they are never averaged.
+    """
     dense = next((row for row in rows if row.is_dense), None)
-    entries = [
-        entry
-        for found in _groups(_runs([row for row in known if row is not dense])).items()
-        for entry in _entries(*found, answers)
-    ]
-    # Not by the order of the rows: a merged board is that of one run.
-    entries.sort(key=lambda entry: (-round(entry.mean(), 12), entry.label))
+    known, entries = _entered(rows, answers, dense)
     ranks = _ranks(entries, settings)
+    graded = _entered(rows, _on_one_scale(grades or {}), dense)[1]
     shown = {run.label: run.row for run in _runs(known)}
     pairs = [between(one, two, settings) for one, two in pairwise(entries)]
     return Standing(
         ranks=ranks,
+        grade_ranks=_ranks(graded, settings),
         folded=[
             _folded(entry, [shown[label] for label in entry.members], settings)
             for entry in entries
@@ -183,6 +233,21 @@ def standing(rows: Sequence[Row], answers: Mapping[str, Answers], settings: Sett
         neighbours=_adjusted(pairs, settings),
         contests=[_contest(found, dense, settings) for found in contests_of(entries, dense)],
     )
+
+
+def _entered(
+    rows: Sequence[Row], answers: Mapping[str, Answers], dense: Row | None
+) -> tuple[list[Row], list[Entry]]:
+    """The rows that have answers, and what is ranked of them, the best first."""
+    known = _of_one_board([row for row in rows if answers.get(row.label)], answers)
+    entries = [
+        entry
+        for found in _groups(_runs([row for row in known if row is not dense])).items()
+        for entry in _entries(*found, answers)
+    ]
+    # Not by the order of the rows: a merged board is that of one run.
+    entries.sort(key=lambda entry: (-round(entry.mean(), 12), entry.label))
+    return known, entries
 
 
 def _of_one_board(rows: Sequence[Row], answers: Mapping[str, Answers]) -> list[Row]:

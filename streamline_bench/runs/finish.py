@@ -114,6 +114,7 @@ class Results:
             tasks=list(self.plan.tasks),
             tasks_left_out=self._left_out_of_answers(),
             metrics=self.plan.metrics,
+            pairs=self.plan.pairs,
             text=self._text(),
             failed_jobs=self.side_failures(),
             not_compared=self.left_out(),

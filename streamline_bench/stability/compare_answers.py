@@ -19,6 +19,8 @@ from streamline_bench.stability.comparison import (
     PerplexityComparison,
     TaskComparison,
 )
+from streamline_bench.stability.format_comparison import compare_formats
+from streamline_bench.stability.generation_comparison import compare_generations
 from streamline_bench.stability.grade_comparison import (
     ComparedGrade,
     compare_grades,
@@ -34,7 +36,6 @@ from streamline_bench.stability.statistics.score import PairedDifference, decide
 from streamline_bench.stability.task_comparison import (
     PERPLEXITIES,
     ComparedTask,
-    compare_generations,
     compare_perplexities,
     compare_task,
 )
@@ -125,6 +126,7 @@ def compare_pairs(pairs: AlignedPairs, settings: Settings | None = None) -> Comp
         groups=tuple(_decided(compare_groups(main, dense.groups, settings), settings)),
         perplexities=tuple(perplexities),
         generations=tuple(generations),
+        formats=tuple(compare_formats(pairs, main, settings)),
         grades=tuple(decided_grades(grades, _main_grades(grades, first_filters), settings)),
         aggregate_only=aggregate_only,
     )

@@ -183,8 +183,8 @@ class PerplexityComparison(Frozen):
     nats_per_unit: Estimate
 
 
-class GradeComparison(Frozen):
-    """A metric that is more than right or wrong on a document, dense against pruned.
+class GradedMetric(Frozen):
+    """A metric of a task that is more than right or wrong on a document.
 
     Attributes:
         metric: its name in the samples.
@@ -194,13 +194,6 @@ class GradeComparison(Frozen):
         higher_is_better: as the task says; taken as True where it says nothing.
         decides: it is what the task is judged by.
         n: documents.
-        dense, pruned: means over documents, with standard error.
-        difference: pruned - dense, bootstrap over documents or clusters; None for ratios.
-        ratio: pruned mean / dense mean, likewise; None for the others, and where the dense is 0.
-        wins, ties, losses: documents on which the pruned model is better, equal, worse.
-        p_value, p_method, p_holm, adjusted, margin, noninferiority_p, decision: as for a task with
-            verdicts, of the difference; adjusted over the grades that decide. None for ratios.
-        clusters: None where every document stands alone.
     """
 
     task: str
@@ -211,6 +204,23 @@ class GradeComparison(Frozen):
     higher_is_better: bool = True
     decides: bool
     n: int
+
+
+class GradeComparison(GradedMetric):
+    """A graded metric, dense against pruned.
+
+    Attributes:
+        dense, pruned: means over documents, with standard error.
+        difference: pruned - dense, bootstrap over documents or clusters; None for ratios.
+        ratio: pruned mean / dense mean, likewise; None for the others, and where the dense is 0.
+        wins, ties, losses: documents on which the pruned model is better, equal, worse.
+        p_value, p_method, p_holm, adjusted, margin, noninferiority_p, decision: as for a task with
+            verdicts, of the difference; adjusted over the grades that decide. None for ratios.
+        clusters: None where every document stands alone.
+        noise_moved: share of documents that get another grade between dense and dense again.
+        moved_above_noise: share of documents that get another grade, minus ``noise_moved``.
+    """
+
     dense: Estimate
     pruned: Estimate
     difference: Estimate | None = None
@@ -226,6 +236,8 @@ class GradeComparison(Frozen):
     noninferiority_p: float | None = None
     decision: Decision | None = None
     clusters: Clusters | None = None
+    noise_moved: float | None = None
+    moved_above_noise: Estimate | None = None
 
     @property
     def improvement(self) -> Estimate | None:
@@ -249,11 +261,24 @@ class TextChange(Frozen):
     difference: Estimate
 
 
-class GenerationComparison(Frozen):
-    """Generated texts, dense against pruned.
+class LengthChange(Frozen):
+    """Tokens of answers: of both models, and pruned / dense, paired; None where that is undefined.
 
-    A word is what whitespace separates. Indices count what is shared before the first difference; a
-    text that is a beginning of the other differs where the shorter one ends.
+    Attributes:
+        dense, pruned: mean per document, or per solved question (None where none is solved).
+    """
+
+    dense: float | None
+    pruned: float | None
+    ratio: Estimate | None
+
+
+class GenerationComparison(Frozen):
+    """Generated texts, dense against pruned, as the models wrote them: before any filter.
+
+    Of several repetitions the first counts. A word is what whitespace separates. Indices count what
+    is shared before the first difference; a text that is a beginning of the other differs where the
+    shorter one ends.
 
     Attributes:
         identical: share of equal texts.
@@ -265,7 +290,12 @@ class GenerationComparison(Frozen):
         empty: share of texts without a word.
         repetition: share of a text's runs of four words that stand in it before, mean over texts
             (seq-rep-4 of S. Welleck et al., arXiv:1908.04319); 0 for fewer than five words.
-        exact_match: pruned - dense, where the task has that verdict.
+        exact_match: pruned - dense, where the task has verdicts.
+        tokens: generated until the answer ended, thoughts included; None, as all that follows,
+            where the model did not note them.
+        thinking: those of them until the thoughts ended; None where no answer has thoughts.
+        unfinished: share of answers that reached the limit of tokens without an end.
+        tokens_per_solved: tokens of all answers / right answers, where the task has verdicts.
     """
 
     task: str
@@ -281,6 +311,46 @@ class GenerationComparison(Frozen):
     length_ratio: Estimate | None = None
     empty: TextChange | None = None
     repetition: TextChange | None = None
+    tokens: LengthChange | None = None
+    thinking: LengthChange | None = None
+    unfinished: TextChange | None = None
+    tokens_per_solved: LengthChange | None = None
+
+
+class Quadrants(Frozen):
+    """Questions by the form in which a model has them right."""
+
+    both: int
+    choice_only: int
+    free_only: int
+    neither: int
+
+
+class FormatComparison(Frozen):
+    """Two tasks that ask the same: one gives choices, one wants a free answer.
+
+    Attributes:
+        free, choice: the tasks; ``filter`` is the one that reads the free answers.
+        dense, pruned: questions by what each model has right.
+        kept: of the questions that the dense model has right in both forms, what the pruned model
+            has right of them.
+        kept_p: exact McNemar test of both forms being kept equally often; None without such
+            questions.
+        gap: change of the free answers' accuracy minus that of the choices'; negative where free
+            answers lose more. ``p_value`` tests it against 0.
+    """
+
+    free: str
+    choice: str
+    filter: str
+    n: int
+    dense: Quadrants
+    pruned: Quadrants
+    kept: Quadrants
+    kept_p: float | None
+    gap: Estimate
+    p_value: float
+    p_method: str
 
 
 class TokenDivergence(Frozen):
@@ -340,24 +410,43 @@ class NoiseTask(Frozen):
     choice_kl: float | None
 
 
+class NoiseGrade(Frozen):
+    """Grades of dense against dense again, mean over the repetitions.
+
+    Attributes:
+        moved: share of documents that get another grade.
+        difference: again - dense, of the means.
+    """
+
+    task: str
+    filter: str
+    metric: str
+    n: int
+    moved: Estimate
+    difference: float
+
+
 class NoiseFloor(Frozen):
     """What changes when nothing was removed (batch size, dtype or engine changed only).
 
     Attributes:
         repeats: labels of the repetitions.
+        n: documents of all tasks with verdicts; 0 without any, and then what is over them is None.
         flips, agreement: over all documents of all tasks.
         macro_flips: mean over tasks.
         choice_kl: mean over tasks that have choices.
+        grades: of metrics that are more than right or wrong.
     """
 
     dense_run: str
     repeats: tuple[str, ...]
     tasks: tuple[NoiseTask, ...]
     n: int
-    flips: Estimate
-    agreement: Estimate
-    macro_flips: float
-    choice_kl: float | None
+    flips: Estimate | None = None
+    agreement: Estimate | None = None
+    macro_flips: float | None = None
+    choice_kl: float | None = None
+    grades: tuple[NoiseGrade, ...] = ()
 
 
 class _Decided(Frozen):
@@ -528,7 +617,9 @@ class Comparison(Frozen):
         not_compared: tasks without verdicts or grades, with the reason; such a task may be among
             ``perplexities`` or ``generations``.
         grades: metrics that are more than right or wrong, those that decide and others.
+        formats: pairs of tasks that ask the same, with choices and freely.
         metrics: task -> metric that was asked for in place of the task's own.
+        pairs: tasks that were declared to ask the same: free -> choice.
         aggregate_only: task -> metric -> why it is not compared document by document.
     """
 
@@ -549,5 +640,7 @@ class Comparison(Frozen):
     perplexities: tuple[PerplexityComparison, ...] = ()
     generations: tuple[GenerationComparison, ...] = ()
     grades: tuple[GradeComparison, ...] = ()
+    formats: tuple[FormatComparison, ...] = ()
     metrics: dict[str, str] = Field(default_factory=dict)
+    pairs: dict[str, str] = Field(default_factory=dict)
     aggregate_only: dict[str, dict[str, str]] = Field(default_factory=dict)

@@ -1,7 +1,7 @@
 """Noise floor: what changes between dense and dense again, at another batch size, dtype or engine.
 
 Sums in another order differ in their last bits, and a close call flips. Flips of a pruned model
-mean something only above that.
+mean something only above that; so do grades that move.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.comparison import (
     Comparison,
     Estimate,
+    GradeComparison,
     GroupComparison,
     NoiseFloor,
+    NoiseGrade,
     NoiseTask,
     Overall,
     TaskComparison,
@@ -25,6 +27,9 @@ from streamline_bench.stability.comparison import (
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.paired import wilson, wilson_estimate
+
+_Metric = tuple[str, str, str]
+"""Task, filter, metric."""
 
 _Compared = TypeVar("_Compared", TaskComparison, GroupComparison, Overall)
 
@@ -46,7 +51,7 @@ def noise_floor(
         tasks, common_only, settings: see :func:`.compare_answers`.
 
     Raises:
-        SamplesError: there is no repetition, or no task has verdicts; otherwise as
+        SamplesError: there is no repetition, or no task has verdicts or grades; otherwise as
             ``compare_answers``.
     """
     if not repeats:
@@ -62,30 +67,41 @@ def noise_floor(
     by_task: dict[tuple[str, str], list[TaskComparison]] = {}
     for task in (task for result in found for task in result.tasks):
         by_task.setdefault((task.task, task.filter), []).append(task)
+    by_metric: dict[_Metric, list[GradeComparison]] = {}
+    for grade in (grade for result in found for grade in result.grades):
+        by_metric.setdefault((grade.task, grade.filter, grade.metric), []).append(grade)
     floor = {key: _task(parts, settings) for key, parts in by_task.items()}
     counted = [floor[key] for key, parts in by_task.items() if parts[0].p_holm is not None]
-    if not counted:
+    if not (counted or by_metric):
         raise SamplesError(
-            f"No task of '{dense.info.run}' has right or wrong answers that could flip; leave the "
-            "noise floor out, or add a task with acc or exact_match."
+            f"No task of '{dense.info.run}' has right or wrong answers that could flip, or grades; "
+            "leave the noise floor out, or add a task with acc, exact_match or F1."
         )
-    n = sum(task.n for task in counted)
-    share = _pooled([(task.n, task.flips.value) for task in counted])
-    divergences = [task.choice_kl for task in counted if task.choice_kl is not None]
     return NoiseFloor(
         dense_run=dense.info.run,
         repeats=tuple(again.info.run for again in repeats),
         tasks=tuple(floor.values()),
-        n=n,
-        flips=wilson_estimate(share, n, settings.confidence),
-        agreement=wilson_estimate(1 - share, n, settings.confidence),
-        macro_flips=_mean([task.flips.value for task in counted]),
-        choice_kl=_mean(divergences) if divergences else None,
+        grades=tuple(_grade(parts, settings) for parts in by_metric.values()),
+        n=sum(task.n for task in counted),
+        **(_over_all(counted, settings) if counted else {}),
     )
 
 
+def _over_all(counted: Sequence[NoiseTask], settings: Settings) -> dict[str, Any]:
+    """What is over all tasks with verdicts, as the fields of a floor."""
+    n = sum(task.n for task in counted)
+    share = _pooled([(task.n, task.flips.value) for task in counted])
+    divergences = [task.choice_kl for task in counted if task.choice_kl is not None]
+    return {
+        "flips": wilson_estimate(share, n, settings.confidence),
+        "agreement": wilson_estimate(1 - share, n, settings.confidence),
+        "macro_flips": _mean([task.flips.value for task in counted]),
+        "choice_kl": _mean(divergences) if divergences else None,
+    }
+
+
 def above_noise(comparison: Comparison, floor: NoiseFloor) -> Comparison:
-    """The comparison with ``noise_flips`` and ``flips_above_noise`` filled in.
+    """The comparison with its fields about noise filled in.
 
     A summary has the floor of the tasks that it is over, and stays as it is if the floor does not
     know them all, as do tasks that it does not know.
@@ -104,7 +120,14 @@ def above_noise(comparison: Comparison, floor: NoiseFloor) -> Comparison:
         _over(group, [counted[name] for name in group.tasks], confidence)
         for group in comparison.groups
     )
-    filled: dict[str, Any] = {"tasks": tasks, "groups": groups}
+    moves = {(grade.task, grade.filter, grade.metric): grade.moved.value for grade in floor.grades}
+    grades = tuple(
+        _moved_above(grade, moves[key], confidence)
+        if (key := (grade.task, grade.filter, grade.metric)) in moves
+        else grade
+        for grade in comparison.grades
+    )
+    filled: dict[str, Any] = {"tasks": tasks, "groups": groups, "grades": grades}
     if comparison.micro is not None and comparison.macro is not None:
         members = list(counted.values())
         filled["micro"] = _over(comparison.micro, members, confidence)
@@ -132,6 +155,11 @@ def flips_above(share: float, floor: float, n: int, confidence: float) -> Estima
 def _filled(found: _Compared, floor: float, confidence: float) -> _Compared:
     excess = flips_above(found.flips.verdicts / found.n, floor, found.n, confidence)
     return found.model_copy(update={"noise_flips": floor, "flips_above_noise": excess})
+
+
+def _moved_above(found: GradeComparison, floor: float, confidence: float) -> GradeComparison:
+    excess = flips_above(1 - found.ties / found.n, floor, found.n, confidence)
+    return found.model_copy(update={"noise_moved": floor, "moved_above_noise": excess})
 
 
 def _over(summary: _Compared, members: Sequence[TaskComparison], confidence: float) -> _Compared:
@@ -165,6 +193,19 @@ def _task(parts: list[TaskComparison], settings: Settings) -> NoiseTask:
         agreement=wilson_estimate(1 - share, first.n, settings.confidence),
         same_choice=_mean(choices) if choices else None,
         choice_kl=_mean(divergences) if divergences else None,
+    )
+
+
+def _grade(parts: list[GradeComparison], settings: Settings) -> NoiseGrade:
+    first = parts[0]
+    share = _mean([1 - part.ties / part.n for part in parts])
+    return NoiseGrade(
+        task=first.task,
+        filter=first.filter,
+        metric=first.metric,
+        n=first.n,
+        moved=wilson_estimate(share, first.n, settings.confidence),
+        difference=_mean([part.pruned.value - part.dense.value for part in parts]),
     )
 
 

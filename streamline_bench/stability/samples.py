@@ -48,7 +48,12 @@ class Row:
         prediction: argmax of loglikelihoods ("acc"); prediction_norm: of loglikelihoods / lengths.
         gold: the right choice, where there is exactly one.
         target: the expected answer as text.
-        text: what was generated.
+        text: what was generated, as the filter leaves it.
+        answer: what was generated before the filter, where that is something else; of several
+            repetitions the first.
+        tokens: tokens of the answer, where the model noted them, mean over repetitions; of these
+            ``thinking`` before the end of its thoughts; ``unfinished`` is the share of repetitions
+            that reached the limit of tokens.
         correct: verdict by ``verdict_metric``, both None where the task is judged by a grade;
             correct_norm: by acc_norm.
         cluster: ``kind:hash`` of what the document belongs to (its passage, its subject).
@@ -76,6 +81,10 @@ class Row:
     gold: int | None = None
     target: str
     text: str | None = None
+    answer: str | None = None
+    tokens: float | None = None
+    thinking: float | None = None
+    unfinished: float | None = None
     correct: bool | None = None
     correct_norm: bool | None = None
     verdict_metric: str | None = None
@@ -83,7 +92,8 @@ class Row:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-_DTYPES = {"str": "str", "int": "int64", "int | None": "Int64", "bool | None": "boolean"}
+_DTYPES = {"str": "str", "int": "int64", "int | None": "Int64", "bool | None": "boolean",
+           "float | None": "Float64"}  # fmt: skip
 
 COLUMNS = {column.name: _DTYPES.get(str(column.type), "object") for column in fields(Row)}
 """Column of the table -> pandas dtype: the fields of :class:`Row`."""
@@ -99,6 +109,7 @@ class RunInfo(BaseModel):
         results: aggregated metrics per task, as the engine printed them.
         metrics: task -> its metrics, in the order of its configuration.
         repeats: task -> how many answers to each question there are.
+        same_questions: task -> the task that asks the same in another way, as the task says.
         data: task -> the data set, its subset and its split, where the engine reports them.
         seconds: wall-clock time of the evaluation, where the engine reports it.
         machine: accelerators or processor, where the engine reports them.
@@ -129,6 +140,7 @@ class RunInfo(BaseModel):
     higher_is_better: dict[str, dict[str, bool | None]] = {}
     metrics: dict[str, list[str]] = {}
     repeats: dict[str, int] = {}
+    same_questions: dict[str, str] = {}
     data: dict[str, dict[str, str]] = {}
     seconds: float | None = None
     machine: str | None = None
@@ -233,8 +245,9 @@ class Samples:
         ):
             table = pq.read_table(path)
             table.validate(full=True)
-        if set(COLUMNS) - set(table.column_names) == {"cluster"}:  # written by an older release
-            table = table.append_column("cluster", pa.nulls(len(table), pa.string()))
+        for name in _LATER:  # an older release wrote a table without it
+            if name not in table.column_names:
+                table = table.append_column(name, pa.nulls(len(table), _arrow_types()[name]))
         metadata = table.schema.metadata or {}
         types = dict(zip(table.schema.names, table.schema.types, strict=True))
         if _METADATA_KEY not in metadata or types != _arrow_types():
@@ -259,7 +272,7 @@ def _joined(info: RunInfo, more: RunInfo) -> RunInfo:
     """What two evaluations of one model say, the first one's word counting."""
     both = (
         "task_versions", "n_shot", "task_hashes", "groups", "results", "higher_is_better", "data",
-        "metrics", "repeats", "versions", "files", "missing", "left_out",
+        "metrics", "repeats", "same_questions", "versions", "files", "missing", "left_out",
     )  # fmt: skip
     seconds = [each.seconds for each in (info, more) if each.seconds is not None]
     newest = max((info, more), key=lambda each: each.timestamp or "")
@@ -303,6 +316,7 @@ def well_formed(where: str, what: str, advice: str) -> Iterator[None]:
 
 
 _METADATA_KEY = b"streamline_bench.samples"
+_LATER = ("cluster", "answer", "tokens", "thinking", "unfinished")
 
 
 def _arrow_types() -> dict[str, Any]:
@@ -311,6 +325,7 @@ def _arrow_types() -> dict[str, Any]:
     kinds = {
         "int": pa.int64(),
         "bool": pa.bool_(),
+        "float": pa.float64(),
         "list[str]": pa.list_(pa.string()),
         "list[int]": pa.list_(pa.int64()),
         "list[float]": pa.list_(pa.float64()),

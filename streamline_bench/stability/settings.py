@@ -21,6 +21,8 @@ class Settings:
         draws: bootstrap draws for the intervals of stability and of clusters.
         margin: how large a drop of accuracy is tolerated, as a share (0.02 is two points).
         metrics: task or group -> the metric of its samples that decides, in place of its own.
+        pairs: task with free answers -> the task that asks the same and gives choices, besides what
+            the tasks themselves say.
     """
 
     mode: Mode = "paper"
@@ -32,6 +34,7 @@ class Settings:
     seed: int = 0
     margin: float = 0.02
     metrics: Mapping[str, str] = field(default_factory=dict)
+    pairs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def spread_ddof(self) -> int:
@@ -41,7 +44,7 @@ class Settings:
     def used(self) -> dict[str, Any]:
         """Name -> the value really used."""
         used = {"ddof": self.spread_ddof, "quantity": self.spread_quantity}
-        return asdict(self) | used | {"metrics": dict(self.metrics)}
+        return asdict(self) | used | {"metrics": dict(self.metrics), "pairs": dict(self.pairs)}
 
     @property
     def spread_quantity(self) -> Quantity:

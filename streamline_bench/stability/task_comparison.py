@@ -1,13 +1,9 @@
-"""Dense against pruned on one task: verdicts, generated texts, and perplexities of given ones."""
+"""Dense against pruned on one task: verdicts, and perplexities of given texts."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-from operator import eq
-from statistics import median
 from typing import Any, Literal
 
 import numpy as np
@@ -17,10 +13,8 @@ from streamline_bench.errors import NumericsError, SamplesError
 from streamline_bench.stability.comparison import (
     Estimate,
     Flips,
-    GenerationComparison,
     PerplexityComparison,
     TaskComparison,
-    TextChange,
     exponential,
     exponentiated,
 )
@@ -33,7 +27,6 @@ from streamline_bench.stability.statistics.choices import (
     measure_choices,
 )
 from streamline_bench.stability.statistics.clusters import ClusterLabels, cluster_labels
-from streamline_bench.stability.statistics.grades import PairedGrades, mean_ratio
 from streamline_bench.stability.statistics.intervals import mean_estimate, mean_per_unit
 from streamline_bench.stability.statistics.paired import (
     Outcomes,
@@ -231,84 +224,6 @@ def _same_choice(dense: pd.DataFrame, pruned: pd.DataFrame, verdict: Verdict) ->
             same: BoolArray = dense[column].to_numpy() == pruned[column].to_numpy()
             return np.asarray(same, dtype=np.bool_)
     return None
-
-
-def compare_generations(
-    dense: pd.DataFrame, pruned: pd.DataFrame, settings: Settings, exact_match: Estimate | None
-) -> GenerationComparison | None:
-    """Compare aligned rows of one (task, filter); None if some answer is no text.
-
-    Args:
-        exact_match: difference of the task's verdict, where it has one.
-    """
-    texts = list(zip(dense["text"].tolist(), pruned["text"].tolist(), strict=True))
-    if not all(isinstance(text, str) for pair in texts for text in pair):
-        return None
-    n = len(texts)
-    words = [(first.split(), second.split()) for first, second in texts]
-    same = [first == second for first, second in texts]
-    parted = [index for index in range(n) if not same[index]]
-    kept = [first_difference(*pair) for pair in words]
-    # Without words, texts differ in white space only.
-    shares = [
-        1.0 if equal or not (longer := max(map(len, pair))) else begin / longer
-        for equal, begin, pair in zip(same, kept, words, strict=True)
-    ]
-    return GenerationComparison(
-        task=str(dense.iloc[0]["task"]),
-        filter=str(dense.iloc[0]["filter"]),
-        n=n,
-        identical=wilson_estimate(sum(same) / n, n, settings.confidence),
-        first_word=float(median(kept[index] for index in parted)) if parted else None,
-        first_character=(
-            float(median(first_difference(*texts[index]) for index in parted)) if parted else None
-        ),
-        shared=sum(shares) / n,
-        dense_words=sum(len(first) for first, _ in words) / n,
-        pruned_words=sum(len(second) for _, second in words) / n,
-        exact_match=exact_match,
-        **_text_changes(dense, words, settings),
-    )
-
-
-def _text_changes(
-    dense: pd.DataFrame, words: Sequence[tuple[list[str], list[str]]], settings: Settings
-) -> dict[str, Any]:
-    """Lengths and degeneration, as the fields of a generation."""
-    first = dense.iloc[0]
-    names = str(first["task"]), str(first["filter"])
-    clusters = cluster_labels(dense["cluster"])
-    lengths, empty, repeated = (
-        np.array([[float(measure(text)) for text in pair] for pair in words])
-        for measure in (len, operator.not_, repetition)
-    )
-    verdicts = empty.astype(np.bool_)
-    sample = paired_sample(verdicts[:, 0], verdicts[:, 1], clusters)
-    moved = PairedGrades.of(
-        repeated[:, 1] - repeated[:, 0], clusters, (*names, "repetition"),
-        draws=settings.draws, seed=settings.seed,
-    )  # fmt: skip
-    differences = (
-        PairedDifference((sample,)).interval(settings.confidence),
-        moved.interval(settings.confidence),
-    )
-    changes = [
-        TextChange(dense=float(means[0]), pruned=float(means[1]), difference=found)
-        for means, found in zip((empty.mean(0), repeated.mean(0)), differences, strict=True)
-    ]
-    ratio = mean_ratio(lengths[:, 0], lengths[:, 1], clusters, settings, (*names, "words"))
-    return {"length_ratio": ratio, "empty": changes[0], "repetition": changes[1]}
-
-
-def repetition(words: Sequence[str]) -> float:
-    """Share of the runs of four words that stand in the text before."""
-    runs = [tuple(words[begin : begin + 4]) for begin in range(len(words) - 3)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
-
-
-def first_difference(first: Sequence[str], second: Sequence[str]) -> int:
-    """How many items (words, characters) are shared before the first that differs or is missing."""
-    return sum(1 for _ in takewhile(bool, map(eq, first, second)))
 
 
 def compare_perplexities(

@@ -135,6 +135,7 @@ class TestWithVLLM:
         stock, served = (facts(tmp_path / name) for name in ("streamline", "streamline-vllm"))
         assert served["streamline"] == stock["streamline"]
         assert served["model_num_parameters"] == stock["model_num_parameters"]
+        assert served["answer_tokens"] == stock["answer_tokens"] != {}
 
 
 def answers(folder: Path) -> dict[str, Any]:

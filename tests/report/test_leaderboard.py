@@ -18,7 +18,7 @@ def test_the_schema_allows_nothing_that_the_code_does_not_know() -> None:
     schema = json_schema()
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == set(Leaderboard.model_fields)
-    assert schema["properties"]["schema_version"]["enum"] == [3, 4]
+    assert schema["properties"]["schema_version"]["enum"] == [3, 4, 5]
 
 
 def test_committed_leaderboards_are_valid(repository: Path) -> None:

@@ -275,3 +275,28 @@ def test_what_lies_between_own_sizes_is_interpolated_and_nothing_beyond() -> Non
     assert (found.value, found.low, found.high) == pytest.approx((0.7, 0.575, 0.825))
     assert interpolated(points, 0.3).value == pytest.approx(0.4)
     assert interpolated(points, 0.31) is None and interpolated(points, 0.05) is None
+
+
+def test_ranks_by_grades_against_a_bootstrap() -> None:
+    source = np.random.default_rng(4)
+    named = tuple(map(str, range(N)))
+    base = source.beta(3, 4, N)
+    grades: dict[str, Answers] = {}
+    for label, drop in (("one", 0.0), ("two", 0.02), ("three", 0.1)):
+        share = np.clip(base - drop + source.normal(0, 0.05, N), 0, 1)
+        grades[label] = {  # the same in per cent, as ROUGE has it
+            "f1": TaskAnswers(named, share, base, None, None),
+            "rouge": TaskAnswers(named, 100 * share, 100 * base, None, None),
+        }
+    rows = [DENSE_ROW, *map(row, grades)]
+    found = standing(rows, {}, SETTINGS, grades)
+    assert found.ranks == {}
+    assert [found.grade_ranks[label].place for label in grades] == [1, 2, 3]
+    scores = np.array([grades[label]["f1"].right for label in grades])
+    # Both tasks are drawn by themselves.
+    drawn = sum(scores[:, source.integers(N, size=(4000, N))].mean(axis=2) for _ in range(2))
+    places = 1 + (drawn[:, None] < drawn[None]).sum(axis=1)
+    for label, place in zip(grades, places, strict=True):
+        rank = found.grade_ranks[label]
+        assert (rank.low, rank.high) == tuple(np.quantile(place, [0.025, 0.975]))
+        assert rank.first == pytest.approx((place == 1).mean(), abs=0.03)

@@ -24,3 +24,23 @@ def test_every_recipe_is_in_the_plan_but_those_with_a_papers_settings(
     assert sorted(labels) == sorted(
         name for name in list_recipes() if not load_recipe(name).paper_settings
     )
+
+
+def test_the_plan_of_generation_asks_in_both_forms(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from streamline_bench.core.machine.environment import resource
+
+    monkeypatch.setenv("STREAMLINE_BENCH_DATA", str(tmp_path))
+    request = make_request(read_request("generation"))
+    rows = [row.label for row in resolve_rows(request)]
+    assert rows[0] == "dense" and {"last_layers", "streamline", "llm_pruner"} <= set(rows)
+    folder = resource("tasks") / "lm_eval" / "local"
+    tasks = {task: (folder / f"{task}.yaml").read_text("utf-8") for task in request.tasks}
+    pairs = {
+        task: line.split()[-1]
+        for task, text in tasks.items()
+        for line in text.splitlines()
+        if "same_questions_as" in line
+    }
+    assert len(pairs) == 2 and set(pairs.values()) <= set(tasks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from statsmodels.stats.proportion import proportion_confint
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.noise import above_noise, flips_above, noise_floor
+from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 
@@ -164,3 +166,25 @@ def test_groups_have_the_floor_of_their_tasks(
 def test_no_repetition(pair: Callable[..., tuple[Samples, Samples]]) -> None:
     with pytest.raises(SamplesError, match="'dense' needs at least one repetition"):
         noise_floor(pair(TASKS)[0], [])
+
+
+def test_noise_of_grades(lm_eval_outputs: Path) -> None:
+    dense, other = (
+        load_samples(lm_eval_outputs / "graded" / name, run=name, progress=False)
+        for name in ("dense", "pruned")
+    )
+    tasks = ["graded_summary"]
+    floor = noise_floor(dense, [other], tasks=tasks, settings=FAST)
+    assert (floor.flips, floor.n, floor.tasks) == (None, 0, ())
+    by_metric = {grade.metric: grade for grade in floor.grades}
+    before, now = (
+        np.array([found["rouge1"] for found in frame.loc[frame["task"] == tasks[0], "metrics"]])
+        for frame in (dense.frame, other.frame)
+    )
+    grade = by_metric["rouge1"]
+    assert grade.moved.value == pytest.approx((before != now).mean())
+    assert grade.difference == pytest.approx((now - before).mean() / 100)
+    result = above_noise(compare_answers(dense, other, tasks=tasks, settings=FAST), floor)
+    found = next(each for each in result.grades if each.metric == "rouge1")
+    assert found.noise_moved == grade.moved.value
+    assert found.moved_above_noise is not None and found.moved_above_noise.value == 0

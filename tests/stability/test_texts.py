@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,21 +15,22 @@ from statsmodels.stats.proportion import proportion_confint
 from streamline_bench.errors import NumericsError, SamplesError
 from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.comparison import Estimate, PerplexityComparison
-from streamline_bench.stability.readers.load import load_samples
-from streamline_bench.stability.samples import Samples
-from streamline_bench.stability.settings import Settings
-from streamline_bench.stability.task_comparison import (
+from streamline_bench.stability.generation_comparison import (
     compare_generations,
-    compare_perplexities,
     first_difference,
     repetition,
 )
+from streamline_bench.stability.readers.load import load_samples
+from streamline_bench.stability.samples import Samples
+from streamline_bench.stability.settings import Settings
+from streamline_bench.stability.task_comparison import compare_perplexities
 
 FAST = Settings(draws=500)
 
 
 def texts(*values: str | None) -> pd.DataFrame:
-    return pd.DataFrame({"task": "t", "filter": "none", "text": list(values), "cluster": None})
+    unknown = dict.fromkeys(("answer", "cluster", "tokens", "thinking", "unfinished"))
+    return pd.DataFrame({"task": "t", "filter": "none", "text": list(values), **unknown})
 
 
 def test_first_difference() -> None:
@@ -109,9 +111,16 @@ def test_compare_has_every_filter(lm_eval_outputs: Path) -> None:
         ("toy_gen", "strict"),
     ]
     verdicts = {task.filter: task for task in result.tasks if task.task == "toy_gen"}
+    files = [next((lm_eval_outputs / name).glob("*/samples_toy_gen_*")) for name in
+             ("dense", "pruned")]  # fmt: skip
+    answers = [
+        {line["doc_id"]: line["resps"] for line in map(json.loads, file.open())} for file in files
+    ]
+    written = sum(answers[0][each] == answers[1][each] for each in answers[0]) / len(answers[0])
     for item in result.generations:
         assert item.exact_match == verdicts[item.filter].difference
-        assert item.identical.value == verdicts[item.filter].same_choice
+        # Texts are compared as they were written, choices as the filter leaves them.
+        assert item.identical.value == written <= (verdicts[item.filter].same_choice or 0)
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +181,45 @@ def test_nan_and_missing_numbers_name_the_document(runs: tuple[Samples, Samples]
     with pytest.raises(SamplesError, match="no 'word_perplexity' on document 3 of task"):
         compare_perplexities(frame, bad.assign(metrics=metrics), 0.95)
     assert replace(runs[1], frame=frame).tasks == ("toy_roll",)
+
+
+def counted(answers: list[tuple[int, int, int, bool]]) -> pd.DataFrame:
+    """Answers of these tokens, of which some thoughts, unfinished or not, right or wrong."""
+    tokens, thinking, unfinished, right = zip(*answers, strict=True)
+    found = texts(*(["w"] * len(answers))).assign(
+        tokens=tokens, thinking=thinking, unfinished=unfinished
+    )
+    return found.assign(correct=pd.array(right, dtype="boolean"))
+
+
+def test_tokens_per_solved_question_against_a_bootstrap_by_hand() -> None:
+    source = np.random.default_rng(1)
+    sides = []
+    for mean, share in ((20, 0.7), (35, 0.5)):
+        tokens = source.poisson(mean, 60) + 1
+        sides.append([(int(n), int(n) // 2, int(n > mean + 8), bool(source.random() < share))
+                      for n in tokens])  # fmt: skip
+    found = compare_generations(*map(counted, sides), Settings(draws=4000), None)
+    assert found is not None and found.tokens and found.thinking and found.unfinished
+    (t, h, u, r), (t2, h2, u2, r2) = (np.array(side).T for side in sides)
+    assert (found.tokens.dense, found.tokens.pruned) == pytest.approx((t.mean(), t2.mean()))
+    assert (found.thinking.dense, found.thinking.pruned) == pytest.approx((h.mean(), h2.mean()))
+    assert found.unfinished.difference.value == pytest.approx(u2.mean() - u.mean())
+    solved = found.tokens_per_solved
+    assert solved is not None and solved.ratio is not None
+    assert solved.dense == pytest.approx(t.sum() / r.sum())
+    assert solved.pruned == pytest.approx(t2.sum() / r2.sum())
+    drawn = source.integers(60, size=(20_000, 60))
+    ratios = t2[drawn].sum(1) / r2[drawn].sum(1) / (t[drawn].sum(1) / r[drawn].sum(1))
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    assert solved.ratio.ends == pytest.approx((low, high), rel=0.05)
+
+
+def test_nothing_solved_and_nothing_counted() -> None:
+    none = counted([(3, 0, 1, False)] * 5)
+    found = compare_generations(counted([(2, 0, 0, True)] * 5), none, FAST, None)
+    assert found is not None and found.tokens_per_solved is not None
+    assert found.tokens_per_solved.pruned is None and found.tokens_per_solved.ratio is None
+    assert found.thinking is None
+    unknown = compare_generations(texts("a"), texts("b"), FAST, None)
+    assert unknown is not None and unknown.tokens is None and unknown.unfinished is None

@@ -14,7 +14,12 @@ from typing import Any
 
 from streamline_bench.report.leaderboard import GradeScore, Leaderboard, Row, TaskScore
 from streamline_bench.report.text import csv_cell
-from streamline_bench.stability.comparison import Estimate, Overall
+from streamline_bench.stability.comparison import (
+    Estimate,
+    FormatComparison,
+    GenerationComparison,
+    Overall,
+)
 
 _NOT_SHOWN = ("error", "ratio_error", "accelerators", "served")
 """Of a speed: what its interval says already, and what has a row per load (throughput.json)."""
@@ -56,6 +61,14 @@ def _record(row: Row) -> dict[str, Any]:
         record |= _task(task)
     for score in row.grades:
         record |= _grade(score)
+    for text in row.generations:
+        record |= _generation(text)
+    for cost in row.solved:
+        name = f":{cost.task}/{cost.filter}"
+        record[f"seconds_per_solved{name}"] = cost.row
+        record |= _with_ends("seconds_per_solved_ratio", cost.ratio, name)
+    for pair in row.formats:
+        record |= _format(pair)
     for found in row.perplexities:
         name = f":{found.task}/{found.unit}"
         record[f"perplexity{name}"] = found.pruned
@@ -109,6 +122,31 @@ def _grade(score: GradeScore) -> dict[str, Any]:
     if found.p_value is not None:
         record |= {f"p_unadjusted{name}": found.p_value, f"p_holm{name}": found.p_holm}
     return record | ({f"decision_by_p_holm{name}": found.decision} if score.decides else {})
+
+
+def _generation(found: GenerationComparison) -> dict[str, Any]:
+    """Shares and tokens of generated texts, and their paired changes."""
+    name = f":{found.task}/{found.filter}"
+    record: dict[str, Any] = {f"identical{name}": found.identical.value}
+    for what in ("empty", "repetition", "unfinished"):
+        if (share := getattr(found, what)) is not None:
+            record[f"{what}{name}"] = share.pruned
+            record |= _with_ends(f"{what}_difference", share.difference, name)
+    for what in ("tokens", "thinking", "tokens_per_solved"):
+        if (length := getattr(found, what)) is not None:
+            record[f"{what}{name}"] = length.pruned
+            record |= _with_ends(f"{what}_ratio", length.ratio, name)
+    return record
+
+
+def _format(found: FormatComparison) -> dict[str, Any]:
+    """Two tasks that ask the same: the row's quadrants, what was kept, and the gap."""
+    name = f":{found.free}/{found.choice}"
+    record: dict[str, Any] = {}
+    for prefix, part in (("", found.pruned), ("kept_", found.kept)):
+        record |= {f"{prefix}{key}{name}": value for key, value in part}
+    record |= _with_ends("free_minus_choice", found.gap, name)
+    return record | {f"free_minus_choice_p{name}": found.p_value, f"kept_p{name}": found.kept_p}
 
 
 def _overall(overall: Overall | None, scope: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streamline_bench.report.leaderboard import Folded, Leaderboard, Row, TaskScore
+from streamline_bench.report.leaderboard import Folded, GradeScore, Leaderboard, Row, TaskScore
 from streamline_bench.stability.comparison import Estimate
 
 
@@ -59,8 +59,10 @@ def _one_row(fold: Folded, members: Sequence[Row]) -> Row:
             **{name: [] for name in ("worst_flips", "curve", "recovery_curve", "perplexities")},
             "scan": None,
             "groups": [],
-            "generations": [],
-            "grades": [],
+            **{name: [] for name in ("generations", "formats", "solved")},
+            "grades": [
+                _one_grade([_graded(row, score) for row in members]) for score in first.grades
+            ],
         }
     )
 
@@ -83,6 +85,30 @@ def _one_task(same: Sequence[TaskScore]) -> TaskScore:
         )
     accuracy = _mean([task.accuracy.value for task in same])
     return same[0].model_copy(update={"accuracy": accuracy, "comparison": comparison})
+
+
+def _graded(row: Row, score: GradeScore) -> GradeScore:
+    """The same metric of another run."""
+    name = score.task, score.filter, score.metric
+    same = (each for each in row.grades if (each.task, each.filter, each.metric) == name)
+    return next(same, score)
+
+
+def _one_grade(same: Sequence[GradeScore]) -> GradeScore:
+    """One grade of several runs: means without intervals."""
+    compared = [score.comparison for score in same if score.comparison]
+    comparison = compared[0] if compared else None
+    if comparison is not None:
+        nothing = ("p_value", "p_holm", "adjusted", "noninferiority_p", "decision",
+                   "noise_moved", "moved_above_noise")  # fmt: skip
+        means = {
+            name: _mean([found.value for found in each])
+            for name in ("pruned", "difference", "ratio")
+            if (each := [value for one in compared if (value := getattr(one, name)) is not None])
+        }
+        comparison = comparison.model_copy(update={**dict.fromkeys(nothing), **means})
+    value = _mean([score.value.value for score in same])
+    return same[0].model_copy(update={"value": value, "comparison": comparison})
 
 
 def _mean(values: Sequence[float]) -> Estimate:

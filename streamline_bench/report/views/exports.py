@@ -141,7 +141,7 @@ def _chosen(lines: Sequence[Sequence[str]], kept: Sequence[int]) -> list[list[st
 
 
 def _cells(board: Leaderboard, row: Row) -> list[str]:
-    rank, macro = board.ranks.get(row.label), row.macro
+    rank, macro = board.shown_ranks.get(row.label), row.macro
     speed = row.speed.ratio if row.speed else None
     return [
         row.label,

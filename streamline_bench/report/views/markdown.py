@@ -68,7 +68,7 @@ def _leaderboard(board: Leaderboard, rows: Sequence[Row]) -> Markup:
     """One line per row; a column in which every cell is empty is left out."""
 
     def rank(row: Row) -> str:
-        found = board.ranks.get(row.label)
+        found = board.shown_ranks.get(row.label)
         return f"{found.place} [{found.low}, {found.high}]" if found else ""
 
     first, *others = _COLUMNS

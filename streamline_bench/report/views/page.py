@@ -178,7 +178,7 @@ def _rows(board: Leaderboard) -> list[PageRow]:
             **dict(row),
             index=index,
             id=f"row-{index}",
-            place=board.ranks.get(row.label),
+            place=board.shown_ranks.get(row.label),
             bar=Bar.of(row.accuracy_macro, ends[index], axis) if row.accuracy_macro else None,
         )
         for index, row in enumerate(rows)
@@ -223,6 +223,9 @@ def _has(rows: Sequence[Row]) -> dict[str, bool]:
         "divergence": any(row.divergence for row in rows),
         "generations": any(row.generations for row in rows),
         "degeneration": any(found.empty for row in rows for found in row.generations),
+        "tokens": any(found.tokens for row in rows for found in row.generations),
+        "solved": any(row.solved for row in rows),
+        "formats": any(row.formats for row in rows),
         "ours": any(item.ours for row in rows for item in row.published),
     }
 

@@ -137,7 +137,8 @@ def _line(state: JobState, states: Mapping[str, JobState], clock: _Clock) -> str
     if state.status in ("failed", "skipped"):
         return f"{name}: {state.status}: {printable(state.reason)}"
     took = f" in {_span(seconds)}" if seconds is not None and state.status == "done" else ""
-    words = {"done": "done", "waiting": "lost, will be tried again"}
+    words = {"done": "done", "waiting": "lost, will be tried again",
+             "same": f"the same weights as {printable(state.twin or '')}"}  # fmt: skip
     how = ""
     if state.done is not None and state.done.facts.together:
         how = f", one walk of {len(state.done.facts.together)} models"

@@ -194,6 +194,7 @@ class Plan(Frozen):
         reference: label of the dense row that the others are compared with.
         more: what the harness is asked with other options than those of ``evaluation``.
         metrics: task or group -> the metric that judges it, in place of its own.
+        pairs: task with free answers -> the one that asks the same and gives choices.
         versions: packages that decide a result.
         task_data: task as asked -> SHA-256 of its configuration and data.
         asked: every set of questions that was put to rows of this folder, in this order. A row is
@@ -222,6 +223,7 @@ class Plan(Frozen):
     text: TextPlan | None = None
     environment: dict[str, str] = Field(default_factory=dict)
     metrics: dict[str, str] = Field(default_factory=dict)
+    pairs: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str]
     task_data: dict[str, str] = Field(default_factory=dict)
     asked: tuple[Evaluation, ...] = ()

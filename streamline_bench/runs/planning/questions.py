@@ -69,6 +69,7 @@ def evaluations(request: Request, own: Sequence[Path], *, first_model: str) -> l
     index = open_index(names, own, request.metadata or None)
     parts = {name: [*parts_of(index, name)] for name in names}
     _check_metrics(request.metrics, {*names, *_tasks(parts, names)})
+    _check_pairs(request.pairs, _tasks(parts, names))
     found = []
     checked: list[Any] = []
     for options, asked in _by_options(request):
@@ -182,6 +183,16 @@ def _check_samples(
                 f"samples asks document {ids[-1]} of '{task}', which has {count} documents; give "
                 f"numbers from 0 to {count - 1}."
             )
+
+
+def _check_pairs(pairs: Mapping[str, str], known: Collection[str]) -> None:
+    for free, choice in pairs.items():
+        for task in (free, choice):
+            if task not in known:
+                raise RecipeError(
+                    f"--pair {free}={choice}: '{task}' is not among the tasks"
+                    f"{suggest_or_list(task, sorted(known))}"
+                )
 
 
 def _check_metrics(metrics: Mapping[str, str], known: Collection[str]) -> None:

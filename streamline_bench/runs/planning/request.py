@@ -93,6 +93,8 @@ class Request(HarnessOptions):
         overrides: recipe keys for every row but the dense one (``set`` in a plan file). A list for
             one of :data:`AXES` gives a row for each value, of the rows that read it.
         metrics: task or group -> the metric of its samples that judges it, in place of its own.
+        pairs: task with free answers -> the one that asks the same and gives choices, besides what
+            the tasks' metadata say.
         limit: documents per task (a share of them below 1), None for all.
         apply_chat_template: True, or the name of a template that the tokenizer has.
         batch_size: what the harness is given; with ``engine: vllm``, ``auto`` unless given.
@@ -121,6 +123,7 @@ class Request(HarnessOptions):
     include_path: tuple[str, ...] = ()
     overrides: dict[str, Any] = Field(default_factory=dict, alias="set")
     metrics: dict[str, str] = Field(default_factory=dict)
+    pairs: dict[str, str] = Field(default_factory=dict)
     limit: float | None = Field(None, gt=0, allow_inf_nan=False)
     num_fewshot: int | None = Field(None, ge=0)
     apply_chat_template: bool | str = False

@@ -120,7 +120,7 @@ def resolve_plan(
         noise=_noise(request, [each.questions for each in (evaluation, *more)]),
         text=_text(request, source.folder),
         versions=package_versions(),
-        **same("revision dtype trust_remote_code threads throughput environment metrics"),
+        **same("revision dtype trust_remote_code threads throughput environment metrics pairs"),
     )
 
 

@@ -23,12 +23,14 @@ from tqdm import tqdm
 
 from streamline_bench.core.files import read_json
 from streamline_bench.errors import SamplesError, few
+from streamline_bench.stability.readers.answer_tokens import ANSWER_TOKENS
 from streamline_bench.stability.readers.lm_eval_rows import (
     LogFile,
     TaskConfig,
     TaskFacts,
     parse_row,
     with_verdicts,
+    without_placeholders,
 )
 from streamline_bench.stability.samples import Row, RunInfo, Samples, task_hash, well_formed
 
@@ -37,8 +39,9 @@ _LONGEST_NAME = 255  # bytes, of a file
 
 _MODEL = ("model", "model_args", "model_name", "model_sha", "model_revision", "peft_sha")
 _ASKED = ("version", "examples before a question", "hash of the questions")
-_NO_SETTINGS = frozenset({"batch_size", "batch_sizes", "device", "use_cache", "bootstrap_iters"})
-"""Keys of the config that decide speed, place or intervals, and no answer."""
+_NO_SETTINGS = frozenset({"batch_size", "batch_sizes", "device", "use_cache", "bootstrap_iters",
+                           ANSWER_TOKENS})  # fmt: skip
+"""Keys of the config that decide speed, place or intervals, or are results, and no answer."""
 
 
 class _Counts(LogFile):
@@ -101,7 +104,7 @@ class _Results(LogFile):
         """What this file says about a task."""
         return TaskFacts(
             task, str(self.versions[task]), self.configs[task], chat=bool(self.chat_template),
-            higher_is_better=self.metrics(task),
+            higher_is_better=self.metrics(task), answer_tokens=self.config.get(ANSWER_TOKENS) or {},
         )  # fmt: skip
 
     def metrics(self, task: str) -> dict[str, bool | None]:
@@ -148,8 +151,11 @@ class _Evaluation:
             "--log_samples, and keep its output."
         )
 
-    def rows(self, task: str, bar: tqdm[Any]) -> list[Row]:
-        """Read a task's samples; errors are those of :func:`read_lm_eval`."""
+    def rows(self, task: str, bar: tqdm[Any]) -> tuple[list[Row], dict[str, bool | None]]:
+        """Read a task's samples, and say of its metrics in order whether higher is better.
+
+        Errors are those of :func:`read_lm_eval`.
+        """
         file, facts = self.samples_file(task), self.results.facts(task)
         rows = list(_parsed(file, facts, bar))
         if not rows:
@@ -169,15 +175,21 @@ class _Evaluation:
                 f"{file} does not belong to its results file: the hash of task '{task}' differs; "
                 "evaluate again."
             )
-        with_verdicts(rows, facts.higher_is_better)
-        return rows
+        aggregates = self.results.results.get(task, {})
+        printed = {name.partition(",")[0]: value for name, value in aggregates.items()}
+        higher = self.results.metrics(task)
+        joined = without_placeholders(rows, printed, list(higher))
+        if joined is not None:
+            higher = {joined: True, **higher}
+        with_verdicts(rows, higher)
+        return rows, higher
 
     def asked(self, task: str) -> tuple[Any, ...]:
         """What a task was asked: its version, its shots, and a hash over questions and prompts."""
         digest = self.results.task_hashes.get(task)
         if digest is None:
             with tqdm(disable=True) as bar:
-                digest = task_hash(self.rows(task, bar))
+                digest = task_hash(self.rows(task, bar)[0])
         return str(self.results.versions[task]), self.results.n_shot.get(task), digest
 
     def has_samples(self, task: str) -> bool:
@@ -215,14 +227,16 @@ def read_lm_eval(
     wanted = [(part, task) for part in parts for task in part.tasks]
     files = [part.samples_file(task) for part, task in wanted]
     rows: list[Row] = []
+    metrics: dict[str, dict[str, bool | None]] = {}
     with tqdm(
         total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True,
         desc="samples", delay=2, disable=not progress,
     ) as bar:  # fmt: skip
         for part, task in wanted:
-            rows += part.rows(task, bar)
+            found_rows, metrics[task] = part.rows(task, bar)
+            rows += found_rows
     names = {task: str(file) for (_, task), file in zip(wanted, files, strict=True)}
-    return Samples.from_rows(rows, _run_info(parts, left_out, names, run))
+    return Samples.from_rows(rows, _run_info(parts, left_out, names, run, metrics))
 
 
 def _results_files(path: Path, timestamp: str | None) -> list[Path]:
@@ -375,7 +389,11 @@ def _name_filters(rows: Sequence[Row], facts: TaskFacts, file: Path) -> None:
 
 
 def _run_info(
-    parts: Sequence[_Evaluation], left_out: dict[str, str], files: dict[str, str], run: str | None
+    parts: Sequence[_Evaluation],
+    left_out: dict[str, str],
+    files: dict[str, str],
+    run: str | None,
+    metrics: dict[str, dict[str, bool | None]],
 ) -> RunInfo:
     """What the evaluations say together; each task is described by the one it is read from."""
     newest = parts[0]
@@ -392,7 +410,6 @@ def _run_info(
             if key in part.tasks or key not in part.results.tasks
         }
 
-    metrics = {task: part.results.metrics(task) for part in parts for task in part.tasks}
     with well_formed(str(newest.file), "a results file of lm-eval", "evaluate again"):
         return RunInfo(
             run=run or newest.file.parent.name,
@@ -409,11 +426,16 @@ def _run_info(
             system_instruction=about.system_instruction,
             fewshot_as_multiturn=about.fewshot_as_multiturn,
             limit=limit if isinstance(limit, int | float) else None,
-            config=about.config,
+            config={k: v for k, v in about.config.items() if k != ANSWER_TOKENS},
             results=of_tasks("results"),
             higher_is_better=of_tasks("higher_is_better") | metrics,
             metrics={task: list(names) for task, names in metrics.items()},
             repeats={name: config.repeats for name, config in of_tasks("configs").items()},
+            same_questions={
+                name: config.same_questions
+                for name, config in of_tasks("configs").items()
+                if config.same_questions
+            },
             data={name: config.data for name, config in of_tasks("configs").items()},
             seconds=sum(part.results.seconds or 0 for part in parts) or None,
             machine=about.machine,

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from streamline_bench.errors import NumericsError
 from streamline_bench.stability.metrics import NORM_METRIC, deciding, is_verdict
+from streamline_bench.stability.readers.answer_tokens import noted_tokens
 from streamline_bench.stability.samples import Row, well_formed
 from streamline_bench.stability.statistics.clusters import cluster_of
 
@@ -54,6 +55,7 @@ class TaskConfig(LogFile):
     metric_list: list[dict[str, Any]] = []
     filter_list: list[dict[str, Any]] = []
     repeats: int = 1
+    metadata: Any = None
     dataset_path: Any = None
     dataset_name: Any = None
     test_split: Any = None
@@ -65,6 +67,13 @@ class TaskConfig(LogFile):
         split = self.test_split or self.validation_split
         named = {"dataset": self.dataset_path, "subset": self.dataset_name, "split": split}
         return {key: str(value) for key, value in named.items() if value}
+
+    @property
+    def same_questions(self) -> str | None:
+        """The task that asks the same as this one in another way, where the metadata name one."""
+        told = self.metadata if isinstance(self.metadata, Mapping) else {}
+        named = told.get("same_questions_as")
+        return named if isinstance(named, str) else None
 
     @property
     def higher_is_better(self) -> dict[str, bool | None]:
@@ -84,6 +93,7 @@ class TaskFacts:
     Attributes:
         chat: a chat template was applied.
         higher_is_better: its metrics in their order, and whether higher is better.
+        answer_tokens: request -> tokens of its answers, where the model noted them.
     """
 
     name: str
@@ -91,6 +101,7 @@ class TaskFacts:
     config: TaskConfig
     chat: bool = False
     higher_is_better: Mapping[str, bool | None] = field(default_factory=dict)
+    answer_tokens: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
 
     @property
     def delimiter(self) -> str:
@@ -120,6 +131,7 @@ class _Line(BaseModel):
     target: Any
     arguments: dict[str, dict[str, Any]] = Field(min_length=1)
     filtered_resps: list[Any]
+    resps: list[Any] = []
     filter: str | None = None
     metrics: list[str] = []
     doc_hash: str
@@ -223,6 +235,10 @@ def _row(line: _Line, facts: TaskFacts, where: str) -> Row:
     )
     if facts.config.output_type == "generate_until":
         row.text = _text(line.filtered_resps)
+        answer = _first_text(line.resps)
+        row.answer = None if answer == row.text else answer
+        if (counted := noted_tokens(facts.answer_tokens, requests)) is not None:
+            row.tokens, row.thinking, row.unfinished = counted
     else:
         _score(row, line, facts, where)
     return row
@@ -231,6 +247,13 @@ def _row(line: _Line, facts: TaskFacts, where: str) -> Row:
 def _text(answers: list[Any]) -> str:
     first = answers[0] if len(answers) == 1 else answers
     return first if isinstance(first, str) else json.dumps(first, ensure_ascii=False)
+
+
+def _first_text(responses: Any) -> str | None:
+    """The first answer of lists of them; None where it is no text."""
+    while isinstance(responses, list) and responses:
+        responses = responses[0]
+    return responses if isinstance(responses, str) else None
 
 
 def _score(row: Row, line: _Line, facts: TaskFacts, where: str) -> None:
@@ -323,3 +346,42 @@ def with_verdicts(
             row.verdict_metric = verdict
             row.correct_norm = row.correct_norm if norm else None
             row.gold = row.gold if acc else None
+
+
+_NOT_ASKED = -1.0
+"""What RULER logs for lengths that a document does not have."""
+
+
+def without_placeholders(
+    rows: Sequence[Row], printed: Mapping[str, Any], names: Sequence[str]
+) -> str | None:
+    """Drop numbers that say that a metric is not of this document; return what stands for it.
+
+    They are those without which the mean is the number that the harness prints. If every document
+    then has exactly one of several metrics, that number also gets a name for all: ``4096 or 8192``.
+
+    Args:
+        printed: metric -> number over all documents.
+        names: metrics in the order of the configuration.
+    """
+    dropped = False
+    for name in names:
+        values = [row.metrics[name] for row in rows if name in row.metrics]
+        kept = [value for value in values if value != _NOT_ASKED]
+        aggregate = printed.get(name)
+        if len(kept) == len(values) or not isinstance(aggregate, int | float):
+            continue
+        expected = sum(kept) / len(kept) if kept else _NOT_ASKED
+        if math.isclose(aggregate, expected, abs_tol=1e-9):
+            dropped = True
+            for row in rows:
+                if row.metrics.get(name) == _NOT_ASKED:
+                    del row.metrics[name]
+    own = [[name for name in names if name in row.metrics] for row in rows]
+    together = [name for name in names if any(name in each for each in own)]
+    if not dropped or len(together) < 2 or any(len(each) != 1 for each in own):
+        return None
+    joined = " or ".join(together)
+    for row, (name,) in zip(rows, own, strict=True):
+        row.metrics[joined] = row.metrics[name]
+    return joined

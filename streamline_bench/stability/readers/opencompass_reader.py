@@ -57,6 +57,8 @@ _VERDICTS = ("correct", "is_correct", "cascade_correct")
 _TEXTS = frozenset(
     {"pred", "prediction", "predictions", "answer", "reference", "references", "gold"}
 )
+_OVER_REPETITIONS = frozenset({"example_abbr"})
+_RUNS = re.compile(r" \(\d+ runs average\)$")
 _ACCURACY = re.compile(r"^accuracy( \(\d+ runs average\))?$")
 
 
@@ -86,7 +88,14 @@ class Evaluation(BaseModel):
         """How many times each question was asked, as far as the details tell."""
         if self.numbered or not self.listed:
             return 1
-        return len(_verdicts(self.listed[0]) or [True])
+        first = self.listed[0]
+        if (verdicts := _verdicts(first)) is not None or not isinstance(first, dict):
+            return len(verdicts or [True])
+        # OpenCompass makes a list of every field of a question, with an entry per repetition.
+        fields = [value for key, value in first.items() if key not in _OVER_REPETITIONS]
+        lengths = {len(value) for value in fields if isinstance(value, list)}
+        whole = len(lengths) == 1 and all(isinstance(value, list) for value in fields)
+        return lengths.pop() if whole else 1
 
     @cached_property
     def numbers(self) -> dict[str, float]:
@@ -99,20 +108,21 @@ class Evaluation(BaseModel):
 
     @cached_property
     def graded(self) -> dict[str, list[float]]:
-        """Numbers per question whose mean, or 100 times it, is reported; by the reported name."""
+        """Numbers per prediction whose mean, or 100 times it, is reported; by the reported name."""
         details = [detail for detail in self.listed if isinstance(detail, dict)]
-        if not details or len(details) < len(self.listed) or self.repetitions > 1:
+        if not details or len(details) < len(self.listed):
             return {}
         found: dict[str, list[float]] = {}
         for key in details[0]:
-            values = [detail.get(key) for detail in details]
-            numbers = [float(value) for value in values if isinstance(value, int | float)]
-            if key in _TEXTS or len(numbers) < len(values):
+            values = [_numbers(detail.get(key)) for detail in details]
+            if key in _TEXTS or any(len(value) != self.repetitions for value in values):
                 continue
+            # In the order of predictions: first repetition of every question, then the second.
+            numbers = [value[number] for number in range(self.repetitions) for value in values]
             mean = sum(numbers) / len(numbers)
             named = [name for name, value in self.numbers.items() if _is_mean(value, mean)]
-            for name in sorted(named, key=lambda name: name != key)[:1]:
-                found.setdefault(name, numbers)
+            for name in sorted(named, key=lambda name: _RUNS.sub("", name) != key)[:1]:
+                found.setdefault(_RUNS.sub("", name), numbers)
         return found
 
     @property
@@ -422,6 +432,12 @@ def _judge(rows: Sequence[Row], evaluation: Evaluation, path: Path) -> None:
             f"{path} reports accuracy {accuracy:.4f}, the predictions beside it give "
             f"{100 * sum(own) / len(own):.4f}: it was made from others; {_EVALUATE}."
         )
+
+
+def _numbers(value: Any) -> list[float]:
+    """A number of a question, or those of its repetitions; empty for anything else."""
+    found = value if isinstance(value, list) else [value]
+    return [float(part) for part in found] if all(isinstance(p, int | float) for p in found) else []
 
 
 def _verdicts(detail: Any) -> list[bool] | None:

@@ -20,6 +20,7 @@ from streamline_bench.stability.statistics.clusters import ClusterLabels
 from streamline_bench.stability.statistics.intervals import (
     bootstrap_interval,
     ratio_draws,
+    resamples,
     t_quantile,
     t_tail,
     task_generator,
@@ -199,3 +200,44 @@ def mean_ratio(
     (low, high), method = bootstrap_interval(value, draws, units, settings.confidence)
     method = f"{method} over {units:,} {over}"
     return Estimate(value=value, low=max(0.0, low), high=high, method=method)
+
+
+Pair = tuple[FloatArray, FloatArray]
+"""What is summed above, and what below, float64 [n] each."""
+
+
+def ratio_of_ratios(
+    dense: Pair,
+    pruned: Pair,
+    clusters: ClusterLabels | None,
+    settings: Settings,
+    names: Sequence[str],
+) -> Estimate | None:
+    """(pruned above / pruned below) / (dense above / dense below), by resampling documents.
+
+    Such as tokens per solved question. None where a sum is 0; no interval where that is so in a
+    share of the draws that the interval would need.
+    """
+    arrays, units, over = [*dense, *pruned], len(dense[0]), "documents"
+    if clusters is not None:
+        sums = clusters.sums(*arrays)
+        arrays, units, over = list(sums.T), clusters.shown.count, clusters.shown.kind
+    totals = [float(array.sum()) for array in arrays]
+    if min(totals) <= 0:
+        return None
+    value = totals[2] / totals[3] / (totals[0] / totals[1])
+    if units < 2:
+        return Estimate(value=value)
+    table = np.stack(arrays, axis=1)
+    generator = task_generator(settings.seed, *names)
+    sizes = np.ones(units, dtype=np.int64)
+    drawn = np.concatenate(
+        [counts @ table for counts in resamples(sizes, settings.draws, generator)]
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(drawn[:, 2] * drawn[:, 1]) - np.log(drawn[:, 3] * drawn[:, 0])
+    if not np.isfinite(logs).all() or np.ptp(logs) == 0:
+        return Estimate(value=value)
+    (low, high), method = bootstrap_interval(math.log(value), logs, units, settings.confidence)
+    method = f"{method} over {units:,} {over}"
+    return Estimate(value=value, low=math.exp(low), high=math.exp(high), method=method)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,53 @@ def fill_idioms(documents: datasets.Dataset) -> datasets.Dataset:
         return {"before": before, "choices": choices, "gold": document["answer"]}
 
     return documents.map(split)
+
+
+def last_words(documents: datasets.Dataset) -> datasets.Dataset:
+    """Stories up to the last word of the sentence that comes next, and four last words to choose.
+
+    Stories whose candidates end in the same word are left out.
+    """
+
+    def split(document: dict[str, Any]) -> dict[str, Any]:
+        ends = [re.findall(r"[A-Za-z']+", choice)[-1:] for choice in document["choices"]]
+        words = [end[0] if end else "" for end in ends]
+        right = document["choices"][document["gold"]]
+        before = right[: right.rfind(words[document["gold"]])].rstrip()
+        return {"text": f"{document['query']} {before}", "words": words}
+
+    found = documents.map(split)
+    return found.filter(
+        lambda document: all(document["words"]) and len(set(document["words"])) == 4
+    )
+
+
+OPERATIONS = {"plus": operator.add, "minus": operator.sub, "times": operator.mul}
+
+
+def arithmetic(count: int = 500, **_: object) -> datasets.DatasetDict:
+    """Sums, differences and products of small numbers: nothing is read, the same for everyone.
+
+    Columns: ``question``, ``answer`` and, of four ``choices``, the number ``gold`` of the right
+    one.
+    """
+    draw = random.Random(0)
+    asked: dict[str, dict[str, Any]] = {}
+    while len(asked) < count + 4:
+        name = draw.choice(list(OPERATIONS))
+        first, second = sorted((draw.randint(2, 12), draw.randint(2, 30)), reverse=True)
+        right = OPERATIONS[name](first, second)
+        near = {right + step for step in (-10, -3, -2, -1, 1, 2, 3, 10) if right + step >= 0}
+        choices = [right, *draw.sample(sorted(near), 3)]
+        draw.shuffle(choices)
+        question = f"What is {first} {name} {second}?\nAnswer:"
+        asked[question] = {"question": question, "answer": str(right), "gold": choices.index(right),
+                           "choices": [str(choice) for choice in choices]}  # fmt: skip
+    rows = list(asked.values())
+    return datasets.DatasetDict({
+        "test": datasets.Dataset.from_list(rows[4:]),
+        "examples": datasets.Dataset.from_list(rows[:4]),
+    })  # fmt: skip
 
 
 def rouge(document: dict[str, Any], results: list[str]) -> dict[str, float]:

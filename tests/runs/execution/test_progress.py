@@ -149,3 +149,12 @@ def test_a_terminal_gets_a_table(
     assert "done 3 s" in shown
     assert "3 of 3 jobs" in shown
     assert "\x1b[31mbad" not in shown
+
+
+def test_a_row_with_the_weights_of_another_is_said(states: dict[str, JobState]) -> None:
+    stream = io.StringIO()
+    show = PlainLines(Console(file=stream, width=200), RunPaths(Path()))
+    a, b = states.values()
+    a.status, a.done = "done", _done(1.0)
+    b.status, b.twin, b.done = "same", a.job.name, a.done
+    assert _lines(show, states, stream)[1].startswith("score-b: the same weights as score-a")

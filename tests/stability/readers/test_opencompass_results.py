@@ -305,3 +305,48 @@ def test_damaged_results(opencompass_files: Any, run: Path) -> None:
     path.write_text("[]")
     with pytest.raises(SamplesError, match=r"qa\.json.*evaluat"):
         load_samples(run)
+
+
+def listed(repetitions: int, **fields: list[Any]) -> list[dict[str, Any]]:
+    """Details as OpenCompass flattens them: every field is a list over repetitions."""
+    questions = len(next(iter(fields.values()))) // repetitions
+    return [
+        {"example_abbr": f"qa_{question}",
+         **{key: values[question::questions] for key, values in fields.items()}}
+        for question in range(questions)
+    ]  # fmt: skip
+
+
+def test_flattened_grades(opencompass_files: Any, run: Path) -> None:
+    details = listed(1, rouge1=[10.0, 30.0, 20.0, 0.0], pred=[[1, 2], [3], [4], []])
+    payload = {"rouge1": 15.3, "rouge1 (mean of questions)": 15.0, "details": details}
+    opencompass_files.write_results(run, "tiny", "qa", payload)
+    samples = load_samples(run)
+    name = "rouge1 (mean of questions)"
+    assert metrics(samples, "qa") == [{name: value} for value in (10.0, 30.0, 20.0, 0.0)]
+    result = compare_answers(samples, samples, settings=Settings(draws=200))
+    (found,) = (each for each in result.grades if each.task == "qa")
+    assert (found.metric, found.scale, found.decides) == (name, 100.0, True)
+    assert "rouge1" in result.aggregate_only["qa"]
+
+
+def test_code_and_mathematics(opencompass_files: Any, run: Path) -> None:
+    """HumanEval says ``is_correct``, MATH ``correct``, beside numbers of other names."""
+    for key, name in (("is_correct", "humaneval_pass@1"), ("correct", "accuracy")):
+        details = listed(1, **{key: RIGHT, "programs": ["x"] * 4})
+        opencompass_files.write_results(run, "tiny", "qa", {name: 50.0, "details": details})
+        samples = load_samples(run)
+        assert verdicts(samples, "qa") == RIGHT
+
+
+def test_grades_of_repetitions(opencompass_files: Any, run: Path) -> None:
+    entries = opencompass_files.gen(2, seed=1, golds=["A"] * 2)
+    opencompass_files.write(run / "predictions" / "tiny", "qa", entries + entries)
+    details = listed(2, score=[0.5, 1.0, 0.25, 0.0])
+    payload = {"score (2 runs average)": 43.75, "details": details}
+    opencompass_files.write_results(run, "tiny", "qa", payload)
+    frame = load_samples(run).frame
+    rows = frame[frame["task"] == "qa"]
+    found = [(row["filter"], row["metrics"]["score"]) for _, row in rows.iterrows()]
+    first, second = "repetition 1", "repetition 2"
+    assert found == [(first, 0.5), (first, 1.0), (second, 0.25), (second, 0.0)]

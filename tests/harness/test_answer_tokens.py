@@ -1,0 +1,91 @@
+"""Tokens of generated answers: counted by hand, and against transformers' own generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_bench.harness.answer_tokens import count_answer
+from streamline_bench.stability.readers.answer_tokens import (
+    ANSWER_TOKENS,
+    noted_tokens,
+    request_key,
+)
+
+WORDS = ["<end>", "<think>", "a", "b", "\n", "c", "."]
+
+
+def decode(tokens: Sequence[int]) -> str:
+    return "".join(WORDS[token] for token in tokens if token)
+
+
+def counted(text: Sequence[int], think: int | str | None = None) -> tuple[float, ...]:
+    return tuple(count_answer(text, ends=[0], stop=["\n", ".c"], think_end=think, decode=decode))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "think", "expected"),
+    [
+        ([2, 3, 0, 0, 0], None, (3, 0, 0)),  # its end, then padding
+        ([2, 3, 4, 2, 2], None, (3, 0, 0)),  # others of the batch went on
+        ([2, 6, 5, 2], None, (3, 0, 0)),  # a stop of two tokens
+        ([2, 3, 5, 6], None, (4, 0, 1)),  # the limit
+        ([2, 2, 1, 3, 0], 1, (5, 3, 0)),
+        ([2, 1, 2, 1, 3, 6], "<think>", (6, 4, 1)),
+        ([2, 3, 0], "<think>", (3, 0, 0)),
+        ([], None, (0, 0, 1)),
+    ],
+)
+def test_by_hand(tokens: list[int], think: int | str | None, expected: tuple[float, ...]) -> None:
+    assert counted(tokens, think) == expected
+
+
+def test_answers_of_a_document_are_averaged() -> None:
+    arguments = {"until": ["\n"], "max_gen_toks": 4}
+    noted = {request_key("q", arguments): [[3, 1, 0], [4, 2, 1]]}
+    assert noted_tokens(noted, [("q", dict(reversed(arguments.items())))]) == (3.5, 1.5, 0.5)
+    assert noted_tokens(noted, [("q", {})]) is None
+
+
+def test_of_a_run_against_generation_one_by_one(
+    tiny_llama: Path, trunk_tasks: Path, tmp_path: Path
+) -> None:
+    import torch
+    from lm_eval import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from streamline_bench.harness.lm import StreamlineLM
+    from streamline_bench.stability.readers.load import load_samples
+
+    tracker = EvaluationTracker(output_path=str(tmp_path))
+    lm = StreamlineLM(pretrained=str(tiny_llama), device="cpu", batch_size=4)
+    found: Any = simple_evaluate(
+        model=lm, tasks=["trunk_generation"], log_samples=True, evaluation_tracker=tracker,
+        task_manager=TaskManager(include_path=str(trunk_tasks), include_defaults=False),
+        gen_kwargs="max_gen_toks=12,until=w7", bootstrap_iters=0,
+    )  # fmt: skip
+    samples = found.pop("samples")
+    tracker.save_results_aggregated(results=found, samples=samples)
+    tracker.save_results_samples("trunk_generation", samples["trunk_generation"])
+    assert len(found["config"][ANSWER_TOKENS]) == 9
+
+    table = load_samples(tmp_path, progress=False)
+    assert ANSWER_TOKENS not in table.info.config
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    for prompt, tokens, unfinished in zip(
+        table.frame["prompt"], table.frame["tokens"], table.frame["unfinished"], strict=True
+    ):
+        given = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        with torch.no_grad():
+            whole = model.generate(**given, max_new_tokens=12, do_sample=False)[0]
+        new = whole[given["input_ids"].shape[1] :].tolist()
+        texts = [tokenizer.decode(new[:count]) for count in range(1, len(new) + 1)]
+        ended = [count for count, text in enumerate(texts, 1) if "w7" in text or "</s>" in text]
+        assert tokens == (ended[0] if ended else 12)
+        assert unfinished == (not ended)
