@@ -42,6 +42,10 @@ Made = TypeVar("Made", bound="CompressedModel")
 class CompressedModel(LM):  # type: ignore[misc]
     """Goes in front of the harness's class: a user's mistake ends its command with a sentence."""
 
+    cache_hook: Any
+    answer_tokens: Mapping[str, Sequence[AnswerTokens]] = {}
+    """Request -> tokens of its answers, of the requests that were generated last."""
+
     _named_template: str | None = None
 
     @classmethod
@@ -67,9 +71,6 @@ class CompressedModel(LM):  # type: ignore[misc]
         with user_errors():
             separate_cache(cache_hook.dbdict, self._identity())
         super().set_cache_hook(cache_hook)
-
-    answer_tokens: Mapping[str, Sequence[AnswerTokens]] = {}
-    """Request -> tokens of its answers, of the requests that were generated last."""
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the chat template, and use it where it is named.

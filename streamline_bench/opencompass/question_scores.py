@@ -60,8 +60,9 @@ def question_details(
     ]
     found: dict[str, list[float]] = {}
     for name, value in list(whole.items()):
-        values = [part.get(name) for part in parts]
-        if not parts or not all(isinstance(each, int | float) for each in [value, *values]):
+        given = [part.get(name) for part in parts]
+        values = [float(each) for each in given if isinstance(each, int | float)]
+        if not parts or len(values) < len(parts) or not isinstance(value, int | float):
             continue
         mean = statistics.fmean(values)
         same = math.isclose(mean, value, rel_tol=1e-6, abs_tol=1e-6)

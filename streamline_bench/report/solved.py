@@ -26,19 +26,15 @@ def with_solved(row: Row, rows: Sequence[Row], usual: str) -> Row:
 
 def _cost(found: GenerationComparison, dense: Speed, speed: Speed) -> SolvedCost | None:
     tokens = found.tokens_per_solved
-    rates = dense.output_tokens_per_second, speed.output_tokens_per_second
-    if tokens is None or not all(rates):
+    before, now = dense.output_tokens_per_second, speed.output_tokens_per_second
+    if tokens is None or not before or not now:
         return None
-    seconds = [
-        None if each is None or not rate else each / rate
-        for each, rate in zip((tokens.dense, tokens.pruned), rates, strict=True)
-    ]
     return SolvedCost(
         task=found.task,
         filter=found.filter,
         tokens=tokens,
-        dense=seconds[0],
-        row=seconds[1],
+        dense=None if tokens.dense is None else tokens.dense / before,
+        row=None if tokens.pruned is None else tokens.pruned / now,
         ratio=_ratio(tokens.ratio, speed),
     )
 
@@ -50,16 +46,14 @@ def _ratio(tokens: Estimate | None, speed: Speed) -> Estimate | None:
     value = tokens.value / speed.ratio
     if tokens.low is None or tokens.high is None or tokens.low <= 0:
         return Estimate(value=value)
-    speeds = speed.ratio_low, speed.ratio, speed.ratio_high
-    known = None not in speeds
-    slow, fast = (
-        (math.log(speed.ratio / speeds[0]), math.log(speeds[2] / speed.ratio))
-        if known
-        else (0.0, 0.0)
-    )
+    slow, fast, more = 0.0, 0.0, ""
+    if speed.ratio_low is not None and speed.ratio_high is not None:
+        more = "; and of the ratio of speeds"
+        slow = math.log(speed.ratio / speed.ratio_low)
+        fast = math.log(speed.ratio_high / speed.ratio)
     below = math.hypot(math.log(tokens.value / tokens.low), fast)
     above = math.hypot(math.log(tokens.high / tokens.value), slow)
-    method = f"{tokens.method}" + ("; and of the ratio of speeds" if known else "")
+    method = f"{tokens.method}{more}"
     return Estimate(
         value=value, low=value * math.exp(-below), high=value * math.exp(above), method=method
     )

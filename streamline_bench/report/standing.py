@@ -63,6 +63,11 @@ class TaskAnswers:
     weights: FloatArray | None
 
     @property
+    def verdicts(self) -> BoolArray:
+        """``right`` of a task with verdicts, bool [n]."""
+        return self.right.astype(np.bool_)
+
+    @property
     def labels(self) -> Any:
         """Clusters as int64 [n]; None if documents stand alone."""
         return None if self.clusters is None else self.clusters.labels
@@ -343,7 +348,8 @@ def between(first: Entry, second: Entry, settings: Settings) -> Between:
     if one is not None and two is not None:
         paired = PairedDifference(
             tuple(
-                paired_sample(two[task].right, one[task].right, one[task].clusters) for task in one
+                paired_sample(two[task].verdicts, one[task].verdicts, one[task].clusters)
+                for task in one
             )
         )
         p = paired.p_value()

@@ -54,11 +54,10 @@ def _compared(
     pairs: AlignedPairs, free: ComparedTask, choice: ComparedTask, settings: Settings
 ) -> FormatComparison:
     names = free.result.task, choice.result.task
-    documents = [_documents(pairs, item) for item in (free, choice)]
-    if not np.array_equal(*documents):
-        counts = [len(each) for each in documents]
+    asked, given = _documents(pairs, free), _documents(pairs, choice)
+    if not np.array_equal(asked, given):
         raise SamplesError(
-            f"Tasks '{names[0]}' ({counts[0]} documents) and '{names[1]}' ({counts[1]}) are "
+            f"Tasks '{names[0]}' ({len(asked)} documents) and '{names[1]}' ({len(given)}) are "
             "declared to ask the same, and their documents have other numbers; give both the same "
             "data and the same limit, or leave the pair out."
         )

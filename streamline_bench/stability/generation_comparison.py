@@ -89,8 +89,10 @@ def _text_changes(
     options = clusters, settings
     return {
         "length_ratio": mean_ratio(lengths[:, 0], lengths[:, 1], *options, (*names, "words")),
-        "empty": _change(*empty.T, *options, (*names, "empty"), verdicts=True),
-        "repetition": _change(*repeated.T, *options, (*names, "repetition"), verdicts=False),
+        "empty": _change(empty[:, 0], empty[:, 1], *options, (*names, "empty"), verdicts=True),
+        "repetition": _change(
+            repeated[:, 0], repeated[:, 1], *options, (*names, "repetition"), verdicts=False
+        ),
     }
 
 

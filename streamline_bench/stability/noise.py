@@ -122,8 +122,8 @@ def above_noise(comparison: Comparison, floor: NoiseFloor) -> Comparison:
     )
     moves = {(grade.task, grade.filter, grade.metric): grade.moved.value for grade in floor.grades}
     grades = tuple(
-        _moved_above(grade, moves[key], confidence)
-        if (key := (grade.task, grade.filter, grade.metric)) in moves
+        _moved_above(grade, moves[name], confidence)
+        if (name := (grade.task, grade.filter, grade.metric)) in moves
         else grade
         for grade in comparison.grades
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,24 +51,51 @@ def test_answers_of_a_document_are_averaged() -> None:
     assert noted_tokens(noted, [("q", {})]) is None
 
 
-def test_of_a_run_against_generation_one_by_one(
-    tiny_llama: Path, trunk_tasks: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def generated(tiny_llama: Path, trunk_tasks: Path) -> dict[str, list[int]]:
+    """Prompt -> up to 12 greedy tokens, one prompt at a time."""
     import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    lines = (trunk_tasks / "choice.jsonl").read_text("utf-8").splitlines()
+    found = {}
+    for prompt in (json.loads(line)["query"] for line in lines):
+        given = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        with torch.no_grad():
+            whole = model.generate(**given, max_new_tokens=12, do_sample=False)[0]
+        found[prompt] = whole[given["input_ids"].shape[1] :].tolist()
+    return found
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_of_a_run_against_generation_one_by_one(
+    thinks: bool,
+    tiny_llama: Path,
+    trunk_tasks: Path,
+    generated: dict[str, list[int]],
+    tmp_path: Path,
+) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from streamline_bench.harness.lm import StreamlineLM
     from streamline_bench.stability.readers.load import load_samples
 
+    decode = AutoTokenizer.from_pretrained(tiny_llama).decode
+    first = next(iter(generated.values()))
+    stop, marker = decode(first[-1:]), decode(first[3:4]) if thinks else None
     tracker = EvaluationTracker(output_path=str(tmp_path))
-    lm = StreamlineLM(pretrained=str(tiny_llama), device="cpu", batch_size=4)
+    lm = StreamlineLM(
+        pretrained=str(tiny_llama), device="cpu", batch_size=4, think_end_token=marker
+    )
     found: Any = simple_evaluate(
         model=lm, tasks=["trunk_generation"], log_samples=True, evaluation_tracker=tracker,
         task_manager=TaskManager(include_path=str(trunk_tasks), include_defaults=False),
-        gen_kwargs="max_gen_toks=12,until=w7", bootstrap_iters=0,
+        gen_kwargs=f"max_gen_toks=12,until={stop}", bootstrap_iters=0,
     )  # fmt: skip
     samples = found.pop("samples")
     tracker.save_results_aggregated(results=found, samples=samples)
@@ -76,16 +104,13 @@ def test_of_a_run_against_generation_one_by_one(
 
     table = load_samples(tmp_path, progress=False)
     assert ANSWER_TOKENS not in table.info.config
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    for prompt, tokens, unfinished in zip(
-        table.frame["prompt"], table.frame["tokens"], table.frame["unfinished"], strict=True
-    ):
-        given = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        with torch.no_grad():
-            whole = model.generate(**given, max_new_tokens=12, do_sample=False)[0]
-        new = whole[given["input_ids"].shape[1] :].tolist()
-        texts = [tokenizer.decode(new[:count]) for count in range(1, len(new) + 1)]
-        ended = [count for count, text in enumerate(texts, 1) if "w7" in text or "</s>" in text]
-        assert tokens == (ended[0] if ended else 12)
-        assert unfinished == (not ended)
+    for _, row in table.frame.iterrows():
+        tokens = generated[row["prompt"]]
+        texts = [decode(tokens[:count]) for count in range(len(tokens) + 1)]
+        ended = [count for count, text in enumerate(texts) if stop in text or "</s>" in text]
+        count = ended[0] if ended else len(tokens)
+        assert (row["tokens"], row["unfinished"]) == (count, not ended)
+        seen = [text.count(marker) if marker else 0 for text in texts[: count + 1]]
+        marks = [place for place in range(1, count + 1) if seen[place] > seen[place - 1]]
+        assert row["thinking"] == (marks[-1] if marks else 0)
+    assert table.frame["thinking"].any() == thinks

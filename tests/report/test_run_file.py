@@ -216,13 +216,27 @@ def test_throughput_reaches_the_rows_of_the_same_label(
         assert re.search(r"1\.01. \[0\.97., 1\.05.\]", text), "what a copy of dense shows"
 
 
-@pytest.mark.parametrize("version", [1, 2, 5, None])
+@pytest.mark.parametrize("version", [1, 2, 6, None])
 def test_other_schema_versions_are_refused(built: Path, tmp_path: Path, version: Any) -> None:
     path = tmp_path / "leaderboard.json"
     board = json.loads((built / "leaderboard.json").read_text())
     path.write_text(json.dumps({**board, "schema_version": version}))
-    with pytest.raises(SamplesError, match=r"schema.version.*\b4\b"):
+    with pytest.raises(SamplesError, match=r"schema.version.*\b5\b"):
         read_leaderboard(path)
+
+
+def test_files_of_version_4_are_read(built: Path, tmp_path: Path) -> None:
+    board = json.loads((built / "leaderboard.json").read_text())
+    whole = read_leaderboard(built / "leaderboard.json")
+    del board["grade_ranks"], board["method"]["pairs"]
+    for row in board["rows"]:
+        del row["formats"], row["solved"]
+        for text in row["generations"]:
+            for name in ("tokens", "thinking", "unfinished", "tokens_per_solved"):
+                del text[name]
+    (tmp_path / "old.json").write_text(json.dumps({**board, "schema_version": 4}))
+    old = read_leaderboard(tmp_path / "old.json")
+    assert old.model_copy(update={"schema_version": 5}) == whole
 
 
 def test_a_number_that_is_not_finite_is_named(built: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_the_plan_of_generation_asks_in_both_forms(
     rows = [row.label for row in resolve_rows(request)]
     assert rows[0] == "dense" and {"last_layers", "streamline", "llm_pruner"} <= set(rows)
     folder = resource("tasks") / "lm_eval" / "local"
-    tasks = {task: (folder / f"{task}.yaml").read_text("utf-8") for task in request.tasks}
+    tasks = {task: (folder / f"{task}.yaml").read_text("utf-8") for task in request.task_names}
     pairs = {
         task: line.split()[-1]
         for task, text in tasks.items()

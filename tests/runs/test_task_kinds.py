@@ -10,9 +10,15 @@ import pytest
 from run_jobs import InProcess
 
 from streamline_bench.core.machine.environment import resource
+from streamline_bench.report.frame import results
 from streamline_bench.report.leaderboard import Leaderboard, read_leaderboard
+from streamline_bench.report.solved import with_solved
+from streamline_bench.report.views.csv_table import to_csv
+from streamline_bench.report.views.markdown import to_markdown
+from streamline_bench.report.views.page import to_html
 from streamline_bench.runs.planning.request import make_request
 from streamline_bench.runs.run import compare_request
+from streamline_bench.throughput.speed import Speed
 
 LIMIT = 16
 FREE = """
@@ -178,3 +184,30 @@ def test_tokens_and_both_forms_of_a_question(run: Path, board: Leaderboard) -> N
         assert part in text
     for part in ("with choices and freely", "Unfinished", "Noise of grades"):
         assert part in page
+
+
+@pytest.mark.slow
+def test_seconds_per_solved_question_stand_in_every_view(board: Leaderboard) -> None:
+    rows = [
+        row.model_copy(
+            update={
+                "throughput": Speed(
+                    status="ok", engine="hf", device="cpu", dtype="float32", batch_size=8,
+                    output_tokens_per_second=rate, ratio=rate / 100,
+                )
+            }
+        )
+        for row, rate in zip(board.rows, (100, 130, 130), strict=True)
+    ]  # fmt: skip
+    rows = [with_solved(row, rows, board.dense) for row in rows]
+    measured = board.model_copy(update={"rows": rows})
+    pruned = next(row for row in rows if row.label == "last_layers")
+    assert {(cost.task, cost.filter) for cost in pruned.solved} == {
+        ("held_out_own", "none"), ("held_out_filters", "whole"), ("held_out_filters", "colour"),
+    }  # fmt: skip
+    for cost in pruned.solved:
+        assert cost.dense == (cost.tokens.dense and cost.tokens.dense / 100)
+    assert "Seconds per solved question" in to_markdown(measured)
+    assert "Seconds per solved question" in to_html(measured)
+    assert "seconds_per_solved:held_out_own/none" in to_csv(measured).splitlines()[0]
+    assert {"ratio: tokens", "free_minus_choice"} <= set(results(measured)["metric"])

@@ -108,7 +108,8 @@ def write_tasks(folder: Path) -> None:
     for name, (stock, make, more) in TASKS.items():
         lines = "".join(json.dumps(make(number)) + "\n" for number in range(14))
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        kind = "generation_kwargs: {until: ['w9'], max_gen_toks: 6, do_sample: true}"
+        drawn = "until: ['w9'], max_gen_toks: 6, do_sample: true, temperature: 1.0"
+        kind = f"generation_kwargs: {{{drawn}}}"
         chosen = name in ("lambada", "wikitext", "blimp", *EVERY_SUBJECT)
         text = [
             f"include: {STOCK / stock}", f"task: stock_{name}", "dataset_path: json", "tag: null",
@@ -264,6 +265,7 @@ def test_code_is_not_run_without_the_harness_own_switch(folder: Path) -> None:
 
     with pytest.raises(ValueError, match="confirm_run_unsafe_code"):
         simple_evaluate(
-            model="hf", model_args=f"pretrained={folder / 'model'}", tasks=["stock_humaneval"],
+            model="hf", model_args=f"pretrained={folder / 'model'}", device="cpu",
+            tasks=["stock_humaneval"],
             task_manager=TaskManager(include_path=str(folder / "tasks"), include_defaults=False),
         )  # fmt: skip

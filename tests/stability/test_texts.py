@@ -114,7 +114,11 @@ def test_compare_has_every_filter(lm_eval_outputs: Path) -> None:
     files = [next((lm_eval_outputs / name).glob("*/samples_toy_gen_*")) for name in
              ("dense", "pruned")]  # fmt: skip
     answers = [
-        {line["doc_id"]: line["resps"] for line in map(json.loads, file.open())} for file in files
+        {
+            line["doc_id"]: line["resps"]
+            for line in map(json.loads, file.read_text("utf-8").splitlines())
+        }
+        for file in files
     ]
     written = sum(answers[0][each] == answers[1][each] for each in answers[0]) / len(answers[0])
     for item in result.generations:
