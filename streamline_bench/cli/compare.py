@@ -69,9 +69,13 @@ if TYPE_CHECKING:
 @click.option("--trust-remote-code", is_flag=True, default=None,
               help="Run code that comes with the model.")  # fmt: skip
 @click.option("--title", help="Heading of the report.")
-@click.option("--throughput", type=click.Choice(["none", "vllm", "hf"]), help="Also measure speed.")
+@click.option("--throughput", type=click.Choice(["none", "vllm", "hf", "serve"]),
+              help="Also measure speed; serve: latencies of vLLM's server.")  # fmt: skip
 @click.option("--workload", multiple=True, metavar="KEY=VALUE",
               help="Set a key of the speed measurement, such as rounds=4.")  # fmt: skip
+@click.option("--load", multiple=True, metavar="KEY=VALUE",
+              help="With --throughput serve: set what is sent, such as concurrencies=[1,8,32] or "
+              "slo='ttft=500ms,tpot=50ms'.")  # fmt: skip
 @click.option("--noise-floor", is_flag=True, default=None, help="Score the dense model twice.")
 @click.option("--noise-batch-size", help="Batch size of the second scoring.")
 @click.option("--noise-dtype", help="Dtype of one more scoring of the dense model.")
@@ -143,6 +147,8 @@ def command(
         _note_unmeasured(request)
     if request.throughput == "none":
         refuse_given(ctx, "it needs --throughput", "workload")
+    if request.throughput != "serve":
+        refuse_given(ctx, "it needs --throughput serve", "load")
     if request.text is None:
         refuse_given(ctx, "it needs --text", "text_field", "text_documents", "text_window")
     with _stops_with_a_word():
@@ -268,7 +274,7 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
     payload = _checked(read_request(plan), plan) if plan else {}
     # Options of other keys do not hold the value itself.
     plain = Request.model_fields.keys() - {"model", "recipes", "tasks", "overrides", "workload",
-                                            "metrics", "pairs", "include_path"}  # fmt: skip
+                                            "load", "metrics", "pairs", "include_path"}  # fmt: skip
     if options.get("harness_config"):
         payload |= harness_keys(options["harness_config"], "--config")
     payload |= {key: options[key] for key in plain if options.get(key) is not None}
@@ -293,11 +299,10 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
     for key in ("metrics", "pairs"):
         if options.get(key):
             payload[key] = {**(payload.get(key) or {}), **options[key]}
-    if options["workload"]:
-        payload["workload"] = {
-            **(payload.get("workload") or {}),
-            **yaml_assignments("--workload", options["workload"]),
-        }
+    for key in ("workload", "load"):
+        if options.get(key):
+            laid = yaml_assignments(f"--{key}", options[key])
+            payload[key] = {**(payload.get(key) or {}), **laid}
     if is_bundled(payload.get("model")):
         payload = bundled_request(payload)
     for key, what in (("model", "MODEL"), ("recipes", "--recipes"), ("tasks", "--tasks")):
@@ -337,7 +342,7 @@ def _checked(payload: dict[str, Any], plan: str) -> dict[str, Any]:
         if not isinstance(payload.get(key, []), list):
             example = f"{key}: [{payload[key]}]"
             raise RecipeError(f"Plan {plan}: '{key}' must be a list, such as '{example}'.")
-    for key in ("set", "workload", "metrics", "pairs"):
+    for key in ("set", "workload", "load", "metrics", "pairs"):
         if not isinstance(payload.get(key) or {}, dict):
             raise RecipeError(f"Plan {plan}: '{key}' must be a mapping such as '{key}: {{k: v}}'.")
     return payload

@@ -328,6 +328,7 @@ def throughput_notes(record: ThroughputRecord) -> str:
         lines += _floor(record)
     elif record.schema_version > 2:  # before, there was one pass
         lines.append(_how_served(record))
+        lines += [*_halves(record), *_memory(record)]
     if record.stopped is not None:
         lines.append(f"Stopped early: {terminal_text(record.stopped)}.")
     of_points = [note for model in record.models for point in model.points for note in point.notes]
@@ -355,6 +356,34 @@ def _how_served(record: ThroughputRecord) -> str:
         f"means, over the blocks, with their {100 * record.confidence:g} % "
         f"interval{_without_interval(record)}."
     )
+
+
+def _halves(record: ThroughputRecord) -> Iterator[str]:
+    """Whether the load was steady after the warm-up."""
+    served = (point.first_half for model in record.models for point in model.serving)
+    halves = [half.value for half in served if half is not None]
+    if halves:
+        ends = " to ".join(dict.fromkeys(f"{end:.2f}" for end in (min(halves), max(halves))))
+        yield (
+            f"Time per token in the first half of the counted requests / second half: {ends} (1: "
+            "the warm-up was long enough)."
+        )
+
+
+_PARTS = {
+    "weights_bytes": "weights",
+    "kv_cache_bytes": "KV cache",
+    "activations_bytes": "activations",
+}
+
+
+def _memory(record: ThroughputRecord) -> Iterator[str]:
+    """What each server said that its memory goes to."""
+    for model in record.models:
+        said = model.memory.model_dump(exclude_none=True) if model.memory is not None else {}
+        parts = ", ".join(f"{_PARTS[name]} {_mebibytes(size)}" for name, size in said.items())
+        if parts:
+            yield f"{terminal_text(model.label)}: memory by the server's log: {parts}."
 
 
 def _without_interval(record: ThroughputRecord) -> str:

@@ -231,22 +231,19 @@ def _refuse_ignored(ctx: click.Context, engine: str, serving: bool, paper: bool)
 
 
 def _load(ctx: click.Context, options: Mapping[str, Any]) -> ServingLoad:
-    """Return what is sent. Without rates and concurrencies of the user's, --slo searches only."""
+    """Return what is sent."""
     from pydantic import ValidationError
 
-    from streamline_bench.throughput import ServingLoad, Slo
+    from streamline_bench.throughput import ServingLoad
 
-    given = {name: was_given(ctx, name) for name in ("request_rate", "output_tokens")}
-    slo = None if options["slo"] is None else Slo.parse(options["slo"])
-    other = slo is not None or options["concurrency"]
-    rates = () if other and not given["request_rate"] else options["request_rate"]
-    own_lengths = options["prompts"] != "random" and not given["output_tokens"]
+    rates = {"request_rates": options["request_rate"]} if was_given(ctx, "request_rate") else {}
+    own_lengths = options["prompts"] != "random" and not was_given(ctx, "output_tokens")
     names = "arrivals requests warmup_requests max_concurrency prompts prefix_tokens search"
     try:
         return ServingLoad(
-            request_rates=rates,
+            **rates,
             concurrencies=options["concurrency"],
-            slo=slo,
+            slo=options["slo"],
             output_lengths="data" if own_lengths else "fixed",
             **{name: options[name] for name in names.split()},
         )

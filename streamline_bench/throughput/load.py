@@ -110,7 +110,8 @@ class ServingLoad(Frozen):
     """Requests sent to a running server.
 
     Attributes:
-        request_rates: requests per second, one point each; ``inf`` sends all at once.
+        request_rates: requests per second, one point each; ``inf`` sends all at once. Where none
+            is given: 1, 4 and ``inf``, or none if there are concurrencies or an objective.
         arrivals: ``poisson``: at random times, as independent users do; ``constant``: evenly.
         concurrencies: requests in flight at any time, one point each, after the rates.
         requests: how many count at each point of a block; at least twice the concurrency.
@@ -120,7 +121,7 @@ class ServingLoad(Frozen):
         prompts: ``random`` tokens, or a ``.jsonl`` file with ``prompt`` in each line.
         prefix_tokens: so many tokens at the start of all random prompts are the same.
         output_lengths: ``fixed``: those of the workload; ``data``: ``output_tokens`` of the file.
-        slo: what to search the highest load for.
+        slo: what to search the highest load for; also as text, see :meth:`Slo.parse`.
         search: ``concurrency`` or ``rate`` is raised in that search.
     """
 
@@ -137,6 +138,18 @@ class ServingLoad(Frozen):
     output_lengths: Literal["fixed", "data"] = "fixed"
     slo: Slo | None = None
     search: Literal["concurrency", "rate"] = "concurrency"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_is_asked(cls, data: Any) -> Any:
+        if isinstance(data, dict) and (data.get("concurrencies") or data.get("slo")):
+            return {"request_rates": (), **data}
+        return data
+
+    @field_validator("slo", mode="before")
+    @classmethod
+    def _of_text(cls, value: Any) -> Any:
+        return Slo.parse(value) if isinstance(value, str) else value
 
     @field_validator("request_rates", "concurrencies")
     @classmethod
@@ -176,6 +189,24 @@ class ServingLoad(Frozen):
         warm = max(8, self.requests // 4) if self.warmup_requests is None else self.warmup_requests
         room = 2 * (level.concurrency or 0) if level.closed else 0
         return max(warm, room), max(self.requests, room)
+
+    @property
+    def options(self) -> dict[str, str | int | None]:
+        """The options of ``streamline-bench throughput --serve`` that ask for it."""
+        rates = ",".join(f"{rate:g}" for rate in self.request_rates) or None
+        file = self.prompts != "random"
+        return {
+            "--request-rate": rates,
+            "--concurrency": ",".join(map(str, self.concurrencies)) or None,
+            "--slo": None if self.slo is None else self.slo.described,
+            "--search": None if self.slo is None else self.search,
+            "--arrivals": self.arrivals,
+            "--requests": self.requests,
+            "--warmup-requests": self.warmup_requests,
+            "--max-concurrency": self.max_concurrency,
+            "--prompts": self.prompts if file else None,
+            "--prefix-tokens": None if file else self.prefix_tokens,
+        }
 
     @property
     def described(self) -> str:

@@ -175,7 +175,8 @@ def is_port_conflict(text: str) -> bool:
 
 _SAID = {
     "weights_bytes": r"Model loading took ([\d.]+) ?GiB",
-    "kv_cache_bytes": r"(?:Available KV cache memory:|reserved) ([\d.]+) ?GiB",
+    "kv_cache_bytes": r"(?:Available KV cache memory:|reserved|(?:Explicitly|Auto) set)"
+    r" \(?([\d.]+)(?: ?GiB|/)",
     "activations_bytes": r"([\d.]+) ?GiB for peak activation",
 }
 

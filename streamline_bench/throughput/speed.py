@@ -41,6 +41,15 @@ class ServedFigure(Frozen):
         """Whether it is a latency."""
         return self.metric in ("TTFT", "TPOT", "ITL", "E2EL")
 
+    def ratio_ends(self, confidence: float) -> tuple[float, float] | None:
+        """Ends of the ratio's interval over the blocks; None without one."""
+        if self.ratio is None or self.ratio_error is None or self.blocks < 2:
+            return None
+        from scipy.special import stdtrit
+
+        half = float(stdtrit(self.blocks - 1, 0.5 + confidence / 2)) * self.ratio_error
+        return self.ratio * math.exp(-half), self.ratio * math.exp(half)
+
 
 class Speed(Frozen):
     """The speed of a model at one batch size (see ``streamline-bench throughput``).

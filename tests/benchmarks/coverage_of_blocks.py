@@ -1,11 +1,13 @@
 """Coverage of intervals of a speed ratio when the speed of a process is drawn at its start.
 
-``python tests/benchmarks/coverage_of_blocks.py [--repetitions N]`` prints two Markdown tables.
+``python tests/benchmarks/coverage_of_blocks.py [--repetitions N]`` prints three Markdown tables.
 Model and dense have the same true speed; every process has an error of its own, every round
 another one (2 %). First: a fixed number of blocks, with Student's interval over blocks (the one of
 the record), the hierarchical bootstrap of the median (shown with it), and a bootstrap that takes
 all rounds as units. Second: blocks are added until half the width is below 2 % so many times in a
-row.
+row. Third: percentiles of served requests, between order statistics. Latencies are log-normal, a
+start shifts all of its own, and a request that waits for the one before it resembles it. The
+percentile is that over all starts; the interval knows the blocks, as that of the record does.
 """
 
 from __future__ import annotations
@@ -16,14 +18,21 @@ import zlib
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 
 from streamline_bench.throughput.blocks import IN_A_ROW
+from streamline_bench.throughput.percentiles import percentile
 from streamline_bench.throughput.results import bootstrap_interval, student_interval
 from streamline_bench.throughput.workload import MOST_BLOCKS
 
 Floats = npt.NDArray[np.float64]
 ROUNDS, ROUND_ERROR, CONFIDENCE, PRECISION = 6, 0.02, 0.95, 0.02
+LATENCY_SPREAD = 0.5
+"""Standard deviation of the logarithm of the latencies of one server."""
+
+
+PERCENTILES = ((3, 32, 0.5), (3, 32, 0.9), (5, 100, 0.95), (5, 200, 0.99))
+"""Blocks, counted requests of each, and the percentile."""
 
 
 def ratios(generator: np.random.Generator, blocks: int, process: float) -> Floats:
@@ -79,8 +88,45 @@ def of_a_precision(in_a_row: int, process: float, repetitions: int) -> tuple[flo
     return float((abs(mean[runs, last]) <= half[runs, last]).mean()), float(count[last].mean())
 
 
+def of_a_percentile(
+    share: float, blocks: int, requests: int, process: float, alike: float, repetitions: int
+) -> tuple[float, float, float]:
+    """Coverage of a percentile's interval, with blocks and without, and how often there is one.
+
+    Args:
+        requests: of each block.
+        alike: correlation of the latency of a request with that of the one before it.
+    """
+    generator = np.random.default_rng(zlib.crc32(f"{share} {blocks} {process} {alike}".encode()))
+    truth = float(ndtri(share)) * math.hypot(LATENCY_SPREAD, process)
+    starts = np.repeat(np.arange(blocks), requests)
+    hits, known = np.zeros(2), 0
+    for _ in range(repetitions):
+        logs = latencies(generator, blocks, requests, process, alike)
+        grouped, single = (
+            percentile(np.exp(logs.ravel()), share, CONFIDENCE, *groups)
+            for groups in ((starts,), ())
+        )
+        known += grouped is not None and grouped.low is not None
+        for place, found in enumerate((grouped, single)):
+            low, high = (None, None) if found is None else (found.low, found.high)
+            hits[place] += low is not None and high is not None and low <= math.exp(truth) <= high
+    return hits[0] / max(known, 1), hits[1] / repetitions, known / repetitions
+
+
+def latencies(
+    generator: np.random.Generator, blocks: int, requests: int, process: float, alike: float
+) -> Floats:
+    """Logarithms of latencies [blocks, requests], by start and in the order of the requests."""
+    fresh = generator.normal(0, 1, (blocks, requests))
+    fresh[:, 1:] *= math.sqrt(1 - alike**2)
+    for place in range(1, requests):
+        fresh[:, place] += alike * fresh[:, place - 1]
+    return LATENCY_SPREAD * fresh + generator.normal(0, process, (blocks, 1))
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=20_000)
     repetitions = parser.parse_args().repetitions
@@ -94,6 +140,16 @@ def main() -> None:
         for in_a_row in (1, 2, IN_A_ROW):
             share, count = of_a_precision(in_a_row, process, repetitions)
             _print(f"{100 * process:g}", in_a_row, f"{100 * share:.1f}", f"{count:.1f}")
+    _print("processes %", "blocks x requests", "percentile", "alike", "coverage",
+           "without blocks", "has an interval, %")  # fmt: skip
+    for process in (0.0, 0.03, 0.08):
+        for blocks, requests, share in PERCENTILES:
+            for alike in (0.0, 0.5):
+                how = (share, blocks, requests, process, alike)
+                shares = of_a_percentile(*how, max(1, repetitions // 10))
+                size, name = f"{blocks} x {requests}", f"p{100 * share:g}"
+                _print(f"{100 * process:g}", size, name, alike,
+                       *(f"{100 * each:.1f}" for each in shares))  # fmt: skip
 
 
 def _print(*cells: object) -> None:

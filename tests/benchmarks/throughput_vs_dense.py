@@ -10,6 +10,11 @@ seconds, which other work on the machine disturbs less than wall time. A copy of
 noise. Printed and written: the ratio to dense with its interval over the blocks, the ideal by bytes
 moved and operations, and the share of it that was reached.
 Target: at least 0.95 of the ideal for models that lost whole layers.
+
+``--records`` measures nothing and writes the tables of records of ``streamline-bench throughput``;
+those of ``--serve`` get tables of their own. ``--self-checks`` takes repeated small runs with
+``--self-check``, and counts how often the interval of the copy holds 1.
+Target: 9 of 10.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,8 +31,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from streamline_bench.core.files import atomic_write_text
-from streamline_bench.report.text import markdown_text
 from streamline_bench.throughput import Setup, ThroughputRecord, Workload, measure, read_record
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from throughput_tables import markdown, summary
 
 VARIANTS = {
     "none": "streamline_none",
@@ -38,8 +47,6 @@ VARIANTS = {
 }
 """What it is called in the table -> recipe."""
 
-DEPTH = ("none", "layer")
-TARGET = 0.95
 SIZES = {
     "vocab_size": 2048,
     "hidden_size": 512,
@@ -99,99 +106,6 @@ def build_variants(
     return folders
 
 
-def rows_of(record: ThroughputRecord) -> list[dict[str, Any]]:
-    """One row per model and batch size; nothing of the machine's folders."""
-    rows = []
-    for model in record.models:
-        for point in model.points:
-            row: dict[str, Any] = {
-                "engine": record.engine,
-                "model": model.label,
-                "batch_size": point.batch_size,
-                "status": point.status,
-                "reason": point.reason,
-                "layers": model.layers,
-                "parameters": model.parameters,
-                "kv_bytes_per_token": model.kv_bytes_per_token,
-                "kv_cache_tokens": model.kv_cache_tokens,
-                "start_seconds": model.start_seconds,
-                "peak_memory_bytes": point.peak_memory_bytes,
-                "tokens_per_cpu_second": point.output_tokens_per_cpu_second,
-                "tokens_per_wall_second": point.output_tokens_per_wall_second,
-                "ideal": point.ideal.model_dump() if point.ideal else None,
-                "ratio": point.ratio.model_dump() if point.ratio else None,
-            }
-            if point.ratio and point.ideal:
-                row["of_ideal"] = point.ratio.value / point.ideal.ratio
-            rows.append(row)
-    return rows
-
-
-def markdown(records: list[ThroughputRecord], sizes: dict[str, Any]) -> str:
-    """The table, and how it was made."""
-    first = records[0]
-    work, where = first.workload, first.environment
-    lines = [
-        "# Throughput of variants with a quarter less",
-        "",
-        f"A Llama: {sizes['num_hidden_layers']} layers, hidden {sizes['hidden_size']}, "
-        f"vocabulary {sizes['vocab_size']}, {first.dtype}; variants by our own recipes at sparsity "
-        f"0.25. {where.device_name}, {where.threads} thread, {work.prompt_tokens} + "
-        f"{work.output_tokens} tokens; {', '.join(str(r.blocks) for r in records)} blocks of "
-        f"{work.rounds} rounds, models taking turns round by round; load averages before and "
-        "after: " + "; ".join(f"{r.engine} {_load(r)}" for r in records) + ".",
-        "",
-        "Tokens per processor second: median over the rounds. Ratio: mean over blocks, each with "
-        "new processes, with its 95 % interval; that of `dense (again)`, a copy of dense, is what "
-        "noise makes. Ideal: by bytes moved and operations, the LM head and the cache included. "
-        "Written by `tests/benchmarks/throughput_vs_dense.py`.",
-        "",
-        "| engine | batch | model | layers | parameters | tokens / CPU s | tokens / s | ratio to "
-        "dense | ideal | of ideal | KV bytes/token |",
-        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for record in records:
-        for batch in record.workload.batch_sizes:
-            lines += [_line(r) for r in rows_of(record) if r["batch_size"] == batch]
-    versions = ", ".join(f"{r.engine}: {r.environment.engine_version}" for r in records)
-    return "\n".join([*lines, "", verdict(records), "", f"Engines: {versions}.", ""])
-
-
-def verdict(records: list[ThroughputRecord]) -> str:
-    """One sentence per engine on the models that lost whole layers."""
-    sentences = []
-    for record in records:
-        found = [r for r in rows_of(record) if r["model"] in DEPTH and r.get("of_ideal")]
-        if found:
-            shares = [r["of_ideal"] for r in found]
-            reached = sum(share >= TARGET for share in shares)
-            sentences.append(
-                f"{record.engine}: models that lost whole layers reach {min(shares):.3f} to "
-                f"{max(shares):.3f} of the ideal; {reached} of {len(shares)} figures are at least "
-                f"{TARGET}."
-            )
-    return " ".join(sentences)
-
-
-def _load(record: ThroughputRecord) -> str:
-    return ", ".join("?" if v is None else f"{v:.1f}" for v in record.environment.load_average)
-
-
-def _line(row: dict[str, Any]) -> str:
-    head = f"| {row['engine']} | {row['batch_size']} | {row['model']} |"
-    if row["status"] != "ok":
-        return f"{head} | | failed: {markdown_text(row['reason'])} | | | | | |"
-    ratio, ideal = row["ratio"], row["ideal"]
-    known = row["model"] != "dense" and ratio["low"] is not None
-    ends = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if known else ""
-    return (
-        f"{head} {row['layers']} | {row['parameters'] / 1e6:.1f} M | "
-        f"{row['tokens_per_cpu_second']:.1f} | {row['tokens_per_wall_second']:.1f} | "
-        f"{ratio['value']:.3f}{ends} | {ideal['ratio']:.3f} | "
-        f"{row['of_ideal']:.3f} | {row['kv_bytes_per_token']} |"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--engines", default="hf", help="hf, vllm or both")
@@ -214,6 +128,7 @@ def main() -> None:
         metavar="FOLDER",
         help="measure nothing: write the table of these records (of `streamline-bench throughput`)",
     )
+    parser.add_argument("--self-checks", nargs="+", type=Path, metavar="FOLDER", default=[])
     options = parser.parse_args()
     sizes = {**SIZES, "num_hidden_layers": options.layers}
     if options.model is not None:
@@ -222,12 +137,14 @@ def main() -> None:
         records = [read_record(folder) for folder in options.records]
     else:
         records = measured(options, sizes)
-    print(markdown(records, sizes))
+    again = [read_record(folder) for folder in options.self_checks]
+    text = markdown(records, sizes, again)
+    print(text)
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
-        payload = json.dumps(summary(records, sizes), indent=2)
+        payload = json.dumps(summary(records, sizes, again), indent=2)
         atomic_write_text(options.output / "throughput.json", payload + "\n")
-        atomic_write_text(options.output / "throughput.md", markdown(records, sizes))
+        atomic_write_text(options.output / "throughput.md", text)
 
 
 def measured(options: argparse.Namespace, sizes: dict[str, Any]) -> list[ThroughputRecord]:
@@ -259,26 +176,6 @@ def measured(options: argparse.Namespace, sizes: dict[str, Any]) -> list[Through
             )
             for engine in options.engines.split(",")
         ]
-
-
-def summary(records: list[ThroughputRecord], sizes: dict[str, Any]) -> dict[str, Any]:
-    """The committed form: every figure, no folder of this machine."""
-    return {
-        "sizes": sizes,
-        "target": {"models": DEPTH, "of_ideal": TARGET},
-        "runs": [
-            {
-                "engine": record.engine,
-                "created": record.created,
-                "clock": record.clock,
-                "dtype": record.dtype,
-                "workload": record.workload.model_dump(mode="json"),
-                "environment": record.environment.model_dump(mode="json"),
-                "rows": rows_of(record),
-            }
-            for record in records
-        ],
-    }
 
 
 if __name__ == "__main__":

@@ -70,6 +70,19 @@ def test_options_become_a_request(asked: Callable[..., Request]) -> None:
     )
 
 
+def test_what_is_sent_to_a_server(asked: Callable[..., Request], tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("throughput: serve\nload: {requests: 64, concurrencies: [4]}\n")
+    request = asked(
+        "some/model", "--recipes", "dense", "--tasks", "piqa", "--plan", plan,
+        "--load", "concurrencies=[1, 8]", "--load", "slo=ttft=500ms,tpot=50ms",
+    )  # fmt: skip
+    assert request.throughput == "serve"
+    assert request.load == {
+        "requests": 64, "concurrencies": [1, 8], "slo": "ttft=500ms,tpot=50ms"
+    }  # fmt: skip
+
+
 def test_the_bundled_model_brings_its_tasks_and_block_length(
     asked: Callable[..., Request],
 ) -> None:
@@ -194,6 +207,7 @@ def test_how_it_is_run_is_no_part_of_the_request() -> None:
     ("options", "sentence"),
     [
         (["--workload", "rounds=3"], "--workload has no effect here; it needs --throughput"),
+        (["--throughput", "vllm", "--load", "requests=8"], "--load has no effect here; it needs"),
         (["--text-window", "64"], "--text-window has no effect here; it needs --text"),
         (["--executor", "ray", "--workers", "3"], "--workers has no effect here"),
         (["--executor", "ray", "--gpus", "0"], "--gpus has no effect here"),
@@ -241,6 +255,7 @@ def test_each_kind_of_repetition_can_be_asked_for_alone(
         ("tasks: piqa", "'tasks' must be a list"),
         ("set: [seed]", "'set' must be a mapping"),
         ("workload: [1, 2]", "'workload' must be a mapping"),
+        ("load: [1, 2]", "'load' must be a mapping"),
     ],
 )
 def test_a_plan_of_other_kinds_of_values(

@@ -43,6 +43,15 @@ def test_levels_and_how_many_requests_they_take() -> None:
     assert [level.closed for level in load.levels] == [False, False, True, True]
 
 
+def test_rates_by_default_only_where_no_other_load_is_asked_for() -> None:
+    assert ServingLoad().request_rates == (1.0, 4.0, INF)
+    assert ServingLoad(concurrencies=(4,)).levels == (Level(INF, 4),)
+    searched = ServingLoad.model_validate({"slo": "tpot=50ms,p=90"})
+    assert searched.levels == () and searched.slo == Slo(tpot=0.05, p=90)
+    both = ServingLoad(request_rates=(2.0,), concurrencies=(4,))
+    assert ServingLoad.model_validate_json(both.model_dump_json()) == both
+
+
 def test_loads_that_make_no_sense() -> None:
     slo = Slo(tpot=1)
     assert ServingLoad(request_rates=(), slo=slo).levels == ()

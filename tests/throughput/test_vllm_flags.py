@@ -95,4 +95,6 @@ def test_what_a_log_says_of_memory() -> None:
     assert (found.kv_cache_bytes, found.activations_bytes) == (3 << 29, 3 << 28)
     fixed = memory_of("Initial free memory 9.0 GiB, reserved 0.25 GiB memory for KV Cache as asked")
     assert fixed is not None and (fixed.kv_cache_bytes, fixed.weights_bytes) == (1 << 28, None)
+    on_cpu = memory_of("INFO Explicitly set (0.05/23.54) GiB for KV cache on node 0.")
+    assert on_cpu is not None and on_cpu.kv_cache_bytes == round(0.05 * (1 << 30))
     assert memory_of("nothing") is None

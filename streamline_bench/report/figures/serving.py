@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from streamline_bench.report.figures.sizes import Series, SizeCurve, line_chart
 from streamline_bench.report.leaderboard import Row
@@ -21,40 +23,86 @@ def served_series(rows: Sequence[Row]) -> list[Series]:
 
 
 def serving_curves(rows: Sequence[Row]) -> list[SizeCurve]:
-    """Tokens per second of a user against those of a card; time of a request against the load."""
+    """Tokens per second of a user against those of a card; latency against the load.
+
+    Requests in flight and requests per second have pictures of their own.
+    """
     series = served_series(rows)
-    if not series:
-        return []
-    cards = {one.label: one.rows[0].speed for one in series}
+    found = [_curve(series, "tokens per second of one card", _per_card,
+                    "tokens per second of one user", "TPOT", _per_user)]  # fmt: skip
+    for across, unit in _UNITS.items():
+        for up, metric in _LATENCIES.items():
+            found.append(
+                _curve(series, across, lambda _, load, unit=unit: _size(load, unit),  # type: ignore[misc]
+                       up, metric, lambda load, metric=metric: _of(load[metric]))  # type: ignore[misc]
+            )  # fmt: skip
+    return [curve for curve in found if curve is not None]
 
-    def per_card(one: Series, load: _Load) -> float:
-        speed = cards[one.label]
-        return load["tokens/s"].value / (speed.accelerators if speed is not None else 1)
 
-    def per_user(load: _Load) -> Estimate:
-        tpot = load["TPOT"]
-        return _estimate(1000 / tpot.value, tpot.error)
+_UNITS = {"requests in flight": "in flight", "requests per second": "per second"}
+_LATENCIES: dict[str, Metric] = {
+    "time to first token, ms": "TTFT",
+    "time per output token, ms": "TPOT",
+    "time of a whole request, ms": "E2EL",
+}
 
-    pictures: tuple[tuple[str, Metric, Callable[[_Load], Estimate]], ...] = (
-        ("tokens per second of one user", "TPOT", per_user),
-        ("time to first token, ms", "TTFT", lambda load: _of(load["TTFT"])),
-        ("time of a whole request, ms", "E2EL", lambda load: _of(load["E2EL"])),
-    )
-    across = "tokens per second of one card"
+
+def _curve(
+    series: Sequence[Series],
+    across: str,
+    x: Callable[[Row, _Load], float | None],
+    up: str,
+    needed: Metric,
+    y: Callable[[_Load], Estimate],
+) -> SizeCurve | None:
+    """A line for every model with two points or more; None without any."""
+    lines = []
+    for one in series:
+        (row,) = one.rows
+        loads = [load for load in _loads(row) if needed in load]
+        points = [(at, y(load)) for load in loads if (at := x(row, load)) is not None]
+        if len(points) > 1:
+            lines.append((one, sorted(points, key=lambda point: point[0])))
+    if not lines:
+        return None
+    return SizeCurve(line_chart(lines, (across, _written), (up, _written)), up, across)
+
+
+def _per_card(row: Row, load: _Load) -> float:
+    cards = row.speed.accelerators if row.speed is not None else 1
+    return load["tokens/s"].value / cards
+
+
+def _per_user(load: _Load) -> Estimate:
+    return _estimate(1000 / load["TPOT"].value, load["TPOT"].error)
+
+
+def _size(load: _Load, unit: str) -> float | None:
+    """The load as a number; None of another unit, and where all requests are sent at once."""
+    match = re.fullmatch(rf"(\S+) {unit}", load["tokens/s"].load)
+    return float(match[1]) if match else None
+
+
+class Kept(NamedTuple):
+    """The highest load at which a row keeps an objective, and the goodput there."""
+
+    row: Row
+    objective: str
+    load: ServedFigure
+    goodput: ServedFigure | None
+
+
+def kept_objectives(rows: Sequence[Row]) -> list[Kept]:
+    """What searches found, by row."""
     found = []
-    for up, needed, value in pictures:
-        lines = [
-            (one, sorted(
-                ((per_card(one, load), value(load)) for load in _loads(one.rows[0])
-                 if needed in load),
-                key=lambda point: point[0],
-            ))
-            for one in series
-        ]  # fmt: skip
-        lines = [(one, points) for one, points in lines if len(points) > 1]
-        if lines:
-            svg = line_chart(lines, (across, _written), (up, _written))
-            found.append(SizeCurve(svg, up, across))
+    for row in rows:
+        served = row.speed.served if row.speed is not None else ()
+        good = {figure.load: figure for figure in served if figure.metric == "goodput"}
+        found += [
+            Kept(row, figure.load, figure, good.get(figure.load))
+            for figure in served
+            if figure.metric == "load"
+        ]
     return found
 
 

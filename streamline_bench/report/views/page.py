@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 
 from streamline_bench.core.machine.environment import resource
 from streamline_bench.report.figures.pareto import Axis, ticks, tradeoffs
-from streamline_bench.report.figures.serving import served_series, serving_curves
+from streamline_bench.report.figures.serving import kept_objectives, served_series, serving_curves
 from streamline_bench.report.figures.similarity import matrix_svg, named_layers
 from streamline_bench.report.figures.sizes import at_equal_size, series_of, size_curves
 from streamline_bench.report.figures.training import curve_svg
@@ -70,6 +70,7 @@ def to_html(board: Leaderboard) -> str:
             sizes_of=series_of(rows),
             serving=serving_curves(rows),
             served=served_series(rows),
+            kept=kept_objectives(rows),
             equal=at_equal_size(rows),
             forest=forest(rows),
             heat=overview.heat_map(scored),

@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,9 @@ from streamline_bench.errors import CheckpointError
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Job, Result, command_line
 from streamline_bench.runs.planning.plan import ModelPlan, TextPlan
+
+if TYPE_CHECKING:
+    from streamline_bench.throughput import ServingLoad, Workload
 
 _TOKENS = 2048
 """Of a text, read at once, in as many windows as that takes; both models' logits are in memory."""
@@ -182,6 +185,7 @@ class MeasureJob(Job):
         keys: label -> content key of the row.
         question: names the set of rows, if it is not the first; see :class:`.ScoreJob`.
         dense: label of the row that the others are compared with.
+        load: what is sent to vLLM's server; empty: batches are generated.
         threads: CPU threads of each model's process.
     """
 
@@ -194,6 +198,7 @@ class MeasureJob(Job):
     dense: str
     engine: Literal["vllm", "hf"]
     workload: dict[str, Any]
+    load: dict[str, Any] = Field(default_factory=dict)
     dtype: str | None = None
     threads: int
 
@@ -218,30 +223,39 @@ class MeasureJob(Job):
         return self.models[label].name if label in self.models else self.model
 
     def work(self, run: RunPaths) -> Result:
-        from streamline_bench.throughput import Setup, Workload, measure
+        from streamline_bench.throughput import ServingLoad, Setup, Workload, measure, serve
 
         workload = Workload.model_validate(self.workload)
+        load = ServingLoad.model_validate(self.load) if self.load else None
         trusted = [self.trust_remote_code, *(m.trust_remote_code for m in self.models.values())]
+        models: dict[str, Path | str] = {label: self._folder(run, label) for label in self.rows}
+        setup = Setup(
+            device=self.device,
+            dtype=self.dtype or "auto",
+            threads=self.threads,
+            trust_remote_code=all(trusted),
+        )
         with staged_output(run.measured(self.question), overwrite=True) as staging:
-            measure(
-                {label: self._folder(run, label) for label in self.rows},
-                dense=self.dense,
-                engine=self.engine,
-                workload=workload,
-                setup=Setup(
-                    device=self.device,
-                    dtype=self.dtype or "auto",
-                    threads=self.threads,
-                    trust_remote_code=all(trusted),
-                ),
-                output=staging,
-            )
-        asked = ("prompt_tokens", "output_tokens", "blocks", "until_precision", "minutes", "rounds",
-                 "warmup_rounds", "seed")  # fmt: skip
+            how: dict[str, Any] = {"dense": self.dense, "workload": workload, "setup": setup}
+            if load is None:
+                measure(models, engine=self.engine, output=staging, **how)
+            else:
+                serve(models, load=load, output=staging, **how)
+        return Result(self._command(run, workload, load))
+
+    def _command(self, run: RunPaths, workload: Workload, load: ServingLoad | None) -> str:
+        asked = ["blocks", "until_precision", "minutes", "seed"]
+        if load is None:
+            batches = ",".join(map(str, workload.batch_sizes))
+            what: dict[str, Any] = {"--engine": self.engine, "--batch": batches}
+            asked += ["prompt_tokens", "output_tokens", "rounds", "warmup_rounds"]
+        else:
+            what = load.options
+            asked += ["prompt_tokens"] if load.prompts == "random" else []
+            asked += ["output_tokens"] if load.output_lengths == "fixed" else []
         options = {
             "--dense": self.dense,
-            "--engine": self.engine,
-            "--batch": ",".join(map(str, workload.batch_sizes)),
+            **what,
             **{f"--{name.replace('_', '-')}": getattr(workload, name) for name in asked},
             "--device": self.device,
             "--dtype": self.dtype or "auto",
@@ -249,6 +263,7 @@ class MeasureJob(Job):
             "--revision": self.revision,
         }
         models = [f"{label}={self._named(run, label)}" for label in self.rows]
-        flags = {"prefix_caching": workload.prefix_caching, "self_check": workload.self_check,
+        flags = {"serve": load is not None, "prefix_caching": workload.prefix_caching,
+                 "self_check": workload.self_check,
                  "trust_remote_code": self.trust_remote_code}  # fmt: skip
-        return Result(command_line(["throughput", *models], options, **flags))
+        return command_line(["throughput", *models], options, **flags)

@@ -250,8 +250,9 @@ def _measure(
         keys={row.label: row.key for row in among},
         question="" if plain else key[:8],
         dense=dense.label,
-        engine="vllm" if plan.throughput == "vllm" else "hf",
+        engine="hf" if plan.throughput == "hf" else "vllm",
         workload=plan.workload,
+        load=plan.load,
         dtype=plan.evaluation.dtype,
         threads=threads,
     )
@@ -260,7 +261,8 @@ def _measure(
 def _measure_key(plan: Plan, dense: PlanRow, pairs: list[list[str]], threads: int) -> str:
     keys = [plan.source(dense).weights_sha256, pairs]
     asked = [plan.throughput, plan.workload, plan.device, plan.evaluation.dtype, plan.versions]
-    return digest(["measure", keys, asked, threads])
+    served = [plan.load, plan.prompts_sha256] if plan.load else []
+    return digest(["measure", keys, asked, threads, *served])
 
 
 def _measured(

@@ -44,10 +44,10 @@ def check_before(plan: Plan, run: RunPaths, *, jobs_at_a_time: int | None, until
     _check_disk(plan, run, size, todo)
     if until != "compress":
         _check_names(plan, run)
-        if plan.throughput == "vllm":
+        if plan.throughput in ("vllm", "serve"):
             from streamline_bench.modeling.vllm.package import require_vllm
 
-            require_vllm("--throughput vllm")
+            require_vllm(f"--throughput {plan.throughput}")
         if jobs_at_a_time is not None and plan.device == "cpu":
             _check_memory(plan, largest, jobs_at_a_time)
         for wanted in {each.apply_chat_template for each in plan.evaluations}:

@@ -196,6 +196,7 @@ class Plan(Frozen):
         metrics: task or group -> the metric that judges it, in place of its own.
         pairs: task with free answers -> the one that asks the same and gives choices.
         versions: packages that decide a result.
+        prompts_sha256: of the file of prompts that a server is sent; None for random ones.
         task_data: task as asked -> SHA-256 of its configuration and data.
         asked: every set of questions that was put to rows of this folder, in this order. A row is
             asked the sets that it has not answered.
@@ -219,6 +220,8 @@ class Plan(Frozen):
     threads: int | None = None
     throughput: ThroughputEngine = "none"
     workload: dict[str, Any] = Field(default_factory=dict)
+    load: dict[str, Any] = Field(default_factory=dict)
+    prompts_sha256: str | None = None
     noise: Annotated[tuple[NoisePlan, ...], BeforeValidator(lambda value: value or ())] = ()
     text: TextPlan | None = None
     environment: dict[str, str] = Field(default_factory=dict)

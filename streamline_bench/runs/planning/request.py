@@ -22,7 +22,7 @@ from streamline_bench.runs.planning.harness_options import (
     unfolded,
 )
 
-ThroughputEngine = Literal["none", "vllm", "hf"]
+ThroughputEngine = Literal["none", "vllm", "hf", "serve"]
 NoiseEngine = Engine
 
 
@@ -100,8 +100,9 @@ class Request(HarnessOptions):
         batch_size: what the harness is given; with ``engine: vllm``, ``auto`` unless given.
         dtype: of the models in memory; None: the checkpoint's for scoring, float32 for compressing.
         device: torch device; None or ``auto``: ``cuda`` where there is one, else ``cpu``.
-        throughput: engine to measure tokens per second with.
+        throughput: engine to measure tokens per second with; ``serve``: latencies of vLLM's server.
         workload: what it is asked, see :class:`streamline_bench.throughput.Workload`.
+        load: what is sent to a server, see :class:`streamline_bench.throughput.ServingLoad`.
         noise_floor: score the dense model again at another batch size, a quarter of
             ``batch_size``, or four times 1. What vLLM scores always has such a floor.
         noise_batch_size: score it again at this batch size instead.
@@ -133,6 +134,7 @@ class Request(HarnessOptions):
     trust_remote_code: bool = False
     throughput: ThroughputEngine = "none"
     workload: dict[str, Any] = Field(default_factory=dict)
+    load: dict[str, Any] = Field(default_factory=dict)
     noise_floor: bool = False
     noise_batch_size: str | None = Field(None, pattern=r"^([1-9]\d*|auto(:\d+)?)$")
     noise_dtype: str | None = None

@@ -117,11 +117,15 @@ def resolve_plan(
         task_data={k: v for each in (evaluation, *more) for k, v in each.task_data.items()},
         device=where,
         workload=_workload(request),
+        **_load(request),
         noise=_noise(request, [each.questions for each in (evaluation, *more)]),
         text=_text(request, source.folder),
         versions=package_versions(),
         **same("revision dtype trust_remote_code threads throughput environment metrics pairs"),
     )
+
+
+_OF_BATCHES = ("batch_sizes", "rounds", "warmup_rounds")
 
 
 def _workload(request: Request) -> dict[str, Any]:
@@ -130,10 +134,37 @@ def _workload(request: Request) -> dict[str, Any]:
         return {}
     from streamline_bench.throughput.workload import Workload
 
+    useless = next((name for name in _OF_BATCHES if name in request.workload), None)
+    if request.throughput == "serve" and useless is not None:
+        raise RecipeError(
+            f"--workload {useless} has no effect on a server, which takes requests of --load; "
+            "leave it out."
+        )
     try:
         return Workload.model_validate(request.workload).model_dump(mode="json")
     except ValidationError as error:
         raise RecipeError(f"--workload: {wrong_value(error, Workload)}") from None
+
+
+def _load(request: Request) -> dict[str, Any]:
+    """Return the plan's fields on a server: the complete load, and the hash of the prompts."""
+    if request.throughput != "serve":
+        if request.load:
+            raise RecipeError("--load has no effect here; it needs --throughput serve.")
+        return {}
+    from streamline_bench.throughput.load import ServingLoad, read_prompts
+    from streamline_bench.throughput.workload import Workload
+
+    try:
+        load = ServingLoad.model_validate(request.load)
+    except ValidationError as error:
+        raise RecipeError(f"--load: {wrong_value(error, ServingLoad)}") from None
+    if load.prompts == "random":
+        return {"load": load.model_dump(mode="json")}
+    path = Path(load.prompts).expanduser().resolve()
+    load = load.model_copy(update={"prompts": str(path)})
+    read_prompts(load, Workload.model_validate(request.workload).output_tokens)
+    return {"load": load.model_dump(mode="json"), "prompts_sha256": file_sha256(path)}
 
 
 def _noise(request: Request, asked: Sequence[Evaluation]) -> tuple[NoisePlan, ...]:

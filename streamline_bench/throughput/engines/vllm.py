@@ -35,7 +35,6 @@ class VLLMEngine(Engine):
             ThroughputError: vLLM runs on another device.
         """
         require_platform(settings)
-        import torch
         from vllm import LLM
         from vllm.platforms import current_platform
 
@@ -69,7 +68,7 @@ class VLLMEngine(Engine):
                 "block_size": config.cache_config.block_size,
                 "threads": settings.threads,
             },
-            versions={"cuda": torch.version.cuda} if torch.version.cuda else {},
+            versions=_cuda_version(),
         )
 
     def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[int]:
@@ -82,6 +81,12 @@ class VLLMEngine(Engine):
         asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         outputs = self._llm.generate(asked, sampling, use_tqdm=False)
         return [len(output.outputs[0].token_ids) for output in outputs]
+
+
+def _cuda_version() -> dict[str, str]:
+    import torch
+
+    return {"cuda": torch.version.cuda} if torch.version.cuda else {}
 
 
 def parallel_flags(settings: EngineSettings) -> dict[str, Any]:

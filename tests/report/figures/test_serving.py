@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 
 from streamline_bench.report.figures.pareto import tradeoffs
-from streamline_bench.report.figures.serving import served_series, serving_curves
+from streamline_bench.report.figures.serving import kept_objectives, served_series, serving_curves
 from streamline_bench.report.leaderboard import Leaderboard, read_leaderboard
 from streamline_bench.report.views.exports import figures
 from streamline_bench.report.views.page import to_html
@@ -33,7 +34,8 @@ def speed(factor: float, loads: int = 3, accelerators: int = 1) -> Speed:
     ]
     served += [figure("tpot=50ms,p=95", "load", 20 * factor),
                figure("tpot=50ms,p=95", "goodput", 3 * factor)]  # fmt: skip
-    fields = {"engine": "vllm", "device": "a", "dtype": "float32", "batch_size": 0}
+    fields = {"engine": "vllm", "device": "a", "dtype": "float32", "batch_size": 0,
+              "request_load": "32 requests at 1, 4, 16 in flight"}  # fmt: skip
     return Speed(**fields, status="ok", served=tuple(served), accelerators=accelerators)
 
 
@@ -56,10 +58,14 @@ def circles(svg: str) -> list[tuple[float, float]]:
 
 def test_a_point_per_load_and_model(board: Leaderboard) -> None:
     curves = serving_curves(board.rows)
-    assert [curve.up for curve in curves] == [
-        "tokens per second of one user", "time to first token, ms", "time of a whole request, ms"
-    ]  # fmt: skip
-    users, first, _ = (circles(str(curve.svg)) for curve in curves)
+    in_flight = "requests in flight"
+    assert [(curve.up, curve.across) for curve in curves] == [
+        ("tokens per second of one user", "tokens per second of one card"),
+        ("time to first token, ms", in_flight),
+        ("time per output token, ms", in_flight),
+        ("time of a whole request, ms", in_flight),
+    ]
+    users, first, *_ = (circles(str(curve.svg)) for curve in curves)
     assert len(users) == len(first) == 3 * len(board.rows)
     across, up = zip(*users[:3], strict=True)
     assert sorted(across) == list(across) and sorted(up) == list(up), "more load, slower users"
@@ -82,9 +88,44 @@ def test_one_load_is_no_curve(board: Leaderboard) -> None:
 
 def test_the_page_and_the_exports_show_them(board: Leaderboard) -> None:
     html = to_html(board)
-    assert 'id="serving"' in html and html.count('data-name="serving-') == 3
+    assert 'id="serving"' in html and html.count('data-name="serving-') == 4
+    assert "Highest load" in html and "tpot=50ms,p=95" in html
+    assert "batch size 0" not in html
     assert "goodput" in [drawn.kind for drawn in tradeoffs(board.rows)]
     assert "good requests per second" in html
     names = [name for name, _ in figures(board)]
     assert "accuracy-against-goodput" in names
-    assert sum("tokens-per-second-of-one-card" in name for name in names) == 3
+    assert sum("tokens-per-second-of-one-card" in name for name in names) == 1
+    assert sum("requests-in-flight" in name for name in names) == 3
+
+
+def test_rates_and_users_have_pictures_of_their_own(board: Leaderboard) -> None:
+    def figure(load: str, metric: Metric, value: float) -> ServedFigure:
+        return ServedFigure(load=load, metric=metric, value=value)
+
+    served = tuple(
+        figure(load, metric, 10.0 + place)
+        for place, load in enumerate(
+            ("1 per second", "2.5 per second", "all at once", "4 in flight")
+        )
+        for metric in ("tokens/s", "TTFT")
+    )
+    one = speed(1.0).model_copy(update={"served": served})
+    row = board.rows[0].model_copy(update={"throughput": one})
+    (curve,) = serving_curves([row])
+    assert (curve.up, curve.across) == ("time to first token, ms", "requests per second")
+    assert len(circles(str(curve.svg))) == 2, "not the load without a rate, nor the one in flight"
+
+
+def test_the_interval_of_a_load_is_students(board: Leaderboard) -> None:
+    figure = ServedFigure(load="p=95", metric="load", value=8, ratio=1.5, ratio_error=0.1, blocks=3)
+    low, high = figure.ratio_ends(0.95) or (0, 0)
+    assert (low, high) == pytest.approx(
+        (1.5 * math.exp(-0.43027), 1.5 * math.exp(0.43027)), rel=1e-4
+    )
+    assert figure.model_copy(update={"blocks": 1}).ratio_ends(0.95) is None
+    row = board.rows[1].model_copy(
+        update={"throughput": speed(1.0).model_copy(update={"served": (figure,)})}
+    )
+    (kept,) = kept_objectives([board.rows[0].model_copy(update={"throughput": None}), row])
+    assert (kept.row.label, kept.load, kept.goodput) == (row.label, figure, None)

@@ -59,3 +59,42 @@ def test_the_command_repeats_what_was_measured(
         assert given[key] == getattr(asked["workload"], key)
     assert given["batch"] == asked["workload"].batch_sizes
     assert (given["revision"], given["engine"], given["dense"]) == ("v2", "hf", "dense")
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_command_of_a_server_sends_the_same(
+    own: bool,
+    make: Callable[..., Request],
+    tmp_path: Path,
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from streamline_bench.cli.throughput import _load
+    from streamline_bench.throughput import ServingLoad
+
+    prompts = tmp_path / "mine.jsonl"
+    prompts.write_text('{"prompt": "a b", "output_tokens": 3}\n')
+    load: dict[str, Any] = {
+        "slo": "ttft=500ms,tpot=50ms,p=90",
+        "requests": 8,
+        "arrivals": "constant",
+    }
+    load |= (
+        {"prompts": str(prompts), "output_lengths": "data", "search": "rate"}
+        if own
+        else {"concurrencies": [1, 8], "prefix_tokens": 4}
+    )
+    load["request_rates"] = [2, float("inf")]
+    plan = resolve_plan(make(throughput="serve", load=load, workload={"self_check": True}))
+    (job,) = measure_jobs(plan, ["dense", "last_layers"], 3)
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("streamline_bench.throughput.serve",
+                        lambda models, **options: asked.update(options, models=models))  # fmt: skip
+    typed = job.work(RunPaths(tmp_path)).command
+    assert asked["load"] == ServingLoad.model_validate(load) and asked["dense"] == "dense"
+    assert asked["models"]["dense"] == tiny_llama
+    assert asked["workload"].self_check and asked["setup"].threads == 3
+    assert typed is not None
+    context = command.make_context("throughput", shlex.split(typed)[2:])
+    assert context.params["serving"] and context.params["self_check"]
+    assert _load(context, context.params) == asked["load"]

@@ -12,9 +12,9 @@ import pytest
 
 from streamline_bench.core.checkpoint.folder import file_sha256
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.errors import EvaluationError, RecipeError
+from streamline_bench.errors import EvaluationError, RecipeError, ThroughputError
 from streamline_bench.runs.folder import RunPaths
-from streamline_bench.runs.jobs.planned import plan_jobs
+from streamline_bench.runs.jobs.planned import measure_jobs, plan_jobs
 from streamline_bench.runs.jobs.score import ScoreJob
 from streamline_bench.runs.planning.plan import Evaluation
 from streamline_bench.runs.planning.request import Request, make_request
@@ -38,6 +38,13 @@ from streamline_bench.runs.run import compare_request
         ({"throughput": "hf", "workload": {"round": 3}}, RecipeError,
          "--workload: unknown key 'round'; did you mean 'rounds'"),
         ({"throughput": "hf", "workload": {"xyz": 3}}, RecipeError, "'xyz'; known: batch_sizes,"),
+        ({"throughput": "hf", "load": {"requests": 3}}, RecipeError, "--load .*--throughput serve"),
+        ({"throughput": "serve", "workload": {"rounds": 3}}, RecipeError, "--workload rounds"),
+        ({"throughput": "serve", "load": {"request": 3}}, RecipeError,
+         "--load: unknown key 'request'; did you mean 'request"),
+        ({"throughput": "serve", "load": {"slo": "tpot=5h"}}, ThroughputError, "'tpot=5h'"),
+        ({"throughput": "serve", "load": {"prompts": "/no/such.jsonl"}}, ThroughputError,
+         "no/such.jsonl"),
     ],
 )  # fmt: skip
 def test_nothing_is_claimed_for_what_cannot_be_run(
@@ -211,3 +218,21 @@ def test_changed_data_elsewhere_is_another_plan(
     elsewhere.write_text(text.replace("w9 w4", "w9 w8"), encoding="utf-8")
     assert all(key(*names) != old for names, old in zip(asked, before, strict=True))
     assert key("streamline_demo_pairs") == packaged  # which reads none of it
+
+
+def test_a_served_run_is_measured_again_where_load_or_prompts_changed(
+    make: Callable[..., Request], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "mine.jsonl"
+    prompts.write_text('{"prompt": "a b"}\n')
+
+    def key(**load: Any) -> str:
+        plan = resolve_plan(make(throughput="serve", load={"concurrencies": [1, 2], **load}))
+        assert plan.load["request_rates"] == [], "only what was asked for"
+        (job,) = measure_jobs(plan, ["dense", "last_layers"], 1)
+        return job.key
+
+    first, own = key(), key(prompts=str(prompts))
+    assert first == key() != key(requests=8) and first != own
+    prompts.write_text('{"prompt": "a c"}\n')
+    assert key(prompts=str(prompts)) != own
