@@ -294,6 +294,7 @@ def test_metrics_of_the_command_count_before_those_of_the_plan(
         "model: m\ntasks: [t]\nrecipes: [dense]\nmetrics: {t: f1, u: em}\n", encoding="utf-8"
     )
     assert asked("--plan", plan, "--metric", "t=acc").metrics == {"t": "acc", "u": "em"}
+    assert asked("--plan", plan, "--pair", "t=c").pairs == {"t": "c"}
 
 
 def test_the_plan_is_named_where_it_is_wrong(tmp_path: Path) -> None:

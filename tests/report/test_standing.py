@@ -13,9 +13,10 @@ from streamline_bench.report.figures.sizes import interpolated
 from streamline_bench.report.frame import results
 from streamline_bench.report.leaderboard import Leaderboard, Row
 from streamline_bench.report.standing import Answers, TaskAnswers, standing
+from streamline_bench.report.views.entries import shown
 from streamline_bench.report.views.headline import headline
 from streamline_bench.report.views.page import to_html
-from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.comparison import Estimate, GradedMetric
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.crossed import CrossedTask, crossed_estimate
 from streamline_bench.stability.statistics.paired import Outcomes, PairedSample
@@ -300,3 +301,32 @@ def test_ranks_by_grades_against_a_bootstrap() -> None:
         rank = found.grade_ranks[label]
         assert (rank.low, rank.high) == tuple(np.quantile(place, [0.025, 0.975]))
         assert rank.first == pytest.approx((place == 1).mean(), abs=0.03)
+
+
+def test_grades_of_folded_rows_are_their_means() -> None:
+    comparison = {
+        "task": "s", "filter": "none", "metric": "rouge1", "kind": "grade", "decides": True,
+        "n": 9, "wins": 1, "ties": 5, "losses": 3, "p_value": 0.2, "p_holm": 0.2,
+        "decision": "cannot tell",
+    }  # fmt: skip
+    named = {name: comparison[name] for name in GradedMetric.model_fields if name in comparison}
+    rows = []
+    for seed, grade in enumerate((0.2, 0.4)):
+        means = {"dense": {"value": 0.5}, "pruned": {"value": grade},
+                 "difference": {"value": grade - 0.5, "low": -0.6, "high": 0.1}}  # fmt: skip
+        score = {**named, "main": True, "value": {"value": grade},
+                 "comparison": {**comparison, **means}}  # fmt: skip
+        fields = {"group": "r", "axes": {"seed": seed}, "macro": MACRO, "micro": MACRO}
+        rows.append(row(f"r-{seed}", grades=[score], **fields))
+    answers = {each.label: answered(0.6, seed) for seed, each in enumerate(rows)}
+    (folded,) = (
+        each
+        for each in shown(board(standing([DENSE_ROW, *rows], answers, SETTINGS), rows))
+        if not each.is_dense
+    )
+    (score,) = folded.grades
+    assert score.comparison is not None and score.comparison.difference is not None
+    assert score.value.value == pytest.approx(0.3)
+    assert score.comparison.difference.value == pytest.approx(-0.2)
+    assert score.comparison.difference.low is None
+    assert score.comparison.decision is None and score.comparison.p_holm is None

@@ -294,15 +294,19 @@ def test_grades_have_a_place_in_the_board(lm_eval_outputs: Path, tmp_path: Path)
     assert "Tasks are graded" in (tmp_path / "only" / "leaderboard.md").read_text("utf-8")
 
 
-def test_runs_that_are_judged_by_other_metrics_are_not_one_board(
-    lm_eval_outputs: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("key", "value", "option"),
+    [("metrics", {"graded_squad": "f1"}, "--metric"), ("pairs", {"a": "b"}, "--pair")],
+)
+def test_runs_that_are_judged_otherwise_are_not_one_board(
+    lm_eval_outputs: Path, tmp_path: Path, key: str, value: dict[str, str], option: str
 ) -> None:
     from streamline_bench.report.merge import merged_leaderboard
     from streamline_bench.report.run_file import RunFile, RunRow, write_run_file
 
-    for name, metrics in (("one", {}), ("two", {"graded_squad": "f1"})):
+    for name, given in (("one", {}), ("two", {key: value})):
         shutil.copytree(lm_eval_outputs / "graded" / "dense", tmp_path / name / "dense")
         rows = [RunRow(label="dense", eval="dense")]
-        write_run_file(tmp_path / name, RunFile(dense="dense", rows=rows, metrics=metrics))
-    with pytest.raises(ComparisonError, match=r"graded_squad.*--metric"):
+        write_run_file(tmp_path / name, RunFile(dense="dense", rows=rows, **given))
+    with pytest.raises(ComparisonError, match=f"{next(iter(value))}.*{option}"):
         merged_leaderboard([tmp_path / "one", tmp_path / "two"], progress=False)

@@ -32,6 +32,8 @@ from streamline_bench.runs.run import compare_request
          EvaluationError, "'piqa'.*not in the cache.*HF_HUB_OFFLINE"),
         ({"metrics": {"streamline_demo_pair": "acc"}}, RecipeError,
          "--metric streamline_demo_pair=acc.*mean 'streamline_demo_pairs'"),
+        ({"pairs": {"streamline_demo_pairs": "streamline_demo_pear"}}, RecipeError,
+         "--pair streamline_demo_pairs=streamline_demo_pear.*'streamline_demo_pear'"),
         ({"device": "cud"}, RecipeError, "'cud' is not a device"),
         ({"device": "cuda:9"}, RecipeError, "--device is cuda:9 and this process sees no cuda"),
         ({"noise_dtype": "flot"}, RecipeError, "'flot'.*dtype"),
@@ -110,6 +112,12 @@ def test_tasks_that_run_code_need_the_switch_of_the_harness(
 def test_metrics_are_part_of_the_plan(make: Callable[..., Request]) -> None:
     asked = make(metrics={"streamline_demo_pairs": "acc_norm"})
     assert resolve_plan(asked).metrics == {"streamline_demo_pairs": "acc_norm"}
+
+
+def test_pairs_are_part_of_the_plan(make: Callable[..., Request]) -> None:
+    tasks = ["streamline_demo_recall", "streamline_demo_pairs"]
+    pair = {"streamline_demo_recall": "streamline_demo_pairs"}
+    assert resolve_plan(make(tasks=tasks, pairs=pair)).pairs == pair
 
 
 def test_auto_is_what_the_machine_has(
