@@ -95,7 +95,7 @@ class Evaluation(BaseModel):
         fields = [value for key, value in first.items() if key not in _OVER_REPETITIONS]
         lengths = {len(value) for value in fields if isinstance(value, list)}
         whole = len(lengths) == 1 and all(isinstance(value, list) for value in fields)
-        return lengths.pop() if whole else 1
+        return max(1, lengths.pop()) if whole else 1
 
     @cached_property
     def numbers(self) -> dict[str, float]:
@@ -387,7 +387,7 @@ def _read(path: Path, entries: Sequence[Entry]) -> Evaluation:
     payload = read_json(path, SamplesError, f"the file looks truncated, {_EVALUATE}")
     with well_formed(str(path), "an evaluation that OpenCompass wrote", _EVALUATE):
         found = Evaluation.model_validate(payload)
-        expected, _ = len(found.listed) * found.repetitions, found.numbers
+        expected, _, _ = len(found.listed) * found.repetitions, found.numbers, found.graded
     if found.listed and expected != len(entries):
         raise SamplesError(
             f"{path} was made from {expected} predictions, beside it are {len(entries)}: one is "

@@ -285,7 +285,14 @@ def test_a_grade_is_no_verdict(opencompass_files: Any, run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "payload", [{"accuracy": 10**400}, {"details": "none"}, {"details": {"٣": {}, "x": 1}}]
+    "payload",
+    [
+        {"accuracy": 10**400},
+        {"details": "none"},
+        {"details": {"٣": {}, "x": 1}},
+        {"score": 1.0, "details": [{"score": 10**400}] * 4},
+        {"score": 1.0, "details": [{"score": []}] * 4},
+    ],
 )
 def test_odd_evaluations_never_break_the_reader(
     opencompass_files: Any, run: Path, payload: dict[str, Any]
