@@ -8,6 +8,8 @@ the true difference, and how often is no difference rejected at 5 % where there 
 - ``ROUGE``: around 0.3, and every grade moves a little.
 - ``rare``: one grade in thirty falls by a half.
 - ``clusters``: as ROUGE, in clusters of five that move together (correlation 0.3).
+- ``solved``: tokens per solved question, as a ratio to dense; what is hard is hard for both models,
+  and what is not solved takes longer. There is no p.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.clusters import cluster_labels
-from streamline_bench.stability.statistics.grades import PairedGrades
+from streamline_bench.stability.statistics.grades import Pair, PairedGrades, ratio_of_ratios
 
 Floats = npt.NDArray[np.float64]
 SIZES = (10, 20, 40, 100, 300)
@@ -73,6 +76,31 @@ def coverage(kind: str, n: int, drop: float, repetitions: int) -> tuple[float, f
     return held / repetitions, rejected / repetitions
 
 
+def solved(source: np.random.Generator, n: int) -> tuple[Pair, Pair]:
+    """Tokens and right answers of both models."""
+    hard = source.random(n)
+    sides = []
+    for share, tokens in ((0.7, 20), (0.5, 30)):
+        right = (hard + source.normal(0, 0.2, n) < share).astype(np.float64)
+        sides.append((1.0 + source.poisson(tokens * (1.5 - right)), right))
+    return sides[0], sides[1]
+
+
+def coverage_of_solved(n: int, repetitions: int) -> float:
+    """Share of intervals that hold the true ratio; one without ends does not."""
+    source = np.random.default_rng(n)
+    (above, below), (above_now, below_now) = solved(source, 2_000_000)
+    truth = above_now.sum() / below_now.sum() / (above.sum() / below.sum())
+    held = 0
+    for seed in range(repetitions):
+        settings = Settings(draws=1000, seed=seed)
+        found = ratio_of_ratios(*solved(source, n), None, settings, ("solved",))
+        held += (
+            found is not None and found.low is not None and found.ends[0] <= truth <= found.ends[1]
+        )
+    return held / repetitions
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=1000)
@@ -83,6 +111,8 @@ def main() -> None:
             for drop in (0.0, 0.1):
                 held, rejected = coverage(kind, n, drop, repetitions)
                 print(f"| {kind} | {n} | {drop} | {100 * held:.1f} | {100 * rejected:.1f} |")
+    for n in SIZES:
+        print(f"| solved | {n} | - | {100 * coverage_of_solved(n, repetitions):.1f} | - |")
 
 
 if __name__ == "__main__":
