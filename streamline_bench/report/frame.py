@@ -186,6 +186,10 @@ def _of_model(board: Leaderboard, row: Row) -> Iterator[dict[str, Any]]:
     if row.label in board.shown_ranks:
         rank = board.shown_ranks[row.label]
         yield here | {"metric": "rank", "value": rank.place, "low": rank.low, "high": rank.high}
+    if row.label in board.grade_ranks:
+        rank = board.grade_ranks[row.label]
+        yield here | {"metric": "grade_rank", "value": rank.place, "low": rank.low,
+                      "high": rank.high}  # fmt: skip
     if row.divergence:
         for name, field in (("token_kl", "kl"), ("same_top_token", "same_top")):
             yield here | _line(name, getattr(row.divergence, field))

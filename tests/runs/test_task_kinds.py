@@ -180,9 +180,15 @@ def test_tokens_and_both_forms_of_a_question(run: Path, board: Leaderboard) -> N
     assert pair.pruned.choice_only == sides["last_layers"].count((True, False))
     text = (run / "leaderboard.md").read_text("utf-8")
     page = (run / "leaderboard.html").read_text("utf-8")
-    for part in ("held\\_out\\_choice", "unfinished", "token\\_f1"):
+    for part in (
+        "held\\_out\\_choice",
+        "unfinished",
+        "token\\_f1",
+        "Ranks by the mean",
+        "Noise floor of",
+    ):
         assert part in text
-    for part in ("with choices and freely", "Unfinished", "Noise of grades"):
+    for part in ("choices and freely", "Unfinished", "Noise of grades", "Ranks by the mean"):
         assert part in page
 
 
@@ -210,4 +216,4 @@ def test_seconds_per_solved_question_stand_in_every_view(board: Leaderboard) -> 
     assert "Seconds per solved question" in to_markdown(measured)
     assert "Seconds per solved question" in to_html(measured)
     assert "seconds_per_solved:held_out_own/none" in to_csv(measured).splitlines()[0]
-    assert {"ratio: tokens", "free_minus_choice"} <= set(results(measured)["metric"])
+    assert {"ratio: tokens", "free_minus_choice", "grade_rank"} <= set(results(measured)["metric"])
