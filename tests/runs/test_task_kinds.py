@@ -10,12 +10,15 @@ import pytest
 from run_jobs import InProcess
 
 from streamline_bench.core.machine.environment import resource
+from streamline_bench.report.build import build_leaderboard
 from streamline_bench.report.frame import results
 from streamline_bench.report.leaderboard import Leaderboard, read_leaderboard
+from streamline_bench.report.run_file import read_run_file
 from streamline_bench.report.solved import with_solved
 from streamline_bench.report.views.csv_table import to_csv
 from streamline_bench.report.views.markdown import to_markdown
 from streamline_bench.report.views.page import to_html
+from streamline_bench.report.views.terminal import terminal_table
 from streamline_bench.runs.planning.request import make_request
 from streamline_bench.runs.run import compare_request
 from streamline_bench.throughput.speed import Speed
@@ -217,3 +220,18 @@ def test_seconds_per_solved_question_stand_in_every_view(board: Leaderboard) -> 
     assert "Seconds per solved question" in to_html(measured)
     assert "seconds_per_solved:held_out_own/none" in to_csv(measured).splitlines()[0]
     assert {"ratio: tokens", "free_minus_choice", "grade_rank"} <= set(results(measured)["metric"])
+
+
+@pytest.mark.slow
+def test_a_board_of_grades_alone_has_every_view(run: Path) -> None:
+    file = read_run_file(run)
+    only = file.model_copy(
+        update={"tasks": ["held_out_f1"], "metrics": {},
+                "tasks_left_out": ["held_out_own", "held_out_filters", "held_out_choice"]}
+    )  # fmt: skip
+    board = build_leaderboard(only, run, progress=False)
+    assert board.ranks == {} and set(board.shown_ranks) == {"last_layers", "first_layers"}
+    assert board.noise is not None and board.noise.flips is None and board.noise.grades
+    for render in (to_markdown, to_html, to_csv, terminal_table):
+        assert "last" in render(board)
+    assert "Noise floor of grades" in to_markdown(board)
