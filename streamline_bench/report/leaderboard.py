@@ -106,8 +106,9 @@ class GradeScore(GradedMetric):
 class SolvedCost(Frozen):
     """Seconds per solved question: tokens of all answers / right answers / tokens per second.
 
-    Time counts as it was measured for the row's ``throughput``, at its batch size. A pruned model
-    that writes more for each right answer is slower than its tokens per second say.
+    Time counts as it was measured for the row's ``throughput``: at its batch size, by its clock
+    (processor seconds on a processor). A pruned model that writes more for each right answer is
+    slower than its tokens per second say.
 
     Attributes:
         tokens: generated per solved question.
