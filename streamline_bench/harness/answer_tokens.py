@@ -14,15 +14,17 @@ from streamline_bench.stability.readers.answer_tokens import AnswerTokens, reque
 class AnswerCounter:
     """Stands for a model's ``cache_hook``, which the harness hands every answer to, in order.
 
+    An answer is known by its prompt and text: what else is handed over depends on the engine.
+
     Attributes:
         waiting: answers that were generated and are not handed over yet.
-        found: request -> its answers.
+        found: prompt and text -> answers.
     """
 
     def __init__(self, hook: Any) -> None:
         self.hook = hook
         self.waiting: deque[AnswerTokens] = deque()
-        self.found: dict[str, list[AnswerTokens]] = {}
+        self.found: dict[tuple[str, str], list[AnswerTokens]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.hook, name)
@@ -30,17 +32,32 @@ class AnswerCounter:
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
         """Take an answer, and hand it on."""
         if kind == "generate_until" and self.waiting:
-            key = request_key(request[0], request[1])
-            self.found.setdefault(key, []).append(self.waiting.popleft())
+            self.found.setdefault((request[0], answer), []).append(self.waiting.popleft())
         self.hook.add_partial(kind, request, answer)
 
-    def gathered(self, processes: int) -> dict[str, list[AnswerTokens]]:
-        """Return the answers of all processes that share the requests."""
-        if processes < 2 or not torch.distributed.is_initialized():
-            return self.found
-        parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, self.found)
-        return {key: answers for part in parts for key, answers in part.items()}
+    def of_requests(
+        self, requests: Sequence[Any], answers: Sequence[str]
+    ) -> dict[str, list[AnswerTokens]]:
+        """Return the tokens by request (:func:`request_key`), in the order of the requests."""
+        noted: dict[str, list[AnswerTokens]] = {}
+        for request, answer in zip(requests, answers, strict=True):
+            prompt, arguments = request.args[:2]
+            counted = self.found.get((prompt, answer))
+            if counted:
+                taken = counted.pop(0) if len(counted) > 1 else counted[0]
+                noted.setdefault(request_key(prompt, arguments), []).append(taken)
+        return noted
+
+
+def of_all_processes(
+    noted: dict[str, list[AnswerTokens]], processes: int
+) -> dict[str, list[AnswerTokens]]:
+    """Return the tokens of all processes that share the requests."""
+    if processes < 2 or not torch.distributed.is_initialized():
+        return noted
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, noted)
+    return {key: answers for part in parts for key, answers in part.items()}
 
 
 def count_answer(

@@ -33,7 +33,7 @@ from streamline_bench.errors import (
     StreamlineBenchError,
     library_errors,
 )
-from streamline_bench.harness.answer_tokens import AnswerCounter
+from streamline_bench.harness.answer_tokens import AnswerCounter, of_all_processes
 from streamline_bench.stability.readers.answer_tokens import ANSWER_TOKENS, AnswerTokens
 
 Made = TypeVar("Made", bound="CompressedModel")
@@ -106,7 +106,8 @@ class CompressedModel(LM):  # type: ignore[misc]
                 found: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
         finally:
             self.cache_hook = counter.hook
-        self.answer_tokens = counter.gathered(self.world_size)
+        noted = counter.of_requests(requests, found)
+        self.answer_tokens = of_all_processes(noted, self.world_size)
         return found
 
     def _note_answer(self, answer: AnswerTokens) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from streamline_bench.harness.answer_tokens import count_answer
+from streamline_bench.harness.answer_tokens import AnswerCounter, count_answer
 from streamline_bench.stability.readers.answer_tokens import (
     ANSWER_TOKENS,
+    AnswerTokens,
     noted_tokens,
     request_key,
 )
@@ -42,6 +44,23 @@ def counted(text: Sequence[int], think: int | str | None = None) -> tuple[float,
 )
 def test_by_hand(tokens: list[int], think: int | str | None, expected: tuple[float, ...]) -> None:
     assert counted(tokens, think) == expected
+
+
+def test_answers_are_known_by_prompt_and_text() -> None:
+    """Engines hand on arguments of their own; two answers to one prompt keep their numbers."""
+    handed = []
+    hook = SimpleNamespace(add_partial=lambda *given: handed.append(given))
+    counter = AnswerCounter(hook)
+    answers = [("q", "x"), ("p", "y"), ("q", "z")]
+    counter.waiting.extend(AnswerTokens(count, 0, 0.0) for count in (1, 2, 3))
+    for prompt, text in answers:
+        counter.add_partial("generate_until", (prompt, {"as": "an engine has it"}), text)
+    assert len(handed) == 3
+    asked = {"until": ["."]}
+    requests = [SimpleNamespace(args=(prompt, asked)) for prompt in ("p", "q", "q", "new")]
+    noted = counter.of_requests(requests, ["y", "x", "z", "from the cache"])
+    assert noted == {request_key("p", asked): [(2, 0, 0)],
+                     request_key("q", asked): [(1, 0, 0), (3, 0, 0)]}  # fmt: skip
 
 
 def test_answers_of_a_document_are_averaged() -> None:
