@@ -305,7 +305,7 @@ class _Job:
         parts = {name: count * size for name, size in _TRAINED.items()}
         if spec.objective not in STATE_ERRORS:
             passing = {
-                "activations": sizes.depth * at_hand * sizes.width * sizes.item,
+                "activations": self._activations(spec, sizes.depth, at_hand),
                 "logits": self._trained_logits(at_hand),
             }
             if spec.gradient_accumulation == 1 and self.batch == spec.batch_size:
@@ -354,9 +354,19 @@ class _Job:
             count, frozen = total, 0
         return {
             "weights": frozen, **{name: count * size for name, size in _TRAINED.items()},
-            "activations": deep * at_hand * sizes.width * sizes.item,
+            "activations": self._activations(recovery.training, deep, at_hand),
             "logits": self._trained_logits(at_hand),
         }  # fmt: skip
+
+    def _activations(self, spec: TrainingSpec, layers: int, tokens: int) -> int:
+        """Bytes that are kept for the backward pass through so many layers."""
+        sizes = self.sizes
+        whole = tokens * sizes.width * sizes.item
+        return (
+            layers * sizes.state(tokens) + whole
+            if spec.gradient_checkpointing
+            else (layers * whole)
+        )
 
     def _trained_logits(self, positions: int) -> int:
         sizes = self.sizes

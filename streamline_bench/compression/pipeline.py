@@ -40,8 +40,9 @@ from streamline_bench.core.checkpoint.folder import (
     write_manifest,
 )
 from streamline_bench.core.checkpoint.reader import CheckpointReader
-from streamline_bench.core.data.corpora import local_paths
+from streamline_bench.core.data.corpora import SELF, local_paths
 from streamline_bench.core.data.corpus_files import file_kind
+from streamline_bench.core.data.own_texts import SELF_VERSION
 from streamline_bench.core.files import staged_output
 from streamline_bench.core.machine.environment import package_versions
 from streamline_bench.core.machine.ranks import current, joined, launched, own_device
@@ -453,6 +454,8 @@ def _scan_key(source: SourceModel, device: str, dtype: str | None) -> str:
 
 def _data_identity(spec: CalibrationSpec, source: SourceModel) -> str | dict[str, str]:
     """Content of a local source, name of a remote one; read without tokenising anything."""
+    if spec.source == SELF:
+        return f"{SELF} {SELF_VERSION}"  # written by the weights and tokenizer of the key
     paths = local_paths(spec.source, source.folder)
     if len(paths) == 1 and paths[0].is_dir():
         return _digests(source, paths[0], sorted(p for p in paths[0].rglob("*") if p.is_file()))

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from streamline_bench.compression.forecast import Forecast, as_gb, forecast, trained
 from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.data.corpora import SELF
 from streamline_bench.core.machine.environment import free_memory
 from streamline_bench.core.machine.ranks import on_this_machine
 from streamline_bench.core.recipe.schema import Recipe, TrainingSpec
@@ -286,6 +287,8 @@ def _resident_only(recipe: Recipe) -> str:
     """Return why a recipe needs the whole model in memory; empty if it does not."""
     if recipe.recovery is not None:
         return f"its recovery ({recipe.recovery.kind}) trains the whole model"
+    if SELF in recipe.data_sources:
+        return "the model writes its own texts (source self)"
     if not get_method(recipe.method).streams(recipe):
         return f"method '{recipe.method}' needs the whole model for it"
     return ""

@@ -90,12 +90,14 @@ def recipe_groups() -> dict[str, tuple[str, ...]]:
     ``all``; by cost ``no-training``, ``calibrated`` and ``recovered``; ``paper-settings``: a
     paper's own size, data and steps; ``hub-data``: text that has to come from the hub.
     """
+    from streamline_bench.core.data.corpora import SELF
+
     groups: dict[str, tuple[str, ...]] = {}
     for recipe in listed_recipes():
         of = ["all", recipe.cost.replace(" ", "-")]
         of += ["paper-settings"] * recipe.paper_settings
         of += ["hub-data"] * any(
-            source != "auto" and not Path(source).expanduser().exists()
+            source not in ("auto", SELF) and not Path(source).expanduser().exists()
             for source in recipe.data_sources
         )
         for group in of:

@@ -11,6 +11,7 @@ facts). Writing, hashing, the manifest, the cache and any recovery are done for 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 from abc import ABC, abstractmethod
@@ -124,7 +125,10 @@ class Compression:
             CalibrationError: the source cannot be read or holds too little.
         """
         from streamline_bench.core.data.calibration import load_calibration
+        from streamline_bench.core.data.corpora import SELF
 
+        if spec.source == SELF:
+            return self._own_tokens(spec)
         return load_calibration(
             spec,
             self.tokenizer,
@@ -133,6 +137,21 @@ class Compression:
             vocabulary=self.config.vocab_size,
             progress=self.progress,
         )
+
+    def _own_tokens(self, spec: CalibrationSpec) -> CalibrationTokens:
+        """Let the source model write its own texts, once for all processes and attempts."""
+        from streamline_bench.core.data.own_texts import count_of, own_tokens
+        from streamline_bench.core.machine.ranks import current
+
+        length = min(spec.sequence_length, sequence_limit(self.config) or spec.sequence_length)
+        count_of(spec, length)  # refused before the model is loaded
+        name = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:16]
+        return current().first(
+            lambda: own_tokens(
+                self.model, self.tokenizer, spec, self.work / f"own-texts-{name}.safetensors",
+                length=length, progress=self.progress,
+            )
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

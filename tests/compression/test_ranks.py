@@ -83,7 +83,8 @@ TRAINED = ["--n-layers", "2", "--set", "training.min_steps=12", "--set", "traini
 TRAINED += ["--set", "training.checkpoint_every=2", "--set", "sequence_length=16"]
 RECOVERED = ["--recipe", "last_layers_partial", "--n-layers", "1"]
 RECOVERED += ["--set", "recovery.training.batch_size=3", "--set", "recovery.training.min_steps=8"]
-RECOVERED += ["--set", "recovery.training.data.sequence_length=16"]
+RECOVERED += ["--set", "recovery.training.data.sequence_length=16", "--calibration", "self"]
+RECOVERED += ["--set", "recovery.training.data.samples=40"]
 SIZES: dict[str, list[str]] = {
     "none": ["--recipe", "streamline_none", "--n-layers", "2", "--set", "sequence_length=16"],
     "trained": ["--recipe", "streamline", *TRAINED],
@@ -104,7 +105,7 @@ def launched(
     def job(name: str, recipe: str, count: int, *fault: Any) -> list[Any]:
         settings = ["--calibration", str(text), "--device", "cpu"]
         output = ["-o", str(root / name / "out")]
-        arguments = ["compress", source, *SIZES[recipe], *settings, *output]
+        arguments = ["compress", source, *settings, *SIZES[recipe], *output]
         return [str(root / name), count, arguments, *fault]
 
     jobs = [
@@ -186,7 +187,13 @@ def test_a_recovery_is_that_of_one_process(launched: tuple[Path, list[int]]) -> 
     )
     assert two.keys() == one.keys()
     assert max(float((two[name] - one[name]).abs().max()) for name in one) < 1e-6
-    manifest = read_manifest(root / "recovered" / "out")
-    assert manifest is not None
-    assert manifest.training is not None
-    assert manifest.training["recovery"]["processes"] == 2
+    facts = []
+    for name in ("recovered", "alone"):
+        manifest = read_manifest(root / name / "out")
+        assert manifest is not None
+        assert manifest.training is not None
+        facts.append(manifest.training["recovery"])
+    assert facts[0]["processes"] == 2
+    # The texts that the model wrote are the same.
+    assert facts[0]["data"] == facts[1]["data"]
+    assert facts[0]["data"]["source"] == "self"

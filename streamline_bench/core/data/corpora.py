@@ -14,6 +14,7 @@ a folder                         written by ``datasets.save_to_disk``, else read
                                  ``datasets.load_dataset``
 ``owner/name``                   a data set of the Hugging Face hub; streamed when the number of
                                  samples or tokens is bounded
+``self``                         none: the model writes them (:mod:`.own_texts`)
 ===============================  ==================================================================
 
 The order is a seeded shuffle. It is uniform for folders and for files of up to
@@ -47,6 +48,9 @@ from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import CalibrationError, few, library_errors
 
 _log = logging.getLogger(__name__)
+
+SELF = "self"
+"""The source of texts that the model to compress writes."""
 
 SHUFFLE_DOCUMENTS = 65_536
 _SHUFFLE_CHARACTERS = 64_000_000
@@ -145,6 +149,11 @@ def open_documents(
             lack the text field. Raised when the first text is asked for.
     """
     source = resolve_source(spec.source, model_folder)
+    if source == SELF:
+        raise CalibrationError(
+            "Source self stands for texts that the model to compress writes, and here texts are "
+            "read; give a file, a folder or a hub id."
+        )
     preset = PRESETS.get(source)
     if preset is not None:
         place = {"source": preset.source, "split": preset.split, "subset": preset.subset}

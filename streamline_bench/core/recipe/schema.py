@@ -45,7 +45,8 @@ class CalibrationSpec(Frozen):
     saved with ``datasets.save_to_disk``, a hub id, or ``auto``: the file ``calibration.jsonl`` in
     the model's own folder if there is one, else ``slimpajama``. Several files are separated by
     commas or named by a pattern (``texts/*.jsonl.zst``). The form ``instruction`` is for a
-    recovery: records with ``instruction``, ``input`` (may be empty) and ``output``.
+    recovery: records with ``instruction``, ``input`` (may be empty) and ``output``. ``self``: the
+    model to compress writes the texts, as many as ``samples`` or ``tokens`` say.
 
     ``packing`` says what a packed sequence begins with where the tokenizer puts a BOS token in
     front of texts: ``bos``: each one with BOS, as the model has seen texts in its training;
@@ -111,13 +112,27 @@ class TrainingSpec(Frozen):
     validations: int = Field(10, ge=1, description="how often the validation loss is taken")
     cache_gb: float = Field(16.0, ge=0, description="budget of the activation cache")
     checkpoint_every: int = Field(200, ge=1, description="optimizer steps between checkpoints")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute layers in the backward pass (lm, kd): less memory, slower"
+    )
     kd: DistillationSpec = DistillationSpec()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainingSpec:
+        if self.gradient_checkpointing and self.objective not in ("lm", "kd"):
+            raise ValueError(
+                "gradient_checkpointing is for objectives 'lm' and 'kd', whose gradients go "
+                "through the layers"
+            )
+        return self
 
     @model_serializer(mode="wrap")
     def _only_what_counts(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         payload: dict[str, Any] = serialize(self)
         if self.objective != "kd":
             payload.pop("kd", None)
+        if not self.gradient_checkpointing:
+            payload.pop("gradient_checkpointing", None)
         return payload
 
 

@@ -13,10 +13,11 @@ written last, so that a half-written file is never taken for a whole one.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
@@ -459,6 +461,31 @@ def slots(layers: nn.ModuleList, replaced: dict[int, nn.Module]) -> Iterator[Non
     finally:
         for index, module in originals.items():
             layers[index] = module
+
+
+@contextmanager
+def recomputed(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep no activations of what layers compute inside: each runs again in the backward pass."""
+
+    def again(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)  # whose signature is looked at
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+        return run
+
+    held = [(layer, vars(layer).get("forward")) for layer in layers]
+    for layer, _ in held:
+        layer.forward = again(layer.forward)
+    try:
+        yield
+    finally:
+        for layer, own in held:
+            del layer.forward
+            if own is not None:
+                layer.forward = own
 
 
 class StudentSlot(nn.Module):

@@ -18,6 +18,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -26,11 +27,19 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.machine.ranks import current
 from streamline_bench.core.recipe.schema import TrainingSpec
-from streamline_bench.core.training.block import Batch, StateSource, Student, make_batch, predicted
+from streamline_bench.core.training.block import (
+    Batch,
+    StateSource,
+    Student,
+    make_batch,
+    predicted,
+    recomputed,
+)
 from streamline_bench.core.training.distillation import KdObjective, TeacherLogits
 from streamline_bench.core.training.head import loss_of_logits
 from streamline_bench.core.training.sharding import (
@@ -252,7 +261,7 @@ class Loop:
             OutputError: ``work`` cannot be written, or is not the same for all processes.
         """
         refuse_launch(self.training)
-        tensors = current().main or not is_sharded()  # else the main one's are spread
+        tensors = current().main or not self._spread  # else the main one's are spread
         self.state = load_state(self.work, self.key, tensors=tensors) or TrainingState()
         if self.state.step != current().first(lambda: self.state.step):
             raise OutputError(
@@ -260,7 +269,7 @@ class Loop:
                 "STREAMLINE_BENCH_CACHE to one that all machines share."
             )
         self._began = time.monotonic() - self.state.seconds
-        if is_sharded() and self.objective.model is not None:
+        if self._spread:
             shard(self.objective.model)
         parameters = list(self.student.named_parameters().values())
         spec = self.training
@@ -275,12 +284,13 @@ class Loop:
             )  # fmt: skip
             self.student.load(self.state.weights)
             moments = self.state.moments
-            spread = is_sharded() and self.objective.model is not None
-            load_moments(optimizer, spread_moments(moments, parameters) if spread else moments)
+            load_moments(
+                optimizer, spread_moments(moments, parameters) if self._spread else moments
+            )
             self.state.forget_copies()
         else:
             self._validate(lr=None)
-        with tqdm(
+        with self._recomputing(), tqdm(
             total=self.plan.steps, initial=self.state.step, unit="step",
             desc=f"{self.student.task} ({spec.objective})", disable=not self.progress,
         ) as bar:  # fmt: skip
@@ -296,6 +306,16 @@ class Loop:
         if current().main:
             atomic_write_text(self.work / "curve.jsonl", rows)
         return self.state
+
+    def _recomputing(self) -> AbstractContextManager[None]:
+        if self.objective.model is None or not self.training.gradient_checkpointing:
+            return nullcontext()
+        return recomputed(decoder_layers(self.objective.model))
+
+    @property
+    def _spread(self) -> bool:
+        """Whether the model's weights are divided among the processes."""
+        return self.objective.model is not None and is_sharded()
 
     def summary(self) -> dict[str, Any]:
         """Return what the manifest records of a finished training; JSON."""
@@ -350,7 +370,7 @@ class Loop:
         for batch, weight in self._passes(micro_batches):
             loss = self._loss(batch, self.train.source)
             # FSDP gives the mean over the processes, and theirs are parts of one sum.
-            times = current().count * weight if is_sharded() else weight
+            times = current().count * weight if self._spread else weight
             (loss * (times / terms)).backward()  # type: ignore[no-untyped-call]
             total += loss.detach() * weight
         summed = self._add_up(parameters, float(total))
@@ -387,7 +407,7 @@ class Loop:
         """Yield this process's batches; where weights are spread, as many as in every process."""
         own = shares[current().rank]
         yield from ((rows, 1) for rows in own)
-        if is_sharded():
+        if self._spread:
             most = max(len(share) for share in shares)
             yield from ((shares[0][0], 0) for _ in range(most - len(own)))
 
@@ -399,7 +419,7 @@ class Loop:
         ranks = current()
         if ranks.count == 1:
             return total
-        if is_sharded():  # FSDP has done it
+        if self._spread:  # FSDP has done it
             return ranks.sum_of([total])[0]
         used = [float(parameter.grad is not None) for parameter in parameters]
         total, *used = ranks.sum_of([total, *used])
@@ -481,7 +501,7 @@ class Loop:
 
     def _checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
         self.state.seconds = time.monotonic() - self._began
-        if is_sharded():  # all of them give their parts
+        if self._spread:  # all of them give their parts
             self.state.weights = self.student.state_on_cpu()
             self.state.moments = moments_on_cpu(optimizer)
         elif current().main:

@@ -47,8 +47,8 @@ def refuse_launch(training: TrainingSpec) -> None:
         raise RecipeError("Accelerate is set to use FSDP version 1; set fsdp_version: 2.")
     if _is_on("ACCELERATE_USE_FSDP") and _is_on("FSDP_ACTIVATION_CHECKPOINTING"):
         raise RecipeError(
-            "Accelerate is set to recompute activations, which a training here does not; leave "
-            "fsdp_activation_checkpointing out."
+            "Accelerate is set to recompute activations, which the recipe decides; leave "
+            "fsdp_activation_checkpointing out, and set training.gradient_checkpointing=true."
         )
     _refuse_other("ACCELERATE_MIXED_PRECISION", "mixed_precision", {
         "no", "bf16" if training.autocast == "bf16" else "no",

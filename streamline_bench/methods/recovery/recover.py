@@ -148,7 +148,9 @@ def _write(result: Compressed, job: Compression, folder: Path, described: Path) 
 def _tokens(job: Compression, spec: RecoverySpec) -> CalibrationTokens:
     data = job.recipe.recovery_data or spec.training.data
     if data.form != "instruction":
-        return job.tokens(data)
+        tokens = job.tokens(data)
+        job.release_model()  # which may have written them
+        return tokens
     from streamline_bench.methods.recovery.instruction_data import load_instructions
 
     return load_instructions(

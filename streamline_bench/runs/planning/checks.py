@@ -142,6 +142,8 @@ def _check_chat_template(plan: Plan, folder: Path, wanted: bool | str) -> None:
 def _check_calibration(plan: Plan, folder: Path, todo: Sequence[PlanRow]) -> None:
     """Read from every source that a row uses, each once: a little, or all that must be there."""
     from streamline_bench.core.data.calibration import load_calibration
+    from streamline_bench.core.data.corpora import SELF
+    from streamline_bench.core.data.own_texts import count_of
     from streamline_bench.methods.recovery.instruction_data import load_instructions
     from streamline_bench.modeling.loading import load_config, load_tokenizer
 
@@ -155,6 +157,9 @@ def _check_calibration(plan: Plan, folder: Path, todo: Sequence[PlanRow]) -> Non
     config = load_config(folder, trust_remote_code=plan.trust_remote_code)
     longest = getattr(config, "max_position_embeddings", None)
     for spec in users:
+        if spec.source == SELF:
+            count_of(spec, min(spec.sequence_length, longest or spec.sequence_length))
+            continue
         read = load_instructions if spec.form == "instruction" else load_calibration
         some = {} if spec.tokens else {"samples": min(spec.samples or _FEW, _FEW)}
         try:

@@ -23,6 +23,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"min_steps": 20, "gradient_accumulation": 2}),  # with dropout
     "lora-alone": ("lora", {"batch_size": 1}),  # one process has no row
     "partial": ("partial", {"min_steps": 20}),
+    "checkpointing": ("lm", {"min_steps": 20, "gradient_checkpointing": True}),
     "full": ("full", {"min_steps": 20, "checkpoint_every": 4}),
 }
 
@@ -124,7 +125,7 @@ for ranks in (1, 2):
 resumed = [(folder / "full" / "resumed", *cases["full"])]
 codes["begun"] = start(2, port, folder, resumed, 10)
 codes["resumed"] = start(3, port, folder, resumed)
-each = [(folder / name / "spread", *cases[name]) for name in ("lm", "partial")]
+each = [(folder / name / "spread", *cases[name]) for name in ("checkpointing", "partial")]
 codes["spread"] = start(2, port, folder, each, **FSDP)
 stops = [(folder / "full" / "spread-resumed", *cases["full"])]
 codes["spread-begun"] = [start(2, port, folder, stops, step, **FSDP) for step in (10, 14)]
@@ -179,7 +180,7 @@ def test_another_number_of_processes_goes_on(trainings: Path) -> None:
     assert _difference(trainings / "full", "resumed") < 1e-6
 
 
-@pytest.mark.parametrize("case", ["lm", "partial"])
+@pytest.mark.parametrize("case", ["checkpointing", "partial"])
 def test_weights_spread_by_fsdp_are_trained_as_in_one_process(trainings: Path, case: str) -> None:
     assert _codes(trainings)["spread"] == [0, 0]
     assert _difference(trainings / case, "spread") < 1e-6

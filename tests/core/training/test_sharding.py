@@ -32,7 +32,7 @@ def of_two(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
                 "FSDP_VERSION": "2",
                 "FSDP_ACTIVATION_CHECKPOINTING": "true",
             },
-            r"leave fsdp_activation_checkpointing out",
+            r"fsdp_activation_checkpointing out.*gradient_checkpointing=true",
         ),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, r"mixed_precision is fp16.*autocast is none"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, r"mixed_precision is bf16.*autocast is none"),

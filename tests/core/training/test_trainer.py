@@ -6,14 +6,17 @@ import copy
 import itertools
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.recipe.schema import ReplacementSpec, TrainingSpec
+from streamline_bench.core.training.block import recomputed
 from streamline_bench.core.training.trainer import train_replacement
 from streamline_bench.errors import (
     CalibrationError,
@@ -306,3 +309,40 @@ def test_unwritable_folder(teacher_model: Any, tokens: Any, tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         train(teacher_model, tokens, tmp_path / "file" / "work")
+
+
+def test_recomputed_layers_give_the_same_gradients(teacher_model: Any, tokens: Any) -> None:
+    model = copy.deepcopy(teacher_model).double()
+    ids = tokens.input_ids[:3]
+    gradients = []
+    for context in (nullcontext(), recomputed(decoder_layers(model))):
+        model.zero_grad()
+        with context:
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: each.grad.clone() for name, each in model.named_parameters()})
+    assert all(torch.equal(gradients[1][name], each) for name, each in gradients[0].items())
+
+
+def test_recomputation_without_a_use_is_refused(
+    teacher_model: Any, tokens: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValidationError, match=r"gradient_checkpointing.*'lm'"):
+        train(teacher_model, tokens, tmp_path, objective="mse", gradient_checkpointing=True)
+
+
+def test_layers_that_run_again_in_the_backward_pass_train_the_same(
+    teacher_model: Any, tokens: Any, tmp_path: Path
+) -> None:
+    runs = []
+    layer = teacher_model.model.layers[4]  # behind the replacement, so that gradients go through
+    handle = layer.self_attn.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    settings = {"objective": "lm", "start": 1, "n": 2}
+    plain = train(teacher_model, tokens, tmp_path / "plain", **settings)
+    once, runs[:] = sum(runs), []
+    changes = {**settings, "gradient_checkpointing": True}
+    again = train(teacher_model, tokens, tmp_path / "again", **changes)
+    handle.remove()
+    assert sum(runs) == 2 * once
+    assert "forward" not in vars(layer)
+    for name, tensor in plain.state.items():
+        assert torch.equal(tensor, again.state[name])
