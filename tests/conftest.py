@@ -108,6 +108,31 @@ metadata: {{version: 1.0}}
 
 
 @pytest.fixture(scope="session")
+def words_choice(choice_task: Callable[[str, Path], str]) -> Callable[[Path, int], Path]:
+    """Return a function that puts the task words_choice, of made-up questions, into a folder."""
+    import json
+    import random
+
+    def write(folder: Path, count: int) -> Path:
+        draw = random.Random(0)
+
+        def words(number: int) -> str:
+            return " ".join(f"w{draw.randrange(96)}" for _ in range(number))
+
+        rows = [
+            {"question": words(6), "choices": [words(1 + i % 4) for i in range(3)], "gold": 0}
+            for _ in range(count)
+        ]
+        folder.mkdir(exist_ok=True)
+        file = folder / "documents.jsonl"
+        file.write_text("\n".join(json.dumps(row) for row in rows))
+        (folder / "words_choice.yaml").write_text(choice_task("words_choice", file))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""
     return REPOSITORY

@@ -33,10 +33,11 @@ from streamline_bench.core.checkpoint.folder import (
     write_manifest,
 )
 from streamline_bench.core.files import (
+    PATIENCE,
     LockHeld,
     LockUnwritable,
     atomic_write_text,
-    file_lock,
+    awaited_lock,
     staged_output,
 )
 from streamline_bench.core.machine.environment import user_cache
@@ -44,7 +45,6 @@ from streamline_bench.errors import CacheError, CheckpointError
 
 log = logging.getLogger(__name__)
 
-LOCK_TIMEOUT = 24 * 3600
 _RECORDS = ("scans", "digests")
 """Folders of small files that are made again where they are missing."""
 
@@ -60,15 +60,14 @@ def cached_folder(key: str, cache: Path | None = None) -> Path:
 
 
 @contextmanager
-def alone(path: Path, *, patience: float = LOCK_TIMEOUT) -> Iterator[None]:
+def alone(path: Path, *, patience: float = PATIENCE) -> Iterator[None]:
     """Hold a file lock; another process that wants it waits.
 
     Raises:
         CacheError: it cannot be made, or another process holds it for longer than ``patience``.
     """
-    make_folder(path.parent)
     try:
-        with file_lock(path, patience=patience, waiting_for="makes the same checkpoint"):
+        with awaited_lock(path, "makes the same checkpoint", patience=patience):
             yield
     except LockHeld:
         raise CacheError(f"{path} is held by another process; stop it or wait.") from None

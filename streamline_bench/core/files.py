@@ -300,6 +300,26 @@ def file_lock(path: Path, *, patience: float = 0, waiting_for: str = "") -> Iter
         lock.release()
 
 
+PATIENCE = 24 * 3600
+"""Seconds to wait for what another process makes."""
+
+
+@contextmanager
+def awaited_lock(path: Path, waiting_for: str, *, patience: float = PATIENCE) -> Iterator[None]:
+    """Hold the lock of something that takes long to make, and that one process makes for all.
+
+    Args:
+        path: of the lock file, whose folder is made if it is missing.
+        waiting_for, patience: as for :func:`file_lock`, which says what is raised.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LockUnwritable(str(error.strerror or error)) from None
+    with file_lock(path, patience=patience, waiting_for=waiting_for):
+        yield
+
+
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Hold a folder, which is made if it is missing.

@@ -11,7 +11,7 @@ what serving speed follows; label results by it as well.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -23,11 +23,11 @@ from streamline_bench.core.architecture import (
     remember,
     require_removable_layers,
 )
-from streamline_bench.core.checkpoint.folder import MOST_LAYERS
+from streamline_bench.core.checkpoint.folder import checked_depth
 from streamline_bench.core.checkpoint.quantization import renumbered
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layers_prefix
-from streamline_bench.errors import ArchitectureError, CheckpointError, SparsityError
+from streamline_bench.errors import ArchitectureError, SparsityError
 
 
 def block_keep(num_layers: int, start: int, n: int) -> list[int]:
@@ -268,7 +268,7 @@ def model_sizes(source: CheckpointReader | Any) -> ModelSizes:
     if isinstance(source, CheckpointReader):
         row = architecture_of(source.config)
         prefix = layers_prefix(source, row)
-        depth = _depth(source.config, row)
+        depth = checked_depth(config_entry(source.config, row.depth_key), row.depth_key)
         return _sizes(row, prefix, depth, source.parameter_counts.items())
     row = architecture_of(source)
     return _sizes(row, row.layers, getattr(source, row.depth_key), _meta_counts(source))
@@ -292,15 +292,6 @@ def _closest(sizes: ModelSizes, sparsity: float, added: int) -> int:
             f"{span}, in steps of {step:.4f}; choose a share in that range or give n_layers."
         )
     return best
-
-
-def _depth(config: Mapping[str, Any], row: Architecture) -> int:
-    depth = config_entry(config, row.depth_key)
-    if not isinstance(depth, int) or not 1 <= depth <= MOST_LAYERS:
-        raise CheckpointError(
-            f"config.json has {row.depth_key}={depth!r:.40}; give it the number of layers."
-        )
-    return depth
 
 
 def _meta_counts(config: Any) -> list[tuple[str, int]]:

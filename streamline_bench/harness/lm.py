@@ -8,7 +8,6 @@ found in the cache afterwards. Loglikelihoods are those of the stock class with 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -20,7 +19,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from streamline_bench.core.architecture import RopeGroups, rope_groups
 from streamline_bench.core.data.calibration import require_known_tokens
-from streamline_bench.core.machine.environment import known_device
+from streamline_bench.core.machine.environment import has_bfloat16_units, known_device
+from streamline_bench.core.machine.ranks import launched
 from streamline_bench.errors import (
     CheckpointError,
     RecipeError,
@@ -87,6 +87,9 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
         self._weights: str | None = None
         self._text_model = False
         harness = dict(sorted_arguments.harness)
+        self._dtype_given = not {"dtype", "torch_dtype", "mixed_precision_dtype"}.isdisjoint(
+            harness
+        )
         if isinstance(pretrained, str):
             harness["pretrained"] = self._prepared.pretrained
         if self._prepared.key is not None:
@@ -121,6 +124,23 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
         if self._text_model and backend == "default":
             backend, self.AUTO_MODEL_CLASS = "causal", CausalLM
         super()._get_backend(config, backend, **options)
+
+    def _create_model(self, pretrained: str, *, dtype: Any = "auto", **options: Any) -> None:
+        """Load the model; on a CPU in float32 where it is stored in bfloat16 and no dtype is given.
+
+        Without units for bfloat16 a CPU computes in it several times slower than in float32.
+        """
+        config = self._config.get_text_config()
+        stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+        slow = self._device.type == "cpu" and str(stored).endswith("bfloat16")
+        plain = getattr(self._config, "quantization_config", None) is None
+        if slow and plain and not self._dtype_given and not has_bfloat16_units():
+            logger.info(
+                "The model is stored in bfloat16, and this CPU has no units for it: it is scored "
+                "in float32 (dtype=auto or dtype=bfloat16 keeps it as it is)."
+            )
+            dtype = "float32"
+        super()._create_model(pretrained, dtype=dtype, **options)
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what the stock class reports, and ``streamline``: recipe, hashes and sizes."""
@@ -353,7 +373,7 @@ def _require_device(asked: Any, used: torch.device) -> None:
     if asked in (None, "auto") or (asked == "cuda:0" and not torch.cuda.is_available()):
         return  # cuda:0 is what the harness says where its user says nothing
     wanted = torch.device(known_device(str(asked)))
-    single = os.environ.get("WORLD_SIZE", "1") == "1"  # else each process has one of its own
+    single = launched().count == 1  # else each process has one of its own
     other = single and None not in (wanted.index, used.index) and wanted.index != used.index
     if wanted.type != used.type or other:
         raise RecipeError(

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-TASK = """
-task: words_choice
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {file}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{query}}}}"
-doc_to_choice: choices
-doc_to_target: gold
-num_fewshot: 0
-metric_list:
-  - metric: acc
-metadata:
-  version: 1.0
-"""
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +22,10 @@ def installed() -> None:
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks")
-    draw = random.Random(0)
-
-    def words(count: int) -> str:
-        return " ".join(f"w{draw.randrange(96)}" for _ in range(count))
-
-    documents = [
-        {"query": words(6), "choices": [words(1 + i % 4) for i in range(3)], "gold": 0}
-        for _ in range(8)
-    ]
-    file = folder / "documents.jsonl"
-    file.write_text("\n".join(json.dumps(each) for each in documents))
-    (folder / "words_choice.yaml").write_text(TASK.format(file=file))
-    return folder
+def tasks(
+    words_choice: Callable[[Path, int], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return words_choice(tmp_path_factory.mktemp("tasks"), 8)
 
 
 def lm_eval(program: list[str], arguments: dict[str, str], cwd: Path) -> Any:

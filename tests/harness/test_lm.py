@@ -17,6 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from streamline_bench.errors import CacheError, CheckpointError, RecipeError
 from streamline_bench.harness.arguments import (
@@ -287,6 +288,36 @@ def test_where_no_device_is_asked_for_it_is_the_harness_s_choice(
 ) -> None:
     # Its command line says cuda:0 where its user says nothing.
     assert StreamlineLM(pretrained=str(tiny_llama), device=device).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("units", "given", "dtype"),
+    [
+        (False, {}, torch.float32),
+        (True, {}, torch.bfloat16),
+        (False, {"dtype": "auto"}, torch.bfloat16),
+        (False, {"dtype": "bfloat16"}, torch.bfloat16),
+    ],
+)
+def test_bfloat16_where_the_cpu_has_no_units_for_it(
+    units: bool,
+    given: dict[str, str],
+    dtype: torch.dtype,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("streamline_bench.harness.lm.has_bfloat16_units", lambda: units)
+    half = tmp_path / "half"
+    shutil.copytree(tiny_llama, half)
+    AutoModelForCausalLM.from_pretrained(tiny_llama).bfloat16().save_pretrained(half)
+    with caplog.at_level(logging.INFO, "streamline_bench"):
+        ours = StreamlineLM(str(half), device="cpu", batch_size=4, **given)
+    assert ours.model.dtype == dtype
+    assert ("no units" in caplog.text) is (dtype == torch.float32)
+    stock = HFLM(str(half), device="cpu", batch_size=4, dtype=dtype)
+    assert scores(ours) == pytest.approx(scores(stock), abs=1e-4 if dtype == torch.float32 else 0.1)
 
 
 def test_chat_templates_that_differ_are_named(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -82,26 +81,13 @@ for name, arguments in cases.items():
 @pytest.fixture(scope="module")
 def evaluations(
     make_tiny_model: Callable[..., Path],
-    choice_task: Callable[[str, Path], str],
+    words_choice: Callable[[Path, int], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """Folder with the answers of one and of two processes, dense and compressed."""
     root = tmp_path_factory.mktemp("evaluations")
-    tasks = root / "tasks"
-    tasks.mkdir()
-    draw = random.Random(0)
-
-    def words(count: int) -> str:
-        return " ".join(f"w{draw.randrange(96)}" for _ in range(count))
-
-    rows = [
-        {"question": words(6), "choices": [words(1 + i % 4) for i in range(3)], "gold": 0}
-        for _ in range(9)
-    ]
-    file = tasks / "documents.jsonl"
-    file.write_text("\n".join(json.dumps(row) for row in rows))
-    (tasks / "words_choice.yaml").write_text(choice_task("words_choice", file))
-    (root / "text.txt").write_text(words(700))
+    tasks = words_choice(root / "tasks", 9)
+    (root / "text.txt").write_text(" ".join(f"w{(7 * i) % 96}" for i in range(700)))
     port = str(free_port())
     model: dict[str, Any] = {"pretrained": str(make_tiny_model("llama", num_hidden_layers=4))}
     recipe = {

@@ -44,7 +44,7 @@ DTYPES = {
 name. Packed four- and six-bit ones are refused."""
 
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
-MOST_LAYERS = 10_000
+_MOST_LAYERS = 10_000
 """More is a damaged config: transformers would fill the memory with empty layers."""
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "tf_model.h5", "flax_model.msgpack")
@@ -177,9 +177,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     for part in (config, config.get("text_config")):
         for key in _DEPTH_KEYS:
             depth = part.get(key) if isinstance(part, dict) else None
-            if isinstance(depth, int) and depth > MOST_LAYERS:
-                raise CheckpointError(f"{path} has {key}={depth}; give it the number of layers.")
+            if isinstance(depth, int) and depth > 0:
+                checked_depth(depth, key, path)
     return config
+
+
+def checked_depth(depth: object, key: str, where: object = "config.json") -> int:
+    """Return a number of layers (CheckpointError: it is none, or too large to be one)."""
+    if not isinstance(depth, int) or not 1 <= depth <= _MOST_LAYERS:
+        raise CheckpointError(f"{where} has {key}={depth!r:.40}; give it the number of layers.")
+    return depth
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from streamline_bench.core.machine.ranks import launched
 from streamline_bench.errors import (
     ArchitectureError,
     EvaluationError,
@@ -57,8 +57,8 @@ def score_together(
             were started.
         OutputError: an output exists that is not this request's, or one cannot be written.
     """
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
+    processes = launched().count
+    if processes != 1:
         raise EvaluationError(
             f"Models are scored together in one process, and {processes} were started; do not use "
             "accelerate launch or torchrun."

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.files import LockHeld, LockUnwritable, file_lock
+from streamline_bench.core.files import LockHeld, LockUnwritable, awaited_lock
 from streamline_bench.core.machine.ranks import current
 from streamline_bench.core.scan import scan
 from streamline_bench.core.similarity import LastState, Similarity
@@ -18,8 +18,6 @@ from streamline_bench.methods.base import Compression
 log = logging.getLogger(__name__)
 
 SIMILARITY_FILE = "similarity.json"
-_PATIENCE = 24 * 3600
-"""Seconds to wait for another process's scan."""
 
 
 def scan_once(work: Compression, tokens: CalibrationTokens, last_state: LastState) -> Similarity:
@@ -61,12 +59,8 @@ def _shared_scan(
         return None
     path = work.scans / f"{tokens.sha256}-{last_state}.json"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = file_lock(
-            path.with_suffix(".lock"), patience=_PATIENCE, waiting_for="scans the same text"
-        )
-        stack.enter_context(lock)
-    except (OSError, LockHeld, LockUnwritable):
+        stack.enter_context(awaited_lock(path.with_suffix(".lock"), "scans the same text"))
+    except (LockHeld, LockUnwritable):
         return None
     return path
 

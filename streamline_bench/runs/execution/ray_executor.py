@@ -114,8 +114,14 @@ class RayExecutor:
         return Ended(name, code, reason)
 
     def _check_resources(self) -> None:
-        """A request that no machine can ever satisfy would wait for ever."""
+        """Refuse what no machine can ever satisfy, and to leave GPUs idle unasked."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        gpus = sum(node.get("GPU", 0) for node in nodes)
+        if gpus and self.execution.gpus_per_job is None:
+            raise ClusterError(
+                f"The Ray cluster has {gpus:g} GPUs, and without --gpus-per-job jobs would compute "
+                "on its CPUs; give --gpus-per-job 1 to use them, or 0 to leave them out."
+            )
         for kind in JOB_KINDS:
             wanted = {"CPU": self.execution.cpus_of(kind), "GPU": self.execution.gpus_of_a_job}
             if any(all(node.get(k, 0) >= v for k, v in wanted.items()) for node in nodes):

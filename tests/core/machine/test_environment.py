@@ -8,7 +8,12 @@ import psutil
 import pytest
 
 from streamline_bench.core.machine import environment
-from streamline_bench.core.machine.environment import found_device, free_memory, known_device
+from streamline_bench.core.machine.environment import (
+    found_device,
+    free_memory,
+    has_bfloat16_units,
+    known_device,
+)
 from streamline_bench.errors import RecipeError
 
 
@@ -52,6 +57,24 @@ def test_what_is_not_there(
 def test_auto(monkeypatch: pytest.MonkeyPatch, available: bool, device: str) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: available)
     assert found_device("auto") == device
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd bf16 i8mm\n", True),
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni\n", False),
+        (None, True),
+    ],
+)
+def test_units_for_bfloat16(
+    text: str | None, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "_CPUINFO", tmp_path / "cpuinfo")
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert has_bfloat16_units() is found
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import accelerate, peft, torch, torch._dynamo, transformers.models.llama.modeling_llama
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from small_llama import small_llama
 
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.machine.ranks import current, joined, say_once
@@ -58,12 +58,7 @@ def train(work, kind, settings, stop_after=-1):
             os._exit(9)
         return loss
     loop.Loop._step = step_then_stop
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama", vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
-        num_attention_heads=2, num_key_value_heads=1,
-    )
-    model = AutoModelForCausalLM.from_config(config)
+    model = small_llama()
     objective = kind if kind in ("mse", "kd") else "lm"
     training = TrainingSpec(
         **{"objective": objective, "batch_size": 4, "lr": 3e-3, "validation_share": 0.2, **settings}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from small_llama import small_llama
 
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.training import loop, train_replacement
@@ -45,12 +46,7 @@ def train(work, objective, epochs, cache_gb, kill_after):
         return loss
 
     loop.Loop._step = step_then_die
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama", vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
-        num_attention_heads=2, num_key_value_heads=1,
-    )
-    model = AutoModelForCausalLM.from_config(config)
+    model = small_llama()
     ids = torch.randint(0, 50, (24, 8), generator=torch.Generator().manual_seed(2))
     training = TrainingSpec(
         objective=objective, epochs=epochs, batch_size=2, checkpoint_every=4, lr=1e-2,
@@ -90,8 +86,9 @@ def trainings(tmp_path_factory: pytest.TempPathFactory, forks: Any) -> Path:
     """Folder with the outcome of every case: uninterrupted, and killed and resumed."""
     folder = tmp_path_factory.mktemp("trainings")
     command = [sys.executable, "-c", TRAININGS, str(folder), json.dumps(CASES)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with forks.used():
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(command, env=environment, check=True, capture_output=True)
     return folder
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from streamline_bench.errors import ClusterError, MissingDependencyError
 from streamline_bench.runs.execution.options import Execution
+from streamline_bench.runs.execution.ray_executor import RayExecutor
 from streamline_bench.runs.planning.request import Request, RowRequest
 from streamline_bench.runs.run import compare_request
 
@@ -60,6 +61,29 @@ def test_resources_that_no_node_has_are_refused(
     with pytest.raises(ClusterError, match="64 CPU, which a compress job asks for"):
         compare_request(make(), tmp_path / "run", execution=execution, progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("given", "refused"), [(None, True), (0, False), (1, False)])
+def test_gpus_of_the_cluster_are_not_left_idle_unasked(
+    monkeypatch: pytest.MonkeyPatch, given: int | None, refused: bool
+) -> None:
+    import ray
+
+    table = [
+        {"Alive": True, "Resources": {"CPU": 8.0}},
+        {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}},
+        {"Alive": False, "Resources": {"CPU": 8.0, "GPU": 4.0}},
+    ]
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: table)
+    execution = Execution(executor="ray", gpus_per_job=given)
+    expected = (
+        pytest.raises(ClusterError, match=r"4 GPUs.*--gpus-per-job 1")
+        if refused
+        else contextlib.nullcontext()
+    )
+    with expected:
+        RayExecutor(execution)
 
 
 @pytest.mark.slow
