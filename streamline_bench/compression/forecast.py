@@ -349,7 +349,7 @@ class _Job:
         elif recovery.kind == "partial":
             deep = min(recovery.last_layers, layers)
             count = deep * sizes.layer + (sizes.head or sizes.outside)
-            frozen = (total - count) * 4
+            frozen = (total - count) * sizes.item
         else:
             count, frozen = total, 0
         return {

@@ -433,15 +433,16 @@ def content_key(
         "calibration": _data_identity(recipe.calibration, source),
         "training": _data_identity(recipe.training.data, source),
         "device": device.partition(":")[0],
-        "dtype": computing_dtype(dtype, device, source.reader),
+        "dtype": (kind := computing_dtype(dtype, device, source.reader)),
     }
     if recipe.replacement.kind != "none":
         payload["training_version"] = training_version(device)
-    if recipe.recovery_data is not None:
-        from streamline_bench.methods.recovery.recover import RECOVERY_VERSION
+    if recipe.recovery is not None and recipe.recovery_data is not None:
+        from streamline_bench.methods.recovery.recover import recovery_version
 
+        version = recovery_version(recipe.recovery, kind)
         payload["recovery"] = _data_identity(recipe.recovery_data, source)
-        payload["recovery_version"] = [training_version(device), RECOVERY_VERSION]
+        payload["recovery_version"] = [training_version(device), version]
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
 

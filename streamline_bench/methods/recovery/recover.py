@@ -21,6 +21,7 @@ from streamline_bench.core.checkpoint.writer import LazyTensors, layers_prefix
 from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.machine.ranks import current
 from streamline_bench.core.recipe.schema import RecoverySpec
+from streamline_bench.core.training.sharding import is_sharded
 from streamline_bench.errors import ArchitectureError, NumericsError, library_errors
 from streamline_bench.methods.base import Compressed, Compression, Method, write_compressed
 
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 RECOVERY_VERSION = 1
 """Part of the cache key of recipes with a recovery; raised when the same recovery gives other
 weights than before."""
+
+
+def recovery_version(spec: RecoverySpec, dtype: str) -> int:
+    """Return the version for a kind and a dtype: ``partial`` computes frozen parts in it."""
+    return RECOVERY_VERSION + (spec.kind == "partial" and dtype != "float32")
+
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +66,9 @@ def compress_and_recover(
     tokens = _tokens(job, spec)
     log.info("recovery (%s): %d sequences of %s", spec.kind, len(tokens), tokens.source)
     dense = _dense(job, spec, tokens)
-    # LoRA leaves the weights as they are; others are trained, and need their full precision.
-    dtype = job.dtype if spec.kind == "lora" else None
+    # What is not trained may be in less than full precision; FSDP wants all of it in one dtype.
+    frozen = spec.kind == "lora" or (spec.kind == "partial" and not is_sharded())
+    dtype = job.dtype if frozen else None
     model = load_model(
         reader.folder,
         device=job.device,

@@ -225,7 +225,33 @@ def partial_parameters(model: Any, spec: RecoverySpec) -> TrainableParameters:
         for parameter in module.parameters()
     }
     named = model.named_parameters()  # a shared matrix has the name of the embeddings
-    return TrainableParameters(model, {name: each for name, each in named if id(each) in wanted})
+    chosen = {name: each for name, each in named if id(each) in wanted}
+    loaded: torch.dtype = model.dtype
+    trainable = TrainableParameters(model, chosen)
+    parts = [*decoder_layers(model), _existing(model, family.final_norm), head]
+    if loaded != torch.float32:
+        for part in parts:
+            if part is not None:
+                trained = any(parameter.requires_grad for parameter in part.parameters())
+                _read_in(part, torch.float32 if trained else loaded)
+    return trainable
+
+
+def _read_in(part: nn.Module, dtype: torch.dtype) -> None:
+    """Convert what a part of the model is given to the dtype that it computes in."""
+    lowest = torch.finfo(dtype).min  # of masks: float32's would be -inf in bfloat16
+
+    def converted(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(converted(each) for each in value)
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype:
+            return value.to(dtype).clamp(min=lowest)
+        return value
+
+    def convert(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return converted(args), {name: converted(value) for name, value in kwargs.items()}
+
+    part.register_forward_pre_hook(convert, with_kwargs=True)
 
 
 def _existing(parent: nn.Module, path: str) -> nn.Module | None:

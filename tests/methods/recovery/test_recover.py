@@ -395,6 +395,29 @@ def test_a_gradient_that_is_no_number_is_named(
     assert all(torch.equal(before[name], each) for name, each in named.items())
 
 
+@pytest.mark.parametrize(("head", "tied"), [("tied", True), ("frozen", True), ("tied", False)])
+def test_frozen_parts_stay_in_the_dtype_that_is_asked_for(
+    make_tiny_model: Callable[..., Path], head: Any, tied: bool
+) -> None:
+    folder = make_tiny_model("llama", num_hidden_layers=3, tie_word_embeddings=tied)
+    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float()
+    spec = RecoverySpec(kind="partial", last_layers=1, head=head)
+    gradients = []
+    for model in (half, whole):
+        trainable = choose_parameters(model, spec, seed=0)
+        model(IDS, labels=IDS, use_cache=False).loss.backward()
+        named = trainable.named_parameters()
+        assert all(parameter.dtype == torch.float32 for parameter in named.values())
+        gradients.append({name: parameter.grad for name, parameter in named.items()})
+    frozen = [p for n, p in half.named_parameters() if n not in gradients[0]]
+    assert {parameter.dtype for parameter in frozen} == {torch.bfloat16}
+    for name, gradient in gradients[1].items():
+        assert gradient is not None
+        error = (gradients[0][name] - gradient).norm() / gradient.norm()
+        assert float(error) < 0.05, name
+
+
 def test_parts_of_a_micro_batch_draw_the_same_dropout(tiny_llama: Path, tmp_path: Path) -> None:
     ids = torch.randint(3, 100, (9, 12), generator=torch.Generator().manual_seed(2))
     lengths = torch.tensor([12, 5, 9, 12, 7, 12, 4, 11, 12])
