@@ -65,32 +65,38 @@ def write_texts(
     known = min(len(tokenizer), int(model.config.get_text_config().vocab_size))
     begin = tokenizer.bos_token_id
     begin = tokenizer.eos_token_id if begin is None else begin
-    count, device = count_of(spec, length), model.get_input_embeddings().weight.device
-    rows: list[Tensor] = []
+    count, rows = count_of(spec, length), []
     with evaluating(model, frozen=True):
         for first in tqdm(
             range(0, count, _TOGETHER), desc="own texts", unit="batch", disable=not progress
         ):
             size = min(_TOGETHER, count - first)
-            step = torch.randint(known, (size, 1), generator=generator)
-            step = step if begin is None else torch.full_like(step, begin)
-            written, cache = [step], None
-            for _ in range(length - 1):
-                # A model without such a cache reads all of the text again.
-                given = torch.cat(written, dim=1) if cache is None else step
-                kept = {} if cache is None else {"past_key_values": cache}
-                output = model(input_ids=given.to(device), use_cache=True, **kept)
-                cache = getattr(output, "past_key_values", None)
-                logits = output.logits[:, -1, :known].float().cpu()
-                if not bool(logits.isfinite().all()):
-                    raise CalibrationError(
-                        "The model's own texts cannot be drawn, because its logits are not "
-                        "finite; check its weights, or give another calibration source."
-                    )
-                step = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
-                written.append(step)
-            rows.append(torch.cat(written, dim=1))
+            start = torch.randint(known, (size, 1), generator=generator)
+            start = start if begin is None else torch.full_like(start, begin)
+            rows.append(_continued(model, start, length, known, generator))
     return torch.cat(rows)
+
+
+def _continued(
+    model: Any, start: Tensor, length: int, known: int, generator: torch.Generator
+) -> Tensor:
+    """Return texts that begin with ``start`` ``[batch, 1]``, int64 ``[batch, length]``."""
+    device = model.get_input_embeddings().weight.device
+    written, kept = [start], dict[str, Any]()
+    for _ in range(length - 1):
+        # A model without a cache of keys and values reads all of the text again.
+        given = written[-1] if kept else torch.cat(written, dim=1)
+        output = model(input_ids=given.to(device), use_cache=True, **kept)
+        cache = getattr(output, "past_key_values", None)
+        kept = {} if cache is None else {"past_key_values": cache}
+        logits = output.logits[:, -1, :known].float().cpu()
+        if not bool(logits.isfinite().all()):
+            raise CalibrationError(
+                "The model's own texts cannot be drawn, because its logits are not finite; check "
+                "its weights, or give another calibration source."
+            )
+        written.append(torch.multinomial(logits.softmax(dim=-1), 1, generator=generator))
+    return torch.cat(written, dim=1)
 
 
 def own_tokens(
