@@ -82,7 +82,7 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
         harness.execute(asked)
         return
     given = asked.include_path or ""
-    own = [given] if Path(given).is_dir() else [each for each in given.split(",") if each]
+    own = [given] if given and Path(given).is_dir() else [each for each in given.split(",") if each]
     named = getattr(asked, "tasks", None) or []
     # Its command line takes one folder, what is behind it takes several.
     asked.include_path = task_folders(own)
