@@ -99,7 +99,7 @@ def test_a_model_may_be_spread(kind: str, kinds: dict[str, Path], tmp_path: Path
         {},
         {"device_map": {"": "cpu"}},
         {"device_map": "auto"},
-        {"parallelize": True},
+        {"parallelize": True, "max_cpu_memory": "1GB"},
         {"device_map": parts, "offload_folder": str(tmp_path)},
     ]
     answers = []
