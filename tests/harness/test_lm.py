@@ -110,7 +110,7 @@ class TestArguments:
             StreamlineLM(pretrained=str(tiny_llama), **CPU, **DROPPED, **{"training.lrr": 1})
 
     def test_the_early_check_knows_the_same_names(self) -> None:
-        assert _parameters_in_source() == parameters_of(HFLM)
+        assert _parameters_in_source("huggingface", "HFLM") == parameters_of(HFLM)
 
     @pytest.mark.parametrize(
         ("arguments", "named"),

@@ -291,7 +291,8 @@ def test_an_unknown_task_and_contradicting_options_are_the_requests_fault(
         score_together(ask(checkpoints, tasks=("trunk_nothing",)), progress=False)
     with pytest.raises(EvaluationError, match="fewshot_as_multiturn"):
         score_together(ask(checkpoints, fewshot_as_multiturn=True), progress=False)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, number in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, number)
     with pytest.raises(EvaluationError, match=r"2 were started.*torchrun"):
         score_together(ask(checkpoints), progress=False)
     assert not list((tmp_path / "out").glob("*"))
