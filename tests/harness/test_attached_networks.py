@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -61,54 +60,3 @@ def test_generation_equals_repeated_full_forwards(compressed: Path) -> None:
         if ids[-1] == lm.eot_token_id:
             break
     assert text.strip() == lm.tok_decode(ids[3:], skip_special_tokens=True).strip()
-
-
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "stock": ("streamline_none", {"n_layers": 1}),
-    "widths": ("llm_pruner", {"sparsity": 0.25}),
-    "rotations": ("slicegpt", {"sparsity": 0.25}),
-    "map": ("linear_patch", {"n_layers": 1}),
-}
-
-
-@pytest.fixture(scope="module")
-def kinds(
-    tiny_llama: Path, compressed: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    """Kind of checkpoint -> one of it."""
-    folder = tmp_path_factory.mktemp("kinds")
-    data = {"calibration": str(compressed.parent / "text.txt"), "sequence_length": 16}
-    made = {
-        kind: compress(tiny_llama, load_recipe(name, {**data, **size}), folder / kind)
-        for kind, (name, size) in KINDS.items()
-    }
-    return {"network": compressed, **made}
-
-
-@pytest.mark.parametrize("kind", ["network", *KINDS])
-def test_a_model_may_be_spread(kind: str, kinds: dict[str, Path], tmp_path: Path) -> None:
-    """On one device, where accelerate puts it, and with some layers on the disk."""
-    folder = kinds[kind]
-    pairs = [("w1 w2 w3", " w4"), ("w1 w2 w3", " w11 w12"), ("w9 w8", " w13 w14")]
-    requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
-    depth = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
-    outside = ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")
-    parts = {**dict.fromkeys(outside, "cpu"), "model.layers.0": "cpu"}
-    parts |= {f"model.layers.{layer}": "disk" for layer in range(1, depth)}
-    maps: list[dict[str, Any]] = [
-        {},
-        {"device_map": {"": "cpu"}},
-        {"device_map": "auto"},
-        {"parallelize": True, "max_cpu_memory": "1GB"},
-        {"device_map": parts, "offload_folder": str(tmp_path)},
-    ]
-    answers = []
-    for given in maps:
-        lm = StreamlineLM(str(folder), device="cpu", dtype="float32", **given)
-        answers.append(lm.loglikelihood(requests, disable_tqdm=True))
-        on_disk = any(parameter.is_meta for parameter in lm.model.parameters())
-        assert on_disk is ("offload_folder" in given)
-    for other in answers[1:]:
-        for (score, greedy), (expected, same) in zip(other, answers[0], strict=True):
-            assert score == pytest.approx(expected, abs=1e-5)
-            assert greedy == same
