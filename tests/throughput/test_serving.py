@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from streamline_bench.cli.tables import throughput_notes
 from streamline_bench.errors import ThroughputError
 from streamline_bench.report.figures.pareto import points_of
 from streamline_bench.report.figures.serving import kept_objectives, serving_curves
@@ -116,6 +117,9 @@ def test_every_load_of_a_server(fake_model: FakeModel, gone: Gone, tmp_path: Pat
     assert model.memory.kv_cache_bytes == 3 << 28 and model.memory.activations_bytes is None
     assert [point.request_rate for point in model.serving] == [2.0, float("inf")]
     assert [point.completed for point in model.serving] == [8, 8]
+    notes = throughput_notes(record)
+    assert "dense: memory by the server's log: weights 2,560 MiB, KV cache 768 MiB." in notes
+    assert "first half of the counted requests / second half: " in notes
     assert gone(folder)
 
 
