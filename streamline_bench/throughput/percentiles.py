@@ -30,6 +30,11 @@ def percentile(
     that of as many independent values as would give the variance that the groups show (Kish's
     design effect, the largest of all groupings; Woodruff 1952).
 
+    Coverage at 95 %, of 300 simulated runs each with 3 blocks of 32 requests to 5 of 200, p50 to
+    p99, and starts that differ by 0 to 8 % (``tests/benchmarks/coverage_of_blocks.py``): 94 to 99
+    with independent requests, 90 to 97 where neighbours correlate by 0.5; without the grouping by
+    blocks 91 to 99 and 82 to 94.
+
     Args:
         values: [n].
         share: as 0.99.

@@ -209,7 +209,8 @@ def tradeoffs(rows: Sequence[Row]) -> list[Pareto]:
     """Draw accuracy against everything in which the compressed rows differ, speed first.
 
     Where they differ in nothing, the size is drawn. Bytes are left out where they say what the
-    parameters say. Nothing with fewer than two points.
+    parameters say. Goodput is also drawn of one row beside the dense one. Nothing with fewer than
+    two points.
     """
     differing = [kind for kind in MEASURES if _differs(rows, kind)]
     if "ratio" in differing:
@@ -225,7 +226,8 @@ def _differs(rows: Sequence[Row], kind: str, per: str | None = None) -> bool:
     values = []
     for row in rows:
         x, unit = MEASURES[kind].x(row), MEASURES[per].x(row) if per else 1.0
-        if row.accuracy_macro and not row.is_dense and x and unit:
+        shown = not row.is_dense or kind == "goodput"  # it is measured only where asked for
+        if row.accuracy_macro and shown and x and unit:
             values.append(x / unit)
     return len(values) > 1 and max(values) - min(values) > _DIFFERS * max(values)
 

@@ -92,6 +92,7 @@ def test_the_page_and_the_exports_show_them(board: Leaderboard) -> None:
     assert "Highest load" in html and "tpot=50ms,p=95" in html
     assert "batch size 0" not in html
     assert "goodput" in [drawn.kind for drawn in tradeoffs(board.rows)]
+    assert "goodput" in [drawn.kind for drawn in tradeoffs(board.rows[:2])]
     assert "good requests per second" in html
     names = [name for name, _ in figures(board)]
     assert "accuracy-against-goodput" in names
