@@ -416,7 +416,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_recipe(text_file: Path) -> Callable[..., Any]:
     """Return a function that loads a recipe, made small enough for a test."""
 

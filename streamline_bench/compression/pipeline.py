@@ -53,8 +53,8 @@ from streamline_bench.methods.base import (
     Compressed,
     Compression,
     check_parameters,
+    facts_of_methods,
     get_method,
-    method_facts,
     write_compressed,
 )
 from streamline_bench.modeling.loading import SourceModel, computing_dtype
@@ -376,7 +376,7 @@ def _manifest(
             weights_sha256=job.source.weights_sha256,
         ),
         recipe=job.recipe.model_dump(mode="json"),
-        method=method_facts(job.recipe.method),
+        method=facts_of_methods(job.recipe),
         chosen=dict(result.chosen),
         parameters_before=before,
         parameters_after=after,
@@ -423,7 +423,7 @@ def content_key(
     folder = source.folder
     payload = {
         "shared": SHARED_VERSION,
-        "method": method_facts(recipe.method),
+        "method": facts_of_methods(recipe),
         "weights": source.weights_sha256,
         # Where generation stops is stored with the tokenizer, and copied into the result.
         "tokenizer": _digests(

@@ -35,6 +35,7 @@ def methods_for(config: Any, refused: Mapping[int, str]) -> dict[str, str]:
     Args:
         refused: from :func:`removable_layers`.
     """
+    from streamline_bench.methods.maps.magnitude_compensation import refuse_unscalable
     from streamline_bench.methods.maps.replaceme import refuse_normed_mlp
     from streamline_bench.modeling.rotations import require_rotatable
     from streamline_bench.modeling.widths import require_narrowable
@@ -45,13 +46,17 @@ def methods_for(config: Any, refused: Mapping[int, str]) -> dict[str, str]:
         "llm_pruner": lambda: require_narrowable(row),
         "slicegpt": lambda: require_rotatable(config),
     }
+    folded: Mapping[str, Callable[[], Any]] = {
+        "magnitude_compensation": lambda: refuse_unscalable(row),
+        "replaceme": lambda: refuse_normed_mlp(row),
+    }
     found = {}
     for name in METHODS:
         reason = _reason(without_removal[name]) if name in without_removal else ""
         if name not in without_removal and len(refused) == depth_of(config):
             reason = next(iter(refused.values()))
-        if name == "replaceme":
-            reason = reason or _reason(lambda: refuse_normed_mlp(row))
+        if name in folded:
+            reason = reason or _reason(folded[name])
         found[name] = reason
     return found
 

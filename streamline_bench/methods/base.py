@@ -223,6 +223,10 @@ class Method(ABC):
         """Whether the method reads calibration text with these parameters."""
         return self.calibrated
 
+    def uses(self, parameters: Mapping[str, Any]) -> tuple[str, ...]:
+        """Other methods whose results decide this one's: their versions are part of the key."""
+        return ()
+
     @abstractmethod
     def compress(self, work: Compression) -> Compressed:
         """Compress the source model as the recipe says.
@@ -279,11 +283,13 @@ ENTRY_POINTS = "streamline_bench.methods"
 METHODS: Mapping[str, str] = {
     "dense": "dense:Dense",
     "first_layers": "depth.positional:FirstLayers",
+    "given_layers": "depth.positional:GivenLayers",
     "laco": "depth.laco:LaCo",
     "last_layers": "depth.positional:LastLayers",
     "linear_patch": "maps.linear_patch:LinearPatch",
     "llm_pruner": "width.llm_pruner:LLMPruner",
     "magnitude": "depth.magnitude:Magnitude",
+    "magnitude_compensation": "maps.magnitude_compensation:MagnitudeCompensation",
     "random_layers": "depth.positional:RandomLayers",
     "replaceme": "maps.replaceme:ReplaceMe",
     "ridge_map": "maps.ridge_map:RidgeMap",
@@ -374,6 +380,17 @@ def _foreign_class(name: str, target: str) -> type[Method]:
 
 def _is_ours(kind: type) -> bool:
     return kind.__module__.partition(".")[0] == "streamline_bench"
+
+
+def facts_of_methods(recipe: Recipe) -> dict[str, Any]:
+    """Return :func:`method_facts` of a recipe's method, with those of the methods that it uses.
+
+    Raises:
+        RecipeError: as :func:`get_method`.
+    """
+    facts = method_facts(recipe.method)
+    used = get_method(recipe.method).uses(recipe.parameters)
+    return {**facts, "uses": [method_facts(name) for name in used]} if used else facts
 
 
 def method_facts(name: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from streamline_bench.core.data.calibration import CalibrationTokens, load_calib
 from streamline_bench.core.recipe.schema import CalibrationSpec
 from streamline_bench.core.scan import scan
 from streamline_bench.core.similarity import Similarity
-from streamline_bench.methods.tools.layer_removal import select_lowest
+from streamline_bench.methods.tools.selection import select_lowest
 
 TOLERANCE = 1e-4
 """Relative, on ``1 - cosine``: the reference's float32 cosine of nearly equal vectors."""

@@ -16,11 +16,8 @@ from tqdm import tqdm
 from streamline_bench.core.architecture import depth_of
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.methods.base import Compression
-from streamline_bench.methods.tools.layer_removal import (
-    ProtectedEnds,
-    RankedLayers,
-    stored_linear_weights,
-)
+from streamline_bench.methods.tools.layer_removal import stored_linear_weights
+from streamline_bench.methods.tools.selection import ProtectedEnds, RankedLayers
 
 Norm = Literal["l1", "l2"]
 _CHUNK = 1 << 22  # values held in float64 at a time

@@ -1,17 +1,20 @@
-"""Removal by position: the first, the last, or random layers."""
+"""Removal by position: the first, the last, random, or named layers."""
 
 from __future__ import annotations
 
 import random
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.tools.layer_removal import ProtectedEnds, drop_layers, size_plan
+from streamline_bench.core.recipe.schema import Frozen
+from streamline_bench.core.surgery import SizePlan, block_keep
+from streamline_bench.errors import SparsityError
+from streamline_bench.methods.base import Compression
+from streamline_bench.methods.tools.selection import LayerSelection, ProtectedEnds, Selected
 
 
-class FirstLayers(Method):
+class FirstLayers(LayerSelection):
     """Drop the shallowest layers."""
 
     name = "first_layers"
@@ -19,13 +22,12 @@ class FirstLayers(Method):
     calibrated = False
     seeded = False
 
-    def compress(self, work: Compression) -> Compressed:
-        plan = size_plan(work)
+    def select(self, work: Compression, options: Any, plan: SizePlan) -> Selected:
         removed = list(range(plan.n_layers))
-        return drop_layers(work, removed, plan, chosen={"order": removed})
+        return Selected(removed, {"order": removed})
 
 
-class LastLayers(Method):
+class LastLayers(LayerSelection):
     """Drop the deepest layers."""
 
     name = "last_layers"
@@ -33,13 +35,12 @@ class LastLayers(Method):
     calibrated = False
     seeded = False
 
-    def compress(self, work: Compression) -> Compressed:
-        plan = size_plan(work)
+    def select(self, work: Compression, options: Any, plan: SizePlan) -> Selected:
         removed = list(range(plan.num_layers - 1, plan.num_layers - 1 - plan.n_layers, -1))
-        return drop_layers(work, removed, plan, chosen={"order": removed})
+        return Selected(removed, {"order": removed})
 
 
-class RandomLayers(Method):
+class RandomLayers(LayerSelection):
     """Drop layers drawn with the recipe's seed; the ends may be protected."""
 
     name = "random_layers"
@@ -47,10 +48,44 @@ class RandomLayers(Method):
     parameters: ClassVar[type[BaseModel]] = ProtectedEnds
     calibrated = False
 
-    def compress(self, work: Compression) -> Compressed:
-        options = ProtectedEnds.model_validate(work.recipe.parameters)
-        plan = size_plan(work)
+    def select(self, work: Compression, options: Any, plan: SizePlan) -> Selected:
         candidates = options.candidates(plan.num_layers, plan.n_layers)
         removed = random.Random(work.recipe.seed).sample(candidates, plan.n_layers)
         ends = options.protected(candidates, plan.num_layers)
-        return drop_layers(work, removed, plan, chosen={"order": removed, "protected": ends})
+        return Selected(removed, {"order": removed, "protected": ends})
+
+
+class GivenLayersParameters(Frozen):
+    """Parameters of the method ``given_layers``.
+
+    Attributes:
+        layers: indices of the layers to remove.
+    """
+
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+
+
+class GivenLayers(LayerSelection):
+    """Drop the layers that the recipe lists."""
+
+    name = "given_layers"
+    streamed = True
+    parameters: ClassVar[type[BaseModel]] = GivenLayersParameters
+    calibrated = False
+    seeded = False
+
+    def select(self, work: Compression, options: Any, plan: SizePlan) -> Selected:
+        """Return them.
+
+        Raises:
+            SparsityError: one is outside the model, or they are not as many as the recipe removes.
+        """
+        removed = sorted(set(options.layers))
+        for layer in removed:
+            block_keep(plan.num_layers, layer, 1)
+        if len(removed) != plan.n_layers:
+            raise SparsityError(
+                f"The recipe lists {len(removed)} layers ({', '.join(map(str, removed))}) and "
+                f"removes {plan.n_layers}; set n_layers to {len(removed)}, or list as many."
+            )
+        return Selected(removed, {"order": removed})

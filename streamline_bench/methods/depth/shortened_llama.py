@@ -18,12 +18,9 @@ from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.methods.base import Compression
 from streamline_bench.methods.tools.gradients import gradients_by_layer
-from streamline_bench.methods.tools.layer_removal import (
-    ProtectedEnds,
-    RankedLayers,
-    is_linear_weight,
-)
+from streamline_bench.methods.tools.layer_removal import is_linear_weight
 from streamline_bench.methods.tools.likelihood import skip_losses
+from streamline_bench.methods.tools.selection import ProtectedEnds, RankedLayers
 
 
 class ShortenedLlamaPPLParameters(ProtectedEnds):

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from streamline_bench.core.similarity import LastState
 from streamline_bench.methods.base import Compression
-from streamline_bench.methods.tools.layer_removal import ProtectedEnds, RankedLayers
+from streamline_bench.methods.tools.selection import ProtectedEnds, RankedLayers
 from streamline_bench.methods.tools.shared_scan import scan_once
 
 

@@ -14,14 +14,15 @@ from pydantic import BaseModel, Field
 
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.files import atomic_write_text
-from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.tools.layer_removal import (
-    ProtectedEnds,
-    drop_layers,
-    select_lowest,
-    size_plan,
-)
+from streamline_bench.core.surgery import SizePlan
+from streamline_bench.methods.base import Compression
 from streamline_bench.methods.tools.likelihood import skip_losses
+from streamline_bench.methods.tools.selection import (
+    LayerSelection,
+    ProtectedEnds,
+    Selected,
+    select_lowest,
+)
 
 
 class SLEBParameters(ProtectedEnds):
@@ -37,7 +38,7 @@ class SLEBParameters(ProtectedEnds):
     activations_gb: float = Field(8.0, gt=0)
 
 
-class SLEB(Method):
+class SLEB(LayerSelection):
     """Greedy removal by the loss of what is left."""
 
     name = "sleb"
@@ -46,10 +47,8 @@ class SLEB(Method):
     parameters: ClassVar[type[BaseModel]] = SLEBParameters
     seeded = False
 
-    def compress(self, work: Compression) -> Compressed:
+    def select(self, work: Compression, options: Any, plan: SizePlan) -> Selected:
         """Remove layers greedily; an interrupted search continues after its last whole step."""
-        options = SLEBParameters.model_validate(work.recipe.parameters)
-        plan = size_plan(work)
         candidates = options.candidates(plan.num_layers, plan.n_layers)
         tokens = work.tokens(work.recipe.calibration)
         progress_file = work.work / "sleb.json"
@@ -68,6 +67,7 @@ class SLEB(Method):
             )
             steps.append({"layer": layer, "loss": loss})
             atomic_write_text(progress_file, json.dumps(steps))
+        steps = steps[: plan.n_layers]
         removed = [step["layer"] for step in steps]
         chosen = {
             "score": "nats per token of the model left",
@@ -75,7 +75,7 @@ class SLEB(Method):
             "loss_after_step": [step["loss"] for step in steps],
             "protected": options.protected(candidates, plan.num_layers),
         }
-        return drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)
+        return Selected(removed, chosen, tokens)
 
 
 def greedy_removal(

@@ -22,13 +22,8 @@ from streamline_bench.core.similarity import Block
 from streamline_bench.core.training import TrainingResult, train_replacement
 from streamline_bench.errors import NumericsError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.tools.layer_removal import (
-    BlockSearch,
-    as_stored,
-    attached,
-    drop_layers,
-    size_plan,
-)
+from streamline_bench.methods.tools.layer_removal import as_stored, attached, drop_layers, size_plan
+from streamline_bench.methods.tools.selection import BlockSearch
 from streamline_bench.methods.tools.shared_scan import scan_once
 
 
@@ -127,7 +122,9 @@ def _with_trained(
         names = {new: old for new, old in names.items() if not new.startswith(replaced)}
         tensors = as_stored(work, block.start, state)
     else:
-        config, tensors = attached(work, block, work.recipe.replacement, trained.state)
+        config, tensors = attached(
+            work, [range(block.start, block.stop)], work.recipe.replacement, [trained.state]
+        )
     curve = "".join(json.dumps(row) + "\n" for row in trained.curve)
     return dataclasses.replace(
         result,

@@ -15,9 +15,10 @@ from pydantic import BaseModel
 
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.similarity import LastState
+from streamline_bench.core.surgery import SizePlan
 from streamline_bench.errors import SparsityError
-from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
+from streamline_bench.methods.base import Compression
+from streamline_bench.methods.tools.selection import LayerSelection, Selected
 from streamline_bench.methods.tools.shared_scan import scan_once
 
 
@@ -39,7 +40,7 @@ class UIDLParameters(Frozen):
     allow_last_layer: bool = False
 
 
-class UIDL(Method):
+class UIDL(LayerSelection):
     """Contiguous block removal by angular distance."""
 
     name = "uidl"
@@ -47,9 +48,7 @@ class UIDL(Method):
     parameters: ClassVar[type[BaseModel]] = UIDLParameters
     seeded = False
 
-    def compress(self, work: Compression) -> Compressed:
-        options = UIDLParameters.model_validate(work.recipe.parameters)
-        plan = size_plan(work)
+    def select(self, work: Compression, options: Any, plan: SizePlan) -> Selected:
         if options.variant == "simple":
             start = plan.num_layers - 1 - plan.n_layers
             if start == 0 and not options.allow_first_layer:
@@ -59,7 +58,7 @@ class UIDL(Method):
                 )
             removed = list(range(start, start + plan.n_layers))
             chosen: dict[str, Any] = {"start": start, "variant": "simple"}
-            return drop_layers(work, removed, plan, chosen=chosen)
+            return Selected(removed, chosen)
         tokens = work.tokens(work.recipe.calibration)
         similarity = scan_once(work, tokens, options.last_state)
         block = similarity.best_block(
@@ -74,4 +73,4 @@ class UIDL(Method):
             "scores": scores.tolist(), "best_start_without_guard": int(scores.argmin()),
         }  # fmt: skip
         removed = list(range(block.start, block.stop))
-        return drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)
+        return Selected(removed, chosen, tokens)

@@ -5,18 +5,17 @@ used to be ``h_{s+n}``. Layer ``s - 1`` wrote its MLP's output M into it last: `
 with c = 1 in most families. Rows stream by batch after batch; nothing is kept, and pads are left
 out.
 
-A :class:`BoundaryMap` replaces one block by an affine map of the whole residual stream. No stock
-layer can take it up; the result is of model type ``streamline`` with one attachment of kind
-``linear``.
+A :class:`BoundaryMap` replaces every run of removed layers by an affine map of the whole residual
+stream. No stock layer can take it up; the result is of model type ``streamline`` with one
+attachment of kind ``linear`` for each run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,21 +30,15 @@ from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.forward import PassEnded, hidden_of, run_base, run_until, sent
 from streamline_bench.core.recipe.schema import Recipe, ReplacementSpec
 from streamline_bench.core.replacement import network_parameters
-from streamline_bench.core.similarity import Block
 from streamline_bench.errors import ArchitectureError, NumericsError
 from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.tools.layer_removal import (
-    BlockSearch,
-    attached,
-    drop_layers,
-    size_plan,
-)
+from streamline_bench.methods.tools.layer_removal import attached, drop_layers
 from streamline_bench.methods.tools.normal_equations import NormalEquations
-from streamline_bench.methods.tools.shared_scan import scan_once
+from streamline_bench.methods.tools.selection import AnySelection, cuts_of
 
 
-class BoundaryMapParameters(BlockSearch):
-    """Parameters that all boundary maps have, those of the search for the block among them.
+class BoundaryMapParameters(AnySelection):
+    """Parameters that all boundary maps have, those of the choice of layers among them.
 
     Attributes:
         validation_share: share of the sequences kept out of the fit to measure it.
@@ -71,8 +64,23 @@ class AffineMap:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+class MapFit(ABC):
+    """Sums over rows of states at the two ends of a cut, and the map that they give."""
+
+    @abstractmethod
+    def add(self, stream: Tensor, target: Tensor) -> None:
+        """Take up some tokens: what enters the cut and what left it, ``[rows, hidden]``."""
+
+    @abstractmethod
+    def solve(self) -> AffineMap:
+        """Return the map from the stream before the cut to that behind it."""
+
+
 class BoundaryMap(Method):
-    """Remove the block whose ends are most alike and put a fitted affine map in its place."""
+    """Put a fitted affine map in the place of each run of removed layers.
+
+    All maps are fitted in one pass, on states of the dense model.
+    """
 
     parameters: ClassVar[type[BaseModel]] = BoundaryMapParameters
     passes = frozenset({"maps"})
@@ -81,47 +89,67 @@ class BoundaryMap(Method):
         """No stock class has a map between two layers."""
         return False
 
+    def streams(self, recipe: Recipe) -> bool:
+        """Whether the choice of layers needs no backward pass either."""
+        return self.streamed and self.parameters.model_validate(recipe.parameters).streamed
+
+    def uses(self, parameters: Mapping[str, Any]) -> tuple[str, ...]:
+        """The method that chooses the layers."""
+        return self.parameters.model_validate(parameters).chosen_by
+
     @abstractmethod
-    def fit(
-        self, rows: Iterable[BoundaryRows], hidden: int, options: Any, device: str
-    ) -> AffineMap:
-        """Return the map from the stream before the block to that behind it."""
+    def fit(self, hidden: int, options: Any, device: str) -> MapFit:
+        """Return the sums of one cut, still empty."""
 
     def prepare(self, hidden: int) -> None:
         """Refuse, before anything costly, a hidden size that the method cannot handle."""
 
     def compress(self, work: Compression) -> Compressed:
-        """Scan, choose the block, fit the map on one part of the tokens, attach it."""
+        """Choose the layers, fit the maps on one part of the tokens, attach them."""
         options: Any = self.parameters.model_validate(work.recipe.parameters)
         hidden = int(work.config.hidden_size)
         self.prepare(hidden)
         linear = ReplacementSpec(kind="linear")
-        plan = size_plan(work, network_parameters(linear, work.config))
-        tokens = work.tokens(work.recipe.calibration)
-        block = options.choose(scan_once(work, tokens, options.last_state), plan.n_layers)
+        plan, found = options.with_networks(work, network_parameters(linear, work.config))
+        cuts = cuts_of(found.layers)
+        tokens = found.tokens or work.tokens(work.recipe.calibration)
         fit, held_out = tokens.split(options.validation_share, work.recipe.seed)
-        rows_of = partial(
-            boundary_rows, work.model, blocks=[block], batch_size=options.batch_size,
-            work=work.work, progress=work.progress,
-        )  # fmt: skip
-        rows = (batch[0] for batch in rows_of(tokens=fit, description="fit"))
-        found = self.fit(rows, hidden, options, work.device)
-        if not bool(found.weight.isfinite().all()):
+        fits = [self.fit(hidden, options, work.device) for _ in cuts]
+        errors = [NormalEquations(hidden, work.device) for _ in cuts]
+        for sums, part, what in ((fits, fit, "fit"), (errors, held_out, "held out")):
+            for batch in boundary_rows(
+                work.model, part, cuts, batch_size=options.batch_size, work=work.work,
+                progress=work.progress, description=what,
+            ):  # fmt: skip
+                for rows, into in zip(batch, sums, strict=True):
+                    into.add(rows.stream, rows.target)
+        maps = [each.solve() for each in fits]
+        if not all(bool(each.weight.isfinite().all()) for each in maps):
             raise NumericsError(f"The map of {self.name} is not finite; check the model's states.")
-        sums = NormalEquations(hidden, work.device)
-        for (held,) in rows_of(tokens=held_out, description="held out"):
-            sums.add(held.stream, held.target)
-        removed = range(block.start, block.stop)
+        facts = [
+            {"boundary_mse": sums.errors(each.weight, each.bias), **each.facts}
+            for each, sums in zip(maps, errors, strict=True)
+        ]
         chosen = {
-            "start": block.start, "score": block.score, "metric": block.metric,
-            "boundary_mse": sums.errors(found.weight, found.bias), "tokens_fitted": fit.num_tokens,
-            "tokens_held_out": held_out.num_tokens, **found.facts,
+            **found.facts, **_of_one_or_all(cuts, facts), "tokens_fitted": fit.num_tokens,
+            "tokens_held_out": held_out.num_tokens,
         }  # fmt: skip
-        result = drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)
-        bias = torch.zeros(hidden) if found.bias is None else found.bias
-        state = {"proj.weight": found.weight.T, "proj.bias": bias}
-        config, tensors = attached(work, block, linear, state)
+        result = drop_layers(work, found.layers, plan, chosen=chosen, tokens=tokens)
+        config, tensors = attached(work, cuts, linear, [_state(each) for each in maps])
         return dataclasses.replace(result, config=config, tensors={**result.tensors, **tensors})
+
+
+def _of_one_or_all(cuts: Sequence[range], facts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the facts of the only cut, or those of all under ``cuts``."""
+    if len(cuts) == 1:
+        return facts[0]
+    each = zip(cuts, facts, strict=True)
+    return {"cuts": [{"layers": [*cut], **known} for cut, known in each]}
+
+
+def _state(found: AffineMap) -> dict[str, Tensor]:
+    bias = torch.zeros(len(found.weight)) if found.bias is None else found.bias
+    return {"proj.weight": found.weight.T, "proj.bias": bias}
 
 
 _ROUNDING = 4  # units of the dtype's epsilon that two sums of the same terms may differ by
@@ -146,7 +174,7 @@ class BoundaryRows:
 def boundary_rows(
     model: Any,
     tokens: CalibrationTokens,
-    blocks: Sequence[Block],
+    blocks: Sequence[range],
     *,
     scales: Sequence[float] | None = None,
     batch_size: int = 1,
@@ -158,6 +186,7 @@ def boundary_rows(
 
     Args:
         model: the intact causal LM, in evaluation mode. Its LM head is not run.
+        blocks: layers to look around, each a run of neighbours.
         scales: c of :func:`mlp_scale` per block; None: the MLPs are not looked at.
         work: folder for states of a streamed model that exceed the memory.
     """
@@ -169,7 +198,7 @@ def boundary_rows(
             tokens,
             batch_size,
             wanted={end for block in blocks for end in (block.start, block.stop)},
-            watched=[(host, _mlp(model, host)) for host in hosts],
+            watched=[(host, mlp_module(model, host)) for host in hosts],
             work=work,
             progress=progress,
         ) as passes,
@@ -213,7 +242,7 @@ def mlp_scale(model: Any, layer: int, tokens: CalibrationTokens) -> float:
         ArchitectureError: the layer does not add its MLP's output to the stream.
     """
     ids, mask = next(tokens.batches(1, trim=True))
-    kept, module = mask.reshape(-1).nonzero()[:, 0], _mlp(model, layer)
+    kept, module = mask.reshape(-1).nonzero()[:, 0], mlp_module(model, layer)
     with torch.no_grad():
         with latest_outputs([module]) as outputs:
             whole = _rows(_behind(model, layer, ids, mask), kept)
@@ -236,7 +265,7 @@ def mlp_scale(model: Any, layer: int, tokens: CalibrationTokens) -> float:
     return 1.0 if abs(scale - 1) <= _ROUNDING * epsilon else scale
 
 
-def _mlp(model: Any, layer: int) -> nn.Module:
+def mlp_module(model: Any, layer: int) -> nn.Module:
     """Return the MLP of a layer, or its last projection where it has no MLP module."""
     family = architecture_of(model.config)
     return decoder_layers(model)[layer].get_submodule(family.mlp or family.down)

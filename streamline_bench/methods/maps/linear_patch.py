@@ -7,14 +7,13 @@ channels, and ``d_k = mean |h_{s+n} H|_k / mean |h_s H|_k`` over the calibration
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from streamline_bench.errors import ArchitectureError, NumericsError
-from streamline_bench.methods.maps.boundary_map import AffineMap, BoundaryMap, BoundaryRows
+from streamline_bench.methods.maps.boundary_map import AffineMap, BoundaryMap, MapFit
 from streamline_bench.methods.tools.normal_equations import widened
 
 
@@ -28,27 +27,35 @@ class LinearPatch(BoundaryMap):
         """Refuse hidden sizes without a known Hadamard matrix."""
         hadamard(hidden)
 
-    def fit(
-        self, rows: Iterable[BoundaryRows], hidden: int, options: Any, device: str
-    ) -> AffineMap:
-        """Return P, from sums of magnitudes in the rotated basis.
+    def fit(self, hidden: int, options: Any, device: str) -> MapFit:
+        return _Magnitudes(hidden, device)
+
+
+class _Magnitudes(MapFit):
+    """Sums of magnitudes in the rotated basis."""
+
+    def __init__(self, hidden: int, device: str) -> None:
+        self._rotation = hadamard(hidden)
+        self._before = widened(torch.zeros(hidden, device=device))
+        self._behind = torch.zeros_like(self._before)
+        self._h = self._rotation.to(self._before.device)
+
+    def add(self, stream: Tensor, target: Tensor) -> None:
+        self._before += (widened(stream) @ self._h).abs().sum(0)
+        self._behind += (widened(target) @ self._h).abs().sum(0)
+
+    def solve(self) -> AffineMap:
+        """Return P.
 
         Raises:
             NumericsError: a rotated channel of the stream is zero on all tokens.
         """
-        rotation = hadamard(hidden)
-        before = widened(torch.zeros(hidden, device=device))
-        behind = torch.zeros_like(before)
-        h = rotation.to(before.device)
-        for batch in rows:
-            before += (widened(batch.stream) @ h).abs().sum(0)
-            behind += (widened(batch.target) @ h).abs().sum(0)
-        if not bool((before > 0).all()):
+        if not bool((self._before > 0).all()):
             raise NumericsError(
-                f"Rotated channel {int(before.argmin())} is zero on all calibration tokens, so "
-                "that its scale is undefined; check the model's embeddings."
+                f"Rotated channel {int(self._before.argmin())} is zero on all calibration tokens, "
+                "so that its scale is undefined; check the model's embeddings."
             )
-        scale = (behind / before).cpu()
+        scale, rotation = (self._behind / self._before).cpu(), self._rotation
         facts = {"scale": {"min": float(scale.min()), "mean": float(scale.mean()),
                            "max": float(scale.max())}}  # fmt: skip
         return AffineMap(rotation @ torch.diag(scale) @ rotation.T, facts=facts)

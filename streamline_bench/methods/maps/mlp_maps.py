@@ -74,7 +74,7 @@ def _all_rows(
     return boundary_rows(
         work.model,
         tokens,
-        [gap.block for gap in gaps],
+        [range(gap.block.start, gap.block.stop) for gap in gaps],
         scales=[gap.scale for gap in gaps],
         batch_size=batch_size,
         work=work.work,

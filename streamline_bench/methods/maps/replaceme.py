@@ -38,12 +38,8 @@ from streamline_bench.methods.maps.mlp_maps import (
     fit_maps,
     map_errors,
 )
-from streamline_bench.methods.tools.layer_removal import (
-    drop_layers,
-    merge_adjacent,
-    non_overlapping,
-    size_plan,
-)
+from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
+from streamline_bench.methods.tools.selection import merge_adjacent, non_overlapping
 from streamline_bench.methods.tools.shared_scan import scan_once
 
 
@@ -148,7 +144,7 @@ def _folded(
     return dataclasses.replace(result, names=names, tensors={**result.tensors, **tensors})
 
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+STORED_FLOATS = ("F64", "F32", "F16", "BF16")
 _EXPERT_DOWN = ("down_proj", "w2")  # in a file; w2 is Mixtral's name there
 
 
@@ -200,7 +196,7 @@ def mlp_output_tensors(
             found[name] = -3 - axis
     for name in found:
         dtype = reader.entry(prefix + name).dtype
-        if dtype not in _FLOATS:
+        if dtype not in STORED_FLOATS:
             raise ArchitectureError(
                 f"Tensor {prefix}{name} is stored as {dtype}; no map can be folded into quantised "
                 "weights; give an unquantised checkpoint."

@@ -6,17 +6,17 @@ With X the stream before the removed block and Δ what the block added to it, th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, Field
+from torch import Tensor
 
 from streamline_bench.methods.maps.boundary_map import (
     AffineMap,
     BoundaryMap,
     BoundaryMapParameters,
-    BoundaryRows,
+    MapFit,
 )
 from streamline_bench.methods.tools.normal_equations import NormalEquations, widened
 
@@ -40,20 +40,31 @@ class RidgeMap(BoundaryMap):
     streamed = True
     parameters: ClassVar[type[BaseModel]] = RidgeMapParameters
 
-    def fit(
-        self, rows: Iterable[BoundaryRows], hidden: int, options: Any, device: str
-    ) -> AffineMap:
+    def fit(self, hidden: int, options: Any, device: str) -> MapFit:
+        return _Changes(hidden, options, device)
+
+
+class _Changes(MapFit):
+    """The regression of what a cut added to the stream, on the stream."""
+
+    def __init__(self, hidden: int, options: RidgeMapParameters, device: str) -> None:
+        self._hidden, self._options = hidden, options
+        self._sums = NormalEquations(hidden, device)
+
+    def add(self, stream: Tensor, target: Tensor) -> None:
+        self._sums.add(stream, widened(target) - widened(stream))
+
+    def solve(self) -> AffineMap:
         """Return W (and b).
 
         Raises:
             CalibrationError: there are fewer tokens than channels.
             NumericsError: XᵀX is singular in spite of the ridge.
         """
-        sums = NormalEquations(hidden, device)
-        for batch in rows:
-            sums.add(batch.stream, widened(batch.target) - widened(batch.stream))
-        change, bias = sums.solve(options.ridge), None
-        if options.bias:
-            change, bias = sums.solve_affine(options.ridge)
-        identity = torch.eye(hidden, dtype=torch.float64)
+        ridge = self._options.ridge
+        if self._options.bias:
+            change, bias = self._sums.solve_affine(ridge)
+        else:
+            change, bias = self._sums.solve(ridge), None
+        identity = torch.eye(self._hidden, dtype=torch.float64)
         return AffineMap(identity + change.cpu(), bias if bias is None else bias.cpu())

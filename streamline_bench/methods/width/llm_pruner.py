@@ -38,10 +38,8 @@ from streamline_bench.methods.tools.gradients import (
     LayerGradients,
     gradients_by_layer,
 )
-from streamline_bench.methods.tools.layer_removal import (
-    config_json,
-    proportional_ends,
-)
+from streamline_bench.methods.tools.layer_removal import config_json
+from streamline_bench.methods.tools.selection import proportional_ends
 from streamline_bench.methods.width.width_plan import (
     HeadUnit,
     KeptUnits,

@@ -83,3 +83,27 @@ def test_protected_ends_stay(
     assert _removed(out) == [3, 4]
     with pytest.raises(SparsityError, match="protect_first=3"):
         compress(tiny_llama, make_recipe("random_layers", n_layers=3, **ends), tmp_path / "more")
+
+
+def test_the_listed_go(
+    tiny_llama: Path,
+    make_recipe: Callable[..., Any],
+    tmp_path: Path,
+    same_as_surgery: Callable[..., None],
+) -> None:
+    recipe = make_recipe("last_layers").model_copy(
+        update={"method": "given_layers", "parameters": {"layers": [3, 1]}}
+    )
+    out = compress(tiny_llama, recipe, tmp_path / "out", progress=False)
+    same_as_surgery(out, tiny_llama, [1, 3])
+
+
+@pytest.mark.parametrize(("layers", "match"), [([1], "1 layers.*removes 2"), ([1, 6], "layer 6")])
+def test_a_list_that_does_not_fit_is_refused(
+    layers: list[int], match: str, tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = make_recipe("last_layers").model_copy(
+        update={"method": "given_layers", "parameters": {"layers": layers}}
+    )
+    with pytest.raises(SparsityError, match=match):
+        compress(tiny_llama, recipe, tmp_path / "out", progress=False)

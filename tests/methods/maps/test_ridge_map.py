@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamline_bench.compression import compress
 from streamline_bench.core.checkpoint.folder import read_manifest
+from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.data.calibration import load_calibration
 from streamline_bench.errors import CalibrationError, SparsityError
 from streamline_bench.modeling import register
@@ -75,3 +76,30 @@ def test_a_block_outside_the_model_is_refused(
     recipe = make_recipe("ridge_map", **{"parameters.start": 5})
     with pytest.raises(SparsityError, match=r"layer 5\b"):
         compress(tiny_llama, recipe, tmp_path / "out", progress=False)
+
+
+def test_every_cut_has_a_map_of_its_own(
+    tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Layers 1 and 3, each regressed by hand on states of the dense model; the size counts both."""
+    given = {"method": "given_layers", "parameters": {"layers": [1, 3]}}
+    recipe = make_recipe("ridge_map", **{"parameters.selection": given})
+    out = compress(tiny_llama, recipe, tmp_path / "out", dtype="float64", progress=False)
+    tokens = load_calibration(
+        recipe.calibration, AutoTokenizer.from_pretrained(tiny_llama), progress=False
+    )
+    states = _states(tiny_llama, tokens.split(0.05, recipe.seed)[0].input_ids)
+    reader = CheckpointReader(out)
+    for cut, layer in ((1, 0), (3, 1)):
+        x, delta = states[cut], states[cut + 1] - states[cut]
+        strength = (1e-6 * x.square().sum() / 32).sqrt() * torch.eye(32).double()
+        change = torch.linalg.lstsq(torch.cat([x, strength]), torch.cat([delta, 0 * strength]))
+        stored = reader.tensor(f"model.layers.{layer}.attachment.proj.weight").double()
+        expected = (torch.eye(32) + change.solution).T
+        torch.testing.assert_close(stored, expected, rtol=1e-5, atol=1e-5)
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert [cut["layers"] for cut in manifest.chosen["cuts"]] == [[1], [3]]
+    assert manifest.chosen["size"]["added_parameters"] == 2 * (32 * 32 + 32)
+    before = CheckpointReader(tiny_llama).num_parameters
+    assert manifest.parameters_after == before - manifest.chosen["size"]["removed"]

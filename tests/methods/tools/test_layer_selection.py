@@ -9,11 +9,14 @@ import re
 import numpy as np
 import pytest
 
+from streamline_bench.compression import load_recipe
 from streamline_bench.core.similarity import Similarity
-from streamline_bench.errors import NumericsError, SparsityError
-from streamline_bench.methods.tools.layer_removal import (
+from streamline_bench.errors import NumericsError, RecipeError, SparsityError
+from streamline_bench.methods.base import check_parameters
+from streamline_bench.methods.tools.selection import (
     ProtectedEnds,
     block_at,
+    cuts_of,
     merge_adjacent,
     non_overlapping,
     select_lowest,
@@ -141,3 +144,35 @@ def test_neighbours_merge() -> None:
     merged = merge_adjacent(blocks, similarity)
     assert [(b.start, b.stop) for b in merged] == [(1, 5), (6, 8)]
     assert merged[0].score == similarity.angular[1, 5]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cuts_are_the_runs_of_neighbours(seed: int) -> None:
+    """By string: removed layers are ones, and runs of ones are found by a pattern."""
+    draw = random.Random(seed)
+    removed = [layer for layer in range(20) if draw.random() < 0.5]
+    text = "".join("1" if layer in removed else "0" for layer in range(20))
+    expected = [range(*match.span()) for match in re.finditer("1+", text)]
+    draw.shuffle(removed)
+    assert cuts_of(removed) == expected
+
+
+@pytest.mark.parametrize(
+    ("selection", "match"),
+    [
+        ("slicegpt", "slicegpt.*choose layers"),
+        ("shortgtp", "shortgpt"),
+        ({"method": "sleb", "parameters": {"protect_frist": 1}}, "protect_frist"),
+        ({"parameters": {}}, "method"),
+    ],
+)
+def test_a_selection_that_chooses_no_layers_is_refused(selection: object, match: str) -> None:
+    changes = {"parameters.selection": selection}
+    with pytest.raises(RecipeError, match=match):
+        check_parameters(load_recipe("ridge_map", changes))
+
+
+def test_a_start_and_a_selection_contradict_each_other() -> None:
+    changes = {"parameters.selection": "sleb", "parameters.start": 2}
+    with pytest.raises(RecipeError, match="start or selection"):
+        check_parameters(load_recipe("linear_patch", changes))

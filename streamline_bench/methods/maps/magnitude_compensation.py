@@ -1,0 +1,298 @@
+"""Prune&Comp (arXiv 2507.18212): the residual stream keeps its magnitude across a cut.
+
+Layers add to the stream, so that what follows removed layers meets a smaller one than it was
+trained on. The gap of a cut is ``α = E[mean |h_t| / mean |h_s|]``, the expectation over sequences,
+with ``h_s`` what enters the removed layers and ``h_t`` what left them. The stream that crosses the
+cut has to be ``α h_s``.
+
+The paper multiplies the embeddings and every output projection before the cut by α. Here every
+output projection behind the cut is divided by α: the next norm takes a common factor out of the
+stream again, so that the function is the same (up to the norm's epsilon), while embeddings that the
+LM head shares stay as they are.
+
+``iterative`` removes one layer at a time, and chooses each on the model that the steps before left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from streamline_bench.core.architecture import (
+    Architecture,
+    architecture_of,
+    decoder_layers,
+    undecided,
+)
+from streamline_bench.core.boundaries import BoundaryRecorder, latest_outputs
+from streamline_bench.core.checkpoint.writer import LazyTensors, layers_prefix
+from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.files import atomic_write_text
+from streamline_bench.core.forward import run_base
+from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe
+from streamline_bench.core.surgery import SizePlan, layers_for_sparsity
+from streamline_bench.errors import ArchitectureError, NumericsError
+from streamline_bench.methods.base import Compressed, Compression, Method, write_compressed
+from streamline_bench.methods.maps.boundary_map import boundary_rows, mlp_module
+from streamline_bench.methods.maps.replaceme import STORED_FLOATS, mlp_output_tensors
+from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
+from streamline_bench.methods.tools.normal_equations import widened
+from streamline_bench.methods.tools.selection import AnySelection, cuts_of
+from streamline_bench.modeling.loading import SourceModel
+
+log = logging.getLogger(__name__)
+
+
+class MagnitudeCompensationParameters(AnySelection):
+    """Parameters of the method ``magnitude_compensation``.
+
+    Attributes:
+        iterative: remove one layer at a time, each chosen on the model as it then is.
+        compensate: False leaves the gaps, to measure what compensation adds.
+    """
+
+    iterative: bool = True
+    compensate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """A cut and its gap.
+
+    Attributes:
+        layer: the last layer that was removed there, an index of the source.
+        ratio: α.
+    """
+
+    layer: int
+    ratio: float
+
+
+class MagnitudeCompensation(Method):
+    """Layers chosen by any method; the layers behind each cut write in proportion to the stream."""
+
+    name = "magnitude_compensation"
+    parameters: ClassVar[type[BaseModel]] = MagnitudeCompensationParameters
+    streamed = True
+
+    def streams(self, recipe: Recipe) -> bool:
+        """Whether the layers can be chosen with a streamed model."""
+        return self.parameters.model_validate(recipe.parameters).streamed
+
+    def uses(self, parameters: Mapping[str, Any]) -> tuple[str, ...]:
+        """The method that chooses the layers."""
+        return self.parameters.model_validate(parameters).chosen_by
+
+    def reads_seed(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether the selection does."""
+        selection = self.parameters.model_validate(parameters).selection
+        return selection is not None and selection.selector.reads_seed(selection.parameters)
+
+    def compress(self, work: Compression) -> Compressed:
+        """Choose the layers, measure the gaps, divide what is behind them."""
+        options = MagnitudeCompensationParameters.model_validate(work.recipe.parameters)
+        if options.compensate:
+            refuse_unscalable(architecture_of(work.config))
+        plan = size_plan(work)
+        tokens = work.tokens(work.recipe.calibration)
+        if options.compensate:
+            require_two_writers(work.model, tokens)
+        if options.iterative:
+            gaps, facts = _step_by_step(work, options, plan, tokens)
+            removed: Sequence[int] = [gap.layer for gap in gaps]
+        else:
+            found = options.select(work, plan)
+            removed, facts, cuts = found.layers, found.facts, cuts_of(found.layers)
+            ratios = gap_ratios(work, tokens, cuts) if options.compensate else [1.0] * len(cuts)
+            gaps = [Gap(cut.stop - 1, ratio) for cut, ratio in zip(cuts, ratios, strict=True)]
+        chosen = {**facts, "gaps": [dataclasses.asdict(gap) for gap in gaps]}
+        result = drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)
+        return _divided(work, result, removed, gaps)
+
+
+def gap_ratios(work: Compression, tokens: CalibrationTokens, cuts: Sequence[range]) -> list[float]:
+    """Return α of each cut: the mean over sequences of a ratio of mean absolute values.
+
+    Raises:
+        NumericsError: a state is zero or not finite.
+    """
+    sums: list[Any] = [0.0] * len(cuts)
+    count = 0
+    for batch in boundary_rows(
+        work.model, tokens, cuts, work=work.work, progress=work.progress, description="magnitudes"
+    ):
+        count += 1
+        for number, rows in enumerate(batch):
+            before, behind = (widened(each).abs().mean() for each in (rows.stream, rows.target))
+            sums[number] = sums[number] + behind / before
+    ratios = [float(total) / count for total in sums]
+    for cut, ratio in zip(cuts, ratios, strict=True):
+        if not 0 < ratio < float("inf"):
+            raise NumericsError(
+                f"The magnitude behind layer {cut.stop - 1} is {ratio} of that before layer "
+                f"{cut.start}; check the weights, or try another dtype."
+            )
+    return ratios
+
+
+def refuse_unscalable(family: Architecture) -> None:
+    """Refuse families in which a layer's output is not in proportion to its output projections.
+
+    Raises:
+        ArchitectureError: the family is one of them.
+    """
+    unknown = undecided(family, "output", "mlp" if family.experts else "down", "norms")
+    if family.output_norms:
+        unknown = "norms stand between its sub-layers and the residual stream"
+    elif not family.final_norm:
+        unknown = "it has no norm before the LM head"
+    if unknown:
+        raise ArchitectureError(
+            f"The layers of model type '{family.model_type}' cannot be rescaled through their "
+            f"output projections: {unknown}; use linear_patch or ridge_map."
+        )
+
+
+def require_two_writers(model: Any, tokens: CalibrationTokens) -> None:
+    """Check on the first sequence that only attention and MLP add to the stream.
+
+    Raises:
+        ArchitectureError: without their outputs, a layer does not hand the stream on unchanged.
+    """
+    family, layers = architecture_of(model.config), decoder_layers(model)
+    silent = []
+    for index, layer in enumerate(layers):
+        path = f"{family.attention}.{family.output}"
+        try:
+            silent += [layer.get_submodule(path), mlp_module(model, index)]
+        except AttributeError as error:
+            raise _other_writer(family, index, str(error)) from error
+    ids, mask = next(tokens.batches(1, trim=True))
+    recorder = BoundaryRecorder(model)
+    with torch.no_grad(), latest_outputs(silent, silenced=True), recorder:
+        run_base(model, ids, mask)
+        states = recorder.states
+        for index in range(len(layers)):
+            if not torch.equal(states[index], states[index + 1]):
+                raise _other_writer(family, index, "it adds something else to the stream")
+
+
+def _other_writer(family: Architecture, layer: int, why: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"Layer {layer} of this '{family.model_type}' model cannot be rescaled through the outputs "
+        f"of its attention and MLP ({why}); use linear_patch or ridge_map."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step(Compression):
+    """One step of an iteration: the model that is left, and the text of the whole."""
+
+    whole: Compression | None = None
+
+    def tokens(self, spec: CalibrationSpec) -> CalibrationTokens:
+        assert self.whole is not None
+        return self.whole.tokens(spec)
+
+
+def _step_by_step(
+    work: Compression,
+    options: MagnitudeCompensationParameters,
+    plan: SizePlan,
+    tokens: CalibrationTokens,
+) -> tuple[list[Gap], dict[str, Any]]:
+    """Remove one layer after another; an interrupted search continues after its last whole step."""
+    record = work.work / "steps.json"
+    gaps = [Gap(**step) for step in json.loads(record.read_text())] if record.exists() else []
+    while len(gaps) < plan.n_layers:
+        gone = {gap.layer for gap in gaps}
+        left = [layer for layer in range(plan.num_layers) if layer not in gone]
+        step = _model_left(work, plan, gaps) if gaps else work
+        (layer,) = options.select(step, layers_for_sparsity(step.reader, n_layers=1)).layers
+        ratio = 1.0
+        if options.compensate:
+            (ratio,) = gap_ratios(step, tokens, [range(layer, layer + 1)])
+        gaps.append(Gap(left[layer], ratio))
+        log.info("step %d: layer %d, magnitude x %.4f", len(gaps), left[layer], ratio)
+        atomic_write_text(record, json.dumps([dataclasses.asdict(gap) for gap in gaps]))
+        step.release_model()
+    shutil.rmtree(work.work / "step", ignore_errors=True)
+    name = options.selection.method if options.selection else f"one layer, {options.metric}"
+    return gaps, {"method": name, "order": [gap.layer for gap in gaps]}
+
+
+def _model_left(work: Compression, plan: SizePlan, gaps: Sequence[Gap]) -> Compression:
+    """Write what the steps so far leave, from the source's weights, so that rounding does not add.
+
+    Its folder is part of the scratch folder; the one of the step before it goes.
+    """
+    folder = work.work / "step"
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "work").mkdir(parents=True)
+    (folder / "model").mkdir()
+    removed = [gap.layer for gap in gaps]
+    result = _divided(work, drop_layers(work, removed, plan, chosen={}), removed, gaps)
+    write_compressed(folder / "model", work.reader, result, progress=False)
+    source = SourceModel(folder / "model", work.source.trust_remote_code, progress=False)
+    fields = {each.name: getattr(work, each.name) for each in dataclasses.fields(Compression)}
+    fields.update(source=source, work=folder / "work", scans=None)
+    return _Step(**fields, whole=work)
+
+
+def _divided(
+    work: Compression, result: Compressed, removed: Sequence[int], gaps: Sequence[Gap]
+) -> Compressed:
+    """Return the result with the output projections behind each cut divided by its ratio.
+
+    Computed in float64; biases are divided as well.
+
+    Raises:
+        ArchitectureError: the output projections are quantised.
+    """
+    family = architecture_of(work.config)
+    prefix = layers_prefix(work.reader, family)
+    divisors: dict[str, tuple[str, float]] = {}
+    kept = [layer for layer in range(len(decoder_layers(work.model))) if layer not in removed]
+    for place, layer in enumerate(kept):
+        divisor = math.prod(gap.ratio for gap in gaps if gap.layer < layer)
+        if divisor == 1.0:
+            continue
+        for old in _writers(work, family, layer):
+            new = f"{prefix}.{place}." + old.removeprefix(f"{prefix}.{layer}.")
+            divisors[new] = (old, divisor)
+
+    def make(name: str) -> Tensor:
+        if name not in divisors:
+            return result.tensors[name]
+        old, divisor = divisors[name]
+        stored = work.reader.tensor(old)
+        return (stored.to(torch.float64) / divisor).to(stored.dtype)
+
+    names = {new: old for new, old in result.names.items() if new not in divisors}
+    tensors = LazyTensors([*result.tensors, *divisors], make)
+    return dataclasses.replace(result, names=names, tensors=tensors)
+
+
+def _writers(work: Compression, family: Architecture, layer: int) -> list[str]:
+    """Return the stored tensors by which attention and MLP of a layer write to the stream."""
+    output = f"{layers_prefix(work.reader, family)}.{layer}.{family.attention}.{family.output}"
+    known = set(work.reader.names)
+    names = [name for name in (f"{output}.weight", f"{output}.bias") if name in known]
+    names += mlp_output_tensors(work.reader, family, work.model, layer)
+    for name in names:
+        dtype = work.reader.entry(name).dtype
+        if dtype not in STORED_FLOATS:
+            raise ArchitectureError(
+                f"Tensor {name} is stored as {dtype}; quantised weights cannot be rescaled; give "
+                "an unquantised checkpoint."
+            )
+    return names

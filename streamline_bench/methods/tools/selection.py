@@ -1,0 +1,352 @@
+"""Which layers are removed: from one score per layer, as a block, or as another method chooses.
+
+The methods of removal are each one way to choose. A method that puts something in the place of
+the removed layers takes any of them by its parameter ``selection``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import BaseModel, Field, model_validator
+
+from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.recipe.schema import Frozen
+from streamline_bench.core.recipe.validation import suggest_or_list
+from streamline_bench.core.similarity import Block, LastState, Metric, Similarity
+from streamline_bench.core.surgery import SizePlan, block_keep
+from streamline_bench.errors import NumericsError, RecipeError, SparsityError
+from streamline_bench.methods.base import METHODS, Compressed, Compression, Method, get_method
+from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
+from streamline_bench.methods.tools.shared_scan import scan_once
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The layers that a method removes.
+
+    Attributes:
+        layers: indices of layers of the source, in any order.
+        facts: how they were chosen, for the manifest.
+        tokens: the calibration tokens that were looked at, if any were.
+    """
+
+    layers: Sequence[int]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    tokens: CalibrationTokens | None = None
+
+
+class LayerSelection(Method):
+    """A method that removes layers and changes nothing else."""
+
+    @abstractmethod
+    def select(self, work: Compression, options: Any, plan: SizePlan) -> Selected:
+        """Return the ``plan.n_layers`` layers to remove.
+
+        Args:
+            options: the parameters, as :attr:`parameters`.
+        """
+
+    def compress(self, work: Compression) -> Compressed:
+        """Choose the layers and drop them."""
+        plan = size_plan(work)
+        options = self.parameters.model_validate(work.recipe.parameters)
+        found = self.select(work, options, plan)
+        return drop_layers(work, found.layers, plan, chosen=found.facts, tokens=found.tokens)
+
+
+class SelectionSpec(Frozen):
+    """Another method that chooses the layers, by its name, or with parameters of its own.
+
+    Attributes:
+        method: a method that removes layers and changes nothing else, such as ``sleb``.
+        parameters: of that method.
+    """
+
+    method: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_name(cls, payload: Any) -> Any:
+        return {"method": payload} if isinstance(payload, str) else payload
+
+    @model_validator(mode="after")
+    def _selects(self) -> SelectionSpec:
+        try:
+            self.selector.parameters.model_validate(self.parameters)
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def selector(self) -> LayerSelection:
+        """The method.
+
+        Raises:
+            RecipeError: it does not merely remove layers, or there is no such method.
+        """
+        method = get_method(self.method)
+        if isinstance(method, LayerSelection):
+            return method
+        known = [name for name in METHODS if isinstance(get_method(name), LayerSelection)]
+        raise RecipeError(
+            f"method '{self.method}' does more than choose layers, so that it cannot be a "
+            f"selection{suggest_or_list(self.method, known)}"
+        )
+
+    def select(self, work: Compression, plan: SizePlan) -> Selected:
+        """Return what the method chooses, its name among the facts."""
+        selector = self.selector
+        options = selector.parameters.model_validate(self.parameters)
+        found = selector.select(work, options, plan)
+        facts = {"method": self.method, **found.facts}
+        return Selected(found.layers, facts, found.tokens)
+
+
+def cuts_of(layers: Sequence[int]) -> list[range]:
+    """Return the runs of neighbours among some layers, in order."""
+    runs: list[range] = []
+    for layer in sorted(set(layers)):
+        if runs and runs[-1].stop == layer:
+            runs[-1] = range(runs[-1].start, layer + 1)
+        else:
+            runs.append(range(layer, layer + 1))
+    return runs
+
+
+def proportional_ends(depth: int) -> tuple[int, int]:
+    """Return how many layers at either end stay: 4 and 2 of 32 or more, in proportion below."""
+    return min(4, math.ceil(depth / 8)), min(2, math.ceil(depth / 16))
+
+
+class ProtectedEnds(Frozen):
+    """Parameters of methods that leave the ends of the model alone.
+
+    Attributes:
+        protect_first: the first so many layers are never removed.
+        protect_last: the last so many layers are never removed.
+
+    None is in proportion to the depth, see :func:`proportional_ends`, and gives way, the last
+    layers first, where more layers have to be removed than that leaves.
+    """
+
+    protect_first: int | None = Field(0, ge=0)
+    protect_last: int | None = Field(0, ge=0)
+
+    def candidates(self, num_layers: int, n: int) -> range:
+        """Return the layers that may be removed, and log which may not.
+
+        Raises:
+            SparsityError: they are fewer than the ``n`` to remove.
+        """
+        first, last = proportional_ends(num_layers)
+        spare = max(0, num_layers - n)
+        first = min(first, spare) if self.protect_first is None else self.protect_first
+        last = min(last, max(0, spare - first)) if self.protect_last is None else self.protect_last
+        allowed = range(first, num_layers - last)
+        if len(allowed) < n:
+            raise SparsityError(
+                f"Cannot remove {n} of {num_layers} layers: with protect_first={first} and "
+                f"protect_last={last} only {len(allowed)} are unprotected; protect fewer layers or "
+                "remove fewer."
+            )
+        if first or last:
+            log.info(
+                "protected: the first %d and the last %d of %d layers", first, last, num_layers
+            )
+        if len(allowed) == n:
+            log.warning(
+                "All %d unprotected layers are removed, so that the scores decide nothing; "
+                "protect fewer layers or remove fewer.",
+                n,
+            )
+        return allowed
+
+    @staticmethod
+    def protected(candidates: range, num_layers: int) -> dict[str, int]:
+        """Return for the manifest how many layers at each end were protected."""
+        return {"first": candidates.start, "last": num_layers - candidates.stop}
+
+
+def select_lowest(scores: Mapping[int, float], n: int) -> list[int]:
+    """Return the ``n`` layers of lowest score, lowest first; of equals the shallower first.
+
+    Raises:
+        NumericsError: a score is NaN or infinite; the layer is named.
+        SparsityError: there are fewer than ``n`` layers.
+    """
+    for layer, score in scores.items():
+        if not math.isfinite(score):
+            raise NumericsError(
+                f"The score of layer {layer} is {score}; check the weights, or try another dtype."
+            )
+    if n > len(scores):
+        raise SparsityError(f"Cannot remove {n} of {len(scores)} scored layers; remove fewer.")
+    return sorted(scores, key=lambda layer: (scores[layer], layer))[:n]
+
+
+class RankedLayers(LayerSelection):
+    """A method that gives each layer one score and drops the layers of the lowest scores."""
+
+    parameters: ClassVar[type[BaseModel]] = ProtectedEnds
+
+    @abstractmethod
+    def scores(
+        self, work: Compression, options: Any, candidates: range, tokens: CalibrationTokens | None
+    ) -> tuple[Mapping[str, Any], Mapping[int, float]]:
+        """Return facts about the score, for the manifest, and layer -> score.
+
+        Args:
+            options: the parameters, as :attr:`parameters`.
+            candidates: the layers that may be removed; each needs a score.
+            tokens: calibration tokens; None if the method is not ``calibrated``.
+        """
+
+    def select(self, work: Compression, options: Any, plan: SizePlan) -> Selected:
+        """Score the layers and take the lowest."""
+        candidates = options.candidates(plan.num_layers, plan.n_layers)
+        tokens = work.tokens(work.recipe.calibration) if self.calibrated else None
+        facts, scores = self.scores(work, options, candidates, tokens)
+        removed = select_lowest({layer: scores[layer] for layer in candidates}, plan.n_layers)
+        chosen = {
+            **facts,
+            "order": removed,
+            "scores": {str(layer): float(score) for layer, score in scores.items()},
+            "protected": options.protected(candidates, plan.num_layers),
+        }
+        return Selected(removed, chosen, tokens)
+
+
+class BlockSearch(Frozen):
+    """Parameters of methods that replace one block of layers.
+
+    Attributes:
+        metric: how blocks are ranked: mean cosine of all tokens, or the angular distance of the
+            last token.
+        last_state: the state after the last layer, ``raw`` or after the final norm (as
+            implementations that read ``output_hidden_states`` take it).
+        start: take the block that starts at this layer instead of searching for it.
+        allow_first_layer: let the block contain layer 0. No paper's rule forbids it, and on large
+            models it never happens; on small ones it ruins the model.
+    """
+
+    metric: Metric = "cosine"
+    last_state: LastState = "raw"
+    start: int | None = Field(None, ge=0)
+    allow_first_layer: bool = False
+
+    def choose(self, similarity: Similarity, n: int) -> Block:
+        """Return the block of ``n`` layers.
+
+        Raises:
+            SparsityError: it leaves the model.
+        """
+        if self.start is None:
+            allow = self.allow_first_layer
+            block = similarity.best_block(n, metric=self.metric, allow_first_layer=allow)
+        else:
+            block = block_at(similarity, self.start, n, self.metric)
+        log.info("block: layers %d to %d", block.start, block.stop - 1)
+        return block
+
+
+def block_at(similarity: Similarity, start: int, n: int, metric: Metric) -> Block:
+    """Return the block of ``n`` layers that the user asked for, with its score.
+
+    Raises:
+        SparsityError: it leaves the model.
+    """
+    block_keep(similarity.num_layers, start, n)
+    return Block(start, n, float(similarity.scores(n, metric)[start]), metric)
+
+
+def non_overlapping(similarity: Similarity, n: int, count: int, metric: Metric) -> list[Block]:
+    """Return ``count`` blocks of ``n`` layers, taken greedily best first, ordered by place.
+
+    Layer 0 is never part of one (ReplaceMe, arXiv 2505.02819: distances begin at ``h_1``).
+
+    Raises:
+        SparsityError: fewer blocks fit into the model.
+    """
+    scores = similarity.scores(n, metric)
+    costs: Any = -scores if metric == "cosine" else scores
+    taken: list[Block] = []
+    for start in 1 + np.argsort(costs[1:], kind="stable"):
+        if len(taken) < count and all(start + n <= b.start or start >= b.stop for b in taken):
+            taken.append(Block(int(start), n, float(scores[start]), metric))
+    if len(taken) < count:
+        raise SparsityError(
+            f"{similarity.num_layers} layers hold only {len(taken)} of {count} separate blocks of "
+            f"{n} layers (layer 0 stays); take fewer blocks or remove fewer layers."
+        )
+    return sorted(taken, key=lambda block: block.start)
+
+
+def merge_adjacent(blocks: list[Block], similarity: Similarity) -> list[Block]:
+    """Return the blocks with neighbours joined into one; scores are those of the joined ends."""
+    merged: list[Block] = []
+    for block in blocks:
+        if merged and merged[-1].stop == block.start:
+            joined = merged.pop()
+            block = block_at(similarity, joined.start, joined.n + block.n, block.metric)
+        merged.append(block)
+    return merged
+
+
+class AnySelection(BlockSearch):
+    """Parameters of methods that work with any choice of layers.
+
+    Attributes:
+        selection: the method that chooses the layers, by name or with ``method`` and
+            ``parameters``; None: the block whose ends are most alike.
+    """
+
+    selection: SelectionSpec | None = None
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> AnySelection:
+        if self.selection is not None and self.start is not None:
+            raise ValueError("give start or selection, not both")
+        return self
+
+    @property
+    def chosen_by(self) -> tuple[str, ...]:
+        """The method that chooses the layers, if it is another one."""
+        return () if self.selection is None else (self.selection.method,)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the layers can be chosen with a streamed model."""
+        return self.selection is None or self.selection.selector.streamed
+
+    def select(self, work: Compression, plan: SizePlan) -> Selected:
+        """Return the layers to remove."""
+        if self.selection is not None:
+            return self.selection.select(work, plan)
+        tokens = work.tokens(work.recipe.calibration)
+        block = self.choose(scan_once(work, tokens, self.last_state), plan.n_layers)
+        facts = {"start": block.start, "score": block.score, "metric": block.metric}
+        return Selected(range(block.start, block.stop), facts, tokens)
+
+    def with_networks(self, work: Compression, parameters: int) -> tuple[SizePlan, Selected]:
+        """Return size and layers where every run of removed layers gets a network.
+
+        Args:
+            parameters: of one network. More layers are removed where they take up much.
+        """
+        networks, needed = 0, 1
+        while needed > networks:
+            networks = needed
+            plan = size_plan(work, networks * parameters)
+            found = self.select(work, plan)
+            needed = len(cuts_of(found.layers))
+        return replace(plan, added_parameters=needed * parameters), found
