@@ -16,6 +16,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -91,11 +92,16 @@ class BoundaryMap(Method):
 
     def streams(self, recipe: Recipe) -> bool:
         """Whether the choice of layers needs no backward pass either."""
-        return self.streamed and self.parameters.model_validate(recipe.parameters).streamed
+        return self.streamed and self._options(recipe.parameters).streamed
 
     def uses(self, parameters: Mapping[str, Any]) -> tuple[str, ...]:
         """The method that chooses the layers."""
-        return self.parameters.model_validate(parameters).chosen_by
+        return self._options(parameters).chosen_by
+
+    def _options(self, parameters: Mapping[str, Any]) -> BoundaryMapParameters:
+        options = self.parameters.model_validate(parameters)
+        assert isinstance(options, BoundaryMapParameters)
+        return options
 
     @abstractmethod
     def fit(self, hidden: int, options: Any, device: str) -> MapFit:
@@ -116,13 +122,16 @@ class BoundaryMap(Method):
         fit, held_out = tokens.split(options.validation_share, work.recipe.seed)
         fits = [self.fit(hidden, options, work.device) for _ in cuts]
         errors = [NormalEquations(hidden, work.device) for _ in cuts]
-        for sums, part, what in ((fits, fit, "fit"), (errors, held_out, "held out")):
-            for batch in boundary_rows(
-                work.model, part, cuts, batch_size=options.batch_size, work=work.work,
-                progress=work.progress, description=what,
-            ):  # fmt: skip
-                for rows, into in zip(batch, sums, strict=True):
-                    into.add(rows.stream, rows.target)
+        rows_of = partial(
+            boundary_rows, work.model, blocks=cuts, batch_size=options.batch_size,
+            work=work.work, progress=work.progress,
+        )  # fmt: skip
+        for batch in rows_of(tokens=fit, description="fit"):
+            for rows, of_cut in zip(batch, fits, strict=True):
+                of_cut.add(rows.stream, rows.target)
+        for batch in rows_of(tokens=held_out, description="held out"):
+            for rows, sums in zip(batch, errors, strict=True):
+                sums.add(rows.stream, rows.target)
         maps = [each.solve() for each in fits]
         if not all(bool(each.weight.isfinite().all()) for each in maps):
             raise NumericsError(f"The map of {self.name} is not finite; check the model's states.")

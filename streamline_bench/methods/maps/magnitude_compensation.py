@@ -46,7 +46,7 @@ from streamline_bench.methods.maps.boundary_map import boundary_rows, mlp_module
 from streamline_bench.methods.maps.replaceme import STORED_FLOATS, mlp_output_tensors
 from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
 from streamline_bench.methods.tools.normal_equations import widened
-from streamline_bench.methods.tools.selection import AnySelection, cuts_of
+from streamline_bench.methods.tools.selection import AnySelection, Selected, cuts_of
 from streamline_bench.modeling.loading import SourceModel
 
 log = logging.getLogger(__name__)
@@ -86,20 +86,20 @@ class MagnitudeCompensation(Method):
 
     def streams(self, recipe: Recipe) -> bool:
         """Whether the layers can be chosen with a streamed model."""
-        return self.parameters.model_validate(recipe.parameters).streamed
+        return _options(recipe.parameters).streamed
 
     def uses(self, parameters: Mapping[str, Any]) -> tuple[str, ...]:
         """The method that chooses the layers."""
-        return self.parameters.model_validate(parameters).chosen_by
+        return _options(parameters).chosen_by
 
     def reads_seed(self, parameters: Mapping[str, Any]) -> bool:
         """Whether the selection does."""
-        selection = self.parameters.model_validate(parameters).selection
+        selection = _options(parameters).selection
         return selection is not None and selection.selector.reads_seed(selection.parameters)
 
     def compress(self, work: Compression) -> Compressed:
         """Choose the layers, measure the gaps, divide what is behind them."""
-        options = MagnitudeCompensationParameters.model_validate(work.recipe.parameters)
+        options = _options(work.recipe.parameters)
         if options.compensate:
             refuse_unscalable(architecture_of(work.config))
         plan = size_plan(work)
@@ -107,16 +107,19 @@ class MagnitudeCompensation(Method):
         if options.compensate:
             require_two_writers(work.model, tokens)
         if options.iterative:
-            gaps, facts = _step_by_step(work, options, plan, tokens)
-            removed: Sequence[int] = [gap.layer for gap in gaps]
+            gaps, found = _step_by_step(work, options, plan, tokens)
         else:
             found = options.select(work, plan)
-            removed, facts, cuts = found.layers, found.facts, cuts_of(found.layers)
+            cuts = cuts_of(found.layers)
             ratios = gap_ratios(work, tokens, cuts) if options.compensate else [1.0] * len(cuts)
             gaps = [Gap(cut.stop - 1, ratio) for cut, ratio in zip(cuts, ratios, strict=True)]
-        chosen = {**facts, "gaps": [dataclasses.asdict(gap) for gap in gaps]}
-        result = drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)
-        return _divided(work, result, removed, gaps)
+        chosen = {**found.facts, "gaps": [dataclasses.asdict(gap) for gap in gaps]}
+        result = drop_layers(work, found.layers, plan, chosen=chosen, tokens=tokens)
+        return _divided(work, result, found.layers, gaps)
+
+
+def _options(parameters: Mapping[str, Any]) -> MagnitudeCompensationParameters:
+    return MagnitudeCompensationParameters.model_validate(parameters)
 
 
 def gap_ratios(work: Compression, tokens: CalibrationTokens, cuts: Sequence[range]) -> list[float]:
@@ -209,7 +212,7 @@ def _step_by_step(
     options: MagnitudeCompensationParameters,
     plan: SizePlan,
     tokens: CalibrationTokens,
-) -> tuple[list[Gap], dict[str, Any]]:
+) -> tuple[list[Gap], Selected]:
     """Remove one layer after another; an interrupted search continues after its last whole step."""
     record = work.work / "steps.json"
     gaps = [Gap(**step) for step in json.loads(record.read_text())] if record.exists() else []
@@ -227,7 +230,8 @@ def _step_by_step(
         step.release_model()
     shutil.rmtree(work.work / "step", ignore_errors=True)
     name = options.selection.method if options.selection else f"one layer, {options.metric}"
-    return gaps, {"method": name, "order": [gap.layer for gap in gaps]}
+    order = [gap.layer for gap in gaps]
+    return gaps, Selected(order, {"method": name, "order": order})
 
 
 def _model_left(work: Compression, plan: SizePlan, gaps: Sequence[Gap]) -> Compression:
