@@ -213,7 +213,8 @@ class _Job:
         """Yield what each stage holds, by the stage's name."""
         method = get_method(self.recipe.method)
         if method.reads_calibration(self.recipe.parameters):
-            for kind in sorted(method.passes):
+            used = map(get_method, method.uses(self.recipe.parameters))
+            for kind in sorted(method.passes.union(*(other.passes for other in used))):
                 yield f"calibration ({kind})", getattr(self, f"_{kind}")()
         if self.recipe.replacement.kind != "none" and "replacement" in method.reads:
             yield from self._replacement()
