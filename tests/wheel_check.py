@@ -61,10 +61,11 @@ def main(dist: Path, work: Path) -> None:
         sys.exit("the recipes are not in the wheel")
     if "streamline_demo" not in run(command, "tasks", cwd=work):
         sys.exit("the tasks are not in the wheel")
-    tasks = Path(run(command, "tasks", "--path", cwd=work).strip())
+    if not (Path(run(command, "tasks", "--path", cwd=work).strip()) / "bundled").is_dir():
+        sys.exit("the folder of the tasks is not in the wheel")
     run(
         binaries / "lm_eval", "--model", "streamline", "--model_args", "pretrained=bundled",
-        "--include_path", tasks, "--tasks", "streamline_demo", "--limit", "4", cwd=work,
+        "--tasks", "streamline_demo", "--limit", "4", cwd=work,
     )  # fmt: skip
     run(
         command, "demo", "--output", work / "run", "--rows", "dense,streamline_none",

@@ -50,7 +50,7 @@ def tasks(ctx: click.Context, /, as_json: bool, only_path: bool) -> None:
         click.echo(json.dumps(_tasks_in(root), indent=2))
     else:
         _print_list(("name", "kind", "set"), (row.values() for row in _tasks_in(root)))
-        click.echo(f"\nlm_eval --include_path {root} --tasks NAME ...")
+        click.echo("\nlm_eval --tasks NAME ...")
 
 
 @click.command(
@@ -70,7 +70,7 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     from lm_eval.utils import setup_logging
 
     from streamline_bench.harness.bridge import refuse_wrong, register
-    from streamline_bench.harness.tasks.asked_tasks import quick_index, task_folders
+    from streamline_bench.harness.tasks.asked_tasks import include_folders, quick_index
 
     setup_logging()
     sys.argv = ["lm_eval", *arguments]
@@ -85,7 +85,7 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     own = [given] if given and Path(given).is_dir() else [each for each in given.split(",") if each]
     named = getattr(asked, "tasks", None) or []
     # Its command line takes one folder, what is behind it takes several.
-    asked.include_path = task_folders(own)
+    asked.include_path = include_folders(own)
     listed = (
         named.split(",") if isinstance(named, str) else [n for t in named for n in t.split(",")]
     )

@@ -30,6 +30,8 @@ QUANTITIES = ["nll_per_byte", "nll_per_char", "nll", "ppl_per_byte", "ppl_per_ch
 @click.argument("pruned", type=click.Path(path_type=Path))
 @click.option("--task", "tasks", multiple=True, help="Compare only this task or group.")
 @click.option("--common", is_flag=True, help="Compare the tasks that both runs have.")
+@click.option("--across-engines", is_flag=True,
+              help="Compare answers of transformers with those of vLLM.")  # fmt: skip
 @click.option("--mode", type=click.Choice(["paper", "reference_script"]), default="paper",
               help="The paper's equation, or its script's arithmetic.")  # fmt: skip
 @click.option("--quantity", type=click.Choice(QUANTITIES),
@@ -55,6 +57,7 @@ def command(
     pruned: Path,
     tasks: tuple[str, ...],
     common: bool,
+    across_engines: bool,
     verdict: str,
     as_json: bool,
     noise: tuple[Path, ...],
@@ -83,9 +86,12 @@ def command(
         "settings": Settings(verdict="correct" if verdict == "acc" else "correct_norm", **settings),
     }
     after = load(pruned, "pruned")
+    if across_engines:
+        before, after = (_named_by_engine(each) for each in (before, after))
+        click.echo(f"Note: {before.info.run} against {after.info.run}.", err=True)
     if _same(before, after):
         click.echo("Note: DENSE and PRUNED are the same evaluation.", err=True)
-    result = compare_answers(before, after, **options)
+    result = compare_answers(before, after, across_engines=across_engines, **options)
     if noise:
         from streamline_bench.stability.noise import above_noise, noise_floor
 
@@ -111,6 +117,11 @@ def command(
             click.echo("".join(f"Not read of {info.run}: {terminal_text(name)} "
                                f"({terminal_text(why)}).\n" for name, why in info.left_out.items()),
                        nl=False)  # fmt: skip
+
+
+def _named_by_engine(samples: Samples) -> Samples:
+    names = sorted(set(samples.info.computed_by.values()))
+    return samples.relabelled(f"{samples.info.run} ({', '.join(names)})") if names else samples
 
 
 def _same(one: Samples, other: Samples) -> bool:

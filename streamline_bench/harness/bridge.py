@@ -1,17 +1,20 @@
-"""Makes our ``lm_eval --model`` names known to harness versions without plug-in discovery.
+"""Makes our models and tasks known to harness versions that do not discover them.
 
-lm-eval 0.4.13 reads a fixed table of models; later versions read the entry-point group
-``lm_eval.models``, which this package declares as well. A ``.pth`` line of the wheel calls
-:func:`install` at every interpreter start but those of ``streamline-bench``, whose commands call
-:func:`register` where they run the harness. So nothing here may import anything that is not
-imported by then: a finder is put in front of the others, waits for ``lm_eval.models`` and, once
-that has run, adds lazy ``"module:Class"`` strings to its registry. When the harness's command
-imports its evaluator, its arguments are known and nothing heavy is imported yet: wrong arguments of
-our models are refused there, half a minute of processor time earlier.
+lm-eval 0.4.13 reads a fixed table of models and its own folder of tasks; later versions read the
+entry-point groups ``lm_eval.models`` and, as it is proposed, ``lm_eval.tasks``, which this package
+declares as well. Each of the two is left to a harness that reads it. A ``.pth`` line of the wheel
+calls :func:`install` at every interpreter start but those of ``streamline-bench``, whose commands
+call :func:`register` where they run the harness. So nothing here may import anything that is not
+imported by then: a finder is put in front of the others and waits for the harness's modules. Once
+``lm_eval.models`` has run, lazy ``"module:Class"`` strings are added to its registry; once
+``lm_eval.tasks.manager`` has, its ``TaskManager`` also looks into our folder. When the harness's
+command imports its evaluator, its arguments are known and nothing heavy is imported yet: wrong
+arguments of our models are refused there, half a minute of processor time earlier.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 
 MODEL_NAME = "streamline"
@@ -21,7 +24,7 @@ MODELS = {
 }
 """Name in the harness -> where the class is."""
 
-_WATCHED = "lm_eval.models"
+_MODELS, _TASKS = "lm_eval.models", "lm_eval.tasks.manager"
 _EVALUATOR, _COMMAND = "lm_eval.evaluator", "lm_eval._cli.run"
 
 
@@ -43,15 +46,20 @@ class _Loader:
 
 
 class _Finder:
-    """Finds ``lm_eval.models`` as the finders behind it do, and wraps its loader."""
+    """Finds the watched modules as the finders behind it do, and wraps their loaders."""
+
+    def __init__(self) -> None:
+        self._watched = {_MODELS, _TASKS}
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> object:
         if name == _EVALUATOR:
             _check_command()
-        if name != _WATCHED:
+        if name not in self._watched:
             return None
-        sys.meta_path[:] = [finder for finder in sys.meta_path if id(finder) != id(self)]
-        for finder in list(sys.meta_path):
+        self._watched.discard(name)
+        if not self._watched:
+            sys.meta_path[:] = [finder for finder in sys.meta_path if id(finder) != id(self)]
+        for finder in [finder for finder in sys.meta_path if id(finder) != id(self)]:
             find = getattr(finder, "find_spec", None)
             spec = find(name, path, target) if find is not None else None
             if spec is not None:
@@ -62,11 +70,12 @@ class _Finder:
 
 
 def install() -> None:
-    """Watch for the import of ``lm_eval.models``; register at once if it is imported already."""
-    module = sys.modules.get(_WATCHED)
-    if module is not None:
+    """Watch for the harness's modules; act at once on those that are imported already."""
+    there = [sys.modules[name] for name in (_MODELS, _TASKS) if name in sys.modules]
+    for module in there:
         _after(module)
-    elif not any(type(finder).__name__ == _Finder.__name__ for finder in sys.meta_path):
+    watching = any(type(finder).__name__ == _Finder.__name__ for finder in sys.meta_path)
+    if len(there) < 2 and not watching:
         sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
 
 
@@ -81,8 +90,6 @@ def refuse_wrong(model: object, arguments: object) -> None:
     """End the process with a sentence and exit code 2 if one of our models has wrong arguments."""
     if model not in MODELS or not isinstance(arguments, dict):
         return
-    import os
-
     from streamline_bench.core.machine.environment import printable
     from streamline_bench.errors import StreamlineBenchError
     from streamline_bench.harness.arguments import check_arguments
@@ -107,12 +114,17 @@ def _check_command() -> None:
 
 
 def _after(module: object) -> None:
-    # The harness must start even if this package is broken; it then does not know the model.
+    # The harness must start even if this package is broken; it then does not know what is ours.
+    tasks = getattr(module, "__name__", None) == _TASKS
     try:
-        if not _discovers_plugins():
+        if tasks:
+            if not _reads_entry_points(module):
+                _add_tasks(module)
+        elif not _discovers_models(module):
             _add(module)
     except Exception as error:
-        sys.stderr.write(f"streamline-bench could not register its lm-eval models: {error}\n")
+        what = "tasks" if tasks else "models"
+        sys.stderr.write(f"streamline-bench could not register its lm-eval {what}: {error}\n")
 
 
 def _add(module: object) -> None:
@@ -127,12 +139,42 @@ def _add(module: object) -> None:
         model_registry.register(name, target=target)
 
 
-def _discovers_plugins() -> bool:
-    """Whether this harness reads the entry-point group itself (then it needs no help)."""
+def _add_tasks(module: object) -> None:
+    """Let every ``TaskManager`` look into our folder too, before those that it is given."""
+    import functools
+    import inspect
+
+    manager = module.TaskManager  # type: ignore[attr-defined]
+    stock = manager.__init__
+    signature = inspect.signature(stock)
+    if "include_path" not in signature.parameters or hasattr(stock, "__wrapped__"):
+        return
+
+    @functools.wraps(stock)
+    def with_ours(*arguments: object, **options: object) -> None:
+        given = signature.bind(*arguments, **options)
+        given.arguments["include_path"] = _with_our_folder(given.arguments.get("include_path"))
+        stock(*given.args, **given.kwargs)
+
+    manager.__init__ = with_ours
+
+
+def _with_our_folder(given: object) -> list[object]:
+    from streamline_bench.core.machine.environment import resource
+
+    ours = resource("tasks") / "lm_eval"
+    theirs = list(given) if isinstance(given, list | tuple) else [given] if given else []
+    there = [os.path.realpath(str(folder)) for folder in theirs]
+    return theirs if os.path.realpath(ours) in there else [ours, *theirs]
+
+
+def _discovers_models(module: object) -> bool:
+    """Whether this harness reads the entry points of models itself (then it needs no help)."""
     from lm_eval.api import registry
 
-    for module in (registry, sys.modules[_WATCHED]):
-        with open(str(module.__file__), encoding="utf-8") as source:  # noqa: PTH123
-            if "entry_points(" in source.read():
-                return True
-    return False
+    return _reads_entry_points(registry) or _reads_entry_points(module)
+
+
+def _reads_entry_points(module: object) -> bool:
+    with open(str(module.__file__), encoding="utf-8") as source:  # type: ignore[attr-defined]  # noqa: PTH123
+        return "entry_points(" in source.read()

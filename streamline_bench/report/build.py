@@ -146,7 +146,8 @@ def build_leaderboard(
     # Without verdicts and grades nothing moves, so that there is no floor either.
     judged = itself.tasks or itself.grades
     again = [reading.noise(noise, folder) for noise in run.noise] if judged else []
-    floor = noise_floor(dense, again, settings=settings) if again else None
+    # Tasks that another engine scores may have no floor.
+    floor = noise_floor(dense, again, common_only=True, settings=settings) if again else None
     rows = []
     answered: dict[str, Answers] = {}
     graded: dict[str, Answers] = {}

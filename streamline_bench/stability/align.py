@@ -1,9 +1,10 @@
 """Pairs the answers of two runs, and refuses when the runs were not asked the same thing.
 
 Rows are paired by (task, filter, doc_id). Before that, in this order, the runs must agree on: the
-engine, the tasks, their versions and number of shots, chat template and system instruction, the
-filters, the documents, and for every document the document itself, its prompt, its target and
-everything sent to the model. The first difference is named with both values and both files.
+engine, the tasks, what computed their answers, their versions and number of shots, chat template
+and system instruction, the filters, the documents, and for every document the document itself, its
+prompt, its target and everything sent to the model. The first difference is named with both values
+and both files.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def align(
     *,
     tasks: Sequence[str] | None = None,
     common_only: bool = False,
+    across_engines: bool = False,
 ) -> AlignedPairs:
     """Pair two runs.
 
@@ -60,12 +62,15 @@ def align(
         tasks: compare these tasks or groups only; each must be in both runs.
         common_only: without ``tasks``: compare the tasks that both runs have, instead of refusing
             when the sets differ.
+        across_engines: transformers may have computed one run and vLLM the other.
 
     Raises:
         ComparisonError: the runs differ in what they were asked; the first difference is named.
     """
     _same_engine(dense.info, pruned.info)
     chosen = _tasks(dense, pruned, tasks, common_only)
+    if not across_engines:
+        _computed_by_one(chosen, dense.info, pruned.info)
     _same_settings(chosen, dense.info, pruned.info)
     first, second = _sorted(dense, chosen), _sorted(pruned, chosen)
     for task in chosen:
@@ -81,6 +86,18 @@ def _same_engine(dense: RunInfo, pruned: RunInfo) -> None:
             f"The runs differ in engine: '{dense.source}' is of {dense.engine}, '{pruned.source}' "
             f"of {pruned.engine}, which ask and score differently; evaluate both with one."
         )
+
+
+def _computed_by_one(tasks: Sequence[str], dense: RunInfo, pruned: RunInfo) -> None:
+    for task in tasks:
+        first, second = (info.computed_by.get(task) for info in (dense, pruned))
+        if first and second and first != second:
+            raise ComparisonError(
+                f"Task '{task}' was answered by {first} in run '{dense.run}' and by {second} in "
+                f"run '{pruned.run}', so that a difference would be that of the engines too; "
+                "evaluate both with one, or compare them by streamline-bench stability "
+                "--across-engines."
+            )
 
 
 def _tasks(

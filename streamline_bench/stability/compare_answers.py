@@ -49,6 +49,7 @@ def compare_answers(
     *,
     tasks: Sequence[str] | None = None,
     common_only: bool = False,
+    across_engines: bool = False,
     settings: Settings | None = None,
 ) -> Comparison:
     """Compare the pruned run with the dense one, per task and over tasks.
@@ -65,7 +66,10 @@ def compare_answers(
             task have them, or the samples do not hold a metric that was asked for.
         NumericsError: a log-likelihood, a spread or a grade is not finite; the document is named.
     """
-    return compare_pairs(align(dense, pruned, tasks=tasks, common_only=common_only), settings)
+    pairs = align(
+        dense, pruned, tasks=tasks, common_only=common_only, across_engines=across_engines
+    )
+    return compare_pairs(pairs, settings)
 
 
 def compare_pairs(pairs: AlignedPairs, settings: Settings | None = None) -> Comparison:

@@ -47,6 +47,8 @@ def noise_floor(
     Shares are means over the repetitions that have the task; their intervals are Wilson's at the
     number of documents (repetitions on the same documents are not independent).
 
+    Repetitions may be those of another engine, as their labels then say.
+
     Args:
         tasks, common_only, settings: see :func:`.compare_answers`.
 
@@ -61,7 +63,14 @@ def noise_floor(
         )
     settings = settings or Settings()
     found = [
-        compare_answers(dense, again, tasks=tasks, common_only=common_only, settings=settings)
+        compare_answers(
+            dense,
+            again,
+            tasks=tasks,
+            common_only=common_only,
+            across_engines=True,
+            settings=settings,
+        )
         for again in repeats
     ]
     by_task: dict[tuple[str, str], list[TaskComparison]] = {}

@@ -111,6 +111,8 @@ class RunInfo(BaseModel):
         repeats: task -> how many answers to each question there are.
         same_questions: task -> the task that asks the same in another way, as the task says.
         data: task -> the data set, its subset and its split, where the engine reports them.
+        computed_by: task -> what computed its answers: transformers, vLLM, or the name of another
+            model class; empty where the engine does not say.
         seconds: wall-clock time of the evaluation, where the engine reports it.
         machine: accelerators or processor, where the engine reports them.
         files: task -> the file that its answers were read from, for messages.
@@ -142,6 +144,7 @@ class RunInfo(BaseModel):
     repeats: dict[str, int] = {}
     same_questions: dict[str, str] = {}
     data: dict[str, dict[str, str]] = {}
+    computed_by: dict[str, str] = {}
     seconds: float | None = None
     machine: str | None = None
     versions: dict[str, str] = {}
@@ -272,7 +275,8 @@ def _joined(info: RunInfo, more: RunInfo) -> RunInfo:
     """What two evaluations of one model say, the first one's word counting."""
     both = (
         "task_versions", "n_shot", "task_hashes", "groups", "results", "higher_is_better", "data",
-        "metrics", "repeats", "same_questions", "versions", "files", "missing", "left_out",
+        "metrics", "repeats", "same_questions", "computed_by", "versions", "files", "missing",
+        "left_out",
     )  # fmt: skip
     seconds = [each.seconds for each in (info, more) if each.seconds is not None]
     newest = max((info, more), key=lambda each: each.timestamp or "")

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from streamline_bench.cli.main import main
 from streamline_bench.cli.stability import QUANTITIES, command
 from streamline_bench.cli.tables import stability_notes
+from streamline_bench.errors import ComparisonError
 from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.settings import Settings
@@ -50,6 +51,20 @@ def test_margin_and_noise(lm_eval_outputs: Path, tmp_path: Path) -> None:
     assert "% above" in shown.output
     rows = [line for line in shown.output.splitlines() if line[:1] in ("│", "┃")]
     assert len(rows) > 5 and all(line[-1] == line[0] for line in rows)  # none is cut off
+
+
+def test_two_engines_are_named(lm_eval_outputs: Path, tmp_path: Path) -> None:
+    dense = lm_eval_outputs / "dense"
+    served = Path(shutil.copytree(lm_eval_outputs / "pruned", tmp_path / "served"))
+    (file,) = served.rglob("results_*.json")
+    payload = json.loads(file.read_text())
+    payload["config"]["model"] = "streamline-vllm"
+    file.write_text(json.dumps(payload))
+    with pytest.raises(ComparisonError, match="--across-engines"):
+        call(dense, served, "--draws", 200)
+    result = call(dense, served, "--draws", 200, "--across-engines", "--json")
+    assert json.loads(result.stdout)["pruned_run"] == "pruned (vLLM)"
+    assert "against pruned (vLLM)" in result.stderr
 
 
 def test_perplexities_alone(lm_eval_outputs: Path) -> None:

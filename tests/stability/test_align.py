@@ -49,6 +49,21 @@ def test_tasks_and_groups_can_be_named(runs: tuple[Samples, Samples]) -> None:
         align(*runs, tasks=["piqa"])
 
 
+def test_two_engines_meet_only_where_it_is_allowed(runs: tuple[Samples, Samples]) -> None:
+    dense, pruned = (
+        changed(samples, computed_by=dict.fromkeys(samples.tasks, name))
+        for samples, name in zip(runs, ("transformers", "vLLM"), strict=True)
+    )
+    with pytest.raises(ComparisonError, match=r"transformers.*'dense'.*vLLM.*--across-engines"):
+        align(dense, pruned)
+    assert len(align(dense, pruned, across_engines=True).dense) == len(dense.frame)
+    assert len(align(dense, runs[1]).dense) == len(dense.frame)
+    mixed = changed(pruned, computed_by={**dense.info.computed_by, "toy_mc": "vLLM"})
+    assert set(align(dense, mixed, tasks=["toy_gen"]).dense["task"]) == {"toy_gen"}
+    with pytest.raises(ComparisonError, match="'toy_mc'"):
+        align(dense, mixed)
+
+
 def test_groups_may_contain_each_other(runs: tuple[Samples, Samples]) -> None:
     groups = {"first": ["second", "toy_mc"], "second": ["first", "toy_gen"], "self": ["self"]}
     dense, pruned = (changed(samples, groups=groups) for samples in runs)

@@ -139,14 +139,14 @@ def resource(name: str) -> Path:
     """Return the folder ``baselines``, ``tasks`` or ``reports``.
 
     A wheel carries them as ``streamline_bench/_data/<name>``; in a checkout they lie next to
-    the package.
+    the package, and ``_data/tasks`` is a link, so that the entry point of the tasks leads there.
 
     Raises:
         InstallationError: the installation is incomplete.
     """
     for folder in (_PACKAGE / "_data" / name, _PACKAGE.parent / name):
         if folder.is_dir():
-            return folder
+            return folder.resolve() if folder.is_symlink() else folder
     raise InstallationError(
         f"The data folder '{name}' of streamline-bench is missing; reinstall the package."
     )

@@ -15,7 +15,8 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,23 @@ def task_folders(own: Folders) -> list[str]:
     return [str(resource("tasks") / "lm_eval"), *map(str, folders)]
 
 
+def include_folders(own: Folders) -> list[str]:
+    """Return the folders that the harness is to be given: ours only where it does not find it."""
+    folders = task_folders(own)
+    return folders[1:] if _finds_ours() else folders
+
+
+@cache
+def _finds_ours() -> bool:
+    """Whether the harness reads the entry points of tasks, and ours is installed."""
+    managers = [folder / "manager.py" for folder in _folders_of_the_harness()]
+    texts = [path.read_text(encoding="utf-8") for path in managers if path.is_file()]
+    points = entry_points(group="lm_eval.tasks")
+    return any("entry_points(" in text for text in texts) and any(
+        point.value.startswith("streamline_bench.") for point in points
+    )
+
+
 def open_index(
     names: Sequence[str], own: Folders, metadata: Mapping[str, Any] | None = None
 ) -> Any:
@@ -78,7 +96,7 @@ def open_index(
     from lm_eval.tasks import TaskManager
 
     options: dict[str, Any] = {
-        "include_path": task_folders(own),
+        "include_path": include_folders(own),
         "metadata": None if metadata is None else dict(metadata),
     }
     manager = TaskManager(include_defaults=False, **options)
@@ -103,7 +121,7 @@ def quick_index(names: Sequence[str], own: Folders) -> Iterator[None]:
     import lm_eval.tasks
 
     stock = lm_eval.tasks.TaskManager
-    if _holds(stock(include_path=task_folders(own), include_defaults=False), names):
+    if _holds(stock(include_path=include_folders(own), include_defaults=False), names):
         lm_eval.tasks.TaskManager = partial(stock, include_defaults=False)
     try:
         yield

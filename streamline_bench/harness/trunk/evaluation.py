@@ -18,8 +18,8 @@ from streamline_bench.harness.bridge import MODEL_NAME
 from streamline_bench.harness.tasks.asked_tasks import (
     Folders,
     asked_tasks,
+    include_folders,
     open_index,
-    task_folders,
     without_empty,
 )
 from streamline_bench.harness.trunk.request import TrunkRequest
@@ -174,7 +174,7 @@ def _config(request: TrunkRequest, label: str, folder: Path) -> Any:
         "max_batch_size": request.max_batch_size,
         "device": request.device,
         "limit": request.limit,
-        "include_path": task_folders(request.include_path),
+        "include_path": include_folders(request.include_path),
         "system_instruction": request.system_instruction,
         "fewshot_as_multiturn": request.fewshot_as_multiturn,
         "samples": {task: list(ids) for task, ids in request.samples.items()} or None,

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from streamline_bench.core.files import staged_output
 from streamline_bench.errors import EvaluationError, OutputError, StreamlineBenchError
-from streamline_bench.harness.tasks.asked_tasks import task_folders
+from streamline_bench.harness.tasks.asked_tasks import include_folders
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Facts, Job, Result, write_done, write_failed
 from streamline_bench.runs.jobs.kinds import compress_name
@@ -108,6 +108,7 @@ class ScoreJob(Job):
         """
         asked, own = self.evaluation, self.evaluation.include_path
         engine = self.engine or asked.engine
+        folders = ",".join(own or include_folders(None))
         model = {
             "pretrained": self.pretrained(run),
             "revision": self.revision if self.dense else None,
@@ -122,7 +123,7 @@ class ScoreJob(Job):
             *(["streamline_bench", "lm-eval"] if own else ["lm_eval"]),
             "--model", "streamline" if engine == "hf" else f"streamline-{engine}",
             "--model_args", _model_arguments(model),
-            "--include_path", ",".join(own) or task_folders(None)[0],
+            *(["--include_path", folders] if folders else []),
             "--tasks", ",".join(asked.tasks),
             "--batch_size", asked.batch_size,
             "--device", self.device,

@@ -437,9 +437,24 @@ def _run_info(
                 if config.same_questions
             },
             data={name: config.data for name, config in of_tasks("configs").items()},
+            computed_by={
+                task: name
+                for part in parts
+                for task in part.tasks
+                if (name := _computed_by(part.results.config.get("model"))) is not None
+            },
             seconds=sum(part.results.seconds or 0 for part in parts) or None,
             machine=about.machine,
             versions={name: value for name, value in versions.items() if value},
             files=files,
             left_out=left_out,
         )
+
+
+def _computed_by(model: object) -> str | None:
+    """What is behind a ``--model`` of the harness."""
+    if not isinstance(model, str):
+        return None
+    if model in ("streamline", "hf", "huggingface", "hf-auto", "hf-multimodal"):
+        return "transformers"
+    return "vLLM" if model in ("streamline-vllm", "vllm", "vllm-vlm") else model
