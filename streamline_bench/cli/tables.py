@@ -158,6 +158,9 @@ def _generation(found: GenerationComparison) -> str:
     name = f"{terminal_text(found.task)} ({terminal_text(found.filter)})"
     parted = "" if found.first_word is None else f", the others part at word {found.first_word:g}"
     said = f"{name}: {percent(found.identical.value)} % of the texts are identical{parted}"
+    if found.changed_above_noise is not None:
+        above = with_interval(found.changed_above_noise, signed=True)
+        said += f"; {above} points change above the noise of {percent(found.noise_changed)} %"
     if found.length_ratio is not None:
         said += f"; {ratio(found.length_ratio)} as long"
     for what, counted in (("tokens", found.tokens), ("tokens spent thinking", found.thinking),

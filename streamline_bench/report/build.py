@@ -143,8 +143,8 @@ def build_leaderboard(
     # Of a dense run against itself only accuracies are shown: no need to draw.
     itself = compare_pairs(align(dense, dense), replace(settings, draws=2))
     settings = replace(settings, quantity=itself.quantity)
-    # Without verdicts and grades nothing moves, so that there is no floor either.
-    judged = itself.tasks or itself.grades
+    # Without verdicts, grades and texts nothing moves, so that there is no floor either.
+    judged = itself.tasks or itself.grades or itself.generations
     again = [reading.noise(noise, folder) for noise in run.noise] if judged else []
     # Tasks that another engine scores may have no floor.
     floor = noise_floor(dense, again, common_only=True, settings=settings) if again else None

@@ -296,6 +296,8 @@ class GenerationComparison(Frozen):
         thinking: those of them until the thoughts ended; None where no answer has thoughts.
         unfinished: share of answers that reached the limit of tokens without an end.
         tokens_per_solved: tokens of all answers / right answers, where the task has verdicts.
+        noise_changed: share of texts that change between dense and dense again.
+        changed_above_noise: share of texts that are not identical, minus ``noise_changed``.
     """
 
     task: str
@@ -315,6 +317,8 @@ class GenerationComparison(Frozen):
     thinking: LengthChange | None = None
     unfinished: TextChange | None = None
     tokens_per_solved: LengthChange | None = None
+    noise_changed: float | None = None
+    changed_above_noise: Estimate | None = None
 
 
 class Quadrants(Frozen):
@@ -426,6 +430,15 @@ class NoiseGrade(Frozen):
     difference: float
 
 
+class NoiseText(Frozen):
+    """Generated texts of dense against dense again: the mean share that is not identical."""
+
+    task: str
+    filter: str
+    n: int
+    changed: Estimate
+
+
 class NoiseFloor(Frozen):
     """What changes when nothing was removed (batch size, dtype or engine changed only).
 
@@ -436,6 +449,7 @@ class NoiseFloor(Frozen):
         macro_flips: mean over tasks.
         choice_kl: mean over tasks that have choices.
         grades: of metrics that are more than right or wrong.
+        texts: of tasks with generated texts.
     """
 
     dense_run: str
@@ -447,6 +461,7 @@ class NoiseFloor(Frozen):
     macro_flips: float | None = None
     choice_kl: float | None = None
     grades: tuple[NoiseGrade, ...] = ()
+    texts: tuple[NoiseText, ...] = ()
 
 
 class _Decided(Frozen):

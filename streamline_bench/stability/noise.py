@@ -1,7 +1,7 @@
 """Noise floor: what changes between dense and dense again, at another batch size, dtype or engine.
 
 Sums in another order differ in their last bits, and a close call flips. Flips of a pruned model
-mean something only above that; so do grades that move.
+mean something only above that; so do grades that move and texts that change.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.comparison import (
     Comparison,
     Estimate,
+    GenerationComparison,
     GradeComparison,
     GroupComparison,
     NoiseFloor,
     NoiseGrade,
     NoiseTask,
+    NoiseText,
     Overall,
     TaskComparison,
     square_and_add,
@@ -53,8 +55,8 @@ def noise_floor(
         tasks, common_only, settings: see :func:`.compare_answers`.
 
     Raises:
-        SamplesError: there is no repetition, or no task has verdicts or grades; otherwise as
-            ``compare_answers``.
+        SamplesError: there is no repetition, or no task has verdicts, grades or texts; otherwise
+            as ``compare_answers``.
     """
     if not repeats:
         raise SamplesError(
@@ -79,18 +81,22 @@ def noise_floor(
     by_metric: dict[_Metric, list[GradeComparison]] = {}
     for grade in (grade for result in found for grade in result.grades):
         by_metric.setdefault((grade.task, grade.filter, grade.metric), []).append(grade)
+    by_text: dict[tuple[str, str], list[GenerationComparison]] = {}
+    for text in (text for result in found for text in result.generations):
+        by_text.setdefault((text.task, text.filter), []).append(text)
     floor = {key: _task(parts, settings) for key, parts in by_task.items()}
     counted = [floor[key] for key, parts in by_task.items() if parts[0].p_holm is not None]
-    if not (counted or by_metric):
+    if not (counted or by_metric or by_text):
         raise SamplesError(
-            f"No task of '{dense.info.run}' has right or wrong answers that could flip, or grades; "
-            "leave the noise floor out, or add a task with acc, exact_match or F1."
+            f"No task of '{dense.info.run}' has right or wrong answers that could flip, grades or "
+            "texts; leave the noise floor out, or add a task with acc, exact_match or F1."
         )
     return NoiseFloor(
         dense_run=dense.info.run,
         repeats=tuple(again.info.run for again in repeats),
         tasks=tuple(floor.values()),
         grades=tuple(_grade(parts, settings) for parts in by_metric.values()),
+        texts=tuple(_text(parts, settings) for parts in by_text.values()),
         n=sum(task.n for task in counted),
         **(_over_all(counted, settings) if counted else {}),
     )
@@ -136,7 +142,16 @@ def above_noise(comparison: Comparison, floor: NoiseFloor) -> Comparison:
         else grade
         for grade in comparison.grades
     )
-    filled: dict[str, Any] = {"tasks": tasks, "groups": groups, "grades": grades}
+    changes = {(text.task, text.filter): text.changed.value for text in floor.texts}
+    texts = tuple(
+        _changed_above(text, changes[key], confidence)
+        if (key := (text.task, text.filter)) in changes
+        else text
+        for text in comparison.generations
+    )
+    filled: dict[str, Any] = {
+        "tasks": tasks, "groups": groups, "grades": grades, "generations": texts
+    }  # fmt: skip
     if comparison.micro is not None and comparison.macro is not None:
         members = list(counted.values())
         filled["micro"] = _over(comparison.micro, members, confidence)
@@ -169,6 +184,13 @@ def _filled(found: _Compared, floor: float, confidence: float) -> _Compared:
 def _moved_above(found: GradeComparison, floor: float, confidence: float) -> GradeComparison:
     excess = flips_above(1 - found.ties / found.n, floor, found.n, confidence)
     return found.model_copy(update={"noise_moved": floor, "moved_above_noise": excess})
+
+
+def _changed_above(
+    found: GenerationComparison, floor: float, confidence: float
+) -> GenerationComparison:
+    excess = flips_above(1 - found.identical.value, floor, found.n, confidence)
+    return found.model_copy(update={"noise_changed": floor, "changed_above_noise": excess})
 
 
 def _over(summary: _Compared, members: Sequence[TaskComparison], confidence: float) -> _Compared:
@@ -215,6 +237,17 @@ def _grade(parts: list[GradeComparison], settings: Settings) -> NoiseGrade:
         n=first.n,
         moved=wilson_estimate(share, first.n, settings.confidence),
         difference=_mean([part.pruned.value - part.dense.value for part in parts]),
+    )
+
+
+def _text(parts: list[GenerationComparison], settings: Settings) -> NoiseText:
+    first = parts[0]
+    share = _mean([1 - part.identical.value for part in parts])
+    return NoiseText(
+        task=first.task,
+        filter=first.filter,
+        n=first.n,
+        changed=wilson_estimate(share, first.n, settings.confidence),
     )
 
 

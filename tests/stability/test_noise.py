@@ -188,3 +188,21 @@ def test_noise_of_grades(lm_eval_outputs: Path) -> None:
     found = next(each for each in result.grades if each.metric == "rouge1")
     assert found.noise_moved == grade.moved.value
     assert found.moved_above_noise is not None and found.moved_above_noise.value == 0
+
+
+def test_noise_of_texts(lm_eval_outputs: Path) -> None:
+    dense, pruned = (
+        load_samples(lm_eval_outputs / name, run=name, progress=False)
+        for name in ("dense", "pruned")
+    )
+    alone = {"tasks": ["toy_gen"], "settings": FAST}
+    result = compare_answers(dense, pruned, **alone)
+    (changed,) = {1 - text.identical.value for text in result.generations}
+    assert changed > 0
+    floor = noise_floor(dense, [pruned, dense.relabelled("again")], **alone)
+    assert {text.changed.value for text in floor.texts} == {pytest.approx(changed / 2)}
+    above = above_noise(result, floor)
+    for text in above.generations:
+        assert text.noise_changed == pytest.approx(changed / 2)
+        assert text.changed_above_noise is not None
+        assert text.changed_above_noise.value == pytest.approx(changed / 2)

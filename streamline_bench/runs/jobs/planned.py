@@ -163,6 +163,13 @@ def _score_key(plan: Plan, row: PlanRow, evaluation: Evaluation) -> str:
     return digest(["score", model, asked, plan.device.split(":")[0], plan.versions])
 
 
+_OF_BOTH_ENGINES = frozenset(
+    "add_bos_token chat_template_args enable_thinking max_length prefix_token_id "
+    "think_end_token".split()
+)
+"""Arguments of the harness's models that both engines know."""
+
+
 def _repeating(plan: Plan, noise: NoisePlan) -> Maker:
     row = next(row for row in plan.rows if row.label == plan.reference)
     score = _scoring(plan, row, shareable=False)
@@ -173,6 +180,9 @@ def _repeating(plan: Plan, noise: NoisePlan) -> Maker:
     def make(evaluation: Evaluation) -> ScoreJob:
         job = score(evaluation)
         asked = job.evaluation.model_copy(update=changed)
+        if noise.engine not in (None, asked.engine):
+            shared = {k: v for k, v in asked.model_args.items() if k in _OF_BOTH_ENGINES}
+            asked = asked.model_copy(update={"model_args": shared})
         update = {
             "key": digest([_score_key(plan, row, asked), *engine]),
             "evaluation": asked,

@@ -255,13 +255,14 @@ def test_vllm_scores_by_its_own_class_and_its_noise_is_measured(
     usual = {job.key for job in plan_jobs(resolve_plan(make())) if isinstance(job, ScoreJob)}
     assert usual.isdisjoint(job.key for job in score)
     # Another engine is met only where it is asked for, and is named.
-    plan = resolve_plan(make(engine="vllm", noise_engine="hf"))
+    arguments = {"max_length": 64, "enforce_eager": True}
+    plan = resolve_plan(make(engine="vllm", noise_engine="hf", model_args=arguments))
     (noise,) = [job for job in plan_jobs(plan) if isinstance(job, ScoreJob) and job.noise]
-    assert (noise.name, _asked(noise).model, plan.noise[0].label) == (
-        "noise-hf",
-        "streamline",
-        "hf",
-    )
+    assert (noise.name, plan.noise[0].label) == ("noise-hf", "hf")
+    asked_hf = _asked(noise)
+    assert asked_hf.model == "streamline"
+    assert asked_hf.model_args["max_length"] == 64
+    assert "enforce_eager" not in asked_hf.model_args
     with pytest.raises(RecipeError, match="--noise-engine is vllm"):
         resolve_plan(make(engine="vllm", noise_engine="vllm"))
 
