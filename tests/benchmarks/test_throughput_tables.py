@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from throughput_tables import copies, markdown, summary
+from throughput_tables import copies, markdown, summary, verdict
 
 from streamline_bench.throughput import ServingLoad, Slo, ThroughputRecord, Workload
 from streamline_bench.throughput.figures import Latency, Rate, Ratio
@@ -100,3 +100,10 @@ def test_how_often_the_copy_of_dense_is_told_from_it() -> None:
     assert "holds 1 in 9 of 10 (target: 9 of 10, met)" in text
     assert "7 of 8 (target: 9 of 10, missed)" in markdown([], SIZES, [*runs[:7], runs[8]])
     assert copies([record("offline", batch("dense", 1, 1, 1))]) == []
+
+
+def test_models_of_the_same_shape_are_held_against_each_other() -> None:
+    apart = record("offline", batch("none", 1.2, 1.1, 1.25), batch("layer", 1.4, 1.3, 1.5))
+    touching = record("offline", batch("none", 1.2, 1.1, 1.3), batch("layer", 1.4, 1.3, 1.5))
+    assert "meet in 0 of 1" in verdict([apart])
+    assert "meet in 1 of 1" in verdict([touching])

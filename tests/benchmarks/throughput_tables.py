@@ -46,12 +46,13 @@ def markdown(
     records: list[ThroughputRecord],
     sizes: dict[str, Any],
     self_checks: list[ThroughputRecord] | None = None,
+    about: str = "A Llama with random weights",
 ) -> str:
-    """The tables, and how they were made."""
+    """The tables, and how they were made; ``about``: which model it is."""
     offline = [record for record in records if record.mode != "serving"]
     lines = ["# Throughput of variants with a quarter less", ""]
     if offline:
-        lines += _offline(offline, sizes)
+        lines += _offline(offline, sizes, about)
     for record in records:
         if record.mode == "serving":
             lines += _served(record, sizes)
@@ -63,11 +64,11 @@ def markdown(
     return "\n".join([*lines, *([f"Engines: {versions}.", ""] if records else [])])
 
 
-def _offline(records: list[ThroughputRecord], sizes: dict[str, Any]) -> list[str]:
+def _offline(records: list[ThroughputRecord], sizes: dict[str, Any], about: str) -> list[str]:
     first = records[0]
     work, where = first.workload, first.environment
     lines = [
-        f"A Llama: {sizes['num_hidden_layers']} layers, hidden {sizes['hidden_size']}, "
+        f"{about}: {sizes['num_hidden_layers']} layers, hidden {sizes['hidden_size']}, "
         f"vocabulary {sizes['vocab_size']}, {first.dtype}; variants by our own recipes at sparsity "
         f"0.25. {where.device_name}, {where.threads} thread, {work.prompt_tokens} + "
         f"{work.output_tokens} tokens; {', '.join(str(r.blocks) for r in records)} blocks of "
@@ -226,7 +227,22 @@ def verdict(records: list[ThroughputRecord]) -> str:
                 f"{max(shares):.3f} of the ideal; {reached} of {len(shares)} figures are at least "
                 f"{TARGET}."
             )
+        pairs = [
+            [row["ratio"] for row in found if row["batch_size"] == batch]
+            for batch in record.workload.batch_sizes
+        ]
+        known = [pair for pair in pairs if len(pair) == len(DEPTH) and _have_intervals(pair)]
+        if known:
+            meet = sum(a["low"] <= b["high"] and b["low"] <= a["high"] for a, b in known)
+            sentences.append(
+                f"Of {' and '.join(DEPTH)}, which have the same shapes, the intervals meet in "
+                f"{meet} of {len(known)}."
+            )
     return " ".join(sentences)
+
+
+def _have_intervals(pair: list[dict[str, Any]]) -> bool:
+    return all(ratio["low"] is not None and ratio["high"] is not None for ratio in pair)
 
 
 def _load(record: ThroughputRecord) -> str:

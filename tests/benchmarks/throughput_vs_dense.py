@@ -118,6 +118,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--model", type=Path, help="a dense model in place of the random one")
+    parser.add_argument(
+        "--about", default="A Llama with random weights", help="what the report calls the model"
+    )
     parser.add_argument("--layers", type=int, default=SIZES["num_hidden_layers"])
     parser.add_argument("--folder", type=Path, help="where the models are made, and kept")
     parser.add_argument("--output", type=Path, help="folder for throughput.json and throughput.md")
@@ -138,7 +141,7 @@ def main() -> None:
     else:
         records = measured(options, sizes)
     again = [read_record(folder) for folder in options.self_checks]
-    text = markdown(records, sizes, again)
+    text = markdown(records, sizes, again, options.about)
     print(text)
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
