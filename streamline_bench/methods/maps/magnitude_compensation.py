@@ -1,9 +1,9 @@
 """Prune&Comp (arXiv 2507.18212): the residual stream keeps its magnitude across a cut.
 
 Layers add to the stream, so that what follows removed layers meets a smaller one than it was
-trained on. The gap of a cut is ``α = E[mean |h_t| / mean |h_s|]``, the expectation over sequences,
-with ``h_s`` what enters the removed layers and ``h_t`` what left them. The stream that crosses the
-cut has to be ``α h_s``.
+trained on. The gap of a cut is the mean over sequences and channels of ``|h_t| / |h_s|``, both
+averaged over the tokens of the sequence first, with ``h_s`` what enters the removed layers and
+``h_t`` what left them. The stream that crosses the cut has to be ``α h_s``, α being the gap.
 
 The paper multiplies the embeddings and every output projection before the cut by α. Here every
 output projection behind the cut is divided by α: the next norm takes a common factor out of the
@@ -123,7 +123,7 @@ def _options(parameters: Mapping[str, Any]) -> MagnitudeCompensationParameters:
 
 
 def gap_ratios(work: Compression, tokens: CalibrationTokens, cuts: Sequence[range]) -> list[float]:
-    """Return α of each cut: the mean over sequences of a ratio of mean absolute values.
+    """Return α of each cut: the mean over sequences and channels of a ratio of mean magnitudes.
 
     Raises:
         NumericsError: a state is zero or not finite.
@@ -135,8 +135,8 @@ def gap_ratios(work: Compression, tokens: CalibrationTokens, cuts: Sequence[rang
     ):
         count += 1
         for number, rows in enumerate(batch):
-            before, behind = (widened(each).abs().mean() for each in (rows.stream, rows.target))
-            sums[number] = sums[number] + behind / before
+            before, behind = (widened(each).abs().mean(0) for each in (rows.stream, rows.target))
+            sums[number] = sums[number] + (behind / before).mean()
     ratios = [float(total) / count for total in sums]
     for cut, ratio in zip(cuts, ratios, strict=True):
         if not 0 < ratio < float("inf"):

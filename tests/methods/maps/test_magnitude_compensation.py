@@ -66,7 +66,10 @@ def _gap(model: Any, sequences: Sequence[torch.Tensor], start: int, stop: int) -
     ratios = []
     for ids in sequences:
         states = _states(model, ids)
-        ratios.append(float(states[stop].abs().mean() / states[start].abs().mean()))
+        ratios += [
+            float(states[stop][:, channel].abs().mean() / states[start][:, channel].abs().mean())
+            for channel in range(states[stop].shape[1])
+        ]
     return math.fsum(ratios) / len(ratios)
 
 
