@@ -52,7 +52,7 @@ def run(name: str, pairs: int, seed: int, per_cluster: int = 0) -> Samples:
     }  # fmt: skip
     index = pd.RangeIndex(pairs)
     frame = pd.DataFrame(
-        {key: pd.Series(values[key], index=index, dtype=kind) for key, kind in COLUMNS.items()}
+        {key: pd.Series(values.get(key), index=index, dtype=kind) for key, kind in COLUMNS.items()}
     )
     info = RunInfo(run=name, engine="synthetic", source=name, task_versions={"synthetic": "1"})
     return Samples(frame, info)
