@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamline_bench.cli.options import (
+    FiniteRange,
     print_table,
     refuse_existing,
     refuse_given,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from streamline_bench.gate.result import GateResult
 
 _OF_WRITING = {"run", "reference", "overwrite", "quiet"}
-_SHARE = click.FloatRange(0, 1, max_open=True)
+_SHARE = FiniteRange(0, 1, max_open=True)
 
 
 @click.command("gate")
@@ -43,7 +44,7 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
               help="Accepted drop of stability, as a share.")  # fmt: skip
 @click.option("--speed-tolerance", "speed", type=_SHARE, default=0.05,
               help="Accepted relative loss of speed and of goodput.")  # fmt: skip
-@click.option("--confidence", type=click.FloatRange(0.5, 0.9999), default=0.95)
+@click.option("--confidence", type=FiniteRange(0.5, 0.9999), default=0.95)
 @click.option("--draws", type=click.IntRange(min=100), default=10_000)
 @click.option("--seed", type=click.IntRange(min=0), default=0)
 @click.option("--strict", is_flag=True, help="Also exit with 1 for checks that cannot tell.")
@@ -105,9 +106,14 @@ def command(
     from streamline_bench.gate.judge import gate
     from streamline_bench.gate.result import Thresholds
 
-    if keep and history is not None and not history.exists():
-        refuse_unwritable_folder(history)
-        history.mkdir(parents=True)
+    if keep and history is not None:
+        from streamline_bench.gate.history import require_records
+
+        if run.exists():  # else the gate says so
+            require_records(run)
+        if not history.exists():
+            refuse_unwritable_folder(history)
+            history.mkdir(parents=True)
     result = gate(
         run, against, history=history, last=last, base=base, thresholds=Thresholds(**thresholds),
         rows=rows, progress=not quiet,
@@ -121,9 +127,9 @@ def command(
     if keep and history is not None:
         from streamline_bench.gate.history import keep as keep_run
 
-        kept = keep_run(run, history)
-        if not quiet and not as_json:
-            click.echo(f"Kept as {kept}.")
+        for kept in keep_run(run, history):
+            if not quiet and not as_json:
+                click.echo(f"Kept as {kept}.")
 
 
 def _write_reference(run: Path, reference: Path, overwrite: bool, quiet: bool) -> None:

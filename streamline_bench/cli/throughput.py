@@ -12,6 +12,7 @@ import click
 
 from streamline_bench.cli.options import (
     DEVICE_HELP,
+    FiniteRange,
     print_table,
     refuse_existing,
     refuse_given,
@@ -81,9 +82,9 @@ def _interpreters(
               help="Tokens that each sequence generates.")  # fmt: skip
 @click.option("--blocks", type=click.IntRange(1), default=3,
               help="Blocks; each starts every model anew, in random order.")  # fmt: skip
-@click.option("--until-precision", type=click.FloatRange(0, 1, min_open=True, max_open=True),
+@click.option("--until-precision", type=FiniteRange(0, 1, min_open=True, max_open=True),
               help="Add blocks until half of every ratio's interval is less, as 0.02.")  # fmt: skip
-@click.option("--minutes", type=click.FloatRange(0, min_open=True),
+@click.option("--minutes", type=FiniteRange(0, min_open=True),
               help="Start no block that would not end by then.")  # fmt: skip
 @click.option("--self-check", is_flag=True,
               help="Also measure a copy of the dense model: its ratio is noise.")  # fmt: skip
@@ -125,7 +126,7 @@ def _interpreters(
               help="With vLLM: run without compilation and CUDA graphs.")  # fmt: skip
 @click.option("--prefix-caching", is_flag=True,
               help="With vLLM: reuse the cache of prompts seen before.")  # fmt: skip
-@click.option("--kv-cache-gib", type=click.FloatRange(0, min_open=True),
+@click.option("--kv-cache-gib", type=FiniteRange(0, min_open=True),
               help="With vLLM: size of the cache of keys and values.")  # fmt: skip
 @click.option("--kv-cache-dtype", default="auto",
               help="With vLLM: dtype of that cache, such as fp8.")  # fmt: skip
@@ -137,15 +138,17 @@ def _interpreters(
               help="With vLLM: numbers of the accelerators of each model.")  # fmt: skip
 @click.option("--one-at-a-time", is_flag=True,
               help="Measure one model after the other; needs less memory.")  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600,
+@click.option("--timeout", type=FiniteRange(0, min_open=True), default=600,
               help="Seconds that one round, or one load of a server, may take.")  # fmt: skip
-@click.option("--start-timeout", type=click.FloatRange(0, min_open=True), default=900,
+@click.option("--start-timeout", type=FiniteRange(0, min_open=True), default=900,
               help="Seconds that loading may take.")  # fmt: skip
 @click.option("--python", "pythons", multiple=True, metavar="LABEL=PATH", callback=_interpreters,
               help="Interpreter that runs one model, to compare two environments.")  # fmt: skip
 @click.option("--revision", help="Revision of the hub models.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a model.")
-@click.option("--seed", type=int, default=0, help="Seed of the prompts and of the order.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, help="Seed of the prompts and of the order."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the record instead of a table.")
 @click.option("-o", "--output", type=click.Path(path_type=Path),
               help="Folder for throughput.json and the logs.")  # fmt: skip
@@ -220,6 +223,7 @@ def _refuse_ignored(ctx: click.Context, engine: str, serving: bool, paper: bool)
         refuse_given(ctx, why, "batch", *_ROUNDS, "clock", "one_at_a_time")
         if ctx.params["slo"] is None:
             refuse_given(ctx, "it needs --slo", "search")
+        _refuse_without_rates(ctx)
         if ctx.params["prompts"] != "random":
             refuse_given(ctx, "--prompts has its own lengths", "prompt_tokens", "prefix_tokens")
         return
@@ -230,10 +234,22 @@ def _refuse_ignored(ctx: click.Context, engine: str, serving: bool, paper: bool)
         refuse_given(ctx, "--paper runs one sequence at a time", "batch")
 
 
+def _refuse_without_rates(ctx: click.Context) -> None:
+    """Refuse what is about request rates where none is sent."""
+    searched = ctx.params["slo"] is not None
+    if was_given(ctx, "request_rate") or not (ctx.params["concurrency"] or searched):
+        return
+    if not searched:
+        refuse_given(ctx, "--concurrency says how many are in flight", "max_concurrency")
+    if not searched or ctx.params["search"] == "concurrency":
+        refuse_given(ctx, "it needs --request-rate, or --search rate", "arrivals")
+
+
 def _load(ctx: click.Context, options: Mapping[str, Any]) -> ServingLoad:
     """Return what is sent."""
     from pydantic import ValidationError
 
+    from streamline_bench.core.recipe.validation import wrong_value
     from streamline_bench.throughput import ServingLoad
 
     rates = {"request_rates": options["request_rate"]} if was_given(ctx, "request_rate") else {}
@@ -248,7 +264,7 @@ def _load(ctx: click.Context, options: Mapping[str, Any]) -> ServingLoad:
             **{name: options[name] for name in names.split()},
         )
     except ValidationError as error:
-        raise click.UsageError(str(error.errors()[0]["msg"])) from None
+        raise click.UsageError(wrong_value(error, ServingLoad)) from None
 
 
 def _named(models: tuple[str, ...], revision: str | None) -> dict[str, str]:
@@ -275,6 +291,7 @@ def _asked(models: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, A
     """Return what both ways of measuring are given."""
     from pydantic import ValidationError
 
+    from streamline_bench.core.recipe.validation import wrong_value
     from streamline_bench.throughput import Setup, Workload
     from streamline_bench.throughput.workload import chosen_device
 
@@ -288,7 +305,7 @@ def _asked(models: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, A
     limits = "dtype threads clock eager one_at_a_time timeout start_timeout trust_remote_code"
     limits += " pythons"
     for path in options["pythons"].values():
-        if not os.access(path, os.X_OK):
+        if not (Path(path).is_file() and os.access(path, os.X_OK)):
             raise click.UsageError(
                 f"--python: '{path}' cannot be run; give the path of a Python interpreter."
             )
@@ -301,7 +318,7 @@ def _asked(models: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, A
         )
     except ValidationError as error:
         if error.errors()[0]["type"] == "value_error":
-            raise click.UsageError(f"{error.errors()[0]['msg']}.") from None
+            raise click.UsageError(wrong_value(error, Setup)) from None
         raise click.BadParameter(
             f"'{options['device']}' is not a device; give auto, cpu, cuda or cuda:N",
             param_hint="--device",

@@ -214,13 +214,20 @@ class Source:
         if self.board is None:
             return Evidence(self.figures)
         folder = self.path if self.path.is_dir() else self.path.parent
-        speed = folder / self.run.throughput if self.run and self.run.throughput else None
+        speeds = speed_files(folder, self.run) if self.run is not None else []
         return evidence_of(
             self.board,
             _samples(folder, self.run, progress) if answers else {},
             source=str(self.path),
-            throughput=speed if speed is not None and speed.exists() else None,
+            throughput=speeds[0] if speeds else None,
         )
+
+
+def speed_files(folder: Path, run: RunFile) -> list[Path]:
+    """Return the ``throughput.json`` files that a run's rows have their speeds from, if there."""
+    named = dict.fromkeys(row.throughput or run.throughput for row in run.rows)
+    files = [folder / name for name in named if name is not None]
+    return [file for file in files if file.is_file()]
 
 
 def open_source(path: Path) -> Source:

@@ -54,17 +54,21 @@ def gate(
     now = open_source(Path(run))
     if before is None:
         figures = now.evidence(progress=False, answers=False).figures
-        earlier = _history(history, figures, last)
+        earlier = _history(history, figures, last, run)
         return judge_speed(figures, allowed, rows, history=earlier, base=base)
     # Answers take long to read; whatever the figures alone show to be wrong comes first.
     require_comparable(now.figures, before.figures, rows)
     evidence = now.evidence(progress=progress)
-    earlier = _history(history, evidence.figures, last)
+    earlier = _history(history, evidence.figures, last, run)
     return judge(evidence, before.evidence(progress=progress), allowed, rows, earlier)
 
 
-def _history(folder: Path | str | None, run: Reference, last: int) -> History | None:
-    return None if folder is None else read_history(Path(folder), run.machine, last)
+def _history(
+    folder: Path | str | None, figures: Reference, last: int, run: Path | str
+) -> History | None:
+    if folder is None:
+        return None
+    return read_history(Path(folder), figures.machine, last, Path(run))
 
 
 def require_comparable(run: Reference, against: Reference, rows: Sequence[str] = ()) -> None:
@@ -173,7 +177,9 @@ def judge_speed(
         )
     chosen = [row for row in run.rows if not rows or row.label in rows]
     found = [] if history is None else [*against_history(chosen, history.runs)]
-    found += [] if base is None else [*against_base(chosen, base)]
+    if base is not None:
+        shown = [row for row in run.rows if row in chosen or row.label == base]
+        found += against_base(shown, base)
     checks = speed_checks(found, thresholds)
     if not checks:
         raise ComparisonError(

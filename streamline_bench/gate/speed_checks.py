@@ -25,12 +25,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from streamline_bench.gate.evidence import Reference, RowReference
+from streamline_bench.gate.history import FEWEST_RUNS
 from streamline_bench.gate.result import Check, Quantity, Status, Thresholds
 from streamline_bench.stability.statistics.score import holm
 from streamline_bench.throughput.speed import ServedFigure, Speed
 
-FEWEST_RUNS = 3
-"""Runs of a history without which nothing is predicted."""
 _ALIKE = (
     "device engine engine_version mode dtype clock threads accelerators batch_size prompt_tokens "
     "output_tokens request_load"
@@ -195,17 +194,47 @@ def welch(now: Figure, before: Figure) -> Change:
 
 
 def against_base(rows: Sequence[RowReference], base: str) -> Iterator[Check | _Test]:
-    """Yield what every other row of one measurement has of the base's speed."""
+    """Yield what every other row of one measurement has of the base's speed.
+
+    What the base has is missing where a row does not have it: a load that its server did not
+    survive, a goodput of 0.
+    """
+    own = next((row.speed for row in rows if row.label == base), None)
+    wanted = [] if own is None else [figure for figure in figures(own) if figure.own]
     for now in rows:
         if now.label == base:
             continue
         if now.speed is None or now.speed.status == "failed":
             yield _without(now, "speed-up", "missing", _gone(now))
             continue
-        for figure in figures(now.speed, ratios_only=True):
-            if not figure.own:
-                change = Change(math.log(figure.value), figure.error, figure.blocks - 1)
-                yield _Test(now.label, figure, 1.0, change, f"{figure.blocks} blocks, paired")
+        ratios = [figure for figure in figures(now.speed, ratios_only=True) if not figure.own]
+        for figure in ratios:
+            change = Change(math.log(figure.value), figure.error, figure.blocks - 1)
+            yield _Test(now.label, figure, 1.0, change, f"{figure.blocks} blocks, paired")
+        have = {figure.key for figure in ratios}
+        alone = {figure.key for figure in figures(now.speed) if figure.own}
+        for figure in wanted:
+            if _ratio_of(figure, now.speed) not in have:
+                yield _without_ratio(now, figure, base, alone=figure.key in alone)
+
+
+def _ratio_of(figure: Figure, speed: Speed) -> Key:
+    """Quantity and load of the ratio that a figure has to the same one of dense."""
+    name = f"{figure.quantity} ratio" if speed.served else "speed-up"
+    return name, figure.load  # type: ignore[return-value]
+
+
+def _without_ratio(row: RowReference, figure: Figure, base: str, *, alone: bool) -> Check:
+    """A figure of the base that a row has no ratio to.
+
+    Args:
+        alone: the row has the figure, but not in every block in which the base has it.
+    """
+    if alone:
+        reason = f"'{base}' and the row do not both have it in every block"
+        return _without(row, figure.quantity, "cannot tell", reason, task=figure.load)
+    reason = f"'{base}' has it, the row has not, or 0"
+    return _without(row, figure.quantity, "missing", reason, task=figure.load)
 
 
 def against_history(

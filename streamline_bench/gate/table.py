@@ -113,6 +113,8 @@ def verdict(result: GateResult) -> str:
     more = f"; {unclear} cannot tell" if unclear else ""
     if closing:
         return f"Gate closed: {closing} of {compared} checks fail{more}."
+    if not compared:
+        return "Gate open, but nothing was compared; the reasons are in the table."
     return f"Gate open: none of {compared} checks shows a regression{more}."
 
 

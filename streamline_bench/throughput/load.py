@@ -195,15 +195,17 @@ class ServingLoad(Frozen):
         """The options of ``streamline-bench throughput --serve`` that ask for it."""
         rates = ",".join(f"{rate:g}" for rate in self.request_rates) or None
         file = self.prompts != "random"
+        arrive = rates or (self.slo is not None and self.search == "rate")
+        limited = rates or self.slo is not None
         return {
             "--request-rate": rates,
             "--concurrency": ",".join(map(str, self.concurrencies)) or None,
             "--slo": None if self.slo is None else self.slo.described,
             "--search": None if self.slo is None else self.search,
-            "--arrivals": self.arrivals,
+            "--arrivals": self.arrivals if arrive else None,
             "--requests": self.requests,
             "--warmup-requests": self.warmup_requests,
-            "--max-concurrency": self.max_concurrency,
+            "--max-concurrency": self.max_concurrency if limited else None,
             "--prompts": self.prompts if file else None,
             "--prefix-tokens": None if file else self.prefix_tokens,
         }
@@ -253,10 +255,15 @@ def read_prompts(load: ServingLoad, output_tokens: int) -> PromptFile | None:
     if path.suffix != ".jsonl":
         raise ThroughputError(f"The prompts '{path}' must be 'random' or a .jsonl file.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # At line feeds only: U+2028 may stand in a JSON text.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ThroughputError(f"The prompts '{path}' cannot be read: {error}.") from None
-    longest = [_longest(path, n, line, load, output_tokens) for n, line in enumerate(lines, 1)]
+    longest = [
+        _longest(path, number, line, load, output_tokens)
+        for number, line in enumerate(lines, 1)
+        if line.strip()  # the client skips empty lines too
+    ]
     if not longest:
         raise ThroughputError(f"The prompts '{path}' hold no line; give at least one prompt.")
     return PromptFile(path, len(longest), max(longest))
@@ -275,7 +282,7 @@ def _longest(path: Path, number: int, line: str, load: ServingLoad, output_token
         )
     if load.output_lengths == "data":
         output_tokens = entry.get("output_tokens")
-        if not isinstance(output_tokens, int) or output_tokens < 1:
+        if type(output_tokens) is not int or output_tokens < 1:
             raise ThroughputError(
                 f"Line {number} of '{path}' has no number 'output_tokens' above 0; add it, or give "
                 "--output-tokens for all of them."

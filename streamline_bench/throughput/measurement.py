@@ -68,7 +68,7 @@ def measure(
         OutputError: the record cannot be written.
     """
     workload, setup = workload or Workload(), setup or Setup()
-    models, copy = with_copy(models, dense, workload)
+    models, setup, copy = with_copy(models, dense, workload, setup)
     if mode == "paper":
         if engine != "hf":
             raise ThroughputError(f"Paper mode runs engine 'hf', not '{engine}'; leave it out.")
@@ -109,9 +109,12 @@ def measure(
 
 
 def with_copy(
-    models: Mapping[str, Path | str], dense: str | None, workload: Workload
-) -> tuple[Mapping[str, Path | str], str | None]:
-    """Return the models to measure, and the label of the copy of the dense one among them."""
+    models: Mapping[str, Path | str], dense: str | None, workload: Workload, setup: Setup
+) -> tuple[Mapping[str, Path | str], Setup, str | None]:
+    """Return the models to measure, how, and the label of the copy of the dense one among them.
+
+    The copy runs with the interpreter of the dense one.
+    """
     if dense is None and (workload.self_check or workload.until_precision is not None):
         asked = "self_check" if workload.self_check else "until_precision"
         raise ThroughputError(f"'{asked}' is about ratios to a dense model; name it with dense.")
@@ -121,11 +124,14 @@ def with_copy(
                 f"'until_precision' is about ratios, but '{dense}' is the only model; give another "
                 "one, or self_check."
             )
-        return models, None
+        return models, setup, None
     copy = f"{dense} (again)"
     if copy in models:
         raise ThroughputError(f"The label '{copy}' is that of self_check; rename that model.")
-    return {**models, **({copy: models[dense]} if dense in models else {})}, copy
+    if dense in setup.pythons:
+        pythons = {copy: setup.pythons[dense], **setup.pythons}
+        setup = setup.model_copy(update={"pythons": pythons})
+    return {**models, **({copy: models[dense]} if dense in models else {})}, setup, copy
 
 
 class Comparison:
@@ -268,7 +274,7 @@ def _contender(label: str, model: str, tokens: int) -> Contender:
 
 @contextmanager
 def log_folder(output: Path | None) -> Iterator[Path]:
-    """Yield an empty folder for the processes' logs; a temporary one without ``output``.
+    """Yield a folder for the processes' logs, without earlier ones; a temporary one by default.
 
     Raises:
         OutputError: it cannot be written.
@@ -280,7 +286,7 @@ def log_folder(output: Path | None) -> Iterator[Path]:
     logs = output / "logs"
     try:
         logs.mkdir(parents=True, exist_ok=True)
-        for old in logs.glob("*.log"):
+        for old in logs.glob("[0-9][0-9].log"):  # others may be the user's
             old.unlink()
     except OSError as error:
         raise OutputError(

@@ -23,6 +23,7 @@ from streamline_bench.throughput.meters import process_tree
 from streamline_bench.throughput.worker import is_out_of_memory
 
 _LOG_TAIL = 1 << 16
+_LONGEST_WAIT = 3600.0  # the system takes no wait of more than some weeks
 _POINTS_TO_LOG = re.compile(r"engine ?core|ended with exit code", re.IGNORECASE)
 _NAMES_ERROR = re.compile(r"\b[A-Za-z]*(Error|Exception)\b: ")
 
@@ -128,7 +129,10 @@ class ModelProcess(LeashedProcess):
         with selectors.DefaultSelector() as selector:
             selector.register(stdout, selectors.EVENT_READ)
             while b"\n" not in self._buffer:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
+                left = deadline - time.monotonic()
+                if not selector.select(min(max(0.0, left), _LONGEST_WAIT)):
+                    if left > _LONGEST_WAIT:
+                        continue
                     raise TimeoutError
                 received = os.read(stdout.fileno(), 1 << 16)
                 if not received:

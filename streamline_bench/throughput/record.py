@@ -208,7 +208,7 @@ class ThroughputRecord(Recorded):
     serving_load: ServingLoad | None = None
     flags: dict[str, Any] = Field(default_factory=dict)
     environment: Environment
-    models: tuple[ModelResult, ...]
+    models: tuple[ModelResult, ...] = Field(min_length=1)
     paper: tuple[PaperFigure, ...] = ()
 
     @model_validator(mode="before")
@@ -251,8 +251,11 @@ def write_record(record: ThroughputRecord, folder: Path) -> Path:
     return path
 
 
-def read_record(path: Path) -> ThroughputRecord:
+def read_record(path: Path, advice: str = "measure again") -> ThroughputRecord:
     """Read a ``throughput.json``, or the one in a folder.
+
+    Args:
+        advice: what to do about a file that cannot be used.
 
     Raises:
         ThroughputError: it is missing, damaged, or of a newer schema.
@@ -260,7 +263,6 @@ def read_record(path: Path) -> ThroughputRecord:
     path = Path(path)
     if path.is_dir():
         path = path / RECORD_NAME
-    advice = "measure again"
     return validated(
         ThroughputRecord,
         read_json(path, ThroughputError, advice),

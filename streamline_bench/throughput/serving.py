@@ -87,11 +87,11 @@ def serve(
             f"The shared prefix of {load.prefix_tokens} tokens leaves nothing of the "
             f"{workload.prompt_tokens} tokens of a prompt; give a shorter one."
         )
-    VLLMEngine.require()
     prompts = read_prompts(load, workload.output_tokens)
+    VLLMEngine.require()
     if port is not None:
         require_free(port)
-    models, copy = with_copy(models, dense, workload)
+    models, setup, copy = with_copy(models, dense, workload, setup)
     least = workload.sequence_tokens if prompts is None else 1
     compared = Comparison(models, dense, workload, setup, least)
     longest = workload.sequence_tokens if prompts is None else prompts.tokens
@@ -228,8 +228,8 @@ class Server(RunningModel):
         if failure.out_of_memory:
             failure.reason += (
                 f"; it was to hold {self.settings.max_batch} sequences of "
-                f"{self.settings.sequence_tokens} tokens: give a lower --max-concurrency, or less "
-                "--kv-cache-gib"
+                f"{self.settings.sequence_tokens} tokens: give less --concurrency or "
+                "--max-concurrency, or less --kv-cache-gib"
             )
         return self.port is None and self.attempts > 0 and is_port_conflict(self._printed())
 

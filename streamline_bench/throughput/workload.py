@@ -48,7 +48,7 @@ class Workload(Frozen):
     self_check: bool = False
     rounds: Positive = 6
     warmup_rounds: Annotated[int, Field(ge=0)] = 1
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     prefix_caching: bool = False
 
     @field_validator("batch_sizes")
@@ -123,11 +123,17 @@ class Setup(Frozen):
     @model_validator(mode="after")
     def _enough_gpus(self) -> Setup:
         if self.on_cpu and (self.gpus or self.tensor_parallel > 1):
-            raise ValueError("several accelerators need the device cuda")
-        if self.gpus and len(self.gpus) % self.tensor_parallel:
             raise ValueError(
-                f"{len(self.gpus)} accelerators cannot be split into groups of "
-                f"{self.tensor_parallel}"
+                f"--gpus and --tensor-parallel-size are about accelerators, and the device is "
+                f"'{self.device}'; leave them out, or give --device cuda"
+            )
+        if len(set(self.gpus)) != len(self.gpus):
+            raise ValueError("--gpus names an accelerator twice; name each one once")
+        # More than the engine splits a model over would be idle.
+        if self.gpus and len(self.gpus) != self.tensor_parallel:
+            raise ValueError(
+                f"--gpus names {len(self.gpus)} accelerators, and every model is split over "
+                f"{self.tensor_parallel}; name as many as --tensor-parallel-size says"
             )
         return self
 

@@ -151,10 +151,20 @@ def test_a_history_grows_with_what_passes(
     assert len(list(history.glob("*.json"))) == 4, "what fails is no measure"
 
 
+def test_a_run_without_speeds_is_not_kept(
+    call: Callable[..., Any], runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    history = tmp_path / "history"
+    ended = call("gate", runs[0], "--against", runs[1], "--history", history, "--keep")
+    assert ended.code == 2 and "leave --keep out" in ended.err
+    assert not history.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ((), "--against"),
+        (("--base", "dense", "--confidence", "nan"), "'nan' is not a finite number"),
         (("--base", "dense", "--against", "x"), "leave out --against"),
         (("--base", "dense", "--keep"), "it needs --history"),
         (("--base", "dense", "--accuracy-margin", "0.1"), "it needs --against"),

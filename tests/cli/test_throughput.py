@@ -123,12 +123,28 @@ def test_paper_mode_shows_the_papers_figures(call: Call, tiny_llama: Path) -> No
         (("--until-precision", "0.02"), "name a second model"),
         (("--overwrite",), "--overwrite has no effect here; it needs --output"),
         (("--revision", "v2"), "'v2' has no effect"),
+        (("--minutes", "nan"), "'nan' is not a finite number"),
+        (("--timeout", "inf"), "'inf' is not a finite number"),
+        (("--engine", "vllm", "--kv-cache-gib", "inf"), "'inf' is not a finite number"),
+        (("--seed", "-1"), "--seed"),
+        (("--engine", "vllm", "--device", "cpu", "--gpus", "0"), "give --device cuda"),
+        (("--engine", "vllm", "--device", "cuda", "--gpus", "0,1"), "--tensor-parallel-size"),
+        (("--serve", "--concurrency", "2", "--arrivals", "constant"), "--arrivals has no effect"),
+        (("--serve", "--concurrency", "2", "--max-concurrency", "4"), "--max-concurrency has no"),
+        (("--serve", "--slo", "tpot=50ms", "--arrivals", "constant"), "or --search rate"),
+        (("--serve", "--prompts", "no-such.jsonl"), "'no-such.jsonl' cannot be read"),
     ],
 )
 def test_bad_options(call: Call, options: tuple[str, ...], message: str, tiny_llama: Path) -> None:
     ended = call("throughput", tiny_llama, *options)
     assert ended.code == 2
-    assert message in ended.err
+    assert message in ended.err and "Value error" not in ended.err
+
+
+def test_an_interpreter_that_cannot_be_run(call: Call, tiny_llama: Path, tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none"):
+        ended = call("throughput", f"a={tiny_llama}", "--python", f"a={path}")
+        assert ended.code == 2 and f"'{path}' cannot be run" in ended.err
 
 
 def test_missing_model_is_refused_before_anything_starts(call: Call, tiny_llama: Path) -> None:

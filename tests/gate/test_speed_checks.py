@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from streamline_bench.errors import ComparisonError
+from streamline_bench.errors import ComparisonError, ThroughputError
 from streamline_bench.gate.evidence import Evidence, Reference, RowReference, read_evidence
-from streamline_bench.gate.judge import gate, judge
+from streamline_bench.gate.history import keep
+from streamline_bench.gate.judge import gate, judge, judge_speed
 from streamline_bench.gate.result import Check, Thresholds
 from streamline_bench.gate.speed_checks import Figure, predicted, unlike, welch
-from streamline_bench.gate.table import cells
+from streamline_bench.gate.table import cells, verdict
+from streamline_bench.report.run_file import read_run_file, write_run_file
 from streamline_bench.throughput.load import ServingLoad
 from streamline_bench.throughput.speed import ServedFigure, Speed
 
@@ -212,8 +214,45 @@ def test_few_earlier_runs_predict_nothing(make_throughput: Any, tmp_path: Path) 
     result = gate(run, history=history)
     assert {check.status for check in result.checks} == {"not compared"} and result.passed
     assert "3 needed" in str(result.checks[0].reason)
+    assert "nothing was compared" in verdict(result)
     with pytest.raises(ComparisonError, match="not a folder"):
         gate(run, history=tmp_path / "none")
+
+
+def test_a_run_is_not_its_own_history(
+    make_throughput: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A second call of the gate found the run among the earlier ones."""
+    history = kept(tmp_path / "history", make_throughput, [100.0, 101.0])
+    kept(history, make_throughput, [100.0], machine="another")
+    run = tmp_path / "throughput.json"
+    run.write_text(json.dumps(make_throughput()))
+    assert keep(run, history)[0].read_text() == run.read_text()
+    caplog.set_level("WARNING", logger="streamline_bench.gate.history")
+    result = gate(run, history=history)
+    assert {check.status for check in result.checks} == {"not compared"}
+    assert "2 earlier runs" in str(result.checks[0].reason)
+    assert "1 of 4 runs" in caplog.text and "STREAMLINE_BENCH_MACHINE" in caplog.text
+    (history / "gate.json").write_text("{}")
+    with pytest.raises(ThroughputError, match=r"gate\.json.*remove it from the history"):
+        gate(run, history=history)
+
+
+def test_the_measurement_that_the_rows_name_counts(
+    make_run: Callable[..., Path], make_throughput: Any, tmp_path: Path
+) -> None:
+    """The folder holds an older measurement too."""
+    run = make_run(tmp_path / "run", n=5, throughput=make_throughput())
+    newer = make_throughput(created="2026-03-01T00:00:00+00:00")
+    (run / "throughput-1").mkdir()
+    (run / "throughput-1/throughput.json").write_text(json.dumps(newer))
+    described = read_run_file(run)
+    named = {"throughput": "throughput-1/throughput.json"}
+    rows = [row.model_copy(update=named) for row in described.rows]
+    write_run_file(run, described.model_copy(update={"throughput": None, "rows": rows}))
+    (copy,) = keep(run, tmp_path / "history")
+    assert json.loads(copy.read_text()) == newer
+    assert read_evidence(run, progress=False).figures.machine == "machine-1"
 
 
 def test_a_wandering_machine_is_predicted_less_sharply() -> None:
@@ -286,6 +325,26 @@ def test_latencies_and_goodput_of_served_models() -> None:
     gone = gone.model_copy(update={"served": gone.served[:1]})
     missing = judge(run("now", gone), before, Thresholds()).closing
     assert [check.quantity for check in missing] == ["goodput ratio", "load ratio"]
+
+
+def test_what_only_the_base_has_closes_the_gate() -> None:
+    """A goodput of 0 has no ratio; such figures were left out, and the gate stayed open."""
+    whole = served(15.0, 5.0, 40.0)
+    alone = {"ratio": None, "ratio_error": None}
+    own = tuple(figure.model_copy(update=alone) for figure in whole.served)
+    tpot, goodput, load = whole.served
+    lost = (tpot, goodput.model_copy(update={**alone, "value": 0.0}), load.model_copy(update=alone))
+    rows = (
+        RowReference(label="base", is_dense=True, speed=whole.model_copy(update={"served": own})),
+        RowReference(label="head", is_dense=False, speed=whole.model_copy(update={"served": lost})),
+    )
+    run = Reference(source="run", title="", dense="base", rows=rows, machine="m")
+    for chosen in ((), ("head",)):
+        result = judge_speed(run, Thresholds(), chosen, base="base")
+        assert {(check.quantity, check.status) for check in result.checks} == {
+            ("TPOT ratio", "ok"), ("goodput", "missing"), ("load", "cannot tell")
+        }  # fmt: skip
+        assert not result.passed
 
 
 def test_fields_of_a_figure_in_a_table() -> None:

@@ -77,6 +77,14 @@ def test_equal_loads_have_equal_words() -> None:
     assert len(words) == len(changes) and load.described not in words
 
 
+def test_options_are_those_that_have_an_effect() -> None:
+    users = ServingLoad(concurrencies=(4,), max_concurrency=8).options
+    assert (users["--arrivals"], users["--max-concurrency"]) == (None, None)
+    found = ServingLoad(slo=Slo(tpot=1), search="rate", max_concurrency=8).options
+    assert (found["--arrivals"], found["--max-concurrency"]) == ("poisson", 8)
+    assert ServingLoad(request_rates=(2.0,)).options["--arrivals"] == "poisson"
+
+
 def test_prompts_of_a_file_are_checked_before_anything_starts(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     load = ServingLoad(prompts=str(file), output_lengths="data")
@@ -89,6 +97,9 @@ def test_prompts_of_a_file_are_checked_before_anything_starts(tmp_path: Path) ->
     fixed = read_prompts(load.model_copy(update={"output_lengths": "fixed"}), 128)
     assert fixed is not None and fixed.tokens == 60 + 128
     assert read_prompts(ServingLoad(), 128) is None
+    file.write_text('{"prompt": "a\u2028b", "output_tokens": 2}\n\n', encoding="utf-8")
+    odd = read_prompts(load, 128)
+    assert odd is not None and (odd.prompts, odd.tokens) == (1, 5 + 2)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +110,8 @@ def test_prompts_of_a_file_are_checked_before_anything_starts(tmp_path: Path) ->
         ('{"prompt": "a", "output_tokens": 3}\n{"text": "b"}', "Line 2"),
         ("not json", "Line 1"),
         ('{"prompt": "a", "output_tokens": 0}', "above 0"),
+        ('{"prompt": "a", "output_tokens": true}', "above 0"),
+        ("\n\n", "hold no line"),
     ],
 )
 def test_prompts_that_cannot_be_used(text: str, message: str, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 from streamline_bench.cli.tables import throughput_notes
 from streamline_bench.errors import OutputError, ThroughputError
 from streamline_bench.throughput import Setup, Workload, measure, read_record
+from streamline_bench.throughput.measurement import log_folder, with_copy
 from streamline_bench.throughput.record import ModelResult
 
 FakeModel = Callable[..., Path]
@@ -260,3 +261,19 @@ def test_wrong_requests_are_refused(fake_model: FakeModel, tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"file.*--output"):
         measure({"dense": folder}, output=tmp_path / "file", progress=False)
+
+
+def test_logs_of_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    for name in ("00.log", "server.log"):
+        (tmp_path / "logs" / name).write_text("earlier")
+    with log_folder(tmp_path) as folder:
+        assert [path.name for path in folder.iterdir()] == ["server.log"]
+
+
+def test_the_copy_of_dense_runs_in_the_environment_of_dense() -> None:
+    """With another interpreter, the noise floor held the change between the two environments."""
+    workload, setup = Workload(self_check=True), Setup(pythons={"base": "/base/python"})
+    models, how, copy = with_copy({"base": "a", "head": "b"}, "base", workload, setup)
+    assert copy == "base (again)" and models == {"base": "a", "head": "b", copy: "a"}
+    assert how.pythons == {"base": "/base/python", copy: "/base/python"}

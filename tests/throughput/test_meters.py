@@ -147,6 +147,8 @@ def test_a_model_on_several_accelerators(monkeypatch: pytest.MonkeyPatch) -> Non
     for wrong in (
         {"device": "cpu", "tensor_parallel": 2},
         {"device": "cuda", "gpus": (0, 1, 2), "tensor_parallel": 2},
+        {"device": "cuda", "gpus": (2, 3)},  # the second would be idle, and counted
+        {"device": "cuda", "gpus": (0, 0), "tensor_parallel": 2},
     ):
         with pytest.raises(ValidationError):
             Setup.model_validate(wrong)

@@ -28,6 +28,7 @@ def test_a_process_that_has_ended_is_not_signalled_again(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     process = ModelProcess(JOB, {}, tmp_path / "log.txt")
     assert process.ask("answer", "asking", 60, number=4) == 5
+    assert process.ask("answer", "as long as it takes", 1e12, number=5) == 6
     with pytest.raises(WorkerError, match="no such number"):
         process.ask("answer", "asking", 60, number=-1)
     assert not psutil.pid_exists(process.pid)

@@ -54,6 +54,13 @@ def test_damage_is_named(text: str, tmp_path: Path) -> None:
         read_record(path)
 
 
+def test_a_record_without_models_is_refused(make_record: Make, point: Any, tmp_path: Path) -> None:
+    path = write_record(make_record(dense=[point(1, 10.0)]), tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "models": []}))
+    with pytest.raises(ThroughputError, match=r"'models'.*; remove it\.$"):
+        read_record(path, "remove it")
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ThroughputError, match="cannot be read"):
         read_record(tmp_path / "nowhere.json")

@@ -43,6 +43,8 @@ def test_the_cost_counts_starts_and_rounds() -> None:
     assert all(part in workload.cost(3) for part in ("12 starts", "144 rounds"))
     bounded = workload.model_copy(update={"until_precision": 0.02, "minutes": 30})
     assert all(part in bounded.cost(3) for part in ("at least", "30 minutes"))
-    for wrong in ({"blocks": 0}, {"until_precision": 0}, {"until_precision": 1}, {"minutes": 0}):
+    for wrong in (
+        {"blocks": 0}, {"until_precision": 0}, {"until_precision": 1}, {"minutes": 0}, {"seed": -1}
+    ):  # fmt: skip
         with pytest.raises(ValidationError):
             Workload.model_validate(wrong)
