@@ -241,6 +241,15 @@ class PromptFile(NamedTuple):
     tokens: int
 
 
+def require_own_tokens(load: ServingLoad, prompt_tokens: int) -> None:
+    """Refuse a shared prefix that is as long as the whole prompt (ThroughputError)."""
+    if load.prefix_tokens >= prompt_tokens:
+        raise ThroughputError(
+            f"The shared prefix of {load.prefix_tokens} tokens leaves nothing of the "
+            f"{prompt_tokens} tokens of a prompt; give a shorter one."
+        )
+
+
 def read_prompts(load: ServingLoad, output_tokens: int) -> PromptFile | None:
     """Check the file of prompts before anything is started; None for random prompts.
 

@@ -17,7 +17,7 @@ from streamline_bench.errors import ThroughputError
 from streamline_bench.throughput.bench import sending
 from streamline_bench.throughput.blocks import repeat_blocks
 from streamline_bench.throughput.engines.vllm import VLLMEngine, vllm_environment
-from streamline_bench.throughput.load import Level, ServingLoad, read_prompts
+from streamline_bench.throughput.load import Level, ServingLoad, read_prompts, require_own_tokens
 from streamline_bench.throughput.measurement import Comparison, log, log_folder, with_copy
 from streamline_bench.throughput.process import WorkerError
 from streamline_bench.throughput.record import ThroughputRecord
@@ -82,11 +82,7 @@ def serve(
     from tqdm import tqdm
 
     workload, load, setup = workload or Workload(), load or ServingLoad(), setup or Setup()
-    if load.prefix_tokens >= workload.prompt_tokens:
-        raise ThroughputError(
-            f"The shared prefix of {load.prefix_tokens} tokens leaves nothing of the "
-            f"{workload.prompt_tokens} tokens of a prompt; give a shorter one."
-        )
+    require_own_tokens(load, workload.prompt_tokens)
     prompts = read_prompts(load, workload.output_tokens)
     VLLMEngine.require()
     if port is not None:

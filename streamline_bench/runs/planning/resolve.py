@@ -152,18 +152,20 @@ def _load(request: Request) -> dict[str, Any]:
         if request.load:
             raise RecipeError("--load has no effect here; it needs --throughput serve.")
         return {}
-    from streamline_bench.throughput.load import ServingLoad, read_prompts
+    from streamline_bench.throughput.load import ServingLoad, read_prompts, require_own_tokens
     from streamline_bench.throughput.workload import Workload
 
     try:
         load = ServingLoad.model_validate(request.load)
     except ValidationError as error:
         raise RecipeError(f"--load: {wrong_value(error, ServingLoad)}") from None
+    workload = Workload.model_validate(request.workload)
     if load.prompts == "random":
+        require_own_tokens(load, workload.prompt_tokens)
         return {"load": load.model_dump(mode="json")}
     path = Path(load.prompts).expanduser().resolve()
     load = load.model_copy(update={"prompts": str(path)})
-    read_prompts(load, Workload.model_validate(request.workload).output_tokens)
+    read_prompts(load, workload.output_tokens)
     return {"load": load.model_dump(mode="json"), "prompts_sha256": file_sha256(path)}
 
 

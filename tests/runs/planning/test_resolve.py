@@ -37,6 +37,8 @@ from streamline_bench.runs.run import compare_request
         ({"device": "cud"}, RecipeError, "'cud' is not a device"),
         ({"device": "cuda:9"}, RecipeError, "--device is cuda:9 and this process sees no cuda"),
         ({"noise_dtype": "flot"}, RecipeError, "'flot'.*dtype"),
+        ({"throughput": "serve", "load": {"prefix_tokens": 128}}, ThroughputError,
+         "shared prefix of 128 tokens.*shorter"),
         ({"throughput": "hf", "workload": {"round": 3}}, RecipeError,
          "--workload: unknown key 'round'; did you mean 'rounds'"),
         ({"throughput": "hf", "workload": {"xyz": 3}}, RecipeError, "'xyz'; known: batch_sizes,"),
