@@ -44,7 +44,7 @@ class Sending(Frozen):
 
 def sending(load: ServingLoad, workload: Workload, level: Level, seed: int) -> Sending:
     """Return what is sent at one level; equal seeds send equal prompts at equal times."""
-    warm, counted = load.counts(level)
+    warm, counted = load.counts(level, workload.output_tokens)
     limits = {} if load.slo is None else load.slo.limits
     return Sending(
         rate=None if math.isinf(level.rate) else level.rate,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -72,6 +73,11 @@ class Slo(Frozen):
         """Seconds by metric."""
         given = {name: getattr(self, name) for name in _LIMITS}
         return {name: value for name, value in given.items() if value is not None}
+
+    def longest(self, output_tokens: int) -> float:
+        """Seconds that a request may take, as far as the limits say."""
+        parts = (self.ttft or 0.0) + (self.tpot or 0.0) * output_tokens
+        return parts if self.e2el is None else min(self.e2el, parts or self.e2el)
 
     @property
     def described(self) -> str:
@@ -182,12 +188,21 @@ class ServingLoad(Frozen):
             known.append(self.max_concurrency or MOST_CONCURRENCY)
         return max(known)
 
-    def counts(self, level: Level) -> tuple[int, int]:
-        """How many requests are sent first and not counted, and how many count."""
+    def counts(self, level: Level, output_tokens: int) -> tuple[int, int]:
+        """How many requests are sent first and not counted, and how many count.
+
+        Both are at least twice those that are in flight: at a rate, as many as come while one that
+        keeps the objective is answered. A server that is still filling would look saturated.
+
+        Args:
+            output_tokens: of each request.
+        """
         if level.rate == float("inf") and not level.closed:
             return 0, self.requests
         warm = max(8, self.requests // 4) if self.warmup_requests is None else self.warmup_requests
         room = 2 * (level.concurrency or 0) if level.closed else 0
+        if not level.closed and self.slo is not None:
+            room = math.ceil(2 * level.rate * self.slo.longest(output_tokens))
         return max(warm, room), max(self.requests, room)
 
     @property

@@ -123,7 +123,7 @@ def _point(
     return ServingPoint(
         **where,
         status="ok",
-        notes=tuple(_notes(flat, load, found.level)),
+        notes=tuple(_notes(flat, found.passes[0].requests)),
         completed=sum(each.requests for each in found.passes),
         seconds=sum(each.seconds for each in found.passes),
         **{name: _mean(found, name) for name in _RATES},
@@ -176,17 +176,15 @@ def _latency(
     )
 
 
-def _notes(flat: Ratio | None, load: ServingLoad, level: Level) -> list[str]:
+def _notes(flat: Ratio | None, counted: int) -> list[str]:
     """Whether the warm-up was long enough: the first half must be as fast as the second."""
     if flat is None or abs(flat.value - 1) <= _FLAT:
         return []
     if flat.low is not None and flat.high is not None and flat.low <= 1 <= flat.high:
         return []
-    warm, counted = load.counts(level)
     half = f"the first half of {counted} requests took {flat.value:.2f} times as long per token"
     if flat.value > 1:
-        return [f"{half} as the second: {warm} warm-up requests are too few; "
-                "give more --warmup-requests"]  # fmt: skip
+        return [f"{half} as the second: the warm-up was too short; give more --warmup-requests"]
     return [f"{half} as the second: latencies grew; give more --requests, or a lower load"]
 
 

@@ -34,13 +34,32 @@ def test_what_is_no_objective(text: str) -> None:
 def test_levels_and_how_many_requests_they_take() -> None:
     load = ServingLoad(request_rates=(2.0, INF), concurrencies=(4, 64), requests=40)
     assert load.levels == (Level(2.0), Level(INF), Level(INF, 4), Level(INF, 64))
-    assert [load.counts(level) for level in load.levels] == [
+    assert [load.counts(level, 16) for level in load.levels] == [
         (10, 40), (0, 40), (10, 40), (128, 128)
     ]  # fmt: skip
     assert load.most == 64
     given = load.model_copy(update={"warmup_requests": 3, "max_concurrency": 100})
-    assert given.counts(Level(2.0)) == (3, 40) and given.most == 100
+    assert given.counts(Level(2.0), 16) == (3, 40) and given.most == 100
     assert [level.closed for level in load.levels] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("objective", "seconds"),
+    [
+        ("ttft=1,tpot=0.5", 1 + 16 * 0.5),
+        ("ttft=1,tpot=0.5,e2el=4", 4.0),
+        ("e2el=4", 4.0),
+        ("tpot=0.5", 8.0),
+    ],
+)
+def test_at_a_rate_twice_as_many_requests_come_first_as_are_in_flight(
+    objective: str, seconds: float
+) -> None:
+    """In a steady server that just keeps the objective, by Little's law."""
+    load = ServingLoad(slo=Slo.parse(objective), search="rate", requests=16)
+    in_flight = 5.0 * seconds
+    assert load.counts(Level(5.0), 16) == (2 * in_flight, 2 * in_flight)
+    assert load.counts(Level(0.01), 16) == (8, 16)
 
 
 def test_rates_by_default_only_where_no_other_load_is_asked_for() -> None:
