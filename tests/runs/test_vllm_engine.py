@@ -18,6 +18,7 @@ TASKS = ["streamline_demo_agreement", "streamline_demo_recall"]
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # three starts of the engine
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (tox -e vllm)")
 def test_rows_and_their_noise_are_of_one_engine(tmp_path: Path) -> None:
