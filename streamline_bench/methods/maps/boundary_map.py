@@ -32,10 +32,10 @@ from streamline_bench.core.forward import PassEnded, hidden_of, run_base, run_un
 from streamline_bench.core.recipe.schema import Recipe, ReplacementSpec
 from streamline_bench.core.replacement import network_parameters
 from streamline_bench.errors import ArchitectureError, NumericsError
-from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.base import Compressed, Compression
 from streamline_bench.methods.tools.layer_removal import attached, drop_layers
 from streamline_bench.methods.tools.normal_equations import NormalEquations
-from streamline_bench.methods.tools.selection import AnySelection, cuts_of
+from streamline_bench.methods.tools.selection import AnySelection, OnSelection, cuts_of
 
 
 class BoundaryMapParameters(AnySelection):
@@ -77,7 +77,7 @@ class MapFit(ABC):
         """Return the map from the stream before the cut to that behind it."""
 
 
-class BoundaryMap(Method):
+class BoundaryMap(OnSelection):
     """Put a fitted affine map in the place of each run of removed layers.
 
     All maps are fitted in one pass, on states of the dense model.
@@ -89,19 +89,6 @@ class BoundaryMap(Method):
     def stock(self, recipe: Recipe) -> bool:
         """No stock class has a map between two layers."""
         return False
-
-    def streams(self, recipe: Recipe) -> bool:
-        """Whether the choice of layers needs no backward pass either."""
-        return self.streamed and self._options(recipe.parameters).streamed
-
-    def uses(self, parameters: Mapping[str, Any]) -> tuple[str, ...]:
-        """The method that chooses the layers."""
-        return self._options(parameters).chosen_by
-
-    def _options(self, parameters: Mapping[str, Any]) -> BoundaryMapParameters:
-        options = self.parameters.model_validate(parameters)
-        assert isinstance(options, BoundaryMapParameters)
-        return options
 
     @abstractmethod
     def fit(self, hidden: int, options: Any, device: str) -> MapFit:

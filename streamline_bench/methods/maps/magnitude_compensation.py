@@ -31,22 +31,24 @@ from streamline_bench.core.architecture import (
     Architecture,
     architecture_of,
     decoder_layers,
+    depth_of,
     undecided,
 )
+from streamline_bench.core.architecture_inference import meta_model
 from streamline_bench.core.boundaries import BoundaryRecorder, latest_outputs
 from streamline_bench.core.checkpoint.writer import LazyTensors, layers_prefix
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.forward import run_base
-from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe
+from streamline_bench.core.recipe.schema import CalibrationSpec
 from streamline_bench.core.surgery import SizePlan, layers_for_sparsity
 from streamline_bench.errors import ArchitectureError, NumericsError
-from streamline_bench.methods.base import Compressed, Compression, Method, write_compressed
+from streamline_bench.methods.base import Compressed, Compression, write_compressed
 from streamline_bench.methods.maps.boundary_map import boundary_rows, mlp_module
-from streamline_bench.methods.maps.replaceme import STORED_FLOATS, mlp_output_tensors
+from streamline_bench.methods.maps.replaceme import mlp_output_tensors, refuse_quantised
 from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
 from streamline_bench.methods.tools.normal_equations import widened
-from streamline_bench.methods.tools.selection import AnySelection, Selected, cuts_of
+from streamline_bench.methods.tools.selection import AnySelection, OnSelection, Selected, cuts_of
 from streamline_bench.modeling.loading import SourceModel
 
 log = logging.getLogger(__name__)
@@ -77,29 +79,21 @@ class Gap:
     ratio: float
 
 
-class MagnitudeCompensation(Method):
+class MagnitudeCompensation(OnSelection):
     """Layers chosen by any method; the layers behind each cut write in proportion to the stream."""
 
     name = "magnitude_compensation"
     parameters: ClassVar[type[BaseModel]] = MagnitudeCompensationParameters
     streamed = True
 
-    def streams(self, recipe: Recipe) -> bool:
-        """Whether the layers can be chosen with a streamed model."""
-        return _options(recipe.parameters).streamed
-
-    def uses(self, parameters: Mapping[str, Any]) -> tuple[str, ...]:
-        """The method that chooses the layers."""
-        return _options(parameters).chosen_by
-
     def reads_seed(self, parameters: Mapping[str, Any]) -> bool:
         """Whether the selection does."""
-        selection = _options(parameters).selection
+        selection = self._selection(parameters).selection
         return selection is not None and selection.selector.reads_seed(selection.parameters)
 
     def compress(self, work: Compression) -> Compressed:
         """Choose the layers, measure the gaps, divide what is behind them."""
-        options = _options(work.recipe.parameters)
+        options = MagnitudeCompensationParameters.model_validate(work.recipe.parameters)
         if options.compensate:
             refuse_unscalable(architecture_of(work.config))
         plan = size_plan(work)
@@ -116,10 +110,6 @@ class MagnitudeCompensation(Method):
         chosen = {**found.facts, "gaps": [dataclasses.asdict(gap) for gap in gaps]}
         result = drop_layers(work, found.layers, plan, chosen=chosen, tokens=tokens)
         return _divided(work, result, found.layers, gaps)
-
-
-def _options(parameters: Mapping[str, Any]) -> MagnitudeCompensationParameters:
-    return MagnitudeCompensationParameters.model_validate(parameters)
 
 
 def gap_ratios(work: Compression, tokens: CalibrationTokens, cuts: Sequence[range]) -> list[float]:
@@ -198,13 +188,13 @@ def _other_writer(family: Architecture, layer: int, why: str) -> ArchitectureErr
 
 @dataclasses.dataclass(frozen=True)
 class _Step(Compression):
-    """One step of an iteration: the model that is left, and the text of the whole."""
+    """One step of an iteration: the model that is left, and the calibration tokens of all."""
 
-    whole: Compression | None = None
+    calibration: CalibrationTokens | None = None
 
     def tokens(self, spec: CalibrationSpec) -> CalibrationTokens:
-        assert self.whole is not None
-        return self.whole.tokens(spec)
+        assert self.calibration is not None
+        return self.calibration
 
 
 def _step_by_step(
@@ -219,7 +209,7 @@ def _step_by_step(
     while len(gaps) < plan.n_layers:
         gone = {gap.layer for gap in gaps}
         left = [layer for layer in range(plan.num_layers) if layer not in gone]
-        step = _model_left(work, plan, gaps) if gaps else work
+        step = _model_left(work, plan, gaps, tokens) if gaps else work
         (layer,) = options.select(step, layers_for_sparsity(step.reader, n_layers=1)).layers
         ratio = 1.0
         if options.compensate:
@@ -234,7 +224,9 @@ def _step_by_step(
     return gaps, Selected(order, {"method": name, "order": order})
 
 
-def _model_left(work: Compression, plan: SizePlan, gaps: Sequence[Gap]) -> Compression:
+def _model_left(
+    work: Compression, plan: SizePlan, gaps: Sequence[Gap], tokens: CalibrationTokens
+) -> Compression:
     """Write what the steps so far leave, from the source's weights, so that rounding does not add.
 
     Its folder is part of the scratch folder; the one of the step before it goes.
@@ -249,7 +241,7 @@ def _model_left(work: Compression, plan: SizePlan, gaps: Sequence[Gap]) -> Compr
     source = SourceModel(folder / "model", work.source.trust_remote_code, progress=False)
     fields = {each.name: getattr(work, each.name) for each in dataclasses.fields(Compression)}
     fields.update(source=source, work=folder / "work", scans=None)
-    return _Step(**fields, whole=work)
+    return _Step(**fields, calibration=tokens)
 
 
 def _divided(
@@ -265,7 +257,7 @@ def _divided(
     family = architecture_of(work.config)
     prefix = layers_prefix(work.reader, family)
     divisors: dict[str, tuple[str, float]] = {}
-    kept = [layer for layer in range(len(decoder_layers(work.model))) if layer not in removed]
+    kept = [layer for layer in range(depth_of(work.config)) if layer not in removed]
     for place, layer in enumerate(kept):
         divisor = math.prod(gap.ratio for gap in gaps if gap.layer < layer)
         if divisor == 1.0:
@@ -287,16 +279,12 @@ def _divided(
 
 
 def _writers(work: Compression, family: Architecture, layer: int) -> list[str]:
-    """Return the stored tensors by which attention and MLP of a layer write to the stream."""
+    """Return the stored tensors by which attention and MLP of a layer write to the stream.
+
+    The model is looked at without its weights: another one may be in memory.
+    """
     output = f"{layers_prefix(work.reader, family)}.{layer}.{family.attention}.{family.output}"
     known = set(work.reader.names)
     names = [name for name in (f"{output}.weight", f"{output}.bias") if name in known]
-    names += mlp_output_tensors(work.reader, family, work.model, layer)
-    for name in names:
-        dtype = work.reader.entry(name).dtype
-        if dtype not in STORED_FLOATS:
-            raise ArchitectureError(
-                f"Tensor {name} is stored as {dtype}; quantised weights cannot be rescaled; give "
-                "an unquantised checkpoint."
-            )
-    return names
+    refuse_quantised(work.reader, names)
+    return [*names, *mlp_output_tensors(work.reader, family, meta_model(work.config), layer)]

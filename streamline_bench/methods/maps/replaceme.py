@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -144,7 +145,7 @@ def _folded(
     return dataclasses.replace(result, names=names, tensors={**result.tensors, **tensors})
 
 
-STORED_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _EXPERT_DOWN = ("down_proj", "w2")  # in a file; w2 is Mixtral's name there
 
 
@@ -194,14 +195,23 @@ def mlp_output_tensors(
         shape = reader.entry(prefix + name).shape
         if len(shape) == 3 and shape[axis] != hidden:  # Llama 4 stores experts the other way round
             found[name] = -3 - axis
-    for name in found:
-        dtype = reader.entry(prefix + name).dtype
-        if dtype not in STORED_FLOATS:
-            raise ArchitectureError(
-                f"Tensor {prefix}{name} is stored as {dtype}; no map can be folded into quantised "
-                "weights; give an unquantised checkpoint."
-            )
+    refuse_quantised(reader, [prefix + name for name in found])
     return {prefix + name: axis for name, axis in sorted(found.items())}
+
+
+def refuse_quantised(reader: CheckpointReader, names: Iterable[str]) -> None:
+    """Refuse tensors into which no factor and no map can be folded.
+
+    Raises:
+        ArchitectureError: one of them is quantised.
+    """
+    for name in names:
+        dtype = reader.entry(name).dtype
+        if dtype not in _FLOATS:
+            raise ArchitectureError(
+                f"Tensor {name} is stored as {dtype}; no map can be folded into quantised weights; "
+                "give an unquantised checkpoint."
+            )
 
 
 def _dense(family: Architecture, names: set[str]) -> dict[str, int]:

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.recipe.schema import Frozen
+from streamline_bench.core.recipe.schema import Frozen, Recipe
 from streamline_bench.core.recipe.validation import suggest_or_list
 from streamline_bench.core.similarity import Block, LastState, Metric, Similarity
 from streamline_bench.core.surgery import SizePlan, block_keep
@@ -350,3 +350,22 @@ class AnySelection(BlockSearch):
             found = self.select(work, plan)
             needed = len(cuts_of(found.layers))
         return replace(plan, added_parameters=needed * parameters), found
+
+
+class OnSelection(Method):
+    """A method whose parameters are an :class:`AnySelection`."""
+
+    parameters: ClassVar[type[BaseModel]] = AnySelection
+
+    def streams(self, recipe: Recipe) -> bool:
+        """Whether the method and the choice of layers both work with a streamed model."""
+        return self.streamed and self._selection(recipe.parameters).streamed
+
+    def uses(self, parameters: Mapping[str, Any]) -> tuple[str, ...]:
+        """The method that chooses the layers."""
+        return self._selection(parameters).chosen_by
+
+    def _selection(self, parameters: Mapping[str, Any]) -> AnySelection:
+        options = self.parameters.model_validate(parameters)
+        assert isinstance(options, AnySelection)
+        return options

@@ -6,6 +6,7 @@ A plan's ``harness:`` section, and ``--config``, take the YAML file of ``lm_eval
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -83,10 +84,11 @@ def _document_ids(task: str, ids: Any) -> list[int]:
     whole = isinstance(ids, list | tuple) and all(type(each) is int and each >= 0 for each in ids)
     if not whole or not ids:
         raise ValueError(f"samples of '{task}' must be a list of numbers from 0, such as [0, 1, 2]")
-    twice = next((each for each in ids if list(ids).count(each) > 1), None)
+    found = sorted(ids)
+    twice = next((each for each, other in itertools.pairwise(found) if each == other), None)
     if twice is not None:
         raise ValueError(f"samples of '{task}' have document {twice} twice")
-    return sorted(ids)
+    return found
 
 
 class TaskRequest(HarnessOptions):
