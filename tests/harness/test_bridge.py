@@ -19,6 +19,19 @@ PTH = "streamline_bench_lm_eval.pth"
 HEAVY = ("torch", "transformers", "lm_eval", "pydantic", "numpy", "click", "yaml")
 
 
+def said_while_importing(module: str, folders: list[Path], line: str) -> str:
+    """Import a module behind the line of the .pth, which must not stop it; return the warnings."""
+    program = (
+        f"import sys; sys.path[:0] = {[str(folder) for folder in folders]!r}\n{line}\n"
+        f"import {module}; print('alive')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "alive"
+    return done.stderr
+
+
 def run(*arguments: str, cwd: Path | None = None) -> str:
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, check=False
@@ -173,15 +186,8 @@ def test_a_manager_of_another_make_does_not_stop_the_harness(
     tmp_path: Path, line: str, repository: Path
 ) -> None:
     fake_harness(tmp_path, REGISTRY, "nothing = 'known'\n")
-    program = (
-        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(repository)!r}]\n{line}\n"
-        "import lm_eval.tasks.manager; print('alive')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=False
-    )
-    assert done.stdout.strip() == "alive"
-    assert "could not register its lm-eval tasks" in done.stderr
+    said = said_while_importing("lm_eval.tasks.manager", [tmp_path, repository], line)
+    assert "could not register its lm-eval tasks" in said
 
 
 def test_the_entry_point_of_the_tasks_leads_to_their_folder(repository: Path) -> None:
@@ -257,12 +263,5 @@ def test_a_registry_of_another_make_does_not_stop_the_harness(
     tmp_path: Path, line: str, repository: Path
 ) -> None:
     fake_harness(tmp_path, "nothing = 'known'\n")
-    program = (
-        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(repository)!r}]\n{line}\n"
-        "import lm_eval.models; print('alive')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=False
-    )
-    assert done.stdout.strip() == "alive"
-    assert "could not register" in done.stderr
+    said = said_while_importing("lm_eval.models", [tmp_path, repository], line)
+    assert "could not register" in said

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.data.corpora import SELF
+from streamline_bench.core.files import atomic_write_bytes
 from streamline_bench.core.forward import evaluating
 from streamline_bench.core.recipe.schema import CalibrationSpec
 from streamline_bench.errors import CalibrationError
@@ -106,9 +107,7 @@ def own_tokens(
     if not file.is_file():
         log.info("calibration: the model writes its own texts")
         ids = write_texts(model, tokenizer, spec, length=length, progress=progress)
-        staging = file.with_suffix(".partial")
-        save_file({"ids": ids}, staging)
-        staging.replace(file)
+        atomic_write_bytes(file, save({"ids": ids}))
     ids = load_file(file)["ids"]
     mask = torch.ones_like(ids, dtype=torch.bool)
     if spec.tokens is not None:
