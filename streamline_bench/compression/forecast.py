@@ -195,7 +195,7 @@ def trained(recipe: Recipe) -> TrainingSpec | None:
 
 def _tokens_of(spec: CalibrationSpec, config: Any) -> tuple[int, int]:
     """Return (tokens, tokens of one sequence)."""
-    length = min(spec.sequence_length, sequence_limit(config) or spec.sequence_length)
+    length = spec.length_within(sequence_limit(config))
     if spec.tokens is not None:
         return spec.tokens, min(length, spec.tokens)
     return (spec.samples or _SEQUENCES) * length, length

@@ -143,7 +143,7 @@ class Compression:
         from streamline_bench.core.data.own_texts import count_of, own_tokens
         from streamline_bench.core.machine.ranks import current
 
-        length = min(spec.sequence_length, sequence_limit(self.config) or spec.sequence_length)
+        length = spec.length_within(sequence_limit(self.config))
         count_of(spec, length)  # refused before the model is loaded
         name = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:16]
         return current().first(

@@ -181,7 +181,7 @@ def load_calibration(
         raise CalibrationError(
             "Form 'instruction' is for the data of a recovery; give form 'packed' or 'documents'."
         )
-    length = min(spec.sequence_length, max_length or spec.sequence_length)
+    length = spec.length_within(max_length)
     source = resolve_source(spec.source, model_folder)
     plain_cut = spec.form == "packed" and spec.packing == "stream"
     leading = () if plain_cut else leading_tokens(tokenizer)

@@ -64,6 +64,10 @@ class CalibrationSpec(Frozen):
     tokens: int | None = Field(None, ge=2, description="exactly this many tokens")
     seed: int = 0
 
+    def length_within(self, positions: int | None) -> int:
+        """Tokens of a sequence for a model with so many positions; None: with any number."""
+        return min(self.sequence_length, positions or self.sequence_length)
+
 
 class ReplacementSpec(Frozen):
     """The lightweight network that stands in for the removed block."""

@@ -67,7 +67,7 @@ def load_instructions(
             f"tokens={spec.tokens} cannot be used with instruction data, which is counted in "
             "records; give samples instead."
         )
-    length = min(spec.sequence_length, max_length or spec.sequence_length)
+    length = spec.length_within(max_length)
     rows: list[list[int]] = []
     answers: list[int] = []
     cut = 0

@@ -158,7 +158,7 @@ def _check_calibration(plan: Plan, folder: Path, todo: Sequence[PlanRow]) -> Non
     longest = getattr(config, "max_position_embeddings", None)
     for spec in users:
         if spec.source == SELF:
-            count_of(spec, min(spec.sequence_length, longest or spec.sequence_length))
+            count_of(spec, spec.length_within(longest))
             continue
         read = load_instructions if spec.form == "instruction" else load_calibration
         some = {} if spec.tokens else {"samples": min(spec.samples or _FEW, _FEW)}
