@@ -192,7 +192,8 @@ class ServingLoad(Frozen):
         """How many requests are sent first and not counted, and how many count.
 
         Both are at least twice those that are in flight: at a rate, as many as come while one that
-        keeps the objective is answered. A server that is still filling would look saturated.
+        keeps the objective is answered, but no more than may be in flight. A server that is still
+        filling would look saturated.
 
         Args:
             output_tokens: of each request.
@@ -202,7 +203,8 @@ class ServingLoad(Frozen):
         warm = max(8, self.requests // 4) if self.warmup_requests is None else self.warmup_requests
         room = 2 * (level.concurrency or 0) if level.closed else 0
         if not level.closed and self.slo is not None:
-            room = math.ceil(2 * level.rate * self.slo.longest(output_tokens))
+            arriving = math.ceil(2 * level.rate * self.slo.longest(output_tokens))
+            room = min(arriving, 2 * (level.concurrency or MOST_CONCURRENCY))
         return max(warm, room), max(self.requests, room)
 
     @property

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from streamline_bench.errors import ThroughputError
-from streamline_bench.throughput.load import Level, ServingLoad, Slo, read_prompts
+from streamline_bench.throughput.load import MOST_CONCURRENCY, Level, ServingLoad, Slo, read_prompts
 
 INF = float("inf")
 
@@ -60,6 +60,8 @@ def test_at_a_rate_twice_as_many_requests_come_first_as_are_in_flight(
     in_flight = 5.0 * seconds
     assert load.counts(Level(5.0), 16) == (2 * in_flight, 2 * in_flight)
     assert load.counts(Level(0.01), 16) == (8, 16)
+    assert load.counts(Level(5.0, 3), 16) == (8, 16), "three may be in flight"
+    assert load.counts(Level(1e6), 16) == (2 * MOST_CONCURRENCY, 2 * MOST_CONCURRENCY)
 
 
 def test_rates_by_default_only_where_no_other_load_is_asked_for() -> None:
