@@ -37,8 +37,9 @@ from streamline_bench.core.data.leading_tokens import (
 )
 from streamline_bench.errors import CalibrationError, ComparisonError, NumericsError, library_errors
 from streamline_bench.modeling.loading import load_model, load_tokenizer
-from streamline_bench.stability.comparison import TokenDivergence, exponential
+from streamline_bench.stability.estimate import exponential
 from streamline_bench.stability.statistics.intervals import mean_per_unit
+from streamline_bench.stability.texts import TokenDivergence
 
 _POSITIONS = 256  # whose distributions are in memory at once, in float32
 

@@ -26,14 +26,16 @@ from streamline_bench.report.text import (
 if TYPE_CHECKING:
     from streamline_bench.stability.comparison import (
         Comparison,
-        Estimate,
         FormatComparison,
-        GenerationComparison,
         GradeComparison,
         GroupComparison,
         Overall,
-        PerplexityComparison,
         TaskComparison,
+    )
+    from streamline_bench.stability.estimate import Estimate
+    from streamline_bench.stability.texts import (
+        GenerationComparison,
+        PerplexityComparison,
         TokenDivergence,
     )
     from streamline_bench.throughput.figures import Latency, Ratio

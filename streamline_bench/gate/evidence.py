@@ -37,7 +37,7 @@ from streamline_bench.report.leaderboard import (
     parse_leaderboard,
 )
 from streamline_bench.report.run_file import RUN_FILE, RunFile, RunRow, read_run_file
-from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.metrics import with_metrics
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.samples import Samples

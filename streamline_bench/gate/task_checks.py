@@ -38,7 +38,7 @@ from streamline_bench.gate.evidence import (
     unpack,
 )
 from streamline_bench.gate.result import Check, Quantity, Thresholds
-from streamline_bench.stability.comparison import Estimate, square_and_add
+from streamline_bench.stability.estimate import Estimate, square_and_add
 from streamline_bench.stability.statistics.clusters import ClusterLabels
 from streamline_bench.stability.statistics.grades import PairedGrades
 from streamline_bench.stability.statistics.intervals import (

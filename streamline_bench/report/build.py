@@ -45,18 +45,15 @@ from streamline_bench.report.standing import (
 )
 from streamline_bench.stability.align import AlignedPairs, align
 from streamline_bench.stability.compare_answers import compare_pairs
-from streamline_bench.stability.comparison import (
-    Comparison,
-    Estimate,
-    GradedMetric,
-    TokenDivergence,
-)
+from streamline_bench.stability.comparison import Comparison, GradedMetric
+from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.metrics import with_asked_metrics
 from streamline_bench.stability.noise import above_noise, noise_floor
 from streamline_bench.stability.over_tasks import leaf_tasks
 from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
+from streamline_bench.stability.texts import TokenDivergence
 from streamline_bench.throughput.speed import Speed, ThroughputFigures, read_figures
 from streamline_bench.version import __version__
 

@@ -18,7 +18,8 @@ from streamline_bench.report.leaderboard import (
 from streamline_bench.report.views.entries import shown
 from streamline_bench.report.views.headline import headline
 from streamline_bench.report.views.overview import ranked
-from streamline_bench.stability.comparison import Estimate, GenerationComparison
+from streamline_bench.stability.estimate import Estimate
+from streamline_bench.stability.texts import GenerationComparison
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -18,19 +18,21 @@ from streamline_bench.core.recipe.schema import Frozen, PublishedResult
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.comparison import (
     Decision,
-    Estimate,
     FormatComparison,
-    GenerationComparison,
     GradeComparison,
     GradedMetric,
     GroupComparison,
-    LengthChange,
     NoiseFloor,
     Overall,
-    PerplexityComparison,
     TaskComparison,
-    TokenDivergence,
     VarianceParts,
+)
+from streamline_bench.stability.estimate import Estimate
+from streamline_bench.stability.texts import (
+    GenerationComparison,
+    LengthChange,
+    PerplexityComparison,
+    TokenDivergence,
 )
 from streamline_bench.throughput.speed import Speed
 

@@ -24,7 +24,7 @@ from streamline_bench.report.leaderboard import (
     ScanResult,
     TaskData,
 )
-from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.samples import RunInfo
 
 _DECIMALS = 5

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 from streamline_bench.report.leaderboard import Row, SolvedCost
-from streamline_bench.stability.comparison import Estimate, GenerationComparison
+from streamline_bench.stability.estimate import Estimate
+from streamline_bench.stability.texts import GenerationComparison
 from streamline_bench.throughput.speed import Speed
 
 

@@ -18,7 +18,8 @@ import numpy as np
 from streamline_bench.report.leaderboard import Between, Contest, Folded, Rank, Row
 from streamline_bench.stability.align import AlignedPairs
 from streamline_bench.stability.compare_answers import with_script_verdicts
-from streamline_bench.stability.comparison import Comparison, Estimate
+from streamline_bench.stability.comparison import Comparison
+from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.metrics import values_of
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics import BoolArray, FloatArray

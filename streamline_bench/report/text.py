@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from streamline_bench.core.machine.environment import printable
 
 if TYPE_CHECKING:
-    from streamline_bench.stability.comparison import Estimate, GradeComparison
+    from streamline_bench.stability.comparison import GradeComparison
+    from streamline_bench.stability.estimate import Estimate
 
 # Overrides of the reading direction can make a text show something else than it says.
 _DIRECTION = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"

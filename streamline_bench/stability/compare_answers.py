@@ -12,13 +12,7 @@ import pandas as pd
 
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.align import AlignedPairs, align
-from streamline_bench.stability.comparison import (
-    Comparison,
-    GenerationComparison,
-    GroupComparison,
-    PerplexityComparison,
-    TaskComparison,
-)
+from streamline_bench.stability.comparison import Comparison, GroupComparison, TaskComparison
 from streamline_bench.stability.format_comparison import compare_formats
 from streamline_bench.stability.generation_comparison import compare_generations
 from streamline_bench.stability.grade_comparison import (
@@ -39,6 +33,7 @@ from streamline_bench.stability.task_comparison import (
     compare_perplexities,
     compare_task,
 )
+from streamline_bench.stability.texts import GenerationComparison, PerplexityComparison
 
 _Result = TypeVar("_Result", TaskComparison, GroupComparison)
 

@@ -6,70 +6,14 @@ is None, never a stand-in number.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
 from streamline_bench.core.recipe.schema import Frozen
+from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.settings import Mode, Quantity
-
-
-class Estimate(Frozen):
-    """A number with what is known of its error; ``method`` names the interval's."""
-
-    value: float
-    standard_error: float | None = None
-    low: float | None = None
-    high: float | None = None
-    method: str | None = None
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """Both ends of the interval; the value twice where there is none."""
-        if self.low is None or self.high is None:
-            return self.value, self.value
-        return self.low, self.high
-
-
-def square_and_add(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean of independent estimates; distances to their intervals' ends add up by squares.
-
-    G. Y. Zou and A. Donner, Statistics in Medicine 27 (2008) 1693-1702. No interval where one of
-    the estimates has none.
-    """
-    count = len(estimates)
-    value = sum(item.value for item in estimates) / count
-    below = [item.value - item.low for item in estimates if item.low is not None]
-    above = [item.high - item.value for item in estimates if item.high is not None]
-    if len(below) < count or len(above) < count:
-        return Estimate(value=value)
-    return Estimate(
-        value=value,
-        low=value - math.hypot(*below) / count,
-        high=value + math.hypot(*above) / count,
-        method="square-and-add over tasks",
-    )
-
-
-_LARGEST = 700.0  # e^709 is the largest float64
-
-
-def exponential(value: float) -> float | None:
-    """e^value; None where float64 does not hold it."""
-    return math.exp(value) if value < _LARGEST else None
-
-
-def exponentiated(log: Estimate) -> Estimate | None:
-    """e to an estimate and to the ends of its interval; None where float64 does not hold it."""
-    value = exponential(log.value)
-    if value is None:
-        return None
-    if log.low is None or log.high is None or log.high >= _LARGEST:
-        return Estimate(value=value)
-    low, high = math.exp(log.low), math.exp(log.high)
-    return Estimate(value=value, low=low, high=high, method=f"exp of: {log.method}")
+from streamline_bench.stability.texts import GenerationComparison, PerplexityComparison
 
 
 class Flips(Frozen):
@@ -161,28 +105,6 @@ significant by itself, but not among as many tasks as were tried.
 """
 
 
-class PerplexityComparison(Frozen):
-    """Perplexity of texts (or of answers), dense against pruned, on the same documents.
-
-    Attributes:
-        unit: what a perplexity is per: "word", "byte" or "answer" (summed log-likelihood of the
-            expected answer, lm-eval's ``perplexity``).
-        dense, pruned: exp(-sum of log-likelihoods / units); None where float64 does not hold it.
-        ratio: pruned / dense, with a paired interval over documents; None likewise.
-        nats_per_unit: its logarithm: what the pruned model needs more per unit, in nats.
-    """
-
-    task: str
-    filter: str
-    unit: Literal["word", "byte", "answer"]
-    n: int
-    units: float
-    dense: float | None
-    pruned: float | None
-    ratio: Estimate | None
-    nats_per_unit: Estimate
-
-
 class GradedMetric(Frozen):
     """A metric of a task that is more than right or wrong on a document.
 
@@ -253,74 +175,6 @@ class GradeComparison(GradedMetric):
         )
 
 
-class TextChange(Frozen):
-    """A property of generated texts: means of both models, and pruned - dense, paired."""
-
-    dense: float
-    pruned: float
-    difference: Estimate
-
-
-class LengthChange(Frozen):
-    """Tokens of answers: of both models, and pruned / dense, paired; None where that is undefined.
-
-    Attributes:
-        dense, pruned: mean per document, or per solved question (None where none is solved).
-    """
-
-    dense: float | None
-    pruned: float | None
-    ratio: Estimate | None
-
-
-class GenerationComparison(Frozen):
-    """Generated texts, dense against pruned, as the models wrote them: before any filter.
-
-    Of several repetitions the first counts. A word is what whitespace separates. Indices count what
-    is shared before the first difference; a text that is a beginning of the other differs where the
-    shorter one ends.
-
-    Attributes:
-        identical: share of equal texts.
-        first_word, first_character: median index of the first difference over the ``n`` -
-            identical differing texts; None where all are identical.
-        shared: mean share of the longer text's words before the first difference (identical: 1).
-        dense_words, pruned_words: mean length.
-        length_ratio: pruned_words / dense_words, with an interval over documents.
-        empty: share of texts without a word.
-        repetition: share of a text's runs of four words that stand in it before, mean over texts
-            (seq-rep-4 of S. Welleck et al., arXiv:1908.04319); 0 for fewer than five words.
-        exact_match: pruned - dense, where the task has verdicts.
-        tokens: generated until the answer ended, thoughts included; None, as all that follows,
-            where the model did not note them.
-        thinking: those of them until the thoughts ended; None where no answer has thoughts.
-        unfinished: share of answers that reached the limit of tokens without an end.
-        tokens_per_solved: tokens of all answers / right answers, where the task has verdicts.
-        noise_changed: share of texts that change between dense and dense again.
-        changed_above_noise: share of texts that are not identical, minus ``noise_changed``.
-    """
-
-    task: str
-    filter: str
-    n: int
-    identical: Estimate
-    first_word: float | None
-    first_character: float | None
-    shared: float
-    dense_words: float
-    pruned_words: float
-    exact_match: Estimate | None
-    length_ratio: Estimate | None = None
-    empty: TextChange | None = None
-    repetition: TextChange | None = None
-    tokens: LengthChange | None = None
-    thinking: LengthChange | None = None
-    unfinished: TextChange | None = None
-    tokens_per_solved: LengthChange | None = None
-    noise_changed: float | None = None
-    changed_above_noise: Estimate | None = None
-
-
 class Quadrants(Frozen):
     """Questions by the form in which a model has them right."""
 
@@ -355,33 +209,6 @@ class FormatComparison(Frozen):
     gap: Estimate
     p_value: float
     p_method: str
-
-
-class TokenDivergence(Frozen):
-    """Token distributions of two models on one text.
-
-    Attributes:
-        documents, windows, tokens: compared; a token is one position whose successor is known.
-        window: longest sequence that the models read at once.
-        begins_with: what each window begins with: the tokenizer's BOS token, or ``text`` where it
-            puts none there; empty in records of older versions.
-        kl: mean KL(dense || pruned) per token, in nats.
-        same_top: share of tokens at which both models put the same token first.
-        dense_perplexity, pruned_perplexity: of the text, per token; None beyond float64.
-        nats_per_token: what the pruned model needs more per token: the logarithm of the ratio of
-            the perplexities.
-    """
-
-    documents: int
-    windows: int
-    tokens: int
-    window: int
-    begins_with: str = ""
-    kl: Estimate
-    same_top: Estimate
-    dense_perplexity: float | None
-    pruned_perplexity: float | None
-    nats_per_token: Estimate
 
 
 class VarianceParts(Frozen):

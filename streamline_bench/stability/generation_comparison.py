@@ -12,12 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from streamline_bench.stability.comparison import (
-    Estimate,
-    GenerationComparison,
-    LengthChange,
-    TextChange,
-)
+from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics import FloatArray
 from streamline_bench.stability.statistics.clusters import ClusterLabels, cluster_labels
@@ -25,6 +20,7 @@ from streamline_bench.stability.statistics.grades import PairedGrades, mean_rati
 from streamline_bench.stability.statistics.paired import wilson_estimate
 from streamline_bench.stability.statistics.score import PairedDifference
 from streamline_bench.stability.task_comparison import paired_sample
+from streamline_bench.stability.texts import GenerationComparison, LengthChange, TextChange
 
 Names = tuple[str, str]
 """Task and filter."""

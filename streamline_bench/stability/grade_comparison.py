@@ -12,7 +12,8 @@ import pandas as pd
 
 from streamline_bench.errors import NumericsError
 from streamline_bench.stability.align import AlignedPairs
-from streamline_bench.stability.comparison import Estimate, GradeComparison
+from streamline_bench.stability.comparison import GradeComparison
+from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.metrics import (
     NORM_METRIC,
     deciding_of,

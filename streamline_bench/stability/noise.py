@@ -14,8 +14,6 @@ from streamline_bench.errors import SamplesError
 from streamline_bench.stability.compare_answers import compare_answers
 from streamline_bench.stability.comparison import (
     Comparison,
-    Estimate,
-    GenerationComparison,
     GradeComparison,
     GroupComparison,
     NoiseFloor,
@@ -24,11 +22,12 @@ from streamline_bench.stability.comparison import (
     NoiseText,
     Overall,
     TaskComparison,
-    square_and_add,
 )
+from streamline_bench.stability.estimate import Estimate, square_and_add
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.paired import wilson, wilson_estimate
+from streamline_bench.stability.texts import GenerationComparison
 
 _Metric = tuple[str, str, str]
 """Task, filter, metric."""

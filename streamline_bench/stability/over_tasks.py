@@ -14,14 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from streamline_bench.stability.comparison import (
-    Clusters,
-    Estimate,
-    Flips,
-    GroupComparison,
-    Overall,
-    square_and_add,
-)
+from streamline_bench.stability.comparison import Clusters, Flips, GroupComparison, Overall
+from streamline_bench.stability.estimate import Estimate, square_and_add
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics import BoolArray
 from streamline_bench.stability.statistics.choices import ChoiceMeasures

@@ -10,14 +10,8 @@ import numpy as np
 import pandas as pd
 
 from streamline_bench.errors import NumericsError, SamplesError
-from streamline_bench.stability.comparison import (
-    Estimate,
-    Flips,
-    PerplexityComparison,
-    TaskComparison,
-    exponential,
-    exponentiated,
-)
+from streamline_bench.stability.comparison import Flips, TaskComparison
+from streamline_bench.stability.estimate import Estimate, exponential, exponentiated
 from streamline_bench.stability.settings import Settings, Verdict
 from streamline_bench.stability.statistics import BoolArray, FloatArray
 from streamline_bench.stability.statistics.choices import (
@@ -42,6 +36,7 @@ from streamline_bench.stability.statistics.stability import (
     effective_sample_size,
     stability_estimate,
 )
+from streamline_bench.stability.texts import PerplexityComparison
 
 Unit = Literal["word", "byte", "answer"]
 

@@ -103,7 +103,7 @@ def test_published_numbers_stand_beside_the_tasks_of_a_packaged_plan(
     recipes: dict[str, dict[str, Any]], repository: Path
 ) -> None:
     from streamline_bench.report.provenance import published_numbers
-    from streamline_bench.stability.comparison import Estimate
+    from streamline_bench.stability.estimate import Estimate
 
     plan = yaml.safe_load(
         (repository / "reports" / "plans" / "stories260k_benchmarks.yaml").read_text()

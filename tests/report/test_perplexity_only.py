@@ -30,7 +30,7 @@ from streamline_bench.report.views.markdown import to_markdown
 from streamline_bench.report.views.model_card import model_card
 from streamline_bench.report.views.overview import perplexity_ratio, ranked
 from streamline_bench.report.views.page import to_html
-from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.settings import Settings
 
 valid = Leaderboard.model_validate

@@ -9,7 +9,8 @@ import pytest
 
 from streamline_bench.report.leaderboard import Row
 from streamline_bench.report.solved import with_solved
-from streamline_bench.stability.comparison import Estimate, GenerationComparison, LengthChange
+from streamline_bench.stability.estimate import Estimate
+from streamline_bench.stability.texts import GenerationComparison, LengthChange
 from streamline_bench.throughput.speed import Speed
 
 GENERATED = GenerationComparison(

@@ -16,7 +16,8 @@ from streamline_bench.report.standing import Answers, TaskAnswers, standing
 from streamline_bench.report.views.entries import shown
 from streamline_bench.report.views.headline import headline
 from streamline_bench.report.views.page import to_html
-from streamline_bench.stability.comparison import Estimate, GradedMetric
+from streamline_bench.stability.comparison import GradedMetric
+from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.crossed import CrossedTask, crossed_estimate
 from streamline_bench.stability.statistics.paired import Outcomes, PairedSample

@@ -16,7 +16,7 @@ from streamline_bench.report.text import (
     times,
     with_error,
 )
-from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.estimate import Estimate
 
 MINUS = "\N{MINUS SIGN}"
 

@@ -10,7 +10,8 @@ import pytest
 from scipy.stats import norm
 
 from streamline_bench.stability.compare_answers import compare_answers
-from streamline_bench.stability.comparison import Comparison, Estimate, square_and_add
+from streamline_bench.stability.comparison import Comparison
+from streamline_bench.stability.estimate import Estimate, square_and_add
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.choices import calibration_error

@@ -11,12 +11,7 @@ import pytest
 from scipy.stats import t as scipy_t
 
 from streamline_bench.stability.compare_answers import compare_answers
-from streamline_bench.stability.comparison import (
-    Clusters,
-    GroupComparison,
-    Overall,
-    TaskComparison,
-)
+from streamline_bench.stability.comparison import Clusters, GroupComparison, Overall, TaskComparison
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.clusters import ClusterLabels

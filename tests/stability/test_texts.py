@@ -14,7 +14,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from streamline_bench.errors import NumericsError, SamplesError
 from streamline_bench.stability.compare_answers import compare_answers
-from streamline_bench.stability.comparison import Estimate, PerplexityComparison
+from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.generation_comparison import (
     compare_generations,
     first_difference,
@@ -24,6 +24,7 @@ from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.task_comparison import compare_perplexities
+from streamline_bench.stability.texts import PerplexityComparison
 
 FAST = Settings(draws=500)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from streamline_bench.report.figures.sizes import Series, SizeCurve, line_chart
 from streamline_bench.report.leaderboard import Row
-from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.estimate import Estimate
 from streamline_bench.throughput.speed import Metric, ServedFigure
 
 _Load = dict[Metric, ServedFigure]

@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 from streamline_bench.report.figures.pareto import MEASURES, Axis, ticks
 from streamline_bench.report.leaderboard import Leaderboard, Row
 from streamline_bench.report.text import decimal, percent, visible_text
-from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.estimate import Estimate
 
 _WIDTH, _HEIGHT = 460.0, 260.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 12.0, 20.0, 38.0

@@ -14,12 +14,9 @@ from typing import Any
 
 from streamline_bench.report.leaderboard import GradeScore, Leaderboard, Row, TaskScore
 from streamline_bench.report.text import csv_cell
-from streamline_bench.stability.comparison import (
-    Estimate,
-    FormatComparison,
-    GenerationComparison,
-    Overall,
-)
+from streamline_bench.stability.comparison import FormatComparison, Overall
+from streamline_bench.stability.estimate import Estimate
+from streamline_bench.stability.texts import GenerationComparison
 
 _NOT_SHOWN = ("error", "ratio_error", "accelerators", "served")
 """Of a speed: what its interval says already, and what has a row per load (throughput.json)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streamline_bench.report.leaderboard import Folded, GradeScore, Leaderboard, Row, TaskScore
-from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.estimate import Estimate
 
 
 def shown(board: Leaderboard) -> list[Row]:

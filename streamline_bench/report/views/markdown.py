@@ -17,7 +17,7 @@ from streamline_bench.report.leaderboard import Leaderboard, Row
 from streamline_bench.report.views import overview
 from streamline_bench.report.views.entries import shown
 from streamline_bench.report.views.headline import headline, needed
-from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.estimate import Estimate
 
 
 def to_markdown(board: Leaderboard) -> str:

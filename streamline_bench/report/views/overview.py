@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from streamline_bench.core.machine.environment import resource
 from streamline_bench.report.leaderboard import Row, TaskScore
-from streamline_bench.stability.comparison import Estimate, exponentiated, square_and_add
+from streamline_bench.stability.estimate import Estimate, exponentiated, square_and_add
 
 _Row = TypeVar("_Row", bound=Row)
 

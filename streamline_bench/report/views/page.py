@@ -36,7 +36,8 @@ from streamline_bench.report.views import overview
 from streamline_bench.report.views.citations import citations
 from streamline_bench.report.views.entries import shown
 from streamline_bench.report.views.headline import headline, needed
-from streamline_bench.stability.comparison import Estimate, GroupComparison, Overall, TaskComparison
+from streamline_bench.stability.comparison import GroupComparison, Overall, TaskComparison
+from streamline_bench.stability.estimate import Estimate
 
 
 def to_html(board: Leaderboard) -> str:

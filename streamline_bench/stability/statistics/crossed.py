@@ -30,7 +30,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from streamline_bench.errors import SamplesError
-from streamline_bench.stability.comparison import Estimate, VarianceParts
+from streamline_bench.stability.comparison import VarianceParts
+from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.statistics import FloatArray, IntArray
 from streamline_bench.stability.statistics.intervals import t_quantile
 

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics import FloatArray
 from streamline_bench.stability.statistics.clusters import ClusterLabels

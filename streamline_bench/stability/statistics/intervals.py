@@ -14,7 +14,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.statistics import FloatArray, IntArray
 
 FEW_UNITS = 20

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from streamline_bench.errors import SamplesError
-from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.statistics import BoolArray, FloatArray
 from streamline_bench.stability.statistics.intervals import t_quantile
 

@@ -14,7 +14,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 from streamline_bench.errors import SamplesError
-from streamline_bench.stability.comparison import Decision, Estimate
+from streamline_bench.stability.comparison import Decision
+from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.statistics.intervals import t_quantile, t_tail
 from streamline_bench.stability.statistics.paired import Design, Outcomes, PairedSample
 

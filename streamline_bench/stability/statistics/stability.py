@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from streamline_bench.errors import NumericsError, SamplesError
-from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.settings import Mode, Quantity, Settings
 from streamline_bench.stability.statistics import BoolArray, FloatArray, IntArray
 from streamline_bench.stability.statistics.choices import (

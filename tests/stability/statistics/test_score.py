@@ -17,7 +17,7 @@ from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from streamline_bench.errors import SamplesError
-from streamline_bench.stability.comparison import Estimate
+from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.statistics.paired import Outcomes, PairedSample, mcnemar
 from streamline_bench.stability.statistics.score import (
     PairedDifference,
