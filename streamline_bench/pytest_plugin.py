@@ -37,7 +37,7 @@ _THRESHOLDS = {
 _FLAGS = {
     "skip": "skip the tests that use streamline_gate, instead of failing without a reference",
     "write-reference": "write --streamline-reference from what the tests give, compare nothing",
-    "strict": "fail also on checks that cannot tell",
+    "strict": "fail also on checks that cannot tell, or if nothing was compared",
 }
 
 

@@ -47,7 +47,11 @@ _SHARE = FiniteRange(0, 1, max_open=True)
 @click.option("--confidence", type=FiniteRange(0.5, 0.9999), default=0.95)
 @click.option("--draws", type=click.IntRange(min=100), default=10_000)
 @click.option("--seed", type=click.IntRange(min=0), default=0)
-@click.option("--strict", is_flag=True, help="Also exit with 1 for checks that cannot tell.")
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Also exit with 1 if checks cannot tell, or none compares.",
+)
 @click.option("--all", "every", is_flag=True, help="Show also the tasks that are ok.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write JSON here.")
@@ -122,14 +126,15 @@ def command(
     if not as_json:
         _show(result, every)
     _tell_github(result, to_stderr=as_json)
-    if not result.passed:
-        sys.exit(1)
-    if keep and history is not None:
+    # A history that nothing can be compared with yet must be able to grow.
+    if keep and history is not None and (result.passed or not result.compared):
         from streamline_bench.gate.history import keep as keep_run
 
         for kept in keep_run(run, history):
             if not quiet and not as_json:
                 click.echo(f"Kept as {kept}.")
+    if not result.passed:
+        sys.exit(1)
 
 
 def _write_reference(run: Path, reference: Path, overwrite: bool, quiet: bool) -> None:

@@ -18,7 +18,7 @@ class Thresholds(Frozen):
         speed: tolerated drop of tokens per second and of the ratio to dense, relative (0.05).
         confidence: of all intervals.
         draws, seed: of the bootstrap.
-        strict: whether 'cannot tell' closes the gate too.
+        strict: whether 'cannot tell' closes the gate too, and that nothing could be compared.
     """
 
     accuracy: float = Field(default=0.02, ge=0, lt=1)
@@ -98,9 +98,16 @@ class GateResult(Frozen):
     new: tuple[str, ...] = ()
 
     @property
+    def compared(self) -> int:
+        """How many checks compare something."""
+        return sum(check.status != "not compared" for check in self.checks)
+
+    @property
     def closing(self) -> tuple[Check, ...]:
         """The checks for which the gate is closed."""
-        closes = {"regressed", "missing"} | ({"cannot tell"} if self.thresholds.strict else set())
+        closes = {"regressed", "missing"}
+        if self.thresholds.strict:
+            closes |= {"cannot tell"} if self.compared else {"not compared"}
         return tuple(check for check in self.checks if check.status in closes)
 
     @property

@@ -109,13 +109,13 @@ def verdict(result: GateResult) -> str:
     """One sentence on the whole."""
     closing = len(result.closing)
     unclear = sum(check.status == "cannot tell" for check in result.checks)
-    compared = sum(check.status != "not compared" for check in result.checks)
     more = f"; {unclear} cannot tell" if unclear else ""
+    if not result.compared:
+        how = "closed:" if closing else "open, but"
+        return f"Gate {how} nothing was compared; the reasons are in the table."
     if closing:
-        return f"Gate closed: {closing} of {compared} checks fail{more}."
-    if not compared:
-        return "Gate open, but nothing was compared; the reasons are in the table."
-    return f"Gate open: none of {compared} checks shows a regression{more}."
+        return f"Gate closed: {closing} of {result.compared} checks fail{more}."
+    return f"Gate open: none of {result.compared} checks shows a regression{more}."
 
 
 def to_table(checks: Sequence[Check]) -> Table:

@@ -215,6 +215,9 @@ def test_few_earlier_runs_predict_nothing(make_throughput: Any, tmp_path: Path) 
     assert {check.status for check in result.checks} == {"not compared"} and result.passed
     assert "3 needed" in str(result.checks[0].reason)
     assert "nothing was compared" in verdict(result)
+    strict = gate(run, history=history, thresholds=Thresholds(strict=True))
+    assert not strict.passed and strict.closing == strict.checks
+    assert verdict(strict).startswith("Gate closed: nothing was compared")
     with pytest.raises(ComparisonError, match="not a folder"):
         gate(run, history=tmp_path / "none")
 
