@@ -38,6 +38,7 @@ _FLAGS = {
     "skip": "skip the tests that use streamline_gate, instead of failing without a reference",
     "write-reference": "write --streamline-reference from what the tests give, compare nothing",
     "strict": "fail also on checks that cannot tell, or if nothing was compared",
+    "across-engines": "compare answers of transformers with those of vLLM",
 }
 
 
@@ -62,6 +63,7 @@ class StreamlineGate:
         reference: file or run folder to compare with.
         write: write the reference instead of comparing.
         thresholds: from options and ini file; a call's own keywords count before them.
+        across_engines: transformers may have answered one side and vLLM the other.
         results: of all calls, for the summary.
         written: the reference that a test of this session wrote.
     """
@@ -69,6 +71,7 @@ class StreamlineGate:
     reference: Path
     write: bool = False
     thresholds: Mapping[str, Any] = field(default_factory=dict)
+    across_engines: bool = False
     results: list[GateResult] = field(default_factory=list)
     written: Reference | None = None
 
@@ -143,7 +146,13 @@ class StreamlineGate:
         if against is None:
             self._write(read().figures)
             pytest.skip(f"wrote the reference {self.reference}; nothing was compared")
-        result = judge(read(), against.evidence(progress=False), limits, rows)
+        result = judge(
+            read(),
+            against.evidence(progress=False),
+            limits,
+            rows,
+            across_engines=self.across_engines,
+        )
         self.results.append(result)
         if not result.passed:
             lines = [verdict(result), *(f"  {line(check)}" for check in result.closing)]
@@ -210,6 +219,7 @@ def streamline_gate(request: pytest.FixtureRequest) -> StreamlineGate:
         reference,
         write=bool(config.getoption("--streamline-write-reference")),
         thresholds=_thresholds(config),
+        across_engines=bool(config.getoption("--streamline-across-engines")),
     )
     config.pluginmanager.register(gate, "streamline-bench-summary")
     return gate

@@ -38,6 +38,8 @@ _SHARE = FiniteRange(0, 1, max_open=True)
               help="Write the results of RUN into a reference file; compare nothing.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace an existing reference.")
 @click.option("--row", "rows", multiple=True, help="Check only this row; may be repeated.")
+@click.option("--across-engines", is_flag=True,
+              help="Compare answers of transformers with those of vLLM.")  # fmt: skip
 @click.option("--accuracy-margin", "accuracy", type=_SHARE, default=0.02,
               help="Accepted drop of accuracy, as a share.")  # fmt: skip
 @click.option("--stability-margin", "stability", type=_SHARE, default=0.02,
@@ -69,6 +71,7 @@ def command(
     reference: Path | None,
     overwrite: bool,
     rows: tuple[str, ...],
+    across_engines: bool,
     every: bool,
     as_json: bool,
     output: Path | None,
@@ -103,10 +106,12 @@ def command(
     if history is None:
         refuse_given(ctx, "it needs --history", "last", "keep")
     if against is None:
-        refuse_given(ctx, "it needs --against", "accuracy", "stability", "draws", "seed")
+        refuse_given(ctx, "it needs --against", "across_engines", "accuracy", "stability", "draws",
+                     "seed")  # fmt: skip
     refuse_unwritable_file(output)
     if against is not None and against.resolve() == run.resolve():
         click.echo("Note: RUN is compared with itself.", err=True)
+    from streamline_bench.core.machine.environment import printable
     from streamline_bench.gate.judge import gate
     from streamline_bench.gate.result import Thresholds
 
@@ -120,8 +125,10 @@ def command(
             history.mkdir(parents=True)
     result = gate(
         run, against, history=history, last=last, base=base, thresholds=Thresholds(**thresholds),
-        rows=rows, progress=not quiet,
+        rows=rows, across_engines=across_engines, progress=not quiet,
     )  # fmt: skip
+    if across_engines:
+        click.echo(f"Note: {printable(result.run)} against {printable(result.against)}.", err=True)
     write_json(result, output, as_json)
     if not as_json:
         _show(result, every)

@@ -29,6 +29,7 @@ from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import SamplesError
 from streamline_bench.report.build import build_leaderboard
 from streamline_bench.report.leaderboard import (
+    ComputedBy,
     GradeScore,
     Leaderboard,
     Procedure,
@@ -36,6 +37,7 @@ from streamline_bench.report.leaderboard import (
     TaskScore,
     parse_leaderboard,
 )
+from streamline_bench.report.provenance import computed_by
 from streamline_bench.report.run_file import RUN_FILE, RunFile, RunRow, read_run_file
 from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.metrics import with_metrics
@@ -123,13 +125,21 @@ class RowReference(Frozen):
     label: str
     is_dense: bool
     failed: str | None = None
+    computed_by: ComputedBy = None
     tasks: tuple[TaskReference, ...] = ()
     grades: tuple[GradeReference, ...] = ()
     speed: Speed | None = None
 
+    @property
+    def asked(self) -> dict[str, str | None]:
+        """Task -> what computed its answers; None where nothing says."""
+        tasks = [task.task for task in self.tasks] + [grade.task for grade in self.grades]
+        by = self.computed_by
+        return {task: by.get(task) if isinstance(by, dict) else by for task in tasks}
+
 
 class Reference(Frozen):
-    """A run, as far as a gate needs it. Version 2 adds ``grades`` to rows.
+    """A run, as far as a gate needs it. Version 2 adds ``grades`` and ``computed_by`` to rows.
 
     Attributes:
         source: folder or file that it was made from.
@@ -350,7 +360,10 @@ def evidence_of(
             title=board.title,
             dense=board.dense,
             method=board.method,
-            rows=tuple(_row(row, groups.get(row.label), board) for row in board.rows),
+            rows=tuple(
+                _row(row, groups.get(row.label), samples.get(row.label), board)
+                for row in board.rows
+            ),
             machine=None if throughput is None else _machine(throughput),
             versions=board.versions,
         ),
@@ -387,11 +400,18 @@ def _by_task(samples: Samples, asked: Mapping[str, str]) -> dict[Key, pd.DataFra
     return {(str(task), str(name)): rows.reset_index(drop=True) for (task, name), rows in groups}
 
 
-def _row(row: Row, groups: Mapping[Key, pd.DataFrame] | None, board: Leaderboard) -> RowReference:
+def _row(
+    row: Row,
+    groups: Mapping[Key, pd.DataFrame] | None,
+    samples: Samples | None,
+    board: Leaderboard,
+) -> RowReference:
     return RowReference(
         label=row.label,
         is_dense=row.is_dense,
         failed=row.failed,
+        # A leaderboard of an older release does not say.
+        computed_by=computed_by(samples.info) if samples else row.provenance.computed_by,
         tasks=tuple(
             _task(row, score, groups, board.method.verdict) for score in row.tasks if score.main
         ),

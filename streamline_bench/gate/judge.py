@@ -5,7 +5,7 @@ See :mod:`.task_checks` for accuracy and stability, :mod:`.speed_checks` for spe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from streamline_bench.core.recipe.validation import suggest
@@ -31,6 +31,7 @@ def gate(
     base: str | None = None,
     thresholds: Thresholds | None = None,
     rows: Sequence[str] = (),
+    across_engines: bool = False,
     progress: bool = True,
 ) -> GateResult:
     """Compare a run with a reference, with earlier runs of the machine, or with a base in it.
@@ -42,6 +43,8 @@ def gate(
             to expect. The speed of ``against`` is not looked at then.
         base: label of the model in this run that the speeds of the others are compared with.
         rows: labels to check; by default all of the reference, or of the run without one.
+        across_engines: transformers may have answered one side and vLLM the other; the result
+            names both.
 
     Raises:
         SamplesError: one of them cannot be read.
@@ -57,10 +60,11 @@ def gate(
         earlier = _history(history, figures, last, run)
         return judge_speed(figures, allowed, rows, history=earlier, base=base)
     # Answers take long to read; whatever the figures alone show to be wrong comes first.
-    require_comparable(now.figures, before.figures, rows)
+    require_comparable(now.figures, before.figures, rows, across_engines=across_engines)
     evidence = now.evidence(progress=progress)
     earlier = _history(history, evidence.figures, last, run)
-    return judge(evidence, before.evidence(progress=progress), allowed, rows, earlier)
+    reference = before.evidence(progress=progress)
+    return judge(evidence, reference, allowed, rows, earlier, across_engines=across_engines)
 
 
 def _history(
@@ -71,7 +75,13 @@ def _history(
     return read_history(Path(folder), figures.machine, last, Path(run))
 
 
-def require_comparable(run: Reference, against: Reference, rows: Sequence[str] = ()) -> None:
+def require_comparable(
+    run: Reference,
+    against: Reference,
+    rows: Sequence[str] = (),
+    *,
+    across_engines: bool = False,
+) -> None:
     """Refuse what no answer is needed to refuse; only labels and figures are looked at.
 
     Raises:
@@ -87,6 +97,26 @@ def require_comparable(run: Reference, against: Reference, rows: Sequence[str] =
             f"'{against.method.verdict}'; report both with the same --verdict."
         )
     require_rows(against, rows)
+    meeting = None if across_engines else next(_two_engines(run, against, rows), None)
+    if meeting is not None:
+        label, task, now, before = meeting
+        raise ComparisonError(
+            f"Task '{task}' of row '{label}' was answered by {now} in '{run.source}' and by "
+            f"{before} in '{against.source}', so that a change would be that of the engines too; "
+            "evaluate with one, write a new reference, or compare them by --across-engines."
+        )
+
+
+def _two_engines(
+    run: Reference, against: Reference, rows: Sequence[str]
+) -> Iterator[tuple[str, str, str, str]]:
+    """Yield row, task and engines, now and before, where these differ."""
+    old = {row.label: row.asked for row in against.rows if not rows or row.label in rows}
+    for row in run.rows:
+        for task, now in row.asked.items():
+            before = old.get(row.label, {}).get(task)
+            if now and before and now != before:
+                yield row.label, task, now, before
 
 
 def require_rows(against: Reference, rows: Sequence[str]) -> None:
@@ -120,9 +150,12 @@ def judge(
     thresholds: Thresholds,
     rows: Sequence[str] = (),
     history: History | None = None,
+    *,
+    across_engines: bool = False,
 ) -> GateResult:
     """Compare what was read (see :func:`gate`)."""
-    require_comparable(run.figures, against.figures, rows)
+    require_comparable(run.figures, against.figures, rows, across_engines=across_engines)
+    sources = _named(run.figures, against.figures, rows)
     checks: list[Check] = []
     chosen = {label: row for label, row in against.rows.items() if not rows or label in rows}
     for label, before in chosen.items():
@@ -144,8 +177,8 @@ def judge(
             "no grade and no speed. A gate does not compare perplexities or texts: see the reports."
         )
     return GateResult(
-        run=run.figures.source,
-        against=_against(against.figures.source, history),
+        run=sources[0],
+        against=_against(sources[1], history),
         thresholds=thresholds,
         checks=tuple(checks),
         new=_new(run, chosen, every=not rows),
@@ -193,6 +226,15 @@ def judge_speed(
         checks=tuple(checks),
         new=(),
     )
+
+
+def _named(run: Reference, against: Reference, rows: Sequence[str]) -> tuple[str, str]:
+    """Both sources; with what answered them where that is not the same."""
+    met = list(_two_engines(run, against, rows))
+    if not met:
+        return run.source, against.source
+    now, before = (", ".join(dict.fromkeys(each[place] for each in met)) for place in (2, 3))
+    return f"{run.source} ({now})", f"{against.source} ({before})"
 
 
 def _against(reference: str | None, history: History | None) -> str:

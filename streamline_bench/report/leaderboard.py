@@ -183,16 +183,22 @@ class Published(PublishedResult):
     ours: Estimate | None = None
 
 
+ComputedBy = str | dict[str, str] | None
+"""What computed the answers of a row, by task where that differs; None where nothing says."""
+
+
 class Provenance(Frozen):
     """Where the numbers of a row come from; the first ones are None without an evaluation.
 
-    ``date`` is when the evaluation ended (ISO 8601), ``machine`` what it ran on.
+    ``date`` is when the evaluation ended (ISO 8601), ``machine`` what it ran on; ``computed_by``
+    what computed the answers (transformers, vLLM), by task where that differs.
     """
 
     results_file: str | None
     date: str | None = None
     model: str | None
     engine: str | None
+    computed_by: ComputedBy = None
     model_args: Any = None
     source: str | None = None
     source_revision: str | None = None
@@ -205,6 +211,13 @@ class Provenance(Frozen):
     seed: int | None = None
     machine: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def evaluated_with(self) -> str | None:
+        """Harness, and what computed the answers where that is known."""
+        by = self.computed_by
+        names = dict.fromkeys(by.values()) if isinstance(by, dict) else [by]
+        return ", ".join(filter(None, [self.engine, *names])) or None
 
 
 class Rank(Frozen):

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from streamline_bench.core.checkpoint.folder import Manifest, read_manifest
 from streamline_bench.errors import SamplesError
 from streamline_bench.report.leaderboard import (
+    ComputedBy,
     CurvePoint,
     Provenance,
     Published,
@@ -134,12 +135,19 @@ def provenance(
         machine=info.machine,
         model=info.model,
         engine=f"{info.engine} {info.engine_version or ''}".strip(),
+        computed_by=computed_by(info),
         model_args=info.config.get("model_args"),
         weights_sha256=str(weights) if weights else None,
         recipe=recipe,
         versions={**(manifest.versions if manifest else {}), **info.versions},
         **made,
     )
+
+
+def computed_by(info: RunInfo) -> ComputedBy:
+    """What computed the answers: one name, or one for each task where they differ."""
+    names = dict.fromkeys(info.computed_by.values())
+    return next(iter(names)) if len(names) == 1 else dict(info.computed_by) or None
 
 
 def _iso(timestamp: str | None) -> str | None:

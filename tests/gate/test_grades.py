@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from streamline_bench.errors import SamplesError
+from streamline_bench.errors import ComparisonError, SamplesError
 from streamline_bench.gate.evidence import open_source, read_evidence, write_reference
 from streamline_bench.gate.judge import gate
 from streamline_bench.gate.result import Check, GateResult, Thresholds
@@ -24,10 +24,14 @@ FAST = Thresholds(draws=1000)
 def graded(lm_eval_outputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Make a run folder; ``change`` maps a grade of the pruned row to another."""
 
-    def make(change: Callable[[float], float] = float) -> Path:
+    def make(change: Callable[[float], float] = float, model: str = "hf") -> Path:
         folder = tmp_path_factory.mktemp("graded")
         for side in ("dense", "pruned"):
             shutil.copytree(lm_eval_outputs / "graded" / side, folder / side)
+            about = next((folder / side).rglob("results_*.json"))
+            found = json.loads(about.read_text(encoding="utf-8"))
+            found["config"]["model"] = model
+            about.write_text(json.dumps(found), encoding="utf-8")
         file = next((folder / "pruned").rglob("samples_graded_summary_*.jsonl"))
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         for line in lines:
@@ -75,6 +79,26 @@ def test_a_reference_file_keeps_the_grades(before: Path, tmp_path: Path) -> None
     grades = {grade.task: grade for row in figures.rows for grade in row.grades if not row.is_dense}
     assert grades["graded_summary"].metric == "rouge1"
     assert 0.8 <= min(grades["graded_summary"].values or ()) <= 1
+
+
+def test_two_engines_meet_only_where_it_is_asked_for(
+    before: Path, graded: Callable[..., Path], tmp_path: Path
+) -> None:
+    other, reference = graded(lambda grade: 80 + grade / 10, "vllm"), tmp_path / "reference.json"
+    write_reference(read_evidence(before, progress=False).figures, reference)
+    shutil.copy(other / "leaderboard.json", tmp_path / "leaderboard.json")  # without its answers
+    for run, against in ((other, before), (other, reference), (tmp_path, reference)):
+        with pytest.raises(ComparisonError, match=r"by vLLM in .* by transformers .*--across-eng"):
+            gate(run, against, thresholds=FAST, progress=False)
+    assert gate(other, other, thresholds=FAST, progress=False).passed
+    result = gate(other, reference, thresholds=FAST, across_engines=True, progress=False)
+    assert result.passed and {check.quantity for check in result.checks} >= {"accuracy", "grade"}
+    assert result.run.endswith("(vLLM)") and result.against.endswith("(transformers)")
+    older = json.loads(reference.read_text())  # it does not say what answered
+    for row in older["rows"]:
+        del row["computed_by"]
+    reference.write_text(json.dumps(older))
+    assert gate(other, reference, thresholds=FAST, progress=False).passed
 
 
 def test_without_answers_the_estimates_are_compared(before: Path, tmp_path: Path) -> None:

@@ -243,3 +243,17 @@ def test_other_data_sets(opencompass_files: Any, runs: tuple[Path, Path], tmp_pa
 def test_engines_are_not_mixed(runs: tuple[Path, Path], lm_eval_outputs: Path) -> None:
     with pytest.raises(ComparisonError, match=r"differ in engine: .* of opencompass, .*lm-eval"):
         compared((runs[0], lm_eval_outputs / "dense"))
+
+
+def test_two_engines_meet_only_where_it_is_allowed(opencompass_files: Any, tmp_path: Path) -> None:
+    for seed, kind in enumerate(("HuggingFaceBaseModel", "VLLM", "HuggingFaceBaseModel")):
+        run = tmp_path / str(seed) / "20260101_120000"
+        entries = opencompass_files.ppl(20, seed=seed)
+        opencompass_files.write(run / "predictions" / "tiny", "arc", entries)
+        config = opencompass_files.write_config(run, "tiny", {"arc": 1})
+        config.write_text(config.read_text().replace("HuggingFaceBaseModel", kind))
+    dense, served, pruned = (load_samples(tmp_path / str(seed)) for seed in range(3))
+    with pytest.raises(ComparisonError, match=r"'arc'.*by transformers.*by vLLM.*--across-engines"):
+        compare_answers(dense, served, settings=FAST)
+    assert compare_answers(dense, served, across_engines=True, settings=FAST).tasks
+    assert compare_answers(dense, pruned, settings=FAST).tasks

@@ -159,7 +159,7 @@ def _notes(board: Leaderboard, row: Row, task: TaskScore) -> str:
     notes.append(f"{task.n} documents")
     if task.shots is not None:
         notes.append(f"{task.shots}-shot")
-    notes.append(str(row.provenance.engine))
+    notes.append(str(row.provenance.evaluated_with))
     notes.append(f"streamline-bench {board.versions.get('streamline-bench', '')}".strip())
     return ", ".join(notes)
 

@@ -266,7 +266,7 @@ def _setup(board: Leaderboard, rows: Sequence[Row]) -> list[tuple[str, str]]:
         ("Model", str(next((row.provenance.source for row in rows if row.provenance.source),
                            origin.model) or "")),
         ("Machine", machine or ""),
-        ("Engine", origin.engine or ""),
+        ("Engine", origin.evaluated_with or ""),
         ("Calibration", " to ".join(f"{n:,}" for n in dict.fromkeys((tokens[0], tokens[-1])))
          + " tokens" if tokens else ""),
         ("Time in all", duration(seconds) if seconds else ""),

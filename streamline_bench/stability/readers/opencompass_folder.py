@@ -28,8 +28,20 @@ _RUN = re.compile(r"^\d{8}_\d{6}$")
 _PART = re.compile(r"^(?P<name>.+)_(?P<part>[0-9]{1,9})$")
 _BEGINNING = re.compile(rb'^\s*\{\s*"\d+"\s*:\s*\{')
 
+_OF_TRANSFORMERS = ("HuggingFace", "ModelScope", "StreamlineModel", "StreamlineChatModel")
+_OF_VLLM = ("VLLM", "StreamlineVLLM")
+"""How the names of OpenCompass' and our model classes begin, by what computes their answers."""
+
 _NO_SETTINGS = frozenset({"batch_size", "run_cfg", "max_workers"})
 """Keys of a model's config that decide speed or place, and no answer."""
+
+
+def engine_behind(kind: str) -> str:
+    """transformers, vLLM, or the name of another model class of OpenCompass (``package.Class``)."""
+    name = kind.rsplit(".", 1)[-1]
+    if name.startswith(_OF_TRANSFORMERS):
+        return "transformers"
+    return "vLLM" if name.startswith(_OF_VLLM) else name
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,12 @@ class Predictions:
     def model(self) -> str:
         """The model's abbreviation."""
         return self.folder.name
+
+    @property
+    def computed_by(self) -> str | None:
+        """What computed the answers, by the model's class; None where there is no config."""
+        kind = (self.settings or {}).get("type")
+        return engine_behind(kind) if isinstance(kind, str) else None
 
     def difference(self, other: Predictions) -> str | None:
         """The first setting of the model that differs, with both values; None if none does."""

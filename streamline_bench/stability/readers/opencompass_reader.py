@@ -318,6 +318,7 @@ def _run_info(found: Predictions, label: str, answers: dict[str, _Answers]) -> R
         task_hashes={name: task_hash(each.rows) for name, each in answers.items()},
         groups={group: names for group, names in groups.items() if len(names) > 1},
         config=dict(found.settings or {}),
+        computed_by=dict.fromkeys(answers, found.computed_by) if found.computed_by else {},
         metrics={
             name: [*_verdict_first(each.rows), *each.evaluation.graded]
             for name, each in answers.items()

@@ -11,7 +11,7 @@ import pytest
 
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.readers.load import load_samples
-from streamline_bench.stability.readers.opencompass_folder import find_predictions
+from streamline_bench.stability.readers.opencompass_folder import engine_behind, find_predictions
 
 
 @pytest.fixture
@@ -246,7 +246,25 @@ def test_config_is_read_as_data(opencompass_files: Any, work: Path) -> None:
     run = work / "20260102_120000"
     path = next((run / "configs").iterdir())
     path.write_text(path.read_text() + "import os\nos.remove('x')\nmodels[0]['y'] = 1\n")
-    assert load_samples(run).info.config["type"] == "opencompass.models.HuggingFaceBaseModel"
+    info = load_samples(run).info
+    assert info.config["type"] == "opencompass.models.HuggingFaceBaseModel"
+    assert info.computed_by == {"arc": "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "computed_by"),
+    [
+        ("opencompass.models.HuggingFacewithChatTemplate", "transformers"),
+        ("opencompass.models.VLLMwithChatTemplate", "vLLM"),
+        ("opencompass.models.turbomind.TurboMindModel", "TurboMindModel"),
+        ("streamline_bench.opencompass.StreamlineModel", "transformers"),
+        ("streamline_bench.opencompass.StreamlineChatModel", "transformers"),
+        ("streamline_bench.opencompass.StreamlineVLLM", "vLLM"),
+        ("streamline_bench.opencompass.StreamlineVLLMChat", "vLLM"),
+    ],
+)
+def test_what_is_behind_a_model_class(kind: str, computed_by: str) -> None:
+    assert engine_behind(kind) == computed_by
 
 
 @pytest.mark.parametrize(
