@@ -47,7 +47,7 @@ class Marking:
     def __init__(self, *_: Any) -> None:
         self._waiting: list[tuple[RunPaths, Job]] = []
 
-    def has_room(self) -> bool:
+    def has_room(self, kind: str) -> bool:
         return True
 
     def submit(self, run: RunPaths, job: Job) -> None:

@@ -89,15 +89,20 @@ if TYPE_CHECKING:
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of a job.")
 @until_option
 @click.option("--trunk/--no-trunk", default=True, help="Run shared layers once for all models.")
-@click.option("--executor", type=click.Choice(["local", "ray"]), default="local",
+@click.option("--executor", type=click.Choice(["local", "ray", "slurm"]), default="local",
               help="Where the jobs run.")  # fmt: skip
 @click.option("--ray-address", default="auto", help="Address of a Ray cluster.")
+@click.option("--slurm", multiple=True, metavar="KEY=VALUE",
+              help="Set an option of sbatch, such as partition=gpu.")  # fmt: skip
 @click.option("--cpus-per-job", default="1", metavar="N[,KIND=N…]",
-              help="CPUs per job on a Ray cluster, such as 8,compress=2; KIND is compress, "
+              help="CPUs per job on a cluster, such as 8,compress=2; KIND is compress, "
               "score, text or measure.")  # fmt: skip
-@click.option("--workers", type=click.IntRange(min=1), help="Jobs at a time on this machine.")
+@click.option("--workers", type=click.IntRange(min=1),
+              help="Jobs at a time, on this machine or in Slurm's queue.")  # fmt: skip
 @click.option("--gpus", help="Comma-separated ids of the GPUs to use.")
-@click.option("--gpus-per-job", type=click.IntRange(min=0), help="GPUs per job; 1 with --gpus.")
+@click.option("--gpus-per-job", metavar="N[,KIND=N…]",
+              help="GPUs per job, such as 1,compress=4; 1 with --gpus. Several GPUs train or score "
+              "in as many processes; vLLM splits a model over them.")  # fmt: skip
 @click.option("--retries", type=click.IntRange(min=0), default=2,
               help="Attempts after a job's process died.")  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds per job.")
@@ -136,10 +141,17 @@ def command(
         raise click.UsageError("Missing option '-o' / '--output': the run folder.")
     from streamline_bench.runs.run import compare_request
 
-    if options["executor"] == "ray":
-        refuse_given(ctx, "a Ray cluster shares out its own machines", "workers", "gpus")
+    where = options["executor"]
+    if where != "local":
+        refuse_given(ctx, "a cluster shares out its own machines", "gpus")
+    if where == "ray":
+        refuse_given(ctx, "a Ray cluster keeps its own queue", "workers")
     else:
-        refuse_given(ctx, "it needs --executor ray", "ray_address", "cpus_per_job")
+        refuse_given(ctx, "it needs --executor ray", "ray_address")
+    if where != "slurm":
+        refuse_given(ctx, "it needs --executor slurm", "slurm")
+    if where == "local":
+        refuse_given(ctx, "it needs --executor ray or slurm", "cpus_per_job")
     if model is not None and models is not None:
         raise click.UsageError("Give the models either as MODEL or with --model.")
     request = read_options(models or model, plan, options)
@@ -402,23 +414,35 @@ def read_execution(options: Mapping[str, Any]) -> Execution:
     """Return how to run it (RecipeError: values that cannot be)."""
     from streamline_bench.runs.execution.options import Execution
 
-    cpus, by_kind = parse_cpus(options["cpus_per_job"])
-    same = "executor ray_address workers gpus_per_job retries timeout trunk".split()
+    cpus, cpus_by_kind = per_job("--cpus-per-job", options["cpus_per_job"])
+    gpus, gpus_by_kind = per_job("--gpus-per-job", options["gpus_per_job"] or "")
+    same = "executor ray_address workers retries timeout trunk".split()
     return Execution(
-        gpus=tuple(names_in(options["gpus"] or "")), cpus_per_job=cpus, cpus_by_kind=by_kind,
+        gpus=tuple(names_in(options["gpus"] or "")),
+        gpus_per_job=gpus,
+        gpus_by_kind=gpus_by_kind,
+        cpus_per_job=1 if cpus is None else cpus,
+        cpus_by_kind=cpus_by_kind,
+        slurm=_sbatch_options(options["slurm"]),
         **{key: options[key] for key in same},
-    )  # fmt: skip
+    )
 
 
-def parse_cpus(text: str) -> tuple[int, dict[str, int]]:
-    """Read ``8`` or ``8,compress=2``: CPUs of all jobs, of one kind (RecipeError: another form)."""
-    common, by_kind = 1, {}
-    for part in text.split(","):
+def _sbatch_options(given: tuple[str, ...]) -> dict[str, str]:
+    pairs = [part.partition("=") for part in given]
+    for name, _, value in pairs:
+        if not name.strip(" -") or not value:
+            raise RecipeError(f"--slurm '{name}' has no value; write such as partition=gpu.")
+    return {name.strip(" -").replace("-", "_"): value for name, _, value in pairs}
+
+
+def per_job(option: str, text: str) -> tuple[int | None, dict[str, int]]:
+    """Read ``8`` or ``8,compress=2``: of all jobs, of one kind (RecipeError: another form)."""
+    common, by_kind = None, {}
+    for part in filter(None, text.split(",")):
         kind, separator, number = part.rpartition("=")
         if not number.strip().isdecimal() or (separator and not kind.strip()):
-            raise RecipeError(
-                f"--cpus-per-job '{text}' is neither a number nor such as '8,compress=2'."
-            )
+            raise RecipeError(f"{option} '{text}' is neither a number nor such as '8,compress=2'.")
         if separator:
             by_kind[kind.strip()] = int(number)
         else:

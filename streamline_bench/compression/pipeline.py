@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +135,7 @@ def compress(
         return _compress_into(Path(output), source, recipe, cache, own, dtype, placement, overwrite)
 
     with joined(device) as ranks:
-        if _trains(recipe):
+        if trains(recipe):
             return into(ranks.in_turn(find))
         return ranks.first(lambda: into(find()))
 
@@ -218,12 +218,14 @@ def compress_shared(
     placement: Placement = "auto",
     trust_remote_code: bool = False,
     progress: bool = True,
+    make: Callable[[], object] | None = None,
 ) -> bool:
     """Take a checkpoint from the cache into ``output``, or make it there and share it.
 
     Args:
         output: replaced if it is there.
         work: where interrupted work is kept, so that the next call resumes it.
+        make: makes ``output`` in processes of its own, by :func:`compress`; None: it is made here.
 
     Returns:
         Whether it was in the cache.
@@ -249,7 +251,12 @@ def compress_shared(
         if shared and (found := find_cached(key)) is not None:
             take(found, output, recipe.model_dump(mode="json"))
             return True
-        _compress_into(Path(output), source, recipe, work, device, dtype, placement, overwrite=True)
+        if make is None:
+            _compress_into(
+                Path(output), source, recipe, work, device, dtype, placement, overwrite=True
+            )
+        else:
+            make()
         if shared:
             share(Path(output), key)
     return False
@@ -326,7 +333,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
             folder.rmdir()  # an empty one only: what a refusal leaves
 
 
-def _trains(recipe: Recipe) -> bool:
+def trains(recipe: Recipe) -> bool:
     """Whether something is trained, which several processes share."""
     return recipe.trains_replacement or recipe.recovery is not None
 
@@ -336,8 +343,9 @@ def _refuse_several_processes() -> None:
     processes = launched().count
     if processes != 1:
         raise RecipeError(
-            f"A job of a comparison is one process, not {processes}; run 'streamline-bench "
-            "compare' without accelerate launch or torchrun."
+            f"A job of a comparison is started as one process, not {processes}; run "
+            "'streamline-bench compare' without accelerate launch or torchrun, and give "
+            "--gpus-per-job."
         )
 
 

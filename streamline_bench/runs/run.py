@@ -18,8 +18,10 @@ from streamline_bench.runs.execution.progress import watching
 from streamline_bench.runs.execution.scheduler import Scheduler
 from streamline_bench.runs.finish import Results, write_report_once
 from streamline_bench.runs.folder import RunPaths, check_output, claim, locked
+from streamline_bench.runs.jobs.job import Job
+from streamline_bench.runs.jobs.kinds import MeasureJob
 from streamline_bench.runs.jobs.planned import measure_jobs, plan_jobs
-from streamline_bench.runs.jobs.score import forget_answers
+from streamline_bench.runs.jobs.score import ScoreJob, forget_answers
 from streamline_bench.runs.planning.checks import check_before
 from streamline_bench.runs.planning.growth import grown
 from streamline_bench.runs.planning.plan import Plan, read_plan
@@ -164,13 +166,10 @@ def compare_request(
         plan = resolve_plan(request, device=execution.device, asked=asked, progress=progress)
         execution.check_device(plan.device)
         execution.check_threads(plan.threads)
-        executor: Executor = LocalExecutor(execution)
-        if execution.executor == "ray":
-            from streamline_bench.runs.execution.ray_executor import RayExecutor
-
-            executor = RayExecutor(execution)
+        execution.check_measured(plan.throughput)
+        paths = RunPaths(output)
+        executor = _executor(execution)
         try:
-            paths = RunPaths(output)
             here = execution.job_slots if execution.executor == "local" else None
             there = None if overwrite else read_plan(output)
             check_before(grown(there, plan), paths, jobs_at_a_time=here, until=until)
@@ -191,13 +190,16 @@ def _run(
                 executor,
                 retries=execution.retries,
                 one_process=execution.executor == "local" and execution.job_slots == 1,
+                gpus=execution.job_slots if execution.gpus else 1,
                 watch=watch,
             )
-            scheduler.do(plan_jobs(plan, run, until=until, trunk=execution.trunk))
+            jobs = plan_jobs(plan, run, until=until, trunk=execution.trunk)
+            scheduler.do([shared_out(job, execution) for job in jobs])
             if plan.throughput != "none" and until != "compress":
                 # When nothing else runs that would take its time.
                 labels = Results(run, plan, scheduler.states).distinct()
-                scheduler.do(measure_jobs(plan, labels, execution.threads_alone, run))
+                measured = measure_jobs(plan, labels, execution.threads_alone, run)
+                scheduler.do([shared_out(job, execution) for job in measured])
     finally:
         executor.stop()
     results = Results(run, plan, scheduler.states)
@@ -216,6 +218,30 @@ def _run(
         ignored_options=results.ignored_options(),
         jobs={name: state.status for name, state in scheduler.states.items()},
     )
+
+
+def _executor(execution: Execution) -> Executor:
+    if execution.executor == "ray":
+        from streamline_bench.runs.execution.ray_executor import RayExecutor
+
+        return RayExecutor(execution)
+    if execution.executor == "slurm":
+        from streamline_bench.runs.execution.slurm_executor import SlurmExecutor
+
+        return SlurmExecutor(execution)
+    return LocalExecutor(execution)
+
+
+def shared_out(job: Job, execution: Execution) -> Job:
+    """Return the job with as many processes as its kind has GPUs.
+
+    A walk through layers in common is one process: models that several share are scored apart.
+    """
+    processes = max(1, execution.gpus_of(job.kind))
+    if isinstance(job, MeasureJob) and job.engine == "hf":
+        processes = 1
+    alone = {"shareable": False} if isinstance(job, ScoreJob) and processes > 1 else {}
+    return job.model_copy(update={"processes": processes, **alone})
 
 
 @contextmanager

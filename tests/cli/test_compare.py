@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from streamline_bench.cli.compare import (
-    parse_cpus,
     parse_row,
+    per_job,
     read_execution,
     read_options,
 )
@@ -121,7 +121,7 @@ def test_options_win_over_the_plan_file(asked: Callable[..., Request], tmp_path:
         (["bundled", "--recipes", "dense", "--row", "x"], "LABEL=RECIPE"),
         (["bundled", "--recipes", "dense", "--batch-size", "many"], "batch_size"),
         (["no/such/model", "--recipes", "dense", "--tasks", "t"], "no/such/model"),
-        (["bundled", "--recipes", "dense", "--gpus", "0", "--gpus-per-job", "2"], "would leave"),
+        (["bundled", "--recipes", "dense", "--gpus", "0", "--gpus-per-job", "2"], "names 1 GPUs"),
         (
             ["bundled", "--recipes", "dense", "--gpus", "0", "--device", "cuda:1"],
             "give --device cuda",
@@ -194,12 +194,13 @@ def test_a_text_that_is_missing_or_damaged_is_refused_before_anything_runs(
 def test_how_it_is_run_is_no_part_of_the_request() -> None:
     options = {
         "executor": "ray", "ray_address": "10.0.0.1:6379", "workers": 3,
-        "cpus_per_job": "8,compress=2", "gpus": "0, 1", "gpus_per_job": 1, "retries": 5,
-        "timeout": 60.0, "trunk": False,
+        "cpus_per_job": "8,compress=2", "gpus": "0, 1", "gpus_per_job": "1,compress=2",
+        "slurm": ("partition=a", "--mem-per-gpu=1G"), "retries": 5, "timeout": 60.0, "trunk": False,
     }  # fmt: skip
     assert read_execution(options) == Execution(
         executor="ray", ray_address="10.0.0.1:6379", cpus_per_job=8, workers=3, gpus=("0", "1"),
-        cpus_by_kind={"compress": 2}, gpus_per_job=1, retries=5, timeout=60.0, trunk=False,
+        cpus_by_kind={"compress": 2}, gpus_per_job=1, gpus_by_kind={"compress": 2},
+        slurm={"partition": "a", "mem_per_gpu": "1G"}, retries=5, timeout=60.0, trunk=False,
     )  # fmt: skip
 
 
@@ -370,15 +371,15 @@ def test_a_row_that_is_none(text: str) -> None:
 
 
 def test_cpus_as_text() -> None:
-    assert parse_cpus("3") == (3, {})
-    assert parse_cpus("measure=16") == (1, {"measure": 16})
-    assert parse_cpus("8, compress=2") == (8, {"compress": 2})
+    assert per_job("--cpus-per-job", "3") == (3, {})
+    assert per_job("--gpus-per-job", "measure=16") == (None, {"measure": 16})
+    assert per_job("--cpus-per-job", "8, compress=2") == (8, {"compress": 2})
 
 
 @pytest.mark.parametrize("text", ["", "x", "2,", "=2", "compress=", "compress=two", "-1", "1.5"])
 def test_what_is_no_number_of_cpus(text: str) -> None:
     with pytest.raises(RecipeError, match=r"is neither a number nor such as '8,compress=2'\.$"):
-        parse_cpus(text)
+        per_job("--cpus-per-job", text)
 
 
 def test_a_finished_comparison_ends_with_its_table(

@@ -8,8 +8,10 @@ in which nothing here costs or changes anything. Accelerate starts the group of 
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -215,6 +217,48 @@ def own_device(device: str) -> str:
             "start fewer processes."
         )
     return f"{kind}:{number}"
+
+
+def run_in_ranks(
+    command: Sequence[str], count: int, environment: Mapping[str, str] | None = None
+) -> int:
+    """Run a command in ``count`` processes of this machine, as torchrun does, and wait for them.
+
+    One process is started as it is. They belong to this process's group and end with it, which
+    torchrun's do not. When one fails, the others are ended.
+
+    Args:
+        environment: variables where this process has none of these names.
+
+    Returns:
+        The exit code of the first that failed, else 0.
+    """
+    variables = {**(environment or {}), **os.environ}
+    if count == 1:
+        return subprocess.run(command, stdin=subprocess.DEVNULL, env=variables).returncode
+    with socket.socket() as probe:  # free a moment ago; the store of the main rank takes it
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": port}  # fmt: skip
+    ranks: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(count):
+            own = {**common, "RANK": rank, "LOCAL_RANK": rank}
+            named = variables | {name: str(value) for name, value in own.items()}
+            ranks.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, env=named))
+        while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
+            time.sleep(0.1)
+        return next((code for code in codes if code), 0)
+    finally:
+        for process in ranks:
+            process.terminate()
+        for process in ranks:
+            try:
+                process.wait(_PATIENCE.total_seconds() + 2)  # one may still say what went wrong
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 @contextmanager

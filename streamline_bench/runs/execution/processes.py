@@ -43,8 +43,8 @@ class Ended:
 class Executor(Protocol):
     """Runs jobs of one run folder."""
 
-    def has_room(self) -> bool:
-        """Whether a job that is submitted now can start."""
+    def has_room(self, kind: str) -> bool:
+        """Whether a job of this kind can start if it is submitted now."""
 
     def submit(self, run: RunPaths, job: Job) -> None:
         """Start a job, or hand it to the cluster."""
@@ -114,14 +114,51 @@ def outcome(process: JobProcess, limit: float | None) -> tuple[int, str | None] 
     return 1, f"It ran longer than {limit:g} s (--timeout)."
 
 
+def environment_of(job: Job, cpus: int) -> dict[str, str]:
+    """Return the variables of a job on another machine: threads, and settings of data and caches.
+
+    Args:
+        cpus: that the job asks for.
+    """
+    named = ("HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    own = {
+        key: value
+        for key, value in os.environ.items()
+        if key.startswith("STREAMLINE_BENCH_") or key in named
+    }
+    threads = max(1, cpus // job.processes)
+    return {"OMP_NUM_THREADS": str(threads), **own, **job.environment}
+
+
+def run_job_here(
+    run: str, name: str, environment: dict[str, str], timeout: float | None, folder: str
+) -> tuple[int, str | None]:
+    """On a worker: do one job in a process that ends with the worker.
+
+    Args:
+        folder: where the comparison was started; relative paths in recipes start there.
+
+    Returns:
+        Its exit code, and the reason where it was stopped here.
+    """
+    process = JobProcess(RunPaths(Path(run)), name, environment, Path(folder))
+    try:
+        while (found := outcome(process, timeout)) is None:
+            time.sleep(_POLL)
+    except BaseException:
+        process.end()
+        raise
+    return found
+
+
 class _Running(NamedTuple):
     process: JobProcess
-    gpu: str | None
+    gpus: list[str]
     limit: float | None
 
 
 class LocalExecutor:
-    """A pool of job processes on this machine, each with a GPU of its own.
+    """A pool of job processes on this machine, each with GPUs of its own.
 
     Attributes:
         execution: number of workers, GPUs, time limit.
@@ -132,22 +169,25 @@ class LocalExecutor:
         self._free = list(execution.gpus)
         self._running: dict[str, _Running] = {}
 
-    def has_room(self) -> bool:
-        """Whether a worker, and its GPU, are free."""
-        return len(self._running) < self.execution.job_slots
+    def has_room(self, kind: str) -> bool:
+        """Whether a worker, and its GPUs, are free."""
+        free = len(self._free) >= self.execution.gpus_of(kind)
+        return free and len(self._running) < self.execution.job_slots
 
     def submit(self, run: RunPaths, job: Job) -> None:
         """Start the job's process (OutputError: its log cannot be written)."""
-        gpu = self._free.pop(0) if self._free else None
-        threads = os.environ.get("OMP_NUM_THREADS", str(self.execution.threads_per_job))
+        number = self.execution.gpus_of(job.parts[0].kind)
+        gpus, self._free = self._free[:number], self._free[number:]
+        share = max(1, self.execution.threads_per_job // job.processes)
+        threads = os.environ.get("OMP_NUM_THREADS", str(share))
         environment = {"OMP_NUM_THREADS": threads, **job.environment}
-        if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         elif self.execution.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
         process = JobProcess(run, job.name, environment)
         limit = time_limit(job, self.execution.timeout)
-        self._running[job.name] = _Running(process, gpu, limit)
+        self._running[job.name] = _Running(process, gpus, limit)
 
     def ended(self, timeout: float) -> list[Ended]:
         until = time.monotonic() + timeout
@@ -163,10 +203,9 @@ class LocalExecutor:
             self._running.pop(name).process.end()
 
     def _look(self, name: str) -> Ended | None:
-        process, gpu, limit = self._running[name]
+        process, gpus, limit = self._running[name]
         if (found := outcome(process, limit)) is None:
             return None
         del self._running[name]
-        if gpu is not None:
-            self._free.append(gpu)
+        self._free += gpus
         return Ended(name, *found)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from streamline_bench.core.machine.environment import printable
 from streamline_bench.runs.execution.scheduler import JobState
 from streamline_bench.runs.folder import RunPaths
-from streamline_bench.runs.jobs.score import last_line
+from streamline_bench.runs.jobs.job import last_line
 
 if TYPE_CHECKING:
     from rich.console import Console

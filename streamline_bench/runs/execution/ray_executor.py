@@ -7,14 +7,18 @@ no data. A job asks for CPUs and GPUs; Ray chooses the machine and sets ``CUDA_V
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from streamline_bench.errors import ClusterError, MissingDependencyError, first_line, library_errors
 from streamline_bench.runs.execution.options import JOB_KINDS, Execution
-from streamline_bench.runs.execution.processes import Ended, JobProcess, outcome, time_limit
+from streamline_bench.runs.execution.processes import (
+    Ended,
+    environment_of,
+    run_job_here,
+    time_limit,
+)
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Job
 
@@ -60,28 +64,22 @@ class RayExecutor:
             self.stop()
             raise
 
-    def has_room(self) -> bool:
+    def has_room(self, kind: str) -> bool:
         """Ray keeps its own queue."""
         return True
 
     def submit(self, run: RunPaths, job: Job) -> None:
         """Queue the job."""
         execution = self.execution
-        cpus = execution.cpus_of(job.parts[0].kind)
+        kind = job.parts[0].kind
+        cpus = execution.cpus_of(kind)
         remote = self._ray.remote(run_job_here).options(
             name=job.name,
             num_cpus=cpus,
-            num_gpus=execution.gpus_of_a_job,
+            num_gpus=execution.gpus_of(kind),
             max_retries=0,  # attempts are counted, and limited, by the scheduler
         )
-        # Settings of data and caches, which the machines of a cluster do not have.
-        named = ("HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-        own = {
-            key: value
-            for key, value in os.environ.items()
-            if key.startswith("STREAMLINE_BENCH_") or key in named
-        }
-        environment = {"OMP_NUM_THREADS": str(cpus), **own, **job.environment}
+        environment = environment_of(job, cpus)
         here = str(Path.cwd())
         limit = time_limit(job, execution.timeout)
         reference = remote.remote(str(run.root), job.name, environment, limit, here)
@@ -117,13 +115,13 @@ class RayExecutor:
         """Refuse what no machine can ever satisfy, and to leave GPUs idle unasked."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         gpus = sum(node.get("GPU", 0) for node in nodes)
-        if gpus and self.execution.gpus_per_job is None:
+        if gpus and self.execution.gpus_per_job is None and not self.execution.gpus_by_kind:
             raise ClusterError(
                 f"The Ray cluster has {gpus:g} GPUs, and without --gpus-per-job jobs would compute "
                 "on its CPUs; give --gpus-per-job 1 to use them, or 0 to leave them out."
             )
         for kind in JOB_KINDS:
-            wanted = {"CPU": self.execution.cpus_of(kind), "GPU": self.execution.gpus_of_a_job}
+            wanted = {"CPU": self.execution.cpus_of(kind), "GPU": self.execution.gpus_of(kind)}
             if any(all(node.get(k, 0) >= v for k, v in wanted.items()) for node in nodes):
                 continue
             asked = ", ".join(f"{value} {name}" for name, value in wanted.items() if value)
@@ -131,24 +129,3 @@ class RayExecutor:
                 f"No machine of the Ray cluster has {asked}, which a {kind} job asks for; lower "
                 "--cpus-per-job or --gpus-per-job."
             )
-
-
-def run_job_here(
-    run: str, name: str, environment: dict[str, str], timeout: float | None, folder: str
-) -> tuple[int, str | None]:
-    """On a worker: do one job in a process that ends with the worker.
-
-    Args:
-        folder: where the comparison was started; relative paths in recipes start there.
-
-    Returns:
-        Its exit code, and the reason where it was stopped here.
-    """
-    process = JobProcess(RunPaths(Path(run)), name, environment, Path(folder))
-    try:
-        while (found := outcome(process, timeout)) is None:
-            time.sleep(_POLL)
-    except BaseException:
-        process.end()
-        raise
-    return found

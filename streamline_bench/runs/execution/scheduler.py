@@ -14,8 +14,15 @@ from streamline_bench.errors import StreamlineBenchError
 from streamline_bench.runs.execution.processes import Ended, Executor
 from streamline_bench.runs.execution.same_weights import Weights
 from streamline_bench.runs.folder import RunPaths
-from streamline_bench.runs.jobs.job import Done, Job, forget_failure, read_done, read_failed
-from streamline_bench.runs.jobs.score import ScoreJob, last_line, score_together_job
+from streamline_bench.runs.jobs.job import (
+    Done,
+    Job,
+    forget_failure,
+    last_line,
+    read_done,
+    read_failed,
+)
+from streamline_bench.runs.jobs.score import ScoreJob, score_together_job
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +80,7 @@ class Scheduler:
         *,
         retries: int,
         one_process: bool,
+        gpus: int = 1,
         watch: Callable[[Mapping[str, JobState]], None],
     ) -> None:
         self.states: dict[str, JobState] = {}
@@ -80,6 +88,7 @@ class Scheduler:
         self._executor = executor
         self._retries = retries
         self._one_process = one_process
+        self._gpus = gpus
         self._watch = watch
         self._started: dict[str, Job] = {}
         self._tries: Counter[str] = Counter()
@@ -130,11 +139,12 @@ class Scheduler:
     def _start_ready(self, waiting: Sequence[Job]) -> None:
         together = [job for job in _shareable(waiting) if job.name not in self._alone]
         for job in waiting:
-            if self._executor.has_room() and job not in together and self._ready(job):
+            room = self._executor.has_room(job.kind)
+            if room and job not in together and self._ready(job):
                 self._start(job)
         for same in _by_question(together):
             if all(map(self._ready, same)):
-                if self._executor.has_room():
+                if self._executor.has_room("score"):
                     self._start_together(same)
             elif not self._one_process:
                 self._start_strangers(filter(self._ready, same))
@@ -146,7 +156,7 @@ class Scheduler:
         # Dense may have its result already; the others are compared with it.
         dense = self._dense(jobs)
         among = [dense, *(job for job in jobs if job is not dense)]
-        found = groups_of(self._run, among, one_process=self._one_process)
+        found = groups_of(self._run, among, one_process=self._one_process, gpus=self._gpus)
         # Started with the other single jobs as soon as there is room.
         self._alone.update(found.alone)
         for group in ([job for job in group if job in jobs] for group in found.groups):
@@ -154,7 +164,7 @@ class Scheduler:
                 several = len(self._all_shareable()) > 1  # else there is no company to miss
                 why = "no other row was left to score it with" if several else None
                 self._alone.setdefault(group[0].name, why)
-            elif group and self._executor.has_room():
+            elif group and self._executor.has_room("score"):
                 self._start(score_together_job(group))
 
     def _start_strangers(self, jobs: Iterable[ScoreJob]) -> None:
@@ -166,7 +176,7 @@ class Scheduler:
         for job in jobs:
             if job is dense or job.name in self._looked_at:
                 continue
-            if not self._executor.has_room():
+            if not self._executor.has_room("score"):
                 return
             self._looked_at.add(job.name)
             why = groups_of(self._run, [dense, job], one_process=False).alone.get(job.name)
@@ -236,16 +246,20 @@ class Grouping:
     alone: dict[str, str] = field(default_factory=dict)
 
 
-def groups_of(run: RunPaths, jobs: Sequence[ScoreJob], *, one_process: bool) -> Grouping:
+def groups_of(
+    run: RunPaths, jobs: Sequence[ScoreJob], *, one_process: bool, gpus: int = 1
+) -> Grouping:
     """Return which of these jobs are worth doing in one walk through the model.
 
     Args:
         one_process: there is only one worker, for which loading the harness once for all is worth
             it even where nothing is shared.
+        gpus: that score at the same time. Models apart on all of them may be done before a walk
+            on one of them is; layers are what is counted.
     """
     if one_process or len(jobs) < 2:
         return Grouping([list(jobs)])
-    from streamline_bench.harness.trunk.stack import read_stack, solo_reason, walks_of
+    from streamline_bench.harness.trunk.stack import legs_of, read_stack, solo_reason, walks_of
 
     stacks, alone = {}, {}
     for job in jobs:
@@ -259,9 +273,18 @@ def groups_of(run: RunPaths, jobs: Sequence[ScoreJob], *, one_process: bool) -> 
         except StreamlineBenchError as error:
             alone[job.name] = f"its layers cannot be compared with those of other rows: {error}"
     by_name = {job.name: job for job in jobs}
-    groups = [[by_name[name] for name in names] for names in walks_of(stacks)]
+    groups: list[list[ScoreJob]] = []
+    for names in walks_of(stacks):
+        depths = [len(stacks[name].steps) for name in names]
+        shared = sum(leg.start for leg in legs_of(names, stacks))
+        if len(names) > 1 and sum(depths) - shared > sum(depths) / min(gpus, len(names)):
+            groups += [[by_name[name]] for name in names]
+            why = f"the {len(names)} rows that share layers are done sooner apart, on {gpus} GPUs"
+            alone.update(dict.fromkeys(names, why))
+        else:
+            groups.append([by_name[name] for name in names])
     for group in groups:
-        if len(group) == 1:
+        if len(group) == 1 and group[0].name not in alone:
             name = group[0].name
             alone[name] = solo_reason(name, jobs[0].name, stacks).replace(
                 f"'{jobs[0].name}'", f"'{jobs[0].label}'"

@@ -63,6 +63,8 @@ class Job(Frozen):
         key: content key of the result.
         model: the dense model, or the checkpoint made elsewhere: folder (absolute) or hub id.
         environment: variables of its process.
+        processes: that share its work, each with a GPU of its own, or GPUs that vLLM splits a model
+            over.
     """
 
     kind: str
@@ -74,6 +76,7 @@ class Job(Frozen):
     device: str
     trust_remote_code: bool = False
     environment: dict[str, str] = Field(default_factory=dict)
+    processes: int = Field(default=1, ge=1)
 
     @property
     def name(self) -> str:
@@ -264,3 +267,13 @@ def _is_whole(path: Path, mark: FileMark) -> bool:
         return _mark(path) == mark
     except OSError:
         return False
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that is not empty, at most 300 characters."""
+    try:
+        tail = log.read_bytes()[-8192:].decode("utf-8", "replace")
+    except OSError:
+        return "its log cannot be read"
+    lines = [line.strip() for line in tail.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "it said nothing"

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from streamline_bench.core.files import atomic_write_text, staged_output
-from streamline_bench.errors import CheckpointError
+from streamline_bench.core.machine.ranks import launched, run_in_ranks
+from streamline_bench.errors import CheckpointError, StreamlineBenchError
 from streamline_bench.runs.folder import RunPaths
-from streamline_bench.runs.jobs.job import Job, Result, command_line
+from streamline_bench.runs.jobs.job import Job, Result, command_line, last_line
 from streamline_bench.runs.planning.plan import ModelPlan, TextPlan
 
 if TYPE_CHECKING:
@@ -53,13 +56,23 @@ class CompressJob(Job):
         """
         import torch
 
-        from streamline_bench.compression.pipeline import compress_shared
+        from streamline_bench.compression.pipeline import compress, compress_shared, trains
         from streamline_bench.core.checkpoint.reader import CheckpointReader
         from streamline_bench.core.recipe.schema import parse_recipe
 
         if "OMP_NUM_THREADS" in os.environ:
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         recipe = parse_recipe(self.recipe, "The row's recipe")
+        how: dict[str, Any] = {
+            "revision": self.revision,
+            "device": self.device,
+            "dtype": self.dtype,
+            "trust_remote_code": self.trust_remote_code,
+        }
+        if launched().count > 1:
+            output = run.checkpoint(self.place)
+            compress(self.model, recipe, output, cache=run.compressing, overwrite=True, **how)
+            return Result()
         found = CheckpointReader(self.source()).fingerprint(progress=False)
         if found != self.weights_sha256:
             raise CheckpointError(
@@ -68,19 +81,30 @@ class CompressJob(Job):
             )
         output = run.checkpoint(self.place)
         if not _is_published(output, recipe.model_dump(mode="json"), found):
+            several = self.processes > 1 and trains(recipe)
             reused = compress_shared(
                 self.model,
                 recipe,
                 output,
-                revision=self.revision,
                 work=run.compressing,
-                device=self.device,
-                dtype=self.dtype,
-                trust_remote_code=self.trust_remote_code,
+                make=partial(self._make_in_processes, run) if several else None,
+                **how,
             )
             if reused:
                 print("The result was in the cache.", flush=True)
         return Result(self._command(run))
+
+    def _make_in_processes(self, run: RunPaths) -> None:
+        """Let processes of their own, which share the training, call :meth:`work`."""
+        command = [sys.executable, "-m", "streamline_bench.runs.jobs.worker", run.root, self.name]
+        code = run_in_ranks([str(word) for word in command], self.processes)
+        why = last_line(run.log(self.name))
+        if code == 2:
+            raise StreamlineBenchError(why)
+        if code:
+            raise StreamlineBenchError(
+                f"One of its {self.processes} processes ended with exit code {code}: {why}"
+            )
 
     def _command(self, run: RunPaths) -> str:
         """What a reader can type; its recipe is written into the job's folder."""
@@ -234,6 +258,7 @@ class MeasureJob(Job):
             dtype=self.dtype or "auto",
             threads=self.threads,
             trust_remote_code=all(trusted),
+            tensor_parallel=self.processes,
         )
         with staged_output(run.measured(self.question), overwrite=True) as staging:
             how: dict[str, Any] = {"dense": self.dense, "workload": workload, "setup": setup}
@@ -261,6 +286,7 @@ class MeasureJob(Job):
             "--dtype": self.dtype or "auto",
             "--threads": self.threads,
             "--revision": self.revision,
+            "--tensor-parallel-size": self.processes if self.processes > 1 else None,
         }
         models = [f"{label}={self._named(run, label)}" for label in self.rows]
         flags = {"serve": load is not None, "prefix_caching": workload.prefix_caching,

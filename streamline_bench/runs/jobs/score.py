@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,10 +18,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from streamline_bench.core.files import staged_output
+from streamline_bench.core.machine.ranks import run_in_ranks
 from streamline_bench.errors import EvaluationError, OutputError, StreamlineBenchError
 from streamline_bench.harness.tasks.asked_tasks import include_folders
 from streamline_bench.runs.folder import RunPaths
-from streamline_bench.runs.jobs.job import Facts, Job, Result, write_done, write_failed
+from streamline_bench.runs.jobs.job import (
+    Facts,
+    Job,
+    Result,
+    last_line,
+    write_done,
+    write_failed,
+)
 from streamline_bench.runs.jobs.kinds import compress_name
 from streamline_bench.runs.planning.harness_options import Engine, harness_options
 from streamline_bench.runs.planning.plan import Evaluation, digest
@@ -115,6 +121,7 @@ class ScoreJob(Job):
             "dtype": asked.dtype,
             "trust_remote_code": self.trust_remote_code or None,
             "tokenizer": self.tokenizer,
+            **({"tensor_parallel_size": self.processes} if self._splits(engine) else {}),
             **asked.model_args,
             **self.model_args,
         }
@@ -131,6 +138,18 @@ class ScoreJob(Job):
             "--log_samples",
         ]  # fmt: skip
         return [*command, *harness_options(asked)]
+
+    def _splits(self, engine: str) -> bool:
+        """Whether vLLM splits the model over the job's GPUs; a plan may ask for another way."""
+        given = self.evaluation.model_args.keys() | self.model_args.keys()
+        own = {"tensor_parallel_size", "data_parallel_size", "pipeline_parallel_size"}
+        return engine == "vllm" and self.processes > 1 and not given & own
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share the documents; one where the engine spreads the model itself."""
+        spread = {**self.evaluation.model_args, **self.model_args}.get("parallelize")
+        return 1 if spread or (self.engine or self.evaluation.engine) == "vllm" else self.processes
 
     def reader_command(self, run: RunPaths) -> str:
         """Return the command that gives these answers, for a reader to type."""
@@ -170,10 +189,10 @@ class ScoreJob(Job):
         command = self.harness_command(run, staging)
         print(shlex.join(command), flush=True)
         environment = {"TOKENIZERS_PARALLELISM": "false", "LMEVAL_LOG_LEVEL": "WARNING"}
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, env={**environment, **os.environ})
-        if done.returncode:
+        code = run_in_ranks(command, self.ranks, environment)
+        if code:
             why = last_line(run.log(self.name))
-            raise EvaluationError(f"{command[2]} ended with exit code {done.returncode}: {why}")
+            raise EvaluationError(f"{command[2]} ended with exit code {code}: {why}")
 
 
 def _model_arguments(model: Mapping[str, Any]) -> str:
@@ -192,16 +211,6 @@ def check_scores(folder: Path) -> None:
     from streamline_bench.stability.readers.lm_eval_reader import read_lm_eval
 
     read_lm_eval(folder, progress=False)
-
-
-def last_line(log: Path) -> str:
-    """The last line of a log that is not empty, at most 300 characters."""
-    try:
-        tail = log.read_bytes()[-8192:].decode("utf-8", "replace")
-    except OSError:
-        return "its log cannot be read"
-    lines = [line.strip() for line in tail.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "it said nothing"
 
 
 class ScoreTogether(Job):

@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 from pydantic import Field, TypeAdapter
 
 from streamline_bench.core.machine.processes import hold_leash
+from streamline_bench.core.machine.ranks import launched, say_once
 from streamline_bench.errors import StreamlineBenchError
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Job, count_attempt, write_done, write_failed
@@ -35,6 +36,8 @@ def main(arguments: list[str]) -> int:
     run, name = RunPaths(Path(arguments[0])), arguments[1]
     adapter: TypeAdapter[Job] = TypeAdapter(AnyJob)
     job = adapter.validate_json((run.job(name) / "job.json").read_bytes())
+    if launched().count > 1:
+        return _share(job, run)
     number = count_attempt(run, name)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("streamline_bench").setLevel(logging.INFO)
@@ -49,6 +52,21 @@ def main(arguments: list[str]) -> int:
     except Exception as error:
         traceback.print_exc()
         write_failed(run, name, key=job.key, reason=_sentence(error, name))
+        return 2
+    return 0
+
+
+def _share(job: Job, run: RunPaths) -> int:
+    """Do the job together with other processes; the one that started them says how it ended."""
+    main_rank = launched().main
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
+    if main_rank:
+        logging.getLogger("streamline_bench").setLevel(logging.INFO)
+    try:
+        job.work(run)
+    except StreamlineBenchError as error:
+        sentence = str(error)
+        say_once(lambda: print(sentence, flush=True))
         return 2
     return 0
 

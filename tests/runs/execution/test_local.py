@@ -151,15 +151,26 @@ def _job(label: str, **environment: str) -> Job:
 def test_gpus_are_shared_out_and_given_back(processes: list[Recorded], tmp_path: Path) -> None:
     executor = LocalExecutor(Execution(gpus=("4", "GPU-6f3a")))
     for name in "ab":
-        assert executor.has_room()
+        assert executor.has_room("compress")
         executor.submit(RunPaths(tmp_path), _job(name))
-    assert not executor.has_room()
+    assert not executor.has_room("compress")
     visible = [process.environment["CUDA_VISIBLE_DEVICES"] for process in Recorded.made]
     assert visible == ["4", "GPU-6f3a"]
     Recorded.made[1].code = 0
     assert executor.ended(0) == [Ended("compress-b", 0)]
     executor.submit(RunPaths(tmp_path), _job("c"))
     assert Recorded.made[2].environment["CUDA_VISIBLE_DEVICES"] == "GPU-6f3a"
+
+
+def test_jobs_of_several_gpus_wait_until_so_many_are_free(
+    processes: list[Recorded], tmp_path: Path
+) -> None:
+    executor = LocalExecutor(Execution(gpus=tuple("0123"), gpus_by_kind={"compress": 3}))
+    executor.submit(RunPaths(tmp_path), _job("a"))
+    assert Recorded.made[0].environment["CUDA_VISIBLE_DEVICES"] == "0,1,2"
+    assert not executor.has_room("compress") and executor.has_room("score")
+    Recorded.made[0].code = 0
+    assert executor.ended(0) and executor.has_room("compress")
 
 
 TELLER = """
@@ -189,7 +200,7 @@ def test_what_a_real_process_sees(
     executor = LocalExecutor(execution)
     waiting, ended = list("ab"), 0
     while ended < 2:
-        while waiting and executor.has_room():
+        while waiting and executor.has_room("compress"):
             name = waiting.pop(0)
             RunPaths(tmp_path).make_job(f"compress-{name}")
             executor.submit(RunPaths(tmp_path), _job(name))
@@ -239,16 +250,18 @@ def test_stopping_ends_every_process(processes: list[Recorded], tmp_path: Path) 
         executor.submit(RunPaths(tmp_path), _job(name))
     executor.stop()
     assert [process.was_ended for process in Recorded.made] == [True, True]
-    assert executor.has_room()
+    assert executor.has_room("compress")
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"executor": "slurm"}, "Unknown executor 'slurm'"),
-        ({"gpus_per_job": 1}, "--gpus-per-job is 1 and --gpus names 0"),
-        ({"gpus": ("0", "1"), "gpus_per_job": 2}, "--gpus-per-job 2 would leave GPUs idle"),
-        ({"executor": "ray", "gpus_per_job": 4}, "--gpus-per-job 4 would leave GPUs idle"),
+        ({"executor": "pbs"}, "Unknown executor 'pbs'; known: local, ray, slurm"),
+        ({"gpus_per_job": 1}, "--gpus-per-job is 1 for compress jobs and --gpus names 0"),
+        ({"gpus": ("0", "1"), "gpus_by_kind": {"score": 4}}, "is 4 for score jobs and .* names 2"),
+        ({"gpus": ("0",), "gpus_by_kind": {"noise": 1}}, "'noise'; known: compress, "),
+        ({"executor": "ray", "gpus_by_kind": {"score": 1}}, "score jobs 1 GPUs and compress jobs "),
+        ({"gpus": ("0", "1"), "gpus_by_kind": {"text": 2}}, "give text=1"),
         ({"gpus": ("0",), "gpus_per_job": 0, "workers": 2}, "--gpus-per-job 0"),
         ({"gpus": ("0", "1", "0")}, "names GPU 0 twice"),
     ],
@@ -325,6 +338,8 @@ def test_gpus_of_a_machine_without_any(monkeypatch: pytest.MonkeyPatch) -> None:
         (Execution(gpus=("0", "1", "2")), 1, 3, "cuda"),
         (Execution(gpus=("0", "1", "2"), workers=2), 1, 2, "cuda"),
         (Execution(gpus=("0",), workers=2), 1, 1, "cuda"),
+        (Execution(gpus=tuple("0123"), gpus_by_kind={"compress": 4}), 1, 4, "cuda"),
+        (Execution(executor="slurm", gpus_per_job=2), 2, 1, "cuda"),
         (Execution(gpus_per_job=0), 0, 1, "cpu"),
         (Execution(executor="ray"), 0, 1, "cpu"),
         (Execution(executor="ray", gpus_per_job=1), 1, 1, "cuda"),
@@ -333,7 +348,7 @@ def test_gpus_of_a_machine_without_any(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_slots_gpus_and_device_of_a_job(
     execution: Execution, gpus: int, slots: int, device: str | None
 ) -> None:
-    assert (execution.gpus_of_a_job, execution.job_slots) == (gpus, slots)
+    assert (execution.gpus_of("score"), execution.job_slots) == (gpus, slots)
     assert execution.device == device
 
 

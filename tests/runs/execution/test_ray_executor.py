@@ -88,41 +88,6 @@ def test_gpus_of_the_cluster_are_not_left_idle_unasked(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_lost_node_costs_one_job(
-    cluster: Any, make: Callable[..., Request], tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    nodes = [cluster.add_node(num_cpus=1, object_store_memory=MEMORY) for _ in range(2)]
-    lost: list[str] = []
-
-    def lose_a_node() -> None:
-        # A job has started on each node by now; the second node goes, as in a power cut.
-        while len(_attempts(run)) < 2:
-            time.sleep(0.02)
-        lost.extend(_attempts(run))
-        cluster.remove_node(nodes[1], allow_graceful=False)
-
-    thread = threading.Thread(target=lose_a_node)
-    thread.start()
-    result = compare_request(
-        make(recipes=["first_layers", "last_layers", "random_layers"]),
-        run,
-        execution=Execution(executor="ray", ray_address=cluster.address),
-        until="compress",
-        progress=False,
-    )
-    thread.join()
-    assert result.exit_code == 0
-    assert set(result.jobs.values()) == {"done"}
-    assert sorted(_attempts(run).values()) == [1, 1, 2]
-    assert {name for name, number in _attempts(run).items() if number == 2} <= set(lost)
-    for label in ("first_layers", "last_layers", "random_layers"):
-        assert (run / label / "checkpoint" / "streamline.json").is_file()
-    assert _jobs_of(run) == []
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_a_node_lost_while_rows_are_scored_together_changes_no_number(
     cluster: Any,
     make: Callable[..., Request],

@@ -29,7 +29,7 @@ class Scripted:
         self.started: list[tuple[str, ...]] = []
         self._waiting: list[tuple[RunPaths, Job]] = []
 
-    def has_room(self) -> bool:
+    def has_room(self, kind: str) -> bool:
         return len(self._waiting) < self.room
 
     def submit(self, run: RunPaths, unit: Job) -> None:
@@ -200,7 +200,9 @@ def test_rows_are_scored_together_once_all_are_compressed(tmp_path: Path) -> Non
 def test_a_row_that_shares_nothing_does_not_wait_for_rows_still_compressed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_process: bool
 ) -> None:
-    def groups(run: RunPaths, jobs: list[ScoreJob], *, one_process: bool) -> Grouping:
+    def groups(
+        run: RunPaths, jobs: list[ScoreJob], *, one_process: bool, gpus: int = 1
+    ) -> Grouping:
         alone = {} if one_process else {job.name: "another" for job in jobs if "-b" in job.name}
         shared = [job for job in jobs if job.name not in alone]
         return Grouping([shared, *([job] for job in jobs if job.name in alone)], alone)
@@ -300,7 +302,9 @@ def test_what_dense_shares_decides_also_where_it_has_its_result(
     """Reasons name the dense row, whichever rows are left after an interruption."""
     asked: list[list[str]] = []
 
-    def groups(run: RunPaths, jobs: list[ScoreJob], *, one_process: bool) -> Grouping:
+    def groups(
+        run: RunPaths, jobs: list[ScoreJob], *, one_process: bool, gpus: int = 1
+    ) -> Grouping:
         asked.append([job.name for job in jobs])
         return Grouping([[job] for job in jobs], {job.name: "another" for job in jobs[1:]})
 

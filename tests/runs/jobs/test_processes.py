@@ -1,0 +1,90 @@
+"""Jobs of several processes give what one process gives."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from streamline_bench.core.machine.ranks import run_in_ranks
+from streamline_bench.runs.execution.options import Execution
+from streamline_bench.runs.folder import RunPaths
+from streamline_bench.runs.jobs.job import Job
+from streamline_bench.runs.jobs.planned import plan_jobs
+from streamline_bench.runs.jobs.score import ScoreJob
+from streamline_bench.runs.planning.request import Request, RowRequest
+from streamline_bench.runs.planning.resolve import resolve_plan
+from streamline_bench.runs.run import shared_out
+from streamline_bench.stability.readers.lm_eval_reader import read_lm_eval
+
+BRIEF = {
+    "training.min_steps": 3, "training.batch_size": 4, "training.data.samples": 12,
+    "training.data.sequence_length": 32, "calibration.sequence_length": 32,
+}  # fmt: skip
+
+
+def _work(job: Job, run: RunPaths, processes: int) -> None:
+    job = job.model_copy(update={"processes": processes})
+    job.write(run)
+    job.work(run)
+
+
+@pytest.fixture
+def jobs(make: Callable[..., Request], tasks: Path, text_file: Path) -> dict[str, Job]:
+    row = RowRequest(recipe="streamline", set={"calibration": str(text_file), **BRIEF})
+    request = make(recipes=[row], tasks=["words"], include_path=[str(tasks)])
+    return {job.kind: job for job in plan_jobs(resolve_plan(request))}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_training_and_scoring_in_two_processes(
+    jobs: dict[str, Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    weights, answers = [], []
+    for processes in (1, 2):
+        monkeypatch.setenv("STREAMLINE_BENCH_CACHE", str(tmp_path / f"cache-{processes}"))
+        run = RunPaths(tmp_path / f"run-{processes}")
+        for kind in ("compress", "score"):
+            _work(jobs[kind], run, processes)
+        weights.append(load_file(run.checkpoint("streamline") / "model.safetensors"))
+        frame = read_lm_eval(run.evaluation("streamline", ""), progress=False).frame
+        answers.append(frame.sort_values("doc_id")["prediction"].tolist())
+    assert len(answers[0]) == 8 and answers[0] == answers[1]
+    assert max(float((weights[0][n] - weights[1][n]).abs().max()) for n in weights[0]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "ranks"),
+    [
+        ({}, "dtype=float32", 4),
+        ({"model_args": {"parallelize": True}}, "parallelize=True", 1),
+        ({"engine": "vllm"}, "tensor_parallel_size=4", 1),
+        ({"engine": "vllm", "model_args": {"data_parallel_size": 4}}, "data_parallel_size=4", 1),
+    ],
+)
+def test_how_a_score_job_uses_four_gpus(
+    changes: dict[str, Any], arguments: str, ranks: int, jobs: dict[str, Job], tmp_path: Path
+) -> None:
+    job = shared_out(jobs["score"], Execution(executor="ray", gpus_per_job=4))
+    assert isinstance(job, ScoreJob) and not job.shareable
+    asked = job.evaluation.model_copy(update={"dtype": "float32", **changes})
+    job = job.model_copy(update={"evaluation": asked})
+    command = job.harness_command(RunPaths(tmp_path), tmp_path)
+    (given,) = [word for word in command if word.startswith("pretrained=")]
+    assert arguments in given.split(",") and job.ranks == ranks
+    assert ("tensor_parallel_size" in given) == ("tensor" in arguments)
+
+
+def test_one_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, time\n"
+        "assert (os.environ['WORLD_SIZE'], os.environ['LOCAL_RANK']) == ('2', os.environ['RANK'])\n"
+        "sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(600)"
+    )
+    assert run_in_ranks([sys.executable, "-c", program], 2) == 7
