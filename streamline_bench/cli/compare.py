@@ -415,7 +415,7 @@ def read_execution(options: Mapping[str, Any]) -> Execution:
     from streamline_bench.runs.execution.options import Execution
 
     cpus, cpus_by_kind = per_job("--cpus-per-job", options["cpus_per_job"])
-    gpus, gpus_by_kind = per_job("--gpus-per-job", options["gpus_per_job"] or "")
+    gpus, gpus_by_kind = per_job("--gpus-per-job", options["gpus_per_job"])
     same = "executor ray_address workers retries timeout trunk".split()
     return Execution(
         gpus=tuple(names_in(options["gpus"] or "")),
@@ -436,10 +436,10 @@ def _sbatch_options(given: tuple[str, ...]) -> dict[str, str]:
     return {name.strip(" -").replace("-", "_"): value for name, _, value in pairs}
 
 
-def per_job(option: str, text: str) -> tuple[int | None, dict[str, int]]:
+def per_job(option: str, text: str | None) -> tuple[int | None, dict[str, int]]:
     """Read ``8`` or ``8,compress=2``: of all jobs, of one kind (RecipeError: another form)."""
     common, by_kind = None, {}
-    for part in filter(None, text.split(",")):
+    for part in [] if text is None else text.split(","):
         kind, separator, number = part.rpartition("=")
         if not number.strip().isdecimal() or (separator and not kind.strip()):
             raise RecipeError(f"{option} '{text}' is neither a number nor such as '8,compress=2'.")
