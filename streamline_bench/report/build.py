@@ -26,6 +26,7 @@ from streamline_bench.report.leaderboard import (
     Row,
     SameWeights,
     TaskScore,
+    grade_change,
     to_json,
 )
 from streamline_bench.report.provenance import (
@@ -305,6 +306,7 @@ def _row(
     parameters = counted if isinstance(counted, int) and counted > 0 else None
     evaluation = {"evaluate": samples.info.seconds} if samples.info.seconds else {}
     shown = None if is_dense else result
+    grades = _grades(samples, result, is_dense)
     return Row(
         label=samples.info.run,
         is_dense=is_dense,
@@ -322,7 +324,8 @@ def _row(
         groups=list(shown.groups) if shown else [],
         perplexities=list(shown.perplexities) if shown else [],
         generations=list(shown.generations) if shown else [],
-        grades=_grades(samples, result, is_dense),
+        grades=grades,
+        grade_change=grade_change(grades),
         formats=list(shown.formats) if shown else [],
         aggregate_only=result.aggregate_only,
         divergence=_divergence(_inside(folder, source.divergence)) if source.divergence else None,

@@ -17,7 +17,7 @@ from streamline_bench.report.leaderboard import (
 )
 from streamline_bench.report.views.entries import shown
 from streamline_bench.report.views.headline import headline
-from streamline_bench.report.views.overview import ranked
+from streamline_bench.report.views.overview import mean_grade, ranked
 from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.texts import GenerationComparison
 
@@ -73,6 +73,7 @@ def _summary(board: Leaderboard, row: Row) -> dict[str, Any]:
         "difference": macro and macro.difference,
         "stability": macro and macro.stability,
         "retention": macro and macro.retention,
+        "grade_change": None if row.is_dense else mean_grade(row),
         "token_kl": row.divergence and row.divergence.kl,
     }
     line: dict[str, Any] = {"row": row.label, "cost": row.cost}
@@ -98,19 +99,28 @@ def _summary(board: Leaderboard, row: Row) -> dict[str, Any]:
 def html_table(source: Leaderboard | Path | str) -> str:
     """The ranking as HTML for a notebook: the headline and a table; every string is escaped."""
     board = _board(source)
-    heads = ("model", "cost", "rank", "accuracy %", "difference", "stability %", "verdict")
+    rows = ranked(shown(board))
+    judged = any(row.accuracy_macro for row in rows)
+    measures = ("accuracy %", "difference", "stability %", "verdict") if judged else ("grades",)
+    heads = ("model", "cost", "rank", *measures)
     lines = []
-    for row in ranked(shown(board)):
+    for row in rows:
         rank, macro = board.shown_ranks.get(row.label), row.macro
         cells = [
             row.label,
             row.cost or ("reference" if row.is_dense else ""),
             f"{rank.place} [{rank.low}, {rank.high}]" if rank else "",
-            row.failed or text.with_error(row.accuracy_macro),
-            text.with_interval(macro.difference if macro else None, signed=True),
-            text.with_interval(macro.stability if macro else None),
-            (macro.decision if macro else None) or "",
         ]
+        if judged:
+            cells += [
+                row.failed or text.with_error(row.accuracy_macro),
+                text.with_interval(macro.difference if macro else None, signed=True),
+                text.with_interval(macro.stability if macro else None),
+                (macro.decision if macro else None) or "",
+            ]
+        else:
+            change = None if row.is_dense else mean_grade(row)
+            cells.append(row.failed or text.with_interval(change, signed=True) or text.MISSING)
         lines.append("".join(f"<td>{escape(text.visible_text(cell))}</td>" for cell in cells))
     head = "".join(f"<th>{name}</th>" for name in heads)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
@@ -148,6 +158,8 @@ def _of_row(board: Leaderboard, row: Row) -> Iterator[dict[str, Any]]:
             for name in ("stability", "retention", "agreement", "choice_kl", "flips_above_noise"):
                 if (found := getattr(overall, name)) is not None:
                     yield here | _line(name, found)
+    if row.grade_change is not None:
+        yield common | {"scope": "mean over tasks"} | _line("grade_change", row.grade_change)
     yield from (common | line for line in _of_model(board, row))
 
 
@@ -173,6 +185,8 @@ def _of_grade(score: GradeScore) -> Iterator[dict[str, Any]]:
     if found is not None and found.difference is not None:
         decided = {"p": found.p_holm, "decision": found.decision}
         yield here | _line(f"difference: {score.metric}", found.difference) | decided
+    if found is not None and found.moved_above_noise is not None:
+        yield here | _line(f"moved_above_noise: {score.metric}", found.moved_above_noise)
     if found is not None and found.ratio is not None:
         yield here | _line(f"ratio: {score.metric}", found.ratio)
 
@@ -184,13 +198,7 @@ def _of_model(board: Leaderboard, row: Row) -> Iterator[dict[str, Any]]:
             yield here | {"metric": name, "value": float(value)}
     for stage, spent in row.seconds.items():
         yield here | {"metric": f"seconds: {stage}", "value": spent}
-    if row.label in board.shown_ranks:
-        rank = board.shown_ranks[row.label]
-        yield here | {"metric": "rank", "value": rank.place, "low": rank.low, "high": rank.high}
-    if row.label in board.grade_ranks:
-        rank = board.grade_ranks[row.label]
-        yield here | {"metric": "grade_rank", "value": rank.place, "low": rank.low,
-                      "high": rank.high}  # fmt: skip
+    yield from (here | line for line in _of_ranks(board, row.label))
     if row.divergence:
         for name, field in (("token_kl", "kl"), ("same_top_token", "same_top")):
             yield here | _line(name, getattr(row.divergence, field))
@@ -216,8 +224,16 @@ def _of_model(board: Leaderboard, row: Row) -> Iterator[dict[str, Any]]:
             )
 
 
+def _of_ranks(board: Leaderboard, label: str) -> Iterator[dict[str, Any]]:
+    for name, ranks in (("rank", board.shown_ranks), ("grade_rank", board.grade_ranks)):
+        if (rank := ranks.get(label)) is not None:
+            yield {"metric": name, "value": rank.place, "low": rank.low, "high": rank.high}
+
+
 def _of_generation(found: GenerationComparison) -> Iterator[dict[str, Any]]:
     here = {"scope": found.task, "n": found.n}
+    if found.changed_above_noise is not None:
+        yield here | _line("changed_above_noise", found.changed_above_noise)
     for name in ("empty", "repetition", "unfinished"):
         if (share := getattr(found, name)) is not None:
             yield here | _line(f"difference: {name}", share.difference)
@@ -236,12 +252,12 @@ def _of_folds(board: Leaderboard) -> Iterator[dict[str, Any]]:
             "sparsity": first.axes.get("sparsity", first.sparsity_requested),
             "runs": len(fold.members), "scope": "mean over tasks",
         }  # fmt: skip
-        yield here | _line("accuracy", fold.accuracy)
         decided = {"p": fold.p_value, "decision": fold.decision}
-        yield here | _line("difference", fold.difference) | decided
-        for name in ("stability", "token_kl"):
+        tested = "difference" if fold.difference is not None else "grade_change"
+        for name in ("accuracy", "difference", "grade_change", "stability", "token_kl"):
             if (found := getattr(fold, name)) is not None:
-                yield here | _line(name, found)
+                yield here | _line(name, found) | (decided if name == tested else {})
+        yield from (here | {"scope": "model"} | line for line in _of_ranks(board, fold.label))
         for part in ("question", "seed", "calibration", "both"):
             if (value := getattr(fold.variance, part)) is not None:
                 yield here | {"metric": f"variance: {part}", "value": value}

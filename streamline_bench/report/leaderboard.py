@@ -27,7 +27,7 @@ from streamline_bench.stability.comparison import (
     TaskComparison,
     VarianceParts,
 )
-from streamline_bench.stability.estimate import Estimate
+from streamline_bench.stability.estimate import Estimate, square_and_add
 from streamline_bench.stability.texts import (
     GenerationComparison,
     LengthChange,
@@ -103,6 +103,20 @@ class GradeScore(GradedMetric):
     def name(self) -> str:
         """The task, with its filter if that is not the task's main one."""
         return self.task if self.main else f"{self.task} ({self.filter})"
+
+
+def grade_change(scores: Sequence[GradeScore]) -> Estimate | None:
+    """Change of the grades that judge tasks, mean over tasks, positive where they are better.
+
+    Distances to the ends of the tasks' intervals add up by squares. None without such grades.
+    """
+    found = [
+        improvement
+        for score in scores
+        if score.main and score.decides and score.kind == "grade" and score.comparison
+        and (improvement := score.comparison.improvement)
+    ]  # fmt: skip
+    return square_and_add(found) if found else None
 
 
 class SolvedCost(Frozen):
@@ -279,17 +293,21 @@ class Folded(Frozen):
 
     Attributes:
         members: labels of the runs; one may have the weights of another, and its row.
-        accuracy, difference, stability: means over tasks; their intervals hold the choice of
-            questions and the method's own variance
+        accuracy, difference, stability: means over tasks with verdicts; their intervals hold the
+            choice of questions and the method's own variance
             (:mod:`streamline_bench.stability.statistics.crossed`).
+        grade_change: as a row's, likewise.
+        p_value, decision: of the difference; of the change of grades where no task has verdicts.
         token_kl: as a row's ``divergence.kl``.
-        variance: why one run differs from the next.
+        variance: why one run differs from the next: in accuracy, or in grades where no task has
+            verdicts.
     """
 
     label: str
     members: list[str]
-    accuracy: Estimate
-    difference: Estimate
+    accuracy: Estimate | None = None
+    difference: Estimate | None = None
+    grade_change: Estimate | None = None
     p_value: float
     decision: Decision
     stability: Estimate | None = None
@@ -330,6 +348,7 @@ class Row(Frozen):
             verdicts.
         groups, perplexities, generations: against the dense row, where the run has such tasks.
         grades: metrics of tasks that are more than right or wrong.
+        grade_change: of those that judge tasks, mean over tasks, positive where they are better.
         formats: pairs of tasks that ask the same, with choices and freely, against the dense row.
         solved: seconds per solved question, where tokens were counted and speed was measured.
         aggregate_only: task -> metric -> why it is known over all documents only.
@@ -374,6 +393,7 @@ class Row(Frozen):
     perplexities: list[PerplexityComparison] = Field(default_factory=list)
     generations: list[GenerationComparison] = Field(default_factory=list)
     grades: list[GradeScore] = Field(default_factory=list)
+    grade_change: Estimate | None = None
     formats: list[FormatComparison] = Field(default_factory=list)
     solved: list[SolvedCost] = Field(default_factory=list)
     aggregate_only: dict[str, dict[str, str]] = Field(default_factory=dict)
@@ -410,9 +430,11 @@ class Leaderboard(Frozen):
     """Everything a report shows; the dense row always has a result.
 
     Version 4 adds ``grades`` and ``aggregate_only`` to rows and ``metrics`` to the method; a file
-    of version 3 is one without them. Version 5 adds ``grade_ranks``, ``formats`` and ``solved``
-    to rows, numbers of tokens to ``generations``, grades to ``noise`` (whose other numbers may be
-    missing then) and ``pairs`` to the method; a file of version 4 is one without them.
+    of version 3 is one without them. Version 5 adds ``grade_ranks``, ``grade_change``,
+    ``formats`` and ``solved`` to rows, ``computed_by`` to their provenance, numbers of tokens to
+    ``generations``, grades to ``noise`` (whose other numbers may be missing then) and ``pairs`` to
+    the method; what is folded has no accuracy where no task has verdicts. A file of version 4 is
+    one without them.
 
     Attributes:
         ranks: entry (row or folded row) -> its place by accuracy.

@@ -114,8 +114,8 @@ def grades_of(pairs: AlignedPairs, result: Comparison) -> Answers:
     """
     found = {}
     for grade in result.grades:
-        if not grade.decides or grade.p_holm is None:
-            continue
+        if not grade.decides or grade.p_holm is None or grade.kind != "grade":
+            continue  # what has no highest value has no place in a mean over tasks
         rows = (pairs.dense["task"] == grade.task) & (pairs.dense["filter"] == grade.filter)
         sign = 1.0 if grade.higher_is_better else -1.0
         dense, pruned = (
@@ -185,7 +185,7 @@ class Entry:
         return found
 
     def mean(self) -> float:
-        """Accuracy, mean over tasks."""
+        """Accuracy, or grade, mean over tasks."""
         return float(np.mean([task.scores.mean() for task in self.crossed()]))
 
 
@@ -223,17 +223,23 @@ def standing(
             which they are never averaged.
     """
     dense = next((row for row in rows if row.is_dense), None)
-    known, entries = _entered(rows, answers, dense)
+    entries = _entered(rows, answers, dense)
     ranks = _ranks(entries, settings)
-    graded = _entered(rows, _on_one_scale(grades or {}), dense)[1]
-    shown = {run.label: run.row for run in _runs(known)}
+    graded = _entered(rows, _on_one_scale(grades or {}), dense)
+    by_grades = {entry.label: entry for entry in graded}
+    shown = {run.label: run.row for run in _runs(rows)}
     pairs = [between(one, two, settings) for one, two in pairwise(entries)]
     return Standing(
         ranks=ranks,
         grade_ranks=_ranks(graded, settings),
         folded=[
-            _folded(entry, [shown[label] for label in entry.members], settings)
-            for entry in entries
+            _folded(
+                entry if entries else None,
+                by_grades.get(entry.label),
+                [shown[label] for label in entry.members],
+                settings,
+            )
+            for entry in entries or graded
             if entry.single is None
         ],
         neighbours=_adjusted(pairs, settings),
@@ -241,10 +247,8 @@ def standing(
     )
 
 
-def _entered(
-    rows: Sequence[Row], answers: Mapping[str, Answers], dense: Row | None
-) -> tuple[list[Row], list[Entry]]:
-    """The rows that have answers, and what is ranked of them, the best first."""
+def _entered(rows: Sequence[Row], answers: Mapping[str, Answers], dense: Row | None) -> list[Entry]:
+    """What is ranked of the rows that have answers, the best first."""
     known = _of_one_board([row for row in rows if answers.get(row.label)], answers)
     entries = [
         entry
@@ -253,7 +257,7 @@ def _entered(
     ]
     # Not by the order of the rows: a merged board is that of one run.
     entries.sort(key=lambda entry: (-round(entry.mean(), 12), entry.label))
-    return known, entries
+    return entries
 
 
 def _of_one_board(rows: Sequence[Row], answers: Mapping[str, Answers]) -> list[Row]:
@@ -451,26 +455,34 @@ def _contest(entries: Sequence[Entry], dense: Row | None, settings: Settings) ->
     )
 
 
-def _folded(entry: Entry, rows: Sequence[Row], settings: Settings) -> Folded:
-    confidence, stable = settings.confidence, entry.crossed("stable")
-    accuracy, parts = crossed_estimate(entry.crossed(), confidence)
-    accuracy = _within(accuracy, 0.0)
-    change = crossed_error(entry.crossed("difference"))
-    name = f"Student over questions, {parts.seeds} seeds and {parts.calibrations} calibrations"
-    value = accuracy.value - _dense_mean(entry.answers)
-    difference = _within(change.interval(value, confidence, name), -1.0)
-    p = change.p_value(value)
-    return Folded(
-        label=entry.label,
-        members=list(entry.members),
-        accuracy=accuracy,
-        difference=difference,
-        p_value=p,
-        decision=decide(difference, settings.margin, significant=p < 1 - confidence),
-        stability=_within(crossed_estimate(stable, confidence)[0], 0.0) if stable else None,
-        token_kl=_mean_of([row.divergence.kl for row in rows if row.divergence], confidence),
-        variance=parts,
-    )
+def _folded(
+    judged: Entry | None, graded: Entry | None, rows: Sequence[Row], settings: Settings
+) -> Folded:
+    """One entry over seeds and calibrations, by its verdicts and by its grades; not both None."""
+    confidence = settings.confidence
+    found: dict[str, Any] = {}
+    for entry, name in ((graded, "grade_change"), (judged, "difference")):
+        if entry is None:
+            continue
+        mean, parts = crossed_estimate(entry.crossed(), confidence)
+        value = mean.value - _dense_mean(entry.answers)
+        error = crossed_error(entry.crossed("difference"))
+        method = (
+            f"Student over questions, {parts.seeds} seeds and {parts.calibrations} calibrations"
+        )
+        change = _within(error.interval(value, confidence, method), -1.0)
+        p = error.p_value(value)
+        found |= {
+            "label": entry.label, "members": list(entry.members), name: change, "p_value": p,
+            "decision": decide(change, settings.margin, significant=p < 1 - confidence),
+            "variance": parts,
+        }  # fmt: skip
+        if entry is judged:
+            found["accuracy"] = _within(mean, 0.0)
+            if stable := entry.crossed("stable"):
+                found["stability"] = _within(crossed_estimate(stable, confidence)[0], 0.0)
+    divergences = [row.divergence.kl for row in rows if row.divergence]
+    return Folded(**found, token_kl=_mean_of(divergences, confidence))
 
 
 def _within(estimate: Estimate, least: float) -> Estimate:

@@ -56,6 +56,8 @@ def _record(row: Row) -> dict[str, Any]:
             record[f"throughput_{name}"] = value
     for task in row.tasks:
         record |= _task(task)
+    if row.grade_change is not None:
+        record |= _with_ends("grade_change", row.grade_change)
     for score in row.grades:
         record |= _grade(score)
     for text in row.generations:
@@ -116,6 +118,9 @@ def _grade(score: GradeScore) -> dict[str, Any]:
     if found.difference is not None:
         record |= _with_ends(f"{score.kind}_difference", found.difference, name)
     record |= {f"{what}{name}": getattr(found, what) for what in ("wins", "ties", "losses")}
+    if found.moved_above_noise is not None:
+        record[f"noise_moved{name}"] = found.noise_moved
+        record |= _with_ends("moved_above_noise", found.moved_above_noise, name)
     if found.p_value is not None:
         record |= {f"p_unadjusted{name}": found.p_value, f"p_holm{name}": found.p_holm}
     return record | ({f"decision_by_p_holm{name}": found.decision} if score.decides else {})
@@ -125,6 +130,9 @@ def _generation(found: GenerationComparison) -> dict[str, Any]:
     """Shares and tokens of generated texts, and their paired changes."""
     name = f":{found.task}/{found.filter}"
     record: dict[str, Any] = {f"identical{name}": found.identical.value}
+    if found.changed_above_noise is not None:
+        record[f"noise_changed{name}"] = found.noise_changed
+        record |= _with_ends("changed_above_noise", found.changed_above_noise, name)
     for what in ("empty", "repetition", "unfinished"):
         if (share := getattr(found, what)) is not None:
             record[f"{what}{name}"] = share.pruned

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streamline_bench.report.leaderboard import Folded, GradeScore, Leaderboard, Row, TaskScore
+from streamline_bench.stability.comparison import Overall
 from streamline_bench.stability.estimate import Estimate
 
 
@@ -23,19 +24,6 @@ def shown(board: Leaderboard) -> list[Row]:
 def _one_row(fold: Folded, members: Sequence[Row]) -> Row:
     """The folded rows as one: means, with the intervals that the fold has."""
     first = members[0]
-    macros = [row.macro for row in members if row.macro]
-    retained = [macro.retention.value for macro in macros if macro.retention]
-    macro = macros[0].model_copy(
-        update={
-            "pruned": fold.accuracy,
-            "difference": fold.difference,
-            "p_value": fold.p_value,
-            "decision": fold.decision,
-            "stability": fold.stability,
-            "agreement": _mean([macro.agreement.value for macro in macros]),
-            "retention": _mean(retained) if retained else None,
-        }
-    )
     divergence = first.divergence
     if divergence and fold.token_kl:
         divergence = divergence.model_copy(update={"kl": fold.token_kl})
@@ -47,7 +35,7 @@ def _one_row(fold: Folded, members: Sequence[Row]) -> Row:
             "title": f"{first.title or first.label}: {len(members)} runs",
             "accuracy_macro": fold.accuracy,
             "accuracy_micro": None,
-            "macro": macro,
+            "macro": _macro(fold, [row.macro for row in members if row.macro]),
             "micro": None,
             "tasks": [
                 _one_task(list(same)) for same in zip(*(row.tasks for row in members), strict=True)
@@ -63,8 +51,35 @@ def _one_row(fold: Folded, members: Sequence[Row]) -> Row:
             "grades": [
                 _one_grade([_graded(row, score) for row in members]) for score in first.grades
             ],
+            "grade_change": fold.grade_change,
         }
     )
+
+
+def _macro(fold: Folded, macros: Sequence[Overall]) -> Overall | None:
+    """The summary over tasks with verdicts."""
+    if fold.accuracy is None or not macros:
+        return None
+    retained = [macro.retention.value for macro in macros if macro.retention]
+    return macros[0].model_copy(
+        update={
+            "pruned": fold.accuracy,
+            "difference": fold.difference,
+            "p_value": fold.p_value,
+            "decision": fold.decision,
+            "stability": fold.stability,
+            "agreement": _mean([macro.agreement.value for macro in macros]),
+            "retention": _mean(retained) if retained else None,
+        }
+    )
+
+
+def runs_of(board: Leaderboard, rows: Sequence[Row]) -> list[Row]:
+    """The rows that were run, in the order of the entries ``rows`` that they are shown as."""
+    single, members = board.shown_as, {fold.label: fold.members for fold in board.folded}
+    labels = (label for row in rows for label in members.get(row.label, [row.label]))
+    found = {single[label].label: single[label] for label in labels if label in single}
+    return list(found.values())
 
 
 def _one_task(same: Sequence[TaskScore]) -> TaskScore:

@@ -31,7 +31,7 @@ from streamline_bench.report.leaderboard import Leaderboard, Row
 from streamline_bench.report.text import csv_cell, latex_text, markdown_text
 from streamline_bench.report.views.citations import citations
 from streamline_bench.report.views.entries import shown
-from streamline_bench.report.views.overview import ranked
+from streamline_bench.report.views.overview import mean_grade, ranked
 
 
 def write_exports(board: Leaderboard, folder: Path) -> Path:
@@ -120,9 +120,13 @@ def to_table(board: Leaderboard) -> str:
 
 
 def _note(board: Leaderboard) -> str:
+    if board.dense_row.accuracy_macro is None:
+        figures = "grades: mean over tasks, difference"
+    else:
+        figures = "accuracy is the mean over tasks (standard error); difference"
     return (
-        f"{board.title}: accuracy is the mean over tasks (standard error); difference to "
-        f"{board.dense} in points, brackets hold {board.level} intervals."
+        f"{board.title}: {figures} to {board.dense} in points, brackets hold {board.level} "
+        "intervals."
     )
 
 
@@ -130,7 +134,7 @@ def _table(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
     """Heading and cells; a column in which every cell is empty is left out."""
     rows = [row for row in ranked(shown(board)) if row.failed is None]
     head = ["model", "cost", "rank", "accuracy %", "difference", "stability %", "retention %",
-            "token KL", "speed", "removed %"]  # fmt: skip
+            "grades", "token KL", "speed", "removed %"]  # fmt: skip
     lines = [_cells(board, row) for row in rows]
     kept = [place for place in range(len(head)) if place < 2 or any(line[place] for line in lines)]
     return [head[place] for place in kept], _chosen(lines, kept)
@@ -142,6 +146,7 @@ def _chosen(lines: Sequence[Sequence[str]], kept: Sequence[int]) -> list[list[st
 
 def _cells(board: Leaderboard, row: Row) -> list[str]:
     rank, macro = board.shown_ranks.get(row.label), row.macro
+    graded = None if row.accuracy_macro or row.is_dense else mean_grade(row)
     speed = row.speed.ratio if row.speed else None
     return [
         row.label,
@@ -151,6 +156,7 @@ def _cells(board: Leaderboard, row: Row) -> list[str]:
         text.with_interval(macro.difference if macro else None, signed=True),
         text.with_interval(macro.stability if macro else None),
         text.with_interval(macro.retention if macro else None),
+        text.with_interval(graded, signed=True),
         text.decimal(row.divergence.kl.value) if row.divergence else "",
         text.times(speed) if speed is not None else "",
         text.percent(row.sparsity_reached) if row.sparsity_reached else "",

@@ -142,13 +142,17 @@ def _best_grade(board: Leaderboard) -> str | None:
     if not known:
         return None
     best, change = known[0]
-    judged = best.grades
-    tasks = len({score.task for score in judged if score.main and score.decides})
+    tasks = len({score.task for score in best.grades if score.main and score.decides})
     ends = f" ({board.level} interval {points(change.low)} to {points(change.high)})"
+    rank = board.grade_ranks.get(best.label)
+    # A rank's interval that begins at 1 holds the first place, too.
+    others = () if rank is None or rank.high == 1 else board.grade_ranks.items()
+    tied = [label for label, other in others if label != best.label and other.low == 1]
+    apart = f" It cannot be told apart from {_names(tied)}." if tied else ""
     return (
         f"Tasks are graded. Of {_models(len(known))}, {best.label} does best{_removed(best)}: its "
         f"grades change by {points(change.value)} points{ends if change.low is not None else ''}, "
-        f"mean over {tasks} task{'s' * (tasks > 1)}."
+        f"mean over {tasks} task{'s' * (tasks > 1)}.{apart}"
     )
 
 

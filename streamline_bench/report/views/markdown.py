@@ -15,7 +15,7 @@ from markupsafe import Markup
 from streamline_bench.report import text
 from streamline_bench.report.leaderboard import Leaderboard, Row
 from streamline_bench.report.views import overview
-from streamline_bench.report.views.entries import shown
+from streamline_bench.report.views.entries import runs_of, shown
 from streamline_bench.report.views.headline import headline, needed
 from streamline_bench.stability.estimate import Estimate
 
@@ -23,15 +23,18 @@ from streamline_bench.stability.estimate import Estimate
 def to_markdown(board: Leaderboard) -> str:
     """Render the leaderboard as Markdown; every string of a run is escaped."""
     rows = [row for row in overview.ranked(shown(board)) if row.failed is None]
+    runs = [row for row in runs_of(board, rows) if row.failed is None]
     compared = [task.comparison for row in board.rows for task in row.tasks if task.comparison]
     return render_markdown(
         "leaderboard.md.j2",
         board=board,
         rows=rows,
+        runs=runs,
         compared=[row for row in rows if row.macro],
-        graded=[(row, score) for row in rows for score in row.grades if score.comparison],
+        graded=[(row, score) for row in runs for score in row.grades if score.comparison],
         tested=[row.micro for row in rows if row.micro],
         adjusted=any(found.adjusted for found in compared),
+        ranks_grades=any(_grades(row) for row in rows),
         ranks_perplexity=any(_perplexity(row) for row in rows),
         headline=headline(board),
         leaderboard=_leaderboard(board, rows),
@@ -93,7 +96,14 @@ def _flips(row: Row) -> str:
 
 def _perplexity(row: Row) -> str:
     """Only where it ranks the rows; a table of its own shows it in any case."""
-    return "" if row.accuracy_macro or row.is_dense else text.ratio(overview.perplexity_ratio(row))
+    ranked = row.accuracy_macro or row.is_dense or overview.mean_grade(row)
+    return "" if ranked else text.ratio(overview.perplexity_ratio(row))
+
+
+def _grades(row: Row) -> str:
+    """Only where they rank the rows, likewise."""
+    change = None if row.accuracy_macro or row.is_dense else overview.mean_grade(row)
+    return text.with_interval(change, signed=True)
 
 
 def _speed(row: Row) -> str:
@@ -136,6 +146,7 @@ _COLUMNS: Sequence[tuple[str, Callable[[Row], str]]] = (
     ("flips", _flips),
     ("above noise", _of("micro", "flips_above_noise", signed=True)),
     ("p", lambda row: text.p_value(row.micro.p_value) if row.micro else ""),
+    ("grades", _grades),
     ("perplexity", _perplexity),
     ("token KL", lambda row: text.decimal(row.divergence.kl.value) if row.divergence else ""),
     ("speed", _speed),

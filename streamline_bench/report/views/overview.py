@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from streamline_bench.core.machine.environment import resource
-from streamline_bench.report.leaderboard import Row, TaskScore
+from streamline_bench.report.leaderboard import Row, TaskScore, grade_change
 from streamline_bench.stability.estimate import Estimate, exponentiated, square_and_add
 
 _Row = TypeVar("_Row", bound=Row)
@@ -66,20 +66,12 @@ def ranked(rows: Iterable[_Row]) -> list[_Row]:
 def mean_grade(row: Row) -> Estimate | None:
     """Change of the grades that judge tasks, mean over tasks, positive where they are better.
 
-    Distances to the ends of the tasks' intervals add up by squares.
-
     Returns:
         0 for the dense row; None for a row without such grades.
     """
     if row.is_dense:
         return Estimate(value=0.0) if row.grades else None
-    found = [
-        improvement
-        for score in row.grades
-        if score.main and score.decides and score.kind == "grade" and score.comparison
-        and (improvement := score.comparison.improvement)
-    ]  # fmt: skip
-    return square_and_add(found) if found else None
+    return row.grade_change or grade_change(row.grades)
 
 
 def perplexity_ratio(row: Row) -> Estimate | None:
