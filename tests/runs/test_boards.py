@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quantised_models import make_twins
 from run_jobs import InProcess
+from safetensors.torch import load_file
 
 from streamline_bench.cli.main import cli
 from streamline_bench.compression import compress, load_recipe
@@ -17,7 +19,7 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import ComparisonError
 from streamline_bench.report.leaderboard import Row, read_leaderboard
 from streamline_bench.report.merge import merged_leaderboard
-from streamline_bench.runs.planning.request import Request
+from streamline_bench.runs.planning.request import Request, read_request
 from streamline_bench.runs.run import compare_request
 
 Run = Callable[..., dict[str, Row]]
@@ -136,3 +138,71 @@ def test_boards_of_other_questions_are_not_merged(
     assert [task.task for task in run("less", recipes=["dense"])["dense"].tasks] == ["words"]
     with pytest.raises(SystemExit):
         cli.main(["report", str(tmp_path / "both"), str(tmp_path / "less")])
+
+
+@pytest.mark.slow
+def test_the_released_models_beside_what_was_published(
+    run: Run, tasks: Path, choice_task: Callable[..., str], make_tiny_model: Callable[..., Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """The plan with tiny models in place of the hub's, and other tasks under the same names."""
+    plan = read_request("released_models")
+    layers = {
+        "meta-llama/Llama-2-7b-hf": 4, "meta-llama/Llama-3.1-8B": 5,
+        "XiaodongChen/Llama-2-4.7B": 3, "XiaodongChen/Llama-3.1-5.4B": 4,
+    }  # fmt: skip
+    text = json.dumps(plan)
+    for seed, (name, depth) in enumerate(layers.items()):
+        folder = make_tiny_model("llama", seed=seed, num_hidden_layers=depth)
+        assert f'"{name}"' in text
+        text = text.replace(f'"{name}"', f'"{folder}"')
+    for task in plan["tasks"]:
+        (tasks / f"{task}.yaml").write_text(choice_task(task, tasks / "words.jsonl"), "utf-8")
+    rows = run("board", **{"set": {}, **json.loads(text)})
+
+    assert {label: row.reference for label, row in rows.items()} == {
+        "Llama-2-7B": None, "Llama-3.1-8B": None,
+        "Llama-2-4.7B": "Llama-2-7B", "Llama-3.1-5.4B": "Llama-3.1-8B",
+    }  # fmt: skip
+    made = {label for label, row in rows.items() if row.made_elsewhere}
+    assert made == {"Llama-2-4.7B", "Llama-3.1-5.4B"}
+    # The last column of the authors' table is the mean of the seven.
+    means = {"Llama-2-7B": 59.7, "Llama-2-4.7B": 54.1, "Llama-3.1-8B": 64.0, "Llama-3.1-5.4B": 58.2}
+    for label, row in rows.items():
+        ours = {task.task: task.accuracy for task in row.tasks}
+        assert [each.task for each in row.published] == plan["tasks"]
+        assert [each.ours for each in row.published] == [ours[task] for task in plan["tasks"]]
+        mean = sum(each.value for each in row.published) / 7
+        assert mean == pytest.approx(means[label], abs=0.0501)
+    page = (tmp_path / "board" / "leaderboard.html").read_text("utf-8")
+    assert "RUCKBReasoning/LLM-Streamline" in page
+
+
+@pytest.mark.slow
+def test_a_quantised_checkpoint_keeps_its_parameters_and_loses_bytes(
+    make: Callable[..., Request], tasks: Path, make_tiny_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    coded, plain = make_twins("fp8", make_tiny_model)
+    unread, _ = make_twins("gptq", make_tiny_model)
+    monkeypatch.setattr("streamline_bench.runs.run.LocalExecutor", InProcess)
+    monkeypatch.setattr("streamline_bench.modeling.loading._is_installed", lambda _: False)
+    request = make(
+        model=str(plain), tasks=["words"], include_path=str(tasks), set={}, dtype="bfloat16",
+        recipes=[{"label": label, "checkpoint": str(folder)}
+                 for label, folder in (("fp8", coded), ("gptq", unread))],
+    )  # fmt: skip
+    result = compare_request(request, tmp_path / "run", progress=False)
+    assert result.exit_code == 1 and list(result.failures) == ["gptq"]
+    assert "pip install gptqmodel" in result.failures["gptq"]
+
+    board = read_leaderboard(tmp_path / "run" / "leaderboard.json")
+    dense, fp8, gptq = board.rows
+    tensors = load_file(coded / "model.safetensors").values()
+    assert fp8.bytes == sum(tensor.nbytes for tensor in tensors) < (dense.bytes or 0)
+    assert fp8.parameters == sum(t.numel() for t in load_file(plain / "model.safetensors").values())
+    assert fp8.sparsity_reached == 0 and fp8.made_elsewhere is not None
+    # The codes stand for the very weights of the dense model.
+    assert fp8.macro is not None and fp8.macro.flips.verdicts == 0
+    assert gptq.failed is not None and gptq.bytes == CheckpointReader(unread).stored_bytes
+    assert "not made here" in (tmp_path / "run" / "leaderboard.html").read_text("utf-8")

@@ -44,3 +44,27 @@ def test_the_plan_of_generation_asks_in_both_forms(
         if "same_questions_as" in line
     }
     assert len(pairs) == 2 and set(pairs.values()) <= set(tasks)
+
+
+def test_the_plans_of_a_real_model_compare_the_same_rows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("STREAMLINE_BENCH_DATA", str(tmp_path))
+    hub, local = (make_request(read_request(name)) for name in ("smollm2", "smollm2_local"))
+    assert [f"local_{task}" for task in hub.task_names[:6]] == list(local.task_names)
+    every, first = resolve_rows(hub), resolve_rows(local)
+    assert {row.group or row.label for row in every} == {row.group or row.label for row in first}
+    assert len(first) == 20
+
+    def values(group: str) -> set[tuple[object, ...]]:
+        axes = [row.axes for row in every if row.group == group]
+        return {tuple(each.get(axis) for axis in ("sparsity", "seed", "calibration"))
+                for each in axes}  # fmt: skip
+
+    sizes, texts = (0.125, 0.25, 0.375, 0.5), hub.overrides["calibration"]
+    assert values("last_layers") == {(size, None, None) for size in sizes}
+    assert values("random_layers") == {(size, seed, None) for size in sizes for seed in range(3)}
+    assert values("shortgpt") == {(size, None, text) for size in sizes for text in texts}
+    assert values("streamline") == {
+        (size, seed, text) for size in sizes for seed in (0, 1) for text in texts
+    }
