@@ -19,6 +19,7 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import ComparisonError
 from streamline_bench.report.leaderboard import Row, read_leaderboard
 from streamline_bench.report.merge import merged_leaderboard
+from streamline_bench.report.text import count
 from streamline_bench.runs.planning.request import Request, read_request
 from streamline_bench.runs.run import compare_request
 
@@ -205,4 +206,9 @@ def test_a_quantised_checkpoint_keeps_its_parameters_and_loses_bytes(
     # The codes stand for the very weights of the dense model.
     assert fp8.macro is not None and fp8.macro.flips.verdicts == 0
     assert gptq.failed is not None and gptq.bytes == CheckpointReader(unread).stored_bytes
-    assert "not made here" in (tmp_path / "run" / "leaderboard.html").read_text("utf-8")
+    page, short = (
+        (tmp_path / "run" / f"leaderboard.{kind}").read_text() for kind in ("html", "md")
+    )
+    assert "not made here" in page
+    for shown in (page, short):
+        assert f"{count(fp8.bytes)}B" in shown and f"{count(dense.bytes)}B" in shown

@@ -222,6 +222,12 @@ def tradeoffs(rows: Sequence[Row]) -> list[Pareto]:
     ]
 
 
+def bytes_tell_more(rows: Sequence[Row]) -> bool:
+    """Whether rows differ in bytes per parameter, as quantised ones do from others."""
+    sizes = [row.bytes / row.parameters for row in rows if row.bytes and row.parameters]
+    return bool(sizes) and max(sizes) - min(sizes) > _DIFFERS * max(sizes)
+
+
 def _differs(rows: Sequence[Row], kind: str, per: str | None = None) -> bool:
     values = []
     for row in rows:

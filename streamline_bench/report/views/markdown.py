@@ -13,6 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from streamline_bench.report import text
+from streamline_bench.report.figures.pareto import bytes_tell_more
 from streamline_bench.report.leaderboard import Leaderboard, Row
 from streamline_bench.report.views import overview
 from streamline_bench.report.views.entries import runs_of, shown
@@ -76,6 +77,8 @@ def _leaderboard(board: Leaderboard, rows: Sequence[Row]) -> Markup:
 
     first, *others = _COLUMNS
     every = [first, ("rank", rank), *others]
+    if not bytes_tell_more(rows):
+        every = [(name, cell) for name, cell in every if name != "bytes"]
     columns = [(name, cell) for name, cell in every if any(cell(row) for row in rows)]
     lines = [
         [name for name, _ in columns],
@@ -151,6 +154,7 @@ _COLUMNS: Sequence[tuple[str, Callable[[Row], str]]] = (
     ("token KL", lambda row: text.decimal(row.divergence.kl.value) if row.divergence else ""),
     ("speed", _speed),
     ("parameters", lambda row: text.count(row.parameters) if row.parameters else ""),
+    ("bytes", lambda row: f"{text.count(row.bytes)}B" if row.bytes else ""),
     ("removed %", _removed),
     ("layers", lambda row: str(row.layers or "")),
     ("time", lambda row: text.duration(row.total_seconds) if row.seconds else ""),

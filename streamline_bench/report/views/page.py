@@ -18,7 +18,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from streamline_bench.core.machine.environment import resource
-from streamline_bench.report.figures.pareto import Axis, ticks, tradeoffs
+from streamline_bench.report.figures.pareto import Axis, bytes_tell_more, ticks, tradeoffs
 from streamline_bench.report.figures.serving import kept_objectives, served_series, serving_curves
 from streamline_bench.report.figures.similarity import matrix_svg, named_layers
 from streamline_bench.report.figures.sizes import at_equal_size, series_of, size_curves
@@ -68,6 +68,7 @@ def to_html(board: Leaderboard) -> str:
             throughput=next((row.throughput for row in rows if row.throughput), None),
             headline=headline(board),
             tradeoffs=tradeoffs(rows),
+            bytes_tell_more=bytes_tell_more(rows),
             sizes=size_curves(board, rows),
             sizes_of=series_of(rows),
             serving=serving_curves(rows),

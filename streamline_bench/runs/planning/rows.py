@@ -298,6 +298,10 @@ def _row(request: RowRequest, common: Mapping[str, Any]) -> Row:
     given = {**applicable(shared, written), **own} if written.method != "dense" else own
     recipe = load_recipe(name, given)
     refuse_unread(recipe, own)
+    # What decides nothing in a row must not make it another one: a text that it does not read.
+    unread = set(unread_keys(recipe, given)) - own.keys()
+    if unread:
+        recipe = load_recipe(name, {key: given[key] for key in given if key not in unread})
     return Row(label, recipe)
 
 

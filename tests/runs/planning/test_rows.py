@@ -154,6 +154,10 @@ def test_calibration_texts_are_an_axis_of_the_rows_that_read_them(
     texts = ["one/wiki.jsonl", "two/wiki.jsonl"]
     request = make(recipes=["sleb", "last_layers"], set={"n_layers": 2, "calibration": texts})
     assert _labels(request) == ["dense", "sleb-text0", "sleb-text1", "last_layers"]
+    # A row that reads none is the same row whatever text the others have.
+    alone = resolve_rows(make(recipes=["sleb", "last_layers"],
+                              set={"n_layers": 2, "calibration": "one.jsonl"}))  # fmt: skip
+    assert alone[-1].recipe == resolve_rows(request)[-1].recipe
 
 
 def test_an_axis_that_no_row_reads_is_refused(make: Callable[..., Request]) -> None:
