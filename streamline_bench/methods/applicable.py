@@ -43,6 +43,7 @@ def methods_for(config: Any, refused: Mapping[int, str]) -> dict[str, str]:
     row = architecture_of(config)
     without_removal: Mapping[str, Callable[[], Any]] = {
         "dense": lambda: None,
+        "flap": lambda: require_narrowable(row),
         "llm_pruner": lambda: require_narrowable(row),
         "slicegpt": lambda: require_rotatable(config),
     }

@@ -283,6 +283,7 @@ ENTRY_POINTS = "streamline_bench.methods"
 METHODS: Mapping[str, str] = {
     "dense": "dense:Dense",
     "first_layers": "depth.positional:FirstLayers",
+    "flap": "width.flap:FLAP",
     "given_layers": "depth.positional:GivenLayers",
     "laco": "depth.laco:LaCo",
     "last_layers": "depth.positional:LastLayers",

@@ -9,7 +9,7 @@ resized, so that families whose constructors know one width only (OPT) can be na
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -31,11 +31,18 @@ Unit = Literal["query", "key_value", "channel"]
 
 @dataclass(frozen=True)
 class LayerWidths:
-    """How many query heads, key-value heads and MLP channels one layer has."""
+    """How many query heads, key-value heads and MLP channels one layer has.
+
+    Attributes:
+        output_bias, down_bias: the layer's output projection of attention, and of the MLP, have a
+            bias that the family does not give them.
+    """
 
     num_attention_heads: int
     num_key_value_heads: int
     intermediate_size: int
+    output_bias: bool = False
+    down_bias: bool = False
 
     @classmethod
     def of(cls, config: Any, row: Architecture) -> LayerWidths:
@@ -49,20 +56,35 @@ class LayerWidths:
             channels = 4 * config.hidden_size
         return cls(heads, kv_heads, channels)
 
+    def biased(self, row: Architecture) -> frozenset[str]:
+        """Return the paths of projections that the flags give a bias."""
+        paths = output_paths(row)
+        flags = zip((self.output_bias, self.down_bias), paths, strict=True)
+        return frozenset(path for flag, path in flags if flag)
+
     @property
     def heads_per_group(self) -> int:
         """Query heads that share a key-value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
     def to_dict(self) -> dict[str, int]:
-        """Return the JSON form that the config holds."""
-        return asdict(self)
+        """Return the JSON form that the config holds; flags only where they are set."""
+        return {name: value for name, value in asdict(self).items() if value is not False}
 
     def entries(self, row: Architecture) -> dict[str, int]:
         """Return the widths under the names that the family's config uses."""
-        entries = self.to_dict()
+        entries = {name: getattr(self, name) for name in _COUNTS}
         entries[row.intermediate_key] = entries.pop("intermediate_size")
         return entries
+
+
+_COUNTS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+def output_paths(row: Architecture) -> tuple[str, str]:
+    """Return the paths of a layer's output projections: of its attention, and of its MLP."""
+    attention = f"{row.attention}." if row.attention else ""
+    return attention + row.output, (f"{row.mlp}." if row.mlp else "") + row.down
 
 
 @dataclass(frozen=True)
@@ -247,9 +269,10 @@ def resize_layer(layer: nn.Module, row: Architecture, config: Any, widths: Layer
             continue
         of_module = sizes.setdefault(part.module, {})
         of_module[part.axis] = of_module.get(part.axis, 0) + part.count * part.size
+    biased = widths.biased(row)
     for path, size in sizes.items():
         parent, name = _parent_of(layer, path)
-        setattr(parent, name, _resized(layer.get_submodule(path), size))
+        setattr(parent, name, _resized(layer.get_submodule(path), size, path in biased))
     view = LayerConfig(config, widths.entries(row))
     channels = {"intermediate_size": widths.intermediate_size}
     heads = {
@@ -296,7 +319,7 @@ class LayerConfig:
         return self._own[name] if name in self._own else getattr(self._shared, name)
 
 
-def _resized(linear: Any, size: Mapping[int, int]) -> nn.Module:
+def _resized(linear: Any, size: Mapping[int, int], biased: bool = False) -> nn.Module:
     if isinstance(linear, Conv1D):
         with torch.device(linear.weight.device):
             narrow: nn.Module = Conv1D(size.get(0, linear.nf), size.get(1, linear.nx))
@@ -304,7 +327,7 @@ def _resized(linear: Any, size: Mapping[int, int]) -> nn.Module:
     return nn.Linear(
         size.get(1, linear.in_features),
         size.get(0, linear.out_features),
-        bias=linear.bias is not None,
+        bias=biased or linear.bias is not None,
         device=linear.weight.device,
         dtype=linear.weight.dtype,
     )
@@ -312,12 +335,16 @@ def _resized(linear: Any, size: Mapping[int, int]) -> nn.Module:
 
 def _parse(entry: Any) -> LayerWidths:
     values = entry.to_dict() if isinstance(entry, LayerWidths) else entry
-    expected = [field.name for field in fields(LayerWidths)]
-    if not isinstance(values, Mapping) or set(values) != set(expected):
-        raise CheckpointError(f"Layer widths {values!r} are not valid; give exactly {expected}.")
+    flags = {"output_bias", "down_bias"}
+    if not isinstance(values, Mapping) or set(values) - flags != set(_COUNTS):
+        raise CheckpointError(
+            f"Layer widths {values!r} are not valid; give exactly {list(_COUNTS)}, and "
+            f"{' or '.join(sorted(flags))} where there is one."
+        )
     for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"Layer widths have {name}={value!r}; give a whole number >= 1.")
+        if not isinstance(value, bool) if name in flags else not _is_count(value):
+            wanted = "true or false" if name in flags else "a whole number >= 1"
+            raise CheckpointError(f"Layer widths have {name}={value!r}; give {wanted}.")
     widths = LayerWidths(**values)
     if widths.num_attention_heads % widths.num_key_value_heads:
         raise CheckpointError(
@@ -325,3 +352,7 @@ def _parse(entry: Any) -> LayerWidths:
             f"{widths.num_key_value_heads} key-value heads; give a multiple."
         )
     return widths
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

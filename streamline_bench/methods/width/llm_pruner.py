@@ -14,9 +14,7 @@ the ratio is solved for the wanted share of the model's parameters; the result c
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -25,41 +23,25 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
-from streamline_bench.core.architecture import Architecture, architecture_of
-from streamline_bench.core.architecture_guard import layer_kinds
-from streamline_bench.core.architecture_inference import entries_of
-from streamline_bench.core.checkpoint.writer import layer_names, layers_prefix
+from streamline_bench.core.architecture import Architecture, architecture_of, depth_of
+from streamline_bench.core.checkpoint.writer import layers_prefix
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.recipe.schema import Frozen, Recipe
-from streamline_bench.errors import ArchitectureError, NumericsError
+from streamline_bench.errors import NumericsError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.gradients import (
     GradientSums,
     LayerGradients,
     gradients_by_layer,
 )
-from streamline_bench.methods.tools.layer_removal import config_json
 from streamline_bench.methods.tools.selection import proportional_ends
-from streamline_bench.methods.width.width_plan import (
-    HeadUnit,
-    KeptUnits,
-    WidthPlan,
-    check_narrowed,
-    narrowed_config,
-    plan_widths,
-    prunable,
-    sliced_tensors,
+from streamline_bench.methods.width.narrowing import (
+    narrowed_checkpoint,
+    prunable_units,
+    staying_units,
 )
-from streamline_bench.modeling.widths import (
-    LayerWidths,
-    Part,
-    fixed_channels,
-    fixed_heads,
-    projection_parts,
-    require_narrowable,
-)
-
-log = logging.getLogger(__name__)
+from streamline_bench.methods.width.width_plan import HeadUnit, KeptUnits, WidthPlan, plan_widths
+from streamline_bench.modeling.widths import LayerWidths, Part, projection_parts
 
 Criterion = Literal["param_first", "param_second", "param_mix", "vectorize", "l1", "l2", "random"]
 
@@ -151,9 +133,6 @@ def _projections(parts: Sequence[Part]) -> list[str]:
     return list(dict.fromkeys(part.module for part in parts if not part.vector))
 
 
-UNITS_FILE = "pruned_units.json"
-
-
 class LLMPrunerParameters(Frozen):
     """Parameters of the method ``llm_pruner``.
 
@@ -215,11 +194,9 @@ class LLMPruner(Method):
     def compress(self, work: Compression) -> Compressed:
         """Plan the widths, score the units, keep each layer's highest, slice the stored weights."""
         options = LLMPrunerParameters.model_validate(work.recipe.parameters)
+        stays = staying_units(work.config)
         family = architecture_of(work.config)
-        require_narrowable(family)
-        _refuse_own_widths(work.config)
-        stays = _staying(family)
-        plan = _plan(work, family, options)
+        plan = _plan(work, options)
         looks = needs_gradients(options.criterion)
         tokens = work.tokens(work.recipe.calibration) if looks else None
         scores = _scores(work, family, plan, options, tokens)
@@ -227,32 +204,14 @@ class LLMPruner(Method):
             layer: keep_units(of_layer, plan, options.head_unit)
             for layer, of_layer in scores.items()
         }
-        if family.inferred:
-            kinds = layer_kinds(work.config)
-            for layer in {kinds[layer]: layer for layer in plan.layers}.values():
-                check_narrowed(work.model, layer, kept[layer])
-        tensors = sliced_tensors(work.reader, work.config, kept)
-        depth = getattr(work.config, family.depth_key)
-        names = layer_names(work.reader, family, range(depth))
-        config = narrowed_config(
-            work.config, {layer: units.widths for layer, units in kept.items()}
-        )
-        return Compressed(
-            config=config_json(config),
-            names={new: old for new, old in names.items() if new not in tensors},
-            tensors=tensors,
-            layers_after=depth,
-            chosen={
-                "criterion": options.criterion,
-                "profile": options.profile,
-                "head_unit": options.head_unit,
-                "model_type": config.model_type,
-                "size": asdict(plan),
-                **({"stays": stays} if stays else {}),
-            },
-            calibration=tokens.summary() if tokens is not None else {},
-            artefacts={UNITS_FILE: _removed_units(kept, LayerWidths.of(work.config, family))},
-        )
+        chosen = {
+            "criterion": options.criterion,
+            "profile": options.profile,
+            "head_unit": options.head_unit,
+            "size": asdict(plan),
+            **({"stays": stays} if stays else {}),
+        }
+        return narrowed_checkpoint(work, kept, chosen, tokens)
 
 
 def keep_units(scores: UnitScores, plan: WidthPlan, unit: HeadUnit = "kv_group") -> KeptUnits:
@@ -274,59 +233,15 @@ def _highest(scores: Tensor, removed: int) -> Tensor:
     return torch.sort(torch.argsort(scores, stable=True)[removed:]).values
 
 
-def _refuse_own_widths(config: Any) -> None:
-    reason = ""
-    if entries_of(config).get("per_layer_config"):
-        reason = "its config gives some layers widths of their own (per_layer_config)"
-    elif getattr(config, "num_attention_heads", None) is None:
-        reason = "its config gives no number of attention heads"
-    if reason:
-        raise ArchitectureError(
-            f"Heads and channels of this '{config.model_type}' model cannot be removed: {reason}; "
-            "use a method that removes layers."
-        )
-
-
-def _staying(family: Architecture) -> dict[str, str]:
-    """Return what of each layer cannot be removed -> why, and log it."""
-    reasons = {"heads": fixed_heads(family), "channels": fixed_channels(family)}
-    stays = {kind: reason for kind, reason in reasons.items() if reason}
-    for kind, reason in stays.items():
-        log.warning("all %s stay: %s", kind, reason)
-    return stays
-
-
-def _plan(work: Compression, family: Architecture, options: LLMPrunerParameters) -> WidthPlan:
-    prefix = f"{layers_prefix(work.reader, family)}.0."
-    shapes = {
-        name.removeprefix(prefix): work.reader.entry(name).shape
-        for name in work.reader.names
-        if name.startswith(prefix)
-    }
-    units = prunable(work.config, options.head_unit, shapes)
-    layers = options.layers(getattr(work.config, family.depth_key))
-    _require_parts(work, family, layers)
+def _plan(work: Compression, options: LLMPrunerParameters) -> WidthPlan:
+    layers = options.layers(depth_of(work.config))
     return plan_widths(
-        units,
+        prunable_units(work, layers, options.head_unit),
         layers,
         sparsity=work.recipe.sparsity,
         ratio=options.ratio,
         multiple=options.channel_multiple,
     )
-
-
-def _require_parts(work: Compression, family: Architecture, layers: Iterable[int]) -> None:
-    """Refuse a model some of whose layers are of another kind (linear attention, dense MLPs)."""
-    parts = projection_parts(family, LayerWidths.of(work.config, family), work.config)
-    prefix, present = layers_prefix(work.reader, family), set(work.reader.names)
-    for layer in layers:
-        for part in parts:
-            if f"{prefix}.{layer}.{part.tensor}" not in present:
-                raise ArchitectureError(
-                    f"Layer {layer} of this '{family.model_type}' model has no '{part.tensor}', so "
-                    "that its heads and channels cannot be removed; use a method that removes "
-                    "layers."
-                )
 
 
 def _scores(
@@ -373,18 +288,3 @@ def _scores(
 
         scores[layer] = score_units(layer, parts, widths, counted, vectorize=vectorize)
     return {layer: scores[layer] for layer in plan.layers}
-
-
-def _removed_units(kept: Mapping[int, KeptUnits], before: LayerWidths) -> str:
-    def gone(indices: Tensor, count: int) -> list[int]:
-        return sorted(set(range(count)) - set(indices.tolist()))
-
-    removed: dict[str, Any] = {
-        str(layer): {
-            "heads": gone(units.query, before.num_attention_heads),
-            "key_value_heads": gone(units.key_value, before.num_key_value_heads),
-            "channels": gone(units.channel, before.intermediate_size),
-        }
-        for layer, units in kept.items()
-    }
-    return json.dumps(removed) + "\n"

@@ -27,13 +27,13 @@ from streamline_bench.errors import (
 )
 from streamline_bench.methods.tools.gradients import sum_gradients
 from streamline_bench.methods.width.llm_pruner import (
-    UNITS_FILE,
     LLMPrunerParameters,
     UnitScores,
     keep_units,
     salience,
     score_units,
 )
+from streamline_bench.methods.width.narrowing import UNITS_FILE
 from streamline_bench.methods.width.width_plan import plan_widths, prunable
 from streamline_bench.modeling import register
 from streamline_bench.modeling.widths import LayerWidths, head_size, projection_parts
