@@ -67,6 +67,11 @@ TASKS: dict[str, tuple[str, Callable[[int], dict[str, Any]], str]] = {
         lambda number: {"prompt": words(3), "test": words(1), "entry_point": "f"},
         "repeats: 2",
     ),
+    "mbpp": (
+        "mbpp/mbpp.yaml",
+        lambda number: {"text": words(3), "code": words(2), "test_list": words(3).split()},
+        "num_fewshot: 0",
+    ),
     "gsm8k": (
         "gsm8k/gsm8k.yaml",
         lambda number: {"question": words(4), "answer": f"so #### {DRAW.randrange(96)}"},
@@ -209,6 +214,7 @@ def test_what_judges_each_task(result: Comparison) -> None:
     assert judged == {
         ("stock_ifeval", "none"): "prompt_level_strict_acc",
         ("stock_humaneval", "create_test"): "pass@1",
+        ("stock_mbpp", "none"): "pass_at_1",
         ("stock_gsm8k", "strict-match"): "exact_match",
         ("stock_gsm8k", "flexible-extract"): "exact_match",
         ("stock_ruler", "none"): "4096",
@@ -263,9 +269,10 @@ def test_code_is_not_run_without_the_harness_own_switch(folder: Path) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    with pytest.raises(ValueError, match="confirm_run_unsafe_code"):
-        simple_evaluate(
-            model="hf", model_args=f"pretrained={folder / 'model'}", device="cpu",
-            tasks=["stock_humaneval"],
-            task_manager=TaskManager(include_path=str(folder / "tasks"), include_defaults=False),
-        )  # fmt: skip
+    manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+    for task in ("stock_humaneval", "stock_mbpp"):
+        with pytest.raises(ValueError, match=rf"{task}.*confirm_run_unsafe_code"):
+            simple_evaluate(
+                model="hf", model_args=f"pretrained={folder / 'model'}", device="cpu",
+                tasks=[task], task_manager=manager,
+            )  # fmt: skip
