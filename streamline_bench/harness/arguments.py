@@ -156,7 +156,8 @@ def sort_arguments(
             engine is ``from_pretrained`` of transformers.
 
     Raises:
-        RecipeError: an unknown key, or a recipe's key without ``recipe=``.
+        RecipeError: an unknown key, one that would be without effect, or a recipe's key without
+            ``recipe=``.
     """
     known = [*own, *(_of_from_pretrained() if beyond is None else beyond)]
     recipe_keys = _recipe_keys()
@@ -180,6 +181,11 @@ def sort_arguments(
                 f"Unknown model argument '{key}={value}'"
                 f"{suggest(key, everything) or '; see the documentation of --model streamline.'}"
             )
+    if "device_map" in harness and not harness.get("parallelize"):
+        raise RecipeError(
+            "The harness follows device_map only together with parallelize=True; add it, or leave "
+            "device_map out."
+        )
     recipe = arguments.get("recipe")
     if recipe is None and overrides:
         key = next(iter(overrides))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,22 @@ def test_generation_equals_repeated_full_forwards(compressed: Path) -> None:
         if ids[-1] == lm.eot_token_id:
             break
     assert text.strip() == lm.tok_decode(ids[3:], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("name", ["streamline_ffn", "slicegpt", "llm_pruner"])
+def test_layers_on_the_disk_are_scored_as_those_in_memory(
+    name: str, recipe_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = recipe_checkpoint(name)
+    pairs = [("w1 w2", " w3"), ("w1 w2", " w4 w5")]
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    resident = StreamlineLM(str(folder), device="cpu", dtype="float32")
+    depth = len(resident.model.model.layers)
+    places = {f"model.layers.{i}": ("disk", "cpu")[i % 2] for i in range(depth)}
+    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    spread = StreamlineLM(
+        str(folder), device="cpu", dtype="float32", parallelize=True, device_map=places | rest,
+        offload_folder=str(tmp_path),
+    )  # fmt: skip
+    assert spread.model.hf_device_map["model.layers.0"] == "disk"
+    assert spread.loglikelihood(asked) == resident.loglikelihood(asked)

@@ -101,6 +101,12 @@ class TestArguments:
         model = StreamlineLM(pretrained=str(tiny_llama), rms_norm_eps=0.5, **CPU)
         assert model.model.config.rms_norm_eps == 0.5
 
+    def test_a_device_map_that_the_harness_would_not_follow(self) -> None:
+        given = {"pretrained": "x", "device_map": "auto"}
+        with pytest.raises(RecipeError, match="add it"):
+            sort_arguments(given, parameters_of(HFLM))
+        assert sort_arguments({**given, "parallelize": True}, parameters_of(HFLM)).harness
+
     def test_a_recipe_key_needs_a_recipe(self) -> None:
         with pytest.raises(RecipeError, match=r"'n_layers=2' is part of a recipe"):
             sort_arguments({"pretrained": "x", "n_layers": 2}, parameters_of(HFLM))
