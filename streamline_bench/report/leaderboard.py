@@ -494,6 +494,10 @@ class Leaderboard(Frozen):
         """The row that the others are compared with, where they name no other."""
         return next(row for row in self.rows if row.label == self.dense)
 
+    def other_reference(self, row: Row) -> str | None:
+        """The dense row that a row is compared with, where it is not the board's."""
+        return row.reference if row.reference != self.dense and not row.is_dense else None
+
     @property
     def level(self) -> str:
         """The confidence of the intervals: ``95 %``."""

@@ -20,6 +20,7 @@ from streamline_bench.errors import ComparisonError
 from streamline_bench.report.leaderboard import Row, read_leaderboard
 from streamline_bench.report.merge import merged_leaderboard
 from streamline_bench.report.text import count
+from streamline_bench.report.views.terminal import terminal_table
 from streamline_bench.runs.planning.request import Request, read_request
 from streamline_bench.runs.run import compare_request
 
@@ -127,6 +128,12 @@ def test_boards_of_other_questions_are_not_merged(
     assert rows["last_layers-a"].axes == {"model": "a"}
     hashes = {rows[f"dense-{each}"].provenance.weights_sha256 for each in ("a", name)}
     assert len(hashes) == 2
+    board = read_leaderboard(tmp_path / "both" / "leaderboard.json")
+    assert f"Compared with dense-{name}: last_layers-{name}." in terminal_table(board)
+    short = (tmp_path / "both" / "leaderboard.md").read_text("utf-8").replace("\\", "")
+    assert f"| last_layers-{name} | dense-{name} |" in short
+    page = (tmp_path / "both" / "leaderboard.html").read_text("utf-8")
+    assert f"<small>compared with dense-{name}</small>" in page
 
     run("less", recipes=["dense"], limit=4)
     with pytest.raises(ComparisonError, match="documents"):

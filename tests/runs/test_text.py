@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_jobs import InProcess
 
 from streamline_bench.cli.stability import by_text as command
 from streamline_bench.divergence import token_divergence
@@ -165,8 +166,9 @@ def test_the_command_repeats_what_was_compared(
 
 @pytest.mark.slow
 def test_every_row_is_compared_on_the_text_once(
-    asking: Callable[..., Request], tiny_llama: Path, tmp_path: Path
-) -> None:
+    asking: Callable[..., Request], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     run = tmp_path / "run"
     result = compare_request(asking(), run, progress=False)
     assert (result.exit_code, dict(result.reasons)) == (0, {})
@@ -184,6 +186,15 @@ def test_every_row_is_compared_on_the_text_once(
     assert shown["dense"] is None
     assert shown["last_layers"]["tokens"] == expected.tokens == sum(12 + i for i in range(5)) - 10
     assert shown["last_layers"]["kl"]["value"] == pytest.approx(expected.kl.value, rel=1e-4)
+    # A checkpoint from elsewhere with the same weights needs no comparison of its own.
+    twin = {"label": "twin", "checkpoint": str(run / "last_layers" / "checkpoint")}
+    other = {"label": "other", "checkpoint": str(tiny_llama)}
+    with monkeypatch.context() as patch:
+        patch.setattr("streamline_bench.runs.run.LocalExecutor", InProcess)
+        InProcess.started.clear()
+        more = compare_request(asking(recipes=["last_layers", twin, other]), run, progress=False)
+    assert (more.exit_code, dict(more.reasons)) == (0, {})
+    assert InProcess.started == ["text-other"]
     # A result that was damaged since is made again, and nothing else is.
     (run / "last_layers" / "divergence.json").write_text("{}", encoding="utf-8")
     again = compare_request(asking(), run, progress=False)

@@ -75,8 +75,11 @@ def _leaderboard(board: Leaderboard, rows: Sequence[Row]) -> Markup:
         found = board.shown_ranks.get(row.label)
         return f"{found.place} [{found.low}, {found.high}]" if found else ""
 
+    def reference(row: Row) -> str:
+        return text.markdown_text(board.other_reference(row) or "")
+
     first, *others = _COLUMNS
-    every = [first, ("rank", rank), *others]
+    every = [first, ("compared with", reference), ("rank", rank), *others]
     if not bytes_tell_more(rows):
         every = [(name, cell) for name, cell in every if name != "bytes"]
     columns = [(name, cell) for name, cell in every if any(cell(row) for row in rows)]

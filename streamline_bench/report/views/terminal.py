@@ -38,6 +38,10 @@ def terminal_table(board: Leaderboard) -> str:
     lines += [_same(row) for row in best if row.same_weights]
     if len(scored) > 1:
         lines.append(note.format(level=board.level, dense=_cut(board.dense, _LABEL)))
+    others = dict.fromkeys(filter(None, map(board.other_reference, best)))
+    for other in others:
+        names = ", ".join(_name(row) for row in best if board.other_reference(row) == other)
+        lines.append(f"Compared with {_cut(other, _LABEL)}: {names}.")
     return "\n".join(lines)
 
 

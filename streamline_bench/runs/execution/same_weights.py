@@ -26,8 +26,10 @@ class Weights:
         if isinstance(job, ScoreJob) and job.noise is None:
             model = self.of(run, job)
             asked: Any = job.evaluation.model_dump(mode="json", exclude={"include_path"})
-        elif isinstance(job, TextJob) and job.other is None:
-            model = self._checkpoint(run, job.place)
+        elif isinstance(job, TextJob):
+            other = job.other
+            elsewhere = other and other.weights_sha256 + other.tokenizer_sha256
+            model = elsewhere or self._checkpoint(run, job.place)
             asked = [job.model, job.dtype, job.text.model_dump(mode="json")]
         else:
             return None

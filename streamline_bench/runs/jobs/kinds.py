@@ -184,6 +184,8 @@ class TextJob(Job):
             trust_remote_code=self.trust_remote_code,
             trust_pruned=self.other.trust_remote_code if self.other else None,
         )
+        # A checkpoint made elsewhere may have no folder yet, where its answers are another row's.
+        run.divergence(self.place).parent.mkdir(exist_ok=True)
         atomic_write_text(run.divergence(self.place), compared.model_dump_json(indent=2) + "\n")
         options = {
             "--text-field": text.field,
