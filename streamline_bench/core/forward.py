@@ -158,7 +158,9 @@ def run_base(
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on a device; CUDA is not waited for, so that the host runs ahead."""
-    return tensor.to(device, non_blocking=device.type == "cuda")
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def run_until(call: Callable[[], Any], handles: Iterable[Any]) -> None:

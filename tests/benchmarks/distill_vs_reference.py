@@ -223,7 +223,8 @@ def deployed_loss(options: argparse.Namespace, role: str | None) -> float:
     """Causal mean squared error on the held-out tokens; None: of the untrained layer."""
     from streamline_bench.core.data.calibration import CalibrationTokens
     from streamline_bench.core.recipe.schema import ReplacementSpec
-    from streamline_bench.core.training.block import Student, Teacher, make_batch
+    from streamline_bench.core.training.batch import make_batch
+    from streamline_bench.core.training.block import Student, Teacher
     from streamline_bench.core.training.loop import StateObjective
 
     model = load_model(options).eval()

@@ -29,12 +29,12 @@ from streamline_bench.core.data.calibration import CalibrationTokens, load_calib
 from streamline_bench.core.forward import evaluating
 from streamline_bench.core.recipe.schema import CalibrationSpec, ReplacementSpec, TrainingSpec
 from streamline_bench.core.scan import scan
+from streamline_bench.core.training.batch import make_batch
 from streamline_bench.core.training.block import (
     LayerForm,
     Passthrough,
     Student,
     Teacher,
-    make_batch,
     pruned,
     slots,
 )

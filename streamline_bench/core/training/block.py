@@ -53,6 +53,7 @@ from streamline_bench.core.state_store import (
     states_bytes,
 )
 from streamline_bench.core.streaming import held_layer, layer_copy
+from streamline_bench.core.training.batch import Batch, make_batch
 from streamline_bench.core.training.sharding import put, whole
 from streamline_bench.errors import ArchitectureError, OutputError
 
@@ -68,40 +69,6 @@ def layer_call(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     named = {**dict(zip(names, args, strict=False)), **kwargs}
     named.pop(names[0])
     return named
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Sequences on the model's device; columns in which all are padding are cut.
-
-    Attributes:
-        ids: int64 ``[batch, seq]``; mask: bool ``[batch, seq]``, true where there is a token.
-        rows: which sequences of their set they are, int64 ``[batch]``.
-        targets: bool ``[batch, seq]``, true for the tokens to predict; None: all.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    rows: Tensor
-    targets: Tensor | None = None
-
-
-def make_batch(
-    tokens: CalibrationTokens, rows: Tensor, device: torch.device, among: Tensor | None = None
-) -> Batch:
-    """Gather sequences, ``rows`` int64 ``[batch]``; as wide as a batch of the rows ``among``."""
-    mask = tokens.attention_mask[rows]
-    whole = mask if among is None else tokens.attention_mask[among]
-    used = int(whole.any(dim=0).nonzero().max()) + 1
-    ids = tokens.input_ids[rows, :used]
-    targets = None if tokens.target_mask is None else tokens.target_mask[rows, :used].to(device)
-    return Batch(ids.to(device), mask[:, :used].to(device), rows, targets)
-
-
-def predicted(mask: Tensor, targets: Tensor | None) -> Tensor:
-    """Return which tokens but the last predict one that counts, bool ``[batch, seq - 1]``."""
-    follows = mask[:, 1:] & mask[:, :-1]
-    return follows if targets is None else follows & targets[:, 1:]
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.files import atomic_write_text, sync_path
-from streamline_bench.core.forward import evaluating
+from streamline_bench.core.forward import evaluating, sent
 from streamline_bench.core.machine.ranks import current
 from streamline_bench.core.recipe.schema import DistillationSpec
 from streamline_bench.core.state_store import create_mapped, open_mapped
-from streamline_bench.core.training.block import Batch, make_batch, predicted
+from streamline_bench.core.training.batch import Batch, make_batch, predicted
 from streamline_bench.core.training.head import loss_of_logits
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,8 @@ class TeacherLogits:
         """Return token ids ``[batch, seq, top_k]`` and log-probabilities ``[…, top_k + 1]``."""
         used, device = batch.ids.shape[1], batch.ids.device
         logs, ids = self._values[:, batch.rows, :used]
-        return ids[..., :-1].contiguous().view(torch.int32).to(device).long(), logs.to(device)
+        ids = ids[..., :-1].contiguous().view(torch.int32)
+        return sent(ids, device).long(), sent(logs, device)
 
 
 def outcomes(logits: Tensor, ids: Tensor) -> Tensor:
@@ -118,8 +119,7 @@ class KdObjective:
 
     def loss_sum(self, batch: Batch, source: Any) -> Tensor:
         """Return the sum of the losses of all terms of a batch, a float32 scalar."""
-        wanted = nn.functional.pad(predicted(batch.mask, batch.targets), (0, 1))
-        ids, logs = (part[wanted] for part in source.of(batch))
+        ids, logs = (part.flatten(0, 1)[batch.predicting] for part in source.of(batch))
         temperature = self._spec.temperature
 
         def loss(logits: Tensor, numbers: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class KdObjective:
             value: Tensor = (share * gap).sum() * temperature**2
             return value
 
-        return loss_of_logits(self.model, batch.ids, batch.mask, wanted, loss)
+        return loss_of_logits(self.model, batch.ids, batch.mask, batch.predicting, loss)
 
     def terms(self, mask: Tensor, targets: Tensor | None = None) -> int:
         """Return the number of terms of a batch with these masks ``[batch, seq]``."""

@@ -44,18 +44,18 @@ def loss_of_logits(
     Args:
         model: a causal LM.
         ids, mask: ``[batch, seq]``, int64 and bool.
-        wanted: bool ``[batch, seq]``: whose logits are wanted.
+        wanted: int64, places among all ``batch * seq`` whose logits are wanted.
         loss: of some positions, numbered in the order of ``wanted``; one term for each.
     """
     arguments = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
-    count, config = int(wanted.sum()), model.config.get_text_config()
+    count, config = len(wanted), model.config.get_text_config()
     at_once = positions_at_once(count, int(config.vocab_size))
     if at_once == count or is_sharded():  # FSDP expects one run of a head
-        logits = model(**arguments).logits[wanted]
+        logits = model(**arguments).logits.flatten(0, 1)[wanted]
         return loss(logits, torch.arange(count, device=logits.device))
     stack = architecture_of(model.config).base
     output = model.get_submodule(stack)(**arguments)
-    states = output[0][wanted]
+    states = output[0].flatten(0, 1)[wanted]
     numbers = torch.arange(count, device=states.device)
 
     def part(states: Tensor, numbers: Tensor) -> Tensor:

@@ -32,14 +32,8 @@ from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.machine.ranks import current
 from streamline_bench.core.recipe.schema import TrainingSpec
-from streamline_bench.core.training.block import (
-    Batch,
-    StateSource,
-    Student,
-    make_batch,
-    predicted,
-    recomputed,
-)
+from streamline_bench.core.training.batch import Batch, make_batch, predicted
+from streamline_bench.core.training.block import StateSource, Student, recomputed
 from streamline_bench.core.training.distillation import KdObjective, TeacherLogits
 from streamline_bench.core.training.head import loss_of_logits
 from streamline_bench.core.training.sharding import (
@@ -137,8 +131,8 @@ class StateObjective:
             calls = tuple({**call, "attention_mask": open_mask} for call in calls)
         output = self._student.run(states.hidden, calls)
         # Not multiplied by the mask: what stands in padding may be infinite.
-        kept = output[batch.mask].float(), states.target[batch.mask].float()
-        return self._error(*kept).sum()
+        output, target = (each.flatten(0, 1) for each in (output, states.target))
+        return self._error(output[batch.kept].float(), target[batch.kept].float()).sum()
 
     def terms(self, mask: Tensor, targets: Tensor | None = None) -> int:
         """Return the number of terms of a batch with these masks ``[batch, seq]``."""
@@ -157,14 +151,12 @@ class LmObjective:
         self.model: nn.Module | None = model
 
     def loss_sum(self, batch: Batch, source: Any) -> Tensor:
-        counted = predicted(batch.mask, batch.targets)
-        labels = batch.ids[:, 1:][counted]
+        labels = batch.ids.flatten()[batch.predicting + 1]
 
         def loss(logits: Tensor, numbers: Tensor) -> Tensor:
             return nn.functional.cross_entropy(logits.float(), labels[numbers], reduction="sum")
 
-        wanted = nn.functional.pad(counted, (0, 1))  # the last token predicts nothing
-        return loss_of_logits(self.model, batch.ids, batch.mask, wanted, loss)
+        return loss_of_logits(self.model, batch.ids, batch.mask, batch.predicting, loss)
 
     def terms(self, mask: Tensor, targets: Tensor | None = None) -> int:
         return int(predicted(mask, targets).sum())

@@ -15,7 +15,8 @@ from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.forward import evaluating
 from streamline_bench.core.recipe.schema import ReplacementSpec
 from streamline_bench.core.surgery import block_keep
-from streamline_bench.core.training.block import Student, Teacher, make_batch, pruned
+from streamline_bench.core.training.batch import make_batch
+from streamline_bench.core.training.block import Student, Teacher, pruned
 from streamline_bench.core.training.loop import STATE_ERRORS, LmObjective, StateObjective
 
 LAYER = ReplacementSpec(kind="layer")

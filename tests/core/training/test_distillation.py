@@ -14,7 +14,7 @@ from streamline_bench.compression import compress
 from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.core.recipe.schema import DistillationSpec, ReplacementSpec, TrainingSpec
 from streamline_bench.core.training import train_replacement
-from streamline_bench.core.training.block import make_batch
+from streamline_bench.core.training.batch import make_batch
 from streamline_bench.core.training.distillation import KdObjective, TeacherLogits
 from streamline_bench.errors import OutputError
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from streamline_bench.core.training import head
-from streamline_bench.core.training.block import Batch
+from streamline_bench.core.training.batch import Batch
 from streamline_bench.core.training.loop import LmObjective
 
 FAMILIES = ("llama", "gpt2", "opt", "gemma2", "mixtral", "cohere", "granite", "gpt_neox")
@@ -22,7 +22,7 @@ def _batch(vocabulary: int) -> Batch:
     ids = torch.randint(3, vocabulary, (4, 11), generator=torch.Generator().manual_seed(1))
     mask = torch.arange(11) < torch.tensor([[11], [7], [2], [9]])
     targets = mask & (torch.arange(11) >= torch.tensor([[0], [3], [0], [5]]))
-    return Batch(ids.where(mask, 0), mask, torch.arange(4), targets)
+    return Batch.of(ids.where(mask, 0), mask, torch.arange(4), targets)
 
 
 def _gradients(model: Any, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
@@ -89,7 +89,7 @@ def test_memory_per_logit(
     model.model.layers.requires_grad_(True)
     monkeypatch.setattr(head, "WHOLE", whole)
     ids = torch.randint(0, 16384, (4, 129), generator=torch.Generator().manual_seed(1))
-    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(4))
+    batch = Batch.of(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(4))
     with _Largest() as memory:
         LmObjective(model).loss_sum(batch, None).backward()
     per_logit = memory.peak / (512 * 16384)

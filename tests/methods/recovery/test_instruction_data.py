@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from streamline_bench.compression import compress
 from streamline_bench.core.recipe.schema import CalibrationSpec
-from streamline_bench.core.training.block import make_batch
+from streamline_bench.core.training.batch import make_batch
 from streamline_bench.core.training.loop import LmObjective
 from streamline_bench.errors import CalibrationError
 from streamline_bench.methods.recovery.instruction_data import alpaca_prompt, load_instructions
@@ -115,7 +115,7 @@ def test_loss_equals_that_of_transformers_with_masked_labels(
     with torch.no_grad():
         loss = float(objective.loss_sum(batch, None))
     assert loss == pytest.approx(total, rel=1e-5)
-    assert objective.terms(batch.mask, batch.targets) == terms
+    assert objective.terms(tokens.attention_mask, tokens.target_mask) == terms
 
 
 def test_rows_are_cut_and_empty_ones_left_out(instructions: Path, word_tokenizer: Any) -> None:
