@@ -52,7 +52,9 @@ SHORT_KEYS: Mapping[str, tuple[str, ...]] = {
 
 _PRESET_KEYS = ("preset", "training.preset")
 
-SIZE_KEYS = ("sparsity", "n_layers", "parameters.ratio", "parameters.slicing")
+SIZE_KEYS = (
+    "sparsity", "n_layers", "parameters.ratio", "parameters.slicing", "parameters.sublayers",
+)  # fmt: skip
 """Each says how much is removed, so that a given one replaces the recipe's."""
 
 _OF_REPLACEMENTS: Mapping[str, tuple[str, ...]] = {

@@ -42,7 +42,7 @@ _OLD_BUFFERS = (
     ".rotary_emb.sin_cached",
 )  # fmt: skip
 """Masks and tables that older versions of transformers stored with the weights."""
-_OURS = ("host_model_type", "attachments", "layer_widths", "rotations")
+_OURS = ("host_model_type", "attachments", "layer_widths", "rotations", "removed_sublayers")
 
 
 def infer(config: Any) -> Architecture:

@@ -38,14 +38,17 @@ def methods_for(config: Any, refused: Mapping[int, str]) -> dict[str, str]:
     from streamline_bench.methods.maps.magnitude_compensation import refuse_unscalable
     from streamline_bench.methods.maps.replaceme import refuse_normed_mlp
     from streamline_bench.modeling.rotations import require_rotatable
+    from streamline_bench.modeling.sublayers import require_sublayers
     from streamline_bench.modeling.widths import require_narrowable
 
     row = architecture_of(config)
     without_removal: Mapping[str, Callable[[], Any]] = {
+        "block_pruner": lambda: require_sublayers(config, row, "attention"),
         "dense": lambda: None,
         "flap": lambda: require_narrowable(row),
         "llm_pruner": lambda: require_narrowable(row),
         "slicegpt": lambda: require_rotatable(config),
+        "sublayer_drop": lambda: require_sublayers(config, row, "attention"),
     }
     folded: Mapping[str, Callable[[], Any]] = {
         "magnitude_compensation": lambda: refuse_unscalable(row),

@@ -281,6 +281,7 @@ ENTRY_POINTS = "streamline_bench.methods"
 """Entry-point group in which other packages name their methods: ``name = "module:Class"``."""
 
 METHODS: Mapping[str, str] = {
+    "block_pruner": "depth.sublayers:BlockPruner",
     "dense": "dense:Dense",
     "first_layers": "depth.positional:FirstLayers",
     "flap": "width.flap:FLAP",
@@ -300,6 +301,7 @@ METHODS: Mapping[str, str] = {
     "sleb": "depth.sleb:SLEB",
     "slicegpt": "rotation.slicegpt:SliceGPT",
     "streamline": "depth.streamline:Streamline",
+    "sublayer_drop": "depth.sublayers:SublayerDrop",
     "uidl": "depth.uidl:UIDL",
 }
 """Our own methods: name -> ``"module:Class"``, the module below ``streamline_bench.methods``."""

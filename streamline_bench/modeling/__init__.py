@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from streamline_bench.modeling.attachments import Attachment
     from streamline_bench.modeling.configuration import StreamlineConfig, streamline_config
     from streamline_bench.modeling.models import StreamlineForCausalLM, StreamlineModel
+    from streamline_bench.modeling.sublayers import RemovedSublayers
     from streamline_bench.modeling.widths import LayerWidths
 
 __all__ = [
     "Attachment",
     "LayerWidths",
+    "RemovedSublayers",
     "StreamlineConfig",
     "StreamlineForCausalLM",
     "StreamlineModel",
@@ -30,6 +32,7 @@ __all__ = [
 _HOMES = {
     "Attachment": "attachments",
     "LayerWidths": "widths",
+    "RemovedSublayers": "sublayers",
     "StreamlineConfig": "configuration",
     "StreamlineForCausalLM": "models",
     "StreamlineModel": "models",

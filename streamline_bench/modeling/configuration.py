@@ -1,5 +1,5 @@
 """Configuration of the ``streamline`` model type: a host family's config plus ``attachments``,
-``layer_widths`` or ``rotations``.
+``layer_widths``, ``rotations`` or ``removed_sublayers``.
 
 Every instance is of a class made on the fly from the host's config class, so that the host's
 modeling code, plans and generation find all they expect; in JSON all host entries stay at the top
@@ -22,6 +22,7 @@ from streamline_bench.errors import ArchitectureError, CheckpointError
 if TYPE_CHECKING:  # each is imported by the configs that have such entries
     from streamline_bench.modeling.attachments import Attachment
     from streamline_bench.modeling.rotations import Rotations
+    from streamline_bench.modeling.sublayers import RemovedSublayers
     from streamline_bench.modeling.widths import LayerWidths
 
 MODEL_TYPE = "streamline"
@@ -32,7 +33,8 @@ _listeners: list[Callable[[type[StreamlineConfig]], None]] = []
 
 @strict
 class StreamlineConfig(PreTrainedConfig):  # type: ignore[misc]
-    """Config of a host model with networks behind some layers, or widths of each layer's own.
+    """Config of a host model with networks behind some layers, widths of each layer's own, or
+    layers without attention or MLP.
 
     Where ``layer_widths`` is given, the host's own entries for heads and channels are those of its
     widest layers: the head size and the host's validation go by them. Where ``rotations`` is given,
@@ -52,6 +54,7 @@ class StreamlineConfig(PreTrainedConfig):  # type: ignore[misc]
     attachments: list[Any] | None = None
     layer_widths: list[Any] | None = None
     rotations: dict[str, Any] | None = None
+    removed_sublayers: dict[str, Any] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> StreamlineConfig:
         # Without a host only the bare class remains, which transformers makes to learn defaults.
@@ -67,6 +70,8 @@ class StreamlineConfig(PreTrainedConfig):  # type: ignore[misc]
             self.rotations = None if rotations is None else rotations.to_dict()
             if self.layer_widths is not None:
                 self.layer_widths = [w.to_dict() for w in self.parsed_layer_widths()]
+            removed = self.parsed_removed_sublayers()
+            self.removed_sublayers = None if removed is None else removed.to_dict()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -118,6 +123,19 @@ class StreamlineConfig(PreTrainedConfig):  # type: ignore[misc]
 
         return Rotations.parse(self.rotations, self)
 
+    def parsed_removed_sublayers(self) -> RemovedSublayers | None:
+        """Return the layers without attention or MLP, None if each has both."""
+        if self.removed_sublayers is None:
+            return None
+        if self.attachments or self.layer_widths or self.rotations:
+            raise CheckpointError(
+                "A config has removed_sublayers together with attachments, layer_widths or "
+                "rotations, which is not supported; write the checkpoint again."
+            )
+        from streamline_bench.modeling.sublayers import RemovedSublayers
+
+        return RemovedSublayers.parse(self.removed_sublayers, self)
+
 
 def streamline_config(
     host_config: Any,
@@ -125,6 +143,7 @@ def streamline_config(
     *,
     layer_widths: Iterable[LayerWidths] | None = None,
     rotations: Rotations | None = None,
+    removed_sublayers: RemovedSublayers | None = None,
 ) -> StreamlineConfig:
     """Return the config to save for a (pruned) host model with ``attachments``.
 
@@ -133,6 +152,7 @@ def streamline_config(
         attachments: :class:`Attachment` objects or mappings of the same form.
         layer_widths: heads and channels of each layer, where they are not the host's.
         rotations: widths of a residual stream that was rotated and sliced.
+        removed_sublayers: the layers without attention or MLP.
 
     Raises:
         ArchitectureError: the family is not supported, its widths are fixed, or the model has
@@ -153,6 +173,8 @@ def streamline_config(
         entries["layer_widths"] = [widths.to_dict() for widths in layer_widths]
     if rotations is not None:
         entries["rotations"] = rotations.to_dict()
+    if removed_sublayers is not None:
+        entries["removed_sublayers"] = removed_sublayers.to_dict()
     config: StreamlineConfig = StreamlineConfig.from_dict(entries)
     return config
 

@@ -1,10 +1,12 @@
 """``StreamlineForCausalLM`` and ``StreamlineModel``: any host family with networks attached, or
-with widths of each layer's own, or on a sliced residual stream.
+with widths of each layer's own, on a sliced residual stream, or with layers that lack attention or
+MLP.
 
 Both are entrances: they look at the config and hand over to a class made on the fly from the
 host's own class (``LlamaForCausalLM``, ...), whose only changes are that layers with an entry in
-``config.attachments`` run their network, that ``config.layer_widths`` resizes them and that
-``config.rotations`` gives them shortcut matrices. Attention goes through the host's code, hence
+``config.attachments`` run their network, that ``config.layer_widths`` resizes them, that
+``config.rotations`` gives them shortcut matrices and that ``config.removed_sublayers`` takes parts
+out of them. Attention goes through the host's code, hence
 through transformers' attention interface, which is what lets other engines host the model.
 """
 
@@ -32,6 +34,7 @@ from streamline_bench.core.replacement import ReplacementNetwork
 from streamline_bench.modeling.attachments import BEFORE_FIRST, attach_network
 from streamline_bench.modeling.configuration import StreamlineConfig, config_class_for
 from streamline_bench.modeling.rotations import rotate_modules
+from streamline_bench.modeling.sublayers import remove_sublayers
 from streamline_bench.modeling.widths import resize_layer
 
 _PREFIX = "Streamline"
@@ -59,6 +62,9 @@ class _StreamlineHost(PreTrainedModel):  # type: ignore[misc]
         if rotations is not None:
             rotate_modules(self, rotations)
             self._no_split_modules.add(type(layers[0]).__name__)
+        removed = config.parsed_removed_sublayers()
+        if removed is not None:
+            remove_sublayers(layers, config, removed)
         # The host's own constructor has initialised all else; this reaches the new modules only.
         self.init_weights()
 

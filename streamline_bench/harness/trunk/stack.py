@@ -32,6 +32,7 @@ _NO_PART = {
     "transformers_version", "use_cache",
     "attachments",  # named in the steps they belong to
     "layer_widths",  # seen in the shapes of tensors
+    "removed_sublayers",  # seen in the names of tensors
 }  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""vLLM's own classes of Llama-like families, with attention-free networks between their layers.
+"""vLLM's own classes of Llama-like families, with attention-free networks between their layers, or
+with layers that lack attention or MLP.
 
 A network hangs behind the decoder layer before it (or before layer 0), as it does in the
 checkpoint: ``layers`` then holds attention layers only and key-value caches stay one to one with
@@ -9,6 +10,9 @@ The networks are built of vLLM's own layers, sharded over tensor-parallel ranks.
 layers pass on a pair whose sum is the residual stream, ``(hidden, residual)``, so that the next
 norm can add and normalise in one kernel. The networks take and give such pairs; before layer 0
 there is no residual yet and it is None.
+
+An attention that is not there has no entry among those that caches are made for
+(``static_forward_context``), so that none is made for it.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, 
 
 from streamline_bench.core.replacement import FeedForwardNetwork, ReplacementNetwork
 from streamline_bench.modeling.attachments import Attachment
+from streamline_bench.modeling.sublayers import SublayerKind
 
 Stream = tuple[Tensor, Tensor | None]
 """``(hidden, residual)``, each ``[tokens, hidden size]``."""
@@ -43,8 +48,14 @@ network has none, so that its input map is served under another name."""
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
+_SUBLAYERS: dict[SublayerKind, tuple[str, str]] = {
+    "attention": ("self_attn", "input_layernorm"),
+    "mlp": ("mlp", "post_attention_layernorm"),
+}
+"""The modules of each sub-layer in layers of the host families."""
 
-class _WithNetworks(nn.Module):
+
+class _OnHost(nn.Module):
     """What our subclasses add to their hosts."""
 
     config: Any
@@ -63,6 +74,13 @@ class _WithNetworks(nn.Module):
             )
             layer.__class__ = _layer_class(type(layer))
             layer.add_module(path.rpartition(".")[2], network)
+        caches = vllm_config.compilation_config.static_forward_context
+        for index, kind in self.config.parsed_removed_sublayers() or ():
+            if not isinstance(layers[index], PPMissingLayer):
+                _take_out(layers[index], kind)
+                gone = maybe_prefix(prefix, f"model.layers.{index}.{_SUBLAYERS[kind][0]}.")
+                for name in [name for name in caches if name.startswith(gone)]:
+                    del caches[name]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint; returns the names of all parameters that were set."""
@@ -80,20 +98,20 @@ class _WithNetworks(nn.Module):
             yield (_parameter_name(name, attachment) if attachment else name), tensor
 
 
-class StreamlineLlamaForCausalLM(_WithNetworks, LlamaForCausalLM):  # type: ignore[misc]
-    """Llama with networks."""
+class StreamlineLlamaForCausalLM(_OnHost, LlamaForCausalLM):  # type: ignore[misc]
+    """Llama with networks, or without some attentions and MLPs."""
 
 
-class StreamlineMistralForCausalLM(_WithNetworks, MistralForCausalLM):  # type: ignore[misc]
-    """Mistral with networks."""
+class StreamlineMistralForCausalLM(_OnHost, MistralForCausalLM):  # type: ignore[misc]
+    """Mistral with networks, or without some attentions and MLPs."""
 
 
-class StreamlineQwen2ForCausalLM(_WithNetworks, Qwen2ForCausalLM):  # type: ignore[misc]
-    """Qwen 2 with networks."""
+class StreamlineQwen2ForCausalLM(_OnHost, Qwen2ForCausalLM):  # type: ignore[misc]
+    """Qwen 2 with networks, or without some attentions and MLPs."""
 
 
-class StreamlineQwen3ForCausalLM(_WithNetworks, Qwen3ForCausalLM):  # type: ignore[misc]
-    """Qwen 3 with networks."""
+class StreamlineQwen3ForCausalLM(_OnHost, Qwen3ForCausalLM):  # type: ignore[misc]
+    """Qwen 3 with networks, or without some attentions and MLPs."""
 
 
 def _layer_class(host_class: type[nn.Module]) -> type[nn.Module]:
@@ -124,6 +142,46 @@ def _make_forward(host_class: type[nn.Module]) -> Any:
         return result
 
     return forward
+
+
+def _take_out(layer: nn.Module, kind: SublayerKind) -> None:
+    """Take a sub-layer with its norm out of a layer, in place."""
+    for name in _SUBLAYERS[kind]:
+        delattr(layer, name)
+    key = type(layer), kind
+    if key not in _halves:
+        forward = _without_attention if kind == "attention" else _without_mlp
+        _halves[key] = type(
+            f"Streamline{type(layer).__name__}Without{kind.capitalize()}",
+            (type(layer),),
+            {"__module__": __name__, "forward": forward},
+        )
+    layer.__class__ = _halves[key]
+
+
+_halves: dict[tuple[type[nn.Module], SublayerKind], type[nn.Module]] = {}
+
+
+def _without_attention(
+    self: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None, **kwargs: Any
+) -> Stream:
+    hidden, residual = _normed(self.post_attention_layernorm, hidden, residual)
+    return self.mlp(hidden), residual
+
+
+def _without_mlp(
+    self: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None, **kwargs: Any
+) -> Stream:
+    hidden, residual = _normed(self.input_layernorm, hidden, residual)
+    return self.self_attn(positions=positions, hidden_states=hidden), residual
+
+
+def _normed(norm: Any, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the norm of the stream, and the stream."""
+    if residual is None:
+        return norm(hidden), hidden
+    normed, residual = norm(hidden, residual)
+    return normed, residual
 
 
 def _served_network(
@@ -179,10 +237,8 @@ class _FeedForward(nn.Module):
     def forward(self, hidden: Tensor, residual: Tensor | None) -> Stream:
         if self.norm is None:
             return _alone(self._inner(_sum(hidden, residual)), residual)
-        if residual is None:
-            return self._inner(self.norm(hidden)), hidden
-        normed, residual = self.norm(hidden, residual)
-        return self._inner(normed), residual
+        normed, stream = _normed(self.norm, hidden, residual)
+        return self._inner(normed), stream
 
     def _inner(self, states: Tensor) -> Tensor:
         project = self.gate_up_proj if self.gated else self.input_proj

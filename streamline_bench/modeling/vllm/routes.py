@@ -65,8 +65,16 @@ def architecture_for(config: Any) -> str:
             f"{', '.join(sorted(HOSTS))}. Use transformers (--model streamline, --engine hf), or "
             "compress by a method that gives a stock checkpoint."
         )
-    only_networks = not config.layer_widths and config.rotations is None
-    return NATIVE[host] if only_networks and _as_native(config) else HOSTED
+    same_stream = not config.layer_widths and config.rotations is None
+    native = same_stream and _as_native(config)
+    if config.removed_sublayers is not None and not native:
+        raise ArchitectureError(
+            "A checkpoint whose layers lack attention or MLP cannot be served by vLLM on host "
+            f"family '{host}' as this config has it: only vLLM's own classes of "
+            f"{', '.join(sorted(NATIVE))} can leave them out. Use transformers "
+            "(--model streamline, --engine hf)."
+        )
+    return NATIVE[host] if native else HOSTED
 
 
 _NOT_SERVED = {

@@ -4,7 +4,8 @@
 transformers in place.
 
 JOBS: ``{"prompts": [[id, ...], ...], "tokens": count, "models": {key: options of LLM}}``.
-ANSWERS: ``{key: {"served_by": class, "tokens": [[id, ...], ...]}}``, or ``{key: {"error": text}}``.
+ANSWERS: ``{key: {"served_by": class, "tokens": [[id, ...], ...], "caches": count}}``, or ``{key:
+{"error": text}}``; ``caches`` is the number of attentions that keys and values are cached for.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def serve(options: dict[str, Any], prompts: list[list[int]], tokens: int) -> dic
     answer = {
         "served_by": served_by,
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "caches": len(engine.llm_engine.vllm_config.compilation_config.static_forward_context),
     }
     del engine
     gc.collect()

@@ -40,6 +40,8 @@ def test_greedy_tokens_are_those_of_transformers(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     assert "error" not in served[name], served[name]["error"]
+    attentions = [key for key in model.state_dict() if key.endswith("self_attn.k_proj.weight")]
+    assert served[name]["caches"] == len(attentions)
     for prompt, answer in zip(PROMPTS, served[name]["tokens"], strict=True):
         ids = torch.tensor([prompt])
         mask = torch.ones_like(ids)

@@ -13,7 +13,12 @@ import pytest
 from transformers import AutoConfig
 
 from streamline_bench.errors import ArchitectureError, MissingDependencyError
-from streamline_bench.modeling import Attachment, LayerWidths, streamline_config
+from streamline_bench.modeling import (
+    Attachment,
+    LayerWidths,
+    RemovedSublayers,
+    streamline_config,
+)
 from streamline_bench.modeling.rotations import Rotations
 from streamline_bench.modeling.vllm import routes
 from streamline_bench.modeling.vllm.package import require_vllm
@@ -69,6 +74,15 @@ def test_a_host_that_is_not_checked_is_refused_by_name() -> None:
     config = streamline_config(host_config("gemma2", head_dim=16), NETWORK)
     with pytest.raises(ArchitectureError, match=r"host family 'gemma2' cannot be served by vLLM"):
         architecture_for(config)
+
+
+def test_layers_without_attention_are_left_out_by_the_hosts_own_class_only() -> None:
+    removed = RemovedSublayers((0,), (2,))
+    own = streamline_config(host_config("qwen3"), removed_sublayers=removed)
+    assert architecture_for(own) == "StreamlineQwen3ForCausalLM"
+    other = streamline_config(host_config("granite"), removed_sublayers=removed)
+    with pytest.raises(ArchitectureError, match=r"'granite'.*llama, mistral, qwen2, qwen3"):
+        architecture_for(other)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,277 @@
+"""Removal of single attentions and MLPs, by similarity or by the loss of what is left.
+
+- :class:`SublayerDrop` (arXiv 2406.15786): one-shot. The importance of a sub-layer is
+  ``1 - E[cos(x, x + f(norm(x)))]``, between the residual stream before and behind it, over all
+  tokens; the least important go. Attention drop, MLP drop, and joint drop, which ranks both
+  together.
+- :class:`BlockPruner` (arXiv 2406.10594): one attention or MLP after the other, each time the one
+  without which the remaining model has the lowest perplexity.
+
+Both remove a sub-layer with its norm. A layer without attention caches no keys and values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from streamline_bench.core.architecture import architecture_of, decoder_layers
+from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.files import atomic_write_text
+from streamline_bench.core.forward import (
+    LayersEntangled,
+    PartialForward,
+    TokenBatch,
+    entangled,
+    require_finite_states,
+    sent,
+    walk,
+)
+from streamline_bench.core.state_store import state_store, states_bytes
+from streamline_bench.core.streaming import is_streamed
+from streamline_bench.errors import NumericsError
+from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.tools.likelihood import (
+    affordable_batch,
+    count_targets,
+    next_token_loss,
+)
+from streamline_bench.methods.tools.sublayer_removal import (
+    Removal,
+    SublayerParameters,
+    require_two_sublayers,
+    silenced,
+    whole_layers,
+)
+from streamline_bench.modeling.sublayers import Sublayer
+
+
+class _SublayerMethod(Method):
+    removes = "sub-layers"
+    seeded = False
+
+    def stock(self, recipe: Any) -> bool:
+        """No stock class has layers without attention or MLP."""
+        return False
+
+
+class SublayerDrop(_SublayerMethod):
+    """The sub-layers whose outputs change the stream least, all at once."""
+
+    name = "sublayer_drop"
+    streamed = True
+    parameters: ClassVar[type[BaseModel]] = SublayerParameters
+
+    def compress(self, work: Compression) -> Compressed:
+        """Score the sub-layers and leave out those of the highest cosine."""
+        options = SublayerParameters.model_validate(work.recipe.parameters)
+        removal = Removal(work, options)
+        tokens = work.tokens(work.recipe.calibration)
+        require_two_sublayers(work.model, tokens)
+        scores = sublayer_cosines(work, tokens)
+        for (layer, kind), score in scores.items():
+            if not abs(score) <= 1.1:
+                raise NumericsError(
+                    f"The cosine of layer {layer}'s {kind} is {score}; check the weights, or try "
+                    "another dtype."
+                )
+        # Of equals the first candidate, as in a stable sort.
+        order = sorted(removal.candidates, key=lambda each: -scores[each])
+        facts = {
+            "score": "cosine of the stream before and behind the sub-layer",
+            "scores": _by_kind(removal, scores),
+        }
+        return removal.result(removal.chosen(order), facts=facts, tokens=tokens)
+
+
+def _by_kind(removal: Removal, scores: dict[Sublayer, float]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for layer, kind in removal.candidates:
+        found.setdefault(kind, {})[str(layer)] = scores[layer, kind]
+    return found
+
+
+def sublayer_cosines(
+    work: Compression, tokens: CalibrationTokens, batch_size: int = 4
+) -> dict[Sublayer, float]:
+    """Return the mean cosine of the stream before and behind each sub-layer, over all tokens.
+
+    Cosines are computed in float32 and summed in float64.
+
+    Raises:
+        ArchitectureError: the layers of a streamed model cannot be run one by one.
+    """
+    model, batches = work.model, list(tokens.batches(batch_size, trim=True))
+    depth, sums = len(decoder_layers(model)), dict[Sublayer, Tensor]()
+
+    def add(layer: int, mask: Tensor, before: Tensor, behind: Tensor) -> None:
+        between, counted = middles.pop(layer), sent(mask, before.device)
+        for kind, one, other in (("attention", before, between), ("mlp", between, behind)):
+            cosines = nn.functional.cosine_similarity(one.float(), other.float(), dim=-1)
+            total = cosines.double().masked_fill(~counted, 0.0).sum()
+            each: Any = layer, kind
+            sums[each] = sums[each] + total if each in sums else total
+
+    with torch.no_grad(), _between(model) as middles, PartialForward(model) as forward:
+        if is_streamed(model):
+            for layer, number, before, behind in _walked(work, forward, batches):
+                add(layer, batches[number][1], before, behind)
+        else:
+            for ids, mask in tqdm(batches, desc="similarity", delay=2, disable=not work.progress):
+                last = forward.hidden(ids, mask, record=True)
+                require_finite_states(forward.states, last, mask)
+                for layer in range(depth):
+                    add(layer, mask, forward.states[layer], forward.states[layer + 1])
+    return {each: float(total) / tokens.num_tokens for each, total in sums.items()}
+
+
+def _walked(
+    work: Compression, forward: PartialForward, batches: Sequence[TokenBatch]
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Yield layer, batch number and the states before and behind it; each layer is read once."""
+    model, device = work.model, work.model.get_input_embeddings().weight.device
+    with state_store(model, 2 * states_bytes(model, batches), work.work) as store:
+        for number, (ids, mask) in enumerate(batches):
+            store[0, number] = forward.embedded(ids, mask)
+        layers = range(len(decoder_layers(model)))
+        try:
+            for layer, number, ids, mask in walk(model, batches, layers, progress=work.progress):
+                before = store.load((layer, number), device)
+                store[layer + 1, number] = behind = forward.layer(layer, ids, mask, before)
+                store.drop((layer, number))
+                yield layer, number, before, behind
+        except LayersEntangled:
+            raise entangled(model) from None
+
+
+@contextmanager
+def _between(model: Any) -> Iterator[dict[int, Tensor]]:
+    """Yield layer -> the last states between its sub-layers."""
+    row, seen = architecture_of(model.config), dict[int, Tensor]()
+
+    def watch(layer: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    handles = [
+        layer.get_submodule(row.mlp_norm or row.mlp).register_forward_pre_hook(
+            watch(index), with_kwargs=True
+        )
+        for index, layer in enumerate(decoder_layers(model))
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class BlockPrunerParameters(SublayerParameters):
+    """Parameters of the method ``block_pruner``.
+
+    Attributes:
+        activations_gb: most memory for the states of a batch, in 10^9 bytes.
+    """
+
+    activations_gb: float = Field(8.0, gt=0)
+
+
+class BlockPruner(_SublayerMethod):
+    """Greedy removal of sub-layers by the loss of what is left."""
+
+    name = "block_pruner"
+    passes = frozenset({"losses"})
+    parameters: ClassVar[type[BaseModel]] = BlockPrunerParameters
+
+    def compress(self, work: Compression) -> Compressed:
+        """Remove sub-layers greedily; an interrupted search continues after its last whole step."""
+        options = BlockPrunerParameters.model_validate(work.recipe.parameters)
+        removal = Removal(work, options)
+        tokens = work.tokens(work.recipe.calibration)
+        require_two_sublayers(work.model, tokens)
+        record = work.work / "block_pruner.json"
+        steps: list[dict[str, Any]] = []
+        if record.exists():
+            steps = json.loads(record.read_text(encoding="utf-8"))
+        while not removal.enough(order := [_sublayer(step) for step in steps]):
+            candidates = [
+                each
+                for each in removal.candidates
+                if each not in order and removal.allowed([*order, each])
+            ]
+            (layer, kind), loss = greedy_sublayer(
+                work, tokens, candidates, order, activations_gb=options.activations_gb
+            )
+            steps.append({"layer": layer, "kind": kind, "loss": loss})
+            atomic_write_text(record, json.dumps(steps))
+        removed = removal.chosen(order)
+        facts = {
+            "score": "nats per token of the model left",
+            "loss_after_step": [step["loss"] for step in steps[: len(removed)]],
+        }
+        return removal.result(removed, facts=facts, tokens=tokens)
+
+
+def _sublayer(step: dict[str, Any]) -> Sublayer:
+    return int(step["layer"]), step["kind"]
+
+
+def greedy_sublayer(
+    work: Compression,
+    tokens: CalibrationTokens,
+    candidates: Sequence[Sublayer],
+    removed: Sequence[Sublayer],
+    *,
+    activations_gb: float = 8.0,
+) -> tuple[Sublayer, float]:
+    """Return the next sub-layer to remove after ``removed``, and the loss (nats) that it leaves.
+
+    Layers below a candidate run once for all candidates. Of equal losses the first counts.
+
+    Raises:
+        CalibrationError: no token follows another, or one sequence exceeds the memory.
+        NumericsError: the model's own states, or a loss, are NaN or infinite.
+    """
+    model, targets = work.model, count_targets(tokens)
+    size = affordable_batch(model, tokens, len(decoder_layers(model)), activations_gb)
+    batches = list(tokens.batches(size, trim=True))
+    losses: dict[Sublayer, list[Tensor]] = {each: [] for each in candidates}
+    bar = tqdm(
+        total=len(candidates) * len(batches), unit="batch", delay=2, disable=not work.progress,
+        desc=f"sub-layer {len(removed) + 1} to remove",
+    )  # fmt: skip
+    with bar, torch.no_grad(), silenced(model) as gone, PartialForward(model) as forward:
+        for ids, mask in batches:
+            gone.clear()
+            gone.update(removed)
+            last = forward.hidden(ids, mask, skip=whole_layers(removed), record=True)
+            require_finite_states(forward.states, last, mask)
+            del last
+            for each in candidates:
+                gone.add(each)
+                layer = each[0]
+                logits = forward.logits(
+                    ids, mask, start=layer, state=forward.states[layer] if layer else None,
+                    handed=forward.handed[layer], skip=whole_layers(gone),
+                )  # fmt: skip
+                gone.remove(each)
+                losses[each].append(next_token_loss(logits, ids, mask))
+                bar.update()
+    means = {each: sum(torch.stack(all_).cpu().tolist()) / targets for each, all_ in losses.items()}
+    for (layer, kind), loss in means.items():
+        if not abs(loss) < float("inf"):
+            raise NumericsError(
+                f"The loss of the model without layer {layer}'s {kind} is {loss}; check the "
+                "weights, or try another dtype."
+            )
+    best = min(candidates, key=means.__getitem__)
+    return best, means[best]
