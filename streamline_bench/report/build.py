@@ -8,17 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import pandas as pd
 from pydantic import ValidationError
 from tqdm import tqdm
 
 from streamline_bench.core.checkpoint.folder import Manifest, read_manifest
 from streamline_bench.core.files import atomic_write_text
 from streamline_bench.errors import CheckpointError, OutputError, SamplesError
+from streamline_bench.report.flips import worst_flips
 from streamline_bench.report.leaderboard import (
-    Flip,
     GradeScore,
     Leaderboard,
     Procedure,
@@ -44,11 +41,11 @@ from streamline_bench.report.standing import (
     grades_of,
     standing,
 )
-from streamline_bench.stability.align import AlignedPairs, align
+from streamline_bench.stability.align import align
 from streamline_bench.stability.compare_answers import compare_pairs
 from streamline_bench.stability.comparison import Comparison, GradedMetric
 from streamline_bench.stability.estimate import Estimate
-from streamline_bench.stability.metrics import with_asked_metrics
+from streamline_bench.stability.metrics import as_grades, with_asked_metrics
 from streamline_bench.stability.noise import above_noise, noise_floor
 from streamline_bench.stability.over_tasks import leaf_tasks
 from streamline_bench.stability.readers.load import load_samples
@@ -57,9 +54,6 @@ from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.texts import TokenDivergence
 from streamline_bench.throughput.speed import Speed, ThroughputFigures, read_figures
 from streamline_bench.version import __version__
-
-_PROMPT_CHARACTERS = 900  # of a flip
-_TEXT_CHARACTERS = 400
 
 
 def build_report(folder: Path, *, settings: Settings | None = None, progress: bool = True) -> Path:
@@ -118,7 +112,10 @@ def build_leaderboard(
     homes: Mapping[str, Path] | None = None,
     progress: bool = True,
 ) -> Leaderboard:
-    """Compare every row of a run with its dense one. Each is read and aligned once.
+    """Compare every row of a run with its dense one.
+
+    Each is read and aligned once; twice where a metric is 0 or 1 throughout in one row and a grade
+    in another: then it is a grade in all.
 
     Args:
         folder: what the paths in ``run`` are relative to.
@@ -131,12 +128,35 @@ def build_leaderboard(
             failed.
         ComparisonError: rows were evaluated differently.
     """
-    reading = _Reading(run, {row.label: folder for row in run.rows} | dict(homes or {}),
-                       samples or {}, progress)  # fmt: skip
+    places = {row.label: folder for row in run.rows} | dict(homes or {})
     settings = settings or Settings()
     settings = replace(
         settings, metrics=settings.metrics or run.metrics, pairs=settings.pairs or run.pairs
     )
+    reading = _Reading(run, places, samples or {}, progress)
+    board = _compared(run, folder, reading, settings, progress)
+    if both := _judged_both_ways(board.rows):
+        reading = _Reading(run, places, samples or {}, progress, graded=both)
+        board = _compared(run, folder, reading, settings, progress)
+    return board
+
+
+def _judged_both_ways(rows: Sequence[Row]) -> list[str]:
+    """Tasks that one row has verdicts of and another one grades, by the same metric."""
+    verdicts = {(task.task, task.filter, task.verdict) for row in rows for task in row.tasks}
+    return sorted(
+        {
+            score.task
+            for row in rows
+            for score in row.grades
+            if score.decides and (score.task, score.filter, score.metric) in verdicts
+        }
+    )
+
+
+def _compared(
+    run: RunFile, folder: Path, reading: _Reading, settings: Settings, progress: bool
+) -> Leaderboard:
     dense = reading.row(_dense_row(run, run.dense))
     # Of a dense run against itself only accuracies are shown: no need to draw.
     itself = compare_pairs(align(dense, dense), replace(settings, draws=2))
@@ -213,11 +233,14 @@ class _Reading:
         homes: Mapping[str, Path],
         given: Mapping[str, Samples],
         progress: bool,
+        *,
+        graded: Sequence[str] = (),
     ) -> None:
         self.not_read: dict[str, str] = {}
         self._run = run
         self._homes = homes
-        self._samples = dict(given)
+        self._graded = graded
+        self._samples = {label: as_grades(each, graded) for label, each in given.items()}
         self._progress = progress
         self._figures: dict[Path, Mapping[str, ThroughputFigures]] = {}
         for samples in given.values():
@@ -263,7 +286,7 @@ class _Reading:
         asked = {task for name in self._run.tasks for task in leaf_tasks(name, groups)}
         samples = samples.without(gone - asked)
         self._note(samples)
-        return samples
+        return as_grades(samples, self._graded)
 
     def _note(self, samples: Samples) -> None:
         for name, why in samples.info.left_out.items():
@@ -516,94 +539,3 @@ def _divergence(path: Path) -> TokenDivergence:
     except (OSError, ValidationError) as error:
         first = " ".join(str(error).split())[:160]
         raise SamplesError(f"{path} cannot be read ({first}); make the run again.") from None
-
-
-def worst_flips(pairs: AlignedPairs, verdict: str, limit: int = 8) -> list[Flip]:
-    """Return at most ``limit`` answers that were right in the dense run and are wrong now.
-
-    Choices come first, by how far the share of the right choice fell; then generated answers in
-    the order of the documents, at least two of them where there are any. Of a task with several
-    filters only the first one counts, so that no document is listed twice.
-    """
-    right = pairs.dense[verdict].fillna(False).to_numpy(dtype=np.bool_)
-    wrong = (~pairs.pruned[verdict].fillna(True)).to_numpy(dtype=np.bool_)
-    first = pairs.dense["task"].map(pairs.first_filters)
-    index = np.flatnonzero(right & wrong & (pairs.dense["filter"] == first).to_numpy(np.bool_))
-    drops = _drops(pairs, index)
-    sure = sorted(
-        (place for place, drop in drops.items() if drop is not None),
-        key=lambda place: -(drops[place] or 0.0),
-    )
-    others = [place for place, drop in drops.items() if drop is None]
-    kept = min(len(others), max(2, limit - len(sure)))
-    places = [*sure[: limit - kept], *others[:kept]]
-    before, after = (frame.iloc[places].itertuples() for frame in (pairs.dense, pairs.pruned))
-    return [
-        _flip(dense, pruned, drops[place])
-        for place, dense, pruned in zip(places, before, after, strict=True)
-    ]
-
-
-def _drops(pairs: AlignedPairs, index: npt.NDArray[np.intp]) -> dict[int, float | None]:
-    """Row -> by how much the share of the right choice fell; None where there are no choices."""
-    columns = [
-        frame[name].to_numpy()[index]
-        for frame, name in (
-            (pairs.dense, "gold"),
-            (pairs.dense, "loglikelihoods"),
-            (pairs.pruned, "loglikelihoods"),
-        )
-    ]
-    drops: dict[int, float | None] = {}
-    for place, value, dense, pruned in zip(index.tolist(), *columns, strict=True):
-        gold, before, after = _index(value), _shares(dense), _shares(pruned)
-        drops[place] = None
-        if gold is not None and before is not None and after is not None:
-            drops[place] = round(before[gold] - after[gold], 4)
-    return drops
-
-
-def _flip(dense: Any, pruned: Any, drop: float | None) -> Flip:
-    """From one row of either table, as named tuples."""
-    before, after = _shares(dense.loglikelihoods), _shares(pruned.loglikelihoods)
-    choices = dense.choices
-    has_choices = isinstance(choices, list) and len(choices) > 1
-    return Flip(
-        task=dense.task,
-        doc_id=int(dense.doc_id),
-        prompt=_end(dense.prompt),
-        choices=[_start(choice) for choice in choices] if has_choices else None,
-        gold=_index(dense.gold),
-        target=_start(dense.target),
-        dense_choice=_index(dense.prediction),
-        pruned_choice=_index(pruned.prediction),
-        dense_shares=before if has_choices else None,
-        pruned_shares=after if has_choices else None,
-        dense_text=_text(dense.text),
-        pruned_text=_text(pruned.text),
-        drop=drop,
-    )
-
-
-def _index(value: Any) -> int | None:
-    return None if pd.isna(value) else int(value)
-
-
-def _text(value: Any) -> str | None:
-    return _start(value) if isinstance(value, str) else None
-
-
-def _shares(loglikelihoods: Any) -> list[float] | None:
-    if not isinstance(loglikelihoods, list) or len(loglikelihoods) < 2:
-        return None
-    values = np.exp(np.array(loglikelihoods) - max(loglikelihoods))
-    return [round(float(value), 4) for value in values / values.sum()]
-
-
-def _start(text: str) -> str:
-    return text if len(text) <= _TEXT_CHARACTERS else f"{text[:_TEXT_CHARACTERS]} […]"
-
-
-def _end(text: str) -> str:
-    """The end of a prompt is the question; few-shot examples come before it."""
-    return text if len(text) <= _PROMPT_CHARACTERS else f"[…] {text[-_PROMPT_CHARACTERS:]}"

@@ -19,7 +19,7 @@ import pandas as pd
 from streamline_bench.core.recipe.validation import suggest_or_list
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.over_tasks import leaf_tasks
-from streamline_bench.stability.samples import RunInfo
+from streamline_bench.stability.samples import RunInfo, Samples
 from streamline_bench.stability.statistics import FloatArray
 
 if TYPE_CHECKING:
@@ -121,12 +121,23 @@ def with_metrics(frame: pd.DataFrame, metrics: Mapping[str, str], info: RunInfo)
             continue
         name = chosen[str(task)]
         values = values_of(rows, name, info)
-        verdicts = is_verdict(values)
+        verdicts = is_verdict(values) and task not in info.graded
         frame.loc[rows.index, "correct"] = (
             pd.array(values == 1.0, dtype="boolean") if verdicts else pd.NA
         )
         frame.loc[rows.index, "verdict_metric"] = name if verdicts else None
     return frame
+
+
+def as_grades(samples: Samples, tasks: Sequence[str]) -> Samples:
+    """The same run, these tasks judged by grades although all of them are 0 or 1."""
+    rows = samples.frame["task"].isin(list(tasks))
+    if not rows.any():
+        return samples
+    frame = samples.frame.copy()
+    frame.loc[rows, "correct"] = pd.NA
+    frame.loc[rows, "verdict_metric"] = None
+    return Samples(frame, samples.info.model_copy(update={"graded": list(tasks)}))
 
 
 def with_asked_metrics(pairs: AlignedPairs, metrics: Mapping[str, str]) -> AlignedPairs:

@@ -113,6 +113,7 @@ class RunInfo(BaseModel):
         data: task -> the data set, its subset and its split, where the engine reports them.
         computed_by: task -> what computed its answers: transformers, vLLM, or the name of another
             model class; empty where the engine does not say.
+        graded: tasks whose 0 and 1 are grades, because another row of the same board has others.
         seconds: wall-clock time of the evaluation, where the engine reports it.
         machine: accelerators or processor, where the engine reports them.
         files: task -> the file that its answers were read from, for messages.
@@ -145,6 +146,7 @@ class RunInfo(BaseModel):
     same_questions: dict[str, str] = {}
     data: dict[str, dict[str, str]] = {}
     computed_by: dict[str, str] = {}
+    graded: list[str] = []
     seconds: float | None = None
     machine: str | None = None
     versions: dict[str, str] = {}

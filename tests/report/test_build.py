@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 
 from streamline_bench.errors import ComparisonError, SamplesError
-from streamline_bench.report.build import build_leaderboard, worst_flips
+from streamline_bench.report.build import build_leaderboard
+from streamline_bench.report.flips import worst_flips
 from streamline_bench.report.leaderboard import Flip, Leaderboard
 from streamline_bench.report.run_file import NoiseRun, RunFile, RunRow, read_run_file
 from streamline_bench.report.text import MISSING

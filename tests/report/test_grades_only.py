@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from streamline_bench.gate.judge import gate
@@ -138,3 +139,30 @@ def test_a_gate_compares_every_run(run: Path) -> None:
     result = gate(run, run, thresholds=Thresholds(draws=100), progress=False)
     assert result.passed and {check.quantity for check in result.checks} == {"grade"}
     assert {check.row for check in result.checks} == set(DROPS) - {"again"}
+
+
+def test_a_grade_that_is_all_or_nothing_in_some_rows_is_a_grade_in_all() -> None:
+    """Else the accuracy of these rows would be over a task that the others do not have."""
+    samples = {}
+    for label, grade in (("dense", 1.0), ("same", 1.0), ("worse", 0.5)):
+        made = answers("dense", 0)
+        metrics = [
+            {"f1": grade} if task == "squad" else {"rouge1": 100 * grade}
+            for task in made.frame["task"]
+        ]
+        judged = np.where(made.frame["task"] == "squad", grade == 1.0, None)
+        frame = made.frame.assign(
+            metrics=metrics,
+            correct=pd.array([each or None for each in judged], dtype="boolean"),
+            verdict_metric=["f1" if each else None for each in judged],
+        )
+        samples[label] = Samples(frame, made.info).relabelled(label)
+    run = RunFile(dense="dense", rows=[RunRow(label=label, eval=label) for label in samples])
+    settings = Settings(draws=100)
+    board = build_leaderboard(run, Path(), samples=samples, settings=settings, progress=False)
+    assert all(row.tasks == [] and row.accuracy_macro is None for row in board.rows)
+    assert {label: rank.place for label, rank in board.grade_ranks.items()} == {
+        "same": 1, "worse": 2
+    }  # fmt: skip
+    changes = {row.label: row.grade_change and row.grade_change.value for row in board.rows}
+    assert changes == {"dense": None, "same": 0.0, "worse": -0.5}
