@@ -166,3 +166,15 @@ def test_a_grade_that_is_all_or_nothing_in_some_rows_is_a_grade_in_all() -> None
     }  # fmt: skip
     changes = {row.label: row.grade_change and row.grade_change.value for row in board.rows}
     assert changes == {"dense": None, "same": 0.0, "worse": -0.5}
+
+
+def test_what_has_no_highest_value_ranks_nothing() -> None:
+    made = answers("dense", 0)
+    frame = made.frame.assign(metrics=[{"f1": 150.0 + n, "rouge1": 200.0} for n in range(2 * N)])
+    samples = {label: Samples(frame, made.info).relabelled(label) for label in ("dense", "other")}
+    run = RunFile(dense="dense", rows=[RunRow(label=label, eval=label) for label in samples])
+    settings = Settings(draws=100)
+    board = build_leaderboard(run, Path(), samples=samples, settings=settings, progress=False)
+    assert {score.kind for score in board.rows[1].grades if score.decides} == {"ratio"}
+    assert board.grade_ranks == {} and "task by task" in headline(board)
+    assert "Grades: change" not in terminal_table(board)

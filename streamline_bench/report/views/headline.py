@@ -163,6 +163,8 @@ def _best_perplexity(board: Leaderboard) -> str:
     known = [(row, ratio) for row in others if (ratio := perplexity_ratio(row)) is not None]
     if not others:
         return f"{none}, and there is no row to compare {dense} with."
+    if not known and any(score.decides for row in others for score in row.grades):
+        return f"{none}; what has no highest value is compared with {dense}'s task by task."
     if not known:
         return f"{none}, and no model has a perplexity to compare with {dense}'s."
     best, ratio = known[0]

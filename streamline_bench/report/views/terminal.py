@@ -26,7 +26,7 @@ def terminal_table(board: Leaderboard) -> str:
     cells, note = _of_perplexity, _PERPLEXITY_NOTE
     if any(row.accuracy_macro for row in rows):
         head, cells, note = _ACCURACY, _of_accuracy, _ACCURACY_NOTE
-    elif any(mean_grade(row) for row in rows):
+    elif any(mean_grade(row) for row in rows if not row.is_dense):
         head, cells, note = _GRADE, _of_grade, _GRADE_NOTE
     scored = [row for row in rows if row.failed is None]
     best = scored[:_SHOWN]
