@@ -221,8 +221,11 @@ def published_numbers(
 
 
 def is_model(row: Row, name: str) -> bool:
-    """Whether a name in a paper's table is that of the row's dense model (Llama-2-7B)."""
-    source = row.provenance.source or ""
+    """Whether a name in a paper's table is that of the row's dense model (Llama-2-7B).
+
+    A row that was not made here is the model itself.
+    """
+    source = row.provenance.source or row.provenance.model or ""
     return bool(source) and _bare(source) == _bare(name)
 
 
