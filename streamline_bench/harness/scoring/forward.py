@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from streamline_bench.core.forward import sent
 from streamline_bench.errors import (
     ResourceError,
     StreamlineBenchError,
@@ -44,7 +45,8 @@ class BatchTensors:
     Attributes:
         ids: ``[rows, longest]`` int64, padded with zeros on the right.
         positions: ``[rows, longest]`` int64, or None where all rows are chains.
-        visible: ``[rows, 1, longest, longest]`` bool, or None where all rows are chains.
+        ends: ``[rows, longest]`` int64, or None where all rows are chains: the token in row ``i``
+            may look at ``j`` if ``j <= i < ends[j]``. A padding token is seen by itself alone.
         wanted: ``[wanted]`` int64: flat indices into ``rows x longest``, ascending, unique.
         target_at: ``[targets]`` int64: index into ``wanted`` for each target, ascending.
         target_ids: ``[targets]`` int64.
@@ -53,7 +55,7 @@ class BatchTensors:
 
     ids: torch.Tensor
     positions: torch.Tensor | None
-    visible: torch.Tensor | None
+    ends: torch.Tensor | None
     wanted: torch.Tensor
     target_at: torch.Tensor
     target_ids: torch.Tensor
@@ -71,32 +73,25 @@ def tensors_of(batch: Sequence[PackedRow]) -> BatchTensors:
     chains = all(row.is_chain for row in batch)
     ids = np.zeros((len(batch), longest), dtype=np.int64)
     positions = np.zeros((len(batch), longest), dtype=np.int64)
+    # A padding token that saw nothing would divide by zero; it sees itself, and nobody sees it.
+    ends = np.tile(np.arange(1, longest + 1), (len(batch), 1))
     for number, row in enumerate(batch):
         ids[number, : len(row)] = row.tokens
         positions[number, : len(row)] = row.positions
-    visible = None if chains else torch.from_numpy(_stacked_masks(batch, longest))
+        if not chains:
+            ends[number, : len(row)] = row.ends()
     flat, tokens, owner = _targets(batch, longest)
     wanted, target_at = np.unique(flat, return_inverse=True)
     order = np.argsort(target_at, kind="stable")
     return BatchTensors(
         ids=torch.from_numpy(ids),
         positions=None if chains else torch.from_numpy(positions),
-        visible=visible,
+        ends=None if chains else torch.from_numpy(ends),
         wanted=torch.from_numpy(wanted),
         target_at=torch.from_numpy(target_at[order]),
         target_ids=torch.from_numpy(tokens[order]),
         owner=torch.from_numpy(owner[order]),
     )
-
-
-def _stacked_masks(batch: Sequence[PackedRow], longest: int) -> Any:
-    visible = np.zeros((len(batch), 1, longest, longest), dtype=np.bool_)
-    diagonal = np.arange(longest)
-    # A padding token that saw nothing would divide by zero; it sees itself, and nobody sees it.
-    visible[:, 0, diagonal, diagonal] = True
-    for number, row in enumerate(batch):
-        visible[number, 0, : len(row), : len(row)] = row.visible()
-    return visible
 
 
 def _targets(batch: Sequence[PackedRow], longest: int) -> tuple[Any, Any, Any]:
@@ -155,13 +150,25 @@ class Forward:
             return model(ids.to(self._device)).logits  # type: ignore[no-any-return]
 
     def _inputs(self, model: nn.Module, batch: BatchTensors) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"input_ids": batch.ids.to(self._device), "use_cache": False}
-        if batch.visible is not None and batch.positions is not None:
-            inputs["position_ids"] = batch.positions.to(self._device)
-            visible, dtype = batch.visible.to(self._device), getattr(model, "dtype", torch.float32)
-            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-            inputs["attention_mask"] = mask.masked_fill_(~visible, torch.finfo(dtype).min)
+        inputs: dict[str, Any] = {"input_ids": sent(batch.ids, self._device), "use_cache": False}
+        if batch.ends is not None and batch.positions is not None:
+            inputs["position_ids"] = sent(batch.positions, self._device)
+            dtype = getattr(model, "dtype", torch.float32)
+            inputs["attention_mask"] = attention_mask(sent(batch.ends, self._device), dtype)
         return inputs
+
+
+def attention_mask(ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the mask that is added to attention scores, ``[rows, 1, longest, longest]``.
+
+    Args:
+        ends: ``[rows, longest]``; see :class:`BatchTensors`.
+    """
+    token = torch.arange(ends.shape[1], device=ends.device)
+    hidden = token[:, None] >= ends[:, None, None, :]
+    hidden |= token > token[:, None]
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=ends.device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min)
 
 
 def forget_lengths(model: nn.Module) -> None:
@@ -193,7 +200,7 @@ def _only(model: nn.Module, shape: torch.Size, wanted: torch.Tensor) -> Iterator
         if not args or args[0].dim() != 3 or args[0].shape[:2] != shape:
             raise HeadError("its output embeddings do not read [batch, sequence, hidden]")
         hidden = args[0].flatten(0, 1)
-        return (hidden.index_select(0, wanted.to(hidden.device)).unsqueeze(0), *args[1:])
+        return (hidden.index_select(0, sent(wanted, hidden.device)).unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:
@@ -218,7 +225,7 @@ def target_logprobs(
     step = max(1, limit // logits.shape[-1])
     starts = torch.arange(0, len(logits) + step, step)
     ends = torch.searchsorted(batch.target_at, starts).tolist()
-    at, ids = batch.target_at.to(logits.device), batch.target_ids.to(logits.device)
+    at, ids = (sent(each, logits.device) for each in (batch.target_at, batch.target_ids))
     scores, greedy = [], []
     for number, chunk in enumerate(torch.split(logits, step)):
         here = slice(ends[number], ends[number + 1])
@@ -233,7 +240,9 @@ def target_logprobs(
 def _is_first_best(
     logprobs: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, score: torch.Tensor
 ) -> torch.Tensor:
-    # argmax costs several times what amax does, and only decides between equals.
+    if logprobs.device.type != "cpu":  # which would be waited for to know how many are equal
+        return logprobs.argmax(dim=-1)[rows] == ids
+    # argmax costs several times what amax does on a CPU, and only decides between equals.
     best = score == logprobs.amax(dim=-1)[rows]
     candidates = best.nonzero().squeeze(-1)
     if len(candidates):

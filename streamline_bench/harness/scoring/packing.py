@@ -79,16 +79,18 @@ class PackedRow:
         self._path = np.concatenate([self._path[:shared], np.arange(start, start + new)])
         self.scored.append((query, self._path[len(query.inputs) - len(query.targets) :]))
 
-    def visible(self) -> npt.NDArray[np.bool_]:
-        """Return ``[size, size]``: whether the row's node may look at the column's."""
+    def ends(self) -> IntArray:
+        """Return ``[size]``: the node behind the last descendant of each node.
+
+        Nodes lie with their descendants directly behind them, so that node ``i`` may look at node
+        ``j`` if ``j <= i < ends[j]``.
+        """
         size = len(self)
-        seen = np.zeros((size, size), dtype=np.bool_)
-        ends = [start for start, _ in self.branches[1:]] + [size]
-        for (start, parent), end in zip(self.branches, ends, strict=True):
-            if parent >= 0:
-                seen[start:end] = seen[parent]
-            seen[start:end, start:end] = np.tri(end - start, dtype=np.bool_)
-        return seen
+        ends = np.full(size, size, dtype=np.int64)
+        for start, parent in self.branches[1:]:
+            open_until_here = ends[parent + 1 : start]
+            np.minimum(open_until_here, start, out=open_until_here)
+        return ends
 
 
 def build_rows(
@@ -103,6 +105,7 @@ def build_rows(
 
     A query joins the row of its nearest relative where the shared tokens it saves cost more than
     the attention it adds: every token of a row is compared with every other one, related or not.
+    A row stops to grow where the cost of a token in it, shared tokens included, is lowest.
 
     Args:
         share_up_to: inputs longer than this share a row with equal inputs only (0: all do).
@@ -135,11 +138,17 @@ def build_rows(
 
 
 def _worth_joining(size: int, shared: int, new: int, row_tokens: int, pair_cost: float) -> bool:
+    """Whether ``new`` tokens behind the first ``shared`` ones belong into a row of ``size``.
+
+    With ``c`` the pair cost, ``s`` the shared tokens and ``u`` those that are not, the row's cost
+    per own token, ``(s + u + c (s + u)^2) / u``, is lowest at ``c u^2 = s + c s^2``. Beyond that
+    another row is better, which pays for the shared tokens once more and then takes others, too.
+    A single query of more tokens than the row has is better apart at ``2 c u new = s + c s^2``.
+    """
     if shared == 0 or size + new > row_tokens:
         return False
-    joined = new + ((size + new) ** 2 - size**2) * pair_cost
-    apart = shared + new + (shared + new) ** 2 * pair_cost
-    return joined < apart
+    own = size - shared
+    return own * (new + max(own, new)) * pair_cost < shared + shared**2 * pair_cost
 
 
 def _common_prefix(first: npt.NDArray[np.generic], second: npt.NDArray[np.generic]) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamline_bench.core.architecture import RopeGroups
-from streamline_bench.harness.scoring.packing import Query, build_rows, make_batches
+from streamline_bench.harness.scoring.forward import attention_mask
+from streamline_bench.harness.scoring.packing import PackedRow, Query, build_rows, make_batches
 
 FREE = {"share_up_to": 10_000, "row_tokens": 10_000, "pair_cost": 0.0}
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=12)
@@ -18,12 +21,17 @@ def queries_of(inputs: list[list[int]]) -> list[Query]:
     return [Query(i, tokens, tokens[-1 - i % len(tokens) :]) for i, tokens in enumerate(inputs)]
 
 
+def visible_in(row: PackedRow) -> npt.NDArray[np.bool_]:
+    """``[size, size]``: whether the row's node may look at the column's, by the model's mask."""
+    return (attention_mask(torch.from_numpy(row.ends())[None], torch.float32)[0, 0] == 0).numpy()
+
+
 @settings(max_examples=200, deadline=None)
 @given(sequences)
 def test_every_query_reads_exactly_its_own_tokens_in_order(inputs: list[list[int]]) -> None:
     seen = set()
     for row in build_rows(queries_of(inputs), **FREE):
-        visible = row.visible()
+        visible = visible_in(row)
         for query, nodes in row.scored:
             seen.add(query.index)
             ancestors = np.flatnonzero(visible[nodes[-1]])
@@ -71,6 +79,39 @@ def test_unrelated_questions_do_not_join_when_attention_costs_more_than_it_saves
     assert len(apart) == 6
     together = build_rows(queries_of(questions), share_up_to=100, row_tokens=1000, pair_cost=0.0)
     assert len(together) == 1
+
+
+def test_rows_behind_a_long_prefix_stop_at_their_lowest_cost() -> None:
+    """600 questions of 40 tokens behind 1,700, at the width of an 8B model."""
+    prefix, new, pair_cost, count = 1700, 40, 1 / 8192, 600
+    questions = [[*range(prefix), *range(5000 + i, 5000 + i + new)] for i in range(count)]
+    rows = build_rows(
+        queries_of(questions), share_up_to=10**6, row_tokens=10**6, pair_cost=pair_cost
+    )
+
+    def cost(sizes: list[int]) -> float:
+        return sum(size + size**2 * pair_cost for size in sizes)
+
+    even = [
+        cost([prefix + new * len(part) for part in np.array_split(np.arange(count), parts)])
+        for parts in range(1, 60)
+    ]
+    assert cost([len(row) for row in rows]) < 1.02 * min(even)
+    assert even[0] > 1.7 * min(even)  # one row of 25,700 tokens
+
+
+@settings(max_examples=100, deadline=None)
+@given(sequences, st.floats(0.001, 1.0))
+def test_rows_never_cost_more_than_their_queries_apart(
+    inputs: list[list[int]], pair_cost: float
+) -> None:
+    def cost(size: int) -> float:
+        return size + size**2 * pair_cost
+
+    limits = {"share_up_to": 100, "row_tokens": 1000}
+    rows = build_rows(queries_of(inputs), **limits, pair_cost=pair_cost)
+    apart = sum(cost(len(each)) for each in inputs)
+    assert sum(cost(len(row)) for row in rows) <= apart * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 40])

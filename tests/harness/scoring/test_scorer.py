@@ -12,9 +12,16 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM
 
 from streamline_bench.errors import NumericsError
 from streamline_bench.harness.lm import StreamlineLM
+from streamline_bench.harness.scoring.forward import (
+    Forward,
+    synthetic_row,
+    target_logprobs,
+    tensors_of,
+)
 from streamline_bench.harness.scoring.scorer import TokenScorer
 
 OPTIONS = {"device": "cpu", "dtype": "float32"}
@@ -188,6 +195,16 @@ def test_shared_contexts_are_computed_once(make_tiny_model: Callable[..., Path])
         counts[name] = sum(seen)
     assert counts["stock"] == 8 * 42
     assert counts["ours"] == 40 + 8 * 2
+
+
+def test_a_batch_waits_for_its_answers_only(make_tiny_model: Callable[..., Path]) -> None:
+    """Tensors of the meta device have no values: what asks for one fails, and names itself."""
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_model("llama")).to("meta")
+    batch = tensors_of([synthetic_row(96), synthetic_row(96)])
+    logits = Forward(lambda: model, torch.device("meta"), torch.no_grad).wanted_logits(batch)
+    assert logits.shape == (len(batch.wanted), model.config.vocab_size)
+    with pytest.raises(NotImplementedError, match="copy out of meta tensor"):  # the answers' copy
+        target_logprobs(logits, batch, torch.float32)
 
 
 def test_running_out_of_memory_halves_the_batches(
