@@ -220,6 +220,18 @@ def recipe_source(make_tiny_model: Callable[..., Path]) -> Path:
     Its weights are drawn by numpy and by name, so that they are the same with every version of
     torch and transformers.
     """
+    sizes = {"hidden_size": 128, "num_hidden_layers": 8, "intermediate_size": 96}
+    return _with_drawn_weights(make_tiny_model("llama", **sizes))
+
+
+@pytest.fixture(scope="session")
+def mixture_source(make_tiny_model: Callable[..., Path]) -> Path:
+    """A three-layer Mixtral of eight experts, otherwise like ``recipe_source``. Do not modify."""
+    sizes = {"hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 64}
+    return _with_drawn_weights(make_tiny_model("mixtral", num_local_experts=8, **sizes))
+
+
+def _with_drawn_weights(folder: Path) -> Path:
     import json
     import zlib
 
@@ -227,8 +239,6 @@ def recipe_source(make_tiny_model: Callable[..., Path]) -> Path:
     from safetensors.torch import load_file, save_file
     from torch import from_numpy
 
-    sizes = {"hidden_size": 128, "num_hidden_layers": 8, "intermediate_size": 96}
-    folder = make_tiny_model("llama", **sizes)
     weights = load_file(folder / "model.safetensors")
     for name, weight in weights.items():
         drawn = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(weight.shape)
@@ -244,9 +254,11 @@ def recipe_source(make_tiny_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def recipe_checkpoint(
-    recipe_source: Path, tmp_path_factory: pytest.TempPathFactory
+    recipe_source: Path, mixture_source: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """Return a function: name in ``baselines/`` -> what it makes of ``recipe_source``.
+
+    Recipes for mixtures alone get ``mixture_source``.
 
     Trainings are cut to a few steps, and run in one thread. Each is made once per session. Do not
     modify.
@@ -272,7 +284,8 @@ def recipe_checkpoint(
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
             try:
-                made[name] = compress(recipe_source, recipe, output, progress=False)
+                source = mixture_source if recipe.mixtures_only else recipe_source
+                made[name] = compress(source, recipe, output, progress=False)
             finally:
                 torch.set_num_threads(threads)
         return made[name]

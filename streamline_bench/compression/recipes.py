@@ -89,14 +89,15 @@ def list_recipes(*, built_in: bool = False) -> dict[str, Path]:
 def recipe_groups() -> dict[str, tuple[str, ...]]:
     """Return group -> names of its recipes, from the files alone; no method is imported.
 
-    ``all``; by cost ``no-training``, ``calibrated`` and ``recovered``; ``paper-settings``: a
-    paper's own size, data and steps; ``hub-data``: text that has to come from the hub.
+    ``all`` for any model, and by cost ``no-training``, ``calibrated`` and ``recovered``;
+    ``experts``: for mixtures alone, in none of those; ``paper-settings``: a paper's own size, data
+    and steps; ``hub-data``: text that has to come from the hub.
     """
     from streamline_bench.core.data.corpora import SELF
 
     groups: dict[str, tuple[str, ...]] = {}
     for recipe in listed_recipes():
-        of = ["all", recipe.cost.replace(" ", "-")]
+        of = ["experts"] if recipe.mixtures_only else ["all", recipe.cost.replace(" ", "-")]
         of += ["paper-settings"] * recipe.paper_settings
         of += ["hub-data"] * any(
             source not in ("auto", SELF) and not Path(source).expanduser().exists()

@@ -35,6 +35,7 @@ def methods_for(config: Any, refused: Mapping[int, str]) -> dict[str, str]:
     Args:
         refused: from :func:`removable_layers`.
     """
+    from streamline_bench.methods.experts.expert_pruning import mixture_of
     from streamline_bench.methods.maps.magnitude_compensation import refuse_unscalable
     from streamline_bench.methods.maps.replaceme import refuse_normed_mlp
     from streamline_bench.modeling.rotations import require_rotatable
@@ -45,6 +46,7 @@ def methods_for(config: Any, refused: Mapping[int, str]) -> dict[str, str]:
     without_removal: Mapping[str, Callable[[], Any]] = {
         "block_pruner": lambda: require_sublayers(config, row, "attention"),
         "dense": lambda: None,
+        "expert_pruning": lambda: mixture_of(config),
         "flap": lambda: require_narrowable(row),
         "llm_pruner": lambda: require_narrowable(row),
         "slicegpt": lambda: require_rotatable(config),

@@ -283,6 +283,7 @@ ENTRY_POINTS = "streamline_bench.methods"
 METHODS: Mapping[str, str] = {
     "block_pruner": "depth.sublayers:BlockPruner",
     "dense": "dense:Dense",
+    "expert_pruning": "experts.expert_pruning:ExpertPruning",
     "first_layers": "depth.positional:FirstLayers",
     "flap": "width.flap:FLAP",
     "given_layers": "depth.positional:GivenLayers",

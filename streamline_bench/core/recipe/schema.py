@@ -221,6 +221,7 @@ class Recipe(Frozen):
     Attributes:
         method: name of a method, or ``module:Class``.
         unpublished: why no published number is listed.
+        mixtures_only: it removes experts, so that groups of recipes for any model leave it out.
         paper_settings: the size, data and steps are a paper's own, not ones that suit any model.
         overridden: what a caller changed: dotted key -> (the recipe's own value, the given one).
             Written when a recipe is loaded, not in recipe files.
@@ -244,6 +245,7 @@ class Recipe(Frozen):
     cost: Literal["no training", "calibrated", "recovered"] = "calibrated"
     published: tuple[PublishedResult, ...] = ()
     unpublished: str | None = None
+    mixtures_only: bool = False
     paper_settings: bool = False
     overridden: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
 
@@ -295,8 +297,9 @@ class Recipe(Frozen):
 
 
 _SHOWN_ONLY = (
-    "name title paper link reproduces published unpublished paper_settings cost overridden".split()
-)
+    "name title paper link reproduces published unpublished mixtures_only paper_settings "
+    "cost overridden"
+).split()
 
 
 def parse_recipe(payload: Mapping[str, Any], origin: str) -> Recipe:

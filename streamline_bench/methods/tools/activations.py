@@ -29,7 +29,7 @@ from streamline_bench.core.state_store import state_store, states_bytes
 from streamline_bench.core.streaming import is_streamed
 from streamline_bench.errors import ArchitectureError, NumericsError
 
-Visitor: TypeAlias = Callable[[int, str, Tensor], None]
+Visitor: TypeAlias = Callable[..., None]
 """Called with layer, path of the module in it, and its inputs ``[tokens, width]`` without pads."""
 
 
@@ -60,7 +60,9 @@ def visit_inputs(
         for layer, paths in wanted.items():
             for path in paths:
                 module = decoder_layers(model)[layer].get_submodule(path)
-                handle = module.register_forward_pre_hook(inputs.hook(layer, path))
+                handle = module.register_forward_pre_hook(
+                    inputs.hook(layer, path), with_kwargs=True
+                )
                 hooks.callback(handle.remove)
         if is_streamed(model):
             _by_layer(model, max(wanted), batches, inputs, work, progress)
@@ -94,17 +96,21 @@ class _Inputs:
         self.seen: set[tuple[int, str]] = set()
         self._visit = visit
 
-    def hook(self, layer: int, path: str) -> Callable[[Any, Any], None]:
-        def before(module: Any, args: Any) -> None:
-            assert self.mask is not None
-            rows = args[0].reshape(-1, args[0].shape[-1])
-            if not bool(self.mask.all()):  # on the CPU; only then are rows gathered
-                places = self.mask.reshape(-1).nonzero().view(-1)
-                rows = rows.index_select(0, places.to(rows.device, non_blocking=True))
+    def hook(self, layer: int, path: str) -> Callable[[Any, Any, Any], None]:
+        def before(module: Any, args: Any, named: Any) -> None:
+            tensors = [each for each in (*args, *named.values()) if isinstance(each, Tensor)]
             self.seen.add((layer, path))
-            self._visit(layer, path, rows)
+            self._visit(layer, path, *map(self._rows, tensors))
 
         return before
+
+    def _rows(self, values: Tensor) -> Tensor:
+        assert self.mask is not None
+        rows = values.reshape(-1, values.shape[-1])
+        if bool(self.mask.all()):  # on the CPU; only else are rows gathered
+            return rows
+        places = self.mask.reshape(-1).nonzero().view(-1)
+        return rows.index_select(0, places.to(rows.device, non_blocking=True))
 
 
 def _by_layer(

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 GROUPS: tuple[str, ...] = (
     *("all", "no-training", "calibrated", "recovered"),
-    *("paper-settings", "hub-data"),
+    *("experts", "paper-settings", "hub-data"),
 )
 """Groups of recipes, see :func:`.recipe_groups`; with a minus before it, a group is taken away."""
 

@@ -29,7 +29,10 @@ def test_all_is_every_recipe_once_dense_first(make: Callable[..., Request]) -> N
     request = make(recipes=["all"], set={})
     labels = _labels(request)
     assert labels[0] == "dense"
-    assert sorted(labels) == sorted(list_recipes())
+    everywhere = [name for name in list_recipes() if not load_recipe(name).mixtures_only]
+    assert sorted(labels) == sorted(everywhere)
+    with_experts = _labels(make(recipes=["dense", "experts"], set={}))
+    assert with_experts == ["dense", "expert_frequency", "expert_random", "reap"]
 
 
 def test_a_group_does_not_repeat_what_was_named_before(make: Callable[..., Request]) -> None:
@@ -44,7 +47,10 @@ def test_a_minus_takes_away_a_group_or_a_recipe(make: Callable[..., Request]) ->
     kept = [
         recipe.name
         for recipe in map(load_recipe, list_recipes())
-        if recipe.cost != "recovered" and not recipe.paper_settings and recipe.name != "sleb"
+        if recipe.cost != "recovered"
+        and not recipe.paper_settings
+        and recipe.name != "sleb"
+        and not recipe.mixtures_only
     ]
     assert sorted(labels) == sorted(kept)
     with pytest.raises(RecipeError, match=r"-recoverd.*'recovered'"):
@@ -60,7 +66,8 @@ def test_groups_tell_what_the_recipes_say() -> None:
         assert [group for group in groups if name in groups[group]] == [
             group
             for group in groups
-            if group in ("all", recipe.cost.replace(" ", "-"))
+            if (group in ("all", recipe.cost.replace(" ", "-")) and not recipe.mixtures_only)
+            or (group == "experts" and recipe.mixtures_only)
             or (group == "paper-settings" and recipe.paper_settings)
             or (group == "hub-data" and set(recipe.data_sources) != {"auto"})
         ]
