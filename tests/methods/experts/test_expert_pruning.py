@@ -153,7 +153,7 @@ def test_scores_equal_a_loop_over_tokens(
         mlp = decoder_layers(model)[layer].mlp
         routed: dict[int, list[tuple[float, float]]] = {e: [] for e in range(8)}
         for state in states[layer]:
-            logits = [float(row @ state) for row in mlp.gate.weight]
+            logits = [float(row @ state) for row in mlp.gate.weight.detach()]
             shares = torch.tensor(logits, dtype=torch.float64).softmax(0)
             best = sorted(range(8), key=lambda e: -logits[e])[:2]
             total = float(shares[best].sum()) if family == "mixtral" else 1.0
