@@ -11,10 +11,14 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 import yaml
+
+from streamline_bench.core.recipe.schema import TrainingSpec
+from streamline_bench.harness.scoring.scorer import LOGITS_PER_BATCH
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "reports" / "docs" / "pages"
@@ -153,6 +157,24 @@ def test_every_page_is_in_the_navigation() -> None:
     config = yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text("utf-8"))
     listed = set(re.findall(r"[\w/-]+\.md", str(config["nav"])))
     assert listed == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+
+
+def test_the_limits_of_speed_are_what_their_code_computes() -> None:
+    page = DOCS / "reference" / "limits.md"
+    (code,), text = blocks(page, "python"), " ".join(page.read_text("utf-8").split())
+    computed: dict[str, Any] = {}
+    exec(code, computed)
+    assert computed["PARAMETERS"] == 8_030_261_248  # as published
+    for job, (flops, moved, seconds) in computed["JOBS"].items():
+        assert f"| {job} | {flops / 1e12:,.0f} | {moved / 1e9:,.0f} | {seconds:.2f} |" in text
+    for loss, seconds in computed["LOSSES"].items():
+        assert f"| {loss} | {seconds:.3f} |" in text
+    for said in computed["SAID"].values():
+        assert said in text.split("```")[-1], said
+    training = yaml.safe_load((ROOT / "baselines" / "streamline.yaml").read_text("utf-8"))
+    assert training["training"]["data"]["samples"] == 30000
+    assert (TrainingSpec().batch_size, TrainingSpec().autocast) == (8, "none")
+    assert computed["batch_rows"] == LOGITS_PER_BATCH // computed["V"] // 80
 
 
 def test_named_environment_variables_are_read_somewhere() -> None:
