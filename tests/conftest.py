@@ -12,6 +12,9 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The harness bootstraps some errors in forks of the process that scores; forks of one with threads,
+# as pytest-xdist's workers are, may hang.
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 import pytest
 

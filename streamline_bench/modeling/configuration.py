@@ -87,8 +87,13 @@ class StreamlineConfig(PreTrainedConfig):  # type: ignore[misc]
         return config_class_for(host).from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all entries; ``architectures`` names the public classes, not the made ones."""
+        """Return all entries; ``architectures`` names the public classes, not the made ones.
+
+        ``removed_sublayers`` stands there only where there are some.
+        """
         output: dict[str, Any] = super().to_dict()
+        if output.get("removed_sublayers") is None:
+            output.pop("removed_sublayers", None)
         if output.get("architectures"):
             output["architectures"] = [_public_name(name) for name in output["architectures"]]
         return output

@@ -339,5 +339,5 @@ def _recipe_config(recipe: Recipe) -> str:
     keys = ""
     if recipe.method != "dense":
         keys += f"\n        recipe={recipe.name!r},"
-        keys += "\n        sparsity=0.25," if recipe.sparsity is not None else ""
+        keys += f"\n        sparsity={recipe.sparsity:g}," if recipe.sparsity is not None else ""
     return _RECIPE_CONFIG.format(name=recipe.name, keys=keys)

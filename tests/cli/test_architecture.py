@@ -46,7 +46,7 @@ def test_a_verified_family(call: Callable[..., Any]) -> None:
     found = json.loads(call("architecture", "bundled", "--json").out)
     assert (found["model_type"], found["source"]) == ("llama", "verified")
     assert not found["refused_layers"]
-    assert not any(found["methods"].values())
+    assert [name for name, why in found["methods"].items() if why] == ["expert_pruning"]
 
 
 @pytest.mark.parametrize(

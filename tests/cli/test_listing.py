@@ -116,6 +116,7 @@ def test_published_numbers_stand_beside_the_tasks_of_a_packaged_plan(
                 found.setdefault(one.metric, set()).add(one.task)
     assert found == {
         "PIQA": {"local_piqa"}, "HellaSwag": {"local_hellaswag"}, "ARC-e": {"local_arc_easy"},
+        "ARC-easy": {"local_arc_easy"},
         "BoolQ": {"local_boolq"}, "C3": {"local_c3"},
     }  # fmt: skip
 
