@@ -19,18 +19,11 @@ from streamline_bench.runs.jobs.score import ScoreJob
 from streamline_bench.runs.planning.request import Request, RowRequest
 from streamline_bench.runs.planning.resolve import resolve_plan
 from streamline_bench.runs.run import shared_out
-from streamline_bench.stability.readers.lm_eval_reader import read_lm_eval
 
 BRIEF = {
     "training.min_steps": 3, "training.batch_size": 4, "training.data.samples": 12,
     "training.data.sequence_length": 32, "calibration.sequence_length": 32,
 }  # fmt: skip
-
-
-def _work(job: Job, run: RunPaths, processes: int) -> None:
-    job = job.model_copy(update={"processes": processes})
-    job.write(run)
-    job.work(run)
 
 
 @pytest.fixture
@@ -42,20 +35,18 @@ def jobs(make: Callable[..., Request], tasks: Path, text_file: Path) -> dict[str
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_training_and_scoring_in_two_processes(
+def test_a_training_in_two_processes(
     jobs: dict[str, Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    weights, answers = [], []
+    weights = []
     for processes in (1, 2):
         monkeypatch.setenv("STREAMLINE_BENCH_CACHE", str(tmp_path / f"cache-{processes}"))
         run = RunPaths(tmp_path / f"run-{processes}")
-        for kind in ("compress", "score"):
-            _work(jobs[kind], run, processes)
+        job = jobs["compress"].model_copy(update={"processes": processes})
+        job.write(run)
+        job.work(run)
         weights.append(load_file(run.checkpoint("streamline") / "model.safetensors"))
-        frame = read_lm_eval(run.evaluation("streamline", ""), progress=False).frame
-        answers.append(frame.sort_values("doc_id")["prediction"].tolist())
-    assert len(answers[0]) == 8 and answers[0] == answers[1]
     assert max(float((weights[0][n] - weights[1][n]).abs().max()) for n in weights[0]) < 1e-6
 
 
