@@ -280,6 +280,11 @@ class _Reading:
             load_samples(_inside(home, name), run=row.label, progress=self._progress)
             for name in (row.eval or "", *row.more)
         ]
+        again = row.asked_again if isinstance(row, RunRow) else {}
+        for number, name in enumerate((row.eval or "", *row.more)):
+            groups = parts[number].info.groups
+            old = {each for task in again.get(name, ()) for each in leaf_tasks(task, groups)}
+            parts[number] = parts[number].without(old) if old else parts[number]
         samples = parts[0].joined(parts[1:])
         groups = samples.info.groups
         gone = {task for name in self._run.tasks_left_out for task in leaf_tasks(name, groups)}

@@ -35,6 +35,8 @@ class RunRow(Frozen):
         eval: folder with the evaluation's output, relative to the run folder and inside it; None
             where there is none.
         more: folders with further evaluations of the same row, of other tasks.
+        asked_again: of such a folder -> tasks that were asked with other settings since; their
+            answers there are not read.
         checkpoint: the checkpoint's folder (relative to the run folder, or absolute), None for a
             model that was not made here.
         recipe: the recipe it was made with; None to take the checkpoint's own.
@@ -63,6 +65,7 @@ class RunRow(Frozen):
     label: str = Field(min_length=1)
     eval: str | None = None
     more: list[str] = Field(default_factory=list)
+    asked_again: dict[str, list[str]] = Field(default_factory=dict)
     checkpoint: str | None = None
     recipe: dict[str, Any] | None = None
     divergence: str | None = None

@@ -132,17 +132,27 @@ class Results:
         ]
         return list(dict.fromkeys(said))
 
+    def _asked_again(self, row: PlanRow, job: ScoreJob) -> list[str]:
+        """The tasks of a job that the command asks with other settings now."""
+        dtype = row.model.dtype if row.checkpoint and row.model else None
+        own = {"dtype": dtype} if dtype else {}  # a checkpoint made elsewhere may have its own
+        now = {t: each.settings | own for each in self.plan.evaluations for t in each.tasks}
+        before = job.evaluation.settings
+        return [task for task in job.evaluation.tasks if now.get(task, before) != before]
+
     def _row(self, row: PlanRow, together: Grouping) -> RunRow:
         """What the jobs of a row made."""
         run, label = self.run, row.label
         manifest = self._manifests[0].get(label)
         seconds = dict(manifest.seconds) if manifest else {}
-        evaluations = []
+        evaluations, asked_again = [], {}
         for state in self._of(label, ScoreJob):
             if state.done:
                 seconds["evaluate"] = seconds.get("evaluate", 0.0) + state.done.seconds
             if (job := self._answered_by(state)) is not None:
                 evaluations.append(run.relative(job.output(run)))
+                if tasks := self._asked_again(row, job):
+                    asked_again[evaluations[-1]] = tasks
         evaluations = list(dict.fromkeys(evaluations)) if self.scored(label) else []
         walks = ([job.label for job in group] for group in together.groups)
         walk = next((labels for labels in walks if label in labels), [])
@@ -152,6 +162,7 @@ class Results:
             label=label,
             eval=evaluations[0] if evaluations else None,
             more=evaluations[1:],
+            asked_again=asked_again,
             checkpoint=self._named(run.checkpoint(row.place), self._has(label, CompressJob)),
             recipe=row.recipe if row.made_here else None,
             divergence=self._divergence(row),

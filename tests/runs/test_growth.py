@@ -11,6 +11,11 @@ import pytest
 from run_jobs import Marking
 
 from streamline_bench.errors import OutputError
+from streamline_bench.runs.finish import Results
+from streamline_bench.runs.folder import RunPaths
+from streamline_bench.runs.jobs.planned import plan_jobs
+from streamline_bench.runs.jobs.score import ScoreJob
+from streamline_bench.runs.planning.plan import read_plan
 from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.run import compare_request
 
@@ -64,6 +69,29 @@ def test_a_task_more_is_one_scoring_of_each_row(ask: Ask) -> None:
     assert (one, other[:-9]) == ("score-first_layers", "score-first_layers")
     assert len(ask(tasks=tasks[:1], recipes=["magnitude_l1"])) == 2
     assert len(ask(tasks=tasks, recipes=["magnitude_l1"])) == 1
+
+
+def test_answers_to_a_task_that_is_asked_in_another_way_now_are_not_read(
+    ask: Ask, tmp_path: Path
+) -> None:
+    pairs, order = "streamline_demo_pairs", "streamline_demo_order"
+    ask(tasks=[pairs, order])
+    new = ask(tasks=[pairs, {"task": order, "samples": [0, 1]}])
+    assert len(new) == 3, "the first set still answers for one of its tasks"
+    run = RunPaths(tmp_path / "run")
+    plan = read_plan(run.root)
+    assert plan is not None
+    results = Results(run, plan, {})
+    found = {
+        (job.label, job.question != ""): results._asked_again(row, job)
+        for row in plan.rows
+        for job in plan_jobs(plan, run)
+        if isinstance(job, ScoreJob) and job.label == row.label
+    }
+    labels = ("dense", "last_layers", "random_layers")
+    assert found == {
+        (label, later): [] if later else [order] for label in labels for later in (False, True)
+    }
 
 
 def test_sizes_and_seeds_keep_what_they_have_in_common(ask: Ask, tmp_path: Path) -> None:
