@@ -40,12 +40,13 @@ def serve(options: dict[str, Any], prompts: list[list[int]], tokens: int) -> dic
         use_tqdm=False,
     )
     (served_by,) = engine.llm_engine.model_config.architectures
+    layers = engine.llm_engine.vllm_config.compilation_config.static_forward_context.values()
     answer = {
         "served_by": served_by,
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "caches": len(engine.llm_engine.vllm_config.compilation_config.static_forward_context),
+        "caches": sum(hasattr(layer, "get_kv_cache_spec") for layer in layers),
     }
-    del engine
+    del engine, layers
     gc.collect()
     cleanup_dist_env_and_memory()
     return answer
