@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from streamline_bench.core.machine.processes import HOST
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.throughput.engines import EngineSettings
 from streamline_bench.throughput.load import Level, ServingLoad
 from streamline_bench.throughput.workload import Workload
 
-HOST = "127.0.0.1"
 SERVED_NAME = "model"
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 _GOODPUT = ("ttft", "tpot", "e2el")

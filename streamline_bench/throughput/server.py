@@ -16,8 +16,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from streamline_bench.core.machine.processes import HOST
 from streamline_bench.errors import ThroughputError
-from streamline_bench.throughput.bench import HOST, SERVED_NAME, VLLM, Sending, bench_command
+from streamline_bench.throughput.bench import SERVED_NAME, VLLM, Sending, bench_command
 from streamline_bench.throughput.engines import EngineSettings
 from streamline_bench.throughput.engines.vllm import (
     memory_flags,
@@ -141,14 +142,6 @@ def server_command(settings: EngineSettings, port: int) -> list[str]:
         *(["--trust-remote-code"] if settings.trust_remote_code else []),
         prefix,
     ]  # fmt: skip
-
-
-def free_port() -> int:
-    """Return a port that was free a moment ago; another process may take it at any time."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def require_free(port: int) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streamline_bench.core.machine.processes import free_port
 from streamline_bench.errors import ThroughputError
 from streamline_bench.throughput.bench import sending
 from streamline_bench.throughput.blocks import repeat_blocks
@@ -25,7 +26,6 @@ from streamline_bench.throughput.search import highest
 from streamline_bench.throughput.served import MemorySplit, Probe, ServedPass
 from streamline_bench.throughput.server import (
     ServingJob,
-    free_port,
     is_port_conflict,
     memory_of,
     require_free,

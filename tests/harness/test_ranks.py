@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.throughput.server import free_port
+from streamline_bench.core.machine.processes import free_port
 
 EVALUATIONS = """
 import json, os, sys

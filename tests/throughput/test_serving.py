@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from streamline_bench.cli.tables import throughput_notes
+from streamline_bench.core.machine.processes import free_port
 from streamline_bench.errors import ThroughputError
 from streamline_bench.report.figures.pareto import points_of
 from streamline_bench.report.figures.serving import kept_objectives, serving_curves
@@ -35,7 +36,6 @@ from streamline_bench.throughput.engines import EngineSettings
 from streamline_bench.throughput.process import WorkerError
 from streamline_bench.throughput.record import ThroughputRecord
 from streamline_bench.throughput.server import (
-    free_port,
     is_port_conflict,
     require_free,
     server_command,

@@ -13,6 +13,7 @@ import os
 import runpy
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import IO
 
 _LEASH = "STREAMLINE_BENCH_LEASH"
+HOST = "127.0.0.1"
+"""Where processes of this machine talk to each other."""
 GRACE = 5.0
 """Seconds between asking a process to end and killing it."""
 
@@ -124,6 +127,14 @@ def hold_leash() -> None:
 
     atexit.register(at_exit)
     threading.Thread(target=wait, daemon=True).start()
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago; another process may take it at any time."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -8,7 +8,6 @@ in which nothing here costs or changes anything. Accelerate starts the group of 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from streamline_bench.core.machine.processes import HOST, free_port
 from streamline_bench.errors import RecipeError, StreamlineBenchError
 
 if TYPE_CHECKING:
@@ -236,11 +236,8 @@ def run_in_ranks(
     variables = {**(environment or {}), **os.environ}
     if count == 1:
         return subprocess.run(command, stdin=subprocess.DEVNULL, env=variables).returncode
-    with socket.socket() as probe:  # free a moment ago; the store of the main rank takes it
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": port}  # fmt: skip
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": HOST,
+              "MASTER_PORT": free_port()}  # fmt: skip
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(count):

@@ -171,7 +171,7 @@ def mixture_of(config: Any) -> Mixture:
     other = "use a method that removes layers"
     if not family.experts or not family.router:
         raise ArchitectureError(f"{what}: its layers are not known to have any; {other}.")
-    shapes = _shapes(config)
+    shapes, parameters = _shapes(config)
     router = re.compile(
         rf"{re.escape(family.layers)}\.(\d+)\.{re.escape(_joined(family, family.router))}\."
     )
@@ -186,23 +186,23 @@ def mixture_of(config: Any) -> Mixture:
         raise ArchitectureError(
             f"{what}: of {experts} experts each token is routed to {chosen}; {other}."
         )
-    fewer = _shapes(_with_experts(config, key, experts - groups))
+    fewer, _ = _shapes(_with_experts(config, key, experts - groups))
+    path = re.compile(
+        rf"{re.escape(family.layers)}\.\d+\."
+        rf"({re.escape(_joined(family, family.experts))}|"
+        rf"{re.escape(_joined(family, family.router))})\."
+    )
     size = 0
     for name, shape in shapes.items():
         changed = fewer.get(name, ())
         if changed == shape:
             continue
-        path = re.compile(
-            rf"{re.escape(family.layers)}\.\d+\."
-            rf"({re.escape(_joined(family, family.experts))}|"
-            rf"{re.escape(_joined(family, family.router))})\."
-        )
         if not path.match(name) or changed != (experts - groups, *shape[1:]):
             raise ArchitectureError(
                 f"{what}: with fewer of them '{name}' has another shape, {list(changed)} instead "
                 f"of {list(shape)}; {other}."
             )
-        size += math.prod(shape[1:]) if name in _parameters(config) else 0
+        size += math.prod(shape[1:]) if name in parameters else 0
     sizes = model_sizes(config)
     return Mixture(
         key, experts, chosen, groups, tuple(layers), size // len(layers), sizes.total,
@@ -214,14 +214,12 @@ def _joined(family: Architecture, name: str) -> str:
     return f"{family.mlp}.{name}" if family.mlp else name
 
 
-def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Of parameters and of buffers: correction biases are some of those."""
+def _shapes(config: Any) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Shapes of parameters and of buffers (some correction biases are), and the parameters."""
     model = meta_model(config)
-    return {name: tuple(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())}
-
-
-def _parameters(config: Any) -> set[str]:
-    return {name for name, _ in meta_model(config).named_parameters()}
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    shapes = {name: tuple(tensor.shape) for name, tensor in (parameters | buffers).items()}
+    return shapes, set(parameters)
 
 
 def _with_experts(config: Any, key: str, experts: int) -> Any:

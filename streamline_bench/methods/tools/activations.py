@@ -23,6 +23,7 @@ from streamline_bench.core.forward import (
     entangled,
     evaluating,
     run_base,
+    sent,
     walk,
 )
 from streamline_bench.core.state_store import state_store, states_bytes
@@ -72,7 +73,7 @@ def visit_inputs(
             for ids, mask in tqdm(
                 batches, unit="batch", desc="activations", delay=2, disable=not progress
             ):
-                inputs.mask = mask
+                inputs.begin(mask)
                 run_base(model, ids, mask)
     for layer, paths in wanted.items():
         for path in paths:
@@ -87,14 +88,21 @@ class _Inputs:
     """Hooks that give the inputs of modules to a visitor.
 
     Attributes:
-        mask: of the batch at hand, bool ``[batch, seq]`` on the CPU.
         seen: the modules that have been called.
     """
 
     def __init__(self, visit: Visitor) -> None:
-        self.mask: Tensor | None = None
+        self._tokens: Tensor | None = None
         self.seen: set[tuple[int, str]] = set()
         self._visit = visit
+
+    def begin(self, mask: Tensor) -> None:
+        """Take the mask of the next batch, bool ``[batch, seq]`` on the CPU.
+
+        Only where there are pads are rows gathered; an accelerator is not asked where.
+        """
+        whole = bool(mask.all())
+        self._tokens = None if whole else mask.reshape(-1).nonzero().view(-1)
 
     def hook(self, layer: int, path: str) -> Callable[[Any, Any, Any], None]:
         def before(module: Any, args: Any, named: Any) -> None:
@@ -105,12 +113,10 @@ class _Inputs:
         return before
 
     def _rows(self, values: Tensor) -> Tensor:
-        assert self.mask is not None
         rows = values.reshape(-1, values.shape[-1])
-        if bool(self.mask.all()):  # on the CPU; only else are rows gathered
+        if self._tokens is None:
             return rows
-        places = self.mask.reshape(-1).nonzero().view(-1)
-        return rows.index_select(0, places.to(rows.device, non_blocking=True))
+        return rows.index_select(0, sent(self._tokens, rows.device))
 
 
 def _by_layer(
@@ -130,7 +136,7 @@ def _by_layer(
             for layer, number, ids, mask in walk(
                 model, batches, range(last + 1), progress=progress, description="activations"
             ):
-                inputs.mask = mask
+                inputs.begin(mask)
                 state = store.load((layer, number), device)
                 store[layer + 1, number] = forward.layer(layer, ids, mask, state)
                 store.drop((layer, number))

@@ -225,7 +225,7 @@ def tradeoffs(rows: Sequence[Row]) -> list[Pareto]:
 def bytes_tell_more(rows: Sequence[Row]) -> bool:
     """Whether rows differ in bytes per parameter, as quantised ones do from others."""
     sizes = [row.bytes / row.parameters for row in rows if row.bytes and row.parameters]
-    return bool(sizes) and max(sizes) - min(sizes) > _DIFFERS * max(sizes)
+    return _apart(sizes)
 
 
 def _differs(rows: Sequence[Row], kind: str, per: str | None = None) -> bool:
@@ -235,6 +235,10 @@ def _differs(rows: Sequence[Row], kind: str, per: str | None = None) -> bool:
         shown = not row.is_dense or kind == "goodput"  # it is measured only where asked for
         if row.accuracy_macro and shown and x and unit:
             values.append(x / unit)
+    return _apart(values)
+
+
+def _apart(values: Sequence[float]) -> bool:
     return len(values) > 1 and max(values) - min(values) > _DIFFERS * max(values)
 
 

@@ -36,11 +36,12 @@ def main(arguments: list[str]) -> int:
     run, name = RunPaths(Path(arguments[0])), arguments[1]
     adapter: TypeAdapter[Job] = TypeAdapter(AnyJob)
     job = adapter.validate_json((run.job(name) / "job.json").read_bytes())
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
+    if launched().main:
+        logging.getLogger("streamline_bench").setLevel(logging.INFO)
     if launched().count > 1:
         return _share(job, run)
     number = count_attempt(run, name)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
-    logging.getLogger("streamline_bench").setLevel(logging.INFO)
     print(f"== {name}, attempt {number}", flush=True)
     started = time.monotonic()
     try:
@@ -58,10 +59,6 @@ def main(arguments: list[str]) -> int:
 
 def _share(job: Job, run: RunPaths) -> int:
     """Do the job together with other processes; the one that started them says how it ended."""
-    main_rank = launched().main
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
-    if main_rank:
-        logging.getLogger("streamline_bench").setLevel(logging.INFO)
     try:
         job.work(run)
     except StreamlineBenchError as error:

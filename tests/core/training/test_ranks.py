@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from streamline_bench.throughput.server import free_port
+from streamline_bench.core.machine.processes import free_port
 
 # objective or kind of recovery, and settings of the training
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
