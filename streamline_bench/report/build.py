@@ -276,15 +276,7 @@ class _Reading:
         return Speed(**found.model_dump(exclude={"label"})) if found else None
 
     def _read(self, row: RunRow | NoiseRun, home: Path) -> Samples:
-        parts = [
-            load_samples(_inside(home, name), run=row.label, progress=self._progress)
-            for name in (row.eval or "", *row.more)
-        ]
-        again = row.asked_again if isinstance(row, RunRow) else {}
-        for number, name in enumerate((row.eval or "", *row.more)):
-            groups = parts[number].info.groups
-            old = {each for task in again.get(name, ()) for each in leaf_tasks(task, groups)}
-            parts[number] = parts[number].without(old) if old else parts[number]
+        parts = [self._part(row, home, name) for name in (row.eval or "", *row.more)]
         samples = parts[0].joined(parts[1:])
         groups = samples.info.groups
         gone = {task for name in self._run.tasks_left_out for task in leaf_tasks(name, groups)}
@@ -292,6 +284,12 @@ class _Reading:
         samples = samples.without(gone - asked)
         self._note(samples)
         return as_grades(samples, self._graded)
+
+    def _part(self, row: RunRow | NoiseRun, home: Path, name: str) -> Samples:
+        """One evaluation, without the tasks that were asked with other settings since."""
+        samples = load_samples(_inside(home, name), run=row.label, progress=self._progress)
+        again, groups = row.asked_again.get(name, ()), samples.info.groups
+        return samples.without({leaf for task in again for leaf in leaf_tasks(task, groups)})
 
     def _note(self, samples: Samples) -> None:
         for name, why in samples.info.left_out.items():

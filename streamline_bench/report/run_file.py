@@ -99,11 +99,13 @@ class NoiseRun(Frozen):
         label: what was different, e.g. ``batch size 1``.
         eval: folder with that evaluation's output, relative to the run folder and inside it.
         more: further ones, of other tasks.
+        asked_again: as of a :class:`RunRow`.
     """
 
     label: str = Field(min_length=1)
     eval: str
     more: list[str] = Field(default_factory=list)
+    asked_again: dict[str, list[str]] = Field(default_factory=dict)
 
 
 class RunFile(Frozen):

@@ -90,10 +90,11 @@ class Results:
     def describe(self) -> RunFile:
         """Return what ``run.json`` will hold."""
         succeeded = [state for state in self.states.values() if state.succeeded]
-        again: dict[str, list[str]] = {}
+        again: dict[str, dict[str, list[str]]] = {}
         for job in (state.job for state in succeeded):
             if isinstance(job, ScoreJob) and job.noise:
-                again.setdefault(job.noise, []).append(self.run.relative(job.output(self.run)))
+                folder = self.run.relative(job.output(self.run))
+                again.setdefault(job.noise, {})[folder] = self._asked_again(job)
         commands = [state.done.command for state in succeeded if state.done and not state.twin]
         together = self._shared_layers()
         return RunFile(
@@ -107,9 +108,14 @@ class Results:
                 any(state.job.name == "throughput" for state in succeeded),
             ),
             noise=[
-                NoiseRun(label=each.label, eval=again[each.name][0], more=again[each.name][1:])
+                NoiseRun(
+                    label=each.label,
+                    eval=next(iter(found)),
+                    more=list(found)[1:],
+                    asked_again={folder: tasks for folder, tasks in found.items() if tasks},
+                )
                 for each in self.plan.noise
-                if each.name in again
+                if (found := again.get(each.name))
             ],
             tasks=list(self.plan.tasks),
             tasks_left_out=self._left_out_of_answers(),
@@ -132,13 +138,9 @@ class Results:
         ]
         return list(dict.fromkeys(said))
 
-    def _asked_again(self, row: PlanRow, job: ScoreJob) -> list[str]:
+    def _asked_again(self, job: ScoreJob) -> list[str]:
         """The tasks of a job that the command asks with other settings now."""
-        dtype = row.model.dtype if row.checkpoint and row.model else None
-        own = {"dtype": dtype} if dtype else {}  # a checkpoint made elsewhere may have its own
-        now = {t: each.settings | own for each in self.plan.evaluations for t in each.tasks}
-        before = job.evaluation.settings
-        return [task for task in job.evaluation.tasks if now.get(task, before) != before]
+        return [task for task in job.unread if task in self.plan.tasks]
 
     def _row(self, row: PlanRow, together: Grouping) -> RunRow:
         """What the jobs of a row made."""
@@ -151,7 +153,7 @@ class Results:
                 seconds["evaluate"] = seconds.get("evaluate", 0.0) + state.done.seconds
             if (job := self._answered_by(state)) is not None:
                 evaluations.append(run.relative(job.output(run)))
-                if tasks := self._asked_again(row, job):
+                if isinstance(state.job, ScoreJob) and (tasks := self._asked_again(state.job)):
                     asked_again[evaluations[-1]] = tasks
         evaluations = list(dict.fromkeys(evaluations)) if self.scored(label) else []
         walks = ([job.label for job in group] for group in together.groups)

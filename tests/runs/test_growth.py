@@ -83,7 +83,7 @@ def test_answers_to_a_task_that_is_asked_in_another_way_now_are_not_read(
     assert plan is not None
     results = Results(run, plan, {})
     found = {
-        (job.label, job.question != ""): results._asked_again(row, job)
+        (job.label, job.question != ""): results._asked_again(job)
         for row in plan.rows
         for job in plan_jobs(plan, run)
         if isinstance(job, ScoreJob) and job.label == row.label

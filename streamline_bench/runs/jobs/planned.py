@@ -62,7 +62,8 @@ def _questions(plan: Plan, run: RunPaths | None, make: Maker) -> list[ScoreJob]:
         left = set(wanted.tasks)
         for evaluation in _answered(plan, wanted, run, make):
             if left & set(evaluation.tasks):
-                found.append(make(evaluation))
+                unread = tuple(task for task in evaluation.tasks if task not in left)
+                found.append(make(evaluation).model_copy(update={"unread": unread}))
                 left -= set(evaluation.tasks)
         for asked in plan.questions:
             part = [task for task in asked.tasks if task in left]

@@ -58,6 +58,7 @@ class ScoreJob(Job):
         noise: names the repetition, whose result is not the row's; None for the row itself.
         shareable: it may be done in one process with others, layers in common run once.
         alone: why it is done by itself, where others are scored together.
+        unread: tasks that it answers and that the command does not ask in this way.
     """
 
     kind: Literal["score"] = "score"
@@ -72,6 +73,7 @@ class ScoreJob(Job):
     noise: str | None = None
     shareable: bool = False
     alone: str | None = None
+    unread: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
