@@ -111,7 +111,7 @@ def _fill(
 ) -> None:
     """Take all batches through the layers; keep their states and the outputs of modules."""
 
-    def visit(layer: int, number: int) -> None:
+    def visit(layer: int, number: int, *_: Tensor) -> None:
         for watched, place in enumerate(layers):
             if place == layer:
                 store["output", watched, number] = outputs[watched]

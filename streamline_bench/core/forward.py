@@ -402,7 +402,8 @@ def walk_states(
     wanted: Collection[int],
     store: BatchStore,
     *,
-    visit: Callable[[int, int], None] | None = None,
+    begin: Callable[[int], None] | None = None,
+    visit: Callable[[int, int, Tensor, Tensor], None] | None = None,
     full_mask: bool = False,
     progress: bool = True,
     description: str = "layers",
@@ -412,7 +413,8 @@ def walk_states(
     Args:
         wanted: boundaries; layers above the topmost are not run.
         store: gets the states of batch ``number`` at a boundary as ``store[boundary, number]``.
-        visit: called with layer and batch number after a batch went through a layer.
+        begin: called with the batch number before a batch goes through a layer.
+        visit: called with layer, batch number and the states before and behind the layer.
         full_mask: see :class:`PartialForward`.
 
     Raises:
@@ -425,12 +427,14 @@ def walk_states(
         for index, number, ids, mask in walk(
             model, batches, range(max(wanted)), progress=progress, description=description
         ):
+            if begin is not None:
+                begin(number)
             state = store.load((index, number), device)
-            store[index + 1, number] = forward.layer(index, ids, mask, state)
+            store[index + 1, number] = behind = forward.layer(index, ids, mask, state)
             if index not in wanted:
                 store.drop((index, number))
             if visit is not None:
-                visit(index, number)
+                visit(index, number, state, behind)
 
 
 def entangled(model: Any) -> ArchitectureError:

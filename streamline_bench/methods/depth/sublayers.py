@@ -28,11 +28,10 @@ from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.forward import (
     LayersEntangled,
     PartialForward,
-    TokenBatch,
     entangled,
     require_finite_states,
     sent,
-    walk,
+    walk_states,
 )
 from streamline_bench.core.state_store import state_store, states_bytes
 from streamline_bench.core.streaming import is_streamed
@@ -111,44 +110,31 @@ def sublayer_cosines(
     model, batches = work.model, list(tokens.batches(batch_size, trim=True))
     depth, sums = len(decoder_layers(model)), dict[Sublayer, Tensor]()
 
-    def add(layer: int, mask: Tensor, before: Tensor, behind: Tensor) -> None:
-        between, counted = middles.pop(layer), sent(mask, before.device)
+    def add(layer: int, number: int, before: Tensor, behind: Tensor) -> None:
+        between, counted = middles.pop(layer), sent(batches[number][1], before.device)
         for kind, one, other in (("attention", before, between), ("mlp", between, behind)):
             cosines = nn.functional.cosine_similarity(one.float(), other.float(), dim=-1)
             total = cosines.double().masked_fill(~counted, 0.0).sum()
             each: Any = layer, kind
             sums[each] = sums[each] + total if each in sums else total
 
-    with torch.no_grad(), _between(model) as middles, PartialForward(model) as forward:
+    with torch.no_grad(), _between(model) as middles:
         if is_streamed(model):
-            for layer, number, before, behind in _walked(work, forward, batches):
-                add(layer, batches[number][1], before, behind)
+            size = 2 * states_bytes(model, batches)
+            try:
+                with state_store(model, size, work.work) as store:
+                    walk_states(model, batches, {depth}, store, visit=add, progress=work.progress)
+            except LayersEntangled:
+                raise entangled(model) from None
         else:
-            for ids, mask in tqdm(batches, desc="similarity", delay=2, disable=not work.progress):
-                last = forward.hidden(ids, mask, record=True)
-                require_finite_states(forward.states, last, mask)
-                for layer in range(depth):
-                    add(layer, mask, forward.states[layer], forward.states[layer + 1])
+            bar = tqdm(batches, desc="similarity", delay=2, disable=not work.progress)
+            with PartialForward(model) as forward:
+                for number, (ids, mask) in enumerate(bar):
+                    last = forward.hidden(ids, mask, record=True)
+                    require_finite_states(forward.states, last, mask)
+                    for layer in range(depth):
+                        add(layer, number, forward.states[layer], forward.states[layer + 1])
     return {each: float(total) / tokens.num_tokens for each, total in sums.items()}
-
-
-def _walked(
-    work: Compression, forward: PartialForward, batches: Sequence[TokenBatch]
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Yield layer, batch number and the states before and behind it; each layer is read once."""
-    model, device = work.model, work.model.get_input_embeddings().weight.device
-    with state_store(model, 2 * states_bytes(model, batches), work.work) as store:
-        for number, (ids, mask) in enumerate(batches):
-            store[0, number] = forward.embedded(ids, mask)
-        layers = range(len(decoder_layers(model)))
-        try:
-            for layer, number, ids, mask in walk(model, batches, layers, progress=work.progress):
-                before = store.load((layer, number), device)
-                store[layer + 1, number] = behind = forward.layer(layer, ids, mask, before)
-                store.drop((layer, number))
-                yield layer, number, before, behind
-        except LayersEntangled:
-            raise entangled(model) from None
 
 
 @contextmanager

@@ -18,13 +18,12 @@ from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.forward import (
     LayersEntangled,
-    PartialForward,
     TokenBatch,
     entangled,
     evaluating,
     run_base,
     sent,
-    walk,
+    walk_states,
 )
 from streamline_bench.core.state_store import state_store, states_bytes
 from streamline_bench.core.streaming import is_streamed
@@ -127,19 +126,12 @@ def _by_layer(
     work: Path | None,
     progress: bool,
 ) -> None:
-    device = model.get_input_embeddings().weight.device
-    size = 2 * states_bytes(model, batches)
-    with state_store(model, size, work) as store, PartialForward(model) as forward:
+    with state_store(model, 2 * states_bytes(model, batches), work) as store:
         try:
-            for number, (ids, mask) in enumerate(batches):
-                store[0, number] = forward.embedded(ids, mask)
-            for layer, number, ids, mask in walk(
-                model, batches, range(last + 1), progress=progress, description="activations"
-            ):
-                inputs.begin(mask)
-                state = store.load((layer, number), device)
-                store[layer + 1, number] = forward.layer(layer, ids, mask, state)
-                store.drop((layer, number))
+            walk_states(
+                model, batches, {last + 1}, store, progress=progress, description="activations",
+                begin=lambda number: inputs.begin(batches[number][1]),
+            )  # fmt: skip
         except LayersEntangled:
             raise entangled(model) from None
 
