@@ -342,8 +342,13 @@ def _parse(entry: Any) -> LayerWidths:
             f"{' or '.join(sorted(flags))} where there is one."
         )
     for name, value in values.items():
-        if not isinstance(value, bool) if name in flags else not _is_count(value):
-            wanted = "true or false" if name in flags else "a whole number >= 1"
+        flag = isinstance(value, bool)
+        if name in flags:
+            valid, wanted = flag, "true or false"
+        else:
+            valid = isinstance(value, int) and not flag and value >= 1
+            wanted = "a whole number >= 1"
+        if not valid:
             raise CheckpointError(f"Layer widths have {name}={value!r}; give {wanted}.")
     widths = LayerWidths(**values)
     if widths.num_attention_heads % widths.num_key_value_heads:
@@ -352,7 +357,3 @@ def _parse(entry: Any) -> LayerWidths:
             f"{widths.num_key_value_heads} key-value heads; give a multiple."
         )
     return widths
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

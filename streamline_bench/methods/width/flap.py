@@ -130,7 +130,7 @@ class FLAP(Method):
         if work.recipe.sparsity is None:
             raise SparsityError("FLAP needs a sparsity: the share of parameters to remove.")
         tokens = work.tokens(work.recipe.calibration)
-        scores = _scores(work, layers, options, work.model, tokens)
+        scores = _scores(work, layers, options, tokens)
         new_bias = {path: not _has_bias(work, path) and options.compensate
                     for path in output_paths(architecture_of(work.config))}  # fmt: skip
         bias_cost = [int(work.config.hidden_size) * new for new in new_bias.values()]
@@ -167,12 +167,12 @@ def column_score(metric: Metric, weight: Tensor, moments: Moments, layer: int) -
 
 
 def _scores(
-    work: Compression, layers: Sequence[int], options: FLAPParameters, model: Any, tokens: Any
+    work: Compression, layers: Sequence[int], options: FLAPParameters, tokens: Any
 ) -> dict[int, ColumnScores]:
     outputs = _outputs(work.config)
     moments: dict[tuple[int, str], Moments] = defaultdict(Moments)
     visit_inputs(
-        model, {layer: [part.module for part in outputs.values()] for layer in layers}, tokens,
+        work.model, {layer: [part.module for part in outputs.values()] for layer in layers}, tokens,
         lambda layer, path, rows: moments[layer, path].add(rows),
         batch_size=options.batch_size, work=work.work, progress=work.progress,
     )  # fmt: skip
@@ -310,10 +310,10 @@ def _biases(
 ) -> dict[int, dict[str, Tensor]]:
     """Return the biases that stand for what is removed, in the dtype of the weights."""
     prefix = layers_prefix(work.reader, architecture_of(work.config))
-    present = set(work.reader.names)
+    present, outputs = set(work.reader.names), _outputs(work.config)
     biases: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for layer, units in kept.items():
-        for kind, part in _outputs(work.config).items():
+        for kind, part in outputs.items():
             stays: Tensor = getattr(units, kind)
             if len(stays) == part.count:
                 continue

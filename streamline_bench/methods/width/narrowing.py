@@ -141,11 +141,11 @@ def narrowed_checkpoint(
     )
     depth = depth_of(work.config)
     names = layer_names(reader, family, range(depth))
-    new = set(added) - set(reader.names)
+    unlisted = added.keys() - set(reader.names)
 
     def flags(layer: int) -> dict[str, bool]:
-        names = (f"{prefix}.{layer}.{path}.bias" for path in output_paths(family))
-        return dict(zip(("output_bias", "down_bias"), (name in new for name in names), strict=True))
+        has = (f"{prefix}.{layer}.{path}.bias" in unlisted for path in output_paths(family))
+        return dict(zip(("output_bias", "down_bias"), has, strict=True))
 
     widths = {layer: replace(units.widths, **flags(layer)) for layer, units in kept.items()}
     config = narrowed_config(work.config, widths)
