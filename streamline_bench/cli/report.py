@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from streamline_bench.cli.options import refuse_given
+
+if TYPE_CHECKING:
+    from streamline_bench.report.leaderboard import Leaderboard
 
 
 @click.command("report")
@@ -19,6 +23,10 @@ from streamline_bench.cli.options import refuse_given
 @click.option("--exports", is_flag=True,
               help="Also write tables (LaTeX, Markdown, CSV), BibTeX and figures (SVG, PDF) into "
               "RUN/exports.")  # fmt: skip
+@click.option("--every-eval-ever", "organization", metavar="ORGANIZATION",
+              help="Also write records in the schema of Every Eval Ever into RUN/every-eval-ever: "
+              "a file for each row and task, with its answers. ORGANIZATION provides "
+              "them.")  # fmt: skip
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of leaderboard.json instead.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.pass_context
@@ -29,6 +37,7 @@ def command(
     output: Path | None,
     cards: bool,
     exports: bool,
+    organization: str | None,
     schema: bool,
     quiet: bool,
 ) -> None:
@@ -41,7 +50,8 @@ def command(
     if schema:
         if runs:
             raise click.UsageError(f"--schema reads no run; leave it or '{runs[0]}' out.")
-        refuse_given(ctx, "--schema reads no run", "output", "cards", "exports", "quiet")
+        refuse_given(ctx, "--schema reads no run", "output", "cards", "exports", "organization",
+                     "quiet")  # fmt: skip
         from streamline_bench.report.leaderboard import json_schema
 
         click.echo(json.dumps(json_schema(), indent=1))
@@ -74,6 +84,8 @@ def command(
         from streamline_bench.report.views.exports import write_exports
 
         click.echo(f"Exports: {write_exports(board, folder / 'exports')}")
+    if organization is not None:
+        _write_records(board, folder, organization, progress=not quiet)
     click.echo(f"{terminal_table(board)}\n\nOpen {page}")
 
 
@@ -86,3 +98,16 @@ def _merged(runs: tuple[Path, ...], output: Path, *, progress: bool) -> Path:
     if (output / RUN_FILE).exists():
         raise OutputError(f"{output} is the folder of a run; give another --output.")
     return write_report(merged_leaderboard(runs, progress=progress), output)
+
+
+def _write_records(board: Leaderboard, folder: Path, organization: str, *, progress: bool) -> None:
+    """Records of a board; without its answers where only the board is left."""
+    from streamline_bench.report.reading import row_answers
+    from streamline_bench.report.run_file import RUN_FILE
+    from streamline_bench.report.views.every_eval_ever import write_records
+
+    answers = row_answers(folder, progress=progress) if (folder / RUN_FILE).is_file() else None
+    target = folder / "every-eval-ever"
+    count = write_records(board, target, organization, answers)
+    said = "" if answers else ", without single answers (no run.json)"
+    click.echo(f"Records for Every Eval Ever: {target} ({count}{said})")

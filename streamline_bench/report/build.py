@@ -32,7 +32,8 @@ from streamline_bench.report.provenance import (
     read_checkpoint,
     task_data,
 )
-from streamline_bench.report.run_file import RUN_FILE, NoiseRun, RunFile, RunRow, read_run_file
+from streamline_bench.report.reading import Reading, inside
+from streamline_bench.report.run_file import RunFile, RunRow, read_run_file
 from streamline_bench.report.solved import with_solved
 from streamline_bench.report.standing import (
     FOLDED_AXES,
@@ -45,14 +46,11 @@ from streamline_bench.stability.align import align
 from streamline_bench.stability.compare_answers import compare_pairs
 from streamline_bench.stability.comparison import Comparison, GradedMetric
 from streamline_bench.stability.estimate import Estimate
-from streamline_bench.stability.metrics import as_grades, with_asked_metrics
+from streamline_bench.stability.metrics import with_asked_metrics
 from streamline_bench.stability.noise import above_noise, noise_floor
-from streamline_bench.stability.over_tasks import leaf_tasks
-from streamline_bench.stability.readers.load import load_samples
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.texts import TokenDivergence
-from streamline_bench.throughput.speed import Speed, ThroughputFigures, read_figures
 from streamline_bench.version import __version__
 
 
@@ -133,10 +131,10 @@ def build_leaderboard(
     settings = replace(
         settings, metrics=settings.metrics or run.metrics, pairs=settings.pairs or run.pairs
     )
-    reading = _Reading(run, places, samples or {}, progress)
+    reading = Reading(run, places, samples or {}, progress)
     board = _compared(run, folder, reading, settings, progress)
     if both := _judged_both_ways(board.rows):
-        reading = _Reading(run, places, samples or {}, progress, graded=both)
+        reading = Reading(run, places, samples or {}, progress, graded=both)
         board = _compared(run, folder, reading, settings, progress)
     return board
 
@@ -155,7 +153,7 @@ def _judged_both_ways(rows: Sequence[Row]) -> list[str]:
 
 
 def _compared(
-    run: RunFile, folder: Path, reading: _Reading, settings: Settings, progress: bool
+    run: RunFile, folder: Path, reading: Reading, settings: Settings, progress: bool
 ) -> Leaderboard:
     dense = reading.row(_dense_row(run, run.dense))
     # Of a dense run against itself only accuracies are shown: no need to draw.
@@ -224,91 +222,9 @@ def _compared(
     )
 
 
-class _Reading:
-    """Reads the evaluations and measurements of a run, each once."""
-
-    def __init__(
-        self,
-        run: RunFile,
-        homes: Mapping[str, Path],
-        given: Mapping[str, Samples],
-        progress: bool,
-        *,
-        graded: Sequence[str] = (),
-    ) -> None:
-        self.not_read: dict[str, str] = {}
-        self._run = run
-        self._homes = homes
-        self._graded = graded
-        self._samples = {label: as_grades(each, graded) for label, each in given.items()}
-        self._progress = progress
-        self._figures: dict[Path, Mapping[str, ThroughputFigures]] = {}
-        for samples in given.values():
-            self._note(samples)
-
-    def home(self, row: RunRow) -> Path:
-        """What the paths of a row are relative to."""
-        return self._homes[row.label]
-
-    def row(self, row: RunRow) -> Samples:
-        """The answers of a row to what the run asks."""
-        if row.label not in self._samples:
-            self._samples[row.label] = self._read(row, self.home(row))
-        return self._samples[row.label]
-
-    def forget(self, row: RunRow) -> None:
-        """Free a row's answers."""
-        self._samples.pop(row.label, None)
-
-    def noise(self, noise: NoiseRun, home: Path) -> Samples:
-        """The answers of the dense model when it was asked again."""
-        return self._read(noise, home)
-
-    def speed(self, row: RunRow) -> Speed | None:
-        """The speed of a row, where it was measured."""
-        file = row.throughput or self._run.throughput
-        if file is None:
-            return None
-        path = _inside(self.home(row), file)
-        if path not in self._figures:
-            self._figures[path] = read_figures(path)
-        found = self._figures[path].get(row.measured_as or row.label)
-        return Speed(**found.model_dump(exclude={"label"})) if found else None
-
-    def _read(self, row: RunRow | NoiseRun, home: Path) -> Samples:
-        parts = [self._part(row, home, name) for name in (row.eval or "", *row.more)]
-        samples = parts[0].joined(parts[1:])
-        groups = samples.info.groups
-        gone = {task for name in self._run.tasks_left_out for task in leaf_tasks(name, groups)}
-        asked = {task for name in self._run.tasks for task in leaf_tasks(name, groups)}
-        samples = samples.without(gone - asked)
-        self._note(samples)
-        return as_grades(samples, self._graded)
-
-    def _part(self, row: RunRow | NoiseRun, home: Path, name: str) -> Samples:
-        """One evaluation, without the tasks that were asked with other settings since."""
-        samples = load_samples(_inside(home, name), run=row.label, progress=self._progress)
-        again, groups = row.asked_again.get(name, ()), samples.info.groups
-        return samples.without({leaf for task in again for leaf in leaf_tasks(task, groups)})
-
-    def _note(self, samples: Samples) -> None:
-        for name, why in samples.info.left_out.items():
-            self.not_read[f"{samples.info.run}: {name}"] = why
-
-
 def _reference(run: RunFile, row: RunRow) -> str:
     """The label of the dense row that a row is compared with."""
     return row.reference or run.dense
-
-
-def _inside(folder: Path, relative: str) -> Path:
-    path = folder / relative
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise SamplesError(
-            f"{folder / RUN_FILE}: '{relative}' lies outside the run folder; move it into the "
-            "folder."
-        )
-    return path
 
 
 def _dense_row(run: RunFile, label: str) -> RunRow:
@@ -354,7 +270,7 @@ def _row(
         grade_change=grade_change(grades),
         formats=list(shown.formats) if shown else [],
         aggregate_only=result.aggregate_only,
-        divergence=_divergence(_inside(folder, source.divergence)) if source.divergence else None,
+        divergence=_divergence(inside(folder, source.divergence)) if source.divergence else None,
         other_metrics=_other_metrics(samples, result),
         **artefacts,
         published=published_numbers(

@@ -38,7 +38,8 @@ def test_a_leaderboard_alone_is_rendered_again(tmp_path: Path) -> None:
 def test_schema_is_json_and_needs_no_run() -> None:
     result = CliRunner().invoke(command, ["--schema"], catch_exceptions=False)
     assert json.loads(result.output)["title"] == "Leaderboard"
-    for options in (["run", "--schema"], ["--schema", "--model-cards"]):
+    for options in (["run", "--schema"], ["--schema", "--model-cards"],
+                    ["--schema", "--every-eval-ever", "Lab"]):  # fmt: skip
         result = CliRunner().invoke(command, options)
         assert result.exit_code == 2 and "--schema reads no run" in result.output
     result = CliRunner().invoke(command, [])
@@ -57,6 +58,13 @@ def test_exports_are_written_beside(tmp_path: Path) -> None:
     assert result.exit_code == 0 and str(tmp_path / "exports") in result.output
     made = {path.name for path in (tmp_path / "exports").iterdir()}
     assert made == {"table.tex", "table.md", "results.csv", "citations.bib", "figures"}
+
+
+def test_records_are_written_beside(tmp_path: Path) -> None:
+    write_report(BOARD, tmp_path)
+    given = [str(tmp_path), "--every-eval-ever", "Lab"]
+    result = CliRunner().invoke(command, given, catch_exceptions=False)
+    assert result.exit_code == 0 and "(0, without single answers" in result.output
 
 
 def test_a_comparison_carries_its_results(tmp_path: Path) -> None:

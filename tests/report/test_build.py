@@ -283,7 +283,7 @@ def test_every_run_is_read_and_aligned_once(run: Path, monkeypatch: pytest.Monke
 
     for module in ("report.build", "stability.compare_answers"):
         monkeypatch.setattr(f"streamline_bench.{module}.align", counted)
-    monkeypatch.setattr("streamline_bench.report.build.load_samples", loaded)
+    monkeypatch.setattr("streamline_bench.report.reading.load_samples", loaded)
     build(run, noise=[NoiseRun(label="again", eval="none/eval")])
     assert sorted(aligned) == sorted([*LABELS, "again"])
     assert sorted(read) == sorted([*LABELS, "again"])

@@ -204,7 +204,7 @@ def test_throughput_reaches_the_rows_of_the_same_label(
             label="layer", status="failed", reason="no kernel", clock="wall", **common
         ),
     }
-    monkeypatch.setattr("streamline_bench.report.build.read_figures", lambda path: measured)
+    monkeypatch.setattr("streamline_bench.report.reading.read_figures", lambda path: measured)
     run = changed(built, tmp_path / "run", throughput="throughput.json")
     build_report(run, settings=FEW, progress=False)
     dense, none, layer = read_leaderboard(run / "leaderboard.json").model_dump(mode="json")["rows"]
