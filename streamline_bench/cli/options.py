@@ -54,11 +54,11 @@ def dtype_option(what: str, *, auto: bool = False) -> Callable[[_Command], _Comm
     """Add ``--dtype``: float32 unless given; ``what`` says of which tensors.
 
     Args:
-        auto: ``auto`` is a choice.
+        auto: ``auto`` is a choice, and taken unless another is given.
     """
     dtypes = ["float32", "bfloat16", "float16"]
     if auto:
-        dtypes.append("auto")
+        dtypes.insert(0, "auto")
         what = f"{what}; auto: that of the checkpoint on a GPU, float32 on a CPU."
     return click.option("--dtype", type=click.Choice(dtypes), default=dtypes[0], help=what)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from streamline_bench.core.similarity import Similarity
+
+log = logging.getLogger(__name__)
 
 _FILES = ("similarity.json", "similarity.svg")
 _STARTS_SHOWN = 5
@@ -55,7 +58,7 @@ def _sizes(ctx: click.Context, option: click.Parameter, value: str | None) -> li
 @click.option("--seed", type=int, default=0, help="Seed of the data order.")
 @click.option("--revision", help="Revision of a hub model.")
 @device_option
-@dtype_option("Dtype of the weights in memory.")
+@dtype_option("Dtype of the weights in memory; cosines are taken in float32", auto=True)
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("-o", "--output", type=click.Path(path_type=Path),
               help="Folder for similarity.json and .svg  [default: scan-NAME]")  # fmt: skip
@@ -120,11 +123,17 @@ def _scanned(model: str, sizes: list[int], *, progress: bool, **asked: Any) -> S
     from streamline_bench.core.architecture import depth_of, sequence_limit
     from streamline_bench.core.architecture_guard import layer_kinds
     from streamline_bench.core.checkpoint.folder import resolve_pretrained
+    from streamline_bench.core.checkpoint.reader import CheckpointReader
     from streamline_bench.core.data.calibration import load_calibration
     from streamline_bench.core.recipe.schema import CalibrationSpec
     from streamline_bench.core.scan import scan
     from streamline_bench.errors import SparsityError
-    from streamline_bench.modeling.loading import load_config, load_model, load_tokenizer
+    from streamline_bench.modeling.loading import (
+        computing_dtype,
+        load_config,
+        load_model,
+        load_tokenizer,
+    )
 
     folder = resolve_pretrained(model, asked["revision"])
     same = ("text_field", "samples", "sequence_length", "seed")
@@ -151,7 +160,9 @@ def _scanned(model: str, sizes: list[int], *, progress: bool, **asked: Any) -> S
         progress=progress,
     )
     how = {"last_state": asked["last_state"], "batch_size": asked["batch_size"]}
-    place = {name: asked[name] for name in ("device", "dtype", "streamed")}
+    place = {name: asked[name] for name in ("device", "streamed")}
+    place["dtype"] = computing_dtype(asked["dtype"], asked["device"], CheckpointReader(folder))
+    log.info("dtype: %s on %s (%s)", place["dtype"], place["device"], asked["dtype"])
     found = scan(load_model(folder, **place, **trust), tokens, progress=progress, **how)
     kinds = layer_kinds(config)
     if len(set(kinds)) > 1:

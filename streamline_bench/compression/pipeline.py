@@ -107,8 +107,8 @@ def compress(
         output: folder to create; it appears only when it is whole.
         cache: where interrupted work is kept, so that the next call resumes it.
         device: torch device for scanning and training.
-        dtype: dtype of the source model in memory; ``None`` for float32, ``auto`` for that of the
-            checkpoint on an accelerator and float32 on a CPU.
+        dtype: dtype of the source model in memory; None or ``auto`` for that of the checkpoint on
+            an accelerator and float32 on a CPU.
         placement: of its weights, see :data:`.placement.Placement`; the result is the same.
         overwrite: replace an existing ``output``.
 
@@ -273,9 +273,8 @@ def _compress_into(
     overwrite: bool,
 ) -> Path:
     _refuse_compressed(source.folder)
-    if dtype == "auto":
-        dtype = computing_dtype(dtype, device, source.reader)
-        log.info("dtype: %s on %s (auto)", dtype, device)
+    asked, dtype = dtype, computing_dtype(dtype, device, source.reader)
+    log.info("dtype: %s on %s (%s)", dtype, device, "auto" if asked is None else asked)
     first = current().first  # what is opened here is the main process's, for all
     with ExitStack() as lock:
         with ExitStack() as folders:
@@ -422,7 +421,7 @@ def content_key(
 
     Args:
         device: that computes; only its type counts (``cuda:1`` gives the same as ``cuda``).
-        dtype: of the source model in memory; None for float32, ``auto`` as for :func:`compress`.
+        dtype: of the source model in memory; None or ``auto`` as for :func:`compress`.
 
     Raises:
         RecipeError: there is no such dtype.

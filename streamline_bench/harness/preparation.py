@@ -152,9 +152,6 @@ def _device(named: Any) -> str:
 
 
 def _computing_dtype(harness: Mapping[str, Any]) -> str:
-    """The dtype that is asked for, as for ``compress --dtype``; float32 where it is left open.
-
-    A checkpoint's own dtype (``auto``, the default of the harness) says how weights are stored, and
-    half precision would lose the small updates and differences that most methods look at.
-    """
-    return dtype_name(harness.get("dtype") or harness.get("torch_dtype"))
+    """The dtype that is asked for, as for ``compress --dtype``."""
+    asked = harness.get("dtype") or harness.get("torch_dtype") or "auto"
+    return "auto" if asked == "auto" else dtype_name(asked)

@@ -72,14 +72,16 @@ def dtype_name(dtype: object) -> str:
 def computing_dtype(dtype: object, device: str, reader: CheckpointReader) -> str:
     """Return torch's name of the dtype to compute in on a device.
 
+    Sums over tokens are taken in float32 or better whatever it is.
+
     Args:
-        dtype: None: float32. ``auto``: on an accelerator that of most of the stored weights, if it
-            is bfloat16 or float16; else float32, in which CPUs are fastest.
+        dtype: None or ``auto``: on an accelerator that of most of the stored weights, if it is
+            bfloat16 or float16; else float32, which every CPU computes fast.
 
     Raises:
         RecipeError: there is no such floating-point dtype.
     """
-    if dtype != "auto" or device.startswith("cpu"):
+    if dtype not in (None, "auto") or device.startswith("cpu"):
         return dtype_name(dtype)
     sizes: Counter[str] = Counter()
     for name in reader.parameter_names:

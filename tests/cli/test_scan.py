@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from streamline_bench.core.similarity import Similarity
 from streamline_bench.errors import StreamlineBenchError
@@ -19,9 +21,9 @@ from streamline_bench.errors import StreamlineBenchError
 def scanned(call: Callable[..., Any], tiny_llama: Path, text_file: str, tmp_path: Path) -> Any:
     """Return a function that scans the tiny model into ``tmp_path / "out"``."""
 
-    def run(*options: object, output: Path = tmp_path / "out") -> Any:
+    def run(*options: object, output: Path = tmp_path / "out", model: Path = tiny_llama) -> Any:
         common = ["--calibration", text_file, "--samples", 4, "--sequence-length", 32]
-        return call("scan", tiny_llama, *common, "-o", output, *options)
+        return call("scan", model, *common, "-o", output, *options)
 
     return run
 
@@ -83,6 +85,45 @@ def test_streamed_gives_the_same_numbers(scanned: Any, tmp_path: Path) -> None:
     a, b = (Similarity.load(tmp_path / name / "similarity.json") for name in "ab")
     np.testing.assert_allclose(a.cosine, b.cosine, atol=1e-6)
     assert a.last_state == b.last_state == "postnorm"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpu_computes_in_the_dtype_of_the_checkpoint_and_adds_up_in_more(
+    scanned: Any,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    device: str,
+) -> None:
+    """The GPU is made believe; the cosines of bfloat16 weights are those of the same in float32."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "half"))
+    weights = load_file(model / "model.safetensors")
+    halved = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    save_file(halved, model / "model.safetensors", {"format": "pt"})
+    asked = []
+
+    def load(folder: Path, *, dtype: str, **where: Any) -> Any:
+        asked.append((where["device"], dtype))
+        kind = getattr(torch, dtype)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
+
+    monkeypatch.setattr("streamline_bench.core.machine.environment.found_device", lambda _: device)
+    monkeypatch.setattr("streamline_bench.modeling.loading.load_model", load)
+    cosines = []
+    for options in ([], ["--dtype", "float32"]):
+        ended = scanned("--overwrite", *options, model=model)
+        assert ended.code == 0, ended.err
+        assert f"dtype: {asked[-1][1]} on {device}" in caplog.text
+        cosines.append(Similarity.load(tmp_path / "out" / "similarity.json").cosine)
+    own = {"cpu": "float32", "cuda": "bfloat16"}[device]
+    assert asked == [(device, own), (device, "float32")]
+    # Numbers of bfloat16 below 1 are 4e-3 apart.
+    off = np.abs(cosines[0] - cosines[1]).max()
+    assert off == 0.0 if own == "float32" else 0.0 < off < 2e-3
 
 
 def test_the_seed_changes_the_tokens(scanned: Any, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class CompressJob(Job):
     Attributes:
         weights_sha256: content of the model's weights and config.
         recipe: the complete recipe.
-        dtype: of the model in memory; None: float32.
+        dtype: of the model in memory; None: as for ``compress``.
     """
 
     kind: Literal["compress"] = "compress"

@@ -98,7 +98,7 @@ class Request(HarnessOptions):
         limit: documents per task (a share of them below 1), None for all.
         apply_chat_template: True, or the name of a template that the tokenizer has.
         batch_size: what the harness is given; with ``engine: vllm``, ``auto`` unless given.
-        dtype: of the models in memory; None: the checkpoint's for scoring, float32 for compressing.
+        dtype: of the models in memory; None: as for ``compress``; for scoring, the checkpoint's.
         device: torch device; None or ``auto``: ``cuda`` where there is one, else ``cpu``.
         throughput: engine to measure tokens per second with; ``serve``: latencies of vLLM's server.
         workload: what it is asked, see :class:`streamline_bench.throughput.Workload`.
