@@ -15,6 +15,12 @@ Each trainer runs in a process of its own. Printed are training tokens per CPU-s
 training (its own preparation of hidden states included), peak resident memory, both in all and
 beyond the loaded model, and the loss on held-out tokens measured alike for both: the mean squared
 error of the trained layer as it is deployed, inside the truncated model with a causal mask.
+
+``--model FOLDER --text FILE`` takes a trained model and its tokens instead of a random Llama, and
+``--save FOLDER`` writes the pruned models of both, to be rows of one board:
+
+    streamline-bench compare FOLDER_OF_THE_MODEL --recipes dense --row ours=SAVED/ours \
+        --row reference=SAVED/reference ...
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -51,6 +58,8 @@ def main() -> None:
         for role in measured:
             measured[role] = run_role(role, options)
             measured[role]["loss"] = deployed_loss(options, role)
+            if options.save:
+                save_pruned(options, role)
         initial = deployed_loss(options, None)
     report(options, measured, initial)
 
@@ -65,39 +74,85 @@ def parse() -> argparse.Namespace:
     ]:  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--model", type=Path, help="Llama folder; default: a random one")
+    parser.add_argument("--text", help="with --model: where its tokens come from")
+    parser.add_argument("--save", type=Path, help="with --model: folder for both pruned models")
     parser.add_argument("--role", choices=["ours", "reference"], help=argparse.SUPPRESS)
     parser.add_argument("--work", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def build(options: argparse.Namespace) -> None:
-    """A random Llama whose layers matter, and tokens with some structure."""
+    """The model in float32, and its tokens; without ``--model`` a random Llama and random ones."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from streamline_bench.core.data.calibration import CalibrationTokens
+    from streamline_bench.core.data.calibration import CalibrationTokens, load_calibration
+    from streamline_bench.core.recipe.schema import CalibrationSpec
+    from streamline_bench.modeling.loading import load_tokenizer
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=options.vocabulary,
-        hidden_size=options.hidden,
-        intermediate_size=options.hidden * 8 // 3 // 16 * 16,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 64,
-        max_position_embeddings=options.length,
-        initializer_range=0.05,
-    )
-    LlamaForCausalLM(config).save_pretrained(options.work / "llama")
-    ids = torch.randint(0, options.vocabulary, (options.blocks, options.length))
-    training, validation = CalibrationTokens.from_tensors(ids).split(SHARE, SEED)
-    parts = {"all": ids, "training": training.input_ids, "validation": validation.input_ids}
-    save_file(parts, options.work / "tokens.safetensors")
+    folder = options.work / "llama"
+    if options.model:
+        model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        options.layers, options.hidden, options.vocabulary = (
+            model.config.num_hidden_layers, model.config.hidden_size, model.config.vocab_size,
+        )  # fmt: skip
+        specification = CalibrationSpec(
+            source=options.text, sequence_length=options.length, samples=options.blocks
+        )
+        tokenizer = load_tokenizer(options.model)
+        tokens = load_calibration(specification, tokenizer, progress=False)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=options.vocabulary,
+            hidden_size=options.hidden,
+            intermediate_size=options.hidden * 8 // 3 // 16 * 16,
+            num_hidden_layers=options.layers,
+            num_attention_heads=options.hidden // 64,
+            max_position_embeddings=options.length,
+            initializer_range=0.05,
+        ))  # fmt: skip
+        ids = torch.randint(0, options.vocabulary, (options.blocks, options.length))
+        tokens = CalibrationTokens.from_tensors(ids)
+    model.save_pretrained(folder)
+    # The reference's version of transformers knows the older name only.
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_theta"] = model.config.rope_parameters["rope_theta"]
+    (folder / "config.json").write_text(json.dumps(config))
+    training, validation = tokens.split(SHARE, SEED)
+    parts = {
+        "all": tokens.input_ids,
+        "training": training.input_ids,
+        "validation": validation.input_ids,
+    }
+    save_file({name: part.contiguous() for name, part in parts.items()}, tokens_file(options))
+    if options.save:
+        load_tokenizer(options.model).save_pretrained(folder)
+
+
+def tokens_file(options: argparse.Namespace) -> Path:
+    return options.work / "tokens.safetensors"
+
+
+def save_pruned(options: argparse.Namespace, role: str) -> None:
+    """The model with the trained layer in place of the block, as a checkpoint."""
+    model = load_model(options)
+    layers = model.model.layers
+    state = load_file(options.work / f"{role}.safetensors")
+    layers[options.start].load_state_dict({k.removeprefix("0."): v for k, v in state.items()})
+    del layers[options.start + 1 : options.start + options.n]
+    model.config.num_hidden_layers = len(layers)
+    model.config.layer_types = None
+    model.save_pretrained(options.save / role)
+    for part in options.work.glob("llama/*token*"):
+        shutil.copy(part, options.save / role)
 
 
 def run_role(role: str, options: argparse.Namespace) -> dict[str, float]:
     python = sys.executable if role == "ours" else options.python
     command = [python, __file__, "--role", role, "--work", str(options.work)]
     for name, value in vars(options).items():
-        if name not in ("role", "work"):
+        if name not in ("role", "work", "model", "text", "save"):
             command += [f"--{name}", str(value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     root = str(Path(__file__).resolve().parents[2])
@@ -143,7 +198,7 @@ def train_ours(options: argparse.Namespace) -> None:
     from streamline_bench.core.training.trainer import train_replacement
 
     model = load_model(options)
-    tokens = load_file(options.work / "tokens.safetensors")
+    tokens = load_file(tokens_file(options))
     training = TrainingSpec(
         objective="mse",
         epochs=options.epochs,
@@ -175,7 +230,7 @@ def train_reference(options: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
     model = load_model(options)
-    tokens = load_file(options.work / "tokens.safetensors")
+    tokens = load_file(tokens_file(options))
     trainer.load_dataset = lambda *_: {"train": None}
     trainer.process_datasets = lambda *_: (rows(tokens["training"]), rows(tokens["validation"]))
     trainer.get_cosine_similarity = lambda *_: options.start
@@ -231,7 +286,7 @@ def deployed_loss(options: argparse.Namespace, role: str | None) -> float:
     student = Student(model, options.start, ReplacementSpec(kind="layer"), SEED)
     if role:
         student.load(load_file(options.work / f"{role}.safetensors"))
-    ids = load_file(options.work / "tokens.safetensors")["validation"]
+    ids = load_file(tokens_file(options))["validation"]
     tokens = CalibrationTokens.from_tensors(ids)
     source = Teacher(model, options.start, options.n, student.num_calls)
     total = 0.0

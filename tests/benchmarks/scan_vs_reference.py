@@ -8,6 +8,9 @@ function is imported from the given checkout and called unchanged; of it nothing
 Both must choose the same block. Times are taken in turn: processor time on one thread, or with
 ``--device cuda`` wall time, the moves of the model to the device and back included in both, as
 the reference makes them itself.
+
+``--model FOLDER --text FILE`` scans a trained model on its own tokens. The similarities that the
+reference prints, with four decimals, are compared for every block of n layers.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -27,8 +31,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.data.calibration import CalibrationTokens, load_calibration
+from streamline_bench.core.recipe.schema import CalibrationSpec
 from streamline_bench.core.scan import scan
+from streamline_bench.modeling.loading import load_tokenizer
 
 
 def reference_scan(checkout: Path) -> Callable[..., int]:
@@ -46,6 +52,14 @@ def build(options: argparse.Namespace) -> tuple[Any, CalibrationTokens]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    dtype = getattr(torch, options.dtype)
+    if options.model:
+        model = LlamaForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
+        options.layers = model.config.num_hidden_layers
+        specification = CalibrationSpec(
+            source=options.text, sequence_length=options.length, samples=options.samples
+        )
+        return model, load_calibration(specification, load_tokenizer(options.model), progress=False)
     config = LlamaConfig(
         vocab_size=options.vocabulary,
         hidden_size=options.hidden,
@@ -55,7 +69,7 @@ def build(options: argparse.Namespace) -> tuple[Any, CalibrationTokens]:
         max_position_embeddings=options.length,
         initializer_range=0.05,
     )
-    model = LlamaForCausalLM(config).eval().to(getattr(torch, options.dtype))
+    model = LlamaForCausalLM(config).eval().to(dtype)
     ids = torch.randint(0, options.vocabulary, (options.samples, options.length))
     return model, CalibrationTokens.from_tensors(ids)
 
@@ -78,6 +92,8 @@ def main() -> None:
         ("samples", 2), ("n", 2), ("repeats", 5),
     ]:  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--model", type=Path, help="Llama folder; default: a random one")
+    parser.add_argument("--text", help="with --model: where its tokens come from")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
@@ -101,17 +117,30 @@ def main() -> None:
         torch.manual_seed(next(s for s in range(10_000) if _draw(s, len(rows), options.samples)))
         return reference(model, Sequences(), options.samples, options.device, n, options.layers)
 
-    def ours() -> int:
+    def similarity() -> Any:
         moved = model.to(options.device)
-        similarity = scan(moved, tokens, last_state="postnorm", progress=False)
+        measured = scan(moved, tokens, last_state="postnorm", progress=False)
         model.cpu()
-        return similarity.best_block(options.n).start
+        return measured
+
+    def ours() -> int:
+        return similarity().best_block(options.n).start
 
     def theirs_for_every_n() -> None:
         for n in range(1, options.layers):
             theirs(n)
 
-    chosen = {timed(theirs)[1], timed(ours)[1]}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        chosen = {theirs()}
+    measured = similarity()
+    chosen.add(measured.best_block(options.n).start)
+    # The reference maps a cosine c to (1 + c) / 2.
+    found = re.findall(r"between hidden_states \d+ and .* is (-?[\d.]+)$", printed.getvalue(), re.M)
+    differences = [
+        abs(2 * float(given) - 1 - float(own))
+        for given, own in zip(found, measured.scores(options.n), strict=True)
+    ]
     turns = [
         (timed(theirs, options.device)[0], timed(ours, options.device)[0])
         for _ in range(options.repeats)
@@ -119,6 +148,7 @@ def main() -> None:
     ratios = sorted(a / b for a, b in turns)
     middle = [statistics.median(column) for column in zip(*turns, strict=True)]
     print(f"same block: {len(chosen) == 1} (first layer {sorted(chosen)})")
+    print(f"cosines of {len(found)} blocks: largest difference {max(differences):.1e} (as printed)")
     print(f"reference, n = {options.n}: {middle[0]:.3f} s; ours, every n: {middle[1]:.3f} s")
     print(
         f"reference / ours, one n: {statistics.median(ratios):.2f} "
