@@ -15,7 +15,7 @@ import hashlib
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import metadata
@@ -29,7 +29,7 @@ from streamline_bench.core.checkpoint.folder import file_sha256
 from streamline_bench.core.checkpoint.quantization import MODELOPT_NAME
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.files import atomic_write_text
-from streamline_bench.core.recipe.schema import CalibrationSpec, Frozen, Recipe
+from streamline_bench.core.recipe.schema import CalibrationSpec, Frozen, MethodParts, Recipe
 from streamline_bench.core.recipe.validation import suggest_or_list, wrong_value
 from streamline_bench.errors import RecipeError, SparsityError, first_line
 from streamline_bench.modeling.loading import SourceModel
@@ -226,6 +226,13 @@ class Method(ABC):
     def uses(self, parameters: Mapping[str, Any]) -> tuple[str, ...]:
         """Other methods whose results decide this one's: their versions are part of the key."""
         return ()
+
+    def parts(self, recipe: Recipe) -> tuple[str, str] | None:
+        """Which layers go, and what stands in for them, in words (see :class:`MethodParts`).
+
+        None: the method cannot be divided so.
+        """
+        return None
 
     @abstractmethod
     def compress(self, work: Compression) -> Compressed:
@@ -424,6 +431,37 @@ def method_facts(name: str) -> dict[str, Any]:
         return {**facts, "package": package, "package_version": metadata.version(package)}
     except metadata.PackageNotFoundError:  # a module on the path that no package brought
         return {**facts, "package": package, "package_version": None}
+
+
+def parts_of(recipe: Recipe) -> MethodParts | None:
+    """Return a recipe in its parts; None where its method cannot be divided into them.
+
+    Raises:
+        RecipeError: as :func:`get_method`.
+    """
+    parts = get_method(recipe.method).parts(recipe)
+    if parts is None:
+        return None
+    return MethodParts(selection=parts[0], patch=parts[1], healing=recipe.healing)
+
+
+def in_words(name: str, options: BaseModel, leave_out: Iterable[str] = ()) -> str:
+    """Return a name with the parameters that are not the schema's own, ``laco (merge 4)``.
+
+    Args:
+        leave_out: parameters that are not named.
+    """
+    fields = type(options).model_fields
+    changed = [
+        f"{key.replace('_', ' ')} {_value(getattr(options, key))}"
+        for key in fields
+        if key not in leave_out and getattr(options, key) != fields[key].default
+    ]
+    return f"{name} ({', '.join(changed)})" if changed else name
+
+
+def _value(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def unread_parts(method: str) -> frozenset[str]:

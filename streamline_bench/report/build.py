@@ -13,8 +13,11 @@ from tqdm import tqdm
 
 from streamline_bench.core.checkpoint.folder import Manifest, read_manifest
 from streamline_bench.core.files import atomic_write_text
-from streamline_bench.errors import CheckpointError, OutputError, SamplesError
+from streamline_bench.core.recipe.schema import MethodParts, Recipe
+from streamline_bench.errors import CheckpointError, OutputError, RecipeError, SamplesError
+from streamline_bench.methods.base import parts_of
 from streamline_bench.report.flips import worst_flips
+from streamline_bench.report.gains import gains
 from streamline_bench.report.leaderboard import (
     GradeScore,
     Leaderboard,
@@ -212,6 +215,7 @@ def _compared(
         folded=stood.folded,
         neighbours=stood.neighbours,
         contests=stood.contests,
+        gains=gains(rows, stood.entries, stood.folded, settings),
         noise=floor,
         not_compared={**itself.not_compared, **run.not_compared},
         commands=run.commands,
@@ -302,6 +306,7 @@ def _made(recipe: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any
         "title": str(recipe.get("title") or ""),
         "method": recipe.get("method"),
         "replacement": (recipe.get("replacement") or {}).get("kind"),
+        "parts": _parts(recipe),
     }
     if manifest is None:
         return fields
@@ -313,6 +318,13 @@ def _made(recipe: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any
         "sparsity_requested": manifest.sparsity_requested,
         "sparsity_reached": manifest.sparsity_reached,
     }
+
+
+def _parts(recipe: Mapping[str, Any]) -> MethodParts | None:
+    """A recipe in its parts; None of a recipe that this version does not know."""
+    with suppress(ValidationError, RecipeError):
+        return parts_of(Recipe.model_validate(recipe))
+    return None
 
 
 def _accuracies(samples: Samples, result: Comparison) -> dict[str, Estimate]:

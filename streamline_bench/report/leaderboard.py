@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from streamline_bench.core.files import read_json, validated
-from streamline_bench.core.recipe.schema import Frozen, PublishedResult
+from streamline_bench.core.recipe.schema import Frozen, MethodParts, PublishedResult
 from streamline_bench.errors import SamplesError
 from streamline_bench.stability.comparison import (
     Decision,
@@ -288,6 +288,27 @@ class Contest(Frozen):
     tests: list[Between]
 
 
+class Gain(Frozen):
+    """What a patch adds: an entry against the one of the same selection, size and healing without.
+
+    Attributes:
+        entry, without: labels.
+        parts: of the entry.
+        size: what both were asked to remove, in words.
+        test: the entry against the one without, on the same documents; ``p_holm`` is over all
+            gains. None where no task has verdicts.
+        token_kl, token_kl_without: of both, as a row's ``divergence.kl``.
+    """
+
+    entry: str
+    without: str
+    parts: MethodParts
+    size: str
+    test: Between | None = None
+    token_kl: Estimate | None = None
+    token_kl_without: Estimate | None = None
+
+
 class Folded(Frozen):
     """Rows of one recipe and size that differ in seed or calibration text, as one.
 
@@ -338,6 +359,8 @@ class Row(Frozen):
         bytes: of the files of its weights.
         not_compared: what cannot be compared with the dense model -> why.
         failed: why there is no result; then accuracies are None and ``tasks`` is empty.
+        parts: which layers go, what stands in for them, how the result is trained; None where the
+            method cannot be divided so.
         cost: "no training", "calibrated" or "recovered"; None for the dense model.
         parameters: of the evaluated model; ``sparsity_reached`` is the share removed.
         accuracy_macro, accuracy_micro: over tasks with verdicts; None where there are none.
@@ -374,6 +397,7 @@ class Row(Frozen):
     title: str = ""
     method: str | None = None
     replacement: str | None = None
+    parts: MethodParts | None = None
     cost: str | None = None
     layers: int | None = None
     layers_before: int | None = None
@@ -433,8 +457,8 @@ class Leaderboard(Frozen):
     of version 3 is one without them. Version 5 adds ``grade_ranks``, ``grade_change``,
     ``formats`` and ``solved`` to rows, ``computed_by`` to their provenance, numbers of tokens to
     ``generations``, grades to ``noise`` (whose other numbers may be missing then) and ``pairs`` to
-    the method; what is folded has no accuracy where no task has verdicts. A file of version 4 is
-    one without them.
+    the method; what is folded has no accuracy where no task has verdicts. It may have ``parts`` of
+    rows and ``gains``. A file of version 4 is one without them.
 
     Attributes:
         ranks: entry (row or folded row) -> its place by accuracy.
@@ -442,6 +466,7 @@ class Leaderboard(Frozen):
         folded: rows over seeds and calibrations.
         neighbours: every entry against the next one of the ranking, Holm's adjustment over all.
         contests: entries that may be compared, the largest group first.
+        gains: what patches add, by healing, selection and size.
         not_read: for files of the evaluations (``row: file``) why they are not read.
     """
 
@@ -456,6 +481,7 @@ class Leaderboard(Frozen):
     folded: list[Folded] = Field(default_factory=list)
     neighbours: list[Between] = Field(default_factory=list)
     contests: list[Contest] = Field(default_factory=list)
+    gains: list[Gain] = Field(default_factory=list)
     noise: NoiseFloor | None = None
     not_compared: dict[str, str] = Field(default_factory=dict)
     commands: list[str] = Field(default_factory=list)

@@ -200,8 +200,9 @@ def _scores(answers: TaskAnswers, of: str) -> FloatArray:
 
 @dataclass(frozen=True)
 class Standing:
-    """What :func:`standing` finds, as the fields of a leaderboard."""
+    """What :func:`standing` finds, as the fields of a leaderboard, and the entries ranked."""
 
+    entries: list[Entry]
     ranks: dict[str, Rank]
     grade_ranks: dict[str, Rank]
     folded: list[Folded]
@@ -230,6 +231,7 @@ def standing(
     shown = {run.label: run.row for run in _runs(rows)}
     pairs = [between(one, two, settings) for one, two in pairwise(entries)]
     return Standing(
+        entries=entries,
         ranks=ranks,
         grade_ranks=_ranks(graded, settings),
         folded=[
@@ -242,7 +244,7 @@ def standing(
             for entry in entries or graded
             if entry.single is None
         ],
-        neighbours=_adjusted(pairs, settings),
+        neighbours=adjusted(pairs, settings),
         contests=[_contest(found, dense, settings) for found in contests_of(entries, dense)],
     )
 
@@ -372,7 +374,7 @@ def between(first: Entry, second: Entry, settings: Settings) -> Between:
     )  # fmt: skip
 
 
-def _adjusted(pairs: Sequence[Between], settings: Settings) -> list[Between]:
+def adjusted(pairs: Sequence[Between], settings: Settings) -> list[Between]:
     """Holm's adjustment over the tests of one family."""
     found = holm([pair.p_value for pair in pairs], 1 - settings.confidence)
     return [
@@ -443,7 +445,7 @@ def _same_size(one: Row, two: Row, whole: int) -> bool:
 
 def _contest(entries: Sequence[Entry], dense: Row | None, settings: Settings) -> Contest:
     leader, *others = entries
-    tests = _adjusted([between(leader, other, settings) for other in others], settings)
+    tests = adjusted([between(leader, other, settings) for other in others], settings)
     parameters = [entry.row.parameters or 0 for entry in entries]
     whole = (dense.parameters if dense is not None else None) or 1
     return Contest(

@@ -90,6 +90,7 @@ def test_published_numbers_are_whole_and_carry_their_source(
         ("linear_patch", "Llama-3-8B", "QA average", 70.01),
         ("streamline", "Qwen3-8B", "average of 7", 50.49),
         ("streamline_lm", "Llama-2-7B to 4.7B", "ARC-e", 64.6),
+        ("streamline_two_layers", "Llama-3.1-8B to 5.4B", "ARC-e", 72.2),
     ],
 )
 def test_numbers_of_papers_and_re_runs(

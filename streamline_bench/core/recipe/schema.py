@@ -215,6 +215,20 @@ class PublishedResult(Frozen):
         return payload
 
 
+class MethodParts(Frozen):
+    """A recipe in three parts, in words; equal words mean the same.
+
+    Attributes:
+        selection: which layers go.
+        patch: what stands in for them at every cut; ``none`` for nothing.
+        healing: how the result is trained; ``none`` for not at all.
+    """
+
+    selection: str
+    patch: str
+    healing: str
+
+
 class Recipe(Frozen):
     """One row of a leaderboard: a method with everything that decides its result.
 
@@ -282,6 +296,14 @@ class Recipe(Frozen):
         if data.source == "auto" and data.form != "instruction":
             return data.model_copy(update={"source": self.calibration.source})
         return data
+
+    @property
+    def healing(self) -> str:
+        """How the result is trained, in words."""
+        if self.recovery is None:
+            return "none"
+        name = self.recovery.preset or self.recovery.kind
+        return f"{name}, kd" if self.recovery.training.objective == "kd" else name
 
     def decisive(self) -> dict[str, Any]:
         """Return everything that decides the result as JSON; titles and citations do not."""

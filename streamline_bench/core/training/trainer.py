@@ -42,6 +42,7 @@ from streamline_bench.core.training.loop import (
 )
 from streamline_bench.core.training.sharding import is_sharded
 from streamline_bench.core.training.state import CosineSchedule, StepPlan
+from streamline_bench.core.training.students import Students
 from streamline_bench.errors import RecipeError, SparsityError
 
 log = logging.getLogger(__name__)
@@ -127,19 +128,50 @@ def train_replacement(
         NumericsError: a loss is NaN or infinite; the message names the step.
         OutputError: ``work`` cannot be written.
     """
-    check_block(model, start, n, spec)
+    return train_together(
+        model, [range(start, start + n)], spec=spec, training=training, tokens=tokens, work=work,
+        seed=seed, device=device, progress=progress, quirks=quirks, weights_sha256=weights_sha256,
+        at_once=at_once,
+    )  # fmt: skip
+
+
+def train_together(
+    model: nn.Module,
+    blocks: Sequence[range],
+    *,
+    spec: ReplacementSpec,
+    training: TrainingSpec,
+    tokens: CalibrationTokens,
+    work: Path,
+    seed: int,
+    device: str | torch.device,
+    progress: bool,
+    quirks: Sequence[str],
+    weights_sha256: str | None,
+    at_once: int | None,
+) -> TrainingResult:
+    """Do what :func:`train_replacement` does, with a replacement for each of several blocks.
+
+    They are trained at once. Names of weights begin with ``cut0.``, ``cut1.``, … where there are
+    several blocks; an objective on states is for one block.
+    """
+    for block in blocks:
+        check_block(model, block.start, len(block), spec)
     check_quirks(quirks, spec, training)
+    if len(blocks) > 1 and training.objective in STATE_ERRORS:
+        raise ValueError(f"objective {training.objective} is that of one block")
     device = torch.device(device)
     # Spread by accelerate, or read layer by layer: it stays where it is.
     if not getattr(model, "hf_device_map", None) and not is_streamed(model):
         model.to(device)
-    student = Student(model, start, spec, seed)
+    parts = [Student(model, block.start, spec, seed) for block in blocks]
+    student = parts[0] if len(parts) == 1 else Students(parts)
     if training.objective == "none":
         summary = {"objective": "none", "kind": spec.kind, "steps": 0}
         return TrainingResult(student.state_on_cpu(), [], summary)
     open_work_folder(work)
     job = _Job(
-        model, start, n, spec, training, tokens, work, seed, device, progress, tuple(quirks),
+        model, tuple(blocks), spec, training, tokens, work, seed, device, progress, tuple(quirks),
         at_once,
     )  # fmt: skip
     with evaluating(model, frozen=True):
@@ -149,8 +181,7 @@ def train_replacement(
 @dataclass(frozen=True)
 class _Job:
     model: nn.Module
-    start: int
-    n: int
+    blocks: tuple[range, ...]
     spec: ReplacementSpec
     training: TrainingSpec
     tokens: CalibrationTokens
@@ -161,7 +192,7 @@ class _Job:
     quirks: tuple[str, ...]
     at_once: int | None
 
-    def run(self, student: Student, weights: str | None) -> TrainingResult:
+    def run(self, student: Student | Students, weights: str | None) -> TrainingResult:
         training, validation = self.tokens.split(self.training.validation_share, self.seed)
         plan = StepPlan.of(self.training, len(training), self.seed, self.at_once)
         data_key, key = self._keys(weights)
@@ -188,11 +219,17 @@ class _Job:
             state.best = current().first(lambda: state.best)
         summary = {
             "objective": self.training.objective, "kind": self.spec.kind,
-            "block": [self.start, self.n], **loop.summary(),
+            **self._placed, **loop.summary(),
             "parameters": sum(tensor.numel() for tensor in state.best.values()),
             "hidden_states": storage, "quirks": list(self.quirks),
         }  # fmt: skip
         return TrainingResult(state.best, state.curve, summary)
+
+    @property
+    def _placed(self) -> dict[str, Any]:
+        """First layer and number of layers of the block, or of each of several."""
+        placed = [[block.start, len(block)] for block in self.blocks]
+        return {"block": placed[0]} if len(placed) == 1 else {"blocks": placed}
 
     @property
     def _hidden_size(self) -> int:
@@ -212,11 +249,11 @@ class _Job:
 
     def _keys(self, weights: str | None) -> tuple[str, str]:
         """Return the keys of the activation cache and of the whole training."""
-        stop = self.start + self.n
+        stop = self.blocks[-1].stop
         of_states = self.training.objective in STATE_ERRORS
         data: dict[str, Any] = {
             "weights": weights or weights_digest(self.model, stop if of_states else None),
-            "tokens": self.tokens.sha256, "block": [self.start, self.n],
+            "tokens": self.tokens.sha256, **self._placed,
             "dtype": str(next(self.model.parameters()).dtype), "autocast": self.training.autocast,
             "share": self.training.validation_share, "seed": self.seed, "device": self.device.type,
             "postnorm": "postnorm_target" in self.quirks,
@@ -232,13 +269,17 @@ class _Job:
         return key_of(**data), key_of(**result)
 
     @contextmanager
-    def _objective(self, student: Student) -> Iterator[Objective]:
+    def _objective(self, student: Student | Students) -> Iterator[Objective]:
         error = STATE_ERRORS.get(self.training.objective)
         if error is not None:
+            assert isinstance(student, Student)
             bidirectional = "bidirectional_layer" in self.quirks
             yield StateObjective(student, error, bidirectional=bidirectional)
             return
-        with pruned(self.model, self.start, self.n, student):
+        parts = [student] if isinstance(student, Student) else student.parts
+        with ExitStack() as stack:
+            for block, part in zip(self.blocks, parts, strict=True):
+                stack.enter_context(pruned(self.model, block.start, len(block), part))
             if self.training.objective == "kd":
                 yield KdObjective(self.model, self.training.kd)
             else:
@@ -258,15 +299,16 @@ class _Job:
         self,
         sets: Sequence[CalibrationTokens],
         plan: StepPlan,
-        student: Student,
+        student: Student | Students,
         key: str,
         stack: ExitStack,
     ) -> tuple[list[Any], str]:
         """Return where the states of each set come from, and that in words."""
         if self.training.objective not in STATE_ERRORS:
             return [None for _ in sets], "no hidden states needed"
-        postnorm = "postnorm_target" in self.quirks
-        teacher = Teacher(self.model, self.start, self.n, student.num_calls, postnorm)
+        assert isinstance(student, Student)
+        postnorm, block = "postnorm_target" in self.quirks, self.blocks[0]
+        teacher = Teacher(self.model, block.start, len(block), student.num_calls, postnorm)
         streamed: list[StateSource | None] = [teacher for _ in sets]
         teachers: list[Teacher | LayerwiseStates] = [teacher for _ in sets]
         rank, count = current().rank, current().count

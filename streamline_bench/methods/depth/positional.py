@@ -11,7 +11,12 @@ from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.surgery import SizePlan, block_keep
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compression
-from streamline_bench.methods.tools.selection import LayerSelection, ProtectedEnds, Selected
+from streamline_bench.methods.tools.selection import (
+    LayerSelection,
+    ProtectedEnds,
+    Selected,
+    cuts_of,
+)
 
 
 class FirstLayers(LayerSelection):
@@ -65,6 +70,10 @@ class GivenLayersParameters(Frozen):
     layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
 
 
+def _change(difference: int) -> str:
+    return f"{'raise' if difference > 0 else 'lower'} n_layers by {abs(difference)}"
+
+
 class GivenLayers(LayerSelection):
     """Drop the layers that the recipe lists."""
 
@@ -73,6 +82,10 @@ class GivenLayers(LayerSelection):
     parameters: ClassVar[type[BaseModel]] = GivenLayersParameters
     calibrated = False
     seeded = False
+
+    def cuts(self, options: Any) -> int:
+        """The runs of neighbours among the listed layers."""
+        return len(cuts_of(options.layers))
 
     def select(self, work: Compression, options: Any, plan: SizePlan) -> Selected:
         """Return them.
@@ -85,7 +98,8 @@ class GivenLayers(LayerSelection):
             block_keep(plan.num_layers, layer, 1)
         if len(removed) != plan.n_layers:
             raise SparsityError(
-                f"The recipe lists {len(removed)} layers ({', '.join(map(str, removed))}) and "
-                f"removes {plan.n_layers}; set n_layers to {len(removed)}, or list as many."
+                f"The recipe lists {len(removed)} layers ({', '.join(map(str, removed))}), and "
+                f"{plan.n_layers} are to go; {_change(len(removed) - plan.n_layers)}, or list as "
+                "many."
             )
         return Selected(removed, {"order": removed})

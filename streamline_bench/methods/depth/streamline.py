@@ -4,36 +4,93 @@ and train one lightweight network to stand in for it.
 The number of layers fewer in the result is what ``n_layers`` (or the sparsity solver) says. A
 replacement of kind ``layer`` takes k slots of its own, so that a block of n + k layers is removed;
 the feed-forward kinds are not decoder layers, so that a block of n is removed.
+
+With a ``selection``, another method chooses the layers, and every run of removed layers gets a
+replacement of its own. With ``iterations``, the layers go in as many parts: each is chosen on the
+model that the parts before left, with their replacements, and replaced before the next.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, model_validator
 
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.checkpoint.writer import layers_prefix
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.replacement import network_parameters
-from streamline_bench.core.similarity import Block
-from streamline_bench.core.training import TrainingResult, train_replacement
-from streamline_bench.errors import NumericsError, SparsityError
-from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.core.surgery import SizePlan
+from streamline_bench.core.training import TrainedCuts, train_replacements
+from streamline_bench.errors import NumericsError, RecipeError, SparsityError
+from streamline_bench.methods.base import Compressed, Compression
 from streamline_bench.methods.tools.layer_removal import as_stored, attached, drop_layers, size_plan
-from streamline_bench.methods.tools.selection import BlockSearch
+from streamline_bench.methods.tools.selection import AnySelection, OnSelection, Selected, cuts_of
 from streamline_bench.methods.tools.shared_scan import scan_once
+from streamline_bench.methods.tools.steps import CURVE_FILE, compress_in_steps
 
 
-class Streamline(Method):
-    """Contiguous block removal with an optional trained replacement."""
+class StreamlineParameters(AnySelection):
+    """Parameters of the method ``streamline``.
+
+    Attributes:
+        iterations: in how many parts the layers go.
+    """
+
+    iterations: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _searched_again(self) -> StreamlineParameters:
+        listed = self.selection is not None and self.selection.method == "given_layers"
+        if self.iterations > 1 and (listed or self.start is not None):
+            raise ValueError(
+                f"iterations is {self.iterations}, and start or given_layers says which layers go, "
+                "so that no later step could choose; leave one of them out"
+            )
+        return self
+
+    def select(self, work: Compression, plan: SizePlan) -> Selected:
+        """Return the layers to remove."""
+        if self.selection is not None:
+            return super().select(work, plan)
+        tokens = work.tokens(work.recipe.calibration)
+        similarity = scan_once(work, tokens, self.last_state)
+        block = self.choose(similarity, plan.n_layers)
+        scores = similarity.scores(block.n, self.metric)
+        best = scores.argmax() if self.metric == "cosine" else scores.argmin()
+        facts = {
+            "start": block.start, "score": block.score, "metric": self.metric,
+            "last_state": self.last_state, "best_start_without_guard": int(best),
+        }  # fmt: skip
+        return Selected(range(block.start, block.stop), facts, tokens)
+
+
+class Streamline(OnSelection):
+    """Removal of layers with an optional trained replacement for each run of them."""
 
     name = "streamline"
-    parameters: ClassVar[type[BaseModel]] = BlockSearch
+    parameters: ClassVar[type[BaseModel]] = StreamlineParameters
     reads = frozenset({"replacement", "training", "reference_quirks"})
     seeded = False  # but for the training of a replacement
+    streamed = True
+
+    def reads_calibration(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether the choice of layers does."""
+        return self._selection(parameters).calibrated
+
+    def parts(self, recipe: Recipe) -> tuple[str, str] | None:
+        """The choice of layers, and the replacement with its objective."""
+        options = StreamlineParameters.model_validate(recipe.parameters)
+        spec, objective = recipe.replacement, recipe.training.objective
+        steps = f" in {options.iterations} steps" if options.iterations > 1 else ""
+        if spec.kind == "none":
+            return options.words() + steps, "none"
+        name = f"{spec.layers} layers" if spec.kind == "layer" and spec.layers > 1 else spec.kind
+        how = "untrained" if objective == "none" else objective
+        return options.words() + steps, f"{name}, {how}"
 
     def stock(self, recipe: Recipe) -> bool:
         """Layers are stock; feed-forward networks in their place are not."""
@@ -41,53 +98,71 @@ class Streamline(Method):
 
     def streams(self, recipe: Recipe) -> bool:
         """Whether no pass goes backwards through the model."""
-        return recipe.replacement.kind == "none" or recipe.training.objective not in ("lm", "kd")
+        backwards = recipe.replacement.kind != "none" and recipe.training.objective in ("lm", "kd")
+        return super().streams(recipe) and not backwards
 
     def compress(self, work: Compression) -> Compressed:
-        """Scan, choose the block, train the replacement if there is one."""
-        options = BlockSearch.model_validate(work.recipe.parameters)
-        replacement, slots = work.recipe.replacement, _slots(work)
-        network = replacement.kind not in ("none", "layer")
-        plan = size_plan(work, network_parameters(replacement, work.config) if network else 0)
-        if plan.n_layers + slots > plan.num_layers:
-            raise SparsityError(
-                f"Removing {plan.n_layers} layers and replacing {slots} more needs "
-                f"{plan.n_layers + slots} layers, and the model has {plan.num_layers}; remove "
-                "fewer."
-            )
-        tokens = work.tokens(work.recipe.calibration)
-        similarity = scan_once(work, tokens, options.last_state)
-        block = options.choose(similarity, plan.n_layers + slots)
-        trained = _train(work, block)
-        scores = similarity.scores(block.n, options.metric)
-        best = scores.argmax() if options.metric == "cosine" else scores.argmin()
-        chosen = {
-            "start": block.start, "removed_layers": list(range(block.start, block.stop)),
-            "score": block.score, "metric": options.metric, "last_state": options.last_state,
-            "best_start_without_guard": int(best),
-        }  # fmt: skip
-        gone = range(block.start + slots, block.stop)
-        result = drop_layers(work, gone, plan, chosen=chosen, tokens=tokens)
-        return result if trained is None else _with_trained(work, block, result, trained)
+        """Choose the layers, train the replacements if there are any."""
+        options = StreamlineParameters.model_validate(work.recipe.parameters)
+        if options.iterations > 1:
+            return _iterated(self, work, options.iterations)
+        replacement, new = work.recipe.replacement, _new_layers(work)
+        if new:
+            plan, found = options.with_new_layers(work, new)
+        elif replacement.kind == "none":
+            plan = size_plan(work)
+            found = options.select(work, plan)
+        else:
+            size = network_parameters(replacement, work.config)
+            plan, found = options.with_networks(work, size)
+        cuts = cuts_of(found.layers)
+        trained = _train(work, cuts)
+        chosen = {"removed_layers": sorted(found.layers), **found.facts}
+        gone = [layer for cut in cuts for layer in cut[new:]]
+        result = drop_layers(work, gone, plan, chosen=chosen, tokens=found.tokens)
+        return result if trained is None else _with_trained(work, cuts, result, trained)
 
 
-def _slots(work: Compression) -> int:
-    """Decoder layers that the replacement itself puts in."""
+def _iterated(method: Streamline, work: Compression, iterations: int) -> Compressed:
+    """Remove the layers in parts of equal size; the first ones are larger by one where needed.
+
+    Raises:
+        RecipeError: what stands in is not a layer, which a later step could look at.
+        SparsityError: there are more parts than layers to remove.
+    """
+    kind, total = work.recipe.replacement.kind, size_plan(work).n_layers
+    if not method.stock(work.recipe):
+        raise RecipeError(
+            f"parameters.iterations is {iterations}, and a later step cannot choose among layers "
+            f"and a network of kind '{kind}' between them; take replacement 'layer' or 'none'."
+        )
+    if iterations > total:
+        raise SparsityError(
+            f"{total} layers cannot go in {iterations} parts; lower parameters.iterations, or "
+            "remove more."
+        )
+    share, more = divmod(total, iterations)
+    parts = [share + (number < more) for number in range(iterations)]
+    parameters = {key: v for key, v in work.recipe.parameters.items() if key != "iterations"}
+    return compress_in_steps(method, work, parts, parameters, new=_new_layers(work))
+
+
+def _new_layers(work: Compression) -> int:
+    """Decoder layers that the replacement itself puts in the place of each run."""
     replacement = work.recipe.replacement
     return replacement.layers if replacement.kind == "layer" else 0
 
 
-def _train(work: Compression, block: Block) -> TrainingResult | None:
+def _train(work: Compression, cuts: Sequence[range]) -> TrainedCuts | None:
     recipe = work.recipe
     if recipe.replacement.kind == "none":
         return None
     data = recipe.training.data
     if data.source == "auto":
         data = data.model_copy(update={"source": recipe.calibration.source})
-    result = train_replacement(
+    result = train_replacements(
         work.model,
-        start=block.start,
-        n=block.n,
+        cuts,
         spec=recipe.replacement,
         training=recipe.training,
         tokens=work.tokens(data),
@@ -99,32 +174,24 @@ def _train(work: Compression, block: Block) -> TrainingResult | None:
         weights_sha256=work.reader.fingerprint(progress=work.progress),
         at_once=work.at_once,
     )
-    for name, tensor in result.state.items():
-        if not bool(tensor.isfinite().all()):
-            raise NumericsError(f"The trained replacement's '{name}' is not finite; lower the lr.")
+    for state in result.states:
+        for name, tensor in state.items():
+            if not bool(tensor.isfinite().all()):
+                raise NumericsError(
+                    f"The trained replacement's '{name}' is not finite; lower the lr."
+                )
     return result
 
 
 def _with_trained(
-    work: Compression, block: Block, result: Compressed, trained: TrainingResult
+    work: Compression, cuts: Sequence[range], result: Compressed, trained: TrainedCuts
 ) -> Compressed:
-    """Put the trained replacement into a result that merely drops layers."""
-    config, names, slots = result.config, result.names, _slots(work)
-    if slots:
-        prefix = layers_prefix(work.reader, architecture_of(work.config))
-        state = {}
-        for key, tensor in trained.state.items():
-            index, _, rest = key.partition(".")
-            state[f"{prefix}.{block.start + int(index)}.{rest}"] = tensor
-        # Whole layers, not name by name: a checkpoint may store experts one by one that are fused
-        # in the model.
-        replaced = tuple(f"{prefix}.{block.start + i}." for i in range(slots))
-        names = {new: old for new, old in names.items() if not new.startswith(replaced)}
-        tensors = as_stored(work, block.start, state)
+    """Put the trained replacements into a result that merely drops layers."""
+    config, names, new = result.config, result.names, _new_layers(work)
+    if new:
+        names, tensors = _placed_layers(work, cuts, names, trained, new)
     else:
-        config, tensors = attached(
-            work, [range(block.start, block.stop)], work.recipe.replacement, [trained.state]
-        )
+        config, tensors = attached(work, cuts, work.recipe.replacement, trained.states)
     curve = "".join(json.dumps(row) + "\n" for row in trained.curve)
     return dataclasses.replace(
         result,
@@ -132,5 +199,28 @@ def _with_trained(
         names=names,
         tensors={**result.tensors, **tensors},
         training=dict(trained.summary),
-        artefacts={**result.artefacts, "training_curve.jsonl": curve},
+        artefacts={**result.artefacts, CURVE_FILE: curve},
     )
+
+
+def _placed_layers(
+    work: Compression, cuts: Sequence[range], names: Mapping[str, str], trained: TrainedCuts,
+    new: int,
+) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
+    """Return the names that are still copied, and the new layers' tensors at their places."""
+    prefix = layers_prefix(work.reader, architecture_of(work.config))
+    replaced: list[str] = []
+    tensors: dict[str, Any] = {}
+    before = 0  # layers gone
+    for cut, trained_state in zip(cuts, trained.states, strict=True):
+        first, state = cut.start - before, {}
+        for key, tensor in trained_state.items():
+            index, _, rest = key.partition(".")
+            state[f"{prefix}.{first + int(index)}.{rest}"] = tensor
+        tensors |= as_stored(work, cut.start, state)
+        replaced += [f"{prefix}.{first + index}." for index in range(new)]
+        before += len(cut) - new
+    # Whole layers, not name by name: a checkpoint may store experts one by one that are fused in
+    # the model.
+    kept = {key: old for key, old in names.items() if not key.startswith(tuple(replaced))}
+    return kept, tensors

@@ -20,7 +20,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -40,16 +40,16 @@ from streamline_bench.core.checkpoint.writer import LazyTensors, layers_prefix
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.forward import run_base
-from streamline_bench.core.recipe.schema import CalibrationSpec
+from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.surgery import SizePlan, layers_for_sparsity
 from streamline_bench.errors import ArchitectureError, NumericsError
-from streamline_bench.methods.base import Compressed, Compression, write_compressed
+from streamline_bench.methods.base import Compressed, Compression
 from streamline_bench.methods.maps.boundary_map import boundary_rows, mlp_module
 from streamline_bench.methods.maps.replaceme import mlp_output_tensors, refuse_quantised
 from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
 from streamline_bench.methods.tools.normal_equations import widened
 from streamline_bench.methods.tools.selection import AnySelection, OnSelection, Selected, cuts_of
-from streamline_bench.modeling.loading import SourceModel
+from streamline_bench.methods.tools.steps import step_on
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +85,13 @@ class MagnitudeCompensation(OnSelection):
     name = "magnitude_compensation"
     parameters: ClassVar[type[BaseModel]] = MagnitudeCompensationParameters
     streamed = True
+    seeded = False
 
-    def reads_seed(self, parameters: Mapping[str, Any]) -> bool:
-        """Whether the selection does."""
-        selection = self._selection(parameters).selection
-        return selection is not None and selection.selector.reads_seed(selection.parameters)
+    def parts(self, recipe: Recipe) -> tuple[str, str] | None:
+        """The choice of layers, and whether magnitudes are put back."""
+        options = MagnitudeCompensationParameters.model_validate(recipe.parameters)
+        steps = ", one by one" if options.iterative else ""
+        return options.words() + steps, self.name if options.compensate else "none"
 
     def compress(self, work: Compression) -> Compressed:
         """Choose the layers, measure the gaps, divide what is behind them."""
@@ -186,17 +188,6 @@ def _other_writer(family: Architecture, layer: int, why: str) -> ArchitectureErr
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Step(Compression):
-    """One step of an iteration: the model that is left, and the calibration tokens of all."""
-
-    calibration: CalibrationTokens | None = None
-
-    def tokens(self, spec: CalibrationSpec) -> CalibrationTokens:
-        assert self.calibration is not None
-        return self.calibration
-
-
 def _step_by_step(
     work: Compression,
     options: MagnitudeCompensationParameters,
@@ -233,15 +224,9 @@ def _model_left(
     """
     folder = work.work / "step"
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "work").mkdir(parents=True)
-    (folder / "model").mkdir()
     removed = [gap.layer for gap in gaps]
     result = _divided(work, drop_layers(work, removed, plan, chosen={}), removed, gaps)
-    write_compressed(folder / "model", work.reader, result, progress=False)
-    source = SourceModel(folder / "model", work.source.trust_remote_code, progress=False)
-    fields = {each.name: getattr(work, each.name) for each in dataclasses.fields(Compression)}
-    fields.update(source=source, work=folder / "work", scans=None)
-    return _Step(**fields, calibration=tokens)
+    return step_on(work, result, folder, {work.recipe.calibration.model_dump_json(): tokens})
 
 
 def _divided(

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.recipe.schema import Frozen
-from streamline_bench.core.similarity import Block, LastState
+from streamline_bench.core.similarity import LastState
 from streamline_bench.core.state_store import create_mapped
-from streamline_bench.errors import CalibrationError, NumericsError
+from streamline_bench.errors import CalibrationError, NumericsError, SparsityError
 from streamline_bench.methods.base import Compression
 from streamline_bench.methods.maps.boundary_map import BoundaryRows, boundary_rows, mlp_scale
 from streamline_bench.methods.tools.normal_equations import (
@@ -25,6 +24,7 @@ from streamline_bench.methods.tools.normal_equations import (
     warn_of_few_rows,
     widened,
 )
+from streamline_bench.methods.tools.selection import SelectedBy
 
 log = logging.getLogger(__name__)
 
@@ -34,25 +34,32 @@ class Gap:
     """A removed block and the layer that takes its map.
 
     Attributes:
+        block: the removed layers, neighbours.
         host: layer whose MLP takes the map.
         follows: the block before is adjacent, so that the map acts on the whole stream.
         scale: c of ``h_s = Y + c M``.
     """
 
-    block: Block
+    block: range
     host: int
     follows: bool
     scale: float
 
 
-def find_gaps(work: Compression, blocks: list[Block], tokens: CalibrationTokens) -> list[Gap]:
+def find_gaps(work: Compression, blocks: Sequence[range], tokens: CalibrationTokens) -> list[Gap]:
     """Return which layer takes the map of each block; blocks in order of their places.
 
     Raises:
         ArchitectureError: a layer before a block does not simply add its MLP's output.
+        SparsityError: no layer is before a block.
     """
     gaps: list[Gap] = []
     for block in blocks:
+        if block.start == 0:
+            raise SparsityError(
+                "Layer 0 is removed, and before it there is no MLP that could take a map; choose "
+                "other layers, or use linear_patch or ridge_map."
+            )
         follows = bool(gaps) and gaps[-1].block.stop == block.start
         host = gaps[-1].host if follows else block.start - 1
         scale = 1.0 if follows else mlp_scale(work.model, host, tokens)
@@ -74,7 +81,7 @@ def _all_rows(
     return boundary_rows(
         work.model,
         tokens,
-        [range(gap.block.start, gap.block.stop) for gap in gaps],
+        [gap.block for gap in gaps],
         scales=[gap.scale for gap in gaps],
         batch_size=batch_size,
         work=work.work,
@@ -179,8 +186,10 @@ def map_errors(
     )
 
 
-class ReplaceMeParameters(Frozen):
+class ReplaceMeParameters(SelectedBy):
     """Parameters of the method ``replaceme``.
+
+    Without ``selection``, blocks of least angular distance are removed.
 
     Attributes:
         objective: ``lstsq`` minimises ``|M A + Y - h|²``; ``cosine`` maximises
@@ -211,6 +220,16 @@ class ReplaceMeParameters(Frozen):
     cache_gb: float = Field(16.0, ge=0)
     validation_share: float = Field(0.05, gt=0, lt=1)
     batch_size: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> ReplaceMeParameters:
+        if self.selection is not None and self.blocks > 1:
+            raise ValueError("give blocks or selection, not both: a selection says where it cuts")
+        return self
+
+    def words(self) -> str:
+        """The choice of layers in words."""
+        return super().words() or f"ReplaceMe's {'block' if self.blocks == 1 else 'blocks'}"
 
 
 def _fit_cosine(

@@ -29,8 +29,9 @@ from streamline_bench.core.architecture import (
 )
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layers_prefix
+from streamline_bench.core.surgery import SizePlan
 from streamline_bench.errors import ArchitectureError, SparsityError
-from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.base import Compressed, Compression
 from streamline_bench.methods.maps.mlp_maps import (
     Gap,
     ReplaceMeParameters,
@@ -40,12 +41,18 @@ from streamline_bench.methods.maps.mlp_maps import (
     map_errors,
 )
 from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
-from streamline_bench.methods.tools.selection import merge_adjacent, non_overlapping
+from streamline_bench.methods.tools.selection import (
+    OnSelection,
+    Selected,
+    cuts_of,
+    merge_adjacent,
+    non_overlapping,
+)
 from streamline_bench.methods.tools.shared_scan import scan_once
 
 
-class ReplaceMe(Method):
-    """Contiguous blocks removed, each replaced by a linear map folded into the MLP before it."""
+class ReplaceMe(OnSelection):
+    """Every run of removed layers is replaced by a linear map folded into the MLP before it."""
 
     name = "replaceme"
     passes = frozenset({"maps"})
@@ -57,18 +64,12 @@ class ReplaceMe(Method):
         options = ReplaceMeParameters.model_validate(work.recipe.parameters)
         refuse_normed_mlp(architecture_of(work.config))
         plan = size_plan(work)
-        if plan.n_layers % options.blocks:
-            raise SparsityError(
-                f"{plan.n_layers} layers cannot be divided into {options.blocks} blocks of equal "
-                f"size; choose n_layers as a multiple of {options.blocks}, or other blocks."
-            )
-        tokens = work.tokens(work.recipe.calibration)
-        similarity = scan_once(work, tokens, options.last_state)
-        blocks = non_overlapping(
-            similarity, plan.n_layers // options.blocks, options.blocks, "angular"
-        )
-        if options.merge_consecutive:
-            blocks = merge_adjacent(blocks, similarity)
+        if options.selection is None:
+            blocks, distances, found = _least_angular(work, options, plan)
+        else:
+            found = options.selection.select(work, plan)
+            blocks, distances = cuts_of(found.layers), []
+        tokens = found.tokens or work.tokens(work.recipe.calibration)
         gaps = find_gaps(work, blocks, tokens)
         family, hosts = architecture_of(work.config), {gap.host for gap in gaps}
         targets = {
@@ -77,14 +78,14 @@ class ReplaceMe(Method):
         fit, held_out = tokens.split(options.validation_share, work.recipe.seed)
         maps, curves = fit_maps(work, gaps, fit, options)
         errors, composed = map_errors(work, gaps, maps, held_out, options.batch_size)
-        removed = [layer for block in blocks for layer in range(block.start, block.stop)]
         result = drop_layers(
             work,
-            removed,
+            found.layers,
             plan,
             chosen={
+                **found.facts,
                 "objective": options.objective,
-                "blocks": _described(gaps, errors, curves),
+                "blocks": _described(gaps, errors, curves, distances),
                 **_described_chains(gaps, composed),
                 "tokens_fitted": fit.num_tokens,
                 "tokens_held_out": held_out.num_tokens,
@@ -94,17 +95,45 @@ class ReplaceMe(Method):
         return _folded(work, result, gaps, maps, targets)
 
 
+def _least_angular(
+    work: Compression, options: ReplaceMeParameters, plan: SizePlan
+) -> tuple[list[range], list[float], Selected]:
+    """Return the blocks of least angular distance, those distances, and all layers to remove.
+
+    Raises:
+        SparsityError: the layers cannot be divided, or fewer blocks fit into the model.
+    """
+    if plan.n_layers % options.blocks:
+        raise SparsityError(
+            f"{plan.n_layers} layers cannot be divided into {options.blocks} blocks of equal "
+            f"size; choose n_layers as a multiple of {options.blocks}, or other blocks."
+        )
+    tokens = work.tokens(work.recipe.calibration)
+    similarity = scan_once(work, tokens, options.last_state)
+    found = non_overlapping(similarity, plan.n_layers // options.blocks, options.blocks, "angular")
+    if options.merge_consecutive:
+        found = merge_adjacent(found, similarity)
+    blocks = [range(block.start, block.stop) for block in found]
+    removed = [layer for block in blocks for layer in block]
+    return blocks, [block.score for block in found], Selected(removed, {}, tokens)
+
+
 def _described(
-    gaps: list[Gap], errors: list[dict[str, float]], curves: list[list[float]]
+    gaps: list[Gap],
+    errors: list[dict[str, float]],
+    curves: list[list[float]],
+    distances: list[float],
 ) -> list[dict[str, Any]]:
+    """Return what the manifest says of each block; the distances are those of its own search."""
+    known = [{"angular_distance": distance} for distance in distances] or [{} for _ in gaps]
     return [
         {
-            "start": gap.block.start, "stop": gap.block.stop, "angular_distance": gap.block.score,
+            "start": gap.block.start, "stop": gap.block.stop, **distance,
             "map_in_layer": gap.host, "on_whole_stream": gap.follows,
             "residual_multiplier": gap.scale, "boundary_mse": error,
             **({"loss_per_epoch": curve} if curve else {}),
         }
-        for gap, error, curve in zip(gaps, errors, curves, strict=True)
+        for gap, error, curve, distance in zip(gaps, errors, curves, known, strict=True)
     ]  # fmt: skip
 
 

@@ -22,7 +22,14 @@ from streamline_bench.core.recipe.validation import suggest_or_list
 from streamline_bench.core.similarity import Block, LastState, Metric, Similarity
 from streamline_bench.core.surgery import SizePlan, block_keep
 from streamline_bench.errors import NumericsError, RecipeError, SparsityError
-from streamline_bench.methods.base import METHODS, Compressed, Compression, Method, get_method
+from streamline_bench.methods.base import (
+    METHODS,
+    Compressed,
+    Compression,
+    Method,
+    get_method,
+    in_words,
+)
 from streamline_bench.methods.tools.layer_removal import drop_layers, size_plan
 from streamline_bench.methods.tools.shared_scan import scan_once
 
@@ -54,6 +61,14 @@ class LayerSelection(Method):
         Args:
             options: the parameters, as :attr:`parameters`.
         """
+
+    def parts(self, recipe: Recipe) -> tuple[str, str] | None:
+        """The method itself, and no patch."""
+        return in_words(self.name, self.parameters.model_validate(recipe.parameters)), "none"
+
+    def cuts(self, options: Any) -> int:
+        """How many runs of neighbours are removed, as far as that is known before; else 1."""
+        return 1
 
     def compress(self, work: Compression) -> Compressed:
         """Choose the layers and drop them."""
@@ -103,11 +118,14 @@ class SelectionSpec(Frozen):
             f"selection{suggest_or_list(self.method, known)}"
         )
 
+    @property
+    def options(self) -> Any:
+        """The parameters, as the method's own schema has them."""
+        return self.selector.parameters.model_validate(self.parameters)
+
     def select(self, work: Compression, plan: SizePlan) -> Selected:
         """Return what the method chooses, its name among the facts."""
-        selector = self.selector
-        options = selector.parameters.model_validate(self.parameters)
-        found = selector.select(work, options, plan)
+        found = self.selector.select(work, self.options, plan)
         facts = {"method": self.method, **found.facts}
         return Selected(found.layers, facts, found.tokens)
 
@@ -302,21 +320,23 @@ def merge_adjacent(blocks: list[Block], similarity: Similarity) -> list[Block]:
     return merged
 
 
-class AnySelection(BlockSearch):
-    """Parameters of methods that work with any choice of layers.
+class SelectedBy(Frozen):
+    """Parameters of methods that let another method choose the layers.
 
     Attributes:
         selection: the method that chooses the layers, by name or with ``method`` and
-            ``parameters``; None: the block whose ends are most alike.
+            ``parameters``; None: the method's own way.
     """
 
     selection: SelectionSpec | None = None
 
-    @model_validator(mode="after")
-    def _one_choice(self) -> AnySelection:
-        if self.selection is not None and self.start is not None:
-            raise ValueError("give start or selection, not both")
-        return self
+    def words(self) -> str:
+        """The choice of layers in words."""
+        return (
+            ""
+            if self.selection is None
+            else in_words(self.selection.method, self.selection.options)
+        )
 
     @property
     def chosen_by(self) -> tuple[str, ...]:
@@ -327,6 +347,36 @@ class AnySelection(BlockSearch):
     def streamed(self) -> bool:
         """Whether the layers can be chosen with a streamed model."""
         return self.selection is None or self.selection.selector.streamed
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the choice of layers reads the seed."""
+        chosen = self.selection
+        return chosen is not None and chosen.selector.reads_seed(chosen.parameters)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the choice of layers reads calibration text."""
+        chosen = self.selection
+        return chosen is None or chosen.selector.reads_calibration(chosen.parameters)
+
+
+class AnySelection(BlockSearch, SelectedBy):
+    """Parameters of methods that work with any choice of layers.
+
+    Without ``selection``, the block whose ends are most alike is removed.
+    """
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> AnySelection:
+        if self.selection is not None and self.start is not None:
+            raise ValueError("give start or selection, not both")
+        return self
+
+    def words(self) -> str:
+        """The choice of layers in words."""
+        others = type(self).model_fields.keys() - BlockSearch.model_fields.keys()
+        return super().words() or in_words(f"{self.metric} block", self, {"metric", *others})
 
     def select(self, work: Compression, plan: SizePlan) -> Selected:
         """Return the layers to remove."""
@@ -343,7 +393,7 @@ class AnySelection(BlockSearch):
         Args:
             parameters: of one network. More layers are removed where they take up much.
         """
-        networks, needed = 0, 1
+        networks, needed = 0, self._cuts
         while needed > networks:
             networks = needed
             plan = size_plan(work, networks * parameters)
@@ -351,9 +401,55 @@ class AnySelection(BlockSearch):
             needed = len(cuts_of(found.layers))
         return replace(plan, added_parameters=needed * parameters), found
 
+    def with_new_layers(self, work: Compression, new: int) -> tuple[SizePlan, Selected]:
+        """Return size and layers where every run of removed layers gets ``new`` other ones.
+
+        So many more are removed. How many runs there are depends on how many layers go: the number
+        of runs that was found is tried until it stays.
+
+        Raises:
+            SparsityError: there are too few layers, a run is no longer than what it would get, or
+                no number of runs stays.
+        """
+        plan, cuts, tried = size_plan(work), self._cuts, list[int]()
+        while cuts not in tried:
+            tried.append(cuts)
+            total = plan.n_layers + cuts * new
+            if total > plan.num_layers:
+                raise SparsityError(
+                    f"Removing {plan.n_layers} layers and replacing {cuts * new} more needs "
+                    f"{total} layers, and the model has {plan.num_layers}; remove fewer."
+                )
+            found = self.select(work, replace(plan, n_layers=total))
+            runs = cuts_of(found.layers)
+            if len(runs) == cuts:
+                _refuse_short(runs, new)
+                return plan, found
+            cuts = len(runs)
+        raise SparsityError(
+            f"No choice of layers makes the model {plan.n_layers} layers smaller with {new} new in "
+            f"the place of each run of removed ones ({', '.join(map(str, tried))} runs were "
+            "tried); take another n_layers, or a network that is no layer."
+        )
+
+    @property
+    def _cuts(self) -> int:
+        chosen = self.selection
+        return 1 if chosen is None else chosen.selector.cuts(chosen.options)
+
+
+def _refuse_short(runs: Sequence[range], new: int) -> None:
+    for run in runs:
+        if len(run) <= new:
+            raise SparsityError(
+                f"Of layers {run.start} to {run.stop - 1}, {len(run)} in number, {new} would be "
+                "put back, so that nothing is removed there; take a selection of longer blocks, "
+                "fewer replacement.layers, or a network that is no layer."
+            )
+
 
 class OnSelection(Method):
-    """A method whose parameters are an :class:`AnySelection`."""
+    """A method whose parameters are a :class:`SelectedBy`."""
 
     parameters: ClassVar[type[BaseModel]] = AnySelection
 
@@ -365,7 +461,16 @@ class OnSelection(Method):
         """The method that chooses the layers."""
         return self._selection(parameters).chosen_by
 
-    def _selection(self, parameters: Mapping[str, Any]) -> AnySelection:
+    def reads_seed(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether the method or the choice of layers does."""
+        return self.seeded or self._selection(parameters).seeded
+
+    def parts(self, recipe: Recipe) -> tuple[str, str] | None:
+        """The choice of layers, and the method with its other parameters."""
+        options = self._selection(recipe.parameters)
+        return options.words(), in_words(self.name, options, AnySelection.model_fields)
+
+    def _selection(self, parameters: Mapping[str, Any]) -> SelectedBy:
         options = self.parameters.model_validate(parameters)
-        assert isinstance(options, AnySelection)
+        assert isinstance(options, SelectedBy)
         return options

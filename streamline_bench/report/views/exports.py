@@ -4,6 +4,7 @@ r"""What researchers paste: a table as LaTeX and Markdown, tidy results, figures
 
     <folder>/table.tex        booktabs; \input it
     <folder>/table.md
+    <folder>/axes.tex, axes.md  what patches add to selections, where a board can tell
     <folder>/results.csv      one line per row, scope and metric
     <folder>/citations.bib
     <folder>/figures/*.svg, *.pdf
@@ -32,6 +33,7 @@ from streamline_bench.report.text import csv_cell, latex_text, markdown_text
 from streamline_bench.report.views.citations import citations
 from streamline_bench.report.views.entries import shown
 from streamline_bench.report.views.overview import mean_grade, ranked
+from streamline_bench.report.views.pivot import note, pivots, table
 
 
 def write_exports(board: Leaderboard, folder: Path) -> Path:
@@ -48,6 +50,10 @@ def write_exports(board: Leaderboard, folder: Path) -> Path:
         "results.csv": frame.to_csv(index=False),
         "citations.bib": citations(board) + "\n",
     }
+    if found := pivots(board):
+        tables = [(*table(pivot), f"{board.title}, {pivot.name}: {note(board)}") for pivot in found]
+        texts["axes.tex"] = "\n".join(_latex(*one) for one in tables)
+        texts["axes.md"] = "\n".join(_markdown(*one) for one in tables)
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         for name, content in texts.items():
@@ -92,7 +98,10 @@ def _file_name(name: str) -> str:
 
 def to_latex(board: Leaderboard) -> str:
     """The ranking as a LaTeX table (packages booktabs and, for letters, a UTF-8 engine)."""
-    head, lines = _table(board)
+    return _latex(*_table(board), _note(board))
+
+
+def _latex(head: Sequence[str], lines: Sequence[Sequence[str]], words: str) -> str:
     columns = "l" * 2 + "r" * (len(head) - 2)
     body = [" & ".join(map(latex_text, line)) + r" \\" for line in lines]
     return "\n".join(
@@ -104,7 +113,7 @@ def to_latex(board: Leaderboard) -> str:
             *body,
             r"\bottomrule",
             r"\end{tabular}",
-            f"% {text.visible_text(_note(board), keep='')}",
+            f"% {text.visible_text(words, keep='')}",
             "",
         ]
     )
@@ -112,11 +121,15 @@ def to_latex(board: Leaderboard) -> str:
 
 def to_table(board: Leaderboard) -> str:
     """The ranking as one Markdown table."""
-    head, lines = _table(board)
+    return _markdown(*_table(board), _note(board))
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]], words: str) -> str:
     rule = ["---", "---", *["---:"] * (len(head) - 2)]
-    cells = [head, rule, *([markdown_text(cell) for cell in line] for line in lines)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in cells)
-    return f"{table}\n\n{markdown_text(_note(board))}\n"
+    escaped = [[markdown_text(cell) for cell in line] for line in (head, *lines)]
+    cells = [escaped[0], rule, *escaped[1:]]
+    made = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return f"{made}\n\n{markdown_text(words)}\n"
 
 
 def _note(board: Leaderboard) -> str:

@@ -18,6 +18,7 @@ from streamline_bench.report.leaderboard import Leaderboard, Row
 from streamline_bench.report.views import overview
 from streamline_bench.report.views.entries import runs_of, shown
 from streamline_bench.report.views.headline import headline, needed
+from streamline_bench.report.views.pivot import note, pivots, table
 from streamline_bench.stability.estimate import Estimate
 
 
@@ -40,6 +41,8 @@ def to_markdown(board: Leaderboard) -> str:
         headline=headline(board),
         leaderboard=_leaderboard(board, rows),
         needed=needed,
+        pivots=[(pivot.name, *table(pivot)) for pivot in pivots(board)],
+        pivot_note=note(board),
         heat_map=overview.heat_map,
         commands=overview.commands_by_stage(board.commands),
     )

@@ -36,6 +36,7 @@ from streamline_bench.report.views import overview
 from streamline_bench.report.views.citations import citations
 from streamline_bench.report.views.entries import shown
 from streamline_bench.report.views.headline import headline, needed
+from streamline_bench.report.views.pivot import gain_text, note, pivots
 from streamline_bench.stability.comparison import GroupComparison, Overall, TaskComparison
 from streamline_bench.stability.estimate import Estimate
 
@@ -48,7 +49,13 @@ def to_html(board: Leaderboard) -> str:
     rows = _rows(board)
     runs = _runs(board, rows)
     scored = [row for row in rows if row.failed is None]
-    filters = {"pretty": _pretty, "breakable": _breakable, "ending": _ending, "shade": shade}
+    filters = {
+        "pretty": _pretty,
+        "breakable": _breakable,
+        "ending": _ending,
+        "shade": shade,
+        "gain": gain_text,
+    }
     return (
         overview.environment(_visible, FILTERS | filters)
         .get_template("leaderboard.html.j2")
@@ -84,6 +91,8 @@ def to_html(board: Leaderboard) -> str:
             literature=_literature(rows),
             citations=citations(board),
             needed=needed,
+            pivots=pivots(board),
+            pivot_note=note(board),
             places={row.label: row.index for row in rows},
             commands=overview.commands_by_stage(board.commands),
             level=board.level,

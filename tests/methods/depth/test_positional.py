@@ -98,7 +98,9 @@ def test_the_listed_go(
     same_as_surgery(out, tiny_llama, [1, 3])
 
 
-@pytest.mark.parametrize(("layers", "match"), [([1], "1 layers.*removes 2"), ([1, 6], "layer 6")])
+@pytest.mark.parametrize(
+    ("layers", "match"), [([1], "1 layers.*2 are to go; lower n_layers by 1"), ([1, 6], "layer 6")]
+)
 def test_a_list_that_does_not_fit_is_refused(
     layers: list[int], match: str, tiny_llama: Path, make_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:

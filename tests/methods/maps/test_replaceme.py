@@ -352,6 +352,41 @@ def test_two_blocks_apart_are_m_a_plus_y_each(
         assert not torch.allclose(found, behind, atol=1e-2)
 
 
+def test_on_layers_that_another_method_chooses_every_cut_has_its_map(
+    double_model: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """On the layers of its own blocks, listed, it gives what its own blocks do."""
+    source = double_model(num_hidden_layers=9, quiet=(2, 5))
+    given = {"method": "given_layers", "parameters": {"layers": [2, 5]}}
+    own, listed = (
+        compress(
+            source,
+            _recipe(make_recipe, n_layers=2, **change),
+            tmp_path / name,
+            dtype="float64",
+            progress=False,
+        )
+        for name, change in (
+            ("own", {"parameters.blocks": 2}),
+            ("listed", {"parameters.selection": given}),
+        )
+    )
+    one, two = CheckpointReader(own), CheckpointReader(listed)
+    assert all(torch.equal(one.tensor(name), two.tensor(name)) for name in one.names)
+    blocks = [_facts(folder).chosen["blocks"] for folder in (own, listed)]
+    for block in blocks[0]:
+        block.pop("angular_distance")
+    assert blocks[0] == blocks[1]
+    first = {**given, "parameters": {"layers": [0, 3]}}
+    with pytest.raises(SparsityError, match=r"Layer 0 .*linear_patch"):
+        compress(
+            source,
+            _recipe(make_recipe, n_layers=2, **{"parameters.selection": first}),
+            tmp_path / "first",
+            progress=False,
+        )
+
+
 def test_adjacent_blocks_merge_or_follow_each_other(
     double_model: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from streamline_bench.compression import load_recipe
 from streamline_bench.core.similarity import Similarity
 from streamline_bench.errors import NumericsError, RecipeError, SparsityError
-from streamline_bench.methods.base import check_parameters
+from streamline_bench.methods.base import check_parameters, parts_of
 from streamline_bench.methods.tools.selection import (
     ProtectedEnds,
     block_at,
@@ -176,3 +176,31 @@ def test_a_start_and_a_selection_contradict_each_other() -> None:
     changes = {"parameters.selection": "sleb", "parameters.start": 2}
     with pytest.raises(RecipeError, match="start or selection"):
         check_parameters(load_recipe("linear_patch", changes))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "expected"),
+    [
+        ("shortgpt", {}, ("shortgpt", "none", "none")),
+        ("streamline_none", {}, ("cosine block", "none", "none")),
+        ("streamline", {"recovery.kind": "lora"}, ("cosine block", "layer, mse", "lora")),
+        ("streamline_two_layers", {}, ("cosine block", "2 layers, lm", "none")),
+        ("streamline_iterative", {}, ("cosine block in 2 steps", "layer, mse", "none")),
+        ("linear_patch", {}, ("cosine block", "linear_patch", "none")),
+        (
+            "ridge_map",
+            {"parameters.selection": {"method": "sleb", "parameters": {"protect_last": 2}}},
+            ("sleb (protect last 2)", "ridge_map", "none"),
+        ),
+        ("replaceme_cosine", {}, ("ReplaceMe's block", "replaceme (objective cosine)", "none")),
+        ("replaceme_lstsq", {"parameters.selection": "sleb"}, ("sleb", "replaceme", "none")),
+        ("prune_comp", {}, ("shortgpt, one by one", "magnitude_compensation", "none")),
+        ("prune_comp", {"parameters.compensate": False}, ("shortgpt, one by one", "none", "none")),
+        ("slicegpt", {}, None),
+    ],
+)
+def test_a_recipe_in_its_parts(
+    recipe: str, changes: dict[str, object], expected: tuple[str, str, str] | None
+) -> None:
+    parts = parts_of(load_recipe(recipe, changes))
+    assert (parts and (parts.selection, parts.patch, parts.healing)) == expected
