@@ -93,10 +93,16 @@ def test_every_cut_gets_the_layer_that_a_training_of_its_own_gives(
     found, source = tensors(out), tensors(recipe_source)
     for number, (start, n, place) in enumerate([(1, 2, 1), (4, 3, 3)]):
         alone = train_replacement(
-            load_model(recipe_source, device="cpu"), start=start, n=n,
-            spec=ReplacementSpec(kind="layer"), training=recipe.training, tokens=work.tokens(recipe.training.data),
-            work=tmp_path / f"alone-{number}", seed=recipe.seed, progress=False,
-        )  # fmt: skip
+            load_model(recipe_source, device="cpu"),
+            start=start,
+            n=n,
+            spec=ReplacementSpec(kind="layer"),
+            training=recipe.training,
+            tokens=work.tokens(recipe.training.data),
+            work=tmp_path / f"alone-{number}",
+            seed=recipe.seed,
+            progress=False,
+        )
         for name, tensor in alone.state.items():
             new = f"model.layers.{place}.{name.removeprefix('0.')}"
             assert torch.equal(found[new], tensor.to(found[new].dtype)), new
