@@ -28,7 +28,13 @@ from streamline_bench.core.training import TrainedCuts, train_replacements
 from streamline_bench.errors import NumericsError, RecipeError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression
 from streamline_bench.methods.tools.layer_removal import as_stored, attached, drop_layers, size_plan
-from streamline_bench.methods.tools.selection import AnySelection, OnSelection, Selected, cuts_of
+from streamline_bench.methods.tools.selection import (
+    AnySelection,
+    LayerSelection,
+    OnSelection,
+    Selected,
+    cuts_of,
+)
 from streamline_bench.methods.tools.shared_scan import scan_once
 from streamline_bench.methods.tools.steps import CURVE_FILE, compress_in_steps
 
@@ -68,8 +74,11 @@ class StreamlineParameters(AnySelection):
         return Selected(range(block.start, block.stop), facts, tokens)
 
 
-class Streamline(OnSelection):
-    """Removal of layers with an optional trained replacement for each run of them."""
+class Streamline(OnSelection, LayerSelection):
+    """Removal of layers with an optional trained replacement for each run of them.
+
+    As the selection of another method it chooses layers and replaces nothing.
+    """
 
     name = "streamline"
     parameters: ClassVar[type[BaseModel]] = StreamlineParameters
@@ -91,6 +100,25 @@ class Streamline(OnSelection):
         name = f"{spec.layers} layers" if spec.kind == "layer" and spec.layers > 1 else spec.kind
         how = "untrained" if objective == "none" else objective
         return options.words() + steps, f"{name}, {how}"
+
+    def words(self, options: Any) -> str:
+        """The choice of layers in words, whichever method makes it."""
+        found: str = options.words()
+        return found
+
+    def select(self, work: Compression, options: Any, plan: SizePlan) -> Selected:
+        """Return the layers that would go at once.
+
+        Raises:
+            RecipeError: they are to go in several steps.
+        """
+        if options.iterations > 1:
+            raise RecipeError(
+                f"A selection chooses all layers at once, and that of streamline has iterations "
+                f"{options.iterations}; leave iterations out."
+            )
+        found: Selected = options.select(work, plan)
+        return found
 
     def stock(self, recipe: Recipe) -> bool:
         """Layers are stock; feed-forward networks in their place are not."""

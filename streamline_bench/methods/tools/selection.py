@@ -64,7 +64,11 @@ class LayerSelection(Method):
 
     def parts(self, recipe: Recipe) -> tuple[str, str] | None:
         """The method itself, and no patch."""
-        return in_words(self.name, self.parameters.model_validate(recipe.parameters)), "none"
+        return self.words(self.parameters.model_validate(recipe.parameters)), "none"
+
+    def words(self, options: Any) -> str:
+        """The choice of layers in words."""
+        return in_words(self.name, options)
 
     def cuts(self, options: Any) -> int:
         """How many runs of neighbours are removed, as far as that is known before; else 1."""
@@ -332,11 +336,8 @@ class SelectedBy(Frozen):
 
     def words(self) -> str:
         """The choice of layers in words."""
-        return (
-            ""
-            if self.selection is None
-            else in_words(self.selection.method, self.selection.options)
-        )
+        chosen = self.selection
+        return "" if chosen is None else chosen.selector.words(chosen.options)
 
     @property
     def chosen_by(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from streamline_bench.modeling import register
 from streamline_bench.modeling.loading import SourceModel, load_model
 
 TWO_CUTS = [1, 2, 4, 5, 6]
+STEPS = {"method": "streamline", "parameters": {"iterations": 2}}
 QUICK = {
     "sequence_length": 16, "training.epochs": 1, "training.min_steps": 2,
     "training.data.samples": 16, "training.batch_size": 8, "training.warmup_steps": 0,
@@ -187,6 +188,7 @@ def test_in_two_steps_the_result_is_that_of_two_compressions(
         ({"parameters.iterations": 3}, SparsityError, r"\b2 layers.*3 parts.*lower"),
         ({"parameters.iterations": 2, "replacement": "linear"}, RecipeError, "'linear'.*layer"),
         ({"parameters.iterations": 2, "layers": [1, 2, 3]}, RecipeError, "given_layers.*leave"),
+        ({"parameters.selection": STEPS}, RecipeError, "at once.*leave iterations out"),
         ({"parameters.selection": "linear_patch"}, RecipeError, "does more than choose layers"),
     ],
 )

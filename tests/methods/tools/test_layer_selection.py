@@ -194,6 +194,11 @@ def test_a_start_and_a_selection_contradict_each_other() -> None:
         ),
         ("replaceme_cosine", {}, ("ReplaceMe's block", "replaceme (objective cosine)", "none")),
         ("replaceme_lstsq", {"parameters.selection": "sleb"}, ("sleb", "replaceme", "none")),
+        (
+            "replaceme_lstsq",
+            {"parameters.selection": "streamline"},
+            ("cosine block", "replaceme", "none"),
+        ),
         ("prune_comp", {}, ("shortgpt, one by one", "magnitude_compensation", "none")),
         ("prune_comp", {"parameters.compensate": False}, ("shortgpt, one by one", "none", "none")),
         ("slicegpt", {}, None),
