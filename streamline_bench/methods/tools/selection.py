@@ -341,8 +341,11 @@ class SelectedBy(Frozen):
 
     @property
     def chosen_by(self) -> tuple[str, ...]:
-        """The method that chooses the layers, if it is another one."""
-        return () if self.selection is None else (self.selection.method,)
+        """The method that chooses the layers, if it is another one, and those that it uses."""
+        chosen = self.selection
+        if chosen is None:
+            return ()
+        return (chosen.method, *chosen.selector.uses(chosen.parameters))
 
     @property
     def streamed(self) -> bool:
