@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -166,30 +166,46 @@ class ModelSizes:
         return sum(self.layers) / len(self.layers)
 
 
-@dataclass(frozen=True)
-class SizePlan:
-    """What removing ``n_layers`` layers amounts to. Shares are of the source model's parameters.
+@dataclass(frozen=True, kw_only=True)
+class Removal:
+    """How much smaller a model gets. Shares are of the source model's parameters.
+
+    Attributes:
+        removed: parameters fewer, those added taken off.
+        total: parameters of the source.
+        embeddings: parameters of embeddings and LM head in ``total``.
+        requested: the share asked for; None if something else was given.
+        reached: ``removed / total``.
+        reached_without_embeddings: ``removed / (total - embeddings)``.
+    """
+
+    removed: int
+    total: int
+    embeddings: int
+    requested: float | None
+    reached: float = field(init=False)
+    reached_without_embeddings: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reached", self.removed / self.total)
+        inner = self.total - self.embeddings
+        object.__setattr__(self, "reached_without_embeddings", self.removed / inner)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizePlan(Removal):
+    """What removing ``n_layers`` layers amounts to.
+
+    Before the layers are chosen, ``removed`` is of layers of mean size; :func:`of_layers` gives it
+    for the layers that are really removed.
 
     Attributes:
         n_layers: layers to remove (net of layers put in).
-        removed: parameters fewer, those added taken off. Before the layers are chosen, of layers
-            of mean size; :func:`of_layers` gives it for the layers that are really removed.
-        total: parameters of the source.
-        reached: ``removed / total``.
-        requested: the share asked for; None if layers were given.
-        embeddings: parameters of embeddings and LM head in ``total``.
-        reached_without_embeddings: ``removed / (total - embeddings)``.
         added_parameters: of the replacement.
         num_layers: layers of the source.
     """
 
     n_layers: int
-    removed: int
-    total: int
-    reached: float
-    requested: float | None
-    embeddings: int
-    reached_without_embeddings: float
     added_parameters: int
     num_layers: int
 
@@ -231,10 +247,8 @@ def layers_for_sparsity(
         n_layers=n_layers,
         removed=removed,
         total=sizes.total,
-        reached=removed / sizes.total,
         requested=sparsity,
         embeddings=sizes.embeddings,
-        reached_without_embeddings=removed / (sizes.total - sizes.embeddings),
         added_parameters=added_parameters,
         num_layers=len(sizes.layers),
     )
@@ -248,12 +262,7 @@ def of_layers(plan: SizePlan, source: CheckpointReader | Any, layers: Iterable[i
     """
     sizes = model_sizes(source)
     removed = sum(sizes.layers[layer] for layer in layers) - plan.added_parameters
-    return replace(
-        plan,
-        removed=removed,
-        reached=removed / plan.total,
-        reached_without_embeddings=removed / (plan.total - plan.embeddings),
-    )
+    return replace(plan, removed=removed)
 
 
 def model_sizes(source: CheckpointReader | Any) -> ModelSizes:

@@ -38,6 +38,7 @@ def methods_for(config: Any, refused: Mapping[int, str]) -> dict[str, str]:
     from streamline_bench.methods.experts.expert_pruning import mixture_of
     from streamline_bench.methods.maps.magnitude_compensation import refuse_unscalable
     from streamline_bench.methods.maps.replaceme import refuse_normed_mlp
+    from streamline_bench.methods.width.stream_width import stream_axes
     from streamline_bench.modeling.rotations import require_rotatable
     from streamline_bench.modeling.sublayers import require_sublayers
     from streamline_bench.modeling.widths import require_narrowable
@@ -49,6 +50,7 @@ def methods_for(config: Any, refused: Mapping[int, str]) -> dict[str, str]:
         "expert_pruning": lambda: mixture_of(config),
         "flap": lambda: require_narrowable(row),
         "llm_pruner": lambda: require_narrowable(row),
+        "minitron": lambda: (require_narrowable(row), stream_axes(config)),
         "slicegpt": lambda: require_rotatable(config),
         "sublayer_drop": lambda: require_sublayers(config, row, "attention"),
     }

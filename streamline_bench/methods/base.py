@@ -300,6 +300,7 @@ METHODS: Mapping[str, str] = {
     "llm_pruner": "width.llm_pruner:LLMPruner",
     "magnitude": "depth.magnitude:Magnitude",
     "magnitude_compensation": "maps.magnitude_compensation:MagnitudeCompensation",
+    "minitron": "width.minitron:Minitron",
     "random_layers": "depth.positional:RandomLayers",
     "replaceme": "maps.replaceme:ReplaceMe",
     "ridge_map": "maps.ridge_map:RidgeMap",

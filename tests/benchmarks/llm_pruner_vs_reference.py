@@ -166,10 +166,11 @@ def our_units(
             lambda module, at=layer: salience(weights[at, module], criterion, sums[at, module]),
             vectorize=criterion == "vectorize",
         )
-        kept = keep_units(scores, plan)
+        kept = keep_units(scores, plan.head_units, plan.channels)
         groups = widths.num_key_value_heads
         in_turn = scores.query.view(-1, groups).T.reshape(-1)
-        reordered = keep_units(dataclasses.replace(scores, query=in_turn), plan)
+        counts = plan.head_units, plan.channels
+        reordered = keep_units(dataclasses.replace(scores, query=in_turn), *counts)
         units[layer] = {
             "heads": kept.key_value.tolist(),
             "reordered": reordered.key_value.tolist(),

@@ -17,6 +17,7 @@ EPOCHS = {"training.min_steps": 6, "training.data.samples": 24}
 FEW = {"calibration.samples": 4, "parameters.bisections": 3}
 STREAMED: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in ("flap", "last_layers", "llm_pruner", "linear_patch", "magnitude_l1")),
+    ("minitron", {"parameters.axes": ["stream", "heads", "channels"], "parameters.iterations": 2}),
     *((name, {}) for name in ("replaceme_lstsq", "ridge_map", "shortened_llama_ppl")),
     *((name, {}) for name in ("shortened_llama_taylor", "shortgpt", "sleb", "slicegpt", "uidl")),
     ("laco_rdsc", FEW),

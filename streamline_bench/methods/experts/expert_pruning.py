@@ -40,7 +40,7 @@ from streamline_bench.core.architecture_inference import meta_model
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import LazyTensors, layer_names, layers_prefix
 from streamline_bench.core.recipe.schema import Frozen
-from streamline_bench.core.surgery import model_sizes
+from streamline_bench.core.surgery import Removal, model_sizes
 from streamline_bench.errors import ArchitectureError, SparsityError, library_errors
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.activations import require_finite, visit_inputs
@@ -95,19 +95,13 @@ class Mixture:
     embeddings: int
 
 
-@dataclass(frozen=True)
-class ExpertPlan:
-    """How many experts each layer loses. Shares are of the source's parameters."""
+@dataclass(frozen=True, kw_only=True)
+class ExpertPlan(Removal):
+    """How many experts each layer loses."""
 
     experts_before: int
     experts_after: int
     layers: int
-    removed: int
-    total: int
-    embeddings: int
-    reached: float
-    reached_without_embeddings: float
-    requested: float | None
 
 
 class ExpertPruning(Method):
@@ -264,9 +258,7 @@ def plan_experts(
     return ExpertPlan(
         experts_before=mixture.experts, experts_after=mixture.experts - gone,
         layers=len(mixture.layers), removed=removed, total=mixture.total,
-        embeddings=mixture.embeddings, reached=removed / mixture.total,
-        reached_without_embeddings=removed / (mixture.total - mixture.embeddings),
-        requested=sparsity,
+        embeddings=mixture.embeddings, requested=sparsity,
     )  # fmt: skip
 
 

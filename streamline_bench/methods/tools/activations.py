@@ -40,6 +40,7 @@ def visit_inputs(
     visit: Visitor,
     *,
     batch_size: int = 1,
+    by_sequence: bool = False,
     work: Path | None = None,
     progress: bool = True,
 ) -> None:
@@ -48,6 +49,7 @@ def visit_inputs(
     Args:
         model: a causal LM, in memory or streamed.
         wanted: layer -> paths of modules in it.
+        by_sequence: call ``visit`` with the inputs of each sequence, not of each batch.
         work: folder for states of a streamed model that exceed the memory.
 
     Raises:
@@ -55,7 +57,7 @@ def visit_inputs(
             model cannot be run one by one.
     """
     batches = list(tokens.batches(batch_size, trim=True))
-    inputs = _Inputs(visit)
+    inputs = _Inputs(visit, by_sequence)
     with torch.no_grad(), evaluating(model), ExitStack() as hooks:
         for layer, paths in wanted.items():
             for path in paths:
@@ -90,8 +92,10 @@ class _Inputs:
         seen: the modules that have been called.
     """
 
-    def __init__(self, visit: Visitor) -> None:
+    def __init__(self, visit: Visitor, by_sequence: bool) -> None:
         self._tokens: Tensor | None = None
+        self._lengths: list[int] | None = None
+        self._by_sequence = by_sequence
         self.seen: set[tuple[int, str]] = set()
         self._visit = visit
 
@@ -102,12 +106,18 @@ class _Inputs:
         """
         whole = bool(mask.all())
         self._tokens = None if whole else mask.reshape(-1).nonzero().view(-1)
+        self._lengths = mask.sum(dim=1).tolist() if self._by_sequence else None
 
     def hook(self, layer: int, path: str) -> Callable[[Any, Any, Any], None]:
         def before(module: Any, args: Any, named: Any) -> None:
             tensors = [each for each in (*args, *named.values()) if isinstance(each, Tensor)]
             self.seen.add((layer, path))
-            self._visit(layer, path, *map(self._rows, tensors))
+            rows = [self._rows(each) for each in tensors]
+            if self._lengths is None:
+                self._visit(layer, path, *rows)
+                return
+            for sequence in zip(*(each.split(self._lengths) for each in rows), strict=True):
+                self._visit(layer, path, *sequence)
 
         return before
 

@@ -190,9 +190,8 @@ class Removal:
         work, removed, whole = self._work, set(order), whole_layers(order)
         sizes, gone = self._sizes, self.parameters(order)
         plan = SizePlan(
-            n_layers=len(whole), removed=gone, total=sizes.total, reached=gone / sizes.total,
+            n_layers=len(whole), removed=gone, total=sizes.total,
             requested=self._sparsity, embeddings=sizes.embeddings,
-            reached_without_embeddings=gone / (sizes.total - sizes.embeddings),
             added_parameters=0, num_layers=self.depth,
         )  # fmt: skip
         listed = {kind: sorted(i for i, of in removed if of == kind) for kind in KINDS}

@@ -33,6 +33,7 @@ from torch import Tensor
 from streamline_bench.core.architecture import architecture_of, depth_of
 from streamline_bench.core.checkpoint.writer import layers_prefix
 from streamline_bench.core.recipe.schema import Frozen, Recipe
+from streamline_bench.core.surgery import Removal
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.activations import Moments, require_finite, visit_inputs
@@ -87,25 +88,17 @@ class ColumnScores:
     means: Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class AdaptivePlan:
-    """What the search over the whole model arrived at. Shares are of the source's parameters.
+@dataclass(frozen=True, kw_only=True)
+class AdaptivePlan(Removal):
+    """What the search over the whole model arrived at; new biases are taken off what is removed.
 
     Attributes:
         threshold: highest standardised score that was removed.
         widths: layer -> what it keeps.
-        removed, total, embeddings: parameters; new biases are taken off what is removed.
-        reached, reached_without_embeddings, requested: shares of parameters.
     """
 
     threshold: float
     widths: Mapping[int, Mapping[str, int]]
-    removed: int
-    total: int
-    embeddings: int
-    reached: float
-    reached_without_embeddings: float
-    requested: float
 
 
 class FLAP(Method):
@@ -298,10 +291,7 @@ def search(
     return kept, AdaptivePlan(
         threshold=values[ranked[count - 1]],
         widths={layer: units_kept.widths.to_dict() for layer, units_kept in kept.items()},
-        removed=removed, total=units.total, embeddings=units.embeddings,
-        reached=removed / units.total,
-        reached_without_embeddings=removed / (units.total - units.embeddings),
-        requested=sparsity,
+        removed=removed, total=units.total, embeddings=units.embeddings, requested=sparsity,
     )  # fmt: skip
 
 

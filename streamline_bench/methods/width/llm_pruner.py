@@ -201,7 +201,7 @@ class LLMPruner(Method):
         tokens = work.tokens(work.recipe.calibration) if looks else None
         scores = _scores(work, family, plan, options, tokens)
         kept = {
-            layer: keep_units(of_layer, plan, options.head_unit)
+            layer: keep_units(of_layer, plan.head_units, plan.channels, options.head_unit)
             for layer, of_layer in scores.items()
         }
         chosen = {
@@ -214,21 +214,27 @@ class LLMPruner(Method):
         return narrowed_checkpoint(work, kept, chosen, tokens)
 
 
-def keep_units(scores: UnitScores, plan: WidthPlan, unit: HeadUnit = "kv_group") -> KeptUnits:
-    """Return the units that one layer keeps; of equal scores the lower index is removed first."""
+def keep_units(
+    scores: UnitScores, head_units: int, channels: int, unit: HeadUnit = "kv_group"
+) -> KeptUnits:
+    """Return the units that one layer keeps; of equal scores the lower index is removed first.
+
+    Args:
+        head_units, channels: how many it loses.
+    """
     within_groups = scores.query.view(len(scores.key_value), -1)
     groups, shared = within_groups.shape
     heads = torch.arange(groups * shared).view(groups, shared)
     if unit == "q_within" and shared > 1:
-        stay = torch.stack([_highest(group, plan.head_units) for group in within_groups])
+        stay = torch.stack([highest(group, head_units) for group in within_groups])
         query, key_value = heads.gather(1, stay), torch.arange(groups)
     else:
-        key_value = _highest(scores.groups(), plan.head_units)
+        key_value = highest(scores.groups(), head_units)
         query = heads[key_value]
-    return KeptUnits(query.reshape(-1), key_value, _highest(scores.channel, plan.channels))
+    return KeptUnits(query.reshape(-1), key_value, highest(scores.channel, channels))
 
 
-def _highest(scores: Tensor, removed: int) -> Tensor:
+def highest(scores: Tensor, removed: int) -> Tensor:
     """Return the indices left without the ``removed`` lowest, in increasing order."""
     return torch.sort(torch.argsort(scores, stable=True)[removed:]).values
 

@@ -113,6 +113,7 @@ def narrowed_checkpoint(
     chosen: Mapping[str, Any],
     tokens: CalibrationTokens | None,
     biases: Biases | None = None,
+    stream: Tensor | None = None,
 ) -> Compressed:
     """Slice the stored weights to the units that stay.
 
@@ -120,12 +121,15 @@ def narrowed_checkpoint(
         kept: layer -> what it keeps; layers that are not listed keep all.
         chosen: what the method decided.
         biases: of output projections, in place of those that they have.
+        stream: channels of the residual stream that stay, in increasing order; None: all.
 
     Raises:
-        ArchitectureError: a family that was inferred computes something else with fewer units.
+        ArchitectureError: a family that was inferred computes something else with fewer units, or
+            its stream cannot be narrowed.
     """
     family, reader = architecture_of(work.config), work.reader
-    if family.inferred:
+    before = LayerWidths.of(work.config, family)
+    if family.inferred and any(units.widths != before for units in kept.values()):
         kinds = layer_kinds(work.config)
         for layer in {kinds[layer]: layer for layer in kept}.values():
             check_narrowed(work.model, layer, kept[layer])
@@ -135,7 +139,7 @@ def narrowed_checkpoint(
         for layer, of_layer in (biases or {}).items()
         for path, bias in of_layer.items()
     }
-    sliced = sliced_tensors(reader, work.config, kept)
+    sliced = sliced_tensors(reader, work.config, kept, stream)
     tensors = LazyTensors(
         [*sliced, *added], lambda name: added[name] if name in added else sliced[name]
     )
@@ -148,7 +152,7 @@ def narrowed_checkpoint(
         return dict(zip(("output_bias", "down_bias"), has, strict=True))
 
     widths = {layer: replace(units.widths, **flags(layer)) for layer, units in kept.items()}
-    config = narrowed_config(work.config, widths)
+    config = narrowed_config(work.config, widths, None if stream is None else len(stream))
     return Compressed(
         config=config_json(config),
         names={new: old for new, old in names.items() if new not in tensors},
@@ -156,11 +160,13 @@ def narrowed_checkpoint(
         layers_after=depth,
         chosen={**chosen, "model_type": config.model_type},
         calibration=tokens.summary() if tokens is not None else {},
-        artefacts={UNITS_FILE: _removed_units(kept, LayerWidths.of(work.config, family))},
+        artefacts={UNITS_FILE: _removed_units(kept, before, stream, work.config)},
     )
 
 
-def _removed_units(kept: Mapping[int, KeptUnits], before: LayerWidths) -> str:
+def _removed_units(
+    kept: Mapping[int, KeptUnits], before: LayerWidths, stream: Tensor | None, config: Any
+) -> str:
     def gone(indices: Tensor, count: int) -> list[int]:
         return sorted(set(range(count)) - set(indices.tolist()))
 
@@ -172,4 +178,6 @@ def _removed_units(kept: Mapping[int, KeptUnits], before: LayerWidths) -> str:
         }
         for layer, units in kept.items()
     }
+    if stream is not None:
+        removed["stream"] = gone(stream, int(config.hidden_size))
     return json.dumps(removed) + "\n"

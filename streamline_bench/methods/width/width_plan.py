@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,13 +29,18 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import LazyTensors, layers_prefix
 from streamline_bench.core.forward import hidden_of
 from streamline_bench.core.streaming import held_layer, layer_copy
-from streamline_bench.core.surgery import model_sizes
+from streamline_bench.core.surgery import Removal, model_sizes
 from streamline_bench.errors import (
     ArchitectureError,
     ResourceError,
     SparsityError,
     StreamlineBenchError,
     library_errors,
+)
+from streamline_bench.methods.width.stream_width import (
+    NarrowShapes,
+    resized_entries,
+    stored_axes,
 )
 from streamline_bench.modeling import register, streamline_config
 from streamline_bench.modeling.widths import (
@@ -98,9 +104,9 @@ class Prunable:
         return min(closest, self.widths.intermediate_size)
 
 
-@dataclass(frozen=True)
-class WidthPlan:
-    """How many units every prunable layer loses. Shares are of the source's parameters.
+@dataclass(frozen=True, kw_only=True)
+class WidthPlan(Removal):
+    """How many units every prunable layer loses.
 
     Attributes:
         layers: the layers that are pruned.
@@ -108,8 +114,6 @@ class WidthPlan:
         head_ratio, channel_ratio: the shares removed, in whole heads.
         head_units, channels: how many each of the layers loses.
         widths: what each of the layers keeps.
-        removed, total, embeddings: parameters.
-        reached, reached_without_embeddings, requested: shares of parameters.
     """
 
     layers: tuple[int, ...]
@@ -119,12 +123,6 @@ class WidthPlan:
     head_units: int
     channels: int
     widths: LayerWidths
-    removed: int
-    total: int
-    embeddings: int
-    reached: float
-    reached_without_embeddings: float
-    requested: float | None
 
 
 def prunable(
@@ -298,8 +296,6 @@ def _plan(
         removed=removed,
         total=units.total,
         embeddings=units.embeddings,
-        reached=removed / units.total,
-        reached_without_embeddings=removed / (units.total - units.embeddings),
         requested=requested,
     )
 
@@ -322,7 +318,10 @@ class KeptUnits:
 
 
 def sliced_tensors(
-    reader: CheckpointReader, config: Any, kept: Mapping[int, KeptUnits]
+    reader: CheckpointReader,
+    config: Any,
+    kept: Mapping[int, KeptUnits],
+    stream: Tensor | None = None,
 ) -> LazyTensors:
     """Return the tensors that change when some layers keep some of their heads and channels.
 
@@ -333,18 +332,29 @@ def sliced_tensors(
         reader: the source.
         config: its transformers config.
         kept: layer -> what it keeps; layers that are not listed keep all.
+        stream: channels of the residual stream that stay, increasing; None: all.
     """
     family = architecture_of(config)
     widths, prefix = LayerWidths.of(config, family), layers_prefix(reader, family)
     present = set(reader.names)
-    slices: dict[str, tuple[int, Tensor]] = {}
+    slices: dict[str, dict[int, Tensor]] = defaultdict(dict)
     parts = projection_parts(family, widths, config)
     for layer, units in kept.items():
-        for tensor, place in _slices(parts, units, widths).items():
+        for tensor, (dim, lines) in _slices(parts, units, widths).items():
             name = f"{prefix}.{layer}.{tensor}"
             if name in present:
-                slices[name] = place
-    return LazyTensors(slices, lambda name: reader.tensor(name).index_select(*slices[name]))
+                slices[name][dim] = lines
+    if stream is not None:
+        for name, dims in stored_axes(reader, config).items():
+            slices[name] |= dict.fromkeys(dims, stream)
+
+    def sliced(name: str) -> Tensor:
+        tensor = reader.tensor(name)
+        for dim, lines in slices[name].items():
+            tensor = tensor.index_select(dim, lines)
+        return tensor
+
+    return LazyTensors(slices, sliced)
 
 
 def _slices(
@@ -426,12 +436,18 @@ _NARROW_ERROR = 0.02
 """Share of a layer's output; rounding of bfloat16 stays below."""
 
 
-def narrowed_config(config: Any, widths: Mapping[int, LayerWidths]) -> Any:
+def narrowed_config(
+    config: Any, widths: Mapping[int, LayerWidths], hidden: int | None = None
+) -> Any:
     """Return the config of the result, of the most widely understood kind that can hold it.
 
     Args:
         config: of the source.
         widths: layer -> its widths; layers that are not listed keep theirs.
+        hidden: channels of the residual stream; None: all.
+
+    Raises:
+        ArchitectureError: no stock class holds fewer channels of the stream.
     """
     register()
     family = architecture_of(config)
@@ -440,9 +456,14 @@ def narrowed_config(config: Any, widths: Mapping[int, LayerWidths]) -> Any:
     layers = [widths.get(layer, source) for layer in range(depth)]
     if len(set(layers)) == 1:
         for model_type in (family.model_type, family.any_heads):
-            found = _stock_config(config, model_type, layers[0]) if model_type else None
+            found = _stock_config(config, model_type, layers[0], hidden) if model_type else None
             if found is not None:
                 return found
+        if hidden is not None:
+            raise ArchitectureError(
+                f"No class of model type '{family.model_type}' holds a hidden size of {hidden} "
+                f"with {layers[0].num_attention_heads} heads; choose another embedding_multiple."
+            )
         log.warning(
             "No stock class holds %d heads and %d channels of model type '%s'; the result is of "
             "model type 'streamline'.",
@@ -451,11 +472,15 @@ def narrowed_config(config: Any, widths: Mapping[int, LayerWidths]) -> Any:
     return streamline_config(config, layer_widths=layers)
 
 
-def _stock_config(config: Any, model_type: str, widths: LayerWidths) -> Any | None:
+def _stock_config(
+    config: Any, model_type: str, widths: LayerWidths, hidden: int | None
+) -> Any | None:
     """Return a stock config with these widths in all layers; None if its model is another one."""
     family = architecture_of(config)
     entries = config.to_dict() | widths.entries(family)
-    if widths.num_attention_heads != config.num_attention_heads:
+    if hidden is not None:
+        entries = resized_entries(config, hidden, widths)
+    elif widths.num_attention_heads != config.num_attention_heads:
         entries["head_dim"] = head_size(config)
     config_class: Any = CONFIG_MAPPING[model_type]
     if model_type != config.model_type:
@@ -463,9 +488,12 @@ def _stock_config(config: Any, model_type: str, widths: LayerWidths) -> Any | No
     try:
         with library_errors(f"A config of {model_type}"):
             made = config_class.from_dict(entries)
-            depth = getattr(config, family.depth_key)
-            own = streamline_config(config, layer_widths=[widths] * depth)
-            same = _shapes(made) == _shapes(own)
+            if hidden is not None:
+                wanted = NarrowShapes(config).shapes(hidden, widths)
+            else:
+                depth = getattr(config, family.depth_key)
+                wanted = _shapes(streamline_config(config, layer_widths=[widths] * depth))
+            same = _shapes(made) == wanted
     except ResourceError:
         raise
     except StreamlineBenchError as error:

@@ -386,12 +386,12 @@ def test_the_lowest_units_go_and_of_equals_the_first() -> None:
         channel=torch.arange(64.0).flip(0),
     )
     plan = plan_widths(prunable(config), range(6), ratio=0.25)
-    kept = keep_units(scores, plan)
+    kept = keep_units(scores, plan.head_units, plan.channels)
     assert kept.key_value.tolist() == [1, 2, 3]  # 10, 10, 11, 15: the first of the equals goes
     assert kept.query.tolist() == [2, 3, 4, 5, 6, 7]
     assert kept.channel.tolist() == list(range(48))
     plan = plan_widths(prunable(config, "q_within"), range(6), ratio=0.5)
-    kept = keep_units(scores, plan, "q_within")
+    kept = keep_units(scores, plan.head_units, plan.channels, "q_within")
     assert kept.query.tolist() == [0, 3, 5, 7]
     assert kept.key_value.tolist() == [0, 1, 2, 3]
 
