@@ -37,15 +37,15 @@ def stream_axes(config: Any) -> dict[str, Shape]:
     Raises:
         ArchitectureError: other parts of the family follow from the hidden size.
     """
-    family, hidden = architecture_of(config), int(config.hidden_size)
-    entries = resized_entries(config, 2 * hidden, LayerWidths.of(config, family))
-    before = meta_model(config)
+    family = architecture_of(config)
     with library_errors(
         _cannot(family, "it takes no other hidden size"), _ADVICE, ArchitectureError
     ):
-        after = meta_model(type(config).from_dict(entries))
-    _compare_numbers(before, after, family)
-    own, wide = _shapes_of(before), _shapes_of(after)
+        hidden = int(config.hidden_size)
+        entries = resized_entries(config, 2 * hidden, LayerWidths.of(config, family))
+        before, after = meta_model(config), meta_model(type(config).from_dict(entries))
+        _compare_numbers(before, after, family)
+        own, wide = _shapes_of(before), _shapes_of(after)
     axes = {}
     for name, shape in own.items():
         other = wide.get(name, ())
