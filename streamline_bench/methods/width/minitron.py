@@ -25,8 +25,6 @@ paper's own text is private; here it is the recipe's.
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -38,10 +36,10 @@ from torch import Tensor
 
 from streamline_bench.core.architecture import Architecture, architecture_of, depth_of, undecided
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.machine.ranks import current
 from streamline_bench.errors import ArchitectureError, SparsityError
-from streamline_bench.methods.base import Compressed, Compression, Method, write_compressed
+from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.activations import require_finite, visit_inputs
+from streamline_bench.methods.tools.steps import step_on
 from streamline_bench.methods.width.llm_pruner import UnitScores, highest, keep_units
 from streamline_bench.methods.width.minitron_sizes import (
     Aggregation,
@@ -57,7 +55,6 @@ from streamline_bench.methods.width.narrowing import (
 )
 from streamline_bench.methods.width.stream_width import NarrowShapes
 from streamline_bench.methods.width.width_plan import HeadUnit, KeptUnits, Prunable
-from streamline_bench.modeling.loading import SourceModel
 from streamline_bench.modeling.widths import (
     LayerWidths,
     fixed_channels,
@@ -172,20 +169,11 @@ def _narrowed(
     stream: Tensor,
     options: MinitronParameters,
 ) -> Compression:
-    """Write the model of a step into the work folder, and return it to be looked at."""
-    folder = work.work / "step"
+    """Write what earlier steps left into the work folder, and return it to be looked at."""
+    narrow = stream if "stream" in options.axes else None
+    result = narrowed_checkpoint(work, kept, {}, None, stream=narrow)
     work.release_model()
-
-    def write() -> None:
-        shutil.rmtree(folder, ignore_errors=True)  # of the step before, or an interrupted attempt
-        folder.mkdir()
-        narrow = stream if "stream" in options.axes else None
-        result = narrowed_checkpoint(work, kept, {}, None, stream=narrow)
-        write_compressed(folder, work.reader, result, progress=work.progress)
-
-    current().first(write)
-    source = SourceModel(folder, work.source.trust_remote_code, work.progress)
-    return dataclasses.replace(work, source=source, scans=None)
+    return step_on(work, result, work.work / "step", {})
 
 
 def importance(
