@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
@@ -84,9 +85,19 @@ def _curve_axes(low: float, high: float, last: int, kind: str) -> list[str]:
     label = f"step{', loss on a log scale' if kind else ''}"
     return [
         f'<path class="axis" d="M{_LEFT} {_TOP}V{bottom}H{right}"/>',
-        f'<text x="{_LEFT - 6}" y="{_TOP + 8}" class="end">{high:.3g}</text>',
-        f'<text x="{_LEFT - 6}" y="{bottom}" class="end">{low:.3g}</text>',
+        f'<text x="{_LEFT - 6}" y="{_TOP + 8}" class="end">{_short(high)}</text>',
+        f'<text x="{_LEFT - 6}" y="{bottom}" class="end">{_short(low)}</text>',
         f'<text x="{_LEFT}" y="{bottom + 16}">0</text>',
         f'<text x="{right}" y="{bottom + 16}" class="end">{last}</text>',
         f'<text x="{(_LEFT + right) / 2}" y="{bottom + 24}" class="mid">{label}</text>',
     ]
+
+
+def _short(loss: float) -> str:
+    """Three digits or, where these are too long for the space on the left, two and an exponent."""
+    text = f"{loss:.3g}"
+    if len(text) <= 6:
+        return text
+    if 1000 <= loss < 1e6:
+        return f"{loss:.0f}"
+    return re.sub(r"e([+-])0*", lambda sign: f"e{sign[1].strip('+')}", f"{loss:.1e}")

@@ -40,3 +40,12 @@ def test_curve_without_losses_is_empty() -> None:
     nan = float("nan")
     assert curve_svg([point(1, nan, nan)]) == ""
     ElementTree.fromstring(curve_svg([point(0, 0.0, 0.0)]))
+
+
+def test_a_loss_is_written_in_few_letters() -> None:
+    for high, low, written in (
+        (2370.4, 4.45, ("2370", "4.45")),
+        (1.23e7, 1.2e-4, ("1.2e7", "1.2e-4")),
+    ):
+        root = ElementTree.fromstring(curve_svg([point(0, high, high), point(9, low, low)]))
+        assert [text.text for text in root.iter() if text.tag.endswith("text")][:2] == [*written]
