@@ -116,7 +116,9 @@ class _Inputs:
             if self._lengths is None:
                 self._visit(layer, path, *rows)
                 return
-            for sequence in zip(*(each.split_with_sizes(self._lengths) for each in rows), strict=True):
+            for sequence in zip(
+                *(each.split_with_sizes(self._lengths) for each in rows), strict=True
+            ):
                 self._visit(layer, path, *sequence)
 
         return before
