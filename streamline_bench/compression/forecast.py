@@ -20,6 +20,7 @@ from streamline_bench.core.surgery import model_sizes
 from streamline_bench.core.training.head import positions_at_once
 from streamline_bench.core.training.loop import STATE_ERRORS
 from streamline_bench.methods.base import get_method
+from streamline_bench.methods.tools.selection import LayerSelection
 from streamline_bench.modeling.loading import SourceModel, dtype_name
 
 Parts = dict[str, int]
@@ -298,6 +299,8 @@ class _Job:
         layered = recipe.replacement.kind == "layer"
         count = recipe.replacement.layers * sizes.layer if layered else 0
         count = count or network_parameters(recipe.replacement, self.config)
+        if spec.objective not in STATE_ERRORS:  # which train one after the other
+            count *= self._cuts
         if spec.objective == "none":
             yield "replacement", self._weights() | {"weights of the replacement": 4 * count}
             return
@@ -333,9 +336,17 @@ class _Job:
             return 0
         tokens, length = _tokens_of(spec.data, self.config)
         per_epoch = ceil(tokens / length / (spec.batch_size * spec.gradient_accumulation))
-        size = 2 * self.sizes.state(tokens)
+        size = 2 * self.sizes.state(tokens) * self._cuts
         again = spec.epochs > 1 or spec.min_steps > per_epoch
         return size if again and size <= spec.cache_gb * 1e9 else 0
+
+    @property
+    def _cuts(self) -> int:
+        """Replacements that are trained, as far as that is known before."""
+        method = get_method(self.recipe.method)
+        if not isinstance(method, LayerSelection):
+            return 1
+        return method.cuts(method.parameters.model_validate(self.recipe.parameters))
 
     def _recovery(self) -> Parts:
         sizes, recovery = self.sizes, self.recipe.recovery

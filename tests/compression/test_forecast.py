@@ -128,6 +128,9 @@ def test_states_that_a_training_of_several_epochs_keeps_in_files(half_model: Pat
     assert files(**{"training.epochs": 3}) == 2 * 8 * 32 * WIDTH * 4
     assert files(**{"training.min_steps": 100}) == 2 * 8 * 32 * WIDTH * 4
     assert files(**{"training.epochs": 3, "training.cache_gb": 0}) == files() == 0
+    listed = {"method": "given_layers", "parameters": {"layers": [1, 2, 4, 5]}}
+    of_two = {"parameters.selection": listed, "n_layers": 2, "training.epochs": 3}
+    assert files(**of_two) == 2 * 2 * 8 * 32 * WIDTH * 4
 
 
 @pytest.mark.usefixtures("bare")

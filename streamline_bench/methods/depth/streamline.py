@@ -106,6 +106,11 @@ class Streamline(OnSelection, LayerSelection):
         found: str = options.words()
         return found
 
+    def cuts(self, options: Any) -> int:
+        """The runs of neighbours that are removed, as far as they are known before."""
+        found: int = options.cuts
+        return found
+
     def select(self, work: Compression, options: Any, plan: SizePlan) -> Selected:
         """Return the layers that would go at once.
 

@@ -397,7 +397,7 @@ class AnySelection(BlockSearch, SelectedBy):
         Args:
             parameters: of one network. More layers are removed where they take up much.
         """
-        networks, needed = 0, self._cuts
+        networks, needed = 0, self.cuts
         while needed > networks:
             networks = needed
             plan = size_plan(work, networks * parameters)
@@ -415,7 +415,7 @@ class AnySelection(BlockSearch, SelectedBy):
             SparsityError: there are too few layers, a run is no longer than what it would get, or
                 no number of runs stays.
         """
-        plan, cuts, tried = size_plan(work), self._cuts, list[int]()
+        plan, cuts, tried = size_plan(work), self.cuts, list[int]()
         while cuts not in tried:
             tried.append(cuts)
             total = plan.n_layers + cuts * new
@@ -437,7 +437,8 @@ class AnySelection(BlockSearch, SelectedBy):
         )
 
     @property
-    def _cuts(self) -> int:
+    def cuts(self) -> int:
+        """How many runs of neighbours are removed, as far as that is known before; else 1."""
         chosen = self.selection
         return 1 if chosen is None else chosen.selector.cuts(chosen.options)
 
