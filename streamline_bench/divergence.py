@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,17 @@ from streamline_bench.core.data.leading_tokens import (
     leading_tokens,
     with_leading_once,
 )
-from streamline_bench.errors import CalibrationError, ComparisonError, NumericsError, library_errors
+from streamline_bench.errors import (
+    CalibrationError,
+    ComparisonError,
+    NumericsError,
+    ResourceError,
+    StreamlineBenchError,
+    library_errors,
+)
+from streamline_bench.harness.trunk.partial import States, partial_pass
+from streamline_bench.harness.trunk.stack import Stack, legs_of, read_stack, root_difference
+from streamline_bench.harness.trunk.weights import WeightPool, agree
 from streamline_bench.modeling.loading import load_model, load_tokenizer
 from streamline_bench.stability.estimate import exponential
 from streamline_bench.stability.statistics.intervals import mean_per_unit
@@ -110,27 +121,173 @@ def token_divergence(
         ComparisonError: the vocabularies differ.
         NumericsError: a logit is not finite; model and document are named.
     """
-    folders = resolve_pretrained(dense), resolve_pretrained(pruned)
-    tokenizer = load_tokenizer(folders[0], trust_remote_code=trust_remote_code)
-    trusted = trust_remote_code, trust_remote_code if trust_pruned is None else trust_pruned
-    models = [
-        load_model(folder, device=device, dtype=dtype, trust_remote_code=trust)
-        for folder, trust in zip(folders, trusted, strict=True)
-    ]
-    limits = [sequence_limit(model.config.get_text_config()) for model in models]
-    window = min([window, *(limit for limit in limits if limit)])
-    vocabulary = min(model.get_input_embeddings().weight.shape[0] for model in models)
-    rows: list[tuple[float, ...]] = []
-    with tqdm(desc="token divergence", unit="window", delay=2, disable=not progress) as bar:
-        windows = _windows(texts, tokenizer, window, vocabulary)
-        while batch := list(itertools.islice(windows, batch_size)):
-            rows += _compare(models, batch, device)
-            bar.update(len(batch))
-    if not rows:
-        raise CalibrationError(
-            "None of the texts has two tokens, so that no token can be predicted; give more text."
-        )
-    return _result(rows, window, confidence, begins_with(leading_tokens(tokenizer), tokenizer))
+    trusted = trust_remote_code if trust_pruned is None else trust_pruned
+    found = token_divergences(
+        dense, {"": Other(pruned, trusted)}, lambda: texts, window=window, batch_size=batch_size,
+        device=device, dtype=dtype, confidence=confidence, trust_remote_code=trust_remote_code,
+        progress=progress,
+    )[""]  # fmt: skip
+    if isinstance(found, StreamlineBenchError):
+        raise found
+    return found
+
+
+class Other(NamedTuple):
+    """What is compared with the dense model: checkpoint folder or hub name; may it run its code."""
+
+    name: str | Path
+    trusted: bool = False
+
+
+def token_divergences(
+    dense: str | Path,
+    others: Mapping[str, Other],
+    texts: Callable[[], Iterable[str]],
+    *,
+    window: int = 2048,
+    batch_size: int = 1,
+    device: str = "cpu",
+    dtype: str = "float32",
+    confidence: float = 0.95,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> dict[str, TokenDivergence | StreamlineBenchError]:
+    """Compare several checkpoints with the dense model, with the results of each by itself.
+
+    The dense model runs once for all of them, and of each only the layers from the first one on
+    that is not the dense model's. All are in memory with equal weights held once; those that do not
+    fit, or read other windows or other tokens, are compared after the others.
+
+    Args:
+        others: label -> checkpoint.
+        texts: gives the documents, from the first one on whenever it is called.
+
+    Returns:
+        Label -> result, or why there is none. For all else see :func:`token_divergence`.
+
+    Raises:
+        CalibrationError: the tokenizer cannot be loaded, or a text cannot be tokenised.
+        CheckpointError: the dense checkpoint cannot be loaded.
+    """
+    folder = resolve_pretrained(dense)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    how: dict[str, Any] = {"device": device, "dtype": dtype}
+    found: dict[str, TokenDivergence | StreamlineBenchError] = {}
+    while left := {label: other for label, other in others.items() if label not in found}:
+        party = _Party(load_model(folder, trust_remote_code=trust_remote_code, **how), window)
+        stack = _stack(folder, trust_remote_code, dtype) if len(left) > 1 else None
+        for label, other in left.items():
+            try:
+                party.add(label, other, stack, how)
+            except StreamlineBenchError as error:
+                if not (party.rows and isinstance(error, ResourceError)):
+                    found[label] = error
+        with tqdm(desc="token divergence", unit="window", delay=2, disable=not progress) as bar:
+            windows = _windows(texts(), tokenizer, party.window, party.vocabulary)
+            while party.rows and (batch := list(itertools.islice(windows, batch_size))):
+                found |= party.compare(batch, device)
+                bar.update(len(batch))
+        begins = begins_with(leading_tokens(tokenizer), tokenizer)
+        for label, row in party.rows.items():
+            found[label] = _result(row.sums, party.window, confidence, begins) if row.sums else (
+                CalibrationError(
+                    "None of the texts has two tokens, so that no token can be predicted; give "
+                    "more text."
+                )
+            )  # fmt: skip
+    return found
+
+
+class _Row:
+    """A model that is compared: it sets out from the dense model's states at ``start``."""
+
+    def __init__(self, model: Any, stack: Stack | None, start: int) -> None:
+        self.model = model
+        self.start = start
+        self.sums: list[tuple[float, ...]] = []
+        self._stack = stack
+
+    def logits(self, ids: Tensor, mask: Tensor, states: States, keep: Collection[int]) -> Tensor:
+        """Return ``[batch, seq, vocabulary]``; the states at the boundaries ``keep`` are kept."""
+        part: AbstractContextManager[None] = nullcontext()
+        if self._stack is not None:
+            steps = self._stack.steps
+            part = partial_pass(self.model, steps, start=self.start, states=states, keep=keep)
+        with part:
+            output = self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        logits: Tensor = output.logits
+        return logits
+
+
+class _Party:
+    """The dense model and those that are compared with it at the same time.
+
+    Attributes:
+        rows: by label.
+        window, vocabulary: tokens of a window, and tokens that there are, for all of them.
+    """
+
+    def __init__(self, dense: Any, window: int) -> None:
+        self.rows: dict[str, _Row] = {}
+        self.window, self.vocabulary = window, 0
+        self._dense, self._asked = dense, window
+        self._stack: Stack | None = None
+        self._pool = WeightPool()
+        self._pool.share(dense)
+
+    def add(self, label: str, other: Other, stack: Stack | None, how: Mapping[str, Any]) -> None:
+        """Load a model, unless it reads other windows or tokens than those that are there.
+
+        Args:
+            stack: of the dense model; None: nothing is shared with it.
+            how: what models are loaded with.
+
+        Raises:
+            ResourceError: the memory does not hold it.
+            StreamlineBenchError: it cannot be loaded.
+        """
+        folder = resolve_pretrained(other.name)
+        model = load_model(folder, trust_remote_code=other.trusted, **how)
+        limits = [sequence_limit(each.config.get_text_config()) for each in (self._dense, model)]
+        window = min([self._asked, *(limit for limit in limits if limit)])
+        sizes = [each.get_input_embeddings().weight.shape[0] for each in (self._dense, model)]
+        if self.rows and (window, min(sizes)) != (self.window, self.vocabulary):
+            return
+        self.window, self.vocabulary = window, min(sizes)
+        self._pool.share(model)
+        own = None if stack is None else _stack(folder, other.trusted, how["dtype"])
+        start = 0
+        if stack is not None and own is not None and root_difference(own, stack) is None:
+            start = legs_of(["dense", "row"], {"dense": stack, "row": own})[1].start
+            if not agree(self._dense, model, own, start):
+                start = 0
+        self._stack = stack
+        self.rows[label] = _Row(model, own, start)
+
+    def compare(self, batch: Sequence[_Window], device: str) -> dict[str, StreamlineBenchError]:
+        """Add a batch to the sums of all rows; return label -> why a row has left the party."""
+        left: dict[str, StreamlineBenchError] = {}
+        ids, mask = (each.to(device) for each in _padded(batch))
+        states: States = {}
+        keep = {row.start for row in self.rows.values() if row.start}
+        with torch.inference_mode():
+            dense = _Row(self._dense, self._stack, 0).logits(ids, mask, states, keep)
+            for label, row in self.rows.items():
+                try:
+                    row.sums += _sums(dense, row.logits(ids, mask, states, ()), batch)
+                except (ComparisonError, NumericsError) as error:
+                    left[label] = error
+        for label in left:
+            del self.rows[label]
+        return left
+
+
+def _stack(folder: Path, trusted: bool, dtype: str) -> Stack | None:
+    """Return the names of a model's layers; None if they cannot be told apart."""
+    try:
+        return read_stack(folder, dtype=dtype, trust_remote_code=trusted, progress=False)
+    except StreamlineBenchError:
+        return None
 
 
 def _windows(
@@ -152,31 +309,32 @@ def _windows(
                 yield _Window(document, part.tolist(), first)
 
 
-def _compare(models: list[Any], batch: list[_Window], device: str) -> list[tuple[float, ...]]:
+def _padded(batch: Sequence[_Window]) -> tuple[Tensor, Tensor]:
+    """Return ids and mask, int64 ``[windows, longest]``."""
     longest = max(len(window.ids) for window in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, window in enumerate(batch):
         ids[row, : len(window.ids)] = torch.tensor(window.ids)
         mask[row, : len(window.ids)] = 1
-    with torch.inference_mode():
-        dense, pruned = (
-            model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-            for model in models
+    return ids, mask
+
+
+def _sums(dense: Tensor, pruned: Tensor, batch: Sequence[_Window]) -> list[tuple[float, ...]]:
+    """Document, tokens and :func:`_window_sums` of each window of a batch."""
+    if dense.shape != pruned.shape:
+        raise ComparisonError(
+            f"The dense model has {dense.shape[-1]} tokens in its vocabulary and the pruned one "
+            f"{pruned.shape[-1]}; their token distributions cannot be compared."
         )
-        if dense.shape != pruned.shape:
-            raise ComparisonError(
-                f"The dense model has {dense.shape[-1]} tokens in its vocabulary and the pruned "
-                f"one {pruned.shape[-1]}; their token distributions cannot be compared."
-            )
-        return [
-            (
-                window.document,
-                len(window.ids) - window.first,
-                *_window_sums(dense[row], pruned[row], window),
-            )
-            for row, window in enumerate(batch)
-        ]
+    return [
+        (
+            window.document,
+            len(window.ids) - window.first,
+            *_window_sums(dense[row], pruned[row], window),
+        )
+        for row, window in enumerate(batch)
+    ]
 
 
 def _window_sums(dense: Tensor, pruned: Tensor, window: _Window) -> list[float]:

@@ -5,15 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from scipy.special import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from streamline_bench.divergence import TokenDivergence, _result, token_divergence
-from streamline_bench.errors import CalibrationError, ComparisonError, NumericsError
+from streamline_bench.divergence import (
+    Other,
+    TokenDivergence,
+    _result,
+    token_divergence,
+    token_divergences,
+)
+from streamline_bench.errors import (
+    CalibrationError,
+    CheckpointError,
+    ComparisonError,
+    NumericsError,
+)
 
 SOURCE = np.random.default_rng(0)
 TEXTS = [
@@ -136,6 +149,54 @@ def test_nan_names_the_model_and_the_document(models: tuple[Path, Path], tmp_pat
     broken.save_pretrained(tmp_path)
     with pytest.raises(NumericsError, match="The pruned model's logits are not finite on document"):
         token_divergence(models[0], tmp_path, TEXTS[2:], progress=False)
+
+
+def test_several_share_the_dense_pass_and_their_lower_layers(
+    models: tuple[Path, Path],
+    make_tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the bit as each by itself; one that fails, or reads other windows, leaves the others."""
+    for name, layers in (("middle", [0, 1, 5]), ("broken", [0, 1])):
+        model = AutoModelForCausalLM.from_pretrained(models[0])
+        model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in layers)
+        model.config.num_hidden_layers, model.config.layer_types = len(layers), None
+        if name == "broken":
+            model.model.norm.weight.data[0] = math.nan
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(models[0]).save_pretrained(tmp_path / name)
+    folders = {
+        "prefix": models[1],
+        "broken": tmp_path / "broken",
+        "short": make_tiny_model("llama", max_position_embeddings=16),
+        "middle": tmp_path / "middle",
+        "absent": tmp_path / "absent",
+        "wider": make_tiny_model("llama", vocab_size=120),
+    }
+    run = []
+    layer = transformers.models.llama.modeling_llama.LlamaDecoderLayer
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *a, **k: run.append(1) or forward(*a, **k))
+
+    def compared(*names: str) -> dict[str, Any]:
+        run.clear()
+        others = {name: Other(folders[name]) for name in names}
+        return token_divergences(
+            models[0], others, lambda: TEXTS, batch_size=len(TEXTS), progress=False
+        )
+
+    together = compared("prefix", "middle")
+    # Six of the dense model, none of its first four, and what is left of the third model.
+    assert len(run) == 6 + 0 + 1
+    together = compared(*folders)
+    for name in ("prefix", "middle", "short"):
+        alone = token_divergence(models[0], folders[name], TEXTS, batch_size=9, progress=False)
+        assert together[name] == alone, name
+    assert together["short"].window == 16 != together["prefix"].window
+    kinds = {"broken": NumericsError, "absent": CheckpointError, "wider": ComparisonError}
+    for name, kind in kinds.items():
+        assert isinstance(together[name], kind), name
 
 
 def test_intervals_stay_where_the_numbers_can_be() -> None:

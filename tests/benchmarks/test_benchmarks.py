@@ -139,6 +139,43 @@ def test_search(measure: Any, how: str, searched: tuple[Any, CalibrationTokens])
     assert found == search_vs_naive.naive_sleb(model, tokens, 1)
 
 
+@pytest.fixture(scope="module")
+def depth_pruned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The bundled model without three of its twelve layers, cut at four places."""
+    from streamline_bench.compression import compress, load_recipe
+
+    folder, made = tmp_path_factory.mktemp("text"), {}
+    for start in (3, 5, 7, 9):
+        given = {"method": "given_layers", "parameters": {"layers": list(range(start, start + 3))}}
+        recipe = load_recipe("random_layers", {"n_layers": 3}).model_copy(update=given)
+        made[str(start)] = compress("bundled", recipe, folder / str(start), progress=False)
+    return made
+
+
+@pytest.mark.benchmark(group="text")
+@pytest.mark.parametrize("how", ["apart", "together"])
+def test_text(measure: Any, how: str, depth_pruned: dict[str, Path]) -> None:
+    """Token distributions of four depth-pruned models against the dense one's, files included."""
+    from streamline_bench.divergence import Other, token_divergence, token_divergences
+
+    others = {label: Other(folder) for label, folder in depth_pruned.items()}
+    text = " ".join(f"the cat saw {i} dogs near the old house ." for i in range(400))
+    options: dict[str, Any] = {"window": 128, "batch_size": 16, "device": DEVICE, "progress": False}
+
+    def apart() -> dict[str, Any]:
+        return {
+            k: token_divergence("bundled", v.name, [text], **options) for k, v in others.items()
+        }
+
+    def together() -> dict[str, Any]:
+        return token_divergences("bundled", others, lambda: [text], **options)
+
+    found = measure({"apart": apart, "together": together}[how], rounds=3)
+    assert len({each.kl.value for each in found.values()}) == 4
+    if how == "together":
+        assert found["7"] == token_divergence("bundled", others["7"].name, [text], **options)
+
+
 @pytest.mark.benchmark(group="distillation")
 @pytest.mark.parametrize("step", ["forward", "train"])
 def test_distillation(

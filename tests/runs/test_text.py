@@ -16,9 +16,11 @@ from run_jobs import InProcess
 from streamline_bench.cli.stability import by_text as command
 from streamline_bench.divergence import token_divergence
 from streamline_bench.errors import StreamlineBenchError
+from streamline_bench.runs.execution.scheduler import Scheduler
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.kinds import TextJob
 from streamline_bench.runs.jobs.planned import plan_jobs
+from streamline_bench.runs.jobs.score import ScoreJob
 from streamline_bench.runs.planning.plan import Plan, TextPlan
 from streamline_bench.runs.planning.request import Request
 from streamline_bench.runs.planning.resolve import resolve_plan
@@ -203,6 +205,30 @@ def test_every_row_is_compared_on_the_text_once(
         json.loads((run / "leaderboard.json").read_text(encoding="utf-8"))["rows"][1]["divergence"]
         == shown["last_layers"]
     )
+
+
+@pytest.mark.parametrize("trunk", [True, False])
+def test_rows_are_compared_in_one_process_as_apart(
+    asking: Callable[..., Request], tmp_path: Path, trunk: bool
+) -> None:
+    names = {"last_layers", "first_layers"}
+    plan, run = resolve_plan(asking(recipes=sorted(names))), RunPaths(tmp_path / "run")
+    jobs = [job for job in plan_jobs(plan, trunk=trunk) if not isinstance(job, ScoreJob)]
+    done = Scheduler(run, InProcess(), retries=0, one_process=False, watch=lambda _: None)
+    done.do(jobs)
+    texts = [job for job in jobs if isinstance(job, TextJob)]
+    assert {job.label for job in texts} == names
+    for job in texts:
+        state = done.states[job.name]
+        assert state.status == "done"
+        assert state.done is not None
+        assert set(state.done.facts.together) == (names if trunk else set())
+        assert state.process is not None
+        assert state.process.startswith("text-together-") == trunk
+        found = run.divergence(job.place).read_text("utf-8")
+        again = job.work(run)
+        assert run.divergence(job.place).read_text("utf-8") == found
+        assert again.command == state.done.command
 
 
 @pytest.mark.slow

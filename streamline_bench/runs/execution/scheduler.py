@@ -7,7 +7,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from streamline_bench.core.machine.environment import printable
 from streamline_bench.errors import StreamlineBenchError
@@ -22,7 +22,9 @@ from streamline_bench.runs.jobs.job import (
     read_done,
     read_failed,
 )
+from streamline_bench.runs.jobs.kinds import TextJob, text_together_job
 from streamline_bench.runs.jobs.score import ScoreJob, score_together_job
+from streamline_bench.runs.planning.plan import digest
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class JobState:
 
     Attributes:
         tries: attempts in this run of the command.
-        process: name of the job whose process does it: its own, or of several scored together.
+        process: name of the job whose process does it: its own, or of several done together.
         twin: name of the job whose result is this one's.
         reason: why it failed or was skipped.
         done: its marker, once it is there.
@@ -137,12 +139,16 @@ class Scheduler:
         return found
 
     def _start_ready(self, waiting: Sequence[Job]) -> None:
-        together = [job for job in _shareable(waiting) if job.name not in self._alone]
+        together: list[ScoreJob | TextJob] = [*_shareable(waiting), *_shareable_texts(waiting)]
+        together = [job for job in together if job.name not in self._alone]
         for job in waiting:
             room = self._executor.has_room(job.kind)
             if room and job not in together and self._ready(job):
                 self._start(job)
-        for same in _by_question(together):
+        for text in _by_question(job for job in together if isinstance(job, TextJob)):
+            if all(map(self._ready, text)):
+                self._start_texts(text)
+        for same in _by_question(job for job in together if isinstance(job, ScoreJob)):
             if all(map(self._ready, same)):
                 if self._executor.has_room("score"):
                     self._start_together(same)
@@ -151,6 +157,13 @@ class Scheduler:
 
     def _ready(self, job: Job) -> bool:
         return all(self.states[name].succeeded for name in job.needs)
+
+    def _start_texts(self, jobs: list[TextJob]) -> None:
+        """Run the dense model once for all rows, or once on each of the GPUs there are."""
+        number = min(self._gpus, len(jobs))
+        for part in (jobs[first::number] for first in range(number)):
+            if self._executor.has_room("text"):
+                self._start(text_together_job(part))
 
     def _start_together(self, jobs: list[ScoreJob]) -> None:
         # Dense may have its result already; the others are compared with it.
@@ -225,7 +238,7 @@ class Scheduler:
                 why = _reason(self._run, ended)
                 self._alone[part.name] = f"its common process failed: {why}"
                 log.warning(
-                    "%s is scored alone, because its common process failed: %s",
+                    "%s is done alone, because its common process failed: %s",
                     part.label,
                     printable(why),
                 )
@@ -296,11 +309,22 @@ def _shareable(jobs: Iterable[Job]) -> list[ScoreJob]:
     return [job for job in jobs if isinstance(job, ScoreJob) and job.shareable]
 
 
-def _by_question(jobs: Iterable[ScoreJob]) -> list[list[ScoreJob]]:
+def _shareable_texts(jobs: Iterable[Job]) -> list[TextJob]:
+    return [job for job in jobs if isinstance(job, TextJob) and job.shareable]
+
+
+_Asked = TypeVar("_Asked", ScoreJob, TextJob)
+
+
+def _by_question(jobs: Iterable[_Asked]) -> list[list[_Asked]]:
     """Part jobs into those that are asked the same and loaded in the same way."""
-    found: dict[str, list[ScoreJob]] = {}
+    found: dict[str, list[_Asked]] = {}
     for job in jobs:
-        asked = f"{job.evaluation.model_dump_json()} {job.trust_remote_code}"
+        asked = f"{job.trust_remote_code} "
+        if isinstance(job, ScoreJob):
+            asked += job.evaluation.model_dump_json()
+        else:
+            asked += digest([job.model, job.revision, job.dtype, job.text.model_dump(mode="json")])
         found.setdefault(asked, []).append(job)
     return list(found.values())
 

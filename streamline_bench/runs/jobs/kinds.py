@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,10 +17,19 @@ from streamline_bench.core.files import atomic_write_text, staged_output
 from streamline_bench.core.machine.ranks import launched, run_in_ranks
 from streamline_bench.errors import CheckpointError, StreamlineBenchError
 from streamline_bench.runs.folder import RunPaths
-from streamline_bench.runs.jobs.job import Job, Result, command_line, last_line
-from streamline_bench.runs.planning.plan import ModelPlan, TextPlan
+from streamline_bench.runs.jobs.job import (
+    Facts,
+    Job,
+    Result,
+    command_line,
+    last_line,
+    write_done,
+    write_failed,
+)
+from streamline_bench.runs.planning.plan import ModelPlan, TextPlan, digest
 
 if TYPE_CHECKING:
+    from streamline_bench.stability.texts import TokenDivergence
     from streamline_bench.throughput import ServingLoad, Workload
 
 _TOKENS = 2048
@@ -143,6 +153,7 @@ class TextJob(Job):
 
     Attributes:
         other: what is compared where it was made elsewhere; None: the row's checkpoint.
+        shareable: it may be done in one process with others, the dense model run once.
     """
 
     kind: Literal["text"] = "text"
@@ -150,6 +161,7 @@ class TextJob(Job):
     text: TextPlan
     dtype: str
     other: ModelPlan | None = None
+    shareable: bool = False
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -167,38 +179,130 @@ class TextJob(Job):
         return [run.divergence(self.place)]
 
     def work(self, run: RunPaths) -> Result:
-        from streamline_bench.divergence import read_texts, token_divergence
+        from streamline_bench.divergence import token_divergence
+
+        compared = token_divergence(
+            self.source(),
+            self.compared(run),
+            self._documents(),
+            trust_pruned=self.other.trust_remote_code if self.other else None,
+            **self._how(),
+        )
+        return self.publish(run, compared)
+
+    def together(
+        self, run: RunPaths, jobs: Sequence[TextJob]
+    ) -> dict[str, TokenDivergence | StreamlineBenchError]:
+        """Return label -> result of these jobs, which all ask what this one does."""
+        from streamline_bench.divergence import Other, token_divergences
+
+        others = {
+            job.label: Other(
+                job.compared(run),
+                job.other.trust_remote_code if job.other else job.trust_remote_code,
+            )
+            for job in jobs
+        }
+        return token_divergences(self.source(), others, self._documents, **self._how())
+
+    def _documents(self) -> Iterator[str]:
+        from streamline_bench.divergence import read_texts
         from streamline_bench.modeling.loading import load_tokenizer
 
-        text, folder = self.text, self.source()
-        tokenizer = load_tokenizer(folder, trust_remote_code=self.trust_remote_code)
-        batch_size = max(1, _TOKENS // text.window)
-        compared = token_divergence(
-            folder,
-            self.compared(run),
-            itertools.islice(read_texts(Path(text.file), text.field, tokenizer), text.documents),
-            window=text.window,
-            batch_size=batch_size,
-            device=self.device,
-            dtype=self.dtype,
-            trust_remote_code=self.trust_remote_code,
-            trust_pruned=self.other.trust_remote_code if self.other else None,
-        )
+        text = self.text
+        tokenizer = load_tokenizer(self.source(), trust_remote_code=self.trust_remote_code)
+        return itertools.islice(read_texts(Path(text.file), text.field, tokenizer), text.documents)
+
+    def _how(self) -> dict[str, Any]:
+        return {
+            "window": self.text.window,
+            "batch_size": max(1, _TOKENS // self.text.window),
+            "device": self.device,
+            "dtype": self.dtype,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+    def publish(
+        self, run: RunPaths, compared: TokenDivergence, facts: Facts | None = None
+    ) -> Result:
+        """Write the result, and return what there is to say about it."""
         # A checkpoint made elsewhere may have no folder yet, where its answers are another row's.
         run.divergence(self.place).parent.mkdir(exist_ok=True)
         atomic_write_text(run.divergence(self.place), compared.model_dump_json(indent=2) + "\n")
+        text, how = self.text, self._how()
         options = {
             "--text-field": text.field,
             "--documents": text.documents,
             "--window": text.window,
-            "--batch-size": batch_size,
+            "--batch-size": how["batch_size"],
             "--device": self.device,
             "--dtype": self.dtype,
             "--revision": self.revision,
         }
         other = self.other.name if self.other else run.checkpoint(self.place)
         words = ["divergence", self.model, other, text.file]
-        return Result(command_line(words, options, trust_remote_code=self.trust_remote_code))
+        command = command_line(words, options, trust_remote_code=self.trust_remote_code)
+        return Result(command, facts or Facts())
+
+
+class TextTogether(Job):
+    """Compare several rows on a text in one process, and mark each as done or failed.
+
+    Attributes:
+        jobs: those of the rows; all ask the same of the same dense model.
+    """
+
+    kind: Literal["text-together"] = "text-together"
+    jobs: tuple[TextJob, ...] = Field(min_length=2)
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.key[:8]}"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(job.label for job in self.jobs)
+
+    @property
+    def parts(self) -> Sequence[Job]:
+        return self.jobs
+
+    def products(self, run: RunPaths) -> list[Path]:
+        """Nothing of its own: each row has its marker."""
+        return []
+
+    def work(self, run: RunPaths) -> Result:
+        """Compare the rows; those without a mark are compared alone if this fails as a whole."""
+        began = time.monotonic()
+        found = self.jobs[0].together(run, self.jobs)
+        seconds = (time.monotonic() - began) / len(self.jobs)
+        for job in self.jobs:
+            compared = found[job.label]
+            if isinstance(compared, StreamlineBenchError):
+                write_failed(run, job.name, key=job.key, reason=str(compared))
+                continue
+            result = job.publish(run, compared, Facts(together=self.labels))
+            write_done(
+                run, job.name, key=job.key, seconds=seconds, products=job.products(run),
+                result=result,
+            )  # fmt: skip
+        return Result()
+
+
+def text_together_job(jobs: Sequence[TextJob]) -> Job:
+    """Return the job that does these in one process; of a single one, itself."""
+    if len(jobs) == 1:
+        return jobs[0]
+    first = jobs[0]
+    return TextTogether(
+        key=digest(["text together", [job.key for job in jobs]]),
+        model=first.model,
+        revision=first.revision,
+        device=first.device,
+        trust_remote_code=first.trust_remote_code,
+        environment=first.environment,
+        jobs=tuple(jobs),
+    )
 
 
 class MeasureJob(Job):

@@ -34,7 +34,8 @@ def plan_jobs(
     for row in plan.rows:
         jobs += _questions(plan, run, _scoring(plan, row, shareable=trunk))
     if plan.text is not None:
-        jobs += [_text(plan, row) for row in plan.rows if not row.dense and same_tokens(plan, row)]
+        rows = [row for row in plan.rows if not row.dense and same_tokens(plan, row)]
+        jobs += [_text(plan, row, shareable=trunk) for row in rows]
     for noise in plan.noise:
         again = _questions(plan, run, _repeating(plan, noise))
         jobs += [job for job in again if noise.only_engine in (None, job.evaluation.engine)]
@@ -195,7 +196,7 @@ def _repeating(plan: Plan, noise: NoisePlan) -> Maker:
     return make
 
 
-def _text(plan: Plan, row: PlanRow) -> TextJob:
+def _text(plan: Plan, row: PlanRow, *, shareable: bool) -> TextJob:
     text, dtype = plan.text, plan.evaluation.dtype or "float32"
     assert text is not None
     asked = [text.model_dump(mode="json", exclude={"file"}), dtype]
@@ -212,6 +213,7 @@ def _text(plan: Plan, row: PlanRow) -> TextJob:
         text=text,
         dtype=dtype,
         other=row.model if row.checkpoint else None,
+        shareable=shareable,
     )
 
 

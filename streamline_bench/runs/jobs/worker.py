@@ -20,11 +20,12 @@ from streamline_bench.core.machine.ranks import launched, say_once
 from streamline_bench.errors import StreamlineBenchError
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Job, count_attempt, write_done, write_failed
-from streamline_bench.runs.jobs.kinds import CompressJob, MeasureJob, TextJob
+from streamline_bench.runs.jobs.kinds import CompressJob, MeasureJob, TextJob, TextTogether
 from streamline_bench.runs.jobs.score import ScoreJob, ScoreTogether
 
 AnyJob = Annotated[
-    CompressJob | ScoreJob | ScoreTogether | TextJob | MeasureJob, Field(discriminator="kind")
+    CompressJob | ScoreJob | ScoreTogether | TextJob | TextTogether | MeasureJob,
+    Field(discriminator="kind"),
 ]
 """A job as ``job.json`` holds it."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from streamline_bench.harness.trunk.assembly import WeightPool, same_weights
+from streamline_bench.harness.trunk.weights import WeightPool, same_weights
 
 IDS = torch.tensor([[1, 5, 9, 40, 22, 7]])
 

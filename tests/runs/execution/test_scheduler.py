@@ -255,7 +255,7 @@ def test_rows_whose_common_process_fails_are_scored_alone(
     ]
     said = [record.getMessage() for record in caplog.records]
     assert [line.split()[0] for line in said] == ["dense", "a", "b"]
-    assert "is scored alone" in said[0]
+    assert "is done alone" in said[0]
     assert _asked(tmp_path, "score-a")["alone"].startswith("its common process failed: It ")
 
 
