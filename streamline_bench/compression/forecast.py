@@ -173,10 +173,11 @@ def _on_host(parts: Parts, sizes: _Sizes, streamed: bool) -> Parts:
         "weights": 0 if streamed else sizes.total * sizes.item,
         "copies for checkpoints": parts.pop(BEST, 0) // _TRAINED[BEST] * _CHECKPOINT,
         "buffers": parts.pop("buffers", 0),
+        STATES: parts.pop(STATES, 0),
     }
     if streamed:  # one layer computes, the next one is read
         parts[LAYER] = 2 * parts.get(LAYER, 0)
-        host |= {STATES: parts.pop(STATES, 0), "the next layer": sizes.layer * sizes.item}
+        host |= {"the next layer": sizes.layer * sizes.item}
     return host
 
 
@@ -278,10 +279,13 @@ class _Job:
 
     def _gradients(self) -> Parts:
         sizes = self.sizes
-        _, length = _tokens_of(self.recipe.calibration, self.config)
+        tokens, length = _tokens_of(self.recipe.calibration, self.config)
         found = self._weights(head=True) | self._calibration(sizes.depth + 2, 1)
-        layers = 1 if self.streamed else sizes.depth
+        states = (sizes.depth + 2) * sizes.state(tokens)
+        by_layer = self.streamed or states < 4 * sizes.depth * sizes.layer
+        layers = 1 if by_layer else sizes.depth
         return found | {
+            STATES: states if by_layer else 0,
             "gradients": sizes.layer * (4 * layers + sizes.item),
             "activations": layers * length * sizes.width * sizes.item,
             "logits": length * sizes.vocabulary * (sizes.item + _LOSS_BYTES),

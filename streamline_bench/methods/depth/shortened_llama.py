@@ -72,8 +72,8 @@ def taylor_scores(
 ) -> list[float]:
     """Return ``Σ |w · dL/dw|`` for each layer; L is the mean loss per token over all sequences.
 
-    Sequences pass one at a time. Besides the model, one float32 tensor per linear weight is held
-    (of a streamed model, per weight of one layer). Gradients the model had are discarded.
+    Sequences pass one at a time. Besides the model, one float32 tensor per linear weight of one
+    layer is held (see :mod:`.gradients`). Gradients the model had are discarded.
 
     Raises:
         CalibrationError: no token follows another.

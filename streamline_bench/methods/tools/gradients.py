@@ -1,8 +1,10 @@
 """Gradients of the next-token loss, summed over calibration tokens in float32.
 
-A streamed model goes forwards layer by layer, then backwards: each layer is read again, computes
-its output once more and gives the gradients of its weights and of its input. One layer's sums are
-held at a time.
+Layer by layer, a model goes forwards and then backwards: each layer computes its output once more
+and gives the gradients of its weights and of its input. One layer's sums are held at a time, until
+they are reduced to scores. Scores take absolute values of sums over all sequences, so that they
+cannot be added up sequence by sequence. A streamed model always goes this way; one in memory where
+the states of its tokens are fewer bytes than the sums of all layers.
 """
 
 from __future__ import annotations
@@ -178,38 +180,48 @@ def gradients_by_layer(
         CalibrationError: no token follows another.
         NumericsError: the loss or a gradient is NaN or infinite; the layer is named.
     """
-    if is_streamed(model):
-        yield from _layer_by_layer(model, wanted, tokens, squares, work, progress)
-        return
     layers = decoder_layers(model)
     weights = {
         (layer, path): layers[layer].get_parameter(path)
         for layer, paths in wanted.items()
         for path in paths
     }
+    # One token: nothing is predicted.
+    batches = [each for each in tokens.batches(1, trim=True) if each[0].shape[1] > 1]
+    states = (len(layers) - min(wanted) + 2) * states_bytes(model, batches)
+    if is_streamed(model) or states < _sums_bytes(weights.values(), squares):
+        try:
+            yield from _layer_by_layer(
+                model, wanted, tokens, batches, states, squares, work, progress
+            )
+            return
+        except LayersEntangled:  # before anything was yielded
+            if is_streamed(model):
+                raise entangled(model) from None
     sums = sum_gradients(model, weights, tokens, squares=squares, progress=progress)
     for layer, paths in wanted.items():
         yield layer, {path: (weights[layer, path], sums.pop((layer, path))) for path in paths}
+
+
+def _sums_bytes(weights: Iterable[nn.Parameter], squares: bool) -> int:
+    return sum(weight.numel() for weight in weights) * torch.float32.itemsize * (1 + squares)
 
 
 def _layer_by_layer(
     model: Any,
     wanted: Mapping[int, Sequence[str]],
     tokens: CalibrationTokens,
+    batches: Sequence[TokenBatch],
+    size: int,
     squares: bool,
     work: Path | None,
     progress: bool,
 ) -> Iterator[tuple[int, LayerGradients]]:
     targets, depth = count_targets(tokens), len(decoder_layers(model))
-    # One token: nothing is predicted.
-    batches = [each for each in tokens.batches(1, trim=True) if each[0].shape[1] > 1]
     lowest, device = min(wanted), model.get_input_embeddings().weight.device
-    size = (depth - lowest + 2) * states_bytes(model, batches)
     with state_store(model, size, work) as store, evaluating(model, frozen=True):
-        try:
-            walk_states(model, batches, range(lowest, depth + 1), store, progress=progress)
-        except LayersEntangled:
-            raise entangled(model) from None
+        model.zero_grad(set_to_none=True)
+        walk_states(model, batches, range(lowest, depth + 1), store, progress=progress)
         with PartialForward(model) as forward:
             _backwards_through_head(model, forward, batches, targets, lowest, store)
             for layer in reversed(range(lowest, depth)):
@@ -234,7 +246,9 @@ def _layer_by_layer(
                             store.drop((layer, number))
                     sums = collector.finished(len(tokens))
                     if weights:
-                        yield layer, {p: (w, sums[layer, p]) for p, w in weights.items()}
+                        found = {p: (w, sums.pop((layer, p))) for p, w in weights.items()}
+                        yield layer, found
+                        found.clear()  # the caller may still hold it while the next one is made
 
 
 def _backwards_through_head(

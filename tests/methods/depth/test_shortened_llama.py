@@ -119,14 +119,15 @@ def test_only_linear_weights_of_layers_get_gradients(
         held.update(n for n, p in model.named_parameters() if p.grad is not None)
 
     weight.register_hook(look)
-    asked = gradients.sum_gradients
+    collector = gradients._Collector
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
-    def spied(model: Any, weights: Any, *rest: Any, **options: Any) -> Any:
+    def spied(weights: Any, squares: bool) -> Any:
+        assert len(weights) == 7  # one layer's sums are held at a time
         chosen.update(names[id(weight)] for weight in weights.values())
-        return asked(model, weights, *rest, **options)
+        return collector(weights, squares)
 
-    monkeypatch.setattr(gradients, "sum_gradients", spied)
+    monkeypatch.setattr(gradients, "_Collector", spied)
     taylor_scores(model, CalibrationTokens.from_tensors(IDS, MASK), progress=False)
     assert len(chosen) == 6 * 7
     assert all(name.endswith("proj.weight") for name in chosen)

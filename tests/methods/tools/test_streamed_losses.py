@@ -16,7 +16,7 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.errors import NumericsError
 from streamline_bench.methods.depth.shortened_llama import taylor_scores
-from streamline_bench.methods.tools.gradients import gradients_by_layer
+from streamline_bench.methods.tools.gradients import gradients_by_layer, sum_gradients
 from streamline_bench.methods.tools.likelihood import skip_losses
 from streamline_bench.modeling.loading import load_model
 
@@ -83,15 +83,21 @@ def test_gradients_of_some_layers(
     both: Callable[..., list[Any]], tokens: CalibrationTokens, squares: bool
 ) -> None:
     wanted = {2: ["mlp.up_proj.weight"], 4: ["self_attn.q_proj.weight", "mlp.down_proj.weight"]}
-    sums: list[dict[tuple[int, str], Any]] = []
-    for model in both():
+    models = both()
+    layers = models[0].model.layers
+    weights = {(i, n): layers[i].get_parameter(n) for i, names in wanted.items() for n in names}
+    sums: list[dict[tuple[int, str], Any]] = [
+        sum_gradients(models[0], weights, tokens, squares=squares, progress=False)
+    ]
+    for model in models:
         found = gradients_by_layer(model, wanted, tokens, squares=squares, progress=False)
         sums.append({(i, n): s for i, each in found for n, (_, s) in each.items()})
-    assert sums[0].keys() == sums[1].keys()
-    for place, expected in sums[0].items():
-        assert torch.equal(sums[1][place].mean, expected.mean)
-        if squares:
-            assert torch.equal(sums[1][place].squares, expected.squares)
+    for by_layer in sums[1:]:  # in memory and streamed
+        assert by_layer.keys() == sums[0].keys()
+        for place, expected in sums[0].items():
+            assert torch.equal(by_layer[place].mean, expected.mean)
+            if squares:
+                assert torch.equal(by_layer[place].squares, expected.squares)
 
 
 @pytest.mark.parametrize(
