@@ -256,8 +256,52 @@ def _with_drawn_weights(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def held_out_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The YAML file of a task with choices: splits ``validation`` (24) and ``test`` (9 questions).
+
+    The first four questions stand in both. Do not modify.
+    """
+    import json
+
+    folder = tmp_path_factory.mktemp("choices")
+    questions = [
+        {
+            "context": " ".join(f"w{(i * 11 + j * 17) % 96}" for j in range(3 + i % 5)),
+            "choices": [f"w{(i * 7 + j * 29) % 96}" + " w3" * (j % 2) for j in range(3)],
+            "gold": i % 3,
+        }
+        for i in range(29)
+    ]
+    for split, held in (("validation", questions[:24]), ("test", questions[:4] + questions[24:])):
+        lines = "".join(json.dumps(question) + "\n" for question in held)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    path = folder / "tiny_choices.yaml"
+    path.write_text(
+        f"""
+task: tiny_choices
+dataset_path: json
+dataset_kwargs:
+  data_files: {{validation: {folder}/validation.jsonl, test: {folder}/test.jsonl}}
+validation_split: validation
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: gold
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+metadata: {{version: 1}}
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
 def recipe_checkpoint(
-    recipe_source: Path, mixture_source: Path, tmp_path_factory: pytest.TempPathFactory
+    recipe_source: Path,
+    mixture_source: Path,
+    held_out_task: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], Path]:
     """Return a function: name in ``baselines/`` -> what it makes of ``recipe_source``.
 
@@ -277,6 +321,8 @@ def recipe_checkpoint(
         if name not in made:
             recipe = load_recipe(name)
             small: dict[str, Any] = {"calibration": "auto", "sequence_length": 16}
+            if "tasks" in recipe.parameters:
+                small["parameters.tasks"] = str(held_out_task)
             for part in ("training", "recovery.training"):
                 if part == "training" or recipe.recovery:
                     small |= {f"{part}.min_steps": 2, f"{part}.epochs": 1}

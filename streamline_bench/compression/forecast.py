@@ -183,8 +183,8 @@ def _on_host(parts: Parts, sizes: _Sizes, streamed: bool) -> Parts:
 
 def _computes(recipe: Recipe) -> bool:
     """Whether a recipe runs the model at all; else any family will do, and weights are copied."""
-    looked_at = get_method(recipe.method).reads_calibration(recipe.parameters)
-    return looked_at or recipe.replacement.kind != "none" or recipe.recovery is not None
+    looked_at = get_method(recipe.method).looked_at(recipe)
+    return looked_at is not None or recipe.replacement.kind != "none" or recipe.recovery is not None
 
 
 def trained(recipe: Recipe) -> TrainingSpec | None:
@@ -214,7 +214,7 @@ class _Job:
     def stages(self) -> Iterator[tuple[str, Parts]]:
         """Yield what each stage holds, by the stage's name."""
         method = get_method(self.recipe.method)
-        if method.reads_calibration(self.recipe.parameters):
+        if method.looked_at(self.recipe) is not None:
             used = map(get_method, method.uses(self.recipe.parameters))
             for kind in sorted(method.passes.union(*(other.passes for other in used))):
                 yield f"calibration ({kind})", getattr(self, f"_{kind}")()
@@ -242,11 +242,16 @@ class _Job:
     def _calibration(self, boundaries: int, batch: int) -> Parts:
         """Hidden states of the calibration tokens, and those of one batch at every boundary."""
         sizes = self.sizes
-        tokens, length = _tokens_of(self.recipe.calibration, self.config)
+        tokens, length = _tokens_of(self._text, self.config)
         kept = boundaries if self.streamed else 0
         at_hand = (sizes.depth + 1) * sizes.state(batch * length)
         at_hand += batch * length * sizes.width * sizes.item
         return {STATES: kept * sizes.state(tokens), "activations": at_hand}
+
+    @property
+    def _text(self) -> CalibrationSpec:
+        looked_at = get_method(self.recipe.method).looked_at(self.recipe)
+        return self.recipe.calibration if looked_at is None else looked_at
 
     @property
     def _per_pass(self) -> int:
@@ -261,7 +266,7 @@ class _Job:
 
     def _losses(self) -> Parts:
         sizes = self.sizes
-        tokens, length = _tokens_of(self.recipe.calibration, self.config)
+        tokens, length = _tokens_of(self._text, self.config)
         sequence = length * ((sizes.depth + 1) * sizes.hidden + 3 * sizes.vocabulary)
         limit = float(self.recipe.parameters.get("activations_gb", 8.0)) * 1e9
         batch = int(min(8, ceil(tokens / length), limit // (sequence * max(sizes.item, 4)))) or 1
@@ -273,13 +278,13 @@ class _Job:
 
     def _merges(self) -> Parts:
         sizes = self.sizes
-        tokens, _ = _tokens_of(self.recipe.calibration, self.config)
+        tokens, _ = _tokens_of(self._text, self.config)
         states = (sizes.depth + 2) * sizes.state(tokens)
         return self._weights() | {STATES: states}
 
     def _gradients(self) -> Parts:
         sizes = self.sizes
-        tokens, length = _tokens_of(self.recipe.calibration, self.config)
+        tokens, length = _tokens_of(self._text, self.config)
         found = self._weights(head=True) | self._calibration(sizes.depth + 2, 1)
         states = (sizes.depth + 2) * sizes.state(tokens)
         by_layer = self.streamed or states < 4 * sizes.depth * sizes.layer
@@ -293,7 +298,7 @@ class _Job:
 
     def _axes(self) -> Parts:
         sizes = self.sizes
-        tokens, _ = _tokens_of(self.recipe.calibration, self.config)
+        tokens, _ = _tokens_of(self._text, self.config)
         found = self._weights(both=True) | self._calibration(0, self._per_pass)
         square = _SQUARE * sizes.hidden**2
         return found | {STATES: sizes.state(tokens), "covariances": square}

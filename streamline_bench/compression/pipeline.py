@@ -442,6 +442,8 @@ def content_key(
         "device": device.partition(":")[0],
         "dtype": (kind := computing_dtype(dtype, device, source.reader)),
     }
+    if files := get_method(recipe.method).files(recipe.parameters):
+        payload["files"] = [[path.name, source.file_sha256(path)] for path in files]
     if recipe.replacement.kind != "none":
         payload["training_version"] = training_version(device)
     if recipe.recovery is not None and recipe.recovery_data is not None:

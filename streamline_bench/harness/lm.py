@@ -147,11 +147,6 @@ class StreamlineLM(CompressedModel, HFLM):  # type: ignore[misc]
         info = {**self._prepared.info(), "weights_sha256": self._weights_sha256()}
         return {**super().get_model_info(), "streamline": info, **self._noted()}
 
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[Answer]:
-        """Return (log-probability, is greedy) of every continuation, as the stock class does."""
-        with user_errors():
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
-
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of every text, as the stock class does.
 

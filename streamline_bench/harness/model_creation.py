@@ -30,10 +30,17 @@ from streamline_bench.core.recipe.validation import suggest_or_list
 from streamline_bench.errors import (
     CacheError,
     CheckpointError,
+    EvaluationError,
     StreamlineBenchError,
     library_errors,
 )
 from streamline_bench.harness.answer_tokens import AnswerCounter, of_all_processes
+from streamline_bench.harness.preparation import PreparedModel
+from streamline_bench.methods.tools.task_questions import (
+    SEARCHED_FILE,
+    doc_hash,
+    searched_documents,
+)
 from streamline_bench.stability.readers.answer_tokens import ANSWER_TOKENS, AnswerTokens
 
 Made = TypeVar("Made", bound="CompressedModel")
@@ -43,6 +50,7 @@ class CompressedModel(LM):  # type: ignore[misc]
     """Goes in front of the harness's class: a user's mistake ends its command with a sentence."""
 
     cache_hook: Any
+    _prepared: PreparedModel
     answer_tokens: Mapping[str, Sequence[AnswerTokens]] = {}
     """Request -> tokens of its answers, of the requests that were generated last."""
 
@@ -97,12 +105,34 @@ class CompressedModel(LM):  # type: ignore[misc]
                 self.hf_chat_template = self._named_template
         return self._named_template
 
+    def refuse_searched(self, requests: Any) -> None:
+        """Refuse documents by which the model's layers were chosen.
+
+        Raises:
+            EvaluationError: naming the task.
+        """
+        searched = searched_documents(Path(self._prepared.pretrained))
+        for request in requests if searched else ():
+            if doc_hash(request.doc) in searched:
+                raise EvaluationError(
+                    f"Document {request.doc_id} of task '{request.task_name}' is one of those by "
+                    f"which the layers of {self._prepared.pretrained} were chosen "
+                    f"({SEARCHED_FILE}); score a split that was not searched."
+                )
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[Any]:
+        """Return (log-probability, is greedy) of every continuation, as the stock class does."""
+        with user_errors():
+            self.refuse_searched(requests)
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
+
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Return generated texts, as the stock class does; their tokens are counted."""
         counter = AnswerCounter(self.cache_hook)
         self.cache_hook = counter
         try:
             with user_errors():
+                self.refuse_searched(requests)
                 found: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
         finally:
             self.cache_hook = counter.hook

@@ -15,7 +15,7 @@ import hashlib
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import metadata
@@ -223,6 +223,14 @@ class Method(ABC):
         """Whether the method reads calibration text with these parameters."""
         return self.calibrated
 
+    def looked_at(self, recipe: Recipe) -> CalibrationSpec | None:
+        """How much text the method's passes see, for the forecast of memory; None: no text."""
+        return recipe.calibration if self.reads_calibration(recipe.parameters) else None
+
+    def files(self, parameters: Mapping[str, Any]) -> Sequence[Path]:
+        """Local files named in the parameters: their content is part of the key."""
+        return ()
+
     def uses(self, parameters: Mapping[str, Any]) -> tuple[str, ...]:
         """Other methods whose results decide this one's: their versions are part of the key."""
         return ()
@@ -309,8 +317,10 @@ METHODS: Mapping[str, str] = {
     "shortgpt": "depth.shortgpt:ShortGPT",
     "sleb": "depth.sleb:SLEB",
     "slicegpt": "rotation.slicegpt:SliceGPT",
+    "sliding_merge": "depth.laco:SlidingMerge",
     "streamline": "depth.streamline:Streamline",
     "sublayer_drop": "depth.sublayers:SublayerDrop",
+    "tale": "depth.tale:TALE",
     "uidl": "depth.uidl:UIDL",
 }
 """Our own methods: name -> ``"module:Class"``, the module below ``streamline_bench.methods``."""

@@ -24,8 +24,7 @@ import torch
 from torch import nn
 
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.methods.depth.merge_search import Merge, MergeRange, MergeSearch
-from streamline_bench.methods.depth.sleb import greedy_removal
+from streamline_bench.methods.depth.merge_search import LaCoRange, LaCoSearch, Merge
 from streamline_bench.methods.tools.likelihood import (
     affordable_batch,
     count_targets,
@@ -96,8 +95,9 @@ def naive_sleb(model: Any, tokens: CalibrationTokens, steps: int) -> list[int]:
 def shared_sleb(model: Any, tokens: CalibrationTokens, steps: int) -> list[int]:
     removed: list[int] = []
     for _ in range(steps):
-        candidates = range(1, len(model.model.layers) - 1)
-        removed.append(greedy_removal(model, tokens, candidates, removed, progress=False)[0])
+        candidates = [i for i in range(1, len(model.model.layers) - 1) if i not in removed]
+        losses = skip_losses(model, tokens, candidates, removed=removed, progress=False)
+        removed.append(min(losses, key=losses.__getitem__))
     return removed
 
 
@@ -110,7 +110,7 @@ def last_hidden(model: Any, tokens: CalibrationTokens) -> list[torch.Tensor]:
 
 
 def naive_laco(
-    model: Any, tokens: CalibrationTokens, span: MergeRange, threshold: float, most: int, *,
+    model: Any, tokens: CalibrationTokens, span: LaCoRange, threshold: float, most: int, *,
     copies: bool,
 ) -> list[Merge]:  # fmt: skip
     """LaCo by its reference rule; each trial from the bottom."""
@@ -162,9 +162,9 @@ def restore(base: nn.Module, saved: dict[str, torch.Tensor]) -> None:
 
 
 def shared_laco(
-    model: Any, tokens: CalibrationTokens, span: MergeRange, threshold: float, most: int
+    model: Any, tokens: CalibrationTokens, span: LaCoRange, threshold: float, most: int
 ) -> list[Merge]:
-    with MergeSearch(model, tokens, span, "reference") as search:
+    with LaCoSearch(model, tokens, span, "reference") as search:
         return search.run(threshold, most)
 
 
@@ -232,7 +232,7 @@ def main() -> None:
         lambda: naive_sleb(model, tokens, options.steps),
         options,
     )
-    span = MergeRange(highest=options.layers)
+    span = LaCoRange(highest=options.layers)
     for label, threshold, copies in (
         ("LaCo, loose, peer copies", 0.5, True),
         ("LaCo, loose, peer in place", 0.5, False),

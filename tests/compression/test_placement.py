@@ -22,6 +22,7 @@ STREAMED: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in ("shortened_llama_taylor", "shortgpt", "sleb", "slicegpt", "uidl")),
     ("laco_rdsc", FEW),
     ("attention_drop", {}),
+    ("block_pruner", {"calibration.samples": 4}),
     ("streamline_none", {}),
     ("streamline", {}),  # one epoch: batches in the order of the training
     ("streamline", {**EPOCHS, "training.epochs": 2}),  # states of all sequences in a file

@@ -49,6 +49,7 @@ class TrunkLM(StreamlineLM):
         """Return (log-probability, is greedy) of every continuation."""
         if self._walk is None:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        self.refuse_searched(requests)
         return self._walk.answers(
             self._label, "loglikelihood", requests, lambda asked: self._ask_all(asked, disable_tqdm)
         )

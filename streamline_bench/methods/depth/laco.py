@@ -1,7 +1,7 @@
-"""LaCo (arXiv 2402.11187): layers are merged into the layer below them, from the top downwards,
-as long as the model's last hidden states keep their direction.
+"""Layers merged into a layer below them, from the top downwards, as long as the model's last hidden
+states keep their direction: LaCo (arXiv 2402.11187) and sliding layer merging (arXiv 2502.19159).
 
-The share of layers is not a knob of LaCo. Here it stops at the wanted depth; without a
+The share of layers is no knob of either. Here the search stops at the wanted depth; without a
 ``threshold``, the highest one that gets there is found by bisection.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, Field
@@ -19,14 +20,19 @@ from tqdm import tqdm
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layers_prefix
+from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.depth.merge_search import (
+    LaCoRange,
+    LaCoSearch,
     Merge,
     MergeRange,
     MergeRule,
     MergeSearch,
     Mixture,
+    SlidingSearch,
     merged_mixture,
     require_equal_shapes,
 )
@@ -39,8 +45,8 @@ from streamline_bench.methods.tools.layer_removal import (
 log = logging.getLogger(__name__)
 
 
-class LaCoParameters(MergeRange):
-    """Parameters of the method ``laco``.
+class MergeParameters(Frozen):
+    """Parameters of methods that merge layers.
 
     Attributes:
         merge: ``reference`` (what the authors' code computes: the last merged layer's projections
@@ -56,28 +62,34 @@ class LaCoParameters(MergeRange):
     activations_gb: float = Field(8.0, gt=0)
 
 
-class LaCo(Method):
-    """Layer collapse: merges instead of plain removal."""
+class LayerMerging(Method):
+    """A method that searches for merges and writes the merged layers."""
 
-    name = "laco"
     passes = frozenset({"merges"})
     streamed = True
-    parameters: ClassVar[type[BaseModel]] = LaCoParameters
     seeded = False
+
+    @abstractmethod
+    def check_range(self, options: Any, depth: int) -> None:
+        """Refuse parameters that do not suit the number of layers (SparsityError)."""
+
+    @abstractmethod
+    def search(
+        self, work: Compression, options: Any, tokens: CalibrationTokens, depth: int
+    ) -> MergeSearch[Any]:
+        """Return the search, not yet entered."""
 
     def compress(self, work: Compression) -> Compressed:
         """Search for the merges, then write the merged layers from the stored weights."""
-        options = LaCoParameters.model_validate(work.recipe.parameters)
+        options: Any = self.parameters.model_validate(work.recipe.parameters)
         plan = size_plan(work)
         stored = stored_linear_weights(work.reader, plan.num_layers)
         require_equal_shapes(
             [{n: work.reader.entry(full).shape for n, full in layer.items()} for layer in stored]
         )
-        _require_range(options, plan.num_layers)
+        self.check_range(options, plan.num_layers)
         tokens = work.tokens(work.recipe.calibration)
-        with MergeSearch(
-            work.model, tokens, options, options.merge, options.activations_gb, work.work
-        ) as search:
+        with self.search(work, options, tokens, plan.num_layers) as search:
             threshold = options.threshold
             if threshold is None:
                 threshold = highest_threshold(
@@ -88,7 +100,7 @@ class LaCo(Method):
         removed = _removed(merges)
         if len(removed) < plan.n_layers:
             raise SparsityError(
-                f"LaCo with threshold {threshold} removes {len(removed)} layers of the "
+                f"Merging with threshold {threshold} removes {len(removed)} layers of the "
                 f"{plan.n_layers} asked for; lower it, or leave it out, and it is searched for."
             )
         chosen = {
@@ -101,8 +113,78 @@ class LaCo(Method):
         return _with_merged(work, result, mixtures(merges, options.merge), set(removed), stored)
 
 
+class LaCoParameters(LaCoRange, MergeParameters):
+    """Parameters of the method ``laco``."""
+
+
+class LaCo(LayerMerging):
+    """Layer collapse: equally many layers merged each time."""
+
+    name = "laco"
+    parameters: ClassVar[type[BaseModel]] = LaCoParameters
+
+    def check_range(self, options: Any, depth: int) -> None:
+        """Refuse a range that leaves the model or is smaller than a merge."""
+        highest = depth if options.highest is None else options.highest
+        if highest > depth:
+            raise SparsityError(
+                f"LaCo's highest is {highest} and the model has {depth} layers; give at most that."
+            )
+        if options.layers_per_merge > highest - options.lowest:
+            raise SparsityError(
+                f"LaCo's layers_per_merge is {options.layers_per_merge} and its range, from lowest "
+                f"{options.lowest} to highest {highest}, holds {highest - options.lowest} layers; "
+                "give at most that."
+            )
+
+    def search(
+        self, work: Compression, options: Any, tokens: CalibrationTokens, depth: int
+    ) -> LaCoSearch:
+        """LaCo's own."""
+        return LaCoSearch(
+            work.model, tokens, options, options.merge, options.activations_gb, work.work
+        )
+
+
+class SlidingMergeParameters(MergeParameters):
+    """Parameters of the method ``sliding_merge``.
+
+    Attributes:
+        protect_first, protect_last: the first and the last so many layers are left as they are;
+            the authors' code leaves the last one.
+    """
+
+    protect_first: int = Field(0, ge=0)
+    protect_last: int = Field(1, ge=0)
+
+
+class SlidingMerge(LayerMerging):
+    """Windows of neighbours merged into one, each as long as the threshold lets it grow."""
+
+    name = "sliding_merge"
+    parameters: ClassVar[type[BaseModel]] = SlidingMergeParameters
+
+    def check_range(self, options: Any, depth: int) -> None:
+        """Refuse a range without two layers."""
+        if depth - options.protect_last - options.protect_first < 2:
+            raise SparsityError(
+                f"With protect_first={options.protect_first} and "
+                f"protect_last={options.protect_last} no two of {depth} layers can be merged; "
+                "protect fewer layers."
+            )
+
+    def search(
+        self, work: Compression, options: Any, tokens: CalibrationTokens, depth: int
+    ) -> SlidingSearch:
+        """Windows among the layers that are not protected."""
+        span = MergeRange(lowest=options.protect_first, highest=depth - options.protect_last)
+        return SlidingSearch(
+            work.model, tokens, span, options.merge, options.activations_gb, work.work
+        )
+
+
 def highest_threshold(
-    search: MergeSearch, n: int, bisections: int = 12, *, progress: bool = True
+    search: MergeSearch[Any], n: int, bisections: int = 12, *, progress: bool = True
 ) -> float:
     """Return the highest threshold found by bisection at which ``n`` layers are merged away.
 
@@ -113,16 +195,19 @@ def highest_threshold(
     most = len(_removed(search.run(reaching, n)))
     if most < n:
         raise SparsityError(
-            f"LaCo can merge away {most} layers in its range, and {n} are asked for; widen lowest "
-            "and highest, lower interval, or raise layers_per_merge."
+            f"The search can merge away {most} layers in its range, and {n} are asked for; widen "
+            "the range (lowest, highest or protect_first, protect_last), or let LaCo merge more "
+            "layers (layers_per_merge, interval)."
         )
-    for _ in tqdm(range(bisections), unit="threshold", desc="laco", delay=2, disable=not progress):
+    for _ in tqdm(
+        range(bisections), unit="threshold", desc="merges", delay=2, disable=not progress
+    ):
         middle = (reaching + failing) / 2
         if len(_removed(search.run(middle, n))) == n:
             reaching = middle
         else:
             failing = middle
-    log.info("LaCo: threshold %.4f", reaching)
+    log.info("merges: threshold %.4f", reaching)
     return reaching
 
 
@@ -138,20 +223,6 @@ def mixtures(merges: Sequence[Merge], rule: MergeRule) -> dict[int, Mixture]:
 
 def _removed(merges: Sequence[Merge]) -> list[int]:
     return [layer for merge in merges for layer in merge.others]
-
-
-def _require_range(options: LaCoParameters, num_layers: int) -> None:
-    highest = num_layers if options.highest is None else options.highest
-    if highest > num_layers:
-        raise SparsityError(
-            f"LaCo's highest is {highest} and the model has {num_layers} layers; give at most that."
-        )
-    if options.layers_per_merge > highest - options.lowest:
-        raise SparsityError(
-            f"LaCo's layers_per_merge is {options.layers_per_merge} and its range, from lowest "
-            f"{options.lowest} to highest {highest}, holds {highest - options.lowest} layers; give "
-            "at most that."
-        )
 
 
 def _with_merged(

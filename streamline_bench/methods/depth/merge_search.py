@@ -1,22 +1,26 @@
-"""LaCo's search for merges that leave the last hidden states where they were.
+"""Searches for merges of layers that leave the last hidden states where they were.
 
 From the top of the range downwards, layers are merged by way of trial; a merge stays if the last
 hidden states (after the final norm) keep a mean cosine above the threshold. Whatever the
 threshold, layers below the merge at hand are still the dense model's, so that their states, taken
 once, serve every trial.
 
-The search is the paper's for both rules of merging: in a model that still has ``depth`` layers,
-the next merge's base is at most ``depth - C``. The authors' code takes ``depth - 1 - C`` there and
-leaves the topmost layer out of later merges.
+:class:`LaCoSearch` merges equally many layers each time. It is the paper's for both rules of
+merging: in a model that still has ``depth`` layers, the next merge's base is at most ``depth - C``.
+The authors' code takes ``depth - 1 - C`` there and leaves the topmost layer out of later merges.
+
+:class:`SlidingSearch` (arXiv 2502.19159) lets a window of layers grow downwards while its merge
+stays above the threshold, merges it, and goes on from the layer that did not fit.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar
 
 import torch
 from pydantic import Field
@@ -50,27 +54,39 @@ class Merge:
 
 
 class MergeRange(Frozen):
+    """Where layers are merged.
+
+    Attributes:
+        lowest: no merge into a layer below it.
+        highest: one above the topmost layer merged; None: the number of layers.
+    """
+
+    lowest: int = Field(0, ge=0)
+    highest: int | None = Field(None, ge=2)
+
+
+class LaCoRange(MergeRange):
     """Where and how far LaCo merges (its C, L, H and I).
 
     Attributes:
         layers_per_merge: C, layers that become one.
-        lowest: no merge into a layer below it.
-        highest: one above the topmost layer merged at first; None: the number of layers.
         interval: least distance from one merge's base down to the next one's.
     """
 
     layers_per_merge: int = Field(4, ge=2)
-    lowest: int = Field(0, ge=0)
-    highest: int | None = Field(None, ge=2)
     interval: int = Field(2, ge=1)
 
 
-class MergeSearch:
-    """Runs LaCo at any threshold over one model and a few sequences.
+RangeT = TypeVar("RangeT", bound=MergeRange)
+
+
+class MergeSearch(ABC, Generic[RangeT]):
+    """Runs a search at any threshold over one model and a few sequences.
 
     Used as a context; the model is as before afterwards.
 
     Args:
+        span: where it merges.
         activations_gb: most memory for the dense model's states, in 10^9 bytes.
         work: folder for states of a streamed model that exceed the memory. Each trial reads the
             layers from the merge upwards.
@@ -85,7 +101,7 @@ class MergeSearch:
         self,
         model: Any,
         tokens: CalibrationTokens,
-        span: MergeRange,
+        span: RangeT,
         rule: MergeRule,
         activations_gb: float = 8.0,
         work: Path | None = None,
@@ -108,9 +124,9 @@ class MergeSearch:
         needed = tokens.input_ids.numel() * (self._depth + 2) * embedding.shape[1] * size / 1e9
         if needed > activations_gb:
             raise CalibrationError(
-                f"LaCo keeps the states of all {len(tokens)} calibration sequences, {needed:.3g} "
-                f"GB, and activations_gb is {activations_gb}; give fewer or shorter sequences, or "
-                "raise it."
+                f"The search keeps the states of all {len(tokens)} calibration sequences, "
+                f"{needed:.3g} GB, and activations_gb is {activations_gb}; give fewer or shorter "
+                "sequences, or raise it."
             )
 
     @property
@@ -118,7 +134,7 @@ class MergeSearch:
         """Different merges evaluated so far."""
         return len(self._cosines)
 
-    def __enter__(self) -> MergeSearch:
+    def __enter__(self) -> Self:
         self._opened = ExitStack()
         try:
             if is_streamed(self._model):
@@ -166,22 +182,15 @@ class MergeSearch:
             NumericsError: the last hidden states after a merge are NaN or infinite.
         """
         self._merger.undo()
-        span, merges = self._span, list[Merge]()
-        alive = list(range(self._depth))
-        base = (span.highest or self._depth) - span.layers_per_merge
-        while base >= span.lowest and len(alive) > self._depth - most:
-            room = most - (self._depth - len(alive))
-            count = min(span.layers_per_merge - 1, len(alive) - 1 - base, room)
-            others = tuple(alive[base + 1 : base + 1 + count])
-            cosine = self._cosine(merges, base, others)
-            if cosine > threshold:
-                merges.append(Merge(base, others, cosine))
-                self._merger.merge(base, others)
-                alive = [layer for layer in alive if layer not in others]
-                base = min(base - span.interval, len(alive) - span.layers_per_merge)
-            else:
-                base -= 1
+        merges: list[Merge] = []
+        for merge in self._search(threshold, most, merges):
+            merges.append(merge)
+            self._merger.merge(merge.base, merge.others)
         return merges
+
+    @abstractmethod
+    def _search(self, threshold: float, most: int, merges: Sequence[Merge]) -> Iterator[Merge]:
+        """Yield the merges; each is part of ``merges``, and of the model, when it is asked on."""
 
     def _cosine(self, merges: Sequence[Merge], base: int, others: tuple[int, ...]) -> float:
         key = (*((merge.base, merge.others) for merge in merges), base, others)
@@ -236,6 +245,50 @@ class MergeSearch:
         for number, (ids, mask) in enumerate(self._batches):
             state = store.load((place, number), self._device)
             yield self._forward.hidden(ids, mask, start=self._depth, state=state)
+
+
+class LaCoSearch(MergeSearch[LaCoRange]):
+    """Merges ``layers_per_merge`` layers into one, from the top downwards."""
+
+    def _search(self, threshold: float, most: int, merges: Sequence[Merge]) -> Iterator[Merge]:
+        span, alive = self._span, list(range(self._depth))
+        base = (span.highest or self._depth) - span.layers_per_merge
+        while base >= span.lowest and len(alive) > self._depth - most:
+            room = most - (self._depth - len(alive))
+            count = min(span.layers_per_merge - 1, len(alive) - 1 - base, room)
+            others = tuple(alive[base + 1 : base + 1 + count])
+            cosine = self._cosine(merges, base, others)
+            if cosine > threshold:
+                yield Merge(base, others, cosine)
+                alive = [layer for layer in alive if layer not in others]
+                base = min(base - span.interval, len(alive) - span.layers_per_merge)
+            else:
+                base -= 1
+
+
+class SlidingSearch(MergeSearch[MergeRange]):
+    """Merges windows that grow downwards from their topmost layer.
+
+    A window is merged when its next layer would not fit, and the next window begins with that
+    layer. The authors' code merges no window that has reached layer 0 when it ends; this one does.
+    """
+
+    def _search(self, threshold: float, most: int, merges: Sequence[Merge]) -> Iterator[Merge]:
+        top, left = (self._span.highest or self._depth) - 1, most
+        while left and top > self._span.lowest:
+            window = None
+            for base in range(top - 1, max(self._span.lowest, top - left) - 1, -1):
+                others = tuple(range(base + 1, top + 1))
+                cosine = self._cosine(merges, base, others)
+                if cosine <= threshold:
+                    break
+                window = Merge(base, others, cosine)
+            if window is None:
+                top -= 1
+                continue
+            yield window
+            left -= len(window.others)
+            top = window.base - 1
 
 
 MergeRule: TypeAlias = Literal["reference", "rdsc"]

@@ -6,22 +6,18 @@ Of two redundant neighbours only one can be removed. A one-shot ranking misses t
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from functools import partial
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, Field
 
-from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.surgery import SizePlan
 from streamline_bench.methods.base import Compression
-from streamline_bench.methods.tools.likelihood import skip_losses
+from streamline_bench.methods.tools.likelihood import greedy_layers, skip_losses
 from streamline_bench.methods.tools.selection import (
     LayerSelection,
     ProtectedEnds,
     Selected,
-    select_lowest,
 )
 
 
@@ -49,60 +45,18 @@ class SLEB(LayerSelection):
 
     def select(self, work: Compression, options: Any, plan: SizePlan) -> Selected:
         """Remove layers greedily; an interrupted search continues after its last whole step."""
-        candidates = options.candidates(plan.num_layers, plan.n_layers)
+        allowed = options.candidates(plan.num_layers, plan.n_layers)
         tokens = work.tokens(work.recipe.calibration)
-        progress_file = work.work / "sleb.json"
-        steps: list[dict[str, Any]] = []
-        if progress_file.exists():
-            steps = json.loads(progress_file.read_text(encoding="utf-8"))
-        while len(steps) < plan.n_layers:
-            layer, loss = greedy_removal(
-                work.model,
-                tokens,
-                candidates,
-                [step["layer"] for step in steps],
-                activations_gb=options.activations_gb,
-                work=work.work,
-                progress=work.progress,
-            )
-            steps.append({"layer": layer, "loss": loss})
-            atomic_write_text(progress_file, json.dumps(steps))
-        steps = steps[: plan.n_layers]
-        removed = [step["layer"] for step in steps]
+        losses = partial(
+            skip_losses, work.model, tokens, activations_gb=options.activations_gb, work=work.work,
+            progress=work.progress,
+        )  # fmt: skip
+        steps = greedy_layers(work, allowed, plan.n_layers, losses)
+        removed = [step.part for step in steps]
         chosen = {
             "score": "nats per token of the model left",
             "order": removed,
-            "loss_after_step": [step["loss"] for step in steps],
-            "protected": options.protected(candidates, plan.num_layers),
+            "loss_after_step": [step.loss for step in steps],
+            "protected": options.protected(allowed, plan.num_layers),
         }
         return Selected(removed, chosen, tokens)
-
-
-def greedy_removal(
-    model: Any,
-    tokens: CalibrationTokens,
-    candidates: range,
-    removed: list[int],
-    *,
-    activations_gb: float = 8.0,
-    work: Path | None = None,
-    progress: bool = True,
-) -> tuple[int, float]:
-    """Return the next layer to remove after ``removed``, and the loss (nats) that it leaves.
-
-    Layers below a candidate run once for all candidates. The states of one step are not kept for
-    the next: that would spare one pass in as many as there are candidates, and hold the states of
-    all calibration tokens.
-    """
-    losses = skip_losses(
-        model,
-        tokens,
-        [layer for layer in candidates if layer not in removed],
-        removed=removed,
-        activations_gb=activations_gb,
-        work=work,
-        progress=progress,
-        description=f"layer {len(removed) + 1} to remove",
-    )
-    best = select_lowest(losses, 1)[0]
-    return best, losses[best]

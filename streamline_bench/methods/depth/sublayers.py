@@ -12,9 +12,9 @@ Both remove a sub-layer with its norm. A layer without attention caches no keys 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.forward import (
     LayersEntangled,
     PartialForward,
@@ -37,17 +36,11 @@ from streamline_bench.core.state_store import state_store, states_bytes
 from streamline_bench.core.streaming import is_streamed
 from streamline_bench.errors import NumericsError
 from streamline_bench.methods.base import Compressed, Compression, Method
-from streamline_bench.methods.tools.likelihood import (
-    affordable_batch,
-    count_targets,
-    next_token_loss,
-)
+from streamline_bench.methods.tools.likelihood import greedy_search, skip_losses
 from streamline_bench.methods.tools.sublayer_removal import (
     Removal,
     SublayerParameters,
     require_two_sublayers,
-    silenced,
-    whole_layers,
 )
 from streamline_bench.modeling.sublayers import Sublayer
 
@@ -175,6 +168,7 @@ class BlockPruner(_SublayerMethod):
     """Greedy removal of sub-layers by the loss of what is left."""
 
     name = "block_pruner"
+    streamed = True
     passes = frozenset({"losses"})
     parameters: ClassVar[type[BaseModel]] = BlockPrunerParameters
 
@@ -184,80 +178,27 @@ class BlockPruner(_SublayerMethod):
         removal = Removal(work, options)
         tokens = work.tokens(work.recipe.calibration)
         require_two_sublayers(work.model, tokens)
-        record = work.work / "block_pruner.json"
-        steps: list[dict[str, Any]] = []
-        if record.exists():
-            steps = json.loads(record.read_text(encoding="utf-8"))
-        while not removal.enough(order := [_sublayer(step) for step in steps]):
-            candidates = [
-                each
-                for each in removal.candidates
-                if each not in order and removal.allowed([*order, each])
-            ]
-            (layer, kind), loss = greedy_sublayer(
-                work, tokens, candidates, order, activations_gb=options.activations_gb
-            )
-            steps.append({"layer": layer, "kind": kind, "loss": loss})
-            atomic_write_text(record, json.dumps(steps))
-        removed = removal.chosen(order)
+        losses = partial(
+            skip_losses, work.model, tokens, activations_gb=options.activations_gb, work=work.work,
+            progress=work.progress,
+        )  # fmt: skip
+
+        def candidates(order: Sequence[Sublayer]) -> list[Sublayer]:
+            if removal.enough(order):
+                return []
+            left = (each for each in removal.candidates if each not in order)
+            return [each for each in left if removal.allowed([*order, each])]
+
+        steps = greedy_search(
+            work.work / "greedy.json",
+            candidates,
+            lambda left, order: losses(
+                left, removed=order, description=f"sub-layer {len(order) + 1} to remove"
+            ),
+        )
+        removed = removal.chosen(step.part for step in steps)
         facts = {
             "score": "nats per token of the model left",
-            "loss_after_step": [step["loss"] for step in steps[: len(removed)]],
+            "loss_after_step": [step.loss for step in steps[: len(removed)]],
         }
         return removal.result(removed, facts=facts, tokens=tokens)
-
-
-def _sublayer(step: dict[str, Any]) -> Sublayer:
-    return int(step["layer"]), step["kind"]
-
-
-def greedy_sublayer(
-    work: Compression,
-    tokens: CalibrationTokens,
-    candidates: Sequence[Sublayer],
-    removed: Sequence[Sublayer],
-    *,
-    activations_gb: float = 8.0,
-) -> tuple[Sublayer, float]:
-    """Return the next sub-layer to remove after ``removed``, and the loss (nats) that it leaves.
-
-    Layers below a candidate run once for all candidates. Of equal losses the first counts.
-
-    Raises:
-        CalibrationError: no token follows another, or one sequence exceeds the memory.
-        NumericsError: the model's own states, or a loss, are NaN or infinite.
-    """
-    model, targets = work.model, count_targets(tokens)
-    size = affordable_batch(model, tokens, len(decoder_layers(model)), activations_gb)
-    batches = list(tokens.batches(size, trim=True))
-    losses: dict[Sublayer, list[Tensor]] = {each: [] for each in candidates}
-    bar = tqdm(
-        total=len(candidates) * len(batches), unit="batch", delay=2, disable=not work.progress,
-        desc=f"sub-layer {len(removed) + 1} to remove",
-    )  # fmt: skip
-    with bar, torch.no_grad(), silenced(model) as gone, PartialForward(model) as forward:
-        for ids, mask in batches:
-            gone.clear()
-            gone.update(removed)
-            last = forward.hidden(ids, mask, skip=whole_layers(removed), record=True)
-            require_finite_states(forward.states, last, mask)
-            del last
-            for each in candidates:
-                gone.add(each)
-                layer = each[0]
-                logits = forward.logits(
-                    ids, mask, start=layer, state=forward.states[layer] if layer else None,
-                    handed=forward.handed[layer], skip=whole_layers(gone),
-                )  # fmt: skip
-                gone.remove(each)
-                losses[each].append(next_token_loss(logits, ids, mask))
-                bar.update()
-    means = {each: sum(torch.stack(all_).cpu().tolist()) / targets for each, all_ in losses.items()}
-    for (layer, kind), loss in means.items():
-        if not abs(loss) < float("inf"):
-            raise NumericsError(
-                f"The loss of the model without layer {layer}'s {kind} is {loss}; check the "
-                "weights, or try another dtype."
-            )
-    best = min(candidates, key=means.__getitem__)
-    return best, means[best]

@@ -25,6 +25,7 @@ from streamline_bench.core.surgery import (
 )
 from streamline_bench.methods.base import Compressed, Compression
 from streamline_bench.methods.tools.shared_scan import SIMILARITY_FILE
+from streamline_bench.methods.tools.task_questions import SEARCHED_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,14 +149,14 @@ def as_stored(work: Compression, layer: int, tensors: Mapping[str, Tensor]) -> d
 
 
 def _files(work: Compression, keep: Sequence[int]) -> dict[str, str]:
-    """Return the scan, and the settings that modelopt keeps in a file of its own, where they are.
+    """Return the scan, the documents searched, and modelopt's file of settings, where they are.
 
     The settings are those of the layers that stay.
     """
-    scanned, modelopt = work.work / SIMILARITY_FILE, work.folder / MODELOPT_NAME
-    found = {}
-    if scanned.exists():
-        found[SIMILARITY_FILE] = scanned.read_text(encoding="utf-8")
+    modelopt, found = work.folder / MODELOPT_NAME, {}
+    for name in (SIMILARITY_FILE, SEARCHED_FILE):
+        if (work.work / name).exists():
+            found[name] = (work.work / name).read_text(encoding="utf-8")
     if modelopt.is_file():
         settings = json.loads(modelopt.read_text(encoding="utf-8"))
         wrapper = work.reader.wrapper

@@ -1,11 +1,13 @@
-"""The next-token loss that likelihood-based selections minimise."""
+"""The next-token loss, of models without one part or the other, and the greedy search by a loss."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from tqdm import tqdm
 
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.files import atomic_write_text
 from streamline_bench.core.forward import (
     LayersEntangled,
     PartialForward,
@@ -25,6 +28,9 @@ from streamline_bench.core.forward import (
 from streamline_bench.core.state_store import state_store, states_bytes
 from streamline_bench.core.streaming import HEAD, held_layer, is_streamed
 from streamline_bench.errors import CalibrationError, NumericsError
+from streamline_bench.methods.base import Compression
+from streamline_bench.methods.tools.sublayer_removal import silenced, whole_layers
+from streamline_bench.modeling.sublayers import Sublayer
 
 
 def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -63,85 +69,148 @@ def count_targets(tokens: CalibrationTokens) -> int:
     return count
 
 
+Part: TypeAlias = int | Sublayer
+"""What a search leaves out: a layer, by its index, or the attention or MLP of one."""
+
+PartT = TypeVar("PartT", bound=Part)
+
+Measure: TypeAlias = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""What is taken of a model's logits: logits, ids, mask, number of the batch's first sequence."""
+
+
 def skip_losses(
+    model: Any, tokens: CalibrationTokens, candidates: Sequence[PartT], **options: Any
+) -> dict[PartT, float]:
+    """Return candidate -> mean negative log-likelihood per token (nats) without it.
+
+    Args:
+        options: those of :func:`measured_without`.
+
+    Raises:
+        CalibrationError: no token follows another.
+        NumericsError: a loss is NaN or infinite; the part is named.
+        StreamlineBenchError: as :func:`measured_without`.
+    """
+    targets = count_targets(tokens)
+
+    def loss(logits: Tensor, ids: Tensor, mask: Tensor, first: int) -> Tensor:
+        return next_token_loss(logits, ids, mask)
+
+    means: dict[PartT, float] = {}
+    for each, losses in measured_without(model, tokens, candidates, loss, **options).items():
+        # One by one in float64, and only now, so that an accelerator is not waited for.
+        means[each] = sum(torch.stack(losses).cpu().tolist()) / targets
+        require_finite_score(each, means[each])
+    return means
+
+
+def require_finite_score(part: Part, score: float) -> None:
+    """Check what a model is worth without a part (NumericsError: NaN or infinite)."""
+    if not abs(score) < float("inf"):
+        named = f"layer {part}" if isinstance(part, int) else f"layer {part[0]}'s {part[1]}"
+        raise NumericsError(
+            f"The loss of the model without {named} is {score}; check the weights, or try another "
+            "dtype."
+        )
+
+
+def measured_without(
     model: Any,
     tokens: CalibrationTokens,
-    candidates: Sequence[int],
+    candidates: Sequence[PartT],
+    measure: Measure,
     *,
-    removed: Collection[int] = (),
+    removed: Collection[Part] = (),
     activations_gb: float = 8.0,
     work: Path | None = None,
     progress: bool = True,
     description: str = "layers skipped",
-) -> dict[int, float]:
-    """Return layer -> mean negative log-likelihood per token (nats) without it.
+) -> dict[PartT, list[Tensor]]:
+    """Return candidate -> what is measured of the model without it, batch by batch.
 
-    The values are those of separate passes through models without the layer: the same operations
-    on the same numbers.
+    The values are those of separate passes through models without the part: the same operations
+    on the same numbers. What lies below a candidate runs once for all candidates. States are not
+    kept from one call to the next: that would spare one pass in as many as there are candidates,
+    and hold the states of all calibration tokens.
 
     Args:
         model: a causal LM; neither its weights nor its mode are changed.
-        candidates: layers to leave out, one at a time.
-        removed: layers left out always.
+        candidates: parts to leave out, one at a time; the number of layers stands for none.
+        removed: parts left out always.
         activations_gb: most memory for the states and logits of a batch, in 10^9 bytes.
         work: folder for states of a streamed model that exceed the memory.
 
     Raises:
         ArchitectureError: the layers of a streamed model cannot be run one by one.
-        CalibrationError: no token follows another, or one sequence exceeds the memory.
-        NumericsError: the model's own states, or a loss, are NaN or infinite; the layer is named.
+        CalibrationError: one sequence exceeds the memory.
+        NumericsError: the model's own states are NaN or infinite.
     """
-    targets = count_targets(tokens)
-    batch_size = affordable_batch(model, tokens, len(decoder_layers(model)), activations_gb)
-    batches = list(tokens.batches(batch_size, trim=True))
-    losses: dict[int, list[Tensor]] = {layer: [] for layer in candidates}
-    with PartialForward(model) as forward, torch.no_grad():
+    size = affordable_batch(model, tokens, len(decoder_layers(model)), activations_gb)
+    batches = list(tokens.batches(size, trim=True))
+    found: dict[PartT, list[Tensor]] = {each: [] for each in candidates}
+    split = any(not isinstance(part, int) for part in (*candidates, *removed))
+    with ExitStack() as stack:
+        gone = stack.enter_context(silenced(model)) if split else set[Sublayer]()
+        forward = stack.enter_context(PartialForward(model))
+        stack.enter_context(torch.no_grad())
+        without = _Without(removed, gone)
         if is_streamed(model):
-            with _skipped_states(
-                model, forward, batches, candidates, removed, work, progress
-            ) as at:
-                for number, (ids, mask) in enumerate(batches):
-                    for layer, each in losses.items():
-                        logits = forward.logits(ids, mask, **at(layer, number))
-                        each.append(next_token_loss(logits, ids, mask))
-        else:
-            _losses_by_batch(forward, batches, removed, losses, progress, description)
-    means: dict[int, float] = {}
-    for layer, each in losses.items():
-        # One by one in float64, and only now, so that an accelerator is not waited for.
-        means[layer] = sum(torch.stack(each).cpu().tolist()) / targets
-        if not abs(means[layer]) < float("inf"):
-            raise NumericsError(
-                f"The loss of the model without layer {layer} is {means[layer]}; check the "
-                "weights, or try another dtype."
+            at = stack.enter_context(
+                _skipped_states(model, forward, batches, candidates, without, work, progress)
             )
-    return means
-
-
-def _losses_by_batch(
-    forward: PartialForward,
-    batches: Sequence[TokenBatch],
-    removed: Collection[int],
-    losses: Mapping[int, list[Tensor]],
-    progress: bool,
-    description: str,
-) -> None:
-    total = len(losses) * sum(len(ids) for ids, _ in batches)
-    with tqdm(total=total, unit="seq", desc=description, delay=2, disable=not progress) as bar:
-        for ids, mask in batches:
-            last = forward.hidden(ids, mask, skip=removed, record=True)
+            for number, (ids, mask) in enumerate(batches):
+                for each, values in found.items():
+                    logits = forward.logits(ids, mask, **at(each, number))
+                    values.append(measure(logits, ids, mask, number * size))
+            return found
+        total = len(candidates) * len(tokens)
+        bar = stack.enter_context(
+            tqdm(total=total, unit="seq", desc=description, delay=2, disable=not progress)
+        )
+        for number, (ids, mask) in enumerate(batches):
+            with without() as whole:
+                last = forward.hidden(ids, mask, skip=whole, record=True)
             require_finite_states(forward.states, last, mask)
             del last
-            for layer, each in losses.items():
-                logits = forward.logits(
-                    ids, mask, start=layer + 1, state=forward.states[layer],
-                    handed=forward.handed[layer], skip=removed,
-                )  # fmt: skip
-                each.append(next_token_loss(logits, ids, mask))
+            for each, values in found.items():
+                layer = _layer_of(each)
+                with without(each) as whole:
+                    logits = forward.logits(
+                        ids, mask, start=layer, state=forward.states[layer] if layer else None,
+                        handed=forward.handed.get(layer, ()), skip=whole,
+                    )  # fmt: skip
+                values.append(measure(logits, ids, mask, number * size))
                 bar.update(len(ids))
+    return found
 
 
-_MODEL = -1  # stands for the states of the model that skips no layer but those removed
+def _layer_of(part: Part) -> int:
+    return part if isinstance(part, int) else part[0]
+
+
+class _Without:
+    """Leaves parts out of passes: what is removed always, and a candidate.
+
+    Args:
+        gone: sub-layers in it add nothing to the stream, see :func:`.silenced`.
+    """
+
+    def __init__(self, removed: Collection[Part], gone: set[Sublayer]) -> None:
+        self._removed, self._gone = removed, gone
+
+    @contextmanager
+    def __call__(self, *more: Part) -> Iterator[set[int]]:
+        """Silence sub-layers meanwhile; yield the layers of which nothing is left."""
+        parts = [*self._removed, *more]
+        sublayers = {part for part in parts if not isinstance(part, int)}
+        self._gone |= sublayers
+        try:
+            yield {part for part in parts if isinstance(part, int)} | whole_layers(sublayers)
+        finally:
+            self._gone.clear()
+
+
+_MODEL = -1  # stands for the states of the model that skips nothing but what is removed
 
 
 @contextmanager
@@ -149,11 +218,11 @@ def _skipped_states(
     model: Any,
     forward: PartialForward,
     batches: Sequence[TokenBatch],
-    candidates: Sequence[int],
-    removed: Collection[int],
+    candidates: Sequence[Part],
+    without: _Without,
     work: Path | None,
     progress: bool,
-) -> Iterator[Callable[[int, int], dict[str, Any]]]:
+) -> Iterator[Callable[[Part, int], dict[str, Any]]]:
     """Take all batches, each without one of the candidates, through a streamed model.
 
     Layers are outside, so that each is read once. The LM head is held inside the context.
@@ -167,6 +236,7 @@ def _skipped_states(
     """
     depth, device = len(decoder_layers(model)), model.get_input_embeddings().weight.device
     size = (len(candidates) + 2) * states_bytes(model, batches)
+    names = {each: str(number) for number, each in enumerate(candidates)}
     finite: list[Tensor] = []
     with state_store(model, size, work) as store:
         for number, (ids, mask) in enumerate(batches):
@@ -180,20 +250,24 @@ def _skipped_states(
                     require_finite_states({boundary: state}, state, mask)
             finite.clear()
 
-        running: list[int] = []
         require_finite(0)
-        kept = [layer for layer in range(depth) if layer not in removed]
+        with without() as whole:
+            kept = [layer for layer in range(depth) if layer not in whole]
         try:
             for layer, number, ids, mask in walk(model, batches, kept, progress=progress):
                 state = store.load((_MODEL, number), device)
-                if layer in candidates:
-                    store[layer, number] = state
-                    running += [layer] if number == 0 else []
-                for other in running:
-                    if other != layer:
-                        skipping = store.load((other, number), device)
-                        store[other, number] = forward.layer(layer, ids, mask, skipping)
-                output = forward.layer(layer, ids, mask, state)
+                with without():
+                    output = forward.layer(layer, ids, mask, state)
+                    for each, name in names.items():
+                        if _layer_of(each) < layer:
+                            skipping = store.load((name, number), device)
+                            store[name, number] = forward.layer(layer, ids, mask, skipping)
+                for each, name in names.items():
+                    if _layer_of(each) == layer:
+                        with without(each) as whole:
+                            store[name, number] = (
+                                state if layer in whole else forward.layer(layer, ids, mask, state)
+                            )
                 store[_MODEL, number] = output
                 finite.append(torch.isfinite(output).all())
                 if number == len(batches) - 1:
@@ -201,9 +275,64 @@ def _skipped_states(
         except LayersEntangled:
             raise entangled(model) from None
         with held_layer(model, HEAD):
-            yield lambda layer, number: {
-                "start": depth, "state": store.load((layer, number), device)
+            places = {
+                each: name if _layer_of(each) < depth else _MODEL for each, name in names.items()
+            }
+            yield lambda each, number: {
+                "start": depth, "state": store.load((places[each], number), device)
             }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GreedyStep(Generic[PartT]):
+    """A part that a greedy search removes, and what the rest then loses (less is better)."""
+
+    part: PartT
+    loss: float
+
+
+def greedy_search(
+    record: Path,
+    candidates: Callable[[Sequence[PartT]], Sequence[PartT]],
+    losses: Callable[[Sequence[PartT], Sequence[PartT]], Mapping[PartT, float]],
+) -> list[GreedyStep[PartT]]:
+    """Remove one part after another, each time the one without which the loss is lowest.
+
+    Of equals the first candidate goes. An interrupted search continues after its last whole step.
+
+    Args:
+        record: file of the steps.
+        candidates: parts removed so far -> those of which the next is one; none ends the search.
+        losses: candidates and parts removed so far -> the loss without each.
+    """
+    steps: list[GreedyStep[PartT]] = []
+    if record.exists():
+        for named, loss in json.loads(record.read_text(encoding="utf-8")):
+            part: Any = tuple(named) if isinstance(named, list) else named
+            steps.append(GreedyStep(part, loss))
+    while left := candidates(order := [step.part for step in steps]):
+        found = losses(left, order)
+        best = min(left, key=found.__getitem__)
+        steps.append(GreedyStep(best, found[best]))
+        atomic_write_text(record, json.dumps([[step.part, step.loss] for step in steps]))
+    return steps
+
+
+def greedy_layers(
+    work: Compression, allowed: Sequence[int], n: int, losses: Callable[..., Mapping[int, float]]
+) -> list[GreedyStep[int]]:
+    """Remove ``n`` of the allowed layers greedily, see :func:`greedy_search`.
+
+    Args:
+        losses: called as ``losses(layers, removed=layers, description=text)``.
+    """
+    return greedy_search(
+        work.work / "greedy.json",
+        lambda order: [each for each in allowed if each not in order] if len(order) < n else [],
+        lambda left, order: losses(
+            left, removed=order, description=f"layer {len(order) + 1} to remove"
+        ),
+    )
 
 
 def affordable_batch(

@@ -11,6 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -474,6 +475,11 @@ class OnSelection(Method):
         """The choice of layers, and the method with its other parameters."""
         options = self._selection(recipe.parameters)
         return options.words(), in_words(self.name, options, AnySelection.model_fields)
+
+    def files(self, parameters: Mapping[str, Any]) -> Sequence[Path]:
+        """Those of the method that chooses the layers."""
+        selection = self._selection(parameters).selection
+        return () if selection is None else selection.selector.files(selection.parameters)
 
     def _selection(self, parameters: Mapping[str, Any]) -> SelectedBy:
         options = self.parameters.model_validate(parameters)

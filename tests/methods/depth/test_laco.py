@@ -1,4 +1,4 @@
-"""laco: the checkpoint equals merges in memory; size, threshold and bad input."""
+"""laco, sliding_merge: the checkpoint equals merges in memory; size, threshold and bad input."""
 
 from __future__ import annotations
 
@@ -63,6 +63,25 @@ def test_checkpoint_equals_merges_in_memory(
     assert manifest.parameters_after == sum(tensor.numel() for tensor in tensors)
 
 
+def test_windows_are_written_and_nothing_else(
+    folder: Path, make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Of a window, the last layer's projections and the base's norms are left."""
+    recipe = make_recipe("sliding_merge", n_layers=3, **{"parameters.bisections": 6})
+    out = compress(folder, recipe, tmp_path / "out", progress=False)
+    before, after = (load_file(f / "model.safetensors") for f in (folder, out))
+    takes = {merge["base"]: merge["others"][-1] for merge in _chosen(out)["merges"]}
+    removed = _chosen(out)["removed_layers"]
+    assert len(removed) == 3 and 7 not in removed and 7 not in takes.values()
+    for place, layer in enumerate(i for i in range(8) if i not in removed):
+        for name in before:
+            if name.startswith(f"model.layers.{layer}."):
+                part = name.removeprefix(f"model.layers.{layer}.")
+                source = takes.get(layer, layer) if part.endswith("proj.weight") else layer
+                expected = before[f"model.layers.{source}.{part}"]
+                assert torch.equal(after[f"model.layers.{place}.{part}"], expected), part
+
+
 def test_threshold_found_is_the_highest_that_reaches_the_size(
     folder: Path, make_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -109,6 +128,8 @@ def test_dtype_of_the_source_is_kept(
         ({"parameters.layers_per_merge": 50}, "layers_per_merge is 50 and .* holds 8 layers"),
         ({"parameters.highest": 9}, "highest is 9 and the model has 8"),
         ({"n_layers": 8}, "Cannot remove 8 of 8"),
+        ({"name": "sliding_merge", "n_layers": 7}, "can merge away 6 layers"),
+        ({"name": "sliding_merge", "parameters.protect_first": 6}, "no two of 8 layers"),
     ],
 )
 def test_sizes_out_of_reach(
@@ -118,8 +139,9 @@ def test_sizes_out_of_reach(
     make_recipe: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
+    recipe = make_recipe(**{"name": "laco", **changes})
     with pytest.raises(SparsityError, match=message):
-        compress(folder, make_recipe("laco", **changes), tmp_path / "out", progress=False)
+        compress(folder, recipe, tmp_path / "out", progress=False)
 
 
 def test_nested_merges_leave_one_mixture_per_layer_that_stays() -> None:

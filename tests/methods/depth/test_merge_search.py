@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.errors import ArchitectureError, CalibrationError, NumericsError
 from streamline_bench.methods.depth.merge_search import (
+    LaCoRange,
+    LaCoSearch,
     LayerMerger,
     MergeRange,
-    MergeSearch,
+    SlidingSearch,
     merged_mixture,
 )
 
@@ -69,12 +71,12 @@ def _similarity(dense: Any, model: Any, tokens: CalibrationTokens) -> float:
     return total / len(tokens)
 
 
-def merge_range(layers: int, lowest: int, highest: int, interval: int) -> MergeRange:
-    return MergeRange(layers_per_merge=layers, lowest=lowest, highest=highest, interval=interval)
+def merge_range(layers: int, lowest: int, highest: int, interval: int) -> LaCoRange:
+    return LaCoRange(layers_per_merge=layers, lowest=lowest, highest=highest, interval=interval)
 
 
 def _straightforward(
-    dense: Any, tokens: CalibrationTokens, span: MergeRange, rule: str, threshold: float, most: int
+    dense: Any, tokens: CalibrationTokens, span: LaCoRange, rule: str, threshold: float, most: int
 ) -> tuple[list[tuple[int, int, float]], Any]:
     model, accepted = dense, []
     assert span.highest is not None
@@ -106,14 +108,14 @@ def _straightforward(
 def test_equals_a_search_over_copies(
     folder: Path,
     tokens: CalibrationTokens,
-    span: MergeRange,
+    span: LaCoRange,
     threshold: float,
     most: int,
     rule: Any,
 ) -> None:
     model = _load(folder)
     expected, _ = _straightforward(_load(folder), tokens, span, rule, threshold, most)
-    with MergeSearch(model, tokens, span, rule) as search:
+    with LaCoSearch(model, tokens, span, rule) as search:
         merges = search.run(threshold, most)
     assert [(m.base, len(m.others)) for m in merges] == [(b, c) for b, c, _ in expected]
     assert [m.cosine for m in merges] == pytest.approx([s for *_, s in expected], rel=1e-9)
@@ -125,7 +127,7 @@ def test_runs_do_not_see_each_other_and_leave_the_model(
     model = _load(folder)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     span = merge_range(3, 0, DEPTH, 1)
-    with MergeSearch(model, tokens, span, "rdsc") as search:
+    with LaCoSearch(model, tokens, span, "rdsc") as search:
         first = search.run(0.4, 4)
         trials = search.trials
         search.run(-1.0, 5)
@@ -139,7 +141,7 @@ def test_runs_do_not_see_each_other_and_leave_the_model(
 
 def test_states_beyond_the_memory_are_refused(folder: Path, tokens: CalibrationTokens) -> None:
     with pytest.raises(CalibrationError, match="9 calibration sequences"):
-        MergeSearch(_load(folder), tokens, merge_range(3, 0, DEPTH, 1), "rdsc", 1e-6)
+        LaCoSearch(_load(folder), tokens, merge_range(3, 0, DEPTH, 1), "rdsc", 1e-6)
 
 
 def test_a_model_that_is_no_numbers_itself(folder: Path, tokens: CalibrationTokens) -> None:
@@ -147,7 +149,7 @@ def test_a_model_that_is_no_numbers_itself(folder: Path, tokens: CalibrationToke
     model.model.layers[2].mlp.up_proj.weight.data[0, 0] = torch.nan
     with (
         pytest.raises(NumericsError, match=r"NaN.*layer 2\b"),
-        MergeSearch(model, tokens, merge_range(3, 0, DEPTH, 1), "reference"),
+        LaCoSearch(model, tokens, merge_range(3, 0, DEPTH, 1), "reference"),
     ):
         pass
     assert not any("forward" in vars(layer) for layer in model.model.layers)
@@ -161,7 +163,7 @@ def test_a_merge_that_leaves_no_numbers(folder: Path, tokens: CalibrationTokens)
         mlp.gate_proj.weight.data.zero_()
         mlp.down_proj.weight.data.fill_(value)
     with (
-        MergeSearch(model, tokens, merge_range(3, 0, DEPTH, 1), "rdsc") as search,
+        LaCoSearch(model, tokens, merge_range(3, 0, DEPTH, 1), "rdsc") as search,
         pytest.raises(NumericsError, match=r"not finite.*layer 5\b"),
     ):
         search.run(0.5, 2)
@@ -253,3 +255,70 @@ def test_layers_of_different_shapes_are_refused(make_tiny_model: Callable[..., P
     model = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ArchitectureError, match=r"(?i)layer 2\b.*drops layers"):
         LayerMerger(model, "reference")
+
+
+def _windows(
+    dense: Any, tokens: CalibrationTokens, span: MergeRange, rule: str, threshold: float, most: int
+) -> list[tuple[int, int, float]]:
+    """The authors' loop over copies of the model; a window that reaches the range's end counts."""
+    model, found = dense, []
+    assert span.highest is not None
+    high, low = span.highest - 1, span.highest - 2
+    last, left = 0.0, most
+    while left:
+        fits = low >= span.lowest and high - low <= left
+        if fits:
+            trial = _merged_copy(model, low, high - low, rule)
+            similarity = _similarity(dense, trial, tokens)
+        if fits and similarity > threshold:
+            low, last = low - 1, similarity
+        elif low + 1 != high:
+            model = _merged_copy(model, low + 1, high - low - 1, rule)
+            found.append((low + 1, high - low - 1, last))
+            left -= high - low - 1
+            high, low = low, low - 1
+        else:
+            high, low = high - 1, low - 1
+        if high <= span.lowest:
+            break
+    return found
+
+
+@pytest.mark.parametrize(
+    ("lowest", "highest", "threshold", "most", "rule"),
+    [
+        (0, DEPTH - 1, 0.6, 6, "reference"),
+        (0, DEPTH - 1, 0.4, 3, "rdsc"),
+        (1, DEPTH, -1.0, 6, "rdsc"),
+    ],
+)
+def test_windows_equal_those_of_a_search_over_copies(
+    folder: Path,
+    tokens: CalibrationTokens,
+    lowest: int,
+    highest: int,
+    threshold: float,
+    most: int,
+    rule: Any,
+) -> None:
+    few = CalibrationTokens.from_tensors(tokens.input_ids[:3], tokens.attention_mask[:3])
+    span = MergeRange(lowest=lowest, highest=highest)
+    expected = _windows(_load(folder), few, span, rule, threshold, most)
+    with SlidingSearch(_load(folder), few, span, rule) as search:
+        merges = search.run(threshold, most)
+    assert [(m.base, len(m.others)) for m in merges] == [(b, c) for b, c, _ in expected]
+    assert [m.cosine for m in merges] == pytest.approx([s for *_, s in expected], rel=1e-9)
+
+
+def test_layers_that_do_nothing_are_merged_away_and_nothing_changes(
+    folder: Path, tokens: CalibrationTokens
+) -> None:
+    model = _load(folder)
+    for layer in (3, 4, 5):
+        for name, parameter in model.model.layers[layer].named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.data.zero_()
+    with SlidingSearch(model, tokens, MergeRange(highest=DEPTH - 1), "reference") as search:
+        (merge,) = search.run(1 - 1e-9, 5)
+    assert (merge.base, merge.others) == (3, (4, 5, 6))
+    assert merge.cosine == pytest.approx(1, abs=1e-12)

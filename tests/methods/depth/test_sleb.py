@@ -70,15 +70,15 @@ def test_an_interrupted_search_goes_on(
     recipe = make_recipe("sleb", n_layers=3)
     whole = compress(folder, recipe, tmp_path / "whole", progress=False)
     calls: list[list[int]] = []
-    search = sleb.greedy_removal
+    search = sleb.skip_losses
 
-    def interrupted(model: Any, tokens: Any, candidates: Any, removed: Any, **rest: Any) -> Any:
+    def interrupted(*given: Any, removed: Any, **rest: Any) -> Any:
         calls.append(removed)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return search(model, tokens, candidates, removed, **rest)
+        return search(*given, removed=removed, **rest)
 
-    monkeypatch.setattr(sleb, "greedy_removal", interrupted)
+    monkeypatch.setattr(sleb, "skip_losses", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compress(folder, recipe, tmp_path / "out", progress=False)
     (kept,) = _kept(recipe, folder)
@@ -95,7 +95,7 @@ def _kept(recipe: Any, folder: Path) -> list[Path]:
     from streamline_bench.compression.pipeline import content_key
 
     return list(
-        (cache_root() / "work" / content_key(SourceModel(folder), recipe)).glob("sleb.json")
+        (cache_root() / "work" / content_key(SourceModel(folder), recipe)).glob("greedy.json")
     )
 
 

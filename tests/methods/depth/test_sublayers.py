@@ -170,15 +170,15 @@ def test_block_pruner_searches_and_goes_on(
         reached.append(losses[removed[-1]])
 
     calls: list[int] = []
-    search = sublayers.greedy_sublayer
+    search = sublayers.skip_losses
 
-    def interrupted(work: Any, tokens: Any, candidates: Any, order: Any, **rest: Any) -> Any:
-        calls.append(len(order))
+    def interrupted(*given: Any, removed: Any, **rest: Any) -> Any:
+        calls.append(len(removed))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return search(work, tokens, candidates, order, **rest)
+        return search(*given, removed=removed, **rest)
 
-    monkeypatch.setattr(sublayers, "greedy_sublayer", interrupted)
+    monkeypatch.setattr(sublayers, "skip_losses", interrupted)
     with pytest.raises(KeyboardInterrupt):
         made(folder, recipe, tmp_path / "out")
     out, manifest = made(folder, recipe, tmp_path / "out")
