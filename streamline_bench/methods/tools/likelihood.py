@@ -155,33 +155,45 @@ def measured_without(
         stack.enter_context(torch.no_grad())
         without = _Without(removed, gone)
         if is_streamed(model):
-            at = stack.enter_context(
-                _skipped_states(model, forward, batches, candidates, without, work, progress)
+            logits = stack.enter_context(
+                _by_layer(model, forward, batches, candidates, without, work, progress)
             )
-            for number, (ids, mask) in enumerate(batches):
-                for each, values in found.items():
-                    logits = forward.logits(ids, mask, **at(each, number))
-                    values.append(measure(logits, ids, mask, number * size))
-            return found
+        else:
+            logits = _by_batch(forward, without)
         total = len(candidates) * len(tokens)
         bar = stack.enter_context(
             tqdm(total=total, unit="seq", desc=description, delay=2, disable=not progress)
         )
         for number, (ids, mask) in enumerate(batches):
+            for each, values in found.items():
+                values.append(measure(logits(each, number, ids, mask), ids, mask, number * size))
+                bar.update(len(ids))
+    return found
+
+
+Logits: TypeAlias = Callable[[Part, int, Tensor, Tensor], Tensor]
+"""Candidate, batch number, ids, mask -> the logits of the model without the candidate."""
+
+
+def _by_batch(forward: PartialForward, without: _Without) -> Logits:
+    """Let each candidate begin at its layer, with the states of the model that lacks none."""
+    recorded = None
+
+    def logits(part: Part, number: int, ids: Tensor, mask: Tensor) -> Tensor:
+        nonlocal recorded
+        if recorded != number:
             with without() as whole:
                 last = forward.hidden(ids, mask, skip=whole, record=True)
             require_finite_states(forward.states, last, mask)
             del last
-            for each, values in found.items():
-                layer = _layer_of(each)
-                with without(each) as whole:
-                    logits = forward.logits(
-                        ids, mask, start=layer, state=forward.states[layer] if layer else None,
-                        handed=forward.handed.get(layer, ()), skip=whole,
-                    )  # fmt: skip
-                values.append(measure(logits, ids, mask, number * size))
-                bar.update(len(ids))
-    return found
+            recorded = number
+        layer = _layer_of(part)
+        state = forward.states[layer] if layer else None
+        handed = forward.handed.get(layer, ())
+        with without(part) as whole:
+            return forward.logits(ids, mask, start=layer, state=state, handed=handed, skip=whole)
+
+    return logits
 
 
 def _layer_of(part: Part) -> int:
@@ -214,7 +226,7 @@ _MODEL = -1  # stands for the states of the model that skips nothing but what is
 
 
 @contextmanager
-def _skipped_states(
+def _by_layer(
     model: Any,
     forward: PartialForward,
     batches: Sequence[TokenBatch],
@@ -222,13 +234,10 @@ def _skipped_states(
     without: _Without,
     work: Path | None,
     progress: bool,
-) -> Iterator[Callable[[Part, int], dict[str, Any]]]:
+) -> Iterator[Logits]:
     """Take all batches, each without one of the candidates, through a streamed model.
 
     Layers are outside, so that each is read once. The LM head is held inside the context.
-
-    Yields:
-        A function: candidate, batch number -> where a pass over the head begins.
 
     Raises:
         ArchitectureError: the layers of this model cannot be run one by one.
@@ -275,12 +284,13 @@ def _skipped_states(
         except LayersEntangled:
             raise entangled(model) from None
         with held_layer(model, HEAD):
-            places = {
-                each: name if _layer_of(each) < depth else _MODEL for each, name in names.items()
-            }
-            yield lambda each, number: {
-                "start": depth, "state": store.load((places[each], number), device)
-            }  # fmt: skip
+            places = {each: name for each, name in names.items() if _layer_of(each) < depth}
+
+            def logits(part: Part, number: int, ids: Tensor, mask: Tensor) -> Tensor:
+                state = store.load((places.get(part, _MODEL), number), device)
+                return forward.logits(ids, mask, start=depth, state=state)
+
+            yield logits
 
 
 @dataclass(frozen=True)
