@@ -44,13 +44,18 @@ def methods_for(config: Any, refused: Mapping[int, str]) -> dict[str, str]:
     from streamline_bench.modeling.widths import require_narrowable
 
     row = architecture_of(config)
+
+    def require_narrowable_stream() -> None:
+        require_narrowable(row)
+        stream_axes(config)
+
     without_removal: Mapping[str, Callable[[], Any]] = {
         "block_pruner": lambda: require_sublayers(config, row, "attention"),
         "dense": lambda: None,
         "expert_pruning": lambda: mixture_of(config),
         "flap": lambda: require_narrowable(row),
         "llm_pruner": lambda: require_narrowable(row),
-        "minitron": lambda: (require_narrowable(row), stream_axes(config)),
+        "minitron": require_narrowable_stream,
         "slicegpt": lambda: require_rotatable(config),
         "sublayer_drop": lambda: require_sublayers(config, row, "attention"),
     }

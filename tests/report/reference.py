@@ -2,10 +2,11 @@
 
 ``python tests/report/reference.py RUN`` makes (or continues) the run of the plan ``reference`` in
 the folder RUN. With ``--update`` its report replaces ``reports/demo``, without paths of this
-machine and with numbers of six digits, and a picture of it ``reports/demo-report.png``.
+machine and with numbers of six digits.
 ``--publish FOLDER`` runs nothing: it puts the board of any finished run into FOLDER, as
 ``leaderboard.md`` and a ``leaderboard.json`` without flips, matrices, curves and the comparisons of
-single tasks. Pages stay out of the repository, but for the demo's.
+single tasks. Pages stay out of the repository, but for the demo's. ``--picture FILE`` takes a picture
+of the top of its page.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DEMO = REPOSITORY / "reports" / "demo"
-PICTURE = REPOSITORY / "reports" / "demo-report.png"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,9 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--update", action="store_true")
     parser.add_argument("--publish", type=Path, metavar="FOLDER")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="with --publish")
     given = parser.parse_args(arguments)
     if given.publish:
         _publish(given.run, given.publish)
+        if given.picture:
+            _picture(given.run / "leaderboard.html", given.picture)
         return 0
     code = _run(given.run) if given.update else _run_quickly(given.run)
     if code == 0 and given.update:
@@ -97,7 +100,6 @@ def _update(run: Path) -> None:
     (REPOSITORY / "reports" / "leaderboard.schema.json").write_text(
         json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8"
     )
-    _picture(DEMO / "leaderboard.html")
 
 
 def portable(value: Any, run: Path) -> Any:
@@ -115,15 +117,15 @@ def portable(value: Any, run: Path) -> Any:
     return re.sub(rf"{re.escape(str(REPOSITORY))}/?", "", value)
 
 
-def _picture(page: Path) -> None:
+def _picture(page: Path, file: Path) -> None:
     from browser_setup import FLAGS, chromium
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=list(FLAGS))
         shown = browser.new_page(viewport={"width": 1280, "height": 1500}, reduced_motion="reduce")
-        shown.goto(page.as_uri())
-        shown.screenshot(path=PICTURE)
+        shown.goto(page.absolute().as_uri())
+        shown.screenshot(path=file)
         browser.close()
 
 
