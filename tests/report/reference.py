@@ -5,8 +5,8 @@ the folder RUN. With ``--update`` its report replaces ``reports/demo``, without 
 machine and with numbers of six digits.
 ``--publish FOLDER`` runs nothing: it puts the board of any finished run into FOLDER, as
 ``leaderboard.md`` and a ``leaderboard.json`` without flips, matrices, curves and the comparisons of
-single tasks. Pages stay out of the repository, but for the demo's. ``--picture FILE`` takes a picture
-of the top of its page.
+single tasks. Pages stay out of the repository, but for the demo's. ``--picture FILE`` takes a
+picture of the top of its page.
 """
 
 from __future__ import annotations
