@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from streamline_bench.cli.options import (
+    TARGET_HELP,
     metrics_option,
     named_device_option,
     names_in,
@@ -44,6 +45,15 @@ if TYPE_CHECKING:
 @metrics_option
 @click.option("--sparsity", help="Share of the parameters to remove; several: 0.25,0.5.")
 @click.option("--n-layers", help="Net number of layers to remove, instead of --sparsity.")
+@click.option("--target", metavar="LIMIT=VALUE,…",
+              help=f"{TARGET_HELP} Without measured, the run folder's own speeds count. The report "
+              "says which rows are on the Pareto front.")  # fmt: skip
+@click.option(
+    "--search",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Add N sizes between neighbours on the Pareto front.",
+)
 @click.option("--seeds", help="Seeds of the rows that read one: 0,1,2.")
 @click.option("--calibration", help="Text, jsonl, parquet, saved dataset, hub id or preset; a row "
               "for each of several: a.jsonl,b.jsonl.")  # fmt: skip
@@ -305,7 +315,10 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
         payload["recipes"] = [*payload.get("recipes", []), *map(parse_row, options["rows"])]
     given = _recipe_keys(options)
     # Sizes are alternatives: one that is given replaces the plan's, whichever it was.
-    replaced = set(SIZE_KEYS) if given.keys() & set(SIZE_KEYS) else set()
+    sized = given.keys() & set(SIZE_KEYS)
+    replaced = set(SIZE_KEYS) if sized or options.get("target") else set()
+    if sized and not options.get("target"):
+        payload.pop("target", None)
     planned = payload.get("set") or {}
     payload["set"] = {k: v for k, v in planned.items() if k not in replaced} | given
     for key in ("metrics", "pairs"):

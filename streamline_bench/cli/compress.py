@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from streamline_bench.cli.options import (
     CALIBRATION_HELP,
+    TARGET_HELP,
     device_option,
     dtype_option,
     parse_assignments,
@@ -16,12 +17,16 @@ from streamline_bench.cli.options import (
     setup_logging,
 )
 
+if TYPE_CHECKING:
+    from streamline_bench.core.recipe.schema import Recipe
+
 
 @click.command("compress")
 @click.argument("model")
 @click.option("--recipe", default="streamline", show_default=True, help="Recipe name or YAML file.")
 @click.option("--sparsity", type=float, help="Share of the parameters to remove, between 0 and 1.")
 @click.option("--n-layers", type=int, help="Net number of layers to remove, instead of --sparsity.")
+@click.option("--target", metavar="LIMIT=VALUE,…", help=TARGET_HELP)
 @click.option("--replacement", help="none, layer, ffn, swiglu, ffn_res, swiglu_res or linear.")
 @click.option("--calibration", help=CALIBRATION_HELP)
 @click.option(
@@ -41,6 +46,7 @@ from streamline_bench.cli.options import (
 def command(
     model: str,
     recipe: str,
+    target: str | None,
     assignments: tuple[str, ...],
     output: Path | None,
     overwrite: bool,
@@ -60,12 +66,15 @@ def command(
     ranks = launched()
     setup_logging(quiet=quiet or as_json or not ranks.main)
     from streamline_bench.compression.pipeline import compress, explained
-    from streamline_bench.compression.recipes import load_recipe, refuse_unread
+    from streamline_bench.compression.recipes import load_recipe, refuse_sizes, refuse_unread
     from streamline_bench.core.checkpoint.folder import read_manifest
 
     given = {**overrides, **parse_assignments(assignments)}
     plan = load_recipe(recipe, given)
     refuse_unread(plan, given)
+    if target is not None:
+        refuse_sizes(given)
+        plan = _of_target(target, recipe, given, model, revision, trust_remote_code)
     where: dict[str, Any] = {
         "revision": revision, "device": device, "dtype": dtype, "placement": placement,
         "trust_remote_code": trust_remote_code,
@@ -101,3 +110,19 @@ def command(
                 f"{whole['parameters_before']:,} -> {whole['parameters_after']:,} parameters "
                 f"({whole['sparsity_reached']:.1%} removed)"
             )
+
+
+def _of_target(
+    target: str,
+    recipe: str,
+    given: dict[str, Any],
+    model: str,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> Recipe:
+    from streamline_bench.compression.target import Target, solved
+    from streamline_bench.modeling.loading import SourceModel
+
+    asked = Target.parse(target)
+    source = SourceModel.find(model, revision, trust_remote_code=trust_remote_code)
+    return solved(recipe, given, asked, source)[0]

@@ -31,6 +31,11 @@ CALIBRATION_HELP = (
     ".zst), several with commas or a pattern; or a saved data set, a hub id or a preset."
 )
 
+TARGET_HELP = (
+    "The largest size that fits, instead of --sparsity: memory=24GiB,concurrency=32,context=4096; "
+    "bytes=10GB; latency=20ms per output token or ttft=300ms, as measured=throughput.json has it."
+)
+
 _NOT_GIVEN = (None, ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
 
 

@@ -162,6 +162,23 @@ def forecast(
     )  # fmt: skip
 
 
+def running_bytes(
+    reader: CheckpointReader, config: Any, item: int, *, tokens: int, sequences: int
+) -> int:
+    """Return what a model that runs holds besides its weights and its cache.
+
+    The stream before and behind a layer, what the widest layer computes in between, and the logits
+    of one position of every sequence, once in the model's dtype and once in float32.
+
+    Args:
+        item: bytes of a number.
+        tokens: of one pass.
+    """
+    sizes = _Sizes.of(reader, config, item)
+    inside = 2 * sizes.state(tokens) + tokens * sizes.width * item
+    return inside + sequences * sizes.vocabulary * (item + 4)
+
+
 def _largest(stages: Mapping[str, Parts]) -> str:
     return max(stages, key=lambda name: sum(stages[name].values()))
 

@@ -250,6 +250,23 @@ def applicable(overrides: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def resized(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with another size; it has the key of one that was loaded with it.
+
+    Args:
+        given: keys of :data:`SIZE_KEYS`.
+    """
+    before = recipe.model_dump(mode="json")
+    payload = copy.deepcopy(before)
+    for key, value in given.items():
+        _override(payload, key, value)
+    changed = {k: v for k, v in recipe.overridden.items() if k not in SIZE_KEYS}
+    changed |= {key: (_value(before, key), value) for key, value in given.items()}
+    found = parse_recipe({**payload, "overridden": changed}, f"Recipe '{recipe.name}'")
+    check_parameters(found)
+    return found
+
+
 def refuse_unread(recipe: Recipe, given: Mapping[str, Any]) -> None:
     """Refuse overrides that change nothing in what a recipe makes.
 
@@ -262,6 +279,13 @@ def refuse_unread(recipe: Recipe, given: Mapping[str, Any]) -> None:
             f"'{unread[0]}' has no effect: recipe '{recipe.name}' (method '{recipe.method}') does "
             "not read it; leave it out, or give a recipe that reads it."
         )
+
+
+def refuse_sizes(given: Mapping[str, Any]) -> None:
+    """Refuse a size that is given beside a target (RecipeError: naming it)."""
+    size = next((key for key in SIZE_KEYS if given.get(key) is not None), None)
+    if size is not None:
+        raise RecipeError(f"Give a target or {size}, not both: a target is solved to a size.")
 
 
 def unread_keys(recipe: Recipe, keys: Iterable[str]) -> list[str]:

@@ -283,6 +283,34 @@ def model_sizes(source: CheckpointReader | Any) -> ModelSizes:
     return _sizes(row, row.layers, getattr(source, row.depth_key), _meta_counts(source))
 
 
+def cached_values(reader: CheckpointReader) -> tuple[int, ...] | None:
+    """Return how many numbers each layer caches for a token: its rows of keys and values.
+
+    A layer without attention, or without a cache that grows, has 0. None: the family's projections
+    of keys and values are not known.
+
+    Raises:
+        ArchitectureError: the family is not supported.
+    """
+    row = architecture_of(reader.config)
+    if not (row.fused_qkv or row.key):
+        return None
+    axis = 1 if row.transposed else 0
+    # A fused projection has rows of queries as well: as many as the output projection reads.
+    parts = {row.fused_qkv: (1, axis), row.output: (-1, 1 - axis)} if row.fused_qkv else {
+        row.key: (1, axis), row.value: (1, axis)
+    }  # fmt: skip
+    values = [0] * int(config_entry(reader.config, row.depth_key, 0))
+    for name, entry in reader.entries.items():
+        for projection, (sign, dim) in parts.items():
+            found = re.fullmatch(
+                rf"(?:.*\.)?(\d+)\.{re.escape(f'{row.attention}.{projection}')}\.weight", name
+            )
+            if found and int(found[1]) < len(values) and len(entry.shape) == 2:
+                values[int(found[1])] += sign * entry.shape[dim]
+    return tuple(values) if any(values) else None
+
+
 def _closest(sizes: ModelSizes, sparsity: float, added: int) -> int:
     if not 0 < sparsity < 1:
         raise SparsityError(

@@ -15,7 +15,7 @@ import hashlib
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import metadata
@@ -180,6 +180,28 @@ class Compressed:
     artefacts: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Size:
+    """A size that a method reaches, known before anything is computed.
+
+    Where a method chooses among parts of different sizes, these are the most that a result of it
+    takes, whichever parts are chosen.
+
+    Attributes:
+        given: keys of a recipe, and values with which it has this size.
+        parameters: of the model.
+        nbytes: of its tensors as they are stored.
+        cached: numbers that it caches for one token; None: not known.
+        layers: of its decoder.
+    """
+
+    given: Mapping[str, Any]
+    parameters: int
+    nbytes: int
+    cached: int | None
+    layers: int
+
+
 class Method(ABC):
     """A compression method: one class in one file, one recipe, one test.
 
@@ -250,6 +272,25 @@ class Method(ABC):
             StreamlineBenchError: one of its kinds. Each is one sentence: what was wrong, with the
                 value, and what to do.
         """
+
+    def sizes(self, work: Compression) -> Iterator[Size]:
+        """Yield every size that the method reaches, the largest first; no weights are read.
+
+        The sizes in ``work.recipe`` do not count. Here: whole layers, as many as the parameters
+        allow; a method that removes anything else yields its own.
+
+        Raises:
+            ArchitectureError: the method does not know this model.
+            SparsityError: the method names no sizes.
+        """
+        if self.removes != "layers":
+            raise SparsityError(
+                f"Method '{self.name}' removes {self.removes} and names no sizes, so that no "
+                "target can be solved for it; give it a sparsity instead."
+            )
+        from streamline_bench.methods.tools.sizes import whole_layers
+
+        yield from whole_layers(work, self.parameters.model_validate(work.recipe.parameters))
 
     def stock(self, recipe: Recipe) -> bool:
         """Whether plain transformers loads the result, of families that have a class for it.

@@ -204,7 +204,7 @@ def _compared(
         rows.append(made.model_copy(update={"throughput": reading.speed(row)}))
     rows = _with_twins(_with_original_size(rows, run.dense), run.rows)
     rows = [with_solved(row, rows, run.dense) for row in rows]
-    stood = standing(rows, answered, settings, graded)
+    stood = standing(rows, answered, settings, graded, with_fronts=run.fronts)
     return Leaderboard(
         title=run.title,
         dense=run.dense,
@@ -216,6 +216,8 @@ def _compared(
         neighbours=stood.neighbours,
         contests=stood.contests,
         gains=gains(rows, stood.entries, stood.folded, settings),
+        target=run.target,
+        fronts=stood.fronts,
         noise=floor,
         not_compared={**itself.not_compared, **run.not_compared},
         commands=run.commands,
@@ -289,7 +291,7 @@ def _row(
 
 def _said(source: RunRow) -> dict[str, Any]:
     """What the run says of a row, as its fields."""
-    same = ("reference", "made_elsewhere", "group", "axes", "bytes", "not_compared")
+    same = ("reference", "made_elsewhere", "group", "axes", "bytes", "memory", "not_compared")
     return {name: getattr(source, name) for name in same}
 
 

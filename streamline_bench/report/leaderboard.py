@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from streamline_bench.core.files import read_json, validated
 from streamline_bench.core.recipe.schema import Frozen, MethodParts, PublishedResult
 from streamline_bench.errors import SamplesError
+from streamline_bench.report.fronts import Front
 from streamline_bench.stability.comparison import (
     Decision,
     FormatComparison,
@@ -357,6 +358,7 @@ class Row(Frozen):
         group: label of the row before axes spanned it; rows of one group differ in ``axes`` only.
         axes: axis (sparsity, n_layers, seed, calibration, model) -> value of this row.
         bytes: of the files of its weights.
+        memory: bytes of weights, cache and one pass for the sequences of the board's target.
         not_compared: what cannot be compared with the dense model -> why.
         failed: why there is no result; then accuracies are None and ``tasks`` is empty.
         parts: which layers go, what stands in for them, how the result is trained; None where the
@@ -392,6 +394,7 @@ class Row(Frozen):
     group: str | None = None
     axes: dict[str, Any] = Field(default_factory=dict)
     bytes: int | None = None
+    memory: int | None = None
     not_compared: dict[str, str] = Field(default_factory=dict)
     failed: str | None = None
     title: str = ""
@@ -455,10 +458,11 @@ class Leaderboard(Frozen):
 
     Version 4 adds ``grades`` and ``aggregate_only`` to rows and ``metrics`` to the method; a file
     of version 3 is one without them. Version 5 adds ``grade_ranks``, ``grade_change``,
-    ``formats`` and ``solved`` to rows, ``computed_by`` to their provenance, numbers of tokens to
-    ``generations``, grades to ``noise`` (whose other numbers may be missing then) and ``pairs`` to
-    the method; what is folded has no accuracy where no task has verdicts. It may have ``parts`` of
-    rows and ``gains``. A file of version 4 is one without them.
+    ``formats``, ``solved`` and ``memory`` to rows, ``computed_by`` to their provenance, numbers of
+    tokens to ``generations``, grades to ``noise`` (whose other numbers may be missing then),
+    ``pairs`` to the method, ``target`` and ``fronts``; what is folded has no accuracy where no task
+    has verdicts. It may have ``parts`` of rows and ``gains``.
+    A file of version 4 is one without them.
 
     Attributes:
         ranks: entry (row or folded row) -> its place by accuracy.
@@ -467,6 +471,8 @@ class Leaderboard(Frozen):
         neighbours: every entry against the next one of the ranking, Holm's adjustment over all.
         contests: entries that may be compared, the largest group first.
         gains: what patches add, by healing, selection and size.
+        target: what the sizes of rows were solved for, in words.
+        fronts: of accuracy against costs; empty where neither a target nor a search was asked for.
         not_read: for files of the evaluations (``row: file``) why they are not read.
     """
 
@@ -482,6 +488,8 @@ class Leaderboard(Frozen):
     neighbours: list[Between] = Field(default_factory=list)
     contests: list[Contest] = Field(default_factory=list)
     gains: list[Gain] = Field(default_factory=list)
+    target: str | None = None
+    fronts: list[Front] = Field(default_factory=list)
     noise: NoiseFloor | None = None
     not_compared: dict[str, str] = Field(default_factory=dict)
     commands: list[str] = Field(default_factory=list)

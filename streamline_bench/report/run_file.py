@@ -55,6 +55,7 @@ class RunRow(Frozen):
         group: label of the row before axes (sizes, seeds, calibrations, models) spanned it.
         axes: axis -> value of this row.
         bytes: of the files of its weights.
+        memory: bytes of weights, cache and one pass for the sequences of the run's target.
         throughput: the ``throughput.json`` with its speed, relative to the run folder and inside
             it; None: the run's, if it has one.
         measured_as: what the row is called there, if not by its label.
@@ -80,6 +81,7 @@ class RunRow(Frozen):
     group: str | None = None
     axes: dict[str, Any] = Field(default_factory=dict)
     bytes: int | None = None
+    memory: int | None = None
     throughput: str | None = None
     measured_as: str | None = None
     published: list[dict[str, Any]] = Field(default_factory=list)
@@ -126,6 +128,8 @@ class RunFile(Frozen):
         tasks_left_out: what was answered as well, and is not shown.
         metrics: task or group -> the metric that judges it, in place of its own.
         pairs: task with free answers -> the one that asks the same and gives choices.
+        target: what the sizes of rows were solved for, in words.
+        fronts: show which rows are on the Pareto fronts.
         text: names the text of the divergences, and how it was read.
     """
 
@@ -145,6 +149,8 @@ class RunFile(Frozen):
     tasks_left_out: list[str] = Field(default_factory=list)
     metrics: dict[str, str] = Field(default_factory=dict)
     pairs: dict[str, str] = Field(default_factory=dict)
+    target: str | None = None
+    fronts: bool = False
     text: str | None = None
 
     @model_validator(mode="after")

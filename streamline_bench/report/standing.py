@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from streamline_bench.report.leaderboard import Between, Contest, Folded, Rank, Row
+from streamline_bench.report.fronts import fronts
+from streamline_bench.report.leaderboard import Between, Contest, Folded, Front, Rank, Row
 from streamline_bench.stability.align import AlignedPairs
 from streamline_bench.stability.compare_answers import with_script_verdicts
 from streamline_bench.stability.comparison import Comparison
@@ -184,6 +185,11 @@ class Entry:
             found.append(CrossedTask(scores, first.labels, weights))
         return found
 
+    @property
+    def method_error(self) -> float:
+        """Standard error of the mean that seeds and calibrations bring."""
+        return math.sqrt(sum(variance for variance, _ in crossed_error(self.crossed()).methods))
+
     def mean(self) -> float:
         """Accuracy, or grade, mean over tasks."""
         return float(np.mean([task.scores.mean() for task in self.crossed()]))
@@ -208,6 +214,7 @@ class Standing:
     folded: list[Folded]
     neighbours: list[Between]
     contests: list[Contest]
+    fronts: list[Front]
 
 
 def standing(
@@ -215,6 +222,8 @@ def standing(
     answers: Mapping[str, Answers],
     settings: Settings,
     grades: Mapping[str, Answers] | None = None,
+    *,
+    with_fronts: bool = False,
 ) -> Standing:
     """Fold, rank and test the rows that have answers; rows asked other documents are left out.
 
@@ -222,6 +231,7 @@ def standing(
         answers: label -> verdicts.
         grades: label -> grades that judge tasks. Rows are ranked by them apart from verdicts, with
             which they are never averaged.
+        with_fronts: also find the Pareto fronts.
     """
     dense = next((row for row in rows if row.is_dense), None)
     entries = _entered(rows, answers, dense)
@@ -246,7 +256,16 @@ def standing(
         ],
         neighbours=adjusted(pairs, settings),
         contests=[_contest(found, dense, settings) for found in contests_of(entries, dense)],
+        fronts=fronts(entries, _dense_entry(dense, entries), settings) if with_fronts else [],
     )
+
+
+def _dense_entry(dense: Row | None, entries: Sequence[Entry]) -> Entry | None:
+    """The dense model, with the verdicts that each row has of it."""
+    if dense is None or not entries:
+        return None
+    own = {task: replace(found, right=found.dense) for task, found in entries[0].answers.items()}
+    return Entry(dense.label, dense, ((own,),), (dense.label,))
 
 
 def _entered(rows: Sequence[Row], answers: Mapping[str, Answers], dense: Row | None) -> list[Entry]:
@@ -386,9 +405,7 @@ def _ranks(entries: Sequence[Entry], settings: Settings) -> dict[str, Rank]:
     if not entries:
         return {}
     every = [entry.crossed() for entry in entries]
-    errors = [
-        math.sqrt(sum(variance for variance, _ in crossed_error(tasks).methods)) for tasks in every
-    ]
+    errors = [entry.method_error for entry in entries]
     tasks = [
         (np.array([task.scores.mean(axis=(0, 1)) for task in same]), same[0].clusters)
         for same in zip(*every, strict=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamline_bench.core.checkpoint.folder import Manifest, read_manifest
 from streamline_bench.errors import CheckpointError, ComparisonError
@@ -25,6 +25,9 @@ from streamline_bench.runs.jobs.kinds import CompressJob, MeasureJob, TextJob
 from streamline_bench.runs.jobs.planned import same_tokens
 from streamline_bench.runs.jobs.score import ScoreJob
 from streamline_bench.runs.planning.plan import Evaluation, Plan, PlanRow, digest
+
+if TYPE_CHECKING:
+    from streamline_bench.compression.target import ServingMemory, Target
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ class Results:
             tasks_left_out=self._left_out_of_answers(),
             metrics=self.plan.metrics,
             pairs=self.plan.pairs,
+            target=self._target.described if self._target is not None else None,
+            fronts=self._target is not None or self.plan.search > 0,
             text=self._text(),
             failed_jobs=self.side_failures(),
             not_compared=self.left_out(),
@@ -187,6 +192,7 @@ class Results:
             "axes": row.axes,
             "published": [each.model_dump(mode="json") for each in row.published],
             "bytes": self._bytes(row),
+            "memory": self._memory(row),
         }
         if other is not None:
             facts["made_elsewhere"] = {
@@ -209,6 +215,40 @@ class Results:
         folder = self.run.checkpoint(row.place)
         sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
         return sum(sizes) or None
+
+    @cached_property
+    def _target(self) -> Target | None:
+        from streamline_bench.compression.target import Target
+
+        return Target.model_validate(self.plan.target) if self.plan.target else None
+
+    @cached_property
+    def _serving(self) -> ServingMemory | None:
+        """Memory for the sequences of the target; None: it names none, or it is not known."""
+        from streamline_bench.compression.target import serving_memory
+        from streamline_bench.modeling.loading import SourceModel
+
+        if self._target is None or self._target.memory is None:
+            return None
+        plan = self.plan
+        source = SourceModel.find(plan.model, plan.revision,
+                                  trust_remote_code=plan.trust_remote_code)  # fmt: skip
+        return serving_memory(source.reader, source.config, self._target)
+
+    def _memory(self, row: PlanRow) -> int | None:
+        """Bytes of memory of a row that comes from the run's first model."""
+        from streamline_bench.core.checkpoint.folder import resolve_pretrained
+        from streamline_bench.throughput.footprint import footprint
+
+        if self._serving is None or row.checkpoint or row.model is not None:
+            return None
+        folder = self.run.checkpoint(row.place)
+        if row.dense:
+            folder = resolve_pretrained(self.plan.model, self.plan.revision)
+        elif not self._has(row.label, CompressJob):
+            return None
+        sizes = footprint(folder)
+        return self._serving.of(sizes.weights_bytes, sizes.kv_values_per_token or 0)
 
     def _divergence(self, row: PlanRow) -> str | None:
         for state in self._of(row.label, TextJob):

@@ -24,7 +24,7 @@ from streamline_bench.runs.jobs.planned import measure_jobs, plan_jobs
 from streamline_bench.runs.jobs.score import ScoreJob, forget_answers
 from streamline_bench.runs.planning.checks import check_before
 from streamline_bench.runs.planning.growth import grown
-from streamline_bench.runs.planning.plan import Plan, read_plan
+from streamline_bench.runs.planning.plan import Plan, PlanRow, read_plan
 from streamline_bench.runs.planning.request import Request, RowRequest, make_request
 from streamline_bench.runs.planning.resolve import resolve_plan
 
@@ -153,6 +153,11 @@ def compare_request(
     """
     if until not in STAGES:
         raise RecipeError(f"Unknown stage '{until}'; known: {', '.join(STAGES)}.")
+    if request.search and until != STAGES[-1]:
+        raise RecipeError(
+            f"A search for {request.search} more sizes reads the report, and the run ends at "
+            f"'{until}'; leave --search or --until out."
+        )
     execution = execution or Execution()
     try:
         output = output.expanduser().absolute()
@@ -163,7 +168,11 @@ def compare_request(
     check_output(output)
     with _sigterm_raises():
         # What was mistyped is refused before a folder is made for it.
-        plan = resolve_plan(request, device=execution.device, asked=asked, progress=progress)
+        there = None if overwrite else read_plan(output)
+        plan = resolve_plan(
+            request, device=execution.device, asked=asked, progress=progress, run=output,
+            there=there,
+        )  # fmt: skip
         execution.check_device(plan.device)
         execution.check_threads(plan.threads)
         execution.check_measured(plan.throughput)
@@ -171,13 +180,31 @@ def compare_request(
         executor = _executor(execution)
         try:
             here = execution.job_slots if execution.executor == "local" else None
-            there = None if overwrite else read_plan(output)
             check_before(grown(there, plan), paths, jobs_at_a_time=here, until=until)
             with locked(output):
                 plan = claim(output, plan, overwrite=overwrite)
-                return _run(paths, plan, execution, executor, until, progress)
+                result = _run(paths, plan, execution, executor, until, progress)
+                while rows := _more_rows(plan, result, execution):
+                    plan = claim(output, plan.model_copy(update={"rows": (*plan.rows, *rows)}))
+                    executor = _executor(execution)
+                    result = _run(paths, plan, execution, executor, until, progress)
+                return result
         finally:
             executor.stop()  # again: the folder may have been refused before any job
+
+
+def _more_rows(plan: Plan, result: CompareResult, execution: Execution) -> list[PlanRow]:
+    """The rows of the next sizes of a search, as many sizes as there are jobs at a time."""
+    if not plan.search or result.report is None:
+        return []
+    from streamline_bench.modeling.loading import SourceModel
+    from streamline_bench.report.leaderboard import read_leaderboard
+    from streamline_bench.runs.search import more_rows
+
+    board = read_leaderboard(result.report.with_suffix(".json"))
+    source = SourceModel.find(plan.model, plan.revision, trust_remote_code=plan.trust_remote_code)
+    at_once = execution.job_slots if execution.executor == "local" else plan.search
+    return more_rows(plan, board, source, max(1, at_once))
 
 
 def _run(

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from streamline_bench.core.architecture import Architecture, architecture_of, config_entry
 from streamline_bench.core.checkpoint.folder import TensorEntry
 from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.surgery import cached_values
 from streamline_bench.errors import ArchitectureError, ThroughputError
 from streamline_bench.throughput.record import Ideal
 from streamline_bench.throughput.workload import Workload
@@ -88,8 +89,10 @@ def footprint(folder: Path) -> Footprint:
         CheckpointError: config or weights are missing or damaged.
     """
     reader = CheckpointReader(folder)
+    cached = None
     try:
         row = architecture_of(reader.config)
+        cached = cached_values(reader)
     except ArchitectureError:
         row = Architecture("unknown", depth_key="")  # sizes of the tensors can still be counted
     names = _Names(reader, row)
@@ -105,7 +108,7 @@ def footprint(folder: Path) -> Footprint:
         expert_weights=sum(entry.numel for entry in experts),
         expert_share=names.expert_share,
         attention_channels=names.attention_channels,
-        kv_values_per_token=names.kv_values,
+        kv_values_per_token=sum(cached) if cached else None,
         max_tokens=config_entry(reader.config, "max_position_embeddings")
         or config_entry(reader.config, "n_positions"),
         dtype=config_entry(reader.config, "dtype") or config_entry(reader.config, "torch_dtype"),
@@ -242,20 +245,8 @@ class _Names:
     @property
     def attention_channels(self) -> int:
         """Heads times head size, all layers together: what the output projections read."""
-        return self._sum(self._row.output, axis=0 if self._row.transposed else 1)
-
-    @property
-    def kv_values(self) -> int | None:
-        """Rows of key and value projections, all layers together."""
-        axis = 1 if self._row.transposed else 0
-        if self._row.fused_qkv:
-            return self._sum(self._row.fused_qkv, axis) - self.attention_channels or None
-        if not self._row.key or self._row.model_type == "unknown":
-            return None
-        return self._sum(self._row.key, axis) + self._sum(self._row.value, axis) or None
-
-    def _sum(self, projection: str, axis: int) -> int:
-        ending = f".{self._row.attention}.{projection}.weight"
+        axis = 0 if self._row.transposed else 1
+        ending = f".{self._row.attention}.{self._row.output}.weight"
         return sum(
             entry.shape[axis]
             for entry in self._entries.values()

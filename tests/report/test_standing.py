@@ -22,6 +22,7 @@ from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.crossed import CrossedTask, crossed_estimate
 from streamline_bench.stability.statistics.paired import Outcomes, PairedSample
 from streamline_bench.stability.statistics.score import PairedDifference
+from streamline_bench.throughput.speed import Speed
 
 SETTINGS = Settings(draws=100)
 N = 400
@@ -331,3 +332,31 @@ def test_grades_of_folded_rows_are_their_means() -> None:
     assert score.comparison.difference.value == pytest.approx(-0.2)
     assert score.comparison.difference.low is None
     assert score.comparison.decision is None and score.comparison.p_holm is None
+
+
+def test_rows_stand_on_fronts_with_a_share_of_the_resamples() -> None:
+    skills = {"large": 0.85, "small": 0.5, "beaten": 0.3, "close": 0.502}
+    sizes = {"large": 800, "small": 400, "beaten": 600, "close": 401}
+    fields = {label: {"bytes": size, "memory": 2 * size} for label, size in sizes.items()}
+    rows = [row(label, **fields[label]) for label in skills]
+    dense = DENSE_ROW.model_copy(update={"bytes": 1000, "memory": 2000})
+    answers = {label: answered(skill, seed) for seed, (label, skill) in enumerate(skills.items())}
+    assert standing([dense, *rows], answers, SETTINGS).fronts == []
+    found = standing([dense, *rows], answers, SETTINGS, with_fronts=True).fronts
+    assert [front.measure for front in found] == ["memory", "bytes"]
+    places = {place.label: place for place in found[1].places}
+    assert list(places) == ["small", "close", "beaten", "large", "dense"]
+    assert places["small"].on and places["small"].share == 1.0  # nothing is cheaper
+    assert not places["beaten"].on and places["beaten"].share == 0.0
+    assert places["dense"].on and places["dense"].accuracy == pytest.approx(DENSE.mean())
+    assert 0.05 < places["close"].share < 0.95
+    # A time is drawn by its error: far behind small and a little dearer than large.
+    speed = {"engine": "e", "device": "cpu", "dtype": "float32", "batch_size": 1, "status": "ok"}
+    timed = [
+        one.model_copy(update={"throughput": Speed(ratio=ratio, ratio_error=error, **speed)})
+        for one, ratio, error in zip(rows, (1.5, 2.0, 1.49, 2.5), (0.01,) * 4, strict=True)
+    ]
+    dense = dense.model_copy(update={"throughput": Speed(**speed)})
+    time = standing([dense, *timed], answers, SETTINGS, with_fronts=True).fronts[1]
+    assert time.measure == "time" and time.places[-1].cost == 1.0
+    assert 0.1 < {p.label: p.share for p in time.places}["small"] < 0.9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, Field
@@ -10,7 +11,7 @@ from pydantic import BaseModel, Field
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.surgery import SizePlan, block_keep
 from streamline_bench.errors import SparsityError
-from streamline_bench.methods.base import Compression
+from streamline_bench.methods.base import Compression, Size
 from streamline_bench.methods.tools.selection import (
     LayerSelection,
     ProtectedEnds,
@@ -86,6 +87,11 @@ class GivenLayers(LayerSelection):
     def cuts(self, options: Any) -> int:
         """The runs of neighbours among the listed layers."""
         return len(cuts_of(options.layers))
+
+    def sizes(self, work: Compression) -> Iterator[Size]:
+        """Yield the one size that the list is."""
+        listed = set(GivenLayersParameters.model_validate(work.recipe.parameters).layers)
+        yield from (size for size in super().sizes(work) if size.given["n_layers"] == len(listed))
 
     def select(self, work: Compression, options: Any, plan: SizePlan) -> Selected:
         """Return them.

@@ -14,19 +14,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, Field, model_validator
 
-from streamline_bench.core.architecture import architecture_of
+from streamline_bench.core.architecture import architecture_of, depth_of
 from streamline_bench.core.checkpoint.writer import layers_prefix
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.replacement import network_parameters
 from streamline_bench.core.surgery import SizePlan
 from streamline_bench.core.training import TrainedCuts, train_replacements
 from streamline_bench.errors import NumericsError, RecipeError, SparsityError
-from streamline_bench.methods.base import Compressed, Compression
+from streamline_bench.methods.base import Compressed, Compression, Size
 from streamline_bench.methods.tools.layer_removal import as_stored, attached, drop_layers, size_plan
 from streamline_bench.methods.tools.selection import (
     AnySelection,
@@ -36,6 +36,7 @@ from streamline_bench.methods.tools.selection import (
     cuts_of,
 )
 from streamline_bench.methods.tools.shared_scan import scan_once
+from streamline_bench.methods.tools.sizes import whole_layers
 from streamline_bench.methods.tools.steps import CURVE_FILE, compress_in_steps
 
 
@@ -133,6 +134,19 @@ class Streamline(OnSelection, LayerSelection):
         """Whether no pass goes backwards through the model."""
         backwards = recipe.replacement.kind != "none" and recipe.training.objective in ("lm", "kd")
         return super().streams(recipe) and not backwards
+
+    def sizes(self, work: Compression) -> Iterator[Size]:
+        """Yield whole layers less, with a replacement for each run of removed layers."""
+        spec, depth = work.recipe.replacement, depth_of(work.config)
+        network = 0 if spec.kind in ("none", "layer") else network_parameters(spec, work.config)
+        options = StreamlineParameters.model_validate(work.recipe.parameters)
+        most = options.most(depth) - (spec.layers if spec.kind == "layer" else 0)
+
+        def added(n: int) -> int:
+            apart = min(n, depth - n + 1) if options.iterations > 1 else options.most_cuts(depth, n)
+            return network * apart
+
+        yield from whole_layers(work, options, added=added, most=most)
 
     def compress(self, work: Compression) -> Compressed:
         """Choose the layers, train the replacements if there are any."""

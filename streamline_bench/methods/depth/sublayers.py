@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -35,8 +36,9 @@ from streamline_bench.core.forward import (
 from streamline_bench.core.state_store import state_store, states_bytes
 from streamline_bench.core.streaming import is_streamed
 from streamline_bench.errors import NumericsError
-from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.base import Compressed, Compression, Method, Size
 from streamline_bench.methods.tools.likelihood import greedy_search, skip_losses
+from streamline_bench.methods.tools.sizes import Stored, stored_bytes
 from streamline_bench.methods.tools.sublayer_removal import (
     Removal,
     SublayerParameters,
@@ -48,6 +50,29 @@ from streamline_bench.modeling.sublayers import Sublayer
 class _SublayerMethod(Method):
     removes = "sub-layers"
     seeded = False
+
+    def sizes(self, work: Compression) -> Iterator[Size]:
+        """Yield the model without 1, 2, … sub-layers, those of the fewest bytes."""
+        options: Any = self.parameters.model_validate(work.recipe.parameters)
+        recipe = work.recipe.model_copy(update={"sparsity": None})
+        removal = Removal(replace(work, recipe=recipe), options.model_copy(update={"sublayers": 1}))
+        reader, stored = work.reader, Stored.of(work.reader)
+        of = removal.tensors
+        nbytes = {one: sum(stored_bytes(reader, name) for name in of[one])
+                  for one in removal.candidates}  # fmt: skip
+        cached = {(layer, kind): stored.cached[layer] * (kind == "attention")
+                  for layer, kind in nbytes} if stored.cached else {}  # fmt: skip
+        counts = sorted(removal.parameters([one]) for one in nbytes)
+        taken: list[Sublayer] = []
+        for one in sorted(nbytes, key=lambda one: nbytes[one]):
+            if not removal.allowed([*taken, one]):
+                continue
+            taken.append(one)
+            n = len(taken)
+            yield stored.less(
+                {"parameters.sublayers": n}, parameters=sum(counts[:n]),
+                nbytes=sum(nbytes[one] for one in taken), cached=sum(sorted(cached.values())[:n]),
+            )  # fmt: skip
 
     def stock(self, recipe: Any) -> bool:
         """No stock class has layers without attention or MLP."""

@@ -39,6 +39,11 @@ class UIDLParameters(Frozen):
     allow_first_layer: bool = False
     allow_last_layer: bool = False
 
+    def most(self, num_layers: int) -> int:
+        """Return how many layers may be removed."""
+        last_goes = self.allow_last_layer and self.variant == "angular"
+        return num_layers - (not self.allow_first_layer) - (not last_goes)
+
 
 class UIDL(LayerSelection):
     """Contiguous block removal by angular distance."""

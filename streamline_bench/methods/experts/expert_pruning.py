@@ -22,7 +22,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -42,9 +42,10 @@ from streamline_bench.core.checkpoint.writer import LazyTensors, layer_names, la
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.surgery import Removal, model_sizes
 from streamline_bench.errors import ArchitectureError, SparsityError, library_errors
-from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.base import Compressed, Compression, Method, Size
 from streamline_bench.methods.tools.activations import require_finite, visit_inputs
 from streamline_bench.methods.tools.layer_removal import config_json
+from streamline_bench.methods.tools.sizes import Stored, short_share, stored_bytes
 
 Criterion = Literal["reap", "frequency", "ean", "random"]
 
@@ -117,6 +118,28 @@ class ExpertPruning(Method):
 
     def reads_seed(self, parameters: Mapping[str, Any]) -> bool:
         return ExpertParameters.model_validate(parameters).criterion == "random"
+
+    def sizes(self, work: Compression) -> Iterator[Size]:
+        """Yield the model with fewer experts, one step after the other."""
+        mixture, stored = mixture_of(work.config), Stored.of(work.reader)
+        every = dict.fromkeys(mixture.layers, range(mixture.experts))
+        names, sliced = pruned_tensors(work.reader, work.config, mixture, every)
+        fewer = range(mixture.experts - mixture.groups)
+        kept, _ = pruned_tensors(work.reader, work.config, mixture, dict.fromkeys(every, fewer))
+        single = (stored_bytes(work.reader, old) for new, old in names.items() if new not in kept)
+        fused = sum(stored_bytes(work.reader, name) for name in sliced)
+        step = sum(single) + fused // mixture.experts * mixture.groups
+        least = len(mixture.layers) * mixture.expert_size * mixture.groups
+        for count in range(1, (mixture.experts - mixture.chosen) // mixture.groups + 1):
+
+            def same(sparsity: float, count: int = count) -> bool:
+                return plan_experts(mixture, sparsity=sparsity).removed == count * least
+
+            share = short_share(count * least / mixture.total, same)
+            if share is not None:
+                yield stored.less(
+                    {"sparsity": share}, parameters=count * least, nbytes=count * step
+                )
 
     def compress(self, work: Compression) -> Compressed:
         """Score the experts of every layer, keep the highest, slice the routers."""

@@ -25,17 +25,18 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from streamline_bench.core.architecture import architecture_of, decoder_layers
+from streamline_bench.core.architecture import architecture_of, decoder_layers, depth_of
 from streamline_bench.core.boundaries import boundary_passes, latest_outputs
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.forward import PassEnded, hidden_of, run_base, run_until, sent
 from streamline_bench.core.recipe.schema import Recipe, ReplacementSpec
 from streamline_bench.core.replacement import network_parameters
 from streamline_bench.errors import ArchitectureError, NumericsError
-from streamline_bench.methods.base import Compressed, Compression
+from streamline_bench.methods.base import Compressed, Compression, Size
 from streamline_bench.methods.tools.layer_removal import attached, drop_layers
 from streamline_bench.methods.tools.normal_equations import NormalEquations
 from streamline_bench.methods.tools.selection import AnySelection, OnSelection, cuts_of
+from streamline_bench.methods.tools.sizes import whole_layers
 
 
 class BoundaryMapParameters(AnySelection):
@@ -96,6 +97,13 @@ class BoundaryMap(OnSelection):
 
     def prepare(self, hidden: int) -> None:
         """Refuse, before anything costly, a hidden size that the method cannot handle."""
+
+    def sizes(self, work: Compression) -> Iterator[Size]:
+        """Yield whole layers less, with a map for each run of removed layers."""
+        options: Any = self.parameters.model_validate(work.recipe.parameters)
+        one = network_parameters(ReplacementSpec(kind="linear"), work.config)
+        depth = depth_of(work.config)
+        yield from whole_layers(work, options, added=lambda n: one * options.most_cuts(depth, n))
 
     def compress(self, work: Compression) -> Compressed:
         """Choose the layers, fit the maps on one part of the tokens, attach them."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +31,7 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layers_prefix
 from streamline_bench.core.surgery import SizePlan
 from streamline_bench.errors import ArchitectureError, SparsityError
-from streamline_bench.methods.base import Compressed, Compression
+from streamline_bench.methods.base import Compressed, Compression, Size
 from streamline_bench.methods.maps.mlp_maps import (
     Gap,
     ReplaceMeParameters,
@@ -49,6 +49,7 @@ from streamline_bench.methods.tools.selection import (
     non_overlapping,
 )
 from streamline_bench.methods.tools.shared_scan import scan_once
+from streamline_bench.methods.tools.sizes import whole_layers
 
 
 class ReplaceMe(OnSelection):
@@ -58,6 +59,13 @@ class ReplaceMe(OnSelection):
     passes = frozenset({"maps"})
     streamed = True
     parameters: ClassVar[type[BaseModel]] = ReplaceMeParameters
+
+    def sizes(self, work: Compression) -> Iterator[Size]:
+        """Yield whole layers less, in blocks of equal size; layer 0 stays."""
+        blocks = ReplaceMeParameters.model_validate(work.recipe.parameters).blocks
+        for size in whole_layers(work, None):
+            if size.given["n_layers"] % blocks == 0:
+                yield size
 
     def compress(self, work: Compression) -> Compressed:
         """Scan, choose the blocks, fit their maps on one part of the tokens, fold them."""

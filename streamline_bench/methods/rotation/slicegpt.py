@@ -11,9 +11,10 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -37,7 +38,7 @@ from streamline_bench.errors import (
     SparsityError,
     library_errors,
 )
-from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.base import Compressed, Compression, Method, Size
 from streamline_bench.methods.rotation.norm_fusion import NormFusion, fuse_norms
 from streamline_bench.methods.rotation.stream_rotation import (
     RotationOptions,
@@ -45,6 +46,7 @@ from streamline_bench.methods.rotation.stream_rotation import (
     require_tokens,
 )
 from streamline_bench.methods.tools.layer_removal import config_json
+from streamline_bench.methods.tools.sizes import Stored
 from streamline_bench.modeling import register, streamline_config
 from streamline_bench.modeling.rotations import Rotations, require_rotatable
 
@@ -90,18 +92,22 @@ class SliceGPT(Method):
         """No stock class has shortcut matrices."""
         return False
 
+    def sizes(self, work: Compression) -> Iterator[Size]:
+        """Yield every width at which the model is smaller, shortcut matrices counted."""
+        options = SliceGPTParameters.model_validate(work.recipe.parameters)
+        stored, item = Stored.of(work.reader), _stored_dtype(work).itemsize
+        for plan in _sizes(work, options).every():
+            yield replace(
+                stored.less({"parameters.slicing": plan.slicing}, parameters=0),
+                parameters=plan.parameters,
+                nbytes=plan.parameters * item,
+            )
+
     def compress(self, work: Compression) -> Compressed:
         """Solve for the width, fuse the norms, rotate and slice one sub-layer after the other."""
         options = SliceGPTParameters.model_validate(work.recipe.parameters)
         hidden = int(work.config.hidden_size)
-        # Fast on hardware, and fine enough to reach a share.
-        step = _FAST_STEP if hidden >= _LEAST_STEPS * _FAST_STEP else 1
-        sizes = SlicedSizes(
-            work.config,
-            round_to=step if options.round_to == "auto" else options.round_to,
-            slice_head=options.slice_head,
-            total=work.reader.num_parameters,
-        )
+        sizes = _sizes(work, options)
         plan = _plan(work, sizes, options)
         tokens = work.tokens(work.recipe.calibration)
         require_tokens(tokens.num_tokens, hidden)
@@ -130,6 +136,18 @@ class SliceGPT(Method):
 
 def _stored_dtype(work: Compression) -> torch.dtype:
     return layer_dtype(work.reader, architecture_of(work.config), 0)
+
+
+def _sizes(work: Compression, options: SliceGPTParameters) -> SlicedSizes:
+    # Fast on hardware, and fine enough to reach a share.
+    wide = int(work.config.hidden_size) >= _LEAST_STEPS * _FAST_STEP
+    step = _FAST_STEP if wide else 1
+    return SlicedSizes(
+        work.config,
+        round_to=step if options.round_to == "auto" else options.round_to,
+        slice_head=options.slice_head,
+        total=work.reader.num_parameters,
+    )
 
 
 def _plan(work: Compression, sizes: SlicedSizes, options: SliceGPTParameters) -> SlicePlan:
@@ -371,6 +389,21 @@ class SlicedSizes:
             )
         return self._plan(best * self._round_to, sparsity)
 
+    def every(self) -> Iterator[SlicePlan]:
+        """Yield the plans that make the model smaller, the widest first.
+
+        Parameters are a polynomial of degree two in the width: each matrix has at most two sides
+        along the stream. Three widths give all.
+        """
+        widths = range((self._hidden - 1) // self._round_to, 0, -1)
+        at = [Fraction(self._parameters(width)) for width in (1, 2, 3)]
+        square = (at[2] - 2 * at[1] + at[0]) / 2
+        line = at[1] - at[0] - 3 * square
+        for width in (steps * self._round_to for steps in widths):
+            parameters = int(square * width**2 + line * width + at[0] - square - line)
+            if parameters < self.total:
+                yield self._of_width(width, parameters, None)
+
     def rotations(self, width: int) -> Rotations:
         """Return the spec of the model with that width."""
         return Rotations.uniform(
@@ -383,9 +416,11 @@ class SlicedSizes:
         )
 
     def _plan(self, width: int, requested: float | None) -> SlicePlan:
-        parameters = self._parameters(width)
+        return self._of_width(width, self._parameters(width), requested)
+
+    def _of_width(self, width: int, parameters: int, requested: float | None) -> SlicePlan:
         return SlicePlan(
-            width=width, head_width=self.rotations(width).head_width,
+            width=width, head_width=width if self._slice_head else self._hidden,
             slicing=1 - width / self._hidden, parameters=parameters, total=self.total,
             reached=1 - parameters / self.total, requested=requested,
         )  # fmt: skip

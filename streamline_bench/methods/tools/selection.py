@@ -165,6 +165,10 @@ class ProtectedEnds(Frozen):
     protect_first: int | None = Field(0, ge=0)
     protect_last: int | None = Field(0, ge=0)
 
+    def most(self, num_layers: int) -> int:
+        """Return how many layers may be removed."""
+        return num_layers - (self.protect_first or 0) - (self.protect_last or 0)
+
     def candidates(self, num_layers: int, n: int) -> range:
         """Return the layers that may be removed, and log which may not.
 
@@ -266,6 +270,10 @@ class BlockSearch(Frozen):
     last_state: LastState = "raw"
     start: int | None = Field(None, ge=0)
     allow_first_layer: bool = False
+
+    def most(self, num_layers: int) -> int:
+        """Return how many layers may be removed."""
+        return num_layers - (not self.allow_first_layer if self.start is None else self.start)
 
     def choose(self, similarity: Similarity, n: int) -> Block:
         """Return the block of ``n`` layers.
@@ -382,6 +390,17 @@ class AnySelection(BlockSearch, SelectedBy):
         """The choice of layers in words."""
         others = type(self).model_fields.keys() - BlockSearch.model_fields.keys()
         return super().words() or in_words(f"{self.metric} block", self, {"metric", *others})
+
+    def most(self, num_layers: int) -> int:
+        """Return how many layers may be removed."""
+        if self.selection is None:
+            return super().most(num_layers)
+        options = self.selection.selector.parameters.model_validate(self.selection.parameters)
+        return int(getattr(options, "most", lambda depth: depth)(num_layers))
+
+    def most_cuts(self, num_layers: int, n: int) -> int:
+        """Return into how many runs ``n`` removed layers may fall apart."""
+        return 1 if self.selection is None else min(n, num_layers - n + 1)
 
     def select(self, work: Compression, plan: SizePlan) -> Selected:
         """Return the layers to remove."""

@@ -127,6 +127,8 @@ class Removal:
     def allowed(self, removed: Collection[Sublayer]) -> bool:
         """Whether the rest is a model: a layer, and an attention that counts a cache's tokens."""
         kept = [layer for layer in range(self.depth) if layer not in whole_layers(removed)]
+        if not kept:
+            return False
         without = [place for place, layer in enumerate(kept) if (layer, "attention") in removed]
         try:
             cache_places([self._kinds[layer] for layer in kept], without)

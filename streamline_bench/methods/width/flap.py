@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -35,8 +35,9 @@ from streamline_bench.core.checkpoint.writer import layers_prefix
 from streamline_bench.core.recipe.schema import Frozen, Recipe
 from streamline_bench.core.surgery import Removal
 from streamline_bench.errors import SparsityError
-from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.base import Compressed, Compression, Method, Size
 from streamline_bench.methods.tools.activations import Moments, require_finite, visit_inputs
+from streamline_bench.methods.tools.sizes import Stored
 from streamline_bench.methods.width.narrowing import (
     narrowed_checkpoint,
     prunable_units,
@@ -113,6 +114,26 @@ class FLAP(Method):
     def stock(self, recipe: Recipe) -> bool:
         """Layers of different widths are not stock."""
         return False
+
+    def sizes(self, work: Compression) -> Iterator[Size]:
+        """Yield shares in steps of a ten-thousandth.
+
+        A result is within half a unit of its share. Which units go is not known before: all keys
+        and values may stay.
+        """
+        options = FLAPParameters.model_validate(work.recipe.parameters)
+        staying_units(work.config)
+        layers, stored = range(depth_of(work.config)), Stored.of(work.reader)
+        units, multiple = prunable_units(work, layers), options.channel_multiple
+        hidden = int(work.config.hidden_size) * options.compensate
+        largest = max(units.head_cost, multiple * units.channel_cost)
+        stays = units.head_cost + min(multiple, units.widths.intermediate_size) * units.channel_cost
+        most = len(layers) * (units.layer_parameters - stays - 2 * hidden)
+        for step in range(1, 10_000):
+            wanted = step / 10_000 * units.total
+            if largest <= wanted <= most:
+                yield stored.less({"sparsity": step / 10_000},
+                                  parameters=int(wanted - largest / 2))  # fmt: skip
 
     def compress(self, work: Compression) -> Compressed:
         """Score the columns, search the structure, slice the weights, add the biases."""

@@ -14,7 +14,7 @@ the ratio is solved for the wanted share of the model's parameters; the result c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -27,20 +27,27 @@ from streamline_bench.core.architecture import Architecture, architecture_of, de
 from streamline_bench.core.checkpoint.writer import layers_prefix
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.recipe.schema import Frozen, Recipe
-from streamline_bench.errors import NumericsError
-from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.errors import NumericsError, SparsityError
+from streamline_bench.methods.base import Compressed, Compression, Method, Size
 from streamline_bench.methods.tools.gradients import (
     GradientSums,
     LayerGradients,
     gradients_by_layer,
 )
 from streamline_bench.methods.tools.selection import proportional_ends
+from streamline_bench.methods.tools.sizes import Stored, short_share
 from streamline_bench.methods.width.narrowing import (
     narrowed_checkpoint,
     prunable_units,
     staying_units,
 )
-from streamline_bench.methods.width.width_plan import HeadUnit, KeptUnits, WidthPlan, plan_widths
+from streamline_bench.methods.width.width_plan import (
+    HeadUnit,
+    KeptUnits,
+    WidthPlan,
+    every_plan,
+    plan_widths,
+)
 from streamline_bench.modeling.widths import LayerWidths, Part, projection_parts
 
 Criterion = Literal["param_first", "param_second", "param_mix", "vectorize", "l1", "l2", "random"]
@@ -190,6 +197,32 @@ class LLMPruner(Method):
     def stock(self, recipe: Recipe) -> bool:
         """Layers of different widths are not stock."""
         return bool(recipe.parameters.get("profile", "paper") == "uniform")
+
+    def sizes(self, work: Compression) -> Iterator[Size]:
+        """Yield every pair of numbers of heads and channels that a sparsity gives."""
+        options = LLMPrunerParameters.model_validate(work.recipe.parameters)
+        staying_units(work.config)
+        layers, stored = options.layers(depth_of(work.config)), Stored.of(work.reader)
+        units = prunable_units(work, layers, options.head_unit)
+        groups = units.widths.num_key_value_heads
+        cached = sum(stored.cached[layer] for layer in layers) if stored.cached else 0
+        for between, plan in every_plan(units, layers, multiple=options.channel_multiple):
+
+            def same(sparsity: float, plan: WidthPlan = plan) -> bool:
+                try:
+                    found = plan_widths(
+                        units, layers, sparsity=sparsity, multiple=options.channel_multiple
+                    )
+                except SparsityError:
+                    return False
+                return found.widths == plan.widths
+
+            share = short_share(plan.reached, same) or short_share(between, same)
+            if share is not None:
+                gone = plan.head_units * units.per_unit[1]
+                yield stored.less(
+                    {"sparsity": share}, parameters=plan.removed, cached=cached * gone // groups
+                )
 
     def compress(self, work: Compression) -> Compressed:
         """Plan the widths, score the units, keep each layer's highest, slice the stored weights."""

@@ -14,8 +14,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -231,6 +232,40 @@ def plan_widths(
         f"prunable, removing {units.removable} reaches {least:.4f} to {most:.4f}; "
         "choose a share in that range or protect fewer layers."
     )
+
+
+def every_plan(
+    units: Prunable, layers: Iterable[int], *, multiple: int = 8
+) -> Iterator[tuple[float, WidthPlan]]:
+    """Yield every plan that :func:`plan_widths` makes of a sparsity, with such a sparsity.
+
+    A plan stays the same between two sparsities at which heads or channels are rounded another way;
+    it is asked for once between any two of them. The least is removed first.
+    """
+    layers = tuple(layers)
+    heads, channels = max(units.head_units, 1), units.widths.intermediate_size
+    step = multiple * units.channel_cost or units.head_cost
+    per_head = units.layer_parameters / heads
+    edges = {0.0, float(units.layer_parameters)}
+    for count in range(heads):
+        low, high = (count - 1) * per_head, (count + 2) * per_head
+        gone = count * units.head_cost
+        rounded = [(channels - (k + 0.5) * multiple) * units.channel_cost
+                   for k in range(channels // multiple + 1)]  # fmt: skip
+        least = (channels - min(multiple, channels)) * units.channel_cost
+        ends = [-step / 2, least + step / 2]
+        edges.add((count + 0.5) * per_head)
+        edges.update(gone + x for x in (*rounded, *ends) if low <= gone + x <= high)
+    seen: set[tuple[int, int]] = set()
+    for one, two in pairwise(sorted(edges)):
+        sparsity = (one + two) / 2 * len(layers) / units.total
+        try:
+            plan = plan_widths(units, layers, sparsity=sparsity, multiple=multiple)
+        except SparsityError:
+            continue
+        if (plan.head_units, plan.channels) not in seen:
+            seen.add((plan.head_units, plan.channels))
+            yield sparsity, plan
 
 
 def _require_shapes(

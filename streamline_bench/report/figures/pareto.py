@@ -147,6 +147,8 @@ MEASURES: dict[str, Measure] = {
     ),
     "bytes": Measure("bytes", "← bytes of the weights", "bytes of the weights", _bytes,
                      lambda value: f"{count(value)}B"),
+    "memory": Measure("memory", "← bytes of memory", "memory for the sequences of the target",
+                      lambda row: row.memory, lambda value: f"{count(value)}B"),
     "making": Measure("time to make", "← time to make the model (log scale)",
                       "wall-clock time of compression and training", _making, duration, log=True),
 }  # fmt: skip

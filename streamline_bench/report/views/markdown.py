@@ -43,6 +43,8 @@ def to_markdown(board: Leaderboard) -> str:
         needed=needed,
         pivots=[(pivot.name, *table(pivot)) for pivot in pivots(board)],
         pivot_note=note(board),
+        front_words=overview.FRONTS,
+        front_cost=overview.front_cost,
         heat_map=overview.heat_map,
         commands=overview.commands_by_stage(board.commands),
     )

@@ -17,9 +17,26 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from streamline_bench.core.machine.environment import resource
 from streamline_bench.report.leaderboard import Row, TaskScore, grade_change
+from streamline_bench.report.text import count, times
 from streamline_bench.stability.estimate import Estimate, exponentiated, square_and_add
 
 _Row = TypeVar("_Row", bound=Row)
+
+
+FRONTS = {
+    "memory": "memory for the sequences of the target",
+    "time": "time for the same tokens",
+    "bytes": "bytes of the weights",
+    "parameters": "parameters",
+}
+"""What accuracy is set against on a Pareto front, in words."""
+
+
+def front_cost(measure: str, cost: float) -> str:
+    """A cost of a front, with its unit."""
+    if measure == "time":
+        return times(cost)
+    return count(cost) if measure == "parameters" else f"{count(cost)}B"
 
 
 def environment(finalize: Callable[[Any], Any], filters: Mapping[str, Any]) -> Environment:

@@ -93,6 +93,8 @@ def to_html(board: Leaderboard) -> str:
             needed=needed,
             pivots=pivots(board),
             pivot_note=note(board),
+            front_words=overview.FRONTS,
+            front_cost=overview.front_cost,
             places={row.label: row.index for row in rows},
             commands=overview.commands_by_stage(board.commands),
             level=board.level,

@@ -8,7 +8,7 @@ from unicodedata import east_asian_width
 from streamline_bench.report import text
 from streamline_bench.report.leaderboard import Leaderboard, Row
 from streamline_bench.report.views.entries import shown
-from streamline_bench.report.views.overview import mean_grade, perplexity_ratio, ranked
+from streamline_bench.report.views.overview import FRONTS, mean_grade, perplexity_ratio, ranked
 
 _SHOWN = 12
 _LABEL, _REASON = 40, 60
@@ -38,6 +38,12 @@ def terminal_table(board: Leaderboard) -> str:
     lines += [_same(row) for row in best if row.same_weights]
     if len(scored) > 1:
         lines.append(note.format(level=board.level, dense=_cut(board.dense, _LABEL)))
+    for front in board.fronts:
+        on = [place for place in front.places if place.on]
+        names = ", ".join(
+            f"{_cut(each.label, _LABEL)} ({text.percent(each.share, 0)} %)" for each in on
+        )
+        lines.append(f"Pareto front, {FRONTS[front.measure]} (share of resamples): {names}.")
     others = dict.fromkeys(filter(None, map(board.other_reference, best)))
     for other in others:
         names = ", ".join(_name(row) for row in best if board.other_reference(row) == other)

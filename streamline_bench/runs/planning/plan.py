@@ -69,6 +69,8 @@ class PlanRow(Frozen):
         model: the dense model that it is or comes from, None for the plan's; of a row with
             ``checkpoint``, the checkpoint.
         reference: label of the dense row that it is compared with; None: the plan's.
+        target: what its size was solved for; ``size``: the keys of the recipe that give it.
+        searched: a search for the Pareto front added it.
         group: label of the row before axes spanned it; None where none did.
         axes: axis -> value of this row: sparsity, n_layers, seed, calibration, model.
         published: numbers of the literature for this very model.
@@ -82,6 +84,9 @@ class PlanRow(Frozen):
     checkpoint: bool = False
     model: ModelPlan | None = None
     reference: str | None = None
+    target: dict[str, Any] = Field(default_factory=dict)
+    size: dict[str, Any] = Field(default_factory=dict)
+    searched: bool = False
     group: str | None = None
     axes: dict[str, Any] = Field(default_factory=dict)
     published: tuple[PublishedResult, ...] = ()
@@ -193,6 +198,7 @@ class Plan(Frozen):
         nbytes: of its weights.
         reference: label of the dense row that the others are compared with.
         more: what the harness is asked with other options than those of ``evaluation``.
+        search: sizes that are added where the Pareto front is uncertain.
         metrics: task or group -> the metric that judges it, in place of its own.
         pairs: task with free answers -> the one that asks the same and gives choices.
         versions: packages that decide a result.
@@ -225,6 +231,7 @@ class Plan(Frozen):
     noise: Annotated[tuple[NoisePlan, ...], BeforeValidator(lambda value: value or ())] = ()
     text: TextPlan | None = None
     environment: dict[str, str] = Field(default_factory=dict)
+    search: int = 0
     metrics: dict[str, str] = Field(default_factory=dict)
     pairs: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str]
@@ -246,6 +253,11 @@ class Plan(Frozen):
     def questions(self) -> tuple[Evaluation, ...]:
         """What was asked in this folder so far; the first set has plain names on disk."""
         return self.asked or self.evaluations
+
+    @property
+    def target(self) -> dict[str, Any]:
+        """The target of the first row that has one; empty where none has."""
+        return next((row.target for row in self.rows if row.target), {})
 
     def source(self, row: PlanRow) -> ModelPlan:
         """The dense model that a row is or comes from, or the checkpoint made elsewhere."""

@@ -92,6 +92,9 @@ class Request(HarnessOptions):
             the harness; of tasks with the same name, that of the last folder counts.
         overrides: recipe keys for every row but the dense one (``set`` in a plan file). A list for
             one of :data:`AXES` gives a row for each value, of the rows that read it.
+        target: what every row must fit, in place of a size, see :class:`.Target`; a row may have
+            its own in ``set``.
+        search: so many more sizes, where the Pareto front is uncertain.
         metrics: task or group -> the metric of its samples that judges it, in place of its own.
         pairs: task with free answers -> the one that asks the same and gives choices, besides what
             the tasks' metadata say.
@@ -123,6 +126,8 @@ class Request(HarnessOptions):
     tasks: tuple[str | TaskRequest, ...] = Field(min_length=1)
     include_path: tuple[str, ...] = ()
     overrides: dict[str, Any] = Field(default_factory=dict, alias="set")
+    target: str | dict[str, Any] | None = None
+    search: int = Field(0, ge=0)
     metrics: dict[str, str] = Field(default_factory=dict)
     pairs: dict[str, str] = Field(default_factory=dict)
     limit: float | None = Field(None, gt=0, allow_inf_nan=False)

@@ -27,7 +27,7 @@ from streamline_bench.runs.planning.plan import (
     digest,
 )
 from streamline_bench.runs.planning.questions import evaluations, own_folders
-from streamline_bench.runs.planning.request import Request
+from streamline_bench.runs.planning.request import AXES, Request
 from streamline_bench.runs.planning.rows import Row, refuse_unknown_names, resolve_rows
 
 log = logging.getLogger(__name__)
@@ -39,12 +39,17 @@ def resolve_plan(
     device: str | None = None,
     asked: Collection[str] = (),
     progress: bool = True,
+    run: Path | None = None,
+    there: Plan | None = None,
 ) -> Plan:
     """Return the plan of a request (StreamlineBenchError: something in it cannot be used).
 
     Args:
         device: used where the request leaves it open.
         asked: see :func:`resolve_rows`.
+        run: the run folder, whose measured speeds targets may ask for.
+        there: its plan. A row that was solved for a target before keeps its size, and the sizes
+            that a search added stay.
     """
     # What was mistyped is refused first: all that follows imports torch.
     refuse_unknown_names(request)
@@ -55,6 +60,7 @@ def resolve_plan(
     from streamline_bench.harness.trunk.stack import tokenizer_sha256
     from streamline_bench.modeling.loading import SourceModel
     from streamline_bench.runs.planning.models import checkpoint_plan, model_plan
+    from streamline_bench.runs.search import solved_row
 
     if request.revision and len(request.models) > 1:
         raise RecipeError(
@@ -77,6 +83,7 @@ def resolve_plan(
 
     def planned(row: Row) -> PlanRow:
         model: ModelPlan | None
+        size, axes = dict[str, Any](), dict(row.axes)
         if row.checkpoint is not None:
             model = checkpoint_plan(row.label, row.checkpoint, progress=progress)
             key = digest(["checkpoint", model.model_dump(mode="json", exclude={"name"})])
@@ -84,8 +91,10 @@ def resolve_plan(
         else:
             of_row = sources[row.model]
             model = None if row.model == 0 else model_plan(of_row)
-            key = content_key(of_row, row.recipe, device=where, dtype=request.dtype)
-            recipe = row.recipe.model_dump(mode="json")
+            made, size = solved_row(row, of_row, run, there)
+            key = content_key(of_row, made, device=where, dtype=request.dtype)
+            recipe = made.model_dump(mode="json")
+            axes |= {name: value for name, value in size.items() if name in AXES}
         return PlanRow(
             label=row.label,
             dense=row.is_dense,
@@ -94,8 +103,10 @@ def resolve_plan(
             checkpoint=row.checkpoint is not None,
             model=model,
             reference=row.reference or (dense[row.model] if row.model else None),
+            target=row.target.model_dump(exclude_none=True) if row.target else {},
+            size=size,
             group=row.group,
-            axes=dict(row.axes),
+            axes=axes,
             published=row.published,
         )
 
@@ -104,6 +115,7 @@ def resolve_plan(
 
     names = " and ".join(Path(name).name for name in request.models)
     first = model_plan(source)
+    own_rows = tuple(planned(row) for row in rows)
     return Plan(
         title=request.title or f"{names} without some of its layers",
         model=first.name,
@@ -111,11 +123,12 @@ def resolve_plan(
         tokenizer_sha256=tokenizer_sha256(source.folder),
         nbytes=first.nbytes,
         reference=dense[0],
-        rows=tuple(planned(row) for row in rows),
+        rows=(*own_rows, *_searched(request, there, own_rows, source, where)),
         evaluation=evaluation.questions,
         more=tuple(each.questions for each in more),
         task_data={k: v for each in (evaluation, *more) for k, v in each.task_data.items()},
         device=where,
+        search=request.search,
         workload=_workload(request),
         **_load(request),
         noise=_noise(request, [each.questions for each in (evaluation, *more)]),
@@ -123,6 +136,18 @@ def resolve_plan(
         versions=package_versions(),
         **same("revision dtype trust_remote_code threads throughput environment metrics pairs"),
     )
+
+
+def _searched(
+    request: Request, there: Plan | None, rows: Sequence[PlanRow], source: Any, device: str
+) -> Sequence[PlanRow]:
+    """The rows that a search in the run folder added before."""
+    from streamline_bench.runs.search import added_before
+
+    if not request.search:
+        return ()
+    how: dict[str, Any] = {"search": request.search, "device": device, "dtype": request.dtype}
+    return added_before(there, rows, source, **how)
 
 
 _OF_BATCHES = ("batch_sizes", "rounds", "warmup_rounds")

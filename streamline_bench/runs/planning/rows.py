@@ -19,6 +19,7 @@ from streamline_bench.compression.recipes import (
     applicable,
     load_recipe,
     recipe_groups,
+    refuse_sizes,
     refuse_unknown_key,
     refuse_unread,
     unread_keys,
@@ -30,6 +31,9 @@ from streamline_bench.runs.folder import is_row_name
 from streamline_bench.runs.planning.request import AXES, Request, RowRequest
 
 log = logging.getLogger(__name__)
+
+TARGET = "target"
+"""The key that stands for a size among the overrides of a row, as in a plan."""
 
 GROUPS: tuple[str, ...] = (
     *("all", "no-training", "calibrated", "recovered"),
@@ -49,6 +53,8 @@ class Row:
         group: its label before axes spanned it; None where none did.
         axes: axis -> value.
         reference: label of the dense row that it is compared with; None: that of its model.
+        target: what it must fit, still to be solved; None where its size is given.
+        name, given: what the recipe was loaded by.
     """
 
     label: str
@@ -59,6 +65,9 @@ class Row:
     axes: Mapping[str, Any] = field(default_factory=dict)
     reference: str | None = None
     published: tuple[PublishedResult, ...] = ()
+    target: Any = None
+    name: str = ""
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_dense(self) -> bool:
@@ -74,7 +83,8 @@ def refuse_unknown_names(request: Request) -> None:
         if each.recipe is not None:
             load_recipe(each.recipe, check=False)
     for key in (*request.overrides, *(key for row in asked for key in row.overrides)):
-        refuse_unknown_key(key)
+        if key != TARGET:
+            refuse_unknown_key(key)
 
 
 def resolve_rows(request: Request, asked: Collection[str] = ()) -> list[Row]:
@@ -88,14 +98,15 @@ def resolve_rows(request: Request, asked: Collection[str] = ()) -> list[Row]:
     taken or cannot name a folder.
     """
     names = dict(enumerate(_model_names(request.models)))
+    common = _common(request)
     rows: list[Row] = []
     for each in _expanded(request.recipes):
         if each.checkpoint:
             rows.append(_checkpoint(each))
         else:
             own = _own_model(each, request.models)
-            rows += _spanned(each, request.overrides, own or names)
-    _require_used(request.overrides, [row for row in rows if row.checkpoint is None], asked)
+            rows += _spanned(each, common, own or names)
+    _require_used(common, [row for row in rows if row.checkpoint is None], asked)
     for number, name in reversed(names.items()):
         if not any(row.is_dense and row.model == number for row in rows):
             axes = {"model": name} if name else {}
@@ -105,6 +116,14 @@ def resolve_rows(request: Request, asked: Collection[str] = ()) -> list[Row]:
     _check_labels(rows)
     _say_overridden(rows)
     return rows
+
+
+def _common(request: Request) -> dict[str, Any]:
+    """The keys for every row, a target among them (RecipeError: it stands beside a size)."""
+    if request.target is None:
+        return dict(request.overrides)
+    refuse_sizes(request.overrides)
+    return {**request.overrides, TARGET: request.target}
 
 
 def _check_labels(rows: Sequence[Row]) -> None:
@@ -225,6 +244,9 @@ def _spanned(
                 axes={**({"model": model} if model else {}), **spanned},
                 reference=request.reference,
                 published=request.published,
+                target=row.target,
+                name=row.name,
+                given=row.given,
             )
 
 
@@ -248,7 +270,7 @@ def _lists(given: Mapping[str, Any]) -> set[str]:
 
 def _of_others(own: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
     """The common values of a row; one that names its own size is not given another as well."""
-    sizes = set(SIZE_KEYS)
+    sizes = {*SIZE_KEYS, TARGET}
     return {k: v for k, v in common.items() if not (k in sizes and sizes & own.keys())}
 
 
@@ -290,9 +312,11 @@ def _value_names(axis: str, values: Sequence[Any]) -> list[str]:
 
 
 def _row(request: RowRequest, common: Mapping[str, Any]) -> Row:
-    own = request.overrides
-    name = str(request.recipe)
+    own, name = dict(request.overrides), str(request.recipe)
     shared = _of_others(own, common)
+    asked = [given.pop(TARGET) for given in (own, shared) if TARGET in given]
+    if TARGET in request.overrides:
+        refuse_sizes(own)
     written = load_recipe(name)
     label = request.label or written.name
     given = {**applicable(shared, written), **own} if written.method != "dense" else own
@@ -301,8 +325,14 @@ def _row(request: RowRequest, common: Mapping[str, Any]) -> Row:
     # What decides nothing in a row must not make it another one: a text that it does not read.
     unread = set(unread_keys(recipe, given)) - own.keys()
     if unread:
-        recipe = load_recipe(name, {key: given[key] for key in given if key not in unread})
-    return Row(label, recipe)
+        given = {key: given[key] for key in given if key not in unread}
+        recipe = load_recipe(name, given)
+    if not asked or written.method == "dense":
+        return Row(label, recipe)
+    from streamline_bench.compression.target import Target
+
+    target = Target.parse(asked[0], f"Row '{label}': target")
+    return Row(label, recipe, target=target, name=name, given=given)
 
 
 def _say_overridden(rows: Sequence[Row]) -> None:
@@ -315,15 +345,16 @@ def _say_overridden(rows: Sequence[Row]) -> None:
 def _require_used(common: Mapping[str, Any], rows: Sequence[Row], asked: Collection[str]) -> None:
     lists = _lists(common)
     made = [row for row in rows if row.recipe.method != "dense"]
-    used: set[str] = set()
+    used: set[str] = {TARGET} if any(row.target for row in made) else set()
     for row in made:
-        used |= (applicable(common, row.recipe).keys() - lists) | (row.axes.keys() & lists)
+        plain = {key: value for key, value in common.items() if key != TARGET}
+        used |= (applicable(plain, row.recipe).keys() - lists) | (row.axes.keys() & lists)
     unused = sorted(common.keys() - used) if made else []
     # Of a row's own size or value, the common one is not read.
     unused += [
         key
         for key in asked
-        if key in common and all(unread_keys(row.recipe, [key]) for row in rows)
+        if key in common and key != TARGET and all(unread_keys(row.recipe, [key]) for row in rows)
     ]
     if unused:
         labels = ", ".join(row.label for row in rows)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from streamline_bench.stability.statistics import FloatArray, IntArray
+from streamline_bench.stability.statistics import BoolArray, FloatArray, IntArray
 from streamline_bench.stability.statistics.intervals import resamples
 
 
@@ -46,17 +46,50 @@ def bootstrap_ranks(
         errors: float64 [models], standard error that a model's mean has besides that of documents
             (of its seeds); 0 for none.
     """
-    means: FloatArray = np.zeros((draws, len(errors)))
-    for scores, clusters in tasks:
-        means += _drawn(scores, clusters, draws, generator) / len(tasks)
-    means += errors * generator.standard_normal(means.shape)
-    means = means.round(12)  # equal answers must tie
+    means = bootstrap_means(tasks, errors, draws=draws, generator=generator)
     better = np.array([(means > means[:, [one]]).sum(axis=1) for one in range(len(errors))])
     equal = np.array([(means == means[:, [one]]).sum(axis=1) for one in range(len(errors))])
     tail = (1 - confidence) / 2
     low = np.quantile(better + 1, tail, axis=1, method="lower")
     high = np.quantile(better + equal, 1 - tail, axis=1, method="higher")
     return Ranks(low.astype(np.int64), high.astype(np.int64), (better == 0).mean(axis=1))
+
+
+def bootstrap_means(
+    tasks: Sequence[tuple[FloatArray, IntArray | None]],
+    errors: FloatArray,
+    *,
+    draws: int,
+    generator: np.random.Generator,
+) -> FloatArray:
+    """Return the mean over tasks of every model in every draw, float64 [draws, models].
+
+    Args:
+        tasks, errors: as of :func:`bootstrap_ranks`.
+    """
+    means: FloatArray = np.zeros((draws, len(errors)))
+    for scores, clusters in tasks:
+        means += _drawn(scores, clusters, draws, generator) / len(tasks)
+    means += errors * generator.standard_normal(means.shape)
+    rounded: FloatArray = means.round(12)  # equal answers must tie
+    return rounded
+
+
+def on_front(costs: FloatArray, means: FloatArray) -> BoolArray:
+    """Return in which draws a model is on the Pareto front, bool [draws, models].
+
+    It is where no other is at least as cheap and at least as good, and better in one of both.
+
+    Args:
+        costs: float64 [draws, models]; less is better.
+        means: float64 [draws, models]; more is better.
+    """
+    found = np.ones(means.shape, dtype=np.bool_)
+    for one in range(means.shape[1]):
+        cost, mean = costs[:, [one]], means[:, [one]]
+        no_worse = (costs <= cost) & (means >= mean)
+        found[:, one] = ~(no_worse & ((costs < cost) | (means > mean))).any(axis=1)
+    return found
 
 
 def _drawn(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from streamline_bench.stability.statistics.ranks import bootstrap_ranks
+from streamline_bench.stability.statistics.ranks import bootstrap_means, bootstrap_ranks, on_front
 
 OPTIONS = {"draws": 2000, "confidence": 0.9}
 
@@ -65,3 +67,44 @@ def test_clusters_and_errors_of_seeds_widen_the_ranks() -> None:
     generator = np.random.default_rng(0)
     unsure = bootstrap_ranks([(scores, None)], np.array([0.5, 0.5]), generator=generator, **OPTIONS)
     assert (unsure.low == 1).all() and (unsure.high == 2).all()
+
+
+def test_the_front_is_that_of_pairs() -> None:
+    draw = np.random.default_rng(5)
+    costs, means = draw.integers(0, 4, (300, 5)), draw.integers(0, 4, (300, 5))
+    found = on_front(costs.astype(float), means.astype(float))
+    for cost, mean, front in zip(costs, means, found, strict=True):
+        for one in range(5):
+            beaten = any(
+                cost[other] <= cost[one] and mean[other] >= mean[one]
+                and (cost[other], mean[other]) != (cost[one], mean[one])
+                for other in range(5)
+            )  # fmt: skip
+            assert front[one] == (not beaten)
+
+
+def test_the_share_on_a_known_front() -> None:
+    """Two models, the dearer one right on a documents more and b fewer: an exact share.
+
+    It is on the front where a resample of n documents holds more of the a than of the b.
+    """
+    n, a, b = 60, 7, 4
+    dearer, cheaper = np.zeros(n), np.zeros(n)
+    dearer[:a], cheaper[a : a + b] = 1, 1
+    worst = np.full(n, -1.0)  # dearest and worst: never
+    means = bootstrap_means(
+        [(np.array([cheaper, dearer, worst]), None)], np.zeros(3), draws=20_000,
+        generator=np.random.default_rng(0),
+    )  # fmt: skip
+    shares = on_front(np.array([[1.0, 2.0, 3.0]]).repeat(20_000, 0), means).mean(axis=0)
+    exact = 0.0
+    for more in range(n + 1):
+        for less in range(min(more, n - more + 1)):
+            ways = math.factorial(n) / (
+                math.factorial(more) * math.factorial(less) * math.factorial(n - more - less)
+            )
+            exact += (
+                ways * (a / n) ** more * (b / n) ** less * (1 - (a + b) / n) ** (n - more - less)
+            )
+    assert shares[0] == 1.0 and shares[2] == 0.0
+    assert abs(shares[1] - exact) < 4 * math.sqrt(exact * (1 - exact) / 20_000)
