@@ -316,7 +316,7 @@ def read_options(model: str | None, plan: str | None, options: Mapping[str, Any]
     given = _recipe_keys(options)
     # Sizes are alternatives: one that is given replaces the plan's, whichever it was.
     sized = given.keys() & set(SIZE_KEYS)
-    replaced = set(SIZE_KEYS) if sized or options.get("target") else set()
+    replaced = {*SIZE_KEYS, "target"} if sized or options.get("target") else set()
     if sized and not options.get("target"):
         payload.pop("target", None)
     planned = payload.get("set") or {}

@@ -40,7 +40,12 @@ def load_of(record: ThroughputRecord, concurrency: int | None) -> tuple[int | No
     served = {p.concurrency for m in record.models for p in m.serving if p.concurrency}
     batches = {p.batch_requested for m in record.models for p in m.points}
     what, known = ("requests in flight", served) if served else ("sequences in a batch", batches)
-    listed = ", ".join(map(str, sorted(known))) or "none"
+    listed = ", ".join(map(str, sorted(known)))
+    if not known:
+        raise ThroughputError(
+            "No latency was measured in a batch or with a fixed number of requests in flight, so "
+            "that no target can be solved from it; measure with --batch or --concurrency."
+        )
     if concurrency is None and len(known) != 1:
         raise ThroughputError(
             f"Latencies were measured with {listed} {what}; name one by concurrency=N in the "

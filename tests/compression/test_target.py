@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import RecipeError, SparsityError, ThroughputError
 from streamline_bench.modeling.loading import SourceModel
 from streamline_bench.throughput.latency import interpolated
+from streamline_bench.throughput.record import ThroughputRecord, write_record
 
 
 @pytest.mark.parametrize(
@@ -123,24 +123,32 @@ def test_points_between_are_on_the_line_and_nothing_lies_beyond() -> None:
 
 
 @pytest.fixture
-def measured(repository: Path, tmp_path: Path, tiny_llama: Path) -> Callable[..., Path]:
+def measured(tmp_path: Path) -> Callable[..., Path]:
     """Return a function that writes a measurement of models: (folder, seconds per token)."""
-    payload = json.loads((repository / "reports/throughput/throughput.json").read_text("utf-8"))
+
+    def point(seconds: float) -> dict[str, Any]:
+        return {"batch_requested": 4, "batch_size": 4, "status": "ok",
+                "output_tokens_per_wall_second": 4 / seconds}  # fmt: skip
 
     def write(*models: tuple[Path, float]) -> Path:
-        template = payload["models"][0]
-        point = next(p for p in template["points"] if p["status"] == "ok")
         found = []
         for number, (folder, seconds) in enumerate(models):
             reader = CheckpointReader(folder)
-            own = {**point, "batch_requested": 4, "batch_size": 4,
-                   "output_tokens_per_wall_second": 4 / seconds}  # fmt: skip
-            found.append({**template, "label": f"m{number}", "model": str(folder),
-                          "parameters": reader.num_parameters, "layers": reader.depth,
-                          "points": [own]})  # fmt: skip
-        path = tmp_path / "throughput.json"
-        path.write_text(json.dumps({**payload, "dense": "m0", "models": found}), "utf-8")
-        return path
+            found.append({
+                "label": f"m{number}", "model": str(folder), "status": "ok",
+                "parameters": reader.num_parameters, "layers": reader.depth,
+                "points": [point(seconds)],
+            })  # fmt: skip
+        environment = {"machine_id": "a", "device": "cpu", "device_name": "a processor",
+                       "driver": None, "cpu_count": 2, "threads": 1, "engine_version": "5",
+                       "versions": {}, "memory": "rss", "energy": "not read"}  # fmt: skip
+        record = ThroughputRecord.model_validate({
+            "created": "2026-01-02T03:04:05+00:00", "engine": "hf", "mode": "offline",
+            "dense": "m0", "dtype": "float32", "clock": "wall", "confidence": 0.95,
+            "interleaved": True, "workload": {"batch_sizes": [4]}, "environment": environment,
+            "models": found,
+        })  # fmt: skip
+        return write_record(record, tmp_path)
 
     return write
 

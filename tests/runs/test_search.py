@@ -24,10 +24,15 @@ def test_a_target_gives_each_row_its_size(make: Callable[..., Request], tiny_lla
     total = CheckpointReader(tiny_llama).stored_bytes
     own = {"recipe": "random_layers", "set": {"n_layers": 1}}
     pruner = {"recipe": "llm_pruner", "set": {"parameters.criterion": "l1"}}
-    asked = {"recipes": ["last_layers", pruner, own], "set": {}, "target": {"bytes": total * 7 // 10}}
+    asked = {
+        "recipes": ["last_layers", pruner, own],
+        "set": {},
+        "target": {"bytes": total * 7 // 10},
+    }
     plan = resolve_plan(make(**asked))
     rows = {row.label: row for row in plan.rows}
-    assert rows["random_layers"].target == {} and rows["random_layers"].axes == {"n_layers": 1}
+    assert rows["random_layers"].target == {} and rows["random_layers"].recipe["n_layers"] == 1
+    assert rows["last_layers"].axes == rows["last_layers"].size == {"n_layers": 2}
     assert rows["last_layers"].target == {"bytes": total * 7 // 10}
     given = resolve_plan(
         make(recipes=["last_layers", {**pruner, "set": {**pruner["set"],

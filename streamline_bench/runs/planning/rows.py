@@ -120,10 +120,12 @@ def resolve_rows(request: Request, asked: Collection[str] = ()) -> list[Row]:
 
 def _common(request: Request) -> dict[str, Any]:
     """The keys for every row, a target among them (RecipeError: it stands beside a size)."""
-    if request.target is None:
-        return dict(request.overrides)
-    refuse_sizes(request.overrides)
-    return {**request.overrides, TARGET: request.target}
+    common = dict(request.overrides)
+    if request.target is not None:
+        common[TARGET] = request.target
+    if TARGET in common:
+        refuse_sizes(common)
+    return common
 
 
 def _check_labels(rows: Sequence[Row]) -> None:

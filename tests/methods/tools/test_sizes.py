@@ -55,31 +55,22 @@ def test_every_size_of_the_bundled_model(
     sizes = sizes_of(bundled_model(), name, **changes)
     assert len({(size.parameters, size.cached) for size in sizes}) == len(sizes) >= 11
     for number, size in enumerate(sizes):
-        if name != "last_layers" and number % 10:
+        if name != "last_layers" and number % 25:
             continue  # written one by one, they would take minutes
         found = made(bundled_model(), tmp_path / str(number), name, size, **changes)
         assert facts(found) == (size.parameters, size.nbytes, size.cached)
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("streamline", {}),
-        ("streamline_ffn_res", {}),
-        ("ridge_map", {}),
-        ("attention_drop", {}),
-        ("mlp_drop", {}),
-        ("slicegpt", {}),
-    ],
+    "name", ["streamline", "streamline_ffn_res", "ridge_map", "attention_drop", "slicegpt"]
 )
 def test_a_size_of_other_methods_is_that_of_its_checkpoint(
-    name: str, changes: dict[str, Any], recipe_source: Path, tmp_path: Path
+    name: str, recipe_source: Path, tmp_path: Path
 ) -> None:
-    sizes = sizes_of(recipe_source, name, **changes)
-    for size in (sizes[0], sizes[len(sizes) // 2]):
-        output = tmp_path / str(size.parameters)
-        found = made(recipe_source, output, name, size, **changes)
-        assert facts(found) == (size.parameters, size.nbytes, size.cached)
+    sizes = sizes_of(recipe_source, name)
+    size = sizes[len(sizes) // 2]
+    found = made(recipe_source, tmp_path / "made", name, size)
+    assert facts(found) == (size.parameters, size.nbytes, size.cached)
 
 
 @pytest.mark.parametrize("name", ["joint_drop", "flap"])
@@ -97,7 +88,7 @@ def test_where_the_parts_differ_it_is_the_most(
 def test_every_number_of_experts(mixture_source: Path, tmp_path: Path) -> None:
     sizes = sizes_of(mixture_source, "expert_random")
     assert len(sizes) == 6  # of eight, a token is routed to two
-    for size in sizes:
+    for size in sizes[::2]:
         found = made(mixture_source, tmp_path / str(size.nbytes), "expert_random", size)
         assert facts(found) == (size.parameters, size.nbytes, size.cached)
 
