@@ -11,9 +11,7 @@ from streamline_bench.runs.planning.request import make_request, read_request
 from streamline_bench.runs.planning.rows import resolve_rows
 
 
-@pytest.mark.parametrize(
-    "plan", ["bundled", "stories260k", "stories260k_half", "stories260k_benchmarks"]
-)
+@pytest.mark.parametrize("plan", ["bundled", "stories260k", "stories260k_half"])
 def test_every_recipe_is_in_the_plan_but_those_with_a_papers_settings(
     plan: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -221,9 +221,7 @@ def test_an_unknown_recipe_and_an_unknown_key_are_named(make: Callable[..., Requ
         resolve_rows(make(set={"sparisty": 0.5}))
 
 
-@pytest.mark.parametrize(
-    "name", ["bundled", "stories260k", "stories260k_half", "stories260k_benchmarks"]
-)
+@pytest.mark.parametrize("name", ["bundled", "stories260k", "stories260k_half"])
 def test_plans_that_come_along_can_be_read(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
