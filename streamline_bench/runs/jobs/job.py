@@ -123,6 +123,28 @@ class Job(Frozen):
         atomic_write_text(run.make_job(self.name) / "job.json", text)
 
 
+class Together(Job):
+    """Several rows' jobs in one process, each of which is marked as done or failed by itself.
+
+    Attributes:
+        jobs: those of the rows; all ask the same.
+    """
+
+    jobs: tuple[Any, ...] = Field(min_length=2)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(job.label for job in self.jobs)
+
+    @property
+    def parts(self) -> Sequence[Job]:
+        return self.jobs
+
+    def products(self, run: RunPaths) -> list[Path]:
+        """Nothing of its own: each row has its marker."""
+        return []
+
+
 def command_line(words: Sequence[object], options: Mapping[str, object], **flags: bool) -> str:
     """Return a command that a reader can type; options that are None are left out."""
     given = [each for pair in options.items() if pair[1] is not None for each in pair]

@@ -21,6 +21,7 @@ from streamline_bench.runs.jobs.job import (
     Facts,
     Job,
     Result,
+    Together,
     command_line,
     last_line,
     write_done,
@@ -245,7 +246,7 @@ class TextJob(Job):
         return Result(command, facts or Facts())
 
 
-class TextTogether(Job):
+class TextTogether(Together):
     """Compare several rows on a text in one process, and mark each as done or failed.
 
     Attributes:
@@ -258,18 +259,6 @@ class TextTogether(Job):
     @property
     def name(self) -> str:
         return f"{self.kind}-{self.key[:8]}"
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        return tuple(job.label for job in self.jobs)
-
-    @property
-    def parts(self) -> Sequence[Job]:
-        return self.jobs
-
-    def products(self, run: RunPaths) -> list[Path]:
-        """Nothing of its own: each row has its marker."""
-        return []
 
     def work(self, run: RunPaths) -> Result:
         """Compare the rows; those without a mark are compared alone if this fails as a whole."""

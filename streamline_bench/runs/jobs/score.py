@@ -26,6 +26,7 @@ from streamline_bench.runs.jobs.job import (
     Facts,
     Job,
     Result,
+    Together,
     last_line,
     write_done,
     write_failed,
@@ -215,7 +216,7 @@ def check_scores(folder: Path) -> None:
     read_lm_eval(folder, progress=False)
 
 
-class ScoreTogether(Job):
+class ScoreTogether(Together):
     """Score several rows in one process, and mark each as done or failed.
 
     Attributes:
@@ -228,18 +229,6 @@ class ScoreTogether(Job):
     @property
     def name(self) -> str:
         return f"score-together-{digest([[job.name, job.key] for job in self.jobs])[:8]}"
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        return tuple(job.label for job in self.jobs)
-
-    @property
-    def parts(self) -> Sequence[Job]:
-        return self.jobs
-
-    def products(self, run: RunPaths) -> list[Path]:
-        """Nothing of its own: each row has its marker."""
-        return []
 
     def work(self, run: RunPaths) -> Result:
         """Score the rows; those without a mark are scored alone if the walk cannot be made."""

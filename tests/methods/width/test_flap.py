@@ -29,24 +29,6 @@ register()
 IDS = torch.tensor([[1, 5, 9, 40, 22, 7, 63, 88], [1, 71, 3, 3, 12, 90, 31, 4]])
 
 
-@pytest.fixture
-def wide(make_tiny_model: Callable[..., Path]) -> Callable[..., Path]:
-    """Return a function that saves a model whose weights and biases all matter."""
-
-    def make(family: str, **changes: Any) -> Path:
-        folder = make_tiny_model(family, num_hidden_layers=4, **changes)
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-                parameter.copy_(centre + 0.2 * torch.randn_like(parameter))
-        model.save_pretrained(folder)
-        return folder
-
-    return make
-
-
 def loaded(folder: Path) -> Any:
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, dtype=torch.float64
