@@ -338,10 +338,19 @@ def _row(request: RowRequest, common: Mapping[str, Any]) -> Row:
 
 
 def _say_overridden(rows: Sequence[Row]) -> None:
+    """Say once what rows have in place of their recipes' own values."""
+    changes: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         for key, (before, after) in row.recipe.overridden.items():
             if key not in SIZE_KEYS and before is not None:
-                log.info("%s: %s is %s, the recipe's own is %s", row.label, key, after, before)
+                changes.setdefault((key, str(after), str(before)), []).append(row.label)
+    for (key, after, before), labels in changes.items():
+        log.info("%s: %s is %s, the recipe's own is %s", _named(labels), key, after, before)
+
+
+def _named(labels: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(labels) - most} more" if len(labels) > most else ""
+    return ", ".join(labels[:most]) + more
 
 
 def _require_used(common: Mapping[str, Any], rows: Sequence[Row], asked: Collection[str]) -> None:
@@ -359,7 +368,7 @@ def _require_used(common: Mapping[str, Any], rows: Sequence[Row], asked: Collect
         if key in common and key != TARGET and all(unread_keys(row.recipe, [key]) for row in rows)
     ]
     if unused:
-        labels = ", ".join(row.label for row in rows)
+        labels = _named([row.label for row in rows])
         raise RecipeError(
             f"'{unused[0]}' has no effect, because none of the rows ({labels}) reads it; leave it "
             "out, or add a row that reads it."

@@ -109,14 +109,19 @@ def test_common_values_reach_the_rows_that_read_them(make: Callable[..., Request
         resolve_rows(make(recipes=[own], set={"n_layers": 2}))
 
 
-def test_values_in_place_of_a_recipes_own_are_said_for_each_row(
+def test_values_in_place_of_a_recipes_own_are_said_once(
     make: Callable[..., Request], caplog: pytest.LogCaptureFixture
 ) -> None:
     own = load_recipe("laco").calibration.samples
+    sizes = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    common = {"sparsity": sizes, "calibration.samples": 32}
     with caplog.at_level("INFO", "streamline_bench"):
-        resolve_rows(make(recipes=["laco", "last_layers"], set={"calibration.samples": 32}))
+        resolve_rows(make(recipes=["laco", "last_layers"], set=common))
     said = [record.getMessage() for record in caplog.records]
-    assert said == [f"laco: calibration.samples is 32, the recipe's own is {own}"]
+    first = ", ".join(f"laco-{size}" for size in sizes[:6])
+    assert said == [
+        f"{first} and 1 more: calibration.samples is 32, the recipe's own is {own}",
+    ]
 
 
 @pytest.mark.parametrize(
