@@ -163,6 +163,24 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def fetched(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to copy a tensor to the CPU; the function that is returned waits for the copy.
+
+    On CUDA it waits for what was queued before, not for what is queued by the time it is called.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    held.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.current_stream(tensor.device).record_event()
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return held
+
+    return wait
+
+
 def run_until(call: Callable[[], Any], handles: Iterable[Any]) -> None:
     """Run a pass that a hook may end by raising :class:`PassEnded`; then remove the hooks."""
     try:

@@ -219,7 +219,7 @@ def target_logprobs(
         dtype: of the softmax.
 
     Returns:
-        ``[targets]`` log-probabilities in ``dtype`` and ``[targets]`` bool, both on the CPU.
+        ``[targets]`` log-probabilities in ``dtype`` and ``[targets]`` bool, both on the device.
     """
     limit = CHUNK_ELEMENTS_CPU if logits.device.type == "cpu" else CHUNK_ELEMENTS_DEVICE
     step = max(1, limit // logits.shape[-1])
@@ -234,7 +234,7 @@ def target_logprobs(
         score = logprobs[rows, ids[here]]
         scores.append(score)
         greedy.append(_is_first_best(logprobs, rows, ids[here], score))
-    return torch.cat(scores).cpu(), torch.cat(greedy).cpu()
+    return torch.cat(scores), torch.cat(greedy)
 
 
 def _is_first_best(

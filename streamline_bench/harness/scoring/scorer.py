@@ -8,7 +8,8 @@ over these. Each short cut is checked against the model itself first.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from tqdm import tqdm
 
 from streamline_bench.core.architecture import ANY_LENGTHS, RopeGroups
+from streamline_bench.core.forward import fetched
 from streamline_bench.errors import NumericsError
 from streamline_bench.harness.scoring.forward import (
     BatchTensors,
@@ -43,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 Answer = tuple[float, bool]
 """Summed log-probability of a continuation; whether greedy decoding would produce it."""
+
+Reading = Callable[[], list[tuple[int, Answer]]]
+"""Waits for a batch: ``(query.index, answer)`` in the order of its queries."""
 
 Result = TypeVar("Result")
 
@@ -114,14 +119,16 @@ class TokenScorer:
         with tqdm(
             total=len(queries), disable=not progress, desc="Running loglikelihood requests"
         ) as bar:
-            for batch in layouts.batches(self.settle(layouts)):
-                for index, answer in self._memory.run(
-                    batch, lambda rows: self.answers(tensors_of(rows), queries_of(rows))
-                ):
+            batches = layouts.batches(self.settle(layouts))
+            for readings in one_ahead(partial(self._asked, batch) for batch in batches):
+                for index, answer in (each for read in readings for each in read()):
                     answers[index] = answer
                     on_answer(index, answer)
                     bar.update(1)
         return [answer for answer in answers if answer is not None]
+
+    def _asked(self, batch: list[PackedRow]) -> list[Reading]:
+        return self._memory.run(batch, lambda rows: [self.ask(tensors_of(rows), queries_of(rows))])
 
     def settle(self, layouts: Layouts) -> Layout:
         """Return the layout that this model gives its own logits with, checking it if need be."""
@@ -150,27 +157,53 @@ class TokenScorer:
         )
         self._share_up_to = self._verified
 
-    def answers(self, tensors: BatchTensors, queries: Sequence[Query]) -> list[tuple[int, Answer]]:
-        """Return ``(query.index, answer)`` of one batch, in the order of ``queries``.
+    def ask(self, tensors: BatchTensors, queries: Sequence[Query]) -> Reading:
+        """Queue one batch on the device; what is returned waits for its answers.
+
+        Until then only these are held there, so that another batch may be queued meanwhile. They
+        raise :class:`NumericsError` where a loglikelihood is NaN.
 
         Args:
             queries: those of the batch, as :func:`.forward.queries_of` lists them.
-
-        Raises:
-            NumericsError: a loglikelihood is NaN.
         """
         logits = self._forward.wanted_logits(tensors)
         scores, greedy = target_logprobs(logits, tensors, self._softmax_dtype)
-        owner = tensors.owner.numpy()
-        sums = np.zeros(len(queries))
-        np.add.at(sums, owner, scores.double().numpy())
-        all_greedy = np.ones(len(queries), dtype=np.bool_)
-        np.logical_and.at(all_greedy, owner, greedy.numpy())
-        _refuse_nan(sums, queries)
-        return [
-            (query.index, (float(total), bool(best)))
-            for query, total, best in zip(queries, sums, all_greedy, strict=True)
-        ]
+        return partial(_answers, fetched(scores), fetched(greedy), tensors.owner, queries)
+
+
+def _answers(
+    scores: Callable[[], torch.Tensor],
+    greedy: Callable[[], torch.Tensor],
+    owner: torch.Tensor,
+    queries: Sequence[Query],
+) -> list[tuple[int, Answer]]:
+    sums = np.zeros(len(queries))
+    np.add.at(sums, owner.numpy(), scores().double().numpy())
+    all_greedy = np.ones(len(queries), dtype=np.bool_)
+    np.logical_and.at(all_greedy, owner.numpy(), greedy().numpy())
+    _refuse_nan(sums, queries)
+    return [
+        (query.index, (float(total), bool(best)))
+        for query, total, best in zip(queries, sums, all_greedy, strict=True)
+    ]
+
+
+def one_ahead(starts: Iterable[Callable[[], Result]]) -> Iterator[Result]:
+    """Yield what each call started, once the next one is started as well.
+
+    While a device computes a batch, the host so prepares and queues the next one. What ends a
+    start, an error or the user, is raised behind what was started before it.
+    """
+    waiting: list[Result] = []
+    for start in starts:
+        try:
+            waiting.append(start())
+        except BaseException:
+            yield from waiting
+            raise
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def scorer_of(

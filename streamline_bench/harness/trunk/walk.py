@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -13,15 +14,18 @@ from tqdm import tqdm
 from streamline_bench.errors import ComparisonError, NumericsError
 from streamline_bench.harness.scoring.forward import queries_of, tensors_of
 from streamline_bench.harness.scoring.packing import Layout, Layouts, PackedRow, Query
-from streamline_bench.harness.scoring.scorer import Answer, HalvingBatches, TokenScorer
+from streamline_bench.harness.scoring.scorer import (
+    Answer,
+    HalvingBatches,
+    Reading,
+    TokenScorer,
+    one_ahead,
+)
 from streamline_bench.harness.trunk.journal import Journal, name_of
 from streamline_bench.harness.trunk.partial import States, partial_pass
 from streamline_bench.harness.trunk.stack import Stack, legs_of
 
 logger = logging.getLogger(__name__)
-
-Found = tuple[str, int, Answer]
-"""Label, number of the query, answer."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,9 @@ class Walk:
                     if label in self._journals:
                         found[label] = self._journals[label].known(asked)
                     bar.update(len(found[label]))
-                for batch in layouts.batches(layout):
-                    for label, answers in self._answered(batch, labels, found).items():
+                asks = (partial(self._ask, b, labels, found) for b in layouts.batches(layout))
+                for readings in one_ahead(asks):
+                    for label, answers in self._read(readings).items():
                         found[label].update(answers)
                         if label in self._journals:
                             self._journals[label].add(asked, answers.items())
@@ -144,19 +149,26 @@ class Walk:
             if label not in self.failed
         }
 
-    def _answered(
+    def _ask(
         self,
         batch: list[PackedRow],
         labels: Sequence[str],
         found: Mapping[str, Mapping[int, Answer]],
-    ) -> dict[str, dict[int, Answer]]:
-        """Return the answers to one batch, of the models that have not given them all before."""
+    ) -> list[tuple[str, Reading]]:
+        """Put one batch to the models that have not given all its answers before."""
         indices = {query.index for query in queries_of(batch)}
         missing = [label for label in labels if not indices <= found[label].keys()]
-        answers: dict[str, dict[int, Answer]] = {label: {} for label in missing}
-        if missing:
-            for label, index, answer in self._memory.run(batch, self._leg_by_leg(missing)):
-                answers[label][index] = answer
+        return self._memory.run(batch, self._leg_by_leg(missing)) if missing else []
+
+    def _read(self, readings: Sequence[tuple[str, Reading]]) -> dict[str, dict[int, Answer]]:
+        """Wait for the answers to one batch; a model whose answers are NaN gives no more."""
+        answers: dict[str, dict[int, Answer]] = {label: {} for label, _ in readings}
+        for label, read in readings:
+            if label not in self.failed:
+                try:
+                    answers[label].update(read())
+                except NumericsError as error:
+                    self.failed[label] = str(error)
         return answers
 
     def _settled(self, layouts: Layouts) -> dict[Layout, list[str]]:
@@ -172,12 +184,14 @@ class Walk:
             )
         return agreeing
 
-    def _leg_by_leg(self, labels: Sequence[str]) -> Callable[[list[PackedRow]], list[Found]]:
-        def answer(batch: list[PackedRow]) -> list[Found]:
+    def _leg_by_leg(
+        self, labels: Sequence[str]
+    ) -> Callable[[list[PackedRow]], list[tuple[str, Reading]]]:
+        def ask(batch: list[PackedRow]) -> list[tuple[str, Reading]]:
             tensors, queries = tensors_of(batch), queries_of(batch)
             stacks = {k: self._walkers[k].stack for k in labels if k not in self.failed}
             states: States = {}
-            found: list[Found] = []
+            readings: list[tuple[str, Reading]] = []
             for leg in legs_of(list(stacks), stacks):
                 for boundary in [b for b in states if b > leg.start]:
                     del states[boundary]
@@ -185,12 +199,7 @@ class Walk:
                 with partial_pass(
                     walker.model, walker.stack.steps, start=leg.start, states=states, keep=leg.keep
                 ):
-                    try:
-                        answers = walker.scorer.answers(tensors, queries)
-                    except NumericsError as error:
-                        self.failed[leg.label] = str(error)
-                        continue
-                found += [(leg.label, index, each) for index, each in answers]
-            return found
+                    readings.append((leg.label, walker.scorer.ask(tensors, queries)))
+            return readings
 
-        return answer
+        return ask

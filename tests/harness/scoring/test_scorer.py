@@ -14,6 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
+from streamline_bench.core.forward import fetched
 from streamline_bench.errors import NumericsError
 from streamline_bench.harness.lm import StreamlineLM
 from streamline_bench.harness.scoring.forward import (
@@ -22,7 +23,8 @@ from streamline_bench.harness.scoring.forward import (
     target_logprobs,
     tensors_of,
 )
-from streamline_bench.harness.scoring.scorer import TokenScorer
+from streamline_bench.harness.scoring.packing import Query
+from streamline_bench.harness.scoring.scorer import TokenScorer, one_ahead
 
 OPTIONS = {"device": "cpu", "dtype": "float32"}
 TOLERANCE = 1e-4
@@ -203,8 +205,83 @@ def test_a_batch_waits_for_its_answers_only(make_tiny_model: Callable[..., Path]
     batch = tensors_of([synthetic_row(96), synthetic_row(96)])
     logits = Forward(lambda: model, torch.device("meta"), torch.no_grad).wanted_logits(batch)
     assert logits.shape == (len(batch.wanted), model.config.vocab_size)
+    scores, _ = target_logprobs(logits, batch, torch.float32)
     with pytest.raises(NotImplementedError, match="copy out of meta tensor"):  # the answers' copy
-        target_logprobs(logits, batch, torch.float32)
+        fetched(scores)()
+
+
+def four_batches(make_tiny_model: Callable[..., Path]) -> tuple[TokenScorer, list[Query]]:
+    """A scorer, and queries that make four batches of at most 16 tokens, longest first."""
+    ours = StreamlineLM(pretrained=str(make_tiny_model("llama", num_hidden_layers=2)), **OPTIONS)
+    scorer = ours._token_scorer()
+    assert scorer is not None
+    lengths = (12, 11, 8, 8, 5, 5, 4)
+    queries = [Query(i, list(range(i, i + size)), [7, 9]) for i, size in enumerate(lengths)]
+    return scorer, queries
+
+
+def test_a_batch_is_prepared_and_queued_before_the_one_before_it_is_read(
+    make_tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer, queries = four_batches(make_tiny_model)
+    place = "streamline_bench.harness.scoring.scorer"
+    with monkeypatch.context() as one_by_one:
+        one_by_one.setattr(f"{place}.one_ahead", lambda starts: (start() for start in starts))
+        expected = scorer.score(queries, batch_tokens=16, progress=False)
+    events: list[str] = []
+    tensors, ask = tensors_of, TokenScorer.ask
+
+    def prepare(rows: Any) -> Any:
+        events.append("prepare")
+        return tensors(rows)
+
+    def queue(self: TokenScorer, *batch: Any) -> Any:
+        events.append("queue")
+        reading = ask(self, *batch)
+        return lambda: (events.append("read"), reading())[1]
+
+    monkeypatch.setattr(f"{place}.tensors_of", prepare)
+    monkeypatch.setattr(TokenScorer, "ask", queue)
+    assert scorer.score(queries, batch_tokens=16, progress=False) == expected  # to the bit
+    start = ["prepare", "queue"]
+    assert events == [*start, *(3 * [*start, "read"]), "read"]
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_what_ends_a_start_comes_behind_the_answers_before_it(kind: type[BaseException]) -> None:
+    def start(number: int) -> int:
+        if number == 2:
+            raise kind
+        return number
+
+    started = one_ahead((lambda n=n: start(n)) for n in range(4))
+    assert [next(started), next(started)] == [0, 1]
+    with pytest.raises(kind):
+        next(started)
+
+
+def test_memory_that_runs_out_while_answers_are_waited_for_loses_none(
+    make_tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third batch does not fit: its halves are queued, and the later ones, in halves too."""
+    scorer, queries = four_batches(make_tiny_model)
+    expected = scorer.score(queries, batch_tokens=16, progress=False)
+    real, shapes = scorer._forward.wanted_logits, []
+
+    def limited(batch: Any) -> torch.Tensor:
+        shapes.append(tuple(batch.ids.shape))
+        if shapes[-1] == (2, 8):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return real(batch)
+
+    monkeypatch.setattr(scorer._forward, "wanted_logits", limited)
+    order: list[int] = []
+    answers = scorer.score(
+        queries, batch_tokens=16, progress=False, on_answer=lambda index, _: order.append(index)
+    )
+    assert shapes == [(1, 12), (1, 11), (2, 8), (1, 8), (1, 8), (1, 5), (1, 5), (1, 4)]
+    assert order == list(range(7))
+    assert [a for a, _ in answers] == pytest.approx([a for a, _ in expected], abs=TOLERANCE)
 
 
 def test_running_out_of_memory_halves_the_batches(

@@ -213,7 +213,7 @@ def test_running_out_of_memory_halves_the_batches_of_all(
     party = together(checkpoints, tmp_path)
     scorer = party.models["a"].scorer
     assert scorer is not None
-    real, failures = scorer.answers, []
+    real, failures = scorer.ask, []
 
     def limited(tensors: Any, queries: Any) -> Any:
         if tensors.ids.numel() > 200:
@@ -221,7 +221,7 @@ def test_running_out_of_memory_halves_the_batches_of_all(
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
         return real(tensors, queries)
 
-    scorer.answers = limited  # type: ignore[method-assign]
+    scorer.ask = limited  # type: ignore[method-assign]
     for label, folder in checkpoints.items():
         found = party.models[label].loglikelihood(choices(), disable_tqdm=True)
         expected = alone(folder).loglikelihood(choices(), disable_tqdm=True)
