@@ -28,17 +28,11 @@ from streamline_bench.core.files import atomic_write_text, read_json, validated
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.errors import SamplesError
 from streamline_bench.report.build import build_leaderboard
-from streamline_bench.report.leaderboard import (
-    ComputedBy,
-    GradeScore,
-    Leaderboard,
-    Procedure,
-    Row,
-    TaskScore,
-    parse_leaderboard,
-)
+from streamline_bench.report.leaderboard import Leaderboard, Procedure, parse_leaderboard
 from streamline_bench.report.provenance import computed_by
+from streamline_bench.report.row import ComputedBy, Row
 from streamline_bench.report.run_file import RUN_FILE, RunFile, RunRow, read_run_file
+from streamline_bench.report.scores import GradeScore, TaskScore
 from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.metrics import with_metrics
 from streamline_bench.stability.readers.load import load_samples

@@ -18,17 +18,7 @@ from streamline_bench.errors import CheckpointError, OutputError, RecipeError, S
 from streamline_bench.methods.base import parts_of
 from streamline_bench.report.flips import worst_flips
 from streamline_bench.report.gains import gains
-from streamline_bench.report.leaderboard import (
-    GradeScore,
-    Leaderboard,
-    Procedure,
-    Provenance,
-    Row,
-    SameWeights,
-    TaskScore,
-    grade_change,
-    to_json,
-)
+from streamline_bench.report.leaderboard import Leaderboard, Procedure, to_json
 from streamline_bench.report.provenance import (
     provenance,
     published_numbers,
@@ -36,7 +26,9 @@ from streamline_bench.report.provenance import (
     task_data,
 )
 from streamline_bench.report.reading import Reading, inside
+from streamline_bench.report.row import Provenance, Row, SameWeights
 from streamline_bench.report.run_file import RunFile, RunRow, read_run_file
+from streamline_bench.report.scores import GradeScore, TaskScore, grade_change
 from streamline_bench.report.solved import with_solved
 from streamline_bench.report.standing import (
     FOLDED_AXES,

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from streamline_bench.report.leaderboard import Flip
+from streamline_bench.report.scores import Flip
 from streamline_bench.stability.align import AlignedPairs
 
 _PROMPT_CHARACTERS = 900

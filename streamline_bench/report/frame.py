@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamline_bench.report import text
-from streamline_bench.report.leaderboard import (
-    GradeScore,
-    Leaderboard,
-    Row,
-    TaskScore,
-    read_leaderboard,
-)
+from streamline_bench.report.leaderboard import Leaderboard, read_leaderboard
+from streamline_bench.report.row import Row
+from streamline_bench.report.scores import GradeScore, TaskScore
 from streamline_bench.report.views.entries import shown
 from streamline_bench.report.views.headline import headline
 from streamline_bench.report.views.overview import mean_grade, ranked

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from streamline_bench.core.recipe.schema import Frozen
 
 if TYPE_CHECKING:
-    from streamline_bench.report.leaderboard import Row
+    from streamline_bench.report.row import Row
     from streamline_bench.report.standing import Entry
     from streamline_bench.stability.settings import Settings
 

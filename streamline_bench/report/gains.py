@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from streamline_bench.report.leaderboard import Between, Folded, Gain, Row
+from streamline_bench.report.places import Between, Folded, Gain
+from streamline_bench.report.row import Row
 from streamline_bench.report.standing import Entry, adjusted, between
 from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.settings import Settings

@@ -16,15 +16,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from streamline_bench.core.checkpoint.folder import Manifest, read_manifest
 from streamline_bench.errors import SamplesError
-from streamline_bench.report.leaderboard import (
+from streamline_bench.report.row import (
     ComputedBy,
     CurvePoint,
     Provenance,
     Published,
     Row,
     ScanResult,
-    TaskData,
 )
+from streamline_bench.report.scores import TaskData
 from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.samples import RunInfo
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from streamline_bench.report.leaderboard import Row, SolvedCost
+from streamline_bench.report.row import Row
+from streamline_bench.report.scores import SolvedCost
 from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.texts import GenerationComparison
 from streamline_bench.throughput.speed import Speed

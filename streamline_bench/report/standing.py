@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from streamline_bench.report.fronts import Front, fronts
-from streamline_bench.report.leaderboard import Between, Contest, Folded, Rank, Row
+from streamline_bench.report.places import Between, Contest, Folded, Rank
+from streamline_bench.report.row import Row
 from streamline_bench.stability.align import AlignedPairs
 from streamline_bench.stability.compare_answers import with_script_verdicts
 from streamline_bench.stability.comparison import Comparison

@@ -16,8 +16,9 @@ import pytest
 from streamline_bench.errors import ComparisonError, SamplesError
 from streamline_bench.report.build import build_leaderboard
 from streamline_bench.report.flips import worst_flips
-from streamline_bench.report.leaderboard import Flip, Leaderboard
+from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.run_file import NoiseRun, RunFile, RunRow, read_run_file
+from streamline_bench.report.scores import Flip
 from streamline_bench.report.text import MISSING
 from streamline_bench.report.views.csv_table import to_csv
 from streamline_bench.report.views.headline import headline

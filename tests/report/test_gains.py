@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from streamline_bench.report.gains import gains
-from streamline_bench.report.leaderboard import Leaderboard, Row
+from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.report.row import Row
 from streamline_bench.report.standing import TaskAnswers, standing
 from streamline_bench.report.views.exports import write_exports
 from streamline_bench.report.views.markdown import to_markdown

@@ -17,8 +17,8 @@ from streamline_bench.report.figures.pareto import (
     ticks,
     tradeoffs,
 )
-from streamline_bench.report.leaderboard import Row
 from streamline_bench.report.provenance import published_numbers
+from streamline_bench.report.row import Row
 from streamline_bench.report.views.overview import commands_by_stage, heat_map, ranked
 from streamline_bench.report.views.page import forest, shade
 from streamline_bench.stability.estimate import Estimate

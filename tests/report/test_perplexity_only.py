@@ -15,7 +15,8 @@ import pytest
 
 from streamline_bench.cli.main import main
 from streamline_bench.report.build import build_leaderboard
-from streamline_bench.report.leaderboard import Leaderboard, Row
+from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.report.row import Row
 from streamline_bench.report.run_file import (
     NoiseRun,
     RunFile,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from streamline_bench.report.leaderboard import Row
+from streamline_bench.report.row import Row
 from streamline_bench.report.solved import with_solved
 from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.texts import GenerationComparison, LengthChange

@@ -11,7 +11,8 @@ import pytest
 
 from streamline_bench.report.figures.sizes import interpolated
 from streamline_bench.report.frame import results
-from streamline_bench.report.leaderboard import Leaderboard, Row
+from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.report.row import Row
 from streamline_bench.report.standing import Answers, TaskAnswers, standing
 from streamline_bench.report.views.entries import shown
 from streamline_bench.report.views.headline import headline

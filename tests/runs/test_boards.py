@@ -17,8 +17,9 @@ from streamline_bench.cli.main import cli
 from streamline_bench.compression import compress, load_recipe
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.errors import ComparisonError
-from streamline_bench.report.leaderboard import Row, read_leaderboard
+from streamline_bench.report.leaderboard import read_leaderboard
 from streamline_bench.report.merge import merged_leaderboard
+from streamline_bench.report.row import Row
 from streamline_bench.report.text import count
 from streamline_bench.report.views.terminal import terminal_table
 from streamline_bench.runs.planning.request import Request, read_request

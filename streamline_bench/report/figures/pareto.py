@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from markupsafe import Markup, escape
 
-from streamline_bench.report.leaderboard import Row
+from streamline_bench.report.row import Row
 from streamline_bench.report.text import (
     count,
     duration,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from streamline_bench.report.figures.sizes import Series, SizeCurve, line_chart
-from streamline_bench.report.leaderboard import Row
+from streamline_bench.report.row import Row
 from streamline_bench.stability.estimate import Estimate
 from streamline_bench.throughput.speed import Metric, ServedFigure
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from streamline_bench.report.leaderboard import ScanResult
+from streamline_bench.report.row import ScanResult
 
 if TYPE_CHECKING:
     from streamline_bench.core.similarity import Block, Similarity

@@ -12,7 +12,8 @@ from itertools import pairwise
 from markupsafe import Markup, escape
 
 from streamline_bench.report.figures.pareto import MEASURES, Axis, ticks
-from streamline_bench.report.leaderboard import Leaderboard, Row
+from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.report.row import Row
 from streamline_bench.report.text import decimal, percent, visible_text
 from streamline_bench.stability.estimate import Estimate
 

@@ -9,7 +9,7 @@ from typing import TypeGuard
 
 from markupsafe import Markup
 
-from streamline_bench.report.leaderboard import CurvePoint
+from streamline_bench.report.row import CurvePoint
 
 _POINTS = 120
 """Points of a curve's line: more could not be seen in its width."""

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from streamline_bench.report.leaderboard import Row
+from streamline_bench.report.row import Row
 from streamline_bench.stability.comparison import GradeComparison, TaskComparison
 from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.samples import Samples

@@ -12,7 +12,9 @@ import csv
 import io
 from typing import Any
 
-from streamline_bench.report.leaderboard import GradeScore, Leaderboard, Row, TaskScore
+from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.report.row import Row
+from streamline_bench.report.scores import GradeScore, TaskScore
 from streamline_bench.report.text import csv_cell
 from streamline_bench.stability.comparison import FormatComparison, Overall
 from streamline_bench.stability.estimate import Estimate

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streamline_bench.report.leaderboard import Folded, GradeScore, Leaderboard, Row, TaskScore
+from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.report.places import Folded
+from streamline_bench.report.row import Row
+from streamline_bench.report.scores import GradeScore, TaskScore
 from streamline_bench.stability.comparison import Overall
 from streamline_bench.stability.estimate import Estimate
 

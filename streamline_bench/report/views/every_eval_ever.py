@@ -22,8 +22,9 @@ from pathlib import Path
 
 from streamline_bench.core.files import atomic_write_text
 from streamline_bench.errors import OutputError
-from streamline_bench.report.leaderboard import Leaderboard, Row
+from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.provenance import is_hub_id
+from streamline_bench.report.row import Row
 from streamline_bench.report.views.answer_records import (
     SCHEMA_VERSION,
     Fields,

@@ -28,7 +28,8 @@ from streamline_bench.report.figures.sizes import size_curves
 from streamline_bench.report.figures.standalone import standalone_svg
 from streamline_bench.report.figures.training import curve_svg
 from streamline_bench.report.frame import results
-from streamline_bench.report.leaderboard import Leaderboard, Row
+from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.report.row import Row
 from streamline_bench.report.text import csv_cell, latex_text, markdown_text
 from streamline_bench.report.views.citations import citations
 from streamline_bench.report.views.entries import shown

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streamline_bench.report.leaderboard import Between, Contest, Leaderboard, Row
+from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.report.places import Between, Contest
+from streamline_bench.report.row import Row
 from streamline_bench.report.text import p_value, percent, points, significant
 from streamline_bench.report.views.entries import shown
 from streamline_bench.report.views.overview import mean_grade, perplexity_ratio, ranked

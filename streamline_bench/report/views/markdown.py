@@ -14,7 +14,8 @@ from markupsafe import Markup
 
 from streamline_bench.report import text
 from streamline_bench.report.figures.pareto import bytes_tell_more
-from streamline_bench.report.leaderboard import Leaderboard, Row
+from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.report.row import Row
 from streamline_bench.report.views import overview
 from streamline_bench.report.views.entries import runs_of, shown
 from streamline_bench.report.views.headline import headline, needed

@@ -22,9 +22,11 @@ import yaml
 
 from streamline_bench.core.files import atomic_write_text
 from streamline_bench.errors import OutputError
-from streamline_bench.report.leaderboard import Leaderboard, Row, TaskScore, read_leaderboard
+from streamline_bench.report.leaderboard import Leaderboard, read_leaderboard
 from streamline_bench.report.provenance import is_hub_id
+from streamline_bench.report.row import Row
 from streamline_bench.report.run_file import read_run_file
+from streamline_bench.report.scores import TaskScore
 from streamline_bench.report.text import visible_text
 from streamline_bench.report.views.markdown import render_markdown
 

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from streamline_bench.core.machine.environment import resource
-from streamline_bench.report.leaderboard import Row, TaskScore, grade_change
+from streamline_bench.report.row import Row
+from streamline_bench.report.scores import TaskScore, grade_change
 from streamline_bench.report.text import count, times
 from streamline_bench.stability.estimate import Estimate, exponentiated, square_and_add
 

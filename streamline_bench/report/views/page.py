@@ -23,14 +23,10 @@ from streamline_bench.report.figures.serving import kept_objectives, served_seri
 from streamline_bench.report.figures.similarity import matrix_svg, named_layers
 from streamline_bench.report.figures.sizes import at_equal_size, series_of, size_curves
 from streamline_bench.report.figures.training import curve_svg
-from streamline_bench.report.leaderboard import (
-    Leaderboard,
-    Published,
-    Rank,
-    Row,
-    ScanResult,
-)
+from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.report.places import Rank
 from streamline_bench.report.provenance import is_model
+from streamline_bench.report.row import Published, Row, ScanResult
 from streamline_bench.report.text import FILTERS, duration, visible_text
 from streamline_bench.report.views import overview
 from streamline_bench.report.views.citations import citations

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamline_bench.report import text
-from streamline_bench.report.leaderboard import Gain, Leaderboard
+from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.report.places import Gain
 
 
 @dataclass(frozen=True)

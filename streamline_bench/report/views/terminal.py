@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from unicodedata import east_asian_width
 
 from streamline_bench.report import text
-from streamline_bench.report.leaderboard import Leaderboard, Row
+from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.report.row import Row
 from streamline_bench.report.views.entries import shown
 from streamline_bench.report.views.overview import FRONTS, mean_grade, perplexity_ratio, ranked
 

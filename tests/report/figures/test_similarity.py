@@ -9,7 +9,7 @@ import pytest
 
 from streamline_bench.core.similarity import Similarity
 from streamline_bench.report.figures.similarity import matrix_svg, named_layers, similarity_svg
-from streamline_bench.report.leaderboard import ScanResult
+from streamline_bench.report.row import ScanResult
 
 SVG = "{http://www.w3.org/2000/svg}"
 

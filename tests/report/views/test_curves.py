@@ -5,7 +5,7 @@ from __future__ import annotations
 from xml.etree import ElementTree
 
 from streamline_bench.report.figures.training import curve_svg
-from streamline_bench.report.leaderboard import CurvePoint
+from streamline_bench.report.row import CurvePoint
 
 
 def point(step: int, train_loss: float | None, val_loss: float | None) -> CurvePoint:
