@@ -200,6 +200,17 @@ def test_every_point_of_the_frontier_has_a_name() -> None:
     assert set(found.frontier) <= named
 
 
+def test_points_off_the_frontier_that_coincide_have_a_name_together() -> None:
+    rows = [row("dense", 0.9, parameters=1000), row("first", 0.8, parameters=700)]
+    rows += [row(f"same_{n}", 0.6 + n / 1000, parameters=750) for n in range(3)]
+    (found,) = tradeoffs(rows)
+    root = ElementTree.fromstring(found.svg)
+    (group,) = (group for group in root.iter("g") if group.get("data-rows"))
+    assert group.get("data-rows") == "4 3 2"  # the highest first
+    assert [text.text for text in group.iter("text")] == ["same_2, same_1, same_0"]
+    assert len([mark for mark in root.iter("g") if mark.get("data-row")]) == 5
+
+
 def number(metric: str, **more: Any) -> dict[str, Any]:
     return {"model": "m", "metric": metric, "value": 1.0, "source": "s", **more}
 

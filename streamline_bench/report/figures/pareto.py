@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from markupsafe import Markup, escape
 
+from streamline_bench.report.figures.labels import Box, Label, Place, labels
 from streamline_bench.report.row import Row
 from streamline_bench.report.text import (
     count,
@@ -21,8 +22,6 @@ from streamline_bench.report.text import (
 
 _WIDTH, _HEIGHT = 1000.0, 400.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48.0, 44.0, 14.0, 44.0
-_LETTER = 6.4
-"""Width of a label's letter in the picture's units, a little generous."""
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -287,10 +286,19 @@ def _svg(measure: Measure, points: list[Point], best: list[Point], dense: float 
         *_axes(measure, across, up, dense),
         f'<path class="frontier" d="{_steps(best, across, up)}"/>',
     ]
-    labels = _labels(points, best, across, up)
+    named = {label.names: label.svg for label in _labels(points, best, across, up)}
     for point in sorted(points, key=lambda p: p in best):
-        parts += _mark(point, point in best, labels.get(point.index), across, up)
+        parts += _mark(point, point in best, named.get((point.index,)), across, up)
+    groups = {point.index: _group(point, point in best) for point in points}
+    for names, svg in named.items():
+        if len(names) > 1:
+            rows = " ".join(map(str, names))
+            parts.append(f'<g class="{groups[names[0]]}" data-rows="{rows}">{svg}</g>')
     return Markup("".join([*parts, "</svg>"]))
+
+
+def _group(point: Point, on: bool) -> Markup:
+    return escape(point.group) + (" best" if on else "")
 
 
 def _axes(measure: Measure, across: Axis, up: Axis, dense: float | None) -> list[str]:
@@ -346,7 +354,7 @@ def _mark(point: Point, on: bool, label: Markup | None, across: Axis, up: Axis) 
         "calibrated": f"M{x - 4.2} {y - 4.2}h8.4v8.4h-8.4Z",
     }.get(point.group, f"M{x - 5} {y}a5 5 0 1 0 10 0a5 5 0 1 0 -10 0Z")
     return [
-        f'<g class="{escape(point.group)}{" best" if on else ""}" data-row="{point.index}">'
+        f'<g class="{_group(point, on)}" data-row="{point.index}">'
         f"<title>{escape(point.label)}: {point.text}</title>",
         f'<path class="whisker" d="{whisker}"/>',
         f'<path class="shape" d="{shape}"/>',
@@ -355,8 +363,8 @@ def _mark(point: Point, on: bool, label: Markup | None, across: Axis, up: Axis) 
     ]
 
 
-def _labels(points: list[Point], best: list[Point], across: Axis, up: Axis) -> dict[int, Markup]:
-    """A name next to each point if there is room; the frontier's points come first."""
+def _labels(points: list[Point], best: list[Point], across: Axis, up: Axis) -> list[Label]:
+    """Names of the points; the frontier's come first and have one in any case."""
     taken = [_box(across.place(p.x) - 6, up.place(p.y) - 6, 12.0, 12.0) for p in points]
     for point in points:
         if point.low is not None and point.high is not None:
@@ -368,65 +376,16 @@ def _labels(points: list[Point], best: list[Point], across: Axis, up: Axis) -> d
         taken.append(
             _box(across.place(two.x) - 1, up.place(two.y), 2.0, up.place(one.y) - up.place(two.y))
         )
-    placed: dict[int, Markup] = {}
-    for point in sorted(points, key=lambda p: (p not in best, p.group != "dense", -p.y)):
-        x, y = across.place(point.x), up.place(point.y)
-        name = point.label if len(point.label) <= 28 else f"{point.label[:27]}\u2026"
-        width = _LETTER * len(name)
-        # Points of the frontier always have a name, if need be at the end of a line.
-        far = _RINGS if point in best or point.group == "dense" else ()
-        for left, middle, anchor, line in [*_near(x, y, width), *_far(x, y, width, far)]:
-            box = _box(left, middle - 7, width, 14.0)
-            inside = (
-                left >= _LEFT and left + width <= _WIDTH - _RIGHT
-                and _TOP + 14 < middle < _HEIGHT - _BOTTOM - 6
-            )  # fmt: skip
-            if inside and not any(_overlap(box, other) for other in taken):
-                taken.append(box)
-                at = left + {"": 0.0, "mid": width / 2, "end": width}[anchor]
-                placed[point.index] = Markup(
-                    '{}<text class="{} label" x="{:.1f}" y="{:.1f}">{}</text>'
-                ).format(Markup(line), anchor, at, middle + 4, name)
-                break
-    return placed
+    places = [
+        Place(
+            point.index, point.label, across.place(point.x), up.place(point.y),
+            always=point in best or point.group == "dense",
+        )
+        for point in sorted(points, key=lambda p: (p not in best, p.group != "dense", -p.y))
+    ]  # fmt: skip
+    frame = Box(_LEFT, _TOP + 7, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM + 1)
+    return labels(places, taken, frame)
 
 
-_RINGS = (26, 42, 60, 80, 104, 132, 164, 200)
-"""Distances from a point at which its name may stand."""
-_Spot = tuple[float, float, str, str]
-"""Left end and middle of a name, its anchor, and the line that leads to it."""
-
-
-def _near(x: float, y: float, width: float) -> list[_Spot]:
-    return [
-        (x + 9, y, "", ""),
-        (x - 9 - width, y, "end", ""),
-        (x - width / 2, y - 15, "mid", ""),
-        (x - width / 2, y + 15, "mid", ""),
-        (x + 8, y - 12, "", ""),
-        (x - 8 - width, y - 12, "end", ""),
-    ]
-
-
-def _far(x: float, y: float, width: float, rings: Sequence[int]) -> list[_Spot]:
-    found = []
-    for ring in rings:
-        for across, down in ((0.7, -0.7), (-0.7, -0.7), (0.7, 0.7), (-0.7, 0.7), (0, -1), (0, 1)):
-            end, middle = x + across * ring, y + down * ring
-            left = end + 3 if across > 0 else end - 3 - width if across < 0 else end - width / 2
-            anchor = "" if across > 0 else "end" if across < 0 else "mid"
-            touch = middle if across else middle - 8 * down
-            line = f'<path class="leader" d="M{x:.1f} {y:.1f}L{end:.1f} {touch:.1f}"/>'
-            found.append((left, middle, anchor, line))
-    return found
-
-
-_Box = tuple[float, float, float, float]
-
-
-def _box(left: float, top: float, width: float, height: float) -> _Box:
-    return left, top, left + width, top + height
-
-
-def _overlap(one: _Box, two: _Box) -> bool:
-    return one[0] < two[2] and two[0] < one[2] and one[1] < two[3] and two[1] < one[3]
+def _box(left: float, top: float, width: float, height: float) -> Box:
+    return Box(left, top, left + width, top + height)
