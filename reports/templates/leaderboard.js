@@ -28,20 +28,24 @@ for (const table of document.querySelectorAll("table.sortable")) {
 // Filtering: what the leaderboard hides is hidden in every figure and table of the page.
 const tools = document.querySelector(".tools");
 const field = document.getElementById("filter");
-const buttons = [...tools.querySelectorAll("[data-group]")];
+const buttons = [...tools.querySelectorAll("button[data-group]")];
+const sizes = [...tools.querySelectorAll("button[data-size]")];
 const models = [...document.querySelectorAll("table.board tbody tr")];
 const elsewhere = [...document.querySelectorAll("[data-row]")];
 const shared = [...document.querySelectorAll("[data-rows]")];
 
 function filter() {
   const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
-  const group = buttons.find((one) => one.getAttribute("aria-pressed") === "true").dataset.group;
+  const pressed = (one) => one.getAttribute("aria-pressed") === "true";
+  const group = buttons.find(pressed).dataset.group;
+  const size = sizes.find(pressed)?.dataset.size ?? "";
   const hidden = new Set();
   let matches = 0;
   for (const row of models) {
     const text = row.dataset.find.toLowerCase();
     const match = words.every((word) => text.includes(word))
-      && (group === "" || row.dataset.group === group);
+      && (group === "" || row.dataset.group === group)
+      && (size === "" || row.dataset.size === size);
     const keep = "keep" in row.dataset;
     matches += match && !keep;
     if (!match && !keep) hidden.add(row.dataset.row);
@@ -55,16 +59,19 @@ function filter() {
   document.getElementById("nothing").hidden = matches > 0 || all === 0;
 }
 
-function press(button) {
-  for (const one of buttons) one.setAttribute("aria-pressed", String(one === button));
+function press(button, among) {
+  for (const one of among) one.setAttribute("aria-pressed", String(one === button));
   filter();
 }
 
-for (const button of buttons) button.addEventListener("click", () => press(button));
+for (const among of [buttons, sizes]) {
+  for (const button of among) button.addEventListener("click", () => press(button, among));
+}
 field.addEventListener("input", filter);
 document.getElementById("reset").addEventListener("click", () => {
   field.value = "";
-  press(buttons[0]);
+  if (sizes.length) press(sizes[0], sizes);
+  press(buttons[0], buttons);
   field.focus();
 });
 tools.hidden = false;

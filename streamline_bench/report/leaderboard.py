@@ -52,7 +52,8 @@ class Leaderboard(Frozen):
         ranks: entry (row or folded row) -> its place by accuracy.
         grade_ranks: the same by the mean of the grades that judge tasks.
         folded: rows over seeds and calibrations.
-        neighbours: every entry against the next one of the ranking, Holm's adjustment over all.
+        neighbours: every entry against the next one of the ranking of its size, Holm's adjustment
+            over all.
         contests: entries that may be compared, the largest group first.
         gains: what patches add, by healing, selection and size.
         target: what the sizes of rows were solved for, in words.

@@ -12,6 +12,8 @@ from streamline_bench.stability.estimate import Estimate
 class Rank(Frozen):
     """Place by accuracy among the compressed rows, rows of seeds and calibrations folded.
 
+    On a board of several sizes: among those of which the same size was asked.
+
     Attributes:
         low, high: its interval: paired bootstrap over documents.
         first: share of the draws in which no other is better.

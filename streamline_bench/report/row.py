@@ -195,6 +195,14 @@ class Row(Frozen):
         return {str(key): (pair[0], pair[1]) for key, pair in pairs if len(pair) == 2}
 
     @property
+    def size(self) -> str | None:
+        """The size that was asked for, of a recipe at several: ``25 %`` or ``4 layers``."""
+        if (layers := self.axes.get("n_layers")) is not None:
+            return f"{layers} layer{'s' * (str(layers) != '1')}"
+        share = self.axes.get("sparsity")
+        return None if share is None else f"{100 * float(share):g} %"
+
+    @property
     def total_seconds(self) -> float | None:
         """Everything the row took; None where nothing was timed."""
         return sum(self.seconds.values()) or None

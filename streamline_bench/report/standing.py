@@ -240,7 +240,9 @@ def standing(
     graded = _entered(rows, _on_one_scale(grades or {}), dense)
     by_grades = {entry.label: entry for entry in graded}
     shown = {run.label: run.row for run in _runs(rows)}
-    pairs = [between(one, two, settings) for one, two in pairwise(entries)]
+    pairs = [
+        between(one, two, settings) for same in _by_size(entries) for one, two in pairwise(same)
+    ]
     return Standing(
         entries=entries,
         ranks=ranks,
@@ -402,7 +404,29 @@ def adjusted(pairs: Sequence[Between], settings: Settings) -> list[Between]:
     ]
 
 
+def _by_size(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """The entries by the size that was asked of them, where the board has several sizes.
+
+    They keep their order; what no other has the size of is left out then.
+    """
+    found: dict[str | None, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(entry.row.size, []).append(entry)
+    if len(found.keys() - {None}) < 2:
+        return [list(entries)]
+    return [same for same in found.values() if len(same) > 1]
+
+
 def _ranks(entries: Sequence[Entry], settings: Settings) -> dict[str, Rank]:
+    """The places of every size."""
+    return {
+        label: rank
+        for same in _by_size(entries)
+        for label, rank in _ranks_of(same, settings).items()
+    }
+
+
+def _ranks_of(entries: Sequence[Entry], settings: Settings) -> dict[str, Rank]:
     if not entries:
         return {}
     every = [entry.crossed() for entry in entries]

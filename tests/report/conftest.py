@@ -209,3 +209,72 @@ def make_run() -> Callable[[Path], Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def sized() -> dict[str, Any]:
+    """A board of three recipes at two sizes, ``none`` and ``map`` behind one selection."""
+    nobody = {"results_file": None, "model": None, "engine": None}
+
+    def row(group: str, size: float, right: float, kl: float, removed: float) -> dict[str, Any]:
+        estimate = {"value": right, "standard_error": 0.02}
+        change = {"value": right - 0.8, "low": right - 0.85, "high": right - 0.75}
+        flips = {"right_to_wrong": 9, "wrong_to_right": 1, "wrong_to_other_wrong": None}
+        overall = {
+            "difference": change, "margin": 0.02, "decision": "worse", "tasks": 1, "n": 100,
+            "stability_tasks": 1, "dense": {"value": 0.8}, "pruned": estimate, "flips": flips,
+            "agreement": {"value": 0.9}, "stability": {"value": 1 - size, "low": 0.4, "high": 0.9},
+        }  # fmt: skip
+        text = {
+            "documents": 5, "windows": 6, "tokens": 700, "window": 128, "same_top": {"value": 0.5},
+            "kl": {"value": kl, "low": kl - 0.1, "high": kl + 0.1}, "dense_perplexity": 5.5,
+            "pruned_perplexity": 7.5, "nats_per_token": {"value": kl},
+        }  # fmt: skip
+        number = {"model": "Llama-2-7B", "metric": "piqa", "source": "its paper"}
+        return {
+            "label": f"{group}-{size}", "is_dense": False, "group": group,
+            "axes": {"sparsity": size}, "cost": "calibrated",
+            "parameters": round(1000 * (1 - removed)), "bytes": round(2000 * (1 - removed)),
+            "sparsity_requested": size, "sparsity_reached": removed,
+            "accuracy_macro": estimate, "accuracy_micro": estimate, "macro": overall,
+            "micro": overall, "tasks": [], "divergence": text,
+            "published": [{**number, "value": 61.0, "sparsity": 0.24},
+                          {**number, "value": 40.0, "sparsity": 0.6}],
+            "provenance": {**nobody, "recipe": {
+                "overridden": {"samples": [50, 64], "seed": [0, int(4 * size)]}}},
+        }  # fmt: skip
+
+    rows = [
+        row("none", 0.25, 0.6, 1.0, 0.25), row("none", 0.5, 0.4, 3.0, 0.5),
+        row("map", 0.25, 0.7, 0.6, 0.26), row("map", 0.5, 0.45, 2.0, 0.495),
+        row("slice", 0.25, 0.69, 0.5, 0.25), row("slice", 0.5, 0.5, 2.5, 0.5),
+    ]  # fmt: skip
+    missing = dict.fromkeys(("group", "cost", "macro", "micro", "divergence",
+                             "sparsity_requested", "sparsity_reached"))  # fmt: skip
+    dense = {**rows[0], **missing, "label": "dense", "is_dense": True, "axes": {}, "bytes": 2000,
+             "parameters": 1000, "accuracy_macro": {"value": 0.8, "standard_error": 0.01},
+             "published": [], "provenance": nobody}  # fmt: skip
+
+    def test(first: str, second: str, p: float) -> dict[str, Any]:
+        return {"first": first, "second": second, "n": 100, "discordance": 0.2, "p_value": p,
+                "p_holm": p, "p_method": "score", "needed": 400,
+                "difference": {"value": 0.01, "low": -0.02, "high": 0.04}}  # fmt: skip
+
+    contests = [
+        {"cost": "calibrated", "removed": [size, size], "accuracy": right,
+         "entries": [f"{name}-{size}" for name in order],
+         "tests": [test(f"{order[0]}-{size}", f"{name}-{size}", p)
+                   for name, p in zip(order[1:], ps, strict=True)]}
+        for size, right, order, ps in (
+            (0.5, 0.5, ("slice", "map", "none"), (0.01, 0.001)),
+            (0.25, 0.7, ("map", "slice", "none"), (0.4, 0.01)),
+        )
+    ]  # fmt: skip
+    return {
+        "title": "Sizes", "dense": "dense", "rows": [dense, *rows], "contests": contests,
+        "method": {"mode": "paper", "ddof": 1, "quantity": "nll_per_byte", "verdict": "correct",
+                   "confidence": 0.95, "draws": 10, "seed": 0, "margin": 0.02},
+        "versions": {"streamline-bench": "0"},
+        "commands": [f"streamline-bench compress m --output run/{one['label']}/checkpoint"
+                     for one in rows] + ["lm_eval --model hf"],
+    }  # fmt: skip

@@ -6,7 +6,8 @@ machine and with numbers of six digits.
 ``--publish FOLDER`` runs nothing: it puts the board of any finished run into FOLDER, as
 ``leaderboard.md`` and a ``leaderboard.json`` without flips, matrices, curves and the comparisons of
 single tasks. Pages stay out of the repository, but for the demo's. ``--picture FILE`` takes a
-picture of the top of its page.
+picture of the top of its page; of a board of several sizes, of its head and the curves of accuracy
+and token KL (else stability) against parameters.
 """
 
 from __future__ import annotations
@@ -117,6 +118,18 @@ def portable(value: Any, run: Path) -> Any:
     return re.sub(rf"{re.escape(str(REPOSITORY))}/?", "", value)
 
 
+_CURVES = """
+.skip, nav, .facts-line, footer, .save, figcaption, main > :not(#sizes), h2,
+#sizes > :not(.figures), .figures > :not(.shown) { display: none !important; }
+main { padding-bottom: 16px !important; }
+.lede { max-width: none !important; margin-bottom: 16px !important; }
+"""
+"""What a picture of curves leaves out of the page."""
+
+_UP = ("accuracy", "token-KL", "stability")
+"""Curves that a picture may hold; the first two that there are."""
+
+
 def _picture(page: Path, file: Path) -> None:
     from browser_setup import FLAGS, chromium
     from playwright.sync_api import sync_playwright
@@ -125,8 +138,22 @@ def _picture(page: Path, file: Path) -> None:
         browser = playwright.chromium.launch(executable_path=chromium(), args=list(FLAGS))
         shown = browser.new_page(viewport={"width": 1280, "height": 1500}, reduced_motion="reduce")
         shown.goto(page.absolute().as_uri())
-        shown.screenshot(path=file)
+        curves = only_curves(shown)
+        if curves:
+            shown.set_viewport_size({"width": 1280, "height": 100})
+        shown.screenshot(path=file, full_page=curves)
         browser.close()
+
+
+def only_curves(page: Any) -> bool:
+    """Leave head and curves on an open page; False, and nothing is done, where there are none."""
+    curves = [f'figure[data-name="curve-{name}-against-parameters"]' for name in _UP]
+    found = [curve for curve in curves if page.locator(curve).count()][:2]
+    for curve in found:
+        page.locator(curve).evaluate("figure => figure.classList.add('shown')")
+    if found:
+        page.add_style_tag(content=_CURVES)
+    return bool(found)
 
 
 if __name__ == "__main__":

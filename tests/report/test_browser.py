@@ -33,9 +33,9 @@ HOSTILE = (
 )
 
 
-def _setup(repository: Path) -> Any:
-    path = repository / "tests" / "report" / "browser_setup.py"
-    spec = importlib.util.spec_from_file_location("browser_setup", path)
+def _setup(repository: Path, name: str = "browser_setup") -> Any:
+    path = repository / "tests" / "report" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -205,6 +205,24 @@ def test_filtering_hides_a_model_everywhere(visit: Callable[..., Visit]) -> None
     page.get_by_role("button", name="All", exact=True).click()
     assert len(seen.labels()) == 4 and all(one.is_visible() for one in figures.all())
     assert [one.is_visible() for one in page.locator("#inside .names li").all()] == [True] * 2
+
+
+def test_a_board_of_sizes_shows_one_of_them_and_makes_a_picture_of_curves(
+    visit: Callable[..., Visit], sized: dict[str, Any], repository: Path
+) -> None:
+    seen = visit(sized)
+    page = seen.page
+    page.get_by_role("button", name="50 %", exact=True).click()
+    assert seen.labels() == ["dense", "slice-0.5", "map-0.5", "none-0.5"]
+    page.get_by_label("Filter models").fill("map")
+    assert seen.labels() == ["dense", "map-0.5"]
+    page.get_by_role("button", name="All sizes").click()
+    assert seen.labels() == ["dense", "map-0.25", "map-0.5"]
+    assert _setup(repository, "reference").only_curves(page)
+    shown = [one for one in page.locator("figure, table, h1").all() if one.is_visible()]
+    assert [one.get_attribute("data-name") for one in shown] == [
+        None, "curve-accuracy-against-parameters", "curve-token-KL-against-parameters",
+    ]  # fmt: skip
 
 
 def test_a_flip_opens_by_mouse_and_by_keyboard(

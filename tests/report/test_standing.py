@@ -93,6 +93,24 @@ def test_every_entry_has_a_rank_with_an_interval() -> None:
     assert "dense" not in found.ranks
 
 
+def test_every_size_has_ranks_of_its_own() -> None:
+    rows, answers = [], {}
+    for number, (label, size, skill) in enumerate((
+        ("a", 0.25, 0.8), ("b", 0.25, 0.6), ("a", 0.5, 0.3), ("b", 0.5, 0.5), ("c", 0.4, 0.7),
+        ("plain", None, 0.9),
+    )):  # fmt: skip
+        axes = {} if size is None else {"sparsity": size}
+        name = label if size is None else f"{label}-{size}"
+        rows.append(row(name, group=label, axes=axes))
+        answers[name] = answered(skill, number)
+    found = standing([DENSE_ROW, *rows], answers, SETTINGS)
+    places = {label: (rank.place, rank.low, rank.high) for label, rank in found.ranks.items()}
+    assert places == {"a-0.25": (1, 1, 1), "b-0.25": (2, 2, 2),
+                      "b-0.5": (1, 1, 1), "a-0.5": (2, 2, 2)}  # fmt: skip
+    pairs = {(pair.first, pair.second) for pair in found.neighbours}
+    assert pairs == {("a-0.25", "b-0.25"), ("b-0.5", "a-0.5")}
+
+
 def test_a_leader_is_named_among_equal_size_and_cost_only() -> None:
     skills = {"a": 0.8, "b": 0.6, "larger": 0.85, "dear": 0.86, "unknown": 0.87}
     found, answers = stand(
@@ -278,7 +296,8 @@ def test_what_lies_between_own_sizes_is_interpolated_and_nothing_beyond() -> Non
     found = interpolated(points, 0.15)
     assert (found.value, found.low, found.high) == pytest.approx((0.7, 0.575, 0.825))
     assert interpolated(points, 0.3).value == pytest.approx(0.4)
-    assert interpolated(points, 0.31) is None and interpolated(points, 0.05) is None
+    assert interpolated(points, 0.33) is None and interpolated(points, 0.05) is None
+    assert interpolated(points, 0.31) == points[1][1], "within 2 % of the parameters"
 
 
 def test_ranks_by_grades_against_a_bootstrap() -> None:

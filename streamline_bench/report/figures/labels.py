@@ -38,9 +38,12 @@ class Box(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A point of the picture with its name; ``always``: it is named by itself, wherever it is."""
+    """A point of the picture with its name and the number of its row.
 
-    index: int
+    ``always``: it is named by itself, wherever it is.
+    """
+
+    row: int
     name: str
     x: float
     y: float
@@ -48,9 +51,9 @@ class Place(NamedTuple):
 
 
 class Label(NamedTuple):
-    """What is written, and the points that it names."""
+    """What is written, and the rows that it names."""
 
-    names: tuple[int, ...]
+    rows: tuple[int, ...]
     svg: Markup
 
 
@@ -65,7 +68,7 @@ def labels(places: Sequence[Place], taken: Sequence[Box], frame: Box) -> list[La
     for together in _covering(places):
         rings = _RINGS if together[0].always else _RINGS[:4] if len(together) > 1 else ()
         if (svg := _written(together, rings, occupied, frame)) is not None:
-            found.append(Label(tuple(place.index for place in together), svg))
+            found.append(Label(tuple(place.row for place in together), svg))
     return found
 
 

@@ -286,14 +286,14 @@ def _svg(measure: Measure, points: list[Point], best: list[Point], dense: float 
         *_axes(measure, across, up, dense),
         f'<path class="frontier" d="{_steps(best, across, up)}"/>',
     ]
-    named = {label.names: label.svg for label in _labels(points, best, across, up)}
+    named = {label.rows: label.svg for label in _labels(points, best, across, up)}
     for point in sorted(points, key=lambda p: p in best):
         parts += _mark(point, point in best, named.get((point.index,)), across, up)
     groups = {point.index: _group(point, point in best) for point in points}
-    for names, svg in named.items():
-        if len(names) > 1:
-            rows = " ".join(map(str, names))
-            parts.append(f'<g class="{groups[names[0]]}" data-rows="{rows}">{svg}</g>')
+    for rows, svg in named.items():
+        if len(rows) > 1:
+            every = " ".join(map(str, rows))
+            parts.append(f'<g class="{groups[rows[0]]}" data-rows="{every}">{svg}</g>')
     return Markup("".join([*parts, "</svg>"]))
 
 

@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from streamline_bench.report.figures.sizes import Series, SizeCurve, line_chart
+from streamline_bench.report.figures.lines import Series, line_chart
+from streamline_bench.report.figures.sizes import SizeCurve
 from streamline_bench.report.row import Row
 from streamline_bench.stability.estimate import Estimate
 from streamline_bench.throughput.speed import Metric, ServedFigure

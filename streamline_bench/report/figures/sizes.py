@@ -1,6 +1,7 @@
-"""Curves over sizes: one line per recipe that was run at several sizes, with bands.
+"""Recipes over sizes: curves with bands, and tables at equal size.
 
-What lies between two of a row's own points is interpolated; nothing beyond them is.
+A recipe's size 0 is its dense model. What lies between two of its sizes is interpolated; nothing
+beyond them is.
 """
 
 from __future__ import annotations
@@ -9,34 +10,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from streamline_bench.report.figures.pareto import MEASURES, Axis, ticks
+from streamline_bench.report.figures.lines import Line, Series, Written, line_chart
+from streamline_bench.report.figures.pareto import MEASURES, bytes_tell_more
 from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.row import Row
-from streamline_bench.report.text import decimal, percent, visible_text
+from streamline_bench.report.standing import SAME_SIZE
+from streamline_bench.report.text import decimal, percent
 from streamline_bench.stability.estimate import Estimate
-
-_WIDTH, _HEIGHT = 460.0, 260.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 12.0, 20.0, 38.0
-COLOURS = 8
-"""Lines that have a colour of their own; further ones repeat them with dashes."""
-
-
-@dataclass(frozen=True)
-class Series:
-    """A recipe at several sizes: its rows from the largest to the smallest model."""
-
-    label: str
-    index: int
-    rows: tuple[Row, ...]
 
 
 def series_of(rows: Sequence[Row]) -> list[Series]:
     """The recipes that were run at two sizes or more, in the order of the rows."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if row.group and row.axes.keys() & {"sparsity", "n_layers"} and row.accuracy_macro:
+        if row.group and row.size and row.accuracy_macro:
             others = [f"{k} {v}" for k, v in row.axes.items() if k == "model"]
             found.setdefault(", ".join([row.group, *others]), []).append(row)
     sized = {
@@ -57,17 +46,48 @@ def _accuracy(row: Row) -> Estimate | None:
     )  # fmt: skip
 
 
-_UP: dict[str, tuple[str, Callable[[Row], Estimate | None], Callable[[float], str]]] = {
-    "accuracy": ("accuracy, %", _accuracy, lambda value: percent(value, 0)),
-    "stability": (
-        "stability, %", lambda row: row.macro.stability if row.macro else None,
-        lambda value: percent(value, 0),
+def _stability(row: Row) -> Estimate | None:
+    if row.is_dense:
+        return Estimate(value=1.0)
+    return row.macro.stability if row.macro else None
+
+
+def _token_kl(row: Row) -> Estimate | None:
+    if row.is_dense:
+        return Estimate(value=0.0)
+    return row.divergence.kl if row.divergence else None
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What is read off a row at a size.
+
+    Attributes:
+        name: for a heading, without unit.
+        unit: of what ``write`` gives; ticks are written by ``tick``.
+        more: whether more is better.
+    """
+
+    name: str
+    unit: str
+    of: Callable[[Row], Estimate | None]
+    write: Callable[[float], str]
+    tick: Callable[[float], str]
+    more: bool = True
+
+
+QUANTITIES = (
+    Quantity(
+        "accuracy", "%", _accuracy, percent, lambda value: percent(value, 0)
     ),
-    "token_kl": (
-        "token KL, nats", lambda row: row.divergence.kl if row.divergence else None,
-        lambda value: decimal(value, 2),
+    Quantity(
+        "stability", "%", _stability, percent, lambda value: percent(value, 0)
     ),
-}  # fmt: skip
+    Quantity(
+        "token KL", "nats", _token_kl, lambda value: decimal(value, 2),
+        "{:g}".format, more=False,
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,133 +100,129 @@ class SizeCurve:
 
 
 def size_curves(board: Leaderboard, rows: Sequence[Row]) -> list[SizeCurve]:
-    """Accuracy, stability and token KL against parameters removed, bytes and measured speed."""
+    """Accuracy, stability and token KL against parameters removed and measured speed.
+
+    Also against bytes, where they say something else than parameters do.
+    """
     series, whole = series_of(rows), board.dense_row.parameters
     if not series or not whole:
         return []
-    across: dict[str, tuple[str, Callable[[Row], float | None], Callable[[float], str]]] = {
+    across: dict[str, tuple[Callable[[Row], float | None], Written]] = {
         "parameters": (
-            "parameters removed, %",
-            lambda row: 1 - row.parameters / whole if row.parameters else None,
-            lambda value: percent(value, 0),
+            _removed(whole), ("parameters removed, %", lambda value: percent(value, 0))
         ),
-        "bytes": ("bytes of the weights", MEASURES["bytes"].x, MEASURES["bytes"].written),
+        "bytes": (MEASURES["bytes"].x, ("bytes of the weights", MEASURES["bytes"].written)),
         "speed": (
-            "tokens per second, \N{MULTIPLICATION SIGN} reference",
             MEASURES["ratio"].x,
-            MEASURES["ratio"].written,
+            ("tokens per second, \N{MULTIPLICATION SIGN} reference", MEASURES["ratio"].written),
         ),
-    }
+    }  # fmt: skip
+    if not bytes_tell_more([row for row in rows if not row.is_dense]):
+        del across["bytes"]
+    origins = _origins(board, series)
     found = []
-    for up_name, up_of, up_written in _UP.values():
-        for name, x_of, written in across.values():
+    for up in QUANTITIES:
+        for name, (x_of, written) in across.items():
             lines = [
-                (one, points) for one in series if len(points := _points(one, x_of, up_of)) > 1
+                (one, points)
+                for one in series
+                if len(points := _points(one, origins.get(one.label), x_of, up.of)) > 1
+                and len(_points(one, None, x_of, up.of)) > 1
             ]
             if lines:
-                svg = line_chart(lines, (name, written), (up_name, up_written))
-                found.append(SizeCurve(svg, up_name, name))
+                svg = line_chart(lines, written, (f"{up.name}, {up.unit}", up.tick))
+                found.append(SizeCurve(svg, up.name, name))
     return found
 
 
-_Line = list[tuple[float, Estimate]]
+def _removed(whole: int) -> Callable[[Row], float | None]:
+    return lambda row: 1 - row.parameters / whole if row.parameters else None
+
+
+def _origins(board: Leaderboard, series: Sequence[Series]) -> dict[str, Row]:
+    """The dense model of each series, by its label."""
+    dense = {row.label: row for row in board.rows if row.is_dense}
+    named = {one.label: one.rows[0].reference or board.dense for one in series}
+    return {label: dense[name] for label, name in named.items() if name in dense}
 
 
 def _points(
-    series: Series, across: Callable[[Row], float | None], up: Callable[[Row], Estimate | None]
-) -> _Line:
-    found = [(across(row), up(row)) for row in series.rows]
+    series: Series,
+    origin: Row | None,
+    across: Callable[[Row], float | None],
+    up: Callable[[Row], Estimate | None],
+) -> Line:
+    rows = series.rows if origin is None else (origin, *series.rows)
+    found = [(across(row), up(row)) for row in rows]
     return sorted(((x, y) for x, y in found if x is not None and y is not None),
                   key=lambda point: point[0])  # fmt: skip
 
 
-def line_chart(
-    lines: Sequence[tuple[Series, _Line]],
-    across: tuple[str, Callable[[float], str]],
-    up: tuple[str, Callable[[float], str]],
-) -> Markup:
-    """Draw a line with its band for each series; names and how values are written, per axis."""
-    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    horizontal = Axis.around([x for _, line in lines for x, _ in line], _LEFT, right)
-    ends = [end for _, line in lines for _, y in line for end in y.ends]
-    vertical = Axis.around(ends, bottom, _TOP)
-    names = escape(", ".join(visible_text(one.label) for one, _ in lines))
-    parts = [
-        f'<svg class="sizes" viewBox="0 0 {_WIDTH:.0f} {_HEIGHT:.0f}" role="img" '
-        f'aria-label="{up[0]} against {across[0]}: {names}">'
-    ]
-    for value in ticks(vertical.low, vertical.high, 5):
-        y = vertical.place(value)
-        parts.append(f'<path class="grid" d="M{_LEFT} {y}H{right}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" class="end">{up[1](value)}</text>')
-    for value in ticks(horizontal.low, horizontal.high, 5):
-        x = horizontal.place(value)
-        parts.append(f'<path class="axis" d="M{x} {bottom}v4"/>')
-        parts.append(f'<text x="{x}" y="{bottom + 16}" class="mid">{across[1](value)}</text>')
-    parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>')
-    parts.append(f'<text x="{right}" y="{_HEIGHT - 5}" class="end">{across[0]}</text>')
-    parts.append(f'<text x="{_LEFT}" y="12">{up[0]}</text>')
-    for one, line in lines:
-        parts += _drawn(one, line, horizontal, vertical)
-    return Markup("".join([*parts, "</svg>"]))
-
-
-def _drawn(series: Series, line: _Line, across: Axis, up: Axis) -> list[str]:
-    places = [(across.place(x), up.place(y.value)) for x, y in line]
-    above = [(across.place(x), up.place(y.ends[1])) for x, y in line]
-    below = [(across.place(x), up.place(y.ends[0])) for x, y in reversed(line)]
-    band = "M" + "L".join(f"{x} {y}" for x, y in [*above, *below]) + "Z"
-    path = "M" + "L".join(f"{x} {y}" for x, y in places)
-    dashed = " dashed" if series.index >= COLOURS else ""
-    label = escape(visible_text(series.label))
-    return [
-        f'<g class="series s{series.index % COLOURS}{dashed}"><title>{label}</title>',
-        f'<path class="band" d="{band}"/><path class="line" d="{path}"/>',
-        *(f'<circle cx="{x}" cy="{y}" r="3"/>' for x, y in places),
-        "</g>",
-    ]
-
-
 @dataclass(frozen=True)
 class EqualSize:
-    """Recipes at the same sizes.
+    """One quantity of recipes at the same sizes.
 
     Attributes:
         sizes: shares of the parameters that are removed.
-        lines: of every series, the accuracy at each size, interpolated between its own points
-            (with the ends of their intervals); None outside them.
+        lines: of every series, the quantity at each size, interpolated between its own points
+            (with the ends of their intervals), the best recipes over all sizes first; None outside
+            them.
     """
 
+    quantity: Quantity
     sizes: list[float]
     lines: list[tuple[Series, list[Estimate | None]]]
 
+    def best(self, place: int) -> float | None:
+        """The best value at a size."""
+        known = [cell.value for _, line in self.lines if (cell := line[place]) is not None]
+        return (max if self.quantity.more else min)(known, default=None)
 
-def at_equal_size(rows: Sequence[Row]) -> EqualSize | None:
-    """Accuracy of every series at the sizes that were asked for; None without two series."""
-    series = series_of(rows)
-    whole = next((row.parameters for row in rows if row.is_dense), None)
+
+def at_equal_size(board: Leaderboard, rows: Sequence[Row]) -> list[EqualSize]:
+    """Each quantity of every series at the sizes that were asked for; none without two series."""
+    series, whole = series_of(rows), board.dense_row.parameters
     asked = sorted({
         float(row.axes["sparsity"]) for one in series for row in one.rows if "sparsity" in row.axes
     })  # fmt: skip
     if len(series) < 2 or not whole or not asked:
-        return None
-    lines = []
-    for one in series:
-        points = _points(one, lambda row: 1 - (row.parameters or whole) / whole, _accuracy)
-        lines.append((one, [interpolated(points, size) for size in asked]))
-    sizes = [n for n, _ in enumerate(asked) if sum(line[n] is not None for _, line in lines) > 1]
-    if not sizes:
-        return None
-    return EqualSize(
-        [asked[n] for n in sizes], [(one, [line[n] for n in sizes]) for one, line in lines]
+        return []
+    origins = _origins(board, series)
+    tables = []
+    for quantity in QUANTITIES:
+        lines = []
+        for one in series:
+            points = _points(one, origins.get(one.label), _removed(whole), quantity.of)
+            lines.append((one, [interpolated(points, size) for size in asked]))
+        kept = [n for n, _ in enumerate(asked) if sum(bool(line[n]) for _, line in lines) > 1]
+        if kept:
+            chosen = [(one, [line[n] for n in kept]) for one, line in lines]
+            chosen.sort(key=lambda line: _mean(line[1], quantity))
+            tables.append(EqualSize(quantity, [asked[n] for n in kept], chosen))
+    return tables
+
+
+def equal_note(board: Leaderboard) -> str:
+    """How the numbers of the tables at equal size come about."""
+    return (
+        f"On the straight line between a recipe's own two nearest sizes (size 0 is {board.dense}); "
+        f"nothing beyond its sizes, {percent(SAME_SIZE, 0)} % of the parameters aside, and never "
+        "from another recipe. Bold: the best at a size, whether or not a test tells it apart."
     )
 
 
-def interpolated(points: Sequence[tuple[float, Estimate]], at: float) -> Estimate | None:
+def _mean(cells: Sequence[Estimate | None], quantity: Quantity) -> tuple[int, float]:
+    """For sorting: rows that miss a size last, then by the mean, the best first."""
+    values = [cell.value for cell in cells if cell is not None]
+    mean = sum(values) / len(values) if values else 0.0
+    return len(cells) - len(values), -mean if quantity.more else mean
+
+
+def interpolated(points: Line, at: float, beyond: float = SAME_SIZE) -> Estimate | None:
     """The estimate at ``at``, on the straight line between its neighbours in ``points``.
 
     The interval lies between theirs as the value does: for two independent points that is wide.
-    None outside the points.
+    None outside the points; where the last ends less than ``beyond`` before, it counts.
     """
     for (x, left), (y, right) in pairwise(points):
         if x <= at <= y:
@@ -216,4 +232,6 @@ def interpolated(points: Sequence[tuple[float, Estimate]], at: float) -> Estimat
                 for a, b in zip((left.value, *left.ends), (right.value, *right.ends), strict=True)
             )
             return Estimate(value=value, low=low, high=high, method="interpolated")
+    if len(points) > 1 and points[-1][0] < at <= points[-1][0] + beyond:
+        return points[-1][1]
     return None

@@ -24,6 +24,24 @@ def shown(board: Leaderboard) -> list[Row]:
     return found
 
 
+def by_size(rows: Sequence[Row]) -> list[tuple[str | None, list[Row]]]:
+    """Compressed rows by the size that was asked of them, the largest model first.
+
+    They keep their order. Those of which no size was asked, the size None, come last; where not
+    two sizes were asked for, all rows are there as one.
+    """
+    compressed = [row for row in rows if not row.is_dense]
+    found: dict[str | None, list[Row]] = {}
+    for row in compressed:
+        found.setdefault(row.size, []).append(row)
+    if len(found.keys() - {None}) < 2:
+        return [(None, compressed)]
+    return sorted(
+        found.items(),
+        key=lambda item: (item[0] is None, -max(row.parameters or 0 for row in item[1])),
+    )
+
+
 def _one_row(fold: Folded, members: Sequence[Row]) -> Row:
     """The folded rows as one: means, with the intervals that the fold has."""
     first = members[0]

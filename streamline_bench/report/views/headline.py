@@ -6,7 +6,8 @@ the paired tests against all of them say so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.places import Between, Contest
@@ -50,9 +51,11 @@ def _best(board: Leaderboard) -> str:
             f"interval {points(change.low)} to {points(change.high)}). "
             f"{percent(macro.agreement.value)} % of its verdicts are unchanged."
         )
+    if told := _by_size(board):
+        return f"{dense.label} answers {before} % right. {' '.join(told)}"
     if board.contests:
-        told = " ".join(_leader(board, contest) for contest in board.contests[:_CONTESTS])
-        return f"{dense.label} answers {before} % right. {told}"
+        told = [_leader(board, contest) for contest in board.contests[:_CONTESTS]]
+        return f"{dense.label} answers {before} % right. {' '.join(told)}"
     low, high = (
         percent(row.accuracy_macro.value)
         for row, _ in (others[-1], others[0])
@@ -88,6 +91,52 @@ def _leader(board: Leaderboard, contest: Contest) -> str:
         f"Of {among}, {first} has most right ({percent(contest.accuracy)} %), but cannot be told "
         f"apart from {_names([test.second for test in tied])}. {needed(tied[0])}"
     )
+
+
+def _by_size(board: Leaderboard) -> list[str]:
+    """A sentence for each size that was asked for, on its largest contest; none for one size.
+
+    With the recipe whose next-token distributions are closest, of all of that size.
+    """
+    entries = {row.label: row for row in shown(board)}
+    contests: dict[str, Contest] = {}
+    for contest in board.contests:  # the largest first
+        if size := entries[contest.entries[0]].size:
+            contests.setdefault(size, contest)
+    if len(contests) < 2:
+        return []
+    found = []
+    for size, contest in sorted(contests.items(), key=lambda item: item[1].removed):
+        same = [row for row in entries.values() if row.size == size and row.divergence]
+        near = min(same, key=_token_kl, default=None)
+        kl = f"; least token KL: {_recipe(near)}, {_token_kl(near):.2f}" if near else ""
+        found.append(f"Asked to lose {size}: {_most_right(board, contest, entries)}{kl}.")
+    return found
+
+
+def _token_kl(row: Row) -> float:
+    return row.divergence.kl.value if row.divergence else math.inf
+
+
+def _recipe(row: Row) -> str:
+    """What a row is called where its size is said already."""
+    return row.group or row.label
+
+
+def _most_right(board: Leaderboard, contest: Contest, entries: Mapping[str, Row]) -> str:
+    """The first of a contest, and how many of the others it cannot be told apart from."""
+    count = len(contest.entries)
+    cost = f"{contest.cost} " if contest.cost else ""
+    first = _recipe(entries[contest.entries[0]])
+    told = f"{first} answers {percent(contest.accuracy)} %, most of {count} {cost}models"
+    level = 1 - board.method.confidence
+    tied = [_recipe(entries[test.second]) for test in contest.tests if test.p_holm >= level]
+    if not tied:
+        return f"{told}, and the paired tests tell it apart from all"
+    if len(tied) == len(contest.tests):
+        return f"{told}, but cannot be told apart from any"
+    names = _names(tied) if len(tied) < 3 else f"{len(tied)} of them"
+    return f"{told}, but cannot be told apart from {names}"
 
 
 def needed(test: Between) -> str:

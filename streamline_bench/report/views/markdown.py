@@ -14,12 +14,14 @@ from markupsafe import Markup
 
 from streamline_bench.report import text
 from streamline_bench.report.figures.pareto import bytes_tell_more
+from streamline_bench.report.figures.sizes import EqualSize, at_equal_size, equal_note
 from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.row import Row
 from streamline_bench.report.views import overview
-from streamline_bench.report.views.entries import runs_of, shown
+from streamline_bench.report.views.entries import by_size, runs_of, shown
 from streamline_bench.report.views.headline import headline, needed
 from streamline_bench.report.views.pivot import note, pivots, table
+from streamline_bench.report.views.repeats import commands, published_beside, settings
 from streamline_bench.stability.estimate import Estimate
 
 
@@ -40,14 +42,18 @@ def to_markdown(board: Leaderboard) -> str:
         ranks_grades=any(_grades(row) for row in rows),
         ranks_perplexity=any(_perplexity(row) for row in rows),
         headline=headline(board),
-        leaderboard=_leaderboard(board, rows),
+        tables=_tables(board, rows),
+        equal=[(table.quantity, _equal(table)) for table in at_equal_size(board, rows)],
+        equal_note=equal_note(board),
         needed=needed,
         pivots=[(pivot.name, *table(pivot)) for pivot in pivots(board)],
         pivot_note=note(board),
         front_words=overview.FRONTS,
         front_cost=overview.front_cost,
         heat_map=overview.heat_map,
-        commands=overview.commands_by_stage(board.commands),
+        published=published_beside(rows),
+        settings=settings(rows),
+        commands=commands(overview.commands_by_stage(board.commands), board.rows),
     )
 
 
@@ -74,8 +80,41 @@ _MARKDOWN_FILTERS = {
 }
 
 
-def _leaderboard(board: Leaderboard, rows: Sequence[Row]) -> Markup:
-    """One line per row; a column in which every cell is empty is left out."""
+def _tables(board: Leaderboard, rows: Sequence[Row]) -> list[tuple[str | None, Markup]]:
+    """The ranking; of a board of several sizes a table for each, with the size in words."""
+    sizes = by_size(rows)
+    if len(sizes) < 2:
+        return [(None, _leaderboard(board, rows, rows))]
+    dense = [row for row in rows if row.is_dense]
+    return [(size, _leaderboard(board, rows, [*dense, *same])) for size, same in sizes]
+
+
+def _equal(table: EqualSize) -> Markup:
+    """One line per recipe, one column per size."""
+
+    def cell(found: Estimate | None, place: int) -> str:
+        if found is None:
+            return text.MISSING
+        written = table.quantity.write(found.value)
+        return f"**{written}**" if found.value == table.best(place) else written
+
+    lines = [
+        ["recipe", *(f"{text.percent(size)} % removed" for size in table.sizes)],
+        ["---", *["---:"] * len(table.sizes)],
+        *(
+            [text.markdown_text(one.label), *(cell(found, n) for n, found in enumerate(cells))]
+            for one, cells in table.lines
+        ),
+    ]
+    return _drawn(lines)
+
+
+def _drawn(lines: Sequence[Sequence[str]]) -> Markup:
+    return Markup("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def _leaderboard(board: Leaderboard, every_row: Sequence[Row], rows: Sequence[Row]) -> Markup:
+    """One line per row; a column in which every cell of the board is empty is left out."""
 
     def rank(row: Row) -> str:
         found = board.shown_ranks.get(row.label)
@@ -86,15 +125,15 @@ def _leaderboard(board: Leaderboard, rows: Sequence[Row]) -> Markup:
 
     first, *others = _COLUMNS
     every = [first, ("compared with", reference), ("rank", rank), *others]
-    if not bytes_tell_more(rows):
+    if not bytes_tell_more(every_row):
         every = [(name, cell) for name, cell in every if name != "bytes"]
-    columns = [(name, cell) for name, cell in every if any(cell(row) for row in rows)]
+    columns = [(name, cell) for name, cell in every if any(cell(row) for row in every_row)]
     lines = [
         [name for name, _ in columns],
         ["---", *["---:"] * (len(columns) - 1)],
         *([cell(row) or text.MISSING for _, cell in columns] for row in rows),
     ]
-    return Markup("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return _drawn(lines)
 
 
 def _cost(row: Row) -> str:

@@ -19,9 +19,9 @@ from markupsafe import Markup, escape
 
 from streamline_bench.core.machine.environment import resource
 from streamline_bench.report.figures.pareto import Axis, bytes_tell_more, ticks, tradeoffs
-from streamline_bench.report.figures.serving import kept_objectives, served_series, serving_curves
+from streamline_bench.report.figures.serving import kept_objectives, serving_curves
 from streamline_bench.report.figures.similarity import matrix_svg, named_layers
-from streamline_bench.report.figures.sizes import at_equal_size, series_of, size_curves
+from streamline_bench.report.figures.sizes import at_equal_size, equal_note, size_curves
 from streamline_bench.report.figures.training import curve_svg
 from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.places import Rank
@@ -30,9 +30,10 @@ from streamline_bench.report.row import Published, Row, ScanResult
 from streamline_bench.report.text import FILTERS, duration, visible_text
 from streamline_bench.report.views import overview
 from streamline_bench.report.views.citations import citations
-from streamline_bench.report.views.entries import shown
+from streamline_bench.report.views.entries import by_size, shown
 from streamline_bench.report.views.headline import headline, needed
 from streamline_bench.report.views.pivot import gain_text, note, pivots
+from streamline_bench.report.views.repeats import commands, published_beside
 from streamline_bench.stability.comparison import GroupComparison, Overall, TaskComparison
 from streamline_bench.stability.estimate import Estimate
 
@@ -73,11 +74,11 @@ def to_html(board: Leaderboard) -> str:
             tradeoffs=tradeoffs(rows),
             bytes_tell_more=bytes_tell_more(rows),
             sizes=size_curves(board, rows),
-            sizes_of=series_of(rows),
+            sizes_asked=[size for size, _ in by_size(scored)],
             serving=serving_curves(rows),
-            served=served_series(rows),
             kept=kept_objectives(rows),
-            equal=at_equal_size(rows),
+            equal=at_equal_size(board, rows),
+            equal_note=equal_note(board),
             forest=forest(rows),
             heat=overview.heat_map(scored),
             metrics=_metrics(scored),
@@ -92,7 +93,7 @@ def to_html(board: Leaderboard) -> str:
             front_words=overview.FRONTS,
             front_cost=overview.front_cost,
             places={row.label: row.index for row in rows},
-            commands=overview.commands_by_stage(board.commands),
+            commands=commands(overview.commands_by_stage(board.commands), board.rows),
             level=board.level,
             style=Markup((templates / "leaderboard.css").read_text(encoding="utf-8")),
             script=Markup(script),
@@ -208,8 +209,8 @@ def _literature(
     found = []
     for wanted in (True, False):
         parts = [
-            (row, [one for one in row.published if is_model(row, one.model) is wanted])
-            for row in rows
+            (row, [one for one in numbers if is_model(row, one.model) is wanted])
+            for row, numbers in published_beside(rows)
         ]
         kept = [(row, numbers) for row, numbers in parts if numbers]
         if kept:
