@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -208,6 +209,53 @@ def test_one_scan_serves_every_recipe_and_size_on_the_same_text(
     recipe = make_recipe("streamline_none", calibration=str(other))
     compress_cached(tiny_llama, recipe, cache=tmp_path / "one", progress=False)
     assert len(scans) == before + 2
+
+
+@pytest.mark.parametrize(
+    ("name", "look", "key", "sizes", "looks"),
+    [
+        ("sleb", "depth.sleb:skip_losses", "n_layers", (1, 3, 2), 3),
+        ("block_pruner", "depth.sublayers:skip_losses", "parameters.sublayers", (2, 1), 2),
+        ("joint_drop", "depth.sublayers:sublayer_cosines", "parameters.sublayers", (1, 2), 1),
+        ("shortened_llama_ppl", "depth.shortened_llama:skip_losses", "n_layers", (1, 2), 1),
+        ("shortened_llama_taylor", "depth.shortened_llama:taylor_scores", "n_layers", (1, 2), 1),
+        ("llm_pruner", "width.llm_pruner:gradients_by_layer", "sparsity", (0.1, 0.2), 1),
+        ("flap", "width.flap:visit_inputs", "sparsity", (0.1, 0.2), 1),
+        ("minitron", "width.minitron:visit_inputs", "sparsity", (0.1, 0.2), 1),
+    ],
+)
+def test_one_look_serves_every_size(
+    tiny_llama: Path,
+    make_recipe: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    look: str,
+    key: str,
+    sizes: tuple[float, ...],
+    looks: int,
+) -> None:
+    """Each size comes out as with a cache of its own, and a damaged record is made anew."""
+    module = importlib.import_module(f"streamline_bench.methods.{look.partition(':')[0]}")
+    function, calls = look.partition(":")[2], []
+    own = getattr(module, function)
+    monkeypatch.setattr(
+        module, function, lambda *given, **rest: (calls.append(1), own(*given, **rest))[1]
+    )
+
+    def made(size: float, cache: Path) -> str:
+        recipe = make_recipe(name, **{"n_layers": None, key: size})
+        return _digest(compress_cached(tiny_llama, recipe, cache=cache, progress=False).path)
+
+    together = [made(size, tmp_path / "one") for size in sizes]
+    assert len(calls) == looks
+    assert together == [made(size, tmp_path / f"own{n}") for n, size in enumerate(sizes)]
+    assert len(set(together)) == len(sizes)
+    kept = (tmp_path / "one" / "scans").rglob("*")
+    (record,) = (path for path in kept if path.suffix in (".json", ".safetensors"))
+    record.write_bytes(b"{")
+    shutil.rmtree(tmp_path / "one" / "compressed")
+    assert made(sizes[0], tmp_path / "one") == together[0]
 
 
 def test_cache_key_follows_the_weights(

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, Field
+from torch import Tensor
 
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
@@ -21,6 +22,7 @@ from streamline_bench.methods.tools.gradients import gradients_by_layer
 from streamline_bench.methods.tools.layer_removal import is_linear_weight
 from streamline_bench.methods.tools.likelihood import skip_losses
 from streamline_bench.methods.tools.selection import ProtectedEnds, RankedLayers
+from streamline_bench.methods.tools.shared_scan import scores_once
 
 
 class ShortenedLlamaPPLParameters(ProtectedEnds):
@@ -46,10 +48,19 @@ class ShortenedLlamaPPL(RankedLayers):
         self, work: Compression, options: Any, candidates: range, tokens: Any
     ) -> tuple[Mapping[str, Any], Mapping[int, float]]:
         limit, progress = options.activations_gb, work.progress
-        losses = skip_losses(
-            work.model, tokens, candidates, activations_gb=limit, work=work.work, progress=progress
-        )
-        return {"score": "nats per token without the layer"}, losses
+
+        def look() -> dict[str, Tensor]:
+            losses = skip_losses(
+                work.model, tokens, candidates,
+                activations_gb=limit, work=work.work, progress=progress,
+            )  # fmt: skip
+            return {
+                "losses": torch.tensor([losses[each] for each in candidates], dtype=torch.float64)
+            }
+
+        found = scores_once(work, tokens, self.name, [list(candidates), limit], look)["losses"]
+        facts = {"score": "nats per token without the layer"}
+        return facts, dict(zip(candidates, found.tolist(), strict=True))
 
 
 class ShortenedLlamaTaylor(RankedLayers):
@@ -63,8 +74,13 @@ class ShortenedLlamaTaylor(RankedLayers):
     def scores(
         self, work: Compression, options: Any, candidates: range, tokens: Any
     ) -> tuple[Mapping[str, Any], Mapping[int, float]]:
-        scores = taylor_scores(work.model, tokens, work=work.work, progress=work.progress)
-        return {"score": "sum of |w dL/dw|"}, dict(enumerate(scores))
+
+        def look() -> dict[str, Tensor]:
+            scores = taylor_scores(work.model, tokens, work=work.work, progress=work.progress)
+            return {"scores": torch.tensor(scores, dtype=torch.float64)}
+
+        found = scores_once(work, tokens, self.name, "taylor", look)["scores"]
+        return {"score": "sum of |w dL/dw|"}, dict(enumerate(found.tolist()))
 
 
 def taylor_scores(

@@ -19,6 +19,7 @@ from streamline_bench.methods.tools.selection import (
     ProtectedEnds,
     Selected,
 )
+from streamline_bench.methods.tools.shared_scan import steps_once
 
 
 class SLEBParameters(ProtectedEnds):
@@ -51,7 +52,9 @@ class SLEB(LayerSelection):
             skip_losses, work.model, tokens, activations_gb=options.activations_gb, work=work.work,
             progress=work.progress,
         )  # fmt: skip
-        steps = greedy_layers(work, allowed, plan.n_layers, losses)
+        decided_by = [list(allowed), options.activations_gb]
+        with steps_once(work, tokens, self.name, decided_by) as record:
+            steps = greedy_layers(record, allowed, plan.n_layers, losses)
         removed = [step.part for step in steps]
         chosen = {
             "score": "nats per token of the model left",

@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from streamline_bench.core.architecture import architecture_of, decoder_layers
+from streamline_bench.core.architecture import architecture_of, decoder_layers, depth_of
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.forward import (
     LayersEntangled,
@@ -38,6 +38,7 @@ from streamline_bench.core.streaming import is_streamed
 from streamline_bench.errors import NumericsError
 from streamline_bench.methods.base import Compressed, Compression, Method, Size
 from streamline_bench.methods.tools.likelihood import greedy_search, skip_losses
+from streamline_bench.methods.tools.shared_scan import scores_once, steps_once
 from streamline_bench.methods.tools.sizes import Stored, stored_bytes
 from streamline_bench.methods.tools.sublayer_removal import (
     Removal,
@@ -92,7 +93,20 @@ class SublayerDrop(_SublayerMethod):
         removal = Removal(work, options)
         tokens = work.tokens(work.recipe.calibration)
         require_two_sublayers(work.model, tokens)
-        scores = sublayer_cosines(work, tokens)
+        kinds = ("attention", "mlp")
+
+        def look() -> dict[str, Tensor]:
+            cosines = sublayer_cosines(work, tokens)
+            depth = range(depth_of(work.config))
+            return {kind: torch.tensor([cosines[layer, kind] for layer in depth],
+                                       dtype=torch.float64) for kind in kinds}  # fmt: skip
+
+        found = scores_once(work, tokens, self.name, "cosines", look)
+        scores: dict[Sublayer, float] = {
+            (layer, kind): score
+            for kind in kinds
+            for layer, score in enumerate(found[kind].tolist())
+        }
         for (layer, kind), score in scores.items():
             if not abs(score) <= 1.1:
                 raise NumericsError(
@@ -214,13 +228,15 @@ class BlockPruner(_SublayerMethod):
             left = (each for each in removal.candidates if each not in order)
             return [each for each in left if removal.allowed([*order, each])]
 
-        steps = greedy_search(
-            work.work / "greedy.json",
-            candidates,
-            lambda left, order: losses(
-                left, removed=order, description=f"sub-layer {len(order) + 1} to remove"
-            ),
-        )
+        decided_by = options.model_dump(mode="json", exclude={"sublayers"})
+        with steps_once(work, tokens, self.name, decided_by) as record:
+            steps = greedy_search(
+                record,
+                candidates,
+                lambda left, order: losses(
+                    left, removed=order, description=f"sub-layer {len(order) + 1} to remove"
+                ),
+            )
         removed = removal.chosen(step.part for step in steps)
         facts = {
             "score": "nats per token of the model left",

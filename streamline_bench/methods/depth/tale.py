@@ -131,7 +131,7 @@ class TALE(LayerSelection):
                 )
             return after
 
-        steps = greedy_layers(work, allowed, plan.n_layers, within)
+        steps = greedy_layers(work.work / "greedy.json", allowed, plan.n_layers, within)
         removed = [step.part for step in steps]
         chosen = {
             "score": f"{options.metric}, mean over tasks",

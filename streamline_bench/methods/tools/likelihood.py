@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,9 +29,10 @@ from streamline_bench.core.forward import (
 from streamline_bench.core.state_store import state_store, states_bytes
 from streamline_bench.core.streaming import HEAD, held_layer, is_streamed
 from streamline_bench.errors import CalibrationError, NumericsError
-from streamline_bench.methods.base import Compression
 from streamline_bench.methods.tools.sublayer_removal import silenced, whole_layers
 from streamline_bench.modeling.sublayers import Sublayer
+
+log = logging.getLogger(__name__)
 
 
 def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -308,7 +310,8 @@ def greedy_search(
 ) -> list[GreedyStep[PartT]]:
     """Remove one part after another, each time the one without which the loss is lowest.
 
-    Of equals the first candidate goes. An interrupted search continues after its last whole step.
+    Of equals the first candidate goes. An interrupted search continues after its last whole step,
+    and so does one for more parts than the search before it.
 
     Args:
         record: file of the steps.
@@ -316,11 +319,11 @@ def greedy_search(
         losses: candidates and parts removed so far -> the loss without each.
     """
     steps: list[GreedyStep[PartT]] = []
-    if record.exists():
-        for named, loss in json.loads(record.read_text(encoding="utf-8")):
-            part: Any = tuple(named) if isinstance(named, list) else named
-            steps.append(GreedyStep(part, loss))
+    known = _recorded(record)
     while left := candidates(order := [step.part for step in steps]):
+        if len(steps) < len(known):
+            steps.append(known[len(steps)])
+            continue
         found = losses(left, order)
         best = min(left, key=found.__getitem__)
         steps.append(GreedyStep(best, found[best]))
@@ -328,16 +331,30 @@ def greedy_search(
     return steps
 
 
+def _recorded(record: Path) -> list[GreedyStep[Any]]:
+    if not record.exists():
+        return []
+    try:
+        return [
+            GreedyStep(tuple(part) if isinstance(part, list) else part, float(loss))
+            for part, loss in json.loads(record.read_text(encoding="utf-8"))
+        ]
+    except (ValueError, TypeError) as error:
+        log.warning("%s is damaged and is made anew: %s", record, error)
+        return []
+
+
 def greedy_layers(
-    work: Compression, allowed: Sequence[int], n: int, losses: Callable[..., Mapping[int, float]]
+    record: Path, allowed: Sequence[int], n: int, losses: Callable[..., Mapping[int, float]]
 ) -> list[GreedyStep[int]]:
     """Remove ``n`` of the allowed layers greedily, see :func:`greedy_search`.
 
     Args:
+        record: file of the steps.
         losses: called as ``losses(layers, removed=layers, description=text)``.
     """
     return greedy_search(
-        work.work / "greedy.json",
+        record,
         lambda order: [each for each in allowed if each not in order] if len(order) < n else [],
         lambda left, order: losses(
             left, removed=order, description=f"layer {len(order) + 1} to remove"

@@ -32,11 +32,13 @@ from torch import Tensor
 
 from streamline_bench.core.architecture import architecture_of, depth_of
 from streamline_bench.core.checkpoint.writer import layers_prefix
+from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.recipe.schema import Frozen, Recipe
 from streamline_bench.core.surgery import Removal
 from streamline_bench.errors import SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method, Size
 from streamline_bench.methods.tools.activations import Moments, require_finite, visit_inputs
+from streamline_bench.methods.tools.shared_scan import scores_once
 from streamline_bench.methods.tools.sizes import Stored
 from streamline_bench.methods.width.narrowing import (
     narrowed_checkpoint,
@@ -181,8 +183,27 @@ def column_score(metric: Metric, weight: Tensor, moments: Moments, layer: int) -
 
 
 def _scores(
-    work: Compression, layers: Sequence[int], options: FLAPParameters, tokens: Any
+    work: Compression, layers: Sequence[int], options: FLAPParameters, tokens: CalibrationTokens
 ) -> dict[int, ColumnScores]:
+    decided_by = [options.metric, options.batch_size]
+    found = scores_once(
+        work, tokens, "flap", decided_by, lambda: _looked(work, layers, options, tokens)
+    )
+    modules = [part.module for part in _outputs(work.config).values()]
+    return {
+        layer: ColumnScores(
+            found.get(f"{layer}.query"),
+            found.get(f"{layer}.channel"),
+            {module: found[f"{layer}.mean.{module}"] for module in modules},
+        )
+        for layer in layers
+    }
+
+
+def _looked(
+    work: Compression, layers: Sequence[int], options: FLAPParameters, tokens: CalibrationTokens
+) -> dict[str, Tensor]:
+    """Return scores and means of each layer, by ``LAYER.KIND`` and ``LAYER.mean.MODULE``."""
     outputs = _outputs(work.config)
     moments: dict[tuple[int, str], Moments] = defaultdict(Moments)
     visit_inputs(
@@ -191,23 +212,15 @@ def _scores(
         batch_size=options.batch_size, work=work.work, progress=work.progress,
     )  # fmt: skip
 
-    def scored(layer: int, kind: str) -> Tensor | None:
-        part = outputs.get(kind)
-        if part is None:
-            return None
-        weight, found = _weight(work, layer, part), moments[layer, part.module]
-        scores = column_score(options.metric, weight, found, layer)
-        require_finite(scores, layer)
-        return scores.square() if kind == "query" else scores
-
-    return {
-        layer: ColumnScores(
-            scored(layer, "query"),
-            scored(layer, "channel"),
-            {part.module: moments[layer, part.module].mean.cpu() for part in outputs.values()},
-        )
-        for layer in layers
-    }
+    looked: dict[str, Tensor] = {}
+    for layer in layers:
+        for kind, part in outputs.items():
+            weight, found = _weight(work, layer, part), moments[layer, part.module]
+            scores = column_score(options.metric, weight, found, layer)
+            require_finite(scores, layer)
+            looked[f"{layer}.{kind}"] = scores.square() if kind == "query" else scores
+            looked[f"{layer}.mean.{part.module}"] = found.mean.cpu()
+    return looked
 
 
 def _outputs(config: Any) -> dict[str, Part]:

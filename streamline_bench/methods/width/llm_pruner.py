@@ -35,6 +35,7 @@ from streamline_bench.methods.tools.gradients import (
     gradients_by_layer,
 )
 from streamline_bench.methods.tools.selection import proportional_ends
+from streamline_bench.methods.tools.shared_scan import scores_once
 from streamline_bench.methods.tools.sizes import Stored, short_share
 from streamline_bench.methods.width.narrowing import (
     narrowed_checkpoint,
@@ -316,14 +317,26 @@ def _scores(
         layer: [f"{module}.weight" for module in _projections(parts)] for layer in plan.layers
     }
     squares = criterion in ("param_second", "param_mix")
-    scores: dict[int, UnitScores] = {}
-    for layer, found in gradients_by_layer(
-        work.model, wanted, tokens, squares=squares, work=work.work, progress=work.progress
-    ):
 
-        def counted(module: str, found: LayerGradients = found) -> Tensor:
-            weight, sums = found[f"{module}.weight"]
-            return salience(weight, criterion, sums)
+    def look() -> dict[str, Tensor]:
+        scores: dict[str, Tensor] = {}
+        for layer, found in gradients_by_layer(
+            work.model, wanted, tokens, squares=squares, work=work.work, progress=work.progress
+        ):
 
-        scores[layer] = score_units(layer, parts, widths, counted, vectorize=vectorize)
-    return {layer: scores[layer] for layer in plan.layers}
+            def counted(module: str, found: LayerGradients = found) -> Tensor:
+                weight, sums = found[f"{module}.weight"]
+                return salience(weight, criterion, sums)
+
+            units = score_units(layer, parts, widths, counted, vectorize=vectorize)
+            scores.update({f"{layer}.{kind}": each for kind, each in vars(units).items()})
+        return scores
+
+    decided_by = [sorted(wanted), criterion, vectorize]
+    scores = scores_once(work, tokens, "llm_pruner", decided_by, look)
+    return {
+        layer: UnitScores(
+            *(scores[f"{layer}.{kind}"] for kind in ("query", "key_value", "channel"))
+        )
+        for layer in plan.layers
+    }

@@ -39,6 +39,7 @@ from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.errors import ArchitectureError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Method
 from streamline_bench.methods.tools.activations import require_finite, visit_inputs
+from streamline_bench.methods.tools.shared_scan import scores_once
 from streamline_bench.methods.tools.steps import step_on
 from streamline_bench.methods.width.llm_pruner import UnitScores, highest, keep_units
 from streamline_bench.methods.width.minitron_sizes import (
@@ -104,7 +105,7 @@ class Minitron(Method):
             if step:
                 looked = _narrowed(work, kept, stream, options)
             before, after = (_between(start, goal, options, n) for n in (step, step + 1))
-            scores = importance(looked, layers, widths_of(units, before), options, tokens)
+            scores = _importance_once(looked, layers, widths_of(units, before), options, tokens)
             kept, stream = _fewer(kept, stream, scores, before, after, options.head_unit)
         work.release_model()
         chosen = {
@@ -174,6 +175,37 @@ def _narrowed(
     result = narrowed_checkpoint(work, kept, {}, None, stream=narrow)
     work.release_model()
     return step_on(work, result, work.work / "step", {})
+
+
+def _importance_once(
+    work: Compression,
+    layers: Sequence[int],
+    widths: LayerWidths,
+    options: MinitronParameters,
+    tokens: CalibrationTokens,
+) -> Importance:
+    """Return :func:`importance`; that of the whole model serves every size."""
+
+    def look() -> dict[str, Tensor]:
+        found = importance(work, layers, widths, options, tokens)
+        scores = {
+            f"{layer}.{kind}": each
+            for layer, units in found.units.items()
+            for kind, each in vars(units).items()
+        }
+        return scores if found.stream is None else {**scores, "stream": found.stream}
+
+    decided_by = options.model_dump(
+        mode="json", include={"axes", "sequence", "batch", "batch_size"}
+    )
+    scores = scores_once(work, tokens, "minitron", decided_by, look)
+    units = {
+        layer: UnitScores(
+            *(scores[f"{layer}.{kind}"] for kind in ("query", "key_value", "channel"))
+        )
+        for layer in layers
+    }
+    return Importance(units, scores.get("stream"))
 
 
 def importance(
