@@ -136,13 +136,13 @@ class Walk:
                     if label in self._journals:
                         found[label] = self._journals[label].known(asked)
                     bar.update(len(found[label]))
-                asks = (partial(self._ask, b, labels, found) for b in layouts.batches(layout))
+                batches = layouts.batches(layout)
+                asks = (partial(self._ask, each, labels, found, bar) for each in batches)
                 for readings in one_ahead(asks):
                     for label, answers in self._read(readings).items():
                         found[label].update(answers)
                         if label in self._journals:
                             self._journals[label].add(asked, answers.items())
-                        bar.update(len(answers))
         return {
             label: [answers[index] for index in sorted(answers)]
             for label, answers in found.items()
@@ -154,11 +154,22 @@ class Walk:
         batch: list[PackedRow],
         labels: Sequence[str],
         found: Mapping[str, Mapping[int, Answer]],
+        bar: tqdm[Any],
     ) -> list[tuple[str, Reading]]:
-        """Put one batch to the models that have not given all its answers before."""
+        """Put one batch to the models that have not given all its answers before.
+
+        Args:
+            bar: moves with every model.
+        """
         indices = {query.index for query in queries_of(batch)}
         missing = [label for label in labels if not indices <= found[label].keys()]
-        return self._memory.run(batch, self._leg_by_leg(missing)) if missing else []
+        if not missing:
+            return []
+        before = bar.n
+        readings = self._memory.run(batch, self._leg_by_leg(missing, bar))
+        # Models that were asked when memory ran out were asked again, in halves.
+        bar.update(before + len(indices) * len({label for label, _ in readings}) - bar.n)
+        return readings
 
     def _read(self, readings: Sequence[tuple[str, Reading]]) -> dict[str, dict[int, Answer]]:
         """Wait for the answers to one batch; a model whose answers are NaN gives no more."""
@@ -185,7 +196,7 @@ class Walk:
         return agreeing
 
     def _leg_by_leg(
-        self, labels: Sequence[str]
+        self, labels: Sequence[str], bar: tqdm[Any]
     ) -> Callable[[list[PackedRow]], list[tuple[str, Reading]]]:
         def ask(batch: list[PackedRow]) -> list[tuple[str, Reading]]:
             tensors, queries = tensors_of(batch), queries_of(batch)
@@ -200,6 +211,7 @@ class Walk:
                     walker.model, walker.stack.steps, start=leg.start, states=states, keep=leg.keep
                 ):
                     readings.append((leg.label, walker.scorer.ask(tensors, queries)))
+                bar.update(len(queries))
             return readings
 
         return ask

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from tqdm import tqdm
 
 from streamline_bench.errors import ComparisonError, NumericsError
 from streamline_bench.harness.lm import StreamlineLM
@@ -206,8 +209,46 @@ def test_a_model_with_damaged_weights_fails_alone(
             party.models[label].loglikelihood(choices(), disable_tqdm=True)
 
 
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[tqdm[Any]]:
+    """The progress bars of walks, as they are made; ``moves`` are the places they were seen at."""
+    made: list[tqdm[Any]] = []
+
+    class Seen(tqdm):  # type: ignore[type-arg]
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**{**options, "disable": False, "file": io.StringIO()})
+            self.moves: list[int] = []
+            made.append(self)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown = super().update(n)
+            self.moves.append(int(self.n))
+            return shown
+
+    monkeypatch.setattr("streamline_bench.harness.trunk.walk.tqdm", Seen)
+    return made
+
+
+def test_the_bar_moves_with_every_model(
+    tiny_llama: Path,
+    make_variant: Callable[..., Path],
+    tmp_path: Path,
+    bars: list[Any],
+) -> None:
+    checkpoints = {"dense": tiny_llama, "a": make_variant(tiny_llama, [0, 1, 2]),
+                   "b": make_variant(tiny_llama, [0, 1])}  # fmt: skip
+    party = together(checkpoints, tmp_path, batch_size=64)
+    asked = len(choices())
+    party.models["dense"].loglikelihood(choices(), disable_tqdm=True)
+    (bar,) = bars
+    steps = [after - before for before, after in pairwise(bar.moves) if after != before]
+    assert bar.total == sum(steps) == 3 * asked
+    # In every batch, model after model.
+    assert len(steps) >= 3 and steps[::3] == steps[1::3] == steps[2::3]
+
+
 def test_running_out_of_memory_halves_the_batches_of_all(
-    tiny_llama: Path, make_variant: Callable[..., Path], tmp_path: Path
+    tiny_llama: Path, make_variant: Callable[..., Path], tmp_path: Path, bars: list[Any]
 ) -> None:
     checkpoints = {"dense": tiny_llama, "a": make_variant(tiny_llama, [0, 1, 2])}
     party = together(checkpoints, tmp_path)
@@ -227,6 +268,7 @@ def test_running_out_of_memory_halves_the_batches_of_all(
         expected = alone(folder).loglikelihood(choices(), disable_tqdm=True)
         assert [a for a, _ in found] == pytest.approx([a for a, _ in expected], abs=1e-4)
     assert failures
+    assert bars[0].n == bars[0].total == 2 * len(choices())
 
 
 def test_models_that_need_other_batches_still_get_their_own_answers(
