@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 from streamline_bench.demo import run_demo
 from streamline_bench.errors import OutputError, RecipeError
 from streamline_bench.runs import CompareResult
+from streamline_bench.runs.planning.request import Request
+from streamline_bench.runs.planning.resolve import resolve_plan
 
 pytestmark = pytest.mark.usefixtures("warm")
 
@@ -22,8 +26,10 @@ def _demo(output: Path, **options: Any) -> CompareResult:
 
 
 @pytest.mark.slow
-def test_two_rows_from_compression_to_report(tmp_path: Path) -> None:
-    output = tmp_path / "run"
+def test_two_rows_from_compression_to_report(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "runs" / "notebook"
     _demo(output, until="compress")
     checkpoint = output / "streamline_none" / "checkpoint"
     written = (checkpoint / "streamline.json").stat().st_mtime_ns
@@ -37,6 +43,47 @@ def test_two_rows_from_compression_to_report(tmp_path: Path) -> None:
     assert {row["label"] for row in leaderboard["rows"]} == {"dense", "streamline_none"}
     for name in ("leaderboard.html", "leaderboard.md", "leaderboard.csv"):
         assert (output / name).stat().st_size > 0
+    page = repository / "reports" / "docs" / "pages" / "howto" / "notebook.md"
+    check_notebook(page, result, monkeypatch)
+
+
+def check_notebook(page: Path, made: CompareResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the cells of the page that tells of notebooks, in a folder with a finished run.
+
+    Its comparison is planned as it is written, and answered with the run that is there.
+    """
+    planned = []
+
+    def answer(request: Request, output: Path, **_: Any) -> CompareResult:
+        planned.append((output, resolve_plan(request)))
+        return made
+
+    monkeypatch.setattr("streamline_bench.runs.run.compare_request", answer)
+    monkeypatch.chdir(made.run.parent.parent)
+    cells = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    shown = [run_cell(cell, names) for cell in cells]
+    ((output, plan),) = planned
+    assert output == made.run.relative_to(Path.cwd())
+    assert [row.label for row in plan.rows] == [
+        "dense",
+        "streamline_none",
+        "shortgpt",
+        "last_layers",
+    ]
+    ranking, accuracy, stable = shown
+    assert "<table>" in ranking._repr_html_() and "streamline_none" in ranking._repr_html_()
+    assert accuracy.row.tolist() == ["dense", "streamline_none"] and (accuracy.value > 0).all()
+    assert stable.index.tolist() == ["streamline_none"]
+    assert stable["mean over tasks"].between(0, 1).all() and stable.shape[1] > 5
+
+
+def run_cell(cell: str, names: dict[str, Any]) -> Any:
+    """Run a cell as Jupyter does, and return the value of its last line."""
+    *lines, last = ast.parse(cell).body
+    assert isinstance(last, ast.Expr)
+    exec(compile(ast.Module(lines, []), "cell", "exec"), names)
+    return eval(compile(ast.Expression(last.value), "cell", "eval"), names)
 
 
 def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
