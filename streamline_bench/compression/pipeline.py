@@ -95,6 +95,7 @@ def compress(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    states: Path | None = None,
 ) -> Path:
     """Compress a model into ``output``, and train the result if the recipe has a recovery.
 
@@ -111,6 +112,8 @@ def compress(
             an accelerator and float32 on a CPU.
         placement: of its weights, see :data:`.placement.Placement`; the result is the same.
         overwrite: replace an existing ``output``.
+        states: folder of hidden states that other calls want as well: the first one to train on
+            them fills it, and the caller deletes it; None: they are not shared.
 
     Returns:
         ``output``.
@@ -132,7 +135,9 @@ def compress(
 
     def into(source: SourceModel) -> Path:
         own = own_device(device)
-        return _compress_into(Path(output), source, recipe, cache, own, dtype, placement, overwrite)
+        return _compress_into(
+            Path(output), source, recipe, cache, own, dtype, placement, overwrite, states
+        )
 
     with joined(device) as ranks:
         if trains(recipe):
@@ -218,6 +223,7 @@ def compress_shared(
     placement: Placement = "auto",
     trust_remote_code: bool = False,
     progress: bool = True,
+    states: Path | None = None,
     make: Callable[[], object] | None = None,
 ) -> bool:
     """Take a checkpoint from the cache into ``output``, or make it there and share it.
@@ -225,6 +231,7 @@ def compress_shared(
     Args:
         output: replaced if it is there.
         work: where interrupted work is kept, so that the next call resumes it.
+        states: as for :func:`compress`.
         make: makes ``output`` in processes of its own, by :func:`compress`; None: it is made here.
 
     Returns:
@@ -253,7 +260,7 @@ def compress_shared(
             return True
         if make is None:
             _compress_into(
-                Path(output), source, recipe, work, device, dtype, placement, overwrite=True
+                Path(output), source, recipe, work, device, dtype, placement, True, states
             )
         else:
             make()
@@ -271,6 +278,7 @@ def _compress_into(
     dtype: str | None,
     placement: Placement,
     overwrite: bool,
+    states: Path | None = None,
 ) -> Path:
     _refuse_compressed(source.folder)
     asked, dtype = dtype, computing_dtype(dtype, device, source.reader)
@@ -292,7 +300,7 @@ def _compress_into(
             job = Compression(
                 source, recipe, work, device, dtype, source.progress, decided.streamed,
                 scans=root / "scans" / _scan_key(source, device, dtype),
-                at_once=decided.forecast.at_once,
+                at_once=decided.forecast.at_once, states=states,
             )  # fmt: skip
             with within_memory(decided, device):
                 _compress(job, staging)

@@ -69,6 +69,8 @@ class Compression:
         streamed: :attr:`model` reads each layer when it runs, see :attr:`Method.streamed`.
         scans: folder of scans of this model, shared by all recipes; None: they are not shared.
         at_once: most sequences that a training computes together; None: as the recipe says.
+        states: folder of hidden states that other compressions want as well, and that the first of
+            them fills; None: they are not shared.
     """
 
     source: SourceModel
@@ -80,6 +82,7 @@ class Compression:
     streamed: bool = False
     scans: Path | None = None
     at_once: int | None = None
+    states: Path | None = None
 
     @property
     def folder(self) -> Path:

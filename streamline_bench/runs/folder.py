@@ -51,6 +51,7 @@ class RunPaths:
         answers: what unfinished rows have answered, for the attempt after an interruption.
         scored: finished rows, for the moment until each is moved to its place.
         compressing: interrupted trainings, for the next attempt.
+        states: hidden states that several rows are trained on, while one of them waits.
     """
 
     def __init__(self, root: Path) -> None:
@@ -60,6 +61,7 @@ class RunPaths:
         self.answers = self.job(".answers")
         self.scored = self.job(".scored")
         self.compressing = self.job(".compressing")
+        self.states = self.compressing / "states"
 
     @property
     def there(self) -> Path:

@@ -337,13 +337,16 @@ class ActivationCache:
     ``[0]`` holds the states before the block, ``[1]`` those behind it, in the dtype in which the
     teacher gives them. An earlier attempt's file with the same key is taken up.
 
+    Args:
+        batches: rows that are computed together; each row is in one of them.
+
     Raises:
         OutputError: the file cannot be written.
     """
 
     def __init__(
         self, path: Path, key: str, tokens: CalibrationTokens, teacher: Teacher | LayerwiseStates,
-        *, device: torch.device, batch_size: int, progress: bool,
+        *, device: torch.device, batches: Sequence[Tensor], progress: bool,
     ) -> None:  # fmt: skip
         self._teacher = teacher
         description_file = path.with_suffix(".json")
@@ -353,7 +356,6 @@ class ActivationCache:
             dtype = getattr(torch, described["dtype"])
             self._values = open_mapped(path, described["shape"], dtype)
             return
-        batches = torch.split(torch.arange(len(tokens)), batch_size)
         own = batches[current().rank :: current().count]  # several processes fill one file
         filled = self._fill(path, tokens, own, device, progress)
         if isinstance(teacher, LayerwiseStates):

@@ -23,9 +23,6 @@ from streamline_bench.core.recipe.schema import ReplacementSpec, TrainingSpec
 from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.core.streaming import is_streamed
 from streamline_bench.core.training.block import (
-    ActivationCache,
-    LayerwiseStates,
-    StateSource,
     Student,
     Teacher,
     pruned,
@@ -41,6 +38,7 @@ from streamline_bench.core.training.loop import (
     open_work_folder,
 )
 from streamline_bench.core.training.sharding import is_sharded
+from streamline_bench.core.training.sources import Sources
 from streamline_bench.core.training.state import CosineSchedule, StepPlan
 from streamline_bench.core.training.students import Students
 from streamline_bench.errors import RecipeError, SparsityError
@@ -101,6 +99,7 @@ def train_replacement(
     quirks: Sequence[str] = (),
     weights_sha256: str | None = None,
     at_once: int | None = None,
+    states: Path | None = None,
 ) -> TrainingResult:
     """Train the replacement of layers ``start .. start + n - 1`` of ``model``.
 
@@ -120,6 +119,8 @@ def train_replacement(
         weights_sha256: hash of the model's weights if known, to spare computing one.
         at_once: most sequences that the memory holds; larger micro-batches are computed in parts,
             which changes nothing but the rounding.
+        states: folder of hidden states that other trainings want as well, filled by the first;
+            None: those of this training lie in ``work``. The result is the same to the bit.
 
     Raises:
         RecipeError: kind ``none``, an unknown quirk, or more new layers than removed ones.
@@ -131,7 +132,7 @@ def train_replacement(
     return train_together(
         model, [range(start, start + n)], spec=spec, training=training, tokens=tokens, work=work,
         seed=seed, device=device, progress=progress, quirks=quirks, weights_sha256=weights_sha256,
-        at_once=at_once,
+        at_once=at_once, states=states,
     )  # fmt: skip
 
 
@@ -149,6 +150,7 @@ def train_together(
     quirks: Sequence[str],
     weights_sha256: str | None,
     at_once: int | None,
+    states: Path | None,
 ) -> TrainingResult:
     """Do what :func:`train_replacement` does, with a replacement for each of several blocks.
 
@@ -172,7 +174,7 @@ def train_together(
     open_work_folder(work)
     job = _Job(
         model, tuple(blocks), spec, training, tokens, work, seed, device, progress, tuple(quirks),
-        at_once,
+        at_once, states,
     )  # fmt: skip
     with evaluating(model, frozen=True):
         return job.run(student, weights_sha256)
@@ -191,6 +193,7 @@ class _Job:
     progress: bool
     quirks: tuple[str, ...]
     at_once: int | None
+    states: Path | None
 
     def run(self, student: Student | Students, weights: str | None) -> TrainingResult:
         training, validation = self.tokens.split(self.training.validation_share, self.seed)
@@ -309,70 +312,14 @@ class _Job:
         assert isinstance(student, Student)
         postnorm, block = "postnorm_target" in self.quirks, self.blocks[0]
         teacher = Teacher(self.model, block.start, len(block), student.num_calls, postnorm)
-        streamed: list[StateSource | None] = [teacher for _ in sets]
-        teachers: list[Teacher | LayerwiseStates] = [teacher for _ in sets]
-        rank, count = current().rank, current().count
-        in_order = [torch.split(torch.arange(len(each)), plan.part)[rank::count] for each in sets]
-        if is_streamed(self.model):
-            steps = [plan.share_of(step, rank, count) for step in range(plan.steps)]
-            orders = [list(itertools.chain.from_iterable(steps)), in_order[1]]
-            streamed = list(self._layerwise(teacher, sets, orders, stack))
-            teachers = list(self._layerwise(teacher, sets, in_order, stack))
-        if plan.epochs == 1:
-            return streamed, "streamed"
-        needed = sum(self._state_bytes(tokens) for tokens in sets) / 1e9
-        if needed > self.training.cache_gb:
-            reason = (
-                f"recomputed each epoch: a cache of {needed:.3g} GB exceeds training.cache_gb "
-                f"{self.training.cache_gb:g}"
-            )
-            log.warning("activations: %s", reason)
-            return streamed, reason
-        with torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.training.autocast == "bf16"
-        ):
-            return [
-                ActivationCache(
-                    self.work / f"activations_{name}.bin",
-                    key,
-                    tokens,
-                    source,
-                    device=self.device,
-                    batch_size=plan.part,
-                    progress=self.progress,
-                )
-                for name, tokens, source in zip(
-                    ("training", "validation"), sets, teachers, strict=True
-                )
-            ], f"memory-mapped, {needed:.3g} GB"
-
-    def _state_bytes(self, tokens: CalibrationTokens) -> int:
-        """Return the bytes of the states at both ends of the block."""
         half = self.training.autocast == "bf16"
         item = 2 if half else int(next(self.model.parameters()).itemsize)
-        return 2 * tokens.input_ids.numel() * self._hidden_size * item
-
-    def _layerwise(
-        self,
-        teacher: Teacher,
-        sets: Sequence[CalibrationTokens],
-        orders: Sequence[Sequence[Tensor]],
-        stack: ExitStack,
-    ) -> Iterator[LayerwiseStates]:
-        """Yield where the states of each set come from if the model is streamed."""
-        held_out = min(2 * self._state_bytes(sets[1]), self.training.cache_gb * 1e9 / 2)
-        # Each process has a folder of its own: it deletes the states of others that are there.
-        work = self.work if current().main else self.work / f"rank-{current().rank}"
-        work.mkdir(exist_ok=True)
-        # The held-out set is used over and over: it is held throughout where that is possible.
-        budgets = (self.training.cache_gb * 1e9 - held_out, held_out)
-        for tokens, order, budget in zip(sets, orders, budgets, strict=True):
-            source = LayerwiseStates(
-                teacher, tokens, order, device=self.device, progress=self.progress, budget=budget,
-                work=work,
-            )  # fmt: skip
-            stack.callback(source.close)
-            yield source
+        sources = Sources(
+            teacher, sets, plan, self.training, key, 2 * self._hidden_size * item, self.work,
+            self.states, self.device, self.progress,
+        )  # fmt: skip
+        found, words = sources.open(stack)
+        return list(found), words
 
 
 def check_quirks(quirks: Sequence[str], spec: ReplacementSpec, training: TrainingSpec) -> None:

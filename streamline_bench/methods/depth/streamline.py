@@ -220,6 +220,7 @@ def _train(work: Compression, cuts: Sequence[range]) -> TrainedCuts | None:
         quirks=recipe.reference_quirks,
         weights_sha256=work.reader.fingerprint(progress=work.progress),
         at_once=work.at_once,
+        states=work.states,
     )
     for state in result.states:
         for name, tensor in state.items():

@@ -74,7 +74,7 @@ def step_on(
 
     current().first(write)
     source = SourceModel(folder / "model", work.source.trust_remote_code, progress=False)
-    return _step(work, read, source=source, work=folder / "work", scans=None)
+    return _step(work, read, source=source, work=folder / "work", scans=None, states=None)
 
 
 def _step(origin: Compression, read: dict[str, CalibrationTokens], **changed: Any) -> Step:

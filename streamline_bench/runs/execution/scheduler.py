@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from streamline_bench.runs.jobs.job import (
     read_done,
     read_failed,
 )
-from streamline_bench.runs.jobs.kinds import TextJob, text_together_job
+from streamline_bench.runs.jobs.kinds import CompressJob, TextJob, text_together_job
 from streamline_bench.runs.jobs.score import ScoreJob, score_together_job
 from streamline_bench.runs.planning.plan import digest
 
@@ -109,7 +110,17 @@ class Scheduler:
             self._watch(self.states)
             for ended in self._executor.ended(0.5):
                 self._settle(self._started.pop(ended.name), ended)
+                self._drop_states()
+        self._drop_states()  # also those that a killed run left
         self._watch(self.states)
+
+    def _drop_states(self) -> None:
+        """Delete the hidden states that no row will be trained on any more."""
+        jobs = (state.job for state in self.states.values() if not state.ended)
+        wanted = {job.states for job in jobs if isinstance(job, CompressJob)}
+        for folder in self._run.states.glob("*"):
+            if folder.name not in wanted:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _skip_hopeless(self) -> None:
         for state in self.states.values():

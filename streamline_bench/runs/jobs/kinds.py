@@ -49,6 +49,7 @@ class CompressJob(Job):
         weights_sha256: content of the model's weights and config.
         recipe: the complete recipe.
         dtype: of the model in memory; None: as for ``compress``.
+        states: name of the hidden states that other rows are trained on as well.
     """
 
     kind: Literal["compress"] = "compress"
@@ -56,6 +57,7 @@ class CompressJob(Job):
     weights_sha256: str
     recipe: dict[str, Any]
     dtype: str | None = None
+    states: str | None = None
 
     def products(self, run: RunPaths) -> list[Path]:
         return [run.checkpoint(self.place)]
@@ -79,6 +81,7 @@ class CompressJob(Job):
             "device": self.device,
             "dtype": self.dtype,
             "trust_remote_code": self.trust_remote_code,
+            "states": None if self.states is None else run.states / self.states,
         }
         if launched().count > 1:
             output = run.checkpoint(self.place)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import glob
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from streamline_bench.core.recipe.schema import parse_recipe
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Job, done_key
 from streamline_bench.runs.jobs.kinds import CompressJob, MeasureJob, TextJob
@@ -28,7 +30,7 @@ def plan_jobs(
         until: ``compress`` leaves the scoring out.
         trunk: rows may be scored together.
     """
-    jobs: list[Job] = [_compress(plan, row) for row in plan.rows if row.made_here]
+    jobs: list[Job] = [*_compressing(plan)]
     if until == "compress":
         return jobs
     for row in plan.rows:
@@ -122,6 +124,30 @@ def _of_row(plan: Plan, row: PlanRow) -> dict[str, Any]:
 def _common(plan: Plan) -> dict[str, Any]:
     threads = {} if plan.threads is None else {"OMP_NUM_THREADS": str(plan.threads)}
     return {"device": plan.device, "environment": {**threads, **plan.environment}}
+
+
+def _compressing(plan: Plan) -> list[CompressJob]:
+    """Return the jobs that compress; those that may train on the same hidden states name them."""
+    jobs = [_compress(plan, row) for row in plan.rows if row.made_here]
+    names = [_trained_on(job) for job in jobs]
+    shared = {name for name, count in Counter(names).items() if name is not None and count > 1}
+    return [
+        job.model_copy(update={"states": name}) if name in shared else job
+        for job, name in zip(jobs, names, strict=True)
+    ]
+
+
+def _trained_on(job: CompressJob) -> str | None:
+    """Name what decides, beside the block that is found, the hidden states of a training."""
+    recipe = parse_recipe(job.recipe, "The row's recipe")
+    training = recipe.training
+    if not recipe.trains_replacement or training.objective in ("lm", "kd"):
+        return None
+    chosen = recipe.calibration.model_dump(mode="json"), recipe.parameters
+    text = training.data.model_dump(mode="json"), training.validation_share, recipe.seed
+    size = recipe.sparsity, recipe.n_layers
+    source = job.weights_sha256, job.dtype, job.device.partition(":")[0]
+    return digest([source, recipe.method, chosen, size, text])[:16]
 
 
 def _compress(plan: Plan, row: PlanRow) -> CompressJob:

@@ -114,6 +114,24 @@ def test_what_is_done_is_kept(tmp_path: Path) -> None:
     assert executor.started == [("score-a",)]
 
 
+def test_hidden_states_are_kept_while_a_row_waits_for_them(tmp_path: Path) -> None:
+    """Rows a and b are trained on the same states, c on others; what is left of old runs goes."""
+    folder = RunPaths(tmp_path).states
+    names = {"a": "first", "b": "first", "c": "second"}
+    jobs = [compress_job(label, states=name) for label, name in names.items()]
+    (folder / "old").mkdir(parents=True)
+    seen: dict[str, set[str]] = {}
+
+    def script(run: RunPaths, unit: Job, number: int) -> Ended:
+        (folder / names[unit.labels[0]]).mkdir(exist_ok=True)
+        seen[unit.labels[0]] = {path.name for path in folder.iterdir()}
+        return Ended(unit.name, 2) if unit.labels == ("b",) else succeed(run, unit)
+
+    _do(tmp_path, list(jobs), Scripted(script))
+    assert seen == {"a": {"old", "first"}, "b": {"first"}, "c": {"second"}}
+    assert not list(folder.iterdir())
+
+
 def test_a_failure_takes_only_its_own_row(tmp_path: Path) -> None:
     def script(run: RunPaths, unit: Job, number: int) -> Ended:
         if unit.name != "compress-a":

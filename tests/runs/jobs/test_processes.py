@@ -11,9 +11,11 @@ import pytest
 from safetensors.torch import load_file
 
 from streamline_bench.core.machine.ranks import run_in_ranks
+from streamline_bench.core.training.block import Teacher
 from streamline_bench.runs.execution.options import Execution
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import Job
+from streamline_bench.runs.jobs.kinds import CompressJob
 from streamline_bench.runs.jobs.planned import plan_jobs
 from streamline_bench.runs.jobs.score import ScoreJob
 from streamline_bench.runs.planning.request import Request, RowRequest
@@ -31,6 +33,44 @@ def jobs(make: Callable[..., Request], tasks: Path, text_file: Path) -> dict[str
     row = RowRequest(recipe="streamline", set={"calibration": str(text_file), **BRIEF})
     request = make(recipes=[row], tasks=["words"], include_path=[str(tasks)])
     return {job.kind: job for job in plan_jobs(resolve_plan(request))}
+
+
+def test_rows_that_train_on_the_same_states_run_the_model_for_them_once(
+    make: Callable[..., Request], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STREAMLINE_BENCH_CACHE", str(tmp_path / "cache"))
+    changes = {"calibration": str(text_file), **BRIEF}
+    objective = {"training.objective": "relative_mse"}
+    rows = [
+        RowRequest(recipe="streamline", set=changes),
+        RowRequest(recipe="streamline", label="relative", set={**changes, **objective}),
+        RowRequest(recipe="streamline", label="seed", set={**changes, "seed": 1}),
+        RowRequest(recipe="streamline_lm", set=changes),
+    ]
+    jobs = plan_jobs(resolve_plan(make(recipes=rows)), until="compress")
+    names = {job.label: job.states for job in jobs if isinstance(job, CompressJob)}
+    assert names == {
+        "streamline": (shared := names["streamline"]),
+        "relative": shared,
+        "seed": None,
+        "streamline_lm": None,
+    }
+    assert shared is not None
+    passes: list[int] = []
+    states = Teacher.states
+
+    def counted(self: Teacher, batch: Any) -> Any:
+        passes.append(len(batch.rows))
+        return states(self, batch)
+
+    monkeypatch.setattr(Teacher, "states", counted)
+    run, done = RunPaths(tmp_path / "run"), []
+    for job in jobs[:2]:
+        job.write(run)
+        job.work(run)
+        done.append(sum(passes))
+    assert done == [12, 12]  # each of the sequences once, for both
+    assert len(list((run.states / shared).glob("*.bin"))) == 2
 
 
 @pytest.mark.slow
