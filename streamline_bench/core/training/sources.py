@@ -13,8 +13,9 @@ import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,36 +116,30 @@ class Sources:
         """The files, which the teacher fills batch by batch unless they are there."""
         rank, count = current().rank, current().count
         teachers = self._teachers([each[rank::count] for each in batches], stack)
-        for number, (rows, teacher) in enumerate(zip(batches, teachers, strict=True)):
-            tokens = self.sets[number]
-            key = _key(self.key, rows)
-            own = self.work / f"activations_{_NAMES[number]}.bin"
-            with self._placed(own, key, self._bytes(tokens)) as path:
+        with ExitStack() as locks:  # of both sets, so that neither makes room for the other
+            for number, (rows, teacher) in enumerate(zip(batches, teachers, strict=True)):
+                key = _key(self.key, rows)
+                path = current().first(partial(self._place, number, key, locks))
                 yield ActivationCache(
-                    path, key, tokens, teacher, device=self.device, batches=rows,
+                    path, key, self.sets[number], teacher, device=self.device, batches=rows,
                     progress=self.progress,
                 )  # fmt: skip
 
-    @contextmanager
-    def _placed(self, own: Path, key: str, size: int) -> Iterator[Path]:
-        """Where the states of a key lie; another training that wants the same ones waits."""
-        with ExitStack() as stack:
-
-            def place() -> Path:
-                if self.shared is None:
-                    return own
-                path = self.shared / f"{key}.bin"
-                lock = path.with_suffix(".lock")
-                try:
-                    stack.enter_context(awaited_lock(lock, "runs the model for the same states"))
-                except (LockHeld, LockUnwritable) as error:
-                    log.warning("Hidden states are not shared with other rows: %r", error)
-                    return own
-                if not path.exists():
-                    _make_room(self.shared, self.training.cache_gb * 1e9 - size)
-                return path
-
-            yield current().first(place)
+    def _place(self, number: int, key: str, locks: ExitStack) -> Path:
+        """Where the states of a set lie; another training that wants the same ones waits."""
+        own = self.work / f"activations_{_NAMES[number]}.bin"
+        if self.shared is None:
+            return own
+        path = self.shared / f"{key}.bin"
+        lock = awaited_lock(path.with_suffix(".lock"), "runs the model for the same states")
+        try:
+            locks.enter_context(lock)
+        except (LockHeld, LockUnwritable) as error:
+            log.warning("Hidden states are not shared with other rows: %r", error)
+            return own
+        if not path.exists():
+            _make_room(self.shared, self.training.cache_gb * 1e9 - self._bytes(self.sets[number]))
+        return path
 
     def _teachers(
         self, orders: Sequence[list[Tensor]], stack: ExitStack
