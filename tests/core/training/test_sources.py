@@ -28,6 +28,7 @@ def train(
         model, start=start, n=BLOCK[1], tokens=tokens, work=work, seed=1, progress=False,
         spec=ReplacementSpec.model_validate({"kind": kind}),
         training=TrainingSpec.model_validate({"objective": objective, **given}), states=states,
+        weights_sha256="of the one model",
     )  # fmt: skip
 
 
