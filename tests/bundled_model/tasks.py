@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from streamline_bench.core.machine.environment import resource
 
 TASK_PREFIX = "streamline_demo"
 DOCUMENTS_PER_TASK = 250
+HELD_OUT_PER_TASK = 64
 SEED = 20
 GENERATION_SKILLS: tuple[str, ...] = ("recall",)
 
@@ -33,6 +35,7 @@ num_fewshot: 0
 doc_to_text: "{{{{context}}}}"
 """
 _MULTIPLE_CHOICE = """\
+validation_split: validation
 output_type: multiple_choice
 doc_to_choice: "{{choices}}"
 doc_to_target: gold
@@ -79,6 +82,23 @@ def documents(skill: str) -> tuple[Document, ...]:
     return tuple(chosen.values())
 
 
+@cache
+def held_out(skill: str) -> tuple[Document, ...]:
+    """Documents of a skill that are never scored; none of their stories is scored, either."""
+    rng = random.Random(f"{TASK_PREFIX}/{skill}/{SEED}/held out")
+    scored = {document.story for document in documents(skill)}
+    chosen: dict[str, Document] = {}
+    while len(chosen) < HELD_OUT_PER_TASK:
+        document = draw(BUILDERS[skill], rng, "eval")
+        if document.story not in scored:
+            chosen.setdefault(document.story, document)
+    return tuple(chosen.values())
+
+
+def _lines(drawn: Iterable[Document]) -> str:
+    return "".join(json.dumps(record(document)) + "\n" for document in drawn)
+
+
 def _group(name: str, skills: list[str], metric: str) -> str:
     members = "".join(f"  - {TASK_PREFIX}_{skill}\n" for skill in skills)
     aggregate = f"aggregate_metric_list:\n  - metric: {metric}\n    weight_by_size: true\n"
@@ -89,8 +109,9 @@ def files() -> dict[str, str]:
     """Every generated file of the task folder: relative path to content."""
     written: dict[str, str] = {}
     for skill in EVALUATED:
-        lines = [json.dumps(record(document)) + "\n" for document in documents(skill)]
-        written[f"data/{skill}.jsonl"] = "".join(lines)
+        written[f"data/{skill}.jsonl"] = _lines(documents(skill))
+        if skill not in GENERATION_SKILLS:
+            written[f"data/held_out/{skill}.jsonl"] = _lines(held_out(skill))
         kind = _GENERATION if skill in GENERATION_SKILLS else _MULTIPLE_CHOICE
         head = _HEAD.format(prefix=TASK_PREFIX, skill=skill)
         written[f"{TASK_PREFIX}_{skill}.yaml"] = head + kind + _METADATA

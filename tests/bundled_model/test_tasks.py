@@ -12,9 +12,11 @@ from bundled_model.stream import encode
 from bundled_model.tasks import (
     DOCUMENTS_PER_TASK,
     GENERATION_SKILLS,
+    HELD_OUT_PER_TASK,
     default_folder,
     documents,
     files,
+    held_out,
     main,
 )
 
@@ -52,6 +54,14 @@ def test_documents_are_held_out_and_distinct(skill: str) -> None:
     assert len(drawn) == DOCUMENTS_PER_TASK == len(_rows(skill))
     assert {split_of(document.story) for document in drawn} == {"eval"}
     assert len({document.story for document in drawn}) == len(drawn)
+
+
+@pytest.mark.parametrize("skill", sorted({*EVALUATED} - {*GENERATION_SKILLS}))
+def test_what_layers_are_chosen_by_is_neither_scored_nor_trained_on(skill: str) -> None:
+    stories = {document.story for document in held_out(skill)}
+    assert len(stories) == HELD_OUT_PER_TASK
+    assert stories.isdisjoint(document.story for document in documents(skill))
+    assert {split_of(story) for story in stories} == {"eval"}
 
 
 def test_some_choices_have_several_tokens_and_some_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from streamline_bench.core.machine.environment import resource
 from streamline_bench.errors import SamplesError
 from streamline_bench.harness.lm import StreamlineLM
+from streamline_bench.methods.tools.task_questions import doc_hash, held_out_questions
 
 ROOT = resource("tasks") / "lm_eval"
 FILES = sorted(path for kind in ("paper", "local") for path in (ROOT / kind).rglob("*.yaml"))
@@ -161,6 +163,58 @@ def test_files_are_found_with_and_without_the_data_folder(
     (folder / "x.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     monkeypatch.setenv("STREAMLINE_BENCH_DATA", str(tmp_path))
     assert local_module()(file="eval/x.jsonl", metadata={})["test"].to_list() == documents
+
+
+@pytest.mark.parametrize(
+    ("lines", "held"), [(1000, 0), (1003, 0), (1004, 1), (1221, 55), (2376, 256), (14042, 256)]
+)
+def test_held_out_lines_lie_evenly_behind_the_first_thousand(
+    lines: int, held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"n": {n}}}\n' for n in range(lines)))
+    monkeypatch.setenv("STREAMLINE_BENCH_DATA", str(tmp_path))
+    whole = local_module()(file="x.jsonl")
+    found = local_module()(file="x.jsonl", hold_out=True)
+    apart = list(found["validation"]["n"]) if held else []
+    assert len(apart) == held
+    scored = list(found["test"]["n"])
+    assert sorted([*scored, *apart]) == list(whole["test"]["n"]) == list(range(lines))
+    assert scored[:1000] == list(range(1000))
+    gaps = {after - before for before, after in pairwise(apart)}
+    assert max(gaps, default=0) - min(gaps, default=0) <= 1
+
+
+def _searched_and_scored(task: str, manager: TaskManager) -> tuple[set[str], set[str]]:
+    """The hashes of the documents that choose layers, and of those that the harness scores."""
+    found, _ = held_out_questions([task], "acc", 10_000)
+    loaded = manager.load([task])["tasks"]
+    scored = {doc_hash(document) for each in loaded.values() for document in each.eval_docs}
+    return {question.doc_hash for question in found}, scored
+
+
+def test_no_bundled_document_is_searched_and_scored(manager: TaskManager) -> None:
+    searched, scored = _searched_and_scored("streamline_demo", manager)
+    assert (len(searched), len(scored)) == (640, 2500)
+    assert searched.isdisjoint(scored)
+
+
+@pytest.mark.parametrize(
+    ("task", "held", "scored"),
+    [("local_arc_easy", 256, 2120), ("local_chid", 250, 1752)],
+)
+def test_no_local_document_is_searched_and_scored(
+    task: str,
+    held: int,
+    scored: int,
+    manager: TaskManager,
+    shared_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STREAMLINE_BENCH_DATA", str(shared_folder))
+    documents, of_the_board = _searched_and_scored(task, manager)
+    assert held - 3 <= len(documents) <= held  # a question that is scored as well is left out
+    assert scored - 3 <= len(of_the_board) <= scored
+    assert documents.isdisjoint(of_the_board)
 
 
 def test_one_chid_document_per_gap() -> None:

@@ -122,7 +122,8 @@ def _tasks(name: str) -> list[Any]:
     ours = resource("tasks") / "lm_eval"
     with library_errors(
         f"Task '{name}' cannot be loaded",
-        "check its name and, where its data is on the hub, the connection",
+        "check its name and, where its data is on the hub, the connection (streamline_demo needs "
+        "none, nor do the local_* tasks)",
         CalibrationError,
     ):
         if name.endswith(_YAML):

@@ -18,19 +18,42 @@ from streamline_bench.harness.model_creation import user_errors
 VARIABLE = "STREAMLINE_BENCH_DATA"
 
 
-def load(file: str, **_: object) -> datasets.DatasetDict:
+SCORED = 1000
+"""So many first lines of a file are scored, whatever else is held out."""
+
+HELD_OUT = 256
+"""Most lines of a file that are held out."""
+
+
+def load(file: str, hold_out: bool = False, **_: object) -> datasets.DatasetDict:
     """Return the lines of a file as the split ``test``; lm-eval also passes the task's metadata.
 
     Args:
         file: such as ``eval/piqa_val.jsonl``; looked for in the folder that the environment
             variable names, and in its subfolder ``data``.
+        hold_out: lines that :func:`held_out` names are the split ``validation`` instead, which is
+            not scored.
 
     Raises:
         SamplesError: the variable is not set, or the file is not there.
     """
     with user_errors(), _path(file).open(encoding="utf-8") as stream:
         documents = [json.loads(line) for line in stream if line.strip()]
-    return datasets.DatasetDict({"test": datasets.Dataset.from_list(documents)})
+    apart = held_out(len(documents)) if hold_out else frozenset()
+    splits = {"test": [each for line, each in enumerate(documents) if line not in apart]}
+    if apart:
+        splits["validation"] = [documents[line] for line in sorted(apart)]
+    return datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    )
+
+
+def held_out(count: int) -> frozenset[int]:
+    """Return which of ``count`` lines, from 0, are held out: at most a quarter of those behind the
+    first :data:`SCORED`, evenly spread."""
+    behind = max(0, count - SCORED)
+    held = min(HELD_OUT, behind // 4)
+    return frozenset(SCORED + (2 * k + 1) * behind // (2 * held) for k in range(held))
 
 
 def _path(file: str) -> Path:
