@@ -50,7 +50,7 @@ from streamline_bench.harness.trunk.weights import WeightPool, agree
 from streamline_bench.modeling.loading import load_model, load_tokenizer
 from streamline_bench.stability.estimate import exponential
 from streamline_bench.stability.statistics.intervals import mean_per_unit
-from streamline_bench.stability.texts import TokenDivergence
+from streamline_bench.stability.texts import MeasuredDivergence
 
 _POSITIONS = 256  # whose distributions are in memory at once, in float32
 
@@ -97,7 +97,7 @@ def token_divergence(
     trust_remote_code: bool = False,
     trust_pruned: bool | None = None,
     progress: bool = True,
-) -> TokenDivergence:
+) -> MeasuredDivergence:
     """Compare the token distributions of two checkpoints on a text.
 
     Texts are read as they come; both models are in memory, and the logits of one batch of each.
@@ -151,7 +151,7 @@ def token_divergences(
     confidence: float = 0.95,
     trust_remote_code: bool = False,
     progress: bool = True,
-) -> dict[str, TokenDivergence | StreamlineBenchError]:
+) -> dict[str, MeasuredDivergence | StreamlineBenchError]:
     """Compare several checkpoints with the dense model, with the results of each by itself.
 
     The dense model runs once for all of them, and of each only the layers from the first one on
@@ -172,7 +172,7 @@ def token_divergences(
     folder = resolve_pretrained(dense)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     how: dict[str, Any] = {"device": device, "dtype": dtype}
-    found: dict[str, TokenDivergence | StreamlineBenchError] = {}
+    found: dict[str, MeasuredDivergence | StreamlineBenchError] = {}
     while left := {label: other for label, other in others.items() if label not in found}:
         party = _Party(load_model(folder, trust_remote_code=trust_remote_code, **how), window)
         stack = _stack(folder, trust_remote_code, dtype) if len(left) > 1 else None
@@ -365,14 +365,16 @@ def _window_sums(dense: Tensor, pruned: Tensor, window: _Window) -> list[float]:
 
 def _result(
     rows: list[tuple[float, ...]], window: int, confidence: float, begins: str = ""
-) -> TokenDivergence:
+) -> MeasuredDivergence:
     """From document, tokens and :func:`_window_sums` of each window."""
     columns, what = np.array(rows, dtype=np.float64).T, "windows"
     _, labels = np.unique(columns[0], return_inverse=True)
     documents = int(labels.max()) + 1
+    summed = np.stack(
+        [np.bincount(labels, weights=column).astype(np.float64) for column in columns]
+    )
     if documents > 1:
-        columns = np.stack([np.bincount(labels, weights=column) for column in columns])
-        what = "documents"
+        columns, what = summed, "documents"
     tokens, kl, same, dense, pruned = columns[1:]
     estimates = [
         mean_per_unit(column, tokens, confidence, what=what, bounds=bounds)
@@ -383,7 +385,7 @@ def _result(
         )
     ]
     count = float(tokens.sum())
-    return TokenDivergence(
+    return MeasuredDivergence(
         documents=documents,
         windows=len(rows),
         tokens=int(count),
@@ -394,4 +396,5 @@ def _result(
         dense_perplexity=exponential(-float(dense.sum()) / count),
         pruned_perplexity=exponential(-float(pruned.sum()) / count),
         nats_per_token=estimates[2],
+        by_document=tuple(zip(summed[1].astype(int).tolist(), summed[2].tolist(), strict=True)),
     )

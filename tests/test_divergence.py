@@ -15,8 +15,8 @@ from scipy.special import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamline_bench.divergence import (
+    MeasuredDivergence,
     Other,
-    TokenDivergence,
     _result,
     token_divergence,
     token_divergences,
@@ -104,13 +104,16 @@ def test_values_are_those_of_float64(
     error = math.sqrt(count / (count - 1) * np.square(residual).sum()) / n
     assert found.kl.standard_error == pytest.approx(error, rel=1e-3)
     assert found.documents == count and found.window == min(window, 128)
+    tokens, kl = np.array(found.by_document).T
+    assert tokens.tolist() == sums["tokens"].tolist()
+    assert kl == pytest.approx(sums["kl"], rel=1e-3, abs=1e-4)
 
 
 def test_a_model_against_itself(models: tuple[Path, Path]) -> None:
     found = token_divergence(models[0], models[0], TEXTS, progress=False)
     assert found.kl.value == 0.0 and found.same_top.value == 1.0
     assert found.nats_per_token.value == 0.0
-    assert TokenDivergence.model_validate_json(found.model_dump_json()) == found
+    assert MeasuredDivergence.model_validate_json(found.model_dump_json()) == found
 
 
 def test_one_document_is_taken_by_windows(models: tuple[Path, Path]) -> None:

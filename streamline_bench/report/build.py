@@ -45,7 +45,7 @@ from streamline_bench.stability.metrics import with_asked_metrics
 from streamline_bench.stability.noise import above_noise, noise_floor
 from streamline_bench.stability.samples import Samples
 from streamline_bench.stability.settings import Settings
-from streamline_bench.stability.texts import TokenDivergence
+from streamline_bench.stability.texts import MeasuredDivergence
 from streamline_bench.version import __version__
 
 
@@ -458,9 +458,9 @@ def _with_twins(rows: list[Row], sources: Sequence[RunRow]) -> list[Row]:
     ]
 
 
-def _divergence(path: Path) -> TokenDivergence:
+def _divergence(path: Path) -> MeasuredDivergence:
     try:
-        return TokenDivergence.model_validate_json(path.read_bytes())
+        return MeasuredDivergence.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         first = " ".join(str(error).split())[:160]
         raise SamplesError(f"{path} cannot be read ({first}); make the run again.") from None

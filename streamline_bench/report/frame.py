@@ -195,6 +195,7 @@ def _of_model(board: Leaderboard, row: Row) -> Iterator[dict[str, Any]]:
     for stage, spent in row.seconds.items():
         yield here | {"metric": f"seconds: {stage}", "value": spent}
     yield from (here | line for line in _of_ranks(board, row.label))
+    yield from (here | line for line in _of_gains(board, row.label))
     if row.divergence:
         for name, field in (("token_kl", "kl"), ("same_top_token", "same_top")):
             yield here | _line(name, getattr(row.divergence, field))
@@ -226,6 +227,18 @@ def _of_ranks(board: Leaderboard, label: str) -> Iterator[dict[str, Any]]:
             yield {"metric": name, "value": rank.place, "low": rank.low, "high": rank.high}
 
 
+def _of_gains(board: Leaderboard, label: str) -> Iterator[dict[str, Any]]:
+    """What a row's patch adds; the scope names the row without it."""
+    for gain in board.gains:
+        if gain.entry != label:
+            continue
+        here = {"scope": f"against {gain.without}"}
+        if gain.test is not None:
+            yield here | _line("gain", gain.test.difference) | {"p": gain.test.p_holm}
+        if gain.token_kl_change is not None:
+            yield here | _line("token_kl_change", gain.token_kl_change)
+
+
 def _of_generation(found: GenerationComparison) -> Iterator[dict[str, Any]]:
     here = {"scope": found.task, "n": found.n}
     if found.changed_above_noise is not None:
@@ -254,6 +267,7 @@ def _of_folds(board: Leaderboard) -> Iterator[dict[str, Any]]:
             if (found := getattr(fold, name)) is not None:
                 yield here | _line(name, found) | (decided if name == tested else {})
         yield from (here | {"scope": "model"} | line for line in _of_ranks(board, fold.label))
+        yield from (here | line for line in _of_gains(board, fold.label))
         for part in ("question", "seed", "calibration", "both"):
             if (value := getattr(fold.variance, part)) is not None:
                 yield here | {"metric": f"variance: {part}", "value": value}

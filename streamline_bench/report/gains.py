@@ -10,23 +10,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from streamline_bench.report.places import Between, Folded, Gain
 from streamline_bench.report.row import Row
 from streamline_bench.report.standing import Entry, adjusted, between
 from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.settings import Settings
+from streamline_bench.stability.statistics.intervals import mean_per_unit
+from streamline_bench.stability.texts import MeasuredDivergence
 
 NO_PATCH = "none"
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A row, or rows over seeds and calibrations as one."""
+    """A row, or rows over seeds and calibrations as one, which have no ``text`` of their own."""
 
     label: str
     row: Row
     entry: Entry | None
     token_kl: Estimate | None
+    text: MeasuredDivergence | None
 
 
 def gains(
@@ -56,7 +61,7 @@ def gains(
         settings,
     )
     by_names = {(test.first, test.second): test for test in tests}
-    found = [_gain(part, without, by_names) for part, without in pairs]
+    found = [_gain(part, without, by_names, settings) for part, without in pairs]
     return sorted(found, key=_place)
 
 
@@ -64,16 +69,39 @@ def _parts(rows: Sequence[Row], entries: Sequence[Entry], folded: Sequence[Folde
     """Return what is compared: entries with verdicts, else rows that a text was measured with."""
     kl = {fold.label: fold.token_kl for fold in folded}
     found = [
-        _Part(entry.label, entry.row, entry, kl.get(entry.label) or _token_kl(entry.row))
+        _Part(
+            entry.label, entry.row, entry, kl.get(entry.label) or _token_kl(entry.row),
+            None if entry.label in kl else _text(entry.row),
+        )
         for entry in entries
-    ]
+    ]  # fmt: skip
     if not found:
-        found = [_Part(row.label, row, None, _token_kl(row)) for row in rows if _token_kl(row)]
+        found = [
+            _Part(row.label, row, None, _token_kl(row), _text(row))
+            for row in rows
+            if _token_kl(row)
+        ]
     return found
 
 
 def _token_kl(row: Row) -> Estimate | None:
     return row.divergence.kl if row.divergence else None
+
+
+def _text(row: Row) -> MeasuredDivergence | None:
+    found = row.divergence
+    return found if isinstance(found, MeasuredDivergence) and found.by_document else None
+
+
+def _kl_change(one: _Part, two: _Part, settings: Settings) -> Estimate | None:
+    """The mean KL per token of one less that of the other, over the documents that both read."""
+    if one.text is None or two.text is None:
+        return None
+    tokens, first = np.array(one.text.by_document).T
+    others, second = np.array(two.text.by_document).T
+    if one.text.window != two.text.window or not np.array_equal(tokens, others):
+        return None
+    return mean_per_unit(first - second, tokens, settings.confidence)
 
 
 def _patched(row: Row) -> bool:
@@ -98,7 +126,9 @@ def _same_layers(one: Row, two: Row) -> bool:
     return len(removed[0]) != len(removed[1]) or removed[0] == removed[1]
 
 
-def _gain(part: _Part, without: _Part, tests: Mapping[tuple[str, str], Between]) -> Gain:
+def _gain(
+    part: _Part, without: _Part, tests: Mapping[tuple[str, str], Between], settings: Settings
+) -> Gain:
     assert part.row.parts is not None
     return Gain(
         entry=part.label,
@@ -108,6 +138,7 @@ def _gain(part: _Part, without: _Part, tests: Mapping[tuple[str, str], Between])
         test=tests.get((part.label, without.label)),
         token_kl=part.token_kl,
         token_kl_without=without.token_kl,
+        token_kl_change=_kl_change(part, without, settings),
     )
 
 

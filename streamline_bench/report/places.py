@@ -75,6 +75,8 @@ class Gain(Frozen):
         test: the entry against the one without, on the same documents; ``p_holm`` is over all
             gains. None where no task has verdicts.
         token_kl, token_kl_without: of both, as a row's ``divergence.kl``.
+        token_kl_change: the one less the other, paired by document of the text; None for rows over
+            seeds or calibrations as one, and of records of older versions.
     """
 
     entry: str
@@ -84,6 +86,7 @@ class Gain(Frozen):
     test: Between | None = None
     token_kl: Estimate | None = None
     token_kl_without: Estimate | None = None
+    token_kl_change: Estimate | None = None
 
 
 class Folded(Frozen):

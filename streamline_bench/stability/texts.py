@@ -126,3 +126,15 @@ class TokenDivergence(Frozen):
     dense_perplexity: float | None
     pruned_perplexity: float | None
     nats_per_token: Estimate
+
+
+class MeasuredDivergence(TokenDivergence):
+    """The same with what it was summed over, so that two models can be compared document by
+    document.
+
+    Attributes:
+        by_document: tokens, and KL summed over them in nats, of each document that has any, in
+            their order; empty in records of older versions.
+    """
+
+    by_document: tuple[tuple[int, float], ...] = ()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
+from streamline_bench.report.frame import results
 from streamline_bench.report.gains import gains
 from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.row import Row
 from streamline_bench.report.standing import TaskAnswers, standing
+from streamline_bench.report.views.csv_table import to_csv
 from streamline_bench.report.views.exports import write_exports
 from streamline_bench.report.views.markdown import to_markdown
 from streamline_bench.report.views.page import to_html
@@ -18,6 +23,7 @@ from streamline_bench.report.views.pivot import pivots, table
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.paired import Outcomes, PairedSample
 from streamline_bench.stability.statistics.score import PairedDifference
+from streamline_bench.stability.texts import MeasuredDivergence
 
 SETTINGS = Settings(draws=50)
 N = 300
@@ -39,16 +45,28 @@ ROWS = {
 }
 
 
+TOKENS = np.random.default_rng(7).integers(20, 60, 12)
+
+
+def _by_document(kl: float) -> Any:
+    """Tokens and KL of twelve documents, whose mean per token is about ``kl``."""
+    noise = np.random.default_rng(round(1000 * kl)).normal(0, 0.05, len(TOKENS))
+    hard = np.linspace(0.5, 1.5, len(TOKENS))
+    sums = TOKENS * (kl * hard + noise)
+    return tuple(zip(TOKENS.tolist(), sums.tolist(), strict=True))
+
+
 def _row(label: str, parts: Any = None, removed: Any = (), kl: float | None = None) -> Row:
     divergence = {"documents": 1, "windows": 1, "tokens": 9, "window": 9, "kl": {"value": kl},
                   "same_top": {"value": 1}, "dense_perplexity": 1, "pruned_perplexity": 1,
                   "nats_per_token": {"value": 0}}  # fmt: skip
+    measured = kl is not None and MeasuredDivergence(**divergence, by_document=_by_document(kl))
     names = ("selection", "patch", "healing")
     return Row.model_validate(
         {"label": label, "is_dense": label == "dense", "parameters": 100,
          "accuracy_macro": {"value": 0.5}, "accuracy_micro": None, "macro": None, "micro": None,
          "tasks": [], "parts": parts and dict(zip(names, parts, strict=True)),
-         "divergence": divergence if kl is not None else None,
+         "divergence": measured or None,
          "provenance": {"results_file": None, "model": None, "engine": None,
                         "recipe": {"sparsity": 0.25}, "chosen": {"removed_layers": list(removed)}}}
     )  # fmt: skip
@@ -101,17 +119,60 @@ def test_a_gain_is_counted_pair_by_pair(board: Leaderboard) -> None:
         assert gain.token_kl_without.value == pytest.approx(1 - ROWS[gain.without][4])
 
 
+def test_the_change_of_kl_is_paired_by_document(board: Leaderboard) -> None:
+    """Beside resamples of the documents: narrower than that of two texts drawn apart."""
+    gain = next(gain for gain in board.gains if gain.entry == "block_layer")
+    (tokens, one), (_, two) = (
+        np.array(_by_document(1 - ROWS[name][4])).T for name in (gain.entry, gain.without)
+    )
+    change = gain.token_kl_change
+    assert change.value == pytest.approx((one.sum() - two.sum()) / tokens.sum())
+    drawn = np.random.default_rng(0).integers(0, len(tokens), (4000, len(tokens)))
+    draws = (one - two)[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    width = high - low
+    assert change.low == pytest.approx(low, abs=0.2 * width)
+    assert change.high == pytest.approx(high, abs=0.2 * width)
+    apart = np.hypot(one[drawn].sum(axis=1).std(), two[drawn].sum(axis=1).std())
+    assert change.standard_error * tokens.sum() < 0.9 * apart
+
+
+def test_texts_read_otherwise_are_not_paired(board: Leaderboard) -> None:
+    rows = [
+        row.model_copy(update={"divergence": row.divergence.model_copy(update=changes)})
+        for row, changes in zip(
+            [row for row in board.rows if row.label in ("block", "block_linear", "block_layer")],
+            ({}, {"by_document": _by_document(0.4)[:-1]}, {"by_document": ()}),
+            strict=True,
+        )
+    ]
+    found = gains(rows, (), (), SETTINGS)
+    assert [(gain.entry, gain.token_kl_change) for gain in found] == [
+        ("block_layer", None),
+        ("block_linear", None),
+    ]
+    assert all(gain.token_kl for gain in found)
+
+
 def test_the_table_is_in_every_view(board: Leaderboard, tmp_path: Any) -> None:
     (pivot,) = pivots(board)
     head, lines = table(pivot)
     assert head == ["selection", "size", "layer, mse", "linear"]
     assert [line[0] for line in lines] == ["cosine block", "sleb"]
     cell = lines[0][3]
-    assert cell.startswith("+") and cell.endswith("KL 0.600 to 0.400"), cell
+    number = r"\W0\.\d+"
+    kl = rf", KL 0\.600 to 0\.400 \({number} \[{number}, {number}\]\)$"
+    assert cell.startswith("+") and re.search(kl, cell), cell
     write_exports(board, tmp_path)
     for made in (to_markdown(board), to_html(board), (tmp_path / "axes.md").read_text()):
         assert cell in made.replace("\\", "")
-    assert cell.rpartition(", ")[2] in (tmp_path / "axes.tex").read_text()
+    assert "KL 0.600 to 0.400" in (tmp_path / "axes.tex").read_text()
+    change = next(gain.token_kl_change for gain in board.gains if gain.entry == "block_linear")
+    (line,) = (each for each in csv.DictReader(io.StringIO(to_csv(board)))
+               if each["label"] == "block_linear")  # fmt: skip
+    assert (line["without_patch"], float(line["token_kl_change_low"])) == ("block", change.low)
+    tidy = results(board).query("row == 'block_linear' and metric == 'token_kl_change'")
+    assert tidy[["scope", "high"]].values.tolist() == [["against block", change.high]]
 
 
 def test_without_a_pair_there_is_no_table(board: Leaderboard, tmp_path: Any) -> None:

@@ -13,6 +13,7 @@ import io
 from typing import Any
 
 from streamline_bench.report.leaderboard import Leaderboard
+from streamline_bench.report.places import Gain
 from streamline_bench.report.row import Row
 from streamline_bench.report.scores import GradeScore, TaskScore
 from streamline_bench.report.text import csv_cell
@@ -26,7 +27,8 @@ _NOT_SHOWN = ("error", "ratio_error", "accelerators", "served")
 
 def to_csv(board: Leaderboard) -> str:
     """Render the leaderboard as CSV (RFC 4180, header line, UTF-8)."""
-    records = [_record(row) for row in board.rows]
+    gains = {gain.entry: gain for gain in board.gains}
+    records = [_record(row) | _gain(gains.get(row.label)) for row in board.rows]
     columns = list(dict.fromkeys(name for record in records for name in record))
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\r\n")
@@ -78,6 +80,15 @@ def _record(row: Row) -> dict[str, Any]:
     for name, metrics in row.other_metrics.items():
         record |= {f"{metric}:{name}": value for metric, value in metrics.items()}
     return record
+
+
+def _gain(gain: Gain | None) -> dict[str, Any]:
+    """What a row's patch adds to the row of the same selection without one."""
+    if gain is None:
+        return {}
+    change = _with_ends("gain", gain.test.difference if gain.test else None)
+    kl = _with_ends("token_kl_change", gain.token_kl_change)
+    return {"without_patch": gain.without, **change, **kl}
 
 
 def _with_ends(name: str, estimate: Estimate | None, end: str = "") -> dict[str, float | None]:

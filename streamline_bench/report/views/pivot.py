@@ -63,12 +63,15 @@ def _pivot(healing: str, gains: Sequence[Gain]) -> Pivot:
 
 
 def gain_text(gain: Gain) -> str:
-    """The change of accuracy in points with its interval, and token KL without and with."""
+    """The changes of accuracy in points and of token KL with their intervals."""
     change = text.with_interval(gain.test.difference, signed=True) if gain.test else ""
     kl = ""
     if gain.token_kl and gain.token_kl_without:
         numbers = (gain.token_kl_without, gain.token_kl)
         kl = "KL " + " to ".join(text.decimal(found.value) for found in numbers)
+        if gain.token_kl_change and gain.token_kl_change.low is not None:
+            change_of_kl = text.decimal(gain.token_kl_change.value, signed=True)
+            kl += f" ({change_of_kl} {text.nats(gain.token_kl_change, signed=True)})"
     return ", ".join(filter(None, (change, kl)))
 
 
@@ -92,4 +95,8 @@ def note(board: Leaderboard) -> str:
         )
     if any(gain.token_kl and gain.token_kl_without for gain in board.gains):
         found.append("KL: per token to the dense model, in nats, without and with the patch.")
+    if any(gain.token_kl_change and gain.token_kl_change.low is not None for gain in board.gains):
+        found.append(
+            f"Its change with {board.level} interval, paired by document of the text (Student)."
+        )
     return " ".join(found)

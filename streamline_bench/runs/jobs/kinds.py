@@ -30,7 +30,7 @@ from streamline_bench.runs.jobs.job import (
 from streamline_bench.runs.planning.plan import ModelPlan, TextPlan, digest
 
 if TYPE_CHECKING:
-    from streamline_bench.stability.texts import TokenDivergence
+    from streamline_bench.stability.texts import MeasuredDivergence
     from streamline_bench.throughput import ServingLoad, Workload
 
 _TOKENS = 2048
@@ -196,7 +196,7 @@ class TextJob(Job):
 
     def together(
         self, run: RunPaths, jobs: Sequence[TextJob]
-    ) -> dict[str, TokenDivergence | StreamlineBenchError]:
+    ) -> dict[str, MeasuredDivergence | StreamlineBenchError]:
         """Return label -> result of these jobs, which all ask what this one does."""
         from streamline_bench.divergence import Other, token_divergences
 
@@ -227,7 +227,7 @@ class TextJob(Job):
         }
 
     def publish(
-        self, run: RunPaths, compared: TokenDivergence, facts: Facts | None = None
+        self, run: RunPaths, compared: MeasuredDivergence, facts: Facts | None = None
     ) -> Result:
         """Write the result, and return what there is to say about it."""
         # A checkpoint made elsewhere may have no folder yet, where its answers are another row's.
