@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from streamline_bench.compression import list_recipes
+from streamline_bench.compression import compress, list_recipes
+from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.modeling import register
 
 pytestmark = [
@@ -25,9 +26,22 @@ TEXTS = ["w1 w2 w3 w4 w5 w6 w7", "w9 w8", "w30 w31 w32 w50"]
 def test_ppl_and_answers_are_those_of_transformers(
     name: str, recipe_checkpoint: Callable[[str], Path]
 ) -> None:
+    _answers_as_transformers_does(recipe_checkpoint(name))
+
+
+@pytest.mark.parametrize("name", ["streamline", "streamline_ffn_res", "linear_patch"])
+def test_a_patch_at_two_cuts_is_scored_at_both(
+    name: str, recipe_source: Path, make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    layers = [1, 2, 4, 5] if name == "streamline" else [1, 4]
+    selection = {"method": "given_layers", "parameters": {"layers": layers}}
+    recipe = make_recipe(name, **{"parameters.selection": selection})
+    _answers_as_transformers_does(compress(recipe_source, recipe, tmp_path / "out", progress=False))
+
+
+def _answers_as_transformers_does(folder: Path) -> None:
     from streamline_bench.opencompass import StreamlineModel
 
-    folder = recipe_checkpoint(name)
     ours = StreamlineModel(path=str(folder), device="cpu", dtype="float32")
     register()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
