@@ -17,10 +17,11 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe, TrainingSpec
 from streamline_bench.core.replacement import network_parameters
 from streamline_bench.core.surgery import model_sizes
+from streamline_bench.core.training.distillation import LOGITS_AT_ONCE
 from streamline_bench.core.training.head import positions_at_once
 from streamline_bench.core.training.loop import STATE_ERRORS
 from streamline_bench.methods.base import get_method
-from streamline_bench.methods.tools.selection import LayerSelection
+from streamline_bench.methods.tools.selection import AnySelection
 from streamline_bench.modeling.loading import SourceModel, dtype_name
 
 Parts = dict[str, int]
@@ -35,6 +36,8 @@ _WIDEST = 16
 """Most values that a layer holds per token, in hidden sizes: of many experts few are active."""
 _LOSS_BYTES = 12
 """Per logit besides the logit itself: float32, its log-softmax, its gradient."""
+_DISTILLED_BYTES = 12
+"""Per logit of one sequence of the teacher: float32, a copy without the largest, an exponential."""
 _TRAINED = {"trained weights": 4, "gradients": 4, "optimiser": 8, BEST: 4}
 """Bytes per trained parameter, all float32; the best ones are on the CPU."""
 _CHECKPOINT = 4 + 8 + 4
@@ -237,8 +240,12 @@ class _Job:
                 yield f"calibration ({kind})", getattr(self, f"_{kind}")()
         if self.recipe.replacement.kind != "none" and "replacement" in method.reads:
             yield from self._replacement()
-        if self.recipe.recovery is not None:
+        recovery = self.recipe.recovery
+        if recovery is not None:
             yield "recovery", self._recovery()
+            if recovery.training.objective == "kd":
+                data = self.recipe.recovery_data or recovery.training.data
+                yield "logits of the dense model", self._weights() | self._dense_logits(data)
 
     def _weights(self, *, head: bool = False, both: bool = False) -> Parts:
         """Weights of the model as it is placed.
@@ -334,6 +341,8 @@ class _Job:
         at_hand = self.batch * length
         parts = {name: count * size for name, size in _TRAINED.items()}
         if spec.objective not in STATE_ERRORS:
+            if spec.objective == "kd":
+                yield "logits of the dense model", self._weights() | self._dense_logits(spec.data)
             passing = {
                 "activations": self._activations(spec, sizes.depth, at_hand),
                 "logits": self._trained_logits(at_hand),
@@ -354,6 +363,18 @@ class _Job:
         first = {"weights of the replacement": 4 * count, STATES: states}
         yield "hidden states of the teacher", weights | first
 
+    def _dense_logits(self, data: CalibrationSpec) -> Parts:
+        """What a pass of the teacher holds: logits of its sequences, copies of those of one."""
+        sizes = self.sizes
+        tokens, length = _tokens_of(data, self.config)
+        one = length * sizes.vocabulary
+        sequences = max(1, min(LOGITS_AT_ONCE // one, tokens // length))
+        return {
+            "activations": 2 * sizes.state(sequences * length)
+            + sequences * length * sizes.width * sizes.item,
+            "logits": one * (sequences * sizes.item + _DISTILLED_BYTES),
+        }
+
     @property
     def files(self) -> int:
         """Bytes of the states at both ends of the block that a training keeps for its epochs."""
@@ -368,11 +389,19 @@ class _Job:
 
     @property
     def _cuts(self) -> int:
-        """Replacements that are trained, as far as that is known before."""
-        method = get_method(self.recipe.method)
-        if not isinstance(method, LayerSelection):
+        """Replacements that are trained: as many as are listed, else the most there may be."""
+        recipe, sizes = self.recipe, self.sizes
+        options = get_method(recipe.method).parameters.model_validate(recipe.parameters)
+        if not isinstance(options, AnySelection):
             return 1
-        return method.cuts(method.parameters.model_validate(self.recipe.parameters))
+        if recipe.replacement.kind == "layer":
+            return options.most_cuts(sizes.depth, max(1, self._removed), recipe.replacement.layers)
+        size, cuts, more = network_parameters(recipe.replacement, self.config), 0, 1
+        while more > cuts:  # networks take up parameters, so that more layers are removed
+            cuts = more
+            added = 0 if recipe.n_layers is not None else ceil(cuts * size / sizes.layer)
+            more = options.most_cuts(sizes.depth, max(1, self._removed) + added)
+        return cuts
 
     def _recovery(self) -> Parts:
         sizes, recovery = self.sizes, self.recipe.recovery

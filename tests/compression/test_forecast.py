@@ -62,9 +62,16 @@ def half_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-CASES = (
-    ("shortgpt", "streamed"), ("shortgpt", "resident"), ("sleb", "streamed"),
-    ("streamline", "streamed"), ("streamline_lm", "resident"), ("last_layers_lora", "resident"),
+APART = {
+    "n_layers": 3, "replacement": "swiglu_res",
+    "parameters.selection": {"method": "given_layers", "parameters": {"layers": [1, 3, 5]}},
+}  # fmt: skip
+CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("shortgpt", "streamed", {}), ("shortgpt", "resident", {}), ("sleb", "streamed", {}),
+    ("streamline", "streamed", {}), ("streamline_lm", "resident", {}),
+    ("streamline_lm", "resident", APART),
+    ("streamline_lm", "resident", {**APART, "objective": "kd"}),
+    ("last_layers_lora", "resident", {}),
 )  # fmt: skip
 
 PROGRAM = """
@@ -100,19 +107,44 @@ def test_within_15_percent_of_what_a_process_takes(
 ) -> None:
     """The most that the anonymous part of a process's resident set grows."""
     source = SourceModel.find(half_model, progress=False)
-    recipes = {name: load_recipe(name, applicable(GIVEN, load_recipe(name))) for name, _ in CASES}
+    cases = [
+        (load_recipe(name, {**applicable(GIVEN, load_recipe(name)), **changes}), place)
+        for name, place, changes in (CASES[0], *CASES)
+    ]
     # The first one also takes what libraries set up once.
-    jobs = [(recipes[name].model_dump(mode="json"), place) for name, place in (CASES[0], *CASES)]
+    jobs = [(recipe.model_dump(mode="json"), place) for recipe, place in cases]
     here = Path(__file__).parents[1] / "benchmarks"
     command = [sys.executable, "-c", PROGRAM, str(here), str(half_model), str(tmp_path)]
     ended = subprocess.run(
         command, input=json.dumps(jobs), capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
-    for (name, place), measured in zip(CASES, json.loads(ended.stdout)[1:], strict=True):
+    for (recipe, place), measured in zip(cases[1:], json.loads(ended.stdout)[1:], strict=True):
         where: dict[str, Any] = {"dtype": None, "streamed": place == "streamed"}
-        expected = forecast(source, recipes[name], device="cpu", **where)
-        assert expected.host_bytes == pytest.approx(measured, rel=0.15), (name, expected)
+        expected = forecast(source, recipe, device="cpu", **where)
+        assert expected.host_bytes == pytest.approx(measured, rel=0.15), (recipe.name, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cuts"),
+    [
+        ({}, 1),  # a block
+        ({"parameters.selection": "shortgpt"}, 2),  # two layers, each with another before it
+        ({"parameters.selection": "shortgpt", "n_layers": 4}, 2),  # 8 layers are not enough for 3
+        ({"parameters.selection": "shortgpt", "replacement": "swiglu_res", "n_layers": 4}, 4),
+        (APART, 3),
+    ],
+)
+def test_replacements_trained_at_once_are_the_most_there_may_be(
+    changes: dict[str, Any], cuts: int, half_model: Path
+) -> None:
+    given = {**applicable(GIVEN, load_recipe("streamline_lm")), **changes}
+    source = SourceModel.find(half_model, progress=False)
+    where: dict[str, Any] = {"device": "cpu", "dtype": None, "streamed": False}
+    found = forecast(source, load_recipe("streamline_lm", given), **where)
+    mlp = 3 * WIDTH * INNER + WIDTH
+    of_one = mlp if "replacement" in changes else mlp + 4 * WIDTH**2 + WIDTH
+    assert found.host["trained weights"] == cuts * of_one * 4
 
 
 def test_states_that_a_training_of_several_epochs_keeps_in_files(half_model: Path) -> None:

@@ -30,7 +30,9 @@ from streamline_bench.core.training.head import loss_of_logits
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 1 << 28  # logits of the dense model that are held at a time
+LOGITS_AT_ONCE = 1 << 28
+"""Logits of the dense model that are held at a time, unless those of one sequence are more."""
+
 _REMEDY = "lower training.kd.top_k"
 
 
@@ -66,7 +68,7 @@ class TeacherLogits:
         if done:
             log.info("distillation: reusing %s", path.name)
             return
-        size = max(_AT_ONCE // (tokens.input_ids.shape[1] * vocabulary), 1)
+        size = max(LOGITS_AT_ONCE // (tokens.input_ids.shape[1] * vocabulary), 1)
         batches = torch.split(torch.arange(len(tokens)), size)
         own = batches[current().rank :: current().count]
         with evaluating(model, frozen=True), torch.no_grad():

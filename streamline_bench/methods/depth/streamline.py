@@ -107,10 +107,10 @@ class Streamline(OnSelection, LayerSelection):
         found: str = options.words()
         return found
 
-    def cuts(self, options: Any) -> int:
-        """The runs of neighbours that are removed, as far as they are known before."""
-        found: int = options.cuts
-        return found
+    def cuts(self, options: Any) -> int | None:
+        """One, of a block; else those of the method that chooses."""
+        chosen = options.selection
+        return 1 if chosen is None else chosen.selector.cuts(chosen.options)
 
     def select(self, work: Compression, options: Any, plan: SizePlan) -> Selected:
         """Return the layers that would go at once.

@@ -71,9 +71,9 @@ class LayerSelection(Method):
         """The choice of layers in words."""
         return in_words(self.name, options)
 
-    def cuts(self, options: Any) -> int:
-        """How many runs of neighbours are removed, as far as that is known before; else 1."""
-        return 1
+    def cuts(self, options: Any) -> int | None:
+        """How many runs of neighbours are removed; None: it is not known before."""
+        return None
 
     def compress(self, work: Compression) -> Compressed:
         """Choose the layers and drop them."""
@@ -398,9 +398,15 @@ class AnySelection(BlockSearch, SelectedBy):
         options = self.selection.selector.parameters.model_validate(self.selection.parameters)
         return int(getattr(options, "most", lambda depth: depth)(num_layers))
 
-    def most_cuts(self, num_layers: int, n: int) -> int:
-        """Return into how many runs ``n`` removed layers may fall apart."""
-        return 1 if self.selection is None else min(n, num_layers - n + 1)
+    def most_cuts(self, num_layers: int, n: int, new: int = 0) -> int:
+        """Return into how many runs removed layers fall apart at most.
+
+        Args:
+            n: layers fewer than before.
+            new: layers that come in the place of each run; so many more are removed.
+        """
+        known = self._known_cuts
+        return known if known is not None else max(1, min(n, (num_layers - n + 1) // (new + 1)))
 
     def select(self, work: Compression, plan: SizePlan) -> Selected:
         """Return the layers to remove."""
@@ -459,6 +465,10 @@ class AnySelection(BlockSearch, SelectedBy):
     @property
     def cuts(self) -> int:
         """How many runs of neighbours are removed, as far as that is known before; else 1."""
+        return self._known_cuts or 1
+
+    @property
+    def _known_cuts(self) -> int | None:
         chosen = self.selection
         return 1 if chosen is None else chosen.selector.cuts(chosen.options)
 

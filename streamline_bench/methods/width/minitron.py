@@ -26,7 +26,7 @@ paper's own text is private; here it is the recipe's.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -37,9 +37,10 @@ from torch import Tensor
 from streamline_bench.core.architecture import Architecture, architecture_of, depth_of, undecided
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.errors import ArchitectureError, SparsityError
-from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.base import Compressed, Compression, Method, Size
 from streamline_bench.methods.tools.activations import require_finite, visit_inputs
 from streamline_bench.methods.tools.shared_scan import scores_once
+from streamline_bench.methods.tools.sizes import Stored
 from streamline_bench.methods.tools.steps import step_on
 from streamline_bench.methods.width.llm_pruner import UnitScores, highest, keep_units
 from streamline_bench.methods.width.minitron_sizes import (
@@ -86,6 +87,26 @@ class Minitron(Method):
     keeps_stream = False
     removes = "heads and channels"
     seeded = False
+
+    def sizes(self, work: Compression) -> Iterator[Size]:
+        """Yield the sizes for shares in steps of 1/400, each of them once."""
+        options = MinitronParameters.model_validate(work.recipe.parameters)
+        staying_units(work.config)
+        layers, stored = range(depth_of(work.config)), Stored.of(work.reader)
+        units = prunable_units(work, layers, options.head_unit)
+        shapes = NarrowShapes(work.config, stream="stream" in options.axes)
+        seen: set[tuple[int, int]] = set()
+        cached, groups = sum(stored.cached or ()), units.widths.num_key_value_heads
+        for step in range(1, 400):
+            try:
+                _, plan = plan_sizes(shapes, units, options, step / 400)
+            except SparsityError:
+                continue
+            gone = groups - plan.widths.num_key_value_heads
+            if (plan.removed, gone) not in seen:
+                seen.add((plan.removed, gone))
+                yield stored.less({"sparsity": step / 400}, parameters=plan.removed,
+                                  cached=cached * gone // groups)  # fmt: skip
 
     def compress(self, work: Compression) -> Compressed:
         """Plan the widths, look at the model as often as asked, slice the stored weights."""

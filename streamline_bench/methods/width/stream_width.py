@@ -9,6 +9,7 @@ stream is left alone: a model with fewer channels would compute something else.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -122,6 +123,10 @@ def stored_axes(reader: CheckpointReader, config: Any) -> dict[str, Shape]:
     return found
 
 
+_Pattern = tuple[Shape, Shape, tuple[tuple[int, Unit, int], ...]]
+"""Shape, dimensions that are the stream's, and (dimension, unit, size) of heads and channels."""
+
+
 class NarrowShapes:
     """Shapes of a model's parameters as functions of its hidden size and layer widths.
 
@@ -137,34 +142,41 @@ class NarrowShapes:
         self.widths = LayerWidths.of(config, family)
         axes = stream_axes(config) if stream else {}
         parts = projection_parts(family, self.widths, config)
-        self._parameters: list[tuple[str, Shape, Shape, list[tuple[int, Unit, int]]]] = []
+        self._parameters: list[tuple[str, _Pattern]] = []
         for name, parameter in meta_model(config).named_parameters():
             local = name.removeprefix(f"{family.layers}.").partition(".")[2]
             inside = name.startswith(f"{family.layers}.")
-            units = [
+            units = tuple(
                 (part.dim if local == part.tensor else 0, part.unit, part.size)
                 for part in (parts if inside else ())
                 if local == part.tensor
                 or (part.axis == 0 and not part.vector and local == f"{part.module}.bias")
-            ]
+            )
             shape = tuple(parameter.shape)
-            self._parameters.append((name, shape, axes.get(name, ()), units))
+            self._parameters.append((name, (shape, tuple(axes.get(name, ())), units)))
+        self._counts = Counter(pattern for _, pattern in self._parameters)
 
     def shapes(self, hidden: int, widths: LayerWidths) -> dict[str, Shape]:
         """Return name of a parameter -> its shape; all layers have the same widths."""
-        counts = {
-            "query": widths.num_attention_heads,
-            "key_value": widths.num_key_value_heads,
-            "channel": widths.intermediate_size,
-        }
-        found = {}
-        for name, shape, axes, units in self._parameters:
-            sizes = [hidden if dim in axes else size for dim, size in enumerate(shape)]
-            for dim in {dim for dim, _, _ in units}:
-                sizes[dim] = sum(counts[unit] * size for at, unit, size in units if at == dim)
-            found[name] = tuple(sizes)
-        return found
+        made = {pattern: _shape(pattern, hidden, widths) for pattern in self._counts}
+        return {name: made[pattern] for name, pattern in self._parameters}
 
     def parameters(self, hidden: int, widths: LayerWidths) -> int:
         """Return the number of parameters."""
-        return sum(map(math.prod, self.shapes(hidden, widths).values()))
+        return sum(
+            count * math.prod(_shape(pattern, hidden, widths))
+            for pattern, count in self._counts.items()
+        )
+
+
+def _shape(pattern: _Pattern, hidden: int, widths: LayerWidths) -> Shape:
+    counts = {
+        "query": widths.num_attention_heads,
+        "key_value": widths.num_key_value_heads,
+        "channel": widths.intermediate_size,
+    }
+    shape, axes, units = pattern
+    sizes = [hidden if dim in axes else size for dim, size in enumerate(shape)]
+    for dim in {dim for dim, _, _ in units}:
+        sizes[dim] = sum(counts[unit] * size for at, unit, size in units if at == dim)
+    return tuple(sizes)
