@@ -2,11 +2,12 @@
 
     python tests/benchmarks/objectives.py MODEL TEXT HELD_OUT --work FOLDER [--removed 8]
 
-One block of layers (the one of highest cosine between its ends) is replaced by one trained layer.
-For each objective, number of steps, rate and seed, the table has, on held-out text, the token KL to
-the intact model, the perplexity and the share of equal first tokens; and beside them the model
-without the block, and the intact one. It also says how much of a plain squared error stands in how
-few tokens. The states around the block are computed once. Finished rows are kept in ``--work``.
+One block of layers (the one of highest cosine between its ends) is replaced by one trained layer,
+or by the networks of ``--kinds``. For each kind, objective, number of steps, rate and seed, the
+table has, on held-out text, the token KL to the intact model, the perplexity and the share of equal
+first tokens; and beside them the model without the block, and the intact one. It also says how much
+of a plain squared error stands in how few tokens. The states around the block are computed once.
+Finished rows are kept in ``--work``.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--removed", type=int, default=8)
     parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("--kinds", default="layer")
     parser.add_argument("--objectives", default="mse,relative_mse,cosine")
     parser.add_argument("--epochs", default="2,6", help="a step is 8 sequences of 512 tokens")
     parser.add_argument("--rates", default="5e-4,2e-3")
@@ -76,15 +78,19 @@ def main() -> None:
     ]
     rows.of("sinks", lambda: sinks(model, training, start, asked.removed))
     rows.of("no layer", lambda: quality(model, held_out, start, asked.removed, None))
-    axes = (asked.seeds, asked.epochs, asked.rates, asked.objectives)
-    for seed, epochs, rate, objective in itertools.product(*(axis.split(",") for axis in axes)):
+    axes = (asked.kinds, asked.seeds, asked.epochs, asked.rates, asked.objectives)
+    for kind, seed, epochs, rate, objective in itertools.product(
+        *(axis.split(",") for axis in axes)
+    ):
         settings = {
             "objective": objective, "epochs": int(epochs), "lr": float(rate), "batch_size": BATCH,
             "validations": 2,
         }  # fmt: skip
 
-        def trained(settings: dict[str, Any] = settings, seed: int = int(seed)) -> dict[str, Any]:
-            spec = ReplacementSpec(kind="layer")
+        def trained(
+            kind: Any = kind, settings: dict[str, Any] = settings, seed: int = int(seed)
+        ) -> dict[str, Any]:
+            spec = ReplacementSpec(kind=kind)
             result = train_replacement(
                 model, start=start, n=asked.removed, spec=spec, tokens=training,
                 training=TrainingSpec(**settings), work=asked.work / "training", seed=seed,
@@ -94,7 +100,7 @@ def main() -> None:
             facts = {key: result.summary[key] for key in ("steps", "initial_loss", "best_loss")}
             return {**facts, **quality(model, held_out, start, asked.removed, student)}
 
-        rows.of(f"{objective} epochs={epochs} lr={rate} seed={seed}", trained)
+        rows.of(f"{kind} {objective} epochs={epochs} lr={rate} seed={seed}", trained)
     print(rows.markdown())
 
 
