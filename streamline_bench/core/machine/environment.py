@@ -6,7 +6,7 @@ import ctypes
 import functools
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import cast
@@ -128,6 +128,12 @@ def user_cache() -> Path:
     """Return the user's cache of streamline-bench (not created)."""
     named = os.environ.get("STREAMLINE_BENCH_CACHE")
     return Path(named) if named else Path.home() / ".cache" / "streamline-bench"
+
+
+def a_few(names: Sequence[str], most: int = 6) -> str:
+    """Return the first names as a list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def printable(value: object, *, keep: str = "") -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from streamline_bench.core.machine.environment import printable
+from streamline_bench.core.machine.environment import a_few, printable
 from streamline_bench.runs.execution.scheduler import JobState
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.jobs.job import last_line
@@ -70,7 +70,7 @@ class PlainLines:
         running = [state for state in states.values() if state.status == "running"]
         for process in dict.fromkeys(state.process or state.job.name for state in running):
             theirs = [state for state in running if process in (state.process, state.job.name)]
-            names = ", ".join(printable(state.job.name) for state in theirs)
+            names = a_few([printable(state.job.name) for state in theirs])
             span = _span(self._clock.seconds(theirs[0]))
             step = printable(last_line(self._run.log(process)))
             self._print(f"{names}: {span}, {step} ({_counted(states, self._clock)})")

@@ -24,6 +24,7 @@ from streamline_bench.compression.recipes import (
     refuse_unread,
     unread_keys,
 )
+from streamline_bench.core.machine.environment import a_few
 from streamline_bench.core.recipe.schema import CalibrationSpec, PublishedResult, Recipe
 from streamline_bench.core.recipe.validation import suggest_or_list
 from streamline_bench.errors import RecipeError
@@ -345,12 +346,7 @@ def _say_overridden(rows: Sequence[Row]) -> None:
             if key not in SIZE_KEYS and before is not None:
                 changes.setdefault((key, str(after), str(before)), []).append(row.label)
     for (key, after, before), labels in changes.items():
-        log.info("%s: %s is %s, the recipe's own is %s", _named(labels), key, after, before)
-
-
-def _named(labels: Sequence[str], most: int = 6) -> str:
-    more = f" and {len(labels) - most} more" if len(labels) > most else ""
-    return ", ".join(labels[:most]) + more
+        log.info("%s: %s is %s, the recipe's own is %s", a_few(labels), key, after, before)
 
 
 def _require_used(common: Mapping[str, Any], rows: Sequence[Row], asked: Collection[str]) -> None:
@@ -368,7 +364,7 @@ def _require_used(common: Mapping[str, Any], rows: Sequence[Row], asked: Collect
         if key in common and key != TARGET and all(unread_keys(row.recipe, [key]) for row in rows)
     ]
     if unused:
-        labels = _named([row.label for row in rows])
+        labels = a_few([row.label for row in rows])
         raise RecipeError(
             f"'{unused[0]}' has no effect, because none of the rows ({labels}) reads it; leave it "
             "out, or add a row that reads it."
