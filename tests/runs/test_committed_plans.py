@@ -53,7 +53,11 @@ def test_the_plans_of_a_real_model_compare_the_same_rows(
     assert [f"local_{task}" for task in hub.task_names[:6]] == list(local.task_names)
     every, first = resolve_rows(hub), resolve_rows(local)
     assert {row.group or row.label for row in every} == {row.group or row.label for row in first}
-    assert len(first) == 20
+    assert len(first) == 25
+    sizes_board = resolve_rows(make_request(read_request("smollm2_sizes")))
+    assert {row.group or row.label for row in sizes_board} <= {
+        row.group or row.label for row in first
+    }
 
     def values(group: str) -> set[tuple[object, ...]]:
         axes = [row.axes for row in every if row.group == group]
