@@ -45,7 +45,7 @@ from streamline_bench.methods.tools.sublayer_removal import (
     SublayerParameters,
     require_two_sublayers,
 )
-from streamline_bench.modeling.sublayers import Sublayer
+from streamline_bench.modeling.sublayers import Sublayer, SublayerKind
 
 
 class _SublayerMethod(Method):
@@ -93,7 +93,7 @@ class SublayerDrop(_SublayerMethod):
         removal = Removal(work, options)
         tokens = work.tokens(work.recipe.calibration)
         require_two_sublayers(work.model, tokens)
-        kinds = ("attention", "mlp")
+        kinds: tuple[SublayerKind, ...] = ("attention", "mlp")
 
         def look() -> dict[str, Tensor]:
             cosines = sublayer_cosines(work, tokens)
