@@ -17,10 +17,12 @@ import stability_vs_script
 
 SCRIPT = """
 import json
+from pathlib import Path
 import numpy as np
 
-def calculate_stability(pruned_file, dense_file, labels):
-    pruned, dense = (list(json.load(open(name)).values()) for name in (pruned_file, dense_file))
+def calculate_stability(*files_and_labels):
+    *files, labels = files_and_labels
+    pruned, dense = (list(json.loads(Path(name).read_text()).values()) for name in files)
     values = [[question["label: " + label]["PPL"] for label in labels] for question in dense]
     weights = np.exp(np.std(values, axis=1))
     right = [np.array([q["prediction"] == q["gold"] for q in run]) for run in (pruned, dense)]

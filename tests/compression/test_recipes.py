@@ -254,7 +254,7 @@ def test_a_recipe_says_what_a_caller_changed(tmp_path: Path) -> None:
         "sparsity": (0.25, None), "n_layers": (None, 2), "recovery": (None, "slicegpt"),
     }  # fmt: skip
     preset = load_recipe("streamline", {"preset": "paper_lm"}).overridden
-    assert preset["training.objective"] == ("mse", "lm")
+    assert preset["training.objective"] == ("relative_mse", "lm")
     assert not any(key.startswith("training.data") for key in preset)
     mine = tmp_path / "mine.yaml"
     mine.write_text("method: last_layers\nn_layers: 1\nrecovery: {rank: 4}\n")

@@ -183,9 +183,9 @@ def test_a_start_and_a_selection_contradict_each_other() -> None:
     [
         ("shortgpt", {}, ("shortgpt", "none", "none")),
         ("streamline_none", {}, ("cosine block", "none", "none")),
-        ("streamline", {"recovery.kind": "lora"}, ("cosine block", "layer, mse", "lora")),
+        ("streamline", {"recovery.kind": "lora"}, ("cosine block", "layer, relative_mse", "lora")),
         ("streamline_two_layers", {}, ("cosine block", "2 layers, lm", "none")),
-        ("streamline_iterative", {}, ("cosine block in 2 steps", "layer, mse", "none")),
+        ("streamline_iterative", {}, ("cosine block in 2 steps", "layer, relative_mse", "none")),
         ("linear_patch", {}, ("cosine block", "linear_patch", "none")),
         (
             "ridge_map",

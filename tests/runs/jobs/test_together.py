@@ -198,8 +198,8 @@ def test_a_walk_that_was_stopped_goes_on_where_it_was(
     batches: list[int] = []
     real = Walk._leg_by_leg
 
-    def counted(walk: Walk, labels: Sequence[str]) -> Callable[[list[Any]], list[Any]]:
-        answer = real(walk, labels)
+    def counted(walk: Walk, labels: Sequence[str], bar: Any) -> Callable[[list[Any]], list[Any]]:
+        answer = real(walk, labels, bar)
 
         def count(batch: list[Any]) -> list[Any]:
             if len(batches) == stop_after:
