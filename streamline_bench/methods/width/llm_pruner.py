@@ -15,7 +15,7 @@ the ratio is solved for the wanted share of the model's parameters; the result c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -71,6 +71,15 @@ class UnitScores:
     def groups(self) -> Tensor:
         """Return ``[key-value heads]``: each with all query heads that share it."""
         return self.key_value + self.query.view(len(self.key_value), -1).sum(dim=1)
+
+    def named(self, layer: int) -> dict[str, Tensor]:
+        """Return the scores by ``LAYER.KIND``, as they are shared by the sizes of a board."""
+        return {f"{layer}.{kind}": scores for kind, scores in vars(self).items()}
+
+    @classmethod
+    def of(cls, named: Mapping[str, Tensor], layer: int) -> UnitScores:
+        """Return a layer's scores from those by name."""
+        return cls(*(named[f"{layer}.{each.name}"] for each in fields(cls)))
 
 
 def needs_gradients(criterion: Criterion) -> bool:
@@ -329,14 +338,9 @@ def _scores(
                 return salience(weight, criterion, sums)
 
             units = score_units(layer, parts, widths, counted, vectorize=vectorize)
-            scores.update({f"{layer}.{kind}": each for kind, each in vars(units).items()})
+            scores.update(units.named(layer))
         return scores
 
     decided_by = [sorted(wanted), criterion, vectorize]
     scores = scores_once(work, tokens, "llm_pruner", decided_by, look)
-    return {
-        layer: UnitScores(
-            *(scores[f"{layer}.{kind}"] for kind in ("query", "key_value", "channel"))
-        )
-        for layer in plan.layers
-    }
+    return {layer: UnitScores.of(scores, layer) for layer in plan.layers}

@@ -210,9 +210,9 @@ def _importance_once(
     def look() -> dict[str, Tensor]:
         found = importance(work, layers, widths, options, tokens)
         scores = {
-            f"{layer}.{kind}": each
+            name: each
             for layer, units in found.units.items()
-            for kind, each in vars(units).items()
+            for name, each in units.named(layer).items()
         }
         return scores if found.stream is None else {**scores, "stream": found.stream}
 
@@ -220,12 +220,7 @@ def _importance_once(
         mode="json", include={"axes", "sequence", "batch", "batch_size"}
     )
     scores = scores_once(work, tokens, "minitron", decided_by, look)
-    units = {
-        layer: UnitScores(
-            *(scores[f"{layer}.{kind}"] for kind in ("query", "key_value", "channel"))
-        )
-        for layer in layers
-    }
+    units = {layer: UnitScores.of(scores, layer) for layer in layers}
     return Importance(units, scores.get("stream"))
 
 
