@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_bench.report.figures.lines import spread
+from streamline_bench.report.figures.lines import RootAxis, spread
 from streamline_bench.report.figures.sizes import at_equal_size, size_curves
 from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.views.headline import headline
@@ -113,3 +113,24 @@ def test_names_at_the_ends_of_lines_are_apart(places: list[float]) -> None:
     assert all(20 - 1e-6 <= place <= 340 + 1e-6 for place in found)
     if all(b - a >= 13 for a, b in pairwise(sorted(places))) and min(places, default=20) >= 20:
         assert found == places
+
+
+def test_token_kl_is_drawn_by_its_root(board: Leaderboard) -> None:
+    curves = {(curve.up, curve.across): curve.svg for curve in size_curves(board, board.rows)}
+    svg = ElementTree.fromstring(curves["token KL", "parameters"])
+    grid = [float((one.get("d") or "").split(" ")[1].split("H")[0]) for one in svg.iter("path")
+            if one.get("class") == "grid"]  # fmt: skip
+    texts = [float(one.text or "") for one in svg.iter("text") if one.get("class") == "end"
+             and (one.text or "").replace(".", "").isdigit()]  # fmt: skip
+    assert len(grid) == len(texts) > 3 and texts[0] == 0
+    scale = (grid[0] - grid[-1]) / texts[-1] ** 0.5
+    for y, value in zip(grid, texts, strict=True):
+        assert grid[0] - y == pytest.approx(scale * value**0.5, abs=0.03)
+
+
+@given(st.floats(1e-6, 1e6))
+def test_marks_of_a_root_axis_are_apart(largest: float) -> None:
+    marks = RootAxis.ticks(largest)
+    roots = [mark**0.5 for mark in marks]
+    assert 3 <= len(marks) <= 9 and marks[0] == 0 and marks[-1] <= largest
+    assert all(b - a >= largest**0.5 / 8 - 1e-9 for a, b in pairwise(roots))

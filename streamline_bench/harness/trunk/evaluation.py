@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,7 @@ class Evaluation:
         from lm_eval import simple_evaluate
         from lm_eval.loggers import EvaluationTracker
 
+        _look_at_the_machine_once()
         config = _config(self._request, label, folder)
         try:
             config._configure()
@@ -163,6 +164,14 @@ class Evaluation:
         results["config"]["model"] = MODEL_NAME
         tracker.general_config_tracker.model_source = MODEL_NAME
         _save(tracker, results, folder)
+
+
+def _look_at_the_machine_once() -> None:
+    """Keep what the harness asks PyTorch about the machine after every model, for three seconds."""
+    from torch.utils import collect_env
+
+    if not hasattr(collect_env.get_pretty_env_info, "cache_clear"):
+        vars(collect_env)["get_pretty_env_info"] = cache(collect_env.get_pretty_env_info)
 
 
 def _config(request: TrunkRequest, label: str, folder: Path) -> Any:

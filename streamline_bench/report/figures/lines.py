@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,30 @@ Written = tuple[str, Callable[[float], str]]
 
 
 @dataclass(frozen=True)
+class RootAxis(Axis):
+    """An axis by the square root, from 0 on; its ends are roots.
+
+    Small values stay apart where one is many times as large, and 0 has a place.
+    """
+
+    def place(self, value: float) -> float:
+        return super().place(math.sqrt(max(0.0, value)))
+
+    @staticmethod
+    def ticks(largest: float, count: int = 8) -> list[float]:
+        """0 and numbers of 1, 2 or 5 times a power of ten, ``1 / count`` of the axis apart."""
+        apart = math.sqrt(largest) / count
+        exponent = math.floor(math.log10(largest))
+        powers = (10.0**power for power in range(exponent, exponent - 4, -1))
+        found = [math.inf]
+        for value in (size * power for power in powers for size in (5, 2, 1)):
+            root = math.sqrt(value)
+            if value <= largest and apart <= root <= math.sqrt(found[-1]) - apart:
+                found.append(value)
+        return [0.0, *reversed(found[1:])]
+
+
+@dataclass(frozen=True)
 class Series:
     """What a line is of: a recipe at several sizes, from the largest model on; or one row."""
 
@@ -39,19 +64,28 @@ class Series:
     rows: tuple[Row, ...]
 
 
-def line_chart(lines: Sequence[tuple[Series, Line]], across: Written, up: Written) -> Markup:
-    """Draw a line with its band for each series."""
+def line_chart(
+    lines: Sequence[tuple[Series, Line]], across: Written, up: Written, *, root: bool = False
+) -> Markup:
+    """Draw a line with its band for each series; ``root``: what is up by its square root."""
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT - _NAMES
     horizontal = Axis.around([x for _, line in lines for x, _ in line], _LEFT, right)
     ends = [end for _, line in lines for _, y in line for end in y.ends]
-    vertical = Axis.around(ends, bottom, _TOP)
+    largest = max(ends)
+    if root and largest > 0:
+        roots = [math.sqrt(max(0.0, end)) for end in (0.0, *ends)]
+        vertical: Axis = RootAxis.around(roots, bottom, _TOP)
+        marks = RootAxis.ticks(largest)
+    else:
+        vertical = Axis.around(ends, bottom, _TOP)
+        marks = ticks(vertical.low, vertical.high, 6)
     names = escape(", ".join(visible_text(one.label) for one, _ in lines))
     parts = [
         f'<svg class="sizes{" many" if len(lines) > FEW else ""}" '
         f'viewBox="0 0 {_WIDTH:.0f} {_HEIGHT:.0f}" role="img" '
         f'aria-label="{up[0]} against {across[0]}: {names}">'
     ]
-    for value in ticks(vertical.low, vertical.high, 6):
+    for value in marks:
         y = vertical.place(value)
         parts.append(f'<path class="grid" d="M{_LEFT} {y}H{right}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" class="end">{up[1](value)}</text>')
