@@ -214,12 +214,23 @@ def main(arguments: list[str]) -> None:
     WarmPopen.address, WarmPopen.at_import = arguments[1], _read_early(dict(os.environ))
     for name in IMPORTED:
         importlib.import_module(name)
+    _look_at_the_machine()
     gc.collect()
     gc.freeze()  # what was imported stays in pages that all forks share
     request = _serve(listener)
     WarmPopen.is_fork = True
     subprocess.Popen = WarmPopen  # type: ignore[misc]
     _run(request["words"])
+
+
+def _look_at_the_machine() -> None:
+    """Do what every evaluation in a fork ends with; it takes PyTorch one to three seconds."""
+    from torch.utils import collect_env
+
+    from streamline_bench.harness.trunk.evaluation import look_at_the_machine_once
+
+    look_at_the_machine_once()
+    collect_env.get_pretty_env_info()
 
 
 def _serve(listener: socket.socket) -> dict[str, Any]:

@@ -142,7 +142,7 @@ class Evaluation:
         from lm_eval import simple_evaluate
         from lm_eval.loggers import EvaluationTracker
 
-        _look_at_the_machine_once()
+        look_at_the_machine_once()
         config = _config(self._request, label, folder)
         try:
             config._configure()
@@ -166,7 +166,7 @@ class Evaluation:
         _save(tracker, results, folder)
 
 
-def _look_at_the_machine_once() -> None:
+def look_at_the_machine_once() -> None:
     """Keep what the harness asks PyTorch about the machine after every model, for three seconds."""
     from torch.utils import collect_env
 

@@ -158,6 +158,20 @@ def test_files_are_those_of_separate_runs_of_the_stock_command(
     assert len(pairs.dense) == 4 * 8
 
 
+def test_pytorch_looks_at_the_machine_once_for_all_models(
+    checkpoints: dict[str, Path], ask: Callable[..., TrunkRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils import collect_env
+
+    looks = iter(["the machine", "looked at again"])
+    monkeypatch.setattr(collect_env, "get_pretty_env_info", lambda: next(looks))
+    request = ask(checkpoints, limit=2)
+    score_together(request, progress=False)
+    for output in request.outputs.values():
+        (results,) = output.rglob("results_*.json")
+        assert json.loads(results.read_text())["pretty_env_info"] == "the machine"
+
+
 def test_models_that_share_nothing_are_scored_alone_and_it_is_said_why(
     checkpoints: dict[str, Path],
     make_tiny_model: Callable[..., Path],
