@@ -32,24 +32,40 @@ FURTHER_HOSTS: dict[str, dict[str, Any]] = {
 FURTHER = [("gemma3_text", "llm_pruner"), *((host, "ffn") for host in FURTHER_HOSTS)]
 """Hosts and recipes."""
 
+
+def _cuts(*layers: int) -> dict[str, Any]:
+    """Overrides with which these layers go, two more than are put in their place."""
+    listed = {"method": "given_layers", "parameters": {"layers": list(layers)}}
+    return {"n_layers": 2, "parameters.selection": listed}
+
+
+TWO_CUTS = _cuts(1, 3)
+"""Layers apart from each other, so that a patch stands in two places."""
+
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("streamline_none", {"n_layers": 2}),
     "layer": ("streamline", {"n_layers": 2}),
     "ffn": ("streamline_ffn", {"n_layers": 2}),
-    "swiglu_res": ("streamline_swiglu_res", {"n_layers": 2}),
+    "swiglu_res": ("streamline_swiglu_res", TWO_CUTS),
     "swiglu-before-first": (
         "streamline_swiglu",
         {"n_layers": 2, "parameters.start": 0, "parameters.allow_first_layer": True},
     ),
-    "linear": ("ridge_map", {"n_layers": 2}),
+    "linear": ("ridge_map", TWO_CUTS),
     "replaceme": ("replaceme_lstsq", {"n_layers": 2}),
+    "layer-at-two-cuts": ("streamline", _cuts(1, 2, 4, 5)),
+    "two-layers-in-steps": ("streamline_two_layers", {"n_layers": 2, "parameters.iterations": 2}),
+    "replaceme-at-two-cuts": ("replaceme_lstsq", TWO_CUTS),
     "laco": ("laco", {"n_layers": 2}),
     "llm_pruner": ("llm_pruner", {"sparsity": 0.2}),
     "llm_pruner-uniform": ("llm_pruner_uniform", {"sparsity": 0.3}),
     "slicegpt": ("slicegpt", {"sparsity": 0.2}),
 }
 
-SAME_CODE = {"none", "layer", "replaceme", "laco", "llm_pruner-uniform"}
+SAME_CODE = {
+    *("none", "layer", "layer-at-two-cuts", "two-layers-in-steps", "laco", "llm_pruner-uniform"),
+    *("replaceme", "replaceme-at-two-cuts"),
+}
 """Served by the host's stock class or by the way of a recipe that stays: one host is enough."""
 SERVED = [
     (host, recipe)
