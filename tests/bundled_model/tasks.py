@@ -32,7 +32,7 @@ dataset_kwargs:
   skill: {skill}
 test_split: test
 num_fewshot: 0
-doc_to_text: "{{{{context}}}}"
+doc_to_text: context
 """
 _MULTIPLE_CHOICE = """\
 validation_split: validation

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import lm_eval.tasks
 import pytest
+from jinja2 import Environment, meta
 from lm_eval import simple_evaluate
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -65,6 +68,24 @@ def test_our_names_hide_none_of_the_harness() -> None:
         path.stem for path in stock.rglob("*.yaml")
     }
     assert not hidden
+
+
+def test_a_text_of_digits_is_asked_as_it_is() -> None:
+    """The harness takes a template that comes out as digits for the number of a choice."""
+    seen, wrong = 0, []
+    for path in sorted(ROOT.rglob("*.yaml")):
+        config = load_yaml(path, resolve_func=False)
+        if not config.get("doc_to_text") or not config.get("doc_to_choice"):
+            continue
+        text = config["doc_to_text"]
+        fields = meta.find_undeclared_variables(Environment().parse(text)) or {text}
+        settings = SimpleNamespace(doc_to_text=text, doc_to_choice=config["doc_to_choice"])
+        task = SimpleNamespace(prompt=None, config=settings, _config=settings, features=fields)
+        asked = ConfigurableTask.doc_to_text(task, dict.fromkeys(fields, "12"))
+        seen += 1
+        wrong += [] if isinstance(asked, str) and asked.strip() else [path.name]
+    assert wrong == []
+    assert seen >= 25
 
 
 @pytest.fixture(scope="module")

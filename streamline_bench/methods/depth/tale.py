@@ -43,6 +43,7 @@ from streamline_bench.methods.tools.task_questions import (
     Split,
     held_out_questions,
     local_files,
+    named_tasks,
 )
 
 log = logging.getLogger(__name__)
@@ -55,8 +56,8 @@ class TALEParameters(ProtectedEnds):
     """Parameters of the method ``tale``.
 
     Attributes:
-        tasks: of the harness, with choices: names of tasks or groups, or YAML files. The accuracy
-            is the mean over tasks.
+        tasks: of the harness, with choices: names of tasks or groups, or YAML files; ``auto``: see
+            :func:`.named_tasks`. The accuracy is the mean over tasks.
         split: which split is searched; None: ``validation``, or ``train`` where that is scored.
         documents: most questions of each task.
         metric: see :data:`streamline_bench.methods.tools.task_questions.Metric`.
@@ -64,7 +65,7 @@ class TALEParameters(ProtectedEnds):
         activations_gb: most memory for the states of a batch, in 10^9 bytes.
     """
 
-    tasks: tuple[str, ...] = Field(min_length=1)
+    tasks: tuple[str, ...] = Field(("auto",), min_length=1)
     split: Split | None = None
     documents: int = Field(256, ge=1)
     metric: Metric = "acc"
@@ -100,8 +101,8 @@ class TALE(LayerSelection):
         """Remove layers greedily; an interrupted search continues after its last whole step."""
         allowed = options.candidates(plan.num_layers, plan.n_layers)
         found, tasks = held_out_questions(
-            options.tasks, options.metric, options.documents, split=options.split,
-            seed=work.recipe.seed,
+            named_tasks(options.tasks, work.folder), options.metric, options.documents,
+            split=options.split, seed=work.recipe.seed,
         )  # fmt: skip
         exam = Exam.of(found, work, options.metric)
         hashes = sorted(question.doc_hash for question in found)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from streamline_bench.core.machine.environment import resource
+from streamline_bench.core.machine.environment import bundled_model, resource
 from streamline_bench.core.recipe.validation import suggest
 from streamline_bench.errors import CalibrationError, library_errors
 
@@ -45,6 +45,16 @@ class Question:
     lengths: tuple[int, ...]
     right: frozenset[int]
     doc_hash: str
+
+
+def named_tasks(names: Sequence[str], model: Path) -> list[str]:
+    """Put tasks in the place of ``auto``: the bundled ones for the bundled model, else ARC-easy.
+
+    Args:
+        model: folder of the model whose layers are chosen.
+    """
+    own = "streamline_demo" if model.resolve() == bundled_model().resolve() else "arc_easy"
+    return [own if name == "auto" else name for name in names]
 
 
 def held_out_questions(
@@ -122,8 +132,8 @@ def _tasks(name: str) -> list[Any]:
     ours = resource("tasks") / "lm_eval"
     with library_errors(
         f"Task '{name}' cannot be loaded",
-        "check its name and, where its data is on the hub, the connection (streamline_demo needs "
-        "none, nor do the local_* tasks)",
+        "check its name and, where its data is on the hub, the connection, or give others as "
+        "parameters.tasks (streamline_demo needs no connection, nor do the local_* tasks)",
         CalibrationError,
     ):
         if name.endswith(_YAML):

@@ -17,9 +17,10 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from surgery_in_memory import keep_layers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from streamline_bench.compression import compress
+from streamline_bench.compression import compress, load_recipe
 from streamline_bench.compression.pipeline import content_key
 from streamline_bench.core.checkpoint.folder import read_manifest
+from streamline_bench.core.machine.environment import bundled_model
 from streamline_bench.errors import (
     CalibrationError,
     EvaluationError,
@@ -27,7 +28,11 @@ from streamline_bench.errors import (
 )
 from streamline_bench.harness.lm import StreamlineLM
 from streamline_bench.methods.depth import tale
-from streamline_bench.methods.tools.task_questions import SEARCHED_FILE, held_out_questions
+from streamline_bench.methods.tools.task_questions import (
+    SEARCHED_FILE,
+    held_out_questions,
+    named_tasks,
+)
 from streamline_bench.modeling.loading import SourceModel
 
 
@@ -153,6 +158,34 @@ def test_the_content_of_a_task_file_is_part_of_the_key(
         recipe = asked(**{"parameters.tasks": str(own)})
         keys.append(content_key(SourceModel(folder), recipe))
     assert keys[0] == keys[2] != keys[1]
+
+
+def test_the_bundled_model_is_asked_what_comes_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def questions(names: Any, *_: object, **__: object) -> Any:
+        asked.append(names)
+        raise CalibrationError("no questions")
+
+    monkeypatch.setattr(tale, "held_out_questions", questions)
+    with pytest.raises(CalibrationError, match="no questions"):
+        compress("bundled", load_recipe("tale"), tmp_path / "out", progress=False)
+    assert asked == [["streamline_demo"]]
+    (tmp_path / "link").symlink_to(bundled_model())
+    assert named_tasks(["auto", "piqa"], tmp_path / "link") == ["streamline_demo", "piqa"]
+    assert named_tasks(["auto", "piqa"], tmp_path) == ["arc_easy", "piqa"]
+
+
+def test_questions_that_cannot_be_had_are_refused_with_the_parameter(
+    held_out_task: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "task.yaml"
+    text = held_out_task.read_text(encoding="utf-8")
+    path.write_text(text.replace("dataset_path: json", "dataset_path: /nowhere/at-all"))
+    with pytest.raises(CalibrationError, match=r"parameters\.tasks"):
+        held_out_questions([str(path)], "acc", 8)
 
 
 def test_a_limit_of_accuracy_names_the_size_within_it(
