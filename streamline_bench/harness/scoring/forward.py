@@ -9,7 +9,7 @@ is longer than all before, because a window of attention may only show beyond a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from streamline_bench.errors import (
     library_errors,
 )
 from streamline_bench.harness.scoring.packing import PackedRow, Query
+from streamline_bench.harness.scoring.prefix_attention import PrefixTree, behind_prefix
 
 CHUNK_ELEMENTS_CPU = 2**19
 """Logits per softmax call on a CPU: what stays in its cache."""
@@ -47,6 +48,7 @@ class BatchTensors:
         positions: ``[rows, longest]`` int64, or None where all rows are chains.
         ends: ``[rows, longest]`` int64, or None where all rows are chains: the token in row ``i``
             may look at ``j`` if ``j <= i < ends[j]``. A padding token is seen by itself alone.
+        tree: of the only row, if it has a prefix that is attended to without a mask.
         wanted: ``[wanted]`` int64: flat indices into ``rows x longest``, ascending, unique.
         target_at: ``[targets]`` int64: index into ``wanted`` for each target, ascending.
         target_ids: ``[targets]`` int64.
@@ -60,6 +62,7 @@ class BatchTensors:
     target_at: torch.Tensor
     target_ids: torch.Tensor
     owner: torch.Tensor
+    tree: PrefixTree | None = None
 
 
 def queries_of(batch: Sequence[PackedRow]) -> list[Query]:
@@ -75,10 +78,11 @@ def tensors_of(batch: Sequence[PackedRow]) -> BatchTensors:
     positions = np.zeros((len(batch), longest), dtype=np.int64)
     # A padding token that saw nothing would divide by zero; it sees itself, and nobody sees it.
     ends = np.tile(np.arange(1, longest + 1), (len(batch), 1))
+    tree = PrefixTree.of(batch[0]) if batch[0].prefix else None
     for number, row in enumerate(batch):
         ids[number, : len(row)] = row.tokens
         positions[number, : len(row)] = row.positions
-        if not chains:
+        if not chains and tree is None:
             ends[number, : len(row)] = row.ends()
     flat, tokens, owner = _targets(batch, longest)
     wanted, target_at = np.unique(flat, return_inverse=True)
@@ -86,11 +90,12 @@ def tensors_of(batch: Sequence[PackedRow]) -> BatchTensors:
     return BatchTensors(
         ids=torch.from_numpy(ids),
         positions=None if chains else torch.from_numpy(positions),
-        ends=None if chains else torch.from_numpy(ends),
+        ends=None if chains or tree else torch.from_numpy(ends),
         wanted=torch.from_numpy(wanted),
         target_at=torch.from_numpy(target_at[order]),
         target_ids=torch.from_numpy(tokens[order]),
         owner=torch.from_numpy(owner[order]),
+        tree=tree,
     )
 
 
@@ -136,7 +141,12 @@ class Forward:
         """
         model = self._model()
         forget_lengths(model)
-        with self._context(), _only(model, batch.ids.shape, batch.wanted):
+        attending = (
+            nullcontext()
+            if batch.tree is None
+            else behind_prefix(model, batch.tree.on(self._device))
+        )
+        with self._context(), attending, _only(model, batch.ids.shape, batch.wanted):
             logits = model(**self._inputs(model, batch)).logits
         if logits.shape[:2] != (1, len(batch.wanted)):
             raise HeadError(f"its logits have the shape {tuple(logits.shape)}")
@@ -151,8 +161,9 @@ class Forward:
 
     def _inputs(self, model: nn.Module, batch: BatchTensors) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": sent(batch.ids, self._device), "use_cache": False}
-        if batch.ends is not None and batch.positions is not None:
+        if batch.positions is not None:
             inputs["position_ids"] = sent(batch.positions, self._device)
+        if batch.ends is not None:
             dtype = getattr(model, "dtype", torch.float32)
             inputs["attention_mask"] = attention_mask(sent(batch.ends, self._device), dtype)
         return inputs
@@ -304,7 +315,8 @@ def packing_objection(forward: Forward, row: PackedRow) -> str | None:
     """Return why a branching row gives other logits than its longest members alone, or None."""
     packed, refusal = _tried(forward, tensors_of([row]))
     if packed is None:
-        return f"it refuses a mask and positions ({refusal})"
+        what = "that" if row.prefix else "a mask and positions"
+        return f"it refuses {what} ({refusal})"
     wanted = tensors_of([row]).wanted
     longest = sorted(row.scored, key=lambda pair: len(pair[0].inputs))[-2:]
     for query, nodes in longest:

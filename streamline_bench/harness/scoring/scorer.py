@@ -39,6 +39,7 @@ from streamline_bench.harness.scoring.packing import (
     PackedRow,
     Query,
     build_rows,
+    part_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,9 @@ Reading = Callable[[], list[tuple[int, Answer]]]
 """Waits for a batch: ``(query.index, answer)`` in the order of its queries."""
 
 Result = TypeVar("Result")
+
+_TRIED = 8
+"""Queries of a row behind a prefix that a model is tried with."""
 
 LOGITS_PER_BATCH = 2**26
 """At most this many logits at once (256 MB in float32), or those of one row."""
@@ -87,6 +91,8 @@ class TokenScorer:
         self._memory = HalvingBatches()
         self._share_up_to = self._initial_share(window)
         self._verified = 0
+        self._prefixes = True
+        self._verified_prefix = 0
 
     def _initial_share(self, window: int | None) -> int:
         objection = packing_objection(self._forward, synthetic_row(self._vocabulary))
@@ -132,7 +138,10 @@ class TokenScorer:
 
     def settle(self, layouts: Layouts) -> Layout:
         """Return the layout that this model gives its own logits with, checking it if need be."""
-        branching = [row for row in layouts.rows(self._layout) if not row.is_chain]
+        behind = [row for row in layouts.rows(self._layout) if row.prefix]
+        if behind:
+            self._verify_prefix(max(behind, key=lambda row: row.depth))
+        branching = [r for r in layouts.rows(self._layout) if not (r.is_chain or r.prefix)]
         if branching:
             self._verify(max(branching, key=lambda row: row.depth))
         return self._layout
@@ -140,7 +149,20 @@ class TokenScorer:
     @property
     def _layout(self) -> Layout:
         positions = max(1, LOGITS_PER_BATCH // self._vocabulary)
-        return Layout(self._share_up_to, self._pair_cost, positions, self.groups)
+        return Layout(self._share_up_to, self._pair_cost, positions, self.groups, self._prefixes)
+
+    def _verify_prefix(self, row: PackedRow) -> None:
+        if row.depth <= self._verified_prefix:
+            return
+        count = _TRIED
+        while not (tried := part_of(row, slice(count))).prefix:
+            count *= 2  # those were equal
+        objection = packing_objection(self._forward, tried)
+        if objection is None:
+            self._verified_prefix = row.depth
+            return
+        self._prefixes = False
+        logger.info("Rows behind a long prefix have a mask. Without one, %s.", objection)
 
     def _verify(self, row: PackedRow) -> None:
         depth = row.depth
@@ -268,6 +290,9 @@ def _split(batch: list[PackedRow]) -> list[list[PackedRow]]:
         middle = len(batch) // 2
         return [batch[:middle], batch[middle:]]
     queries = [query for query, _ in batch[0].scored]
+    if batch[0].prefix:
+        middle = len(queries) // 2
+        return [[part_of(batch[0], which)] for which in (slice(middle), slice(middle, None))]
     rows = build_rows(queries, share_up_to=0, row_tokens=0, pair_cost=0.0)
     return [[row] for row in rows]
 
