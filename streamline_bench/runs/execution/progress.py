@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -110,15 +111,18 @@ class _Clock:
         for state in states.values():
             if state.done is not None:
                 took.setdefault(state.job.kind, []).append(state.done.seconds)
+        open_jobs = [state for state in states.values() if not state.ended]
+        if any(state.job.kind not in took for state in open_jobs):
+            return None
+        together: dict[str, list[JobState]] = {}
+        for state in open_jobs:
+            process = state.process if state.status == "running" else None
+            together.setdefault(process or state.job.name, []).append(state)
         waiting = 0.0
-        for state in states.values():
-            if state.ended:
-                continue
-            known = took.get(state.job.kind)
-            if known is None:
-                return None
-            waiting += max(0.0, sum(known) / len(known) - (self.seconds(state) or 0.0))
-        busy = sum(state.status == "running" for state in states.values())
+        for same in together.values():
+            means = [statistics.fmean(took[state.job.kind]) for state in same]
+            waiting += max(0.0, sum(means) - (self.seconds(same[0]) or 0.0))
+        busy = sum(same[0].status == "running" for same in together.values())
         return waiting / max(1, busy)
 
 

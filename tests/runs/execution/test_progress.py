@@ -119,6 +119,11 @@ def test_a_long_job_gives_a_sign_of_life(
     assert "0 of 2 jobs" in line
     now[0] += 30
     assert _lines(show, states, stream) == []
+    # The time of a common process is spent once: of 2 x 100 s, 180 have passed.
+    alone = score_job("c")
+    states[alone.name] = JobState(alone, "done", done=_done(100.0))
+    now[0] += 30
+    assert "1 of 3 jobs, 3:00 min, about 20 s left" in _lines(show, states, stream)[0]
 
 
 def test_quiet_is_quiet(states: dict[str, JobState], capfd: pytest.CaptureFixture[str]) -> None:
