@@ -61,7 +61,7 @@ def _recipe(recipe: Mapping[str, Any]) -> Iterator[str]:
         yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
-_MARKS = {"exact": "✓", "runs": "○"}
+_MARKS = {"exact": "✓", "runs": "○", "not tried": "·"}
 
 
 def families() -> Iterator[str]:
@@ -70,12 +70,19 @@ def families() -> Iterator[str]:
     routes_file = ROOT / "streamline_bench" / "modeling" / "vllm" / "stock_routes.json"
     vllm, served = json.loads(routes_file.read_text("utf-8")), matrix["served"]["cells"]
     cells: Mapping[str, Mapping[str, str]] = matrix["cells"]
-    recipes = list(next(iter(cells.values())))
+    recipes = list(max(cells.values(), key=len))
     reasons: dict[str, int] = {}
     yield (
         f"Made with transformers {matrix['transformers']}: {len(cells)} model types and variants. "
         f"The column of vLLM is what the registry of vLLM {vllm['vllm']} says."
     )
+    if matrix["partly"]:
+        whole = sum(len(row) == len(recipes) for row in cells.values())
+        names = ", ".join(matrix["partly"]).replace("_", " ")
+        yield (
+            f"These columns were made for {whole} of them, those met most, and not tried (·) for "
+            f"the others: {names}."
+        )
     yield ""
     names = ["model type", "vLLM", *(name.replace("_", " ") for name in recipes)]
     yield "| " + " | ".join(names) + " |"
@@ -88,7 +95,7 @@ def families() -> Iterator[str]:
         )
         shown = [f"`{model_type}`", route]
         for recipe in recipes:
-            kind, _, reason = row[recipe].partition(": ")
+            kind, _, reason = row.get(recipe, "not tried").partition(": ")
             if kind not in _MARKS:
                 reason = reason.replace(f"'{model_type}'", "'X'")
                 number = reasons.setdefault(f"{kind}: {reason}", len(reasons) + 1)

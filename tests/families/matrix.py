@@ -14,6 +14,7 @@ checked:
   layers are bypassed in memory: each gives its input as its output. That does not depend on how a
   config is rewritten.
 
+A recipe without a cell was not tried on that type (``partly`` lists these columns).
 A cell is ``exact`` (all three), ``runs`` (the first two), or says why it is neither: ``refused``
 with the package's own sentence, ``wrong`` or ``crash``. Without ``--update`` the exit code is 1
 where a cell is worse than in the committed file. Finished model types are kept in ``--work``.
@@ -43,15 +44,22 @@ COMMITTED = ROOT / "reports" / "families.json"
 
 REMOVE_ONLY = (
     "streamline_none", "last_layers", "shortgpt", "uidl", "sleb", "shortened_llama_taylor",
-    "magnitude_l2",
+    "magnitude_l2", "tale",
 )  # fmt: skip
+AT_CUTS = "streamline_swiglu_res at two cuts"
 RECIPES = (
-    *REMOVE_ONLY, "laco", "streamline", "streamline_swiglu_res", "linear_patch", "replaceme_lstsq",
-    "ridge_map", "last_layers_lora", "last_layers_partial", "llm_pruner", "slicegpt",
+    *REMOVE_ONLY, "laco", "sliding_merge", "streamline", "streamline_swiglu_res", AT_CUTS,
+    "linear_patch", "replaceme_lstsq", "ridge_map", "prune_comp", "last_layers_lora",
+    "last_layers_partial", "joint_drop", "attention_drop", "mlp_drop", "block_pruner", "llm_pruner",
+    "flap", "minitron", "slicegpt", "reap",
 )  # fmt: skip
-"""One or a few for each method. The first seven only remove layers."""
+"""One or a few for each method. The first eight only remove layers."""
 
-WIDTH = ("llm_pruner", "slicegpt")
+BY_SHARE = (
+    "joint_drop", "attention_drop", "mlp_drop", "block_pruner", "llm_pruner", "flap", "minitron",
+    "slicegpt", "reap",
+)  # fmt: skip
+"""Asked for a share of the parameters; the others for two layers."""
 ORDER = ("exact", "runs", "refused", "wrong", "crash")
 """From best to worst."""
 
@@ -113,7 +121,33 @@ def tiny_folder(model_type: str, folder: Path, wider: int = 1) -> Path:
     lines = [" ".join(f"w{(i * 7 + j * 13) % 96}" for j in range(40)) for i in range(60)]
     text = "".join(json.dumps({"text": line}) + "\n" for line in lines)
     (folder / "calibration.jsonl").write_text(text, encoding="utf-8")
+    _save_questions(folder)
     return folder
+
+
+def _save_questions(folder: Path) -> None:
+    """Save a task of which a split is not scored."""
+    words = [f"w{number}" for number in range(3, 90)]
+    for split, first in (("validation", 0), ("test", 40)):
+        rows = (
+            {"context": " ".join(words[k : k + 5]), "choices": words[k + 5 : k + 8], "gold": k % 3}
+            for k in range(first, first + 24)
+        )
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    task = {
+        "task": "questions", "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {name: str(folder / f"{name}.jsonl") for name in ("validation", "test")}
+        },
+        "validation_split": "validation", "test_split": "test",
+        "output_type": "multiple_choice", "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "gold", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (folder / QUESTIONS).write_text(json.dumps(task), encoding="utf-8")
+
+
+QUESTIONS = "questions.yaml"
 
 
 def _save_tokenizer(words: Any, folder: Path) -> None:
@@ -152,26 +186,31 @@ def _compress(source: Path, name: str, output: Path) -> None:
     from streamline_bench.compression import compress
     from streamline_bench.errors import SparsityError
 
-    if name not in WIDTH:
-        compress(source, _brief_recipe(name, n_layers=2), output, progress=False)
+    if name not in BY_SHARE:
+        compress(source, _brief_recipe(name, source, n_layers=2), output, progress=False)
         return
     try:
-        compress(source, _brief_recipe(name, sparsity=0.2), output, progress=False)
+        compress(source, _brief_recipe(name, source, sparsity=0.2), output, progress=False)
     except SparsityError as error:  # heads alone of a mixture are few parameters
         reached = re.search(r"(0\.\d+) to (0\.\d+)", str(error))
         if reached is None:
             raise
         most = float(reached[2])
-        compress(source, _brief_recipe(name, sparsity=most), output, progress=False)
+        compress(source, _brief_recipe(name, source, sparsity=most), output, progress=False)
 
 
-def _brief_recipe(name: str, **size: float) -> Any:
+def _brief_recipe(name: str, source: Path, **size: float) -> Any:
     from streamline_bench.compression import load_recipe
     from streamline_bench.compression.recipes import applicable
 
-    recipe = load_recipe(name)
     small: dict[str, Any] = {**size, "calibration": "auto", "sequence_length": 16}
     small["calibration.samples"] = 8
+    if name == AT_CUTS:
+        name, listed = "streamline_swiglu_res", {"layers": [1, 4]}
+        small["parameters.selection"] = {"method": "given_layers", "parameters": listed}
+    recipe = load_recipe(name)
+    if "tasks" in recipe.parameters:
+        small["parameters.tasks"] = str(source / QUESTIONS)
     for part in ("training", "recovery.training"):
         if part == "training" or recipe.recovery:
             small |= {f"{part}.min_steps": 2, f"{part}.epochs": 1, f"{part}.batch_size": 4}
@@ -393,8 +432,12 @@ def main() -> int:
     print("\n".join(["", *(f"WORSE {line}" for line in lost)]))
     if asked.update:
         cells = {name: {**known["cells"].get(name, {}), **row} for name, row in found.items()}
-        cells = dict(sorted({**known["cells"], **cells}.items()))
-        write({**known, "transformers": transformers.__version__, "cells": cells})
+        cells = {
+            name: {recipe: row[recipe] for recipe in RECIPES if recipe in row}
+            for name, row in sorted({**known["cells"], **cells}.items())
+        }
+        partly = [recipe for recipe in RECIPES if any(recipe not in row for row in cells.values())]
+        write({**known, "transformers": transformers.__version__, "partly": partly, "cells": cells})
     return 0 if asked.update or not lost else 1
 
 
