@@ -311,6 +311,9 @@ def _refuse_nan(sums: npt.NDArray[np.float64], queries: Sequence[Query]) -> None
 CPU_TOKENS = 1024
 """Tokens per pass on a CPU: beyond this nothing is gained, and short of it little is lost."""
 
+CPU_QUERIES = 4
+"""Of the longest, for which such a pass has room: choices behind a long context share a row."""
+
 MEMORY_SHARE = 0.5
 
 
@@ -323,7 +326,8 @@ def scoring_tokens(
     handles well; ``auto`` starts large on an accelerator and is halved when memory runs out.
     """
     if str(batch_size).startswith("auto"):
-        return CPU_TOKENS if device.type == "cpu" else max(CPU_TOKENS, max_batch_size * longest)
+        room = CPU_QUERIES if device.type == "cpu" else max_batch_size
+        return max(CPU_TOKENS, room * longest)
     return max(CPU_TOKENS, int(batch_size) * longest)
 
 

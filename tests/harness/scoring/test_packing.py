@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from streamline_bench.core.architecture import RopeGroups
 from streamline_bench.harness.scoring.forward import attention_mask
-from streamline_bench.harness.scoring.packing import PackedRow, Query, build_rows, make_batches
+from streamline_bench.harness.scoring.packing import (
+    Layout,
+    Layouts,
+    PackedRow,
+    Query,
+    build_rows,
+    make_batches,
+)
+from streamline_bench.harness.scoring.scorer import scoring_tokens
 
 FREE = {"share_up_to": 10_000, "row_tokens": 10_000, "pair_cost": 0.0}
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=12)
@@ -51,6 +59,13 @@ def test_a_row_holds_as_many_nodes_as_there_are_distinct_prefixes(inputs: list[l
             for size in range(len(query.inputs))
         }
         assert len(row) == len(prefixes)
+
+
+def test_choices_of_a_long_context_share_it_on_a_cpu() -> None:
+    choices = [Query(i, [*range(2000), i, i + 1], [1, 2]) for i in range(4)]
+    room = scoring_tokens("auto", 2002, torch.device("cpu"), 64)
+    (row,) = Layouts(choices, batch_tokens=room).rows(Layout(10_000, 1 / 1024, 100))
+    assert len(row) == 2000 + 4 * 2
 
 
 def test_choices_share_one_context_and_one_token_choices_make_a_chain() -> None:
