@@ -416,11 +416,16 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="folder that keeps finished model types")
     asked = parser.parse_args()
 
+    import datasets  # noqa: F401 - imported once, before the forks, as those below
     import transformers
     from families.tiny_models import CAUSAL_TYPES, VARIANTS
 
     import streamline_bench.compression
-    import streamline_bench.harness.lm  # noqa: F401 - imported once, before the forks
+    import streamline_bench.harness.lm  # noqa: F401
+    from streamline_bench.methods.base import METHODS, get_method
+
+    for method in METHODS:
+        get_method(method)
 
     types = asked.types.split(",") if asked.types else [*CAUSAL_TYPES, *VARIANTS]
     recipes = asked.recipes.split(",") if asked.recipes else list(RECIPES)
