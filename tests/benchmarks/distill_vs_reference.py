@@ -83,37 +83,11 @@ def parse() -> argparse.Namespace:
 
 
 def build(options: argparse.Namespace) -> None:
-    """The model in float32, and its tokens; without ``--model`` a random Llama and random ones."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Save the model in float32, and its tokens; without ``--model`` random ones."""
+    from llama_and_tokens import llama_and_tokens
 
-    from streamline_bench.core.data.calibration import CalibrationTokens, load_calibration
-    from streamline_bench.core.recipe.schema import CalibrationSpec
-    from streamline_bench.modeling.loading import load_tokenizer
-
-    torch.manual_seed(0)
     folder = options.work / "llama"
-    if options.model:
-        model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-        options.layers, options.hidden, options.vocabulary = (
-            model.config.num_hidden_layers, model.config.hidden_size, model.config.vocab_size,
-        )  # fmt: skip
-        specification = CalibrationSpec(
-            source=options.text, sequence_length=options.length, samples=options.blocks
-        )
-        tokenizer = load_tokenizer(options.model)
-        tokens = load_calibration(specification, tokenizer, progress=False)
-    else:
-        model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=options.vocabulary,
-            hidden_size=options.hidden,
-            intermediate_size=options.hidden * 8 // 3 // 16 * 16,
-            num_hidden_layers=options.layers,
-            num_attention_heads=options.hidden // 64,
-            max_position_embeddings=options.length,
-            initializer_range=0.05,
-        ))  # fmt: skip
-        ids = torch.randint(0, options.vocabulary, (options.blocks, options.length))
-        tokens = CalibrationTokens.from_tensors(ids)
+    model, tokens = llama_and_tokens(options, options.blocks, initializer_range=0.05)
     model.save_pretrained(folder)
     # The reference's version of transformers knows the older name only.
     config = json.loads((folder / "config.json").read_text())
@@ -127,6 +101,8 @@ def build(options: argparse.Namespace) -> None:
     }
     save_file({name: part.contiguous() for name, part in parts.items()}, tokens_file(options))
     if options.save:
+        from streamline_bench.modeling.loading import load_tokenizer
+
         load_tokenizer(options.model).save_pretrained(folder)
 
 

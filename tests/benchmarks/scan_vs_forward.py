@@ -21,26 +21,15 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from llama_and_tokens import llama_and_tokens
 
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.scan import scan
 
 
-def build(options: argparse.Namespace, samples: int) -> tuple[Any, CalibrationTokens]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=options.vocabulary,
-        hidden_size=options.hidden,
-        intermediate_size=options.hidden * 8 // 3 // 16 * 16,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 64,
-        max_position_embeddings=options.length,
-    )
-    model = LlamaForCausalLM(config).eval().to(options.device, getattr(torch, options.dtype))
-    ids = torch.randint(0, options.vocabulary, (samples, options.length))
-    return model, CalibrationTokens.from_tensors(ids)
+def moved(options: argparse.Namespace, samples: int) -> tuple[Any, CalibrationTokens]:
+    model, tokens = llama_and_tokens(options, samples)
+    return model.to(options.device, getattr(torch, options.dtype)), tokens
 
 
 def forward(module: Any, tokens: CalibrationTokens, batch_size: int) -> None:
@@ -78,7 +67,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.only_peak:
-        model, tokens = build(options, options.only_peak)
+        model, tokens = moved(options, options.only_peak)
         scan(model, tokens, batch_size=options.batch_size, progress=False)
         if options.device == "cpu":
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -86,7 +75,7 @@ def main() -> None:
             print(torch.cuda.max_memory_allocated() / 2**20)
         return
 
-    model, tokens = build(options, options.samples)
+    model, tokens = moved(options, options.samples)
     runs: dict[str, Callable[[], Any]] = {
         "base": lambda: forward(model.model, tokens, options.batch_size),
         "full": lambda: forward(model, tokens, options.batch_size),

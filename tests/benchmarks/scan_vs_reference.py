@@ -30,11 +30,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from llama_and_tokens import llama_and_tokens
 
-from streamline_bench.core.data.calibration import CalibrationTokens, load_calibration
-from streamline_bench.core.recipe.schema import CalibrationSpec
 from streamline_bench.core.scan import scan
-from streamline_bench.modeling.loading import load_tokenizer
 
 
 def reference_scan(checkout: Path) -> Callable[..., int]:
@@ -46,32 +44,6 @@ def reference_scan(checkout: Path) -> Callable[..., int]:
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module.get_cosine_similarity
-
-
-def build(options: argparse.Namespace) -> tuple[Any, CalibrationTokens]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    dtype = getattr(torch, options.dtype)
-    if options.model:
-        model = LlamaForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
-        options.layers = model.config.num_hidden_layers
-        specification = CalibrationSpec(
-            source=options.text, sequence_length=options.length, samples=options.samples
-        )
-        return model, load_calibration(specification, load_tokenizer(options.model), progress=False)
-    config = LlamaConfig(
-        vocab_size=options.vocabulary,
-        hidden_size=options.hidden,
-        intermediate_size=options.hidden * 8 // 3 // 16 * 16,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 64,
-        max_position_embeddings=options.length,
-        initializer_range=0.05,
-    )
-    model = LlamaForCausalLM(config).eval().to(dtype)
-    ids = torch.randint(0, options.vocabulary, (options.samples, options.length))
-    return model, CalibrationTokens.from_tensors(ids)
 
 
 def timed(work: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
@@ -99,7 +71,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     reference = reference_scan(options.reference)
-    model, tokens = build(options)
+    model, tokens = llama_and_tokens(options, options.samples, initializer_range=0.05)
+    model.to(getattr(torch, options.dtype))
     # It wants more sequences than it looks at; one more is never run.
     rows = [*tokens.input_ids.tolist(), tokens.input_ids[0].tolist()]
 

@@ -21,6 +21,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from llama_and_tokens import llama_and_tokens
 from torch import nn
 
 from streamline_bench.core.data.calibration import CalibrationTokens
@@ -36,20 +37,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def build(options: argparse.Namespace) -> tuple[Any, CalibrationTokens]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=options.vocabulary,
-        hidden_size=options.hidden,
-        intermediate_size=options.hidden * 8 // 3 // 16 * 16,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 64,
-        max_position_embeddings=options.length,
-    )
-    model = LlamaForCausalLM(config).eval().to(options.device)
-    ids = torch.randint(0, options.vocabulary, (options.samples, options.length))
-    return model, CalibrationTokens.from_tensors(ids)
+    model, tokens = llama_and_tokens(options, options.samples)
+    return model.to(options.device), tokens
 
 
 class Without:

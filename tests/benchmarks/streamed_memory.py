@@ -1,13 +1,14 @@
 """Peak memory of compressions with the weights in memory and streamed layer by layer.
 
-A synthetic float16 Llama checkpoint (32 layers of 25.7 MB, 1 GB in all) is compressed in a process
-of its own per recipe and placement. Printed is the peak of the resident set over that after the
-imports, as a multiple of the checkpoint's bytes: all of it, its anonymous part (what is not
-anonymous is pages of mapped files, which the system takes back when it needs memory), and what was
-forecast from the headers.
+A synthetic float16 Llama checkpoint (32 layers of 25.7 MB, 1 GB in all; with ``--hidden 2048`` of
+102.8 MB, 3.6 GB in all) is compressed in a process of its own per recipe and placement. Printed is
+the peak of the resident set over that after the imports, as a multiple of the checkpoint's bytes:
+all of it, its anonymous part (what is not anonymous is pages of mapped files, which the system
+takes back when it needs memory), and what was forecast from the headers; the anonymous part also
+as so many layers in float32.
 
-    python tests/benchmarks/streamed_memory.py [--folder /tmp] [--layers 32] [--placements streamed]
-        [--recipes streamline_none,shortgpt,...] [--samples 4] [--length 64]
+    python tests/benchmarks/streamed_memory.py [--folder /tmp] [--layers 32] [--hidden 1024]
+        [--placements streamed] [--recipes streamline_none,shortgpt,...] [--samples 4] [--length 64]
 """
 
 from __future__ import annotations
@@ -25,20 +26,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RECIPES = "streamline_none,shortgpt,last_layers,streamline,slicegpt,replaceme_lstsq,sleb"
-VOCABULARY, HIDDEN, INNER = 32_000, 1_024, 2_816
+RECIPES = (
+    "streamline_none,shortgpt,last_layers,streamline,slicegpt,replaceme_lstsq,sleb,"
+    "shortened_llama_taylor,llm_pruner"
+)
+VOCABULARY = 32_000
 SHARD = 200_000_000
 
 
-def write_checkpoint(folder: Path, layers: int) -> int:
-    """Write random weights, a tokenizer and text; return the bytes of the weights."""
+def write_checkpoint(folder: Path, layers: int, hidden: int) -> tuple[int, int]:
+    """Write random weights, a tokenizer and text; return the bytes of all, and of a layer."""
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+    inside = hidden * 11 // 4
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER,
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=inside,
         num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16, dtype="float16",
         architectures=["LlamaForCausalLM"],
     )  # fmt: skip
@@ -54,18 +59,18 @@ def write_checkpoint(folder: Path, layers: int) -> int:
     (folder / "calibration.jsonl").write_text("\n".join(lines) + "\n")
 
     def shapes() -> Any:
-        yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
+        yield "model.embed_tokens.weight", (VOCABULARY, hidden)
         for layer in range(layers):
             at = f"model.layers.{layer}."
             for name in "qkvo":
-                yield f"{at}self_attn.{name}_proj.weight", (HIDDEN, HIDDEN)
+                yield f"{at}self_attn.{name}_proj.weight", (hidden, hidden)
             for name in ("gate", "up"):
-                yield f"{at}mlp.{name}_proj.weight", (INNER, HIDDEN)
-            yield f"{at}mlp.down_proj.weight", (HIDDEN, INNER)
+                yield f"{at}mlp.{name}_proj.weight", (inside, hidden)
+            yield f"{at}mlp.down_proj.weight", (hidden, inside)
             for name in ("input", "post_attention"):
-                yield f"{at}{name}_layernorm.weight", (HIDDEN,)
-        yield "model.norm.weight", (HIDDEN,)
-        yield "lm_head.weight", (VOCABULARY, HIDDEN)
+                yield f"{at}{name}_layernorm.weight", (hidden,)
+        yield "model.norm.weight", (hidden,)
+        yield "lm_head.weight", (VOCABULARY, hidden)
 
     weight_map, shard, total, number = {}, {}, 0, 0
 
@@ -85,7 +90,8 @@ def write_checkpoint(folder: Path, layers: int) -> int:
         write()
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return total
+    layer = 2 * (4 * hidden**2 + 3 * hidden * inside + 2 * hidden)
+    return total, layer
 
 
 def resident() -> tuple[int, int]:
@@ -145,7 +151,8 @@ def measure(
     given |= {"training.data.samples": 8, "training.data.sequence_length": length}
     given |= {"training.batch_size": 2, "training.gradient_accumulation": 2}
     if name in ("slicegpt", "replaceme_lstsq"):  # they need as many tokens as channels
-        given["calibration.samples"] = max(samples, 9 * HIDDEN // (8 * length))
+        hidden = json.loads((folder / "config.json").read_text())["hidden_size"]
+        given["calibration.samples"] = max(samples, 9 * hidden // (8 * length))
     if name == "sleb":
         given["n_layers"] = 1
     recipe = load_recipe(name, applicable(given, load_recipe(name)))
@@ -172,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where the checkpoint is made for the time")
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=1_024)
     parser.add_argument("--placements", default="streamed,resident")
     parser.add_argument("--recipes", default=RECIPES)
     parser.add_argument("--samples", type=int, default=4)
@@ -185,7 +193,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         model = Path(place) / "model"
         model.mkdir()
-        size = write_checkpoint(model, options.layers)
+        size, layer = write_checkpoint(model, options.layers, options.hidden)
         print(f"{size / 1e9:.2f} GB; peaks over the imports, as multiples of it")
         for name in options.recipes.split(","):
             for placement in options.placements.split(","):
@@ -206,6 +214,7 @@ def main() -> None:
                 whole, own = (peak / size for peak in found["peaks"])
                 said = sum(found["forecast"].values()) / size
                 shown = f"{whole:5.2f} all {own:5.2f} anonymous {said:5.2f} forecast "
+                shown += f"{found['peaks'][1] / (2 * layer):5.1f} layers "
                 shown += f"{found['seconds']:6.1f} s"
                 print(f"{name:18} {placement:9} {shown}", flush=True)
     return None
