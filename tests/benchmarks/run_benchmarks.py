@@ -48,7 +48,7 @@ LIMITS = {
     "scoring": Limit("streamline", "hf", 1.0),
     "scan": Limit("scan", "forward", 3.0),
     "search": Limit("shared", "naive", 0.85),
-    "text": Limit("together", "apart", 0.85),
+    "text": Limit("together", "apart", 0.6),
     "distillation": Limit("train", "forward", 6.0),
     "surgery": Limit("surgery", "copy", 3.0),
     "stability": Limit("vectorised", "loop", 0.2),
