@@ -324,8 +324,11 @@ class _Job:
         sizes = self.sizes
         tokens, _ = _tokens_of(self._text, self.config)
         found = self._weights(both=True) | self._calibration(0, self._per_pass)
-        square = _SQUARE * sizes.hidden**2
-        return found | {STATES: sizes.state(tokens), "covariances": square}
+        return found | {
+            STATES: sizes.state(tokens),
+            "covariances": _SQUARE * sizes.hidden**2,
+            "words before they are turned": sizes.vocabulary * sizes.hidden * sizes.item,
+        }
 
     def _replacement(self) -> Iterator[tuple[str, Parts]]:
         sizes, recipe, spec = self.sizes, self.recipe, self.recipe.training

@@ -238,10 +238,11 @@ def _turn_inputs(modules: list[Any], basis: Tensor) -> None:
     """Let linear maps read, or embeddings write, the stream in another basis ``[d, width]``."""
     for module in modules:
         weight = weight_of(module)
-        parts = [
-            (widened(rows) @ basis).to(module.weight) for rows in torch.split(weight, WIDENED_ROWS)
-        ]
-        set_weight(module, parts[0] if len(parts) == 1 else torch.cat(parts))
+        turned = module.weight.new_empty(len(weight), basis.shape[1])
+        pairs = (torch.split(each, WIDENED_ROWS) for each in (weight, turned))
+        for rows, place in zip(*pairs, strict=True):
+            place.copy_(widened(rows) @ basis)
+        set_weight(module, turned)
 
 
 def _turn_output(linear: Any, basis: Tensor) -> None:
