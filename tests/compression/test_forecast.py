@@ -68,8 +68,7 @@ APART = {
 }  # fmt: skip
 CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("shortgpt", "streamed", {}), ("shortgpt", "resident", {}), ("sleb", "streamed", {}),
-    ("streamline", "streamed", {}), ("streamline_lm", "resident", {}),
-    ("streamline_lm", "resident", APART),
+    ("streamline", "streamed", {}), ("streamline_lm", "resident", APART),
     ("streamline_lm", "resident", {**APART, "objective": "kd"}),
     ("last_layers_lora", "resident", {}),
 )  # fmt: skip
