@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from streamline_bench.core.machine.processes import HOST, free_port
-from streamline_bench.errors import RecipeError, StreamlineBenchError
+from streamline_bench.errors import MissingDependencyError, RecipeError, StreamlineBenchError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,6 +163,7 @@ def joined(device: str) -> Iterator[Ranks]:
 
     Raises:
         RecipeError: the launcher's settings contradict each other or the device.
+        MissingDependencyError: they ask for DeepSpeed, which is not installed.
     """
     global _current
     ranks = launched()
@@ -183,7 +185,12 @@ def start_group(device: str) -> None:
     from accelerate.utils import InitProcessGroupKwargs
 
     cpu = device.partition(":")[0] == "cpu"
-    if not cpu and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+    if is_on("ACCELERATE_USE_DEEPSPEED") and find_spec("deepspeed") is None:
+        raise MissingDependencyError(
+            "Accelerate is set to use DeepSpeed, which is not installed; run: "
+            "pip install 'streamline-bench[deepspeed]'"
+        )
+    if not cpu and is_on("ACCELERATE_USE_CPU"):
         raise RecipeError(
             f"Accelerate is set to use processors only, and the device is {device}; give device "
             "cpu, or launch without --cpu."
@@ -192,6 +199,11 @@ def start_group(device: str) -> None:
         own_device(device)
     settings = InitProcessGroupKwargs(timeout=_FOREVER).to_kwargs()
     PartialState(cpu=cpu, **settings)
+
+
+def is_on(variable: str) -> bool:
+    """Whether a launcher has switched something on by an environment variable."""
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
 def own_device(device: str) -> str:

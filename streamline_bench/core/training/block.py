@@ -533,11 +533,11 @@ class Student:
 
     def state_on_cpu(self) -> dict[str, Tensor]:
         """Return a copy of all weights (and buffers that are saved) on the CPU."""
-        state = self.module.state_dict()
+        state = self.module.state_dict(keep_vars=True)
         return {name: whole(tensor).detach().to("cpu", copy=True) for name, tensor in state.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        for name, tensor in self.module.state_dict().items():
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
             put(tensor, state.get(name))
 
 

@@ -50,7 +50,7 @@ def loss_of_logits(
     arguments = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
     count, config = len(wanted), model.config.get_text_config()
     at_once = positions_at_once(count, int(config.vocab_size))
-    if at_once == count or is_sharded():  # FSDP expects one run of a head
+    if at_once == count or is_sharded():  # which expects one run of a head
         logits = model(**arguments).logits.flatten(0, 1)[wanted]
         return loss(logits, torch.arange(count, device=logits.device))
     stack = architecture_of(model.config).base

@@ -35,21 +35,14 @@ from streamline_bench.core.recipe.schema import TrainingSpec
 from streamline_bench.core.training.batch import Batch, make_batch, predicted
 from streamline_bench.core.training.block import StateSource, Student, recomputed
 from streamline_bench.core.training.distillation import KdObjective, TeacherLogits
+from streamline_bench.core.training.engine import Engine, TorchEngine
 from streamline_bench.core.training.head import loss_of_logits
-from streamline_bench.core.training.sharding import (
-    is_sharded,
-    moments_on_cpu,
-    refuse_launch,
-    shard,
-    spread_moments,
-)
+from streamline_bench.core.training.sharding import is_sharded, is_zero, refuse_launch
 from streamline_bench.core.training.state import (
     CosineSchedule,
     StepPlan,
     TrainingState,
-    load_moments,
     load_state,
-    optimizer_moments,
     save_state,
 )
 from streamline_bench.errors import NumericsError, OutputError
@@ -261,43 +254,42 @@ class Loop:
                 "STREAMLINE_BENCH_CACHE to one that all machines share."
             )
         self._began = time.monotonic() - self.state.seconds
-        if self._spread:
-            shard(self.objective.model)
-        parameters = list(self.student.named_parameters().values())
-        spec = self.training
-        optimizer = torch.optim.AdamW(
-            parameters, lr=self.schedule.peak, betas=spec.betas, weight_decay=spec.weight_decay,
-            fused=self.device.type == "cuda" or None,
-        )  # fmt: skip
+        self._engine = self._new_engine()
         if self.state.step:
             log.info(
                 "training the %s: continuing after step %d of %d",
                 self.student.label, self.state.step, self.plan.steps,
             )  # fmt: skip
-            self.student.load(self.state.weights)
-            moments = self.state.moments
-            load_moments(
-                optimizer, spread_moments(moments, parameters) if self._spread else moments
-            )
             self.state.forget_copies()
         else:
             self._validate(lr=None)
+        spec = self.training
         with self._recomputing(), tqdm(
             total=self.plan.steps, initial=self.state.step, unit="step",
             desc=f"{self.student.task} ({spec.objective})", disable=not self.progress,
         ) as bar:  # fmt: skip
             while self.state.step < self.plan.steps:
-                loss = self._step(optimizer, parameters)
+                loss = self._step()
                 bar.set_postfix(loss=f"{loss:.4g}", best=f"{self.state.best_loss:.4g}")
                 bar.update()
                 step = self.state.step
                 if step % spec.checkpoint_every == 0 or step == self.plan.steps:
-                    self._checkpoint(optimizer)
-        optimizer.zero_grad(set_to_none=True)  # as large as what was trained
+                    self._checkpoint()
+        self._engine.close()
         rows = "".join(json.dumps(row) + "\n" for row in self.state.curve)
         if current().main:
             atomic_write_text(self.work / "curve.jsonl", rows)
         return self.state
+
+    def _new_engine(self) -> Engine:
+        """Prepare what takes the steps, after those of the last checkpoint."""
+        model, peak = self.objective.model, self.schedule.peak
+        if model is not None and is_zero():
+            from streamline_bench.core.training.zero import ZeroEngine
+
+            return ZeroEngine(self.student, model, self._loss, self.training, peak, self.state)
+        divided = model if self._spread else None
+        return TorchEngine(self.student, divided, self._loss, self.training, peak, self.state)
 
     def _recomputing(self) -> AbstractContextManager[None]:
         if self.objective.model is None or not self.training.gradient_checkpointing:
@@ -322,35 +314,30 @@ class Loop:
             **({"processes": current().count} if current().count > 1 else {}),
         }  # fmt: skip
 
-    def _step(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> float:
+    def _step(self) -> float:
         state = self.state
         lr = self.schedule.at(state.step)
-        for group in optimizer.param_groups:
+        for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        optimizer.zero_grad(set_to_none=True)
         self.student.begin(state.step)
-        total, terms, tokens = self._backward(parameters)
+        total, terms, tokens = self._backward()
         if not math.isfinite(total / terms):
             raise NumericsError(
                 f"The loss of the {self.student.label} is {total / terms} {self._at_step}; lower "
                 "training.lr or use autocast 'none'."
             )
         try:
-            torch.nn.utils.clip_grad_norm_(
-                parameters, self.training.max_grad_norm, error_if_nonfinite=True
-            )
+            self._engine.step()
         except RuntimeError:  # raised before anything is clipped: gradients are as they were
             self._refuse_gradients()
             raise
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)  # a validation or checkpoint has its own copies
         state.step += 1
         state.tokens += tokens
         state.pending = (state.pending[0] + total, state.pending[1] + terms)
         self._record(lr)
         return total / terms
 
-    def _backward(self, parameters: Sequence[nn.Parameter]) -> tuple[float, int, int]:
+    def _backward(self) -> tuple[float, int, int]:
         """Accumulate the step's gradients; return (sum of losses, terms, tokens) of all processes.
 
         A loss that is not finite is so in all processes, by the sum.
@@ -360,12 +347,12 @@ class Loop:
         terms = max(sum(self.train.terms(self.objective, rows) for rows in micro_batches), 1)
         total = torch.zeros((), device=self.device)
         for batch, weight in self._passes(micro_batches):
-            loss = self._loss(batch, self.train.source)
-            # FSDP gives the mean over the processes, and theirs are parts of one sum.
+            loss = self._engine.loss(batch, self.train.source)
+            # FSDP and ZeRO give the mean over the processes, and theirs are parts of one sum.
             times = current().count * weight if self._spread else weight
-            (loss * (times / terms)).backward()  # type: ignore[no-untyped-call]
+            self._engine.backward(loss * (times / terms))
             total += loss.detach() * weight
-        summed = self._add_up(parameters, float(total))
+        summed = self._add_up(float(total))
         return summed, terms, sum(int(mask.sum()) for mask in masks)
 
     def _passes(self, micro_batches: Sequence[Tensor]) -> Iterator[tuple[Batch, int]]:
@@ -403,7 +390,7 @@ class Loop:
             most = max(len(share) for share in shares)
             yield from ((shares[0][0], 0) for _ in range(most - len(own)))
 
-    def _add_up(self, parameters: Sequence[nn.Parameter], total: float) -> float:
+    def _add_up(self, total: float) -> float:
         """Add up the gradients of all processes, in place, and the sums of their losses.
 
         What has no gradient anywhere has none afterwards.
@@ -411,8 +398,9 @@ class Loop:
         ranks = current()
         if ranks.count == 1:
             return total
-        if self._spread:  # FSDP has done it
+        if self._spread:  # FSDP or ZeRO has done it
             return ranks.sum_of([total])[0]
+        parameters = self._engine.parameters
         used = [float(parameter.grad is not None) for parameter in parameters]
         total, *used = ranks.sum_of([total, *used])
         counted = [each for each, times in zip(parameters, used, strict=True) if times]
@@ -438,7 +426,8 @@ class Loop:
                 "there."
             ) from None
         gradients = [parameter.grad for parameter in named.values() if parameter.grad is not None]
-        norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+        norms = [gradient.norm() for gradient in gradients]
+        norm = float(torch.stack(norms).norm()) if norms else math.nan  # ZeRO has let go of them
         if not math.isfinite(norm):
             raise NumericsError(
                 f"The gradient norm of the {self.student.label} is {norm} {self._at_step}; lower "
@@ -466,7 +455,7 @@ class Loop:
         count = current().count
         for rows, weight in self._in_step([batches[rank::count] for rank in range(count)]):
             batch = make_batch(tokens, rows, self.device)
-            total += self._loss(batch, self.validation.source).double() * weight
+            total += self._engine.loss(batch, self.validation.source).double() * weight
         summed = current().sum_of([float(total)])[0]
         loss = summed / max(self.validation.terms(self.objective), 1)
         if not math.isfinite(loss):
@@ -491,14 +480,11 @@ class Loop:
         state.curve.append(row)
         state.pending = (0.0, 0)
 
-    def _checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
+    def _checkpoint(self) -> None:
         self.state.seconds = time.monotonic() - self._began
-        if self._spread:  # all of them give their parts
+        if self._spread or current().main:  # spread: all of them give their parts
             self.state.weights = self.student.state_on_cpu()
-            self.state.moments = moments_on_cpu(optimizer)
-        elif current().main:
-            self.state.weights = self.student.state_on_cpu()
-            self.state.moments = optimizer_moments(optimizer)
+            self.state.moments = self._engine.moments()
         if current().main:
             save_state(self.work, self.key, self.state)
         self.state.forget_copies()

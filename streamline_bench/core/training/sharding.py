@@ -1,22 +1,24 @@
-"""Weights that are spread over the processes of a launch by FSDP2, as accelerate is set to do.
+"""Weights that are spread over the processes of a launch, as accelerate is set to do.
 
-``accelerate launch`` hands its settings on in environment variables. Without FSDP every process has
-the whole model and gradients are added up; with it each layer's weights, gradients and moments are
-divided among the processes, and whole only while the layer runs. What is written is whole.
+``accelerate launch`` hands its settings on in environment variables. Without FSDP2 or DeepSpeed
+every process has the whole model and gradients are added up; with FSDP2 each layer's weights,
+gradients and moments are divided among the processes, and whole only while the layer runs.
+DeepSpeed (:mod:`.zero`) divides the same, or leaves the weights whole. What is written is whole.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamline_bench.core.architecture import decoder_layers
-from streamline_bench.core.machine.ranks import current
+from streamline_bench.core.machine.ranks import current, is_on
 from streamline_bench.core.recipe.schema import TrainingSpec
 from streamline_bench.errors import RecipeError, library_errors
 
@@ -32,20 +34,18 @@ def refuse_launch(training: TrainingSpec) -> None:
     if current().count == 1:
         return
     engines = {
-        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
         "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
         "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
     }
     for name, engine in engines.items():
-        if _is_on(name):
+        if is_on(name):
             raise RecipeError(
                 f"Accelerate is set to use {engine}, which a training here does not use; take "
-                "distributed_type FSDP with fsdp_version 2, which divides weights, gradients and "
-                "moments as ZeRO does, or MULTI_GPU."
+                "distributed_type FSDP with fsdp_version 2, DEEPSPEED, or MULTI_GPU."
             )
-    if _is_on("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+    if is_on("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
         raise RecipeError("Accelerate is set to use FSDP version 1; set fsdp_version: 2.")
-    if _is_on("ACCELERATE_USE_FSDP") and _is_on("FSDP_ACTIVATION_CHECKPOINTING"):
+    if is_on("ACCELERATE_USE_FSDP") and is_on("FSDP_ACTIVATION_CHECKPOINTING"):
         raise RecipeError(
             "Accelerate is set to recompute activations, which the recipe decides; leave "
             "fsdp_activation_checkpointing out, and set training.gradient_checkpointing=true."
@@ -69,12 +69,13 @@ def _refuse_other(variable: str, name: str, allowed: set[str], ours: str) -> Non
 
 
 def is_sharded() -> bool:
-    """Whether the weights of a model in training are spread over the processes."""
-    return current().count > 1 and _is_on("ACCELERATE_USE_FSDP")
+    """Whether what belongs to a model in training is spread over the processes."""
+    return current().count > 1 and (is_on("ACCELERATE_USE_FSDP") or is_zero())
 
 
-def _is_on(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+def is_zero() -> bool:
+    """Whether it is DeepSpeed that spreads it."""
+    return current().count > 1 and is_on("ACCELERATE_USE_DEEPSPEED")
 
 
 def shard(model: Any) -> None:
@@ -113,8 +114,32 @@ def _shard_layers(model: Any, plugin: Any) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor, on every process; they must all ask for it."""
+    if _is_divided(tensor):
+        with gathered(tensor):
+            return tensor.detach().clone()
     full = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()
+
+
+@contextmanager
+def gathered(*tensors: Tensor, changed: bool = False) -> Iterator[None]:
+    """Have weights that ZeRO-3 has divided whole for a while; all processes must ask for it.
+
+    Args:
+        changed: the main process changes them, for all.
+    """
+    divided = [tensor for tensor in tensors if _is_divided(tensor)]
+    if not divided:
+        yield
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(divided, modifier_rank=0 if changed else None):
+        yield
+
+
+def _is_divided(tensor: Tensor) -> bool:
+    return hasattr(tensor, "ds_id")  # DeepSpeed's mark
 
 
 @torch.no_grad()
@@ -122,8 +147,12 @@ def put(target: Tensor, value: Tensor | None) -> None:
     """Copy a whole tensor, which the main process has, into one that may be spread."""
     if hasattr(target, "full_tensor"):
         target.copy_(spread(target, value))
-    elif value is not None:  # else a buffer, which a training leaves as it is
-        target.copy_(value)
+        return
+    with gathered(target, changed=True):
+        if value is not None:  # else a buffer, which a training leaves as it is
+            target.copy_(value)
+    if is_zero() and not _is_divided(target):
+        torch.distributed.broadcast(target, 0)
 
 
 def spread(like: Any, value: Tensor | None) -> Tensor:

@@ -66,7 +66,7 @@ def compress_and_recover(
     tokens = _tokens(job, spec)
     log.info("recovery (%s): %d sequences of %s", spec.kind, len(tokens), tokens.source)
     dense = _dense(job, spec, tokens)
-    # What is not trained may be in less than full precision; FSDP wants all of it in one dtype.
+    # What is not trained may be in less than full precision, unless it is spread.
     frozen = spec.kind == "lora" or (spec.kind == "partial" and not is_sharded())
     dtype = job.dtype if frozen else None
     model = load_model(

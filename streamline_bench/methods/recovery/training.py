@@ -23,7 +23,7 @@ from streamline_bench.core.machine.ranks import current
 from streamline_bench.core.recipe.schema import ProjectionRole, RecoverySpec
 from streamline_bench.core.training.distillation import KdObjective, TeacherLogits
 from streamline_bench.core.training.loop import DataSet, LmObjective, Loop, open_work_folder
-from streamline_bench.core.training.sharding import is_sharded, put, whole
+from streamline_bench.core.training.sharding import gathered, is_sharded, put, whole
 from streamline_bench.core.training.state import CosineSchedule, StepPlan
 from streamline_bench.core.training.trainer import TrainingResult, key_of
 from streamline_bench.errors import ArchitectureError, RecipeError
@@ -117,6 +117,7 @@ def train_recovery(
         key=key,
         progress=progress,
     )
+    trained = sum(parameter.numel() for parameter in trainable.named_parameters().values())
     with torch.random.fork_rng():  # steps seed the generators for their dropout
         state = loop.run()
     trainable.load(state.best)
@@ -127,7 +128,7 @@ def train_recovery(
         "kind": spec.kind,
         **({"objective": "kd"} if dense else {}),
         "preset": spec.preset,
-        "trained_parameters": sum(p.numel() for p in trainable.named_parameters().values()),
+        "trained_parameters": trained,
         "changed_tensors": len(trainable.weights),
         **({"targets_left_out": dict(trainable.left_out)} if trainable.left_out else {}),
         **loop.summary(),
@@ -343,7 +344,9 @@ class LoraParameters(TrainableParameters):
     def _merged(self, name: str) -> Tensor:
         layer = self._layers[name.removesuffix(".weight")]
         weight = layer.get_base_layer().weight
-        merged: Tensor = weight.float() + layer.get_delta_weight(_ADAPTER)
+        update = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+        with gathered(weight, *update):
+            merged: Tensor = weight.float() + layer.get_delta_weight(_ADAPTER)
         return whole(merged).cpu()
 
 

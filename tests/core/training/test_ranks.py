@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from streamline_bench.core.machine.processes import free_port
@@ -27,9 +29,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {"min_steps": 20, "checkpoint_every": 4}),
 }
 
+ZERO = ("mse", "lm", "kd", "lora", "lora-alone", "partial", "checkpointing", "full")
+
 # One process imports; those of a training are forks of it, joined by gloo.
 TRAININGS = """
 import json, os, sys, traceback
+from importlib.util import find_spec
 from pathlib import Path
 
 import accelerate, peft, torch, torch._dynamo, transformers.models.llama.modeling_llama
@@ -51,7 +56,12 @@ def tokens():
     mask = torch.arange(8) < torch.randint(3, 9, (23, 1), generator=generator)
     return CalibrationTokens.from_tensors(ids.where(mask, 0), mask)
 
+def forbidden(*arguments):
+    raise AssertionError("a process other than the main one writes")
+
 def train(work, kind, settings, stop_after=-1):
+    if not current().main:
+        loop.save_state = loop.atomic_write_text = forbidden
     def step_then_stop(self, *arguments):
         loss = STEP(self, *arguments)
         if self.state.step == stop_after:
@@ -77,6 +87,12 @@ def train(work, kind, settings, stop_after=-1):
     if current().main:
         save_file(dict(result.state), work / "result.safetensors")
         (work / "summary.json").write_text(json.dumps(result.summary))
+
+def prepare_deepspeed():
+    import deepspeed.ops
+
+    # Compiled on first use for a minute, and not used in trainings.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
@@ -125,6 +141,28 @@ codes["spread"] = start(2, port, folder, each, **FSDP)
 stops = [(folder / "full" / "spread-resumed", *cases["full"])]
 codes["spread-begun"] = [start(2, port, folder, stops, step, **FSDP) for step in (10, 14)]
 codes["spread-resumed"] = start(1, port, folder, stops)
+if find_spec("deepspeed"):
+    prepare_deepspeed()
+    divided = {"stage": 3, "stage3_param_persistence_threshold": 0}  # small weights too
+    file = folder / "zero3.json"
+    file.write_text(json.dumps({"zero_optimization": divided, "gradient_clipping": "auto"}))
+    zero = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+    stages = {
+        "zero2": {**zero, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+        "zero3": {**zero, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)},
+    }
+    for stage, settings in stages.items():
+        each = [(folder / name / stage, *cases[name]) for name in sys.argv[4].split(",")]
+        codes[stage] = start(2, port, folder, each, **settings)
+        stops = [(folder / "full" / f"{stage}-resumed", *cases["full"])]
+        codes[f"{stage}-begun"] = start(2, port, folder, stops, 10, **settings)
+        codes[f"{stage}-resumed"] = start(2, port, folder, stops, **settings)
+        stops = [(folder / "full" / f"{stage}-left", *cases["full"])]
+        codes[f"{stage}-left"] = [
+            start(2, port, folder, stops, 6, **settings),
+            start(3, port, folder, stops, 14, **settings),
+            start(1, port, folder, stops),
+        ]
 (folder / "codes.json").write_text(json.dumps(codes))
 """
 
@@ -134,7 +172,15 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with what one and what two processes made of every case."""
     folder = tmp_path_factory.mktemp("trainings")
     port = str(free_port())
-    command = [sys.executable, "-c", TRAININGS, str(folder), json.dumps(CASES), port]
+    command = [
+        sys.executable,
+        "-c",
+        TRAININGS,
+        str(folder),
+        json.dumps(CASES),
+        port,
+        ",".join(ZERO),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run(command, env=environment, check=True, timeout=280)
     return folder
@@ -191,3 +237,47 @@ def test_a_training_by_fsdp_goes_on_with_and_without_it(trainings: Path) -> None
     codes = _codes(trainings)
     assert (codes["spread-begun"], codes["spread-resumed"]) == ([[9, 9], [9, 9]], [0])
     assert _difference(trainings / "full", "spread-resumed") < 1e-6
+
+
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None,
+    reason="DeepSpeed is not installed; run: pip install 'streamline-bench[deepspeed]'",
+)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.parametrize("case", ZERO)
+def test_deepspeed_trains_what_one_process_does(trainings: Path, case: str, stage: str) -> None:
+    assert _codes(trainings)[stage] == [0, 0]
+    assert _difference(trainings / case, stage) < 1e-6
+    one, zero = (load_file(trainings / case / name / "result.safetensors") for name in ("1", stage))
+    assert one.keys() == zero.keys()
+    assert max(float((one[name] - zero[name]).abs().max()) for name in one) < 1e-6
+    told = [
+        json.loads((trainings / case / name / "summary.json").read_text()) for name in ("1", stage)
+    ]
+    assert told[0].get("trained_parameters") == told[1].get("trained_parameters")
+    # DeepSpeed would write files of its own, and the other process may not.
+    files = [{path.name for path in (trainings / case / name).iterdir()} for name in ("1", stage)]
+    assert files[0] == files[1]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_a_training_by_deepspeed_goes_on_to_the_bit(trainings: Path, stage: str) -> None:
+    codes = _codes(trainings)
+    assert (codes[f"{stage}-begun"], codes[f"{stage}-resumed"]) == ([9, 9], [0, 0])
+    whole, resumed = (
+        load_file(trainings / "full" / name / "training.safetensors")
+        for name in (stage, f"{stage}-resumed")
+    )
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_it_goes_on_by_three_processes_and_without_deepspeed(trainings: Path, stage: str) -> None:
+    assert _codes(trainings)[f"{stage}-left"] == [[9, 9], [9, 9, 9], [0]]
+    assert _difference(trainings / "full", f"{stage}-left") < 1e-6

@@ -1,0 +1,221 @@
+"""Training by DeepSpeed's ZeRO, stages 2 and 3, as accelerate is set to do.
+
+Stage 2 divides gradients and AdamW's moments among the processes, stage 3 the weights too. What
+DeepSpeed decides elsewhere (precision, accumulation, clipping, rates) is the recipe's here. The
+arithmetic is that of one process: float32 weights, sums of gradients, torch's AdamW.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from streamline_bench.core.machine.ranks import current
+from streamline_bench.core.recipe.schema import TrainingSpec
+from streamline_bench.core.training.engine import LossSum, adamw
+from streamline_bench.core.training.state import TrainingState
+from streamline_bench.errors import RecipeError, library_errors
+
+if TYPE_CHECKING:
+    from streamline_bench.core.training.loop import Trainee
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_PRECISION = "the recipe decides on precision (training.autocast)"
+_REFUSED = {
+    "optimizer": "a training takes torch's AdamW",
+    "scheduler": "the recipe decides on the rate (training.lr)",
+    "fp16": _PRECISION, "bf16": _PRECISION, "amp": _PRECISION, "torch_autocast": _PRECISION,
+    "compile": "nothing is compiled",
+}  # fmt: skip
+"""Sections of DeepSpeed's settings that a training does not follow, and why."""
+
+
+class ZeroEngine:
+    """DeepSpeed's engine around a model and its loss; see :class:`.engine.Engine`.
+
+    Args:
+        model: to be divided, in place.
+        loss: of that model.
+        state: where the training goes on, if it has taken steps.
+
+    Raises:
+        RecipeError: DeepSpeed's settings contradict the recipe, or it cannot train the model.
+    """
+
+    def __init__(
+        self, trainee: Trainee, model: nn.Module, loss: LossSum, training: TrainingSpec, lr: float,
+        state: TrainingState,
+    ) -> None:  # fmt: skip
+        config = zero_config(model, training)
+        if state.step:  # the main process's weights are spread with the model
+            trainee.load(state.weights)
+        self.parameters = list(trainee.named_parameters().values())
+        self.optimizer: torch.optim.Optimizer = adamw(self.parameters, training, lr)
+        if self.parameters[0].device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        with library_errors("The model cannot be spread by DeepSpeed", "use FSDP", RecipeError):
+            import deepspeed
+
+            self._engine: Any = deepspeed.initialize(
+                model=_WithLoss(model, loss), optimizer=self.optimizer, config=config
+            )[0]
+            if state.step:
+                self._load(state.moments)
+
+    def loss(self, batch: Any, source: Any) -> Tensor:
+        total: Tensor = self._engine(batch, source)
+        return total
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        self._engine.step()
+        if self._engine.optimizer.overflow:  # it has left the step out
+            raise RuntimeError("the norm of the gradients is not finite")
+
+    def moments(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        steps = next(iter(self.optimizer.state.values()))["step"]
+        kept: dict[str, Tensor] = {}
+        for index, parameter in enumerate(self.parameters):
+            for name in _MOMENTS:
+                full = safe_get_full_optimizer_state(parameter, name)
+                if current().main:
+                    kept[f"{index}.{name}"] = full.to("cpu", copy=True)
+            if current().main:
+                kept[f"{index}.step"] = torch.as_tensor(steps).to("cpu", copy=True)
+        return kept
+
+    def _load(self, moments: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`moments` gave, or another engine; DeepSpeed counts steps once."""
+        zero = self._engine.optimizer
+        given = current().first(lambda: sorted(moments))
+        steps = current().first(
+            lambda: max(float(moments[name]) for name in given if name.endswith(".step"))
+        )
+        self._begin_state(zero, steps)
+        for index, parameter in enumerate(self.parameters):
+            for name in _MOMENTS:
+                if (key := f"{index}.{name}") in given:
+                    _put_moment(parameter, name, moments.get(key))
+
+    def _begin_state(self, zero: Any, steps: float) -> None:
+        """Give AdamW the state that it otherwise makes in its first step."""
+        divided = hasattr(zero, "fp32_partitioned_groups_flat")  # stage 3
+        parts = (
+            zero.fp32_partitioned_groups_flat if divided else zero.single_partition_of_fp32_groups
+        )
+        for part in parts:
+            counter = torch.tensor(steps, device=part.device if part.is_cuda else "cpu")
+            self.optimizer.state[part] = {
+                "step": counter, **{name: torch.zeros_like(part) for name in _MOMENTS}
+            }  # fmt: skip
+        if not divided:
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+
+class _WithLoss(nn.Module):
+    """A model whose output is its loss: DeepSpeed's engine watches what it is given to call."""
+
+    def __init__(self, model: nn.Module, loss: LossSum) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self, batch: Any, source: Any) -> Tensor:
+        return self._loss(batch, source)
+
+
+def _put_moment(parameter: nn.Parameter, name: str, value: Tensor | None) -> None:
+    """Give each process its part of a whole moment, which the main one has."""
+    from deepspeed.utils import (
+        safe_get_local_optimizer_state,
+        safe_set_full_optimizer_state,
+        safe_set_local_optimizer_state,
+    )
+
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    full = torch.zeros(shape, device=parameter.device)
+    if value is not None:
+        full.copy_(value)
+    torch.distributed.broadcast(full, 0)
+    if not hasattr(parameter, "ds_id"):
+        safe_set_full_optimizer_state(parameter, full, name)
+        return
+    size = safe_get_local_optimizer_state(parameter, name).numel()
+    padded = full.new_zeros(size * current().count)
+    padded[: full.numel()] = full.flatten()
+    own = padded.narrow(0, size * current().rank, size)
+    safe_set_local_optimizer_state(parameter, own, name)
+
+
+def zero_config(model: Any, training: TrainingSpec) -> dict[str, Any]:
+    """Return DeepSpeed's settings: those that accelerate hands on, and the recipe's.
+
+    Raises:
+        RecipeError: they contradict each other, or ask for what a training does not do.
+    """
+    from accelerate.utils import DeepSpeedPlugin
+
+    width = int(model.config.get_text_config().hidden_size)
+    ours = {
+        "gradient_clipping": training.max_grad_norm, "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": 1, "train_batch_size": current().count,
+    }  # fmt: skip
+    automatic = {  # accelerate's own choices
+        "zero_optimization.reduce_bucket_size": width * width,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * width * width),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * width,
+        "fp16.enabled": False, "bf16.enabled": False,
+    }  # fmt: skip
+    with library_errors("Accelerate's settings of DeepSpeed cannot be used", kind=RecipeError):
+        plugin = DeepSpeedPlugin(zero3_init_flag=False)
+        plugin.deepspeed_config_process(must_match=False, **ours, **automatic)
+        plugin.set_moe_leaf_modules(model)
+    _refuse_settings(plugin, training)
+    # The loop says when a step is complete: micro-batches of a step may differ in number.
+    return {**plugin.deepspeed_config, **ours, "managed_gradient_accumulation": False}
+
+
+def _refuse_settings(plugin: Any, training: TrainingSpec) -> None:
+    stage = plugin.get_value("zero_optimization.stage")
+    if stage not in (2, 3):
+        raise RecipeError(
+            f"DeepSpeed's ZeRO stage is {stage}; set zero_stage 2 or 3, or use MULTI_GPU, where "
+            "every process has all."
+        )
+    for what in ("offload_optimizer", "offload_param"):
+        device = plugin.get_value(f"zero_optimization.{what}.device")
+        if device not in (None, "none"):
+            raise RecipeError(
+                f"DeepSpeed is set to keep a part on '{device}' ({what}), which a training here "
+                "does not do; leave it out, or use FSDP with fsdp_offload_params: true."
+            )
+    for section, reason in _REFUSED.items():
+        given = plugin.get_value(section)
+        if given and (not isinstance(given, dict) or given.get("enabled", True)):
+            raise RecipeError(
+                f"DeepSpeed's settings have a section '{section}', and {reason}; leave it out."
+            )
+    clipping = plugin.get_value("gradient_clipping")
+    if clipping not in (None, training.max_grad_norm):
+        raise RecipeError(
+            f"DeepSpeed's gradient_clipping is {clipping}, and in the recipe "
+            f"training.max_grad_norm is {training.max_grad_norm}; change one of the two."
+        )
+    steps = plugin.get_value("gradient_accumulation_steps")
+    if steps not in (None, 1, training.gradient_accumulation):
+        raise RecipeError(
+            f"DeepSpeed's gradient_accumulation_steps is {steps}, and in the recipe "
+            f"training.gradient_accumulation is {training.gradient_accumulation}; change one of "
+            "the two."
+        )
