@@ -45,7 +45,8 @@ class Engine(Protocol):
         """Clip the gradients, change the parameters, and let go of the gradients.
 
         Raises:
-            RuntimeError: a gradient is not finite; the parameters are as they were.
+            RuntimeError: a gradient is not finite, and parameters and gradients are as they were.
+            FloatingPointError: the same, and the gradients are gone.
         """
 
     def moments(self) -> dict[str, Tensor]:
@@ -77,7 +78,7 @@ class TorchEngine:
         self._max_norm = training.max_grad_norm
         self.parameters = list(trainee.named_parameters().values())
         self.optimizer: torch.optim.Optimizer = adamw(self.parameters, training, lr)
-        self.close()  # of gradients from elsewhere
+        self.optimizer.zero_grad()  # from elsewhere
         if state.step:
             trainee.load(state.weights)
             given = state.moments
@@ -94,7 +95,7 @@ class TorchEngine:
     def step(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.parameters, self._max_norm, error_if_nonfinite=True)
         self.optimizer.step()
-        self.close()  # a validation or checkpoint has its own copies
+        self.optimizer.zero_grad()  # a validation or checkpoint has its own copies
 
     def moments(self) -> dict[str, Tensor]:
         if self._spread:  # all of them give their parts
@@ -102,7 +103,7 @@ class TorchEngine:
         return optimizer_moments(self.optimizer) if current().main else {}
 
     def close(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)  # as large as what is trained
+        self.optimizer.zero_grad()  # as large as what is trained
 
 
 def adamw(parameters: list[nn.Parameter], training: TrainingSpec, lr: float) -> torch.optim.AdamW:

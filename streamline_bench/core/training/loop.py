@@ -276,6 +276,7 @@ class Loop:
                 if step % spec.checkpoint_every == 0 or step == self.plan.steps:
                     self._checkpoint()
         self._engine.close()
+        del self._engine  # the moments are twice as large as what is trained
         rows = "".join(json.dumps(row) + "\n" for row in self.state.curve)
         if current().main:
             atomic_write_text(self.work / "curve.jsonl", rows)
@@ -328,9 +329,11 @@ class Loop:
             )
         try:
             self._engine.step()
-        except RuntimeError:  # raised before anything is clipped: gradients are as they were
+        except RuntimeError:  # raised before anything is clipped
             self._refuse_gradients()
             raise
+        except FloatingPointError:
+            raise self._error_of_norm() from None
         state.step += 1
         state.tokens += tokens
         state.pending = (state.pending[0] + total, state.pending[1] + terms)
@@ -427,12 +430,14 @@ class Loop:
             ) from None
         gradients = [parameter.grad for parameter in named.values() if parameter.grad is not None]
         norms = [gradient.norm() for gradient in gradients]
-        norm = float(torch.stack(norms).norm()) if norms else math.nan  # ZeRO has let go of them
-        if not math.isfinite(norm):
-            raise NumericsError(
-                f"The gradient norm of the {self.student.label} is {norm} {self._at_step}; lower "
-                "training.lr or use autocast 'none'."
-            ) from None
+        if norms and not bool(torch.stack(norms).norm().isfinite()):
+            raise self._error_of_norm() from None
+
+    def _error_of_norm(self) -> NumericsError:
+        return NumericsError(
+            f"The gradient norm of the {self.student.label} is not finite {self._at_step}; lower "
+            "training.lr or use autocast 'none'."
+        )
 
     @property
     def _at_step(self) -> str:

@@ -132,9 +132,9 @@ def gathered(*tensors: Tensor, changed: bool = False) -> Iterator[None]:
     if not divided:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(divided, modifier_rank=0 if changed else None):
+    with deepspeed.zero.GatheredParameters(divided, modifier_rank=0 if changed else None):
         yield
 
 

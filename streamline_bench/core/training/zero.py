@@ -47,22 +47,23 @@ class ZeroEngine:
     """
 
     def __init__(
-        self, trainee: Trainee, model: nn.Module, loss: LossSum, training: TrainingSpec, lr: float,
+        self, trainee: Trainee, model: Any, loss: LossSum, training: TrainingSpec, lr: float,
         state: TrainingState,
     ) -> None:  # fmt: skip
-        config = zero_config(model, training)
+        width = int(model.config.get_text_config().hidden_size)
+        settings = zero_settings(width, training)
         if state.step:  # the main process's weights are spread with the model
             trainee.load(state.weights)
         self.parameters = list(trainee.named_parameters().values())
         self.optimizer: torch.optim.Optimizer = adamw(self.parameters, training, lr)
-        if self.parameters[0].device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         with library_errors("The model cannot be spread by DeepSpeed", "use FSDP", RecipeError):
-            import deepspeed
-
+            deepspeed = _deepspeed(self.parameters[0].device.type)
+            model.float()  # all of one dtype, which what is trained has already
+            settings.set_moe_leaf_modules(model)
             self._engine: Any = deepspeed.initialize(
-                model=_WithLoss(model, loss), optimizer=self.optimizer, config=config
-            )[0]
+                model=_WithLoss(model, loss), optimizer=self.optimizer,
+                config=settings.deepspeed_config,
+            )[0]  # fmt: skip
             if state.step:
                 self._load(state.moments)
 
@@ -76,7 +77,7 @@ class ZeroEngine:
     def step(self) -> None:
         self._engine.step()
         if self._engine.optimizer.overflow:  # it has left the step out
-            raise RuntimeError("the norm of the gradients is not finite")
+            raise FloatingPointError("the norm of the gradients is not finite")
 
     def moments(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -123,6 +124,16 @@ class ZeroEngine:
         self._engine.destroy()
 
 
+def _deepspeed(device: str) -> Any:
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if device == "cpu":  # gloo adds up: DeepSpeed's own sums would first be compiled for a minute
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
 class _WithLoss(nn.Module):
     """A model whose output is its loss: DeepSpeed's engine watches what it is given to call."""
 
@@ -158,15 +169,17 @@ def _put_moment(parameter: nn.Parameter, name: str, value: Tensor | None) -> Non
     safe_set_local_optimizer_state(parameter, own, name)
 
 
-def zero_config(model: Any, training: TrainingSpec) -> dict[str, Any]:
-    """Return DeepSpeed's settings: those that accelerate hands on, and the recipe's.
+def zero_settings(width: int, training: TrainingSpec) -> Any:
+    """Return accelerate's plugin with its settings of DeepSpeed, completed by the recipe.
+
+    Args:
+        width: of the model's hidden states, for sizes that are left open.
 
     Raises:
         RecipeError: they contradict each other, or ask for what a training does not do.
     """
     from accelerate.utils import DeepSpeedPlugin
 
-    width = int(model.config.get_text_config().hidden_size)
     ours = {
         "gradient_clipping": training.max_grad_norm, "gradient_accumulation_steps": 1,
         "train_micro_batch_size_per_gpu": 1, "train_batch_size": current().count,
@@ -180,10 +193,10 @@ def zero_config(model: Any, training: TrainingSpec) -> dict[str, Any]:
     with library_errors("Accelerate's settings of DeepSpeed cannot be used", kind=RecipeError):
         plugin = DeepSpeedPlugin(zero3_init_flag=False)
         plugin.deepspeed_config_process(must_match=False, **ours, **automatic)
-        plugin.set_moe_leaf_modules(model)
     _refuse_settings(plugin, training)
     # The loop says when a step is complete: micro-batches of a step may differ in number.
-    return {**plugin.deepspeed_config, **ours, "managed_gradient_accumulation": False}
+    plugin.deepspeed_config |= {**ours, "managed_gradient_accumulation": False}
+    return plugin
 
 
 def _refuse_settings(plugin: Any, training: TrainingSpec) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from streamline_bench.core.machine import ranks
-from streamline_bench.errors import RecipeError
+from streamline_bench.errors import MissingDependencyError, RecipeError
 
 
 @pytest.mark.parametrize("rank", ["2", "", "x"])
@@ -36,3 +36,14 @@ def test_one_process_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     ranks.say_once(lambda: said.append("a sentence"))
     assert said == ["a sentence"]
+
+
+def test_a_missing_deepspeed_is_named_with_the_line_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(ranks, "find_spec", lambda name: None)
+    with pytest.raises(
+        MissingDependencyError, match=r"pip install 'streamline-bench\[deepspeed\]'"
+    ):
+        ranks.start_group("cpu")
