@@ -47,7 +47,7 @@ def launched(folder: Path, launches: Mapping[str, Launch]) -> dict[str, list[int
     plan.write_text(json.dumps({name: asdict(launch) for name, launch in launches.items()}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, __file__, str(plan), str(free_port())]
-    subprocess.run(command, env=environment, check=True, timeout=280)
+    subprocess.run(command, env=environment, check=True, timeout=500)
     codes: dict[str, list[int]] = json.loads((folder / "codes.json").read_text())
     return codes
 
@@ -81,7 +81,7 @@ def main(plan: str, port: str) -> None:
                 os._exit(_worked(rank, port, folder / f"{name}-{rank}.log", Launch(**launch)))
             children.append(child)
         codes[name] = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    (folder / "codes.json").write_text(json.dumps(codes))
+        (folder / "codes.json").write_text(json.dumps(codes))
 
 
 def _worked(rank: int, port: str, log: Path, launch: Launch) -> int:
