@@ -13,11 +13,9 @@ from tqdm import tqdm
 
 from streamline_bench.core.checkpoint.folder import Manifest, read_manifest
 from streamline_bench.core.files import atomic_write_text
-from streamline_bench.core.recipe.schema import MethodParts, Recipe
-from streamline_bench.errors import CheckpointError, OutputError, RecipeError, SamplesError
-from streamline_bench.methods.base import parts_of
+from streamline_bench.errors import CheckpointError, OutputError, SamplesError
 from streamline_bench.report.flips import worst_flips
-from streamline_bench.report.gains import gains
+from streamline_bench.report.gains import gains, recipe_parts
 from streamline_bench.report.leaderboard import Leaderboard, Procedure, to_json
 from streamline_bench.report.provenance import (
     provenance,
@@ -300,7 +298,7 @@ def _made(recipe: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any
         "title": str(recipe.get("title") or ""),
         "method": recipe.get("method"),
         "replacement": (recipe.get("replacement") or {}).get("kind"),
-        "parts": _parts(recipe),
+        "parts": recipe_parts(recipe),
     }
     if manifest is None:
         return fields
@@ -312,13 +310,6 @@ def _made(recipe: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any
         "sparsity_requested": manifest.sparsity_requested,
         "sparsity_reached": manifest.sparsity_reached,
     }
-
-
-def _parts(recipe: Mapping[str, Any]) -> MethodParts | None:
-    """A recipe in its parts; None of a recipe that this version does not know."""
-    with suppress(ValidationError, RecipeError):
-        return parts_of(Recipe.model_validate(recipe))
-    return None
 
 
 def _accuracies(samples: Samples, result: Comparison) -> dict[str, Estimate]:

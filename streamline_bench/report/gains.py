@@ -1,17 +1,24 @@
 """What a patch adds to a selection: rows that differ in what stands in for the removed layers.
 
-Each is held against the row of the same selection, size, healing and model without a patch. Two
-rows of one selection removed the same layers, unless a patch takes room of its own; if they did not
-(another text was looked at), they are not compared.
+Each is held against the row of the same selection, size, healing and model without a patch, or the
+row of the same weights that is shown for it. Two rows of one selection removed the same layers,
+unless a patch takes room of its own; if they did not (another text was looked at), they are not
+compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
+from streamline_bench.core.recipe.schema import MethodParts, Recipe
+from streamline_bench.errors import RecipeError
+from streamline_bench.methods.base import parts_of
 from streamline_bench.report.places import Between, Folded, Gain
 from streamline_bench.report.row import Row
 from streamline_bench.report.standing import Entry, adjusted, between
@@ -45,7 +52,8 @@ def gains(
         folded: rows over seeds and calibrations.
     """
     parts = _parts(rows, entries, folded)
-    plain = {_key(part.row): part for part in parts if part.row.parts and not _patched(part.row)}
+    plain = {key: part for part in parts for key in _twin_keys(part.row)}
+    plain |= {_key(part.row): part for part in parts if part.row.parts and not _patched(part.row)}
     pairs = [
         (part, plain[_key(part.row)])
         for part in parts
@@ -108,8 +116,7 @@ def _patched(row: Row) -> bool:
     return row.parts is not None and row.parts.patch != NO_PATCH
 
 
-def _size(row: Row) -> str:
-    recipe = row.provenance.recipe or {}
+def _size(recipe: Mapping[str, Any]) -> str:
     if layers := recipe.get("n_layers"):
         return f"{layers} layers"
     share = recipe.get("sparsity")
@@ -118,7 +125,23 @@ def _size(row: Row) -> str:
 
 def _key(row: Row) -> tuple[str | None, ...]:
     assert row.parts is not None
-    return row.reference, row.parts.selection, row.parts.healing, _size(row)
+    size = _size(row.provenance.recipe or {})
+    return row.reference, row.parts.selection, row.parts.healing, size
+
+
+def _twin_keys(row: Row) -> Iterator[tuple[str | None, ...]]:
+    """The keys of rows without a patch that are shown with this one: other ways to its layers."""
+    for twin in row.same_weights:
+        parts = recipe_parts(twin.recipe or {})
+        if parts is not None and parts.patch == NO_PATCH:
+            yield row.reference, parts.selection, parts.healing, _size(twin.recipe or {})
+
+
+def recipe_parts(recipe: Mapping[str, Any]) -> MethodParts | None:
+    """Return a recipe in its parts; None of a recipe that this version does not know."""
+    with suppress(ValidationError, RecipeError):
+        return parts_of(Recipe.model_validate(recipe))
+    return None
 
 
 def _same_layers(one: Row, two: Row) -> bool:
@@ -134,7 +157,7 @@ def _gain(
         entry=part.label,
         without=without.label,
         parts=part.row.parts,
-        size=_size(part.row),
+        size=_size(part.row.provenance.recipe or {}),
         test=tests.get((part.label, without.label)),
         token_kl=part.token_kl,
         token_kl_without=without.token_kl,

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from streamline_bench.compression.recipes import load_recipe
 from streamline_bench.report.frame import results
 from streamline_bench.report.gains import gains
 from streamline_bench.report.leaderboard import Leaderboard
-from streamline_bench.report.row import Row
+from streamline_bench.report.row import Row, SameWeights
 from streamline_bench.report.standing import TaskAnswers, standing
 from streamline_bench.report.views.csv_table import to_csv
 from streamline_bench.report.views.exports import write_exports
@@ -103,6 +104,16 @@ def test_rows_of_one_selection_and_healing_meet_the_one_without_a_patch(board: L
         ("block_linear", "block", "25 %"),
         ("sleb_linear", "sleb", "25 %"),
     ]
+
+
+def test_the_row_without_a_patch_may_be_shown_under_another_name() -> None:
+    twin = {"label": "block", "recipe": load_recipe("streamline_none").model_dump(mode="json")}
+    shown = _row("angular", ("angular distance", "none", "none"), [4, 5], kl=0.6)
+    shown = shown.model_copy(update={"same_weights": [SameWeights.model_validate(twin)]})
+    layer = _row("block_layer", ("cosine block", "layer, mse", "none"), [4, 5], kl=0.3)
+    (gain,) = gains([_row("dense"), shown, layer], [], [], SETTINGS)
+    assert (gain.entry, gain.without) == ("block_layer", "angular")
+    assert gain.token_kl_without.value == 0.6
 
 
 def test_a_gain_is_counted_pair_by_pair(board: Leaderboard) -> None:
