@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_bench.report.figures.lines import RootAxis, spread
+from streamline_bench.report.figures.lines import spread
+from streamline_bench.report.figures.pareto import root_ticks
 from streamline_bench.report.figures.sizes import at_equal_size, size_curves
 from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.views.headline import headline
@@ -130,7 +131,7 @@ def test_token_kl_is_drawn_by_its_root(board: Leaderboard) -> None:
 
 @given(st.floats(1e-6, 1e6))
 def test_marks_of_a_root_axis_are_apart(largest: float) -> None:
-    marks = RootAxis.ticks(largest)
+    marks = root_ticks(largest)
     roots = [mark**0.5 for mark in marks]
     assert 3 <= len(marks) <= 9 and marks[0] == 0 and marks[-1] <= largest
     assert all(b - a >= largest**0.5 / 8 - 1e-9 for a, b in pairwise(roots))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from streamline_bench.report.figures.pareto import Axis, ticks
+from streamline_bench.report.figures.pareto import Axis, root, root_ticks, ticks
 from streamline_bench.report.row import Row
 from streamline_bench.report.text import visible_text
 from streamline_bench.stability.estimate import Estimate
@@ -32,30 +31,6 @@ Written = tuple[str, Callable[[float], str]]
 
 
 @dataclass(frozen=True)
-class RootAxis(Axis):
-    """An axis by the square root, from 0 on; its ends are roots.
-
-    Small values stay apart where one is many times as large, and 0 has a place.
-    """
-
-    def place(self, value: float) -> float:
-        return super().place(math.sqrt(max(0.0, value)))
-
-    @staticmethod
-    def ticks(largest: float, count: int = 8) -> list[float]:
-        """0 and numbers of 1, 2 or 5 times a power of ten, ``1 / count`` of the axis apart."""
-        apart = math.sqrt(largest) / count
-        exponent = math.floor(math.log10(largest))
-        powers = (10.0**power for power in range(exponent, exponent - 4, -1))
-        found = [math.inf]
-        for value in (size * power for power in powers for size in (5, 2, 1)):
-            root = math.sqrt(value)
-            if value <= largest and apart <= root <= math.sqrt(found[-1]) - apart:
-                found.append(value)
-        return [0.0, *reversed(found[1:])]
-
-
-@dataclass(frozen=True)
 class Series:
     """What a line is of: a recipe at several sizes, from the largest model on; or one row."""
 
@@ -65,17 +40,16 @@ class Series:
 
 
 def line_chart(
-    lines: Sequence[tuple[Series, Line]], across: Written, up: Written, *, root: bool = False
+    lines: Sequence[tuple[Series, Line]], across: Written, up: Written, *, by_root: bool = False
 ) -> Markup:
-    """Draw a line with its band for each series; ``root``: what is up by its square root."""
+    """Draw a line with its band for each series; ``by_root``: what is up by its square root."""
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT - _NAMES
     horizontal = Axis.around([x for _, line in lines for x, _ in line], _LEFT, right)
     ends = [end for _, line in lines for _, y in line for end in y.ends]
     largest = max(ends)
-    if root and largest > 0:
-        roots = [math.sqrt(max(0.0, end)) for end in (0.0, *ends)]
-        vertical: Axis = RootAxis.around(roots, bottom, _TOP)
-        marks = RootAxis.ticks(largest)
+    if by_root and largest > 0:
+        vertical = Axis.around([0.0, *ends], bottom, _TOP, by=root)
+        marks = root_ticks(largest)
     else:
         vertical = Axis.around(ends, bottom, _TOP)
         marks = ticks(vertical.low, vertical.high, 6)

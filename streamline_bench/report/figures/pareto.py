@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -37,25 +37,50 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
+def root(value: float) -> float:
+    """Return the square root, for an axis from 0 on: small values stay apart, and 0 has a place."""
+    return math.sqrt(max(0.0, value))
+
+
+def root_ticks(largest: float, count: int = 8) -> list[float]:
+    """0 and numbers of 1, 2 or 5 times a power of ten, ``1 / count`` of an axis by roots apart."""
+    apart = root(largest) / count
+    exponent = math.floor(math.log10(largest))
+    powers = (10.0**power for power in range(exponent, exponent - 4, -1))
+    found = [math.inf]
+    for value in (size * power for power in powers for size in (5, 2, 1)):
+        if value <= largest and apart <= root(value) <= root(found[-1]) - apart:
+            found.append(value)
+    return [0.0, *reversed(found[1:])]
+
+
 @dataclass(frozen=True)
 class Axis:
-    """A linear axis from ``low`` to ``high``, drawn from ``start`` to ``end``."""
+    """An axis from ``low`` to ``high``, drawn from ``start`` to ``end``.
+
+    ``by`` is what it is linear in (a logarithm, :func:`root`); ``low`` and ``high`` are that.
+    """
 
     low: float
     high: float
     start: float
     end: float
+    by: Callable[[float], float] = float
 
     @classmethod
-    def around(cls, values: list[float], start: float, end: float, pad: float = 0.06) -> Axis:
+    def around(
+        cls, values: Iterable[float], start: float, end: float, pad: float = 0.06,
+        by: Callable[[float], float] = float,
+    ) -> Axis:  # fmt: skip
         """An axis that holds every value, with a share ``pad`` of room at either end."""
-        low, high = min(values), max(values)
+        places = [by(value) for value in values]
+        low, high = min(places), max(places)
         room = pad * (high - low) or 0.05 * abs(high) or 1.0
-        return cls(low - room, high + room, start, end)
+        return cls(low - room, high + room, start, end, by)
 
     def place(self, value: float) -> float:
         """Where the value lies, rounded to a hundredth."""
-        share = (value - self.low) / (self.high - self.low)
+        share = (self.by(value) - self.low) / (self.high - self.low)
         return round(self.start + share * (self.end - self.start), 2)
 
 
@@ -259,20 +284,10 @@ def pareto(rows: Sequence[Row], kind: str) -> Pareto | None:
     )
 
 
-@dataclass(frozen=True)
-class LogAxis(Axis):
-    """An axis by the logarithm; its ends are logarithms."""
-
-    def place(self, value: float) -> float:
-        return super().place(math.log10(value))
-
-
 def _across(measure: Measure, points: Sequence[Point]) -> Axis:
     wide = [x for p in points for x in (p.low, p.x, p.high) if x is not None]
     ends = (_LEFT, _WIDTH - _RIGHT)
-    if not measure.log:
-        return Axis.around(wide, *ends, pad=0.1)
-    return LogAxis.around([math.log10(x) for x in wide], *ends, pad=0.1)
+    return Axis.around(wide, *ends, pad=0.1, by=math.log10 if measure.log else float)
 
 
 def _svg(measure: Measure, points: list[Point], best: list[Point], dense: float | None) -> Markup:

@@ -66,7 +66,7 @@ class Quantity:
         name: for a heading, without unit.
         unit: of what ``write`` gives; ticks are written by ``tick``.
         more: whether more is better.
-        root: draw it by its square root: it is 0 or more, and grows many times over.
+        by_root: draw it by its square root: it is 0 or more, and grows many times over.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Quantity:
     write: Callable[[float], str]
     tick: Callable[[float], str]
     more: bool = True
-    root: bool = False
+    by_root: bool = False
 
 
 QUANTITIES = (
@@ -87,7 +87,7 @@ QUANTITIES = (
     ),
     Quantity(
         "token KL", "nats", _token_kl, lambda value: decimal(value, 2),
-        "{:g}".format, more=False, root=True,
+        "{:g}".format, more=False, by_root=True,
     ),
 )  # fmt: skip
 
@@ -132,9 +132,9 @@ def size_curves(board: Leaderboard, rows: Sequence[Row]) -> list[SizeCurve]:
                 and len(_points(one, None, x_of, up.of)) > 1
             ]
             if lines:
-                scale = " (by its square root)" if up.root else ""
+                scale = " (by its square root)" if up.by_root else ""
                 named = (f"{up.name}, {up.unit}{scale}", up.tick)
-                svg = line_chart(lines, written, named, root=up.root)
+                svg = line_chart(lines, written, named, by_root=up.by_root)
                 found.append(SizeCurve(svg, up.name, name))
     return found
 
