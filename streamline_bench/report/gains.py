@@ -116,7 +116,8 @@ def _patched(row: Row) -> bool:
     return row.parts is not None and row.parts.patch != NO_PATCH
 
 
-def _size(recipe: Mapping[str, Any]) -> str:
+def _size(recipe: Mapping[str, Any] | None) -> str:
+    recipe = recipe or {}
     if layers := recipe.get("n_layers"):
         return f"{layers} layers"
     share = recipe.get("sparsity")
@@ -125,8 +126,7 @@ def _size(recipe: Mapping[str, Any]) -> str:
 
 def _key(row: Row) -> tuple[str | None, ...]:
     assert row.parts is not None
-    size = _size(row.provenance.recipe or {})
-    return row.reference, row.parts.selection, row.parts.healing, size
+    return row.reference, row.parts.selection, row.parts.healing, _size(row.provenance.recipe)
 
 
 def _twin_keys(row: Row) -> Iterator[tuple[str | None, ...]]:
@@ -134,7 +134,7 @@ def _twin_keys(row: Row) -> Iterator[tuple[str | None, ...]]:
     for twin in row.same_weights:
         parts = recipe_parts(twin.recipe or {})
         if parts is not None and parts.patch == NO_PATCH:
-            yield row.reference, parts.selection, parts.healing, _size(twin.recipe or {})
+            yield row.reference, parts.selection, parts.healing, _size(twin.recipe)
 
 
 def recipe_parts(recipe: Mapping[str, Any]) -> MethodParts | None:
@@ -157,7 +157,7 @@ def _gain(
         entry=part.label,
         without=without.label,
         parts=part.row.parts,
-        size=_size(part.row.provenance.recipe or {}),
+        size=_size(part.row.provenance.recipe),
         test=tests.get((part.label, without.label)),
         token_kl=part.token_kl,
         token_kl_without=without.token_kl,
