@@ -36,6 +36,7 @@ from streamline_bench.methods.tools.likelihood import (
     require_finite_score,
 )
 from streamline_bench.methods.tools.selection import LayerSelection, ProtectedEnds, Selected
+from streamline_bench.methods.tools.shared_scan import steps_once
 from streamline_bench.methods.tools.task_questions import (
     SEARCHED_FILE,
     Metric,
@@ -98,7 +99,7 @@ class TALE(LayerSelection):
         return local_files(TALEParameters.model_validate(parameters).tasks)
 
     def select(self, work: Compression, options: Any, plan: SizePlan) -> Selected:
-        """Remove layers greedily; an interrupted search continues after its last whole step."""
+        """Remove layers greedily; a search that stopped early or at a smaller size goes on."""
         allowed = options.candidates(plan.num_layers, plan.n_layers)
         found, tasks = held_out_questions(
             named_tasks(options.tasks, work.folder), options.metric, options.documents,
@@ -132,7 +133,11 @@ class TALE(LayerSelection):
                 )
             return after
 
-        steps = greedy_layers(work.work / "greedy.json", allowed, plan.n_layers, within)
+        decided_by = [
+            list(allowed), options.metric, options.epsilon, options.activations_gb, hashes,
+        ]  # fmt: skip
+        with steps_once(work, exam.tokens, self.name, decided_by) as record:
+            steps = greedy_layers(record, allowed, plan.n_layers, within)
         removed = [step.part for step in steps]
         chosen = {
             "score": f"{options.metric}, mean over tasks",

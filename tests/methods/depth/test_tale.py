@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from surgery_in_memory import keep_layers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamline_bench.compression import compress, load_recipe
+from streamline_bench.compression.cache import cache_root
 from streamline_bench.compression.pipeline import content_key
 from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.core.machine.environment import bundled_model
@@ -101,9 +103,32 @@ def test_steps_equal_a_search_over_separate_models(
     assert [chosen["accuracy_dense"], *chosen["accuracy_after_step"]] == pytest.approx(reached)
     assert len(set(reached)) > 1
     same_as_surgery(out, folder, removed)
+    shutil.rmtree(cache_root() / "scans")
     again = compress(folder, recipe, tmp_path / "streamed", placement="streamed", progress=False)
     streamed = read_manifest(again)
     assert streamed is not None and streamed.chosen == chosen
+
+
+def test_a_larger_size_continues_the_search_of_a_smaller(
+    folder: Path, asked: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[list[int]] = []
+    measured = tale.measured_without
+
+    def seen(*given: Any, removed: Any = None, **rest: Any) -> Any:
+        if removed is not None:  # else it is the dense model
+            searched.append(list(removed))
+        return measured(*given, **({} if removed is None else {"removed": removed}), **rest)
+
+    monkeypatch.setattr(tale, "measured_without", seen)
+    orders = []
+    for n_layers in (1, 3):
+        out = compress(folder, asked(n_layers=n_layers), tmp_path / f"{n_layers}", progress=False)
+        manifest = read_manifest(out)
+        assert manifest is not None
+        orders.append(manifest.chosen["order"])
+    assert searched == [orders[1][:count] for count in range(3)]
+    assert orders[0] == orders[1][:1]
 
 
 def _scored(model: Any, task: Path, split: str) -> Any:
