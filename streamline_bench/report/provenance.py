@@ -6,6 +6,7 @@ of its tasks come from. Of a recipe: its published numbers, with what its row re
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from streamline_bench.core.checkpoint.folder import Manifest, read_manifest
 from streamline_bench.errors import SamplesError
+from streamline_bench.report.gains import recipe_parts
 from streamline_bench.report.row import (
     ComputedBy,
     CurvePoint,
@@ -186,7 +188,8 @@ def published_numbers(
 
     ``PIQA`` finds ``piqa`` and ``local_piqa``, ``MMLU`` the group ``mmlu``; ``stability`` and
     ``retained average`` are the row's own, over its tasks; ``average of 13`` finds nothing, because
-    its tasks differ. A number that is not in percent is compared with none of ours.
+    its tasks differ. A number that is not in percent is compared with none of ours. A number of
+    another selection, patch or healing than the row's is left out.
 
     Args:
         recipe: with ``published``, a list of mappings (see
@@ -213,11 +216,34 @@ def published_numbers(
         ) from None
     found = []
     for entry in entries:
+        if not _of_these_parts(recipe, entry):
+            continue
         key = benchmark(entry.metric)
         task = named.get(key) if entry.unit == "%" else None
         ours = accuracies[task] if task is not None else own.get(key)
         found.append(entry.model_copy(update={"task": task, "ours": ours}))
     return found
+
+
+def _of_these_parts(recipe: Mapping[str, Any], entry: Published) -> bool:
+    """Whether a number was published of the parts that a row's recipe has, after all changes."""
+    changed = recipe.get("overridden") or {}
+    if not changed and entry.selection is None:
+        return True
+    own = copy.deepcopy(dict(recipe))
+    laid = {key: value for key, (value, _) in changed.items()}
+    if entry.selection is not None:
+        laid["parameters.selection"] = entry.selection
+    for key, value in laid.items():
+        *sections, last = key.split(".")
+        section = own
+        for each in sections:
+            section[each] = section = section.get(each) or {}
+        if value is None:
+            section.pop(last, None)
+        else:
+            section[last] = value
+    return recipe_parts(own) == recipe_parts(recipe)
 
 
 def is_model(row: Row, name: str) -> bool:

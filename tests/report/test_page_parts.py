@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree
 
@@ -237,6 +238,22 @@ def test_stability_and_retention_stand_beside_the_rows_own() -> None:
                               retention=kept)  # fmt: skip
     assert [item.ours for item in found] == [stable, kept, None]
     assert [item.ours for item in published_numbers(recipe, {})] == [None] * 3
+
+
+def test_numbers_of_another_selection_or_patch_are_left_out() -> None:
+    own, other = "in place of the cosine block", "in place of ShortGPT's layers"
+    recipe: dict[str, Any] = {
+        "name": "r", "method": "linear_patch", "sparsity": 0.25, "cost": "calibrated",
+        "published": [number(own), number(other, selection="shortgpt")],
+    }  # fmt: skip
+
+    def shown(changed: Mapping[str, Any], **parameters: Any) -> list[str]:
+        row = {**recipe, "parameters": parameters, "overridden": changed}
+        return [item.metric for item in published_numbers(row, {})]
+
+    assert shown({}) == shown({"sparsity": (0.25, 0.5)}) == [own]
+    assert shown({"parameters.selection": (None, "shortgpt")}, selection="shortgpt") == [other]
+    assert shown({"parameters.selection": (None, "sleb")}, selection="sleb") == []
 
 
 def test_numbers_in_other_units_stand_alone() -> None:

@@ -197,7 +197,9 @@ class PublishedResult(Frozen):
     """A number from the literature that a report shows next to ours.
 
     ``value`` is in ``unit``: "%" unless the metric is a perplexity, then "perplexity";
-    ``sparsity`` is the share of parameters that ``model`` lost.
+    ``sparsity`` is the share of parameters that ``model`` lost. ``selection`` is what
+    ``parameters.selection`` says where the number belongs to the recipe with another selection
+    than its own.
     """
 
     model: str
@@ -205,6 +207,7 @@ class PublishedResult(Frozen):
     value: float
     unit: str = Field("%", min_length=1)
     sparsity: float | None = None
+    selection: str | dict[str, Any] | None = None
     source: str
 
     @model_validator(mode="before")
