@@ -21,9 +21,10 @@ from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.checkpoint.writer import layers_prefix
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.recipe.schema import Frozen
+from streamline_bench.core.recipe.schema import Frozen, Recipe
+from streamline_bench.core.surgery import SizePlan
 from streamline_bench.errors import SparsityError
-from streamline_bench.methods.base import Compressed, Compression, Method
+from streamline_bench.methods.base import Compressed, Compression
 from streamline_bench.methods.depth.merge_search import (
     LaCoRange,
     LaCoSearch,
@@ -41,6 +42,7 @@ from streamline_bench.methods.tools.layer_removal import (
     size_plan,
     stored_linear_weights,
 )
+from streamline_bench.methods.tools.selection import LayerSelection, Selected
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +64,22 @@ class MergeParameters(Frozen):
     activations_gb: float = Field(8.0, gt=0)
 
 
-class LayerMerging(Method):
-    """A method that searches for merges and writes the merged layers."""
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """Merges, the least cosine at which each stayed, and how many were tried."""
+
+    merges: Sequence[Merge]
+    threshold: float
+    trials: int
+    tokens: CalibrationTokens
+
+
+class LayerMerging(LayerSelection):
+    """A method that searches for merges and writes the merged layers.
+
+    As another method's ``selection`` it gives the layers that are merged away; what they were
+    merged into stays as it was.
+    """
 
     passes = frozenset({"merges"})
     streamed = True
@@ -79,10 +95,31 @@ class LayerMerging(Method):
     ) -> MergeSearch[Any]:
         """Return the search, not yet entered."""
 
+    def parts(self, recipe: Recipe) -> tuple[str, str]:
+        """The layers merged away, and what they are merged into."""
+        return self.words(self.parameters.model_validate(recipe.parameters)), "merged layers"
+
+    def select(self, work: Compression, options: Any, plan: SizePlan) -> Selected:
+        """Search for the merges and return the layers that they remove."""
+        return self._selected(self._merges(work, options, plan), options)
+
     def compress(self, work: Compression) -> Compressed:
         """Search for the merges, then write the merged layers from the stored weights."""
         options: Any = self.parameters.model_validate(work.recipe.parameters)
         plan = size_plan(work)
+        found = self._merges(work, options, plan)
+        stored = stored_linear_weights(work.reader, plan.num_layers)
+        chosen = self._selected(found, options)
+        result = drop_layers(work, chosen.layers, plan, chosen=chosen.facts, tokens=chosen.tokens)
+        mixed = mixtures(found.merges, options.merge)
+        return _with_merged(work, result, mixed, set(chosen.layers), stored)
+
+    def _merges(self, work: Compression, options: Any, plan: SizePlan) -> _Found:
+        """Search, at the threshold given or the highest that gets there.
+
+        Raises:
+            SparsityError: the threshold, or the range, does not reach the size.
+        """
         stored = stored_linear_weights(work.reader, plan.num_layers)
         require_equal_shapes(
             [{n: work.reader.entry(full).shape for n, full in layer.items()} for layer in stored]
@@ -103,14 +140,16 @@ class LayerMerging(Method):
                 f"Merging with threshold {threshold} removes {len(removed)} layers of the "
                 f"{plan.n_layers} asked for; lower it, or leave it out, and it is searched for."
             )
-        chosen = {
+        return _Found(merges, threshold, trials, tokens)
+
+    def _selected(self, found: _Found, options: Any) -> Selected:
+        facts = {
             "merge": options.merge,
-            "threshold": threshold,
-            "merges": [dataclasses.asdict(merge) for merge in merges],
-            "trials": trials,
+            "threshold": found.threshold,
+            "merges": [dataclasses.asdict(merge) for merge in found.merges],
+            "trials": found.trials,
         }
-        result = drop_layers(work, removed, plan, chosen=chosen, tokens=tokens)
-        return _with_merged(work, result, mixtures(merges, options.merge), set(removed), stored)
+        return Selected(_removed(found.merges), facts, found.tokens)
 
 
 class LaCoParameters(LaCoRange, MergeParameters):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from streamline_bench.compression import compress
 from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.errors import SparsityError
+from streamline_bench.methods.base import parts_of
 from streamline_bench.methods.depth.laco import mixtures
 from streamline_bench.methods.depth.merge_search import LayerMerger, Merge
 
@@ -30,6 +31,31 @@ def _chosen(folder: Path) -> Any:
     manifest = read_manifest(folder)
     assert manifest is not None
     return manifest.chosen
+
+
+@pytest.mark.parametrize("method", ["laco", "sliding_merge"])
+def test_as_a_selection_it_gives_the_layers_that_are_merged_away(
+    method: str,
+    folder: Path,
+    make_recipe: Callable[..., Any],
+    tmp_path: Path,
+    same_as_surgery: Callable[..., None],
+) -> None:
+    own = make_recipe(method)
+    merging = compress(folder, own, tmp_path / "merged", progress=False)
+    selection = {"method": method, "parameters": own.parameters}
+    changes = {"selection": selection, "iterative": False, "compensate": False}
+    recipe = make_recipe(
+        "prune_comp", **{f"parameters.{key}": value for key, value in changes.items()}
+    )
+    recipe = recipe.model_copy(update={"calibration": own.calibration})
+    out = compress(folder, recipe, tmp_path / "removed", progress=False)
+    removed = _chosen(out)["removed_layers"]
+    assert removed == _chosen(merging)["removed_layers"]
+    same_as_surgery(out, folder, removed)  # merged into none
+    found, merged = parts_of(recipe), parts_of(own)
+    assert found is not None and merged is not None and found.selection == merged.selection
+    assert (found.patch, merged.patch) == ("none", "merged layers")
 
 
 @pytest.mark.parametrize("recipe_name", ["laco", "laco_rdsc"])
