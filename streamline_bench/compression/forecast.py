@@ -21,6 +21,7 @@ from streamline_bench.core.training.distillation import LOGITS_AT_ONCE
 from streamline_bench.core.training.head import positions_at_once
 from streamline_bench.core.training.loop import STATE_ERRORS
 from streamline_bench.methods.base import get_method
+from streamline_bench.methods.tools.normal_equations import WIDENED_ROWS
 from streamline_bench.methods.tools.selection import AnySelection
 from streamline_bench.modeling.loading import SourceModel, dtype_name
 
@@ -247,21 +248,17 @@ class _Job:
                 data = self.recipe.recovery_data or recovery.training.data
                 yield "logits of the dense model", self._weights() | self._dense_logits(data)
 
-    def _weights(self, *, head: bool = False, both: bool = False) -> Parts:
+    def _weights(self, *, head: bool = False) -> Parts:
         """Weights of the model as it is placed.
 
         Args:
             head: the LM head runs too, with the layers gone.
-            both: the head and a layer are held together.
         """
         sizes = self.sizes
         if not self.streamed:
             return {"weights": sizes.total * sizes.item}
         layer = max(sizes.layer, sizes.head) if head else sizes.layer
-        layer += sizes.head if both else 0
-        return {
-            "embeddings": sizes.outside * sizes.item, LAYER: layer * sizes.item
-        }  # fmt: skip
+        return {"embeddings": sizes.outside * sizes.item, LAYER: layer * sizes.item}
 
     def _calibration(self, boundaries: int, batch: int) -> Parts:
         """Hidden states of the calibration tokens, and those of one batch at every boundary."""
@@ -323,11 +320,11 @@ class _Job:
     def _axes(self) -> Parts:
         sizes = self.sizes
         tokens, _ = _tokens_of(self._text, self.config)
-        found = self._weights(both=True) | self._calibration(0, self._per_pass)
+        found = self._weights() | self._calibration(0, self._per_pass)
         return found | {
             STATES: sizes.state(tokens),
             "covariances": _SQUARE * sizes.hidden**2,
-            "words before they are turned": sizes.vocabulary * sizes.hidden * sizes.item,
+            "rows that are turned": 2 * 8 * min(WIDENED_ROWS, sizes.vocabulary) * sizes.hidden,
         }
 
     def _replacement(self) -> Iterator[tuple[str, Parts]]:

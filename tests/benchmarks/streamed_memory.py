@@ -9,6 +9,9 @@ as so many layers in float32.
 
     python tests/benchmarks/streamed_memory.py [--folder /tmp] [--layers 32] [--hidden 1024]
         [--placements streamed] [--recipes streamline_none,shortgpt,...] [--samples 4] [--length 64]
+
+With ``--model FOLDER`` the checkpoint is made there if it is not there yet, and stays, so that
+recipes can be measured one call after the other.
 """
 
 from __future__ import annotations
@@ -92,6 +95,18 @@ def write_checkpoint(folder: Path, layers: int, hidden: int) -> tuple[int, int]:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     layer = 2 * (4 * hidden**2 + 3 * hidden * inside + 2 * hidden)
     return total, layer
+
+
+def checkpoint(folder: Path, layers: int, hidden: int) -> tuple[int, int]:
+    """Do the same where it is not done; another checkpoint there is an error."""
+    note = folder / "sizes.json"
+    if not note.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps([layers, hidden, *write_checkpoint(folder, layers, hidden)]))
+    *made, size, layer = json.loads(note.read_text())
+    if made != [layers, hidden]:
+        raise SystemExit(f"{folder} has {made[0]} layers of {made[1]} channels: another one")
+    return size, layer
 
 
 def resident() -> tuple[int, int]:
@@ -178,6 +193,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where the checkpoint is made for the time")
+    parser.add_argument("--model", type=Path, help="a checkpoint that stays")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=1_024)
     parser.add_argument("--placements", default="streamed,resident")
@@ -191,9 +207,8 @@ def main() -> None:
         size = (options.samples, options.length)
         return measure(Path(folder), Path(output), name, placement, *size)
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
-        model = Path(place) / "model"
-        model.mkdir()
-        size, layer = write_checkpoint(model, options.layers, options.hidden)
+        model = options.model or Path(place) / "model"
+        size, layer = checkpoint(model, options.layers, options.hidden)
         print(f"{size / 1e9:.2f} GB; peaks over the imports, as multiples of it")
         for name in options.recipes.split(","):
             for placement in options.placements.split(","):

@@ -41,15 +41,20 @@ class Part:
     source: TensorEntry | torch.Tensor
 
     @classmethod
-    def of(cls, name: str, source: TensorEntry | torch.Tensor) -> Part:
+    def of(
+        cls, name: str, source: TensorEntry | torch.Tensor, dtype: torch.dtype | None = None
+    ) -> Part:
         """Return a tensor under a name.
+
+        Args:
+            dtype: that a tensor in memory is written in; None: its own.
 
         Raises:
             OutputError: files cannot hold its dtype.
         """
         if isinstance(source, TensorEntry):
             return cls(name, source.dtype, source.shape, source)
-        kind = str(source.dtype).removeprefix("torch.")
+        kind = str(dtype or source.dtype).removeprefix("torch.")
         if kind not in _OF_TORCH:
             raise OutputError(
                 f"Tensor '{name}' has dtype {kind}, which a checkpoint cannot hold; convert it to "
@@ -59,8 +64,10 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.source.nbytes
+        """Size in bytes, as it is written."""
+        if isinstance(self.source, TensorEntry):
+            return self.source.nbytes
+        return self.source.numel() * DTYPES[self.dtype][0]
 
 
 def write_shard(
@@ -168,10 +175,11 @@ def _pieces(part: Part) -> Iterator[memoryview]:
         return
     import torch
 
-    flat = part.source.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    whole: memoryview = flat.numpy().data
-    for start in range(0, len(whole), _PIECE):
-        yield whole[start : start + _PIECE]
+    size, kind = DTYPES[part.dtype]
+    for piece in part.source.detach().reshape(-1).split(max(1, _PIECE // size)):
+        written = piece.to("cpu", getattr(torch, kind)).view(torch.uint8)
+        data: memoryview = written.numpy().data
+        yield data
 
 
 def _write(file: IO[bytes], data: bytes | memoryview) -> None:

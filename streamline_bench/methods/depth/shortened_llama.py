@@ -18,7 +18,7 @@ from torch import Tensor
 from streamline_bench.core.architecture import decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.methods.base import Compression
-from streamline_bench.methods.tools.gradients import gradients_by_layer
+from streamline_bench.methods.tools.gradients import GradientSums, gradients_by_layer
 from streamline_bench.methods.tools.layer_removal import is_linear_weight
 from streamline_bench.methods.tools.likelihood import skip_losses
 from streamline_bench.methods.tools.selection import ProtectedEnds, RankedLayers
@@ -101,7 +101,12 @@ def taylor_scores(
     }
     scores = [0.0] * len(wanted)
     for layer, found in gradients_by_layer(model, wanted, tokens, work=work, progress=progress):
-        for weight, sums in found.values():
-            product = weight.detach().to(sums.mean.dtype) * sums.mean
-            scores[layer] += float(product.abs_().sum(dtype=torch.float64))
+        for path in wanted[layer]:
+            scores[layer] += _effect(*found[path])
     return scores
+
+
+def _effect(weight: Tensor, sums: GradientSums) -> float:
+    """Return ``Σ |w · dL/dw|``; what it takes goes before the next layer is read."""
+    product = weight.detach().to(sums.mean.dtype) * sums.mean
+    return float(product.abs_().sum(dtype=torch.float64))

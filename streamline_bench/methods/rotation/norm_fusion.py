@@ -48,13 +48,16 @@ def fuse_norms(model: Any) -> None:
     layers = decoder_layers(model)
     for layer in layers:
         fusion.check(layer)
-    fusion.outside()
+    fusion.head()
+    fusion.stream()
     for layer in layers:
         fusion.layer(layer)
 
 
 class NormFusion:
-    """Fuses the norms of a model part by part: what is outside the layers, then each layer.
+    """Fuses the norms of a model part by part: what is outside the layers, and each layer.
+
+    The head may be the last where it has weights of its own by then.
 
     Raises:
         ArchitectureError: the residual stream of this model cannot be rotated.
@@ -64,20 +67,26 @@ class NormFusion:
         self._model = model
         self._family = require_rotatable(model.config)
         norms = [norm for layer in decoder_layers(model) for norm, _ in self._readers(layer)]
-        norms.append(model.get_submodule(self._family.final_norm))
+        self._norm = model.get_submodule(self._family.final_norm)
+        self._head: Any = model.get_submodule(self._family.lm_head)
+        _check_norm(self._norm, [self._head], self._family)
+        norms.append(self._norm)
         self._centres = any(isinstance(norm, nn.LayerNorm) for norm in norms)
         self._factor = float(getattr(model.config, "residual_multiplier", 1.0))
         self._parallel = self._family.is_parallel(model.config)
         self._hidden = int(model.config.hidden_size)
 
     @torch.no_grad()
-    def outside(self) -> None:
-        """Fuse the final norm into the LM head, and centre the embeddings."""
+    def head(self) -> None:
+        """Fuse the final norm into the LM head, which has its weights; untie it."""
+        if self._head.weight is self._model.get_input_embeddings().weight:
+            self._head.weight = nn.Parameter(self._head.weight.detach().clone())
+        _absorb(self._norm, self._head, is_head=True)
+
+    @torch.no_grad()
+    def stream(self) -> None:
+        """Centre the embeddings; the final norm has no weights from now on."""
         model, family = self._model, self._family
-        norm: Any = model.get_submodule(family.final_norm)
-        head: Any = model.get_submodule(family.lm_head)
-        _check_norm(norm, [head], family)
-        head.weight = nn.Parameter(head.weight.detach().clone())
         model.config.tie_word_embeddings = False
         if self._centres:
             for embedding in stream_embeddings(model, family):
@@ -85,7 +94,6 @@ class NormFusion:
                 embedding.weight.copy_(wide - wide.mean(1, keepdim=True))
         if self._factor != 1.0:
             model.config.residual_multiplier = 1.0
-        _absorb(norm, head, is_head=True)
         replace_final_norm(model, self._hidden)
         pad_embeddings(model, self._hidden)
 
@@ -120,6 +128,7 @@ class NormFusion:
         return [(norm, attention), (layer.get_submodule(family.mlp_norm), mlp)]
 
 
+@torch.no_grad()
 def _check_norm(norm: Any, readers: list[Any], family: Architecture) -> None:
     """Refuse a norm that is neither LayerNorm nor a gain times x over its root mean square."""
     if not all(isinstance(reader, (nn.Linear, Conv1D)) for reader in readers):

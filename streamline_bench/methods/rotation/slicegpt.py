@@ -12,7 +12,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -48,7 +48,7 @@ from streamline_bench.methods.rotation.stream_rotation import (
 from streamline_bench.methods.tools.layer_removal import config_json
 from streamline_bench.methods.tools.sizes import Stored
 from streamline_bench.modeling import register, streamline_config
-from streamline_bench.modeling.rotations import Rotations, require_rotatable
+from streamline_bench.modeling.rotations import Rotations, require_rotatable, stream_embeddings
 
 log = logging.getLogger(__name__)
 
@@ -215,54 +215,73 @@ def _sliced_by_layer(
             f"Whether the residual stream of this '{family.model_type}' model can be rotated is "
             "checked on the whole model; use placement resident."
         )
-    with held_layer(model, HEAD):
-        parts = _SlicedParts(work.work / "sliced", model, _stored_dtype(work))
-        parts.fusion.outside()
-        kept = _rotate(work, model, tokens, plan, options, parts)
-        parts.keep_outside()
+    parts = _SlicedParts(work, model)
+    parts.fusion.stream()
+    kept = _rotate(work, model, tokens, plan, options, parts)
     return LazyTensors(model.state_dict(), parts.tensor), kept
 
 
 class _SlicedParts:
     """Keeps the parts of a sliced model in files of a folder, as :class:`RotatedParts`."""
 
-    def __init__(self, folder: Path, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, work: Compression, model: Any) -> None:
         self.fusion = NormFusion(model)
-        self._folder, self._model, self._dtype = folder, model, dtype
-        self._layers = architecture_of(model.config).layers
-        shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted attempt
-        folder.mkdir()
+        self._folder, self._model, self._dtype = work.work / "sliced", model, _stored_dtype(work)
+        self._reader = work.reader
+        self._family = architecture_of(model.config)
+        head: Any = model.get_submodule(self._family.lm_head)
+        self._tied = head.weight is model.get_input_embeddings().weight
+        shutil.rmtree(self._folder, ignore_errors=True)  # left by an interrupted attempt
+        self._folder.mkdir()
 
     def begin(self, layer: Any) -> None:
         self.fusion.check(layer)
         self.fusion.layer(layer)
 
     def end(self, index: int, layer: Any) -> None:
-        prefix = f"{self._layers}.{index}."
+        prefix = f"{self._family.layers}.{index}."
         self._save(f"layer-{index}", {prefix + n: t for n, t in layer.state_dict().items()})
         for module in layer.modules():  # what the rotation put in does not go by itself
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[name] = torch.nn.Parameter(parameter.to("meta"))
 
-    def keep_outside(self) -> None:
-        """Keep what is outside the layers."""
-        within = f"{self._layers}."
-        state = self._model.state_dict().items()
-        self._save("outside", {n: t for n, t in state if not n.startswith(within)})
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        self._keep("outside")
+        like = self._model.get_input_embeddings().weight.new_empty(0)
+        done = stream_embeddings(self._model, self._family)
+        if self._tied:
+            done.append(self._model.get_submodule(self._family.lm_head))
+        for module in done:
+            module.weight = torch.nn.Parameter(module.weight.to("meta"))
+        with held_layer(self._model, HEAD) as head:
+            if self._tied:  # read anew: the embeddings were turned in place
+                table = self._reader.tensor(self._reader.embeddings_name, like.dtype)
+                head.weight = torch.nn.Parameter(table.to(like, copy=True))
+            self.fusion.head()
+            yield
+            self._keep("head")
 
     def tensor(self, name: str) -> Tensor:
         """Return a kept tensor by its name in the model."""
-        within = f"{self._layers}."
-        inside = name.startswith(within)
-        part = f"layer-{name.removeprefix(within).partition('.')[0]}" if inside else "outside"
-        tensor: Tensor = open_shard(self._file(part), "pt").get_tensor(name)
+        tensor: Tensor = open_shard(self._file(self._part(name)), "pt").get_tensor(name)
         return tensor
+
+    def _part(self, name: str) -> str:
+        within = f"{self._family.layers}."
+        if name.startswith(within):
+            return f"layer-{name.removeprefix(within).partition('.')[0]}"
+        return "head" if name.startswith(f"{self._family.lm_head}.") else "outside"
+
+    def _keep(self, part: str) -> None:
+        state = self._model.state_dict().items()
+        self._save(part, {name: tensor for name, tensor in state if self._part(name) == part})
 
     def _save(self, part: str, tensors: Mapping[str, Tensor]) -> None:
         path = self._file(part)
         with library_errors(f"{path} cannot be written", "free space", OutputError):
-            write_shard(path, [Part.of(n, t.to(self._dtype)) for n, t in tensors.items()])
+            write_shard(path, [Part.of(n, t, self._dtype) for n, t in tensors.items()])
 
     def _file(self, part: str) -> Path:
         return self._folder / f"{part}.safetensors"

@@ -11,6 +11,7 @@ once the axes behind it are known. The tokens pass through every sub-layer once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -64,6 +65,9 @@ class RotatedParts(Protocol):
 
     def end(self, index: int, layer: Any) -> None:
         """Keep a layer that was rotated; its weights go afterwards."""
+
+    def head(self) -> AbstractContextManager[None]:
+        """Hold the LM head, made ready, with embeddings kept; at the end it is kept, too."""
 
 
 class StreamRotation:
@@ -136,8 +140,9 @@ class StreamRotation:
                     if self._parts is not None:
                         self._parts.end(index, layer)
                 bar.update()
-        _turn_inputs([self._model.get_submodule(self._row.lm_head)], basis)
-        pad_embeddings(self._model, head_width)
+        with nullcontext() if self._parts is None else self._parts.head():
+            _turn_table(self._model.get_submodule(self._row.lm_head), basis)
+            pad_embeddings(self._model, head_width)
 
     def _embed(self, forward: PartialForward, width: int) -> Tensor:
         everything = range(len(self._layers))
@@ -147,7 +152,8 @@ class StreamRotation:
             return forward.states[0]
 
         basis = self._axes(signal, width, "of the embeddings")
-        _turn_inputs(stream_embeddings(self._model, self._row), basis)
+        for embedding in stream_embeddings(self._model, self._row):
+            _turn_table(embedding, basis)
         return basis
 
     def _attention(self, forward: PartialForward, index: int, basis: Tensor, width: int) -> Tensor:
@@ -235,20 +241,37 @@ class StreamRotation:
 
 
 def _turn_inputs(modules: list[Any], basis: Tensor) -> None:
-    """Let linear maps read, or embeddings write, the stream in another basis ``[d, width]``."""
+    """Let linear maps read the stream in another basis ``[d, width]``."""
     for module in modules:
         weight = weight_of(module)
         turned = module.weight.new_empty(len(weight), basis.shape[1])
-        pairs = (torch.split(each, WIDENED_ROWS) for each in (weight, turned))
-        for rows, place in zip(*pairs, strict=True):
-            place.copy_(widened(rows) @ basis)
+        _turn_rows(weight, turned, basis)
         set_weight(module, turned)
+
+
+def _turn_table(module: Any, basis: Tensor) -> None:
+    """Do the same with embeddings or the LM head, within the memory of the table."""
+    weight = module.weight.detach()
+    turned = weight.reshape(-1)[: len(weight) * basis.shape[1]].view(len(weight), -1)
+    _turn_rows(weight, turned, basis)
+    set_weight(module, turned)
+
+
+def _turn_rows(weight: Tensor, turned: Tensor, basis: Tensor) -> None:
+    """Fill ``turned``, which may begin where ``weight`` does: its rows are not longer."""
+    pairs = (torch.split(each, WIDENED_ROWS) for each in (weight, turned))
+    for rows, place in zip(*pairs, strict=True):
+        place.copy_(widened(rows) @ basis)
 
 
 def _turn_output(linear: Any, basis: Tensor) -> None:
     """Let a linear map write the stream in another basis ``[d, width]``."""
-    bias = linear.bias
-    set_weight(linear, (basis.T @ widened(weight_of(linear))).to(linear.weight))
+    weight, bias = weight_of(linear), linear.bias
+    turned = linear.weight.new_empty(basis.shape[1], weight.shape[1])
+    pairs = (torch.split(each, WIDENED_ROWS, dim=1) for each in (weight, turned))
+    for columns, place in zip(*pairs, strict=True):
+        place.copy_(basis.T @ widened(columns))
+    set_weight(linear, turned)
     if bias is not None:
         linear.bias = torch.nn.Parameter((widened(bias) @ basis).to(bias))
 
@@ -313,7 +336,8 @@ class Covariance:
                 "model's weights."
             )
         shift = damping * level
-        damped = self._sum + shift * torch.eye(size).to(self._sum)
+        damped = self._sum.clone()
+        damped.diagonal().add_(shift)
         energies, axes = torch.linalg.eigh(damped)
         energies = (energies - shift).clamp_min(0) / self.num_rows
         return PrincipalAxes(axes.flip(1), energies.flip(0))

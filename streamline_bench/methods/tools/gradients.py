@@ -218,7 +218,7 @@ def _layer_by_layer(
     progress: bool,
 ) -> Iterator[tuple[int, LayerGradients]]:
     targets, depth = count_targets(tokens), len(decoder_layers(model))
-    lowest, device = min(wanted), model.get_input_embeddings().weight.device
+    lowest = min(wanted)
     with state_store(model, size, work) as store, evaluating(model, frozen=True):
         model.zero_grad(set_to_none=True)
         walk_states(model, batches, range(lowest, depth + 1), store, progress=progress)
@@ -228,27 +228,49 @@ def _layer_by_layer(
                 with held_layer(model, layer, layer - 1 if layer > lowest else None) as host:
                     host.requires_grad_(False)
                     weights = {p: host.get_parameter(p) for p in wanted.get(layer, ())}
-                    places = {(layer, path): weight for path, weight in weights.items()}
-                    for weight in weights.values():
-                        weight.requires_grad_(True)
-                    with _Collector(places, squares) as collector:
-                        for number, (ids, mask) in enumerate(batches):
-                            collector.share = (ids.shape[1] - 1) / targets
-                            state = store.load((layer, number), device).detach()
-                            state.requires_grad_(layer > lowest)
-                            if layer > lowest or weights:
-                                output = forward.layer(layer, ids, mask, state, gradients=True)
-                                gradient = store.load(("gradient", number), device)
-                                torch.autograd.backward(output, gradient)
-                            if layer > lowest:
-                                assert state.grad is not None
-                                store["gradient", number] = state.grad
-                            store.drop((layer, number))
-                    sums = collector.finished(len(tokens))
-                    if weights:
-                        found = {p: (w, sums.pop((layer, p))) for p, w in weights.items()}
+                    found = _backwards_through_layer(
+                        model, forward, layer, weights, tokens, batches, lowest, store, squares
+                    )
+                    weights.clear()
+                    if found:
                         yield layer, found
                         found.clear()  # the caller may still hold it while the next one is made
+
+
+def _backwards_through_layer(
+    model: Any,
+    forward: PartialForward,
+    layer: int,
+    weights: Mapping[str, nn.Parameter],
+    tokens: CalibrationTokens,
+    batches: Sequence[TokenBatch],
+    lowest: int,
+    store: BatchStore,
+    squares: bool,
+) -> dict[str, tuple[nn.Parameter, GradientSums]]:
+    """Replace the gradients in the store by those with respect to the layer's input.
+
+    Weights of the layer are held by what is returned only.
+    """
+    targets, device = count_targets(tokens), model.get_input_embeddings().weight.device
+    places = {(layer, path): weight for path, weight in weights.items()}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    with _Collector(places, squares) as collector:
+        for number, (ids, mask) in enumerate(batches):
+            collector.share = (ids.shape[1] - 1) / targets
+            state = store.load((layer, number), device).detach()
+            state.requires_grad_(layer > lowest)
+            if layer > lowest or weights:
+                output = forward.layer(layer, ids, mask, state, gradients=True)
+                gradient = store.load(("gradient", number), device)
+                torch.autograd.backward(output, gradient)
+            if layer > lowest:
+                assert state.grad is not None
+                store["gradient", number] = state.grad
+            store.drop((layer, number))
+    sums = collector.finished(len(tokens))
+    return {path: (weight, sums[layer, path]) for path, weight in weights.items()}
 
 
 def _backwards_through_head(

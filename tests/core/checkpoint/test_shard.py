@@ -37,6 +37,20 @@ def saved(path: Path, given: dict[str, torch.Tensor]) -> bytes:
     return path.read_bytes()
 
 
+def test_a_tensor_is_written_in_another_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard, "_PIECE", 70)
+    given = {name: torch.randn(40, 3).t() for name in "ab"} | {"c": torch.ones(())}
+    write_shard(
+        tmp_path / "own.safetensors",
+        [Part.of(name, tensor, torch.bfloat16) for name, tensor in given.items()],
+        metadata={"format": "pt"},
+    )
+    expected = {name: tensor.bfloat16() for name, tensor in given.items()}
+    assert (tmp_path / "own.safetensors").read_bytes() == saved(tmp_path / "other", expected)
+
+
 @pytest.mark.parametrize("hashed", [True, False])
 @pytest.mark.parametrize("piece", [7, 1 << 20])
 def test_the_bytes_are_the_librarys(
