@@ -176,7 +176,7 @@ def _pieces(part: Part) -> Iterator[memoryview]:
     import torch
 
     size, kind = DTYPES[part.dtype]
-    for piece in part.source.detach().reshape(-1).split(max(1, _PIECE // size)):
+    for piece in torch.split(part.source.detach().reshape(-1), max(1, _PIECE // size)):
         written = piece.to("cpu", getattr(torch, kind)).view(torch.uint8)
         data: memoryview = written.numpy().data
         yield data
