@@ -80,8 +80,8 @@ def families() -> Iterator[str]:
         whole = sum(len(row) == len(recipes) for row in cells.values())
         names = ", ".join(matrix["partly"]).replace("_", " ")
         yield (
-            f"These columns were made for {whole} of them, those met most, and not tried (·) for "
-            f"the others: {names}."
+            f"These columns were made for {whole} of them, first those met most, and not tried (·) "
+            f"for the others: {names}."
         )
     yield ""
     names = ["model type", "vLLM", *(name.replace("_", " ") for name in recipes)]

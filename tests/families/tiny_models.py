@@ -250,6 +250,9 @@ def _shrunk(kind: Any, layers: int, wider: int) -> dict[str, Any]:
             entries[key] = min(value, values[key])
         elif key.endswith("_token_id") and isinstance(value, (int, list)):
             entries[key] = {"pad_token_id": 0, "bos_token_id": 1}.get(key, 2)
+    if any(entries.get(key, 1) > 1 for key in _SMALL["expert groups"][1].split()):
+        counts = _SMALL["experts"][1].split()  # a group of two loses none
+        entries |= {key: 2 * entries[key] for key in counts if key in entries}
     for key, value in defaults.items():
         if key in getattr(kind, "sub_configs", {}) and isinstance(value, Mapping):
             entries[key] = _entries(value["model_type"], layers, wider)

@@ -120,8 +120,12 @@ def give_back_freed() -> None:
 
 def package_versions() -> dict[str, str]:
     """Return the versions of this package, Python and the packages that decide a result."""
-    found = {name: metadata.version(name) for name in _PACKAGES}
-    return {"streamline-bench": __version__, "python": platform.python_version(), **found}
+    return {"streamline-bench": __version__, "python": platform.python_version(), **_versions()}
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in _PACKAGES}
 
 
 def user_cache() -> Path:

@@ -54,6 +54,11 @@ COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exper
 
 _CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk")
 _GROUPS = ("n_group", "num_expert_group")
+_CHOSEN_GROUPS = ("topk_group",)
+_RANKED = 2
+"""Experts of each group by which routers rank groups."""
+_STORED_ROUTER = "gate"
+"""What files call a router that the model calls otherwise (Phi-3.5-MoE's)."""
 
 EXPERTS_FILE = "removed_experts.json"
 
@@ -81,6 +86,7 @@ class Mixture:
         key: the config entry that counts them.
         experts: of each layer that has some; ``chosen``: to how many a token is routed.
         groups: in how many groups they are chosen; 1 where there are none.
+        least: how many must stay, so that a token can still be routed to ``chosen`` of them.
         layers: the layers with experts.
         expert_size: parameters of one expert with its part of the router.
         total, embeddings: parameters of the whole model, and of embeddings and LM head.
@@ -90,6 +96,7 @@ class Mixture:
     experts: int
     chosen: int
     groups: int
+    least: int
     layers: tuple[int, ...]
     expert_size: int
     total: int
@@ -130,7 +137,7 @@ class ExpertPruning(Method):
         fused = sum(stored_bytes(work.reader, name) for name in sliced)
         step = sum(single) + fused // mixture.experts * mixture.groups
         least = len(mixture.layers) * mixture.expert_size * mixture.groups
-        for count in range(1, (mixture.experts - mixture.chosen) // mixture.groups + 1):
+        for count in range(1, (mixture.experts - mixture.least) // mixture.groups + 1):
 
             def same(sparsity: float, count: int = count) -> bool:
                 return plan_experts(mixture, sparsity=sparsity).removed == count * least
@@ -199,9 +206,12 @@ def mixture_of(config: Any) -> Mixture:
         raise ArchitectureError(f"{what}: its config does not say how many there are; {other}.")
     experts = int(getattr(config, key))
     groups = next((int(n) for name in _GROUPS if (n := getattr(config, name, None))), 1)
-    if experts - groups < max(chosen, 1):
+    open_groups = next((int(n) for name in _CHOSEN_GROUPS if (n := getattr(config, name, None))), 1)
+    least = _least(chosen, groups, open_groups)
+    if experts - groups < least:
+        grouped = f" of {groups} groups, {open_groups} at a time" if groups > 1 else ""
         raise ArchitectureError(
-            f"{what}: of {experts} experts each token is routed to {chosen}; {other}."
+            f"{what}: of {experts} experts{grouped} each token is routed to {chosen}; {other}."
         )
     fewer, _ = _shapes(_with_experts(config, key, experts - groups))
     path = re.compile(
@@ -222,9 +232,16 @@ def mixture_of(config: Any) -> Mixture:
         size += math.prod(shape[1:]) if name in parameters else 0
     sizes = model_sizes(config)
     return Mixture(
-        key, experts, chosen, groups, tuple(layers), size // len(layers), sizes.total,
+        key, experts, chosen, groups, least, tuple(layers), size // len(layers), sizes.total,
         sizes.embeddings,
     )  # fmt: skip
+
+
+def _least(chosen: int, groups: int, open_groups: int) -> int:
+    """Return how many experts must stay: those of the open groups are those that are chosen."""
+    if groups == 1:
+        return chosen
+    return groups * max(_RANKED, math.ceil(chosen / open_groups))
 
 
 def _joined(family: Architecture, name: str) -> str:
@@ -263,7 +280,7 @@ def plan_experts(
             "experts to remove), one of the two."
         )
     step, per_expert = mixture.groups, len(mixture.layers) * mixture.expert_size
-    most = (mixture.experts - mixture.chosen) // step * step
+    most = (mixture.experts - mixture.least) // step * step
     if ratio is not None:
         gone = math.floor(ratio * mixture.experts + 1e-9) // step * step
     else:
@@ -274,8 +291,8 @@ def plan_experts(
         raise SparsityError(
             f"{asked} is out of reach: of {mixture.experts} experts in {len(mixture.layers)} "
             f"layers {step} to {most} can be removed, {step * per_expert / mixture.total:.4f} to "
-            f"{most * per_expert / mixture.total:.4f} of the parameters, as each token is routed "
-            f"to {mixture.chosen}; choose a share in that range."
+            f"{most * per_expert / mixture.total:.4f} of the parameters, as a token can be routed "
+            f"to {mixture.chosen} while {mixture.least} stay; choose a share in that range."
         )
     removed = gone * per_expert
     return ExpertPlan(
@@ -396,7 +413,7 @@ def pruned_tensors(
     whole = re.compile(
         re.escape(prefix)
         + rf"\.(\d+)\.[^.]+\.({re.escape(family.router)}|{re.escape(family.experts)}|"
-        + r"moe_statics)\.[^.]+(\.[^.]+)?"
+        + rf"{_STORED_ROUTER}|moe_statics)\.[^.]+(\.[^.]+)?"
     )
     names: dict[str, str] = {}
     slices: dict[str, Tensor] = {}

@@ -10,13 +10,20 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers, depth_of
 from streamline_bench.core.checkpoint.writer import layers_prefix
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.forward import LayersEntangled, PartialForward, replaced_forward
+from streamline_bench.core.forward import (
+    LayersEntangled,
+    PartialForward,
+    hidden_of,
+    replaced_forward,
+    with_hidden,
+)
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.surgery import ModelSizes, SizePlan, model_sizes, pruned_config
 from streamline_bench.errors import ArchitectureError, CheckpointError, SparsityError
@@ -239,6 +246,9 @@ def silenced(model: Any) -> Iterator[set[Sublayer]]:
         other: Any = Nothing(each[1]).forward if itself else lambda hidden_states: hidden_states
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if each in gone and itself and each[1] == "mlp" and row.experts:
+                output = own(*args, **kwargs)  # some give their routing as well
+                return with_hidden(output, torch.zeros_like(hidden_of(output)))
             return (other if each in gone else own)(*args, **kwargs)
 
         return forward

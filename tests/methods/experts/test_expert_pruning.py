@@ -191,13 +191,13 @@ def test_streamed_gives_the_same_bytes_as_resident(
         assert (made[0] / name).read_bytes() == (made[1] / name).read_bytes()
 
 
-MIXTURE = Mixture("num_experts", 8, 2, 1, (0, 1), 100, 2000, 100)
+MIXTURE = Mixture("num_experts", 8, 2, 1, 2, (0, 1), 100, 2000, 100)
 
 
 def test_sizes() -> None:
     assert plan_experts(MIXTURE, sparsity=0.25).experts_after == 5  # 2.5 each, rounded up
     assert plan_experts(MIXTURE, ratio=0.5).removed == 800
-    grouped = Mixture("n_routed_experts", 8, 2, 4, (0, 1), 100, 2000, 100)
+    grouped = Mixture("n_routed_experts", 8, 2, 4, 4, (0, 1), 100, 2000, 100)
     assert plan_experts(grouped, ratio=0.6).experts_after == 4
     with pytest.raises(SparsityError, match=r"0\.8 is out of reach.*0\.1000 to 0\.6000.*to 2"):
         plan_experts(MIXTURE, sparsity=0.8)
