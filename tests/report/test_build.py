@@ -245,7 +245,7 @@ def test_calibration_tokens_are_shown_in_every_view(run: Path) -> None:
     digest = row["provenance"]["calibration"]["sha256"]
     lines = [line for line in to_markdown(valid(board)).splitlines() if "| abab" in line]
     assert len(lines) == 2
-    assert all("| 65536 |" in line for line in lines)
+    assert all("| calibration 65,536 |" in line for line in lines)
     assert f"<dd>65,536 of calibration, <code>{digest}</code></dd>" in to_html(valid(board))
     assert "- Calibration tokens: 65536\n" in model_card(valid(board), valid(board).rows[2])
 

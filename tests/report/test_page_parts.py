@@ -191,6 +191,24 @@ def test_bytes_are_drawn_only_where_they_say_more_than_parameters() -> None:
     assert [drawn.kind for drawn in tradeoffs(quantised)] == ["parameters", "bytes"]
 
 
+def test_rows_of_one_size_are_drawn_against_token_kl() -> None:
+    text = {"documents": 1, "windows": 1, "tokens": 9, "window": 9, "same_top": {"value": 0.5},
+            "dense_perplexity": 5.0, "pruned_perplexity": 9.0,
+            "nats_per_token": {"value": 1.0}}  # fmt: skip
+    rows = [row("dense", 0.9, parameters=1000)] + [
+        row(name, 0.5, parameters=size, sparsity_requested=0.25,
+            divergence={**text, "kl": {"value": kl, "low": kl - 0.5, "high": kl + 0.5}})
+        for name, size, kl in (("a", 750, 0.4), ("b", 780, 4.0))
+    ]  # fmt: skip
+    (found,) = tradeoffs(rows)
+    assert found.kind == "kl" and found.frontier == ["a"]
+    assert [(p.low, p.high) for p in points_of(rows, "kl")] == [(None, None), (3.5, 4.5)], (
+        "a logarithm has no place for an end below 0"
+    )
+    other = rows[2].model_copy(update={"sparsity_requested": 0.2})
+    assert [drawn.kind for drawn in tradeoffs([*rows[:2], other])] == ["parameters"]
+
+
 def test_every_point_of_the_frontier_has_a_name() -> None:
     """Also in a crowd at the left edge, and no name covers another."""
     rows = [row("dense", 0.9, parameters=1000)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
@@ -10,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_bench.report.figures.lines import spread
+from streamline_bench.report.figures.lines import COLOURS, spread
 from streamline_bench.report.figures.pareto import root_ticks
-from streamline_bench.report.figures.sizes import at_equal_size, size_curves
+from streamline_bench.report.figures.sizes import at_equal_size, chance_of, equal_note, size_curves
 from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.views.headline import headline
 from streamline_bench.report.views.markdown import to_markdown
@@ -65,8 +66,10 @@ def test_equal_sizes_are_interpolated_from_the_dense_model_on(board: Leaderboard
     # map has 26 % removed at its first size: a 26th of the way back to the dense model's 0.
     assert values["map"] == pytest.approx([0.6 * 25 / 26, 2.0]), "and 49.5 % count as 50 %"
     assert values["none"] == [1.0, 3.0]
-    assert [token_kl.best(place) for place in (0, 1)] == pytest.approx([0.5, 2.0])
-    assert accuracy.best(1) == 0.5 and stability.best(0) == pytest.approx(0.75, abs=0.02)
+    assert token_kl.best(1) == 2.0, "its interval of 0.1 is apart from 2.5's"
+    assert token_kl.best(0) is None and accuracy.best(1) is None and stability.best(0) is None
+    wide = {one.label: cells for one, cells in accuracy.lines}["slice"][1]
+    assert wide.ends == pytest.approx((0.5 - 1.96 * 0.02, 0.5 + 1.96 * 0.02), abs=1e-5), "95 %"
     assert [one.label for one, _ in accuracy.lines] == ["slice", "map", "none"], "best first"
 
 
@@ -76,7 +79,8 @@ def test_markdown_has_a_table_for_every_size(board: Leaderboard) -> None:
     assert "map-0.25" in small and "-0.5 |" not in small and "| dense |" in small
     assert "map-0.5" in large.partition("\n\n|")[2].partition("\n\n")[0]
     equal = text.partition("## At equal size: token KL, nats")[2].partition("##")[0]
-    assert "| slice | **0.50** | 2.50 |" in equal and "| map | 0.58 | **2.00** |" in equal
+    assert "| slice | 0.50 [0.40, 0.60] | 2.50 [2.40, 2.60] |" in equal
+    assert "| **2.00 [1.90, 2.10]** |" in equal, "apart from all others"
     assert text.count("compress m --output run/ROW/checkpoint") == 1
     assert "none-0.5, map-0.25" in text.partition("ROW: ")[2]
 
@@ -102,6 +106,68 @@ def test_commands_that_differ_in_the_label_are_one(board: Leaderboard) -> None:
     assert [*lines, other.line] == board.commands and not other.rows
     own = commands({"Compress": ["compress a", "compress b"]}, board.rows[:1])
     assert [one.line for one in own["Compress"]] == ["compress a", "compress b"]
+
+
+def more_recipes(sized: dict[str, Any], count: int) -> Leaderboard:
+    """The board with further recipes that are the worst everywhere, their tasks with choices."""
+    rows = copy.deepcopy(sized["rows"])
+    for number in range(count):
+        for row in copy.deepcopy(rows[1:3]):
+            row["group"] = f"other{number}"
+            row["label"] = row["label"].replace("none", row["group"])
+            row["accuracy_macro"] = {"value": 0.2 - number / 100, "standard_error": 0.02}
+            row["divergence"]["kl"] = {"value": 9.0 + number}
+            rows.append(row)
+    for row in rows[1:]:
+        compared = {
+            "task": "t", "filter": "none", "output_type": "multiple_choice", "verdict": "acc",
+            "n": 100, "dense": {"value": 0.8}, "pruned": {"value": 0.5}, "chance": 0.25,
+            "difference": {"value": -0.3}, "agreement": {"value": 0.6}, "stability": None,
+            "effective_n": None, "same_choice": None, "kappa": None, "mcnemar_p": 0.5,
+            "flips": {"right_to_wrong": 9, "wrong_to_right": 1, "wrong_to_other_wrong": None},
+        }  # fmt: skip
+        row["tasks"] = [{
+            "task": "t", "filter": "none", "main": True, "output_type": "multiple_choice",
+            "verdict": "acc", "n": 100, "accuracy": {"value": 0.5}, "comparison": compared,
+        }]  # fmt: skip
+    return Leaderboard.model_validate({**sized, "rows": rows})
+
+
+def test_the_best_have_a_colour_and_the_rest_is_grey(sized: dict[str, Any]) -> None:
+    board = more_recipes(sized, 30)
+    curves = {(curve.up, curve.across): curve.svg for curve in size_curves(board, board.rows)}
+    for up in ("accuracy", "token KL"):
+        root = ElementTree.fromstring(curves[up, "parameters"])
+        groups = [one for one in root.iter("g") if "series" in (one.get("class") or "")]
+        grey = [one for one in groups if "rest" in (one.get("class") or "")]
+        assert len(groups) == 33 and len(grey) == 33 - COLOURS and groups[: len(grey)] == grey
+        assert not any(path.get("class") == "band" for one in grey for path in one.iter("path"))
+        coloured = [one.findtext("title") for one in groups[len(grey) :]]
+        assert {"map", "slice", "none"} <= set(coloured)
+        assert len({one.get("class") for one in groups[len(grey) :]}) == COLOURS
+        assert all(one.find("text") is not None for one in groups[len(grey) :]), "named"
+
+
+def test_guessing_is_drawn_and_what_the_numbers_rest_on(sized: dict[str, Any]) -> None:
+    board = more_recipes(sized, 1)
+    assert chance_of(board.rows) == 0.25 and chance_of(board.rows[:1]) is None
+    curves = {(curve.up, curve.across): curve.svg for curve in size_curves(board, board.rows)}
+    assert "guessing: 25.0 %" in curves["accuracy", "parameters"]
+    assert "100 questions" in curves["accuracy", "parameters"]
+    assert "guessing" not in curves["stability", "parameters"]
+    assert "700 tokens" in curves["token KL", "parameters"]
+
+
+def test_a_rise_with_what_is_removed_is_called_chance(sized: dict[str, Any]) -> None:
+    board = Leaderboard.model_validate(sized)
+    assert "rises" not in equal_note(board, board.rows)
+    rising = copy.deepcopy(sized)
+    rising["rows"][2]["accuracy_macro"]["value"] = 0.62
+    board = Leaderboard.model_validate(rising)
+    assert "(none), within the intervals" in equal_note(board, board.rows)
+    rising["rows"][2]["accuracy_macro"]["value"] = 0.75
+    board = Leaderboard.model_validate(rising)
+    assert "beyond the intervals of none" in equal_note(board, board.rows)
 
 
 @given(st.lists(st.floats(0, 300), max_size=40))

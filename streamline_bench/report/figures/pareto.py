@@ -19,6 +19,7 @@ from streamline_bench.report.text import (
     visible_text,
     with_error,
 )
+from streamline_bench.stability.estimate import Estimate
 
 _WIDTH, _HEIGHT = 1000.0, 400.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48.0, 44.0, 14.0, 44.0
@@ -137,6 +138,12 @@ def _bytes(row: Row) -> float | None:
     return row.bytes or (row.speed.weights_bytes if row.speed else None)
 
 
+def _ends_of(estimate: Estimate) -> tuple[float | None, float | None]:
+    """Ends that a logarithm can place."""
+    positive = estimate.low is not None and estimate.low > 0
+    return (estimate.low, estimate.high) if positive else (None, None)
+
+
 def _making(row: Row) -> float | None:
     """Seconds that making the row took, evaluations aside."""
     spent = sum(value for stage, value in row.seconds.items() if stage != "evaluate")
@@ -165,6 +172,14 @@ MEASURES: dict[str, Measure] = {
         lambda row: row.speed.goodput.value if row.speed and row.speed.goodput else None,
         lambda value: f"{value:,.4g}",
         more=True,
+    ),
+    "kl": Measure(
+        "token KL", "← token KL to the reference, nats (log scale)",
+        "KL of the next-token distributions to the reference's, bars: its interval",
+        lambda row: row.divergence.kl.value if row.divergence else None,
+        lambda value: f"{value:,.3g}",
+        lambda row: _ends_of(row.divergence.kl) if row.divergence else (None, None),
+        log=True,
     ),
     "parameters": Measure(
         "size", "← parameters", "parameters", lambda row: row.parameters, count
@@ -234,18 +249,36 @@ def frontier(points: Sequence[Point], *, more_is_better: bool) -> list[Point]:
 def tradeoffs(rows: Sequence[Row]) -> list[Pareto]:
     """Draw accuracy against everything in which the compressed rows differ, speed first.
 
-    Where they differ in nothing, the size is drawn. Bytes are left out where they say what the
-    parameters say. Goodput is also drawn of one row beside the dense one. Nothing with fewer than
-    two points.
+    Where they differ in nothing, the size is drawn; where all were asked for one size, token KL in
+    its place. Bytes are left out where they say what the parameters say. Goodput is also drawn of
+    one row beside the dense one. Nothing with fewer than two points.
     """
     differing = [kind for kind in MEASURES if _differs(rows, kind)]
     if "ratio" in differing:
         differing = [kind for kind in differing if kind != "throughput"]
     if "parameters" in differing and not _differs(rows, "bytes", per="parameters"):
         differing = [kind for kind in differing if kind != "bytes"]
+    told = "parameters" if _one_size(rows) else "kl"
+    differing = [kind for kind in differing if kind != told]
     return [
         drawn for kind in differing or ["parameters"] if (drawn := pareto(rows, kind)) is not None
     ]
+
+
+def _one_size(rows: Sequence[Row]) -> bool:
+    """Whether the compressed rows were asked for one size and came near it: one vertical column."""
+    compressed = [row for row in rows if row.accuracy_macro and not row.is_dense]
+    sizes = [row.parameters or 0 for row in compressed]
+    whole = max((row.parameters or 0 for row in rows), default=0)
+    return (
+        len({row.sparsity_requested for row in compressed}) == 1
+        and compressed[0].sparsity_requested is not None
+        and max(sizes) - min(sizes) < _ONE_SIZE * whole
+    )
+
+
+_ONE_SIZE = 0.05
+"""Rows whose parameters differ by less than this share of the reference's are of one size."""
 
 
 def bytes_tell_more(rows: Sequence[Row]) -> bool:

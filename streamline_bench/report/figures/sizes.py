@@ -7,12 +7,13 @@ beyond them is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import NormalDist
 
 from markupsafe import Markup
 
-from streamline_bench.report.figures.lines import Line, Series, Written, line_chart
+from streamline_bench.report.figures.lines import COLOURS, Line, Series, Written, line_chart
 from streamline_bench.report.figures.pareto import MEASURES, bytes_tell_more
 from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.row import Row
@@ -37,13 +38,7 @@ def series_of(rows: Sequence[Row]) -> list[Series]:
 
 
 def _accuracy(row: Row) -> Estimate | None:
-    found = row.accuracy_macro
-    if found is None or found.low is not None or found.standard_error is None:
-        return found
-    return found.model_copy(
-        update={"low": found.value - found.standard_error,
-                "high": found.value + found.standard_error}
-    )  # fmt: skip
+    return row.accuracy_macro
 
 
 def _stability(row: Row) -> Estimate | None:
@@ -122,21 +117,60 @@ def size_curves(board: Leaderboard, rows: Sequence[Row]) -> list[SizeCurve]:
     if not bytes_tell_more([row for row in rows if not row.is_dense]):
         del across["bytes"]
     origins = _origins(board, series)
+    chance = chance_of(rows)
+    guessing = (chance, f"guessing: {percent(chance)} %") if chance is not None else None
     found = []
     for up in QUANTITIES:
         for name, (x_of, written) in across.items():
-            lines = [
-                (one, points)
-                for one in series
-                if len(points := _points(one, origins.get(one.label), x_of, up.of)) > 1
-                and len(_points(one, None, x_of, up.of)) > 1
-            ]
+            lines = []
+            for one in _coloured(series, at_equal_size(board, rows)):
+                points = _points(one, origins.get(one.label), x_of, up.of, board.method.confidence)
+                if sum(x_of(row) is not None and up.of(row) is not None for row in one.rows) > 1:
+                    lines.append((one, points))
             if lines:
                 scale = " (by its square root)" if up.by_root else ""
-                named = (f"{up.name}, {up.unit}{scale}", up.tick)
-                svg = line_chart(lines, written, named, by_root=up.by_root)
+                named = (f"{up.name}, {up.unit}{scale}{_asked(up, rows)}", up.tick)
+                level = guessing if up.name == "accuracy" else None
+                svg = line_chart(lines, written, named, by_root=up.by_root, level=level)
                 found.append(SizeCurve(svg, up.name, name))
     return found
+
+
+def _asked(up: Quantity, rows: Sequence[Row]) -> str:
+    """How much the numbers of a picture rest on."""
+    if up.name == "token KL":
+        read = next((row.divergence.tokens for row in rows if row.divergence), 0)
+        return f"; {read:,} tokens" if read else ""
+    asked = next((row.macro.n for row in rows if row.macro), 0)
+    return f"; {asked:,} questions" if asked else ""
+
+
+def chance_of(rows: Sequence[Row]) -> float | None:
+    """Accuracy of guessing, mean over tasks; None where a task has no choices."""
+    main = ([task for task in row.tasks if task.main] for row in rows if row.macro)
+    compared = [task.comparison for task in next(main, []) if task.comparison]
+    known = [found.chance for found in compared if found.chance is not None]
+    return sum(known) / len(known) if known and len(known) == len(compared) else None
+
+
+def _coloured(series: Sequence[Series], tables: Sequence[EqualSize]) -> list[Series]:
+    """With the colours for those that are the best somewhere, the smallest sizes first.
+
+    Where there are no more series than colours, all keep theirs.
+    """
+    if len(series) <= COLOURS:
+        return list(series)
+    judged = [table for table in tables if table.quantity.name != "stability"]
+    wanted = [
+        leader.label
+        for size in sorted({size for table in judged for size in table.sizes})
+        for table in judged
+        if (leader := table.leader(size)) is not None
+    ]
+    wanted += [one.label for table in judged[:1] for one, _ in table.lines]
+    order = {label: place for place, label in enumerate(dict.fromkeys(wanted))}
+    ranked = sorted(series, key=lambda one: order.get(one.label, len(order)))
+    return [replace(one, index=place) for place, one in enumerate(ranked)]
 
 
 def _removed(whole: int) -> Callable[[Row], float | None]:
@@ -150,14 +184,24 @@ def _origins(board: Leaderboard, series: Sequence[Series]) -> dict[str, Row]:
     return {label: dense[name] for label, name in named.items() if name in dense}
 
 
+def _with_ends(estimate: Estimate | None, confidence: float) -> Estimate | None:
+    """The estimate with an interval; of a mean of shares from its standard error."""
+    if estimate is None or estimate.low is not None or estimate.standard_error is None:
+        return estimate
+    room = NormalDist().inv_cdf((1 + confidence) / 2) * estimate.standard_error
+    ends = {"low": max(0.0, estimate.value - room), "high": min(1.0, estimate.value + room)}
+    return estimate.model_copy(update={**ends, "method": "normal"})
+
+
 def _points(
     series: Series,
     origin: Row | None,
     across: Callable[[Row], float | None],
     up: Callable[[Row], Estimate | None],
+    confidence: float,
 ) -> Line:
     rows = series.rows if origin is None else (origin, *series.rows)
-    found = [(across(row), up(row)) for row in rows]
+    found = [(across(row), _with_ends(up(row), confidence)) for row in rows]
     return sorted(((x, y) for x, y in found if x is not None and y is not None),
                   key=lambda point: point[0])  # fmt: skip
 
@@ -178,9 +222,26 @@ class EqualSize:
     lines: list[tuple[Series, list[Estimate | None]]]
 
     def best(self, place: int) -> float | None:
-        """The best value at a size."""
-        known = [cell.value for _, line in self.lines if (cell := line[place]) is not None]
-        return (max if self.quantity.more else min)(known, default=None)
+        """The best value at a size, where its interval lies apart from all others; else None."""
+        first, *others = self._ordered(place)
+        if any(_overlap(first[1], cell) for _, cell in others):
+            return None
+        return first[1].value
+
+    def leader(self, size: float) -> Series | None:
+        """The series with the best value at a size."""
+        found = self._ordered(self.sizes.index(size)) if size in self.sizes else []
+        return found[0][0] if found else None
+
+    def _ordered(self, place: int) -> list[tuple[Series, Estimate]]:
+        """What is known at a size, the best first."""
+        known = [(one, cell) for one, line in self.lines if (cell := line[place]) is not None]
+        sign = -1 if self.quantity.more else 1
+        return sorted(known, key=lambda each: sign * each[1].value)
+
+
+def _overlap(one: Estimate, two: Estimate) -> bool:
+    return one.ends[0] <= two.ends[1] and two.ends[0] <= one.ends[1]
 
 
 def at_equal_size(board: Leaderboard, rows: Sequence[Row]) -> list[EqualSize]:
@@ -196,7 +257,8 @@ def at_equal_size(board: Leaderboard, rows: Sequence[Row]) -> list[EqualSize]:
     for quantity in QUANTITIES:
         lines = []
         for one in series:
-            points = _points(one, origins.get(one.label), _removed(whole), quantity.of)
+            points = _points(one, origins.get(one.label), _removed(whole), quantity.of,
+                             board.method.confidence)  # fmt: skip
             lines.append((one, [interpolated(points, size) for size in asked]))
         kept = [n for n, _ in enumerate(asked) if sum(bool(line[n]) for _, line in lines) > 1]
         if kept:
@@ -206,13 +268,39 @@ def at_equal_size(board: Leaderboard, rows: Sequence[Row]) -> list[EqualSize]:
     return tables
 
 
-def equal_note(board: Leaderboard) -> str:
-    """How the numbers of the tables at equal size come about."""
+def equal_note(board: Leaderboard, rows: Sequence[Row]) -> str:
+    """How the numbers of the tables at equal size come about, and what they do not say."""
     return (
         f"On the straight line between a recipe's own two nearest sizes (size 0 is {board.dense}); "
         f"nothing beyond its sizes, {percent(SAME_SIZE, 0)} % of the parameters aside, and never "
-        "from another recipe. Bold: the best at a size, whether or not a test tells it apart."
+        f"from another recipe. Brackets: {board.level} intervals of each number for itself. Bold: "
+        f"the best at a size, where its interval lies apart from all others.{_rising(board, rows)}"
     )
+
+
+def _rising(board: Leaderboard, rows: Sequence[Row]) -> str:
+    """A caveat where a recipe answers more right the more is removed."""
+    rising, apart = [], []
+    for one in series_of(rows):
+        line = [found for row in one.rows
+                if (found := _with_ends(row.accuracy_macro, board.method.confidence))]  # fmt: skip
+        steps = [(a, b) for a, b in pairwise(line) if b.value > a.value]
+        if steps:
+            rising.append(one.label)
+            apart += [one.label] if not all(_overlap(a, b) for a, b in steps) else []
+    if not rising:
+        return ""
+    names = ", ".join(rising[:_NAMED])
+    names += f" and {len(rising) - _NAMED} more" if len(rising) > _NAMED else ""
+    read = (
+        f"beyond the intervals of {', '.join(apart)}" if apart
+        else "within the intervals: chance, not a gain"
+    )  # fmt: skip
+    return f" Accuracy rises where more is removed ({names}), {read}."
+
+
+_NAMED = 4
+"""So many recipes are named in a caveat."""
 
 
 def _mean(cells: Sequence[Estimate | None], quantity: Quantity) -> tuple[int, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import geometric_mean
 
 from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.places import Folded
@@ -47,7 +48,9 @@ def _one_row(fold: Folded, members: Sequence[Row]) -> Row:
     first = members[0]
     divergence = first.divergence
     if divergence and fold.token_kl:
-        divergence = divergence.model_copy(update={"kl": fold.token_kl})
+        divergence = divergence.model_copy(
+            update={"kl": fold.token_kl, "pruned_perplexity": _perplexity(members)}
+        )
     distinct = list({row.label: row for row in members}.values())
     stages = dict.fromkeys(stage for row in distinct for stage in row.seconds)
     return first.model_copy(
@@ -75,6 +78,13 @@ def _one_row(fold: Folded, members: Sequence[Row]) -> Row:
             "grade_change": fold.grade_change,
         }
     )
+
+
+def _perplexity(members: Sequence[Row]) -> float | None:
+    """Of the run's text, geometric mean; None where one of the runs has none."""
+    found = [row.divergence.pruned_perplexity for row in members if row.divergence]
+    known = [perplexity for perplexity in found if perplexity]
+    return geometric_mean(known) if known and len(known) == len(members) else None
 
 
 def _macro(fold: Folded, macros: Sequence[Overall]) -> Overall | None:

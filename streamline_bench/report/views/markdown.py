@@ -21,7 +21,8 @@ from streamline_bench.report.views import overview
 from streamline_bench.report.views.entries import by_size, runs_of, shown
 from streamline_bench.report.views.headline import headline, needed
 from streamline_bench.report.views.pivot import note, pivots, table
-from streamline_bench.report.views.repeats import commands, published_beside, settings
+from streamline_bench.report.views.repeats import commands, literature, settings
+from streamline_bench.report.views.setup import scaled_down, setup, tokens_seen
 from streamline_bench.stability.estimate import Estimate
 
 
@@ -43,15 +44,21 @@ def to_markdown(board: Leaderboard) -> str:
         ranks_perplexity=any(_perplexity(row) for row in rows),
         headline=headline(board),
         tables=_tables(board, rows),
+        same_verdict=overview.same_verdict(rows),
+        has_noise=overview.has_noise(board),
+        read=next((row.divergence for row in runs if row.divergence), None),
+        setup=setup(board),
+        scaled_down=scaled_down(board),
+        tokens_seen=tokens_seen,
         equal=[(table.quantity, _equal(table)) for table in at_equal_size(board, rows)],
-        equal_note=equal_note(board),
+        equal_note=equal_note(board, rows),
         needed=needed,
         pivots=[(pivot.name, *table(pivot)) for pivot in pivots(board)],
         pivot_note=note(board),
         front_words=overview.FRONTS,
         front_cost=overview.front_cost,
         heat_map=overview.heat_map,
-        published=published_beside(rows),
+        literature=literature(rows),
         settings=settings(rows),
         commands=commands(overview.commands_by_stage(board.commands), board.rows),
     )
@@ -91,12 +98,17 @@ def _tables(board: Leaderboard, rows: Sequence[Row]) -> list[tuple[str | None, M
 
 def _equal(table: EqualSize) -> Markup:
     """One line per recipe, one column per size."""
+    write = table.quantity.write
 
     def cell(found: Estimate | None, place: int) -> str:
         if found is None:
             return text.MISSING
-        written = table.quantity.write(found.value)
+        written = " ".join(filter(None, [write(found.value), ends(found)]))
         return f"**{written}**" if found.value == table.best(place) else written
+
+    def ends(found: Estimate) -> str:
+        low, high = map(write, found.ends)
+        return "" if found.low is None else f"[{low}, {high}]"
 
     lines = [
         ["recipe", *(f"{text.percent(size)} % removed" for size in table.sizes)],
@@ -125,9 +137,16 @@ def _leaderboard(board: Leaderboard, every_row: Sequence[Row], rows: Sequence[Ro
 
     first, *others = _COLUMNS
     every = [first, ("compared with", reference), ("rank", rank), *others]
-    if not bytes_tell_more(every_row):
-        every = [(name, cell) for name, cell in every if name != "bytes"]
-    columns = [(name, cell) for name, cell in every if any(cell(row) for row in every_row)]
+    needless = {
+        "bytes": not bytes_tell_more(every_row),
+        "verdict": overview.same_verdict(every_row) is not None,
+        "above noise": not overview.has_noise(board),
+    }
+    columns = [
+        (name, cell)
+        for name, cell in every
+        if not needless.get(name) and any(cell(row) for row in every_row)
+    ]
     lines = [
         [name for name, _ in columns],
         ["---", *["---:"] * (len(columns) - 1)],
@@ -155,6 +174,15 @@ def _grades(row: Row) -> str:
     """Only where they rank the rows, likewise."""
     change = None if row.accuracy_macro or row.is_dense else overview.mean_grade(row)
     return text.with_interval(change, signed=True)
+
+
+def _token_kl(row: Row) -> str:
+    kl = row.divergence.kl if row.divergence else None
+    return f"{text.decimal(kl.value)} {text.nats(kl)}".strip() if kl else ""
+
+
+def _text_perplexity(row: Row) -> str:
+    return text.significant(row.divergence.pruned_perplexity) if row.divergence else ""
 
 
 def _speed(row: Row) -> str:
@@ -199,7 +227,8 @@ _COLUMNS: Sequence[tuple[str, Callable[[Row], str]]] = (
     ("p", lambda row: text.p_value(row.micro.p_value) if row.micro else ""),
     ("grades", _grades),
     ("perplexity", _perplexity),
-    ("token KL", lambda row: text.decimal(row.divergence.kl.value) if row.divergence else ""),
+    ("token KL", _token_kl),
+    ("text's perplexity", _text_perplexity),
     ("speed", _speed),
     ("parameters", lambda row: text.count(row.parameters) if row.parameters else ""),
     ("bytes", lambda row: f"{text.count(row.bytes)}B" if row.bytes else ""),

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from streamline_bench.core.machine.environment import resource
+from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.row import Row
 from streamline_bench.report.scores import TaskScore, grade_change
 from streamline_bench.report.text import count, times
@@ -79,6 +80,17 @@ def ranked(rows: Iterable[_Row]) -> list[_Row]:
         return nats.value if (nats := _nats(row)) else math.inf
 
     return [*sorted(scored, key=place), *(row for row in every if row.failed is not None)]
+
+
+def same_verdict(rows: Iterable[Row]) -> str | None:
+    """The verdict that two rows or more share with every other one: no column for it helps."""
+    found = [row.macro.decision for row in rows if row.macro]
+    return found[0] if len(found) > 1 and len(set(found)) == 1 else None
+
+
+def has_noise(board: Leaderboard) -> bool:
+    """Whether verdicts flip when the dense model is asked again: else all flips are above it."""
+    return bool(board.noise and board.noise.flips and board.noise.flips.value > 0)
 
 
 def mean_grade(row: Row) -> Estimate | None:

@@ -21,19 +21,19 @@ from streamline_bench.core.machine.environment import resource
 from streamline_bench.report.figures.pareto import Axis, bytes_tell_more, ticks, tradeoffs
 from streamline_bench.report.figures.serving import kept_objectives, serving_curves
 from streamline_bench.report.figures.similarity import matrix_svg, named_layers
-from streamline_bench.report.figures.sizes import at_equal_size, equal_note, size_curves
+from streamline_bench.report.figures.sizes import at_equal_size, chance_of, equal_note, size_curves
 from streamline_bench.report.figures.training import curve_svg
 from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.places import Rank
-from streamline_bench.report.provenance import is_model
-from streamline_bench.report.row import Published, Row, ScanResult
-from streamline_bench.report.text import FILTERS, duration, visible_text
+from streamline_bench.report.row import Row, ScanResult
+from streamline_bench.report.text import FILTERS, visible_text
 from streamline_bench.report.views import overview
 from streamline_bench.report.views.citations import citations
 from streamline_bench.report.views.entries import by_size, shown
 from streamline_bench.report.views.headline import headline, needed
 from streamline_bench.report.views.pivot import gain_text, note, pivots
-from streamline_bench.report.views.repeats import commands, published_beside
+from streamline_bench.report.views.repeats import commands, literature
+from streamline_bench.report.views.setup import scaled_down, setup, tokens_seen
 from streamline_bench.stability.comparison import GroupComparison, Overall, TaskComparison
 from streamline_bench.stability.estimate import Estimate
 
@@ -68,24 +68,28 @@ def to_html(board: Leaderboard) -> str:
             mean_grade=overview.mean_grade,
             groups=Counter(row.cost for row in rows if not row.is_dense),
             has=_has(runs),
-            same_verdict=next((row.macro.decision for row in rows if row.macro), None),
+            same_verdict=overview.same_verdict(rows),
+            has_noise=overview.has_noise(board),
             throughput=next((row.throughput for row in rows if row.throughput), None),
             headline=headline(board),
             tradeoffs=tradeoffs(rows),
             bytes_tell_more=bytes_tell_more(rows),
             sizes=size_curves(board, rows),
+            chance=chance_of(rows),
             sizes_asked=[size for size, _ in by_size(scored)],
             serving=serving_curves(rows),
             kept=kept_objectives(rows),
             equal=at_equal_size(board, rows),
-            equal_note=equal_note(board),
+            equal_note=equal_note(board, rows),
             forest=forest(rows),
             heat=overview.heat_map(scored),
             metrics=_metrics(scored),
-            setup=_setup(board, scored),
+            setup=setup(board),
+            scaled_down=scaled_down(board),
+            tokens_seen=tokens_seen,
             scans=_scans(runs),
             curves=_curves(runs),
-            literature=_literature(rows),
+            literature=literature(rows),
             citations=citations(board),
             needed=needed,
             pivots=pivots(board),
@@ -202,30 +206,13 @@ def _around(estimate: Estimate) -> tuple[float, float]:
     return estimate.value - error, estimate.value + error
 
 
-def _literature(
-    rows: Sequence[PageRow],
-) -> list[tuple[bool, list[tuple[PageRow, list[Published]]]]]:
-    """Published numbers on the same model, then those on others, by row; neither if empty."""
-    found = []
-    for wanted in (True, False):
-        parts = [
-            (row, [one for one in numbers if is_model(row, one.model) is wanted])
-            for row, numbers in published_beside(rows)
-        ]
-        kept = [(row, numbers) for row, numbers in parts if numbers]
-        if kept:
-            found.append((wanted, kept))
-    return found
-
-
 def _has(rows: Sequence[Row]) -> dict[str, bool]:
     """Which optional columns have something to show."""
     macros = [row.macro for row in rows if row.macro]
     return {
         "accuracy": any(row.accuracy_macro for row in rows),
         "decision": any(macro.decision for macro in macros),
-        # A column in which every row says the same helps nobody choose.
-        "verdict": len({macro.decision for macro in macros}) > 1 or len(macros) == 1,
+        "verdict": bool(macros) and overview.same_verdict(rows) is None,
         "retention": any(macro.retention for macro in macros),
         "choices": any(macro.choice_kl for macro in macros),
         "calibration": any(macro.pruned_calibration_error is not None for macro in macros),
@@ -255,34 +242,6 @@ def _lines(row: Row) -> list[tuple[str, str | None, TaskComparison | GroupCompar
     ]
     groups = [(group.group, f"{len(group.tasks)} tasks together", group) for group in row.groups]
     return [*tasks, *groups]
-
-
-def _setup(board: Leaderboard, rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """What a paper's reader looks for: tasks with shots, machine, time, tokens seen."""
-    tasks = [task for task in board.dense_row.tasks if task.main]
-    asked = [
-        f"{task.task} ({task.n:,}{f', {task.shots}-shot' if task.shots is not None else ''})"
-        for task in tasks
-    ]
-    seconds = sum(row.total_seconds or 0.0 for row in board.rows)
-    tokens = sorted({
-        int(found) for row in rows
-        if isinstance(found := row.provenance.calibration.get("tokens"), int)
-    })  # fmt: skip
-    origin = board.dense_row.provenance
-    measured = next((row.throughput.device for row in rows if row.throughput), None)
-    machine = origin.machine or measured
-    found = [
-        ("Tasks", ", ".join(asked)),
-        ("Model", str(next((row.provenance.source for row in rows if row.provenance.source),
-                           origin.model) or "")),
-        ("Machine", machine or ""),
-        ("Engine", origin.evaluated_with or ""),
-        ("Calibration", " to ".join(f"{n:,}" for n in dict.fromkeys((tokens[0], tokens[-1])))
-         + " tokens" if tokens else ""),
-        ("Time in all", duration(seconds) if seconds else ""),
-    ]  # fmt: skip
-    return [(name, value) for name, value in found if value]
 
 
 def _metrics(rows: Sequence[Row]) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from streamline_bench.report.provenance import is_model
 from streamline_bench.report.row import Published, Row
 
 _Row = TypeVar("_Row", bound=Row)
@@ -24,6 +25,20 @@ def published_beside(rows: Sequence[_Row]) -> list[tuple[_Row, list[Published]]]
         for row in rows
     ]
     return [(row, numbers) for row, numbers in found if numbers]
+
+
+def literature(rows: Sequence[_Row]) -> list[tuple[bool, list[tuple[_Row, list[Published]]]]]:
+    """Published numbers on the same model, then those on others, by row; neither if empty."""
+    found = []
+    for wanted in (True, False):
+        parts = [
+            (row, [one for one in numbers if is_model(row, one.model) is wanted])
+            for row, numbers in published_beside(rows)
+        ]
+        kept = [(row, numbers) for row, numbers in parts if numbers]
+        if kept:
+            found.append((wanted, kept))
+    return found
 
 
 def _key(row: Row, number: Published) -> tuple[Any, ...]:
