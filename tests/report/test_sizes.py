@@ -124,6 +124,7 @@ def more_recipes(sized: dict[str, Any], count: int) -> Leaderboard:
             "n": 100, "dense": {"value": 0.8}, "pruned": {"value": 0.5}, "chance": 0.25,
             "difference": {"value": -0.3}, "agreement": {"value": 0.6}, "stability": None,
             "effective_n": None, "same_choice": None, "kappa": None, "mcnemar_p": 0.5,
+            "mcnemar_mid_p": 0.5,
             "flips": {"right_to_wrong": 9, "wrong_to_right": 1, "wrong_to_other_wrong": None},
         }  # fmt: skip
         row["tasks"] = [{
