@@ -30,6 +30,7 @@ class Launch:
         variables: of the environment, as a launcher sets them.
         dies_after: step after which the last process dies at once; -1: none.
         spoiled: gradients of the last process are infinite.
+        wide: recoveries compute in float32 whatever is stored, as DeepSpeed does.
     """
 
     ranks: int
@@ -37,6 +38,7 @@ class Launch:
     variables: Mapping[str, str] = field(default_factory=dict)
     dies_after: int = -1
     spoiled: bool = False
+    wide: bool = False
 
 
 def launched(folder: Path, launches: Mapping[str, Launch]) -> dict[str, list[int]]:
@@ -137,8 +139,8 @@ def _train(work: Path, kind: str, settings: dict[str, Any], launch: Launch) -> N
     else:
         spec = RecoverySpec(kind=kind, training=training, last_layers=1)
         chosen = choose_parameters(model, spec, 3)
-        if launch.ranks == 1:
-            model.float()  # as DeepSpeed computes
+        if launch.wide:
+            model.float()
         result = train_recovery(
             model, chosen, spec, _tokens(), work, seed=3, weights_sha256="", progress=False
         )

@@ -80,7 +80,8 @@ def command(
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     if explain:
-        click.echo(explained(model, plan, **where))
+        if ranks.main:
+            click.echo(explained(model, plan, **where))
         return
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")

@@ -20,6 +20,7 @@ from streamline_bench.core.surgery import model_sizes
 from streamline_bench.core.training.distillation import LOGITS_AT_ONCE
 from streamline_bench.core.training.head import positions_at_once
 from streamline_bench.core.training.loop import STATE_ERRORS
+from streamline_bench.core.training.sharding import Division, division
 from streamline_bench.methods.base import get_method
 from streamline_bench.methods.tools.normal_equations import WIDENED_ROWS
 from streamline_bench.methods.tools.selection import AnySelection
@@ -29,6 +30,7 @@ Parts = dict[str, int]
 """What is in memory together: name -> bytes."""
 
 STATES, BEST, LAYER, OTHER = "hidden states", "best weights", "weights of a layer", "libraries"
+HOSTED = "weights on the host"
 """Names of parts that are looked up."""
 
 _SEQUENCES = 128
@@ -45,6 +47,10 @@ _CHECKPOINT = 4 + 8 + 4
 """Bytes per trained parameter of the copies on the CPU that a checkpoint is written from."""
 _SQUARE = 6 * 8
 """Bytes per entry of a matrix of channels by channels that is solved or turned in float64."""
+_ZERO = 4
+"""Bytes per trained parameter of the copies that DeepSpeed divides and changes."""
+_UNITS = 2
+"""Parts of divided weights that are whole: one computes, the next one is gathered."""
 _LIBRARIES = 5_000_000
 """Tokenizer, texts and what libraries keep."""
 _BUFFERS = 16_000_000
@@ -53,7 +59,7 @@ _BUFFERS = 16_000_000
 
 @dataclass(frozen=True)
 class Forecast:
-    """The most memory that a compression will take, in bytes by part.
+    """The most memory that a compression will take, in bytes by part; of each process of a launch.
 
     Attributes:
         streamed: the weights are read layer by layer.
@@ -63,6 +69,7 @@ class Forecast:
         device: the most that lies on the accelerator; empty where the CPU computes.
         files: bytes of hidden states in files: those beyond a budget, and those that a training of
             several epochs keeps.
+        processes: that train together, and of which each takes that.
     """
 
     streamed: bool
@@ -71,6 +78,7 @@ class Forecast:
     host: Parts = field(default_factory=dict)
     device: Parts = field(default_factory=dict)
     files: int = 0
+    processes: int = 1
 
     @property
     def host_bytes(self) -> int:
@@ -146,7 +154,8 @@ def forecast(
     training = trained(recipe)
     if training is not None and at_once is None:
         at_once = training.batch_size
-    job = _Job(sizes, recipe, source.config, streamed, at_once or 1)
+    shared = Division() if training is None else division()
+    job = _Job(sizes, recipe, source.config, streamed, at_once or 1, shared)
     weights = {} if streamed else {"weights": sizes.total * item}
     stages: dict[str, Parts] = {"files": {**weights, "buffers": _BUFFERS}, **dict(job.stages())}
     files = [0]
@@ -163,6 +172,7 @@ def forecast(
     return Forecast(
         streamed, at_once, stage, {part: size for part, size in host.items() if size},
         {part: size for part, size in on_device[stage].items() if size}, max(files) + job.files,
+        shared.processes,
     )  # fmt: skip
 
 
@@ -191,10 +201,11 @@ def _on_host(parts: Parts, sizes: _Sizes, streamed: bool) -> Parts:
     """Move what an accelerator does not hold out of ``parts``; return what its host holds."""
     # Weights are loaded there first, and what is trained is copied there for a checkpoint.
     host = {
-        "weights": 0 if streamed else sizes.total * sizes.item,
+        "weights": 0 if streamed or HOSTED in parts else sizes.total * sizes.item,
         "copies for checkpoints": parts.pop(BEST, 0) // _TRAINED[BEST] * _CHECKPOINT,
         "buffers": parts.pop("buffers", 0),
         STATES: parts.pop(STATES, 0),
+        HOSTED: parts.pop(HOSTED, 0),
     }
     if streamed:  # one layer computes, the next one is read
         parts[LAYER] = 2 * parts.get(LAYER, 0)
@@ -216,6 +227,12 @@ def trained(recipe: Recipe) -> TrainingSpec | None:
     return None if kind == "none" or recipe.training.objective == "none" else recipe.training
 
 
+def through_model(recipe: Recipe) -> bool:
+    """Whether a recipe trains through the whole model, which processes can divide."""
+    spec = trained(recipe)
+    return recipe.recovery is not None or (spec is not None and spec.objective not in STATE_ERRORS)
+
+
 def _tokens_of(spec: CalibrationSpec, config: Any) -> tuple[int, int]:
     """Return (tokens, tokens of one sequence)."""
     length = spec.length_within(sequence_limit(config))
@@ -230,7 +247,15 @@ class _Job:
     recipe: Recipe
     config: Any
     streamed: bool
-    batch: int
+    at_once: int
+    division: Division
+
+    @property
+    def batch(self) -> int:
+        """Sequences that a process computes together."""
+        training = trained(self.recipe)
+        whole = self.at_once if training is None else training.batch_size
+        return min(self.at_once, ceil(whole / self.division.processes))
 
     def stages(self) -> Iterator[tuple[str, Parts]]:
         """Yield what each stage holds, by the stage's name."""
@@ -243,10 +268,11 @@ class _Job:
             yield from self._replacement()
         recovery = self.recipe.recovery
         if recovery is not None:
-            yield "recovery", self._recovery()
+            yield from self._recovery()
             if recovery.training.objective == "kd":
                 data = self.recipe.recovery_data or recovery.training.data
-                yield "logits of the dense model", self._weights() | self._dense_logits(data)
+                dense = self._weights(head=True) | self._dense_logits(data)
+                yield "logits of the dense model", dense
 
     def _weights(self, *, head: bool = False) -> Parts:
         """Weights of the model as it is placed.
@@ -341,17 +367,20 @@ class _Job:
         at_hand = self.batch * length
         parts = {name: count * size for name, size in _TRAINED.items()}
         if spec.objective not in STATE_ERRORS:
+            parts = self._shares(count)
             if spec.objective == "kd":
-                yield "logits of the dense model", self._weights() | self._dense_logits(spec.data)
+                dense = self._weights(head=True) | self._dense_logits(spec.data)
+                yield "logits of the dense model", dense
             passing = {
                 "activations": self._activations(spec, sizes.depth, at_hand),
                 "logits": self._trained_logits(at_hand),
             }
-            if spec.gradient_accumulation == 1 and self.batch == spec.batch_size:
+            if spec.gradient_accumulation == 1 and self.at_once == spec.batch_size:
                 # Gradients come when what they are computed from has gone.
                 gradients = {"gradients": parts.pop("gradients")}
                 passing = max(gradients, passing, key=lambda each: sum(each.values()))
-            yield "training", self._weights() | parts | passing
+            yield from self._divided(sizes.total, sizes.item)
+            yield "training", self._frozen(sizes.total, sizes.item) | parts | passing
             return
         # Values that are kept for the backward pass, and their gradients, in float32.
         width = max(count // sizes.hidden, sizes.hidden)
@@ -403,24 +432,58 @@ class _Job:
             more = options.most_cuts(sizes.depth, max(1, self._removed) + added)
         return cuts
 
-    def _recovery(self) -> Parts:
+    def _shares(self, count: int) -> Parts:
+        """What belongs to so many trained parameters in this process."""
+        among = self.division
+        parts = {
+            name: count * size // (among.weights if name == "trained weights" else among.moments)
+            for name, size in _TRAINED.items()
+            if name != BEST
+        }
+        parts[BEST] = count * _TRAINED[BEST]  # all of them, on the host of the main process
+        if among.zero:
+            parts["DeepSpeed's copies"] = count * _ZERO // among.moments
+        return parts
+
+    def _frozen(self, count: int, item: int) -> Parts:
+        """What belongs to so many weights that are not trained, in this process.
+
+        Args:
+            item: bytes of one, where DeepSpeed does not make it float32.
+        """
+        sizes, among = self.sizes, self.division
+        item = 4 if among.zero else item
+        parts = {"weights": count * item // among.weights}
+        if among.weights > 1:
+            unit = max(sizes.layer, sizes.outside, sizes.head)
+            parts["weights that are whole at a time"] = _UNITS * unit * item
+        return parts
+
+    def _divided(self, count: int, item: int) -> Iterator[tuple[str, Parts]]:
+        """What the host holds of a process before weights go from there to be divided."""
+        if self.division.moments > 1:
+            yield "loading", {HOSTED: count * (4 if self.division.zero else item)}
+
+    def _recovery(self) -> Iterator[tuple[str, Parts]]:
         sizes, recovery = self.sizes, self.recipe.recovery
         assert recovery is not None
         data = self.recipe.recovery_data or recovery.training.data
         at_hand = self.batch * _tokens_of(data, self.config)[1]
         layers = sizes.depth - self._removed
         total = sizes.total - self._removed * sizes.layer
-        frozen, deep = total * sizes.item, layers
+        frozen, deep, item = total, layers, sizes.item
         if recovery.kind == "lora":
             count = layers * recovery.rank * 2 * (sizes.width + sizes.hidden)
         elif recovery.kind == "partial":
             deep = min(recovery.last_layers, layers)
             count = deep * sizes.layer + (sizes.head or sizes.outside)
-            frozen = (total - count) * sizes.item
+            frozen = total - count
+            item = 4 if self.division.moments > 1 else item
         else:
-            count, frozen = total, 0
-        return {
-            "weights": frozen, **{name: count * size for name, size in _TRAINED.items()},
+            count, frozen, item = total, 0, 4
+        yield from self._divided(total, item)
+        yield "recovery", {
+            **self._frozen(frozen, item), **self._shares(count),
             "activations": self._activations(recovery.training, deep, at_hand),
             "logits": self._trained_logits(at_hand),
         }  # fmt: skip
@@ -437,7 +500,10 @@ class _Job:
 
     def _trained_logits(self, positions: int) -> int:
         sizes = self.sizes
-        held = positions_at_once(positions, sizes.vocabulary) * sizes.vocabulary
+        count = positions  # all of them where a model's weights are divided
+        if self.division.moments == 1:
+            count = positions_at_once(positions, sizes.vocabulary)
+        held = count * sizes.vocabulary
         return held * (sizes.item + _LOSS_BYTES)
 
     @property

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from streamline_bench.compression.forecast import Forecast, as_gb, forecast, trained
+from streamline_bench.compression.forecast import Forecast, as_gb, forecast, through_model, trained
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.data.corpora import SELF
 from streamline_bench.core.machine.environment import free_memory
@@ -18,7 +18,7 @@ from streamline_bench.core.machine.ranks import on_this_machine
 from streamline_bench.core.recipe.schema import Recipe, TrainingSpec
 from streamline_bench.core.recipe.validation import suggest_or_list
 from streamline_bench.core.state_store import MEMORY_SHARE
-from streamline_bench.core.training.sharding import is_sharded
+from streamline_bench.core.training.sharding import division
 from streamline_bench.errors import (
     OutputError,
     RecipeError,
@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 
 Placement = Literal["auto", "resident", "streamed"]
 """``resident``: the whole model in memory. ``streamed``: one layer at a time, read from the
-checkpoint. ``auto``: resident where it fits. The result is the same."""
+checkpoint. ``auto``: resident where it fits. The result is the same. Where processes divide the
+weights of a model in training, it is that of the passes before."""
 
 PLACEMENTS: tuple[str, ...] = get_args(Placement)
 
@@ -127,7 +128,7 @@ def decide_placement(
             apart = _resident_only(recipe) or _inseparable(source)
             tried = tried if apart else tried_with(True)
             fitting = [each for each in tried if _fits(each, free, device)]
-            if not fitting and not is_sharded():  # processes that divide weights need less
+            if not fitting:
                 raise _fits_nowhere(source, recipe, device, dtype, tried[-1], free, apart)
     chosen = (fitting or tried)[0]
     decision = Decision(chosen, reason, free)
@@ -181,6 +182,8 @@ def describe(decision: Decision, device: str) -> str:
         for name, parts in ((device, chosen.device), ("cpu", chosen.host))
         if parts
     ]
+    if chosen.processes > 1:
+        rows.append(f"in each of {chosen.processes} processes")
     if chosen.files:
         rows.append(f"{_gb(chosen.files)} GB of hidden states on disk")
     return f"{'; '.join(rows)}; the most in stage '{chosen.stage}'"
@@ -194,6 +197,8 @@ def decision_table(decision: Decision, recipe: Recipe, device: str, dtype: str) 
         f"weights     {dtype} on {device}",
         f"most memory {chosen.stage}",
     ]
+    if chosen.processes > 1:
+        lines.append(f"processes   {chosen.processes}, of which each needs:")
     for place, parts in ((device, chosen.device), ("cpu", chosen.host)):
         if not parts:
             continue
@@ -263,11 +268,16 @@ def _fits_nowhere(
         helps = "give dtype bfloat16"
     elif apart:
         helps = f"it cannot be read layer by layer, because {apart}: take another recipe"
+        if through_model(recipe) and device != "cpu":
+            helps += ", or divide it among GPUs (accelerate launch with FSDP2 or ZeRO-3)"
+    elif least.processes > 1 and through_model(recipe):
+        helps = "give shorter sequences, or more GPUs with FSDP2 or ZeRO-3"
     else:
         helps = "give fewer or shorter sequences"
     parts = as_gb(least.device if least.device and need == least.device_bytes else least.host)
+    each = f" in each of {least.processes} processes" if least.processes > 1 else ""
     return ResourceError(
-        f"Recipe '{recipe.name}' needs {need / 1e9:.3g} GB of memory for {source.folder} "
+        f"Recipe '{recipe.name}' needs {need / 1e9:.3g} GB of memory{each} for {source.folder} "
         f"({parts}), and {have / 1e9:.3g} GB are free; {helps}, take a machine with more memory, "
         f"or placement {'streamed' if least.streamed else 'resident'} to try it all the same."
     )
@@ -285,7 +295,7 @@ def _require_disk(decision: Decision, work: Path) -> None:
 
 def _resident_only(recipe: Recipe) -> str:
     """Return why a recipe needs the whole model in memory; empty if it does not."""
-    if recipe.recovery is not None:
+    if recipe.recovery is not None and division().moments == 1:
         return f"its recovery ({recipe.recovery.kind}) trains the whole model"
     if SELF in recipe.data_sources:
         return "the model writes its own texts (source self)"

@@ -119,6 +119,15 @@ def layer_copy(model: Any, index: int) -> nn.Module:
     return copied
 
 
+def settle(model: Any, device: str | torch.device) -> None:
+    """Read all weights of a streamed model, to stay; it is a model like any other afterwards.
+
+    No parameter asks for gradients.
+    """
+    stream: _LayerStream = model.__dict__.pop(_STREAM)
+    stream.settle(torch.device(device))
+
+
 class _LayerStream:
     """Gives a layer its weights before it runs and takes them back after it."""
 
@@ -174,6 +183,17 @@ class _LayerStream:
             yield
         finally:
             self._let_go(index)
+
+    def settle(self, device: torch.device) -> None:
+        """Read each layer, and the LM head, onto a device, and leave it there."""
+        self._device = device
+        for index in self._empty:
+            names = self._names[index]
+            self._put({name: tensor.clone() for name, tensor in self._read(names).items()})
+            module = self.module(index)
+            _require_weights(module, self._reader.folder, set())
+            del module.forward
+        self._model.to(device).requires_grad_(False)
 
     def _running(self, index: int, module: Any) -> Callable[..., Any]:
         # Not a hook: those run where a layer is left out, too.

@@ -252,6 +252,71 @@ def test_a_model_that_fits_nowhere_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def of_four(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """This process is one of four of a launch on one machine."""
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    return monkeypatch
+
+
+SPREAD = {
+    "fsdp": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "whole": {},
+}
+
+
+@pytest.mark.parametrize("by", SPREAD)
+@pytest.mark.usefixtures("bare")
+def test_each_of_several_processes_holds_its_part_of_a_training(
+    half_model: Path, of_four: pytest.MonkeyPatch, by: str
+) -> None:
+    for name, value in SPREAD[by].items():
+        of_four.setenv(name, value)
+    source = SourceModel.find(half_model, progress=False)
+    given = {**GIVEN, "recovery.kind": "full", "recovery.training.batch_size": 8}
+    recipe = load_recipe("last_layers_lora", applicable(given, load_recipe("last_layers_lora")))
+    found = forecast(source, recipe, device="cuda", dtype="float16", streamed=by != "whole")
+    layer = 4 * WIDTH**2 + 3 * WIDTH * INNER + 2 * WIDTH
+    left = 6 * layer + 2 * VOCABULARY * WIDTH + WIDTH
+    among = {"whole": (1, 1), "zero2": (1, 4)}.get(by, (4, 4))
+    assert (found.stage, found.processes) == ("recovery", 4)
+    assert found.device["trained weights"] == 4 * left // among[0]
+    assert found.device["gradients"] == 4 * left // among[1]
+    assert found.device["optimiser"] == 8 * left // among[1]
+    assert "weights" not in found.device  # all are trained
+    # Two of eight sequences, of whose positions no process holds more.
+    assert found.device["logits"] == 2 * LENGTH * VOCABULARY * (2 + 12)
+    if by == "fsdp":
+        unit = max(layer, VOCABULARY * WIDTH + WIDTH)
+        assert found.device["weights that are whole at a time"] == 2 * 4 * unit
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_model_larger_than_one_gpu_fits_where_it_is_divided(
+    half_model: Path, of_four: pytest.MonkeyPatch
+) -> None:
+    source = SourceModel.find(half_model, progress=False)
+    recipe = load_recipe("last_layers_lora", applicable(GIVEN, load_recipe("last_layers_lora")))
+    stored = source.reader.num_parameters * 2
+    of_four.setattr(placement, "free_memory", lambda name: GB if name == "cpu" else stored * 3 // 4)
+    with pytest.raises(ResourceError, match=r"in each of 4 processes.*FSDP2 or ZeRO-3"):
+        decide_placement("auto", source, recipe, "cuda", "float16")
+    for name, value in SPREAD["fsdp"].items():
+        of_four.setenv(name, value)
+    decided = decide_placement("auto", source, recipe, "cuda", "float16")
+    assert decided.streamed
+    assert decided.forecast.device_bytes < stored * 3 // 4
+    layer = 4 * WIDTH**2 + 3 * WIDTH * INNER + 2 * WIDTH
+    assert decided.forecast.host["weights on the host"] == stored - 2 * 2 * layer
+    of_four.setattr(placement, "free_memory", lambda name: GB if name == "cpu" else stored // 8)
+    with pytest.raises(ResourceError, match=r"in each of 4 processes.*more GPUs"):
+        decide_placement("auto", source, recipe, "cuda", "float16")
+
+
 @pytest.mark.usefixtures("bare")
 def test_half_the_precision_is_named_where_it_helps(
     source: SourceModel, small: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

@@ -51,7 +51,7 @@ def work(folder, arguments, victim, at, fault):
     loop.Loop._step, loop.Loop._loss, shared_scan.scan = step, loss, scan
     main(arguments)
 
-def launch(folder, count, arguments, victim=-1, at=-1, fault=""):
+def launch(folder, count, arguments, victim=-1, at=-1, fault="", **variables):
     folder.mkdir(exist_ok=True)
     agent = os.fork()
     if agent:
@@ -59,6 +59,7 @@ def launch(folder, count, arguments, victim=-1, at=-1, fault=""):
     code = 3
     try:
         os.environ.update(ACCELERATE_USE_CPU="true", STREAMLINE_BENCH_CACHE=str(folder / "cache"))
+        os.environ.update(variables)
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=folder.name, start_method="fork",
             rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=0, monitor_interval=0.1,
@@ -74,8 +75,8 @@ def launch(folder, count, arguments, victim=-1, at=-1, fault=""):
 
 torch.set_num_threads(1)
 jobs, codes = json.loads(sys.argv[1]), []
-for folder, *job in jobs:
-    codes.append(launch(Path(folder), *job))
+for folder, variables, *job in jobs:
+    codes.append(launch(Path(folder), *job, **variables))
 print(json.dumps(codes))
 """
 
@@ -85,10 +86,14 @@ RECOVERED = ["--recipe", "last_layers_partial", "--n-layers", "1"]
 RECOVERED += ["--set", "recovery.training.batch_size=3", "--set", "recovery.training.min_steps=8"]
 RECOVERED += ["--set", "recovery.training.data.sequence_length=16", "--calibration", "self"]
 RECOVERED += ["--set", "recovery.training.data.samples=40"]
+DISTILLED = ["--recipe", "streamline_lm", *TRAINED, "--set", "training.objective=kd"]
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 SIZES: dict[str, list[str]] = {
     "none": ["--recipe", "streamline_none", "--n-layers", "2", "--set", "sequence_length=16"],
     "trained": ["--recipe", "streamline", *TRAINED],
     "recovered": RECOVERED,
+    "distilled": DISTILLED,
+    "streamed": [*DISTILLED, "--placement", "streamed"],
 }
 
 
@@ -102,11 +107,11 @@ def launched(
     text.write_text(" ".join(f"w{(7 * i) % 96}" for i in range(700)))
     source = str(make_tiny_model("llama", num_hidden_layers=4))
 
-    def job(name: str, recipe: str, count: int, *fault: Any) -> list[Any]:
+    def job(name: str, recipe: str, count: int, *fault: Any, **variables: str) -> list[Any]:
         settings = ["--calibration", str(text), "--device", "cpu"]
         output = ["-o", str(root / name / "out")]
         arguments = ["compress", source, *settings, *SIZES[recipe], *output]
-        return [str(root / name), count, arguments, *fault]
+        return [str(root / name), variables, count, arguments, *fault]
 
     jobs = [
         job("none", "none", 2),
@@ -117,9 +122,11 @@ def launched(
         job("killed", "trained", 2),
         job("nan", "trained", 2, 1, 3, "nan"),
         job("recovered", "recovered", 2),
+        job("divided", "streamed", 2, **FSDP),
     ]
-    alone = CliRunner().invoke(cli, job("alone", "recovered", 1)[2])
-    assert alone.exit_code == 0, alone.output
+    for name, recipe in (("alone", "recovered"), ("whole", "distilled")):
+        alone = CliRunner().invoke(cli, job(name, recipe, 1)[3])
+        assert alone.exit_code == 0, alone.output
     command = [sys.executable, "-c", LAUNCHES, json.dumps(jobs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -197,3 +204,18 @@ def test_a_recovery_is_that_of_one_process(launched: tuple[Path, list[int]]) -> 
     # The texts that the model wrote are the same.
     assert facts[0]["data"] == facts[1]["data"]
     assert facts[0]["data"]["source"] == "self"
+
+
+def test_a_model_that_no_process_has_whole_is_trained_as_in_one(
+    launched: tuple[Path, list[int]],
+) -> None:
+    """Read layer by layer for the choice and the teacher, and divided for the training."""
+    root, codes = launched
+    log = (root / "divided" / "log").read_text()
+    assert codes[8] == 0, log
+    assert "placement: streamed" in log
+    divided, whole = (
+        load_file(root / name / "out" / "model.safetensors") for name in ("divided", "whole")
+    )
+    assert divided.keys() == whole.keys()
+    assert max(float((divided[name] - whole[name]).abs().max()) for name in whole) < 1e-6

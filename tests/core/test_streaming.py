@@ -19,7 +19,14 @@ from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.data.calibration import CalibrationTokens
 from streamline_bench.core.forward import LayersEntangled, PartialForward
 from streamline_bench.core.scan import scan
-from streamline_bench.core.streaming import HEAD, held_layer, layer_copy, streamed_model
+from streamline_bench.core.streaming import (
+    HEAD,
+    held_layer,
+    is_streamed,
+    layer_copy,
+    settle,
+    streamed_model,
+)
 from streamline_bench.errors import CheckpointError, NumericsError, OutputError
 from streamline_bench.modeling.loading import load_config, load_model
 
@@ -290,3 +297,21 @@ def test_a_copy_of_a_layer_has_weights_of_its_own(
         with held_layer(loaded, 3) as layer:
             assert torch.equal(layer(hidden, position_embeddings=angles), expected)
     assert max(reads.values(), default=0) <= 1  # by the layer held, not by its copy
+
+
+def test_one_that_is_settled_is_a_model_in_memory(random_model: Any, tmp_path: Path) -> None:
+    whole = random_model("llama")
+    whole.save_pretrained(tmp_path)
+    model = stream(tmp_path)
+    assert is_streamed(model)
+    settle(model, "cpu")
+    assert not is_streamed(model)
+    found, expected = model.state_dict(), whole.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    ids = torch.tensor([[1, 5, 9, 40, 22, 7]])
+    (tmp_path / "model.safetensors").unlink()  # nothing is read any more
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, whole(input_ids=ids).logits)
+        decoder_layers(model)[0].mlp.down_proj.weight.zero_()  # nor is it the file's memory

@@ -77,7 +77,8 @@ class TorchEngine:
         self._loss = loss
         self._max_norm = training.max_grad_norm
         self.parameters = list(trainee.named_parameters().values())
-        self.optimizer: torch.optim.Optimizer = adamw(self.parameters, training, lr)
+        device = self.parameters[0].device.type
+        self.optimizer: torch.optim.Optimizer = adamw(self.parameters, training, lr, device)
         self.optimizer.zero_grad()  # from elsewhere
         if state.step:
             trainee.load(state.weights)
@@ -106,9 +107,11 @@ class TorchEngine:
         self.optimizer.zero_grad()  # as large as what is trained
 
 
-def adamw(parameters: list[nn.Parameter], training: TrainingSpec, lr: float) -> torch.optim.AdamW:
+def adamw(
+    parameters: list[nn.Parameter], training: TrainingSpec, lr: float, device: str
+) -> torch.optim.AdamW:
     """Return the optimizer of all trainings; fused on GPUs."""
     return torch.optim.AdamW(
         parameters, lr=lr, betas=training.betas, weight_decay=training.weight_decay,
-        fused=parameters[0].device.type == "cuda" or None,
+        fused=device == "cuda" or None,
     )  # fmt: skip

@@ -288,7 +288,9 @@ class Loop:
         if model is not None and is_zero():
             from streamline_bench.core.training.zero import ZeroEngine
 
-            return ZeroEngine(self.student, model, self._loss, self.training, peak, self.state)
+            return ZeroEngine(
+                self.student, model, self._loss, self.training, peak, self.state, self.device
+            )
         divided = model if self._spread else None
         return TorchEngine(self.student, divided, self._loss, self.training, peak, self.state)
 

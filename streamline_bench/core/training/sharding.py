@@ -4,6 +4,9 @@
 every process has the whole model and gradients are added up; with FSDP2 each layer's weights,
 gradients and moments are divided among the processes, and whole only while the layer runs.
 DeepSpeed (:mod:`.zero`) divides the same, or leaves the weights whole. What is written is whole.
+
+A model whose weights are divided comes from the host (:func:`on_host`) and goes to its device part
+by part: no device ever holds all of it.
 """
 
 from __future__ import annotations
@@ -12,14 +15,16 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamline_bench.core.architecture import decoder_layers
-from streamline_bench.core.machine.ranks import current, is_on
+from streamline_bench.core.machine.ranks import current, is_on, launched
 from streamline_bench.core.recipe.schema import TrainingSpec
+from streamline_bench.core.streaming import is_streamed, settle
 from streamline_bench.errors import RecipeError, library_errors
 
 log = logging.getLogger(__name__)
@@ -68,6 +73,49 @@ def _refuse_other(variable: str, name: str, allowed: set[str], ours: str) -> Non
         )
 
 
+@dataclass(frozen=True)
+class Division:
+    """Among how many processes of a launch a training through a model is divided.
+
+    Attributes:
+        processes: that share the sequences of each step.
+        weights, moments: that divide each of them; 1: every process has all. Gradients are divided
+            as moments are.
+        zero: by DeepSpeed, whose weights are all float32.
+    """
+
+    processes: int = 1
+    weights: int = 1
+    moments: int = 1
+    zero: bool = False
+
+
+def division() -> Division:
+    """Return what the launch's variables say, also where the main process works alone.
+
+    Raises:
+        RecipeError: accelerate's settings of DeepSpeed contradict each other.
+    """
+    count = launched().count
+    if count == 1:
+        return Division()
+    if is_on("ACCELERATE_USE_DEEPSPEED"):
+        from accelerate.utils import DeepSpeedPlugin
+
+        with library_errors("Accelerate's settings of DeepSpeed cannot be used", kind=RecipeError):
+            stage = DeepSpeedPlugin(zero3_init_flag=False).zero_stage
+        return Division(count, count if stage == 3 else 1, count, zero=True)
+    divided = count if is_on("ACCELERATE_USE_FSDP") else 1
+    return Division(count, divided, divided)
+
+
+def on_host(model: Any) -> None:
+    """Have all of a model's weights on the host, in place, from where they can be divided."""
+    if is_streamed(model):
+        settle(model, "cpu")
+    model.to("cpu")
+
+
 def is_sharded() -> bool:
     """Whether what belongs to a model in training is spread over the processes."""
     return current().count > 1 and (is_on("ACCELERATE_USE_FSDP") or is_zero())
@@ -80,6 +128,9 @@ def is_zero() -> bool:
 
 def shard(model: Any) -> None:
     """Spread a model over the processes, in place, by accelerate's own plugin; layers are units.
+
+    Args:
+        model: on the host: each unit is whole on the device only until it is divided.
 
     Raises:
         RecipeError: accelerate cannot.

@@ -37,7 +37,7 @@ from streamline_bench.core.training.loop import (
     StateObjective,
     open_work_folder,
 )
-from streamline_bench.core.training.sharding import is_sharded
+from streamline_bench.core.training.sharding import is_sharded, on_host
 from streamline_bench.core.training.sources import Sources
 from streamline_bench.core.training.state import CosineSchedule, StepPlan
 from streamline_bench.core.training.students import Students
@@ -103,7 +103,8 @@ def train_replacement(
 ) -> TrainingResult:
     """Train the replacement of layers ``start .. start + n - 1`` of ``model``.
 
-    The model is the teacher; it is moved to ``device`` and otherwise left as it was. ``mse``,
+    The model is the teacher; it is moved to ``device`` and otherwise left as it was (but for ``lm``
+    and ``kd`` where processes divide its weights: it is used up then). ``mse``,
     ``relative_mse`` and ``cosine`` run it up to the end of the block and train the replacement on
     its hidden states (:data:`~streamline_bench.core.training.loop.STATE_ERRORS`); ``lm`` trains
     the replacement inside the pruned model on the next token, ``kd`` on the model's own
@@ -201,6 +202,8 @@ class _Job:
         data_key, key = self._keys(weights)
         sets = [training, validation]
         dense = self._dense(sets, data_key)  # before the student is put in
+        if is_sharded() and self.training.objective not in STATE_ERRORS:
+            on_host(self.model)
         with ExitStack() as stack:
             objective = stack.enter_context(self._objective(student))
             sources, storage = dense or self._sources(sets, plan, student, data_key, stack)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from streamline_bench.core.machine.ranks import current
+from streamline_bench.core.machine.ranks import alone, current
 from streamline_bench.core.recipe.schema import TrainingSpec
 from streamline_bench.core.training.engine import LossSum, adamw
 from streamline_bench.core.training.state import TrainingState
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from streamline_bench.core.training.loop import Trainee
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_WEIGHTS_TOO = 3  # the stage that divides them
 _PRECISION = "the recipe decides on precision (training.autocast)"
 _REFUSED = {
     "optimizer": "a training takes torch's AdamW",
@@ -38,9 +39,11 @@ class ZeroEngine:
     """DeepSpeed's engine around a model and its loss; see :class:`.engine.Engine`.
 
     Args:
-        model: to be divided, in place.
+        model: to be divided, in place; on the host, from where it goes to the device part by part
+            (stage 3) or whole.
         loss: of that model.
         state: where the training goes on, if it has taken steps.
+        device: where the model is trained.
 
     Raises:
         RecipeError: DeepSpeed's settings contradict the recipe, or it cannot train the model.
@@ -48,18 +51,21 @@ class ZeroEngine:
 
     def __init__(
         self, trainee: Trainee, model: Any, loss: LossSum, training: TrainingSpec, lr: float,
-        state: TrainingState,
+        state: TrainingState, device: torch.device,
     ) -> None:  # fmt: skip
         width = int(model.config.get_text_config().hidden_size)
         settings = zero_settings(width, training)
-        if state.step:  # the main process's weights are spread with the model
-            trainee.load(state.weights)
+        if state.step and current().main:  # whose weights are spread with the model
+            with alone():
+                trainee.load(state.weights)
         self.parameters = list(trainee.named_parameters().values())
-        self.optimizer: torch.optim.Optimizer = adamw(self.parameters, training, lr)
+        self.optimizer: torch.optim.Optimizer = adamw(self.parameters, training, lr, device.type)
         with library_errors("The model cannot be spread by DeepSpeed", "use FSDP", RecipeError):
-            deepspeed = _deepspeed(self.parameters[0].device.type)
+            deepspeed = _deepspeed(device.type)
             model.float()  # all of one dtype, which what is trained has already
             settings.set_moe_leaf_modules(model)
+            if settings.zero_stage == _WEIGHTS_TOO:
+                _divide(deepspeed, model, settings.deepspeed_config, device)
             self._engine: Any = deepspeed.initialize(
                 model=_WithLoss(model, loss), optimizer=self.optimizer,
                 config=settings.deepspeed_config,
@@ -132,6 +138,16 @@ def _deepspeed(device: str) -> Any:
     if device == "cpu":  # gloo adds up: DeepSpeed's own sums would first be compiled for a minute
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _divide(deepspeed: Any, model: nn.Module, settings: Any, device: torch.device) -> None:
+    """Divide weights one by one. Given whole ones, DeepSpeed's engine first moves all of them."""
+    deepspeed.init_distributed()
+    deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=torch.float32)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 class _WithLoss(nn.Module):

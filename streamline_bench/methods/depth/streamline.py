@@ -25,6 +25,7 @@ from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.core.replacement import network_parameters
 from streamline_bench.core.surgery import SizePlan
 from streamline_bench.core.training import TrainedCuts, train_replacements
+from streamline_bench.core.training.sharding import division
 from streamline_bench.errors import NumericsError, RecipeError, SparsityError
 from streamline_bench.methods.base import Compressed, Compression, Size
 from streamline_bench.methods.tools.layer_removal import as_stored, attached, drop_layers, size_plan
@@ -131,9 +132,9 @@ class Streamline(OnSelection, LayerSelection):
         return recipe.replacement.kind in ("none", "layer")
 
     def streams(self, recipe: Recipe) -> bool:
-        """Whether no pass goes backwards through the model."""
+        """Whether no pass goes backwards through the model, or one whose weights are divided."""
         backwards = recipe.replacement.kind != "none" and recipe.training.objective in ("lm", "kd")
-        return super().streams(recipe) and not backwards
+        return super().streams(recipe) and (not backwards or division().moments > 1)
 
     def sizes(self, work: Compression) -> Iterator[Size]:
         """Yield whole layers less, with a replacement for each run of removed layers."""

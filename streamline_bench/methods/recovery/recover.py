@@ -71,7 +71,7 @@ def compress_and_recover(
     dtype = job.dtype if frozen else None
     model = load_model(
         reader.folder,
-        device=job.device,
+        device="cpu" if is_sharded() else job.device,  # from where it is divided
         dtype=dtype,
         trust_remote_code=job.source.trust_remote_code,
     )
@@ -86,6 +86,7 @@ def compress_and_recover(
         tokens,
         job.work / "recovery",
         seed=job.recipe.seed,
+        device=job.device,
         weights_sha256=reader.fingerprint(progress=job.progress),
         dense=dense,
         at_once=job.at_once,

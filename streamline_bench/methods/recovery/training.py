@@ -58,6 +58,7 @@ def train_recovery(
     work: Path,
     *,
     seed: int,
+    device: str | torch.device | None = None,
     weights_sha256: str,
     dense: Sequence[TeacherLogits] = (),
     at_once: int | None = None,
@@ -71,6 +72,8 @@ def train_recovery(
     Args:
         trainable: from :func:`choose_parameters`, of this model.
         tokens: training data; ``validation_share`` of the sequences is held out.
+        device: where it is trained; None: where the model is. One whose weights are divided may be
+            on the host until then.
         weights_sha256: hash of the model's weights before the training.
         dense: logits of the dense model for training and held-out sequences, for ``kd``.
         at_once: most sequences that the memory holds; larger micro-batches are computed in parts,
@@ -94,6 +97,7 @@ def train_recovery(
             schedule.warmup,
             plan.steps,
         )
+    device = torch.device(model.device if device is None else device)
     open_work_folder(work)
     outside = {"training": {"data", "cache_gb", "checkpoint_every"}}
     key = key_of(
@@ -102,7 +106,7 @@ def train_recovery(
         recovery=spec.model_dump(mode="json", exclude=outside),
         seed=seed,
         dtype=str(model.dtype),
-        device=model.device.type,
+        device=device.type,
     )
     loop = Loop(
         student=trainable,
@@ -112,7 +116,7 @@ def train_recovery(
         schedule=schedule,
         train=DataSet(training, dense[0] if dense else None),
         validation=DataSet(validation, dense[1] if dense else None),
-        device=model.device,
+        device=device,
         work=work,
         key=key,
         progress=progress,
@@ -123,7 +127,8 @@ def train_recovery(
     trainable.load(state.best)
     merged: Mapping[str, Tensor] = trainable.merged()
     if is_sharded():  # which needs all processes, and not when one of them asks
-        merged = {name: merged[name] for name in trainable.weights}
+        asked = ((name, merged[name]) for name in trainable.weights)
+        merged = {name: tensor for name, tensor in asked if current().main}
     summary = {
         "kind": spec.kind,
         **({"objective": "kd"} if dense else {}),

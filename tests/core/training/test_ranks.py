@@ -20,6 +20,8 @@ CASES: dict[str, Case] = {
     "checkpointing": ("lm", {"min_steps": 20, "gradient_checkpointing": True}),
     "full": ("full", {"min_steps": 20, "checkpoint_every": 4}),
 }
+STORED: Case = ("lora", {"stored": "bfloat16"})
+DIVIDED = ("checkpointing", "partial", "lora", "kd")
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
@@ -32,13 +34,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def codes(folder: Path) -> dict[str, list[int]]:
     """Exit codes of all launches; what they made is in the folder, ``case/launch``."""
     resumed, divided = ({f"full/{name}": CASES["full"]} for name in ("resumed", "fsdp-resumed"))
+    two = {f"{name}/two": case for name, case in CASES.items()}
+    fsdp = {f"{name}/fsdp": CASES[name] for name in DIVIDED}
     return launched(folder, {
         "one": Launch(1, {f"{name}/one": case for name, case in CASES.items()}),
-        "two": Launch(2, {f"{name}/two": case for name, case in CASES.items()}),
+        "two": Launch(2, two | {"stored/two": STORED}),
         "begun": Launch(2, resumed, dies_after=10),
         "resumed": Launch(3, resumed),
-        "fsdp": Launch(2, {f"{name}/fsdp": CASES[name] for name in ("checkpointing", "partial")},
-                       FSDP),
+        "fsdp": Launch(2, fsdp | {"stored/fsdp": STORED}, FSDP),
         "fsdp-begun": Launch(2, divided, FSDP, dies_after=10),
         "fsdp-again": Launch(2, divided, FSDP, dies_after=14),
         "fsdp-resumed": Launch(1, divided),
@@ -69,7 +72,7 @@ def test_a_process_dies_and_another_number_of_processes_goes_on(
     assert difference(folder / "full", "one", "resumed") < 1e-6
 
 
-@pytest.mark.parametrize("case", ["checkpointing", "partial"])
+@pytest.mark.parametrize("case", DIVIDED)
 def test_weights_spread_by_fsdp_are_trained_as_in_one_process(
     folder: Path, codes: dict[str, list[int]], case: str
 ) -> None:
@@ -81,6 +84,14 @@ def test_weights_spread_by_fsdp_are_trained_as_in_one_process(
     assert {name: tensor.shape for name, tensor in one.items()} == {
         name: tensor.shape for name, tensor in spread.items()
     }
+
+
+def test_frozen_weights_are_spread_as_they_are_stored(
+    folder: Path, codes: dict[str, list[int]]
+) -> None:
+    assert codes["two"] == codes["fsdp"] == [0, 0]
+    assert difference(folder / "stored", "two", "fsdp") < 1e-6
+    assert difference(folder, "stored/fsdp", "lora/fsdp") > 1e-6  # bfloat16 it was
 
 
 def test_a_training_by_fsdp_goes_on_with_and_without_it(

@@ -48,7 +48,7 @@ def codes(folder: Path) -> dict[str, list[int]]:
         "zero2": {**used, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
         "zero3": {**used, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)},
     }
-    launches = {"one": Launch(1, {f"{name}/one": case for name, case in CASES.items()})}
+    launches = {"one": Launch(1, {f"{name}/one": case for name, case in CASES.items()}, wide=True)}
     for stage, given in variables.items():
         goes_on, moves = ({f"full/{stage}-{how}": CASES["full"]} for how in ("resumed", "moved"))
         launches |= {

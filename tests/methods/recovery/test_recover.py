@@ -33,6 +33,8 @@ from streamline_bench.errors import (
     NumericsError,
     RecipeError,
 )
+from streamline_bench.methods.base import Compression, get_method
+from streamline_bench.methods.recovery import recover
 from streamline_bench.methods.recovery import training as recovery_training
 from streamline_bench.methods.recovery.training import choose_parameters, train_recovery
 from streamline_bench.modeling import register
@@ -108,6 +110,32 @@ def test_lora_merged_equals_lora_applied(
     assert not torch.allclose(applied, before, atol=1e-2)
     names = dict(plain.named_parameters())
     assert set(trainable.merged()) <= set(names)
+
+
+@pytest.mark.parametrize(("divided", "place"), [(True, "cpu"), (False, "cuda")])
+def test_a_model_whose_weights_are_divided_is_loaded_on_the_host(
+    make_tiny_model: Callable[..., Path],
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    divided: bool,
+    place: str,
+) -> None:
+    source = SourceModel.find(make_tiny_model("llama", num_hidden_layers=3), progress=False)
+    recipe = make_recipe("last_layers_lora", **FAST, n_layers=1)
+    job = Compression(source, recipe, tmp_path, device="cuda", progress=False)
+    assert recipe.recovery is not None
+    places: list[str] = []
+
+    def load(folder: Path, *, device: str, **_: Any) -> None:
+        places.append(device)
+        raise NumericsError("far enough")
+
+    monkeypatch.setattr(recover, "is_sharded", lambda: divided)
+    monkeypatch.setattr("streamline_bench.modeling.loading.load_model", load)
+    with pytest.raises(NumericsError, match="far enough"):
+        recover.compress_and_recover(job, get_method(recipe.method), recipe.recovery)
+    assert places == [place]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
@@ -658,7 +686,9 @@ def test_killed_in_recovery_then_resumed_gives_the_same_bytes(
         import sys
         from pathlib import Path
         from streamline_bench.compression import compress, load_recipe
-        from streamline_bench.methods.recovery import training as recovery_training
+        from streamline_bench.methods.base import Compression, get_method
+from streamline_bench.methods.recovery import recover
+from streamline_bench.methods.recovery import training as recovery_training
         recipe = load_recipe("last_layers", {{
             "calibration": {str(text_file)!r}, "n_layers": 2, "recovery.kind": "lora",
             "recovery.dropout": 0.3, "recovery.training.data.sequence_length": 16,
