@@ -30,6 +30,7 @@ class Launch:
         variables: of the environment, as a launcher sets them.
         dies_after: step after which the last process dies at once; -1: none.
         spoiled: gradients of the last process are infinite.
+        in_parts: the head runs for a few positions at a time.
         wide: recoveries compute in float32 whatever is stored, as DeepSpeed does.
     """
 
@@ -38,6 +39,7 @@ class Launch:
     variables: Mapping[str, str] = field(default_factory=dict)
     dies_after: int = -1
     spoiled: bool = False
+    in_parts: bool = False
     wide: bool = False
 
 
@@ -120,11 +122,13 @@ def _train(work: Path, kind: str, settings: dict[str, Any], launch: Launch) -> N
 
     from streamline_bench.core.machine.ranks import current
     from streamline_bench.core.recipe.schema import RecoverySpec, ReplacementSpec, TrainingSpec
-    from streamline_bench.core.training import train_replacement
+    from streamline_bench.core.training import head, train_replacement
     from streamline_bench.methods.recovery.training import choose_parameters, train_recovery
 
     work.mkdir(parents=True, exist_ok=True)
     _watch(launch)
+    if launch.in_parts:
+        head.WHOLE = 0
     stored = getattr(torch, settings.pop("stored", "float32"))
     model = small_llama().to(stored)
     objective = kind if kind in ("mse", "kd") else "lm"

@@ -500,10 +500,7 @@ class _Job:
 
     def _trained_logits(self, positions: int) -> int:
         sizes = self.sizes
-        count = positions  # all of them where a model's weights are divided
-        if self.division.moments == 1:
-            count = positions_at_once(positions, sizes.vocabulary)
-        held = count * sizes.vocabulary
+        held = positions_at_once(positions, sizes.vocabulary) * sizes.vocabulary
         return held * (sizes.item + _LOSS_BYTES)
 
     @property

@@ -5,6 +5,9 @@ copy and their gradient 12 bytes each, 25 GB for 8 sequences of 2,048 tokens and
 Here the model runs up to its head; the head and the loss run for a few positions at a time, and
 again in the backward pass. What a family does behind its head (scales, caps) is left to its own
 forward: its stack is replaced, for that moment, by one that gives the states of these positions.
+
+Model and head are called once in each pass, and the parts run inside the head's call: so whoever
+divides their weights among processes has them whole meanwhile, in the backward pass as well.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from streamline_bench.core.architecture import architecture_of
-from streamline_bench.core.training.sharding import is_sharded
+from streamline_bench.core.forward import replaced_forward
 
 LogitLoss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """From logits ``[positions, vocabulary]`` and the numbers of these positions to a sum."""
@@ -50,25 +53,37 @@ def loss_of_logits(
     arguments = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
     count, config = len(wanted), model.config.get_text_config()
     at_once = positions_at_once(count, int(config.vocab_size))
-    if at_once == count or is_sharded():  # which expects one run of a head
+    if at_once == count:
         logits = model(**arguments).logits.flatten(0, 1)[wanted]
         return loss(logits, torch.arange(count, device=logits.device))
-    stack = architecture_of(model.config).base
-    output = model.get_submodule(stack)(**arguments)
-    states = output[0].flatten(0, 1)[wanted]
-    numbers = torch.arange(count, device=states.device)
+    row = architecture_of(model.config)
+    stack, head = (model.get_submodule(path) for path in (row.base, row.lm_head))
+    from_head, forward = head.forward, model.forward
 
-    def part(states: Tensor, numbers: Tensor) -> Tensor:
-        with _giving(model, stack, _with_states(output, states[None])):
-            arguments = {"input_ids": numbers[None], "use_cache": False}
-            value: Tensor = loss(model.forward(**arguments).logits[0], numbers)
-            return value
+    def pass_in_parts(**arguments: Any) -> Tensor:
+        output = stack(**arguments)
+        numbers = torch.arange(count, device=output[0].device)
 
-    total: Tensor = states.new_zeros((), dtype=torch.float32)
-    for rows in torch.split(numbers, at_once):
-        some: Tensor = checkpoint(part, states[rows], rows, use_reentrant=False)
-        total = total + some
-    return total
+        def part(states: Tensor, numbers: Tensor) -> Tensor:
+            given = _Given(stack, lambda *_, **__: _with_states(output, states[None]))
+            with _at(model, row.base, given), _at(model, row.lm_head, _Given(head, from_head)):
+                logits = forward(input_ids=numbers[None], use_cache=False).logits[0]
+            return loss(logits, numbers)
+
+        def parts(states: Tensor) -> Tensor:
+            total = states.new_zeros((), dtype=torch.float32)
+            for rows in torch.split(numbers, at_once):
+                some: Tensor = checkpoint(part, states[rows], rows, use_reentrant=False)
+                total = total + some
+            return total
+
+        with replaced_forward(head, parts):
+            total: Tensor = head(output[0].flatten(0, 1)[wanted])
+        return total
+
+    with replaced_forward(model, pass_in_parts):
+        whole: Tensor = model(**arguments)
+    return whole
 
 
 def _with_states(output: Any, states: Tensor) -> Any:
@@ -81,27 +96,31 @@ def _with_states(output: Any, states: Tensor) -> Any:
 
 
 class _Given(nn.Module):
-    """Stands for a stack whose output is there already; also where a part of it is called."""
+    """Stands for a module, or a part of it that is called, and computes by another function.
 
-    def __init__(self, original: nn.Module, output: Any) -> None:
+    What watches the module's calls sees none of them.
+    """
+
+    def __init__(self, original: nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()
         self._original = (original,)  # in a tuple, so that it is not a child
-        self._output = output
+        self._forward = forward
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.__dict__["_original"][0], name)
         return self if isinstance(found, nn.Module) else found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._output
+        return self._forward(*args, **kwargs)
 
 
 @contextmanager
-def _giving(model: nn.Module, path: str, output: Any) -> Iterator[None]:
+def _at(model: nn.Module, path: str, module: nn.Module) -> Iterator[None]:
+    """Put a module into the place of another one for a while."""
     parent, _, name = path.rpartition(".")
     holder = model.get_submodule(parent)
     original = getattr(holder, name)
-    setattr(holder, name, _Given(original, output))
+    setattr(holder, name, module)
     try:
         yield
     finally:

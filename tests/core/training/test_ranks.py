@@ -41,7 +41,7 @@ def codes(folder: Path) -> dict[str, list[int]]:
         "two": Launch(2, two | {"stored/two": STORED}),
         "begun": Launch(2, resumed, dies_after=10),
         "resumed": Launch(3, resumed),
-        "fsdp": Launch(2, fsdp | {"stored/fsdp": STORED}, FSDP),
+        "fsdp": Launch(2, fsdp | {"stored/fsdp": STORED}, FSDP, in_parts=True),
         "fsdp-begun": Launch(2, divided, FSDP, dies_after=10),
         "fsdp-again": Launch(2, divided, FSDP, dies_after=14),
         "fsdp-resumed": Launch(1, divided),

@@ -20,7 +20,7 @@ from streamline_bench.errors import RecipeError
 CASES: dict[str, Case] = {
     # One process has fewer rows.
     "lm": ("lm", {"min_steps": 20, "batch_size": 1, "gradient_accumulation": 3, "lr": 5e-4}),
-    "kd": ("kd", {"min_steps": 20, "gradient_checkpointing": True}),
+    "kd": ("kd", {"min_steps": 20, "gradient_checkpointing": True, "lr": 1e-3}),
     "lora": ("lora", {"min_steps": 20, "stored": "bfloat16"}),  # with dropout
     "partial": ("partial", {"min_steps": 20}),
     "full": ("full", {"min_steps": 20, "checkpoint_every": 4}),
@@ -52,7 +52,9 @@ def codes(folder: Path) -> dict[str, list[int]]:
     for stage, given in variables.items():
         goes_on, moves = ({f"full/{stage}-{how}": CASES["full"]} for how in ("resumed", "moved"))
         launches |= {
-            stage: Launch(2, {f"{name}/{stage}": case for name, case in CASES.items()}, given),
+            stage: Launch(
+                2, {f"{name}/{stage}": case for name, case in CASES.items()}, given, in_parts=True
+            ),
             f"{stage}-begun": Launch(2, goes_on, given, dies_after=10),
             f"{stage}-resumed": Launch(2, goes_on, given),
             f"{stage}-left": Launch(2, moves, given, dies_after=6),
