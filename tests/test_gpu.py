@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,97 @@ def test_training(
         )
         losses[device] = result.summary["best_loss"]
     assert losses[DEVICE] == pytest.approx(losses["cpu"], rel=1e-2)
+
+
+@contextmanager
+def waits() -> Iterator[list[str]]:
+    """Note where our own code waits for the device; transformers looks into masks by itself."""
+    found: list[str] = []
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield found
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for each in caught:
+        if "synchronizing" in str(each.message) and "streamline_bench" in each.filename:
+            found.append(f"{each.filename}:{each.lineno}")
+
+
+def test_a_wait_is_seen() -> None:
+    """By the warning that the tests below look for."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        float(torch.ones((), device=DEVICE))
+        torch.cuda.set_sync_debug_mode("default")
+    assert any("synchronizing" in str(each.message) for each in caught)
+
+
+@pytest.mark.parametrize("objective", ["relative_mse", "lm"])
+def test_the_passes_of_a_step_wait_for_nothing_of_ours(
+    tiny_llama: Path, tokens: CalibrationTokens, objective: str
+) -> None:
+    from streamline_bench.core.training.batch import make_batch
+    from streamline_bench.core.training.block import Student, Teacher
+    from streamline_bench.core.training.loop import STATE_ERRORS, LmObjective, StateObjective
+
+    model = load(tiny_llama, DEVICE)
+    student = Student(model, 2, ReplacementSpec(kind="layer"), seed=0)
+    teacher = Teacher(model, 2, 3, student.num_calls)
+    states = StateObjective(student, STATE_ERRORS["relative_mse"])
+
+    def passes() -> None:
+        batch = make_batch(tokens, torch.arange(4), torch.device(DEVICE))
+        if objective == "lm":
+            LmObjective(model).loss_sum(batch, None).backward()
+        else:
+            states.loss_sum(batch, teacher).backward()
+
+    passes()  # what is made once
+    with waits() as found:
+        passes()
+    assert found == []
+
+
+def test_a_scan_waits_as_often_for_many_batches_as_for_few(
+    tiny_llama: Path, tokens: CalibrationTokens
+) -> None:
+    model, counts = load(tiny_llama, DEVICE), []
+    for rows in (2, 2, 8):
+        some = CalibrationTokens.from_tensors(tokens.input_ids[:rows])
+        with waits() as found:
+            scan(model, some, batch_size=1, progress=False)
+        counts.append(len(found))
+    assert counts[1] == counts[2]  # the first one makes what is made once
+
+
+def test_scoring_waits_once_for_each_batch(tiny_llama: Path) -> None:
+    from lm_eval.api.instance import Instance
+
+    from streamline_bench.harness.lm import StreamlineLM
+
+    lm = StreamlineLM(str(tiny_llama), device=DEVICE, dtype="float32", batch_size=2)
+    passes: list[int] = []
+    lm.model.register_forward_pre_hook(lambda *_: passes.append(1))
+
+    def score(count: int) -> tuple[int, int]:
+        passes.clear()
+        requests = [
+            Instance(
+                request_type="loglikelihood", doc={}, arguments=(f"w1 w{i}", f" w{i + 3}"), idx=0
+            )
+            for i in range(count)
+        ]
+        with waits() as found:
+            lm.loglikelihood(requests, disable_tqdm=True)
+        return len(found), len(passes)
+
+    score(4)
+    few, many = score(12), score(48)
+    assert many[1] > few[1]
+    assert many[0] - few[0] <= many[1] - few[1]
 
 
 def test_generation_counts_every_token(tiny_llama: Path) -> None:
