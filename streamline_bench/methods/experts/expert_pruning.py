@@ -202,6 +202,7 @@ def mixture_of(config: Any) -> Mixture:
     layers = sorted({int(found[1]) for name in shapes if (found := router.match(name))})
     chosen = next((int(n) for key in _CHOSEN if (n := getattr(config, key, None))), 0)
     key = next((key for key in COUNTS if isinstance(getattr(config, key, None), int)), "")
+    key = config.attribute_map.get(key, key)  # the file has one of two names
     if not layers or not key or not chosen:
         raise ArchitectureError(f"{what}: its config does not say how many there are; {other}.")
     experts = int(getattr(config, key))
@@ -230,6 +231,8 @@ def mixture_of(config: Any) -> Mixture:
                 f"of {list(shape)}; {other}."
             )
         size += math.prod(shape[1:]) if name in parameters else 0
+    if not size:
+        raise ArchitectureError(f"{what}: '{key}' of its config does not count them; {other}.")
     sizes = model_sizes(config)
     return Mixture(
         key, experts, chosen, groups, least, tuple(layers), size // len(layers), sizes.total,
