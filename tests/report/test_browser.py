@@ -378,9 +378,14 @@ def test_print_fits_the_page_and_leaves_out_the_controls(visit: Callable[..., Vi
     assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")
 
 
-def test_a_large_board_is_a_paper_of_at_most_twelve_pages(visit: Callable[..., Visit]) -> None:
-    """34 rows, each with recipe, flips, tasks and tests against the others."""
-    page = visit(many_rows()).page
+@pytest.mark.parametrize("large", ["34 rows of one size", "53 rows of four sizes"])
+def test_a_large_board_is_a_paper_of_at_most_twelve_pages(
+    visit: Callable[..., Visit], repository: Path, large: str
+) -> None:
+    """Each row has its recipe, flips, tasks and tests against the others."""
+    sizes = repository / "reports" / "smollm2-sizes" / "leaderboard.json"
+    board = many_rows() if "one" in large else read_leaderboard(sizes).model_dump(mode="json")
+    page = visit(board).page
     printed = page.pdf(prefer_css_page_size=True)
     assert len(re.findall(rb"/Type /Page\b", printed)) <= 12
     page.emulate_media(media="print")

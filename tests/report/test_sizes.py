@@ -159,7 +159,7 @@ def test_guessing_is_drawn_and_what_the_numbers_rest_on(sized: dict[str, Any]) -
     assert "700 tokens" in curves["token KL", "parameters"]
 
 
-def test_a_rise_with_what_is_removed_is_called_chance(sized: dict[str, Any]) -> None:
+def test_a_rise_with_what_is_removed_has_a_caveat(sized: dict[str, Any]) -> None:
     board = Leaderboard.model_validate(sized)
     assert "rises" not in equal_note(board, board.rows)
     rising = copy.deepcopy(sized)

@@ -294,7 +294,7 @@ def _rising(board: Leaderboard, rows: Sequence[Row]) -> str:
     names += f" and {len(rising) - _NAMED} more" if len(rising) > _NAMED else ""
     read = (
         f"beyond the intervals of {', '.join(apart)}" if apart
-        else "within the intervals: chance, not a gain"
+        else "within the intervals: no sign of a gain"
     )  # fmt: skip
     return f" Accuracy rises where more is removed ({names}), {read}."
 
