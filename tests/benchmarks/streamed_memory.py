@@ -41,8 +41,7 @@ def write_checkpoint(folder: Path, layers: int, hidden: int) -> tuple[int, int]:
     """Write random weights, a tokenizer and text; return the bytes of all, and of a layer."""
     import torch
     from safetensors.torch import save_file
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import LlamaConfig
 
     inside = hidden * 11 // 4
     config = LlamaConfig(
@@ -51,11 +50,7 @@ def write_checkpoint(folder: Path, layers: int, hidden: int) -> tuple[int, int]:
         architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     config.save_pretrained(folder)
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i + 3 for i in range(VOCABULARY - 3)}}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>")
-    tokenizer.save_pretrained(folder)
+    write_tokenizer(folder, VOCABULARY)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(VOCABULARY - 3, (200,), generator=generator) for _ in range(200)]
     lines = [json.dumps({"text": " ".join(f"w{i}" for i in row.tolist())}) for row in rows]
@@ -107,6 +102,20 @@ def checkpoint(folder: Path, layers: int, hidden: int) -> tuple[int, int]:
     if made != [layers, hidden]:
         raise SystemExit(f"{folder} has {made[0]} layers of {made[1]} channels: another one")
     return size, layer
+
+
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Write a tokenizer of the words w0, w1, …, one token each."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i + 3 for i in range(vocabulary - 3)}}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.save_pretrained(folder)
 
 
 def resident() -> tuple[int, int]:

@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import eight_b_on_gpu
 import help_time
 import trunk_vs_separate
 
@@ -55,3 +56,20 @@ def test_help() -> None:
     assert set(help_time.commands()) >= {"--help", "gate", "import click"}
     assert "lm-eval" not in help_time.commands()
     assert help_time.seconds(("-c", "pass")) > 0
+
+
+def test_eight_b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of part runs, with a tiny model on the CPU."""
+    monkeypatch.setenv("STREAMLINE_BENCH_CACHE", str(tmp_path / "cache"))
+    size, model = eight_b_on_gpu.SIZES["tiny"], tmp_path / "model"
+    model.mkdir()
+    eight_b_on_gpu.write_model(model, size)
+    parts = ("scan", "layer", "scoring")
+    found = {name: eight_b_on_gpu.part(name, model, size) for name in parts}
+    assert found["layer"]["steps"] == size.steps
+    assert found["scoring"]["changed"] == 0
+    assert found["layer"]["forecast"] > 0
+    assert eight_b_on_gpu.MAKING + sum(eight_b_on_gpu.PARTS.values()) <= 8 * 60
+    limit = eight_b_on_gpu.limits()["layer"]
+    said = eight_b_on_gpu.line("layer", {**found["layer"], "seconds": 3 * limit}, limit)
+    assert "3.0 times as much" in said
