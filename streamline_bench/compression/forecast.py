@@ -30,7 +30,7 @@ Parts = dict[str, int]
 """What is in memory together: name -> bytes."""
 
 STATES, BEST, LAYER, OTHER = "hidden states", "best weights", "weights of a layer", "libraries"
-HOSTED = "weights on the host"
+HOSTED, LOGITS = "weights on the host", "logits of the dense model"
 """Names of parts that are looked up."""
 
 _SEQUENCES = 128
@@ -67,8 +67,9 @@ class Forecast:
         stage: which one takes the most memory of the device that computes.
         host: the most that lies in the machine's memory.
         device: the most that lies on the accelerator; empty where the CPU computes.
-        files: bytes of hidden states in files: those beyond a budget, and those that a training of
-            several epochs keeps.
+        files: what lies on the disk while it works: hidden states beyond a budget and those that a
+            training of several epochs keeps, logits of the dense model, and the compressed model
+            that a recovery begins with.
         processes: that train together, and of which each takes that.
     """
 
@@ -77,8 +78,13 @@ class Forecast:
     stage: str
     host: Parts = field(default_factory=dict)
     device: Parts = field(default_factory=dict)
-    files: int = 0
+    files: Parts = field(default_factory=dict)
     processes: int = 1
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes on the disk."""
+        return sum(self.files.values())
 
     @property
     def host_bytes(self) -> int:
@@ -93,8 +99,9 @@ class Forecast:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Of a model: numbers of parameters, and the bytes of one of them in memory."""
+    """Of a model: bytes as it is stored, numbers of parameters, and bytes of one in memory."""
 
+    stored: int
     total: int
     layer: int
     head: int
@@ -114,8 +121,8 @@ class _Sizes:
         outside = sizes.total - sum(sizes.layers) - head
         vocabulary, hidden = reader.entry(reader.embeddings_name).shape[-2:]
         return cls(
-            sizes.total, max(sizes.layers), head, outside, len(sizes.layers), hidden, vocabulary,
-            item,
+            reader.stored_bytes, sizes.total, max(sizes.layers), head, outside, len(sizes.layers),
+            hidden, vocabulary, item,
         )  # fmt: skip
 
     @property
@@ -158,10 +165,12 @@ def forecast(
     job = _Job(sizes, recipe, source.config, streamed, at_once or 1, shared)
     weights = {} if streamed else {"weights": sizes.total * item}
     stages: dict[str, Parts] = {"files": {**weights, "buffers": _BUFFERS}, **dict(job.stages())}
-    files = [0]
+    beyond = [0]
     for parts in stages.values():
         if budget is not None and parts.get(STATES, 0) > budget:
-            files.append(parts.pop(STATES))
+            beyond.append(parts.pop(STATES))
+    files = job.files()
+    files[STATES] += max(beyond)
     on_device: dict[str, Parts] = {name: {} for name in stages}
     if device != "cpu":
         on_device, stages = stages, {
@@ -171,8 +180,8 @@ def forecast(
     host = stages[_largest(stages)] | {OTHER: _LIBRARIES}
     return Forecast(
         streamed, at_once, stage, {part: size for part, size in host.items() if size},
-        {part: size for part, size in on_device[stage].items() if size}, max(files) + job.files,
-        shared.processes,
+        {part: size for part, size in on_device[stage].items() if size},
+        {part: size for part, size in files.items() if size}, shared.processes,
     )  # fmt: skip
 
 
@@ -271,8 +280,7 @@ class _Job:
             yield from self._recovery()
             if recovery.training.objective == "kd":
                 data = self.recipe.recovery_data or recovery.training.data
-                dense = self._weights(head=True) | self._dense_logits(data)
-                yield "logits of the dense model", dense
+                yield LOGITS, self._weights(head=True) | self._dense_logits(data)
 
     def _weights(self, *, head: bool = False) -> Parts:
         """Weights of the model as it is placed.
@@ -369,8 +377,7 @@ class _Job:
         if spec.objective not in STATE_ERRORS:
             parts = self._shares(count)
             if spec.objective == "kd":
-                dense = self._weights(head=True) | self._dense_logits(spec.data)
-                yield "logits of the dense model", dense
+                yield LOGITS, self._weights(head=True) | self._dense_logits(spec.data)
             passing = {
                 "activations": self._activations(spec, sizes.depth, at_hand),
                 "logits": self._trained_logits(at_hand),
@@ -404,17 +411,43 @@ class _Job:
             "logits": one * (sequences * sizes.item + _DISTILLED_BYTES),
         }
 
-    @property
-    def files(self) -> int:
+    def files(self) -> Parts:
+        """Return what lies in the work folder until the result is published."""
+        recipe, recovery = self.recipe, self.recipe.recovery
+        found = {STATES: 0, LOGITS: 0}
+        if recipe.replacement.kind != "none" and "replacement" in get_method(recipe.method).reads:
+            found[STATES] = self._kept_states()
+            found[LOGITS] = self._kept_logits(recipe.training, recipe.training.data)
+        if recovery is not None:
+            data = recipe.recovery_data or recovery.training.data
+            found[LOGITS] += self._kept_logits(recovery.training, data)
+            found["compressed model"] = int(self.sizes.stored * self._kept)
+        return found
+
+    def _kept_states(self) -> int:
         """Bytes of the states at both ends of the block that a training keeps for its epochs."""
-        recipe, spec = self.recipe, self.recipe.training
-        if recipe.replacement.kind == "none" or spec.objective not in STATE_ERRORS:
+        spec = self.recipe.training
+        if spec.objective not in STATE_ERRORS:
             return 0
         tokens, length = _tokens_of(spec.data, self.config)
         per_epoch = ceil(tokens / length / (spec.batch_size * spec.gradient_accumulation))
         size = 2 * self.sizes.state(tokens) * self._cuts
         again = spec.epochs > 1 or spec.min_steps > per_epoch
         return size if again and size <= spec.cache_gb * 1e9 else 0
+
+    def _kept_logits(self, spec: TrainingSpec, data: CalibrationSpec) -> int:
+        """Bytes of the largest logits of a training that distils: a value and an id of each."""
+        if spec.objective != "kd":
+            return 0
+        tokens, _ = _tokens_of(data, self.config)
+        return tokens * (min(spec.kd.top_k, self.sizes.vocabulary) + 1) * 8
+
+    @property
+    def _kept(self) -> float:
+        """Share of the parameters that are left before the recovery."""
+        if self._removed:
+            return 1 - self._removed * self.sizes.layer / self.sizes.total
+        return 1 - (self.recipe.sparsity or 0)
 
     @property
     def _cuts(self) -> int:

@@ -295,7 +295,9 @@ def _compress_into(
             first(lambda: lock.enter_context(alone(root / "locks" / f"{key}.lock")))
             work = first(lambda: folders.enter_context(_scratch(root / "work" / key)))
             decided = first(
-                lambda: decide_placement(placement, source, recipe, device, dtype, work)
+                lambda: decide_placement(
+                    placement, source, recipe, device, dtype, work, _bytes_in(work)
+                )
             )
             job = Compression(
                 source, recipe, work, device, dtype, source.progress, decided.streamed,
@@ -338,6 +340,11 @@ def _scratch(folder: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             folder.rmdir()  # an empty one only: what a refusal leaves
+
+
+def _bytes_in(folder: Path) -> int:
+    """Return what the files below a folder take up on the disk."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 def trains(recipe: Recipe) -> bool:

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from streamline_bench.compression.forecast import Forecast, as_gb, forecast, through_model, trained
+from streamline_bench.compression.forecast import (
+    LOGITS,
+    Forecast,
+    as_gb,
+    forecast,
+    through_model,
+    trained,
+)
 from streamline_bench.core.architecture import architecture_of
 from streamline_bench.core.data.corpora import SELF
 from streamline_bench.core.machine.environment import free_memory
@@ -67,11 +74,13 @@ class Decision:
         forecast: of the memory.
         reason: why this placement.
         free: bytes that are free, of ``cpu`` and of the device that computes.
+        disk: bytes of the disk that files may take; None: it was not looked at.
     """
 
     forecast: Forecast
     reason: str
     free: Mapping[str, int]
+    disk: int | None = None
 
     @property
     def streamed(self) -> bool:
@@ -91,6 +100,7 @@ def decide_placement(
     device: str,
     dtype: str | None,
     work: Path | None = None,
+    held: int = 0,
 ) -> Decision:
     """Choose where the weights are, from headers and free memory, and say so in the log.
 
@@ -100,12 +110,14 @@ def decide_placement(
         placement: one of :data:`PLACEMENTS`; ``auto`` streams what does not fit into memory.
         device: torch device that computes.
         dtype: of the weights in memory; None for float32.
-        work: folder on whose disk hidden states lie that exceed the memory.
+        work: folder of files (hidden states that exceed the memory, logits of the dense model,
+            the model before its recovery); None: the disk is not looked at.
+        held: bytes that an interrupted attempt left there, to be taken up or replaced.
 
     Raises:
         RecipeError: the placement does not exist, or the recipe cannot be carried out with it.
         ResourceError: with ``auto``, the memory suffices for none.
-        OutputError: the disk has no room for the hidden states.
+        OutputError: the disk has no room for these files.
     """
     refuse_placement(placement, recipe)
     free = {name: free_memory(name) for name in ("cpu", device)}
@@ -131,10 +143,10 @@ def decide_placement(
             if not fitting:
                 raise _fits_nowhere(source, recipe, device, dtype, tried[-1], free, apart)
     chosen = (fitting or tried)[0]
-    decision = Decision(chosen, reason, free)
+    decision = Decision(chosen, reason, free, None if work is None else _free_disk(work) + held)
     _say(decision, recipe, bool(fitting), device)
     if work is not None:
-        _require_disk(decision, work)
+        _require_disk(decision, recipe, work)
     return decision
 
 
@@ -185,7 +197,7 @@ def describe(decision: Decision, device: str) -> str:
     if chosen.processes > 1:
         rows.append(f"in each of {chosen.processes} processes")
     if chosen.files:
-        rows.append(f"{_gb(chosen.files)} GB of hidden states on disk")
+        rows.append(f"{_gb(chosen.file_bytes)} GB on disk ({as_gb(chosen.files)})")
     return f"{'; '.join(rows)}; the most in stage '{chosen.stage}'"
 
 
@@ -199,14 +211,15 @@ def decision_table(decision: Decision, recipe: Recipe, device: str, dtype: str) 
     ]
     if chosen.processes > 1:
         lines.append(f"processes   {chosen.processes}, of which each needs:")
-    for place, parts in ((device, chosen.device), ("cpu", chosen.host)):
+    places = [(device, chosen.device, free[device]), ("cpu", chosen.host, free["cpu"])]
+    if decision.disk is not None:
+        places.append(("disk", chosen.files, decision.disk))
+    for place, parts, have in places:
         if not parts:
             continue
-        lines.append(f"{place}: need {_gb(sum(parts.values()))} GB, have {_gb(free[place])} GB")
+        lines.append(f"{place}: need {_gb(sum(parts.values()))} GB, have {_gb(have)} GB")
         rows = sorted(parts.items(), key=lambda item: -item[1])
         lines += [f"  {_gb(size):>9}  {name}" for name, size in rows]
-    if chosen.files:
-        lines.append(f"disk: need {_gb(chosen.files)} GB for hidden states")
     spec = trained(recipe)
     if spec is not None:
         lines.append(f"training: {_step(spec, chosen.at_once)}")
@@ -283,14 +296,21 @@ def _fits_nowhere(
     )
 
 
-def _require_disk(decision: Decision, work: Path) -> None:
+def _free_disk(work: Path) -> int:
     place = next(path for path in (work, *work.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if decision.forecast.files > free:
-        raise OutputError(
-            f"The hidden states need {_gb(decision.forecast.files)} GB on disk, and the disk of "
-            f"{work} has {free / 1e9:.3g} GB free; free space, or give fewer or shorter sequences."
-        )
+    return shutil.disk_usage(place).free
+
+
+def _require_disk(decision: Decision, recipe: Recipe, work: Path) -> None:
+    chosen, free = decision.forecast, decision.disk
+    if free is None or chosen.file_bytes <= free:
+        return
+    helps = "lower kd.top_k, or " if LOGITS in chosen.files else ""
+    raise OutputError(
+        f"Recipe '{recipe.name}' needs {_gb(chosen.file_bytes)} GB on disk while it works "
+        f"({as_gb(chosen.files)}), and the disk of {work} has {_gb(free)} GB free; free space, "
+        f"{helps or 'or '}give fewer or shorter sequences."
+    )
 
 
 def _resident_only(recipe: Recipe) -> str:

@@ -153,7 +153,7 @@ def test_states_that_a_training_of_several_epochs_keeps_in_files(half_model: Pat
         given = {**GIVEN, "training.min_steps": 0, **changes}
         recipe = load_recipe("streamline", applicable(given, load_recipe("streamline")))
         where: dict[str, Any] = {"device": "cpu", "dtype": None, "streamed": False}
-        return forecast(source, recipe, **where).files
+        return forecast(source, recipe, **where).files.get("hidden states", 0)
 
     # Both ends of the block, 8 sequences of 32 tokens, their channels in float32.
     assert files(**{"training.epochs": 3}) == 2 * 8 * 32 * WIDTH * 4
@@ -177,7 +177,7 @@ def test_an_accelerator_holds_layers_and_the_host_states(half_model: Path) -> No
     assert found.host["the next layer"] == layer
     assert found.host["hidden states"] == states
     in_files = forecast(source, recipe, **where, streamed=True, budget=states - 1)
-    assert (in_files.files, in_files.host_bytes) == (states, found.host_bytes - states)
+    assert (in_files.file_bytes, in_files.host_bytes) == (states, found.host_bytes - states)
     whole = forecast(source, recipe, **where, streamed=False)
     assert (
         whole.device["weights"]
@@ -351,8 +351,43 @@ def test_too_little_disk_for_states_is_said_before_any_work(
     memory(monkeypatch, 10**5)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OutputError, match=r"hidden states need .*1e-06 GB free.*free space"):
+    with pytest.raises(OutputError, match=r"hidden states .*1e-06 GB free.*free space"):
         decide_placement("streamed", source, recipe, "cpu", None, tmp_path / "work")
+
+
+def test_files_of_a_recovery_that_distils(
+    recipe_source: Path,
+    source: SourceModel,
+    small: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The forecast against what lies in the work folder when the recovery begins.
+
+    What an interrupted attempt left there counts as free for the next one.
+    """
+    given = {"data.samples": 12, "data.sequence_length": 16, "objective": "kd", "kd.top_k": 8}
+    recipe = small("last_layers_lora", **{f"recovery.training.{k}": v for k, v in given.items()})
+    stopped = ResourceError("stopped")
+
+    def stop(*_: object, **__: object) -> None:
+        raise stopped
+
+    monkeypatch.setattr("streamline_bench.methods.recovery.training.train_recovery", stop)
+    options: dict[str, Any] = {"progress": False, "cache": tmp_path}
+    with pytest.raises(ResourceError, match="stopped"):
+        compress(recipe_source, recipe, tmp_path / "out", **options)
+    expected = forecast(source, recipe, device="cpu", dtype=None, streamed=False).files
+    logits = sum(path.stat().st_size for path in tmp_path.rglob("teacher_*.bin"))
+    kept = sum(path.stat().st_size for path in tmp_path.rglob("compressed/*.safetensors"))
+    assert expected["logits of the dense model"] == logits
+    assert expected["compressed model"] == pytest.approx(kept, rel=0.15)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ResourceError, match="stopped"):
+        compress(recipe_source, recipe, tmp_path / "out", **options)
+    with pytest.raises(OutputError, match=r"logits of the dense model.*lower kd\.top_k"):
+        compress(recipe_source, recipe, tmp_path / "out", progress=False, cache=tmp_path / "other")
 
 
 @pytest.mark.usefixtures("bare")
