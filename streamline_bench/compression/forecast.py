@@ -21,6 +21,7 @@ from streamline_bench.core.training.distillation import LOGITS_AT_ONCE
 from streamline_bench.core.training.head import positions_at_once
 from streamline_bench.core.training.loop import STATE_ERRORS
 from streamline_bench.core.training.sharding import Division, division
+from streamline_bench.core.training.sources import times_read
 from streamline_bench.methods.base import get_method
 from streamline_bench.methods.tools.normal_equations import WIDENED_ROWS
 from streamline_bench.methods.tools.selection import AnySelection
@@ -71,6 +72,8 @@ class Forecast:
             training of several epochs keeps, logits of the dense model, and the compressed model
             that a recovery begins with.
         processes: that train together, and of which each takes that.
+        reads: how often a training on hidden states reads layers of a streamed model, and bytes
+            that it reads altogether, at most; (0, 0): it reads none.
     """
 
     streamed: bool
@@ -80,6 +83,7 @@ class Forecast:
     device: Parts = field(default_factory=dict)
     files: Parts = field(default_factory=dict)
     processes: int = 1
+    reads: tuple[int, int] = (0, 0)
 
     @property
     def file_bytes(self) -> int:
@@ -181,7 +185,7 @@ def forecast(
     return Forecast(
         streamed, at_once, stage, {part: size for part, size in host.items() if size},
         {part: size for part, size in on_device[stage].items() if size},
-        {part: size for part, size in files.items() if size}, shared.processes,
+        {part: size for part, size in files.items() if size}, shared.processes, job.reads(),
     )  # fmt: skip
 
 
@@ -441,6 +445,20 @@ class _Job:
             return 0
         tokens, _ = _tokens_of(data, self.config)
         return tokens * (min(spec.kd.top_k, self.sizes.vocabulary) + 1) * 8
+
+    def reads(self) -> tuple[int, int]:
+        """Return how often layers are read for a training on hidden states, and bytes of it all."""
+        spec, sizes = self.recipe.training, self.sizes
+        layered = self.streamed and self.recipe.replacement.kind != "none"
+        if not layered or spec.objective not in STATE_ERRORS:
+            return 0, 0
+        tokens, length = _tokens_of(spec.data, self.config)
+        cuts = self._cuts
+        own = spec.model_copy(update={"cache_gb": spec.cache_gb / cuts})
+        sequences = max(2, ceil(tokens / length))
+        times = cuts * times_read(own, sequences, 2 * sizes.state(length), self.batch)
+        layers = min(1.0, sizes.depth * sizes.layer / sizes.total)
+        return times, int(times * layers * sizes.stored)
 
     @property
     def _kept(self) -> float:

@@ -184,6 +184,8 @@ def _say(decision: Decision, recipe: Recipe, fits: bool, device: str) -> None:
     spec = trained(recipe)
     if spec is not None and chosen.at_once not in (None, spec.batch_size):
         log.info("training: %s", _step(spec, chosen.at_once))
+    if chosen.reads[0]:
+        log.info("reading: %s", _reading(chosen))
 
 
 def describe(decision: Decision, device: str) -> str:
@@ -223,6 +225,8 @@ def decision_table(decision: Decision, recipe: Recipe, device: str, dtype: str) 
     spec = trained(recipe)
     if spec is not None:
         lines.append(f"training: {_step(spec, chosen.at_once)}")
+    if chosen.reads[0]:
+        lines.append(f"reading: {_reading(chosen)}")
     return "\n".join(lines)
 
 
@@ -232,6 +236,15 @@ def _step(spec: TrainingSpec, at_once: int | None) -> str:
     if at_once is not None and at_once < spec.batch_size:
         said += f"; computed {at_once} at a time, which changes nothing but the rounding"
     return said
+
+
+def _reading(chosen: Forecast) -> str:
+    """Return in words what a training on the states of a streamed model reads."""
+    times, size = chosen.reads
+    return (
+        f"the training's states need the layers up to the replacement {times} times, {_gb(size)} "
+        "GB at most (a larger training.cache_gb: fewer)"
+    )
 
 
 def _gb(size: int) -> str:

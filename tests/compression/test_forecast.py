@@ -27,6 +27,7 @@ from streamline_bench.compression.placement import decide_placement
 from streamline_bench.compression.recipes import applicable
 from streamline_bench.core.checkpoint.folder import read_manifest
 from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.training.block import Teacher
 from streamline_bench.errors import OutputError, ResourceError
 from streamline_bench.modeling.loading import SourceModel
 
@@ -388,6 +389,39 @@ def test_files_of_a_recovery_that_distils(
         compress(recipe_source, recipe, tmp_path / "out", **options)
     with pytest.raises(OutputError, match=r"logits of the dense model.*lower kd\.top_k"):
         compress(recipe_source, recipe, tmp_path / "out", progress=False, cache=tmp_path / "other")
+
+
+@pytest.mark.parametrize(("epochs", "cache"), [(3, 2e-5), (1, 2e-5), (1, 1.0), (2, 1.0)])
+def test_how_often_a_training_reads_layers(
+    epochs: int,
+    cache: float,
+    recipe_source: Path,
+    source: SourceModel,
+    small: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The forecast against the passes of the teacher."""
+    changes = {"epochs": epochs, "cache_gb": cache, "validation_share": 0.4, "min_steps": 0}
+    recipe = small("streamline", n_layers=1, **{f"training.{k}": v for k, v in changes.items()})
+    passes: list[int] = []
+    whole = Teacher.states_of
+
+    def counted(self: Teacher, batches: Any, *rest: Any, **named: Any) -> None:
+        passes.append(len(batches))
+        whole(self, batches, *rest, **named)
+
+    monkeypatch.setattr(Teacher, "states_of", counted)
+    with caplog.at_level(logging.INFO, "streamline_bench"):
+        compress(
+            recipe_source, recipe, tmp_path / "out", placement="streamed", cache=tmp_path / "cache",
+            progress=False,
+        )  # fmt: skip
+    times, size = forecast(source, recipe, device="cpu", dtype=None, streamed=True).reads
+    assert times == len(passes) >= 2
+    assert size <= times * source.reader.stored_bytes
+    assert f"{times} times" in caplog.text
 
 
 @pytest.mark.usefixtures("bare")

@@ -126,7 +126,7 @@ class CalibrationTokens:
                 f"{self.source} gives {count} sequence, too few to set some aside for validation; "
                 "give more text or a shorter sequence_length."
             )
-        held_out = min(max(round(count * share), 1), count - 1)
+        held_out = held_out_of(count, share)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         validation, training = order[:held_out].sort().values, order[held_out:].sort().values
         return self._rows(training), self._rows(validation)
@@ -151,6 +151,11 @@ class CalibrationTokens:
         return dataclasses.replace(
             part, requested_length=self.requested_length, begins_with=self.begins_with
         )
+
+
+def held_out_of(count: int, share: float) -> int:
+    """Return how many of ``count`` sequences are for validation: at least one, and not all."""
+    return min(max(round(count * share), 1), count - 1)
 
 
 def load_calibration(

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.data.calibration import CalibrationTokens, held_out_of
 from streamline_bench.core.files import LockHeld, LockUnwritable, awaited_lock, file_lock
 from streamline_bench.core.machine.ranks import current
 from streamline_bench.core.recipe.schema import TrainingSpec
@@ -147,16 +148,12 @@ class Sources:
         """Who computes the states of each set in this order: a streamed model layer by layer."""
         if not is_streamed(self.teacher.model):
             return [self.teacher for _ in orders]
-        limit = self.training.cache_gb * 1e9
-        held_out = min(2 * self._bytes(self.sets[1]), limit / 2)
+        budgets = divided_budget(self.training, self._bytes(self.sets[1]))
         # Each process has a folder of its own: it deletes the states of others that are there.
         work = self.work if current().main else self.work / f"rank-{current().rank}"
         work.mkdir(exist_ok=True)
         found = list[Teacher | LayerwiseStates]()
-        # The held-out set is used over and over: it is held throughout where that is possible.
-        for tokens, order, budget in zip(
-            self.sets, orders, (limit - held_out, held_out), strict=True
-        ):
+        for tokens, order, budget in zip(self.sets, orders, budgets, strict=True):
             source = LayerwiseStates(
                 self.teacher, tokens, order, device=self.device, progress=self.progress,
                 budget=budget, work=work,
@@ -164,6 +161,45 @@ class Sources:
             stack.callback(source.close)
             found.append(source)
         return found
+
+
+def divided_budget(training: TrainingSpec, held_out: int) -> tuple[float, float]:
+    """Return how many bytes of states of a streamed model are held: of training, of held-out ones.
+
+    The held-out set is used over and over: it is held throughout where that is possible.
+
+    Args:
+        held_out: bytes of its states at both ends of the block.
+    """
+    limit = training.cache_gb * 1e9
+    own = min(2 * held_out, limit / 2)
+    return limit - own, own
+
+
+def times_read(training: TrainingSpec, sequences: int, each: int, at_once: int | None) -> int:
+    """Return how often a training reads the layers of a streamed model up to the block's end.
+
+    Once for the states of each set where all of them are held, else once for each part of them. Of
+    several processes, each reads at most as often.
+
+    Args:
+        sequences: training and held-out ones.
+        each: bytes of the states of one sequence at both ends of the block.
+        at_once: as for :class:`~streamline_bench.core.training.state.StepPlan`.
+    """
+    held_out = held_out_of(sequences, training.validation_share)
+    plan = StepPlan.of(training, sequences - held_out, 0, at_once)
+    in_files = plan.epochs > 1 and sequences * each <= training.cache_gb * 1e9
+    rounds = (1, 1) if in_files else (plan.epochs, 1 + min(training.validations, plan.steps))
+    budgets = divided_budget(training, held_out * each)
+    fitting = [max(1, int(budget // (plan.part * each))) for budget in budgets]
+    batches = [math.ceil(rows / plan.part) for rows in (plan.sequences, held_out)]
+    parts = [
+        math.ceil(count * again / fit)
+        for count, again, fit in zip(batches, rounds, fitting, strict=True)
+    ]
+    # Held-out states that are all held serve every validation.
+    return parts[0] + (1 if batches[1] <= fitting[1] else parts[1])
 
 
 def _key(states: str, batches: Sequence[Tensor]) -> str:
