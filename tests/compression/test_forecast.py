@@ -368,7 +368,8 @@ def test_files_of_a_recovery_that_distils(
     What an interrupted attempt left there counts as free for the next one.
     """
     given = {"data.samples": 12, "data.sequence_length": 16, "objective": "kd", "kd.top_k": 8}
-    recipe = small("last_layers_lora", **{f"recovery.training.{k}": v for k, v in given.items()})
+    changes = {f"recovery.training.{key}": value for key, value in given.items()}
+    recipe = small("last_layers_lora", n_layers=1, **changes)
     stopped = ResourceError("stopped")
 
     def stop(*_: object, **__: object) -> None:
