@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 from streamline_bench.core.architecture import architecture_of, sequence_limit
 from streamline_bench.core.checkpoint.reader import CheckpointReader
+from streamline_bench.core.data.corpora import local_paths
+from streamline_bench.core.data.corpus_files import file_kind
 from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe, TrainingSpec
 from streamline_bench.core.replacement import network_parameters
 from streamline_bench.core.surgery import model_sizes
@@ -166,7 +169,7 @@ def forecast(
     if training is not None and at_once is None:
         at_once = training.batch_size
     shared = Division() if training is None else division()
-    job = _Job(sizes, recipe, source.config, streamed, at_once or 1, shared)
+    job = _Job(sizes, recipe, source.config, streamed, at_once or 1, shared, source.folder)
     weights = {} if streamed else {"weights": sizes.total * item}
     stages: dict[str, Parts] = {"files": {**weights, "buffers": _BUFFERS}, **dict(job.stages())}
     beyond = [0]
@@ -254,6 +257,24 @@ def _tokens_of(spec: CalibrationSpec, config: Any) -> tuple[int, int]:
     return (spec.samples or _SEQUENCES) * length, length
 
 
+def _found_tokens(spec: CalibrationSpec, config: Any, folder: Path) -> int:
+    """Return the most tokens that a text gives: as many as are asked for, if it is long enough.
+
+    A token is of one byte or more, so that a small file gives fewer than a recipe's many samples.
+    """
+    tokens, length = _tokens_of(spec, config)
+    paths = local_paths(spec.source, folder)
+    # Of what is packed otherwise, or cut into sequences that are filled up, the size says less.
+    plain = [path for path in paths if path.is_file() and not file_kind(path.stem)]
+    if spec.form != "packed" or not paths or len(plain) < len(paths):
+        return tokens
+    if any(file_kind(path) not in ("text", "json", "csv", "tsv") for path in paths):
+        return tokens
+    size = sum(path.stat().st_size for path in paths)
+    # A token may stand before each sequence.
+    return min(tokens, size + size // max(1, length - 1) + length)
+
+
 @dataclass(frozen=True)
 class _Job:
     sizes: _Sizes
@@ -262,6 +283,7 @@ class _Job:
     streamed: bool
     at_once: int
     division: Division
+    folder: Path
 
     @property
     def batch(self) -> int:
@@ -433,7 +455,8 @@ class _Job:
         spec = self.recipe.training
         if spec.objective not in STATE_ERRORS:
             return 0
-        tokens, length = _tokens_of(spec.data, self.config)
+        length = _tokens_of(spec.data, self.config)[1]
+        tokens = _found_tokens(spec.data, self.config, self.folder)
         per_epoch = ceil(tokens / length / (spec.batch_size * spec.gradient_accumulation))
         size = 2 * self.sizes.state(tokens) * self._cuts
         again = spec.epochs > 1 or spec.min_steps > per_epoch
@@ -443,7 +466,7 @@ class _Job:
         """Bytes of the largest logits of a training that distils: a value and an id of each."""
         if spec.objective != "kd":
             return 0
-        tokens, _ = _tokens_of(data, self.config)
+        tokens = _found_tokens(data, self.config, self.folder)
         return tokens * (min(spec.kd.top_k, self.sizes.vocabulary) + 1) * 8
 
     def reads(self) -> tuple[int, int]:
@@ -452,11 +475,11 @@ class _Job:
         layered = self.streamed and self.recipe.replacement.kind != "none"
         if not layered or spec.objective not in STATE_ERRORS:
             return 0, 0
-        tokens, length = _tokens_of(spec.data, self.config)
-        cuts = self._cuts
+        length = _tokens_of(spec.data, self.config)[1]
+        tokens, cuts = _found_tokens(spec.data, self.config, self.folder), self._cuts
         own = spec.model_copy(update={"cache_gb": spec.cache_gb / cuts})
         sequences = max(2, ceil(tokens / length))
-        times = cuts * times_read(own, sequences, 2 * sizes.state(length), self.batch)
+        times = cuts * times_read(own, sequences, 2 * sizes.state(length), self.at_once)
         layers = min(1.0, sizes.depth * sizes.layer / sizes.total)
         return times, int(times * layers * sizes.stored)
 

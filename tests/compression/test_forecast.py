@@ -356,6 +356,18 @@ def test_too_little_disk_for_states_is_said_before_any_work(
         decide_placement("streamed", source, recipe, "cpu", None, tmp_path / "work")
 
 
+def test_a_small_text_needs_no_disk_for_the_samples_that_it_does_not_have(
+    half_model: Path, tmp_path: Path
+) -> None:
+    source, text = SourceModel.find(half_model, progress=False), tmp_path / "text.txt"
+    text.write_text("w1 " * 100)
+    given = {"objective": "kd", "calibration": str(text), "training.data.samples": 10**6}
+    recipe = load_recipe("streamline_lm", {**given, "training.data.sequence_length": LENGTH})
+    where: dict[str, Any] = {"device": "cpu", "dtype": None, "streamed": False}
+    kept = forecast(source, recipe, **where).files["logits of the dense model"]
+    assert 100 * 65 * 8 <= kept < 400 * 65 * 8
+
+
 def test_files_of_a_recovery_that_distils(
     recipe_source: Path,
     source: SourceModel,
