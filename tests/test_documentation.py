@@ -173,7 +173,7 @@ def test_the_limits_of_speed_are_what_their_code_computes() -> None:
         assert said in text.split("```")[-1], said
     training = yaml.safe_load((ROOT / "baselines" / "streamline.yaml").read_text("utf-8"))
     assert training["training"]["data"]["samples"] == 30000
-    assert (TrainingSpec().batch_size, TrainingSpec().autocast) == (8, "none")
+    assert (TrainingSpec().batch_size, TrainingSpec().autocast) == (8, "auto")
     assert computed["batch_rows"] == LOGITS_PER_BATCH // computed["V"] // 80
 
 

@@ -246,6 +246,7 @@ def compress_shared(
     source = SourceModel.find(
         pretrained, revision, trust_remote_code=trust_remote_code, progress=progress
     )
+    recipe = recipe.computed_on(device, computing_dtype(dtype, device, source.reader))
     key = content_key(source, recipe, device=device, dtype=dtype)
     with ExitStack() as stack:
         shared = True
@@ -283,6 +284,7 @@ def _compress_into(
     _refuse_compressed(source.folder)
     asked, dtype = dtype, computing_dtype(dtype, device, source.reader)
     log.info("dtype: %s on %s (%s)", dtype, device, "auto" if asked is None else asked)
+    recipe = recipe.computed_on(device, dtype)
     first = current().first  # what is opened here is the main process's, for all
     with ExitStack() as lock:
         with ExitStack() as folders:
@@ -443,6 +445,8 @@ def content_key(
         CheckpointError: a file cannot be read.
     """
     folder = source.folder
+    kind = computing_dtype(dtype, device, source.reader)
+    recipe = recipe.computed_on(device, kind)
     payload = {
         "shared": SHARED_VERSION,
         "method": facts_of_methods(recipe),
@@ -455,7 +459,7 @@ def content_key(
         "calibration": _data_identity(recipe.calibration, source),
         "training": _data_identity(recipe.training.data, source),
         "device": device.partition(":")[0],
-        "dtype": (kind := computing_dtype(dtype, device, source.reader)),
+        "dtype": kind,
     }
     if files := get_method(recipe.method).files(recipe.parameters):
         payload["files"] = [[path.name, source.file_sha256(path)] for path in files]

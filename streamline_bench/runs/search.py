@@ -30,9 +30,11 @@ log = logging.getLogger(__name__)
 
 
 def solved_row(
-    row: Row, source: SourceModel, run: Path | None, there: Plan | None
+    row: Row, source: SourceModel, run: Path | None, there: Plan | None, device: str, dtype: str
 ) -> tuple[Recipe, dict[str, Any]]:
-    """Return the recipe of a row, and the keys that give its size, if it was solved for a target.
+    """Return the recipe of a row as it is computed on a device, and the keys that give its size.
+
+    There are such keys if the row was solved for a target.
 
     A size that measured latencies gave stays as it was when the run was begun: its own speed, once
     measured, must not turn the row into another one.
@@ -41,19 +43,19 @@ def solved_row(
         StreamlineBenchError: naming the row, if its target cannot be solved.
     """
     if row.target is None:
-        return row.recipe, {}
+        return row.recipe.computed_on(device, dtype), {}
     asked = row.target.model_dump(exclude_none=True)
     timed = row.target.latency is not None or row.target.ttft is not None
     for old in _rows(there) if timed else ():
         if old.label == row.label and old.target == asked and old.size:
-            recipe = load_recipe(row.name, {**row.given, **old.size})
+            recipe = load_recipe(row.name, {**row.given, **old.size}).computed_on(device, dtype)
             if recipe.content_hash() == Recipe.model_validate(old.recipe).content_hash():
                 return recipe, dict(old.size)
     try:
         recipe, size = solved(row.name, row.given, row.target, source, run=run)
     except StreamlineBenchError as error:
         raise type(error)(f"Row '{row.label}': {error}") from None
-    return recipe, dict(size.given)
+    return recipe.computed_on(device, dtype), dict(size.given)
 
 
 def added_before(

@@ -110,3 +110,29 @@ def test_the_dtype_that_auto_stands_for(
     same = ("auto", None, dtype)
     assert len({content_key(source, recipe, device=device, dtype=each) for each in same}) == 1
     assert computing_dtype("float32", device, source.reader) == "float32"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "autocast"),
+    [("cpu", "bfloat16", "none"), ("cuda", "bfloat16", "bf16"), ("cuda:1", "float32", "none")],
+)
+@pytest.mark.parametrize(("name", "part"), [("streamline", ""), ("last_layers_lora", "recovery.")])
+def test_the_autocast_that_auto_stands_for(
+    device: str,
+    dtype: str,
+    autocast: str,
+    name: str,
+    part: str,
+    folder: Path,
+    make_recipe: Callable[..., Any],
+) -> None:
+    """As it is resolved, so that a result on a CPU has the key of one without it."""
+    keys = {
+        given: content_key(
+            SourceModel(folder), make_recipe(name, **{f"{part}training.autocast": given}),
+            device=device, dtype=dtype,
+        )
+        for given in ("auto", "none", "bf16")
+    }  # fmt: skip
+    assert keys["none"] != keys["bf16"]
+    assert keys["auto"] == keys[autocast]

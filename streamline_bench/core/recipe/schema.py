@@ -111,7 +111,9 @@ class TrainingSpec(Frozen):
     weight_decay: float = Field(1e-3, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(5.0, gt=0)
-    autocast: Literal["none", "bf16"] = "none"
+    autocast: Literal["auto", "none", "bf16"] = Field(
+        "auto", description="auto: bf16 where a GPU computes in half precision, none elsewhere"
+    )
     validation_share: float = Field(0.05, gt=0, lt=1)
     validations: int = Field(10, ge=1, description="how often the validation loss is taken")
     cache_gb: float = Field(16.0, ge=0, description="budget of the activation cache")
@@ -120,6 +122,19 @@ class TrainingSpec(Frozen):
         False, description="recompute layers in the backward pass (lm, kd): less memory, slower"
     )
     kd: DistillationSpec = DistillationSpec()
+
+    def computed_on(self, device: str, dtype: str) -> TrainingSpec:
+        """Return it with ``autocast`` decided.
+
+        Args:
+            device: torch device that computes.
+            dtype: torch's name of the dtype of the weights in memory; in float32, what is trained
+                is computed in float32, too.
+        """
+        if self.autocast != "auto":
+            return self
+        half = device.startswith("cuda") and dtype in ("bfloat16", "float16")
+        return self.model_copy(update={"autocast": "bf16" if half else "none"})
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingSpec:
@@ -299,6 +314,14 @@ class Recipe(Frozen):
         if data.source == "auto" and data.form != "instruction":
             return data.model_copy(update={"source": self.calibration.source})
         return data
+
+    def computed_on(self, device: str, dtype: str) -> Recipe:
+        """Return it with what the machine decides (:meth:`TrainingSpec.computed_on`)."""
+        update: dict[str, Any] = {"training": self.training.computed_on(device, dtype)}
+        if self.recovery is not None:
+            training = self.recovery.training.computed_on(device, dtype)
+            update["recovery"] = self.recovery.model_copy(update={"training": training})
+        return self.model_copy(update=update)
 
     @property
     def healing(self) -> str:

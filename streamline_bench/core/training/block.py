@@ -38,6 +38,7 @@ from streamline_bench.core.forward import (
     hidden_of,
     others_of,
     run_until,
+    sent,
     walk_states,
     with_hidden,
     without_tensors,
@@ -402,7 +403,7 @@ class ActivationCache:
         """Return the stored states of a batch, as a :class:`StateSource`."""
         used = batch.ids.shape[1]
         hidden, target = (
-            part[batch.rows, :used].to(batch.ids.device) for part in self._values.unbind(0)
+            sent(part[batch.rows, :used], batch.ids.device) for part in self._values.unbind(0)
         )
         return BlockStates(hidden, target, self._teacher.replay_calls(batch.ids, batch.mask))
 

@@ -167,6 +167,7 @@ def train_together(
     # Spread by accelerate, or read layer by layer: it stays where it is.
     if not getattr(model, "hf_device_map", None) and not is_streamed(model):
         model.to(device)
+    training = training.computed_on(device.type, dtype_of(model))
     parts = [Student(model, block.start, spec, seed) for block in blocks]
     student = parts[0] if len(parts) == 1 else Students(parts)
     if training.objective == "none":
@@ -365,6 +366,11 @@ def check_block(model: nn.Module, start: int, n: int, spec: ReplacementSpec) -> 
             f"replacement.layers is {spec.layers}, more than the {n} layers that are removed; "
             "lower it."
         )
+
+
+def dtype_of(model: nn.Module) -> str:
+    """Return torch's name of the dtype of a model's weights."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def weights_digest(model: nn.Module, stop: int | None) -> str:

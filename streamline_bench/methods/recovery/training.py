@@ -25,7 +25,7 @@ from streamline_bench.core.training.distillation import KdObjective, TeacherLogi
 from streamline_bench.core.training.loop import DataSet, LmObjective, Loop, open_work_folder
 from streamline_bench.core.training.sharding import gathered, is_sharded, put, whole
 from streamline_bench.core.training.state import CosineSchedule, StepPlan
-from streamline_bench.core.training.trainer import TrainingResult, key_of
+from streamline_bench.core.training.trainer import TrainingResult, dtype_of, key_of
 from streamline_bench.errors import ArchitectureError, RecipeError
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,8 @@ def train_recovery(
         NumericsError: a loss or gradient is not finite; the message names the step.
         OutputError: ``work`` cannot be written.
     """
+    decided = spec.training.computed_on(model.device.type, dtype_of(model))
+    spec = spec.model_copy(update={"training": decided})
     training, validation = tokens.split(spec.training.validation_share, seed)
     plan = StepPlan.of(spec.training, len(training), seed, at_once)
     schedule = CosineSchedule.of(spec.training, plan.steps, int(model.config.hidden_size))

@@ -58,7 +58,7 @@ def resolve_plan(
     rows = resolve_rows(request, asked)
     from streamline_bench.compression.pipeline import content_key
     from streamline_bench.harness.trunk.stack import tokenizer_sha256
-    from streamline_bench.modeling.loading import SourceModel
+    from streamline_bench.modeling.loading import SourceModel, computing_dtype
     from streamline_bench.runs.planning.models import checkpoint_plan, model_plan
     from streamline_bench.runs.search import solved_row
 
@@ -91,7 +91,8 @@ def resolve_plan(
         else:
             of_row = sources[row.model]
             model = None if row.model == 0 else model_plan(of_row)
-            made, size = solved_row(row, of_row, run, there)
+            kind = computing_dtype(request.dtype, where, of_row.reader)
+            made, size = solved_row(row, of_row, run, there, where, kind)
             key = content_key(of_row, made, device=where, dtype=request.dtype)
             recipe = made.model_dump(mode="json")
             axes |= {name: value for name, value in size.items() if name in AXES}
