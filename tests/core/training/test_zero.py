@@ -55,8 +55,8 @@ def codes(folder: Path) -> dict[str, list[int]]:
             stage: Launch(
                 2, {f"{name}/{stage}": case for name, case in CASES.items()}, given, in_parts=True
             ),
-            f"{stage}-begun": Launch(2, goes_on, given, dies_after=10),
-            f"{stage}-resumed": Launch(2, goes_on, given),
+            f"{stage}-begun": Launch(2, goes_on, given, dies_after=10, in_parts=True),
+            f"{stage}-resumed": Launch(2, goes_on, given, in_parts=True),
             f"{stage}-left": Launch(2, moves, given, dies_after=6),
             f"{stage}-by-three": Launch(3, moves, given, dies_after=14),
             f"{stage}-moved": Launch(1, moves),
