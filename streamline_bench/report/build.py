@@ -16,6 +16,7 @@ from streamline_bench.core.files import atomic_write_text
 from streamline_bench.errors import CheckpointError, OutputError, SamplesError
 from streamline_bench.report.flips import worst_flips
 from streamline_bench.report.gains import gains, recipe_parts
+from streamline_bench.report.guessing import against_random, given_answer, guessing_levels
 from streamline_bench.report.leaderboard import Leaderboard, Procedure, to_json
 from streamline_bench.report.provenance import (
     provenance,
@@ -150,7 +151,8 @@ def _compared(
 ) -> Leaderboard:
     dense = reading.row(_dense_row(run, run.dense))
     # Of a dense run against itself only accuracies are shown: no need to draw.
-    itself = compare_pairs(align(dense, dense), replace(settings, draws=2))
+    own = align(dense, dense)
+    itself = compare_pairs(own, replace(settings, draws=2))
     settings = replace(settings, quantity=itself.quantity)
     # Without verdicts, grades and texts nothing moves, so that there is no floor either.
     judged = itself.tasks or itself.grades or itself.generations
@@ -170,10 +172,10 @@ def _compared(
         elif row.label == run.dense:
             made = _row(dense, itself, row, home, is_dense=True)
         elif row.dense:
-            own = reading.row(row)
-            align(dense, own)  # rows of several models are on one board if all were asked the same
-            result = compare_pairs(align(own, own), replace(settings, draws=2))
-            made = _row(own, result, row, home, is_dense=True)
+            other = reading.row(row)
+            align(dense, other)  # rows of several models are on one board if asked the same
+            result = compare_pairs(align(other, other), replace(settings, draws=2))
+            made = _row(other, result, row, home, is_dense=True)
         else:
             against = _reference(run, row)
             pairs = with_asked_metrics(
@@ -205,6 +207,8 @@ def _compared(
         folded=stood.folded,
         neighbours=stood.neighbours,
         contests=stood.contests,
+        guessing=guessing_levels(own, itself, settings),
+        against_random=against_random(stood.entries, settings),
         gains=gains(rows, stood.entries, stood.folded, settings),
         target=run.target,
         fronts=stood.fronts,
@@ -333,6 +337,7 @@ def _tasks(samples: Samples, result: Comparison, is_dense: bool) -> list[TaskSco
             n=task.n,
             accuracy=task.pruned,
             comparison=None if is_dense else task,
+            given=given_answer(samples, task),
             data=task_data(samples.info, task.task),
         )
         for task in result.tasks

@@ -12,6 +12,7 @@ from streamline_bench.report.leaderboard import Leaderboard, read_leaderboard
 from streamline_bench.report.row import Row
 from streamline_bench.report.scores import GradeScore, TaskScore
 from streamline_bench.report.views.entries import shown
+from streamline_bench.report.views.guessing import beats_random, known_accuracy
 from streamline_bench.report.views.headline import headline
 from streamline_bench.report.views.overview import mean_grade, ranked
 from streamline_bench.stability.estimate import Estimate
@@ -68,6 +69,8 @@ def _summary(board: Leaderboard, row: Row) -> dict[str, Any]:
         "accuracy": row.accuracy_macro,
         "difference": macro and macro.difference,
         "stability": macro and macro.stability,
+        "accuracy_known_tasks": known_accuracy(board, row),
+        "retention_above_chance": macro and macro.retention_above_chance,
         "retention": macro and macro.retention,
         "grade_change": None if row.is_dense else mean_grade(row),
         "token_kl": row.divergence and row.divergence.kl,
@@ -82,6 +85,8 @@ def _summary(board: Leaderboard, row: Row) -> dict[str, Any]:
     error = row.accuracy_macro and row.accuracy_macro.standard_error
     return line | {
         "accuracy_standard_error": error,
+        "answer_kappa": macro.answer_kappa if macro else None,
+        "beats_random": beats_random(board, row) or None,
         "verdict": macro.decision if macro else None,
         "speed_ratio": row.speed.ratio if row.speed else None,
         "parameters": row.parameters,

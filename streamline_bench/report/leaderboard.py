@@ -19,6 +19,7 @@ from streamline_bench.errors import SamplesError
 from streamline_bench.report.fronts import Front
 from streamline_bench.report.places import Between, Contest, Folded, Gain, Rank
 from streamline_bench.report.row import Row
+from streamline_bench.report.scores import GuessingLevel
 from streamline_bench.stability.comparison import NoiseFloor
 
 
@@ -46,7 +47,8 @@ class Leaderboard(Frozen):
     tokens to ``generations``, grades to ``noise`` (whose other numbers may be missing then),
     ``pairs`` to the method, ``target`` and ``fronts``; what is folded has no accuracy where no task
     has verdicts. It may have ``parts`` of rows and ``gains``.
-    A file of version 4 is one without them.
+    A file of version 4 is one without them. It may have ``guessing``, ``against_random`` and
+    ``given`` of tasks.
 
     Attributes:
         ranks: entry (row or folded row) -> its place by accuracy.
@@ -57,6 +59,9 @@ class Leaderboard(Frozen):
         contests: entries that may be compared, the largest group first.
         gains: what patches add, by healing, selection and size.
         target: what the sizes of rows were solved for, in words.
+        guessing: what every task gives to whom guesses.
+        against_random: every entry against the random one of its size, Holm's adjustment over those
+            of a size; empty where no row removes random layers.
         fronts: of accuracy against costs; empty where neither a target nor a search was asked for.
         not_read: for files of the evaluations (``row: file``) why they are not read.
     """
@@ -73,6 +78,8 @@ class Leaderboard(Frozen):
     neighbours: list[Between] = Field(default_factory=list)
     contests: list[Contest] = Field(default_factory=list)
     gains: list[Gain] = Field(default_factory=list)
+    guessing: list[GuessingLevel] = Field(default_factory=list)
+    against_random: list[Between] = Field(default_factory=list)
     target: str | None = None
     fronts: list[Front] = Field(default_factory=list)
     noise: NoiseFloor | None = None

@@ -8,6 +8,9 @@ from streamline_bench.core.recipe.schema import Frozen, MethodParts
 from streamline_bench.stability.comparison import Decision, VarianceParts
 from streamline_bench.stability.estimate import Estimate
 
+RANDOM = "random_layers"
+"""The method whose rows every selection has to beat."""
+
 
 class Rank(Frozen):
     """Place by accuracy among the compressed rows, rows of seeds and calibrations folded.

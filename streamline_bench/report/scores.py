@@ -19,10 +19,48 @@ class TaskData(Frozen):
     shots: int | None = None
 
 
+class GivenAnswer(Frozen):
+    """The answer that a row gave most often, and the share of questions that it gave it to."""
+
+    answer: str
+    share: float
+
+
+class GuessingLevel(Frozen):
+    """What a task gives to whom does not read its questions, and whether the dense model has more.
+
+    Attributes:
+        n: documents.
+        chance: mean over documents of 1 / number of choices; None without choices.
+        constant: the majority-class baseline: accuracy of the most frequent right answer, given to
+            every question; None where no answer can be.
+        answer: that answer.
+        dense: accuracy of the dense model, with Wilson's interval.
+        above_constant: its accuracy - ``constant``, paired (Tango's score).
+        beaten: the dense model is better than both: the interval of ``dense`` is above ``chance``,
+            that of ``above_constant`` above 0.
+    """
+
+    task: str
+    n: int
+    chance: float | None
+    constant: float | None
+    answer: str | None
+    dense: Estimate
+    above_constant: Estimate | None
+    beaten: bool
+
+    @property
+    def level(self) -> float:
+        """The better of both baselines."""
+        return max(self.chance or 0.0, self.constant or 0.0)
+
+
 class TaskScore(Frozen):
     """One task of one row; ``comparison`` is None for the dense row.
 
-    ``main`` marks the filter of a task that the summaries over tasks use.
+    ``main`` marks the filter of a task that the summaries over tasks use. ``given`` is the row's
+    most frequent answer; None where the engine does not say what was chosen.
     """
 
     task: str
@@ -33,6 +71,7 @@ class TaskScore(Frozen):
     n: int
     accuracy: Estimate
     comparison: TaskComparison | None
+    given: GivenAnswer | None = None
     data: TaskData | None = None
 
     @property

@@ -298,6 +298,8 @@ class _Decided(Frozen):
         dense_corrected, pruned_corrected: (accuracy - chance) / (1 - chance), chance being the mean
             of 1 / number of choices; None for tasks without choices.
         retention: pruned accuracy / dense accuracy; None where the dense model has none right.
+        retention_above_chance: pruned_corrected / dense_corrected; None where the dense model
+            cannot be told from guessing (the ratio has no bounds then), for groups and for micro.
         p_value: of no difference, of this one test; ``p_method`` names it. It is below
             1 - confidence exactly where ``difference`` excludes 0: both come from one score test
             (:class:`streamline_bench.stability.statistics.score.PairedDifference`).
@@ -319,6 +321,7 @@ class _Decided(Frozen):
     dense_corrected: Estimate | None = None
     pruned_corrected: Estimate | None = None
     retention: Estimate | None = None
+    retention_above_chance: Estimate | None = None
     p_value: float | None = None
     p_method: str | None = None
     p_holm: float | None = None
@@ -348,6 +351,8 @@ class TaskComparison(_Decided):
         same_choice: share of documents on which both choose (or write) the same; None where the
             engine does not say.
         kappa: Cohen's kappa of the verdicts; None where it is undefined.
+        answer_kappa: Cohen's kappa of the chosen answers, which is 0 where both models have one
+            habit and nothing else; None without choices, and where both give one answer to all.
         chance: mean over documents of 1 / number of choices; None without choices.
         choices: shift of the choice distribution; None without choices.
         calibration: None without choices or known right choices.
@@ -369,6 +374,7 @@ class TaskComparison(_Decided):
     effective_n: float | None
     same_choice: float | None
     kappa: float | None
+    answer_kappa: float | None = None
     flips: Flips
     chance: float | None = None
     choices: ChoiceShift | None = None
@@ -408,6 +414,7 @@ class Overall(_Summary):
     Stability is over the tasks that have one (``stability_tasks`` of them).
 
     Attributes:
+        answer_kappa: macro: mean over the tasks where it is defined; None for micro.
         mcnemar_p: as for a task; None for macro.
         clusters: of all tasks together (micro), where any task has them.
     """
@@ -421,6 +428,7 @@ class Overall(_Summary):
     agreement: Estimate
     stability: Estimate | None
     flips: Flips
+    answer_kappa: float | None = None
     mcnemar_p: float | None = None
     clusters: Clusters | None = None
 

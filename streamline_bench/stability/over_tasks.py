@@ -20,6 +20,7 @@ from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics import BoolArray
 from streamline_bench.stability.statistics.choices import ChoiceMeasures
 from streamline_bench.stability.statistics.clusters import ClusterLabels, pooled_labels
+from streamline_bench.stability.statistics.guessing import retention_above_chance
 from streamline_bench.stability.statistics.paired import Outcomes, PairedSample, kappa, mcnemar
 from streamline_bench.stability.statistics.score import PairedDifference, decide
 from streamline_bench.stability.statistics.stability import stability_estimate
@@ -27,6 +28,7 @@ from streamline_bench.stability.task_comparison import (
     ComparedTask,
     accuracy_estimate,
     choice_estimates,
+    mean_chance,
     paired_estimates,
     paired_sample,
     retention_estimate,
@@ -45,6 +47,7 @@ def macro(compared: Sequence[ComparedTask], settings: Settings) -> Overall:
     paired = PairedDifference(samples)
     p, difference = paired.p_value(), paired.interval(settings.confidence, settings.margin)
     kappas = [result.kappa for result in results if result.kappa is not None]
+    of_answers = [each.answer_kappa for each in results if each.answer_kappa is not None]
     return Overall(
         tasks=len(compared),
         n=sum(result.n for result in results),
@@ -57,12 +60,14 @@ def macro(compared: Sequence[ComparedTask], settings: Settings) -> Overall:
         stability=_over_tasks(result.stability for result in results),
         flips=_total_flips(compared),
         kappa=sum(kappas) / len(kappas) if kappas else None,
+        answer_kappa=sum(of_answers) / len(of_answers) if of_answers else None,
         p_value=p,
         p_method=paired.method,
         margin=settings.margin,
         noninferiority_p=paired.tail(-settings.margin),
         detectable=paired.detectable(settings.confidence),
         decision=decide(difference, settings.margin, significant=p < 1 - settings.confidence),
+        retention_above_chance=_above_chance(compared, settings),
         **_macro_choices(compared),
     )
 
@@ -111,6 +116,15 @@ def _over_documents(
         **paired_estimates(sample, settings),
         **_pooled_choices(chosen, labels(chosen) if chosen else None, settings),
     }
+
+
+def _above_chance(compared: Sequence[ComparedTask], settings: Settings) -> Estimate | None:
+    """Over the tasks that have choices."""
+    known = [(item.sample, mean_chance(item.measures)) for item in compared if item.measures]
+    if not known:
+        return None
+    samples, chances = zip(*known, strict=True)
+    return retention_above_chance(samples, chances, settings.confidence)
 
 
 def _strata(item: ComparedTask) -> tuple[npt.NDArray[np.float64], ...]:

@@ -12,7 +12,7 @@ import pandas as pd
 from streamline_bench.errors import NumericsError, SamplesError
 from streamline_bench.stability.comparison import Flips, TaskComparison
 from streamline_bench.stability.estimate import Estimate, exponential, exponentiated
-from streamline_bench.stability.settings import Settings, Verdict
+from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics import BoolArray, FloatArray
 from streamline_bench.stability.statistics.choices import (
     ChoiceMeasures,
@@ -21,6 +21,12 @@ from streamline_bench.stability.statistics.choices import (
     measure_choices,
 )
 from streamline_bench.stability.statistics.clusters import ClusterLabels, cluster_labels
+from streamline_bench.stability.statistics.guessing import (
+    Answers,
+    answer_kappa,
+    chosen,
+    retention_above_chance,
+)
 from streamline_bench.stability.statistics.intervals import mean_estimate, mean_per_unit
 from streamline_bench.stability.statistics.paired import (
     Outcomes,
@@ -96,15 +102,16 @@ def compare_task(dense: pd.DataFrame, pruned: pd.DataFrame, settings: Settings) 
         stable = stability_estimate(std, right == right_now, settings, *names, clusters=clusters)
     sample = paired_sample(right, right_now, clusters)
     outcomes = sample.outcomes
-    same = _same_choice(dense, pruned, settings.verdict)
+    verdict = str(first["verdict_metric"] if settings.verdict == "correct" else "acc_norm")
+    answers = _answers_of_both(dense, pruned, verdict)
+    same = None if answers is None else answers[0] == answers[1]
     moved = None if same is None else int((~right & ~right_now & ~same).sum())
-    verdict = first["verdict_metric"] if settings.verdict == "correct" else "acc_norm"
     accuracies = accuracy_estimate(right, clusters), accuracy_estimate(right_now, clusters)
     result = TaskComparison(
         task=names[0],
         filter=names[1],
         output_type=str(first["output_type"]),
-        verdict=str(verdict),
+        verdict=verdict,
         n=outcomes.n,
         dense=accuracies[0],
         pruned=accuracies[1],
@@ -114,6 +121,8 @@ def compare_task(dense: pd.DataFrame, pruned: pd.DataFrame, settings: Settings) 
         effective_n=effective_sample_size(std) if std is not None else None,
         same_choice=None if same is None else float(same.mean()),
         kappa=kappa(outcomes),
+        answer_kappa=answer_kappa(*answers) if answers and measures is not None else None,
+        retention_above_chance=_above_chance(sample, measures, settings),
         flips=Flips(
             right_to_wrong=outcomes.right_to_wrong,
             wrong_to_right=outcomes.wrong_to_right,
@@ -124,6 +133,29 @@ def compare_task(dense: pd.DataFrame, pruned: pd.DataFrame, settings: Settings) 
         **choice_estimates(measures, accuracies, clusters, settings),
     )
     return ComparedTask(result, sample, right, right_now, std, measures, clusters)
+
+
+def _answers_of_both(
+    dense: pd.DataFrame, pruned: pd.DataFrame, verdict: str
+) -> tuple[Answers, Answers] | None:
+    """What both models chose or wrote, [n] each; None if it is not recorded."""
+    first, second = chosen(dense, verdict), chosen(pruned, verdict)
+    if first is None or second is None or first.name != second.name:
+        return None
+    return first.to_numpy(), second.to_numpy()
+
+
+def _above_chance(
+    sample: PairedSample, measures: ChoiceMeasures | None, settings: Settings
+) -> Estimate | None:
+    if measures is None:
+        return None
+    return retention_above_chance([sample], [mean_chance(measures)], settings.confidence)
+
+
+def mean_chance(measures: ChoiceMeasures) -> float:
+    """Mean over documents of 1 / number of choices."""
+    return float(np.nanmean(measures.chance))
 
 
 def accuracy_estimate(right: BoolArray, clusters: ClusterLabels | None = None) -> Estimate:
@@ -200,7 +232,7 @@ def choice_estimates(
     """What needs choices, as the fields of a task; nothing for generated text."""
     if measures is None:
         return {}
-    chance = float(np.nanmean(measures.chance))
+    chance = mean_chance(measures)
     labels = None if clusters is None else clusters.labels
     return {
         "chance": chance,
@@ -209,16 +241,6 @@ def choice_estimates(
         "choices": choice_shift(measures, settings.confidence, labels),
         "calibration": calibration(measures, settings.confidence, labels),
     }
-
-
-def _same_choice(dense: pd.DataFrame, pruned: pd.DataFrame, verdict: Verdict) -> BoolArray | None:
-    """Which documents both answered alike, bool [n]; None if the choice is not recorded."""
-    by_norm = verdict == "correct_norm" or (dense["verdict_metric"] == "acc_norm").all()
-    for column in ("text", "prediction_norm" if by_norm else "prediction"):
-        if dense[column].notna().all() and pruned[column].notna().all():
-            same: BoolArray = dense[column].to_numpy() == pruned[column].to_numpy()
-            return np.asarray(same, dtype=np.bool_)
-    return None
 
 
 def compare_perplexities(

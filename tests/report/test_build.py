@@ -154,13 +154,18 @@ def test_headline_names_the_best_row(board: dict) -> None:
     assert headline(valid(alone)).startswith("dense answers")
 
 
-@pytest.mark.parametrize(("corrected", "ranks"), [(0.099, False), (0.1, True), (0.0, False)])
-def test_headline_names_no_winner_where_dense_guesses(
-    board: dict, corrected: float, ranks: bool
+@pytest.mark.parametrize(
+    ("corrected", "error", "ranks"),
+    [(0.099, 0.0, False), (0.1, 0.0, True), (0.0, 0.01, False), (0.14, 0.02, True),
+     (0.14, 0.021, False)],
+)  # fmt: skip
+def test_headline_names_no_winner_where_dense_may_guess(
+    board: dict, corrected: float, error: float, ranks: bool
 ) -> None:
     copied = json.loads(json.dumps(board))
     for row in copied["rows"][1:]:
-        row["macro"]["dense_corrected"]["value"] = corrected
+        row["macro"]["dense_corrected"].update(value=corrected, standard_error=error)
+    copied["guessing"] = []
     text = headline(valid(copied))
     assert ("2 compressed models" in text and "none is named first" in text) is ranks
     if not ranks:

@@ -100,6 +100,7 @@ def _with_ends(name: str, estimate: Estimate | None, end: str = "") -> dict[str,
 def _task(task: TaskScore) -> dict[str, Any]:
     name = task.task if task.main else f"{task.task}/{task.filter}"
     record: dict[str, Any] = {f"accuracy:{name}": task.accuracy.value, f"shots:{name}": task.shots}
+    record[f"most_given_share:{name}"] = task.given and task.given.share
     found = task.comparison
     if found is None:
         return record
@@ -169,14 +170,21 @@ def _format(found: FormatComparison) -> dict[str, Any]:
 
 def _overall(overall: Overall | None, scope: str) -> dict[str, Any]:
     record: dict[str, Any] = {}
-    for name in ("difference", "agreement", "stability", "retention", "flips_above_noise"):
+    for name in (
+        "difference",
+        "agreement",
+        "stability",
+        "retention",
+        "retention_above_chance",
+        "flips_above_noise",
+    ):
         record |= _with_ends(f"{name}_{scope}", getattr(overall, name, None))
     for name in ("pruned_corrected", "choice_kl", "choice_js", "margin_shift", "brier_shift"):
         record[f"{name}_{scope}"] = getattr(getattr(overall, name, None), "value", None)
     for name in ("decision", "detectable", "noninferiority_p", "pruned_calibration_error"):
         record[f"{name}_{scope}"] = getattr(overall, name, None)
     if scope == "macro":
-        names = ("p_value", "p_method", "kappa")
+        names = ("p_value", "p_method", "kappa", "answer_kappa")
         return record | {f"{name}_macro": getattr(overall, name, None) for name in names}
     for name in ("right_to_wrong", "wrong_to_right", "wrong_to_other_wrong"):
         record[name] = overall and getattr(overall.flips, name)

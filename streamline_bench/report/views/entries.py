@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import geometric_mean
+from statistics import fmean, geometric_mean
 
 from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.places import Folded
 from streamline_bench.report.row import Row
-from streamline_bench.report.scores import GradeScore, TaskScore
+from streamline_bench.report.scores import GivenAnswer, GradeScore, TaskScore
 from streamline_bench.stability.comparison import Overall
 from streamline_bench.stability.estimate import Estimate
 
@@ -92,6 +92,9 @@ def _macro(fold: Folded, macros: Sequence[Overall]) -> Overall | None:
     if fold.accuracy is None or not macros:
         return None
     retained = [macro.retention.value for macro in macros if macro.retention]
+    ways = [macro.retention_above_chance for macro in macros]
+    above = [way.value for way in ways if way]
+    kappas = [macro.answer_kappa for macro in macros if macro.answer_kappa is not None]
     return macros[0].model_copy(
         update={
             "pruned": fold.accuracy,
@@ -101,6 +104,8 @@ def _macro(fold: Folded, macros: Sequence[Overall]) -> Overall | None:
             "stability": fold.stability,
             "agreement": _mean([macro.agreement.value for macro in macros]),
             "retention": _mean(retained) if retained else None,
+            "retention_above_chance": _mean(above) if len(above) == len(macros) else None,
+            "answer_kappa": fmean(kappas) if len(kappas) == len(macros) else None,
         }
     )
 
@@ -119,18 +124,27 @@ def _one_task(same: Sequence[TaskScore]) -> TaskScore:
     comparison = compared[0] if compared else None
     if comparison is not None:
         stable = [found.stability.value for found in compared if found.stability]
+        kappas = [found.answer_kappa for found in compared if found.answer_kappa is not None]
         comparison = comparison.model_copy(
             update={
                 "difference": _mean([found.difference.value for found in compared]),
                 "agreement": _mean([found.agreement.value for found in compared]),
                 "stability": _mean(stable) if stable else None,
+                "answer_kappa": fmean(kappas) if len(kappas) == len(compared) else None,
                 "adjusted": None,
                 "p_holm": None,
                 "decision": None,
             }
         )
     accuracy = _mean([task.accuracy.value for task in same])
-    return same[0].model_copy(update={"accuracy": accuracy, "comparison": comparison})
+    given = max((task.given for task in same if task.given), key=_share, default=None)
+    found = {"accuracy": accuracy, "comparison": comparison, "given": given}
+    return same[0].model_copy(update=found)
+
+
+def _share(given: GivenAnswer) -> float:
+    """Of several runs, the one that gives one answer most often is shown."""
+    return given.share
 
 
 def _graded(row: Row, score: GradeScore) -> GradeScore:

@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 
 from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.places import Between, Contest
 from streamline_bench.report.row import Row
 from streamline_bench.report.text import p_value, percent, points, significant
 from streamline_bench.report.views.entries import shown
+from streamline_bench.report.views.guessing import guessing_said
 from streamline_bench.report.views.overview import mean_grade, perplexity_ratio, ranked
+from streamline_bench.stability.comparison import Overall
 
 _GUESSING = 0.1
-"""Share of the way from guessing to all right; a dense model below it has nothing to lose."""
+"""Share of the way from guessing to all right; a dense model that may be below it (by the lower end
+of its interval) has nothing to lose."""
 
 
 def headline(board: Leaderboard) -> str:
     """One or two sentences on the best row against the dense model. Not escaped."""
     failed = sum(row.failed is not None for row in board.rows)
-    return _best(board) + (f" {failed} more failed." if failed else "")
+    told = [_best(board), guessing_said(board), f"{failed} more failed." if failed else ""]
+    return " ".join(filter(None, told))
 
 
 def _best(board: Leaderboard) -> str:
@@ -35,14 +40,10 @@ def _best(board: Leaderboard) -> str:
     if not others:
         return f"{dense.label} answers {before} % right, averaged over tasks."
     best, macro = others[0]
-    corrected = macro.dense_corrected
-    if corrected is not None and corrected.value < _GUESSING:
-        return (
-            f"{dense.label} is close to guessing on these tasks: {before} % right is "
-            f"{percent(corrected.value)} % of the way from guessing to all right. The order of the "
-            f"{_models(len(others))} therefore says little; stability and flips still show how "
-            "much their verdicts changed."
-        )
+    close = _close_to_guessing(board, macro, len(others))
+    if close and not any(level.beaten for level in board.guessing):
+        return close
+    opening = close or f"{dense.label} answers {before} % right."
     alone = f"{best.label} answers {percent(macro.pruned.value)} % right{_removed(best)}, against "
     change = macro.difference
     if len(others) == 1:
@@ -52,18 +53,37 @@ def _best(board: Leaderboard) -> str:
             f"{percent(macro.agreement.value)} % of its verdicts are unchanged."
         )
     if told := _by_size(board):
-        return f"{dense.label} answers {before} % right. {' '.join(told)}"
+        return f"{opening} {' '.join(told)}"
     if board.contests:
         told = [_leader(board, contest) for contest in board.contests[:_CONTESTS]]
-        return f"{dense.label} answers {before} % right. {' '.join(told)}"
+        return f"{opening} {' '.join(told)}"
     low, high = (
         percent(row.accuracy_macro.value)
         for row, _ in (others[-1], others[0])
         if row.accuracy_macro
     )
     return (
-        f"{dense.label} answers {before} % right, the {_models(len(others))} {low} to {high} %. "
+        f"{opening} The {_models(len(others))} answer {low} to {high} % right. "
         f"{_why_no_winner(board)}"
+    )
+
+
+def _close_to_guessing(board: Leaderboard, macro: Overall, count: int) -> str | None:
+    """Where the lower end of how far the dense model is from guessing is near 0; None elsewhere."""
+    corrected = macro.dense_corrected
+    if corrected is None:
+        return None
+    error = NormalDist().inv_cdf(0.5 + board.method.confidence / 2) * (
+        corrected.standard_error or 0.0
+    )
+    low, high = corrected.value - error, corrected.value + error
+    if low >= _GUESSING:
+        return None
+    return (
+        f"{board.dense} is close to guessing on these tasks: {percent(macro.dense.value)} % right "
+        f"is {percent(corrected.value)} % of the way from guessing to all right ({board.level} "
+        f"interval {percent(low)} to {percent(high)}). The order of the {_models(count)} therefore "
+        "says little; stability and flips still show how much their verdicts changed."
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup
@@ -19,6 +20,14 @@ from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.row import Row
 from streamline_bench.report.views import overview
 from streamline_bench.report.views.entries import by_size, runs_of, shown
+from streamline_bench.report.views.guessing import (
+    METHOD,
+    beats_random,
+    known_accuracy,
+    known_places,
+    level_of,
+    one_answer,
+)
 from streamline_bench.report.views.headline import headline, needed
 from streamline_bench.report.views.pivot import note, pivots, table
 from streamline_bench.report.views.repeats import commands, literature, settings
@@ -52,6 +61,9 @@ def to_markdown(board: Leaderboard) -> str:
         tokens_seen=tokens_seen,
         equal=[(table.quantity, _equal(table)) for table in at_equal_size(board, rows)],
         equal_note=equal_note(board, rows),
+        guessing_note=METHOD if board.guessing else "",
+        level_of=partial(level_of, board),
+        one_answer=one_answer,
         needed=needed,
         pivots=[(pivot.name, *table(pivot)) for pivot in pivots(board)],
         pivot_note=note(board),
@@ -135,8 +147,19 @@ def _leaderboard(board: Leaderboard, every_row: Sequence[Row], rows: Sequence[Ro
     def reference(row: Row) -> str:
         return text.markdown_text(board.other_reference(row) or "")
 
+    places = known_places(board)
+
+    def known(row: Row) -> str:
+        mean, place = known_accuracy(board, row), places.get(row.label)
+        written = text.with_error(mean) if mean else ""
+        return f"{written} ({place[0]} of {place[1]})" if place else written
+
+    def random(row: Row) -> str:
+        return text.markdown_text(beats_random(board, row))
+
     first, *others = _COLUMNS
     every = [first, ("compared with", reference), ("rank", rank), *others]
+    every[5:5] = [("on known tasks %", known), ("beats random", random)]
     needless = {
         "bytes": not bytes_tell_more(every_row),
         "verdict": overview.same_verdict(every_row) is not None,
@@ -185,6 +208,11 @@ def _text_perplexity(row: Row) -> str:
     return text.significant(row.divergence.pruned_perplexity) if row.divergence else ""
 
 
+def _kappa(row: Row) -> str:
+    kappa = row.macro and row.macro.answer_kappa
+    return text.decimal(kappa, 2) if kappa is not None else ""
+
+
 def _speed(row: Row) -> str:
     if row.throughput is None:
         return ""
@@ -220,6 +248,8 @@ _COLUMNS: Sequence[tuple[str, Callable[[Row], str]]] = (
     ("difference", _of("macro", "difference", signed=True)),
     ("verdict", lambda row: text.markdown_text((row.macro and row.macro.decision) or "")),
     ("stability %", _of("macro", "stability")),
+    ("κ of answers", _kappa),
+    ("kept above chance %", _of("macro", "retention_above_chance")),
     ("retention %", _of("macro", "retention")),
     ("agreement %", _of("macro", "agreement")),
     ("flips", _flips),

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -27,7 +28,7 @@ from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.places import Rank
 from streamline_bench.report.row import Row, ScanResult
 from streamline_bench.report.text import FILTERS, visible_text
-from streamline_bench.report.views import overview
+from streamline_bench.report.views import guessing, overview
 from streamline_bench.report.views.citations import citations
 from streamline_bench.report.views.entries import by_size, shown
 from streamline_bench.report.views.headline import headline, needed
@@ -72,6 +73,13 @@ def to_html(board: Leaderboard) -> str:
             has_noise=overview.has_noise(board),
             throughput=next((row.throughput for row in rows if row.throughput), None),
             headline=headline(board),
+            known=guessing.known_tasks(board),
+            known_accuracy=partial(guessing.known_accuracy, board),
+            known_places=guessing.known_places(board),
+            beats_random=partial(guessing.beats_random, board),
+            level_of=partial(guessing.level_of, board),
+            one_answer=guessing.one_answer,
+            guessing_note=guessing.METHOD if board.guessing else "",
             tradeoffs=tradeoffs(rows),
             bytes_tell_more=bytes_tell_more(rows),
             sizes=size_curves(board, rows),
@@ -214,6 +222,7 @@ def _has(rows: Sequence[Row]) -> dict[str, bool]:
         "decision": any(macro.decision for macro in macros),
         "verdict": bool(macros) and overview.same_verdict(rows) is None,
         "retention": any(macro.retention for macro in macros),
+        "above_chance": any(macro.retention_above_chance for macro in macros),
         "choices": any(macro.choice_kl for macro in macros),
         "calibration": any(macro.pruned_calibration_error is not None for macro in macros),
         "throughput": any(row.throughput for row in rows),
