@@ -209,8 +209,8 @@ def _text_perplexity(row: Row) -> str:
 
 
 def _kappa(row: Row) -> str:
-    kappa = row.macro and row.macro.answer_kappa
-    return text.decimal(kappa, 2) if kappa is not None else ""
+    kappa = row.macro.answer_kappa if row.macro else None
+    return "" if kappa is None else text.decimal(kappa, 2)
 
 
 def _speed(row: Row) -> str:
