@@ -55,7 +55,10 @@ def most_given(frame: pd.DataFrame, verdict: str) -> Frequent | None:
     if answers is None:
         return None
     given = zip(answers.tolist(), frame["choices"].tolist(), strict=True)
-    texts = [answer if isinstance(answer, str) else listed[answer] for answer, listed in given]
+    texts = [
+        str(answer) if listed is None or isinstance(answer, str) else listed[answer]
+        for answer, listed in given
+    ]
     return _most_frequent(texts, len(texts))
 
 
