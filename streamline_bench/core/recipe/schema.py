@@ -317,7 +317,9 @@ class Recipe(Frozen):
 
     def computed_on(self, device: str, dtype: str) -> Recipe:
         """Return it with what the machine decides (:meth:`TrainingSpec.computed_on`)."""
-        update: dict[str, Any] = {"training": self.training.computed_on(device, dtype)}
+        update: dict[str, Any] = {}
+        if self.replacement.kind != "none":  # else nothing reads it
+            update["training"] = self.training.computed_on(device, dtype)
         if self.recovery is not None:
             training = self.recovery.training.computed_on(device, dtype)
             update["recovery"] = self.recovery.model_copy(update={"training": training})
