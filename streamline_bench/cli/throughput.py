@@ -136,8 +136,8 @@ def _interpreters(
               help="With vLLM: accelerators that each model is split over.")  # fmt: skip
 @click.option("--gpus", callback=_list_of(int, least=0),
               help="With vLLM: numbers of the accelerators of each model.")  # fmt: skip
-@click.option("--one-at-a-time", is_flag=True,
-              help="Measure one model after the other; needs less memory.")  # fmt: skip
+@click.option("--one-at-a-time", is_flag=True, default=None,
+              help="Measure one model after the other, as where they do not fit.")  # fmt: skip
 @click.option("--timeout", type=FiniteRange(0, min_open=True), default=600,
               help="Seconds that one round, or one load of a server, may take.")  # fmt: skip
 @click.option("--start-timeout", type=FiniteRange(0, min_open=True), default=900,

@@ -17,11 +17,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from streamline_bench.core.checkpoint.folder import resolve_pretrained
-from streamline_bench.core.machine.environment import package_versions
+from streamline_bench.core.machine.environment import free_memory, package_versions
 from streamline_bench.errors import CheckpointError, OutputError, ThroughputError
 from streamline_bench.throughput.blocks import Blocks, measure_blocks
 from streamline_bench.throughput.engines import EngineSettings, engine_class
-from streamline_bench.throughput.footprint import cache_bytes, footprint, resolved_dtype
+from streamline_bench.throughput.footprint import (
+    DTYPE_BYTES,
+    cache_bytes,
+    footprint,
+    resolved_dtype,
+)
 from streamline_bench.throughput.meters import open_device
 from streamline_bench.throughput.record import (
     PAPER_FIGURES,
@@ -82,7 +87,8 @@ def measure(
         for index, contender in enumerate(compared.contenders):
             settings, log = compared.settings(contender, largest, tokens), logs / f"{index:02d}.log"
             running.append(RunningModel(contender, engine, settings, setup, log, compared.nvml))
-        blocks = _measured(running, dense, workload, setup, confidence, progress)
+        alone = compared.one_at_a_time(largest, tokens)
+        blocks = _measured(running, dense, workload, setup, alone, confidence, progress)
     points = {
         label: points_of(
             found,
@@ -100,7 +106,7 @@ def measure(
         mode=mode,
         clock=setup.resolved_clock,
         confidence=confidence,
-        interleaved=not setup.one_at_a_time,
+        interleaved=not alone,
         blocks=blocks.done,
         stopped=blocks.stopped,
         self_check=copy,
@@ -196,6 +202,33 @@ class Comparison:
             eager=setup.eager, attention=setup.attention, trust_remote_code=setup.trust_remote_code,
             kv_cache_dtype=setup.kv_cache_dtype, tensor_parallel=setup.tensor_parallel,
         )  # fmt: skip
+
+    def one_at_a_time(self, sequences: int, tokens: int) -> bool:
+        """Whether each model is ended before the next: as asked, or where they do not fit together.
+
+        What processes hold beside weights and caches is not counted.
+        """
+        if self._setup.one_at_a_time is not None:
+            return self._setup.one_at_a_time
+        if self._setup.on_cpu:
+            free: int | None = free_memory("cpu")
+        else:
+            free = self.nvml.free_bytes() if self.nvml is not None else None
+        if free is None:  # without a driver that says it
+            return False
+        split, width = self._setup.tensor_parallel, DTYPE_BYTES[self.dtype]
+        needed = 0
+        for found in self.contenders:
+            if found.footprint is not None and found.failure is None:
+                cache = self.settings(found, sequences, tokens).kv_cache_bytes or 0
+                needed += found.footprint.parameters * width // split + cache
+        if needed > free:
+            log.warning(
+                "The models are measured one at a time: together they need %.3g GB for weights and "
+                "caches, and %.3g GB are free.",
+                needed / 1e9, free / 1e9,
+            )  # fmt: skip
+        return needed > free
 
     def record(
         self,
@@ -300,6 +333,7 @@ def _measured(
     dense: str | None,
     workload: Workload,
     setup: Setup,
+    one_at_a_time: bool,
     confidence: float,
     progress: bool,
 ) -> Blocks:
@@ -312,7 +346,7 @@ def _measured(
         return measure_blocks(
             running,
             workload,
-            one_at_a_time=setup.one_at_a_time,
+            one_at_a_time=one_at_a_time,
             half_width=lambda found: widest(found, str(dense), setup.resolved_clock, confidence),
             advance=bar.update,
         )

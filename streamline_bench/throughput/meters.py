@@ -47,6 +47,14 @@ class Device:
         held = [p.usedGpuMemory for p in running if p.pid in wanted and p.usedGpuMemory]
         return sum(held) or None
 
+    def free_bytes(self) -> int | None:
+        """Free memory, of several the least."""
+        read = self._library.nvmlDeviceGetMemoryInfo
+        try:
+            return min(int(read(handle).free) for handle in self._handles)
+        except self._library.NVMLError:
+            return None
+
 
 def open_device(visible: str) -> tuple[Device | None, str]:
     """Return the devices of ``CUDA_VISIBLE_DEVICES``, or None, and a remark on them."""

@@ -97,7 +97,8 @@ class Setup(Frozen):
         tensor_parallel: accelerators that vLLM splits every layer over.
         timeout: seconds for one round, or for one rate when serving.
         start_timeout: seconds for loading.
-        one_at_a_time: load, measure and end each model before the next; needs less memory.
+        one_at_a_time: load, measure and end each model before the next; needs less memory. None:
+            where weights and caches of all models exceed the free memory.
         trust_remote_code: run code that the models bring along.
         pythons: label -> interpreter of the environment that runs a model: two versions of this
             package, or of an engine, in one measurement. Other models have this process's own.
@@ -116,7 +117,7 @@ class Setup(Frozen):
     tensor_parallel: Positive = 1
     timeout: Annotated[float, Field(gt=0)] = 600.0
     start_timeout: Annotated[float, Field(gt=0)] = 900.0
-    one_at_a_time: bool = False
+    one_at_a_time: bool | None = None
     trust_remote_code: bool = False
     pythons: dict[str, str] = Field(default_factory=dict)
 

@@ -17,7 +17,7 @@ import pytest
 
 from streamline_bench.cli.tables import throughput_notes
 from streamline_bench.errors import OutputError, ThroughputError
-from streamline_bench.throughput import Setup, Workload, measure, read_record
+from streamline_bench.throughput import Setup, Workload, measure, measurement, read_record
 from streamline_bench.throughput.measurement import log_folder, with_copy
 from streamline_bench.throughput.record import ModelResult
 
@@ -197,6 +197,29 @@ def test_one_at_a_time_never_has_two_processes(fake_model: FakeModel, fake_engin
     found = measured(models, fake_engine, setup=setup)
     assert max(starts(models["dense"])) < min(starts(models["small"]))
     assert found["small"].points[0].ratio is not None
+
+
+def test_models_that_do_not_fit_together_are_measured_one_at_a_time(
+    fake_model: FakeModel,
+    fake_engine: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Weights in float32, an embedding and four matrices a layer, and a cache for each."""
+    models = {"dense": fake_model("dense", 4), "small": fake_model("small", 3)}
+    needed = 4 * (2 * 50 * 8 + (4 + 3) * 4 * 8 * 8) + 2 * 1000
+    setup = SETUP.model_copy(update={"kv_cache_bytes": 1000})
+    for free, together in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(measurement, "free_memory", lambda device, free=free: free)
+        record = measure(
+            models, dense="dense", engine=fake_engine, workload=ONE, setup=setup, progress=False
+        )
+        assert record.interleaved is together
+        assert ("one at a time" in caplog.text) is not together
+        began = [starts(folder) for folder in models.values()]
+        assert together or max(began[0]) < min(began[1])
+        for folder in models.values():
+            (folder / "batches.txt").unlink()
 
 
 def test_every_models_notes_are_shown_once_in_words_of_its_group(
