@@ -50,6 +50,9 @@ class Marking:
     def has_room(self, kind: str) -> bool:
         return True
 
+    def at_once(self, kind: str) -> int:
+        return 1
+
     def submit(self, run: RunPaths, job: Job) -> None:
         self.started.extend(part.name for part in job.parts)
         self._waiting.append((run, job))

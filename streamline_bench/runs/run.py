@@ -217,7 +217,6 @@ def _run(
                 executor,
                 retries=execution.retries,
                 one_process=execution.executor == "local" and execution.job_slots == 1,
-                gpus=execution.job_slots if execution.gpus else 1,
                 watch=watch,
             )
             jobs = plan_jobs(plan, run, until=until, trunk=execution.trunk)

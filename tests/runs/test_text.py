@@ -207,10 +207,16 @@ def test_every_row_is_compared_on_the_text_once(
     )
 
 
-@pytest.mark.parametrize("trunk", [True, False])
+@pytest.mark.parametrize(("trunk", "at_once"), [(True, 1), (False, 1), (True, 2)])
 def test_rows_are_compared_in_one_process_as_apart(
-    asking: Callable[..., Request], tmp_path: Path, trunk: bool
+    asking: Callable[..., Request],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trunk: bool,
+    at_once: int,
 ) -> None:
+    monkeypatch.setattr(InProcess, "at_once", lambda self, kind: at_once)
+    together = trunk and at_once == 1
     names = {"last_layers", "first_layers"}
     plan, run = resolve_plan(asking(recipes=sorted(names))), RunPaths(tmp_path / "run")
     jobs = [job for job in plan_jobs(plan, trunk=trunk) if not isinstance(job, ScoreJob)]
@@ -222,9 +228,9 @@ def test_rows_are_compared_in_one_process_as_apart(
         state = done.states[job.name]
         assert state.status == "done"
         assert state.done is not None
-        assert set(state.done.facts.together) == (names if trunk else set())
+        assert set(state.done.facts.together) == (names if together else set())
         assert state.process is not None
-        assert state.process.startswith("text-together-") == trunk
+        assert state.process.startswith("text-together-") == together
         found = run.divergence(job.place).read_text("utf-8")
         again = job.work(run)
         assert run.divergence(job.place).read_text("utf-8") == found

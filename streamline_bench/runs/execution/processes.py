@@ -46,6 +46,12 @@ class Executor(Protocol):
     def has_room(self, kind: str) -> bool:
         """Whether a job of this kind can start if it is submitted now."""
 
+    def at_once(self, kind: str) -> int:
+        """Jobs of this kind that run at the same time without slowing each other, as far as known.
+
+        At least one. Processes that share a machine's CPUs do slow each other.
+        """
+
     def submit(self, run: RunPaths, job: Job) -> None:
         """Start a job, or hand it to the cluster."""
 
@@ -173,6 +179,10 @@ class LocalExecutor:
         """Whether a worker, and its GPUs, are free."""
         free = len(self._free) >= self.execution.gpus_of(kind)
         return free and len(self._running) < self.execution.job_slots
+
+    def at_once(self, kind: str) -> int:
+        """As many as there are groups of GPUs for."""
+        return self.execution.job_slots if self.execution.gpus else 1
 
     def submit(self, run: RunPaths, job: Job) -> None:
         """Start the job's process (OutputError: its log cannot be written)."""

@@ -68,6 +68,12 @@ class RayExecutor:
         """Ray keeps its own queue."""
         return True
 
+    def at_once(self, kind: str) -> int:
+        """As many as the machines have CPUs and GPUs for, were nothing else to run on them."""
+        wanted = self._wanted(kind)
+        rooms = (min(int(node.get(k, 0) // v) for k, v in wanted.items()) for node in self._nodes())
+        return max(1, sum(rooms))
+
     def submit(self, run: RunPaths, job: Job) -> None:
         """Queue the job."""
         execution = self.execution
@@ -111,9 +117,18 @@ class RayExecutor:
             return Ended(name, None, f"Its worker was lost ({first_line(error)}).")
         return Ended(name, code, reason)
 
+    def _nodes(self) -> list[dict[str, float]]:
+        """What each machine has, by name."""
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+
+    def _wanted(self, kind: str) -> dict[str, int]:
+        """What a job of this kind asks for, by name."""
+        gpus = self.execution.gpus_of(kind)
+        return {"CPU": self.execution.cpus_of(kind), **({"GPU": gpus} if gpus else {})}
+
     def _check_resources(self) -> None:
         """Refuse what no machine can ever satisfy, and to leave GPUs idle unasked."""
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        nodes = self._nodes()
         gpus = sum(node.get("GPU", 0) for node in nodes)
         if gpus and self.execution.gpus_per_job is None and not self.execution.gpus_by_kind:
             raise ClusterError(
@@ -121,10 +136,10 @@ class RayExecutor:
                 "on its CPUs; give --gpus-per-job 1 to use them, or 0 to leave them out."
             )
         for kind in JOB_KINDS:
-            wanted = {"CPU": self.execution.cpus_of(kind), "GPU": self.execution.gpus_of(kind)}
+            wanted = self._wanted(kind)
             if any(all(node.get(k, 0) >= v for k, v in wanted.items()) for node in nodes):
                 continue
-            asked = ", ".join(f"{value} {name}" for name, value in wanted.items() if value)
+            asked = ", ".join(f"{value} {name}" for name, value in wanted.items())
             raise ClusterError(
                 f"No machine of the Ray cluster has {asked}, which a {kind} job asks for; lower "
                 "--cpus-per-job or --gpus-per-job."

@@ -83,7 +83,6 @@ class Scheduler:
         *,
         retries: int,
         one_process: bool,
-        gpus: int = 1,
         watch: Callable[[Mapping[str, JobState]], None],
     ) -> None:
         self.states: dict[str, JobState] = {}
@@ -91,7 +90,6 @@ class Scheduler:
         self._executor = executor
         self._retries = retries
         self._one_process = one_process
-        self._gpus = gpus
         self._watch = watch
         self._started: dict[str, Job] = {}
         self._tries: Counter[str] = Counter()
@@ -170,8 +168,8 @@ class Scheduler:
         return all(self.states[name].succeeded for name in job.needs)
 
     def _start_texts(self, jobs: list[TextJob]) -> None:
-        """Run the dense model once for all rows, or once on each of the GPUs there are."""
-        number = min(self._gpus, len(jobs))
+        """Run the dense model once for all rows, or once in each process that has room."""
+        number = min(self._executor.at_once("text"), len(jobs))
         for part in (jobs[first::number] for first in range(number)):
             if self._executor.has_room("text"):
                 self._start(text_together_job(part))
@@ -180,7 +178,8 @@ class Scheduler:
         # Dense may have its result already; the others are compared with it.
         dense = self._dense(jobs)
         among = [dense, *(job for job in jobs if job is not dense)]
-        found = groups_of(self._run, among, one_process=self._one_process, gpus=self._gpus)
+        at_once = self._executor.at_once("score")
+        found = groups_of(self._run, among, one_process=self._one_process, at_once=at_once)
         # Started with the other single jobs as soon as there is room.
         self._alone.update(found.alone)
         for group in ([job for job in group if job in jobs] for group in found.groups):
@@ -271,15 +270,15 @@ class Grouping:
 
 
 def groups_of(
-    run: RunPaths, jobs: Sequence[ScoreJob], *, one_process: bool, gpus: int = 1
+    run: RunPaths, jobs: Sequence[ScoreJob], *, one_process: bool, at_once: int = 1
 ) -> Grouping:
     """Return which of these jobs are worth doing in one walk through the model.
 
     Args:
         one_process: there is only one worker, for which loading the harness once for all is worth
             it even where nothing is shared.
-        gpus: that score at the same time. Models apart on all of them may be done before a walk
-            on one of them is; layers are what is counted.
+        at_once: processes that score at the same time, each on a device of its own. Models apart
+            may be done before a walk by one of them is; layers are what is counted.
     """
     if one_process or len(jobs) < 2:
         return Grouping([list(jobs)])
@@ -301,9 +300,10 @@ def groups_of(
     for names in walks_of(stacks):
         depths = [len(stacks[name].steps) for name in names]
         shared = sum(leg.start for leg in legs_of(names, stacks))
-        if len(names) > 1 and sum(depths) - shared > sum(depths) / min(gpus, len(names)):
+        apart = min(at_once, len(names))
+        if len(names) > 1 and sum(depths) - shared > sum(depths) / apart:
             groups += [[by_name[name]] for name in names]
-            why = f"the {len(names)} rows that share layers are done sooner apart, on {gpus} GPUs"
+            why = f"the {len(names)} rows that share layers are done sooner apart, {apart} at once"
             alone.update(dict.fromkeys(names, why))
         else:
             groups.append([by_name[name] for name in names])

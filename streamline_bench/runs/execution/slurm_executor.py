@@ -60,6 +60,10 @@ class SlurmExecutor:
         """Slurm keeps its own queue; ``workers`` limits how many of these jobs are in it."""
         return self.execution.workers is None or len(self._jobs) < self.execution.workers
 
+    def at_once(self, kind: str) -> int:
+        """``workers``; without a limit, what the nodes have room for is not known."""
+        return self.execution.workers or 1
+
     def submit(self, run: RunPaths, job: Job) -> None:
         """Queue the job (ClusterError: Slurm does not take it)."""
         execution, kind = self.execution, job.parts[0].kind

@@ -62,9 +62,9 @@ def test_resources_that_no_node_has_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("given", "refused"), [(None, True), (0, False), (1, False)])
+@pytest.mark.parametrize(("given", "at_once"), [(None, 0), (0, 16), (1, 4), (3, 1)])
 def test_gpus_of_the_cluster_are_not_left_idle_unasked(
-    monkeypatch: pytest.MonkeyPatch, given: int | None, refused: bool
+    monkeypatch: pytest.MonkeyPatch, given: int | None, at_once: int
 ) -> None:
     import ray
 
@@ -78,11 +78,11 @@ def test_gpus_of_the_cluster_are_not_left_idle_unasked(
     execution = Execution(executor="ray", gpus_per_job=given)
     expected = (
         pytest.raises(ClusterError, match=r"4 GPUs.*--gpus-per-job 1")
-        if refused
+        if not at_once
         else contextlib.nullcontext()
     )
     with expected:
-        RayExecutor(execution)
+        assert RayExecutor(execution).at_once("score") == at_once
 
 
 @pytest.mark.slow

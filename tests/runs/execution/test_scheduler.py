@@ -32,6 +32,9 @@ class Scripted:
     def has_room(self, kind: str) -> bool:
         return len(self._waiting) < self.room
 
+    def at_once(self, kind: str) -> int:
+        return 1
+
     def submit(self, run: RunPaths, unit: Job) -> None:
         self.started.append(tuple(job.name for job in unit.parts))
         self._waiting.append((run, unit))

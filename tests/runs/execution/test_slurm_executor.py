@@ -27,6 +27,15 @@ def test_a_machine_without_slurm_is_one_sentence(monkeypatch: pytest.MonkeyPatch
         SlurmExecutor(Execution(executor="slurm"))
 
 
+def test_jobs_at_once_are_those_that_may_be_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SlurmExecutor, "cluster", "local")
+    found = [
+        SlurmExecutor(Execution(executor="slurm", workers=workers)).at_once("score")
+        for workers in (None, 8)
+    ]
+    assert found == [1, 8]
+
+
 @pytest.mark.slow
 def test_a_job_that_slurm_killed_is_submitted_again(
     make: Callable[..., Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -55,10 +55,10 @@ def test_rows_that_share_their_first_layers_belong_together(
     )
     assert "random_layers" in found.alone["score-random_layers"]
     assert len(groups_of(RunPaths(tmp_path), jobs, one_process=True).groups) == 1
-    # On two GPUs the two models take as long as the deeper one, which the walk takes anyway.
-    apart = groups_of(RunPaths(tmp_path), jobs, one_process=False, gpus=2)
+    # Two at once take as long as the deeper model, which the walk takes anyway.
+    apart = groups_of(RunPaths(tmp_path), jobs, one_process=False, at_once=2)
     assert all(len(group) == 1 for group in apart.groups)
-    assert "sooner apart, on 2 GPUs" in apart.alone["score-last_layers"]
+    assert "sooner apart, 2 at once" in apart.alone["score-last_layers"]
 
 
 def test_the_same_rows_are_the_same_unit(plan: Plan) -> None:
