@@ -17,6 +17,7 @@ from streamline_bench.cli.options import (
     named_device_option,
     names_in,
     parse_assignments,
+    placement_option,
     refuse_given,
     setup_logging,
     until_option,
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
 @click.option("--batch-size", help="Batch size of the scoring: a number (16) or auto.")
 @click.option("--dtype", help="Dtype of the weights in memory.")
 @named_device_option
+@placement_option
 @click.option("--revision", help="Revision of a hub model.")
 @click.option("--trust-remote-code", is_flag=True, default=None,
               help="Run code that comes with the model.")  # fmt: skip
@@ -429,7 +431,7 @@ def read_execution(options: Mapping[str, Any]) -> Execution:
 
     cpus, cpus_by_kind = per_job("--cpus-per-job", options["cpus_per_job"])
     gpus, gpus_by_kind = per_job("--gpus-per-job", options["gpus_per_job"])
-    same = "executor ray_address workers retries timeout trunk".split()
+    same = "executor ray_address workers retries timeout trunk placement".split()
     return Execution(
         gpus=tuple(names_in(options["gpus"] or "")),
         gpus_per_job=gpus,

@@ -96,6 +96,7 @@ def compress(
     overwrite: bool = False,
     progress: bool = True,
     states: Path | None = None,
+    memory: int | None = None,
 ) -> Path:
     """Compress a model into ``output``, and train the result if the recipe has a recovery.
 
@@ -114,6 +115,7 @@ def compress(
         overwrite: replace an existing ``output``.
         states: folder of hidden states that other calls want as well: the first one to train on
             them fills it, and the caller deletes it; None: they are not shared.
+        memory: bytes of this machine's memory that it may take; None: all that is free.
 
     Returns:
         ``output``.
@@ -136,7 +138,16 @@ def compress(
     def into(source: SourceModel) -> Path:
         own = own_device(device)
         return _compress_into(
-            Path(output), source, recipe, cache, own, dtype, placement, overwrite, states
+            Path(output),
+            source,
+            recipe,
+            cache,
+            own,
+            dtype,
+            placement,
+            overwrite,
+            states,
+            memory,
         )
 
     with joined(device) as ranks:
@@ -224,6 +235,7 @@ def compress_shared(
     trust_remote_code: bool = False,
     progress: bool = True,
     states: Path | None = None,
+    memory: int | None = None,
     make: Callable[[], object] | None = None,
 ) -> bool:
     """Take a checkpoint from the cache into ``output``, or make it there and share it.
@@ -231,7 +243,7 @@ def compress_shared(
     Args:
         output: replaced if it is there.
         work: where interrupted work is kept, so that the next call resumes it.
-        states: as for :func:`compress`.
+        states, memory: as for :func:`compress`.
         make: makes ``output`` in processes of its own, by :func:`compress`; None: it is made here.
 
     Returns:
@@ -261,7 +273,7 @@ def compress_shared(
             return True
         if make is None:
             _compress_into(
-                Path(output), source, recipe, work, device, dtype, placement, True, states
+                Path(output), source, recipe, work, device, dtype, placement, True, states, memory
             )
         else:
             make()
@@ -280,6 +292,7 @@ def _compress_into(
     placement: Placement,
     overwrite: bool,
     states: Path | None = None,
+    memory: int | None = None,
 ) -> Path:
     _refuse_compressed(source.folder)
     asked, dtype = dtype, computing_dtype(dtype, device, source.reader)
@@ -298,7 +311,7 @@ def _compress_into(
             work = first(lambda: folders.enter_context(_scratch(root / "work" / key)))
             decided = first(
                 lambda: decide_placement(
-                    placement, source, recipe, device, dtype, work, _bytes_in(work)
+                    placement, source, recipe, device, dtype, work, _bytes_in(work), memory
                 )
             )
             job = Compression(

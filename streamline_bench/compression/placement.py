@@ -101,6 +101,7 @@ def decide_placement(
     dtype: str | None,
     work: Path | None = None,
     held: int = 0,
+    memory: int | None = None,
 ) -> Decision:
     """Choose where the weights are, from headers and free memory, and say so in the log.
 
@@ -113,16 +114,54 @@ def decide_placement(
         work: folder of files (hidden states that exceed the memory, logits of the dense model,
             the model before its recovery); None: the disk is not looked at.
         held: bytes that an interrupted attempt left there, to be taken up or replaced.
+        memory: bytes of this machine's memory that may be taken; None: all that is free.
 
     Raises:
         RecipeError: the placement does not exist, or the recipe cannot be carried out with it.
         ResourceError: with ``auto``, the memory suffices for none.
         OutputError: the disk has no room for these files.
     """
-    refuse_placement(placement, recipe)
     free = {name: free_memory(name) for name in ("cpu", device)}
+    free["cpu"] = free["cpu"] if memory is None else min(memory, free["cpu"])
     if trained(recipe) is not None:  # by all processes of a launch, each with its own model
         free["cpu"] //= on_this_machine()
+    chosen, reason, fits = _chosen(placement, source, recipe, device, dtype, free)
+    decision = Decision(chosen, reason, free, None if work is None else _free_disk(work) + held)
+    _say(decision, recipe, fits, device)
+    if work is not None:
+        _require_disk(decision, recipe, work)
+    return decision
+
+
+def refuse_unfitting(
+    placement: str,
+    source: SourceModel,
+    recipe: Recipe,
+    device: str,
+    dtype: str | None,
+    free: Mapping[str, int],
+) -> None:
+    """Refuse what :func:`decide_placement` would refuse with so much memory.
+
+    Args:
+        free: bytes of ``cpu`` and of the device.
+
+    Raises:
+        RecipeError, ResourceError: as there.
+    """
+    _chosen(placement, source, recipe, device, dtype, free)
+
+
+def _chosen(
+    placement: str,
+    source: SourceModel,
+    recipe: Recipe,
+    device: str,
+    dtype: str | None,
+    free: Mapping[str, int],
+) -> tuple[Forecast, str, bool]:
+    """Return the forecast of what is chosen, why it is, and whether it fits."""
+    refuse_placement(placement, recipe)
 
     def tried_with(streamed: bool) -> list[Forecast]:
         where: dict[str, Any] = {"device": device, "dtype": dtype, "streamed": streamed}
@@ -142,12 +181,7 @@ def decide_placement(
             fitting = [each for each in tried if _fits(each, free, device)]
             if not fitting:
                 raise _fits_nowhere(source, recipe, device, dtype, tried[-1], free, apart)
-    chosen = (fitting or tried)[0]
-    decision = Decision(chosen, reason, free, None if work is None else _free_disk(work) + held)
-    _say(decision, recipe, bool(fitting), device)
-    if work is not None:
-        _require_disk(decision, recipe, work)
-    return decision
+    return (fitting or tried)[0], reason, bool(fitting)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ _TAKEN_FROM_KEYWORDS = (
 ).split()
 """What ``from_pretrained`` of transformers takes without naming it in its signature."""
 
-OWN = ("recipe", "cache")
+OWN = ("recipe", "cache", "placement")
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,14 @@ class ModelArguments:
         recipe: name or path of the recipe; None: evaluate the model as it is.
         overrides: for :func:`streamline_bench.compression.load_recipe`.
         cache: folder of compressed models; None: the default one.
+        placement: of the source's weights while it is compressed, as for ``compress``.
     """
 
     harness: dict[str, Any]
     recipe: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     cache: str | None = None
+    placement: Any = "auto"
 
 
 def check_arguments(model: str, arguments: Mapping[str, Any]) -> None:
@@ -193,10 +195,16 @@ def sort_arguments(
             f"'{key}={overrides[key]}' is part of a recipe, and no recipe was given; "
             "add recipe=streamline (see: streamline-bench recipes)."
         )
+    if recipe is None and "placement" in arguments:
+        raise RecipeError(
+            f"'placement={arguments['placement']}' is about compressing, and no recipe was given; "
+            "add recipe=streamline, or leave it out."
+        )
     cache = arguments.get("cache")
     return ModelArguments(
-        harness, None if recipe is None else str(recipe), overrides, cache and str(cache)
-    )
+        harness, None if recipe is None else str(recipe), overrides, cache and str(cache),
+        arguments.get("placement", "auto"),
+    )  # fmt: skip
 
 
 def _of_from_pretrained() -> list[str]:

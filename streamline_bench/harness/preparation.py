@@ -116,6 +116,7 @@ def _compressed(pretrained: str, arguments: ModelArguments) -> PreparedModel:
             cache=None if arguments.cache is None else Path(arguments.cache),
             device=own_device(device),
             dtype=_computing_dtype(harness),
+            placement=arguments.placement,
             trust_remote_code=bool(harness.get("trust_remote_code")),
         )
 

@@ -19,10 +19,10 @@ from streamline_bench.runs.execution.scheduler import Scheduler
 from streamline_bench.runs.finish import Results, write_report_once
 from streamline_bench.runs.folder import RunPaths, check_output, claim, locked
 from streamline_bench.runs.jobs.job import Job
-from streamline_bench.runs.jobs.kinds import MeasureJob
+from streamline_bench.runs.jobs.kinds import CompressJob, MeasureJob
 from streamline_bench.runs.jobs.planned import measure_jobs, plan_jobs
 from streamline_bench.runs.jobs.score import ScoreJob, forget_answers
-from streamline_bench.runs.planning.checks import check_before
+from streamline_bench.runs.planning.checks import check_before, memory_per_job
 from streamline_bench.runs.planning.growth import grown
 from streamline_bench.runs.planning.plan import Plan, PlanRow, read_plan
 from streamline_bench.runs.planning.request import Request, RowRequest, make_request
@@ -179,8 +179,7 @@ def compare_request(
         paths = RunPaths(output)
         executor = _executor(execution)
         try:
-            here = execution.job_slots if execution.executor == "local" else None
-            check_before(grown(there, plan), paths, jobs_at_a_time=here, until=until)
+            check_before(grown(there, plan), paths, execution, until=until)
             with locked(output):
                 plan = claim(output, plan, overwrite=overwrite)
                 result = _run(paths, plan, execution, executor, until, progress)
@@ -220,7 +219,8 @@ def _run(
                 watch=watch,
             )
             jobs = plan_jobs(plan, run, until=until, trunk=execution.trunk)
-            scheduler.do([shared_out(job, execution) for job in jobs])
+            memory = memory_per_job(execution)
+            scheduler.do([shared_out(job, execution, memory) for job in jobs])
             if plan.throughput != "none" and until != "compress":
                 # When nothing else runs that would take its time.
                 labels = Results(run, plan, scheduler.states).distinct()
@@ -258,16 +258,23 @@ def _executor(execution: Execution) -> Executor:
     return LocalExecutor(execution)
 
 
-def shared_out(job: Job, execution: Execution) -> Job:
-    """Return the job with as many processes as its kind has GPUs.
+def shared_out(job: Job, execution: Execution, memory: int | None = None) -> Job:
+    """Return the job with as many processes as its kind has GPUs, and with what it shares.
 
     A walk through layers in common is one process: models that several share are scored apart.
+
+    Args:
+        memory: bytes of its machine's memory that each job may take; None: all that is free.
     """
     processes = max(1, execution.gpus_of(job.kind))
     if isinstance(job, MeasureJob) and job.engine == "hf":
         processes = 1
-    alone = {"shareable": False} if isinstance(job, ScoreJob) and processes > 1 else {}
-    return job.model_copy(update={"processes": processes, **alone})
+    update: dict[str, Any] = {"processes": processes}
+    if isinstance(job, ScoreJob) and processes > 1:
+        update["shareable"] = False
+    if isinstance(job, CompressJob):
+        update |= {"placement": execution.placement, "memory": memory}
+    return job.model_copy(update=update)
 
 
 @contextmanager

@@ -196,11 +196,13 @@ def test_how_it_is_run_is_no_part_of_the_request() -> None:
         "executor": "ray", "ray_address": "10.0.0.1:6379", "workers": 3,
         "cpus_per_job": "8,compress=2", "gpus": "0, 1", "gpus_per_job": "1,compress=2",
         "slurm": ("partition=a", "--mem-per-gpu=1G"), "retries": 5, "timeout": 60.0, "trunk": False,
+        "placement": "streamed",
     }  # fmt: skip
     assert read_execution(options) == Execution(
         executor="ray", ray_address="10.0.0.1:6379", cpus_per_job=8, workers=3, gpus=("0", "1"),
         cpus_by_kind={"compress": 2}, gpus_per_job=1, gpus_by_kind={"compress": 2},
         slurm={"partition": "a", "mem_per_gpu": "1G"}, retries=5, timeout=60.0, trunk=False,
+        placement="streamed",
     )  # fmt: skip
 
 

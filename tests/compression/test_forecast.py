@@ -231,6 +231,9 @@ def test_the_choice_follows_the_free_memory(
     assert chosen.streamed is streamed
     assert f"placement: {'streamed' if streamed else 'resident'}" in caplog.text
     assert f"of {free / 1e9:.3g} GB free on cpu" in caplog.text
+    memory(monkeypatch, 10 * GB)
+    allowed = decide_placement("auto", source, recipe, "cpu", None, memory=free)
+    assert allowed.streamed is streamed
     # The result is the same, and so is its key: no placement in it.
     assert content_key(source, recipe) == content_key(source, recipe, device="cpu")
 

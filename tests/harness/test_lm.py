@@ -65,6 +65,7 @@ class TestArguments:
                 "training.lr": 1e-3,
                 "training": {"epochs": 2},
                 "cache": "/tmp/c",
+                "placement": "streamed",
             },
             parameters_of(HFLM),
         )
@@ -80,7 +81,7 @@ class TestArguments:
             "training.lr": 1e-3,
             "training.epochs": 2,
         }
-        assert sorted_.cache == "/tmp/c"
+        assert (sorted_.cache, sorted_.placement) == ("/tmp/c", "streamed")
 
     @pytest.mark.parametrize(
         ("wrong", "right"),
@@ -106,6 +107,10 @@ class TestArguments:
         with pytest.raises(RecipeError, match="add it"):
             sort_arguments(given, parameters_of(HFLM))
         assert sort_arguments({**given, "parallelize": True}, parameters_of(HFLM)).harness
+
+    def test_a_placement_needs_a_recipe(self) -> None:
+        with pytest.raises(RecipeError, match=r"'placement=streamed'.* add recipe"):
+            sort_arguments({"pretrained": "x", "placement": "streamed"}, parameters_of(HFLM))
 
     def test_a_recipe_key_needs_a_recipe(self) -> None:
         with pytest.raises(RecipeError, match=r"'n_layers=2' is part of a recipe"):

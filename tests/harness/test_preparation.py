@@ -55,6 +55,11 @@ def test_a_recipe_is_carried_out_in_the_dtype_asked_for(
     assert {reader.entry(name).dtype for name in reader.names} == {"F32"}
 
 
+def test_a_placement_is_that_of_the_compression(tiny_llama: Path, text: str) -> None:
+    with pytest.raises(RecipeError, match=r"placement 'stramed'.*streamed"):
+        _prepared(tiny_llama, text, placement="stramed")
+
+
 def test_a_dtype_that_there_is_not_is_refused(tiny_llama: Path, text: str) -> None:
     with pytest.raises(RecipeError, match=r"'floaty'.*dtype"):
         _prepared(tiny_llama, text, dtype="floaty")

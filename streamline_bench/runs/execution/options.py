@@ -45,6 +45,8 @@ class Execution:
             that ended with an error of its own is not tried again.
         timeout: seconds after which a job is stopped, None for no limit.
         trunk: score variants that share lower layers in one walk.
+        placement: of a model's weights while it is compressed, as for ``compress``; its result is
+            the same.
     """
 
     executor: str = "local"
@@ -59,6 +61,7 @@ class Execution:
     retries: int = 2
     timeout: float | None = None
     trunk: bool = True
+    placement: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse an unknown executor, and impossible numbers of CPUs or GPUs (RecipeError)."""

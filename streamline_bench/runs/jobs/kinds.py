@@ -50,6 +50,8 @@ class CompressJob(Job):
         recipe: the complete recipe.
         dtype: of the model in memory; None: as for ``compress``.
         states: name of the hidden states that other rows are trained on as well.
+        placement: of the model's weights, as for ``compress``.
+        memory: bytes of its machine's memory that it may take; None: all that is free.
     """
 
     kind: Literal["compress"] = "compress"
@@ -58,6 +60,8 @@ class CompressJob(Job):
     recipe: dict[str, Any]
     dtype: str | None = None
     states: str | None = None
+    placement: str = "auto"
+    memory: int | None = None
 
     def products(self, run: RunPaths) -> list[Path]:
         return [run.checkpoint(self.place)]
@@ -82,6 +86,8 @@ class CompressJob(Job):
             "dtype": self.dtype,
             "trust_remote_code": self.trust_remote_code,
             "states": None if self.states is None else run.states / self.states,
+            "placement": self.placement,
+            "memory": self.memory,
         }
         if launched().count > 1:
             output = run.checkpoint(self.place)
@@ -132,6 +138,7 @@ class CompressJob(Job):
             "--revision": self.revision,
             "--device": self.device,
             "--dtype": self.dtype,
+            "--placement": None if self.placement == "auto" else self.placement,
             "--output": run.checkpoint(self.place),
         }
         trust = self.trust_remote_code

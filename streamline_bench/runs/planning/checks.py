@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from streamline_bench.errors import (
     CheckpointError,
     OutputError,
     RecipeError,
+    ResourceError,
     SparsityError,
     few,
 )
+from streamline_bench.runs.execution.options import Execution
 from streamline_bench.runs.folder import RunPaths
 from streamline_bench.runs.planning.plan import Plan, PlanRow
 from streamline_bench.runs.planning.rows import read_texts
@@ -26,11 +29,10 @@ _FEW = 8
 """Sequences that are read of a source of which any number will do."""
 
 
-def check_before(plan: Plan, run: RunPaths, *, jobs_at_a_time: int | None, until: str) -> None:
+def check_before(plan: Plan, run: RunPaths, execution: Execution, *, until: str) -> None:
     """Refuse a plan that this machine, its disk or the data cannot serve (StreamlineBenchError).
 
     Args:
-        jobs_at_a_time: on this machine; None where the jobs run on others.
         until: ``compress`` needs nothing that only the evaluation needs.
     """
     from streamline_bench.core.checkpoint.folder import resolve_pretrained
@@ -40,6 +42,7 @@ def check_before(plan: Plan, run: RunPaths, *, jobs_at_a_time: int | None, until
     size = CheckpointReader(folder).stored_bytes
     largest = max(size, *(row.model.nbytes or 0 for row in plan.rows if row.model), 0)
     todo = [row for row in plan.rows if row.made_here and not run.checkpoint(row.place).exists()]
+    here = execution.executor == "local"
     _check_depth(folder, plan, todo)
     _check_disk(plan, run, size, todo)
     if until != "compress":
@@ -48,11 +51,13 @@ def check_before(plan: Plan, run: RunPaths, *, jobs_at_a_time: int | None, until
             from streamline_bench.modeling.vllm.package import require_vllm
 
             require_vllm(f"--throughput {plan.throughput}")
-        if jobs_at_a_time is not None and plan.device == "cpu":
-            _check_memory(plan, largest, jobs_at_a_time)
+        if here and plan.device == "cpu":
+            _check_memory(plan, largest, execution.job_slots)
         for wanted in {each.apply_chat_template for each in plan.evaluations}:
             if wanted:
                 _check_chat_template(plan, folder, wanted)
+    if here:
+        _check_placement(plan, todo, execution)
     _check_calibration(plan, folder, todo)
 
 
@@ -117,6 +122,59 @@ def _check_memory(plan: Plan, size: int, jobs_at_a_time: int) -> None:
             f"{plan.model} needs {_size(size)} of memory{jobs}, and {_size(free)} are free; "
             f"{fewer}, or free some memory."
         )
+
+
+def _check_placement(plan: Plan, todo: Sequence[PlanRow], execution: Execution) -> None:
+    """Every recipe whose result is not in the cache must fit into the memory of one of the jobs."""
+    from streamline_bench.compression.cache import cached_folder, is_whole
+    from streamline_bench.compression.placement import refuse_unfitting
+    from streamline_bench.core.machine.environment import free_memory
+    from streamline_bench.modeling.loading import SourceModel, computing_dtype
+
+    jobs, device = execution.job_slots, plan.device
+    free = {"cpu": memory_per_job(execution) or free_memory("cpu")}
+    if device != "cpu":
+        free[device] = _free_on_gpus(device, execution.gpus)
+    sources: dict[str, SourceModel] = {}
+    for row in todo:
+        if is_whole(cached_folder(row.key)):
+            continue
+        named = plan.source(row)
+        source = sources.setdefault(
+            named.name,
+            SourceModel.find(
+                named.name, named.revision, trust_remote_code=named.trust_remote_code,
+                progress=False,
+            ),
+        )  # fmt: skip
+        recipe = Recipe.model_validate(row.recipe)
+        dtype = computing_dtype(plan.dtype, device, source.reader)
+        try:
+            refuse_unfitting(execution.placement, source, recipe, device, dtype, free)
+        except (RecipeError, ResourceError) as error:
+            fewer = f" Its memory is shared by {jobs} jobs; fewer --workers leave more."
+            shared = fewer if jobs > 1 and isinstance(error, ResourceError) else ""
+            raise type(error)(f"Row {row.label} cannot be made: {error}{shared}") from None
+
+
+def memory_per_job(execution: Execution) -> int | None:
+    """Return bytes of this machine's memory for each of several jobs; None: they are not shared."""
+    from streamline_bench.core.machine.environment import free_memory
+
+    shared = execution.executor == "local" and execution.job_slots > 1
+    return free_memory("cpu") // execution.job_slots if shared else None
+
+
+def _free_on_gpus(device: str, gpus: Sequence[str]) -> int:
+    """Return what is free on the fullest GPU, as the driver says; without it, no limit.
+
+    CUDA itself would keep memory of the GPU as long as this process runs.
+    """
+    from streamline_bench.throughput.meters import open_device, visible_device
+
+    found, _ = open_device(",".join(gpus) or visible_device(device))
+    free = found.free_bytes() if found is not None else None
+    return sys.maxsize if free is None else free
 
 
 def _check_chat_template(plan: Plan, folder: Path, wanted: bool | str) -> None:

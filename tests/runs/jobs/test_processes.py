@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from streamline_bench.core.machine import environment
 from streamline_bench.core.machine.ranks import run_in_ranks
 from streamline_bench.core.training.block import Teacher
 from streamline_bench.runs.execution.options import Execution
@@ -18,6 +19,7 @@ from streamline_bench.runs.jobs.job import Job
 from streamline_bench.runs.jobs.kinds import CompressJob
 from streamline_bench.runs.jobs.planned import plan_jobs
 from streamline_bench.runs.jobs.score import ScoreJob
+from streamline_bench.runs.planning.checks import memory_per_job
 from streamline_bench.runs.planning.request import Request, RowRequest
 from streamline_bench.runs.planning.resolve import resolve_plan
 from streamline_bench.runs.run import shared_out
@@ -110,6 +112,18 @@ def test_how_a_score_job_uses_four_gpus(
     (given,) = [word for word in command if word.startswith("pretrained=")]
     assert arguments in given.split(",") and job.ranks == ranks
     assert ("tensor_parallel_size" in given) == ("tensor" in arguments)
+
+
+def test_a_compression_has_its_share_of_the_memory(
+    jobs: dict[str, Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "free_memory", lambda device: 1000)
+    shares = [memory_per_job(Execution(workers=workers)) for workers in (None, 1, 4)]
+    assert shares == [None, None, 250]
+    assert memory_per_job(Execution(executor="slurm", workers=4)) is None
+    job = shared_out(jobs["compress"], Execution(placement="streamed"), 250)
+    assert isinstance(job, CompressJob)
+    assert (job.memory, job.placement) == (250, "streamed")
 
 
 def test_one_rank_that_fails_ends_the_others(tmp_path: Path) -> None:

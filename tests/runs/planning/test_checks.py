@@ -13,6 +13,7 @@ import psutil
 import pytest
 from lm_eval.utils import sanitize_model_name
 
+from streamline_bench.core.machine import environment
 from streamline_bench.core.recipe.schema import Recipe
 from streamline_bench.errors import (
     CalibrationError,
@@ -20,6 +21,7 @@ from streamline_bench.errors import (
     MissingDependencyError,
     OutputError,
     RecipeError,
+    ResourceError,
     SparsityError,
 )
 from streamline_bench.runs import Execution
@@ -129,6 +131,19 @@ def test_a_model_that_memory_cannot_hold_once_for_each_job(
         _refused(make(recipes=["dense"]), tmp_path / "run")
     with pytest.raises(RecipeError, match=r"memory for each of 3 jobs.* --workers"):
         _refused(make(), tmp_path / "new", execution=Execution(workers=3))
+
+
+def test_a_recipe_that_fits_nowhere(
+    make: Callable[..., Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of three jobs has a third of the memory; an explicit placement tries it all the same."""
+    monkeypatch.setattr(environment, "free_memory", lambda device: 3 * 10**6)
+    with pytest.raises(ResourceError, match=r"Row first_layers .* 0\.001 GB are free.*--workers"):
+        _refused(make(), tmp_path / "run", until="compress", execution=Execution(workers=3))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(pytest.fail.Exception, match="begun"):
+        asked = Execution(workers=3, placement="resident")
+        _refused(make(), tmp_path / "run", until="compress", execution=asked)
 
 
 def test_a_model_without_a_chat_template(make: Callable[..., Request], tmp_path: Path) -> None:

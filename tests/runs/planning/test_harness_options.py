@@ -19,6 +19,7 @@ from streamline_bench.errors import (
     RecipeError,
     StreamlineBenchError,
 )
+from streamline_bench.runs.execution.options import Execution
 from streamline_bench.runs.folder import RunPaths, claim
 from streamline_bench.runs.jobs.planned import plan_jobs
 from streamline_bench.runs.jobs.score import ScoreJob
@@ -305,7 +306,7 @@ def test_a_chat_template_by_name_must_be_there(
         plan = resolve_plan(make(model=str(model), recipes=["dense"], apply_chat_template=name))
         run = RunPaths(tmp_path / "run")
         try:
-            check_before(plan, run, jobs_at_a_time=1, until="report")
+            check_before(plan, run, Execution(), until="report")
         except CheckpointError as error:
             return str(error)
         return ""
