@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from streamline_bench.cli.options import (
     CALIBRATION_HELP,
     device_option,
     dtype_option,
+    placement_option,
     print_table,
     refuse_existing,
     refuse_given,
@@ -53,7 +55,7 @@ def _sizes(ctx: click.Context, option: click.Parameter, value: str | None) -> li
 @click.option("--metric", type=click.Choice(["cosine", "angular"]), default="cosine")
 @click.option("--last-state", type=click.Choice(["raw", "postnorm"]), default="raw",
               help="Last state: before (raw) or after the final norm.")  # fmt: skip
-@click.option("--streamed", is_flag=True, help="Load one layer at a time; needs little memory.")
+@placement_option
 @click.option("--batch-size", type=click.IntRange(1), default=1)
 @click.option("--seed", type=int, default=0, help="Seed of the data order.")
 @click.option("--revision", help="Revision of a hub model.")
@@ -120,15 +122,16 @@ def _require_free(output: Path | None, overwrite: bool) -> None:
 
 
 def _scanned(model: str, sizes: list[int], *, progress: bool, **asked: Any) -> Similarity:
+    from streamline_bench.compression.placement import decide_placement, within_memory
     from streamline_bench.core.architecture import depth_of, sequence_limit
     from streamline_bench.core.architecture_guard import layer_kinds
     from streamline_bench.core.checkpoint.folder import resolve_pretrained
-    from streamline_bench.core.checkpoint.reader import CheckpointReader
     from streamline_bench.core.data.calibration import load_calibration
-    from streamline_bench.core.recipe.schema import CalibrationSpec
+    from streamline_bench.core.recipe.schema import CalibrationSpec, Recipe
     from streamline_bench.core.scan import scan
     from streamline_bench.errors import SparsityError
     from streamline_bench.modeling.loading import (
+        SourceModel,
         computing_dtype,
         load_config,
         load_model,
@@ -160,10 +163,19 @@ def _scanned(model: str, sizes: list[int], *, progress: bool, **asked: Any) -> S
         progress=progress,
     )
     how = {"last_state": asked["last_state"], "batch_size": asked["batch_size"]}
-    place = {name: asked[name] for name in ("device", "streamed")}
-    place["dtype"] = computing_dtype(asked["dtype"], asked["device"], CheckpointReader(folder))
-    log.info("dtype: %s on %s (%s)", place["dtype"], place["device"], asked["dtype"])
-    found = scan(load_model(folder, **place, **trust), tokens, progress=progress, **how)
+    source, device = SourceModel(folder, progress=progress, **trust), asked["device"]
+    dtype = computing_dtype(asked["dtype"], device, source.reader)
+    log.info("dtype: %s on %s (%s)", dtype, device, asked["dtype"])
+    # What needs a scan and nothing else.
+    recipe = Recipe(
+        name="scan", method="shortgpt", calibration=spec,
+        parameters={"batch_size": asked["batch_size"]},
+    )  # fmt: skip
+    work = Path(tempfile.gettempdir())
+    decided = decide_placement(asked["placement"], source, recipe, device, dtype, work)
+    place = {"device": device, "dtype": dtype, "streamed": decided.streamed}
+    with within_memory(decided, device):
+        found = scan(load_model(folder, **place, **trust), tokens, progress=progress, **how)
     kinds = layer_kinds(config)
     if len(set(kinds)) > 1:
         found = replace(found, details={**found.details, "layer_kinds": kinds})

@@ -125,7 +125,17 @@ def test_commands_that_load_the_model_end_with_one_sentence(
 
 def test_the_streamed_scan_as_well(call: Callable[..., Any], faulty: Any, tmp_path: Path) -> None:
     folder, text, _ = faulty
-    ended = call("scan", folder, "--streamed", "--calibration", text, "-o", tmp_path / "out", "-q")
+    ended = call(
+        "scan",
+        folder,
+        "--placement",
+        "streamed",
+        "--calibration",
+        text,
+        "-o",
+        tmp_path / "out",
+        "-q",
+    )
     assert ended.code == 2, ended
     assert "Traceback" not in ended.err
 

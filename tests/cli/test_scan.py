@@ -80,7 +80,7 @@ def test_json_without_output_writes_nothing(
 
 
 def test_streamed_gives_the_same_numbers(scanned: Any, tmp_path: Path) -> None:
-    for name, options in {"a": [], "b": ["--streamed", "--batch-size", 2]}.items():
+    for name, options in {"a": [], "b": ["--placement", "streamed", "--batch-size", 2]}.items():
         assert scanned("--last-state", "postnorm", *options, output=tmp_path / name).code == 0
     a, b = (Similarity.load(tmp_path / name / "similarity.json") for name in "ab")
     np.testing.assert_allclose(a.cosine, b.cosine, atol=1e-6)
@@ -113,11 +113,13 @@ def test_a_gpu_computes_in_the_dtype_of_the_checkpoint_and_adds_up_in_more(
 
     monkeypatch.setattr("streamline_bench.core.machine.environment.found_device", lambda _: device)
     monkeypatch.setattr("streamline_bench.modeling.loading.load_model", load)
+    monkeypatch.setattr("streamline_bench.compression.placement.free_memory", lambda _: 10**10)
     cosines = []
     for options in ([], ["--dtype", "float32"]):
         ended = scanned("--overwrite", *options, model=model)
         assert ended.code == 0, ended.err
         assert f"dtype: {asked[-1][1]} on {device}" in caplog.text
+        assert "placement: resident, the whole model needs" in caplog.text
         cosines.append(Similarity.load(tmp_path / "out" / "similarity.json").cosine)
     own = {"cpu": "float32", "cuda": "bfloat16"}[device]
     assert asked == [(device, own), (device, "float32")]
