@@ -33,6 +33,7 @@ from streamline_bench.core.forward import (
     PartialForward,
     entangled,
     require_finite_states,
+    sent,
     walk_states,
 )
 from streamline_bench.core.recipe.schema import Frozen
@@ -203,14 +204,16 @@ class MergeSearch(ABC, Generic[RangeT]):
         return self._cosines[key]
 
     def _evaluate(self, base: int, gone: set[int]) -> float:
-        total = 0.0
+        found = list[Tensor]()
         for (_, mask), hidden, dense in zip(
             self._batches, self._last_states(base, gone), self._dense, strict=True
         ):
-            keep = mask.to(dense.device)[..., None]  # pads do not count
+            keep = sent(mask, dense.device)[..., None]  # pads do not count
             a, b = ((states.double() * keep).flatten(1) for states in (dense, hidden))
-            cosines = nn.functional.cosine_similarity(a, b, dim=1, eps=1e-300)
-            total += float(cosines.sum())
+            found.append(nn.functional.cosine_similarity(a, b, dim=1, eps=1e-300).sum())
+        total = 0.0
+        for each in torch.stack(found).tolist():
+            total += each
         mean = total / sum(len(ids) for ids, _ in self._batches)
         if not -1.01 < mean < 1.01:
             raise NumericsError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from streamline_bench.core.data.calibration import CalibrationTokens
+from streamline_bench.core.forward import sent
 from streamline_bench.core.similarity import LastState
 from streamline_bench.core.state_store import create_mapped
 from streamline_bench.errors import CalibrationError, NumericsError, SparsityError
@@ -257,18 +258,23 @@ def _fit_cosine(
     steps = options.epochs * -(-len(rows) // batch)
     with tqdm(total=steps, desc="cosine map", delay=2, disable=not work.progress) as bar:
         for _ in range(options.epochs):
-            total = 0.0
-            for chosen in torch.split(torch.randperm(len(rows), generator=generator), batch):
-                x, z, *y = rows[chosen].float().to(work.device).unbind(1)
+            found = list[Tensor]()
+            shuffled = torch.split(torch.randperm(len(rows), generator=generator), batch)
+            for chosen in shuffled:
+                x, z, *y = sent(rows[chosen].float(), weight.device).unbind(1)
                 mapped = sum(y, x * weight if options.diagonal else x @ weight)
                 loss = (1 - torch.nn.functional.cosine_similarity(mapped, z, dim=-1)).mean()
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 optimizer.step()
-                total += float(loss.detach()) * len(chosen)
+                found.append(loss.detach())
                 bar.update()
+            total = 0.0
+            means = torch.stack(found).tolist()  # the device is waited for once an epoch
+            for mean, each in zip(means, shuffled, strict=True):
+                total += mean * len(each)
             losses.append(total / len(rows))
-    found = weight.detach().to("cpu", torch.float64)
-    if not bool(found.isfinite().all()):
+    trained = weight.detach().to("cpu", torch.float64)
+    if not bool(trained.isfinite().all()):
         raise NumericsError("The cosine objective gave a map that is not finite; lower lr.")
-    return torch.diag(found) if options.diagonal else found, losses
+    return torch.diag(trained) if options.diagonal else trained, losses

@@ -296,7 +296,8 @@ def _rotate(
     parts: _SlicedParts | None = None,
 ) -> list[float]:
     size = tokens.input_ids.numel() * int(work.config.hidden_size) * model.dtype.itemsize
-    store = BatchStore(work.work / "signals", size, int(options.activation_gb * _GIB))
+    budget, device = int(options.activation_gb * _GIB), torch.device(work.device)
+    store = BatchStore(work.work / "signals", size, budget, device)
     rotation = StreamRotation(
         model, tokens, store, options, seed=work.recipe.seed, progress=work.progress, parts=parts
     )

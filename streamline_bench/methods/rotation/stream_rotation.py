@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from streamline_bench.core.architecture import architecture_of, decoder_layers
 from streamline_bench.core.data.calibration import CalibrationTokens
-from streamline_bench.core.forward import PartialForward
+from streamline_bench.core.forward import PartialForward, sent
 from streamline_bench.core.recipe.schema import Frozen
 from streamline_bench.core.state_store import BatchStore
 from streamline_bench.core.streaming import held_layer
@@ -221,7 +221,10 @@ class StreamRotation:
         for number, (ids, mask) in enumerate(self._tokens.batches(options.batch_size, trim=True)):
             signal = signal_of(number, ids, mask)
             self._store[number] = signal
-            rows = signal[mask.to(signal.device)]
+            # Places are counted on the host, so that an accelerator is not waited for.
+            rows = signal.flatten(0, 1)
+            if not bool(mask.all()):
+                rows = rows[sent(mask.flatten().nonzero()[:, 0], signal.device)]
             covariance.add(self._norm(rows) if options.signal == "normalised" else rows)
         found = covariance.axes(options.damping, where)
         axes = found.axes
@@ -232,7 +235,7 @@ class StreamRotation:
 
     def _turned(self, number: int, basis: Tensor) -> Tensor:
         like = self._like()
-        return self._store[number].to(like.device) @ basis.to(like)
+        return self._store.load(number, like.device) @ basis.to(like)
 
     def _like(self) -> Tensor:
         """Return a tensor with the dtype and device of the model's weights."""

@@ -52,16 +52,19 @@ class NormalEquations:
         self._xz = torch.zeros_like(self._xx)
         self._x = torch.zeros_like(self._xx[0])
         self._z = torch.zeros_like(self._x)
-        self._zz = 0.0
+        self._zz = torch.zeros_like(self._x[0])
 
     def add(self, x: Tensor, z: Tensor) -> None:
-        """Add rows: inputs ``[n, d]`` and targets ``[n, d]``, any float dtype."""
+        """Add rows: inputs ``[n, d]`` and targets ``[n, d]``, any float dtype.
+
+        An accelerator is not waited for.
+        """
         x, z = widened(x), widened(z)
         self._xx.addmm_(x.T, x)
         self._xz.addmm_(x.T, z)
         self._x += x.sum(0)
         self._z += z.sum(0)
-        self._zz += float(z.square().sum())
+        self._zz += z.square().sum()
         self.num_rows += len(x)
 
     def solve(self, ridge: float = 0.0) -> Tensor:

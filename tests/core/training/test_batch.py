@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Waits
 
 from streamline_bench.core.recipe.schema import DistillationSpec, ReplacementSpec
 from streamline_bench.core.training.batch import Batch, make_batch
@@ -18,29 +18,6 @@ from streamline_bench.core.training.distillation import KdObjective, TeacherLogi
 from streamline_bench.core.training.loop import LmObjective, StateObjective
 
 CPU = torch.device("cpu")
-
-
-class Waits(TorchDispatchMode):
-    """Notes operations whose result has a size, or is a number, that the host must know.
-
-    On a processor nothing waits; with all operands on an accelerator each of these would.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        asked = name in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
-        places = args[1] if name.startswith("index") and len(args) > 1 else ()
-        chosen = any(
-            isinstance(each, torch.Tensor) and each.dtype == torch.bool
-            for each in (places if isinstance(places, list | tuple) else (places,))
-        )
-        if asked or chosen:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from waits import Waits
 
 from streamline_bench.errors import CalibrationError, NumericsError
 from streamline_bench.methods.tools.normal_equations import NormalEquations
@@ -24,6 +25,14 @@ def _sums(x: Tensor, z: Tensor) -> NormalEquations:
     for start in range(0, len(x), 7):
         sums.add(x[start : start + 7], z[start : start + 7])
     return sums
+
+
+def test_adding_rows_waits_for_nothing() -> None:
+    x, z = _rows()
+    sums = NormalEquations(D)
+    with Waits() as waits:
+        sums.add(x, z)
+    assert waits.found == []
 
 
 def test_least_squares() -> None:
