@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from streamline_bench.core.architecture import sequence_limit
 from streamline_bench.core.checkpoint.folder import resolve_pretrained
+from streamline_bench.core.checkpoint.reader import CheckpointReader
 from streamline_bench.core.data.calibration import require_known_tokens
 from streamline_bench.core.data.corpus_files import (
     OF_TEXTS,
@@ -36,6 +37,7 @@ from streamline_bench.core.data.leading_tokens import (
     leading_tokens,
     with_leading_once,
 )
+from streamline_bench.core.machine.environment import free_memory
 from streamline_bench.errors import (
     CalibrationError,
     ComparisonError,
@@ -47,7 +49,7 @@ from streamline_bench.errors import (
 from streamline_bench.harness.trunk.partial import States, partial_pass
 from streamline_bench.harness.trunk.stack import Stack, legs_of, read_stack, root_difference
 from streamline_bench.harness.trunk.weights import WeightPool, agree
-from streamline_bench.modeling.loading import load_model, load_tokenizer
+from streamline_bench.modeling.loading import dtype_name, load_model, load_tokenizer
 from streamline_bench.stability.estimate import exponential
 from streamline_bench.stability.statistics.intervals import mean_per_unit
 from streamline_bench.stability.texts import MeasuredDivergence
@@ -120,6 +122,7 @@ def token_divergence(
         CheckpointError: a checkpoint cannot be loaded.
         ComparisonError: the vocabularies differ.
         NumericsError: a logit is not finite; model and document are named.
+        ResourceError: the memory does not hold both.
     """
     trusted = trust_remote_code if trust_pruned is None else trust_pruned
     found = token_divergences(
@@ -168,13 +171,14 @@ def token_divergences(
     Raises:
         CalibrationError: the tokenizer cannot be loaded, or a text cannot be tokenised.
         CheckpointError: the dense checkpoint cannot be loaded.
+        ResourceError: the memory does not hold it.
     """
     folder = resolve_pretrained(dense)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     how: dict[str, Any] = {"device": device, "dtype": dtype}
     found: dict[str, MeasuredDivergence | StreamlineBenchError] = {}
     while left := {label: other for label, other in others.items() if label not in found}:
-        party = _Party(load_model(folder, trust_remote_code=trust_remote_code, **how), window)
+        party = _Party(_loaded(folder, trust_remote_code, **how), window)
         stack = _stack(folder, trust_remote_code, dtype) if len(left) > 1 else None
         for label, other in left.items():
             try:
@@ -247,7 +251,7 @@ class _Party:
             StreamlineBenchError: it cannot be loaded.
         """
         folder = resolve_pretrained(other.name)
-        model = load_model(folder, trust_remote_code=other.trusted, **how)
+        model = _loaded(folder, other.trusted, **how)
         limits = [sequence_limit(each.config.get_text_config()) for each in (self._dense, model)]
         window = min([self._asked, *(limit for limit in limits if limit)])
         sizes = [each.get_input_embeddings().weight.shape[0] for each in (self._dense, model)]
@@ -280,6 +284,25 @@ class _Party:
         for label in left:
             del self.rows[label]
         return left
+
+
+def _loaded(folder: Path, trusted: bool, *, device: str, dtype: str) -> Any:
+    """Load a model, if there is room for its weights.
+
+    Raises:
+        ResourceError: there is not.
+        StreamlineBenchError: it cannot be loaded.
+    """
+    kind = dtype_name(dtype)
+    needed = CheckpointReader(folder).num_parameters * getattr(torch, kind).itemsize
+    free = free_memory(device)
+    if needed > free:
+        smaller = "give dtype bfloat16, or " if kind == "float32" else ""
+        raise ResourceError(
+            f"The weights of {folder} need {needed / 1e9:.3g} GB in {kind}, and {free / 1e9:.3g} "
+            f"GB are free on {device}; {smaller}free memory or take a machine with more."
+        )
+    return load_model(folder, trust_remote_code=trusted, device=device, dtype=dtype)
 
 
 def _stack(folder: Path, trusted: bool, dtype: str) -> Stack | None:

@@ -26,6 +26,7 @@ from streamline_bench.errors import (
     CheckpointError,
     ComparisonError,
     NumericsError,
+    ResourceError,
 )
 
 SOURCE = np.random.default_rng(0)
@@ -134,6 +135,15 @@ def test_nothing_to_predict(models: tuple[Path, Path]) -> None:
         token_divergence(*models, [""], progress=False)
     with pytest.raises(CalibrationError, match="A window of 1 token"):
         token_divergence(*models, TEXTS, window=1, progress=False)
+
+
+def test_weights_beyond_the_free_memory_are_refused(
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in models]
+    monkeypatch.setattr("streamline_bench.divergence.free_memory", lambda device: sizes[0] // 2)
+    with pytest.raises(ResourceError, match=rf"{models[0]} need \S+ GB in float32.*bfloat16"):
+        token_divergence(*models, TEXTS, progress=False)
 
 
 def test_vocabularies_must_be_the_same(
