@@ -63,7 +63,9 @@ def test_generation_equals_repeated_full_forwards(compressed: Path) -> None:
     assert text.strip() == lm.tok_decode(ids[3:], skip_special_tokens=True).strip()
 
 
-@pytest.mark.parametrize("name", ["streamline_ffn", "slicegpt", "llm_pruner"])
+@pytest.mark.parametrize(
+    "name", ["streamline_ffn", "slicegpt", "llm_pruner", "attention_drop", "flap"]
+)
 def test_layers_on_the_disk_are_scored_as_those_in_memory(
     name: str, recipe_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
