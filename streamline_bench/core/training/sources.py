@@ -94,7 +94,9 @@ class Sources:
     def _may_share(self) -> bool:
         """Whether a file gives what the teacher gives in one epoch, to the bit."""
         alone = current().count == 1  # else each process has batches of its own
-        return self.shared is not None and alone and self.training.autocast == "none"
+        # In bfloat16, autocast leaves the teacher's states as they are.
+        half = next(self.teacher.model.parameters()).dtype == torch.bfloat16
+        return self.shared is not None and alone and (half or self.training.autocast == "none")
 
     def _bytes(self, tokens: CalibrationTokens) -> int:
         return tokens.input_ids.numel() * self.bytes_per_token

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,23 @@ def test_the_second_row_runs_no_layer_below_the_block(
         assert losses(shared) == losses(apart)
     assert len(list((tmp_path / "states").glob("*.bin"))) == 2
     assert not list(tmp_path.glob("*-shared/activations*"))
+
+
+def test_autocast_shares_the_states_of_a_model_in_bfloat16(
+    teacher_model: Any, padded_tokens: Any, tmp_path: Path
+) -> None:
+    model = copy.deepcopy(teacher_model).bfloat16()
+    runs: list[int] = []
+    decoder_layers(model)[1].register_forward_hook(lambda *_: runs.append(1))
+    for kind in ("swiglu_res", "layer"):
+        row = (kind, "mse")
+        apart = train(model, padded_tokens, tmp_path / f"{kind}", None, *row, autocast="bf16")
+        runs.clear()
+        work = tmp_path / f"{kind}-shared"
+        shared = train(model, padded_tokens, work, tmp_path / "states", *row, autocast="bf16")
+        assert bool(runs) == (kind == "swiglu_res")
+        assert all(torch.equal(shared.state[name], apart.state[name]) for name in apart.state)
+        assert losses(shared) == losses(apart)
 
 
 @pytest.mark.parametrize("changes", [{"start": 1}, {"batch_size": 2}, {"validation_share": 0.4}])
