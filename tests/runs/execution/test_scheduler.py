@@ -222,7 +222,7 @@ def test_a_row_that_shares_nothing_does_not_wait_for_rows_still_compressed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_process: bool
 ) -> None:
     def groups(
-        run: RunPaths, jobs: list[ScoreJob], *, one_process: bool, gpus: int = 1
+        run: RunPaths, jobs: list[ScoreJob], *, one_process: bool, at_once: int = 1
     ) -> Grouping:
         alone = {} if one_process else {job.name: "another" for job in jobs if "-b" in job.name}
         shared = [job for job in jobs if job.name not in alone]
@@ -324,7 +324,7 @@ def test_what_dense_shares_decides_also_where_it_has_its_result(
     asked: list[list[str]] = []
 
     def groups(
-        run: RunPaths, jobs: list[ScoreJob], *, one_process: bool, gpus: int = 1
+        run: RunPaths, jobs: list[ScoreJob], *, one_process: bool, at_once: int = 1
     ) -> Grouping:
         asked.append([job.name for job in jobs])
         return Grouping([[job] for job in jobs], {job.name: "another" for job in jobs[1:]})
