@@ -183,7 +183,11 @@ def _compared(
             )
             result = compare_pairs(pairs, settings)
             counted = [task.task for task in result.tasks if task.p_holm is not None]
-            spanned = bool(row.axes.keys() & set(FOLDED_AXES))
+            spanned = any(
+                each.axes.keys() & set(FOLDED_AXES)
+                for each in run.rows
+                if row.label in (each.label, each.same_as)
+            )
             usual = against == run.dense
             if usual:
                 answered[row.label] = answers_of(pairs, counted, settings, stable=spanned)

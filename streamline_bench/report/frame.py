@@ -275,7 +275,8 @@ def _of_folds(board: Leaderboard) -> Iterator[dict[str, Any]]:
         yield from (here | line for line in _of_gains(board, fold.label))
         for part in ("question", "seed", "calibration", "both"):
             if (value := getattr(fold.variance, part)) is not None:
-                yield here | {"metric": f"variance: {part}", "value": value}
+                limit = fold.variance.limits.get(part)
+                yield here | {"metric": f"variance: {part}", "value": value, "high": limit}
 
 
 def _line(metric: str, estimate: Estimate) -> dict[str, Any]:

@@ -56,7 +56,8 @@ class Leaderboard(Frozen):
         folded: rows over seeds and calibrations.
         neighbours: every entry against the next one of the ranking of its size, Holm's adjustment
             over all.
-        contests: entries that may be compared, the largest group first.
+        contests: entries that may be compared, each group around its first, the largest group
+            first.
         gains: what patches add, by healing, selection and size.
         target: what the sizes of rows were solved for, in words.
         guessing: what every task gives to whom guesses.

@@ -105,6 +105,8 @@ class Folded(Frozen):
         token_kl: as a row's ``divergence.kl``.
         variance: why one run differs from the next: in accuracy, or in grades where no task has
             verdicts.
+        stability_variance, token_kl_variance: the same of these; None where they are not known by
+            question, or by document of the text.
     """
 
     label: str
@@ -117,3 +119,5 @@ class Folded(Frozen):
     stability: Estimate | None = None
     token_kl: Estimate | None = None
     variance: VarianceParts
+    stability_variance: VarianceParts | None = None
+    token_kl_variance: VarianceParts | None = None

@@ -20,7 +20,7 @@ from streamline_bench.report.places import Between, Contest, Folded, Rank
 from streamline_bench.report.row import Row
 from streamline_bench.stability.align import AlignedPairs
 from streamline_bench.stability.compare_answers import with_script_verdicts
-from streamline_bench.stability.comparison import Comparison
+from streamline_bench.stability.comparison import Comparison, VarianceParts
 from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.metrics import values_of
 from streamline_bench.stability.settings import Settings
@@ -33,12 +33,14 @@ from streamline_bench.stability.statistics.crossed import (
     crossed_difference,
     crossed_error,
     crossed_estimate,
+    method_variance,
 )
 from streamline_bench.stability.statistics.intervals import task_generator
 from streamline_bench.stability.statistics.ranks import bootstrap_ranks
 from streamline_bench.stability.statistics.score import POWER, PairedDifference, decide, holm
 from streamline_bench.stability.statistics.stability import choice_spread, stability_weights
 from streamline_bench.stability.task_comparison import paired_sample
+from streamline_bench.stability.texts import MeasuredDivergence
 
 SAME_SIZE = 0.02
 """Entries are of about equal size if their parameters differ by at most this share of the dense
@@ -189,7 +191,7 @@ class Entry:
     @property
     def method_error(self) -> float:
         """Standard error of the mean that seeds and calibrations bring."""
-        return math.sqrt(sum(variance for variance, _ in crossed_error(self.crossed()).methods))
+        return math.sqrt(method_variance(self.crossed()))
 
     def mean(self) -> float:
         """Accuracy, or grade, mean over tasks."""
@@ -340,13 +342,17 @@ def _groups(runs: Sequence[_Run]) -> dict[tuple[Any, ...], list[_Run]]:
 def _entries(
     key: tuple[Any, ...], runs: Sequence[_Run], answers: Mapping[str, Answers]
 ) -> list[Entry]:
-    """One entry of runs that form a whole grid of seeds and calibrations, else one of each row."""
+    """One entry of runs that form a whole grid of seeds and calibrations, else one of each row.
+
+    Runs that all gave the weights of one row are that row, or another recipe's.
+    """
     places = {tuple(str(run.axes.get(axis, "")) for axis in FOLDED_AXES): run for run in runs}
     seeds, calibrations = (sorted({place[axis] for place in places}) for axis in (0, 1))
     whole = len(places) == len(runs) and all(
         place in places for place in product(seeds, calibrations)
     )
-    if len(runs) < 2 or not whole:
+    one_row = len({run.row.label for run in runs}) == 1
+    if len(runs) < 2 or not whole or one_row:
         return [
             Entry(run.label, run.row, ((answers[run.label],),), (run.label,))
             for run in runs
@@ -455,27 +461,31 @@ def _ranks_of(entries: Sequence[Entry], settings: Settings) -> dict[str, Rank]:
 
 
 def contests_of(entries: Sequence[Entry], dense: Row | None) -> list[list[Entry]]:
-    """Entries of equal cost and about equal size, best first; the largest such group first.
+    """The best entry of a cost with those of about its size, then the best of the rest, and so on.
 
-    An entry of unknown size is in no group. Another dense model costs nothing to make: it stands
-    with every cost, so that a pruned large model meets a small one.
+    Best first; the largest such group first. An entry of unknown size is in no group. Another dense
+    model costs nothing to make: it stands with every cost, so that a pruned large model meets a
+    small one.
+
+    Args:
+        entries: the best first.
     """
-    found: dict[str, list[list[Entry]]] = {}
     whole = dense.parameters if dense is not None else None
     sized = [entry for entry in entries if whole and entry.row.parameters]
     costs = dict.fromkeys(entry.row.cost or "" for entry in sized if not entry.row.is_dense)
-    for entry in sorted(sized, key=lambda entry: entry.row.parameters or 0):
-        for cost in costs if entry.row.is_dense else [entry.row.cost or ""]:
-            groups = found.setdefault(cost, [])
-            if groups and all(_same_size(entry.row, other.row, whole or 1) for other in groups[-1]):
-                groups[-1].append(entry)
-            else:
-                groups.append([entry])
+    found = []
+    for cost in costs:
+        left = [one for one in sized if one.row.is_dense or (one.row.cost or "") == cost]
+        while left:
+            leader = left[0].row
+            group = [one for one in left if _same_size(leader, one.row, whole or 1)]
+            left = [one for one in left if not _same_size(leader, one.row, whole or 1)]
+            found.append(group)
     order = {entry.label: place for place, entry in enumerate(entries)}
-    every = [group for groups in found.values() for group in groups if len(group) > 1]
-    for group in every:
-        group.sort(key=lambda entry: order[entry.label])
-    return sorted(every, key=lambda group: (-len(group), order[group[0].label]))
+    several = [
+        group for group in found if len(group) > 1 and not all(one.row.is_dense for one in group)
+    ]
+    return sorted(several, key=lambda group: (-len(group), order[group[0].label]))
 
 
 def _same_size(one: Row, two: Row, whole: int) -> bool:
@@ -524,9 +534,29 @@ def _folded(
         if entry is judged:
             found["accuracy"] = _within(mean, 0.0)
             if stable := entry.crossed("stable"):
-                found["stability"] = _within(crossed_estimate(stable, confidence)[0], 0.0)
-    divergences = [row.divergence.kl for row in rows if row.divergence]
-    return Folded(**found, token_kl=_mean_of(divergences, confidence))
+                mean, found["stability_variance"] = crossed_estimate(stable, confidence)
+                found["stability"] = _within(mean, 0.0)
+    return Folded(**found, **_token_kl(rows, found["variance"], confidence))
+
+
+def _token_kl(rows: Sequence[Row], parts: VarianceParts, confidence: float) -> dict[str, Any]:
+    """Mean KL of the runs, in the order of their grid; its variance where documents are known."""
+    found = [row.divergence for row in rows if row.divergence]
+    measured = [one for one in found if isinstance(one, MeasuredDivergence) and one.by_document]
+    tokens = {tuple(count for count, _ in one.by_document) for one in measured}
+    if len(measured) < len(rows) or len(tokens) != 1 or len({one.window for one in measured}) != 1:
+        return {"token_kl": _mean_of([one.kl for one in found], confidence)}
+    weights = np.array(tokens.pop(), dtype=np.float64)
+    sums = np.array([[nats for _, nats in one.by_document] for one in measured])
+    scores = (sums / weights).reshape(parts.seeds, parts.calibrations, -1)
+    mean, variance = crossed_estimate([CrossedTask(scores, weights=weights)], confidence)
+    return {"token_kl": _not_negative(mean), "token_kl_variance": variance}
+
+
+def _not_negative(estimate: Estimate) -> Estimate:
+    """The interval without what a divergence cannot be."""
+    low = None if estimate.low is None else max(0.0, estimate.low)
+    return estimate.model_copy(update={"low": low})
 
 
 def _within(estimate: Estimate, least: float) -> Estimate:
@@ -542,7 +572,7 @@ def _dense_mean(answers: Answers) -> float:
 
 
 def _mean_of(estimates: Sequence[Estimate], confidence: float) -> Estimate | None:
-    """Mean of one number of several runs on the same text, with what the text and runs add."""
+    """Mean divergence of several runs on the same text, with what the text and runs add."""
     count = len(estimates)
     if count < 2:
         return estimates[0] if estimates else None
@@ -551,4 +581,4 @@ def _mean_of(estimates: Sequence[Estimate], confidence: float) -> Estimate | Non
     text = max((error for error in errors if error is not None), default=0.0)
     error = CrossedError((text**2, math.inf), ((float(values.var(ddof=1)) / count, count - 1),))
     name = f"Student over {count} runs, and the text"
-    return error.interval(float(values.mean()), confidence, name)
+    return _not_negative(error.interval(float(values.mean()), confidence, name))

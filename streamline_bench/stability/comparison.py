@@ -219,6 +219,8 @@ class VarianceParts(Frozen):
         question: that other questions would give, in one run.
         seed, calibration: between seeds, between calibration texts; None where there is one.
         both: what a seed does with one text and not with another; None likewise.
+        limits: part -> one-sided upper limit of its variance, at the level of the intervals. Two
+            runs say little: the limit is far above what they show.
     """
 
     seeds: int
@@ -227,6 +229,7 @@ class VarianceParts(Frozen):
     seed: float | None = None
     calibration: float | None = None
     both: float | None = None
+    limits: dict[str, float] = Field(default_factory=dict)
 
 
 class NoiseTask(Frozen):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from html import unescape
 from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
@@ -30,9 +31,30 @@ def board(sized: dict[str, Any]) -> Leaderboard:
 def test_the_head_has_a_sentence_for_every_size(board: Leaderboard) -> None:
     small, large = headline(board).split("Asked to lose ")[1:]
     assert small.startswith("25 %: map answers 70.0 %, most of 3 calibrated models")
-    assert "cannot be told apart from slice;" in small and "least token KL: slice, 0.50" in small
+    assert "cannot be told apart from slice (" in small and "least token KL: slice, 0.50" in small
+    assert "from slice with about 400 documents, of 100 now" in small
     assert large.startswith("50 %: slice") and "tell it apart from all" in large
     assert "least token KL: map, 2.00" in large
+
+
+def test_the_head_names_the_best_of_a_size_whatever_its_cost(sized: dict[str, Any]) -> None:
+    """And the leader of every other cost; what only very many documents tell apart is equal."""
+    trained = {**sized["rows"][1], "label": "lora-0.25", "group": "lora", "cost": "recovered",
+               "accuracy_macro": {"value": 0.75}}  # fmt: skip
+    contests = [{**each, "tests": [{**test, "needed": 123_456} for test in each["tests"]]}
+                for each in sized["contests"]]  # fmt: skip
+    one = {**sized, "rows": [*sized["rows"], trained], "contests": contests}
+    small = headline(Leaderboard.model_validate(one)).split("Asked to lose ")[1]
+    assert small.startswith("25 %: lora answers 75.0 %, most of all, with no other recovered")
+    assert "; map answers 70.0 %" in small and "practically equal to slice" in small
+    tested = {**contests[1]["tests"][0], "first": "lora-0.25", "needed": None}
+    met = {**contests[1], "cost": "recovered", "accuracy": 0.75, "tests": [tested],
+           "entries": ["lora-0.25", "none-0.25"]}  # fmt: skip
+    both = Leaderboard.model_validate({**one, "contests": [*contests, met]})
+    small = headline(both).split("Asked to lose ")[1]
+    assert small.startswith("25 %: lora answers 75.0 %, most of 2 recovered models")
+    assert "; map answers 70.0 %, most of 3 calibrated models" in small
+    assert "> 100,000 / 100" in unescape(to_markdown(both))
 
 
 def test_curves_set_out_from_the_dense_model(board: Leaderboard) -> None:

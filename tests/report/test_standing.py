@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -14,15 +15,18 @@ from streamline_bench.report.frame import results
 from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.row import Row
 from streamline_bench.report.standing import Answers, TaskAnswers, standing
+from streamline_bench.report.text import MISSING
 from streamline_bench.report.views.entries import shown
 from streamline_bench.report.views.headline import headline
 from streamline_bench.report.views.page import to_html
+from streamline_bench.report.views.variance import variance_lines
 from streamline_bench.stability.comparison import GradedMetric
 from streamline_bench.stability.estimate import Estimate
 from streamline_bench.stability.settings import Settings
 from streamline_bench.stability.statistics.crossed import CrossedTask, crossed_estimate
 from streamline_bench.stability.statistics.paired import Outcomes, PairedSample
 from streamline_bench.stability.statistics.score import PairedDifference
+from streamline_bench.stability.texts import MeasuredDivergence
 from streamline_bench.throughput.speed import Speed
 
 SETTINGS = Settings(draws=100)
@@ -124,6 +128,22 @@ def test_a_leader_is_named_among_equal_size_and_cost_only() -> None:
     assert contest.removed == pytest.approx((0.25, 0.25)) and contest.cost == "calibrated"
     test = contest.tests[0]
     assert test.difference.value == pytest.approx(outcomes(answers["a"], answers["b"]).value)
+
+
+def test_a_contest_is_around_its_leader() -> None:
+    """Not around its smallest model: brute force over all orders of sizes and skills."""
+    sizes = {"a": 740, "b": 758, "c": 755, "d": 772, "e": 790}
+    for shift in range(len(sizes)):
+        skills = {name: 0.3 + 0.1 * ((place + shift) % 5) for place, name in enumerate(sizes)}
+        found, _ = stand(skills, **{name: {"parameters": size} for name, size in sizes.items()})
+        left = sorted(skills, key=skills.__getitem__, reverse=True)
+        wanted = []
+        while left:
+            near = [name for name in left if abs(sizes[name] - sizes[left[0]]) <= 20]
+            left = [name for name in left if name not in near]
+            wanted += [near] if len(near) > 1 else []
+        wanted.sort(key=lambda group: -len(group))
+        assert [contest.entries for contest in found.contests] == wanted, skills
 
 
 def test_bytes_tell_sizes_apart() -> None:
@@ -286,6 +306,64 @@ def test_runs_of_the_same_weights_complete_a_grid() -> None:
     found = standing([DENSE_ROW, *rows], answers, SETTINGS)
     assert found.folded[0].members == ["r-0", "r-1", "r-2"]
     assert found.folded[0].variance.seeds == 3
+
+
+def test_runs_that_are_all_another_row_are_no_entry_of_their_own() -> None:
+    twins = [{"label": f"r-{seed}", "group": "r", "axes": {"seed": seed}} for seed in range(2)]
+    own = row("s-0", group="s", axes={"seed": 0})
+    same = {"label": "s-1", "group": "s", "axes": {"seed": 1}}
+    rows = [
+        row("u").model_copy(update={"same_weights": [SimpleNamespace(**one) for one in twins]}),
+        own.model_copy(update={"same_weights": [SimpleNamespace(**same)]}),
+        row("v"),
+    ]
+    answers = {one.label: answered(0.7, seed) for seed, one in enumerate(rows)}
+    found = standing([DENSE_ROW, *rows], answers, SETTINGS)
+    assert found.folded == [] and sorted(found.ranks) == ["s-0", "u", "v"]
+    assert len(found.contests[0].tests) == 2, "none is tested twice"
+
+
+def test_divergences_of_a_folded_row_are_crossed_by_document() -> None:
+    tokens = np.array([5, 9, 30, 6])
+    nats = np.array([[0.3, 0.1, 0.2, 0.5], [1.9, 1.4, 1.1, 2.0]]) * tokens
+    rows = []
+    for seed, sums in enumerate(nats):
+        kl = {"value": sums.sum() / tokens.sum(), "low": 0.0, "high": 9.0, "standard_error": 0.1}
+        text = MeasuredDivergence(
+            documents=4, windows=4, tokens=50, window=30, same_top=HALF, kl=kl, nats_per_token=kl,
+            dense_perplexity=5.0, pruned_perplexity=6.0,
+            by_document=tuple(zip(tokens.tolist(), sums.tolist(), strict=True)),
+        )  # fmt: skip
+        rows.append(row(f"r-{seed}", group="r", axes={"seed": seed}, divergence=text, macro=MACRO))
+    answers = {one.label: answered(0.7, seed) for seed, one in enumerate(rows)}
+    found = standing([DENSE_ROW, *rows], answers, SETTINGS)
+    (fold,) = found.folded
+    wanted, parts = crossed_estimate([CrossedTask((nats / tokens)[:, None], weights=tokens)])
+    assert fold.token_kl.value == pytest.approx(nats.sum(axis=1).mean() / tokens.sum())
+    assert wanted.low < 0 == fold.token_kl.low and fold.token_kl.high == wanted.high
+    assert fold.token_kl_variance == parts and fold.stability_variance is not None
+    line = next(one for one in variance_lines(board(found, rows)) if "KL" in one.quantity)
+    between, limit = (math.sqrt(each) for each in (parts.seed, parts.limits["seed"]))
+    assert line.runs == "2 \N{MULTIPLICATION SIGN} 1"
+    assert line.parts[1:] == [f"{between:.2f} < {limit:.2f}", MISSING, MISSING]
+    cells = variance_lines(board(found, rows))[0].parts
+    assert re.fullmatch(r"([\d.]+ )?< [\d.]+", cells[1]), "accuracy never shows a bare 0"
+    # Without documents there is an interval of the runs, which stays above 0, too.
+    plain = [one.model_copy(update={"divergence": one.divergence.model_copy(
+        update={"by_document": ()})}) for one in rows]  # fmt: skip
+    (fold,) = standing([DENSE_ROW, *plain], answers, SETTINGS).folded
+    assert fold.token_kl.low == 0 and fold.token_kl_variance is None
+
+
+def test_seconds_of_a_folded_row_are_those_of_a_run() -> None:
+    rows = [
+        row(f"r-{seed}", group="r", axes={"seed": seed}, macro=MACRO, seconds={"compress": spent})
+        for seed, spent in enumerate((10.0, 20.0))
+    ]
+    answers = {one.label: answered(0.7, seed) for seed, one in enumerate(rows)}
+    found = board(standing([DENSE_ROW, *rows], answers, SETTINGS), rows)
+    (folded,) = (one for one in shown(found) if not one.is_dense)
+    assert folded.total_seconds == pytest.approx(15.0)
 
 
 def test_what_lies_between_own_sizes_is_interpolated_and_nothing_beyond() -> None:

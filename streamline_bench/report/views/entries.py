@@ -44,7 +44,7 @@ def by_size(rows: Sequence[Row]) -> list[tuple[str | None, list[Row]]]:
 
 
 def _one_row(fold: Folded, members: Sequence[Row]) -> Row:
-    """The folded rows as one: means, with the intervals that the fold has."""
+    """The folded rows as one: means, with the intervals that the fold has; seconds of one run."""
     first = members[0]
     divergence = first.divergence
     if divergence and fold.token_kl:
@@ -66,7 +66,8 @@ def _one_row(fold: Folded, members: Sequence[Row]) -> Row:
             ],
             "divergence": divergence,
             "seconds": {
-                stage: sum(row.seconds.get(stage, 0.0) for row in distinct) for stage in stages
+                stage: sum(row.seconds.get(stage, 0.0) for row in distinct) / len(distinct)
+                for stage in stages
             },
             **{name: [] for name in ("worst_flips", "curve", "recovery_curve", "perplexities")},
             "scan": None,

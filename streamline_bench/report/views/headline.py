@@ -13,7 +13,7 @@ from statistics import NormalDist
 from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.places import Between, Contest
 from streamline_bench.report.row import Row
-from streamline_bench.report.text import p_value, percent, points, significant
+from streamline_bench.report.text import MISSING, p_value, percent, points, significant
 from streamline_bench.report.views.entries import shown
 from streamline_bench.report.views.guessing import guessing_said
 from streamline_bench.report.views.overview import mean_grade, perplexity_ratio, ranked
@@ -114,24 +114,41 @@ def _leader(board: Leaderboard, contest: Contest) -> str:
 
 
 def _by_size(board: Leaderboard) -> list[str]:
-    """A sentence for each size that was asked for, on its largest contest; none for one size.
+    """A sentence for each size that was asked for, on its leaders by cost; none for one size.
 
     With the recipe whose next-token distributions are closest, of all of that size.
     """
-    entries = {row.label: row for row in shown(board)}
-    contests: dict[str, Contest] = {}
-    for contest in board.contests:  # the largest first
+    entries = {row.label: row for row in ranked(shown(board))}
+    contests: dict[str, list[Contest]] = {}
+    for contest in board.contests:
         if size := entries[contest.entries[0]].size:
-            contests.setdefault(size, contest)
+            contests.setdefault(size, []).append(contest)
     if len(contests) < 2:
         return []
     found = []
-    for size, contest in sorted(contests.items(), key=lambda item: item[1].removed):
-        same = [row for row in entries.values() if row.size == size and row.divergence]
-        near = min(same, key=_token_kl, default=None)
-        kl = f"; least token KL: {_recipe(near)}, {_token_kl(near):.2f}" if near else ""
-        found.append(f"Asked to lose {size}: {_most_right(board, contest, entries)}{kl}.")
+    for size, same in sorted(contests.items(), key=lambda item: item[1][0].removed):
+        rows = [row for row in entries.values() if row.size == size]
+        first = rows[0]
+        told = [_most_right(board, contest, entries) for contest in _leading(same)]
+        if first.label not in {contest.entries[0] for contest in same} and first.accuracy_macro:
+            cost = f" {first.cost}" if first.cost else ""
+            told.insert(
+                0,
+                f"{_recipe(first)} answers {percent(first.accuracy_macro.value)} %, most of all, "
+                f"with no other{cost} model of its size",
+            )
+        if near := min((row for row in rows if row.divergence), key=_token_kl, default=None):
+            told.append(f"least token KL: {_recipe(near)}, {_token_kl(near):.2f}")
+        found.append(f"Asked to lose {size}: {'; '.join(told)}.")
     return found
+
+
+def _leading(contests: Sequence[Contest]) -> list[Contest]:
+    """Of each cost the contest whose first has most right, the best of them first."""
+    found: dict[str | None, Contest] = {}
+    for contest in sorted(contests, key=lambda each: -each.accuracy):
+        found.setdefault(contest.cost, contest)
+    return list(found.values())
 
 
 def _token_kl(row: Row) -> float:
@@ -153,10 +170,38 @@ def _most_right(board: Leaderboard, contest: Contest, entries: Mapping[str, Row]
     tied = [_recipe(entries[test.second]) for test in contest.tests if test.p_holm >= level]
     if not tied:
         return f"{told}, and the paired tests tell it apart from all"
-    if len(tied) == len(contest.tests):
-        return f"{told}, but cannot be told apart from any"
     names = _names(tied) if len(tied) < 3 else f"{len(tied)} of them"
-    return f"{told}, but cannot be told apart from {names}"
+    if len(tied) == len(contest.tests):
+        names = "any" if len(tied) > 1 else tied[0]
+    nearest = next(test for test in contest.tests if test.p_holm >= level)
+    return f"{told}, but cannot be told apart from {names} ({_takes(nearest, entries)})"
+
+
+def _takes(test: Between, entries: Mapping[str, Row]) -> str:
+    """What it takes to tell two entries apart, in brackets."""
+    other = _recipe(entries[test.second])
+    if test.difference.value == 0:
+        return f"{other} has as many right"
+    if test.needed is None:
+        return f"from {other} by more seeds, not by more documents"
+    if test.needed > PRACTICALLY_EQUAL:
+        return f"practically equal to {other}"
+    return f"from {other} with about {_rounded(test.needed):,} documents, of {test.n:,} now"
+
+
+PRACTICALLY_EQUAL = 100_000
+"""Documents; a difference that only more of them would show matters to nobody."""
+
+
+def documents(test: Between) -> str:
+    """A cell: documents needed / asked."""
+    if test.needed is None:
+        needed = MISSING
+    elif test.needed > PRACTICALLY_EQUAL:
+        needed = f"> {PRACTICALLY_EQUAL:,}"
+    else:
+        needed = f"{test.needed:,}"
+    return f"{needed} / {test.n:,}"
 
 
 def needed(test: Between) -> str:
@@ -169,6 +214,11 @@ def needed(test: Between) -> str:
     )
     if test.needed is None:
         return f"{seen} more documents do not help, but more seeds do; {test.n:,} were asked."
+    if test.needed > PRACTICALLY_EQUAL:
+        return (
+            f"{seen} it takes more than {PRACTICALLY_EQUAL:,} documents: practically equal; "
+            f"{test.n:,} were asked."
+        )
     return f"{seen} it takes about {_rounded(test.needed):,} documents; {test.n:,} were asked."
 
 

@@ -28,10 +28,12 @@ from streamline_bench.report.views.guessing import (
     level_of,
     one_answer,
 )
-from streamline_bench.report.views.headline import headline, needed
+from streamline_bench.report.views.headline import documents, headline
 from streamline_bench.report.views.pivot import note, pivots, table
 from streamline_bench.report.views.repeats import commands, literature, settings
 from streamline_bench.report.views.setup import scaled_down, setup, tokens_seen
+from streamline_bench.report.views.variance import note as variance_note
+from streamline_bench.report.views.variance import variance_lines
 from streamline_bench.stability.estimate import Estimate
 
 
@@ -64,14 +66,16 @@ def to_markdown(board: Leaderboard) -> str:
         guessing_note=METHOD if board.guessing else "",
         level_of=partial(level_of, board),
         one_answer=one_answer,
-        needed=needed,
+        documents=documents,
+        variance=variance_lines(board),
+        variance_note=variance_note(board),
         pivots=[(pivot.name, *table(pivot)) for pivot in pivots(board)],
         pivot_note=note(board),
         front_words=overview.FRONTS,
         front_cost=overview.front_cost,
         heat_map=overview.heat_map,
         literature=literature(rows),
-        settings=settings(rows),
+        settings=settings(runs),
         commands=commands(overview.commands_by_stage(board.commands), board.rows),
     )
 

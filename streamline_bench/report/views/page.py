@@ -31,10 +31,12 @@ from streamline_bench.report.text import FILTERS, visible_text
 from streamline_bench.report.views import guessing, overview
 from streamline_bench.report.views.citations import citations
 from streamline_bench.report.views.entries import by_size, shown
-from streamline_bench.report.views.headline import headline, needed
+from streamline_bench.report.views.headline import documents, headline
 from streamline_bench.report.views.pivot import gain_text, note, pivots
 from streamline_bench.report.views.repeats import commands, literature
 from streamline_bench.report.views.setup import scaled_down, setup, tokens_seen
+from streamline_bench.report.views.variance import note as variance_note
+from streamline_bench.report.views.variance import variance_lines
 from streamline_bench.stability.comparison import GroupComparison, Overall, TaskComparison
 from streamline_bench.stability.estimate import Estimate
 
@@ -99,7 +101,9 @@ def to_html(board: Leaderboard) -> str:
             curves=_curves(runs),
             literature=literature(rows),
             citations=citations(board),
-            needed=needed,
+            documents=documents,
+            variance=variance_lines(board),
+            variance_note=variance_note(board),
             pivots=pivots(board),
             pivot_note=note(board),
             front_words=overview.FRONTS,

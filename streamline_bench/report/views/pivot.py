@@ -27,7 +27,9 @@ class Pivot:
     @property
     def name(self) -> str:
         """What the table is of."""
-        return "without healing" if self.healing == "none" else f"healed by {self.healing}"
+        if self.healing != "none":
+            return f"healed by {self.healing}"
+        return "without training the whole model"
 
 
 def pivots(board: Leaderboard) -> list[Pivot]:

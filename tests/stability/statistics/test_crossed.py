@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import chi2
 from scipy.stats import t as student
 
 from streamline_bench.errors import SamplesError
@@ -16,6 +17,7 @@ from streamline_bench.stability.statistics.crossed import (
     crossed_difference,
     crossed_error,
     crossed_estimate,
+    method_variance,
 )
 
 RNG = np.random.default_rng(5)
@@ -95,6 +97,48 @@ def test_the_interval_adds_each_part_with_its_own_quantile() -> None:
     assert estimate.value - estimate.low == pytest.approx(half)
 
 
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+def test_two_runs_keep_the_whole_square_of_their_difference(shape: tuple[int, int]) -> None:
+    y = scores(*shape, 30)
+    one, two = y.reshape(2, 30)
+    estimate, _ = crossed_estimate([CrossedTask(y)])
+    square, covariance = ((one - two).mean() / 2) ** 2, np.cov(one, two)[0, 1] / 30
+    half = math.hypot(
+        student.ppf(0.975, 29) * math.sqrt(max(0, covariance)),
+        student.ppf(0.975, 1) * math.sqrt(square),
+    )
+    assert estimate.high - estimate.value == pytest.approx(half)
+    assert method_variance([CrossedTask(y)]) == pytest.approx(
+        max(0.0, square - ((one - two) / 2).var(ddof=1) / 30)
+    )
+
+
+def test_upper_limits_hold_the_true_variance() -> None:
+    """95 % of the limits are above it, of however few seeds."""
+    source, n, spread, within = np.random.default_rng(3), 50, 1.0, 0.3
+    for seeds in (2, 4):
+        held = 0
+        for _ in range(400):
+            y = (
+                source.normal(0, 0.4, n)
+                + source.normal(0, spread, (seeds, 1, 1))
+                + source.normal(0, within, (seeds, 1, n))
+            )
+            _, parts = crossed_estimate([CrossedTask(y)])
+            assert parts.limits.keys() == {"seed"} and parts.limits["seed"] >= parts.seed
+            held += parts.limits["seed"] >= spread**2
+        assert 0.92 <= held / 400 <= 0.98, seeds
+
+
+def test_runs_that_agree_do_not_exclude_an_effect() -> None:
+    """Equally many right, by other questions: the limit is what questions alone allow."""
+    one = RNG.permutation(np.repeat([0.0, 1.0], 20))
+    _, parts = crossed_estimate([CrossedTask(np.array([one, 1 - one])[:, None])])
+    of_questions = (2 * one - 1).var(ddof=1) / 2 / 40
+    assert parts.seed == 0
+    assert parts.limits["seed"] == pytest.approx(of_questions * (1 / chi2.ppf(0.05, 1) - 1))
+
+
 def test_one_run_has_the_error_of_its_questions() -> None:
     y = scores(1, 1, 25)
     estimate, parts = crossed_estimate([CrossedTask(y)])
@@ -126,7 +170,9 @@ def test_a_difference_is_paired_over_questions() -> None:
     two = scores(3, 1, 40)
     value, error = crossed_difference([CrossedTask(one)], [CrossedTask(two)])
     paired = one.mean(axis=(0, 1)) - two.mean(axis=(0, 1))
-    assert error.question[0] == pytest.approx(paired.var(ddof=1) / 40)
+    apart = (one[0, 0] - one[1, 0]) / 2  # what questions make of the difference of two runs
+    of_questions = paired.var(ddof=1) / 40 - apart.var(ddof=1) / 40
+    assert error.question[0] == pytest.approx(max(0.0, of_questions))
     assert len(error.methods) == 2
     p = error.p_value(value)
     assert error.half(1 - p) == pytest.approx(abs(value), rel=1e-6)
@@ -162,3 +208,7 @@ def test_the_interval_holds_the_true_mean_as_often_as_it_says(repository: Path) 
     ):
         share, _ = simulation.coverage(kind, seeds, calibrations, 200, ratio, 1000)
         assert 0.93 <= share <= 0.97, (kind, seeds, calibrations, ratio)
+    # Two runs: cautious where the method adds nothing, and exact where it decides.
+    for kind, ratio in (("normal", 0.0), ("right or wrong", 2.0), ("right or wrong", 5.0)):
+        share, _ = simulation.coverage(kind, 2, 1, 200, ratio, 1000)
+        assert 0.94 <= share <= 0.995, (kind, ratio)
