@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_bench.report.figures.lines import COLOURS, spread
-from streamline_bench.report.figures.pareto import root_ticks
+from streamline_bench.report.figures.pareto import root_ticks, tradeoffs
 from streamline_bench.report.figures.sizes import at_equal_size, chance_of, equal_note, size_curves
 from streamline_bench.report.leaderboard import Leaderboard
 from streamline_bench.report.views.headline import headline
@@ -55,6 +55,15 @@ def test_the_head_names_the_best_of_a_size_whatever_its_cost(sized: dict[str, An
     assert small.startswith("25 %: lora answers 75.0 %, most of 2 recovered models")
     assert "; map answers 70.0 %, most of 3 calibrated models" in small
     assert "> 100,000 / 100" in unescape(to_markdown(both))
+
+
+def test_time_to_make_is_not_drawn_where_sizes_share_their_scans(sized: dict[str, Any]) -> None:
+    rows = [{**row, "seconds": {"compress": 10.0 * place}} for place, row in
+            enumerate(sized["rows"])]  # fmt: skip
+    board = Leaderboard.model_validate({**sized, "rows": rows})
+    one = [row for row in board.rows if row.is_dense or row.axes["sparsity"] == 0.25]
+    assert "making" in {found.kind for found in tradeoffs(one)}
+    assert "making" not in {found.kind for found in tradeoffs(board.rows)}
 
 
 def test_curves_set_out_from_the_dense_model(board: Leaderboard) -> None:

@@ -250,8 +250,9 @@ def tradeoffs(rows: Sequence[Row]) -> list[Pareto]:
     """Draw accuracy against everything in which the compressed rows differ, speed first.
 
     Where they differ in nothing, the size is drawn; where all were asked for one size, token KL in
-    its place. Bytes are left out where they say what the parameters say. Goodput is also drawn of
-    one row beside the dense one. Nothing with fewer than two points.
+    its place. Bytes are left out where they say what the parameters say, and the time to make a row
+    where several sizes were asked for: one scan serves them all and counts for the first. Goodput
+    is also drawn of one row beside the dense one. Nothing with fewer than two points.
     """
     differing = [kind for kind in MEASURES if _differs(rows, kind)]
     if "ratio" in differing:
@@ -260,6 +261,8 @@ def tradeoffs(rows: Sequence[Row]) -> list[Pareto]:
         differing = [kind for kind in differing if kind != "bytes"]
     told = "parameters" if _one_size(rows) else "kl"
     differing = [kind for kind in differing if kind != told]
+    if len({row.size for row in rows if row.size}) > 1:
+        differing = [kind for kind in differing if kind != "making"]
     return [
         drawn for kind in differing or ["parameters"] if (drawn := pareto(rows, kind)) is not None
     ]
