@@ -2,14 +2,15 @@
 
     git clone https://github.com/chenxinrui-tsinghua/PruneAndComp REFERENCE
     python tests/benchmarks/prune_comp_vs_reference.py --reference REFERENCE \
-        --model streamline_bench/demo/model --text streamline_bench/demo/model/calibration.jsonl
+        --model streamline_bench/demo/model --text streamline_bench/demo/model/calibration.jsonl \
+        --held-out streamline_bench/demo/model/held_out.jsonl
 
 ``CosSim_BI.py`` and ``magcomp.py`` are imported from the given checkout and run unchanged, in
 float32; of them nothing is kept here. Their evaluation is not imported. Reported, for every layer
 removed: the same layer or not, and the ratio of magnitudes; then the largest difference of the
-log-probabilities of both results. The reference scales the embeddings: where the LM head shares
-them, it scales the logits, too, which is divided out before they are compared. Exit code 1 when
-they differ.
+log-probabilities of both results and their perplexities on the held-out text. The reference scales
+the embeddings: where the LM head shares them, it scales the logits, too, which is divided out
+before they are compared. Exit code 1 when they differ.
 """
 
 from __future__ import annotations
@@ -80,11 +81,18 @@ def log_probabilities(model: Any, ids: torch.Tensor, divisor: float = 1.0) -> to
     return logits.log_softmax(-1)
 
 
+def perplexity(model: Any, ids: torch.Tensor, divisor: float = 1.0) -> float:
+    """Of sequences ``[n, T]`` without pads."""
+    found = log_probabilities(model, ids, divisor)[:, :-1].gather(-1, ids[:, 1:, None])
+    return math.exp(-float(found.mean()))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--reference", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True, help="a folder, Llama architecture")
     parser.add_argument("--text", type=Path, required=True, help="calibration documents")
+    parser.add_argument("--held-out", type=Path, required=True, help="documents for perplexity")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4, help="how many are removed")
@@ -92,7 +100,10 @@ def main() -> int:
     spec = CalibrationSpec(
         source=str(asked.text), samples=asked.samples, sequence_length=asked.length
     )
-    tokens = load_calibration(spec, AutoTokenizer.from_pretrained(asked.model), progress=False)
+    tokenizer = AutoTokenizer.from_pretrained(asked.model)
+    tokens = load_calibration(spec, tokenizer, progress=False)
+    held_out = spec.model_copy(update={"source": str(asked.held_out), "samples": 32})
+    unseen = load_calibration(held_out, tokenizer, progress=False).input_ids
     recipe = load_recipe("prune_comp", {"n_layers": asked.layers})
     recipe = recipe.model_copy(update={"calibration": spec})
     with tempfile.TemporaryDirectory() as folder:
@@ -111,11 +122,15 @@ def main() -> int:
     tied = bool(other.config.tie_word_embeddings)
     ids = tokens.input_ids[:4]
     found = log_probabilities(ours, ids)
-    apart = (found - log_probabilities(other, ids, math.prod(ratios) if tied else 1.0)).abs().max()
+    divisor = math.prod(ratios) if tied else 1.0
+    apart = (found - log_probabilities(other, ids, divisor)).abs().max()
     print(f"ratios: largest relative difference {worst:.1e}; log-probabilities: {float(apart):.1e}")
     if tied:
         scaled = (found - log_probabilities(other, ids)).abs().max()
         print(f"with the reference's scaled LM head: {float(scaled):.1e}")
+        print(f"perplexity with that head: {perplexity(other, unseen):.4f}")
+    both = perplexity(ours, unseen), perplexity(other, unseen, divisor)
+    print(f"perplexity: ours {both[0]:.4f}, reference {both[1]:.4f}")
     same = [gap["layer"] for gap in gaps] == removed
     return 0 if same and worst < TOLERANCE and float(apart) < TOLERANCE else 1
 
