@@ -133,6 +133,17 @@ def test_joint_drop_takes_the_highest_cosines(
     assert legs_of(["dense", "pruned"], stacks)[1].start == lowest
 
 
+def test_attention_goes_from_a_mixture_that_gives_its_routing(
+    make_tiny_model: Callable[..., Path], make_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = make_tiny_model(
+        "gpt_oss", num_hidden_layers=3, num_local_experts=2, num_experts_per_tok=1, head_dim=8
+    )
+    recipe = counted(make_recipe, "attention_drop", 1, **{"parameters.drop": "attention"})
+    out, manifest = made(source, recipe, tmp_path / "out")
+    assert same_logits(out, source, order_of(manifest))
+
+
 def test_a_layer_that_loses_both_is_dropped(
     folder: Path, make_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:

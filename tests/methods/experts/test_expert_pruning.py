@@ -43,6 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
         "v_head_dim": 6,
     },
+    "phimoe": {"num_local_experts": 8},  # files call its router otherwise than the model
 }  # fmt: skip
 
 
@@ -219,3 +220,31 @@ def test_models_without_experts_are_refused_by_name() -> None:
                                intermediate_size=16, num_hidden_layers=1)  # fmt: skip
     with pytest.raises(ArchitectureError, match=r"of 2 experts each token is routed to 2"):
         mixture_of(two)
+
+
+@pytest.mark.parametrize(("experts", "chosen", "left"), [(8, 2, 4), (12, 4, 8)])
+def test_an_open_group_keeps_as_many_experts_as_a_token_is_routed_to(
+    experts: int, chosen: int, left: int
+) -> None:
+    """Of two groups one is open; with fewer experts, none can be chosen, or those of the other."""
+    sizes = {**FAMILIES["deepseek_v3"], "n_routed_experts": experts, "num_experts_per_tok": chosen}
+    config = AutoConfig.for_model(
+        "deepseek_v3", hidden_size=32, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, vocab_size=100, **sizes,
+    )  # fmt: skip
+    assert mixture_of(config).least == left
+    assert _routed_within_a_group(config, left)
+    assert not _routed_within_a_group(config, left - 2)
+
+
+def _routed_within_a_group(config: Any, experts: int) -> bool:
+    config.n_routed_experts = experts
+    model, seen = AutoModelForCausalLM.from_config(config).eval(), []
+    model.model.layers[1].mlp.experts.register_forward_pre_hook(
+        lambda module, args: seen.append(args[1] // (experts // 2))
+    )
+    try:
+        model(IDS)
+    except RuntimeError:  # too few to rank the groups by
+        return False
+    return all(bool((groups == groups[:, :1]).all()) for groups in seen)
