@@ -134,7 +134,7 @@ def test_a_pdf_holds_the_letters_and_lines_of_the_figure() -> None:
     assert "0 -1 1 0 0 0 cm" in drawn and "10 0 l" in drawn and "10 5 l" in drawn
     assert "0.769 0.251 0.173 RG" in drawn, "the colour of the second line"
     assert drawn.count(" c\n") == 8, "two circles of four curves"
-    assert drawn.count("q\n") == drawn.count("Q") and b"/ca 0.13" in pdf
+    assert drawn.count("q\n") == drawn.count("Q") and b"/ca 0.08" in pdf
 
 
 def test_citations_name_the_run_and_every_paper_once(board: Leaderboard) -> None:
