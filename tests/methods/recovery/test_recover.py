@@ -686,9 +686,6 @@ def test_killed_in_recovery_then_resumed_gives_the_same_bytes(
         import sys
         from pathlib import Path
         from streamline_bench.compression import compress, load_recipe
-        from streamline_bench.methods.base import Compression, get_method
-from streamline_bench.methods.recovery import recover
-from streamline_bench.methods.recovery import training as recovery_training
         recipe = load_recipe("last_layers", {{
             "calibration": {str(text_file)!r}, "n_layers": 2, "recovery.kind": "lora",
             "recovery.dropout": 0.3, "recovery.training.data.sequence_length": 16,
