@@ -13,7 +13,7 @@ CASES: dict[str, Case] = {
     "mse": ("mse", {"epochs": 1, "min_steps": 20}),  # from a file that both fill
     "mse-recomputed": ("mse", {"min_steps": 20, "cache_gb": 0.0, "gradient_accumulation": 2}),
     "lm": ("lm", {"min_steps": 20, "batch_size": 1, "gradient_accumulation": 3}),
-    "kd": ("kd", {"min_steps": 20}),
+    "kd": ("kd", {"min_steps": 20, "lr": 1e-3}),
     "lora": ("lora", {"min_steps": 20, "gradient_accumulation": 2}),  # with dropout
     "lora-alone": ("lora", {"batch_size": 1}),  # one process has no row
     "partial": ("partial", {"min_steps": 20}),
