@@ -61,7 +61,7 @@ def _recipe(recipe: Mapping[str, Any]) -> Iterator[str]:
         yield "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
-_MARKS = {"exact": "✓", "runs": "○", "not tried": "·"}
+_MARKS = {"exact": "✓", "runs": "○", "no result": "·"}
 
 
 def families() -> Iterator[str]:
@@ -80,8 +80,8 @@ def families() -> Iterator[str]:
         whole = sum(len(row) == len(recipes) for row in cells.values())
         names = ", ".join(matrix["partly"]).replace("_", " ")
         yield (
-            f"These columns were made for {whole} of them, first those met most, and not tried (·) "
-            f"for the others: {names}."
+            f"All columns were made for {whole} of them; these have no result (·) for some of the "
+            f"others: {names}."
         )
     yield ""
     names = ["model type", "vLLM", *(name.replace("_", " ") for name in recipes)]
@@ -95,7 +95,7 @@ def families() -> Iterator[str]:
         )
         shown = [f"`{model_type}`", route]
         for recipe in recipes:
-            kind, _, reason = row.get(recipe, "not tried").partition(": ")
+            kind, _, reason = row.get(recipe, "no result").partition(": ")
             if kind not in _MARKS:
                 reason = reason.replace(f"'{model_type}'", "'X'")
                 number = reasons.setdefault(f"{kind}: {reason}", len(reasons) + 1)

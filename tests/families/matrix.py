@@ -14,7 +14,7 @@ checked:
   layers are bypassed in memory: each gives its input as its output. That does not depend on how a
   config is rewritten.
 
-A recipe without a cell was not tried on that type (``partly`` lists these columns).
+A recipe without a cell has no result on that type (``partly`` lists these columns).
 A cell is ``exact`` (all three), ``runs`` (the first two), or says why it is neither: ``refused``
 with the package's own sentence, ``wrong`` or ``crash``. Without ``--update`` the exit code is 1
 where a cell is worse than in the committed file. Finished model types are kept in ``--work``.
