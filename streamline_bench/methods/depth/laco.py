@@ -66,12 +66,13 @@ class MergeParameters(Frozen):
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """Merges, the least cosine at which each stayed, and how many were tried."""
+    """Merges, the least cosine at which each stayed, how many were tried, and stored names."""
 
     merges: Sequence[Merge]
     threshold: float
     trials: int
     tokens: CalibrationTokens
+    stored: Sequence[Mapping[str, str]]
 
 
 class LayerMerging(LayerSelection):
@@ -108,11 +109,10 @@ class LayerMerging(LayerSelection):
         options: Any = self.parameters.model_validate(work.recipe.parameters)
         plan = size_plan(work)
         found = self._merges(work, options, plan)
-        stored = stored_linear_weights(work.reader, plan.num_layers)
         chosen = self._selected(found, options)
         result = drop_layers(work, chosen.layers, plan, chosen=chosen.facts, tokens=chosen.tokens)
         mixed = mixtures(found.merges, options.merge)
-        return _with_merged(work, result, mixed, set(chosen.layers), stored)
+        return _with_merged(work, result, mixed, set(chosen.layers), found.stored)
 
     def _merges(self, work: Compression, options: Any, plan: SizePlan) -> _Found:
         """Search, at the threshold given or the highest that gets there.
@@ -140,7 +140,7 @@ class LayerMerging(LayerSelection):
                 f"Merging with threshold {threshold} removes {len(removed)} layers of the "
                 f"{plan.n_layers} asked for; lower it, or leave it out, and it is searched for."
             )
-        return _Found(merges, threshold, trials, tokens)
+        return _Found(merges, threshold, trials, tokens, stored)
 
     def _selected(self, found: _Found, options: Any) -> Selected:
         facts = {
